@@ -1,0 +1,1 @@
+"""What flows: bytes -> samples -> batches -> steps -> scores."""

@@ -1,0 +1,211 @@
+"""Command lines, recipes and their written form.
+
+A config is a frozen dataclass; a recipe is a function that returns one and derives from another with
+`dataclasses.replace`. A job's flags are the fields of its config (`--optimizer.lr 1e-3`), laid over the recipe:
+
+    config = parse(argv, RECIPES, default="demo", prog="jobs/pretrain.py", description=__doc__)
+
+Layers, last wins: recipe (`--recipe NAME`) or a saved config (`--config FILE.yaml`), then flags.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline import storage
+from pipeline.errors import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+# ---------------------------------------------------------------- command lines
+
+
+def parse(
+    argv: list[str], recipes: Mapping[str, Callable[[], Config]], default: str, *, prog: str, description: str
+) -> Config:
+    """The config that a command line asks for.
+
+    Raises SystemExit(2) for an unknown flag or a value of the wrong type (tyro prints the nearest flag), UserError for
+    an unknown recipe or a bad --config file.
+    """
+    import tyro
+
+    base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    base.add_argument("--recipe", default=None)
+    base.add_argument("--config", default=None)
+    chosen, flags = base.parse_known_args(argv)
+    if chosen.recipe and chosen.config:
+        raise UserError("--recipe and --config both say where to start from; give one of them")
+    name = chosen.recipe or default
+    if name not in recipes:
+        raise UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; recipes: {", ".join(recipes)}')
+    start = recipes[name]()
+    if chosen.config:
+        start = from_yaml(type(start), storage.read_bytes(chosen.config).decode(), where=chosen.config)
+    lines = [f"  {key:22s}{summary(recipe)}" for key, recipe in recipes.items()]
+    about = (
+        f"{inspect.cleandoc(description)}\n\n--recipe NAME starts from one of these (default {default}), "
+        "--config FILE.yaml from a saved config:\n" + "\n".join(lines)
+    )
+    config = (tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)
+    return tyro.cli(type(start), prog=prog, description=about, args=flags, default=start, config=config)
+
+
+def summary(function: Callable) -> str:
+    """First line of a docstring."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
+    """Runs a job's `main(argv)` and exits honestly: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 stopped."""
+
+    def stop(signum: int, frame: types.FrameType | None) -> None:
+        raise SystemExit(128 + signum)  # unwinds through every `finally`, as Ctrl-C does
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        # An error raised inside a Ray task arrives wrapped, with the original as its cause.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped; the same command again continues", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- written form
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values (tuples become lists), ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(cls: type[Config], text: str, where: str = "config") -> Config:
+    """The config that `to_yaml` wrote. Raises UserError naming an unknown key and the nearest valid one."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({error})") from error
+    return from_dict(cls, values, where)
+
+
+def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
+    return _read(cls, values, where)
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """`value` from YAML as the annotated type `hint`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected keys of {hint.__name__}, found {value!r}")
+        hints = typing.get_type_hints(hint)
+        for key in value:
+            if key not in hints:
+                raise UserError(f'{where}: unknown key "{key}"{nearest(str(key), hints)}')
+        return hint(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        errors = []
+        for option in (a for a in arguments if a is not type(None)):
+            try:
+                return _read(option, value, where)
+            except UserError as error:
+                errors.append(str(error))
+        raise UserError("; ".join(errors))
+    if origin is typing.Literal:
+        if value not in arguments:
+            options = ", ".join(str(argument) for argument in arguments)
+            raise UserError(f"{where}: {value!r} is not one of {options}{nearest(str(value), map(str, arguments))}")
+        return value
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+            if len(value) != len(arguments):
+                raise UserError(f"{where}: expected {len(arguments)} values, found {len(value)}")
+            return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+        return origin(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {_read(arguments[0], k, where): _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 (no dot) as a string
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+
+
+def diff(config: Any, base: Any) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value in base, value in config)} where the two differ."""
+    new, old = flatten(to_dict(config)), flatten(to_dict(base))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fingerprint(value: Any) -> str:
+    """12 hex characters that identify a JSON-able value or a config."""
+    plain = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- horizons
+
+_HORIZON = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)?\s*", re.IGNORECASE)
+
+
+def steps(
+    horizon: str | int, *, batch_size: int, examples_per_epoch: int | None = None, total_steps: int | None = None
+) -> int:
+    """A horizon in optimiser steps, rounded to the nearest: "10000", "10000steps", "7epochs", "5e6examples" or "10%".
+
+    Raises UserError when the text cannot be read, or its unit needs a number that is not known here (epochs need
+    `examples_per_epoch`, percent needs `total_steps`).
+    """
+    match = _HORIZON.fullmatch(str(horizon))
+    if not match:
+        raise UserError(f'cannot read the horizon "{horizon}"; write 10000steps, 7epochs, 5e6examples or 10%')
+    amount, unit = float(match[1]), (match[2] or "steps").lower().rstrip("s")
+    if unit == "step":
+        return round(amount)
+    if unit == "example":
+        return round(amount / batch_size)
+    if unit == "epoch":
+        if examples_per_epoch is None:
+            raise UserError(f'"{horizon}" needs the size of the data set, which is not known here; give steps')
+        return round(amount * examples_per_epoch / batch_size)
+    if total_steps is None:
+        raise UserError(f'"{horizon}" is relative to the whole run; the run length itself needs steps, epochs or examples')
+    return round(amount / 100 * total_steps)

@@ -1,0 +1,192 @@
+"""One way to open local paths and s3:// addresses.
+
+A URI is a local path or `s3://bucket/prefix`; every function here takes either. S3 endpoint, region and credentials come
+from the usual AWS_* environment variables (AWS_ENDPOINT_URL for any S3-compatible store), never from arguments, so that
+no secret passes through a config, a log or a run.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+
+from pipeline.errors import UserError
+
+# Third-party S3 servers answer 411 to the SDK's newer default of checksummed, chunked bodies; "when required" is
+# understood by all of them. Set before any client exists; an explicit setting of the user's wins.
+os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file under a listed folder: path relative to the folder, size in bytes, full URI."""
+
+    path: str
+    size: int
+    uri: str
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def normalise(uri: str | os.PathLike) -> str:
+    """An absolute local path or s3:// without a trailing slash (Ray workers change directory: relative paths break)."""
+    uri = os.fspath(uri)
+    if is_remote(uri):
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+
+
+def filesystem(uri: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of `uri` and the path on it. Directory listings are never cached.
+
+    Raises UserError for a scheme other than a local path or s3://.
+    """
+    uri = normalise(uri)
+    if not is_remote(uri):
+        return fsspec.filesystem("file"), uri
+    scheme, _, path = uri.partition("://")
+    if scheme != "s3":
+        raise UserError(f"{uri}: {scheme}:// is not supported; use a local path or s3://bucket/prefix")
+    if not path.strip("/"):
+        raise UserError(f"{uri}: no bucket; use s3://bucket/prefix")
+    # connect and read time-outs in seconds; botocore's own retries cover single requests, callers retry whole reads
+    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config), path
+
+
+def join(uri: str | os.PathLike, *parts: str) -> str:
+    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+@contextlib.contextmanager
+def _explained(uri: str | os.PathLike) -> Iterator[None]:
+    """Turns what S3 clients raise for wrong names and credentials into a UserError that names the URI."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials and the bucket policy") from error
+    except OSError as error:
+        if is_remote(os.fspath(uri)) and not isinstance(error, FileNotFoundError):
+            raise UserError(f"{uri}: {error}; check the bucket name and AWS_ENDPOINT_URL") from error
+        raise
+    except Exception as error:  # botocore's own classes (NoCredentialsError, EndpointConnectionError, ...)
+        if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise UserError(
+                f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), and AWS_ENDPOINT_URL "
+                "for a store other than AWS"
+            ) from error
+        raise
+
+
+def exists(uri: str | os.PathLike) -> bool:
+    fs, path = filesystem(uri)
+    with _explained(uri):
+        return bool(fs.exists(path))
+
+
+def read_bytes(uri: str | os.PathLike, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes [start, end) of a file. Raises FileNotFoundError, or UserError when the store refuses."""
+    fs, path = filesystem(uri)
+    with _explained(uri):
+        return bytes(fs.cat_file(path, start=start, end=end))
+
+
+def write_bytes(uri: str | os.PathLike, data: bytes) -> None:
+    """Writes a whole file so that readers see all of it or none: temp + rename locally, one PUT on S3."""
+    fs, path = filesystem(uri)
+    with _explained(uri):
+        if is_remote(os.fspath(uri)):
+            fs.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+
+
+def read_json(uri: str | os.PathLike) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri}: not valid JSON ({error})") from error
+
+
+def write_json(uri: str | os.PathLike, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=1, sort_keys=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def open_file(uri: str | os.PathLike, mode: str = "rb") -> Iterator[IO]:
+    """A plain file object. A local file opened for writing has its folder made; use `write_bytes` where atomicity matters."""
+    fs, path = filesystem(uri)
+    with _explained(uri):
+        if "w" in mode and not is_remote(os.fspath(uri)):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with fs.open(path, mode) as file:
+            yield file
+
+
+def list_files(uri: str | os.PathLike, recursive: bool = True) -> list[FileInfo]:
+    """Every file under a folder, sorted by path; empty when the folder is empty or does not exist."""
+    fs, root = filesystem(uri)
+    base = normalise(uri)
+    with _explained(uri):
+        try:
+            found = fs.find(root, withdirs=False, detail=True, maxdepth=None if recursive else 1)
+        except FileNotFoundError:
+            return []
+    prefix = root.rstrip("/") + "/"
+    files = [
+        FileInfo(path=name[len(prefix) :], size=int(info["size"] or 0), uri=join(base, name[len(prefix) :]))
+        for name, info in found.items()
+        if name.startswith(prefix) and info["type"] == "file" and not name.endswith("/")
+    ]
+    return sorted(files, key=lambda file: file.path)
+
+
+def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
+    """Removes a file, or a folder when recursive; one that is not there is no error."""
+    fs, path = filesystem(uri)
+    with _explained(uri), contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=recursive)
+
+
+def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Streams one file between any two places, in multipart chunks on S3."""
+    (from_fs, from_path), (to_fs, to_path) = filesystem(source), filesystem(target)
+    with _explained(source), _explained(target):
+        if not is_remote(os.fspath(target)):
+            os.makedirs(os.path.dirname(to_path), exist_ok=True)
+        if not is_remote(os.fspath(source)):
+            to_fs.put_file(from_path, to_path)
+        elif not is_remote(os.fspath(target)):
+            from_fs.get_file(from_path, to_path)
+        else:
+            with from_fs.open(from_path, "rb") as reader, to_fs.open(to_path, "wb") as writer:
+                while chunk := reader.read(16 << 20):
+                    writer.write(chunk)
+
+
+def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int = 8) -> list[FileInfo]:
+    """Copies every file under `source` to the same relative path under `target`, `threads` at a time."""
+    files = list_files(source)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda file: copy_file(file.uri, join(target, file.path)), files))
+    return files
