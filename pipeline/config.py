@@ -59,8 +59,7 @@ def parse(
         f"{inspect.cleandoc(description)}\n\n--recipe NAME starts from one of these (default {default}), "
         "--config FILE.yaml from a saved config:\n" + "\n".join(lines)
     )
-    config = (tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)
-    return tyro.cli(type(start), prog=prog, description=about, args=flags, default=start, config=config)
+    return tyro.cli(type(start), prog=prog, description=about, args=flags, default=start)
 
 
 def summary(function: Callable) -> str:

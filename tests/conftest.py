@@ -1,0 +1,110 @@
+"""Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small images made on the spot."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+
+# torchvision's wheel from the package index is built for CUDA; beside a CPU-only torch its compiled part does not load
+# and its Python part then fails on two missing operators. timm and transformers import it, nothing here calls them.
+if not torch.cuda.is_available():
+    _TORCHVISION = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """Embedded Ray with two CPUs, shared by every test of the session that needs one."""
+    import ray
+
+    from pipeline import cluster
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        runtime_env=cluster.runtime_env(ship_project=False),
+        logging_level="warning",
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A moto_server process on loopback: real clients speak real HTTP to it. It is a fake store, in memory."""
+    port = free_port()
+    command = [os.path.join(os.path.dirname(sys.executable), "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    endpoint = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(endpoint, timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, "moto_server ended at start"
+            time.sleep(0.1)
+    yield endpoint
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """`s3://<fresh bucket>`, with the AWS_* environment that reaches it."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test-access-key",
+        "AWS_SECRET_ACCESS_KEY": "test-secret-key",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{time.time_ns()}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
+    yield f"s3://{bucket}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three class folders of ten pictures each, JPEG and PNG, 40x56 to 90x120, each class its own colour."""
+    root = tmp_path / "images"
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("ant", "bee", "cat")):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            height, width = generator.integers((40, 56), (90, 120))
+            picture = generator.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            picture[:, :, label] += 180
+            cv2.imwrite(str(root / name / f"{i:03d}.{'png' if i % 5 == 0 else 'jpg'}"), picture)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images that VIT_REAL_DATA names."""
+    folder = os.environ.get("VIT_REAL_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("VIT_REAL_DATA names no folder of real images")
+    return Path(folder)
