@@ -1,0 +1,26 @@
+"""Images into shards, and shards into batches.
+
+open_dataset(uri) -> Dataset       pipeline/data/shards.py
+Loader(dataset, batch_size=...)    pipeline/data/loader.py
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.data.loader import Loader
+    from pipeline.data.shards import Dataset, open_dataset
+
+__all__ = ["Dataset", "Loader", "open_dataset"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the loader imports torch, which `prepare` workers and --help have no need of.
+    if name == "Loader":
+        from pipeline.data.loader import Loader
+
+        return Loader
+    if name in ("open_dataset", "Dataset"):
+        from pipeline.data import shards
+
+        return getattr(shards, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
