@@ -1,0 +1,60 @@
+"""Every experiment, metric and tag name that reaches MLflow, in one place.
+
+Runs are compared by name: two spellings of one quantity are two columns that never meet. Parameters need no list: they
+are the configuration, flattened to `a.b.c`.
+"""
+
+# Experiments, one per purpose.
+PREPARE, PRETRAIN, TRANSFER, EVALUATE = "prepare", "pretrain", "transfer", "evaluate"
+COMPARE = "compare"
+
+# Metrics of a training step. MLflow's `step` is the optimiser step; IMAGES_SEEN is logged beside every point, because
+# only images are comparable between batch sizes.
+IMAGES_SEEN = "images_seen"
+LOSS = "train/loss"
+GRAD_NORM = "train/grad_norm"
+LEARNING_RATE = "train/lr"
+IMAGES_PER_SECOND = "train/images_per_second"
+MFU = "train/mfu"  # model FLOPs utilisation, 0..1
+DATA_WAIT = "train/data_wait"  # share of the step spent waiting for the loader, 0..1
+MEMORY_GB = "train/memory_gb"  # peak of the device (or of the process on CPU), 1e9 bytes
+VAL_LOSS = "val/loss"
+VAL_TOP1 = "val/top1"
+
+# Cost of a run, logged once at its end.
+SECONDS = "cost/seconds"
+GPU_HOURS = "cost/gpu_hours"
+TRAIN_FLOPS = "cost/train_flops"  # 3 x forward FLOPs x images seen
+ENERGY_KWH = "cost/energy_kwh"
+
+# Scores of a transfer suite: top-1 in percent, per task and aggregated (paper, Table 2: the flat mean of 19 tasks).
+SCORE = "score/"  # + task
+MEAN_SCORE = "score_mean"
+GROUP_SCORE = "score_mean/"  # + natural | specialized | structured
+
+# Prefixes.
+NONFINITE = "nonfinite/"  # + metric: how many values were NaN or infinite so far (they are not stored themselves)
+SYSTEM = "system/"  # + node + "/" + quantity
+
+# Tags.
+RECIPE = "recipe"
+COMMIT = "commit"
+DIRTY = "commit.dirty"  # "true": code/diff.patch among the artifacts holds the uncommitted change
+DATA_URI = "data.uri"  # + "." + role
+DATA_FINGERPRINT = "data.fingerprint"  # + "." + role
+CHECKPOINT = "checkpoint"  # URI that was read (transfer) or last written (pretrain)
+RAY_JOB = "ray.job"
+LINEAGE = "lineage."  # + prepare | pretrain | transfer: run id of the run that this one was made from
+SPOOL = "spool"  # id given before the server knew the run: makes its creation safe to repeat
+RESUMED = "resumed"  # how many times the run was continued
+CHANGED = "resumed.changed"  # configuration that differs from the first attempt
+NONFINITE_TAG = "nonfinite"  # which metrics had non-finite values, how many, since which step
+
+# MLflow's own tag names.
+PARENT = "mlflow.parentRunId"
+RUN_NAME = "mlflow.runName"
+SOURCE_NAME = "mlflow.source.name"
+SOURCE_TYPE = "mlflow.source.type"
+SOURCE_COMMIT = "mlflow.source.git.commit"
+NOTE = "mlflow.note.content"
+USER = "mlflow.user"
