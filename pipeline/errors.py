@@ -1,17 +1,5 @@
-"""The one exception that means "the input is wrong", and the nearest-name hint that goes with it."""
+"""The exception that means "the input is wrong". It is defined in `models.errors`, since imports go pipeline -> models."""
 
-import difflib
-from collections.abc import Iterable
+from models.errors import UserError, nearest
 
-
-class UserError(Exception):
-    """Something the user can put right. The message names the file, key, flag or task and says what to do.
-
-    Jobs print it as one line and exit with status 2 (`pipeline.config.run_job`); libraries let it through.
-    """
-
-
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """' (did you mean "x"?)' for the closest valid name, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+__all__ = ["UserError", "nearest"]

@@ -1,0 +1,34 @@
+"""Position embeddings: fixed 2-D sines, and resizing learned ones to another grid."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sincos2d(grid: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine embeddings (1, grid*grid, width), float32: [sin x, cos x, sin y, cos y], base 10000.
+
+    The form of MoCo v3 (arXiv 2104.02057), which Google's later ViT code shares. `width` must be a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine position embeddings need a width divisible by 4, not {width}")
+    frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4 - 1))
+    y, x = torch.meshgrid(*(torch.arange(grid, dtype=torch.float64),) * 2, indexing="ij")
+    x_angle, y_angle = x.flatten()[:, None] * frequency, y.flatten()[:, None] * frequency
+    return torch.cat([x_angle.sin(), x_angle.cos(), y_angle.sin(), y_angle.cos()], dim=1).float()[None]
+
+
+def resize(embedding: torch.Tensor, new_grid: int, prefix: int) -> torch.Tensor:
+    """(1, prefix + old*old, D) -> (1, prefix + new*new, D), bilinear between the corners; the prefix rows stay.
+
+    Google's code calls scipy.ndimage.zoom(order=1), which is linear interpolation with the corner points aligned:
+    `align_corners=True` here. The half-pixel convention (False) gives visibly different embeddings.
+    """
+    tokens, patches = embedding[:, :prefix], embedding[:, prefix:]
+    old_grid = round(patches.shape[1] ** 0.5)
+    if old_grid**2 != patches.shape[1]:
+        raise ValueError(f"{patches.shape[1]} position embeddings do not form a square grid")
+    if old_grid == new_grid:
+        return embedding
+    plane = patches.float().reshape(1, old_grid, old_grid, -1).permute(0, 3, 1, 2)
+    plane = F.interpolate(plane, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
+    return torch.cat([tokens, plane.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)], dim=1)

@@ -1,0 +1,434 @@
+"""The Vision Transformer of arXiv 2010.11929, equations 1 to 4, and its hybrids.
+
+Shape suffixes: B batch, C channels, H W pixels, P patch side, N patches, T tokens (class and register tokens, then N
+patches row by row), D width, K classes. Parameter names are timm's, so that weights move between the two.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models import posemb
+from models.errors import UserError
+from models.heads import AttentionPool, Mlp, PreLogits, lecun_normal_, linear_head
+from models.resnet import Flavour, Stages
+from models.variants import Variant, parse_variant
+
+# ---------------------------------------------------------------- pixels to patches
+
+
+def normalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 pixels to [-1, 1]; floats are taken as normalised already. Computed in float32: bfloat16 would round pixels."""
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1.0
+    return x.to(dtype)
+
+
+def channels_last(x: torch.Tensor, channels: int) -> bool:
+    """Whether images are (B,H,W,C); raises ValueError for another number of channels. Floats are always (B,C,H,W)."""
+    if x.dtype == torch.uint8 and x.shape[-1] == channels:
+        return True
+    if x.shape[1] == channels:
+        return False
+    expected = f"(B,H,W,{channels}) uint8, or (B,{channels},H,W) uint8 or float"
+    raise ValueError(f"images of shape {tuple(x.shape)}, {x.dtype}; expected {expected}")
+
+
+def to_images(x: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Any accepted image tensor as normalised (B,C,H,W)."""
+    return normalise(x.permute(0, 3, 1, 2) if channels_last(x, channels) else x, dtype)
+
+
+def patchify(x: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
+    """Images -> (B,N,P*P*C), the sequence of eq. 1: patches row by row, inside a patch (row, column, channel).
+
+    Keeps the dtype. Rows and columns that do not fill a patch are dropped, as by a VALID convolution.
+    """
+    if channels_last(x, channels):
+        rows, columns = x.shape[1] // patch, x.shape[2] // patch
+        x = x[:, : rows * patch, : columns * patch]
+        x = x.reshape(-1, rows, patch, columns, patch, channels).permute(0, 1, 3, 2, 4, 5)
+    else:
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        x = x[:, :, : rows * patch, : columns * patch]
+        x = x.reshape(-1, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(-1, rows * columns, patch * patch * channels)
+
+
+class PatchProjection(nn.Conv2d):
+    """E of eq. 1. Stored as the convolution that timm and Google store, applied as the matrix that it is.
+
+    (B,N,P*P*C) -> (B,N,D). One matrix product over cut patches; the same numbers as the strided convolution over images.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__(channels, width, patch, patch)
+        lecun_normal_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, patches_BNP: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches_BNP, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Images or cut patches -> (B,N,D)."""
+
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.channels, self.patch = channels, patch
+        self.proj = PatchProjection(channels, width, patch)
+
+    def grid(self, image_size: int) -> int:
+        return image_size // self.patch
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if x.dim() == 4:
+            x = patchify(x, self.patch, self.channels)  # while still uint8: a quarter of the bytes to move
+            if positions is not None:
+                x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
+        return self.proj(normalise(x, self.proj.weight.dtype))
+
+
+class HybridEmbed(nn.Module):
+    """Images -> ResNet feature map -> (B,N,D). The map is cut into 1x1 patches (8x8 for the root-only stem)."""
+
+    def __init__(self, shape: Variant, channels: int, epsilons: str):
+        super().__init__()
+        assert shape.stem is not None
+        self.channels, self.patch = channels, shape.patch
+        self.backbone = Stages(shape.stem, shape.widen, channels, Flavour(preact=False, epsilons=epsilons))
+        self.proj = PatchProjection(self.backbone.channels, shape.width, shape.patch)
+
+    def grid(self, image_size: int) -> int:
+        for _ in range(
+            1 + max(1, len(self.backbone.stages))
+        ):  # root, pooling, and every stage after the first halve it
+            image_size = -(-image_size // 2)
+        return image_size // self.patch
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if x.dim() == 3 or positions is not None:
+            raise UserError("a hybrid takes whole images, not patches: use a data set of encoding jpeg")
+        feature_map = self.backbone(to_images(x, self.channels, self.proj.weight.dtype))
+        return self.proj(patchify(feature_map, self.patch, self.backbone.channels))
+
+
+# ---------------------------------------------------------------- the encoder
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, eq. 6 to 8 of the paper's appendix A, with q, k and v fused into one matrix product."""
+
+    def __init__(self, width: int, heads: int, dropout: float, qk_norm: bool, ln_eps: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=ln_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=ln_eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+        # Xavier for each of q, k, v alone (fan in = fan out = width). On the fused (3*width, width) matrix the usual
+        # initialiser would take fan out = 3*width and shrink all three by 0.71.
+        bound = (3 / width) ** 0.5
+        for layer in (self.qkv, self.proj):
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.zeros_(layer.bias)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v, each (B,heads,T,D/heads)."""
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        """(B,T,D) -> (B,T,D), or (B,queries,D): the first tokens only, each looking at all."""
+        q, k, v = self.split(x)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=dropout)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention weights (B,heads,T,T), for inspection."""
+        q, k, _ = self.split(x)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block, eqs. 2 and 3."""
+
+    def __init__(self, shape: Variant, dropout: float, attention_dropout: float, drop_path: float, **options):
+        super().__init__()
+        ln_eps = options["ln_eps"]
+        self.norm1 = nn.LayerNorm(shape.width, eps=ln_eps)
+        self.attn = Attention(shape.width, shape.heads, attention_dropout, options["qk_norm"], ln_eps)
+        self.norm2 = nn.LayerNorm(shape.width, eps=ln_eps)
+        self.mlp = Mlp(shape.width, shape.mlp, options["gelu"], dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = drop_path
+
+    def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        """(B,T,D) -> (B,T,D), or only its first `queries` tokens."""
+        x = x[:, :queries] + self.stochastic_depth(self.dropout(self.attn(self.norm1(x), queries)))
+        return x + self.stochastic_depth(self.mlp(self.norm2(x)))
+
+    def stochastic_depth(self, branch: torch.Tensor) -> torch.Tensor:
+        """Drops the branch for some samples of a training batch (arXiv 1603.09382)."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+
+class VisionTransformer(nn.Module):
+    """ViT and hybrid. `forward` gives logits, `features` the representation below the head, `encode` all tokens.
+
+    pool: "token" (class token), "gap" (mean of the patch tokens) or "map" (attention pooling); the last two have no
+        class token.
+    posemb: "learn" (1-D, of the paper), "sincos2d" (fixed) or "none".
+    pre_logits: the tanh layer that the paper's head has during pre-training.
+    registers: extra learned tokens without position (arXiv 2309.16588). qk_norm: LayerNorm on queries and keys
+        (arXiv 2302.05442). fc_norm: the final LayerNorm after the mean and not before, timm's default for "gap".
+    dropout: after every dense layer but q, k, v, and after adding positions. drop_path: stochastic depth, rising
+        linearly to this rate in the last block.
+    gelu: "tanh", which is what `jax.nn.gelu` and so all of Google's weights compute, or "exact", as timm and Hugging
+        Face run the same weights; they differ by at most 4.7e-4 per activation. ln_eps: 1e-6, flax's; Hugging Face 1e-12.
+    epsilons: of a hybrid's stem, "google" or "timm" (see models.resnet).
+    head_bias: initial bias of the head; -10 for sigmoid losses over thousands of classes.
+    width, depth, heads, mlp: override the named variant, for ablations.
+    Raises UserError for options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        num_classes: int,
+        image_size: int = 224,
+        *,
+        channels: int = 3,
+        pool: str = "token",
+        posemb: str = "learn",
+        pre_logits: bool = False,
+        registers: int = 0,
+        qk_norm: bool = False,
+        fc_norm: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        gelu: str = "tanh",
+        ln_eps: float = 1e-6,
+        epsilons: str = "google",
+        head_bias: float = 0.0,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        mlp: int | None = None,
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        shape = parse_variant(variant)
+        shape = Variant(
+            name=variant,
+            width=width or shape.width,
+            depth=depth or shape.depth,
+            heads=heads or shape.heads,
+            mlp=mlp or (shape.mlp if width is None else 4 * width),
+            patch=shape.patch,
+            stem=shape.stem,
+            widen=shape.widen,
+        )
+        _check_options(self.config, shape)
+        self.shape = shape
+        self.grad_checkpointing = False
+        self.patch_embed: PatchEmbed | HybridEmbed
+        if shape.stem is None:
+            self.patch_embed = PatchEmbed(channels, shape.width, shape.patch)
+        else:
+            self.patch_embed = HybridEmbed(shape, channels, epsilons)
+        self.grid = _grid(self.patch_embed, variant, image_size)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if pool == "token" else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, shape.width).normal_(std=0.02)) if registers else None
+        self.pos_embed: torch.Tensor | None = None
+        positioned = self.grid**2 + (pool == "token")  # the class token has a position of its own, registers have none
+        if posemb == "learn":
+            self.pos_embed = nn.Parameter(torch.empty(1, positioned, shape.width).normal_(std=0.02))
+        elif posemb == "sincos2d":
+            self._fix_positions()
+        self.pos_drop = nn.Dropout(dropout)
+
+        rates = [drop_path * i / max(1, shape.depth - 1) for i in range(shape.depth)]
+        self.blocks = nn.ModuleList(
+            Block(shape, dropout, attention_dropout, rate, qk_norm=qk_norm, ln_eps=ln_eps, gelu=gelu) for rate in rates
+        )
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(shape.width, eps=ln_eps)
+        self.attn_pool = AttentionPool(shape.width, shape.heads, shape.mlp, gelu, ln_eps) if pool == "map" else None
+        self.fc_norm = nn.LayerNorm(shape.width, eps=ln_eps) if fc_norm else nn.Identity()
+        self.pre_logits = PreLogits(shape.width) if pre_logits else nn.Identity()
+        self.head = linear_head(shape.width, num_classes, head_bias)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches: class token and registers."""
+        return (self.cls_token is not None) + self.config["registers"]
+
+    def embed(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """z_0 of eq. 1: (B,T,D), patches embedded, tokens prepended, positions added."""
+        self._check_input(x, positions)
+        return self.assemble(self.patch_embed(x, positions), positions)
+
+    def assemble(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Patch embeddings (B,N,D) -> (B,T,D) with tokens and positions."""
+        batch, cls = x.shape[0], self.cls_token is not None
+        tokens = []
+        if self.pos_embed is not None:
+            table = self.pos_embed[:, int(cls) :]
+            if positions is not None:
+                table = table.expand(batch, -1, -1).gather(1, positions[:, :, None].expand(-1, -1, table.shape[2]))
+            x = x + table
+        if self.cls_token is not None:
+            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+            tokens.append(token.expand(batch, -1, -1))
+        if self.reg_token is not None:
+            tokens.append(self.reg_token.expand(batch, -1, -1))
+        return self.pos_drop(torch.cat([*tokens, x], dim=1) if tokens else x)
+
+    def encode(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, queries: int | None = None
+    ) -> torch.Tensor:
+        """Final tokens (B,T,D) after the last LayerNorm, or the first `queries` of them."""
+        return self.run_blocks(self.embed(x, positions), queries)
+
+    def run_blocks(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            wanted = queries if i == last else None
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, wanted, use_reentrant=False)
+            else:
+                x = block(x, wanted)
+        return self.norm(x)
+
+    def features(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, every_token: bool = False
+    ) -> torch.Tensor:
+        """The representation below the head, (B,D); after the tanh layer if there is one.
+
+        With a class token nothing else of the last block is read, so nothing else is computed: the same result for 6%
+        less work in B. `every_token` computes them all the same.
+        """
+        alone = self.cls_token is not None and not every_token
+        tokens = self.encode(x, positions, queries=1 if alone else None)
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(tokens[:, self.prefix :])
+        elif self.cls_token is not None:
+            pooled = tokens[:, 0]
+        else:
+            pooled = tokens[:, self.prefix :].mean(dim=1)
+        return self.pre_logits(self.fc_norm(pooled))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B,K).
+
+        x: uint8 images (B,H,W,C) or (B,C,H,W), float images (B,C,H,W) in [-1, 1], or patches (B,N,P*P*C), uint8 or
+        float. positions: (B,n) int64, the row-major index of each patch, when some were dropped.
+        """
+        return self.head(self.features(x, positions))
+
+    def replace_head(self, num_classes: int) -> None:
+        """Drops the tanh layer and the head; a zero-initialised linear head takes their place (section 3.2)."""
+        reference = next(self.blocks.parameters())
+        self.pre_logits = nn.Identity()
+        self.head = linear_head(self.shape.width, num_classes).to(reference)
+        self.config |= {"num_classes": num_classes, "pre_logits": False, "head_bias": 0.0}
+
+    def set_image_size(self, size: int) -> None:
+        """Another resolution, same patch size: more or fewer tokens, positions interpolated (section 3.2)."""
+        grid = _grid(self.patch_embed, self.config["variant"], size)
+        self.config["image_size"] = size
+        if grid == self.grid:
+            return
+        self.grid = grid
+        if self.config["posemb"] == "sincos2d":
+            self._fix_positions()
+        elif self.pos_embed is not None:
+            with torch.no_grad():
+                resized = posemb.resize(self.pos_embed, grid, prefix=int(self.cls_token is not None))
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enabled
+
+    def _fix_positions(self) -> None:
+        # a buffer outside the state dict: it follows from the configuration
+        table = posemb.sincos2d(self.grid, self.shape.width)
+        if self.cls_token is not None:
+            table = F.pad(table, (0, 0, 1, 0))
+        reference = self.patch_embed.proj.weight
+        self.register_buffer("pos_embed", table.to(reference.device, reference.dtype), persistent=False)
+
+    def _check_input(self, x: torch.Tensor, positions: torch.Tensor | None) -> None:
+        if x.dim() == 4:
+            size = self.config["image_size"]
+            sides = x.shape[1:3] if channels_last(x, self.config["channels"]) else x.shape[2:4]
+            if sides[0] != size or sides[1] != size:
+                raise ValueError(
+                    f"images of {sides[0]}x{sides[1]} pixels in a model for {size}x{size}; call set_image_size"
+                )
+        elif x.dim() == 3:
+            values = self.shape.patch**2 * self.config["channels"]
+            if self.shape.stem is None and x.shape[2] != values:
+                raise ValueError(f"patches of {x.shape[2]} values in {self.config['variant']}; expected {values}")
+            if positions is None and x.shape[1] != self.grid**2:
+                raise ValueError(
+                    f"{x.shape[1]} patches in a model for {self.grid**2}; give their positions when some were dropped"
+                )
+        else:
+            raise ValueError(f"input of shape {tuple(x.shape)}; expected images (4 axes) or patches (B,N,P*P*C)")
+
+
+def _grid(embed: PatchEmbed | HybridEmbed, variant: str, image_size: int) -> int:
+    """Patches per side. Raises UserError for images smaller than a patch."""
+    grid = embed.grid(image_size)
+    if grid < 1:
+        raise UserError(
+            f"an image of {image_size} pixels is smaller than one patch of {variant}; enlarge it or use a smaller patch"
+        )
+    return grid
+
+
+def _check_options(config: dict, shape: Variant) -> None:
+    choices = {"pool": ("token", "gap", "map"), "posemb": ("learn", "sincos2d", "none"), "gelu": ("tanh", "exact")}
+    for name, valid in choices.items():
+        if config[name] not in valid:
+            raise UserError(f'{name}="{config[name]}" is not one of {", ".join(valid)}')
+    if shape.width % shape.heads:
+        raise UserError(f"{shape.name}: width {shape.width} is not divisible by {shape.heads} heads")
+    if config["fc_norm"] and config["pool"] != "gap":
+        raise UserError('fc_norm places the LayerNorm after the mean; it needs pool="gap"')
+    if config["posemb"] == "sincos2d" and shape.width % 4:
+        raise UserError(f"{shape.name}: 2-D sine-cosine positions need a width divisible by 4, not {shape.width}")
+
+
+def option_names(kind: type) -> list[str]:
+    """Keyword options of a model class beyond variant, num_classes and image_size."""
+    return [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def weight_decay_groups(model: nn.Module, kind: str = "all") -> list[dict]:
+    """Parameter groups for an optimiser, the second with weight_decay 0.
+
+    kind: "all" decays every parameter, as the paper's Adam did; "kernels" only the matrices of dense layers and
+    convolutions, as big_vision does: no biases, norms, tokens or position embeddings.
+    """
+    if kind not in ("all", "kernels"):
+        raise UserError(f'weight decay on "{kind}" is not one of all, kernels')
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = {name for name, p in trainable if kind == "all" or (name.endswith("weight") and p.dim() > 1)}
+    groups: list[dict] = [{"params": [p for name, p in trainable if name in decayed]}]
+    if len(decayed) < len(trainable):
+        groups.append({"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0})
+    return groups
