@@ -10,6 +10,8 @@ Rooms: `variants` (the table of names), `vit`, `resnet`, `heads`, `posemb`, `mpp
 
 from typing import Any
 
+from models.errors import UserError, nearest
+
 
 def create_model(variant: str, num_classes: int, image_size: int = 224, **options: Any):
     """A freshly initialised model; `create_model(**model.config)` builds the same architecture again.
@@ -20,7 +22,6 @@ def create_model(variant: str, num_classes: int, image_size: int = 224, **option
     Initial values come from torch's global generator. Raises UserError for a name or option that does not exist.
     """
     # torch is imported here and not above, so that `--help` of a job does not wait for it
-    from models.errors import UserError, nearest
     from models.mpp import MaskedPatchPredictor
     from models.resnet import ResNet
     from models.variants import parse_variant
@@ -39,3 +40,19 @@ def create_model(variant: str, num_classes: int, image_size: int = 224, **option
         if name not in valid:
             raise UserError(f'{variant} has no option "{name}"{nearest(name, valid)}; options: {", ".join(valid)}')
     return kind(variant, num_classes, image_size, **options)
+
+
+def weight_decay_groups(model, kind: str = "all") -> list[dict]:
+    """Parameter groups for an optimiser, the second with weight_decay 0.
+
+    kind: "all" decays every parameter, as the paper's Adam did; "kernels" only the matrices of dense layers and
+    convolutions, as big_vision does: no biases, norms, tokens or position embeddings.
+    """
+    if kind not in ("all", "kernels"):
+        raise UserError(f'weight decay on "{kind}" is not one of all, kernels')
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = {name for name, p in trainable if kind == "all" or (name.endswith("weight") and p.dim() > 1)}
+    groups: list[dict] = [{"params": [p for name, p in trainable if name in decayed]}]
+    if len(decayed) < len(trainable):
+        groups.append({"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0})
+    return groups

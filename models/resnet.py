@@ -126,11 +126,14 @@ class Stage(nn.Module):
 
     def __init__(self, channels: int, hidden: int, stride: int, units: int, flavour: Flavour):
         super().__init__()
+        self.grad_checkpointing = False
         self.blocks = nn.Sequential(Bottleneck(channels, hidden, stride, flavour))
         for _ in range(units - 1):
             self.blocks.append(Bottleneck(4 * hidden, hidden, 1, flavour))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint_sequential(self.blocks, len(self.blocks), x, use_reentrant=False)
         return self.blocks(x)
 
 
@@ -150,14 +153,20 @@ class Stages(nn.Module):
             self.stem.add_module("norm", flavour.norm(root))
             self.stem.add_module("act", nn.ReLU())
             self.stem.add_module("pool", MaxPoolSame())
-        self.stages = nn.Sequential()
         self.channels = root
+        self.blocks: list[Stage] = []
         for i, count in enumerate(units):
-            self.stages.append(Stage(self.channels, root * 2**i, 2 if i else 1, count, flavour))
+            self.blocks.append(Stage(self.channels, root * 2**i, 2 if i else 1, count, flavour))
             self.channels = 4 * root * 2**i
+        self.stages = nn.Sequential(*self.blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.stages(self.stem(x))
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each unit in the backward pass instead of keeping its activations."""
+        for stage in self.blocks:
+            stage.grad_checkpointing = enabled
 
 
 class ResNet(Stages):
@@ -188,7 +197,6 @@ class ResNet(Stages):
             "epsilons": epsilons,
             "head_bias": head_bias,
         }
-        self.grad_checkpointing = False
         self.norm = flavour.norm(self.channels)
         self.head = linear_head(self.channels, num_classes, head_bias)
 
@@ -200,12 +208,7 @@ class ResNet(Stages):
             raise UserError(
                 f"{self.config['variant']} takes whole images, not patches: use a data set of encoding jpeg"
             )
-        x = self.stem(to_images(x, self.config["channels"], self.norm.weight.dtype))
-        for stage in self.stages:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint_sequential(stage.blocks, len(stage.blocks), x, use_reentrant=False)
-            else:
-                x = stage(x)
+        x = super().forward(to_images(x, self.config["channels"], self.norm.weight.dtype))
         return F.relu(self.norm(x)).mean(dim=(2, 3))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -218,7 +221,3 @@ class ResNet(Stages):
 
     def set_image_size(self, size: int) -> None:
         self.config["image_size"] = size
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each unit in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enabled

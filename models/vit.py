@@ -361,6 +361,8 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enabled
+        if isinstance(self.patch_embed, HybridEmbed):
+            self.patch_embed.backbone.set_grad_checkpointing(enabled)
 
     def _fix_positions(self) -> None:
         # a buffer outside the state dict: it follows from the configuration
@@ -416,19 +418,3 @@ def _check_options(config: dict, shape: Variant) -> None:
 def option_names(kind: type) -> list[str]:
     """Keyword options of a model class beyond variant, num_classes and image_size."""
     return [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
-def weight_decay_groups(model: nn.Module, kind: str = "all") -> list[dict]:
-    """Parameter groups for an optimiser, the second with weight_decay 0.
-
-    kind: "all" decays every parameter, as the paper's Adam did; "kernels" only the matrices of dense layers and
-    convolutions, as big_vision does: no biases, norms, tokens or position embeddings.
-    """
-    if kind not in ("all", "kernels"):
-        raise UserError(f'weight decay on "{kind}" is not one of all, kernels')
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = {name for name, p in trainable if kind == "all" or (name.endswith("weight") and p.dim() > 1)}
-    groups: list[dict] = [{"params": [p for name, p in trainable if name in decayed]}]
-    if len(decayed) < len(trainable):
-        groups.append({"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0})
-    return groups
