@@ -1,0 +1,210 @@
+"""TFRecord files and tf.train.Example messages, read and written without TensorFlow.
+
+A TFRecord file is a sequence of records: uint64 length, masked CRC-32C of those eight bytes, the data, masked CRC-32C of the
+data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+# A record longer than this is a damaged length (or an attack on memory), not an image.
+MAX_RECORD_BYTES = 1 << 30
+
+# ---------------------------------------------------------------- CRC-32C
+
+POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed
+BLOCK = 256  # bytes that one lane of the vectorised checksum covers
+
+
+def _byte_table() -> np.ndarray:
+    """table[b]: the CRC register after it has taken in byte b from zero."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(POLYNOMIAL), table >> 1).astype(np.uint32)
+    return table
+
+
+_TABLE = _byte_table()
+
+
+def _through_zeros(register: np.ndarray, count: int) -> np.ndarray:
+    for _ in range(count):
+        register = _TABLE[register & 0xFF] ^ (register >> 8)
+    return register
+
+
+# The CRC register is linear over GF(2), so "push BLOCK zero bytes through" is the XOR of four table look-ups.
+_SKIP = [
+    _through_zeros(np.arange(256, dtype=np.uint32) << np.uint32(shift), BLOCK).tolist() for shift in (0, 8, 16, 24)
+]
+_TABLE_LIST = _TABLE.tolist()
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C of `data`. Blocks of 256 bytes are lanes that numpy advances side by side, joined afterwards."""
+    values = np.frombuffer(data, np.uint8)
+    whole = len(values) // BLOCK
+    register = 0xFFFFFFFF
+    if whole:
+        columns = np.ascontiguousarray(values[: whole * BLOCK].reshape(whole, BLOCK).T)
+        lanes = np.zeros(whole, np.uint32)
+        for column in columns:
+            lanes = _TABLE[(lanes ^ column) & 0xFF] ^ (lanes >> 8)
+        a, b, c, d = _SKIP
+        for lane in lanes.tolist():
+            register = a[register & 255] ^ b[register >> 8 & 255] ^ c[register >> 16 & 255] ^ d[register >> 24] ^ lane
+    for byte in values[whole * BLOCK :].tolist():
+        register = _TABLE_LIST[(register ^ byte) & 0xFF] ^ (register >> 8)
+    return register ^ 0xFFFFFFFF
+
+
+def _masked(data: bytes) -> int:
+    """TFRecord stores checksums rotated and offset, so that a checksum of data with checksums in it stays useful."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# ---------------------------------------------------------------- records
+
+
+def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[bytes]:
+    """The records of an open TFRecord file. `check=False` skips the checksum of the data (never that of the length).
+
+    Raises UserError, naming `name` and the record, where the file is cut short or a checksum differs.
+    """
+    number = 0
+    while head := file.read(12):
+        where = f"{name}: record {number}"
+        if len(head) < 12:
+            raise UserError(f"{where}: the file is cut short inside a record's length; fetch it again")
+        length, length_crc = struct.unpack("<QI", head)
+        if _masked(head[:8]) != length_crc:
+            raise UserError(f"{where}: wrong checksum of the length; not a TFRecord file, or damaged (or compressed)")
+        if length > MAX_RECORD_BYTES:
+            raise UserError(f"{where}: {length:,} bytes long, more than the limit of {MAX_RECORD_BYTES:,}")
+        data, tail = file.read(length), file.read(4)
+        if len(data) < length or len(tail) < 4:
+            raise UserError(f"{where}: the file is cut short ({len(data):,} of {length:,} bytes); fetch it again")
+        if check and _masked(data) != struct.unpack("<I", tail)[0]:
+            raise UserError(f"{where}: wrong checksum of the data; the file is damaged, fetch it again")
+        yield data
+        number += 1
+
+
+def write_record(file: IO[bytes], data: bytes) -> None:
+    head = struct.pack("<Q", len(data))
+    file.write(head + struct.pack("<I", _masked(head)) + data + struct.pack("<I", _masked(data)))
+
+
+# ---------------------------------------------------------------- tf.train.Example
+
+
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = view[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("an integer of more than 64 bits")
+
+
+def _fields(view: memoryview) -> Iterator[tuple[int, int, Any]]:
+    """(field number, wire type, value) of a message: ints for varints, memoryviews for everything else."""
+    position = 0
+    while position < len(view):
+        tag, position = _varint(view, position)
+        kind = tag & 7
+        if kind == 0:
+            value, position = _varint(view, position)
+            yield tag >> 3, kind, value
+            continue
+        if kind == 2:
+            size, position = _varint(view, position)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+        if position + size > len(view):
+            raise ValueError("a field runs over the end")
+        yield tag >> 3, kind, view[position : position + size]
+        position += size
+
+
+def _feature(view: memoryview) -> list[bytes] | np.ndarray:
+    """A Feature message: list of bytes, float32 array or int64 array; repeated numbers may be packed or not."""
+    for kind, _, values in _fields(view):
+        if kind == 1:
+            return [bytes(value) for _, _, value in _fields(values)]
+        if kind == 2:
+            return np.concatenate(
+                [np.zeros(0, np.float32), *(np.frombuffer(v, "<f4") for _, _, v in _fields(values))], dtype=np.float32
+            )
+        if kind == 3:
+            integers: list[int] = []
+            for _, wire, value in _fields(values):
+                if wire == 0:
+                    integers.append(value)
+                    continue
+                position = 0
+                while position < len(value):
+                    integer, position = _varint(value, position)
+                    integers.append(integer)
+            return np.array(integers, np.uint64).astype(np.int64)  # negative numbers are ten-byte two's complement
+    return []
+
+
+def parse_example(data: bytes, name: str = "record") -> dict[str, list[bytes] | np.ndarray]:
+    """{feature name: values} of a serialised tf.train.Example: a list of bytes, a float32 or an int64 array each.
+
+    Raises UserError, naming `name`, for bytes that are no Example.
+    """
+    example: dict[str, list[bytes] | np.ndarray] = {}
+    try:
+        for number, _, features in _fields(memoryview(data)):
+            for entry_number, _, entry in _fields(features) if number == 1 else ():
+                if entry_number == 1:
+                    parts = {field: value for field, _, value in _fields(entry)}
+                    example[str(parts[1], "utf-8")] = _feature(parts.get(2, memoryview(b"")))
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{name}: not a tf.train.Example message ({error})") from error
+    return example
+
+
+def _encode_varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def _message(number: int, data: bytes) -> bytes:
+    return _encode_varint(number << 3 | 2) + _encode_varint(len(data)) + data
+
+
+def encode_example(features: Mapping[str, bytes | str | Sequence | np.ndarray | int | float]) -> bytes:
+    """A serialised tf.train.Example: bytes and str (or lists of them) become bytes lists, floats float lists, integers
+    int64 lists."""
+    entries = b""
+    for name, value in features.items():
+        values: list[Any] = np.ravel(value).tolist() if not isinstance(value, bytes | str | list) else value  # type: ignore[assignment]
+        values = [values] if isinstance(values, bytes | str) else list(values)
+        if any(isinstance(v, bytes | str) for v in values):
+            encoded = [v.encode() if isinstance(v, str) else v for v in values]
+            feature = _message(1, b"".join(_message(1, v) for v in encoded))
+        elif any(isinstance(v, float) for v in values):
+            feature = _message(2, _message(1, struct.pack(f"<{len(values)}f", *values)))
+        else:
+            feature = _message(3, _message(1, b"".join(map(_encode_varint, values))))
+        entries += _message(1, _message(1, name.encode()) + _message(2, feature))
+    return _message(1, entries)
