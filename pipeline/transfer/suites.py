@@ -1,0 +1,419 @@
+"""What is measured: tasks, protocols, and the suites that put them together.
+
+A suite is a function from a TransferConfig to tasks; its docstring says what it reproduces. Numbers are the paper's
+(arXiv 2010.11929, Table 4 and appendix B.1.1; BiT is arXiv 1912.11370, VTAB arXiv 1910.04867).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pipeline import storage
+from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Dataset
+
+# The groups of VTAB, in the order of the paper's Table 9.
+GROUPS = {
+    "natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
+    "specialized": ("patch_camelyon", "eurosat", "resisc45", "retinopathy"),
+    "structured": (
+        *("clevr_count", "clevr_distance", "dmlab", "dsprites_location", "dsprites_orientation"),
+        *("kitti_distance", "smallnorb_azimuth", "smallnorb_elevation"),
+    ),
+}
+# BiT, appendix F: mirroring changes the label, or cropping does.
+NO_FLIP = ("dsprites_orientation", "smallnorb_azimuth", "dsprites_location")
+NO_CROP = ("clevr_count", "clevr_distance", "dmlab", "kitti_distance", "dsprites_location")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTune:
+    """Fine-tuning of all weights with a new zero-initialised head: SGD, no weight decay, softmax cross-entropy."""
+
+    resolution: int = 384
+    """Side of the model's input; position embeddings are resized to it. Test images are squashed to this square."""
+    crop: Literal["inception", "random", "squash"] = "inception"
+    """Training: 5-100% of the area at any aspect; a random square out of the image squashed to `enlarge` x resolution;
+    or only squashed."""
+    enlarge: float = 448 / 384
+    flip: bool = True
+    steps: int = 500
+    batch_size: int = 512
+    lrs: tuple[float, ...] = (0.01,)
+    """Several: each is tried on the task's dev split, then the best trains on everything."""
+    decay: Literal["cosine", "step"] = "cosine"
+    """To zero by a half cosine, or x0.1 at 30, 60 and 90% of the steps."""
+    warmup: int = 0
+    momentum: float = 0.9
+    clip: float = 1.0
+    polyak: float = 0.0
+    """Decay of the running average of the weights that is evaluated instead of the last weights; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A classifier on frozen features. Images are squashed to `resize` and centre-cropped to `resolution`."""
+
+    kind: Literal["fewshot", "linear", "knn"] = "fewshot"
+    resolution: int = 224
+    resize: int = 256
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Where examples come from: a dataset folder, or one of the official splits of a prepared VTAB task."""
+
+    uri: str
+    vtab: str | None = None
+    part: tuple[float, float] = (0.0, 1.0)
+    """Only the examples whose hash falls in this range of [0, 1): (0.02, 1.0) and (0.0, 0.02) make a 2% dev split."""
+
+    def open(self) -> "Dataset":
+        """The whole dataset; `chosen` says which of its examples belong. Raises UserError when it is not there."""
+        if self.vtab:
+            from pipeline.vtab import open_split
+
+            return open_split(self.uri, self.vtab)
+        from pipeline.data import open_dataset
+
+        return open_dataset(self.uri)
+
+    def chosen(self, keys: Sequence[str]) -> list[bool]:
+        """Which examples belong to the part: a function of the key alone, so that no order or shard size matters."""
+        low, high = self.part
+        if (low, high) == (0.0, 1.0):
+            return [True] * len(keys)
+        return [low <= int.from_bytes(hashlib.md5(key.encode()).digest()[:8]) / 2**64 < high for key in keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One row of the table: what to train on, what to report on, and how."""
+
+    name: str
+    group: str = ""
+    train: Split
+    test: Split
+    tune: tuple[Split, Split] | None = None
+    """(train, validation) for choosing the learning rate; never overlaps `test`."""
+    protocol: FineTune | Probe
+    parity: bool = False
+    """Predict whether the class index is odd, instead of the class: a second task on the same pictures."""
+    real_labels: str | None = None
+    """URI of ImageNet's real.json: adds the ReaL accuracy of the same model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """Transfer of one checkpoint to the tasks of a suite."""
+
+    suite: str = "demo"
+    checkpoint: str | None = None
+    """Checkpoint folder, folder of checkpoints (the latest complete one), or weights (.npz, .safetensors)."""
+    data: str | None = None
+    """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py --vtab all` and `--splits` write them."""
+    output: str | None = None
+    """Results, figures and report. The same command continues there. Default: runs/<suite>/transfer-<fingerprint>."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks."""
+    seeds: int = 1
+    """Fine-tunings per task; the table gives mean and deviation."""
+
+    # What the suite's protocol says is replaced by:
+    lrs: tuple[float, ...] = ()
+    """Learning rates; more than one are compared on the dev split (VTAB: train800 / val200) before the final training."""
+    steps: int | None = None
+    batch_size: int | None = None
+    resolution: int | None = None
+    warmup: int | None = None
+    polyak: float | None = None
+
+    l2: float = 1024.0
+    """Few-shot regularisation, a power of two; 0: the one with the best mean rank over the tasks, as in the paper."""
+    real_labels: str | None = None
+    """ImageNet's real.json, for suite paper. Default: DATA/imagenet/real.json, if it is there."""
+    decontamination: str | None = None
+    """Keys of test images that are also in the pre-training data: a report (.json, .parquet) or a folder of one per task.
+    Adds the accuracy without them."""
+    variant: str | None = None
+    """Architecture of bare weights ("B/16"); a checkpoint folder says it itself."""
+
+    micro_batch: int = 64
+    """Images per forward pass; gradients accumulate to the batch. Halved by itself when GPU memory runs out."""
+    workers: int | None = None
+    """Processes that train tasks. Default: as many as the GPUs (or CPUs) allow."""
+    gpus_per_worker: float = 1.0
+    """0.5 puts two tasks on each GPU. Without GPUs workers run on CPUs."""
+    cpus_per_worker: int = 1
+    retries: int = 2
+    """Times a task is started again after its process died."""
+    address: str | None = None
+    """Ray cluster to join: auto or host:port. Default: embedded Ray, or the submitted job's cluster."""
+    experiment: str = "transfer"
+    tracking_uri: str | None = None
+
+    def fine_tune(self, **suite: object) -> FineTune:
+        """The suite's protocol with this config's replacements. Fewer steps shorten the warm-up in proportion."""
+        protocol = FineTune(**suite)  # type: ignore[arg-type]
+        steps = self.steps or protocol.steps
+        own = {
+            "lrs": self.lrs or None,
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "resolution": self.resolution,
+            "warmup": round(protocol.warmup * steps / protocol.steps) if self.warmup is None else self.warmup,
+            "polyak": self.polyak,
+        }
+        return dataclasses.replace(protocol, **{key: value for key, value in own.items() if value is not None})
+
+
+def _data(config: TransferConfig) -> str:
+    if not config.data:
+        raise UserError(f"suite {config.suite} needs --data: the folder of prepared datasets")
+    return storage.normalise(config.data)
+
+
+def _prepared(uri: str) -> bool:
+    return storage.exists(storage.join(uri, "manifest.json"))
+
+
+def _train_and_test(uri: str) -> bool:
+    return _prepared(storage.join(uri, "train")) and _prepared(storage.join(uri, "test"))
+
+
+# ---------------------------------------------------------------- the suites
+
+
+def demo(config: TransferConfig, image_size: int) -> list[Task]:
+    """Small tasks on the demo's own data (runs/demo): fine-tuning at 1.5x resolution and on odd/even labels, few-shot,
+    linear probe and nearest neighbours. One minute on two cores."""
+    root = storage.normalise(config.data or "runs/demo/data")
+    train, test = Split(uri=storage.join(root, "train")), Split(uri=storage.join(root, "test"))
+    tuned = {"steps": 60, "batch_size": 64, "lrs": (0.03,), "warmup": 6, "crop": "squash", "flip": False}
+    frozen = {"resolution": image_size, "resize": image_size}
+    return [
+        Task(
+            name="highres",
+            train=train,
+            test=test,
+            protocol=config.fine_tune(**{**tuned, "resolution": round(1.5 * image_size)}),
+        ),
+        Task(
+            name="parity",
+            train=train,
+            test=test,
+            parity=True,
+            protocol=config.fine_tune(**{**tuned, "resolution": image_size}),
+        ),
+        *(
+            Task(name=kind, train=train, test=test, protocol=Probe(kind=kind, **frozen))  # type: ignore[arg-type]
+            for kind in ("fewshot", "linear", "knn")
+        ),
+    ]
+
+
+def vtab1k(config: TransferConfig, image_size: int) -> list[Task]:
+    """VTAB-1k as the ViT paper ran it: 19 tasks x 1,000 examples, 384 px, 2,500 steps of 512, SGD 0.01, cosine.
+
+    Augmentation is BiT's (squash to 448, random 384 crop, flip, with its exemptions); warm-up 500 steps as in the
+    published code. Expected flat means: H/14 JFT 77.63, L/16 JFT 76.28, L/16 ImageNet-21k 72.72.
+    """
+
+    def protocol(name: str) -> FineTune:
+        crop = "squash" if name in NO_CROP else "random"
+        return config.fine_tune(steps=2500, lrs=(0.01,), warmup=500, crop=crop, flip=name not in NO_FLIP)
+
+    return _vtab(config, protocol)
+
+
+def vtab1k_224(config: TransferConfig, image_size: int) -> list[Task]:
+    """VTAB-1k by the protocol of task_adaptation, which most later papers follow: 224 px, no augmentation, 1,000 steps
+    of 64, SGD 0.01 with x0.1 at 300, 600 and 900, warm-up 80."""
+    protocol = config.fine_tune(
+        resolution=224, steps=1000, batch_size=64, lrs=(0.01,), decay="step", warmup=80, crop="squash", flip=False
+    )
+    return _vtab(config, lambda name: protocol)
+
+
+def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[Task]:
+    root = _data(config)
+
+    def task(name: str, group: str) -> Task:
+        uri = storage.join(root, name)
+        return Task(
+            name=name,
+            group=group,
+            train=Split(uri=uri, vtab="train800val200"),
+            test=Split(uri=uri, vtab="test"),
+            tune=(Split(uri=uri, vtab="train800"), Split(uri=uri, vtab="val200")),
+            protocol=protocol(name),
+        )
+
+    return [task(name, group) for group, names in GROUPS.items() for name in names]
+
+
+def paper(config: TransferConfig, image_size: int) -> list[Task]:
+    """The paper's Table 2 without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
+
+    Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px with
+    Polyak averaging 0.9999; `--resolution 384 --polyak 0` gives Table 5. DATA/<name>/{train,test}.
+    """
+    low, high = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.06)
+    root = _data(config)
+
+    def task(name: str, dev: float, **protocol: object) -> Task:
+        uri = storage.join(root, name)
+        train = Split(uri=storage.join(uri, "train"))
+        tune = dataclasses.replace(train, part=(dev, 1.0)), dataclasses.replace(train, part=(0.0, dev))
+        return Task(
+            name=name,
+            train=train,
+            test=Split(uri=storage.join(uri, "test")),
+            tune=tune,
+            protocol=config.fine_tune(**protocol),
+        )
+
+    real = config.real_labels or storage.join(root, "imagenet", "real.json")
+    imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=512, polyak=0.9999)
+    if config.real_labels or storage.exists(real):
+        imagenet = dataclasses.replace(imagenet, real_labels=real)
+    return [
+        imagenet,
+        task("cifar10", 0.02, steps=10_000, lrs=low, warmup=500),
+        task("cifar100", 0.02, steps=10_000, lrs=low, warmup=500),
+        task("pets", 0.1, steps=500, lrs=low, warmup=100),
+        task("flowers102", 0.1, steps=500, lrs=low, warmup=100),
+    ]
+
+
+def folder(config: TransferConfig, image_size: int) -> list[Task]:
+    """Fine-tuning on your own datasets: DATA/{train,test} or DATA/<name>/{train,test}, as `prepare --splits` writes them.
+
+    BiT's rule for the length (500 steps below 20,000 examples, 10,000 below 500,000, else 20,000), the paper's learning
+    rates chosen on a tenth of train, 384 px.
+    """
+
+    def task(name: str, uri: str) -> Task:
+        train = Split(uri=storage.join(uri, "train"))
+        examples = len(train.open())
+        steps = 500 if examples < 20_000 else 10_000 if examples < 500_000 else 20_000
+        return Task(
+            name=name,
+            train=train,
+            test=Split(uri=storage.join(uri, "test")),
+            tune=(dataclasses.replace(train, part=(0.1, 1.0)), dataclasses.replace(train, part=(0.0, 0.1))),
+            protocol=config.fine_tune(steps=steps, lrs=(0.001, 0.003, 0.01, 0.03), warmup=steps // 20),
+        )
+
+    return [task(name, uri) for name, uri in _own_datasets(config)]
+
+
+def frozen(config: TransferConfig, image_size: int) -> list[Task]:
+    """No fine-tuning: 1, 5, 10 and 25-shot ridge regression, linear probe and k-NN on the features of every dataset.
+
+    DATA/{train,test}, DATA/<name>/{train,test}, or VTAB tasks. The few-shot evaluation is the paper's (section 4.1):
+    images squashed to 256, centre crop 224 (in proportion for another --resolution).
+    """
+    size = config.resolution or image_size
+    tasks = []
+    for name, uri in _own_datasets(config):
+        if _train_and_test(uri):
+            train, test = Split(uri=storage.join(uri, "train")), Split(uri=storage.join(uri, "test"))
+        else:
+            train, test = Split(uri=uri, vtab="train800val200"), Split(uri=uri, vtab="test")
+        for kind in ("fewshot", "linear", "knn"):
+            probe = Probe(kind=kind, resolution=size, resize=round(size * 256 / 224))  # type: ignore[arg-type]
+            tasks.append(Task(name=f"{name}-{kind}", train=train, test=test, protocol=probe))
+    return tasks
+
+
+def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
+    """(name, folder) of everything under --data that has both a training and a test part."""
+    root = _data(config)
+    if _train_and_test(root):
+        return [(root.rsplit("/", 1)[-1], root)]
+    fs, path = storage.filesystem(root)
+    names = sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)) if fs.isdir(path) else []
+    vtab = {name for group in GROUPS.values() for name in group}
+    found = [
+        (name, storage.join(root, name))
+        for name in names
+        if _train_and_test(storage.join(root, name)) or (config.suite == "frozen" and name in vtab)
+    ]
+    if not found:
+        raise UserError(f"{root}: no dataset with train and test; expected {root}/train or {root}/<name>/train")
+    return found
+
+
+SUITES: dict[str, Callable[[TransferConfig, int], list[Task]]] = {
+    "demo": demo,
+    "vtab1k": vtab1k,
+    "vtab1k-224": vtab1k_224,
+    "paper": paper,
+    "folder": folder,
+    "frozen": frozen,
+}
+
+
+def build(config: TransferConfig, image_size: int) -> list[Task]:
+    """The tasks that a config asks for. Raises UserError for an unknown suite or task, or settings that cannot work."""
+    if config.suite not in SUITES:
+        raise UserError(f'unknown suite "{config.suite}"{nearest(config.suite, SUITES)}; suites: {", ".join(SUITES)}')
+    numbers = ("steps", "batch_size", "resolution", "seeds", "micro_batch", "workers", "cpus_per_worker")
+    for name in numbers:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 < config.gpus_per_worker <= 1:
+        raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker}")
+    if any(lr <= 0 for lr in config.lrs):
+        raise UserError(f"--lrs must be positive, not {' '.join(f'{lr:g}' for lr in config.lrs)}")
+    if config.polyak is not None and not 0 <= config.polyak < 1:
+        raise UserError(f"--polyak must be in [0, 1), not {config.polyak:g}")
+    tasks = SUITES[config.suite](config, image_size)
+    names = [task.name for task in tasks]
+    for name in config.tasks:
+        if name not in names:
+            raise UserError(
+                f'suite {config.suite} has no task "{name}"{nearest(name, names)}; tasks: {", ".join(names)}'
+            )
+    return [task for task in tasks if not config.tasks or task.name in config.tasks]
+
+
+def open_all(tasks: Sequence[Task]) -> dict[Split, "Dataset"]:
+    """Every dataset of the tasks, opened. Raises one UserError that names all tasks whose data are missing or unusable."""
+    datasets: dict[Split, Dataset] = {}
+    problems: dict[str, str] = {}
+    for task in tasks:
+        swept = isinstance(task.protocol, FineTune) and len(task.protocol.lrs) > 1
+        for split in (task.train, task.test, *((task.tune or ()) if swept else ())):
+            try:
+                if split not in datasets:
+                    datasets[split] = split.open()
+            except UserError as error:
+                problems.setdefault(task.name, str(error))
+        if task.name in problems:
+            continue
+        train, test = datasets[task.train], datasets[task.test]
+        if list(train.classes) != list(test.classes):
+            problems[task.name] = f"{task.train.uri} and {task.test.uri} have different classes"
+        elif train.multilabel or not train.classes:
+            problems[task.name] = f"{task.train.uri}: transfer needs exactly one label per training image"
+        elif any(
+            d.encoding == "patches" and task.protocol.resolution % d.manifest.image["patch_size"] for d in (train, test)
+        ):
+            problems[task.name] = f"resolution {task.protocol.resolution} is no multiple of the stored patches' side"
+        elif swept and not task.tune:
+            problems[task.name] = "this task has no dev split to choose a learning rate on; give one --lrs"
+    if problems:
+        lines = "".join(f"\n  {name}: {problem}" for name, problem in problems.items())
+        raise UserError(
+            f"{len(problems)} of {len(tasks)} tasks cannot run:{lines}\n"
+            "prepare what is missing, or name the others with --tasks"
+        )
+    return datasets
