@@ -639,8 +639,11 @@ def start_run(
     return run
 
 
-def attach_run(run_id: str, tracking_uri: str) -> Run:
-    """Another writer into a run that someone else owns (system metrics of another node): `finish` only delivers."""
+def attach_run(run_id: str, tracking_uri: str, *, resume: bool = False) -> Run:
+    """Another writer into a run that someone else owns (system metrics of another node): `finish` only delivers.
+
+    resume: steps that the run already has are dropped, as `start_run(run_id=...)` does.
+    """
     header = {
         "uri": globals()["tracking_uri"](tracking_uri),
         "experiment": "",
@@ -650,7 +653,7 @@ def attach_run(run_id: str, tracking_uri: str) -> Run:
         "parent_id": None,
         "start_time": 0,
     }
-    run = Run(Spool(header), fill_gaps=False, owner=False)
+    run = Run(Spool(header), fill_gaps=resume, owner=False)
     run._start()
     return run
 

@@ -1,0 +1,299 @@
+"""The DeepSpeed engine of one worker, and its state in pieces that fit any number of workers.
+
+The only file that imports deepspeed. `Engine` wraps a model for ZeRO 0-3; `Engine.fragments()` names which slice of which
+parameter this worker's optimiser owns, so that a checkpoint is a set of named slices: written without communication, and
+readable on another number of workers or another ZeRO stage (each worker reads the slices it now owns).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models import weight_decay_groups
+from pipeline.errors import UserError
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The paper trains with Adam (b1 0.9, b2 0.999) and decoupled weight decay on every parameter (section 4.1, table 3)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum (weight decay is then an L2 penalty)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled, multiplied by the learning rate."""
+    decay: Literal["all", "kernels"] = "all"
+    """Which parameters decay: all (the paper) or only matrices (big_vision)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """Of sgd."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the model is placed and computed; none of it changes the mathematics beyond rounding."""
+
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of parameters and activations; optimiser states stay float32."""
+    micro_batch: int | None = None
+    """Images per worker and forward pass; the rest of a worker's share is accumulated. None: all at once."""
+    offload: bool = False
+    """Keep optimiser states in host memory."""
+    compile: bool = False
+    """torch.compile of every transformer block."""
+    recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """`flat[offset : offset + numel]` holds elements [start, start + numel) of parameter `name`, in float32."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+
+class Engine:
+    """One model under DeepSpeed.
+
+    `train_step` takes the worker's share of one global batch; the learning rate is set from outside each step, so that
+    the schedule is a function of the step alone and nothing about it needs saving.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        *,
+        accumulation: int,
+        micro_batch: int,
+        device: torch.device,
+        average: float = 0.0,
+    ):
+        import deepspeed
+
+        if config.precision == "fp16" and device.type == "cpu":
+            raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        if device.type == "cpu":
+            # DeepSpeed would compile a shared-memory collective with the machine's C++ compiler, behind a lock that a
+            # killed process never gives back. Training never calls it: gloo does the reductions.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if config.recompute:
+            model.set_grad_checkpointing(True)
+        groups = weight_decay_groups(model, optimizer.decay)
+        inner: torch.optim.Optimizer
+        if optimizer.name == "adamw":
+            fused = device.type == "cuda" and not config.offload
+            inner = torch.optim.AdamW(
+                groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=fused
+            )
+        else:
+            inner = torch.optim.SGD(groups, lr=0.0, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+        self.engine, *_ = deepspeed.initialize(
+            model=model.to(device), optimizer=inner, config=_deepspeed_config(optimizer, config, accumulation, micro_batch)
+        )
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
+        self.inner = inner
+        self.device = device
+        self.config = config
+        self.accumulation = accumulation
+        self._dropped = 0
+        if config.zero == 3:
+            # Stage 3 looks for non-finite gradients only in fp16; a bad batch must not reach the weights in any precision.
+            self.engine.optimizer._overflow_check_and_loss_scale_update = self._check_stage_3
+        elif hasattr(self.engine.optimizer, "check_grad_overflow"):
+            self.engine.optimizer.check_grad_overflow = True
+        self._fragments = list(self._find_fragments())
+        self.average = average
+        self.averages = {id(flat): flat.detach().clone() for flat in self._flats()} if average else {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def train_step(self, micro_losses: Iterable[Callable[[nn.Module], Tensor]], lr: float) -> Tensor:
+        """One optimiser step over `accumulation` micro-batches.
+
+        micro_losses: one function per micro-batch, from the model to its mean loss.
+        Returns this worker's mean loss, a detached scalar on the device (no host synchronisation).
+        """
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        for micro_loss in micro_losses:
+            loss = micro_loss(self.engine)
+            self.engine.backward(loss)
+            if not hasattr(self.engine.optimizer, "overflow"):
+                self._drop_bad_gradients()
+            self.engine.step()
+            total += loss.detach().float()
+        if self.average:
+            self._update_average()
+        return total / self.accumulation
+
+    @property
+    def skipped(self) -> int:
+        """Steps so far that were not taken because a gradient was not finite on some worker."""
+        return self.engine.skipped_steps + self._dropped
+
+    def _check_stage_3(self, update_scale: bool = True) -> bool:
+        optimizer = self.engine.optimizer
+        optimizer.overflow = False
+        optimizer.check_overflow()
+        return optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow
+
+    def _drop_bad_gradients(self) -> None:
+        """A plain optimiser (stage 0) skips parameters without a gradient; reduced gradients are alike on all workers."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self.engine.is_gradient_accumulation_boundary() and not all(g.isfinite().all() for g in gradients):
+            self._dropped += 1
+            for parameter in self.module.parameters():
+                parameter.grad = None
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        for flat in self._flats():
+            self.averages[id(flat)].lerp_(flat, 1 - self.average)
+
+    # ------------------------------------------------------------ state, as named slices
+
+    def _flats(self) -> list[Tensor]:
+        return list({id(fragment.flat): fragment.flat for fragment in self._fragments}.values())
+
+    def _find_fragments(self) -> Iterator[Fragment]:
+        """Where this worker's float32 parameters live inside DeepSpeed, for every stage."""
+        optimizer = self.engine.optimizer
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if self.config.zero == 3:
+            for group, parameters in enumerate(optimizer.fp16_groups):
+                flat, offset = optimizer.fp32_partitioned_groups_flat[group], 0
+                for parameter in parameters:
+                    share = parameter.partition_numel()
+                    start = rank * share
+                    numel = max(0, min(share, parameter.ds_numel - start))  # the last worker's share is padded
+                    if numel:
+                        yield Fragment(names[id(parameter)], start, numel, flat, offset)
+                    offset += share
+            return
+        partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        lower = getattr(optimizer, "bit16_groups", None)
+        if partitions is None:
+            partitions = getattr(optimizer, "fp32_groups_flat_partition", None)
+            lower = getattr(optimizer, "bf16_groups", None)
+        if partitions is None:  # stage 0 in float32: a plain optimiser, every worker holds everything
+            for name, parameter in self.module.named_parameters():
+                yield Fragment(name, 0, parameter.numel(), parameter, 0)
+            return
+        for flat, parameters in zip(partitions, lower, strict=True):
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield Fragment(names[id(parameter)], here.start, here.numel, flat, there.start)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """This worker's part of the training state on the host: {"kind:parameter:start": 1-D float32 slice}.
+
+        Kinds: "param" (float32 master), the optimiser's states ("exp_avg", ...), "average". Copies: training may go on
+        while they are written. What every worker holds alike (stage 0) is dealt out so that it is written once.
+        """
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        rank = torch.distributed.get_rank() if world > 1 else 0
+        replicated = self.config.zero == 0 and self.config.precision == "fp32"
+        tensors: dict[str, Tensor] = {}
+        for index, fragment in enumerate(self._fragments):
+            if replicated and index % world != rank:
+                continue
+            kinds = {"param": fragment.flat, **_tensor_states(self.inner, fragment.flat)}
+            if self.average:
+                kinds["average"] = self.averages[id(fragment.flat)]
+            window = slice(fragment.offset, fragment.offset + fragment.numel)
+            for kind, flat in kinds.items():
+                part = flat.detach().reshape(-1)[window]
+                tensors[f"{kind}:{fragment.name}:{fragment.start}"] = part.to("cpu", copy=True)
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], step: int) -> None:
+        """Fills this worker's slices. `read(kind, name, start, numel)` gives a 1-D float32 tensor; `kinds` are those stored.
+
+        The model itself must already hold the checkpoint's weights (low-precision copies are made from them).
+        """
+        states = kinds - {"param", "average"}
+        for flat in self._flats():
+            state = self.inner.state[flat]
+            for kind in states:
+                state[kind] = torch.zeros_like(flat, requires_grad=False)
+            if "exp_avg" in states:  # Adam's bias correction counts steps; torch keeps the count as a float tensor
+                fused = self.inner.param_groups[0].get("fused")
+                state["step"] = torch.tensor(float(step), device=flat.device if fused else "cpu")
+        for fragment in self._fragments:
+            for kind in kinds:
+                if kind == "param":
+                    target = fragment.flat
+                elif kind == "average":
+                    if not self.average:
+                        continue
+                    target = self.averages[id(fragment.flat)]
+                else:
+                    target = self.inner.state[fragment.flat][kind]
+                value = read(kind, fragment.name, fragment.start, fragment.numel)
+                target.data.reshape(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(value)
+        if self.average and "average" not in kinds:
+            for flat in self._flats():
+                self.averages[id(flat)].copy_(flat)
+
+
+def _tensor_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    """Optimiser states of the shape of the parameters (not the scalar step count)."""
+    states = optimizer.state.get(flat, {})
+    return {k: v for k, v in states.items() if isinstance(v, Tensor) and v.numel() == flat.numel() and v.dim() > 0}
+
+
+def _deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulation: int, micro_batch: int) -> dict:
+    zero: dict = {
+        "stage": config.zero,
+        # Overlapping reductions with contiguous gradients has a long history of races; stage 3 needs it for speed.
+        "overlap_comm": config.zero == 3 and torch.cuda.is_available(),
+        "contiguous_gradients": True,
+    }
+    if config.offload:
+        if config.zero == 0:
+            raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.clip or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

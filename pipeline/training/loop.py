@@ -1,0 +1,487 @@
+"""What one training worker does: fetch, step, log, validate, checkpoint.
+
+`train_worker` runs in every Ray Train worker. Everything that decides which image is seen when, at what learning rate and
+with which dropout mask is a function of the step, so that a run killed anywhere continues with nothing but its step.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from models import create_model
+from models.losses import correct, training_loss
+from models.variants import flops, parse_variant
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data import Loader, open_dataset
+from pipeline.data.augment import Augment
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+from pipeline.tracking import Run, attach_run, names
+from pipeline.training import checkpoint
+from pipeline.training.engine import Engine
+from pipeline.training.recipes import PretrainConfig
+from pipeline.training.schedule import learning_rate
+
+# Dense bf16 peak of one device in FLOP/s, from the data sheets (no sparsity); MFU is relative to it.
+PEAK_FLOPS = {
+    "H200": 989.5e12,
+    "H100": 989.5e12,
+    "GH200": 989.5e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A config with every horizon in steps and every share in images; the same on the driver and on each worker."""
+
+    config: PretrainConfig
+    classes: tuple[str, ...]
+    samples: int
+    channels: int
+    data_fingerprint: str
+    workers: int
+    lanes: int
+    per_worker: int
+    micro_batch: int
+    accumulation: int
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    cooldown: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of `create_model`."""
+        model = self.config.model
+        options: dict[str, Any] = {k: v for k, v in configuration.to_dict(model).items() if v is not None}
+        num_classes = len(self.classes)
+        if self.config.loss == "masked":
+            num_classes = 0
+            options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": "mean"}
+        if self.channels != 3:
+            options["channels"] = self.channels
+        return {"num_classes": num_classes, "image_size": self.config.image_size, **options}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two launches the same run: everything that decides which numbers are computed."""
+        from pipeline.training.recipes import OPERATIONAL
+
+        plain = configuration.to_dict(self.config)
+        kept = {key: value for key, value in plain.items() if key not in OPERATIONAL}
+        kept["engine"] = {"precision": self.config.engine.precision}
+        return {**kept, "lanes": self.lanes, "data": self.data_fingerprint}
+
+
+def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
+    """Resolves a config against its dataset. Raises UserError for whatever could not work."""
+    from pipeline.data.order import default_lanes
+
+    batch = config.batch_size
+    if batch < 1 or workers < 1:
+        raise UserError(f"batch_size {batch} and workers {workers} must be at least 1")
+    if config.loss != "masked" and not dataset.classes:
+        raise UserError(f"{config.data} has no classes; train on labelled data, or with --loss masked")
+    if dataset.multilabel and config.loss == "softmax":
+        raise UserError(f"{config.data} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
+    if batch > len(dataset):
+        raise UserError(f"batch_size {batch} is larger than {config.data} with its {len(dataset)} images; use a smaller batch")
+    lanes = config.lanes or default_lanes(batch, len(dataset))
+    if batch % lanes:
+        raise UserError(f"batch_size {batch} is not divisible by lanes {lanes}; use --lanes with a divisor of the batch")
+    if lanes % workers:
+        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        raise UserError(
+            f"{workers} workers do not divide the {lanes} lanes of the sample order; use --workers {fitting[:8]} or --lanes "
+            f"with a multiple of {workers} that divides the batch ({batch})"
+        )
+    per_worker = batch // workers
+    micro = config.engine.micro_batch or per_worker
+    if per_worker % micro:
+        raise UserError(
+            f"engine.micro_batch {micro} does not divide the {per_worker} images of each worker (batch_size {batch} over "
+            f"{workers} workers)"
+        )
+    image = dataset.manifest.image
+    if dataset.encoding == "patches":
+        patch = parse_variant(config.model.variant).patch
+        if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
+            raise UserError(
+                f"{config.data} holds {image['height']}x{image['width']} images cut into patches of {image['patch_size']}, but the "
+                f"run asks for image_size {config.image_size} and {config.model.variant}; prepare with --size and --patch-size "
+                "to match, or use encoding jpeg"
+            )
+        if config.augment.crop == "inception" or config.augment.randaug_layers:
+            raise UserError(f"{config.data} is already cut into patches: only flips are possible; use --augment.crop squash")
+    elif config.augment.size != config.image_size:
+        raise UserError(f"augment.size {config.augment.size} differs from image_size {config.image_size}; give both the same")
+    if not 0 < config.keep_tokens <= 1:
+        raise UserError(f"keep_tokens {config.keep_tokens} is not a share in (0, 1]")
+    steps_per_epoch = len(dataset) // lanes // (batch // lanes)
+    units = {"batch_size": batch, "examples_per_epoch": steps_per_epoch * batch}
+    total = configuration.steps(config.steps, **units)
+    if total < 1:
+        raise UserError(f'steps "{config.steps}" is less than one step of {batch} images')
+
+    def horizon(text: str) -> int:
+        return configuration.steps(text, **units, total_steps=total)
+
+    return Plan(
+        config=config,
+        classes=tuple(dataset.classes),
+        samples=len(dataset),
+        channels=image.get("channels", 3),
+        data_fingerprint=dataset.manifest.fingerprint,
+        workers=workers,
+        lanes=lanes,
+        per_worker=per_worker,
+        micro_batch=micro,
+        accumulation=per_worker // micro,
+        steps_per_epoch=steps_per_epoch,
+        total=total,
+        warmup=min(horizon(config.schedule.warmup), total),
+        cooldown=horizon(config.schedule.cooldown),
+        log_every=max(1, horizon(config.log_every)),
+        validate_every=max(1, horizon(config.validate_every)),
+        checkpoint_every=max(1, horizon(config.checkpoint_every)),
+    )
+
+
+# ---------------------------------------------------------------- the worker
+
+
+def train_worker(task: dict[str, Any]) -> None:
+    """The loop of one worker. `task`: config (plain), run_id, tracking_uri, and a console to print lines on the driver."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    config = configuration.from_dict(PretrainConfig, task["config"])
+    device = ray.train.torch.get_device()
+    say = task["say"] if rank == 0 else lambda line: None
+    run = attach_run(task["run_id"], task["tracking_uri"], resume=True) if rank == 0 else None
+    try:
+        result = train(config, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, say=say, run=run)
+    finally:
+        if run is not None:
+            run.finish()
+    ray.train.report(result)
+
+
+def train(
+    config: PretrainConfig,
+    *,
+    rank: int,
+    world: int,
+    local_rank: int,
+    device: torch.device,
+    say: Callable[[str], None],
+    run: Run | None,
+) -> dict[str, Any]:
+    """Trains from the newest checkpoint (or from scratch) to the end; needs an initialised process group when world > 1."""
+    plan = make_plan(config, open_dataset(config.data), world)
+    total, output = plan.total, storage.normalise(config.output)
+
+    torch.manual_seed(config.seed)  # the same initial weights on every worker
+    model = create_model(**plan.model_options)
+    train_flops = 3 * flops(model.config)
+    writer = checkpoint.Writer(output, model, keep=config.keep, best=names.VAL_TOP1)
+    start = _agree(_latest(output, say) if rank == 0 else None)
+    # A downloaded state is shared by the workers of a node through its local rank 0; local storage is read in place.
+    if start is not None:
+        _load_weights(model, storage.join(start.uri, "model.safetensors"))
+    elif config.init_from:
+        from models.convert import load_weights
+
+        say(str(load_weights(model, config.init_from)))
+    engine = Engine(
+        model,
+        config.optimizer,
+        config.engine,
+        accumulation=plan.accumulation,
+        micro_batch=plan.micro_batch,
+        device=device,
+        average=config.average,
+    )
+    first = 0
+    if start is not None:
+        first = start.step
+        with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
+            engine.restore(reader.read, reader.kinds, first)
+        say(f"resumed from {start.uri} on {world} workers")
+
+    losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
+    batches = _batches(plan, first, rank, world)
+    meter = Meter(device, train_flops, world)
+    skipped = skipped_in_a_row = 0
+    try:
+        for step in range(first, total):
+            batch = meter.wait(batches)
+            rate = learning_rate(
+                config.schedule, step, peak=config.optimizer.lr, total=total, warmup=plan.warmup, cooldown=plan.cooldown
+            )
+            torch.manual_seed(hash((config.seed, step, rank)) & 0x7FFFFFFF)  # dropout and masks
+            loss = engine.train_step(_micro_losses(plan, batch, device), rate)
+            meter.images += config.batch_size
+            done = step + 1
+
+            log = done % plan.log_every == 0 or done in (first + 1, total)
+            if log:
+                if world > 1:
+                    dist.all_reduce(loss)
+                value = float(loss) / world
+                metrics = {names.LOSS: value, names.GRAD_NORM: engine.grad_norm(), names.LEARNING_RATE: rate}
+                metrics |= meter.read() | {names.IMAGES_SEEN: done * config.batch_size}
+                losses.setdefault("loss_first", value)
+                losses["loss_last"] = value
+                say(_line(done, plan, metrics, meter.remaining((total - done) * config.batch_size)))
+                if run is not None:
+                    run.log(metrics, done)
+            skipped_in_a_row = skipped_in_a_row + 1 if engine.skipped > skipped else 0
+            skipped = engine.skipped
+            if skipped_in_a_row:
+                say(f"warning: step {done}: gradient not finite, step skipped ({skipped} so far)")
+                if skipped_in_a_row >= config.stop_after_skipped:
+                    raise RuntimeError(
+                        f"{skipped_in_a_row} steps in a row without finite gradients at step {done}: lower optimizer.lr, use "
+                        "engine.precision bf16 or fp32, or look at the data; the last checkpoint is kept"
+                    )
+            if config.validation and (done % plan.validate_every == 0 or done == total):
+                with meter.paused():
+                    scores = validate(engine, plan, config.validation, rank, world, device)
+                losses |= scores
+                say(f"step {done}/{total}  validation top-1 {scores[names.VAL_TOP1]:.2%}  loss {scores[names.VAL_LOSS]:.4f}")
+                if run is not None:
+                    run.log({**scores, names.IMAGES_SEEN: done * config.batch_size}, done)
+            if done % plan.checkpoint_every == 0 or done == total:
+                with meter.paused():
+                    writer.save(done, engine.snapshot(), _about(plan, done, losses))
+        writer.wait()
+    finally:
+        batches.close()
+        writer.close()
+    if first >= total:
+        say(f"nothing left to do: {start.uri if start else output} is at step {first} of {total}")
+    return {
+        "steps": total,
+        "images": total * config.batch_size,
+        "checkpoint": checkpoint.folder(output, total),
+        "skipped": engine.skipped,
+        "train_flops": train_flops * (total - first) * config.batch_size,
+        "checkpoint_wait_seconds": writer.waited,
+        **losses,
+    }
+
+
+def _latest(output: str, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    for name in checkpoint.remove_orphans(output):
+        say(f"removed {name}: it was never committed")
+    return checkpoint.latest(output)
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _load_weights(model: nn.Module, uri: str) -> None:
+    from safetensors.torch import load
+
+    model.load_state_dict(load(storage.read_bytes(uri)))
+
+
+def _batches(plan: Plan, first: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
+    """This worker's share of global step `first` and all that follow, epoch after epoch."""
+    config = plan.config
+    epoch, step = divmod(first, plan.steps_per_epoch)
+    with Loader(
+        open_dataset(config.data),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world,
+        lanes=plan.lanes,
+        epoch=epoch,
+        step=step,
+        augment=config.augment,
+        shuffle_window=config.shuffle_window,
+        keep_tokens=config.keep_tokens,
+        threads=config.threads or max(1, int(config.cpus_per_worker)),
+        drop_last=True,
+        cache_dir=config.cache,
+    ) as loader:
+        while True:
+            yield from loader
+
+
+def _micro_losses(plan: Plan, batch: dict[str, Any], device: torch.device) -> Iterator[Callable[[nn.Module], Tensor]]:
+    """The worker's batch as one loss function per micro-batch."""
+    config = plan.config
+    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+    images = tensors.pop("image") if "image" in tensors else tensors.pop("patches")
+    for begin in range(0, plan.per_worker, plan.micro_batch):
+        part = slice(begin, begin + plan.micro_batch)
+        micro = {key: value[part] for key, value in tensors.items()}
+
+        def loss(model: nn.Module, x: Tensor = images[part], micro: dict[str, Tensor] = micro) -> Tensor:
+            positions = {"positions": micro["positions"]} if "positions" in micro else {}
+            return training_loss(model(x, **positions), micro, config.loss, config.label_smoothing)
+
+        yield loss
+
+
+@torch.no_grad()
+def validate(
+    engine: Engine, plan: Plan, uri: str, rank: int, world: int, device: torch.device
+) -> dict[str, float]:
+    """Top-1 (0..1) and mean loss over a whole dataset, each image once, shared among the workers."""
+    dataset, config = open_dataset(uri), plan.config
+    engine.module.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    size = config.image_size
+    evaluation = Augment(size=size, crop="center", resize=round(size * 8 / 7), flip=False)
+    batch_size = max(world, plan.micro_batch * world)
+    with Loader(
+        dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=evaluation
+    ) as loader:
+        for batch in loader:
+            images = batch.get("image", batch.get("patches")).to(device)
+            labels = batch["label"].to(device)
+            count = len(images)
+            if count == 0:  # with ZeRO-3 every worker must take part in every forward pass
+                images = images.new_zeros(1, *images.shape[1:])
+            output = engine.engine(images)
+            if count == 0:
+                continue
+            sums += torch.tensor(
+                [float(training_loss(output, {"label": labels}, config.loss)) * count, 0.0, count], device=device
+            )
+            if isinstance(output, Tensor):
+                sums[1] += correct(output, labels).sum()
+    engine.module.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    return {names.VAL_LOSS: float(sums[0] / sums[2]), names.VAL_TOP1: float(sums[1] / sums[2])}
+
+
+def _about(plan: Plan, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What COMMIT.json and config.json say besides files and weights."""
+    epoch, position = divmod(step, plan.steps_per_epoch)
+    return {
+        "epoch": epoch,
+        "epoch_step": position,
+        "total_steps": plan.total,
+        "images_seen": step * plan.config.batch_size,
+        "identity": configuration.fingerprint(plan.identity),
+        "metrics": dict(metrics),
+        "config": {"classes": list(plan.classes), "pretrain": configuration.to_dict(plan.config)},
+    }
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Meter:
+    """Rates between log lines: images per second, share of time spent waiting for data, MFU, memory."""
+
+    def __init__(self, device: torch.device, train_flops: int, world: int):
+        self.device, self.train_flops = device, train_flops
+        self.peak = peak_flops(device) * world
+        self.images, self.waited = 0, 0.0
+        self.since = time.perf_counter()
+        self.rate = 0.0
+        self.batch = 0
+
+    def wait(self, batches: Iterator[dict]) -> dict:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def paused(self) -> "Meter":
+        """`with meter.paused():` - validation and snapshots do not count as training time."""
+        return self
+
+    def __enter__(self) -> None:
+        self._paused = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.since += time.perf_counter() - self._paused
+
+    def read(self) -> dict[str, float]:
+        """Values since the last read."""
+        now = time.perf_counter()
+        seconds = max(now - self.since, 1e-9)
+        self.rate = self.images / seconds
+        values = {
+            names.IMAGES_PER_SECOND: self.rate,
+            names.MFU: self.rate * self.train_flops / self.peak,
+            names.DATA_WAIT: min(self.waited / seconds, 1.0),
+            names.MEMORY_GB: memory_gb(self.device),
+        }
+        self.images, self.waited, self.since = 0, 0.0, now
+        return values
+
+    def remaining(self, images: float) -> float:
+        """Seconds left for so many images at the last rate."""
+        return images / self.rate if self.rate else float("nan")
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs, a measured float32 matrix product on a CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, value in PEAK_FLOPS.items():
+            if key in name:
+                return value
+        return float("inf")  # an unknown GPU shows 0% and not a wrong number
+    size = 768
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def _line(step: int, plan: Plan, metrics: dict[str, float], seconds: float) -> str:
+    minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
+    hours, minutes = divmod(minutes, 60)
+    eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return (
+        f"step {step}/{plan.total}  epoch {step / plan.steps_per_epoch:.2f}  loss {metrics[names.LOSS]:.4f}  "
+        f"grad {metrics[names.GRAD_NORM]:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  "
+        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s  mfu {metrics[names.MFU]:.1%}  wait {metrics[names.DATA_WAIT]:.1%}  "
+        f"{metrics[names.MEMORY_GB]:.1f} GB  eta {eta}"
+    )

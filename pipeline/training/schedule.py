@@ -1,0 +1,40 @@
+"""Learning rate as a function of the step alone: nothing to save, nothing to restore."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """The paper: 10,000 warm-up steps, then linear or cosine decay (table 3)."""
+
+    kind: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    warmup: str = "10000steps"
+    """Linear warm-up: steps, epochs, examples or percent of the run."""
+    end: float = 0.0
+    """Learning rate at the last step of linear and cosine (the paper's code ends its linear decay at 1e-5)."""
+    cooldown: str = "0steps"
+    """Linear decay to zero at the end of rsqrt or constant."""
+    timescale: int = 10_000
+    """Of rsqrt, in steps."""
+
+
+def learning_rate(config: ScheduleConfig, step: int, *, peak: float, total: int, warmup: int, cooldown: int = 0) -> float:
+    """Learning rate of step `step` (0-based) of `total`.
+
+    Warm-up multiplies the decayed rate by step / warmup (section 4.1; the reference code's order), with progress of the
+    decay counted from the end of warm-up. The first step of a warm-up has rate 0, as in the reference code.
+    """
+    progress = min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
+    if config.kind == "linear":
+        rate = config.end + (peak - config.end) * (1 - progress)
+    elif config.kind == "cosine":
+        rate = config.end + (peak - config.end) * 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.kind == "rsqrt":
+        rate = peak / math.sqrt(1 + max(step - warmup, 0) / config.timescale)
+    else:
+        rate = peak
+    if config.kind in ("rsqrt", "constant") and cooldown:
+        rate *= min(1.0, (total - step) / cooldown)
+    return rate * min(1.0, step / warmup) if warmup else rate
