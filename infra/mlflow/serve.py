@@ -165,7 +165,7 @@ def serve(options: argparse.Namespace, data: str, database: str) -> int:
     )
     artifacts = options.artifacts or os.path.join(data, "artifacts")
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if value or not name.startswith("AWS_")},
         "MLFLOW_BACKEND_STORE_URI": database,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
         "MLFLOW_AUTH_CONFIG_PATH": accounts,

@@ -1,0 +1,386 @@
+"""Tracking: what is logged arrives once and whole, whatever the server does, and logging never waits for it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.tracking import names, start_run, tracking_uri
+from pipeline.tracking import run as run_module
+from pipeline.tracking.spool import Queue, spool_root
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimiser:
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    variant: str = "Ti/16"
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's tables take seconds to make: once, then copied."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    run_module.client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def uri(empty_database, tmp_path, monkeypatch):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setattr(run_module, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(run_module, "RETRY_AT_MOST", 0.1)
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+class Outage:
+    """Stands between the code and the MLflow client: `down` refuses every call, `lose_answers` performs and then fails."""
+
+    def __init__(self, monkeypatch):
+        self.real = run_module.client
+        self.down = False
+        self.lose_answers = 0
+        self.delay = 0.0
+        monkeypatch.setattr(run_module, "client", self)
+
+    def __call__(self, uri):
+        return _Proxy(self, self.real(uri))
+
+
+class _Proxy:
+    def __init__(self, outage, real):
+        self.outage, self.real = outage, real
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            time.sleep(self.outage.delay)
+            if self.outage.down:
+                raise ConnectionError("connection refused")
+            result = getattr(self.real, name)(*args, **kwargs)
+            if self.outage.lose_answers and name in ("create_run", "log_batch", "log_artifact"):
+                self.outage.lose_answers -= 1
+                raise TimeoutError("the answer was lost")
+            return result
+
+        return call
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    return Outage(monkeypatch)
+
+
+def history(uri, run_id, key):
+    return [(point.step, point.value) for point in run_module.client(uri).get_metric_history(run_id, key)]
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_run_carries_config_data_code_and_metrics(uri):
+    with start_run("pretrain", "one", config=Config(), tags={names.RECIPE: "demo"}, tracking_uri=uri) as run:
+        for step in range(1, 2501):  # more than one request takes
+            run.log({names.LOSS: 1 / step, names.IMAGES_SEEN: step * 64}, step=step)
+        run.log_dataset("s3://bucket/shards/", {"fingerprint": "0a1b2c", "rows": 7}, role="train")
+        run.log_text("# Report", "report.md")
+    client = run_module.client(uri)
+    stored = client.get_run(run.id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params == {"variant": "Ti/16", "optimiser.lr": "0.001"}
+    assert stored.data.tags[names.RECIPE] == "demo"
+    assert stored.data.tags["data.fingerprint.train"] == "0a1b2c"
+    assert history(uri, run.id, names.LOSS) == [(step, 1 / step) for step in range(1, 2501)]
+    dataset = stored.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest, json.loads(dataset.source)["uri"]) == (
+        "shards",
+        "0a1b2c",
+        "s3://bucket/shards/",
+    )
+    files = {file.path for folder in ("", "data") for file in client.list_artifacts(run.id, folder)}
+    assert {"config.yaml", "environment.json", "report.md", "data/train-manifest.json"} <= files
+    assert not os.listdir(spool_root())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_the_end_state_is_honest(uri, error, status):
+    def body():
+        with start_run("prepare", "end", tracking_uri=uri) as run:
+            runs.append(run)
+            if error:
+                raise error
+
+    runs: list = []
+    if error:
+        with pytest.raises(error):
+            body()
+    else:
+        body()
+    assert run_module.client(uri).get_run(runs[0].id).info.status == status
+
+
+def test_a_resumed_run_has_every_step_once(uri):
+    first = start_run("pretrain", "r", config=Config(), tracking_uri=uri)
+    for step in range(10, 51, 10):
+        first.log({names.LOSS: float(step)}, step=step)
+    first.log({names.MEAN_SCORE: 1.0})
+    first.finish("FAILED")
+    again = start_run("pretrain", "r", config=Config(variant="S/16"), run_id=first.id, tracking_uri=uri)
+    for step in range(30, 81, 10):
+        again.log({names.LOSS: float(step)}, step=step)
+    again.log({names.MEAN_SCORE: 2.0})  # a summary, without a step: the newer one counts
+    again.finish()
+    assert again.id == first.id
+    assert history(uri, first.id, names.LOSS) == [(step, float(step)) for step in range(10, 81, 10)]
+    stored = run_module.client(uri).get_run(first.id)
+    assert stored.data.metrics[names.MEAN_SCORE] == 2.0
+    assert stored.data.params["variant"] == "Ti/16"
+    assert stored.data.tags[names.CHANGED] == "variant: Ti/16 -> S/16"
+    assert stored.data.tags[names.RESUMED] == "1"
+    assert stored.info.status == "FINISHED"
+
+
+def test_a_run_of_another_server_continues_as_a_new_one(uri):
+    with start_run("pretrain", "moved", run_id="0" * 32, tracking_uri=uri) as run:
+        run.log({names.LOSS: 1.0}, step=5)
+    assert run.id != "0" * 32
+    assert run_module.client(uri).get_run(run.id).data.tags["resumed.from"] == "0" * 32
+    assert history(uri, run.id, names.LOSS) == [(5, 1.0)]
+
+
+def test_nonfinite_values_are_flagged_and_not_stored(uri):
+    with start_run("pretrain", "nan", tracking_uri=uri) as run:
+        for step, loss in enumerate([2.0, float("nan"), float("inf"), 1.0]):
+            run.log({names.LOSS: loss}, step=step)
+    assert history(uri, run.id, names.LOSS) == [(0, 2.0), (3, 1.0)]
+    assert history(uri, run.id, names.NONFINITE + names.LOSS) == [(1, 1.0), (2, 2.0)]
+    tags = run_module.client(uri).get_run(run.id).data.tags
+    assert tags[names.NONFINITE_TAG] == f"{names.LOSS}: 2 since step 1"
+
+
+def test_lineage_reaches_back_through_all_sources(uri):
+    with start_run("prepare", "data", tracking_uri=uri) as prepare:
+        pass
+    with start_run("pretrain", "model", tracking_uri=uri) as pretrain:
+        pretrain.log_dataset("/shards", {"run_id": prepare.id})
+    with start_run("transfer", "scores", tracking_uri=uri) as transfer:
+        transfer.link("pretrain", pretrain.id)
+    tags = run_module.client(uri).get_run(transfer.id).data.tags
+    assert (tags["lineage.prepare"], tags["lineage.pretrain"]) == (prepare.id, pretrain.id)
+    for run in (prepare, pretrain):
+        assert f"/runs/{run.id})" in tags[names.NOTE]
+
+
+# ---------------------------------------------------------------- the server misbehaves
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_later(uri, outage, capfd):
+    outage.down = True
+    parent = start_run("transfer", "parent", tracking_uri=uri)
+    child = start_run("transfer", "child", parent_id=parent.id, tracking_uri=uri)
+    assert parent.id.startswith("offline-")
+    assert "cannot be reached" in capfd.readouterr().err
+    child.log({"score/dtd": 50.0})
+    parent.log({names.MEAN_SCORE: 50.0})
+    outage.down = False
+    wait_until(lambda: not parent.id.startswith("offline-") and not child.id.startswith("offline-"))
+    assert child.finish()
+    assert parent.finish()
+    stored = outage.real(uri).get_run(child.id)
+    assert stored.data.tags[names.PARENT] == parent.id
+    assert stored.data.metrics["score/dtd"] == 50.0
+
+
+def test_a_lost_answer_neither_doubles_nor_loses(uri, outage):
+    outage.lose_answers = 3  # of the creation, of a batch, of an artifact or batch
+    run = start_run("pretrain", "lost", tracking_uri=uri)
+    for step in range(20):
+        run.log({names.LOSS: float(step)}, step=step)
+    wait_until(lambda: outage.lose_answers == 0 and not run._spool.pending)
+    assert run.finish()
+    experiment = outage.real(uri).get_experiment_by_name("pretrain").experiment_id
+    assert len(outage.real(uri).search_runs([experiment])) == 1
+    assert history(uri, run.id, names.LOSS) == [(step, float(step)) for step in range(20)]
+
+
+def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them(uri, outage, capfd, monkeypatch):
+    outage.down = True
+    run = start_run("pretrain", "offline", config=Config(), tracking_uri=uri)
+    for step in range(1, 6):
+        run.log({names.LOSS: float(step)}, step=step)
+    run.log_text("hello", "notes/hello.txt")
+    assert run.finish(timeout=1) is False
+    said = capfd.readouterr().err
+    assert "not delivered" in said
+    assert "python -m pipeline.tracking upload" in said
+    offline = run.id
+    outage.down = False
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    command = [sys.executable, "-m", "pipeline.tracking", "upload"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "uploaded pretrain/offline" in done.stdout
+    run_id = run_module._lookup(uri, offline)
+    assert history(uri, run_id, names.LOSS) == [(step, float(step)) for step in range(1, 6)]
+    stored = outage.real(uri).get_run(run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["variant"] == "Ti/16"
+    assert outage.real(uri).list_artifacts(run_id, "notes")[0].path == "notes/hello.txt"
+    assert not os.listdir(spool_root())
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.tracking import run as r
+real = r.client
+class Down:
+    def __getattr__(self, name):
+        if name in ("log_batch", "log_artifact"):
+            raise ConnectionError("down")
+        return getattr(real(sys.argv[1]), name)
+r.client = lambda uri: Down()
+run = r.start_run("pretrain", "killed", run_id=sys.argv[2] or None, tracking_uri=sys.argv[1])
+print(run.id, flush=True)
+for step in range(1, 31):
+    run.log({"train/loss": float(step)}, step=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_logged_is_delivered_by_the_next_attempt(uri):
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    command = [sys.executable, "-c", KILLED, uri, ""]
+    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    run_id = killed.stdout.strip()
+    assert killed.returncode == -9
+    with start_run("pretrain", "killed", run_id=run_id, tracking_uri=uri) as run:
+        for step in range(21, 41):
+            run.log({names.LOSS: float(step)}, step=step)
+    assert run.id == run_id
+    assert history(uri, run_id, names.LOSS) == [(step, float(step)) for step in range(1, 41)]
+    assert not os.listdir(spool_root())
+
+
+def test_a_refused_record_does_not_hold_up_the_others(uri, capfd):
+    run = start_run("pretrain", "refused", config={"a": 1}, tracking_uri=uri)
+    run.flush()
+    run.log_params({"a": 2})  # MLflow never changes a parameter
+    for step in range(5):
+        run.log({names.LOSS: 1.0, "bad|name": 2.0} if step == 2 else {names.LOSS: 1.0}, step=step)
+    assert run.finish() is False
+    assert {step for step, _ in history(uri, run.id, names.LOSS)} >= {0, 1, 3, 4}
+    assert "2 refused by it" in capfd.readouterr().err
+    with open(os.path.join(run._spool.folder, "rejected.jsonl")) as file:
+        assert [json.loads(line)["kind"] for line in file] == ["params", "metrics"]
+
+
+def test_logging_costs_a_step_nothing_while_the_server_hangs(uri, outage):
+    run = start_run("pretrain", "slow", tracking_uri=uri)
+    outage.delay = 1.0
+    costs = []
+    for step in range(500):
+        started = time.perf_counter()
+        run.log({names.LOSS: 1.0, names.IMAGES_SEEN: step, names.LEARNING_RATE: 0.1}, step=step)
+        costs.append(time.perf_counter() - started)
+    outage.delay = 0.0
+    run.finish()
+    assert sorted(costs)[-5] < 0.010  # seconds; the few slowest may be the scheduler's on a shared machine
+    assert len(history(uri, run.id, names.LOSS)) == 500
+
+
+def test_a_deleted_experiment_is_an_error_before_the_work(uri):
+    start_run("gone", "x", tracking_uri=uri).finish()
+    client = run_module.client(uri)
+    client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(UserError, match='"gone" was deleted'):
+        start_run("gone", "y", tracking_uri=uri)
+    assert not os.listdir(spool_root())
+
+
+# ---------------------------------------------------------------- the buffer itself
+
+
+def test_queue_drops_a_torn_line_and_keeps_the_rest(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"n":0}\n{"n":1}\n{"n":')
+    queue = Queue(str(path))
+    queue.append({"n": 2})
+    assert queue.read(10) == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
+def test_queue_reads_again_until_committed_and_then_takes_no_space(tmp_path):
+    queue = Queue(str(tmp_path / "q"))
+    for n in range(5):
+        queue.append({"n": n})
+    assert queue.read(2) == queue.read(2) == [{"n": 0}, {"n": 1}]
+    queue.commit()
+    queue.append({"n": 5})
+    assert [record["n"] for record in queue.read(10)] == [2, 3, 4, 5]
+    queue.commit()
+    assert (len(queue), os.path.getsize(tmp_path / "q")) == (0, 0)
+
+
+def test_queue_on_a_full_disk_keeps_records_in_memory_and_counts_what_it_loses(tmp_path, monkeypatch):
+    queue = Queue(str(tmp_path / "q"))
+    queue.append({"n": 0})
+    real_write = os.write
+
+    def full(file, data):
+        real_write(file, data[:3])  # half a line lands before the disk is full
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.tracking.spool.os.write", full)
+    monkeypatch.setattr("pipeline.tracking.spool.MAX_IN_MEMORY", 2)
+    for n in (1, 2, 3):
+        queue.append({"n": n})
+    monkeypatch.setattr("pipeline.tracking.spool.os.write", real_write)
+    queue.append({"n": 4})
+    seen = []
+    while records := queue.read(10):
+        seen += [record["n"] for record in records]
+        queue.commit()
+    assert (sorted(seen), queue.lost) == ([0, 1, 2, 4], 1)
+
+
+def test_queue_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.spool.MAX_BYTES", 20)
+    queue = Queue(str(tmp_path / "q"))
+    for n in range(4):
+        queue.append({"n": n})
+    assert (len(queue), queue.lost) == (2, 2)
+
+
+# ---------------------------------------------------------------- addresses
+
+
+def test_the_default_is_one_database_whatever_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri("sqlite:///runs/x.db") == f"sqlite:///{tmp_path}/runs/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000/")
+    assert tracking_uri() == "http://mlflow:5000"
+    with pytest.raises(UserError, match=r"sqlite:///mlruns/mlflow\.db"):
+        tracking_uri("mlruns")
+
+
+def test_passwords_do_not_reach_messages():
+    assert run_module.redacted("postgresql://me:secret@db/mlflow") == "postgresql://***@db/mlflow"
