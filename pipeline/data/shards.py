@@ -261,7 +261,7 @@ class ShardWriter:
         if not self._rows:
             return
         if self._writer is None:
-            handle, self._path = tempfile.mkstemp(prefix="shard-", suffix=".parquet", dir=self._local_folder())
+            handle, self._path = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=self._local_folder())
             os.close(handle)
             self._writer = pq.ParquetWriter(
                 self._path,
@@ -351,13 +351,23 @@ def _umask() -> int:
     return value
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
-    """An input that did not become a row: its key, the file it came from, and why."""
+    """An input that did not become a row: its key, the file it came from, why (one of a small set), and details."""
 
     key: str
     source: str
     reason: str
+    detail: str = ""
+
+
+def rejects_table(rejects: Iterable[Reject]) -> bytes:
+    """`rejects.parquet`."""
+    refused = list(rejects)
+    columns = {f.name: pa.array([getattr(reject, f.name) for reject in refused], pa.string()) for f in fields(Reject)}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def finish_dataset(
@@ -424,10 +434,7 @@ def finish_dataset(
         classes=list(classes),
         shards=total.shards,
     )
-    columns = {name: [getattr(reject, name) for reject in refused] for name in ("key", "source", "reason")}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), sink)
-    storage.write_bytes(storage.join(uri, REJECTS), sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(refused))
     storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())
     return manifest
 

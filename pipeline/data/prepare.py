@@ -1,0 +1,586 @@
+"""From sources of images to a dataset of shards, on Ray Data.
+
+The work is cut into *units*: deterministic slices of the sources. A Ray Data row names a unit; the one task that gets it
+reads, checks, transforms and writes its shards, and only a receipt comes back, so image bytes never pass through the
+object store. A receipt on storage marks its unit as done: a job that is killed and run again redoes the other units and
+ends in the byte-identical dataset, whatever the number of workers.
+
+    <output>/manifest.json          written last       (with --splits: <output>/<split>/manifest.json)
+    <output>/part-UUUUU-NNNN.parquet                   unit and shard in it
+    <output>/rejects.parquet
+    <output>/_work/                 plan and receipts of an unfinished job, removed at the end
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data import images, shards, sources
+from pipeline.data.images import Fit, Refused
+from pipeline.data.shards import Encoding, Manifest, Receipt, Reject, ShardWriter
+from pipeline.data.sources import Format, Labels, Source
+from pipeline.errors import UserError
+
+WORK = "_work"
+DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Everything that decides the bytes of a dataset, and where it goes."""
+
+    source: tuple[str, ...] = ()
+    """Folders, archives or s3:// prefixes to read; several become one dataset."""
+    output: str = ""
+    """Where the dataset goes: an empty or new folder, or an unfinished run of the same command."""
+    format: Format = "auto"
+    """What the sources are; recognised by themselves as a rule."""
+    labels: str | None = None
+    """Table of file names and labels (CSV, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
+    label_map: str | None = None
+    """Class names in index order (text or JSON list), or a JSON object that renames them; others are refused."""
+    include: str | None = None
+    """Glob over keys: everything else is no input."""
+    unlabelled: bool = False
+    """Take images without labels."""
+    sample: int | None = None
+    """At most N inputs, drawn evenly from the sources."""
+    encoding: Encoding = "jpeg"
+    """jpeg: shorter side `size`, crops happen at load time. patches: the N x (P*P*C) matrix, nothing to decode."""
+    size: int = 256
+    """Shorter side (jpeg), or side of the square (patches)."""
+    quality: int = 90
+    """JPEG quality of images that are re-encoded (4:2:0)."""
+    patch_size: int = 16
+    """P of encoding patches."""
+    fit: Fit = "crop"
+    """How patches become square: centre crop of the resized image, or squash."""
+    splits: tuple[str, ...] = ()
+    """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name."""
+    shuffle: bool = True
+    """Mix the images of listed folders over all shards (archives keep the order in which they were written)."""
+    seed: int = 0
+    """Of the shuffle and of --sample."""
+    max_pixels: int = 100_000_000
+    """Larger images are refused before they are decoded."""
+    max_reject_fraction: float = 0.05
+    """More rejects than this fraction of the inputs fail the job, at the end."""
+    row_group_bytes: int = shards.ROW_GROUP_BYTES
+    shard_bytes: int = shards.SHARD_BYTES
+    unit_bytes: int = 1 << 30
+    """Input bytes of one unit of work, at most; small corpora are cut finer."""
+
+
+def demo() -> PrepareConfig:
+    """Scikit-learn's handwritten digits, 1,797 images in two splits; about 5 s on two cores.
+
+    Source: the package itself, written as PNG class folders to runs/demo/raw. Expected: 1,797 rows, 10 classes, no reject;
+    train about 80%, test the rest. `--source` puts your own class folders in their place.
+    """
+    return PrepareConfig(
+        source=(DIGITS,),
+        output="runs/demo/data",
+        encoding="patches",
+        size=32,
+        patch_size=4,
+        splits=("train=0.8", "test=0.2"),
+    )
+
+
+def jpeg256() -> PrepareConfig:
+    """JPEG with the shorter side at 256, for pre-training at 224 (the default with --source).
+
+    Expected: about 24 KB an image; 500 ImageNet originals a second and core.
+    """
+    return PrepareConfig()
+
+
+def patches224() -> PrepareConfig:
+    """224x224 in 16x16 patches, for evaluation sets and CPU-poor GPU nodes: 150 KB an image, nothing to decode."""
+    return PrepareConfig(encoding="patches", size=224, patch_size=16)
+
+
+def patches32() -> PrepareConfig:
+    """32x32 in 4x4 patches, for CIFAR, SVHN and other tiny images."""
+    return PrepareConfig(encoding="patches", size=32, patch_size=4)
+
+
+RECIPES: dict[str, Callable[[], PrepareConfig]] = {
+    "demo": demo,
+    "jpeg256": jpeg256,
+    "patches224": patches224,
+    "patches32": patches32,
+}
+
+
+# ---------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What every task needs to know. A unit is (source, first piece, pieces, most items to take or -1)."""
+
+    config: PrepareConfig
+    sources: list[Source]
+    labels: Labels
+    splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits
+    units: list[tuple[int, int, int, int]]
+    input_fingerprint: str
+    work: str  # URI of the folder of receipts
+
+    @property
+    def image(self) -> dict[str, Any]:
+        c = self.config
+        if c.encoding == "jpeg":
+            return {"size": c.size, "quality": c.quality}
+        return {"height": c.size, "width": c.size, "patch_size": c.patch_size, "channels": 3, "fit": c.fit}
+
+    def split_uri(self, split: str) -> str:
+        return storage.join(self.config.output, split) if split else self.config.output
+
+    def receipt_uri(self, unit: int) -> str:
+        return storage.join(self.work, f"unit-{unit:05d}.json")
+
+
+def prepare(config: PrepareConfig, quiet: bool = False) -> dict[str, Manifest]:
+    """Makes the dataset(s) that `config` describes: {split name: manifest}, or {"": manifest} without splits.
+
+    Ray is connected already (`pipeline.cluster.connect`). A dataset that is finished already is returned as it is. Raises
+    UserError: bad configuration or source, an output that holds something else, no usable image, too many rejects.
+    """
+    config = check(config)
+    done = _check_output(config)
+    if DIGITS in config.source:
+        raw = write_digits(storage.join(os.path.dirname(config.output), "raw"))
+        config = dataclasses.replace(config, source=tuple(raw if uri == DIGITS else uri for uri in config.source))
+    plan = make_plan(config)
+    if done is not None:
+        for name, manifest in done.items():
+            if manifest.config != identity(config) or manifest.input_fingerprint != plan.input_fingerprint:
+                raise UserError(
+                    f"{plan.split_uri(name)}: already holds another dataset ({_difference(manifest, plan)}); choose another "
+                    "--output or remove it"
+                )
+        if not quiet:
+            print(f"prepare: {config.output} is finished already", flush=True)
+        return done
+    _claim(plan)
+    _run(plan, quiet)
+    return finish(plan)
+
+
+def check(config: PrepareConfig) -> PrepareConfig:
+    """The config with absolute URIs. Raises UserError for values that cannot work."""
+    if not config.source:
+        raise UserError("no --source: name a folder, an archive or an s3:// prefix of images")
+    if not config.output:
+        raise UserError("no --output: name the folder or s3:// prefix for the dataset")
+    if config.encoding == "patches" and config.size % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
+    limits = {"size": 1, "quality": 1, "patch_size": 1, "max_pixels": 1, "row_group_bytes": 1, "shard_bytes": 1}
+    for name, least in {**limits, "unit_bytes": 1}.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}")
+    if config.quality > 100:
+        raise UserError(f"--quality {config.quality}: at most 100")
+    if config.sample is not None and config.sample < 1:
+        raise UserError(f"--sample {config.sample}: at least 1")
+    if not 0 <= config.max_reject_fraction <= 1:
+        raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
+    parse_splits(config.splits)
+    output = storage.normalise(config.output)
+    inputs = tuple(uri if uri == DIGITS else storage.normalise(uri) for uri in config.source)
+    for uri in inputs:
+        if output == uri or output.startswith(uri + "/"):
+            raise UserError(f"--output {output} lies inside --source {uri}; choose a place outside it")
+    labels, label_map = (storage.normalise(uri) if uri else None for uri in (config.labels, config.label_map))
+    return dataclasses.replace(config, source=inputs, output=output, labels=labels, label_map=label_map)
+
+
+def parse_splits(splits: Sequence[str]) -> dict[str, float]:
+    """("train=0.9", "test=0.1") as fractions of one. Raises UserError unless they add up to 1."""
+    if not splits:
+        return {"": 1.0}
+    fractions: dict[str, float] = {}
+    for text in splits:
+        name, _, value = text.partition("=")
+        try:
+            fractions[name] = float(value)
+        except ValueError:
+            raise UserError(f'--splits {text}: write name=fraction, such as "train=0.9 test=0.1"') from None
+        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == WORK or fractions[name] <= 0:
+            raise UserError(f"--splits {text}: a plain name and a fraction above 0")
+    if len(fractions) != len(splits) or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
+    return fractions
+
+
+def identity(config: PrepareConfig) -> dict[str, Any]:
+    """The part of the config that decides the content of the dataset: what a rerun has to agree on."""
+    values = configuration.to_dict(config)
+    return {name: value for name, value in values.items() if name not in ("output", "max_reject_fraction")}
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """Looks through the sources and cuts the work. Runs on the driver; archives are looked through by Ray tasks."""
+    label_map = sources.read_label_map(config.label_map)
+    found = sources.discover(
+        config.source,
+        format=config.format,
+        labels=config.labels,
+        include=config.include,
+        need_names=not config.unlabelled and not isinstance(label_map, list),
+        unit_bytes=config.unit_bytes,
+        run=_ray_map,
+    )
+    labels = sources.make_labels(found, label_map, config.unlabelled)
+    rng = np.random.Generator(np.random.Philox(config.seed))
+    if config.shuffle:
+        found = [
+            dataclasses.replace(s, pieces=s.pieces.take(rng.permutation(s.pieces.num_rows))) if s.listed else s
+            for s in found
+        ]
+    units = cut(found, config)
+    digest = hashlib.sha256()
+    for source in found:
+        digest.update(json.dumps([source.uri, source.kind, source.table], sort_keys=True).encode())
+        for batch in source.pieces.sort_by([("path", "ascending"), ("start", "ascending")]).to_batches(1 << 16):
+            digest.update(json.dumps(batch.to_pydict()).encode())
+    digest.update(json.dumps(labels.classes).encode())
+    return Plan(
+        config=config,
+        sources=found,
+        labels=labels,
+        splits=parse_splits(config.splits),
+        units=units,
+        input_fingerprint=digest.hexdigest()[:16],
+        work=storage.join(config.output, WORK),
+    )
+
+
+def _ray_map(function: Callable, arguments: list) -> Iterable:
+    """`map` as Ray tasks; one or two arguments are not worth a process."""
+    if len(arguments) <= 2:
+        return map(function, arguments)
+    import ray
+
+    return ray.get([ray.remote(function).remote(argument) for argument in arguments])
+
+
+def cut(found: Sequence[Source], config: PrepareConfig) -> list[tuple[int, int, int, int]]:
+    """Units of about a 32nd of the corpus each, within limits: at most `unit_bytes` and 16,384 files, at least 8 MB or 256
+    files. A function of the input alone, so that any cluster makes the same shards."""
+    total = sum(int(np.sum(source.pieces["size"].to_numpy())) for source in found)
+    count = sum(source.pieces.num_rows for source in found)
+    most_bytes = min(config.unit_bytes, max(8 << 20, total // 32))
+    most_files = min(16_384, max(256, math.ceil(count / 32)))
+    units = []
+    for i, source in enumerate(found):
+        sizes = source.pieces["size"].to_numpy()
+        first = held = 0
+        for j, size in enumerate(sizes.tolist()):
+            if j > first and (held + size > most_bytes or j - first >= most_files):
+                units.append((i, first, j - first, -1))
+                first, held = j, 0
+            held += size
+        units.append((i, first, len(sizes) - first, -1))
+    if config.sample is not None:
+        units = _sampled(found, units, config.sample)
+    return units
+
+
+def _sampled(
+    found: Sequence[Source], units: list[tuple[int, int, int, int]], sample: int
+) -> list[tuple[int, int, int, int]]:
+    """The units, limited to `sample` items in all, in proportion to their bytes."""
+    weights = np.array(
+        [float(found[i].pieces["size"].slice(first, n).to_numpy().sum()) + 1 for i, first, n, _ in units]
+    )
+    ends = np.floor(np.cumsum(weights) / weights.sum() * sample + 1e-9).astype(np.int64)
+    limits = np.diff(ends, prepend=0).tolist()
+    return [(i, first, n, limit) for (i, first, n, _), limit in zip(units, limits, strict=True) if limit]
+
+
+# ---------------------------------------------------------------- output folder
+
+
+def _check_output(config: PrepareConfig) -> dict[str, Manifest] | None:
+    """The finished dataset(s) already at the output, or None when there is none. Raises UserError when something else is."""
+    done = {}
+    splits = parse_splits(config.splits)
+    for name in splits:
+        uri = storage.join(config.output, name) if name else config.output
+        if storage.exists(storage.join(uri, shards.MANIFEST)):
+            done[name] = shards.open_dataset(uri).manifest
+    if len(done) == len(splits):
+        return done
+    if storage.exists(storage.join(config.output, WORK, "plan.json")):
+        return None
+    files = storage.list_files(config.output)
+    if files:
+        raise UserError(
+            f"{config.output}: already holds other files ({files[0].path}{', ...' if len(files) > 1 else ''}); choose another "
+            "--output or empty it"
+        )
+    return None
+
+
+def _claim(plan: Plan) -> None:
+    """Marks the output as ours, or checks that the unfinished run in it is this one."""
+    where = storage.join(plan.work, "plan.json")
+    claim = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.units)}
+    if not storage.exists(where):
+        storage.write_json(where, claim)
+        return
+    before = storage.read_json(where)
+    if before != json.loads(json.dumps(claim)):
+        old, new = configuration.flatten(before), configuration.flatten(json.loads(json.dumps(claim)))
+        changed = ", ".join(key.removeprefix("config.") for key in {**old, **new} if old.get(key) != new.get(key))
+        raise UserError(
+            f"{plan.config.output}: holds an unfinished dataset of another command or input (different: {changed}); run that "
+            "command again to finish it, or choose another --output"
+        )
+
+
+def _difference(manifest: Manifest, plan: Plan) -> str:
+    old, new = configuration.flatten(manifest.config), configuration.flatten(identity(plan.config))
+    changed = [
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    return "; ".join(changed[:3]) or "the source files have changed"
+
+
+# ---------------------------------------------------------------- one unit
+
+
+def process(unit: int, plan: Plan) -> dict[str, Any]:
+    """Reads, checks, transforms and writes one unit; returns its receipt, from storage when it is there already."""
+    where = plan.receipt_uri(unit)
+    if storage.exists(where):
+        return storage.read_json(where)
+    config = plan.config
+    source_number, first, count, limit = plan.units[unit]
+    source = plan.sources[source_number]
+    items = sources.read(source, source.pieces.slice(first, count), config.include)
+    if storage.is_remote(source.uri):
+        items = sources.prefetched(items)
+    names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
+    inputs = dict.fromkeys(names, 0)
+    rejects: dict[str, list[list[str]]] = {name: [] for name in names}
+    seen: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(_writer(plan, name, unit)) for name in names}
+        for number, item in enumerate(items):
+            if number == limit:
+                break
+            split = names[0] if len(names) == 1 else names[_bucket(item.key, thresholds)]
+            inputs[split] += 1
+            try:
+                if item.refused:
+                    raise item.refused
+                if item.key in seen:
+                    raise Refused("duplicate key")
+                label = plan.labels.encode(item.labels)
+                stored, pixels, width, height = transform(item.image, config)
+            except Refused as refused:
+                rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
+                continue
+            seen.add(item.key)
+            # every fourth row is plenty for a mean over a corpus, at a quarter of the cost
+            writers[split].write(item.key, stored, label, width, height, pixels[::4])
+    receipt = {
+        "inputs": inputs,
+        "rejects": rejects,
+        "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
+    }
+    storage.write_bytes(where, json.dumps(receipt).encode())
+    return receipt
+
+
+def _writer(plan: Plan, split: str, unit: int) -> ShardWriter:
+    return ShardWriter(
+        plan.split_uri(split),
+        f"{unit:05d}",
+        encoding=plan.config.encoding,
+        image=plan.image,
+        classes=plan.labels.classes,
+        multilabel=plan.labels.multilabel,
+        row_group_bytes=plan.config.row_group_bytes,
+        shard_bytes=plan.config.shard_bytes,
+    )
+
+
+def _bucket(key: str, thresholds: list[float]) -> int:
+    """Which split a key falls in: uniform, and independent of everything but the key."""
+    draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    return next((i for i, threshold in enumerate(thresholds) if draw < threshold), len(thresholds) - 1)
+
+
+def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[bytes | np.ndarray, np.ndarray, int, int]:
+    """(what is stored, its pixels, original width, original height). Raises Refused."""
+    if isinstance(image, np.ndarray):  # raw pixels of an archive: stored losslessly
+        picture = images.Picture(image, True)
+        data = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes() if config.encoding == "jpeg" else b""
+    else:
+        picture, data = images.decode(image, config.max_pixels), image
+    height, width = picture.pixels.shape[:2]
+    if config.encoding == "jpeg":
+        stored, pixels = images.as_jpeg(picture, data, config.size, config.quality)
+        return stored, pixels, width, height
+    patches, pixels = images.as_patches(picture, config.size, config.patch_size, config.fit)
+    return patches, pixels, width, height
+
+
+# ---------------------------------------------------------------- all units
+
+
+def _run(plan: Plan, quiet: bool) -> None:
+    """Every unfinished unit through Ray Data, with a progress line."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    finished = {file.path for file in storage.list_files(plan.work)}
+    todo = [unit for unit in range(len(plan.units)) if os.path.basename(plan.receipt_uri(unit)) not in finished]
+    if len(todo) < len(plan.units) and not quiet:
+        print(f"prepare: {len(plan.units) - len(todo)} of {len(plan.units)} units are done already", flush=True)
+    if not todo:
+        return
+    weights = [float(plan.sources[i].pieces["size"].slice(a, n).to_numpy().sum()) for i, a, n, _ in plan.units]
+    progress = _Progress(sum(weights[unit] for unit in todo), quiet)
+    reference = ray.put(plan)
+    rows = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
+    work: Any = _process_batch  # Ray's stubs know no typed dict of arrays
+    receipts = rows.map_batches(work, batch_size=None, fn_args=(reference,), num_cpus=1)
+    for row in receipts.iter_rows():
+        progress.add(weights[row["unit"]], row["inputs"], row["rejects"])
+    progress.close()
+
+
+def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np.ndarray]:
+    """Rows of unit numbers -> rows of counts. Runs in a Ray worker, on one CPU."""
+    import ray
+
+    cv2.setNumThreads(1)
+    plan = ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
+    receipts = [process(int(unit), plan) for unit in batch["unit"]]
+    return {
+        "unit": batch["unit"],
+        "inputs": np.array([sum(receipt["inputs"].values()) for receipt in receipts]),
+        "rejects": np.array([sum(map(len, receipt["rejects"].values())) for receipt in receipts]),
+    }
+
+
+class _Progress:
+    """One line that is rewritten on a terminal, or printed every ten seconds into a log."""
+
+    def __init__(self, total: float, quiet: bool) -> None:
+        self.total, self.quiet = max(total, 1.0), quiet
+        self.done, self.inputs, self.rejects = 0.0, 0, 0
+        self.begin = self.shown = time.monotonic()
+
+    def add(self, weight: float, inputs: int, rejects: int) -> None:
+        self.done += weight
+        self.inputs += int(inputs)
+        self.rejects += int(rejects)
+        now = time.monotonic()
+        if not self.quiet and now - self.shown >= (0.2 if sys.stdout.isatty() else 10):
+            self.shown = now
+            self.show("\r" if sys.stdout.isatty() else "\n")
+
+    def show(self, end: str) -> None:
+        seconds = max(time.monotonic() - self.begin, 1e-9)
+        left = round((self.total - self.done) * seconds / max(self.done, 1.0))
+        eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        print(
+            f"prepare: {self.done / self.total:4.0%}  {self.inputs:,} inputs  {self.inputs / seconds:,.0f}/s  "
+            f"{self.done / seconds / 1e6:,.1f} MB/s  rejects {self.rejects:,}  ETA {eta}",
+            end=end,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if not self.quiet:
+            self.show("\n")
+
+
+# ---------------------------------------------------------------- the end
+
+
+def finish(plan: Plan) -> dict[str, Manifest]:
+    """Receipts -> manifests. Raises UserError when more was refused than `max_reject_fraction` allows."""
+    receipts = _receipts(plan)
+    inputs = sum(sum(receipt["inputs"].values()) for receipt in receipts)
+    refused = [row for receipt in receipts for rows in receipt["rejects"].values() for row in rows]
+    if inputs and len(refused) > plan.config.max_reject_fraction * inputs:
+        reasons: dict[str, int] = {}
+        for row in refused:
+            reasons[row[2]] = reasons.get(row[2], 0) + 1
+        table = shards.rejects_table(Reject(*row) for row in refused)
+        where = storage.join(plan.config.output, shards.REJECTS)
+        storage.write_bytes(where, table)
+        raise UserError(
+            f"{len(refused):,} of {inputs:,} inputs were refused, more than --max-reject-fraction "
+            f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
+            f"(such as {refused[0][0]}; all in {where}). Mend them, or allow more: finished work is kept"
+        )
+    manifests = {}
+    for name in plan.splits:
+        manifests[name] = shards.finish_dataset(
+            plan.split_uri(name),
+            [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts],
+            encoding=plan.config.encoding,
+            image=plan.image,
+            classes=plan.labels.classes,
+            multilabel=plan.labels.multilabel,
+            rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
+            inputs=sum(receipt["inputs"][name] for receipt in receipts),
+            config=identity(plan.config),
+            input_fingerprint=plan.input_fingerprint,
+        )
+    _tidy(plan, manifests)
+    return manifests
+
+
+def _receipts(plan: Plan) -> list[dict[str, Any]]:
+    uris = [plan.receipt_uri(unit) for unit in range(len(plan.units))]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(storage.read_json, uris))
+
+
+def _tidy(plan: Plan, manifests: dict[str, Manifest]) -> None:
+    """Removes receipts, and what a killed task left: shards that no receipt names and half-written files."""
+    storage.remove(plan.work, recursive=True)
+    for name, manifest in manifests.items():
+        known = {shard.name for shard in manifest.shards}
+        for file in storage.list_files(plan.split_uri(name), recursive=False):
+            if file.path.startswith((".part-", "part-")) and file.path not in known:
+                storage.remove(file.uri)
+
+
+def write_digits(folder: str) -> str:
+    """Scikit-learn's digits as `folder/<digit>/NNNN.png`, 8x8 grey; written once."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    names = [f"{label}/{i:04d}.png" for i, label in enumerate(digits.target)]
+    if not storage.exists(storage.join(folder, names[-1])):
+        for image, name in zip(digits.images, names, strict=True):
+            pixels = np.minimum(image * 16, 255).astype(np.uint8)  # 17 levels of grey
+            storage.write_bytes(storage.join(folder, name), cv2.imencode(".png", pixels)[1].tobytes())
+    return folder

@@ -1,0 +1,860 @@
+"""Where images come from: every supported layout read as one stream of (key, bytes, label names).
+
+    class folders       root/<class>/**/*        the class is the first folder
+    folder + labels     any files, and a CSV, JSONL or Parquet table of file name and label(s)
+    tar archives        WebDataset samples (.jpg + .cls/.txt/.json), class folders in a tar, ImageNet's tar of tars
+    Parquet             an image column (bytes, or Hugging Face's struct of bytes and path) and a label column
+    TFRecord            tf.train.Example with image/encoded and image/class/label or image/class/text
+    CIFAR-10/100        the published binary archives
+
+`discover` looks at a source once, on the driver, and returns a `Source`: a table of *pieces*, each an independent range of
+the input (one image file, a stretch of a tar, some row groups) with its size. `read` turns pieces into `Item`s, anywhere.
+Label names are text throughout; `Labels` turns them into class indices.
+"""
+
+import csv
+import fnmatch
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data import tfrecord
+from pipeline.data.images import Refused
+from pipeline.errors import UserError, nearest
+
+Kind = Literal["folder", "tar", "parquet", "tfrecord", "cifar"]
+Format = Literal["auto", "folder", "tar", "parquet", "tfrecord", "cifar"]
+
+IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
+TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+TFRECORD = re.compile(r"(\.tfrecords?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
+CIFAR = re.compile(r"cifar-100?-binary\.tar\.gz$")
+WORDNET = re.compile(r"(n\d{8})(?![0-9])")
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+LABEL_TABLES = ("labels", "metadata")  # found by themselves in a folder: labels.csv, metadata.jsonl, ...
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "key", "image_id", "id", "name")
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target", "cls", "fine_label")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content")
+SEPARATORS = re.compile(r"[;|]")  # between the labels of a column named in the plural
+
+
+class Item(NamedTuple):
+    """One input. `image` is the file's bytes or uint8 pixels (H, W, 3); `labels` are names, None when there is no label.
+    An input that cannot be read has `refused` and no image."""
+
+    key: str
+    source: str
+    image: bytes | np.ndarray
+    labels: Sequence[str] | None
+    refused: Refused | None = None
+
+
+PIECES = pa.schema(
+    [
+        ("path", pa.large_string()),  # relative to the source
+        ("size", pa.int64()),  # bytes of input, for cutting units of even work
+        ("start", pa.int64()),  # byte offset (tar), first row group (parquet); else 0
+        ("stop", pa.int64()),  # end of the range; -1 for the end of the file
+        ("labels", pa.list_(pa.string())),  # known beforehand, or null
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One source, looked through. `names` are the label names met (None when only reading the images would tell)."""
+
+    uri: str
+    kind: Kind
+    prefix: str  # goes before every key, "" for a single source
+    pieces: pa.Table
+    names: frozenset[str] | None
+    ordered_names: tuple[str, ...] | None = None  # when the source itself says which index has which name
+    multilabel: bool = False
+    table: dict[str, list[str]] = field(default_factory=dict)  # file name -> labels, for archives
+
+    @property
+    def listed(self) -> bool:
+        """Every piece is one file, so that any order of pieces is a shuffle of images."""
+        return self.kind == "folder"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """Label names -> class indices. Without classes nothing is labelled."""
+
+    classes: tuple[str, ...]
+    index: dict[str, int]
+    multilabel: bool
+    unlabelled: bool = False
+
+    def encode(self, names: Sequence[str] | None) -> int | list[int]:
+        """Raises Refused for an input without a label or with one that is no class."""
+        if self.unlabelled:
+            return -1
+        if names is None or (not names and not self.multilabel):
+            raise Refused("no label")
+        try:
+            indices = [self.index[name] for name in names]
+        except KeyError as error:
+            raise Refused("unknown label", str(error.args[0])) from error
+        if self.multilabel:
+            return sorted(set(indices))
+        if len(indices) > 1:
+            raise Refused("unknown label", f"{len(indices)} labels where one is expected")
+        return indices[0]
+
+
+# ---------------------------------------------------------------- labels
+
+
+def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
+    """`--label-map`: a text file or JSON list of class names in index order, or a JSON object {name: new name}."""
+    if uri is None:
+        return None
+    text = _read_text(uri)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if len(set(value)) != len(value):
+            raise UserError(f"{uri}: the class list repeats {sorted(n for n in set(value) if value.count(n) > 1)[0]!r}")
+        return value
+    raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
+
+
+def make_labels(
+    sources: Sequence[Source], label_map: list[str] | dict[str, str] | None = None, unlabelled: bool = False
+) -> Labels:
+    """The classes of all sources together: in the given order, in the sources' own order, or sorted by name (whole
+    numbers are indices: 0 to the largest). Raises UserError when there is no class."""
+    if unlabelled:
+        return Labels(classes=(), index={}, multilabel=False, unlabelled=True)
+    multilabel = any(source.multilabel for source in sources)
+    own = {source.ordered_names for source in sources if source.ordered_names}
+    names = {name for source in sources for name in source.names or ()}
+    if isinstance(label_map, list):
+        classes = tuple(label_map)
+    elif len(own) == 1 and all(source.ordered_names for source in sources):
+        classes = own.pop()
+    elif names and all(name.isascii() and name.isdigit() for name in names) and not any(s.listed for s in sources):
+        classes = tuple(str(i) for i in range(max(map(int, names)) + 1))
+    else:
+        classes = tuple(sorted(names))
+    if isinstance(label_map, dict):
+        classes = tuple(sorted(set(label_map.values())))
+        place = {name: i for i, name in enumerate(classes)}
+        renamed = {old: place[new] for old, new in label_map.items()}
+        return Labels(classes=classes, index=renamed, multilabel=multilabel)
+    if not classes:
+        raise UserError(
+            f"{sources[0].uri}: zero classes; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
+            "(or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled takes images without labels"
+        )
+    index = {str(i): i for i in range(len(classes))} if isinstance(label_map, list) or own or not names else {}
+    index |= {name: i for i, name in enumerate(classes)}
+    return Labels(classes=classes, index=index, multilabel=multilabel)
+
+
+def read_label_table(uri: str) -> tuple[dict[str, list[str]], bool]:
+    """{file name: labels} and whether it is multi-label, from a CSV, JSONL, JSON or Parquet table, or ImageNet's devkit.
+
+    The label column is multi-label when it holds lists, or when it is named in the plural and separates by ; or |.
+    """
+    name = uri.lower()
+    if "devkit" in name and TAR.search(name):
+        return _imagenet_devkit(uri), False
+    try:
+        if name.endswith(".csv") or name.endswith(".tsv"):
+            rows = list(csv.DictReader(io.StringIO(_read_text(uri)), delimiter="\t" if name.endswith("tsv") else ","))
+        elif name.endswith(".jsonl") or name.endswith(".ndjson"):
+            rows = [json.loads(line) for line in _read_text(uri).splitlines() if line.strip()]
+        elif name.endswith(".json"):
+            value = json.loads(_read_text(uri))
+            rows = value if isinstance(value, list) else [{"file": k, "label": v} for k, v in value.items()]
+        elif name.endswith(".parquet"):
+            rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
+        else:
+            raise UserError(f"{uri}: labels are read from .csv, .tsv, .jsonl, .json or .parquet")
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise UserError(f"{uri}: cannot read the label table ({error})") from error
+    if not rows or not isinstance(rows[0], dict):
+        raise UserError(f"{uri}: the label table has no rows")
+    file_column = _column(rows[0], FILE_COLUMNS, uri, "a file name")
+    label_column = _column([c for c in rows[0] if c != file_column], LABEL_COLUMNS, uri, "a label")
+    values = [row[label_column] for row in rows]
+    plural = label_column.lower() in ("labels", "classes")
+    multilabel = any(isinstance(v, list) or (plural and isinstance(v, str) and SEPARATORS.search(v)) for v in values)
+    table = {str(row[file_column]): _names(value, multilabel) for row, value in zip(rows, values, strict=True)}
+    return {name: labels for name, labels in table.items() if labels is not None}, multilabel
+
+
+def _column(columns: Iterable[str], known: Sequence[str], uri: str, what: str) -> str:
+    lower = {str(column).lower(): column for column in columns}
+    for name in known:
+        if name in lower:
+            return lower[name]
+    found = ", ".join(map(str, columns))
+    raise UserError(
+        f"{uri}: no column with {what} among: {found}{nearest(next(iter(lower), ''), known)}; name it one of {', '.join(known)}"
+    )
+
+
+def _names(value: Any, multilabel: bool) -> list[str] | None:
+    """A raw label (int, text, list, missing) as names."""
+    if value is None or (value == "" and not multilabel):
+        return None
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [str(v) for v in value]
+    if multilabel and isinstance(value, str):
+        return [part.strip() for part in SEPARATORS.split(value) if part.strip()]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return [str(value).strip()]
+
+
+def _imagenet_devkit(uri: str) -> dict[str, list[str]]:
+    """Validation labels of ILSVRC2012_devkit_t12.tar.gz as {file name: [WordNet id]}."""
+    import scipy.io
+
+    with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(uri))) as archive:
+        files = {os.path.basename(member.name): member for member in archive if member.isfile()}
+        try:
+            meta = archive.extractfile(files["meta.mat"])
+            truth = archive.extractfile(files["ILSVRC2012_validation_ground_truth.txt"])
+        except KeyError as error:
+            raise UserError(f"{uri}: not ImageNet's devkit, {error} is missing") from error
+        assert meta is not None
+        assert truth is not None
+        synsets = scipy.io.loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+        wordnet = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        ids = truth.read().split()
+    return {f"ILSVRC2012_val_{i:08d}.JPEG": [wordnet[int(label)]] for i, label in enumerate(ids, 1)}
+
+
+def _lookup(table: dict[str, list[str]], path: str) -> list[str] | None:
+    """A file's labels by relative path, base name, or either without extension."""
+    base = path.rpartition("/")[2]
+    for name in (path, base, os.path.splitext(path)[0], os.path.splitext(base)[0]):
+        if name in table:
+            return table[name]
+    return None
+
+
+# ---------------------------------------------------------------- looking through a source
+
+
+def discover(
+    uris: Sequence[str],
+    *,
+    format: Format = "auto",
+    labels: str | None = None,
+    include: str | None = None,
+    need_names: bool = True,
+    unit_bytes: int = 1 << 30,
+    run: Callable[[Callable, list], Iterable] = map,
+) -> list[Source]:
+    """Looks through the sources: what kind, which pieces, which label names.
+
+    `labels` is a label table for all of them, `include` a glob over keys. Archives are opened only when their label names are
+    needed (`need_names`) or when they are larger than `unit_bytes` and can be cut; `run(function, arguments)` does that,
+    in parallel where the caller has the means. Raises UserError: missing, empty, unreadable, ambiguous.
+    """
+    uris = [storage.normalise(uri) for uri in uris]
+    bases = [os.path.splitext(uri.rpartition("/")[2])[0] for uri in uris]
+    table, multilabel = read_label_table(labels) if labels else ({}, False)
+    sources = []
+    for i, uri in enumerate(uris):
+        prefix = "" if len(uris) == 1 else bases[i] + (f"-{i}" if bases.count(bases[i]) > 1 else "") + "/"
+        files = _list(uri)
+        if not files.num_rows:
+            raise UserError(f"{uri}: no such file or folder, or nothing in it")
+        kind = _kind(uri, files) if format == "auto" else format
+        if kind == "folder":
+            sources.append(_folder(uri, prefix, files, table, multilabel, include))
+        else:
+            sources.append(_archives(uri, prefix, kind, files, table, multilabel, need_names, unit_bytes, run))
+    return sources
+
+
+def _list(uri: str) -> pa.Table:
+    """(path, size) of every file under a folder, sorted by path; a single file has path ""."""
+    if not storage.is_remote(uri):
+        if os.path.isfile(uri):
+            return pa.table({"path": pa.array([""], pa.large_string()), "size": [os.path.getsize(uri)]})
+        paths, sizes = [], []
+        for path, size in _walk(uri, ""):
+            paths.append(path)
+            sizes.append(size)
+        listing = pa.table({"path": pa.array(paths, pa.large_string()), "size": pa.array(sizes, pa.int64())})
+        return listing.sort_by("path")
+    found = storage.list_files(uri)
+    if not found and storage.exists(uri):
+        fs, path = storage.filesystem(uri)
+        return pa.table({"path": pa.array([""], pa.large_string()), "size": [int(fs.size(path))]})
+    columns = {"path": pa.array([f.path for f in found], pa.large_string()), "size": [f.size for f in found]}
+    return pa.table({"path": columns["path"], "size": pa.array(columns["size"], pa.int64())})
+
+
+def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Files below a local folder. os.scandir, because fsspec's listing costs ten times as much per file."""
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError as error:
+        raise UserError(f"{folder}: permission denied") from error
+    with entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                # a name that is not valid UTF-8, or a link to nowhere, becomes a reject when it is read
+                size = entry.stat().st_size if os.path.exists(entry.path) else 0
+                yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), size
+
+
+def _kind(uri: str, files: pa.Table) -> Kind:
+    """By the names of (at most a thousand of) the files; images win over archives that lie beside them."""
+    names = [path or uri for path in files["path"][:1000].to_pylist()]
+    if all(CIFAR.search(name) for name in names):
+        return "cifar"
+    counts = {
+        "folder": sum(name.lower().endswith(tuple(f".{end}" for end in IMAGE_NAMES)) for name in names),
+        "tar": sum(bool(TAR.search(name)) for name in names),
+        "parquet": sum(name.endswith(".parquet") for name in names),
+        "tfrecord": sum(bool(TFRECORD.search(name)) for name in names),
+    }
+    kind: Any = max(counts, key=lambda k: counts[k])
+    if len(names) == 1 and not files["path"][0].as_py() and not any(counts[k] for k in ("tar", "parquet", "tfrecord")):
+        raise UserError(
+            f"{uri}: a single file that is not a tar, Parquet or TFRecord file; give a folder or an archive"
+        )
+    return kind if counts[kind] else "folder"
+
+
+def _folder(
+    uri: str, prefix: str, files: pa.Table, table: dict[str, list[str]], multilabel: bool, include: str | None
+) -> Source:
+    paths = files["path"].to_pylist()
+    if not table:
+        beside = [p for p in paths if "/" not in p and os.path.splitext(p)[0].lower() in LABEL_TABLES]
+        beside = [p for p in beside if p.endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
+        if beside:
+            table, multilabel = read_label_table(storage.join(uri, beside[0]))
+            keep = pa.array([p not in beside for p in paths])
+            files, paths = files.filter(keep), [p for p in paths if p not in beside]
+    if include:
+        keep = [fnmatch.fnmatch(prefix + path, include) for path in paths]
+        files, paths = files.filter(pa.array(keep)), [p for p, kept in zip(paths, keep, strict=True) if kept]
+        if not paths:
+            raise UserError(f"{uri}: nothing matches --include {include!r}")
+    if table:
+        labels = [_lookup(table, path) for path in paths]
+        missing = set(table) - {p for path in paths for p in (path, path.rpartition("/")[2])}
+        stems = {os.path.splitext(p)[0] for path in paths for p in (path, path.rpartition("/")[2])}
+        absent = sorted(missing - stems)
+        extra = {"path": absent, "size": [0] * len(absent)}
+        files = pa.concat_tables([files, pa.table(extra, schema=files.schema)])
+        labels += [table[name] for name in absent]
+    else:
+        folders = {path.partition("/")[0] for path in paths if "/" in path}
+        if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and any(path.count("/") > 1 for path in paths):
+            choice = ", ".join(sorted(folders))
+            raise UserError(
+                f"{uri}: its folders ({choice}) are splits, not classes; name one: --source {uri}/{min(folders)}"
+            )
+        labels = [_path_label(path, first=True) for path in paths]
+    names = frozenset(name for label in labels if label for name in label)
+    n = files.num_rows
+    pieces = pa.table(
+        [files["path"], files["size"], pa.array(np.zeros(n, np.int64)), pa.array(np.full(n, -1)), pa.array(labels, PIECES.field("labels").type)],
+        schema=PIECES,
+    )  # fmt: skip
+    return Source(uri=uri, kind="folder", prefix=prefix, pieces=pieces, names=names, multilabel=multilabel)
+
+
+def _path_label(path: str, first: bool) -> list[str] | None:
+    """The class that a path names: its first (or last) folder, else the WordNet id its file name begins with."""
+    folders, _, base = path.rpartition("/")
+    if first and folders:
+        return [folders.partition("/")[0]]
+    wordnet = WORDNET.match(base)
+    if wordnet:
+        return [wordnet[1]]
+    return [folders.rpartition("/")[2]] if folders else None
+
+
+def _archives(
+    uri: str,
+    prefix: str,
+    kind: Kind,
+    files: pa.Table,
+    table: dict[str, list[str]],
+    multilabel: bool,
+    need_names: bool,
+    unit_bytes: int,
+    run: Callable[[Callable, list], Iterable],
+) -> Source:
+    patterns = {"tar": TAR, "parquet": re.compile(r"\.parquet$"), "tfrecord": TFRECORD, "cifar": TAR}
+    if files["path"][0].as_py():  # a folder: other files beside the archives (indices, read-me) are not inputs
+        files = files.filter(pa.array([bool(patterns[kind].search(path)) for path in files["path"].to_pylist()]))
+    if not files.num_rows:
+        raise UserError(f"{uri}: no {kind} files in it")
+    jobs = []
+    for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True):
+        names_too = need_names and not table
+        look = kind in ("parquet", "cifar") or names_too or (size > 2 * unit_bytes and not path.endswith(("gz", "tgz")))
+        jobs.append((kind, storage.join(uri, path) if path else uri, path, size, unit_bytes, look, names_too))
+    found = list(run(_look, jobs))
+    rows = [row for look in found for row in look["pieces"]]
+    columns = list(zip(*rows, strict=True))
+    pieces = pa.table([pa.array(c, f.type) for c, f in zip(columns, PIECES, strict=True)], schema=PIECES)
+    names = {name for look in found for name in look["names"]} | {n for labels in table.values() for n in labels}
+    ordered = {tuple(look["ordered"]) for look in found if look["ordered"]}
+    return Source(
+        uri=uri,
+        kind=kind,
+        prefix=prefix,
+        pieces=pieces,
+        names=frozenset(names) if names or need_names else None,
+        ordered_names=ordered.pop() if len(ordered) == 1 else None,
+        multilabel=multilabel or any(look["multilabel"] for look in found),
+        table=table,
+    )
+
+
+def _look(job: tuple[Kind, str, str, int, int, bool, bool]) -> dict[str, Any]:
+    """What one archive holds: pieces of about `unit_bytes`, label names, their order where the file states it."""
+    kind, uri, path, size, unit_bytes, look, names_too = job
+    whole = {"pieces": [(path, size, 0, -1, None)], "names": [], "ordered": [], "multilabel": False}
+    if kind == "parquet":
+        return _look_parquet(uri, path, unit_bytes, names_too)
+    if kind == "cifar":
+        ten = "cifar-10-" in uri
+        names = [str(i) for i in range(10 if ten else 100)]
+        for member, data in _cifar_members(uri):
+            if member in ("batches.meta.txt", "fine_label_names.txt"):
+                names = data.decode().split()
+        return whole | {"names": names, "ordered": names}
+    if not look:
+        return whole
+    if kind == "tar":
+        return whole | _look_tar(uri, path, size, unit_bytes, names_too)
+    names_found: set[str] = set()
+    for item in _read_tfrecord(uri, path, {}):
+        names_found.update(item.labels or ())
+    return whole | {"names": sorted(names_found)}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterator[Item]:
+    """The items of some pieces, in order. Never raises for a bad input: that becomes an Item with `refused`."""
+    if source.kind == "folder":
+        yield from _read_files(source, pieces)
+        return
+    for piece in pieces.to_pylist():
+        uri = storage.join(source.uri, piece["path"]) if piece["path"] else source.uri
+        name = piece["path"] or source.uri.rpartition("/")[2]
+        if source.kind == "tar":
+            items = _read_tar(uri, name, piece["start"], piece["stop"], piece["labels"], source.table)
+        elif source.kind == "parquet":
+            items = _read_parquet(uri, name, piece["start"], piece["stop"], source.table)
+        elif source.kind == "cifar":
+            items = _read_cifar(uri, name)
+        else:
+            items = _read_tfrecord(uri, name, source.table)
+        for item in items:
+            key = source.prefix + item.key
+            if include is None or fnmatch.fnmatch(key, include):
+                yield item._replace(key=key)
+
+
+def _read_files(source: Source, pieces: pa.Table) -> Iterator[Item]:
+    paths, labels = pieces["path"].to_pylist(), pieces["labels"].to_pylist()
+    remote = storage.is_remote(source.uri)
+    for path, names, data in zip(paths, labels, (_fetch if remote else _load)(source.uri, paths), strict=True):
+        key, where = source.prefix + path, storage.join(source.uri, path)
+        if isinstance(data, bytes):
+            yield Item(key, where, data, names)
+        elif isinstance(data, FileNotFoundError):
+            yield Item(key, where, b"", names, Refused("missing file"))
+        else:
+            yield Item(key, where, b"", names, Refused("unreadable", str(data)))
+
+
+def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
+    for path in paths:
+        try:
+            with open(os.path.join(folder, path), "rb") as file:
+                yield file.read()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a name from a label table
+            yield error
+
+
+def _fetch(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
+    """Objects from S3, 64 requests at a time. What is not there is an input's fault and is returned; a store that fails
+    is not, and after five attempts is a UserError: images must not turn into rejects because a server was busy."""
+    fs, root = storage.filesystem(folder)
+    for i in range(0, len(paths), 64):
+        data: dict[str, Any] = {}
+        wanted = [f"{root}/{path}" for path in paths[i : i + 64]]
+        for attempt in range(5):
+            missing = [path for path in wanted if not isinstance(data.get(path), (bytes, FileNotFoundError))]
+            if missing:
+                time.sleep(attempt)
+                found = fs.cat(missing, on_error="return")
+                data |= found if isinstance(found, dict) else {missing[0]: found}
+        for path in wanted:
+            if not isinstance(data[path], (bytes, FileNotFoundError)):
+                raise UserError(f"s3://{path}: cannot be read after five attempts ({data[path]})")
+            yield data[path]
+
+
+# ------------------------------------------------ tar
+
+
+def _members(file: IO[bytes], stream: bool, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Regular members from the current position to `stop`. A tar that ends early raises tarfile.ReadError."""
+    # "r|" never seeks, for gzip; "r:" skips over data. Nothing is ever extracted to disk, so member names are only names.
+    with tarfile.open(fileobj=file, mode="r|*" if stream else "r:") as archive:
+        for member in archive:
+            if 0 <= stop <= member.offset:
+                return
+            if member.isfile():
+                yield archive, member
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+
+
+def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) -> dict[str, Any]:
+    """Label names of a tar, and cuts at sample boundaries; a tar of tars is cut at its inner archives."""
+    packed = uri.lower().endswith("gz")
+    names: set[str] = set()
+    cuts, inner, multilabel, last = [0], [], False, ""
+    try:
+        with storage.open_file(uri) as file:
+            for archive, member in _members(file, packed):
+                if member.name.lower().endswith(".tar"):
+                    label = os.path.basename(member.name)[:-4]
+                    names.add(label)
+                    if not packed:
+                        begin = member.offset_data
+                        inner.append((path, member.size, begin, begin + member.size, [label]))
+                    continue
+                stem, extension = _split_name(member.name)
+                if stem != last and member.offset - cuts[-1] >= unit_bytes and not packed:
+                    cuts.append(member.offset)
+                last = stem
+                if names_too and extension in ("cls", "txt", "json"):
+                    handle = archive.extractfile(member)
+                    found, many = _sidecar(extension, handle.read() if handle else b"")
+                    multilabel |= many
+                    names.update(found or ())
+                elif extension in IMAGE_NAMES:
+                    names.update(_path_label(member.name, first=False) or ())
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        # A damaged archive is still read as far as it goes; reading it again records why it stops there.
+    if inner:
+        return {"pieces": inner, "names": sorted(names)}
+    ends = [*cuts[1:], -1]
+    pieces = [(path, (b if b > 0 else size) - a, a, b, None) for a, b in zip(cuts, ends, strict=True)]
+    return {"pieces": pieces, "names": sorted(names), "multilabel": multilabel}
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _sidecar(extension: str, data: bytes) -> tuple[list[str] | None, bool]:
+    """(label names, multi-label) of a .cls, .txt or .json member."""
+    try:
+        text = data.decode().strip()
+        if extension != "json":
+            return ([text] if text else None), False
+        value = json.loads(text)
+    except ValueError:
+        return None, False
+    if isinstance(value, dict):
+        lower = {str(key).lower(): item for key, item in value.items()}
+        value = next((lower[column] for column in LABEL_COLUMNS if column in lower), None)
+    many = isinstance(value, list)
+    return _names(value, many), many
+
+
+def _read_tar(
+    uri: str, name: str, start: int, stop: int, labels: list[str] | None, table: dict[str, list[str]]
+) -> Iterator[Item]:
+    try:
+        with storage.open_file(uri) as file:
+            packed = uri.lower().endswith("gz")
+            if start:
+                file.seek(start)
+            yield from _read_members(file, packed, stop, name, labels, table)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
+
+
+def _read_members(
+    file: IO[bytes], stream: bool, stop: int, name: str, labels: list[str] | None, table: dict[str, list[str]]
+) -> Iterator[Item]:
+    """Groups members that share a stem into one item (WebDataset); members of other kinds are inputs that are no image."""
+    files = ((archive, member, *_split_name(member.name)) for archive, member in _members(file, stream, stop))
+    for stem, group in itertools.groupby(files, key=lambda entry: entry[2]):
+        found, own, image = labels, None, None
+        others = []
+        for archive, member, _, extension in group:
+            handle = archive.extractfile(member)
+            assert handle is not None
+            if extension == "tar":
+                yield from _read_members(io.BytesIO(handle.read()), False, -1, name, [os.path.basename(stem)], table)
+            elif extension in ("cls", "txt", "json"):
+                own = own or _sidecar(extension, handle.read())[0]
+                others.append(member.name)
+            elif image is None:
+                image = (member.name, handle.read())
+            else:
+                others.append(member.name)
+        if image is None:
+            if own is None and others:
+                yield Item(others[0], f"{name}/{others[0]}", b"", None, Refused("not an image"))
+            continue
+        member_name, data = image
+        found = _lookup(table, member_name) if table else (own or found or _path_label(member_name, first=False))
+        yield Item(member_name, f"{name}/{member_name}", data, found)
+
+
+# ------------------------------------------------ Parquet
+
+
+def _image_column(file_schema: pa.Schema, uri: str) -> str:
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    candidates = [f.name for f in file_schema if holds_bytes(f.type)]
+    for name in (*IMAGE_COLUMNS, *candidates):
+        if name in candidates:
+            return name
+    found = ", ".join(f"{f.name}: {f.type}" for f in file_schema)
+    raise UserError(f"{uri}: no column of image bytes (binary, or a struct with bytes) among {found}")
+
+
+def _label_column(file_schema: pa.Schema, image: str) -> str | None:
+    lower = {name.lower(): name for name in file_schema.names if name != image}
+    return next((lower[name] for name in LABEL_COLUMNS if name in lower), None)
+
+
+def _look_parquet(uri: str, path: str, unit_bytes: int, names_too: bool) -> dict[str, Any]:
+    with _parquet(uri) as file:
+        metadata, file_schema = file.metadata, file.schema_arrow
+        label = _label_column(file_schema, _image_column(file_schema, uri))
+        pieces, first, size = [], 0, 0
+        for group in range(metadata.num_row_groups):
+            size += metadata.row_group(group).total_byte_size
+            if size >= unit_bytes or group == metadata.num_row_groups - 1:
+                pieces.append((path, size, first, group + 1, None))
+                first, size = group + 1, 0
+        names: set[str] = set()
+        ordered = _huggingface_names(file_schema, label)
+        many = label is not None and pa.types.is_list(file_schema.field(label).type)
+        if names_too and label and not ordered:
+            for batch in file.iter_batches(columns=[label], batch_size=1 << 16):
+                values = batch.column(0).flatten() if many else batch.column(0)
+                names.update(name for v in values.unique().to_pylist() for name in _names(v, False) or ())
+    return {"pieces": pieces, "names": sorted(names) or ordered, "ordered": ordered, "multilabel": many}
+
+
+def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
+    """Class names in index order, where the Hugging Face metadata has them."""
+    try:
+        features = json.loads(file_schema.metadata[b"huggingface"])["info"]["features"]
+        return list(features[label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+class _parquet:
+    """An open Parquet file. A local one goes to Arrow by path: a Python file object behind its I/O threads costs speed."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __enter__(self) -> pq.ParquetFile:
+        try:
+            if storage.is_remote(self.uri):
+                fs, path = storage.filesystem(self.uri)
+                self.handle: Any = fs.open(path, "rb", block_size=16 << 20)
+                return pq.ParquetFile(self.handle, pre_buffer=False)
+            self.handle = pa.memory_map(self.uri)
+            return pq.ParquetFile(self.handle)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{self.uri}: not a Parquet file ({error})") from error
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.close()
+
+
+def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, list[str]]) -> Iterator[Item]:
+    with _parquet(uri) as file:
+        file_schema = file.schema_arrow
+        image = _image_column(file_schema, uri)
+        label = _label_column(file_schema, image)
+        lower = {
+            n.lower(): n for n in file_schema.names if n != image and pa.types.is_string(file_schema.field(n).type)
+        }
+        key = next((lower[n] for n in FILE_COLUMNS if n in lower and lower[n] != label), None)
+        columns = list(dict.fromkeys(c for c in (key, image, label) if c))
+        stop = file.num_row_groups if stop < 0 else stop
+        row = sum(file.metadata.row_group(g).num_rows for g in range(start))
+        try:
+            for batch in file.iter_batches(
+                batch_size=64, row_groups=range(start, stop), columns=columns, use_threads=False
+            ):
+                for values in batch.to_pylist():
+                    data, where = values[image], f"{name}#{row}"
+                    own = values[key] if key else None
+                    if isinstance(data, dict):
+                        own, data = own or data.get("path"), data.get("bytes")
+                    key_text = f"{name}/{own}" if own else where
+                    row += 1
+                    labels = _lookup(table, own) if table and own else _names(values[label], False) if label else None
+                    if data is None:
+                        yield Item(key_text, where, b"", labels, Refused("empty", "no bytes in the row"))
+                    else:
+                        yield Item(key_text, where, data, labels)
+        except (pa.ArrowException, OSError) as error:
+            yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+
+
+# ------------------------------------------------ TFRecord, CIFAR
+
+
+def _read_tfrecord(uri: str, name: str, table: dict[str, list[str]]) -> Iterator[Item]:
+    row = 0
+    try:
+        for example in _examples(uri):
+            where = f"{name}#{row}"
+            row += 1
+            image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
+            own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
+            text = _first(example, "image/class/synset", "image/class/text", "class", "label_name")
+            label = text if text is not None else _first(example, "image/class/label", "label", "labels")
+            own = own.decode() if isinstance(own, bytes) else None
+            names = _names(label.decode() if isinstance(label, bytes) else label, False)
+            names = _lookup(table, own) if table and own else names
+            key = f"{name}/{own}" if own else where
+            if not isinstance(image, bytes):
+                yield Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
+            else:
+                yield Item(key, where, image, names)
+    except (UserError, ValueError, EOFError, OSError) as error:
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+
+
+def _examples(uri: str) -> Iterator[dict[str, Any]]:
+    with storage.open_file(uri) as file:
+        for record in tfrecord.read_records(file, uri):
+            yield tfrecord.parse_example(record)
+
+
+def _first(example: dict[str, Any], *names: str) -> Any:
+    for name in names:
+        values = example.get(name)
+        if values is not None and len(values):
+            return values[0]
+    return None
+
+
+def _cifar_members(uri: str) -> Iterator[tuple[str, bytes]]:
+    with storage.open_file(uri) as file:
+        for archive, member in _members(file, stream=True):
+            handle = archive.extractfile(member)
+            yield os.path.basename(member.name), handle.read() if handle else b""
+
+
+def _read_cifar(uri: str, name: str) -> Iterator[Item]:
+    """CIFAR's binary records: one label byte (CIFAR-100: coarse, then fine) and 3072 bytes, planes of red, green, blue."""
+    skip = 1 if "cifar-10-" in uri else 2
+    try:
+        for member, data in _cifar_members(uri):
+            if not member.endswith(".bin"):
+                continue
+            if len(data) % (skip + 3072):
+                yield Item(
+                    member, uri, b"", None, Refused("truncated", f"{len(data)} bytes is no whole number of records")
+                )
+            records = np.frombuffer(data, np.uint8, len(data) // (skip + 3072) * (skip + 3072)).reshape(-1, skip + 3072)
+            for i, record in enumerate(records):
+                pixels = np.ascontiguousarray(record[skip:].reshape(3, 32, 32).transpose(1, 2, 0))
+                yield Item(f"{member[:-4]}/{i:05d}", f"{name}/{member}", pixels, [str(record[skip - 1])])
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield Item(name, uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
+
+
+def prefetched(items: Iterable[Item], depth: int = 64) -> Iterator[Item]:
+    """The same items, read by a thread while the caller works. For storage that makes one wait."""
+    import queue
+
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(value, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (value := ready.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _read_text(uri: str) -> str:
+    try:
+        return storage.read_bytes(uri).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri}: not UTF-8 text ({error})") from error
