@@ -1,0 +1,476 @@
+"""Shards -> batches: decoded and augmented in threads, in an order that only (seed, epoch, step) decide.
+
+    with Loader(open_dataset(uri), batch_size=4096, rank=rank, world_size=world_size, epoch=3, step=170) as loader:
+        for batch in loader:      # one epoch, from step 170
+            ...                   # batch["image"] uint8 (b, H, W, C), batch["label"] int64 (b,), batch["key"]
+            loader.state()        # {"epoch": 3, "step": 171}: resume from here after this batch
+
+The loader is its own pipeline, driven by its consumer: taking a batch queues a later one, so `prefetch` batches are being
+made while the consumer works. Row groups are read ahead of the batches that need them (reader.py); each batch is filled by
+several tasks, one per few lanes, straight into its place in the batch.
+"""
+
+import logging
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from pipeline.data.augment import Augment, BadImage, decode, scratch
+from pipeline.data.order import AUGMENT, MIXUP, Order, default_lanes, uniform
+from pipeline.data.patches import kept_tokens, patchify, unpatchify
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Dataset, RowGroup
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD = 8  # row groups requested beyond those that the queued batches need
+
+
+class Loader:
+    """One rank's share of every global batch of `batch_size` samples.
+
+    Training (train=True): each epoch is another permutation; every sample comes once, but for a remainder smaller than `lanes`.
+    The last batch is short unless drop_last. Samples, crops and mixup pairs depend on seed, epoch, step, batch_size, lanes
+    and shuffle_window, never on rank, world_size or threads. `lanes` (default: order.default_lanes) must be a
+    multiple of world_size, and stay the same to resume with other workers. A row that does not decode is replaced by the next
+    of its shuffle window, logged and counted.
+
+    Evaluation (train=False): rank r gets the r-th contiguous part of the dataset, in dataset order, every sample once. All
+    ranks take the same number of steps, so a last batch may be empty on some. No flip, RandAugment or mixup; the crop
+    must be center or squash (the default). A row that does not decode is an error.
+
+    A batch is a dict, where b is this rank's share:
+        image      uint8 (b, H, W, C), for encoding jpeg; or
+        patches    uint8 (b, N, P*P*C), for encoding patches, or when `patch_size` asks for them
+        positions  int64 (b, n), the patches present, when keep_tokens < 1
+        label      int64 (b,), -1 unlabelled; multi-label (b, M): class indices padded with -1
+        key        list of b strings
+        label_b, lam   with mixup: the partner's label, and the weight of `label`, float32 (b,)
+    A batch is yours for as long as you hold any of it: memory is used again only after the last tensor or view of it is gone
+    (pinned memory: after copies from it have finished too).
+
+    augment       None: Augment() for training on jpeg, squash to 224 for evaluation on jpeg; patches go through as they are
+    shuffle_window  samples shuffled together, over all lanes: each lane permutes windows of shuffle_window/lanes
+    threads       decoding threads; default: the CPUs of this process, shared between the ranks of this machine
+    prefetch      batches made ahead of the one in use
+    keep_tokens   fraction of patches kept, drawn anew for each sample
+    pin_memory    default: when CUDA is there
+    cache_dir     keeps row groups of s3:// datasets on a local disk, up to cache_bytes
+
+    Iterating again continues with the next epoch, or after a `break`, with the next batch. `counters` has reads, read_bytes,
+    cache_hits, retries and replaced. Memory: prefetch + 1 batches, and about one row group per lane.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        lanes: int | None = None,
+        epoch: int = 0,
+        step: int = 0,
+        train: bool = True,
+        augment: Augment | None = None,
+        shuffle_window: int = 16_384,
+        threads: int | None = None,
+        prefetch: int = 2,
+        keep_tokens: float = 1.0,
+        patch_size: int | None = None,
+        drop_last: bool = False,
+        pin_memory: bool | None = None,
+        cache_dir: str | None = None,
+        cache_bytes: int = 100 << 30,
+    ) -> None:
+        if augment is None and dataset.encoding == "jpeg":
+            augment = Augment() if train else Augment(crop="squash")
+        if lanes is None:
+            lanes = default_lanes(batch_size, len(dataset))
+        self.dataset, self.augment, self.train = dataset, augment, train
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.lanes, self.shuffle_window, self.drop_last, self.prefetch = lanes, shuffle_window, drop_last, prefetch
+        self.keep_tokens, self.mixup = keep_tokens, augment.mixup if augment and train else 0.0
+        self.patch_size = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else patch_size
+        self.shape = self._row_shape()
+        self._check(epoch, step)
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+
+        self._position = (epoch, step)  # of the next batch to hand out
+        self._next = (epoch, step)  # of the next batch to queue
+        self._begin(epoch, step)
+        if not self.steps_per_epoch or step > self.steps_per_epoch:
+            raise UserError(
+                f"{dataset.uri}: an epoch of {len(dataset)} samples has {self.steps_per_epoch} steps of {batch_size}; step "
+                f"{step} is not one of them" + (" (drop_last leaves out a short batch)" if drop_last else "")
+            )
+        self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
+        self._queue: deque[_Batch] = deque()
+        self._memory = _Memory((self._share, *self.shape), keep=prefetch + 3)
+        self.replaced: dict[str, str] = {}  # key -> what was wrong with it
+
+        cv2.setNumThreads(1)  # parallel over images, not inside one
+        cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.threads = threads or max(1, cpus)
+        self._reader = Reader(dataset, threads=READ_AHEAD, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        self._closed = False
+
+    # ------------------------------------------------------------ what is asked for
+
+    def _row_shape(self) -> tuple[int, ...]:
+        """Shape of one row of the batch, uint8."""
+        if self.augment is None:
+            self._tokens, size = self.dataset.manifest.tokens, self.dataset.manifest.token_bytes
+        elif self.dataset.encoding == "patches" and self.dataset.manifest.image["channels"] != 3:
+            raise UserError(f"{self.dataset.uri}: augmentations need three channels; use augment=None")
+        elif self.patch_size is None:
+            return (self.augment.size, self.augment.size, 3)
+        elif self.augment.size % self.patch_size:
+            raise UserError(f"patch_size {self.patch_size} does not divide the image size {self.augment.size}")
+        else:
+            self._tokens, size = (self.augment.size // self.patch_size) ** 2, self.patch_size**2 * 3
+        return (max(1, round(self.keep_tokens * self._tokens)), size)
+
+    def _check(self, epoch: int, step: int) -> None:
+        per_lane, crop = self.batch_size // self.lanes, self.augment and self.augment.crop
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank {self.rank} is outside a world of {self.world_size}")
+        if epoch < 0 or step < 0 or self.prefetch < 0 or self.shuffle_window < 1 or not 0 < self.keep_tokens <= 1:
+            raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, keep_tokens in (0, 1]")
+        if self.keep_tokens < 1 and self.patch_size is None:
+            raise UserError(
+                "keep_tokens < 1 drops patches: set patch_size, so that the loader makes patches of the images"
+            )
+        if self.keep_tokens < 1 and self.mixup:
+            raise UserError(
+                "mixup blends whole images, keep_tokens < 1 leaves different patches of each: choose one of them"
+            )
+        if not self.train:
+            if self.batch_size % self.world_size:
+                raise UserError(f"batch_size {self.batch_size} is not divisible by world_size {self.world_size}")
+            if self.augment and not self.augment.deterministic:
+                raise UserError(f"crop {crop!r} is random: evaluation (train=False) needs crop center or squash")
+            return
+        if self.lanes % self.world_size:
+            raise UserError(
+                f"lanes {self.lanes} is not divisible by world_size {self.world_size}: each worker reads lanes of its own; "
+                f"set lanes to a multiple of {self.world_size} that divides the batch of {self.batch_size} (it fixes the "
+                "sample order: keep it for the whole run)"
+            )
+        if self.mixup and per_lane == 1:
+            raise UserError(
+                f"mixup pairs samples of one lane, but batch_size {self.batch_size} over {self.lanes} lanes leaves one; "
+                f"set lanes to {self.batch_size // 2} or fewer"
+            )
+        if len(self.dataset) < self.lanes:
+            raise UserError(
+                f"{self.dataset.uri}: {len(self.dataset)} samples cannot fill {self.lanes} lanes; set lanes to a smaller "
+                "divisor of the batch"
+            )
+
+    @property
+    def _lane_range(self) -> range:
+        if not self.train:
+            return range(1)
+        share = self.lanes // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def _make_order(self, epoch: int) -> Order:
+        common: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "shuffle_window": self.shuffle_window}
+        rows = self.dataset.row_groups["rows"]
+        if self.train:
+            return Order(rows, batch_size=self.batch_size, lanes=self.lanes, **common)
+        start, stop = (len(self.dataset) * r // self.world_size for r in (self.rank, self.rank + 1))
+        return Order(rows, batch_size=self._share, lanes=1, shuffle=False, start=start, stop=stop, **common)
+
+    @property
+    def _share(self) -> int:
+        """Rows of a full batch on this rank."""
+        return self.batch_size // self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.train:
+            return self._order.full_steps if self.drop_last else self._order.steps
+        if self.drop_last:
+            return len(self.dataset) // self.batch_size
+        largest_part = -(-len(self.dataset) // self.world_size)
+        return -(-largest_part // self._share)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {**self._reader.counters, "replaced": len(self.replaced)}
+
+    def state(self) -> dict[str, int]:
+        """Where a new Loader must start to continue after the last batch handed out."""
+        epoch, step = self._position
+        return {"epoch": epoch, "step": step}
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    # ------------------------------------------------------------ iteration
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, step = self._position
+        while step < self.steps_per_epoch:
+            if self._closed:
+                raise RuntimeError("the loader is closed")
+            while len(self._queue) <= self.prefetch and self._enqueue():
+                pass
+            for task in self._queue[0].tasks:
+                task.result()  # raises here what went wrong in a thread
+            batch = self._finish(self._queue.popleft())
+            for group in [g for g, (_, last) in self._open.items() if last <= (epoch, step)]:
+                del self._open[group]
+            step += 1
+            self._position = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
+            yield batch
+            del batch  # or its memory would wait for the next one
+        self._position = (epoch + 1, 0)
+
+    def _begin(self, epoch: int, step: int) -> None:
+        """Plans the epoch's order and its reads from `step` on."""
+        self._order = self._make_order(epoch)
+        reads = self._order.reads(self._lane_range)
+        self._reads = reads[reads[:, 2] >= step]
+        self._started = 0  # how many of them are under way or done
+
+    def _enqueue(self) -> bool:
+        """Queues the next batch: starts the reads that it needs and a few more, then the tasks that fill it."""
+        epoch, step = self._next
+        if step == self.steps_per_epoch:
+            if self._queue and not self.train:
+                return False  # evaluation does not begin another pass before this one is used up
+            epoch, step = epoch + 1, 0
+            self._begin(epoch, step)
+        ahead = int(np.searchsorted(self._reads[:, 1], step, side="right")) + READ_AHEAD
+        for group, _, last in self._reads[self._started : ahead].tolist():
+            future = self._open[group][0] if group in self._open else self._reader.start(group)
+            still = self._open[group][1] if group in self._open else (epoch, last)
+            self._open[group] = (future, max(still, (epoch, last)))
+        self._started = max(self._started, min(ahead, len(self._reads)))
+
+        batch = self._plan(epoch, step)
+        unit = batch.per_lane if self.mixup else 1  # mixup needs whole lanes in one task
+        size = max(unit, -(-max(8, batch.n // (4 * self.threads)) // max(unit, 1)) * unit, 1)
+        batch.tasks += [
+            self._pool.submit(self._fill, batch, i, min(i + size, batch.n)) for i in range(0, batch.n, size)
+        ]
+        self._queue.append(batch)
+        self._next = (epoch, step + 1)
+        return True
+
+    def _plan(self, epoch: int, step: int) -> "_Batch":
+        """Which rows make up this rank's share of a step, and memory for them."""
+        positions = self._order.batch(step, self._lane_range)
+        groups, rows = self._order.locate(positions.ravel())
+        n = positions.size
+        if self.pin_memory:
+            # PyTorch's allocator gives pinned memory out again only when the copies that use it are done.
+            images = torch.empty((n, *self.shape), dtype=torch.uint8, pin_memory=True)
+            pixels = images.numpy()
+        else:
+            pixels = self._memory.take(n)
+            images = torch.from_numpy(pixels)
+        lam = 1.0
+        if self.mixup:
+            from scipy.special import betaincinv
+
+            lam = float(betaincinv(self.mixup, self.mixup, uniform(self.seed, MIXUP, epoch, step)))
+        return _Batch(
+            order=self._order,
+            step=step,
+            per_lane=positions.shape[1],
+            groups=groups.tolist(),
+            rows=rows.tolist(),
+            samples=self.dataset.starts[groups] + rows,
+            sources={group: future for group, (future, _) in self._open.items()},
+            images=images,
+            pixels=pixels,
+            kept=np.empty((n, self.shape[0]), np.int64) if self.keep_tokens < 1 else None,
+            lam=max(lam, 1 - lam),
+            labels=[None] * n,
+            keys=[""] * n,
+        )
+
+    # ------------------------------------------------------------ in the decoding threads
+
+    def _fill(self, batch: "_Batch", begin: int, end: int) -> None:
+        """Makes the rows [begin, end) of a batch."""
+        if batch.kept is not None:
+            tokens, samples = self._tokens, batch.samples[begin:end]
+            batch.kept[begin:end] = kept_tokens(self.seed, batch.order.epoch, samples, tokens, self.keep_tokens)
+        draws = self._draws(batch, batch.samples[begin:end])
+        for i in range(begin, end):
+            source, row = batch.sources[batch.groups[i]].result(), batch.rows[i]
+            try:
+                self._make(source.images[row], draws[i - begin], batch, i)
+            except BadImage as error:
+                source, row = self._replace(batch, i, source.keys[row], error)
+            except Exception as error:
+                raise RuntimeError(f"{self.dataset.uri}: {source.keys[row]}: {error}") from error
+            batch.keys[i], batch.labels[i] = source.keys[row], source.labels[row]
+        if self.mixup:
+            for start in range(begin, end, batch.per_lane):
+                _blend(batch.pixels[start : start + batch.per_lane], batch.lam)
+
+    def _draws(self, batch: "_Batch", samples: np.ndarray) -> list[list[float]]:
+        """The random numbers of each sample's augmentation."""
+        numbers = np.arange(self.augment.draws if self.augment else 0)
+        return uniform(self.seed, AUGMENT, batch.order.epoch, samples[:, None], numbers).tolist()
+
+    def _make(self, stored: Any, draws: list[float], batch: "_Batch", i: int) -> None:
+        """Stored image -> row i of the batch. Raises BadImage."""
+        target = batch.pixels[i]
+        if self.augment is None:
+            patches = stored
+        else:
+            if self.dataset.encoding == "jpeg":
+                image = decode(stored)
+            else:
+                kind = self.dataset.manifest.image
+                image = unpatchify(stored, kind["height"], kind["width"], kind["patch_size"])
+            if self.patch_size is None:
+                self.augment.apply(image, draws, target, self.train)
+                return
+            pixels = scratch("pixels", (self.augment.size, self.augment.size, 3))
+            self.augment.apply(image, draws, pixels, self.train)
+            patches = patchify(pixels, self.patch_size, out=scratch("patches", (self._tokens, self.shape[1])))
+        if batch.kept is None:
+            target[:] = patches
+        else:
+            np.take(patches, batch.kept[i], axis=0, out=target, mode="clip")
+
+    def _replace(self, batch: "_Batch", i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
+        """Fills row i with the next sample of its shuffle window that decodes; returns its row group and row there."""
+        if not self.train:
+            raise UserError(
+                f"{self.dataset.uri}: {key}: {error}; evaluation counts every image: prepare the data again"
+            )
+        lane, offset = divmod(i, batch.per_lane)
+        lane, index = self._lane_range[lane], batch.step * batch.order.per_lane + offset
+        for position in batch.order.replacements(lane, index):
+            groups, rows = batch.order.locate(np.array([position]))
+            source, row = batch.sources[int(groups[0])].result(), int(rows[0])
+            try:
+                draws = self._draws(batch, self.dataset.starts[groups] + rows)
+                self._make(source.images[row], draws[0], batch, i)
+            except BadImage:
+                continue
+            if key not in self.replaced:
+                logger.warning(
+                    "%s: %s does not decode (%s): replaced by %s", self.dataset.uri, key, error, source.keys[row]
+                )
+            self.replaced[key] = str(error)
+            return source, row
+        raise UserError(
+            f"{self.dataset.uri}: {key} does not decode ({error}), nor does any other image of its shuffle window"
+        )
+
+    # ------------------------------------------------------------ handing out
+
+    def _finish(self, batch: "_Batch") -> dict[str, Any]:
+        labels = _label_tensor(batch.labels, self.dataset.multilabel)
+        result: dict[str, Any] = {
+            "patches" if self.patch_size else "image": batch.images,
+            "label": labels,
+            "key": batch.keys,
+        }
+        if batch.kept is not None:
+            result["positions"] = torch.from_numpy(batch.kept)
+        if self.mixup:
+            by_lane = labels.reshape(-1, batch.per_lane, *labels.shape[1:])
+            result["label_b"] = by_lane.roll(-1, dims=1).reshape(labels.shape)
+            result["lam"] = torch.full((batch.n,), batch.lam)
+        return result
+
+    def close(self) -> None:
+        """Ends the threads. What was handed out stays valid."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()  # so that no task waits for a read
+        self._pool.shutdown(wait=True)
+        self._queue.clear()
+        self._open.clear()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Batch:
+    """One rank's share of a step while it is being filled; its n rows run lane by lane."""
+
+    order: Order
+    step: int
+    per_lane: int  # rows of each lane
+    groups: list[int]  # row group of each row
+    rows: list[int]  # place of each row in its row group
+    samples: np.ndarray  # index of each row in the dataset, int64 (n,)
+    sources: dict[int, Future[RowGroup]]  # row groups in memory, or on their way
+    images: torch.Tensor
+    pixels: np.ndarray  # the same memory as `images`
+    kept: np.ndarray | None  # patches kept, int64 (n, kept)
+    lam: float
+    labels: list[Any]
+    keys: list[str]
+    tasks: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return len(self.samples)
+
+
+class _Memory:
+    """Memory for batches, given out again once nobody holds any part of it: first touches of fresh pages cost a twentieth
+    of a JPEG's decoding."""
+
+    def __init__(self, shape: tuple[int, ...], keep: int) -> None:
+        self.shape, self.keep = shape, keep
+        self._free: list[np.ndarray] = []
+        self._lent: dict[int, weakref.ref] = {}
+
+    def take(self, n: int) -> np.ndarray:
+        """uint8 (n, ...). A tensor made of it holds this very array for as long as any view of the tensor lives."""
+        memory = self._free.pop() if self._free else np.empty(self.shape, np.uint8)
+        lent = memory[:n]
+        self._lent[id(memory)] = weakref.ref(lent, lambda _: self._give_back(memory))
+        return lent
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        del self._lent[id(memory)]
+        if len(self._free) < self.keep:
+            self._free.append(memory)
+
+
+def _blend(rows: np.ndarray, lam: float) -> None:
+    """Mixup within one lane, in place: lam * row + (1 - lam) * the next row, the last with the first, rounded to uint8."""
+    flat = rows.reshape(len(rows), 1, -1)
+    first = flat[0].copy()
+    for i in range(len(flat)):
+        cv2.addWeighted(flat[i], lam, flat[i + 1] if i + 1 < len(flat) else first, 1 - lam, 0, dst=flat[i])
+
+
+def _label_tensor(labels: list[Any], multilabel: bool) -> torch.Tensor:
+    """int64 (b,), or for multi-label (b, M) padded with -1, M >= 1 the most labels of one row."""
+    if not multilabel:
+        return torch.tensor(labels, dtype=torch.int64)
+    padded = torch.full((len(labels), max([1, *map(len, labels)])), -1, dtype=torch.int64)
+    for row, classes in zip(padded, labels, strict=True):
+        row[: len(classes)] = torch.tensor(classes, dtype=torch.int64)
+    return padded

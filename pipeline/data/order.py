@@ -1,0 +1,168 @@
+"""The order of samples: a pure function of (seed, epoch, step), the same for any number of workers.
+
+An epoch is a permutation of row groups laid end to end and cut into L equal *lanes*. Every global batch takes
+batch/L samples from each lane; inside a lane, consecutive windows of samples are permuted. So
+
+    (epoch, step, lane)  ->  which rows of which row groups
+
+costs one window's permutation and nothing that happened earlier: resuming in the middle of an epoch replays nothing.
+A rank owns a contiguous run of lanes, and the ranks' parts side by side are the same global batch for any world size.
+
+Random numbers are SplitMix64 (Steele et al. 2014) used as a counter-based generator: `bits(seed, purpose, epoch, i)` hashes
+its words, vectorised over any of them. There is no state to save, and no dependence on a library's stream.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+# The second word of every draw: two purposes never share random numbers.
+ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS = range(5)
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_27, _30, _31, _11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
+
+
+def bits(seed: int, *words: int | np.ndarray) -> np.ndarray:
+    """64 random bits for each element of the broadcast words (integers >= 0): uint64 of the broadcast shape.
+
+    With the last word 0, 1, 2, ... this is the SplitMix64 stream that starts from the hash of the others.
+    """
+    state: np.ndarray | np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    with np.errstate(over="ignore"):  # arithmetic is modulo 2^64, which NumPy reports for scalars
+        for word in words:
+            state = state + (np.asarray(word).astype(np.uint64) + np.uint64(1)) * _GOLDEN
+            state = (state ^ (state >> _30)) * _MIX_1
+            state = (state ^ (state >> _27)) * _MIX_2
+            state = state ^ (state >> _31)
+    return np.asarray(state)
+
+
+def uniform(seed: int, *words: int | np.ndarray) -> np.ndarray:
+    """Like `bits`, as float64 in [0, 1)."""
+    return (bits(seed, *words) >> _11) * 2.0**-53
+
+
+def default_lanes(batch_size: int, num_samples: int) -> int:
+    """The largest divisor of the batch that is at most 64, half the batch and a sixteenth of the samples.
+
+    64 lanes mix 64 row groups into every batch and serve 1, 2, 4, ... 64 workers. Half the batch, because mixup pairs two
+    samples of a lane. A sixteenth of the samples, because an epoch leaves out a remainder of fewer samples than lanes.
+    The number of workers has no say: another number would be another order.
+    """
+    limit = max(1, min(64, batch_size // 2, num_samples // 16))
+    return max(lanes for lanes in range(1, limit + 1) if batch_size % lanes == 0)
+
+
+class Order:
+    """One epoch over row groups of `rows` samples each (int64 (R,), in the order of storage).
+
+    Positions count the samples of the epoch's sequence, 0 <= position < sum(rows); `locate` turns them into rows of row groups.
+    With shuffle=False the sequence is the order of storage. [start, stop) restricts it to a part (default: all of it).
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        lanes: int,
+        shuffle_window: int,
+        shuffle: bool = True,
+        start: int = 0,
+        stop: int | None = None,
+    ):
+        if batch_size < 1 or lanes < 1 or batch_size % lanes:
+            raise UserError(
+                f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes equally many samples from "
+                f"each lane; use a divisor of the batch, such as lanes={default_lanes(max(batch_size, 1), 2**62)}"
+            )
+        rows = np.asarray(rows, dtype=np.int64)
+        self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
+        self.permutation = np.arange(len(rows))
+        if shuffle:
+            self.permutation = np.argsort(bits(seed, ROW_GROUPS, epoch, self.permutation), kind="stable")
+        self.ends = np.cumsum(rows[self.permutation])  # where each row group ends in the epoch's sequence
+        self.starts = self.ends - rows[self.permutation]
+        total = int(self.ends[-1]) if len(rows) else 0
+        stop = total if stop is None else stop
+
+        self.lanes = lanes
+        self.lane_size = (stop - start) // lanes
+        self.lane_starts = start + self.lane_size * np.arange(lanes)
+        self.per_lane = batch_size // lanes
+        self.window = max(1, shuffle_window // lanes)
+        self._windows: dict[tuple[int, range], np.ndarray] = {}
+
+    @property
+    def full_steps(self) -> int:
+        return self.lane_size // self.per_lane
+
+    @property
+    def steps(self) -> int:
+        """Steps of the epoch, the last one short when the batch does not divide the samples."""
+        return -(-self.lane_size // self.per_lane)
+
+    def _permute(self, window: int, lanes: range) -> np.ndarray:
+        """The permutation of one window of every lane in `lanes`: offsets in the window, int64 (lanes, window size)."""
+        offsets = np.arange(min(self.window, self.lane_size - window * self.window))
+        numbers = np.arange(lanes.start, lanes.stop)
+        draws = bits(self.seed, WINDOWS, self.epoch, numbers[:, None], window, offsets)
+        return np.argsort(draws, axis=1, kind="stable")
+
+    def _window(self, window: int, lanes: range) -> np.ndarray:
+        """`_permute`, remembered for the steps that follow."""
+        if (window, lanes) not in self._windows:
+            while len(self._windows) > 2:  # a batch that straddles two windows needs both
+                del self._windows[next(iter(self._windows))]
+            self._windows[window, lanes] = self._permute(window, lanes)
+        return self._windows[window, lanes]
+
+    def batch(self, step: int, lanes: range) -> np.ndarray:
+        """Positions of the samples that `lanes` give to a step: int64 (lanes, n), n = batch/L, less at the epoch's end."""
+        index = np.arange(step * self.per_lane, min((step + 1) * self.per_lane, self.lane_size))
+        starts = self.lane_starts[lanes.start : lanes.stop, None]
+        if not self.shuffle or not len(index):
+            return starts + index
+        windows = np.unique(index // self.window)
+        parts = [
+            window * self.window
+            + self._window(int(window), lanes)[:, index[index // self.window == window] % self.window]
+            for window in windows
+        ]
+        return starts + np.concatenate(parts, axis=1)
+
+    def replacements(self, lane: int, index: int) -> Iterator[int]:
+        """Positions to use, in turn, for the lane's index-th sample when it cannot be decoded: the rest of its window."""
+        window, offset = divmod(index, self.window)
+        order = self._permute(window, range(lane, lane + 1))[0]
+        for step in range(1, len(order)):
+            yield int(self.lane_starts[lane]) + window * self.window + int(order[(offset + step) % len(order)])
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row group (index in storage order) and row inside it of each position."""
+        slots = np.searchsorted(self.ends, positions, side="right")
+        return self.permutation[slots], positions - self.starts[slots]
+
+    def reads(self, lanes: range) -> np.ndarray:
+        """The row groups that `lanes` need, sorted by need: int64 (reads, 3) of row group, first step, last step."""
+        if not self.lane_size or not len(lanes):
+            return np.empty((0, 3), dtype=np.int64)
+        lane_starts = self.lane_starts[lanes.start : lanes.stop]
+        low, high = lane_starts[0], lane_starts[-1] + self.lane_size
+        inside = self.starts[(self.starts > low) & (self.starts < high)]
+        cuts = np.unique(np.concatenate([lane_starts, inside, [high]]))
+        begins, ends = cuts[:-1], cuts[1:]
+        groups, _ = self.locate(begins)
+        lane = lanes.start + (begins - low) // self.lane_size
+        begins, ends = begins - self.lane_starts[lane], ends - self.lane_starts[lane]
+        window = self.window if self.shuffle else 1
+        first = begins // window * window // self.per_lane
+        last = (np.minimum(-(-ends // window) * window, self.lane_size) - 1) // self.per_lane
+        reads = np.stack([groups, first, last], axis=1)
+        return reads[np.argsort(first, kind="stable")]

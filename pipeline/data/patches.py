@@ -1,0 +1,41 @@
+"""Images <-> the N x (P*P*C) patch matrix of the ViT paper (eq. 1), and the choice of patches to keep.
+
+Patches run row by row over the grid; inside a patch the order is (row, column, channel). All uint8, or any other dtype.
+Legend: B batch, H height, W width, C channels, N patches, P patch size, D = P*P*C.
+"""
+
+import numpy as np
+
+from pipeline.data.order import TOKENS, bits
+
+
+def patchify(image_HWC: np.ndarray, patch_size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """(..., H, W, C) -> (..., N, D), in one copy; into `out` when given. Raises ValueError when P divides H or W badly."""
+    *batch, height, width, channels = image_HWC.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"patch size {patch_size} does not divide an image of {height}x{width}")
+    rows, columns = height // patch_size, width // patch_size
+    grid = image_HWC.reshape(*batch, rows, patch_size, columns, patch_size * channels)
+    if out is None:
+        out = np.empty((*batch, rows * columns, patch_size * patch_size * channels), image_HWC.dtype)
+    target = out.reshape(*batch, rows, columns, patch_size, patch_size * channels)
+    np.copyto(target, grid.swapaxes(-3, -2))
+    return out
+
+
+def unpatchify(patches_ND: np.ndarray, height: int, width: int, patch_size: int) -> np.ndarray:
+    """(..., N, D) -> (..., H, W, C): the inverse of `patchify`."""
+    *batch, _, size = patches_ND.shape
+    rows, columns, channels = height // patch_size, width // patch_size, size // patch_size**2
+    grid = patches_ND.reshape(*batch, rows, columns, patch_size, patch_size * channels)
+    return np.ascontiguousarray(grid.swapaxes(-3, -2)).reshape(*batch, height, width, channels)
+
+
+def kept_tokens(seed: int, epoch: int, samples: np.ndarray, num_tokens: int, keep: float) -> np.ndarray:
+    """Which patches each sample keeps: int64 (B, n), ascending, n = round(keep * N) but at least 1.
+
+    A function of (seed, epoch, sample index) alone, uniform over subsets of n.
+    """
+    n = max(1, round(keep * num_tokens))
+    draws = bits(seed, TOKENS, epoch, np.asarray(samples)[:, None], np.arange(num_tokens))
+    return np.sort(np.argsort(draws, axis=1, kind="stable")[:, :n], axis=1).astype(np.int64)

@@ -1,0 +1,149 @@
+"""Row groups of a dataset, read ahead of need: local shards are memory-mapped, s3:// ones take one range request each.
+
+Requests that fail for a passing reason (500, 503, time-outs, resets, short bodies) are repeated with growing pauses and counted;
+`counters` says how often. With `cache_dir` (fast local disk), row groups of s3:// datasets are kept there up to `cache_bytes`.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+import struct
+import threading
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.shards import Dataset, RowGroup, parse_row_group
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 8  # pauses of 0.1, 0.2, ... 6.4 s between them: a store may be away for a dozen seconds
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds
+
+
+class Reader:
+    """Reads row groups in `threads` threads. `start(i)` returns a future of the RowGroup with index i.
+
+    `counters`: reads, read_bytes, cache_hits, retries.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, threads: int = 8, cache_dir: str | None = None, cache_bytes: int = 100 << 30
+    ) -> None:
+        self.dataset = dataset
+        self.remote = storage.is_remote(dataset.uri)
+        self.cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir and self.remote else None
+        self.cache_bytes = cache_bytes
+        self.counters = dict.fromkeys(("reads", "read_bytes", "cache_hits", "retries"), 0)
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        if self.remote:
+            self._s3 = _s3_client()
+        if self.cache_dir:
+            os.makedirs(self.cache_dir, exist_ok=True)
+
+    def start(self, i: int) -> Future[RowGroup]:
+        return self._pool.submit(self._read, i)
+
+    def close(self) -> None:
+        """Cancels what has not begun, ends the pauses of what is being retried, and waits for the threads."""
+        self._closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._lock:
+            self.counters[name] += by
+
+    def _read(self, i: int) -> RowGroup:
+        data = self._remote_bytes(i) if self.remote else self._local_bytes(i)
+        self._count("reads")
+        self._count("read_bytes", len(data))
+        try:
+            return parse_row_group(data, self.dataset.row_groups[i], self.dataset.manifest)
+        except (ValueError, IndexError, struct.error) as error:
+            uri = self.dataset.shard_uri(self.dataset.row_groups[i]["shard"])
+            raise UserError(
+                f"{uri}: row group {self.dataset.row_groups[i]['group']} is damaged ({error}); "
+                f"`jobs/prepare.py --verify {self.dataset.uri}` lists what is"
+            ) from error
+
+    def _local_bytes(self, i: int) -> memoryview:
+        data = self.dataset.row_group_bytes(i)
+        mapped, start = data.obj, int(self.dataset.row_groups[i]["start"]) // mmap.PAGESIZE * mmap.PAGESIZE
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_WILLNEED, start, int(self.dataset.row_groups[i]["end"]) - start)
+        # Touching each page waits for the disk here, in a read thread that holds no interpreter lock.
+        np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
+        return data
+
+    def _remote_bytes(self, i: int) -> memoryview:
+        group = self.dataset.row_groups[i]
+        shard = self.dataset.manifest.shards[group["shard"]]
+        start, end = int(group["start"]), int(group["end"])
+        cached = os.path.join(self.cache_dir, f"{shard.sha256[:32]}-{group['group']}") if self.cache_dir else None
+        if cached:
+            with contextlib.suppress(OSError, ValueError), open(cached, "rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                if len(data) == end - start:
+                    self._count("cache_hits")
+                    return data
+        data = memoryview(self._fetch(self.dataset.shard_uri(group["shard"]), start, end))
+        if cached:
+            self._keep(cached, data)
+        return data
+
+    def _fetch(self, uri: str, start: int, end: int) -> bytes:
+        """The bytes [start, end) of an s3:// file, however often it takes, up to ATTEMPTS."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        problem: BaseException
+        for attempt in range(ATTEMPTS):
+            try:
+                body = self._s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
+                with contextlib.closing(body):
+                    data = body.read()
+                if len(data) == end - start:
+                    return data
+                problem = OSError(f"{len(data)} of {end - start} bytes at {start}")
+            except Exception as error:  # botocore, urllib3 and the socket layer each have their own
+                status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+                if status in (401, 403):
+                    raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials") from error
+                if status in (404, 416):
+                    raise UserError(
+                        f"{uri}: missing, or shorter than the manifest says ({error}); "
+                        f"`jobs/prepare.py --verify {self.dataset.uri}` lists what is"
+                    ) from error
+                problem = error
+            self._count("retries")
+            logger.warning("%s: read %d of %d failed: %s", uri, attempt + 1, ATTEMPTS, problem)
+            if self._closing.wait(0.1 * 2**attempt):
+                break
+        raise UserError(f"{uri}: unreadable after {attempt + 1} attempts; the last one: {problem}") from problem
+
+    def _keep(self, path: str, data: memoryview) -> None:
+        """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
+        order of its own, so what is there is as likely to be wanted next as what is not."""
+        with contextlib.suppress(OSError):  # a full disk, or a file another process removed: the cache is a convenience
+            if sum(entry.stat().st_size for entry in os.scandir(self.cache_dir)) + len(data) > self.cache_bytes:
+                return
+            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+
+
+def _s3_client():
+    """A botocore client without retries of its own, so that ours are all there are and all are counted.
+
+    Blocking calls from a few threads, because s3fs moves every body through one event loop: 1.9 times the CPU time.
+    """
+    import botocore.config
+    import botocore.session
+
+    timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+    config = botocore.config.Config(retries={"total_max_attempts": 1}, max_pool_connections=32, **timeouts)
+    return botocore.session.get_session().create_client("s3", config=config)
