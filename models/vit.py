@@ -251,12 +251,14 @@ class VisionTransformer(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if pool == "token" else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, shape.width).normal_(std=0.02)) if registers else None
-        self.pos_embed: torch.Tensor | None = None
+        self.pos_embed: torch.Tensor | None
         positioned = self.grid**2 + (pool == "token")  # the class token has a position of its own, registers have none
         if posemb == "learn":
             self.pos_embed = nn.Parameter(torch.empty(1, positioned, shape.width).normal_(std=0.02))
         elif posemb == "sincos2d":
             self._fix_positions()
+        else:
+            self.pos_embed = None
         self.pos_drop = nn.Dropout(dropout)
 
         rates = [drop_path * i / max(1, shape.depth - 1) for i in range(shape.depth)]

@@ -1,0 +1,731 @@
+"""Weights in and out: our checkpoints, Google's .npz, timm, Hugging Face.
+
+    report = load_weights(model, "ViT-B_16.npz")       # or .safetensors, .pth, a folder, s3://...
+    model = load_model("runs/x/checkpoints/step-00001000")
+    save_checkpoint_weights(model, {"classes": [...]}, "out")
+
+Everything is first brought to this project's names (timm's) by `read_weights`, then fitted to the model by `fit_weights`:
+position embeddings resized as Google's code does, heads of another task left out, anything else that does not match is
+an error that lists the tensors. Nothing here unpickles: .pth files are read with `weights_only=True`, .npz without
+`allow_pickle`.
+"""
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from models import create_model, posemb
+from models.errors import UserError
+
+Weights = dict[str, torch.Tensor]
+
+# Parameters that belong to a task rather than to the encoder.
+HEAD = ("head.", "pre_logits.", "mpp_head.", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What `load_weights` did. `str(report)` is a paragraph for people."""
+
+    source: str
+    format: str
+    """checkpoint, google, bit, timm or huggingface"""
+    loaded: tuple[str, ...]
+    """Parameters filled from the source."""
+    fresh: tuple[str, ...]
+    """Parameters of the model's head that keep their initial values."""
+    dropped: tuple[str, ...]
+    """Tensors of the source's head that the model has no use for."""
+    notes: tuple[str, ...]
+    """Anything that changes the numbers: resized positions, another GELU."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.format}): {len(self.loaded)} tensors loaded"]
+        if self.fresh:
+            lines.append(f"  keeps its initial values: {', '.join(self.fresh)}")
+        if self.dropped:
+            lines.append(f"  not used: {', '.join(self.dropped)}")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+# ---------------------------------------------------------------- public doors
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike, strict_head: bool = False) -> LoadReport:
+    """Fills a model from weights of any supported kind; the model keeps its own image size and options.
+
+    source: .npz (Google's ViT, hybrid or BiT), .safetensors, .pt/.pth/.bin state dict, or a folder (our checkpoint, a
+    Hugging Face or timm model), local or s3://.
+    A head for other classes, or with or without the tanh layer, is left out and the model's own kept; with `strict_head`
+    that is an error too. Raises UserError that lists missing, unknown and misshapen tensors; the model is then untouched.
+    """
+    weights, kind, about = read_weights(source)
+    fitted, report = fit_weights(model, weights, kind, os.fspath(source), strict_head)
+    notes = [*report.notes, *_conventions(model.config, kind, about)]  # type: ignore[arg-type]
+    model.load_state_dict(fitted, strict=False)
+    return LoadReport(**{**{f: getattr(report, f) for f in report.__slots__}, "notes": tuple(notes)})
+
+
+def load_model(source: str | os.PathLike, **options: Any) -> nn.Module:
+    """The model that a folder's config.json describes, with its weights, in eval mode. `options` override the config."""
+    config = read_config(source)
+    model = create_model(**{**config["model"], **options})
+    load_weights(model, source, strict_head=not options)
+    return model.eval()
+
+
+def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
+    """Writes model.safetensors and config.json, which `load_model` reads, to a local or s3:// folder.
+
+    config: anything JSON-able; its "model" entry is filled from the model when absent, and required beside a state dict.
+    """
+    if isinstance(model_or_state, nn.Module):
+        config = {"model": model_or_state.config, **config}
+        model_or_state = model_or_state.state_dict()
+    if "model" not in config:
+        raise ValueError('a state dict alone does not say what it is; give config={"model": model.config}')
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_or_state.items()}
+    fs, path = fsspec.url_to_fs(folder)
+    fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(f"{path}/model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
+    fs.pipe_file(f"{path}/config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+# ---------------------------------------------------------------- reading files
+
+
+def read_config(source: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a checkpoint folder, or of the folder of a weights file. Raises UserError when it is not ours."""
+    fs, path = _open(source)
+    folder = path if fs.isdir(path) else os.path.dirname(path)
+    try:
+        config = json.loads(fs.cat_file(f"{folder}/config.json"))
+    except FileNotFoundError:
+        config = {}
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise UserError(
+            f"{os.fspath(source)}: no config.json with a model in it, so the architecture is not known; "
+            "name the variant and load the file with load_weights"
+        )
+    return config
+
+
+def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any]]:
+    """(tensors by this project's names, kind of source, config.json of a folder or {}).
+
+    Raises UserError for a file that is missing, damaged, incomplete or of an unknown kind.
+    """
+    source = os.fspath(source)
+    fs, path = _open(source)
+    about: dict[str, Any] = {}
+    if fs.isdir(path):
+        names = {os.path.basename(name) for name in fs.ls(path, detail=False)}
+        if "state" in names and "COMMIT.json" not in names:
+            raise UserError(f"{source}: an unfinished checkpoint (no COMMIT.json); use the one before")
+        if "config.json" in names:
+            about = json.loads(fs.cat_file(f"{path}/config.json"))
+        tensors = _read_folder(fs, path, names, source)
+    else:
+        tensors = _read_file(fs, path, source)
+    if any("/" in name for name in tensors):
+        kind = "bit" if any(name.startswith("resnet/") for name in tensors) else "google"
+        weights = (from_bit if kind == "bit" else from_google)({k: v.numpy() for k, v in tensors.items()})
+    else:
+        tensors = _strip_wrappers(tensors)
+        if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
+            kind, weights = "huggingface", from_huggingface(tensors)
+        else:
+            kind, weights = "checkpoint" if "model" in about else "timm", from_timm(tensors)
+    damaged = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if damaged:
+        raise UserError(f"{source}: not finite: {_some(damaged)}")
+    return weights, kind, about
+
+
+def _open(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
+    source = os.fspath(source)
+    if re.match(r"(models|runs|mlflow-artifacts):", source):
+        raise UserError(f"{source}: download the artifacts of an MLflow run or model first, then give their folder")
+    fs, path = fsspec.url_to_fs(source)
+    path = path.rstrip("/")
+    if not fs.exists(path):
+        raise UserError(f"{source}: no such file or folder")
+    return fs, path
+
+
+def _read_folder(fs: fsspec.AbstractFileSystem, path: str, names: set[str], source: str) -> Weights:
+    if "model.safetensors" in names:
+        return _read_file(fs, f"{path}/model.safetensors", source)
+    if "model.safetensors.index.json" in names:  # a large model in several files, as Hugging Face splits them
+        index = json.loads(fs.cat_file(f"{path}/model.safetensors.index.json"))
+        parts = [_read_file(fs, f"{path}/{part}", source) for part in sorted(set(index["weight_map"].values()))]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    if "pytorch_model.bin" in names:
+        return _read_file(fs, f"{path}/pytorch_model.bin", source)
+    if "state" in names:
+        return read_sharded_state(fs, f"{path}/state", source)
+    below = [name for name in fs.find(path, maxdepth=3) if name.endswith("/model.safetensors")]
+    if len(below) == 1:  # the artifacts of a logged model
+        return _read_file(fs, below[0], source)
+    raise UserError(f"{source}: no model.safetensors, pytorch_model.bin or state/ in this folder")
+
+
+def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights:
+    """A file's tensors under their own names."""
+    data: Any = path if fs.protocol == "file" or "file" in fs.protocol else io.BytesIO(fs.cat_file(path))
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(data) if data is path else safetensors.torch.load(data.getvalue())
+        if path.endswith(".npz"):
+            with np.load(data, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(_plain(arrays[name])) for name in arrays.files}
+        if path.endswith((".pt", ".pth", ".bin", ".ckpt", ".tar")):
+            return _state_dict(torch.load(data, map_location="cpu", weights_only=True), source)
+    except (SafetensorError, ValueError, OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # zipfile and unpickling errors have no common class
+        raise UserError(
+            f"{source}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}. A file that holds more "
+            "than tensors is refused; save its state_dict alone"
+        ) from error
+    raise UserError(f"{source}: unknown kind of file; expected .npz, .safetensors, .pt, .pth or .bin")
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """float32 for the bfloat16 that JAX stores as a two-byte void type."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array
+
+
+def _state_dict(loaded: Any, source: str) -> Weights:
+    """The tensors of a torch file, wherever common training scripts put them."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
+    others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{source}: not a state dict: {_some(others)} hold no tensors")
+    return loaded
+
+
+def _strip_wrappers(tensors: Weights) -> Weights:
+    """Without the prefixes that DistributedDataParallel, torch.compile and the like put before every name."""
+    for prefix in ("module.", "_orig_mod.", "model.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}
+
+
+def read_sharded_state(fs: fsspec.AbstractFileSystem, folder: str, source: str) -> Weights:
+    """Parameters of a training state alone, whatever ZeRO stage wrote it: no engine, no GPU, no process group.
+
+    Every worker's file holds flat float32 slices named "param:<parameter>:<start>"; config.json beside `state/` gives
+    the shapes. Raises UserError when slices are missing.
+    """
+    with torch.device("meta"):
+        model = create_model(**read_config(source)["model"])
+    weights = {name: torch.full((p.numel(),), math.nan) for name, p in model.named_parameters()}
+    missing = {name: flat.numel() for name, flat in weights.items()}
+    for path in sorted(fs.glob(f"{folder}/*.safetensors")):
+        for key, piece in _read_file(fs, path, source).items():
+            what, name, start = key.split(":")
+            if what == "param" and name in weights:
+                weights[name][int(start) : int(start) + piece.numel()] = piece
+                missing[name] -= piece.numel()
+    short = [f"{name} ({count} of {weights[name].numel()} values)" for name, count in missing.items() if count]
+    if short:
+        raise UserError(f"{source}: parts of the training state are missing: {_some(short)}")
+    return {name: weights[name].reshape(p.shape) for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------- other people's names
+
+
+def from_timm(tensors: Weights) -> Weights:
+    """timm's names, which are ours but for a few modules."""
+    renames = {
+        # its ResNets classify with a 1x1 convolution; its root-only hybrid has no stem module
+        "head.fc.": "head.",
+        "patch_embed.backbone.conv.": "patch_embed.backbone.stem.conv.",
+        "patch_embed.backbone.norm.": "patch_embed.backbone.stem.norm.",
+    }
+    weights = {}
+    for name, tensor in tensors.items():
+        for old, new in renames.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        weights[name] = tensor.flatten(1) if name == "head.weight" else tensor
+    return weights
+
+
+# Hugging Face, as its files have it since 2021 and as transformers 5 names its modules; {i} is the layer.
+_HUGGINGFACE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.mask_token": None,
+    "layernorm": "norm",
+    "pooler.dense": "pre_logits.fc",
+    "classifier": "head",
+    "encoder.layer.{i}.layernorm_before": "blocks.{i}.norm1",
+    "encoder.layer.{i}.layernorm_after": "blocks.{i}.norm2",
+    "encoder.layer.{i}.attention.attention.query": "blocks.{i}.attn.q",
+    "encoder.layer.{i}.attention.attention.key": "blocks.{i}.attn.k",
+    "encoder.layer.{i}.attention.attention.value": "blocks.{i}.attn.v",
+    "encoder.layer.{i}.attention.output.dense": "blocks.{i}.attn.proj",
+    "encoder.layer.{i}.intermediate.dense": "blocks.{i}.mlp.fc1",
+    "encoder.layer.{i}.output.dense": "blocks.{i}.mlp.fc2",
+    "layers.{i}.layernorm_before": "blocks.{i}.norm1",
+    "layers.{i}.layernorm_after": "blocks.{i}.norm2",
+    "layers.{i}.attention.q_proj": "blocks.{i}.attn.q",
+    "layers.{i}.attention.k_proj": "blocks.{i}.attn.k",
+    "layers.{i}.attention.v_proj": "blocks.{i}.attn.v",
+    "layers.{i}.attention.o_proj": "blocks.{i}.attn.proj",
+    "layers.{i}.mlp.fc1": "blocks.{i}.mlp.fc1",
+    "layers.{i}.mlp.fc2": "blocks.{i}.mlp.fc2",
+}
+
+
+def from_huggingface(tensors: Weights) -> Weights:
+    """ViTForImageClassification, ViTModel or ViTForMaskedImageModeling."""
+    weights: Weights = {}
+    for name, tensor in tensors.items():
+        stem, dot, kind = name.removeprefix("vit.").rpartition(".")
+        if not dot or kind not in ("weight", "bias"):
+            stem, kind = name.removeprefix("vit."), ""
+        layer = re.search(r"\.(\d+)\.", stem)
+        pattern = stem.replace(layer[0], ".{i}.", 1) if layer else stem
+        new = _HUGGINGFACE.get(pattern, name)  # an unknown name goes on as it is, to be listed as unknown
+        if new is not None:
+            weights[new.format(i=layer[1] if layer else "") + (f".{kind}" if kind and new != name else "")] = tensor
+    return _fuse_qkv(weights)
+
+
+def _fuse_qkv(weights: Weights) -> Weights:
+    """blocks.N.attn.{q,k,v} as one blocks.N.attn.qkv, rows in that order."""
+    for name in [name for name in weights if re.search(r"\.attn\.q\.", name)]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in weights for part in parts):
+            weights[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([weights.pop(part) for part in parts])
+    return weights
+
+
+def from_google(arrays: Mapping[str, np.ndarray]) -> Weights:
+    """Google's ViT and hybrid .npz: the published pre-Linen files, Linen, and big_vision (also stacked by scan).
+
+    Kernels are (in, out) or HWIO there; attention kernels carry a heads axis. Raises UserError for another tree.
+    """
+    arrays = _google_tree(arrays)
+    weights: Weights = {}
+
+    def put(name: str, array: np.ndarray) -> None:
+        weights[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+    for name, array in arrays.items():
+        *path, leaf = name.split("/")
+        where = ".".join(path)
+        if name == "cls":
+            put("cls_token", array)
+        elif leaf == "pos_embedding":
+            put("pos_embed", array.reshape(1, -1, array.shape[-1]))
+        elif where == "embedding":
+            put(f"patch_embed.proj.{_leaf(leaf)}", array.transpose(3, 2, 0, 1) if leaf == "kernel" else array)
+        elif where in ("pre_logits", "head"):
+            put(f"{'pre_logits.fc' if where == 'pre_logits' else 'head'}.{_leaf(leaf)}", array.T)
+        elif where == "Transformer.encoder_norm":
+            put(f"norm.{_leaf(leaf)}", array)
+        elif match := re.fullmatch(r"Transformer\.encoderblock_(\d+)\.(.+)", where):
+            _put_block(put, f"blocks.{match[1]}", match[2], leaf, array)
+        elif match := re.fullmatch(r"MAPHead_0(?:\.(.+))?", where):
+            if leaf == "probe":
+                put("attn_pool.latent", array)
+            else:
+                _put_block(put, "attn_pool", match[1], leaf, array)
+        elif match := re.fullmatch(r"(conv_root|gn_root|block(\d+)\.unit(\d+)\.(\w+))", where):
+            put(f"patch_embed.backbone.{_stem_name(match)}.{_leaf(leaf)}", _convolution(array))
+        else:
+            weights[name] = torch.from_numpy(array)  # to be listed as unknown
+    weights = _fuse_qkv(weights)
+    for kind in ("weight", "bias"):  # attention pooling fuses k and v only
+        if f"attn_pool.qkv.{kind}" in weights:
+            q, k, v = weights.pop(f"attn_pool.qkv.{kind}").chunk(3)
+            weights[f"attn_pool.q.{kind}"], weights[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
+    return weights
+
+
+def _google_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The image tower's parameters without their prefix, LayerNorms numbered alike, scanned blocks taken apart."""
+    for prefix in ("params/img/", "opt/target/", "params/", "img/", ""):
+        if f"{prefix}embedding/kernel" in arrays:
+            break
+    else:
+        raise UserError(f"no embedding/kernel among the arrays ({_some(arrays)}): not weights of a Vision Transformer")
+    # an optimiser state beside the parameters would otherwise read as unknown tensors
+    tree = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    for name in [name for name in tree if name.startswith("Transformer/encoderblock/")]:
+        stacked = tree.pop(name)
+        for i, array in enumerate(stacked):
+            tree[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = array
+    return tree
+
+
+def _put_block(put: Callable[[str, np.ndarray], None], target: str, module: str, leaf: str, array: np.ndarray) -> None:
+    """One array of an encoder block or of the attention-pooling head.
+
+    Modules are numbered per class in Linen (LayerNorm_0, LayerNorm_1, MlpBlock_0) and across classes before
+    (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3).
+    """
+    kind, _, rest = module.partition(".")
+    if kind.startswith("LayerNorm_"):
+        norm = "norm" if target == "attn_pool" else ("norm1" if kind == "LayerNorm_0" else "norm2")
+        put(f"{target}.{norm}.{_leaf(leaf)}", array)
+    elif kind.startswith("MlpBlock_"):
+        put(f"{target}.mlp.{'fc1' if rest == 'Dense_0' else 'fc2'}.{_leaf(leaf)}", array.T)
+    elif kind.startswith("MultiHeadDotProductAttention_"):
+        attention = target if target == "attn_pool" else f"{target}.attn"
+        if rest == "out":
+            flat = array.reshape(-1, array.shape[-1]).T if leaf == "kernel" else array
+            put(f"{attention}.proj.{_leaf(leaf)}", flat)
+        elif rest in ("query", "key", "value"):
+            flat = array.reshape(array.shape[0], -1).T if leaf == "kernel" else array.reshape(-1)
+            put(f"{attention}.{rest[0]}.{_leaf(leaf)}", flat)
+        else:  # normalised queries and keys
+            norm = {"query_norm": "q_norm", "key_norm": "k_norm", "query_ln": "q_norm", "key_ln": "k_norm"}.get(
+                rest, rest
+            )
+            put(f"{attention}.{norm}.{_leaf(leaf)}", array)
+    else:
+        put(f"{target}.{module}.{leaf}", array)
+
+
+def _leaf(leaf: str) -> str:
+    return {"kernel": "weight", "scale": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
+
+
+def _convolution(array: np.ndarray) -> np.ndarray:
+    """HWIO kernel -> OIHW; GroupNorm vectors, sometimes stored as (1,1,1,C), -> (C,)."""
+    return array.reshape(-1) if array.size == array.shape[-1] else array.transpose(3, 2, 0, 1)
+
+
+def _stem_name(match: re.Match) -> str:
+    if match[2] is None:
+        return "stem.conv" if match[1] == "conv_root" else "stem.norm"
+    part = {"conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}.get(match[4], match[4].replace("gn", "norm"))
+    return f"stages.{int(match[2]) - 1}.blocks.{int(match[3]) - 1}.{part}"
+
+
+def from_bit(arrays: Mapping[str, np.ndarray]) -> Weights:
+    """Google's BiT ResNet .npz ("resnet/block1/unit01/a/standardized_conv2d/kernel")."""
+    weights: Weights = {}
+    for name, array in arrays.items():
+        *path, module, leaf = name.removeprefix("resnet/").split("/")
+        norm, where = module == "group_norm", "/".join(path)
+        if match := re.fullmatch(r"block(\d+)/unit(\d+)/([abc])(/proj)?", where):
+            index = "abc".index(match[3]) + 1
+            part = "downsample.conv" if match[4] else f"{'norm' if norm else 'conv'}{index}"
+            new = f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}.{part}"
+        else:
+            new = {"root_block": "stem.conv", "": "norm", "head": "head"}.get(where, name)
+        array = array.reshape(-1, array.shape[-1]).T if new == "head" and leaf == "kernel" else _convolution(array)
+        weights[f"{new}.{_leaf(leaf)}"] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return weights
+
+
+# ---------------------------------------------------------------- fitting to a model
+
+
+def fit_weights(
+    model: nn.Module, weights: Weights, kind: str, source: str, strict_head: bool = False
+) -> tuple[Weights, LoadReport]:
+    """Weights in the model's shapes, and the report. Raises UserError that lists what does not fit."""
+    config: Any = model.config
+    target = model.state_dict()
+    weights, notes = dict(weights), []
+    if "pos_embed" in weights:
+        notes += _fit_positions(model, weights, source)
+
+    ours = {name: tensor.shape for name, tensor in target.items() if name.startswith(HEAD)}
+    theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(HEAD)}
+    dropped: list[str] = []
+    if not strict_head:
+        # a linear head is only worth keeping on the representation it was trained on: with or without the tanh layer
+        same_layers = {n for n in ours if n.startswith("pre_logits.")} == {
+            n for n in theirs if n.startswith("pre_logits.")
+        }
+        for name in theirs:
+            if ours.get(name) != theirs[name] or (name.startswith("head.") and not same_layers):
+                dropped.append(name)
+                del weights[name]
+    fresh = [name for name in ours if name not in weights]
+    missing = [name for name in target if name not in weights and (strict_head or name not in ours)]
+    unknown = [name for name in weights if name not in target]
+    misshapen = [
+        f"{name} is {tuple(tensor.shape)}, the model has {tuple(target[name].shape)}"
+        for name, tensor in weights.items()
+        if name in target and tensor.shape != target[name].shape
+    ]
+    problems = [f"missing: {_some(missing)}"] * bool(missing)
+    problems += [f"unknown: {_some(unknown)}"] * bool(unknown)
+    problems += [f"wrong shape: {_some(misshapen)}"] * bool(misshapen)
+    if problems:
+        hint = _hint({*missing, *unknown}, misshapen)
+        raise UserError(f"{source} does not fit {config['variant']}: {'; '.join(problems)}{hint}")
+    fitted = {name: tensor.to(target[name].dtype) for name, tensor in weights.items()}
+    return fitted, LoadReport(
+        source=source,
+        format=kind,
+        loaded=tuple(weights),
+        fresh=tuple(fresh),
+        dropped=tuple(dropped),
+        notes=tuple(notes),
+    )
+
+
+def _fit_positions(model: nn.Module, weights: Weights, source: str) -> list[str]:
+    """Brings pos_embed in `weights` to the model's tokens and grid; returns notes for the report."""
+    config: Any = model.config
+    grid: int = model.grid  # type: ignore[assignment]
+    table = weights.pop("pos_embed")
+    # Rows before the patches: class token and registers, or neither (big_vision and timm's no_embed_class).
+    tokens = ("cls_token" in weights) + (weights["reg_token"].shape[1] if "reg_token" in weights else 0)
+    counts = [n for n in sorted({tokens, int("cls_token" in weights), 0}, reverse=True) if _square(table.shape[1] - n)]
+    if not counts:
+        raise UserError(f"{source}: pos_embed has {table.shape[1]} rows, which form no square grid")
+    prefix = next((n for n in counts if table.shape[1] - n == grid**2), counts[0])
+    if prefix > 1:  # a register's position is one more constant added to it
+        weights["reg_token"] = weights["reg_token"] + table[:, 1:prefix]
+    has_cls = config.get("pool") == "token"
+    cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
+    table = table[:, prefix:]
+    old = math.isqrt(table.shape[1])
+    fitted = posemb.resize(torch.cat([cls_row, table], dim=1) if has_cls else table, grid, prefix=int(has_cls))
+    if config.get("posemb") == "sincos2d":
+        fixed: torch.Tensor = model.pos_embed  # type: ignore[assignment]
+        if fitted.shape != fixed.shape or not torch.allclose(fitted, fixed.float().cpu(), atol=1e-4):
+            raise UserError(f'{source} has learned position embeddings; the model\'s are fixed (posemb="sincos2d")')
+        return []
+    weights["pos_embed"] = fitted
+    if config.get("posemb") == "none":
+        del weights["pos_embed"]
+        weights["pos_embed (learned positions; the model has none)"] = fitted
+    return [f"position embeddings resized from {old}x{old} to {grid}x{grid}"] if old != grid else []
+
+
+def _square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _hint(names: set[str], misshapen: Iterable[str]) -> str:
+    if "cls_token" in names or any(name.startswith("attn_pool.") for name in names):
+        return '; is the pooling the same? (options: pool="token", "gap" or "map")'
+    if any(name.startswith(("fc_norm.", "norm.")) for name in names):
+        return "; is the final LayerNorm after the mean? (option: fc_norm)"
+    if any(line.startswith(("patch_embed.proj.weight", "blocks.0.")) for line in misshapen):
+        return "; is it the same variant?"
+    return ""
+
+
+def _some(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _conventions(config: Mapping[str, Any], kind: str, about: Mapping[str, Any]) -> list[str]:
+    """Notes where the source computes with other conventions than the model."""
+    notes: list[str] = []
+    if "gelu" not in config:
+        return notes
+    theirs = {"google": "tanh", "timm": "exact", "huggingface": "exact"}.get(kind, config["gelu"])
+    if kind == "huggingface" and "hidden_act" in about:
+        theirs = "exact" if about["hidden_act"] == "gelu" else "tanh"
+    if kind == "checkpoint":
+        theirs = about["model"].get("gelu", config["gelu"])
+    if theirs != config["gelu"]:
+        notes.append(
+            f'GELU: the source computes the {theirs} form, this model the {config["gelu"]} one (option gelu="{theirs}")'
+        )
+    eps = about.get("layer_norm_eps", config["ln_eps"]) if kind == "huggingface" else config["ln_eps"]
+    if eps != config["ln_eps"]:
+        notes.append(f"LayerNorm: the source adds {eps:g}, this model {config['ln_eps']:g} (option ln_eps={eps:g})")
+    return notes
+
+
+# ---------------------------------------------------------------- names for other libraries
+
+
+def to_timm(model: nn.Module) -> tuple[Weights, dict[str, Any]]:
+    """(state dict, config.json in timm's hub form) of a model without tanh layer, or of its encoder.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the pair. Raises UserError for what timm cannot express.
+    """
+    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if "pre_logits.fc.weight" in weights:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
+        config["num_classes"] = 0
+    pretrained = {
+        "architecture": _timm_architecture(config["variant"]),
+        "num_classes": config["num_classes"],
+        "pretrained_cfg": {
+            "input_size": [config["channels"], config["image_size"], config["image_size"]],
+            "mean": [0.5] * config["channels"],
+            "std": [0.5] * config["channels"],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "num_classes": config["num_classes"],
+            "classifier": "head",
+        },
+    }
+    arguments: dict[str, Any] = {"in_chans": config["channels"]}
+    if "pool" not in config:  # a ResNet
+        pretrained["pretrained_cfg"] |= {"classifier": "head.fc", "first_conv": "stem.conv"}
+        weights = {
+            f"head.fc.{name[5:]}" if name.startswith("head.") else name: t[:, :, None, None]
+            if name == "head.weight"
+            else t
+            for name, t in weights.items()
+        }
+        return weights, {**pretrained, "model_args": arguments}
+    if config["ln_eps"] != 1e-6:
+        raise UserError(f"timm's ViT has LayerNorm epsilon 1e-6, this model {config['ln_eps']:g}")
+    shape: Any = model.shape
+    arguments |= {
+        "img_size": config["image_size"],
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": shape.mlp / shape.width,
+        "class_token": config["pool"] == "token",
+        "global_pool": {"token": "token", "gap": "avg", "map": "map"}[config["pool"]],
+        "fc_norm": config["fc_norm"],
+        "qk_norm": config["qk_norm"],
+        "pos_embed": "none" if config["posemb"] == "none" else "learn",
+        "act_layer": "gelu_tanh" if config["gelu"] == "tanh" else "gelu",
+    }
+    if shape.stem is None:
+        arguments["patch_size"] = shape.patch
+    if int(shape.width * arguments["mlp_ratio"]) != shape.mlp:  # timm truncates the product
+        arguments["mlp_ratio"] = (shape.mlp + 0.5) / shape.width
+    if model.pos_embed is not None:
+        weights["pos_embed"] = model.pos_embed.detach().clone()  # type: ignore[operator, union-attr]
+    if config["registers"]:
+        # timm gives positions to registers too, or to no token at all: the class token absorbs its own
+        arguments |= {"reg_tokens": config["registers"], "no_embed_class": True}
+        if "cls_token" in weights and "pos_embed" in weights:
+            weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+            weights["pos_embed"] = weights["pos_embed"][:, 1:].contiguous()
+    if shape.stem == ():
+        weights = {name.replace("backbone.stem.", "backbone."): tensor for name, tensor in weights.items()}
+    return weights, {**pretrained, "model_args": arguments}
+
+
+def _timm_architecture(variant: str) -> str:
+    """The registered timm model whose arguments `to_timm` overrides; for a common variant, its own name."""
+    hybrids = {
+        "R+Ti/16": "vit_tiny_r_s16_p8_224",
+        "R26+S/32": "vit_small_r26_s32_224",
+        "R26+B/32": "vit_base_r26_s32_224",
+        "R50+B/16": "vit_base_r50_s16_224",
+        "R50+L/16": "vit_base_r50_s16_224",
+        "R50+B/32": "vit_large_r50_s32_224",
+        "R50+L/32": "vit_large_r50_s32_224",
+        "R50x1": "resnetv2_50x1_bit",
+        "R101x1": "resnetv2_101x1_bit",
+        "R152x2": "resnetv2_152x2_bit",
+    }
+    if variant in hybrids:
+        return hybrids[variant]
+    if "R" in variant:
+        raise UserError(f"timm has no model like {variant}; its hybrids and ResNets here: {', '.join(hybrids)}")
+    width, patch = variant.split("/")
+    names = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
+    registered = ("Ti/16", "S/32", "S/16", "S/8", "B/32", "B/16", "B/8", "L/32", "L/16", "L/14", "H/14", "g/14", "G/14")
+    return f"vit_{names[width]}_patch{patch}_224" if variant in registered else "vit_base_patch16_224"
+
+
+def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[Weights, dict, dict]:
+    """(state dict, config.json, preprocessor_config.json) of ViTForImageClassification, or of ViTModel.
+
+    A model with the tanh layer becomes a ViTModel, whose pooler is that layer; its linear head stays behind. Raises
+    UserError for what Hugging Face's ViT cannot express.
+    """
+    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    shape: Any = getattr(model, "shape", None)
+    beyond = {"pool": "token", "registers": 0, "qk_norm": False, "fc_norm": False}
+    other = [f"{name}={config[name]!r}" for name, value in beyond.items() if config.get(name, value) != value]
+    if shape is None or shape.stem is not None or other:
+        what = ", ".join(other) or f"the convolutional stages of {config['variant']}"
+        raise UserError(f"Hugging Face's ViT has no {what}; export to timm, onnx or torch-export instead")
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    table = model.pos_embed
+    if table is None:
+        table = torch.zeros(1, 1 + int(model.grid) ** 2, shape.width)  # type: ignore[arg-type]
+    weights["pos_embed"] = table.detach().clone()  # type: ignore[operator, union-attr]
+    pooled = "pre_logits.fc.weight" in weights
+    prefix = "" if pooled else "vit."
+    names = {new: old for old, new in _HUGGINGFACE.items() if new and not old.startswith("layers.")}
+    out: Weights = {}
+    for name, tensor in weights.items():
+        layer = re.search(r"blocks\.(\d+)\.", name)
+        stem, _, kind = name.rpartition(".")
+        if ".attn.qkv." in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                old = names[f"blocks.{{i}}.attn.{part}"].format(i=layer[1])  # type: ignore[index]
+                out[f"{prefix}{old}.{kind}"] = rows.contiguous()
+        elif name in names:
+            out[prefix + names[name]] = tensor
+        elif not (pooled and stem == "head"):
+            old = names[stem.replace(layer[0], "blocks.{i}.") if layer else stem].format(i=layer[1] if layer else "")
+            out[f"{'' if old == 'classifier' else prefix}{old}.{kind}"] = tensor
+    labels = classes or [f"LABEL_{i}" for i in range(config["num_classes"])]
+    about = {
+        "architectures": ["ViTModel" if pooled else "ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp,
+        "hidden_act": "gelu_pytorch_tanh" if config["gelu"] == "tanh" else "gelu",
+        "layer_norm_eps": config["ln_eps"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": config["image_size"],
+        "patch_size": shape.patch,
+        "num_channels": config["channels"],
+        "qkv_bias": True,
+        "pooler_act": "tanh",
+        "pooler_output_size": shape.width,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "dtype": "float32",
+    }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config["image_size"], "width": config["image_size"]},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * config["channels"],
+        "image_std": [0.5] * config["channels"],
+    }
+    return out, about, processor
