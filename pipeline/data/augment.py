@@ -70,6 +70,7 @@ def _png_pixels(data: bytes | memoryview) -> int:
 def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
     from PIL import Image
 
+    Image.init()  # all plugins, once: a list of formats does not load them
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
