@@ -1,0 +1,72 @@
+"""Compare pre-training runs by their transfer scores: a leaderboard, and score against compute.
+
+    python jobs/compare.py                        every suite that has results
+    python jobs/compare.py --suite vtab1k --output reports/vtab
+    python jobs/compare.py --json | jq '.[0].name'
+
+Prints the leaderboard (Markdown, or JSON), writes leaderboard.md, leaderboard.json and compute.png to --output when given,
+and logs them to MLflow's experiment "compare" unless --no-log is given. Exit code 2 when there is nothing to compare.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(
+    os.path.dirname(os.path.abspath(__file__))
+)  # the project; jobs/ itself would hide the stdlib's inspect
+
+import dataclasses
+import io
+import json
+
+import tyro
+
+from pipeline import storage
+from pipeline.config import run_job
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """jobs/compare.py"""
+
+    suite: str | None = None
+    """Only results of this transfer suite."""
+    output: str | None = None
+    """Folder, local or s3://, for leaderboard.md, leaderboard.json and compute.png."""
+    tracking_uri: str | None = None
+    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    log: bool = True
+    """Keep the comparison as a run of MLflow's experiment "compare"."""
+    json: bool = False
+    """Print JSON, and nothing else, on stdout."""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Command, prog="compare.py", description=__doc__, args=argv)
+
+    from pipeline import comparison
+    from pipeline.tracking import names, start_run, tracking_uri
+
+    uri = tracking_uri(options.tracking_uri)
+    rows = comparison.leaderboard(suite=options.suite, uri=uri)
+    markdown, values = comparison.to_markdown(rows), comparison.to_json(rows)
+    figure = comparison.figure(rows)
+    print(json.dumps(values, indent=1) if options.json else markdown)
+    if options.output:
+        storage.write_bytes(storage.join(options.output, "leaderboard.md"), markdown.encode())
+        storage.write_json(storage.join(options.output, "leaderboard.json"), values)
+        if figure is not None:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+            storage.write_bytes(storage.join(options.output, "compute.png"), picture.getvalue())
+    if options.log:
+        with start_run(names.COMPARE, options.suite or "all suites", tracking_uri=uri) as run:
+            run.log_text(markdown, "leaderboard.md")
+            run.log_dict(values, "leaderboard.json")
+            if figure is not None:
+                run.log_figure(figure, "compute.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

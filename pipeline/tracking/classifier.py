@@ -1,0 +1,54 @@
+"""The model that `mlflow.pyfunc.load_model` gives: bytes of images in, class and probability out.
+
+MLflow copies this file into every registered model (models from code: nothing is pickled) together with the package
+`models` and the checkpoint's weights, so that serving needs torch, safetensors, fsspec, numpy, pandas and Pillow, and
+neither Ray nor DeepSpeed nor the rest of this project.
+"""
+
+import io
+import json
+import os
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from models.convert import load_model
+
+
+class Classifier(mlflow.pyfunc.PythonModel):
+    """A column `image` of JPEG, PNG, ... bytes -> columns `label`, `index`, `probability`."""
+
+    def load_context(self, context: Any) -> None:
+        folder = context.artifacts["checkpoint"]
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+        self.model = load_model(folder).eval()
+        self.size = int(config["model"]["image_size"])
+        self.channels = int(config["model"].get("channels", 3))
+        self.classes = config.get("classes") or [str(index) for index in range(int(config["model"]["num_classes"]))]
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
+        images = [self._pixels(data) for data in model_input["image"]]
+        with torch.inference_mode():
+            parts = [self.model(torch.from_numpy(np.stack(images[i : i + 64]))) for i in range(0, len(images), 64)]
+        probability, index = torch.cat(parts).float().softmax(-1).max(-1)
+        labels = [self.classes[i] for i in index.tolist()]
+        return pd.DataFrame({"label": labels, "index": index.numpy(), "probability": probability.double().numpy()})
+
+    def _pixels(self, data: bytes) -> np.ndarray:
+        """uint8 (size, size, channels): short side to 8/7 of the size, then the centre, as in validation."""
+        image = Image.open(io.BytesIO(data)).convert("L" if self.channels == 1 else "RGB")
+        scale = self.size * 8 / 7 / min(image.size)
+        wide, high = (max(self.size, round(side * scale)) for side in image.size)
+        left, top = (wide - self.size) // 2, (high - self.size) // 2
+        resized = image.resize((wide, high), Image.Resampling.BILINEAR)
+        return np.asarray(resized.crop((left, top, left + self.size, top + self.size))).reshape(
+            self.size, self.size, -1
+        )
+
+
+mlflow.models.set_model(Classifier())

@@ -1,0 +1,250 @@
+"""Registered models and the reading side of tracking: versions, aliases, scores, and tables of runs.
+
+A model version stands for one checkpoint that is worth keeping. Its weights are copied into MLflow with the code to run
+them; its scores are tags here and metrics of the LoggedModel behind it. Alias `candidate` is the newest version,
+`champion` the one that scheduled evaluation has found best.
+"""
+
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.tracking import names
+from pipeline.tracking.run import PROJECT, client, run_url, tracking_uri
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+# What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
+SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "fsspec", "scipy")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One model version: its checkpoint, the run that trained it, and its evaluations by `suite:suite version`."""
+
+    name: str
+    version: int
+    checkpoint: str
+    run_id: str
+    model_id: str
+    step: int
+    aliases: tuple[str, ...]
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A finished or running MLflow run, read back."""
+
+    id: str
+    name: str
+    experiment: str
+    status: str
+    start_time: int
+    url: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, uri: str | None = None) -> Version:
+    """Makes a committed checkpoint folder a new version of the model `name`, alias `candidate`.
+
+    A checkpoint that is registered already is returned as it is. Raises UserError when it has no COMMIT.json.
+    """
+    uri, checkpoint = tracking_uri(uri), storage.normalise(checkpoint)
+    try:
+        commit = storage.read_json(storage.join(checkpoint, "COMMIT.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{checkpoint}: no complete checkpoint (COMMIT.json is missing)") from error
+    for version in versions(name, uri):
+        if version.checkpoint == checkpoint:
+            return version
+    mlflow = client(uri)
+    run_id = run_id or _run_of(checkpoint, uri)
+    if run_id:
+        experiment = mlflow.get_run(run_id).info.experiment_id
+    else:  # weights that no run of this server made
+        from pipeline.tracking.run import experiment_id
+
+        experiment = experiment_id(uri, names.PRETRAIN)
+    tags = {names.CHECKPOINT: checkpoint, "step": str(commit["step"])}
+    if "images_seen" in commit:
+        tags[names.IMAGES_SEEN] = str(commit["images_seen"])
+    step = f"step-{commit['step']}"
+    model = mlflow.create_logged_model(experiment, step, run_id, tags, {"checkpoint": checkpoint}, "vit")
+    try:
+        with tempfile.TemporaryDirectory(prefix="register-") as scratch:
+            _save_classifier(checkpoint, os.path.join(scratch, "model"))
+            mlflow.log_model_artifacts(model.model_id, os.path.join(scratch, "model"))
+    except BaseException:
+        mlflow.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    mlflow.finalize_logged_model(model.model_id, "READY")
+    _ensure_model(name, uri)
+    made = mlflow.create_model_version(name, f"models:/{model.model_id}", run_id, tags, model_id=model.model_id)
+    mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
+    return next(version for version in versions(name, uri) if version.version == int(made.version))
+
+
+def _save_classifier(checkpoint: str, folder: str) -> None:
+    """The pyfunc model: weights, `models/`, signature and an input example, in a local folder."""
+    import importlib.metadata
+
+    import numpy as np
+    from mlflow import pyfunc
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from PIL import Image
+
+    weights = os.path.join(folder + "-weights")
+    os.makedirs(weights)
+    for file in ("model.safetensors", "config.json"):
+        storage.copy_file(storage.join(checkpoint, file), os.path.join(weights, file))
+    with open(os.path.join(weights, "config.json")) as opened:
+        size = int(json.load(opened)["model"]["image_size"])
+    picture = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), 127, np.uint8)).save(picture, "png")
+    outputs = [
+        ColSpec(DataType.string, "label"),
+        ColSpec(DataType.long, "index"),
+        ColSpec(DataType.double, "probability"),
+    ]
+    pyfunc.save_model(
+        folder,
+        python_model=os.path.join(PROJECT, "pipeline", "tracking", "classifier.py"),
+        artifacts={"checkpoint": weights},
+        code_paths=[os.path.join(PROJECT, "models")],
+        signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(outputs)),
+        input_example=_frame([picture.getvalue()]),
+        pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
+    )
+
+
+def _frame(images: list[bytes]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({"image": images})
+
+
+def _ensure_model(name: str, uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client(uri).create_registered_model(name, description="Vision Transformers and their transfer scores.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _run_of(checkpoint: str, uri: str) -> str | None:
+    """The pretrain run whose output folder holds the checkpoint."""
+    for run in runs(names.PRETRAIN, uri=uri):
+        output = run.params.get("output", "")
+        if output and checkpoint.startswith(storage.normalise(output) + "/"):
+            return run.id
+    return None
+
+
+def versions(name: str, uri: str | None = None) -> list[Version]:
+    """Every version of a registered model, oldest first; none when the model does not exist."""
+    mlflow = client(tracking_uri(uri))
+    found, token = [], None
+    while True:
+        page = mlflow.search_model_versions(f"name = '{name}'", max_results=100, page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            break
+    if not found:
+        return []
+    by_version: dict[int, list[str]] = {}
+    for alias, number in mlflow.get_registered_model(name).aliases.items():
+        by_version.setdefault(int(number), []).append(alias)
+    made = []
+    for item in found:
+        evaluations = {
+            key.removeprefix("evaluation."): json.loads(value)
+            for key, value in item.tags.items()
+            if key.startswith("evaluation.")
+        }
+        made.append(
+            Version(
+                name=name,
+                version=int(item.version),
+                checkpoint=item.tags.get(names.CHECKPOINT, item.source),
+                run_id=item.run_id or "",
+                model_id=getattr(item, "model_id", None) or item.source.removeprefix("models:/"),
+                step=int(item.tags.get("step", 0)),
+                aliases=tuple(by_version.get(int(item.version), [])),
+                evaluations=evaluations,
+            )
+        )
+    return sorted(made, key=lambda version: version.version)
+
+
+def record_evaluation(
+    version: Version, key: str, result: Mapping[str, Any], run_id: str, uri: str | None = None
+) -> None:
+    """Writes an evaluation (`suite:suite version`) to the version's tags and its LoggedModel's metrics.
+
+    result: mean, spread (percent points), scores {task: top-1 in percent}. Repeating it changes nothing.
+    """
+    mlflow = client(tracking_uri(uri))
+    suite = key.partition(":")[0]
+    summary = {"mean": result["mean"], "spread": result["spread"], "run": run_id}
+    number = str(version.version)
+    mlflow.set_model_version_tag(version.name, number, f"evaluation.{key}", json.dumps(summary))
+    mlflow.set_model_version_tag(version.name, number, f"{names.MEAN_SCORE}.{suite}", f"{result['mean']:.2f}")
+    for task, score in result["scores"].items():
+        mlflow.set_model_version_tag(version.name, number, f"{names.SCORE}{task}", f"{score:.2f}")
+    if run_id:
+        for task, score in {names.MEAN_SCORE: result["mean"], **result["scores"]}.items():
+            metric = task if task == names.MEAN_SCORE else names.SCORE + task
+            mlflow.log_metric(
+                run_id, f"{metric}", score, int(time.time() * 1000), version.step, model_id=version.model_id
+            )
+
+
+def set_alias(version: Version, alias: str, uri: str | None = None) -> None:
+    client(tracking_uri(uri)).set_registered_model_alias(version.name, alias, str(version.version))
+
+
+# ---------------------------------------------------------------- reading runs
+
+
+def runs(experiment: str, *, filter: str = "", uri: str | None = None) -> Iterator[RunInfo]:
+    """The active runs of an experiment, newest first; `filter` is MLflow's search syntax."""
+    uri = tracking_uri(uri)
+    mlflow = client(uri)
+    found = mlflow.get_experiment_by_name(experiment)
+    token = None
+    while found is not None:
+        page = mlflow.search_runs([found.experiment_id], filter, max_results=1000, page_token=token)
+        for run in page:
+            yield RunInfo(
+                id=run.info.run_id,
+                name=run.info.run_name or run.info.run_id[:8],
+                experiment=experiment,
+                status=run.info.status,
+                start_time=run.info.start_time,
+                url=run_url(uri, found.experiment_id, run.info.run_id),
+                params=dict(run.data.params),
+                metrics=dict(run.data.metrics),
+                tags=dict(run.data.tags),
+            )
+        token = page.token
+        if not token:
+            return
+
+
+def metric_history(run_id: str, metric: str, uri: str | None = None) -> list[tuple[int, float]]:
+    """[(step, value)] in the order of steps."""
+    history = client(tracking_uri(uri)).get_metric_history(run_id, metric)
+    return sorted((point.step, point.value) for point in history)
