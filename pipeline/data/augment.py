@@ -21,7 +21,7 @@ import simplejpeg
 from pipeline.errors import UserError, nearest
 
 MAX_PIXELS = 1 << 27  # a header that promises more is refused before anything is decoded (a decompression bomb)
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # none that runs an interpreter
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # none that runs an interpreter
 GREY = 128  # what geometric operations and cutout fill with
 
 _memory = threading.local()
