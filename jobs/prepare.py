@@ -19,6 +19,7 @@ sys.path[0] = os.path.dirname(
 )  # the project; jobs/ itself would hide the stdlib's inspect
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -75,9 +76,8 @@ def main(argv: list[str]) -> int:
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
-    prepare.check(settings)  # before Ray starts
-    cluster.connect(options.address, options.num_cpus, quiet=options.json)
-    manifests = prepare.prepare(settings, quiet=options.json)
+    connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json)
+    manifests = prepare.prepare(settings, quiet=options.json, connect=connect)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
         print(json.dumps(results))

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -156,10 +157,13 @@ class Plan:
         return storage.join(self.work, f"unit-{unit:05d}.json")
 
 
-def prepare(config: PrepareConfig, quiet: bool = False) -> dict[str, Manifest]:
+def prepare(
+    config: PrepareConfig, quiet: bool = False, connect: Callable[[], None] = lambda: None
+) -> dict[str, Manifest]:
     """Makes the dataset(s) that `config` describes: {split name: manifest}, or {"": manifest} without splits.
 
-    Ray is connected already (`pipeline.cluster.connect`). A dataset that is finished already is returned as it is. Raises
+    `connect` joins Ray (`pipeline.cluster.connect`); it is called when there is work for it, so that a bad command fails
+    before any worker starts. A dataset that is finished already is returned as it is. Raises
     UserError: bad configuration or source, an output that holds something else, no usable image, too many rejects.
     """
     config = check(config)
@@ -167,7 +171,7 @@ def prepare(config: PrepareConfig, quiet: bool = False) -> dict[str, Manifest]:
     if DIGITS in config.source:
         raw = write_digits(storage.join(os.path.dirname(config.output), "raw"))
         config = dataclasses.replace(config, source=tuple(raw if uri == DIGITS else uri for uri in config.source))
-    plan = make_plan(config)
+    plan = make_plan(config, connect)
     if done is not None:
         for name, manifest in done.items():
             if manifest.config != identity(config) or manifest.input_fingerprint != plan.input_fingerprint:
@@ -179,6 +183,7 @@ def prepare(config: PrepareConfig, quiet: bool = False) -> dict[str, Manifest]:
             print(f"prepare: {config.output} is finished already", flush=True)
         return done
     _claim(plan)
+    connect()
     _run(plan, quiet)
     return finish(plan)
 
@@ -235,7 +240,7 @@ def identity(config: PrepareConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("output", "max_reject_fraction")}
 
 
-def make_plan(config: PrepareConfig) -> Plan:
+def make_plan(config: PrepareConfig, connect: Callable[[], None] = lambda: None) -> Plan:
     """Looks through the sources and cuts the work. Runs on the driver; archives are looked through by Ray tasks."""
     label_map = sources.read_label_map(config.label_map)
     found = sources.discover(
@@ -245,7 +250,7 @@ def make_plan(config: PrepareConfig) -> Plan:
         include=config.include,
         need_names=not config.unlabelled and not isinstance(label_map, list),
         unit_bytes=config.unit_bytes,
-        run=_ray_map,
+        run=lambda function, arguments: _ray_map(function, arguments, connect),
     )
     labels = sources.make_labels(found, label_map, config.unlabelled)
     rng = np.random.Generator(np.random.Philox(config.seed))
@@ -272,12 +277,13 @@ def make_plan(config: PrepareConfig) -> Plan:
     )
 
 
-def _ray_map(function: Callable, arguments: list) -> Iterable:
+def _ray_map(function: Callable, arguments: list, connect: Callable[[], None]) -> Iterable:
     """`map` as Ray tasks; one or two arguments are not worth a process."""
     if len(arguments) <= 2:
         return map(function, arguments)
     import ray
 
+    connect()
     return ray.get([ray.remote(function).remote(argument) for argument in arguments])
 
 
@@ -455,6 +461,7 @@ def _run(plan: Plan, quiet: bool) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its notes on progress bars and timings, in place of ours
     finished = {file.path for file in storage.list_files(plan.work)}
     todo = [unit for unit in range(len(plan.units)) if os.path.basename(plan.receipt_uri(unit)) not in finished]
     if len(todo) < len(plan.units) and not quiet:
