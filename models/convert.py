@@ -363,12 +363,11 @@ def from_google(arrays: Mapping[str, np.ndarray]) -> Weights:
             put(f"patch_embed.backbone.{_stem_name(match)}.{_leaf(leaf)}", _convolution(array))
         else:
             weights[name] = torch.from_numpy(array)  # to be listed as unknown
-    weights = _fuse_qkv(weights)
-    for kind in ("weight", "bias"):  # attention pooling fuses k and v only
-        if f"attn_pool.qkv.{kind}" in weights:
-            q, k, v = weights.pop(f"attn_pool.qkv.{kind}").chunk(3)
-            weights[f"attn_pool.q.{kind}"], weights[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
-    return weights
+    for kind in ("weight", "bias"):  # attention pooling has its query apart
+        if f"attn_pool.k.{kind}" in weights and f"attn_pool.v.{kind}" in weights:
+            parts = [weights.pop(f"attn_pool.{part}.{kind}") for part in "kv"]
+            weights[f"attn_pool.kv.{kind}"] = torch.cat(parts)
+    return _fuse_qkv(weights)
 
 
 def _google_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
