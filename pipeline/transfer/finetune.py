@@ -64,7 +64,7 @@ def fine_tune(
     """
     torch.manual_seed(seed)
     device = torch.device(device)
-    model = copy.deepcopy(pretrained)
+    model: Any = copy.deepcopy(pretrained)
     model.set_image_size(protocol.resolution)
     model.replace_head(num_classes)
     model.to(device).train()
@@ -260,12 +260,12 @@ class Predictions:
     def correct(self) -> np.ndarray:
         """bool (N,): the predicted class is (one of) the labels."""
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
-        return (labels == self.classes[:, None]).any(1)
+        return np.any(labels == self.classes[:, None], axis=1)
 
     def labelled(self) -> np.ndarray:
         """bool (N,): the image counts; ImageNet-ReaL leaves out those without any label."""
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
-        return (labels >= 0).any(1)
+        return np.any(labels >= 0, axis=1)
 
     def accuracy(self, without: frozenset[str] = frozenset()) -> float:
         """Top-1 in percent over the labelled images whose key is not in `without`; NaN when none is left."""

@@ -8,26 +8,22 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.errors import UserError, nearest
+from pipeline.vtab.tasks import TABLE as VTAB
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Dataset
 
-# The groups of VTAB, in the order of the paper's Table 9.
+L2_GRID = tuple(2.0**i for i in range(-10, 20))  # few-shot regularisation, of the paper's evaluator
+
+# {group: tasks} of VTAB, in the order of the paper's Table 9.
 GROUPS = {
-    "natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
-    "specialized": ("patch_camelyon", "eurosat", "resisc45", "retinopathy"),
-    "structured": (
-        *("clevr_count", "clevr_distance", "dmlab", "dsprites_location", "dsprites_orientation"),
-        *("kitti_distance", "smallnorb_azimuth", "smallnorb_elevation"),
-    ),
+    group: tuple(name for name, task in VTAB.items() if task.group == group)
+    for group in ("natural", "specialized", "structured")
 }
-# BiT, appendix F: mirroring changes the label, or cropping does.
-NO_FLIP = ("dsprites_orientation", "smallnorb_azimuth", "dsprites_location")
-NO_CROP = ("clevr_count", "clevr_distance", "dmlab", "kitti_distance", "dsprites_location")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,11 +153,11 @@ class TransferConfig:
     experiment: str = "transfer"
     tracking_uri: str | None = None
 
-    def fine_tune(self, **suite: object) -> FineTune:
+    def fine_tune(self, **suite: Any) -> FineTune:
         """The suite's protocol with this config's replacements. Fewer steps shorten the warm-up in proportion."""
-        protocol = FineTune(**suite)  # type: ignore[arg-type]
+        protocol = FineTune(**suite)
         steps = self.steps or protocol.steps
-        own = {
+        own: dict[str, Any] = {
             "lrs": self.lrs or None,
             "steps": steps,
             "batch_size": self.batch_size,
@@ -225,8 +221,8 @@ def vtab1k(config: TransferConfig, image_size: int) -> list[Task]:
     """
 
     def protocol(name: str) -> FineTune:
-        crop = "squash" if name in NO_CROP else "random"
-        return config.fine_tune(steps=2500, lrs=(0.01,), warmup=500, crop=crop, flip=name not in NO_FLIP)
+        crop = "random" if VTAB[name].random_crop else "squash"
+        return config.fine_tune(steps=2500, lrs=(0.01,), warmup=500, crop=crop, flip=VTAB[name].flip)
 
     return _vtab(config, protocol)
 
@@ -339,11 +335,10 @@ def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
         return [(root.rsplit("/", 1)[-1], root)]
     fs, path = storage.filesystem(root)
     names = sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)) if fs.isdir(path) else []
-    vtab = {name for group in GROUPS.values() for name in group}
     found = [
         (name, storage.join(root, name))
         for name in names
-        if _train_and_test(storage.join(root, name)) or (config.suite == "frozen" and name in vtab)
+        if _train_and_test(storage.join(root, name)) or (config.suite == "frozen" and name in VTAB)
     ]
     if not found:
         raise UserError(f"{root}: no dataset with train and test; expected {root}/train or {root}/<name>/train")
@@ -360,21 +355,26 @@ SUITES: dict[str, Callable[[TransferConfig, int], list[Task]]] = {
 }
 
 
-def build(config: TransferConfig, image_size: int) -> list[Task]:
-    """The tasks that a config asks for. Raises UserError for an unknown suite or task, or settings that cannot work."""
+def check(config: TransferConfig) -> None:
+    """Raises UserError for an unknown suite, or settings that cannot work."""
     if config.suite not in SUITES:
         raise UserError(f'unknown suite "{config.suite}"{nearest(config.suite, SUITES)}; suites: {", ".join(SUITES)}')
-    numbers = ("steps", "batch_size", "resolution", "seeds", "micro_batch", "workers", "cpus_per_worker")
-    for name in numbers:
+    for name in ("steps", "batch_size", "resolution", "seeds", "micro_batch", "workers", "cpus_per_worker"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < config.gpus_per_worker <= 1:
-        raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker}")
+        raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker:g}")
     if any(lr <= 0 for lr in config.lrs):
         raise UserError(f"--lrs must be positive, not {' '.join(f'{lr:g}' for lr in config.lrs)}")
     if config.polyak is not None and not 0 <= config.polyak < 1:
         raise UserError(f"--polyak must be in [0, 1), not {config.polyak:g}")
+    if config.l2 and config.l2 not in L2_GRID:
+        raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
+
+
+def build(config: TransferConfig, image_size: int) -> list[Task]:
+    """The tasks that a config asks for, for a model of that image size. Raises UserError for an unknown one."""
     tasks = SUITES[config.suite](config, image_size)
     names = [task.name for task in tasks]
     for name in config.tasks:

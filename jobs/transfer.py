@@ -1,0 +1,83 @@
+"""One checkpoint in, a table of transfer scores out: many fine-tunings and probes side by side on Ray.
+
+    python jobs/transfer.py                                                     the demo, after jobs/pretrain.py
+    python jobs/transfer.py --suite vtab1k --checkpoint runs/x --data s3://bucket/vtab --seeds 3
+    python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz --variant B/16 --data vtab --tasks pets dtd
+    python jobs/transfer.py --suite frozen --checkpoint runs/x --data sets --tasks birds-linear
+    python jobs/transfer.py --compare runs/vtab1k/transfer-3f9a01c2 runs/vtab1k/transfer-77aa10e4
+
+A run that is stopped continues when the same command is given again; more --seeds or --tasks join it. A task that fails
+does not stop the others; the exit code is then 1. Scores are top-1 accuracies in percent; the VTAB score is the flat mean
+over the nineteen tasks. Report, figures and every single result are in --output and in MLflow.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(
+    os.path.dirname(os.path.abspath(__file__))
+)  # the project; jobs/ itself would hide the stdlib's inspect
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+from pipeline import config
+from pipeline.errors import UserError
+from pipeline.transfer import SUITES, TransferConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command(TransferConfig):
+    """jobs/transfer.py"""
+
+    compare: tuple[str, ...] = ()
+    """Two outputs of earlier runs: print the differences with their standard errors, and do nothing else."""
+    json: bool = False
+    """Print the result as JSON, and nothing else, on stdout."""
+
+
+def command(name: str) -> Callable[[], Command]:
+    def make() -> Command:
+        return Command(suite=name)
+
+    make.__doc__ = SUITES[name].__doc__
+    return make
+
+
+def main(argv: list[str]) -> int:
+    recipes = {name: command(name) for name in SUITES}
+    options = config.parse(argv, recipes, "demo", prog="jobs/transfer.py", description=__doc__ or "")
+    if options.compare:
+        return compare(options)
+    from pipeline.transfer import run_suite
+
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(TransferConfig)}
+    result = run_suite(TransferConfig(**fields), quiet=options.json)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        for name, score in result.scores.items():
+            spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
+            print(f"{name:24s}{score:7.2f}{spread}")
+        for group, mean in result.group_means.items():
+            print(f"{f'mean {group}':24s}{mean:7.2f}")
+        if result.flat_mean is not None:
+            print(f"{f'mean of {len(result.scores)}':24s}{result.flat_mean:7.2f}")
+    for job, error in result.failures.items():
+        print(f"failed: {job}: {error}", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def compare(options: Command) -> int:
+    from pipeline.transfer import report
+
+    if len(options.compare) != 2:
+        raise UserError(f"--compare takes two runs, not {len(options.compare)}")
+    text, rows = report.compare(*options.compare)
+    print(json.dumps(rows) if options.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_job(main)

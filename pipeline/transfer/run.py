@@ -1,0 +1,523 @@
+"""A whole suite: check everything, fan out, record, report."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import cluster, storage
+from pipeline.config import fingerprint, to_dict
+from pipeline.errors import UserError
+from pipeline.tracking import Run, names, start_run
+from pipeline.transfer import fanout, features, report
+from pipeline.transfer.fanout import Job, Result, Running, Store
+from pipeline.transfer.suites import Probe, Task, TransferConfig, build, check, open_all
+
+IDENTITY = "run.json"
+WEIGHT_FILES = (".npz", ".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SuiteResult:
+    """What a suite found; accuracies in percent."""
+
+    suite: str
+    output: str
+    scores: dict[str, float]
+    std: dict[str, float]
+    """Deviation between seeds."""
+    flat_mean: float | None
+    """VTAB: over all nineteen tasks; other suites: over all scores. None when a task is missing."""
+    group_means: dict[str, float]
+    """VTAB's natural, specialized and structured."""
+    failures: dict[str, str]
+    """{job: error}"""
+    run_id: str
+    """MLflow's parent run."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A checkpoint, ready to be shared between processes."""
+
+    uri: str
+    identity: str
+    config: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    run_id: str | None = None  # of the pre-training
+
+
+def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
+    """Runs what is missing of a suite and reports on all of it. Joins Ray by itself.
+
+    Raises UserError, before any worker starts, for anything wrong with the checkpoint, the data or the settings. A task that
+    fails later is in `failures`, the others go on.
+    """
+    started = time.monotonic()
+    say = _Say(quiet)
+    check(config)
+    weights = load_checkpoint(config)
+    tasks = build(config, weights.config["image_size"])
+    datasets = open_all(tasks)
+    flagged = read_flagged(config.decontamination, tasks) if config.decontamination else {}
+    _check_real_labels(tasks, datasets)
+    output, state = open_output(config, weights, tasks, datasets)
+    store = Store(output)
+    results = store.load_all()
+    _say_plan(say, config, weights, tasks, results, output)
+
+    cluster.connect(config.address, quiet=quiet)
+    import ray
+
+    resources, workers = plan_workers(config)
+    parent = start_run(
+        config.experiment,
+        f"{config.suite} {os.path.basename(weights.uri)}",
+        config=config,
+        tags={names.RECIPE: config.suite, names.CHECKPOINT: weights.uri, "output": output},
+        run_id=state.get("run_id"),
+        tracking_uri=config.tracking_uri,
+    )
+    status = "KILLED"  # unless we get to the end
+    board = _Board(tasks, config.seeds, results, quiet)
+    try:
+        if weights.run_id:
+            parent.link("pretrain", weights.run_id)
+        state["run_id"] = parent.id
+        storage.write_json(storage.join(output, IDENTITY), state)
+        shared = ray.put(weights.arrays)
+        probes = [
+            task for task in tasks if fanout.next_jobs(task, config.seeds, results) and isinstance(task.protocol, Probe)
+        ]
+        folders, failures = _features(config, probes, datasets, weights, shared, output, workers, resources, say)
+        recorder = _Recorder(config, parent, state, output, datasets)
+
+        def on_result(job: Job, result: Result, predictions: bytes | None) -> None:
+            store.save(job, result, predictions)
+            board.finished(job, result)
+            known = {**results, job.name: result}
+            if not fanout.next_jobs(job.task, config.seeds, known):
+                recorder.task(job.task, [r for r in known.values() if r.task == job.task.name])
+
+        def on_failure(job: Job, error: str) -> None:
+            store.fail(job, error)
+            board.failed(job, error)
+
+        for task in probes:
+            if task.name not in folders:
+                job = fanout.next_jobs(task, config.seeds, results)[0]
+                on_failure(job, failures[job.name])
+        worker: Any = ray.remote(fanout.Worker).options(max_concurrency=2, **resources)
+        arguments = (weights.config, [shared], int(resources["num_cpus"]), config.micro_batch)
+        with board:
+            failures |= fanout.fan_out(
+                [
+                    task
+                    for task in tasks
+                    if not isinstance(task.protocol, Probe) or task.name in folders or task not in probes
+                ],
+                config.seeds,
+                results,
+                make_worker=lambda: worker.remote(*arguments),
+                workers=workers,
+                retries=config.retries,
+                costs={task.name: fanout.cost(task, weights.config, len(datasets[task.test])) for task in tasks},
+                features=folders,
+                on_result=on_result,
+                on_failure=on_failure,
+                on_tick=board.tick,
+            )
+        scores = report.collect(tasks, config.seeds, results, store, l2=config.l2, flagged=flagged)
+        about = {
+            "suite": config.suite,
+            "checkpoint": weights.uri,
+            "data": config.data,
+            "seeds": config.seeds,
+            "model": weights.config["variant"],
+            "run_id": parent.id,
+        }
+        summary = report.write_scores(output, about, scores, failures)
+        text = report.markdown(about, tasks, scores, failures)
+        recorder.suite(text, summary, scores, [r for r in results.values() if r.task in {task.name for task in tasks}])
+        storage.write_bytes(storage.join(output, "report.md"), text.encode())
+        status = "FAILED" if failures else "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        parent.finish(status)
+    means = {score.name: score.mean for score in scores}
+    flat, groups = summary["mean"], summary["groups"]
+    if config.suite not in ("vtab1k", "vtab1k-224") and means and not failures:
+        flat = sum(means.values()) / len(means)
+    say(f"report: {storage.join(output, 'report.md')}")
+    return SuiteResult(
+        suite=config.suite,
+        output=output,
+        scores=means,
+        std={score.name: score.std for score in scores},
+        flat_mean=flat,
+        group_means=groups,
+        failures=failures,
+        run_id=parent.id,
+        seconds=time.monotonic() - started,
+    )
+
+
+# ---------------------------------------------------------------- before anything starts
+
+
+def load_checkpoint(config: TransferConfig) -> Weights:
+    """The weights that --checkpoint names, checked. Raises UserError when they are missing, incomplete or do not fit."""
+    from models import create_model
+    from models.convert import load_model, load_weights, read_config, read_weights
+    from pipeline.training import checkpoint
+
+    uri = config.checkpoint or ("runs/demo/pretrain" if config.suite == "demo" else None)
+    if uri is None:
+        raise UserError(
+            f"suite {config.suite} needs --checkpoint: a checkpoint or run folder, or weights with --variant"
+        )
+    uri = storage.normalise(uri)
+    run_id = None
+    if config.variant:
+        state, _, _ = read_weights(uri)
+        model = create_model(config.variant, num_classes=0, image_size=_native_size(config.variant, state))
+        if "pre_logits.fc.weight" in state:  # features are what comes after it
+            model = create_model(config.variant, 0, model.config["image_size"], pre_logits=True)
+        load_weights(model, uri)
+        identity = _file_identity(uri)
+    elif uri.endswith(WEIGHT_FILES):
+        read_config(uri)  # says what is missing when there is no config.json beside it
+        model = load_model(uri)
+        identity = _file_identity(uri)
+    else:
+        found = checkpoint.resolve(uri)
+        uri, run_id = found.uri, found.commit.get("run_id")
+        masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # its encoder is what transfers
+        model = load_model(uri, **masked)
+        identity = found.commit["files"]["model.safetensors"]["sha256"]
+    arrays = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    return Weights(uri, fingerprint(identity), dict(model.config), arrays, run_id)
+
+
+def _native_size(variant: str, state: Mapping[str, Any]) -> int:
+    """The resolution that bare weights were trained at, from their number of position embeddings; else 224."""
+    if "pos_embed" not in state or "/" not in variant:
+        return 224
+    positions = state["pos_embed"].shape[1]
+    grid = round((positions - 1) ** 0.5)
+    return int(variant.rpartition("/")[2]) * (grid if grid**2 == positions - 1 else round(positions**0.5))
+
+
+def _file_identity(uri: str) -> list[Any]:
+    """Size and ends of a weights file, or the listing of a folder: enough to tell two apart without reading gigabytes."""
+    fs, path = storage.filesystem(uri)
+    if fs.isdir(path):
+        return [[file.path, file.size] for file in storage.list_files(uri)]
+    size = int(fs.size(path))
+    edges = storage.read_bytes(uri, 0, 1 << 20), storage.read_bytes(uri, max(0, size - (1 << 20)), size)
+    return [size, *(fingerprint(edge.hex()) for edge in edges)]
+
+
+def _check_real_labels(tasks: Sequence[Task], datasets: Mapping[Any, Any]) -> None:
+    for task in tasks:
+        if task.real_labels:
+            keys = datasets[task.test].table(["key"])["key"].to_pylist()
+            report.real_labels(keys, report.read_real_labels(task.real_labels))
+
+
+def read_flagged(uri: str, tasks: Sequence[Task]) -> dict[str, frozenset[str]]:
+    """{task: keys of test images that are also in the pre-training data}, from a decontamination report.
+
+    uri: JSON {task: [keys]}; or Parquet with a column "key" and, for several tasks, "task"; or a folder with such a file
+    per task, <task>.json (a list) or <task>.parquet. Raises UserError for anything else.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def read(uri: str) -> dict[str, list[str]]:
+        if uri.endswith(".json"):
+            content = storage.read_json(uri)
+            content = {"": content} if isinstance(content, list) else content
+            if isinstance(content, dict) and all(isinstance(keys, list) for keys in content.values()):
+                return content
+        elif uri.endswith(".parquet"):
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+            if "key" in table.column_names:
+                owners = table["task"].to_pylist() if "task" in table.column_names else [""] * len(table)
+                grouped: dict[str, list[str]] = {}
+                for owner, key in zip(owners, table["key"].to_pylist(), strict=True):
+                    grouped.setdefault(owner, []).append(key)
+                return grouped
+        raise UserError(f"{uri}: not a decontamination report ({{task: [keys]}} as JSON, or Parquet with a column key)")
+
+    uri = storage.normalise(uri)
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: no decontamination report here")
+    flagged: dict[str, frozenset[str]] = {}
+    fs, path = storage.filesystem(uri)
+    if fs.isdir(path):
+        for task in tasks:
+            for ending in ("json", "parquet"):
+                one = storage.join(uri, f"{task.name}.{ending}")
+                if storage.exists(one):
+                    flagged[task.name] = frozenset(key for keys in read(one).values() for key in keys)
+    else:
+        content = read(uri)
+        for task in tasks:
+            keys = content.get(task.name, content.get("", []))
+            if keys:
+                flagged[task.name] = frozenset(keys)
+    return flagged
+
+
+def open_output(
+    config: TransferConfig, weights: Weights, tasks: Sequence[Task], datasets: Mapping[Any, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The output folder and what its run.json says. More tasks or seeds may join what is there; a folder with results of
+    another checkpoint, protocol or dataset is refused."""
+    described = {
+        task.name: {
+            "protocol": to_dict(task.protocol),
+            "train": datasets[task.train].manifest.fingerprint,
+            "test": datasets[task.test].manifest.fingerprint,
+        }
+        for task in tasks
+    }
+    identity = {"suite": config.suite, "checkpoint": weights.identity}
+    default = f"runs/{config.suite}/transfer-{fingerprint([identity, described])[:8]}"
+    output = storage.normalise(config.output or default)
+    uri = storage.join(output, IDENTITY)
+    if not storage.exists(uri):
+        if storage.list_files(output):
+            raise UserError(f"{output} holds something else than transfer results; choose another --output")
+        return output, {**identity, "checkpoint_uri": weights.uri, "tasks": described, "children": {}}
+    state = storage.read_json(uri)
+    for key, value in identity.items():
+        if state.get(key) != value:
+            there = state.get("checkpoint_uri") if key == "checkpoint" else state.get(key)
+            raise UserError(f"{output} holds results of another {key} ({there}); choose another --output")
+    for name, mine in described.items():
+        theirs = state["tasks"].setdefault(name, mine)
+        changed = [key for key in mine if theirs.get(key) != mine[key]]
+        if changed:
+            raise UserError(
+                f"{output} holds results of {name} with another {' and '.join(changed)}; choose another --output"
+            )
+    return output, state
+
+
+def plan_workers(config: TransferConfig) -> tuple[dict[str, float], int]:
+    """(num_cpus, num_gpus) of one worker, and how many workers; Ray must be connected."""
+    import ray
+
+    total = ray.cluster_resources()
+    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
+    resources = {"num_cpus": float(config.cpus_per_worker), "num_gpus": config.gpus_per_worker if gpus else 0.0}
+    fit = int(cpus // config.cpus_per_worker)
+    if gpus:
+        fit = min(fit, int(gpus / config.gpus_per_worker + 1e-9))
+    return resources, config.workers or max(1, fit)
+
+
+# ---------------------------------------------------------------- on the way
+
+
+def _features(
+    config: TransferConfig,
+    probes: Sequence[Task],
+    datasets: Mapping[Any, Any],
+    weights: Weights,
+    shared: Any,
+    output: str,
+    workers: int,
+    resources: dict[str, float],
+    say: "_Say",
+) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """Feature folders (train, test) of each probe, and {job: error} of the probes that have none."""
+    pairs = {}
+    for task in probes:
+        assert isinstance(task.protocol, Probe)
+        pairs[task] = tuple(
+            features.feature_set(split, datasets[split], weights.identity, task.protocol)
+            for split in (task.train, task.test)
+        )
+    sets = list(dict.fromkeys(wanted for pair in pairs.values() for wanted in pair))
+    if not sets:
+        return {}, {}
+    root = storage.join(output, "features")
+    errors, line = features.extract(
+        sets, weights.config, shared, root, workers=workers, resources=resources, batch_size=4 * config.micro_batch
+    )
+    say(line)
+    folders, failures = {}, {}
+    for task, pair in pairs.items():
+        broken = [errors[wanted] for wanted in pair if wanted in errors]
+        if broken:
+            failures[Job(task=task).name] = f"no features: {broken[0]}"
+        else:
+            train, test = (storage.join(root, wanted.name) for wanted in pair)
+            folders[task.name] = (train, test)
+    return folders, failures
+
+
+class _Recorder:
+    """Writes to MLflow and to the output folder; only the driver does."""
+
+    def __init__(
+        self, config: TransferConfig, parent: Run, state: dict[str, Any], output: str, datasets: Mapping[Any, Any]
+    ) -> None:
+        self.config, self.parent, self.state, self.output, self.datasets = config, parent, state, output, datasets
+
+    def task(self, task: Task, results: Sequence[Result]) -> None:
+        """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix."""
+        child = start_run(
+            self.config.experiment,
+            task.name,
+            config={"task": task.name, "group": task.group, **to_dict(task.protocol)},
+            run_id=self.state["children"].get(task.name),
+            parent_id=self.parent.id,
+            tracking_uri=self.config.tracking_uri,
+        )
+        self.state["children"][task.name] = child.id
+        storage.write_json(storage.join(self.output, IDENTITY), self.state)
+        for role, split in (("train", task.train), ("test", task.test)):
+            manifest = self.datasets[split].manifest
+            child.log_dataset(split.uri, {"fingerprint": manifest.fingerprint, "rows": manifest.rows}, role=role)
+        finals = [result for result in results if result.phase == "final"]
+        for result in results:
+            suffix = f"/lr{result.lr:g}-seed{result.seed}" if len(results) > 1 else ""
+            for step, loss, lr in result.curve:
+                child.log({names.LOSS + suffix: loss, names.LEARNING_RATE + suffix: lr}, step=int(step))
+            accuracy = {f"{result.phase}_top1{suffix}": result.accuracy[""]} if "" in result.accuracy else {}
+            child.log({**accuracy, names.IMAGES_PER_SECOND + suffix: result.images_per_second})
+        if all("" in result.accuracy for result in finals):
+            mean = sum(result.accuracy[""] for result in finals) / len(finals)
+            child.log({names.MEAN_SCORE: mean})
+            self.parent.log({names.SCORE + task.name: mean})
+        if figure := report.confusions(finals):
+            child.log_figure(figure, "confusion.png")
+        child.finish()
+
+    def suite(
+        self, text: str, summary: dict[str, Any], scores: Sequence[report.Score], results: Sequence[Result]
+    ) -> None:
+        """Scores, means and the report, in the parent run and in the output folder."""
+        self.parent.log({names.SCORE + score.name: score.mean for score in scores})
+        if summary["mean"] is not None:
+            self.parent.log({names.MEAN_SCORE: summary["mean"]})
+        self.parent.log({names.GROUP_SCORE + group: mean for group, mean in summary["groups"].items()})
+        self.parent.log_text(text, "report.md")
+        self.parent.log_dict(summary, report.SCORES)
+        figures = {"scores.png": report.bars(scores) if scores else None}
+        figures |= {"curves.png": report.curves(results), "confusion.png": report.confusions(results)}
+        for name, figure in figures.items():
+            if figure is not None:
+                import io
+
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png")
+                storage.write_bytes(storage.join(self.output, name), picture.getvalue())
+                self.parent.log_figure(figure, name)
+
+
+class _Say:
+    """Lines for people: on stdout, or nowhere when stdout is for a program."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)
+
+
+def _say_plan(
+    say: _Say,
+    config: TransferConfig,
+    weights: Weights,
+    tasks: Sequence[Task],
+    results: Mapping[str, Result],
+    output: str,
+) -> None:
+    jobs = sum(fanout.total_jobs(task, config.seeds) for task in tasks)
+    done = sum(len(done) for task in tasks for done in [[r for r in results.values() if r.task == task.name]])
+    say(
+        f"transfer: {config.suite}, {len(tasks)} tasks, {jobs} jobs ({min(done, jobs)} done before), {weights.config['variant']}"
+    )
+    say(f"transfer: {weights.uri} -> {output}")
+
+
+class _Board:
+    """Progress: a live table on a terminal, otherwise a line per finished job and one every half minute."""
+
+    def __init__(self, tasks: Sequence[Task], seeds: int, results: Mapping[str, Result], quiet: bool) -> None:
+        self.tasks, self.seeds, self.results, self.quiet = tasks, seeds, results, quiet
+        self.failures: dict[str, str] = {}
+        self.started = self.spoken = time.monotonic()
+        self.live: Any = None
+
+    def __enter__(self) -> None:
+        if not self.quiet and sys.stdout.isatty():
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=2, transient=True)
+            self.live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def finished(self, job: Job, result: Result) -> None:
+        accuracy = f" {result.accuracy['']:.2f}%" if "" in result.accuracy else ""
+        speed = f", {result.images_per_second:.0f} img/s" if result.images_per_second else ""
+        self._line(f"transfer: {job.name}{accuracy} ({result.seconds:.1f} s{speed})")
+
+    def failed(self, job: Job, error: str) -> None:
+        self.failures[job.task.name] = error
+        self._line(f"transfer: {job.name} FAILED: {error}")
+
+    def _line(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text, highlight=False)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def tick(self, running: list[Running]) -> None:
+        if self.live is not None:
+            self.live.update(self._table(running))
+        elif time.monotonic() - self.spoken > 30:
+            self.spoken = time.monotonic()
+            parts = [f"{entry.job.name} {_share(entry)}" for entry in running]
+            self._line(f"transfer: {time.monotonic() - self.started:.0f} s, running {', '.join(parts)}")
+
+    def _table(self, running: list[Running]) -> Any:
+        from rich.table import Table
+
+        table = Table("task", "jobs", "now", "loss", "top-1 %", box=None)
+        by_task: dict[str, list[Running]] = {}
+        for entry in running:
+            by_task.setdefault(entry.job.task.name, []).append(entry)
+        for task in self.tasks:
+            done = [r for r in self.results.values() if r.task == task.name]
+            now = by_task.get(task.name, [])
+            state = ", ".join(f"{e.job.phase} {_share(e)}" for e in now) or (
+                "[red]failed" if task.name in self.failures else ""
+            )
+            loss = ", ".join(f"{e.progress[2]:.3f}" for e in now if e.progress[1])
+            tops = [r.accuracy[""] for r in done if r.phase == "final" and "" in r.accuracy]
+            top = f"{sum(tops) / len(tops):.2f}" if tops else ""
+            table.add_row(task.name, f"{len(done)}/{fanout.total_jobs(task, self.seeds)}", state, loss, top)
+        return table
+
+
+def _share(entry: Running) -> str:
+    step, steps, _ = entry.progress
+    return f"{100 * step / steps:.0f}%" if steps else f"{time.monotonic() - entry.started:.0f} s"
