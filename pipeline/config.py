@@ -35,7 +35,14 @@ Config = TypeVar("Config")
 def parse(
     argv: list[str], recipes: Mapping[str, Callable[[], Config]], default: str, *, prog: str, description: str
 ) -> Config:
-    """The config that a command line asks for.
+    """The config that a command line asks for; see `parse_recipe`."""
+    return parse_recipe(argv, recipes, default, prog=prog, description=description)[0]
+
+
+def parse_recipe(
+    argv: list[str], recipes: Mapping[str, Callable[[], Config]], default: str, *, prog: str, description: str
+) -> tuple[Config, Config, str]:
+    """The config that a command line asks for, the recipe it started from, and that recipe's name.
 
     Raises SystemExit(2) for an unknown flag or a value of the wrong type (tyro prints the nearest flag), UserError for
     an unknown recipe or a bad --config file.
@@ -51,7 +58,7 @@ def parse(
     name = chosen.recipe or default
     if name not in recipes:
         raise UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; recipes: {", ".join(recipes)}')
-    start = recipes[name]()
+    start = recipe_config = recipes[name]()
     if chosen.config:
         start = from_yaml(type(start), storage.read_bytes(chosen.config).decode(), where=chosen.config)
     lines = [f"  {key:22s}{summary(recipe)}" for key, recipe in recipes.items()]
@@ -59,7 +66,8 @@ def parse(
         f"{inspect.cleandoc(description)}\n\n--recipe NAME starts from one of these (default {default}), "
         "--config FILE.yaml from a saved config:\n" + "\n".join(lines)
     )
-    return tyro.cli(type(start), prog=prog, description=about, args=flags, default=start)
+    config = tyro.cli(type(start), prog=prog, description=about, args=flags, default=start)
+    return config, recipe_config, name
 
 
 def summary(function: Callable) -> str:
@@ -206,5 +214,7 @@ def steps(
             raise UserError(f'"{horizon}" needs the size of the data set, which is not known here; give steps')
         return round(amount * examples_per_epoch / batch_size)
     if total_steps is None:
-        raise UserError(f'"{horizon}" is relative to the whole run; the run length itself needs steps, epochs or examples')
+        raise UserError(
+            f'"{horizon}" is relative to the whole run; the run length itself needs steps, epochs or examples'
+        )
     return round(amount / 100 * total_steps)

@@ -121,6 +121,28 @@ def write_bytes(uri: str | os.PathLike, data: bytes) -> None:
             raise
 
 
+def create_bytes(uri: str | os.PathLike, data: bytes) -> bool:
+    """Writes a whole file unless it exists already; True for the one caller of many who made it.
+
+    A hard link locally, a conditional PUT (If-None-Match: *) on S3: the store decides, whatever the number of callers.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri):
+        try:
+            if is_remote(os.fspath(uri)):
+                fs.pipe_file(path, data, mode="create")
+                return True
+            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            write_bytes(temporary, data)
+            try:
+                os.link(temporary, path)
+            finally:
+                os.remove(temporary)
+            return True
+        except FileExistsError:
+            return False
+
+
 def read_json(uri: str | os.PathLike) -> Any:
     try:
         return json.loads(read_bytes(uri))

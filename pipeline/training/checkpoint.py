@@ -18,7 +18,7 @@ import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -103,7 +103,9 @@ def resolve(uri: str) -> Checkpoint:
         return checkpoint
     newest = latest(uri, checksums=False)
     if newest is None:
-        raise UserError(f"{uri}: no complete checkpoint here (a folder with {COMMIT}, or a run folder with checkpoints/)")
+        raise UserError(
+            f"{uri}: no complete checkpoint here (a folder with {COMMIT}, or a run folder with checkpoints/)"
+        )
     return newest
 
 
@@ -190,9 +192,10 @@ class Writer:
         storage.write_bytes(storage.join(target, "config.json"), config)
         files["config.json"] = {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()}
         commit = {k: v for k, v in about.items() if k != "config"}
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        created = datetime.now(UTC).isoformat(timespec="seconds")
         storage.write_json(
-            storage.join(target, COMMIT), {"step": step, "created": created, "workers": self.world, **commit, "files": files}
+            storage.join(target, COMMIT),
+            {"step": step, "created": created, "workers": self.world, **commit, "files": files},
         )
         self._retain()
 

@@ -8,53 +8,15 @@ readable on another number of workers or another ZeRO stage (each worker reads t
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models import weight_decay_groups
 from pipeline.errors import UserError
+from pipeline.training.recipes import EngineConfig, OptimizerConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """The paper trains with Adam (b1 0.9, b2 0.999) and decoupled weight decay on every parameter (section 4.1, table 3)."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with momentum (weight decay is then an L2 penalty)."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.1
-    """Decoupled, multiplied by the learning rate."""
-    decay: Literal["all", "kernels"] = "all"
-    """Which parameters decay: all (the paper) or only matrices (big_vision)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.9
-    """Of sgd."""
-    clip: float | None = 1.0
-    """Largest global gradient norm; None does not clip."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How the model is placed and computed; none of it changes the mathematics beyond rounding."""
-
-    zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of parameters and activations; optimiser states stay float32."""
-    micro_batch: int | None = None
-    """Images per worker and forward pass; the rest of a worker's share is accumulated. None: all at once."""
-    offload: bool = False
-    """Keep optimiser states in host memory."""
-    compile: bool = False
-    """torch.compile of every transformer block."""
-    recompute: bool = False
-    """Activation checkpointing: recompute each block in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +63,19 @@ class Engine:
         if optimizer.name == "adamw":
             fused = device.type == "cuda" and not config.offload
             inner = torch.optim.AdamW(
-                groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=fused
+                groups,
+                lr=0.0,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                fused=fused,
             )
         else:
             inner = torch.optim.SGD(groups, lr=0.0, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
         self.engine, *_ = deepspeed.initialize(
-            model=model.to(device), optimizer=inner, config=_deepspeed_config(optimizer, config, accumulation, micro_batch)
+            model=model.to(device),
+            optimizer=inner,
+            config=_deepspeed_config(optimizer, config, accumulation, micro_batch),
         )
         if config.compile:
             for block in model.blocks:
@@ -115,7 +84,10 @@ class Engine:
         self.device = device
         self.config = config
         self.accumulation = accumulation
+        self.clip = optimizer.clip
         self._dropped = 0
+        self._plain_norm: Tensor | None = None
+        inner.state.clear()  # stage 0 in bf16 has stepped once to make its states: Adam would count one step too many
         if config.zero == 3:
             # Stage 3 looks for non-finite gradients only in fp16; a bad batch must not reach the weights in any precision.
             self.engine.optimizer._overflow_check_and_loss_scale_update = self._check_stage_3
@@ -141,8 +113,8 @@ class Engine:
         for micro_loss in micro_losses:
             loss = micro_loss(self.engine)
             self.engine.backward(loss)
-            if not hasattr(self.engine.optimizer, "overflow"):
-                self._drop_bad_gradients()
+            if self.engine.optimizer is self.inner and self.engine.is_gradient_accumulation_boundary():
+                self._clip_plain()
             self.engine.step()
             total += loss.detach().float()
         if self.average:
@@ -160,17 +132,19 @@ class Engine:
         optimizer.check_overflow()
         return optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow
 
-    def _drop_bad_gradients(self) -> None:
-        """A plain optimiser (stage 0) skips parameters without a gradient; reduced gradients are alike on all workers."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if self.engine.is_gradient_accumulation_boundary() and not all(g.isfinite().all() for g in gradients):
+    def _clip_plain(self) -> None:
+        """Stage 0 in float32 is a plain optimiser: clips here, and drops gradients that are not finite (reduced
+        gradients are alike on all workers; a parameter without a gradient is left alone by the step)."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        self._plain_norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
+        if not self._plain_norm.isfinite():
             self._dropped += 1
-            for parameter in self.module.parameters():
+            for parameter in parameters:
                 parameter.grad = None
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
         return float(norm) if norm is not None else float("nan")
 
     @torch.no_grad()
@@ -199,15 +173,15 @@ class Engine:
                         yield Fragment(names[id(parameter)], start, numel, flat, offset)
                     offset += share
             return
-        partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        lower = getattr(optimizer, "bit16_groups", None)
-        if partitions is None:
-            partitions = getattr(optimizer, "fp32_groups_flat_partition", None)
-            lower = getattr(optimizer, "bf16_groups", None)
-        if partitions is None:  # stage 0 in float32: a plain optimiser, every worker holds everything
-            for name, parameter in self.module.named_parameters():
-                yield Fragment(name, 0, parameter.numel(), parameter, 0)
+        if self.config.zero == 0:  # every worker holds everything
+            if hasattr(optimizer, "fp32_groups"):  # low precision, with float32 masters
+                pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+            else:
+                pairs = ((parameter, parameter) for parameter in self.module.parameters())
+            for parameter, master in pairs:
+                yield Fragment(names[id(parameter)], 0, master.numel(), master, 0)
             return
+        partitions, lower = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
         for flat, parameters in zip(partitions, lower, strict=True):
             for parameter in parameters:
                 mapping = parameter._hp_mapping
@@ -223,7 +197,7 @@ class Engine:
         """
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
-        replicated = self.config.zero == 0 and self.config.precision == "fp32"
+        replicated = self.config.zero == 0
         tensors: dict[str, Tensor] = {}
         for index, fragment in enumerate(self._fragments):
             if replicated and index % world != rank:
@@ -288,7 +262,7 @@ def _deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumula
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.clip or 0.0,
+        "gradient_clipping": 0.0 if config.zero == 0 and config.precision == "fp32" else optimizer.clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -102,10 +102,14 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
     if dataset.multilabel and config.loss == "softmax":
         raise UserError(f"{config.data} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if batch > len(dataset):
-        raise UserError(f"batch_size {batch} is larger than {config.data} with its {len(dataset)} images; use a smaller batch")
+        raise UserError(
+            f"batch_size {batch} is larger than {config.data} with its {len(dataset)} images; use a smaller batch"
+        )
     lanes = config.lanes or default_lanes(batch, len(dataset))
     if batch % lanes:
-        raise UserError(f"batch_size {batch} is not divisible by lanes {lanes}; use --lanes with a divisor of the batch")
+        raise UserError(
+            f"batch_size {batch} is not divisible by lanes {lanes}; use --lanes with a divisor of the batch"
+        )
     if lanes % workers:
         fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
         raise UserError(
@@ -129,9 +133,13 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
                 "to match, or use encoding jpeg"
             )
         if config.augment.crop == "inception" or config.augment.randaug_layers:
-            raise UserError(f"{config.data} is already cut into patches: only flips are possible; use --augment.crop squash")
+            raise UserError(
+                f"{config.data} is already cut into patches: only flips are possible; use --augment.crop squash"
+            )
     elif config.augment.size != config.image_size:
-        raise UserError(f"augment.size {config.augment.size} differs from image_size {config.image_size}; give both the same")
+        raise UserError(
+            f"augment.size {config.augment.size} differs from image_size {config.image_size}; give both the same"
+        )
     if not 0 < config.keep_tokens <= 1:
         raise UserError(f"keep_tokens {config.keep_tokens} is not a share in (0, 1]")
     steps_per_epoch = len(dataset) // lanes // (batch // lanes)
@@ -179,7 +187,9 @@ def train_worker(task: dict[str, Any]) -> None:
     say = task["say"] if rank == 0 else lambda line: None
     run = attach_run(task["run_id"], task["tracking_uri"], resume=True) if rank == 0 else None
     try:
-        result = train(config, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, say=say, run=run)
+        result = train(
+            config, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, say=say, run=run
+        )
     finally:
         if run is not None:
             run.finish()
@@ -268,7 +278,9 @@ def train(
                 with meter.paused():
                     scores = validate(engine, plan, config.validation, rank, world, device)
                 losses |= scores
-                say(f"step {done}/{total}  validation top-1 {scores[names.VAL_TOP1]:.2%}  loss {scores[names.VAL_LOSS]:.4f}")
+                say(
+                    f"step {done}/{total}  validation top-1 {scores[names.VAL_TOP1]:.2%}  loss {scores[names.VAL_LOSS]:.4f}"
+                )
                 if run is not None:
                     run.log({**scores, names.IMAGES_SEEN: done * config.batch_size}, done)
             if done % plan.checkpoint_every == 0 or done == total:
@@ -353,9 +365,7 @@ def _micro_losses(plan: Plan, batch: dict[str, Any], device: torch.device) -> It
 
 
 @torch.no_grad()
-def validate(
-    engine: Engine, plan: Plan, uri: str, rank: int, world: int, device: torch.device
-) -> dict[str, float]:
+def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device: torch.device) -> dict[str, float]:
     """Top-1 (0..1) and mean loss over a whole dataset, each image once, shared among the workers."""
     dataset, config = open_dataset(uri), plan.config
     engine.module.eval()

@@ -5,11 +5,10 @@ what to expect. `python jobs/pretrain.py --recipe NAME --data URI --output URI`,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.data.augment import Augment
-from pipeline.training.engine import EngineConfig, OptimizerConfig
 from pipeline.training.schedule import ScheduleConfig
 
 
@@ -29,6 +28,46 @@ class ModelConfig:
     """Stochastic depth of the last block; earlier blocks linearly less."""
     head_bias: float = 0.0
     """Initial bias of the head; -10 for sigmoid losses over many classes."""
+    depth: int | None = None
+    """Number of blocks, when it is not the variant's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The paper trains with Adam (b1 0.9, b2 0.999) and decoupled weight decay on every parameter (section 4.1, table 3)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum (weight decay is then an L2 penalty)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled, multiplied by the learning rate."""
+    decay: Literal["all", "kernels"] = "all"
+    """Which parameters decay: all (the paper) or only matrices (big_vision)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """Of sgd."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the model is placed and computed; none of it changes the mathematics beyond rounding."""
+
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of parameters and activations; optimiser states stay float32."""
+    micro_batch: int | None = None
+    """Images per worker and forward pass; the rest of a worker's share is accumulated. None: all at once."""
+    offload: bool = False
+    """Keep optimiser states in host memory."""
+    compile: bool = False
+    """torch.compile of every transformer block."""
+    recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +137,27 @@ class PretrainConfig:
 
 # Fields that say how or where a run is executed, not what it computes: they may change between attempts.
 OPERATIONAL = frozenset(
-    "data validation output workers cpus_per_worker gpus max_failures threads cache log_every validate_every checkpoint_every "
-    "keep stop_after_skipped resume name tracking_uri address dry_run".split()
+    [
+        "data",
+        "validation",
+        "output",
+        "workers",
+        "cpus_per_worker",
+        "gpus",
+        "max_failures",
+        "threads",
+        "cache",
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "keep",
+        "stop_after_skipped",
+        "resume",
+        "name",
+        "tracking_uri",
+        "address",
+        "dry_run",
+    ]
 )
 
 
@@ -116,7 +174,7 @@ def demo() -> PretrainConfig:
         steps="30epochs",
         batch_size=64,
         image_size=32,
-        model=ModelConfig(variant="mu/4", pool="gap", posemb="sincos2d"),
+        model=ModelConfig(variant="Ti/8", depth=4, pool="gap"),
         augment=Augment(size=32, crop="inception", area=(0.6, 1.0), flip=False),
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(kind="cosine", warmup="10%"),

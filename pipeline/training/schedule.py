@@ -20,7 +20,9 @@ class ScheduleConfig:
     """Of rsqrt, in steps."""
 
 
-def learning_rate(config: ScheduleConfig, step: int, *, peak: float, total: int, warmup: int, cooldown: int = 0) -> float:
+def learning_rate(
+    config: ScheduleConfig, step: int, *, peak: float, total: int, warmup: int, cooldown: int = 0
+) -> float:
     """Learning rate of step `step` (0-based) of `total`.
 
     Warm-up multiplies the decayed rate by step / warmup (section 4.1; the reference code's order), with progress of the
