@@ -1,6 +1,7 @@
 """A leaderboard across pre-training runs: transfer score against what the pre-training cost (paper, Figure 5)."""
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
     pretrained = {run.id: run for run in registry.runs(names.PRETRAIN, uri=uri)}
     rows: dict[tuple[str, str], Row] = {}
     for run in registry.runs(names.TRANSFER, uri=uri):  # newest first
-        if names.PARENT in run.tags or names.MEAN_SCORE not in run.metrics:
+        if names.PARENT in run.tags or not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
         row = _row(run, _source(run, pretrained))
         if suite in (None, row.suite):
@@ -52,7 +53,7 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
     if not rows:
         what = f'of suite "{suite}" ' if suite else ""
         raise UserError(
-            f"no transfer run {what}with a {names.MEAN_SCORE} yet; run jobs/transfer.py first, or set --tracking-uri"
+            f"no transfer run {what}with scores yet; run jobs/transfer.py first, or set --tracking-uri"
         )
     return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
 
@@ -73,6 +74,7 @@ def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
 def _row(run: RunInfo, source: RunInfo | None) -> Row:
     checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
     images = _images_seen(checkpoint, source)
+    tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
     return Row(
         suite=run.params.get("suite", "unknown"),
         name=source.name if source else checkpoint.rstrip("/").rpartition("/")[2] or run.name,
@@ -81,11 +83,9 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         images_seen=images,
         train_flops=_train_flops(source, images),
         gpu_hours=source.metrics.get(names.GPU_HOURS) if source else None,
-        mean=run.metrics[names.MEAN_SCORE],
+        mean=run.metrics.get(names.MEAN_SCORE, statistics.fmean(tasks.values())),
         groups={g: run.metrics[names.GROUP_SCORE + g] for g in GROUPS if names.GROUP_SCORE + g in run.metrics},
-        tasks={
-            key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)
-        },
+        tasks=tasks,
         data=source.tags.get(f"{names.DATA_FINGERPRINT}.train") if source else None,
         pretrain_run=source.id if source else None,
         pretrain_url=source.url if source else None,

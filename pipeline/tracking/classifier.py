@@ -10,16 +10,17 @@ import json
 import os
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 from models.convert import load_model
 
 
-class Classifier(mlflow.pyfunc.PythonModel):
+class Classifier(PythonModel):
     """A column `image` of JPEG, PNG, ... bytes -> columns `label`, `index`, `probability`."""
 
     def load_context(self, context: Any) -> None:
@@ -51,4 +52,4 @@ class Classifier(mlflow.pyfunc.PythonModel):
         )
 
 
-mlflow.models.set_model(Classifier())
+set_model(Classifier())

@@ -121,7 +121,7 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
         python_model=os.path.join(PROJECT, "pipeline", "tracking", "classifier.py"),
         artifacts={"checkpoint": weights},
         code_paths=[os.path.join(PROJECT, "models")],
-        signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(outputs)),
+        signature=ModelSignature(Schema(inputs), Schema(outputs)),
         input_example=_frame([picture.getvalue()]),
         pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
     )
@@ -178,9 +178,9 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
             Version(
                 name=name,
                 version=int(item.version),
-                checkpoint=item.tags.get(names.CHECKPOINT, item.source),
+                checkpoint=item.tags.get(names.CHECKPOINT) or item.source or "",
                 run_id=item.run_id or "",
-                model_id=getattr(item, "model_id", None) or item.source.removeprefix("models:/"),
+                model_id=getattr(item, "model_id", None) or (item.source or "").removeprefix("models:/"),
                 step=int(item.tags.get("step", 0)),
                 aliases=tuple(by_version.get(int(item.version), [])),
                 evaluations=evaluations,
