@@ -95,9 +95,8 @@ def demo() -> PrepareConfig:
     return PrepareConfig(
         source=(DIGITS,),
         output="runs/demo/data",
-        encoding="patches",
+        encoding="jpeg",
         size=32,
-        patch_size=4,
         splits=("train=0.8", "test=0.2"),
     )
 

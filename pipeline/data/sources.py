@@ -15,7 +15,6 @@ Label names are text throughout; `Labels` turns them into class indices.
 import csv
 import fnmatch
 import io
-import itertools
 import json
 import os
 import re
@@ -152,7 +151,7 @@ def make_labels(
     if isinstance(label_map, list):
         classes = tuple(label_map)
     elif len(own) == 1 and all(source.ordered_names for source in sources):
-        classes = own.pop()
+        classes = next(iter(own))
     elif names and all(name.isascii() and name.isdigit() for name in names) and not any(s.listed for s in sources):
         classes = tuple(str(i) for i in range(max(map(int, names)) + 1))
     else:
@@ -167,7 +166,8 @@ def make_labels(
             f"{sources[0].uri}: zero classes; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
             "(or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled takes images without labels"
         )
-    index = {str(i): i for i in range(len(classes))} if isinstance(label_map, list) or own or not names else {}
+    by_number = isinstance(label_map, list) or bool(own)  # 7 may stand for the name of class 7
+    index = {str(i): i for i in range(len(classes))} if by_number else {}
     index |= {name: i for i, name in enumerate(classes)}
     return Labels(classes=classes, index=index, multilabel=multilabel)
 
@@ -620,30 +620,36 @@ def _read_tar(
 def _read_members(
     file: IO[bytes], stream: bool, stop: int, name: str, labels: list[str] | None, table: dict[str, list[str]]
 ) -> Iterator[Item]:
-    """Groups members that share a stem into one item (WebDataset); members of other kinds are inputs that are no image."""
-    files = ((archive, member, *_split_name(member.name)) for archive, member in _members(file, stream, stop))
-    for stem, group in itertools.groupby(files, key=lambda entry: entry[2]):
-        found, own, image = labels, None, None
-        others = []
-        for archive, member, _, extension in group:
-            handle = archive.extractfile(member)
-            assert handle is not None
-            if extension == "tar":
-                yield from _read_members(io.BytesIO(handle.read()), False, -1, name, [os.path.basename(stem)], table)
-            elif extension in ("cls", "txt", "json"):
-                own = own or _sidecar(extension, handle.read())[0]
-                others.append(member.name)
-            elif image is None:
-                image = (member.name, handle.read())
-            else:
-                others.append(member.name)
-        if image is None:
-            if own is None and others:
-                yield Item(others[0], f"{name}/{others[0]}", b"", None, Refused("not an image"))
-            continue
-        member_name, data = image
-        found = _lookup(table, member_name) if table else (own or found or _path_label(member_name, first=False))
-        yield Item(member_name, f"{name}/{member_name}", data, found)
+    """Samples of neighbouring members that share a stem (WebDataset): one image, and perhaps a label beside it."""
+
+    def item(parts: dict[str, tuple[str, bytes]]) -> Item:
+        rest = [extension for extension in parts if extension not in ("cls", "txt", "json")]
+        own = next(
+            (found for e in ("cls", "txt", "json") if e in parts and (found := _sidecar(e, parts[e][1])[0])), None
+        )
+        if not rest:
+            member = next(iter(parts.values()))[0]
+            return Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
+        member, data = parts[next((e for e in rest if e in IMAGE_NAMES), rest[0])]
+        found = _lookup(table, member) if table else (own or labels or _path_label(member, first=False))
+        return Item(member, f"{name}/{member}", data, found)
+
+    parts: dict[str, tuple[str, bytes]] = {}
+    current = ""
+    for archive, member in _members(file, stream, stop):
+        handle = archive.extractfile(member)
+        data = handle.read() if handle else b""
+        stem, extension = _split_name(member.name)
+        if parts and (stem != current or extension in parts):
+            yield item(parts)
+            parts = {}
+        current = stem
+        if extension == "tar":
+            yield from _read_members(io.BytesIO(data), False, -1, name, [os.path.basename(stem)], table)
+        else:
+            parts[extension] = (member.name, data)
+    if parts:
+        yield item(parts)
 
 
 # ------------------------------------------------ Parquet

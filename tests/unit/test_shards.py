@@ -1,0 +1,203 @@
+"""The shard format: what is written is read back, by us and by others; damage is found."""
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import describe, shards
+from pipeline.data.shards import ShardWriter, open_dataset, write_dataset
+from pipeline.errors import UserError
+
+PATCHES = {"height": 8, "width": 8, "patch_size": 4, "channels": 3}
+
+
+def make_rows(count, encoding, multilabel=False, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        image = (
+            rng.integers(0, 256, (4, 48), dtype=np.uint8) if encoding == "patches" else rng.bytes(rng.integers(0, 900))
+        )
+        label = rng.integers(0, 5, rng.integers(0, 4)).tolist() if multilabel else int(rng.integers(-1, 5))
+        yield f"ключ/{i}.jpg", image, label, i + 1, 2 * i + 1
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "patches"])
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_round_trip(tmp_path, encoding, multilabel):
+    rows = list(make_rows(700, encoding, multilabel))
+    uri = str(tmp_path / "set")
+    image = PATCHES if encoding == "patches" else {"size": 256, "quality": 90}
+    options = {"classes": list("abcde"), "encoding": encoding, "image": image, "multilabel": multilabel}
+    manifest = write_dataset(uri, rows, row_group_bytes=20_000, shard_bytes=60_000, **options)
+    assert len(manifest.shards) > 2
+    dataset = pickle.loads(pickle.dumps(open_dataset(uri)))
+    assert dataset.manifest == manifest
+    assert len(dataset) == 700
+    assert dataset.starts[-1] == 700
+
+    order = np.random.default_rng(1).permutation(700)
+    for i, row in zip(order, dataset.read(order), strict=True):
+        key, stored, label, width, height = rows[i]
+        assert (row["key"], row["label"], row["width"], row["height"]) == (key, label, width, height)
+        assert np.array_equal(row["image"], stored) if encoding == "patches" else row["image"] == stored
+    table = dataset.table(["key", "label", "height"])
+    assert table["key"].to_pylist() == [row[0] for row in rows]
+    assert table["label"].to_pylist() == [row[2] for row in rows]
+    assert table["height"].to_pylist() == [row[4] for row in rows]
+    assert describe.verify(uri) == []
+
+
+def test_others_read_the_shards(tmp_path):
+    rows = list(make_rows(50, "patches"))
+    manifest = write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES)
+    path = tmp_path / manifest.shards[0].name
+    frame = pd.read_parquet(path)
+    assert frame["label"].tolist() == [row[2] for row in rows]
+    assert np.array_equal(np.frombuffer(frame["image"][7], np.uint8).reshape(4, 48), rows[7][1])
+    assert pq.read_table(path)["key"].to_pylist() == [row[0] for row in rows]
+    description = json.loads(pq.read_schema(path).metadata[b"vit_pipeline"])
+    assert description == {"schema": 1, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
+
+
+def test_patches_lie_in_place(tmp_path):
+    """The loader's promise: the values of a row group are a plain uint8 matrix in the file, at the stated offset."""
+    rows = list(make_rows(300, "patches"))
+    write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES, row_group_bytes=5_000)
+    dataset = open_dataset(str(tmp_path))
+    row = 0
+    for group in dataset.row_groups:
+        content = np.fromfile(dataset.shard_uri(group["shard"]), np.uint8)[group["values"] : group["end"]]
+        assert len(content) == group["rows"] * 192 <= 5_000
+        assert np.array_equal(content.reshape(-1, 4, 48), [row[1] for row in rows[row : row + group["rows"]]])
+        row += group["rows"]
+    assert row == 300
+
+
+@given(
+    lists=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=80),
+    size=st.integers(1, 2_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_multilabel_shape(tmp_path_factory, lists, size):
+    uri = str(tmp_path_factory.mktemp("multi"))
+    rows = [(str(i), b"x" * (i % 7), labels, 1, 1) for i, labels in enumerate(lists)]
+    write_dataset(uri, rows, classes=[str(k) for k in range(10)], multilabel=True, row_group_bytes=size)
+    assert [row["label"] for row in open_dataset(uri).read(range(len(lists)))] == lists
+
+
+def test_same_rows_same_bytes(tmp_path):
+    rows = list(make_rows(100, "jpeg"))
+    first, second = (write_dataset(str(tmp_path / name), rows, classes=list("abcde")) for name in "ab")
+    assert first.to_json() == second.to_json()
+    assert (tmp_path / "a" / first.shards[0].name).read_bytes() == (tmp_path / "b" / first.shards[0].name).read_bytes()
+    other = write_dataset(str(tmp_path / "c"), rows[:-1], classes=list("abcde"))
+    assert other.fingerprint != first.fingerprint
+
+
+def test_an_image_larger_than_a_row_group(tmp_path):
+    rows = [(str(i), bytes([i]) * 5_000, 0, 1, 1) for i in range(5)]
+    write_dataset(str(tmp_path), rows, classes=["a"], row_group_bytes=1_000, shard_bytes=1_000)
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.row_groups["rows"].tolist() == [1] * 5
+    assert [row["image"] for row in dataset.read(range(5))] == [row[1] for row in rows]
+
+
+def test_an_exception_leaves_no_half_shard(tmp_path):
+    writer = ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"], row_group_bytes=10)
+    for i in range(10):
+        writer.write(str(i), b"0123456789", 0, 1, 1)
+    assert len(list(tmp_path.iterdir())) == 1
+    writer.__exit__(ZeroDivisionError, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_outside_the_classes_are_a_bug(tmp_path):
+    writer = ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"])
+    with pytest.raises(ValueError, match="outside the 1 classes"):
+        writer.write("k", b"", 1, 1, 1)
+
+
+def test_no_dataset(tmp_path):
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        open_dataset(tmp_path / "nothing")
+    (tmp_path / "manifest.json").write_text('{"schema": 99}')
+    with pytest.raises(UserError, match="schema version 99"):
+        open_dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="not a dataset manifest"):
+        open_dataset(tmp_path)
+
+
+def test_nothing_to_write(tmp_path):
+    with pytest.raises(UserError, match="not one usable image"):
+        write_dataset(str(tmp_path), [], classes=["a"])
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_dataset(
+        str(tmp_path), make_rows(300, "jpeg"), classes=list("abcde"), row_group_bytes=20_000, shard_bytes=60_000
+    )
+    return open_dataset(str(tmp_path))
+
+
+def test_verify_finds_damage(dataset, tmp_path):
+    path = tmp_path / dataset.manifest.shards[0].name
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes(flipped)
+    assert any("checksum differs" in problem for problem in describe.verify(str(tmp_path)))
+    path.write_bytes(whole[:-100])
+    problems = describe.verify(str(tmp_path))
+    assert any("bytes, the manifest says" in problem for problem in problems)
+    path.unlink()
+    assert f"{path.name}: missing" in describe.verify(str(tmp_path))
+    path.write_bytes(whole)
+    assert describe.verify(str(tmp_path)) == []
+    (tmp_path / "part-99999-0000.parquet").write_bytes(whole)
+    assert describe.verify(str(tmp_path)) == ["part-99999-0000.parquet: not in the manifest"]
+
+
+def test_verify_checks_the_manifest_itself(dataset, tmp_path):
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for key, value, complaint in [
+        ("rows", 301, "rows is 301"),
+        ("inputs", 5, "inputs is 5"),
+        ("rejects", {"empty": 1}, "rejects.parquet"),
+        ("class_counts", [1, 2, 3, 4, 5], "class counts differ"),
+    ]:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+        assert any(complaint in problem for problem in describe.verify(str(tmp_path))), key
+
+
+def test_verify_finds_repeated_keys(tmp_path):
+    write_dataset(str(tmp_path), [("same", b"1", 0, 1, 1), ("same", b"2", 0, 1, 1)], classes=["a"])
+    assert describe.verify(str(tmp_path)) == ["1 keys are not unique"]
+
+
+def test_a_shard_that_shrank_is_named(dataset, tmp_path):
+    path = tmp_path / dataset.manifest.shards[-1].name
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=path.name):
+        dataset.read([len(dataset) - 1])
+    with pytest.raises(IndexError):
+        dataset.read([len(dataset)])
+
+
+def test_mean_and_deviation(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (20, 8, 6, 3), dtype=np.uint8)
+    with ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"]) as writer:
+        for i, picture in enumerate(pictures):
+            writer.write(str(i), b"", 0, 6, 8, picture)
+    manifest = shards.finish_dataset(str(tmp_path), [writer.receipt], encoding="jpeg", image={}, classes=["a"])
+    assert manifest.mean == pytest.approx((pictures / 255).mean((0, 1, 2)), abs=1e-5)
+    assert manifest.std == pytest.approx((pictures / 255).std((0, 1, 2)), abs=1e-5)

@@ -1,0 +1,501 @@
+"""Every layout that images come in, every way in which one can be bad, without Ray: units run in this process."""
+
+import io
+import json
+import tarfile
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import simplejpeg
+from PIL import Image
+
+from pipeline.data import images, prepare, shards, sources, tfrecord
+from pipeline.data.images import Refused, decode
+from pipeline.data.prepare import PrepareConfig
+from pipeline.errors import UserError
+
+LIMIT = 10_000_000
+
+
+def picture(height=40, width=60, seed=0):
+    """A smooth picture, which JPEG keeps nearly as it is."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def jpeg(seed=0, height=40, width=60, quality=95):
+    return simplejpeg.encode_jpeg(picture(height, width, seed), quality, "RGB", "444")
+
+
+def saved(image, format, **options):
+    sink = io.BytesIO()
+    image.save(sink, format, **options)
+    return sink.getvalue()
+
+
+def run(tmp_path, quiet=True, **options):
+    """The whole job in this process."""
+    options.setdefault("max_reject_fraction", 1.0)
+    config = prepare.check(PrepareConfig(output=str(tmp_path / "out"), **options))
+    plan = prepare.make_plan(config)
+    for unit in range(len(plan.units)):
+        prepare.process(unit, plan)
+    manifests = prepare.finish(plan)
+    return shards.open_dataset(plan.split_uri(next(iter(manifests))))
+
+
+def contents(dataset):
+    """{key: (class name or names, decoded pixels)}"""
+    rows = {}
+    for row in dataset.read(range(len(dataset))):
+        label = row["label"]
+        name = [dataset.classes[k] for k in label] if isinstance(label, list) else dataset.classes[label]
+        rows[row["key"]] = name
+    return rows
+
+
+def refusals(dataset):
+    return {row["key"]: row["reason"] for row in pq.read_table(f"{dataset.uri}/rejects.parquet").to_pylist()}
+
+
+# ---------------------------------------------------------------- formats
+
+
+def test_common_formats_decode_to_the_same_pixels():
+    pixels = picture()
+    image = Image.fromarray(pixels)
+    for data in [
+        saved(image, "PNG"),
+        saved(image, "BMP"),
+        saved(image, "TIFF"),
+        saved(image, "WEBP", lossless=True),
+        saved(image, "PPM"),
+        saved(image, "GIF", save_all=True, append_images=[Image.new("RGB", image.size)])[:0] or saved(image, "PNG"),
+    ]:
+        assert np.array_equal(decode(data, LIMIT).pixels, pixels)
+    for data in [
+        jpeg(),
+        saved(image, "JPEG", quality=95, progressive=True),
+        saved(image, "JPEG", quality=95, subsampling=1),
+    ]:
+        assert np.abs(decode(data, LIMIT).pixels.astype(int) - pixels).mean() < 3
+
+
+def test_unusual_pixels():
+    pixels = picture()
+    image = Image.fromarray(pixels)
+    grey = image.convert("L")
+    assert np.array_equal(decode(saved(grey, "PNG"), LIMIT).pixels, np.asarray(grey)[:, :, None].repeat(3, 2))
+    found = decode(saved(grey, "JPEG", quality=95), LIMIT)
+    assert found.intact
+    assert np.abs(found.pixels[:, :, 0].astype(int) - np.asarray(grey)).mean() < 3
+    palette = image.quantize(16)
+    assert np.array_equal(decode(saved(palette, "PNG"), LIMIT).pixels, np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decode(saved(palette, "GIF"), LIMIT).pixels, np.asarray(palette.convert("RGB")))
+    assert decode(saved(image.convert("1"), "PNG"), LIMIT).pixels.max() == 255
+    cmyk = decode(saved(image.convert("CMYK"), "JPEG", quality=95), LIMIT)
+    assert not cmyk.intact
+    assert np.abs(cmyk.pixels.astype(int) - pixels).mean() < 4
+    deep = Image.fromarray(np.full((5, 6), 40_000, np.uint16))
+    for format in ("PNG", "TIFF"):
+        assert (decode(saved(deep, format), LIMIT).pixels == 40_000 >> 8).all()
+    with pytest.raises(Refused, match="unsupported pixels"):
+        decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), LIMIT)
+
+
+def test_alpha_lies_over_white():
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[0] = (200, 100, 0, 255)
+    found = decode(saved(Image.fromarray(rgba), "PNG"), LIMIT)
+    assert not found.intact
+    assert (found.pixels[0] == (200, 100, 0)).all()
+    assert (found.pixels[1] == 255).all()
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode(data, LIMIT).pixels == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_exif_orientation(orientation, format):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(picture()), format, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    found = decode(data, LIMIT)
+    assert found.intact == (orientation == 1)
+    assert found.pixels.shape == upright.shape
+    assert np.abs(found.pixels.astype(int) - upright).mean() < 2
+
+
+def test_bad_images_have_reasons():
+    good, png = jpeg(height=200, width=300), saved(Image.fromarray(picture()), "PNG")
+    broken = bytearray(png)
+    broken[60:80] = bytes(20)
+    tangled = bytearray(good)
+    tangled[len(good) // 2 : len(good) // 2 + 4] = b"\xff\xd4\xff\xd5"
+    for data, reason in [
+        (b"", "empty"),
+        (b"hello, this is text" * 10, "not an image"),
+        (bytes(1000), "not an image"),
+        (good[:-2], "truncated"),  # every pixel is there, only the end marker is not: decoders say nothing
+        (good[: len(good) // 2], "truncated"),
+        (png[: len(png) // 2], "truncated"),
+        (bytes(broken), "corrupt"),
+        (bytes(tangled), "corrupt"),
+        (b"\xff\xd8\xff\xe0 nothing more", "corrupt"),
+        (saved(Image.new("L", (5000, 5000)), "PNG"), "too many pixels"),
+        (jpeg(height=4000, width=4000), "too many pixels"),
+    ]:
+        with pytest.raises(Refused) as refused:
+            decode(data, LIMIT)
+        assert refused.value.reason == reason
+    assert decode(good + b"\0" * 100, LIMIT).intact  # padding after the end marker is harmless
+
+
+def test_stray_bytes_between_markers_are_harmless():
+    data = jpeg()
+    cut = data.index(b"\xff\xdb")
+    found = decode(data[:cut] + b"\0\0\0" + data[cut:], LIMIT)
+    assert np.abs(found.pixels.astype(int) - picture()).mean() < 3
+
+
+def test_bombs_are_refused_by_their_header():
+    head = bytearray(saved(Image.new("L", (8, 8)), "PNG"))
+    head[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    head[29:33] = zlib.crc32(head[12:29]).to_bytes(4, "big")
+    with pytest.raises(Refused, match="too many pixels"):
+        decode(bytes(head), 100_000_000)
+
+
+# ---------------------------------------------------------------- stored forms
+
+
+def test_small_images_pass_through_and_large_ones_shrink():
+    for data in (jpeg(), saved(Image.fromarray(picture()), "PNG")):
+        assert images.as_jpeg(decode(data, LIMIT), data, 256, 90)[0] is data
+    data = jpeg(height=600, width=400)
+    stored, _ = images.as_jpeg(decode(data, LIMIT), data, 256, 90)
+    assert simplejpeg.decode_jpeg_header(stored) == (384, 256, "YCbCr", "420")
+    reference = cv2.resize(picture(600, 400), (256, 384), interpolation=cv2.INTER_AREA)
+    assert np.abs(simplejpeg.decode_jpeg(stored).astype(int) - reference).mean() < 2
+    palette = saved(Image.fromarray(picture()).quantize(16), "GIF")
+    assert images.as_jpeg(decode(palette, LIMIT), palette, 256, 90)[0][:2] == b"\xff\xd8"
+
+
+def test_patches_hold_the_centre_crop():
+    pixels = picture(64, 96)
+    data = saved(Image.fromarray(pixels), "PNG")
+    patches, square = images.as_patches(decode(data, LIMIT), 64, 16, "crop")
+    assert np.array_equal(square, pixels[:, 16:80])
+    assert patches.shape == (16, 768)
+    assert np.array_equal(patches[5].reshape(16, 16, 3), square[16:32, 16:32])  # row 1, column 1 of a 4 x 4 grid
+    _, squashed = images.as_patches(decode(data, LIMIT), 32, 16, "squash")
+    assert np.array_equal(squashed, cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA))
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_class_folders(image_folder, tmp_path):
+    (image_folder / "ant" / "notes.txt").write_text("not an image")
+    (image_folder / "bee" / "empty.jpg").touch()
+    (image_folder / "stray.jpg").write_bytes(jpeg())
+    (image_folder / "cat" / "deep" / "er").mkdir(parents=True)
+    (image_folder / "cat" / "deep" / "er" / "x.jpg").write_bytes(jpeg(3))
+    dataset = run(tmp_path, source=(str(image_folder),))
+    assert dataset.classes == ["ant", "bee", "cat"]
+    assert len(dataset) == 31
+    rows = contents(dataset)
+    assert all(key.startswith(name) for key, name in rows.items())
+    assert "cat/deep/er/x.jpg" in rows
+    assert refusals(dataset) == {"ant/notes.txt": "not an image", "bee/empty.jpg": "empty", "stray.jpg": "no label"}
+    assert dataset.manifest.inputs == 34
+    first = dataset.read(range(31))
+    assert [row["key"] for row in first] != sorted(rows)  # listed files are mixed
+    original = image_folder / first[0]["key"]
+    assert first[0]["image"] == original.read_bytes()  # no larger than 256: stored as it came
+
+
+def test_label_tables(tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    (folder / "labels.csv").write_text("file,label\n0.jpg,dog\n1,cat\n2.jpg,dog\nghost.jpg,cat\n")
+    dataset = run(tmp_path / "a", source=(str(folder),))
+    assert contents(dataset) == {"0.jpg": "dog", "1.jpg": "cat", "2.jpg": "dog"}
+    assert refusals(dataset) == {"3.jpg": "no label", "ghost.jpg": "missing file"}
+
+    many = tmp_path / "many.jsonl"
+    many.write_text(
+        "\n".join(
+            json.dumps({"file_name": f"{i}.jpg", "labels": labels})
+            for i, labels in enumerate([["a", "b"], [], ["b"], ["a"]])
+        )
+    )
+    dataset = run(tmp_path / "b", source=(str(folder),), labels=str(many), include="*.jpg")
+    assert dataset.multilabel
+    assert contents(dataset) == {"0.jpg": ["a", "b"], "1.jpg": [], "2.jpg": ["b"], "3.jpg": ["a"]}
+
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"path": ["0.jpg", "1.jpg", "2.jpg", "3.jpg"], "labels": ["a;b", "b", "", "a|b"]}), table)
+    dataset = run(tmp_path / "c", source=(str(folder),), labels=str(table), include="*.jpg")
+    assert contents(dataset) == {"0.jpg": ["a", "b"], "1.jpg": ["b"], "2.jpg": [], "3.jpg": ["a", "b"]}
+
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"no column with a file name among: a, b"):
+        run(tmp_path / "d", source=(str(folder),), labels=str(tmp_path / "bad.csv"))
+
+
+def add(archive, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("mode", ["tar", "tar.gz"])
+def test_webdataset(tmp_path, mode):
+    (tmp_path / "wds").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "wds" / f"{shard:03d}.{mode}", "w:gz" if mode.endswith("gz") else "w") as archive:
+            for i in range(3):
+                key = f"{shard}{i}"
+                add(archive, f"{key}.cls", str(i).encode())
+                add(archive, f"{key}.jpg", jpeg(shard * 3 + i))
+            add(archive, f"{shard}9.jpg", b"")
+            add(archive, f"{shard}9.cls", b"0")
+    dataset = run(tmp_path, source=(str(tmp_path / "wds"),))
+    assert dataset.classes == ["0", "1", "2"]
+    assert contents(dataset) == {f"{s}{i}.jpg": str(i) for s in range(2) for i in range(3)}
+    assert refusals(dataset) == {"09.jpg": "empty", "19.jpg": "empty"}
+
+
+def test_json_and_text_labels_in_a_tar(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "x/1.png", saved(Image.fromarray(picture()), "PNG"))
+        add(archive, "x/1.json", b'{"label": "owl", "other": 1}')
+        add(archive, "x/2.jpg", jpeg())
+        add(archive, "x/2.txt", b"finch\n")
+        add(archive, "y/3.jpg", jpeg())  # no sidecar: the folder
+    dataset = run(tmp_path, source=(str(tmp_path / "a.tar"),))
+    assert contents(dataset) == {"x/1.png": "owl", "x/2.jpg": "finch", "y/3.jpg": "y"}
+
+
+def test_imagenet_tar_of_tars(tmp_path):
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wordnet in ("n01440764", "n01443537"):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for i in range(3):
+                    add(archive, f"{wordnet}_{i}.JPEG", jpeg(i))
+            add(outer, f"{wordnet}.tar", inner.getvalue())
+    source = sources.discover([str(tmp_path / "ILSVRC2012_img_train.tar")])[0]
+    assert source.pieces.num_rows == 2  # each class can be read on its own
+    dataset = run(tmp_path, source=(source.uri,))
+    assert contents(dataset) == {f"{w}_{i}.JPEG": w for w in ("n01440764", "n01443537") for i in range(3)}
+
+
+def test_a_large_tar_is_cut_between_samples(tmp_path, monkeypatch):
+    path = tmp_path / "big.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(40):
+            add(archive, f"{i:03d}.jpg", jpeg(i))
+            add(archive, f"{i:03d}.cls", b"1")
+    source = sources.discover([str(path)], unit_bytes=10_000)[0]
+    assert source.pieces.num_rows > 3
+    keys = [item.key for i in range(source.pieces.num_rows) for item in sources.read(source, source.pieces.slice(i, 1))]
+    assert keys == [f"{i:03d}.jpg" for i in range(40)]
+
+
+def test_a_tar_that_breaks_off(tmp_path):
+    path = tmp_path / "cut.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(4):
+            add(archive, f"c/{i}.jpg", jpeg(i))
+    path.write_bytes(path.read_bytes()[:-12_000])
+    dataset = run(tmp_path, source=(str(path),))
+    assert 0 < len(dataset) < 4
+    assert set(refusals(dataset).values()) == {"unreadable"}
+
+
+def test_parquet(tmp_path):
+    names = {"info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}}}}
+    images_column = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(5)] + [{"bytes": None, "path": "none.jpg"}]
+    table = pa.table({"image": images_column, "label": [0, 1, 0, 1, 0, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "hf.parquet", row_group_size=2)
+    dataset = run(tmp_path / "a", source=(str(tmp_path / "hf.parquet"),))
+    assert dataset.classes == ["zebra", "ant"]
+    assert contents(dataset) == {f"hf.parquet/{i}.jpg": ["zebra", "ant"][i % 2] for i in range(5)}
+    assert refusals(dataset) == {"hf.parquet/none.jpg": "empty"}
+
+    plain = pa.table({"id": ["a", "b"], "img": [jpeg(0), b"junk"], "labels": [["x", "y"], ["y"]]})
+    (tmp_path / "plain").mkdir()
+    pq.write_table(plain, tmp_path / "plain" / "0.parquet")
+    dataset = run(tmp_path / "b", source=(str(tmp_path / "plain"),))
+    assert contents(dataset) == {"0.parquet/a": ["x", "y"]}
+    assert refusals(dataset) == {"0.parquet/b": "not an image"}
+
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="no column of image bytes"):
+        run(tmp_path / "c", source=(str(tmp_path / "none.parquet"),))
+
+
+def field(number, payload):
+    assert len(payload) < 1 << 21
+    size = len(payload)
+    encoded = b""
+    while size >= 128:
+        encoded += bytes([size & 127 | 128])
+        size >>= 7
+    return bytes([number << 3 | 2]) + encoded + bytes([size]) + payload
+
+
+def example(image, label):
+    features = {b"image/encoded": field(1, field(1, image)), b"image/class/label": field(3, field(1, bytes([label])))}
+    entries = b"".join(field(1, field(1, name) + field(2, value)) for name, value in features.items())
+    return field(1, entries)
+
+
+def test_tfrecord(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    with open(path, "wb") as file:
+        for i in range(3):
+            tfrecord.write_record(file, example(jpeg(i), i % 2))
+    dataset = run(tmp_path, source=(str(path),))
+    assert list(contents(dataset).values()) == ["0", "1", "0"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    dataset = run(tmp_path / "cut", source=(str(path),))
+    assert len(dataset) == 2
+    assert list(refusals(dataset).values()) == ["unreadable"]
+
+
+def test_cifar(tmp_path):
+    records = np.random.default_rng(0).integers(0, 256, (6, 3073), dtype=np.uint8)
+    records[:, 0] = [0, 1, 2, 0, 1, 9]
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "cifar-10-batches-bin/batches.meta.txt", "\n".join("abcdefghij").encode())
+        add(archive, "cifar-10-batches-bin/data_batch_1.bin", records.tobytes())
+        add(archive, "cifar-10-batches-bin/test_batch.bin", records[:1].tobytes() + b"half a record")
+    dataset = run(tmp_path, source=(str(path),))
+    assert dataset.classes == list("abcdefghij")
+    rows = dataset.read(range(len(dataset)))
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 9, 0]
+    stored = decode(rows[2]["image"], LIMIT).pixels
+    assert np.array_equal(stored, records[2, 1:].reshape(3, 32, 32).transpose(1, 2, 0))  # losslessly
+    assert list(refusals(dataset).values()) == ["truncated"]
+
+
+def test_label_maps(image_folder, tmp_path):
+    order = tmp_path / "classes.txt"
+    order.write_text("cat\nbee\ndog\n")
+    dataset = run(tmp_path / "a", source=(str(image_folder),), label_map=str(order))
+    assert dataset.classes == ["cat", "bee", "dog"]
+    assert dataset.manifest.class_counts == [10, 10, 0]
+    assert set(refusals(dataset).values()) == {"unknown label"}
+    rename = tmp_path / "rename.json"
+    rename.write_text('{"ant": "insect", "bee": "insect", "cat": "mammal"}')
+    dataset = run(tmp_path / "b", source=(str(image_folder),), label_map=str(rename))
+    assert (dataset.classes, dataset.manifest.class_counts) == (["insect", "mammal"], [20, 10])
+
+
+def test_several_sources_splits_sample(image_folder, tmp_path):
+    dataset = run(tmp_path / "a", source=(str(image_folder), str(image_folder)), sample=31)
+    assert len(dataset) == 31
+    assert {key.partition("/")[0] for key in contents(dataset)} == {"images-0", "images-1"}
+
+    run(tmp_path / "b", source=(str(image_folder),), splits=("train=0.7", "val=0.3"))
+    parts = [contents(shards.open_dataset(tmp_path / "b" / "out" / name)) for name in ("train", "val")]
+    assert sum(map(len, parts)) == 30
+    assert not set(parts[0]) & set(parts[1])
+    (image_folder / "ant" / "new.jpg").write_bytes(jpeg())
+    run(tmp_path / "c", source=(str(image_folder),), splits=("train=0.7", "val=0.3"))
+    again = contents(shards.open_dataset(tmp_path / "c" / "out" / "train"))
+    assert set(parts[0]) == set(again) - {"ant/new.jpg"}  # a new image moves no other
+
+
+def test_unlabelled(tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(jpeg())
+    with pytest.raises(UserError, match="zero classes"):
+        run(tmp_path, source=(str(folder),))
+    dataset = run(tmp_path, source=(str(folder),), unlabelled=True)
+    assert (dataset.classes, [row["label"] for row in dataset.read([0])]) == ([], [-1])
+
+
+def test_duplicate_keys_in_an_archive(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in (1, 2):
+            add(archive, "c/same.jpg", jpeg(seed))
+    dataset = run(tmp_path, source=(str(tmp_path / "a.tar"),))
+    assert refusals(dataset) == {"c/same.jpg": "duplicate key"}
+
+
+def test_refused_before_anything_starts(image_folder, tmp_path):
+    out = str(tmp_path / "out")
+    for options, message in [
+        ({}, "no --source"),
+        ({"source": (str(image_folder),)}, "no --output"),
+        ({"source": (str(tmp_path / "none"),), "output": out}, "no such file or folder"),
+        ({"source": (str(image_folder),), "output": str(image_folder / "x")}, "lies inside --source"),
+        ({"source": (str(image_folder),), "output": out, "encoding": "patches", "size": 30}, "does not divide"),
+        ({"source": (str(image_folder),), "output": out, "splits": ("a=0.5", "b=0.6")}, "add up to 1"),
+        ({"source": (str(image_folder),), "output": out, "splits": ("a",)}, "name=fraction"),
+        ({"source": ("gs://bucket/x",), "output": out}, "gs:// is not supported"),
+        ({"source": (str(image_folder.parent),), "output": str(tmp_path.parent / "elsewhere")}, "no such|splits|zero"),
+    ][:-1]:
+        with pytest.raises(UserError, match=message):
+            prepare.prepare(PrepareConfig(**options))
+    assert not (tmp_path / "out").exists()
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"already holds other files \(thesis.tex\)"):
+        prepare.prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
+    assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
+
+
+def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    image_folder.rename(root / "train")
+    with pytest.raises(UserError, match=r"name one: --source .*/train"):
+        run(tmp_path, source=(str(root),))
+
+
+def test_too_many_rejects(image_folder, tmp_path):
+    for i in range(5):
+        (image_folder / "ant" / f"bad{i}.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"5 of 35 inputs were refused.*5 not an image"):
+        run(tmp_path, source=(str(image_folder),), max_reject_fraction=0.05)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len(pq.read_table(tmp_path / "out" / "rejects.parquet")) == 5
+    assert len(run(tmp_path, source=(str(image_folder),), max_reject_fraction=0.2)) == 30
+
+
+def test_read_ahead_passes_errors_on_and_stops():
+    def items():
+        yield from range(3)
+        raise UserError("storage broke")
+
+    ahead = sources.prefetched(items())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="storage broke"):
+        next(ahead)
+    endless = sources.prefetched(iter(range(10**9)), depth=2)
+    assert next(endless) == 0
+    endless.close()
