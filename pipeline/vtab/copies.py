@@ -1,0 +1,146 @@
+"""Two kinds of ready-made copies: folders that TensorFlow Datasets prepared, and the VTAB-1k folders of the
+parameter-efficient fine-tuning repositories. Both are in the splits' order already; nothing is recomputed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.tfrecord import parse_example, read_records
+from pipeline.errors import UserError
+from pipeline.vtab.readers import (
+    READERS,
+    Listing,
+    Member,
+    Source,
+    clevr_count,
+    clevr_distance,
+    dsprites_label,
+    kitti_distance,
+    png,
+)
+from pipeline.vtab.splits import needed
+from pipeline.vtab.tasks import Task
+
+# ---------------------------------------------------------------- TFDS
+
+CONFIGS = {"sun397": "tfds", "eurosat": "rgb", "diabetic_retinopathy_detection": "btgraham-300"}
+
+
+def tfds_folder(raw: str, dataset: str) -> str | None:
+    """RAW/<data set>/[config/]<version>, the newest version, when TFDS prepared the data set there."""
+    parent = storage.join(raw, dataset, *([CONFIGS[dataset]] if dataset in CONFIGS else []))
+    fs, path = storage.filesystem(parent)
+    found = sorted(fs.glob(f"{path}/*/dataset_info.json"), key=_version)
+    return storage.join(parent, found[-1].split("/")[-2]) if found else None
+
+
+def _version(path: str) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in path.split("/")[-2].split(".")]
+
+
+def tfds_label(task: Task, example: dict[str, Any]) -> int:
+    """The label of one Example, by task_adaptation's rules over TFDS's features."""
+    if task.name == "clevr_count":
+        return clevr_count(len(example["objects/size"]))
+    if task.name == "clevr_distance":
+        return clevr_distance(example["objects/pixel_coords"].reshape(-1, 3)[:, 2])
+    if task.name == "kitti_distance":
+        z = example["objects/location"].reshape(-1, 3)[:, 2]
+        return kitti_distance(z[example["objects/type"] < 3])  # Car, Van, Truck
+    if task.name == "dsprites_location":
+        return dsprites_label(int(example["label_x_position"][0]), 32)
+    if task.name == "dsprites_orientation":
+        return dsprites_label(int(example["label_orientation"][0]), 40)
+    feature = {"smallnorb_azimuth": "label_azimuth", "smallnorb_elevation": "label_elevation"}.get(task.name, "label")
+    return int(example[feature][0])
+
+
+def tfds_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, list[Listing]]:
+    """{TFDS split: listings in order} of the TFDS splits that `splits` draw from. A key is the split and the position."""
+    names = [info.path for info in storage.list_files(folder, recursive=False)]
+    index: dict[str, list[Listing]] = {}
+    for split in dict.fromkeys(name for wanted in splits for name in needed(task, wanted)):
+        shards = sorted(name for name in names if name.startswith(f"{task.dataset}-{split}.") and "-of-" in name)
+        if not shards:
+            raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* there; prepare that split with TFDS, too")
+        total = int(shards[0].rpartition("-of-")[2])
+        if len(shards) != total:
+            raise UserError(f"{folder}: {len(shards)} of the {total} shards of '{split}' are there")
+        position, index[split] = 0, []
+        for shard in shards:
+            if ".tfrecord" not in shard:
+                raise UserError(f"{folder}: {shard} is no TFRecord file; prepare with file_format=tfrecord")
+            uri = storage.join(folder, shard)
+            with storage.open_file(uri) as file:
+                try:
+                    labels = [
+                        tfds_label(task, parse_example(record, uri)) for record in read_records(file, uri, check=False)
+                    ]
+                except (KeyError, IndexError) as error:
+                    raise UserError(f"{uri}: no feature {error}; not the TFDS data set {task.dataset}") from error
+            keys = [f"{split}_{position + i:06d}" for i in range(len(labels))]
+            source = Source(kind="tfds", uri=uri, part=task.dataset)
+            index[split].append(
+                Listing(split=split, source=source, keys=keys, members=range(len(keys)), labels={task.name: labels})
+            )
+            position += len(labels)
+    return index
+
+
+def read_tfds(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
+    wanted = set(members)
+    with storage.open_file(source.uri) as file:
+        for i, record in enumerate(read_records(file, source.uri)):
+            if i not in wanted:
+                continue
+            data = parse_example(record, source.uri)["image"][0]
+            if source.part == "dsprites":  # stored as 0 and 1
+                binary = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
+                data = png(binary * np.uint8(255))
+            yield i, bytes(data)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def lists_folder(raw: str, task: Task) -> str | None:
+    """The folder with train800.txt, val200.txt and test.txt, if `raw` is a VTAB-1k copy."""
+    folders = [storage.join(raw, *parts) for parts in ((task.folder,), (task.name,), ("vtab-1k", task.folder))]
+    return next((folder for folder in folders if storage.exists(storage.join(folder, "train800.txt"))), None)
+
+
+def lists_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, Listing]:
+    """{VTAB split: listing} from lines of "<path> <label>". Raises UserError for a list that is missing or malformed."""
+    index = {}
+    for split in splits:
+        parts = ("train800", "val200") if split == "train800val200" else (split,)
+        rows: list[tuple[str, int]] = []
+        for part in parts:
+            uri = storage.join(folder, f"{part}.txt")
+            try:
+                lines = storage.read_bytes(uri).decode().splitlines()
+                rows += [
+                    (path, int(label)) for path, label in (line.rsplit(maxsplit=1) for line in lines if line.strip())
+                ]
+            except FileNotFoundError as error:
+                raise UserError(f"{uri} is missing: a VTAB-1k folder has no split {split} without it") from error
+            except ValueError as error:
+                raise UserError(f"{uri}: not lines of <path> <label> ({error})") from error
+        wrong = next((label for _, label in rows if not 0 <= label < task.num_classes), None)
+        if wrong is not None:
+            raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {task.num_classes} classes")
+        bad = next((path for path, _ in rows if path.startswith("/") or ".." in path.split("/")), None)
+        if bad is not None:
+            raise UserError(f"{folder}/{split}: {bad} lies outside the folder")
+        paths = [path for path, _ in rows]
+        labels = [label for _, label in rows]
+        source = Source(kind="tree", uri=folder)
+        index[split] = Listing(split=split, source=source, keys=paths, members=paths, labels={task.name: labels})
+    return index
+
+
+READERS["tfds"] = read_tfds

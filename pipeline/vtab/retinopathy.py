@@ -1,0 +1,40 @@
+"""TFDS's `diabetic_retinopathy_detection/btgraham-300`: retinas to one scale, one brightness and one round frame.
+
+The recipe is that of the winner of the 2015 competition (B. Graham). The pixels of the task are defined by it, JPEG of quality 72
+included; so this is the one task whose images are made, not copied.
+"""
+
+import cv2
+import numpy as np
+
+from pipeline.errors import UserError
+
+RADIUS = 300  # pixels from the centre of the eye to its edge
+QUALITY = 72
+MAX_SIDE = 20_000  # pixels after scaling; a few bright pixels on black would otherwise be taken for a tiny eye
+
+
+def btgraham(data: bytes, name: str) -> bytes:
+    """A photograph of the eye (any format OpenCV reads) to the JPEG file of the task, at most 540 x 540.
+
+    Raises UserError when it does not decode.
+    """
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image is None:
+        raise UserError(f"{name}: not a readable image")
+    # The eye is what is bright in the middle row; black frames have no such pixels, then half the height has to do.
+    brightness = image[image.shape[0] // 2].sum(axis=1)
+    radius = (brightness > brightness.mean() / 10).sum() / 2
+    if radius < 1:
+        radius = image.shape[0] / 2
+    if max(image.shape[:2]) * RADIUS / radius > MAX_SIDE:
+        raise UserError(f"{name}: no eye in the picture (radius {radius} pixels)")
+    image = cv2.resize(image, None, fx=RADIUS / radius, fy=RADIUS / radius)
+    # Subtract the local average: lighting differs between cameras, lesions are local.
+    image = cv2.addWeighted(image, 4, cv2.GaussianBlur(image, (0, 0), RADIUS / 30), -4, 128)
+    height, width = image.shape[:2]
+    y, x, keep = height // 2, width // 2, int(RADIUS * 0.9)  # the rim of the eye is all artefacts
+    disc = cv2.circle(np.zeros(image.shape, np.uint8), (x, y), keep, (1, 1, 1), thickness=-1)
+    image = np.where(disc, image, 128).astype(np.uint8)
+    image = image[max(y - keep, 0) : min(y + keep, height), max(x - keep, 0) : min(x + keep, width)]
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
