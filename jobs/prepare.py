@@ -38,6 +38,12 @@ class Command(PrepareConfig):
     """Prepare these VTAB-1k tasks (or all) from the published archives in --raw."""
     raw: str | None = None
     """Folder of raw archives for --vtab."""
+    vtab_splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
+    """Splits of --vtab to build; train, val and trainval are the full pools."""
+    download: bool = False
+    """Fetch the archives of --vtab that are missing in --raw and can be had by URL."""
+    no_verify: bool = False
+    """Take the archives of --vtab as they are: no checksums, no official counts."""
     verify: str | None = None
     """Check a finished dataset against its manifest, and do nothing else."""
     describe: str | None = None
@@ -146,10 +152,17 @@ def vtab(options: Command) -> int:
         raise UserError("--vtab needs --raw (the folder of published archives) and --output")
     from pipeline import vtab
 
-    cluster.connect(options.address, options.num_cpus, quiet=options.json)
-    tasks = list(vtab.TASKS) if "all" in options.vtab else list(options.vtab)
-    result = vtab.prepare(tasks, options.raw, options.output)
-    print(json.dumps(result) if options.json else "\n".join(f"{task}: {value}" for task, value in result.items()))
+    result = vtab.prepare(
+        vtab.TASKS if "all" in options.vtab else options.vtab,
+        options.raw,
+        options.output,
+        splits=options.vtab_splits,
+        download=options.download,
+        verify=not options.no_verify,
+        quiet=options.json,
+        connect=functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json),
+    )
+    print(json.dumps(result) if options.json else vtab.table(result))
     return 0
 
 
