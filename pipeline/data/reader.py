@@ -98,6 +98,8 @@ class Reader:
 
     def _fetch(self, uri: str, start: int, end: int) -> bytes:
         """The bytes [start, end) of an s3:// file, however often it takes, up to ATTEMPTS."""
+        from botocore.exceptions import ClientError
+
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         problem: BaseException
         for attempt in range(ATTEMPTS):
@@ -109,7 +111,8 @@ class Reader:
                     return data
                 problem = OSError(f"{len(data)} of {end - start} bytes at {start}")
             except Exception as error:  # botocore, urllib3 and the socket layer each have their own
-                status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+                # only an answer that the store meant has a status; a torn connection has none
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 0
                 if status in (401, 403):
                     raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials") from error
                 if status in (404, 416):

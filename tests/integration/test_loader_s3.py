@@ -1,0 +1,155 @@
+"""The loader over S3: real clients speak HTTP to a real server process, through a proxy that injects faults."""
+
+import itertools
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from pipeline.data import Loader, open_dataset, reader
+from pipeline.data.augment import Augment
+from pipeline.data.shards import write_dataset
+from pipeline.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faultproxy import FaultProxy
+
+OPTIONS = {"batch_size": 16, "lanes": 4, "augment": Augment(size=16), "shuffle_window": 32, "threads": 2}
+
+
+def rows(n=120):
+    for i in range(n):
+        image = cv2.resize(np.random.default_rng(i).integers(0, 256, (4, 5, 3), dtype=np.uint8), (40, 32))
+        yield f"k{i:03d}", simplejpeg.encode_jpeg(image), i % 3, 40, 32
+
+
+@pytest.fixture(scope="module")
+def written():
+    """The dataset, once a test has written it: the server keeps it for the others."""
+    return []
+
+
+@pytest.fixture
+def dataset(s3, s3_server, written, monkeypatch):
+    """120 images in about ten row groups on S3, and the proxy through which the loader's own client reaches it."""
+    if not written:
+        write_dataset(f"{s3}/data", rows(), classes=list("abc"), row_group_bytes=12_000, shard_bytes=40_000)
+        written.append(open_dataset(f"{s3}/data"))
+    assert len(written[0].row_groups) > 6
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield written[0], proxy
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """One epoch of the same dataset, read from a local folder."""
+    sizes = {"row_group_bytes": 12_000, "shard_bytes": 40_000}
+    write_dataset(f"{tmp_path}/data", rows(), classes=list("abc"), **sizes)
+    return epoch(open_dataset(f"{tmp_path}/data"))[0]
+
+
+def epoch(dataset, **options):
+    with Loader(dataset, **OPTIONS | options) as loader:
+        batches = [(batch["key"], batch["image"].clone()) for batch in loader]
+    return batches, loader.counters
+
+
+def same(a, b):
+    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+def gets(proxy):
+    return [fault for method, path, fault in proxy.log if method == "GET" and path.endswith(".parquet")]
+
+
+def test_one_range_request_per_row_group_and_the_same_batches_as_from_disk(dataset, on_disk):
+    data, proxy = dataset
+    batches, counters = epoch(data)
+    assert same(batches, on_disk)
+    assert counters["retries"] == 0
+    assert {method for method, _, _ in proxy.log} == {"GET"}  # no listing, no HEAD, no footer
+    assert len(proxy.log) == counters["reads"]
+
+
+def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk, monkeypatch):
+    data, proxy = dataset
+    monkeypatch.setattr(reader, "READ_TIMEOUT", 2)
+    proxy.stall = 4.0
+    kinds, lock = itertools.cycle(["500", "503", "reset", "cut", "short", "stall", "slow"]), threading.Lock()
+
+    def fault(method, path, n):
+        with lock:
+            return next(kinds) if n == 1 else None
+
+    proxy.fault = fault
+    batches, counters = epoch(data)
+    assert same(batches, on_disk)
+    injected = [kind for kind in gets(proxy) if kind not in (None, "slow")]  # slow answers are answers
+    assert {"500", "503", "reset", "cut", "short", "stall"} <= set(injected)
+    assert counters["retries"] >= len(injected)
+    assert counters["retries"] + counters["reads"] == len(proxy.log)  # every request that failed was counted
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "cut"])
+def test_a_shard_that_stays_unreadable_is_named(dataset, monkeypatch, kind):
+    data, proxy = dataset
+    monkeypatch.setattr(reader, "ATTEMPTS", 3)
+    shard = data.manifest.shards[1].name
+    proxy.fault = lambda method, path, n: kind if path.endswith(shard) else None
+    with pytest.raises(UserError, match=f"{shard}: unreadable after 3 attempts"):
+        epoch(data)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("403", "access denied"), ("404", "missing, or shorter")])
+def test_what_no_retry_can_mend_fails_at_once(dataset, kind, message):
+    data, proxy = dataset
+    proxy.fault = lambda method, path, n: kind
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        epoch(data)
+    assert time.monotonic() - start < 5
+    assert len(gets(proxy)) <= len(data.row_groups) + 4  # each once
+
+
+def test_the_cache_spares_requests_and_keeps_its_bound(dataset, on_disk, tmp_path):
+    data, proxy = dataset
+    cache = tmp_path / "cache"
+    total = int((data.row_groups["end"] - data.row_groups["start"]).sum())
+    assert same(epoch(data, cache_dir=str(cache))[0], on_disk)
+    assert len(list(cache.iterdir())) == len(data.row_groups)
+    assert not list(cache.glob("*.tmp"))
+    before = len(proxy.log)
+    batches, counters = epoch(data, cache_dir=str(cache))
+    assert same(batches, on_disk)
+    assert len(proxy.log) == before
+    assert counters["cache_hits"] == counters["reads"]
+
+    victim = next(cache.iterdir())  # a file cut short, as by a full disk, is fetched again
+    victim.write_bytes(victim.read_bytes()[:100])
+    assert same(epoch(data, cache_dir=str(cache))[0], on_disk)
+    assert len(proxy.log) > before
+
+    small = tmp_path / "small"
+    assert same(epoch(data, cache_dir=str(small), cache_bytes=total // 2)[0], on_disk)
+    assert 0 < sum(os.path.getsize(file) for file in small.iterdir()) <= total // 2
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(dataset):
+    data, proxy = dataset
+    proxy.fault = lambda method, path, n: "503"
+    loader = Loader(data, **OPTIONS)
+    loader._enqueue()
+    while loader.counters["retries"] < 12:  # some reads are in pauses of half a second and more
+        time.sleep(0.05)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read", "decode"))]
