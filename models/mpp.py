@@ -67,7 +67,7 @@ class MaskedPatchPredictor(VisionTransformer):
             x = patchify(x, self.shape.patch, self.config["channels"])
             if positions is not None:
                 x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
-        chosen, corrupted = self.corrupt(self.patch_embed(x, None))
+        chosen, corrupted = self.corrupt_patches(self.patch_embed(x, None))
         tokens = self.run_blocks(self.assemble(corrupted, positions))[:, self.prefix :]
         tokens = tokens.gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))
         prediction = self.mpp_head(tokens)
@@ -76,7 +76,7 @@ class MaskedPatchPredictor(VisionTransformer):
         patches = x.gather(1, chosen[:, :, None].expand(-1, -1, x.shape[2]))
         return MaskedPrediction(prediction, self.targets(patches))
 
-    def corrupt(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def corrupt_patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch embeddings (B,N,D) -> indices (B,n) of the corrupted patches, and the embeddings with them corrupted."""
         batch, length, _ = x.shape
         count = max(1, round(self.config["corrupt"] * length))
