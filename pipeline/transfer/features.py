@@ -6,8 +6,9 @@ receipt goes back, so that neither images nor features pass through Ray's object
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class FeatureSet:
 
     @property
     def name(self) -> str:
-        return f"{self.split.uri.rstrip('/').rsplit('/', 1)[-1]}-{self.resolution}-{fingerprint([self.fingerprint, self.resize, self.split.vtab])}"
+        folder = "-".join(self.split.uri.rstrip("/").split("/")[-2:])
+        return f"{folder}-{self.resolution}-{fingerprint([self.fingerprint, self.resize, self.split.part])}"
 
     def parts(self, workers: int) -> int:
         """A function of the size and the number of workers; at least two units each, unless that makes them tiny."""
@@ -128,11 +130,12 @@ def extract(
     workers: int,
     resources: dict[str, float],
     batch_size: int,
-) -> tuple[dict[FeatureSet, str], str]:
+    say: Callable[[str], None],
+) -> dict[FeatureSet, str]:
     """Computes the feature sets that are not there yet. Needs Ray.
 
     weights: Ray reference to the state dict, as NumPy arrays. resources: num_cpus and num_gpus of one worker.
-    Returns {set: error} of those that could not be computed, and a line for people.
+    Returns {set: error} of those that could not be computed.
     """
     units, files = [], {}
     for i, wanted in enumerate(sets):
@@ -157,9 +160,10 @@ def extract(
         if wanted not in errors:
             about = {"dataset": wanted.split.uri, "resolution": wanted.resolution, "parts": names}
             storage.write_json(storage.join(output, wanted.name, INDEX), about)
-    seconds = time.perf_counter() - start
-    cached = len(sets) - len(files)
-    return errors, f"features: {rows} images in {seconds:.1f} s ({cached} of {len(sets)} sets were there)"
+    if units:
+        seconds = time.perf_counter() - start
+        say(f"features: {rows} images of {len(files)} datasets in {seconds:.1f} s, start of the processes included")
+    return errors
 
 
 def _run(
@@ -168,6 +172,7 @@ def _run(
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its notes on progress bars and timings, in place of ours
     extractor: Any = Extractor
     options: dict[str, Any] = dict(resources)
     done = ray.data.from_items(units, override_num_blocks=len(units)).map(

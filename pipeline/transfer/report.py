@@ -261,11 +261,11 @@ def _references(scores: Sequence[Score]) -> dict[str, dict[str, float | None]]:
             values: dict[str, float | None] = dict(zip(vtab, row, strict=True))
             flat, groups = means(dict(zip(vtab, row, strict=True)))
             references[model] = values | {"mean": flat} | {f"mean {group}": mean for group, mean in groups.items()}
-        for model, (flat, *by_group) in BIT.items():
-            references[model] = {"mean": flat} | {f"mean {g}": mean for g, mean in zip(GROUPS, by_group, strict=True)}
+        for model, bit in BIT.items():
+            references[model] = dict(zip(("mean", *(f"mean {group}" for group in GROUPS)), bit, strict=True))
     elif names & set(TABLE_2_NAMES):
-        for model, row in TABLE_2.items():
-            references[model] = dict(zip(TABLE_2_NAMES, row, strict=True))
+        for model, tops in TABLE_2.items():
+            references[model] = dict(zip(TABLE_2_NAMES, tops, strict=True))
     return references
 
 

@@ -1,11 +1,12 @@
 """A whole suite: check everything, fan out, record, report."""
 
+import io
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from pipeline.errors import UserError
 from pipeline.tracking import Run, names, start_run
 from pipeline.transfer import fanout, features, report
 from pipeline.transfer.fanout import Job, Result, Running, Store
-from pipeline.transfer.suites import Probe, Task, TransferConfig, build, check, open_all
+from pipeline.transfer.suites import GROUPS, Probe, Split, Task, TransferConfig, build, check, open_all
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Dataset
 
 IDENTITY = "run.json"
 WEIGHT_FILES = (".npz", ".safetensors", ".pt", ".pth", ".bin")
@@ -62,19 +66,20 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
     say = _Say(quiet)
     check(config)
     weights = load_checkpoint(config)
-    tasks = build(config, weights.config["image_size"])
+    tasks = build(config, weights.config)
     datasets = open_all(tasks)
     flagged = read_flagged(config.decontamination, tasks) if config.decontamination else {}
     _check_real_labels(tasks, datasets)
     output, state = open_output(config, weights, tasks, datasets)
     store = Store(output)
     results = store.load_all()
-    _say_plan(say, config, weights, tasks, results, output)
-
-    cluster.connect(config.address, quiet=quiet)
-    import ray
-
-    resources, workers = plan_workers(config)
+    left = [task for task in tasks if fanout.next_jobs(task, config.seeds, results)]
+    say(
+        f"transfer: {config.suite}, {weights.config['variant']}, {len(tasks)} tasks, {len(tasks) - len(left)} of them done"
+        f"\ntransfer: {weights.uri} -> {output}"
+    )
+    if left:
+        cluster.connect(config.address, quiet=quiet)
     parent = start_run(
         config.experiment,
         f"{config.suite} {os.path.basename(weights.uri)}",
@@ -84,54 +89,13 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         tracking_uri=config.tracking_uri,
     )
     status = "KILLED"  # unless we get to the end
-    board = _Board(tasks, config.seeds, results, quiet)
     try:
         if weights.run_id:
             parent.link("pretrain", weights.run_id)
         state["run_id"] = parent.id
         storage.write_json(storage.join(output, IDENTITY), state)
-        shared = ray.put(weights.arrays)
-        probes = [
-            task for task in tasks if fanout.next_jobs(task, config.seeds, results) and isinstance(task.protocol, Probe)
-        ]
-        folders, failures = _features(config, probes, datasets, weights, shared, output, workers, resources, say)
         recorder = _Recorder(config, parent, state, output, datasets)
-
-        def on_result(job: Job, result: Result, predictions: bytes | None) -> None:
-            store.save(job, result, predictions)
-            board.finished(job, result)
-            known = {**results, job.name: result}
-            if not fanout.next_jobs(job.task, config.seeds, known):
-                recorder.task(job.task, [r for r in known.values() if r.task == job.task.name])
-
-        def on_failure(job: Job, error: str) -> None:
-            store.fail(job, error)
-            board.failed(job, error)
-
-        for task in probes:
-            if task.name not in folders:
-                job = fanout.next_jobs(task, config.seeds, results)[0]
-                on_failure(job, failures[job.name])
-        worker: Any = ray.remote(fanout.Worker).options(max_concurrency=2, **resources)
-        arguments = (weights.config, [shared], int(resources["num_cpus"]), config.micro_batch)
-        with board:
-            failures |= fanout.fan_out(
-                [
-                    task
-                    for task in tasks
-                    if not isinstance(task.protocol, Probe) or task.name in folders or task not in probes
-                ],
-                config.seeds,
-                results,
-                make_worker=lambda: worker.remote(*arguments),
-                workers=workers,
-                retries=config.retries,
-                costs={task.name: fanout.cost(task, weights.config, len(datasets[task.test])) for task in tasks},
-                features=folders,
-                on_result=on_result,
-                on_failure=on_failure,
-                on_tick=board.tick,
-            )
+        failures = _fan_out(config, left, results, store, weights, datasets, recorder, quiet) if left else {}
         scores = report.collect(tasks, config.seeds, results, store, l2=config.l2, flagged=flagged)
         about = {
             "suite": config.suite,
@@ -143,8 +107,9 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         }
         summary = report.write_scores(output, about, scores, failures)
         text = report.markdown(about, tasks, scores, failures)
-        recorder.suite(text, summary, scores, [r for r in results.values() if r.task in {task.name for task in tasks}])
         storage.write_bytes(storage.join(output, "report.md"), text.encode())
+        wanted = {task.name for task in tasks}
+        recorder.suite(text, summary, scores, [result for result in results.values() if result.task in wanted])
         status = "FAILED" if failures else "FINISHED"
     except Exception:
         status = "FAILED"
@@ -152,8 +117,8 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
     finally:
         parent.finish(status)
     means = {score.name: score.mean for score in scores}
-    flat, groups = summary["mean"], summary["groups"]
-    if config.suite not in ("vtab1k", "vtab1k-224") and means and not failures:
+    flat = summary["mean"]
+    if tasks[0].group not in GROUPS and not failures:
         flat = sum(means.values()) / len(means)
     say(f"report: {storage.join(output, 'report.md')}")
     return SuiteResult(
@@ -162,11 +127,85 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         scores=means,
         std={score.name: score.std for score in scores},
         flat_mean=flat,
-        group_means=groups,
+        group_means=summary["groups"],
         failures=failures,
         run_id=parent.id,
         seconds=time.monotonic() - started,
     )
+
+
+def _fan_out(
+    config: TransferConfig,
+    tasks: Sequence[Task],
+    results: dict[str, Result],
+    store: Store,
+    weights: Weights,
+    datasets: Mapping[Split, "Dataset"],
+    recorder: "_Recorder",
+    quiet: bool,
+) -> dict[str, str]:
+    """Runs what is left of the tasks on Ray and records it; `results` grows. Returns {job: error}."""
+    import ray
+
+    resources, workers = plan_workers(config)
+    shared = ray.put(weights.arrays)
+    worker: Any = ray.remote(fanout.Worker).options(max_concurrency=2, **resources)
+    arguments = (weights.config, [shared], int(resources["num_cpus"]), config.micro_batch)
+    board = _Board(tasks, config.seeds, results, quiet)
+
+    def on_result(job: Job, result: Result, predictions: bytes | None) -> None:
+        store.save(job, result, predictions)
+        board.finished(job, result)
+        known = {**results, job.name: result}
+        if not fanout.next_jobs(job.task, config.seeds, known):
+            recorder.task(job.task, [result for result in known.values() if result.task == job.task.name])
+
+    def on_failure(job: Job, error: str) -> None:
+        store.fail(job, error)
+        board.failed(job, error)
+
+    probes = [task for task in tasks if isinstance(task.protocol, Probe)]
+    sets = {
+        task: tuple(
+            features.feature_set(split, datasets[split], weights.identity, task.protocol)
+            for split in (task.train, task.test)
+        )
+        for task in probes
+        if isinstance(task.protocol, Probe)
+    }
+    root = storage.join(store.output, "features")
+    errors = features.extract(
+        list(dict.fromkeys(wanted for pair in sets.values() for wanted in pair)),
+        weights.config,
+        shared,
+        root,
+        workers=workers,
+        resources=resources,
+        batch_size=4 * config.micro_batch,
+        say=_Say(quiet),
+    )
+    folders, failures = {}, {}
+    for task, (train, test) in sets.items():
+        if error := errors.get(train) or errors.get(test):
+            job = fanout.next_jobs(task, config.seeds, results)[0]
+            failures[job.name] = error
+            on_failure(job, error)
+        else:
+            folders[task.name] = (storage.join(root, train.name), storage.join(root, test.name))
+    with board:
+        return failures | fanout.fan_out(
+            [task for task in tasks if task not in sets or task.name in folders],
+            config.seeds,
+            results,
+            make_worker=lambda: worker.remote(*arguments),
+            workers=workers,
+            retries=config.retries,
+            costs={task.name: fanout.cost(task, weights.config, len(datasets[task.test])) for task in tasks},
+            features=folders,
+            on_result=on_result,
+            on_failure=on_failure,
+            on_tick=board.tick,
+        )
 
 
 # ---------------------------------------------------------------- before anything starts
@@ -225,7 +264,7 @@ def _file_identity(uri: str) -> list[Any]:
     return [size, *(fingerprint(edge.hex()) for edge in edges)]
 
 
-def _check_real_labels(tasks: Sequence[Task], datasets: Mapping[Any, Any]) -> None:
+def _check_real_labels(tasks: Sequence[Task], datasets: Mapping[Split, "Dataset"]) -> None:
     for task in tasks:
         if task.real_labels:
             keys = datasets[task.test].table(["key"])["key"].to_pylist()
@@ -278,7 +317,7 @@ def read_flagged(uri: str, tasks: Sequence[Task]) -> dict[str, frozenset[str]]:
 
 
 def open_output(
-    config: TransferConfig, weights: Weights, tasks: Sequence[Task], datasets: Mapping[Any, Any]
+    config: TransferConfig, weights: Weights, tasks: Sequence[Task], datasets: Mapping[Split, "Dataset"]
 ) -> tuple[str, dict[str, Any]]:
     """The output folder and what its run.json says. More tasks or seeds may join what is there; a folder with results of
     another checkpoint, protocol or dataset is refused."""
@@ -329,49 +368,16 @@ def plan_workers(config: TransferConfig) -> tuple[dict[str, float], int]:
 # ---------------------------------------------------------------- on the way
 
 
-def _features(
-    config: TransferConfig,
-    probes: Sequence[Task],
-    datasets: Mapping[Any, Any],
-    weights: Weights,
-    shared: Any,
-    output: str,
-    workers: int,
-    resources: dict[str, float],
-    say: "_Say",
-) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Feature folders (train, test) of each probe, and {job: error} of the probes that have none."""
-    pairs = {}
-    for task in probes:
-        assert isinstance(task.protocol, Probe)
-        pairs[task] = tuple(
-            features.feature_set(split, datasets[split], weights.identity, task.protocol)
-            for split in (task.train, task.test)
-        )
-    sets = list(dict.fromkeys(wanted for pair in pairs.values() for wanted in pair))
-    if not sets:
-        return {}, {}
-    root = storage.join(output, "features")
-    errors, line = features.extract(
-        sets, weights.config, shared, root, workers=workers, resources=resources, batch_size=4 * config.micro_batch
-    )
-    say(line)
-    folders, failures = {}, {}
-    for task, pair in pairs.items():
-        broken = [errors[wanted] for wanted in pair if wanted in errors]
-        if broken:
-            failures[Job(task=task).name] = f"no features: {broken[0]}"
-        else:
-            train, test = (storage.join(root, wanted.name) for wanted in pair)
-            folders[task.name] = (train, test)
-    return folders, failures
-
-
 class _Recorder:
     """Writes to MLflow and to the output folder; only the driver does."""
 
     def __init__(
-        self, config: TransferConfig, parent: Run, state: dict[str, Any], output: str, datasets: Mapping[Any, Any]
+        self,
+        config: TransferConfig,
+        parent: Run,
+        state: dict[str, Any],
+        output: str,
+        datasets: Mapping[Split, "Dataset"],
     ) -> None:
         self.config, self.parent, self.state, self.output, self.datasets = config, parent, state, output, datasets
 
@@ -419,8 +425,6 @@ class _Recorder:
         figures |= {"curves.png": report.curves(results), "confusion.png": report.confusions(results)}
         for name, figure in figures.items():
             if figure is not None:
-                import io
-
                 picture = io.BytesIO()
                 figure.savefig(picture, format="png")
                 storage.write_bytes(storage.join(self.output, name), picture.getvalue())
@@ -436,22 +440,6 @@ class _Say:
     def __call__(self, line: str) -> None:
         if not self.quiet:
             print(line, flush=True)
-
-
-def _say_plan(
-    say: _Say,
-    config: TransferConfig,
-    weights: Weights,
-    tasks: Sequence[Task],
-    results: Mapping[str, Result],
-    output: str,
-) -> None:
-    jobs = sum(fanout.total_jobs(task, config.seeds) for task in tasks)
-    done = sum(len(done) for task in tasks for done in [[r for r in results.values() if r.task == task.name]])
-    say(
-        f"transfer: {config.suite}, {len(tasks)} tasks, {jobs} jobs ({min(done, jobs)} done before), {weights.config['variant']}"
-    )
-    say(f"transfer: {weights.uri} -> {output}")
 
 
 class _Board:

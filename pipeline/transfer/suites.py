@@ -50,11 +50,15 @@ class FineTune:
     """Decay of the running average of the weights that is evaluated instead of the last weights; 0: none."""
 
 
+ProbeKind = Literal["fewshot", "linear", "knn"]
+PROBES: tuple[ProbeKind, ...] = ("fewshot", "linear", "knn")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
     """A classifier on frozen features. Images are squashed to `resize` and centre-cropped to `resolution`."""
 
-    kind: Literal["fewshot", "linear", "knn"] = "fewshot"
+    kind: ProbeKind = "fewshot"
     resolution: int = 224
     resize: int = 256
     shots: tuple[int, ...] = (1, 5, 10, 25)
@@ -62,19 +66,14 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Where examples come from: a dataset folder, or one of the official splits of a prepared VTAB task."""
+    """Where examples come from: a dataset folder, or a part of it."""
 
     uri: str
-    vtab: str | None = None
     part: tuple[float, float] = (0.0, 1.0)
     """Only the examples whose hash falls in this range of [0, 1): (0.02, 1.0) and (0.0, 0.02) make a 2% dev split."""
 
     def open(self) -> "Dataset":
         """The whole dataset; `chosen` says which of its examples belong. Raises UserError when it is not there."""
-        if self.vtab:
-            from pipeline.vtab import open_split
-
-            return open_split(self.uri, self.vtab)
         from pipeline.data import open_dataset
 
         return open_dataset(self.uri)
@@ -174,6 +173,11 @@ def _data(config: TransferConfig) -> str:
     return storage.normalise(config.data)
 
 
+def _dev_split(train: Split, share: float) -> tuple[Split, Split]:
+    """(the rest, the dev split) of a training set."""
+    return dataclasses.replace(train, part=(share, 1.0)), dataclasses.replace(train, part=(0.0, share))
+
+
 def _prepared(uri: str) -> bool:
     return storage.exists(storage.join(uri, "manifest.json"))
 
@@ -185,35 +189,24 @@ def _train_and_test(uri: str) -> bool:
 # ---------------------------------------------------------------- the suites
 
 
-def demo(config: TransferConfig, image_size: int) -> list[Task]:
+def demo(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """Small tasks on the demo's own data (runs/demo): fine-tuning at 1.5x resolution and on odd/even labels, few-shot,
     linear probe and nearest neighbours. One minute on two cores."""
     root = storage.normalise(config.data or "runs/demo/data")
     train, test = Split(uri=storage.join(root, "train")), Split(uri=storage.join(root, "test"))
+    tune, image_size = _dev_split(train, 0.2), model["image_size"]
     tuned = {"steps": 60, "batch_size": 64, "lrs": (0.03,), "warmup": 6, "crop": "squash", "flip": False}
-    frozen = {"resolution": image_size, "resize": image_size}
+    highres = config.fine_tune(**{**tuned, "resolution": round(1.5 * image_size)})
+    parity = config.fine_tune(**{**tuned, "resolution": image_size})
+    probes = [Probe(kind=kind, resolution=image_size, resize=image_size) for kind in PROBES]
     return [
-        Task(
-            name="highres",
-            train=train,
-            test=test,
-            protocol=config.fine_tune(**{**tuned, "resolution": round(1.5 * image_size)}),
-        ),
-        Task(
-            name="parity",
-            train=train,
-            test=test,
-            parity=True,
-            protocol=config.fine_tune(**{**tuned, "resolution": image_size}),
-        ),
-        *(
-            Task(name=kind, train=train, test=test, protocol=Probe(kind=kind, **frozen))  # type: ignore[arg-type]
-            for kind in ("fewshot", "linear", "knn")
-        ),
+        Task(name="highres", train=train, test=test, tune=tune, protocol=highres),
+        Task(name="parity", train=train, test=test, tune=tune, protocol=parity, parity=True),
+        *(Task(name=probe.kind, train=train, test=test, protocol=probe) for probe in probes),
     ]
 
 
-def vtab1k(config: TransferConfig, image_size: int) -> list[Task]:
+def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """VTAB-1k as the ViT paper ran it: 19 tasks x 1,000 examples, 384 px, 2,500 steps of 512, SGD 0.01, cosine.
 
     Augmentation is BiT's (squash to 448, random 384 crop, flip, with its exemptions); warm-up 500 steps as in the
@@ -227,7 +220,7 @@ def vtab1k(config: TransferConfig, image_size: int) -> list[Task]:
     return _vtab(config, protocol)
 
 
-def vtab1k_224(config: TransferConfig, image_size: int) -> list[Task]:
+def vtab1k_224(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """VTAB-1k by the protocol of task_adaptation, which most later papers follow: 224 px, no augmentation, 1,000 steps
     of 64, SGD 0.01 with x0.1 at 300, 600 and 900, warm-up 80."""
     protocol = config.fine_tune(
@@ -244,19 +237,19 @@ def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[T
         return Task(
             name=name,
             group=group,
-            train=Split(uri=uri, vtab="train800val200"),
-            test=Split(uri=uri, vtab="test"),
-            tune=(Split(uri=uri, vtab="train800"), Split(uri=uri, vtab="val200")),
+            train=Split(uri=storage.join(uri, "train800val200")),
+            test=Split(uri=storage.join(uri, "test")),
+            tune=(Split(uri=storage.join(uri, "train800")), Split(uri=storage.join(uri, "val200"))),
             protocol=protocol(name),
         )
 
     return [task(name, group) for group, names in GROUPS.items() for name in names]
 
 
-def paper(config: TransferConfig, image_size: int) -> list[Task]:
+def paper(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """The paper's Table 2 without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
 
-    Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px with
+    Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px (518 for /14) with
     Polyak averaging 0.9999; `--resolution 384 --polyak 0` gives Table 5. DATA/<name>/{train,test}.
     """
     low, high = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.06)
@@ -265,17 +258,17 @@ def paper(config: TransferConfig, image_size: int) -> list[Task]:
     def task(name: str, dev: float, **protocol: object) -> Task:
         uri = storage.join(root, name)
         train = Split(uri=storage.join(uri, "train"))
-        tune = dataclasses.replace(train, part=(dev, 1.0)), dataclasses.replace(train, part=(0.0, dev))
         return Task(
             name=name,
             train=train,
             test=Split(uri=storage.join(uri, "test")),
-            tune=tune,
+            tune=_dev_split(train, dev),
             protocol=config.fine_tune(**protocol),
         )
 
+    resolution = 518 if model["variant"].endswith("/14") else 512  # section 4.1: a multiple of the patch
     real = config.real_labels or storage.join(root, "imagenet", "real.json")
-    imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=512, polyak=0.9999)
+    imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=resolution, polyak=0.9999)
     if config.real_labels or storage.exists(real):
         imagenet = dataclasses.replace(imagenet, real_labels=real)
     return [
@@ -287,7 +280,7 @@ def paper(config: TransferConfig, image_size: int) -> list[Task]:
     ]
 
 
-def folder(config: TransferConfig, image_size: int) -> list[Task]:
+def folder(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """Fine-tuning on your own datasets: DATA/{train,test} or DATA/<name>/{train,test}, as `prepare --splits` writes them.
 
     BiT's rule for the length (500 steps below 20,000 examples, 10,000 below 500,000, else 20,000), the paper's learning
@@ -302,28 +295,26 @@ def folder(config: TransferConfig, image_size: int) -> list[Task]:
             name=name,
             train=train,
             test=Split(uri=storage.join(uri, "test")),
-            tune=(dataclasses.replace(train, part=(0.1, 1.0)), dataclasses.replace(train, part=(0.0, 0.1))),
+            tune=_dev_split(train, 0.1),
             protocol=config.fine_tune(steps=steps, lrs=(0.001, 0.003, 0.01, 0.03), warmup=steps // 20),
         )
 
     return [task(name, uri) for name, uri in _own_datasets(config)]
 
 
-def frozen(config: TransferConfig, image_size: int) -> list[Task]:
+def frozen(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     """No fine-tuning: 1, 5, 10 and 25-shot ridge regression, linear probe and k-NN on the features of every dataset.
 
     DATA/{train,test}, DATA/<name>/{train,test}, or VTAB tasks. The few-shot evaluation is the paper's (section 4.1):
     images squashed to 256, centre crop 224 (in proportion for another --resolution).
     """
-    size = config.resolution or image_size
+    size = config.resolution or model["image_size"]
     tasks = []
     for name, uri in _own_datasets(config):
-        if _train_and_test(uri):
-            train, test = Split(uri=storage.join(uri, "train")), Split(uri=storage.join(uri, "test"))
-        else:
-            train, test = Split(uri=uri, vtab="train800val200"), Split(uri=uri, vtab="test")
-        for kind in ("fewshot", "linear", "knn"):
-            probe = Probe(kind=kind, resolution=size, resize=round(size * 256 / 224))  # type: ignore[arg-type]
+        train = Split(uri=storage.join(uri, "train" if _train_and_test(uri) else "train800val200"))
+        test = Split(uri=storage.join(uri, "test"))
+        for kind in PROBES:
+            probe = Probe(kind=kind, resolution=size, resize=round(size * 256 / 224))
             tasks.append(Task(name=f"{name}-{kind}", train=train, test=test, protocol=probe))
     return tasks
 
@@ -345,7 +336,7 @@ def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
     return found
 
 
-SUITES: dict[str, Callable[[TransferConfig, int], list[Task]]] = {
+SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[Task]]] = {
     "demo": demo,
     "vtab1k": vtab1k,
     "vtab1k-224": vtab1k_224,
@@ -373,9 +364,9 @@ def check(config: TransferConfig) -> None:
         raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
 
 
-def build(config: TransferConfig, image_size: int) -> list[Task]:
-    """The tasks that a config asks for, for a model of that image size. Raises UserError for an unknown one."""
-    tasks = SUITES[config.suite](config, image_size)
+def build(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+    """The tasks that a config asks for, for a model with this configuration. Raises UserError for an unknown one."""
+    tasks = SUITES[config.suite](config, model)
     names = [task.name for task in tasks]
     for name in config.tasks:
         if name not in names:
