@@ -1,0 +1,165 @@
+"""Scores as the paper counts them, ReaL, decontaminated accuracy, reports and comparisons."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.transfer import report
+from pipeline.transfer.fanout import Result, Store, pack_predictions
+from pipeline.transfer.finetune import Predictions
+from pipeline.transfer.report import Score
+from pipeline.transfer.suites import GROUPS, L2_GRID, FineTune, Probe, Split, Task
+from pipeline.vtab.tasks import TASKS
+
+
+def row(model):
+    return dict(zip(TASKS, report.TABLE_9[model], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "flat", "groups"),
+    [
+        ("ViT-H/14 JFT", 77.63, (86.69, 87.00, 65.03)),
+        ("ViT-L/16 JFT", 76.29, (85.56, 86.73, 62.96)),
+        ("ViT-L/16 I21k", 72.71, (83.27, 84.65, 57.50)),
+    ],
+)
+def test_vtab_score_is_the_flat_mean_of_table_9(model, flat, groups):
+    mean, by_group = report.means(row(model))
+    assert mean == pytest.approx(flat, abs=0.006)
+    assert list(by_group) == ["natural", "specialized", "structured"]
+    assert list(by_group.values()) == pytest.approx(groups, abs=0.006)
+    assert abs(np.mean(list(by_group.values())) - mean) > 1  # the other mean, which papers mix it up with
+
+
+def test_a_missing_task_leaves_no_mean_behind():
+    scores = row("ViT-H/14 JFT")
+    del scores["dmlab"]
+    mean, groups = report.means(scores)
+    assert mean is None
+    assert list(groups) == ["natural", "specialized"]
+
+
+def test_groups_are_the_papers():
+    assert [len(names) for names in GROUPS.values()] == [7, 4, 8]
+    assert tuple(name for names in GROUPS.values() for name in names) == TASKS
+
+
+def test_real_labels_skip_empty_lists_and_accept_any_of_several():
+    keys = [f"val/ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 3, 2, 4)]
+    real = [[5], [], [7, 8], [1]]  # images 1, 2, 3, 4
+    found = Predictions(keys, np.array([0, 0, 0, 0]), np.array([5, 8, 9, 2]))
+    assert found.with_labels(report.real_labels(keys, real)).accuracy() == pytest.approx(100 * 2 / 3)
+    with pytest.raises(UserError, match=r"photo\.jpg"):
+        report.real_labels(["photo.jpg"], real)
+
+
+def test_the_published_real_labels_have_the_published_counts(real_data):
+    real = report.read_real_labels(str(real_data / "imagenet-real" / "real.json"))
+    labels = report.real_labels([f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(real))], real)
+    assert (labels >= 0).any(1).sum() == 46_837
+    assert (labels >= 0).sum() == 57_553
+
+
+def task(name="pets", group="natural", protocol=None, **more):
+    return Task(
+        name=name, group=group, train=Split(uri="/t"), test=Split(uri="/e"), protocol=protocol or FineTune(), **more
+    )
+
+
+def result(name="pets", seed=0, top1=50.0, **more):
+    return Result(
+        task=name, phase="final", lr=0.01, seed=seed, accuracy={"": top1}, images=100, seconds=1.0, **more
+    )  # fmt: skip
+
+
+def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
+    store, pets = Store(str(tmp_path)), task()
+    results = {}
+    for seed, wrong in enumerate(([0], [0, 1, 2])):
+        classes = np.arange(10)
+        classes[wrong] = -5
+        found = Predictions([f"k{i}" for i in range(10)], np.arange(10), classes)
+        results[f"pets/final-lr0.01-seed{seed}"] = result(seed=seed, top1=found.accuracy())
+        job = report.final_jobs(pets, seed + 1, results)[seed]
+        store.save(job, results[job.name], pack_predictions(found))
+    (score,) = report.collect([pets], 2, results, store, l2=1024.0, flagged={"pets": frozenset({"k0", "k9", "other"})})
+    assert score.values == (90.0, 70.0)
+    assert (score.mean, score.std) == (80.0, pytest.approx(14.142, abs=1e-3))
+    assert score.clean == (100.0, 75.0)  # of the eight images left
+    assert score.removed == 2
+    assert report.collect([pets], 3, results, store, l2=1024.0, flagged={}) == []  # the third seed is missing
+
+
+def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
+    tasks = [task(name, "", Probe(kind="fewshot", shots=(5,))) for name in ("a", "b")]
+    lines = {"a": np.zeros(30), "b": np.zeros(30)}
+    lines["a"][[3, 20]], lines["b"][[4, 20]] = (90, 80), (70, 60)  # 20 is good on both, best on none
+    results = {
+        f"{name}/final-seed0": Result(
+            task=name, phase="final", lr=0, seed=0, accuracy={}, images=9, seconds=0, details={"5": line.tolist()}
+        )
+        for name, line in lines.items()
+    }
+    collect = lambda l2: report.collect(tasks, 1, results, Store(str(tmp_path)), l2=l2, flagged={})  # noqa: E731
+    assert [(s.name, s.mean) for s in collect(0)] == [("a-5", 80), ("b-5", 60)]
+    assert [s.mean for s in collect(L2_GRID[3])] == [90, 0]
+
+
+def test_report_sets_our_numbers_beside_the_papers():
+    scores = [
+        Score(name=name, task=name, group=group, values=(50.0, 60.0), images=1000, lr=0.01)
+        for group, names in GROUPS.items()
+        for name in names
+    ]
+    tasks = [task(score.name, score.group) for score in scores]
+    text = report.markdown({"suite": "vtab1k", "checkpoint": "x"}, tasks, scores, {"pets/final": "boom"})
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "55.00 ± 7.07" in lines["pets"]
+    assert "97.20" in lines["pets"]  # H/14's
+    assert {"55.00", "77.63", "76.29", "72.71"} <= set(
+        lines["**mean of 19**"].replace("*", "").replace("|", " ").split()
+    )
+    assert "65.03" in lines["mean structured"]
+    assert "`pets/final`: boom" in text
+    columns = {line.count("|") for line in lines.values()}
+    assert len(columns) == 1
+    figure = report.bars(scores)
+    assert len(figure.axes[0].patches) >= 19
+
+
+def test_figures_of_curves_and_confusions():
+    results = [
+        result("a", curve=[[1, 2.0, 0.1], [2, 1.0, 0.1]], confusion=[[3, 1], [0, 4]]),
+        result("a", seed=1, curve=[[1, 2.0, 0.1], [2, 1.0, 0.1]], confusion=[[4, 0], [0, 4]]),
+        result("b", curve=[[1, 2.0, 0.1]]),
+    ]
+    assert [axes.get_title() for axes in report.curves(results).axes] == ["a", "b"]
+    (axes,) = report.confusions(results).axes
+    assert np.allclose(axes.images[0].get_array(), [[7 / 8, 1 / 8], [0, 1]])
+    assert report.curves([result()]) is None
+    assert report.confusions([result()]) is None
+
+
+def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
+    first, second = str(tmp_path / "a"), str(tmp_path / "b")
+    for uri, near, far, single in ((first, (50, 52), (50, 51), (50,)), (second, (51, 53), (60, 61), (52,))):
+        scores = [
+            Score(name=name, task=name, group="", values=values, images=1000)
+            for name, values in (("near", near), ("far", far), ("single", single))
+        ]
+        report.write_scores(uri, {"checkpoint": uri}, scores, {})
+    text, rows = report.compare(first, second)
+    by_task = {entry["task"]: entry for entry in rows}
+    assert by_task["far"]["difference"] == pytest.approx(10)
+    assert by_task["near"]["error"] == pytest.approx(2**0.5)  # two seeds, deviation sqrt(2) each
+    assert by_task["single"]["error"] == pytest.approx(100 * (2 * 0.25 / 1000) ** 0.5, rel=1e-3)
+    stars = {line.split("|")[1].strip(): "*" in line for line in text.splitlines() if line.startswith("| ")}
+    assert stars["far"]
+    assert not stars["near"]
+    assert not stars["single"]
+    assert json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]["far"]["mean"] == 50.5
+    with pytest.raises(UserError, match="no transfer results"):
+        report.compare(first, str(tmp_path / "nowhere"))
