@@ -5,6 +5,7 @@ them; its scores are tags here and metrics of the LoggedModel behind it. Alias `
 `champion` the one that scheduled evaluation has found best.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -67,7 +68,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         if version.checkpoint == checkpoint:
             return version
     mlflow = client(uri)
-    run_id = run_id or _run_of(checkpoint, uri)
+    run_id = run_id or run_of(checkpoint, uri)
     if run_id:
         experiment = mlflow.get_run(run_id).info.experiment_id
     else:  # weights that no run of this server made
@@ -88,9 +89,24 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         raise
     mlflow.finalize_logged_model(model.model_id, "READY")
     _ensure_model(name, uri)
-    made = mlflow.create_model_version(name, f"models:/{model.model_id}", run_id, tags, model_id=model.model_id)
+    with _process_wide(uri):  # MLflow looks the logged model up there, whatever the client's own address
+        made = mlflow.create_model_version(
+            name, f"models:/{model.model_id}", run_id, {**tags, "model_id": model.model_id}, model_id=model.model_id
+        )
     mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
     return next(version for version in versions(name, uri) if version.version == int(made.version))
+
+
+@contextlib.contextmanager
+def _process_wide(uri: str) -> Iterator[None]:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def _save_classifier(checkpoint: str, folder: str) -> None:
@@ -111,7 +127,8 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
         size = int(json.load(opened)["model"]["image_size"])
     picture = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), 127, np.uint8)).save(picture, "png")
-    outputs = [
+    inputs: list = [ColSpec(DataType.binary, "image")]
+    outputs: list = [
         ColSpec(DataType.string, "label"),
         ColSpec(DataType.long, "index"),
         ColSpec(DataType.double, "probability"),
@@ -143,13 +160,25 @@ def _ensure_model(name: str, uri: str) -> None:
             raise
 
 
-def _run_of(checkpoint: str, uri: str) -> str | None:
+def run_of(checkpoint: str, uri: str) -> str | None:
     """The pretrain run whose output folder holds the checkpoint."""
     for run in runs(names.PRETRAIN, uri=uri):
         output = run.params.get("output", "")
         if output and checkpoint.startswith(storage.normalise(output) + "/"):
             return run.id
     return None
+
+
+def model_names(uri: str | None = None) -> list[str]:
+    """The names of all registered models."""
+    found: list[str] = []
+    token = None
+    while True:
+        page = client(tracking_uri(uri)).search_registered_models(page_token=token)
+        found += [model.name for model in page]
+        token = page.token
+        if not token:
+            return found
 
 
 def versions(name: str, uri: str | None = None) -> list[Version]:
@@ -180,7 +209,7 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
                 version=int(item.version),
                 checkpoint=item.tags.get(names.CHECKPOINT) or item.source or "",
                 run_id=item.run_id or "",
-                model_id=getattr(item, "model_id", None) or (item.source or "").removeprefix("models:/"),
+                model_id=item.tags.get("model_id", ""),
                 step=int(item.tags.get("step", 0)),
                 aliases=tuple(by_version.get(int(item.version), [])),
                 evaluations=evaluations,

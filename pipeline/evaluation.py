@@ -1,0 +1,481 @@
+"""Scheduled evaluation: every checkpoint gets one evaluation of a suite, whoever runs, however often, whatever dies.
+
+The ledger is a folder on shared storage. For suite version V and checkpoint C:
+
+    <output>/<suite>-<V>/<C>/claim-000.json    who evaluates it, and when that was last true (heartbeat)
+    <output>/<suite>-<V>/<C>/failed-000.json   why that attempt failed
+    <output>/<suite>-<V>/<C>/transfer/         the suite's own resumable results
+    <output>/<suite>-<V>/<C>/result.json       mean, spread, scores: written once, then final
+    <output>/<suite>-<V>/<C>/recorded.json     MLflow has it
+
+Claims are made with exclusive creation, which the store arbitrates, so two schedulers never do the same work; a claim
+whose heartbeat has stopped is succeeded by the next number. A checkpoint is known by the checksum of its weights: the
+same weights under another name are not evaluated twice, new weights under an old name are. Training is not touched:
+checkpoints are only read, and the learning curve of transfer scores goes to a run of its own, linked to the training run.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.tracking import names, registry, start_run, tracking_uri
+from pipeline.training import checkpoint as checkpoints
+from pipeline.transfer import TransferConfig
+
+LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
+ATTEMPTS = 3  # failures of one checkpoint before it waits for a person
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Which checkpoints are evaluated on which suite, and what follows from the scores."""
+
+    suite: str = "demo"
+    """Transfer suite; its settings are under --transfer."""
+    runs: tuple[str, ...] = ()
+    """Run folders of jobs/pretrain.py (running or finished), or single checkpoint folders."""
+    model: str | None = None
+    """Registered MLflow model whose versions are evaluated; its alias `champion` follows the best."""
+    register: bool = False
+    """First make the newest checkpoint of each of --runs a version of --model."""
+    data: str | None = None
+    """Data of the suite, as for jobs/transfer.py."""
+    output: str = "runs/evaluate"
+    """Ledger and results; give all schedulers the same one (s3:// when they are on several machines)."""
+    every_step: int = 1
+    """Of the checkpoints of a run only those at a multiple of so many steps."""
+    margin: float = 1.0
+    """How many standard errors of the difference make a better or worse score more than noise."""
+    hook: str | None = None
+    """Command that gets each event (evaluated, failed, promoted, regression) as JSON on its standard input. A web address in
+    the environment variable VIT_WEBHOOK gets it by POST."""
+    tracking_uri: str | None = None
+    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    """Settings of the suite: steps, seeds, workers, address, ..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One checkpoint to evaluate, and how it was found: in a run folder, as a model version, or both."""
+
+    key: str
+    checkpoint: str
+    step: int
+    images_seen: int | None
+    run: str
+    version: registry.Version | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """Scores of one evaluation: top-1 in percent; spread is the standard error of the mean."""
+
+    mean: float
+    spread: float
+    scores: dict[str, float]
+    run_id: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Round:
+    """What one pass did."""
+
+    evaluated: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    regressions: list[str] = field(default_factory=list)
+    promoted: list[str] = field(default_factory=list)
+    claimed_elsewhere: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+    """Dry run: what would be evaluated."""
+
+
+def suite_version(config: EvaluateConfig) -> str:
+    """Identifies what is measured: the suite's settings without where and how fast it runs."""
+    operational = {
+        *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
+        *("address", "experiment", "tracking_uri"),
+    }
+    settings = configuration.to_dict(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
+    return configuration.fingerprint({key: value for key, value in settings.items() if key not in operational})
+
+
+# ---------------------------------------------------------------- what there is to evaluate
+
+
+def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
+    """Every committed checkpoint of `runs` and every version of `model`, each set of weights once, in order of steps.
+
+    Raises UserError when neither is given, or nothing at all is there.
+    """
+    if not config.runs and not config.model:
+        raise UserError(
+            "nothing to evaluate: give --runs (folders of jobs/pretrain.py) or --model (a registered model)"
+        )
+    found: dict[str, Target] = {}
+    for run in config.runs:
+        run = storage.normalise(run)
+        if storage.exists(storage.join(run, checkpoints.COMMIT)):
+            here = [checkpoints.resolve(run)]
+            run = run.rpartition("/checkpoints/")[0] or run
+        else:
+            here = checkpoints.find(run)
+            if not here and not storage.exists(run):
+                raise UserError(f"{run}: no such run folder")
+        for checkpoint in here:
+            if checkpoint.step % config.every_step == 0 or checkpoint is here[-1]:
+                target = _target(checkpoint, run)
+                found[target.key] = target
+        if config.register and config.model and here:
+            registry.register(here[-1].uri, name=config.model, uri=uri)
+    for version in registry.versions(config.model, uri) if config.model else []:
+        try:
+            checkpoint = checkpoints.resolve(version.checkpoint)
+        except UserError as error:  # pruned, or on another machine's disk
+            print(f"warning: version {version.version} of {version.name} cannot be evaluated: {error}", flush=True)
+            continue
+        target = _target(checkpoint, version.checkpoint.rpartition("/checkpoints/")[0] or version.checkpoint)
+        found[target.key] = dataclasses.replace(target, version=version)
+    return sorted(found.values(), key=lambda target: (target.run, target.step))
+
+
+def _target(checkpoint: checkpoints.Checkpoint, run: str) -> Target:
+    weights = checkpoint.commit.get("files", {}).get("model.safetensors", checkpoint.commit)
+    return Target(
+        key=f"step-{checkpoint.step:08d}-{configuration.fingerprint(weights)}",
+        checkpoint=checkpoint.uri,
+        step=checkpoint.step,
+        images_seen=checkpoint.commit.get("images_seen"),
+        run=run,
+    )
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+class Ledger:
+    """Claims, failures and results of one suite version. Every method reads the store anew: others write there too."""
+
+    def __init__(self, output: str, lease: float = LEASE):
+        self.output, self.lease = output, lease
+        self.owner = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+
+    def folder(self, target: Target) -> str:
+        return storage.join(self.output, target.key)
+
+    def result(self, target: Target) -> Outcome | None:
+        uri = storage.join(self.folder(target), "result.json")
+        return Outcome(**storage.read_json(uri)) if storage.exists(uri) else None
+
+    def failures(self, target: Target) -> int:
+        return sum(file.path.startswith("failed-") for file in storage.list_files(self.folder(target), recursive=False))
+
+    def claim(self, target: Target) -> "Claim | None":
+        """The right to evaluate, or None: done, given up after ATTEMPTS failures, or somebody alive is at it."""
+        names_here = {file.path for file in storage.list_files(self.folder(target), recursive=False)}
+        if "result.json" in names_here or self.failures(target) >= ATTEMPTS:
+            return None
+        numbers = sorted(int(name[6:9]) for name in names_here if name.startswith("claim-") and name.endswith(".json"))
+        if numbers:
+            last = storage.join(self.folder(target), f"claim-{numbers[-1]:03d}.json")
+            if time.time() - float(storage.read_json(last)["alive"]) < self.lease:
+                return None
+        number = numbers[-1] + 1 if numbers else 0
+        claim = Claim(self, target, number)
+        return claim if storage.create_bytes(claim.uri, claim.text()) else None
+
+
+class Claim:
+    """Held by `with`: a thread renews the heartbeat, the end releases it."""
+
+    def __init__(self, ledger: Ledger, target: Target, number: int):
+        self.ledger, self.target, self.number = ledger, target, number
+        self.uri = storage.join(ledger.folder(target), f"claim-{number:03d}.json")
+        self._done = threading.Event()
+
+    def text(self, alive: float | None = None) -> bytes:
+        return json.dumps({"owner": self.ledger.owner, "alive": time.time() if alive is None else alive}).encode()
+
+    def __enter__(self) -> "Claim":
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def _beat(self) -> None:
+        while not self._done.wait(self.ledger.lease / 5):
+            try:
+                storage.write_bytes(self.uri, self.text())
+            except (OSError, UserError) as error:  # the next beat may get through; the lease outlasts several
+                print(f"warning: heartbeat of {self.target.key}: {error}", flush=True)
+
+    def finish(self, outcome: Outcome) -> bool:
+        """Writes the result; False when a successor was faster (this process had been taken for dead)."""
+        uri = storage.join(self.ledger.folder(self.target), "result.json")
+        return storage.create_bytes(uri, json.dumps(dataclasses.asdict(outcome), indent=1).encode())
+
+    def fail(self, reason: str) -> None:
+        uri = storage.join(self.ledger.folder(self.target), f"failed-{self.number:03d}.json")
+        storage.write_json(uri, {"owner": self.ledger.owner, "time": time.time(), "reason": reason})
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        storage.write_bytes(self.uri, self.text(alive=0.0))  # released: a successor need not wait for the lease
+
+
+# ---------------------------------------------------------------- one pass
+
+
+Evaluate = Callable[[EvaluateConfig, Target, str, str], Outcome]
+
+
+def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> Outcome:
+    """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`); what a killed evaluator finished is kept."""
+    from pipeline.transfer import run_suite
+    from pipeline.transfer.report import read_scores
+
+    result = run_suite(
+        dataclasses.replace(
+            config.transfer,
+            suite=config.suite,
+            data=config.data,
+            checkpoint=target.checkpoint,
+            output=output,
+            tracking_uri=uri,
+        )
+    )
+    if result.failures or result.flat_mean is None:
+        raise RuntimeError("; ".join(f"{job}: {error}" for job, error in result.failures.items()) or "no scores")
+    _, scores = read_scores(result.output)
+    spread = math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
+    return Outcome(mean=result.flat_mean, spread=spread, scores=result.scores, run_id=result.run_id)
+
+
+def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:
+    """Evaluates what lacks an evaluation, records it, moves `champion`, and says what got worse."""
+    uri = tracking_uri(config.tracking_uri)
+    version = suite_version(config)
+    ledger = Ledger(storage.join(storage.normalise(config.output), f"{config.suite}-{version}"))
+    done = Round()
+    fresh: list[Target] = []
+    for target in find_targets(dataclasses.replace(config, register=config.register and not dry_run), uri):
+        if ledger.result(target) is None:
+            if dry_run:
+                done.pending.append(target.checkpoint)
+                continue
+            if ledger.failures(target) >= ATTEMPTS:
+                done.failed.append(f"{target.checkpoint}: failed {ATTEMPTS} times, see {ledger.folder(target)}")
+                continue
+            claim = ledger.claim(target)
+            if claim is None:
+                done.claimed_elsewhere.append(target.checkpoint)
+                continue
+            with claim:
+                print(f"evaluating {target.checkpoint} on {config.suite} ({version})", flush=True)
+                try:
+                    outcome = evaluate(config, target, storage.join(ledger.folder(target), "transfer"), uri)
+                except UserError:
+                    raise  # the command is wrong, not the checkpoint
+                except Exception as error:
+                    traceback.print_exc()
+                    claim.fail(f"{type(error).__name__}: {error}")
+                    done.failed.append(f"{target.checkpoint}: {error}")
+                    notify(config, "failed", target, reason=str(error))
+                    continue
+                if not claim.finish(outcome):
+                    continue
+            done.evaluated.append(target.checkpoint)
+            fresh.append(target)
+            notify(config, "evaluated", target, **dataclasses.asdict(outcome))
+        if not dry_run:
+            record(config, ledger, target, version, uri)
+    if dry_run:
+        return done
+    if config.model:
+        done.promoted = promote(config, version, uri)
+    for target, message in regressions(config, ledger, fresh, version, uri):
+        done.regressions.append(message)
+        notify(config, "regression", target, reason=message)
+    return done
+
+
+def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str, uri: str) -> None:
+    """Puts a result into MLflow: a point of the run's learning curve, and tags and metrics of the model version.
+
+    Done again when an evaluator died in between; neither doubles anything.
+    """
+    outcome = ledger.result(target)
+    evaluation = f"{config.suite}:{version}"
+    versioned = target.version is None or evaluation in target.version.evaluations
+    marker = storage.join(ledger.folder(target), "recorded.json")
+    if outcome is None or (versioned and storage.exists(marker)):
+        return
+    series = storage.join(ledger.output, f"series-{configuration.fingerprint(target.run)}.json")
+    known = storage.read_json(series)["run_id"] if storage.exists(series) else None
+    name = f"{target.run.rpartition('/')[2]} / {config.suite}"
+    tags = {"suite": config.suite, "suite.version": version, names.CHECKPOINT: target.checkpoint}
+    with start_run(
+        names.EVALUATE, name, config=None if known else config, tags=tags, run_id=known, tracking_uri=uri
+    ) as run:
+        points = {names.SCORE + task: value for task, value in outcome.scores.items()}
+        points |= {names.MEAN_SCORE: outcome.mean, names.MEAN_SCORE + "/spread": outcome.spread}
+        if target.images_seen is not None:
+            points[names.IMAGES_SEEN] = target.images_seen
+        run.log(points, target.step)
+        if not known:
+            if trained_by := registry.run_of(target.checkpoint, uri):
+                run.link("pretrain", trained_by)
+            storage.create_bytes(series, json.dumps({"run_id": run.id}).encode())
+    if target.version is not None and not versioned:
+        registry.record_evaluation(target.version, evaluation, dataclasses.asdict(outcome), run.id, uri)
+    storage.write_json(marker, {"run_id": run.id, "time": time.time()})
+
+
+# ---------------------------------------------------------------- champion and regressions
+
+
+def promote(config: EvaluateConfig, version: str, uri: str) -> list[str]:
+    """Moves `champion` to the best version when it is better than the present one by more than noise."""
+    assert config.model
+    key = f"{config.suite}:{version}"
+    scored = [v for v in registry.versions(config.model, uri) if key in v.evaluations]
+    if not scored:
+        return []
+    best = max(scored, key=lambda v: v.evaluations[key]["mean"])
+    champion = next((v for v in registry.versions(config.model, uri) if registry.CHAMPION in v.aliases), None)
+    if champion is not None:
+        if champion.version == best.version:
+            return []
+        if key not in champion.evaluations:
+            print(
+                f"champion stays version {champion.version}: it has no evaluation of {key} to compare with", flush=True
+            )
+            return []
+        present, other = champion.evaluations[key], best.evaluations[key]
+        if other["mean"] - present["mean"] <= noise(config.margin, present["spread"], other["spread"]):
+            return []
+    registry.set_alias(best, registry.CHAMPION, uri)
+    before = f", before {champion.evaluations[key]['mean']:.2f} (version {champion.version})" if champion else ""
+    message = f"{best.name} version {best.version} is champion: {best.evaluations[key]['mean']:.2f}{before}"
+    notify(config, "promoted", None, model=best.name, version=best.version, checkpoint=best.checkpoint, reason=message)
+    return [message]
+
+
+def noise(margin: float, *spreads: float) -> float:
+    """What a difference must exceed: `margin` standard errors of a difference of two means."""
+    return margin * math.sqrt(sum(spread**2 for spread in spreads))
+
+
+def regressions(
+    config: EvaluateConfig, ledger: Ledger, fresh: list[Target], version: str, uri: str
+) -> Iterator[tuple[Target, str]]:
+    """New results worse than the champion (of model versions) or than an earlier checkpoint of the same run."""
+    if not fresh:
+        return
+    key = f"{config.suite}:{version}"
+    champion = None
+    if config.model:
+        champion = next((v for v in registry.versions(config.model, uri) if registry.CHAMPION in v.aliases), None)
+    everything = [
+        (other, ledger.result(other)) for other in find_targets(dataclasses.replace(config, register=False), uri)
+    ]
+    for target in fresh:
+        mine = ledger.result(target)
+        assert mine is not None
+        rivals = [
+            (f"step {other.step}", result)
+            for other, result in everything
+            if result is not None and other.run == target.run and other.step < target.step
+        ]
+        if target.version is not None and champion is not None and key in champion.evaluations:
+            kept = champion.evaluations[key]
+            rivals.append(
+                (f"champion, version {champion.version}", Outcome(mean=kept["mean"], spread=kept["spread"], scores={}))
+            )
+        if not rivals:
+            continue
+        label, best = max(rivals, key=lambda rival: rival[1].mean)
+        if best.mean - mine.mean > noise(config.margin, best.spread, mine.spread):
+            yield target, f"{target.checkpoint}: {config.suite} {mine.mean:.2f} after {best.mean:.2f} ({label})"
+
+
+def notify(config: EvaluateConfig, event: str, target: Target | None, **details: Any) -> None:
+    """Tells the hook and the webhook. Their failures are warnings: evaluation does not depend on them."""
+    message: dict[str, Any] = {"event": event, "suite": config.suite, **details}
+    if target is not None:
+        message |= {"checkpoint": target.checkpoint, "step": target.step, "run": target.run}
+    data = json.dumps(message).encode()
+    if config.hook:
+        try:
+            subprocess.run(shlex.split(config.hook), input=data, timeout=60, check=True)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            print(f"warning: hook failed on {event}: {error}", file=sys.stderr, flush=True)
+    if address := os.environ.get("VIT_WEBHOOK"):
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=10).close()
+        except (OSError, ValueError) as error:  # its address may hold a token: not printed
+            reason = getattr(error, "reason", type(error).__name__)
+            print(f"warning: webhook failed on {event}: {reason}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- time, and what may go
+
+
+def seconds(text: str) -> float:
+    """ "90s", "30m", "2h", "1d" or plain seconds. Raises UserError for anything else."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f'cannot read the interval "{text}"; write 90s, 30m, 2h or 1d')
+    return value
+
+
+def ticks(
+    every: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[int]:
+    """Counts 0, 1, 2, ... on a grid of `every` seconds. A pass that takes longer skips the times it missed."""
+    start, count = clock(), 0
+    while True:
+        yield count
+        count = max(count + 1, math.ceil((clock() - start) / every))
+        sleep(max(0.0, start + count * every - clock()))
+
+
+def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Checkpoint]:
+    """Checkpoints that nothing needs: not among the last `keep` of their run, not its best by validation, not the weights
+    of any registered version, not what a transfer run names."""
+    if keep < 1:
+        raise UserError("--keep must be at least 1: a run without its last checkpoint cannot be continued")
+    referred = {
+        run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint") for run in registry.runs(names.TRANSFER, uri=uri)
+    }
+    referred |= {version.checkpoint for model in registry.model_names(uri) for version in registry.versions(model, uri)}
+    spared = {storage.normalise(address) for address in referred if address}
+    found = []
+    for run in runs:
+        here = checkpoints.find(run)
+        scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
+        best = max(scored, key=lambda c: c.commit["metrics"][names.VAL_TOP1]).uri if scored else None
+        found += [c for c in here[:-keep] if c.uri not in spared and c.uri != best]
+    return found

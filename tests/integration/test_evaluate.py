@@ -1,0 +1,315 @@
+"""Scheduled evaluation against a real MLflow (SQLite): once per checkpoint, whatever runs, overlaps, fails or dies.
+
+Scores come from a stand-in suite, so that the schedule is what is tested; the ledger, storage and MLflow are real.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from pipeline import evaluation, storage
+from pipeline.errors import UserError
+from pipeline.evaluation import EvaluateConfig, Outcome, evaluate_once
+from pipeline.tracking import names, registry, start_run
+from pipeline.training import checkpoint as checkpoints
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    from pipeline.tracking.run import client
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    client(uri)
+    return uri
+
+
+@pytest.fixture
+def config(tmp_path, database, monkeypatch):
+    monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.delenv("VIT_WEBHOOK", raising=False)
+    return EvaluateConfig(
+        runs=(str(tmp_path / "run"),),
+        output=str(tmp_path / "ledger"),
+        tracking_uri=database,
+        data=str(tmp_path / "data"),
+    )
+
+
+def commit(run, step, content=None):
+    """A committed checkpoint as far as evaluation looks at it; content stands for the weights."""
+    folder = checkpoints.folder(str(run), step)
+    weights = (content or f"weights {run} {step}").encode()
+    storage.write_bytes(storage.join(folder, "model.safetensors"), weights)
+    files = {"model.safetensors": {"size": len(weights), "sha256": weights.hex()}}
+    storage.write_json(
+        storage.join(folder, "COMMIT.json"), {"step": step, "images_seen": step * 64, "metrics": {}, "files": files}
+    )
+    return folder
+
+
+def scored(table, calls=None):
+    """A suite that gives table[step]; records the checkpoints that it was asked for."""
+
+    def evaluate(config, target, output, uri):
+        if calls is not None:
+            calls.append(target.checkpoint)
+        mean = table[target.step] if isinstance(table, dict) else table
+        return Outcome(mean=mean, spread=0.5, scores={"pets": mean + 1, "dtd": mean - 1})
+
+    return evaluate
+
+
+def test_every_checkpoint_is_evaluated_once_and_becomes_a_learning_curve(config, tmp_path):
+    with start_run(
+        "pretrain", "run", config={"output": str(tmp_path / "run")}, tracking_uri=config.tracking_uri
+    ) as training:
+        pass
+    calls: list = []
+    commit(tmp_path / "run", 10)
+    first = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
+    commit(tmp_path / "run", 20)  # training has gone on
+    second = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
+    third = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
+    assert [len(done.evaluated) for done in (first, second, third)] == [1, 1, 0]
+    assert len(calls) == 2
+    curves = [run for run in registry.runs("evaluate", uri=config.tracking_uri) if run.name == "run / demo"]
+    assert len(curves) == 1
+    assert registry.metric_history(curves[0].id, names.MEAN_SCORE, config.tracking_uri) == [(10, 40.0), (20, 50.0)]
+    assert registry.metric_history(curves[0].id, names.IMAGES_SEEN, config.tracking_uri) == [(10, 640.0), (20, 1280.0)]
+    assert curves[0].tags["lineage.pretrain"] == training.id
+
+
+def test_the_same_weights_elsewhere_are_not_evaluated_again_and_new_weights_under_an_old_name_are(config, tmp_path):
+    calls: list = []
+    commit(tmp_path / "run", 10, "same")
+    commit(tmp_path / "copy", 10, "same")
+    both = dataclasses.replace(config, runs=(str(tmp_path / "run"), str(tmp_path / "copy")))
+    evaluate_once(both, evaluate=scored(40.0, calls))
+    assert len(calls) == 1
+    commit(tmp_path / "run", 10, "other")
+    evaluate_once(config, evaluate=scored(40.0, calls))
+    assert len(calls) == 2
+
+
+def test_another_suite_setting_is_another_evaluation_but_more_workers_are_not(config, tmp_path):
+    calls: list = []
+    commit(tmp_path / "run", 10)
+    for transfer in ({}, {"workers": 7}, {"seeds": 3}):
+        changed = dataclasses.replace(config, transfer=dataclasses.replace(config.transfer, **transfer))
+        evaluate_once(changed, evaluate=scored(40.0, calls))
+    assert len(calls) == 2
+
+
+def test_two_schedulers_share_the_work_without_repeating_it(config, tmp_path):
+    for step in range(1, 9):
+        commit(tmp_path / "run", step)
+    calls: list = []
+    barrier = threading.Barrier(2)
+
+    def slow(config, target, output, uri):
+        time.sleep(0.05)
+        return scored(40.0, calls)(config, target, output, uri)
+
+    def scheduler():
+        barrier.wait()
+        evaluate_once(config, evaluate=slow)
+
+    threads = [threading.Thread(target=scheduler) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    evaluate_once(config, evaluate=slow)
+    assert sorted(calls) == sorted(set(calls))
+    assert len(calls) == 8
+
+
+DIES = """
+import os, sys
+from pipeline import evaluation
+def die(config, target, output, uri):
+    os.kill(os.getpid(), int(sys.argv[4]))
+    import time; time.sleep(60)
+evaluation.LEASE = 600
+import signal
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+evaluation.evaluate_once(
+    evaluation.EvaluateConfig(runs=(sys.argv[1],), output=sys.argv[2], tracking_uri=sys.argv[3], data=sys.argv[5]), evaluate=die
+)
+"""
+
+
+@pytest.mark.parametrize(("number", "waits"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+def test_a_dead_evaluator_is_succeeded(config, tmp_path, monkeypatch, number, waits):
+    folder = commit(tmp_path / "run", 10)
+    arguments = [config.runs[0], config.output, config.tracking_uri, str(int(number)), config.data]
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    dead = subprocess.run([sys.executable, "-c", DIES, *arguments], env=environment, timeout=120, capture_output=True)
+    assert dead.returncode != 0
+    calls: list = []
+    done = evaluate_once(config, evaluate=scored(40.0, calls))
+    if waits:  # killed without a word: only the lease tells
+        assert (calls, done.claimed_elsewhere) == ([], [folder])
+        monkeypatch.setattr(evaluation.Ledger.__init__, "__defaults__", (0.0,))
+        done = evaluate_once(config, evaluate=scored(40.0, calls))
+    assert calls == [folder]
+    assert done.evaluated == [folder]
+
+
+def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(config, tmp_path):
+    commit(tmp_path / "run", 10)
+    commit(tmp_path / "run", 20)
+    calls: list = []
+
+    def failing(config, target, output, uri):
+        calls.append(target.step)
+        if target.step == 10:
+            raise RuntimeError("out of memory")
+        return scored(50.0)(config, target, output, uri)
+
+    rounds = [evaluate_once(config, evaluate=failing) for _ in range(5)]
+    assert calls.count(10) == evaluation.ATTEMPTS
+    assert calls.count(20) == 1  # the other checkpoint does not suffer
+    assert "out of memory" in rounds[0].failed[0]
+    assert "failed 3 times" in rounds[4].failed[0]
+
+
+def test_a_result_whose_recording_was_interrupted_is_recorded_later_without_evaluating_again(
+    config, tmp_path, monkeypatch
+):
+    commit(tmp_path / "run", 10)
+    calls: list = []
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "record", lambda *_: None)
+        evaluate_once(config, evaluate=scored(40.0, calls))
+    before = len(list(registry.runs("evaluate", uri=config.tracking_uri)))
+    evaluate_once(config, evaluate=scored(40.0, calls))
+    assert len(list(registry.runs("evaluate", uri=config.tracking_uri))) == before + 1
+    assert len(calls) == 1
+
+
+def test_dry_run_changes_nothing(config, tmp_path):
+    folder = commit(tmp_path / "run", 10)
+    done = evaluate_once(config, dry_run=True, evaluate=scored(40.0))
+    assert done.pending == [folder]
+    assert not os.path.exists(config.output)
+
+
+@pytest.fixture
+def model(config, tmp_path, monkeypatch):
+    """A registered model whose versions need no real weights."""
+    monkeypatch.setattr(
+        registry, "_save_classifier", lambda checkpoint, folder: storage.write_bytes(folder + "/MLmodel", b"x: 1\n")
+    )
+    return dataclasses.replace(config, model=f"vit-{tmp_path.name}", register=True)
+
+
+def champion(config):
+    found = [v for v in registry.versions(config.model, config.tracking_uri) if registry.CHAMPION in v.aliases]
+    return found[0].step if found else None
+
+
+def test_champion_moves_only_for_more_than_noise(model, tmp_path):
+    table = {10: 50.0, 20: 50.6, 30: 52.0, 40: 45.0}
+    seen = []
+    for step in table:
+        commit(tmp_path / "run", step)
+        done = evaluate_once(model, evaluate=scored(table))
+        seen.append((champion(model), bool(done.promoted), bool(done.regressions)))
+    # 50.6 against 50.0 with 0.5 each is noise (0.71); 52 is not; 45 is a regression
+    assert seen == [(10, True, False), (10, False, False), (30, True, False), (30, False, True)]
+    versions = registry.versions(model.model, model.tracking_uri)
+    assert [v.step for v in versions] == [10, 20, 30, 40]
+    assert registry.CANDIDATE in versions[-1].aliases
+    key = f"demo:{evaluation.suite_version(model)}"
+    assert versions[2].evaluations[key]["mean"] == 52.0
+
+
+def test_hook_and_webhook_hear_of_events_and_cannot_break_anything(config, tmp_path, monkeypatch, capfd):
+    heard = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if len(heard) > 1 else 200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("VIT_WEBHOOK", f"http://127.0.0.1:{server.server_port}/?token=secret")
+    script = tmp_path / "hook.py"
+    script.write_text(f"import sys; open({str(tmp_path / 'events')!r}, 'a').write(sys.stdin.read() + '\\n')")
+    hooked = dataclasses.replace(config, hook=f"{sys.executable} {script}")
+    commit(tmp_path / "run", 10)
+    evaluate_once(hooked, evaluate=scored({10: 50.0, 20: 40.0}))
+    commit(tmp_path / "run", 20)
+    done = evaluate_once(hooked, evaluate=scored({10: 50.0, 20: 40.0}))
+    server.shutdown()
+    assert [event["event"] for event in heard] == ["evaluated", "evaluated", "regression"]
+    told = (tmp_path / "events").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in told] == [event["event"] for event in heard]
+    assert len(done.regressions) == 1
+    assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_bad_input_is_an_error_before_anything_is_written(config, tmp_path):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        evaluate_once(dataclasses.replace(config, runs=()))
+    with pytest.raises(UserError, match="no such run folder"):
+        evaluate_once(config)
+    with pytest.raises(UserError, match="30m"):
+        evaluation.seconds("half an hour")
+    assert not os.path.exists(config.output)
+
+
+def test_missed_times_are_skipped_not_piled_up():
+    now = [0.0]
+    waits = []
+
+    def sleep(length):
+        waits.append(length)
+        now[0] += length
+
+    ticks = evaluation.ticks(10.0, clock=lambda: now[0], sleep=sleep)
+    seen = [next(ticks)]
+    now[0] += 3  # a short pass
+    seen.append(next(ticks))
+    now[0] += 25  # a pass over two times
+    seen.append(next(ticks))
+    assert (seen, waits) == ([0, 1, 4], [7.0, 5.0])
+
+
+def test_pruning_spares_what_somebody_refers_to(model, tmp_path):
+    folders = {step: commit(tmp_path / "run", step) for step in (10, 20, 30, 40, 50)}
+    registry.register(folders[20], name=model.model, uri=model.tracking_uri)
+    with start_run("transfer", "t", tags={names.CHECKPOINT: folders[30]}, tracking_uri=model.tracking_uri):
+        pass
+    found = evaluation.prunable(model.runs, 1, model.tracking_uri)
+    assert [item.step for item in found] == [10, 40]
+    with pytest.raises(UserError, match="at least 1"):
+        evaluation.prunable(model.runs, 0, model.tracking_uri)
+
+
+def test_command_line_exit_codes(tmp_path, database):
+    job = [sys.executable, os.path.join(PROJECT, "jobs", "evaluate.py"), "--tracking-uri", database]
+    bad = subprocess.run([*job, "--model", "m", "--once", "--every", "1h"], capture_output=True, text=True, timeout=120)
+    assert (bad.returncode, bad.stderr.startswith("error: --once and --every")) == (2, True)
+    commit(tmp_path / "run", 10)
+    pending = subprocess.run(
+        [*job, "--runs", str(tmp_path / "run"), "--dry-run", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert pending.returncode == 0, pending.stderr
+    assert len(json.loads(pending.stdout)["pending"]) == 1
