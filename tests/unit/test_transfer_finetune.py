@@ -1,0 +1,304 @@
+"""Fine-tuning arithmetic: accumulation, schedule, averaging, crops, determinism, evaluation."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models import create_model
+from pipeline.data import open_dataset
+from pipeline.data.patches import patchify
+from pipeline.data.shards import write_dataset
+from pipeline.transfer import features, finetune
+from pipeline.transfer.suites import FineTune, Probe, Split
+
+CPU = torch.device("cpu")
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model("mu/4", num_classes=7, image_size=SIZE, depth=2, pre_logits=True)
+
+
+def colours(uri, n=60, seed=0):
+    """Noise with one channel brighter than the others: three classes that a small model learns in seconds."""
+    generator = np.random.default_rng(seed)
+
+    def rows():
+        for i in range(n):
+            picture = generator.integers(0, 120, (SIZE, SIZE, 3), dtype=np.uint8)
+            picture[:, :, i % 3] += 100
+            yield f"{seed}-{i}", patchify(picture, 4), i % 3, SIZE, SIZE
+
+    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
+    write_dataset(uri, rows(), classes=["r", "g", "b"], encoding="patches", image=image)
+    return open_dataset(uri), Split(uri=uri)
+
+
+@pytest.fixture
+def train(tmp_path):
+    return colours(str(tmp_path / "train"))
+
+
+PROTOCOL = FineTune(resolution=SIZE, crop="squash", flip=False, steps=6, batch_size=30, lrs=(0.05,))
+
+
+def tune(model, data, protocol=PROTOCOL, lr=0.05, seed=0, **more):
+    return finetune.fine_tune(model, *data, protocol, num_classes=3, lr=lr, seed=seed, **more)
+
+
+def state(tuned):
+    return torch.cat([p.detach().flatten() for p in tuned.model.parameters()])
+
+
+def test_it_learns_and_leaves_the_pretrained_model_alone(model, train, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+    protocol = dataclasses.replace(PROTOCOL, steps=40, warmup=4)
+    tuned = tune(model, train, protocol, progress=lambda *state: seen.append(state))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert tuned.curve[0][1] == pytest.approx(math.log(3), rel=1e-5)  # the head starts at zero: uniform predictions
+    assert seen[-1][:2] == (40, 40)
+    found = finetune.predict(
+        tuned.model, *colours(str(tmp_path / "test"), 50, 1), resolution=SIZE, device="cpu", batch_size=8
+    )
+    assert found.accuracy() > 90
+    assert len(set(found.keys)) == 50
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(model, train):
+    whole, parts = (tune(model, train, micro_batch=n) for n in (30, 7))
+    assert torch.allclose(state(whole), state(parts), atol=2e-6)
+    assert not torch.allclose(
+        state(whole),
+        torch.cat([p.detach().flatten() for p in tune(model, train, lr=0.01).model.parameters()]),
+        atol=1e-4,
+    )
+
+
+def test_same_seed_same_weights_other_seed_others(model, train):
+    protocol = dataclasses.replace(PROTOCOL, crop="random", flip=True)
+    first, again, other = (tune(model, train, protocol, seed=s) for s in (1, 1, 2))
+    assert torch.equal(state(first), state(again))
+    assert not torch.equal(state(first), state(other))
+
+
+def test_sgd_step_is_momentum_on_clipped_gradients(model, train):
+    """Two steps by hand: g is clipped to norm 1 before it enters the momentum; no weight decay."""
+    protocol = dataclasses.replace(PROTOCOL, steps=2, clip=0.05)
+    tuned = tune(model, train, protocol)
+    hand = create_model(**{**model.config})
+    hand.load_state_dict(model.state_dict())
+    hand.replace_head(3)
+    velocity = [torch.zeros_like(p) for p in hand.parameters()]
+    stream = finetune.batches(*train, protocol, seed=0, device=CPU, threads=1)
+    for step in range(2):
+        images, labels = next(stream)
+        gradients = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(hand(images), labels), list(hand.parameters())
+        )
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        assert norm > 0.05
+        lr = 0.05 * 0.5 * (1 + math.cos(math.pi * step / 2))
+        with torch.no_grad():
+            for v, g, p in zip(velocity, gradients, hand.parameters(), strict=True):
+                v.mul_(0.9).add_(g * 0.05 / (norm + 1e-6))
+                p -= lr * v
+    assert torch.allclose(state(tuned), torch.cat([p.detach().flatten() for p in hand.parameters()]), atol=1e-6)
+
+
+def test_polyak_average_of_the_weights(model, train, monkeypatch):
+    """The average starts at w_1, then a_n = 0.9 a_(n-1) + 0.1 w_n, and it is what gets evaluated."""
+    weights = []
+    step = torch.optim.SGD.step
+
+    def recording(self, closure=None):
+        step(self, closure)
+        weights.append(torch.cat([p.detach().flatten() for group in self.param_groups for p in group["params"]]))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recording)
+    averaged = tune(model, train, dataclasses.replace(PROTOCOL, polyak=0.9))
+    expected = weights[0]
+    for w in weights[1:]:
+        expected = 0.9 * expected + 0.1 * w
+    assert len(weights) == PROTOCOL.steps
+    assert torch.allclose(state(averaged), expected, atol=1e-6)
+    assert not torch.allclose(state(averaged), weights[-1], atol=1e-5)
+
+
+def test_schedules():
+    cosine = FineTune(steps=100, warmup=10)
+    rates = [finetune.rate_at(cosine, 2.0, step) for step in range(100)]
+    assert rates[0] == 0
+    assert rates[5] == pytest.approx(1.0)
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] < 0.001
+    steps = FineTune(steps=1000, decay="step", warmup=80)
+    rates = [finetune.rate_at(steps, 1.0, step) for step in (0, 40, 80, 299, 300, 599, 600, 900)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.001])
+
+
+def test_divergence_is_an_error_of_its_own(model, train):
+    with pytest.raises(finetune.Diverged, match="learning rate 1e\\+39"):
+        tune(model, train, dataclasses.replace(PROTOCOL, clip=1e30), lr=1e39)
+
+
+# ---------------------------------------------------------------- images
+
+
+def numbered(uri, encoding, n=11):
+    """Pictures whose pixels say where they are: red = column, green = row, blue = number."""
+    import cv2
+
+    def rows():
+        for i in range(n):
+            grid = np.indices((SIZE, SIZE)).astype(np.uint8) * 10
+            picture = np.stack([grid[1], grid[0], np.full_like(grid[0], i)], -1)
+            stored = (
+                patchify(picture, 4)
+                if encoding == "patches"
+                else cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
+            )
+            yield f"k{i}", stored, i % 3, SIZE, SIZE
+
+    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3} if encoding == "patches" else {}
+    write_dataset(uri, rows(), classes=["a", "b", "c"], encoding=encoding, image=image)
+    return open_dataset(uri), Split(uri=uri)
+
+
+@pytest.mark.parametrize("encoding", ["patches", "jpeg"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_are_full_cover_every_epoch_and_cross_its_border(tmp_path, monkeypatch, encoding, resident):
+    monkeypatch.setattr(finetune, "RESIDENT_BYTES", 1 << 30 if resident else 0)
+    data = numbered(str(tmp_path / "set"), encoding)
+    protocol = dataclasses.replace(PROTOCOL, batch_size=4)
+    stream = finetune.batches(*data, protocol, seed=0, device=CPU, threads=1)
+    images, labels = zip(*itertools.islice(stream, 11), strict=True)  # 44 examples: four epochs of 11
+    assert all(batch.shape == (4, SIZE, SIZE, 3) for batch in images)
+    numbers = torch.cat(images)[:, 0, 0, 2].tolist()
+    assert [number % 3 for number in numbers] == torch.cat(labels).tolist()
+    epochs = [numbers[start : start + 11] for start in range(0, 44, 11)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert torch.equal(torch.cat(images)[0, :, :, :2], torch.cat(images)[5, :, :, :2])  # squash keeps pixels in place
+
+
+def test_batch_larger_than_the_dataset_is_still_full(tmp_path, monkeypatch):
+    data = numbered(str(tmp_path / "set"), "patches", n=5)
+    protocol = dataclasses.replace(PROTOCOL, batch_size=12)
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(finetune, "RESIDENT_BYTES", limit)
+        images, _ = next(finetune.batches(*data, protocol, seed=0, device=CPU, threads=1))
+        assert len(images) == 12
+        assert set(images[:, 0, 0, 2].tolist()) == set(range(5))
+
+
+def test_crops_are_windows_of_the_picture_and_half_are_mirrored():
+    x = torch.arange(20, dtype=torch.uint8)
+    picture = torch.stack([x.expand(20, 20), x[:, None].expand(20, 20), torch.zeros(20, 20, dtype=torch.uint8)], -1)
+    protocol = FineTune(resolution=16, crop="random", flip=True)
+    picked = torch.zeros(2000, dtype=torch.int64)
+    crops = finetune.crop_and_flip(picture[None], picked, protocol, torch.Generator().manual_seed(0)).int()
+    steps = crops[:, 0, 1:, 0] - crops[:, 0, :-1, 0]
+    assert ((steps == 1).all(1) | (steps == -1).all(1)).all()
+    assert 0.45 < (steps[:, 0] == -1).float().mean() < 0.55
+    assert torch.equal(crops[:, 1:, 0, 1] - crops[:, :-1, 0, 1], torch.ones(2000, 15, dtype=torch.int32))
+    corners = torch.stack([crops[:, 0, :, 0].amin(1), crops[:, 0, 0, 1]], 1)
+    assert len(torch.unique(corners, dim=0)) == 25  # every corner from 0 to 4, both ways
+    still = finetune.crop_and_flip(picture[None], picked, dataclasses.replace(protocol, flip=False), torch.Generator())
+    assert (still[:, 0, 1:, 0].int() - still[:, 0, :-1, 0].int() == 1).all()
+
+
+def test_higher_resolution_resizes_images_and_positions(model, train):
+    tuned = tune(model, train, dataclasses.replace(PROTOCOL, resolution=24, crop="random", flip=True, steps=2))
+    assert tuned.model.config["image_size"] == 24
+    assert tuned.model.pos_embed.shape[1] == 1 + 6 * 6
+    found = finetune.predict(tuned.model, *train, resolution=24, device="cpu", batch_size=16)
+    assert len(found.keys) == 60
+
+
+def test_parts_train_and_score_only_their_examples(model, train):
+    dataset, split = train
+    rest, dev = (dataclasses.replace(split, part=part) for part in ((0.3, 1.0), (0.0, 0.3)))
+    tuned = tune(model, (dataset, rest))
+    scored = finetune.predict(tuned.model, dataset, dev, resolution=SIZE, device="cpu", batch_size=16).keys
+    images, _ = next(
+        finetune.batches(dataset, rest, dataclasses.replace(PROTOCOL, batch_size=200), seed=0, device=CPU, threads=1)
+    )
+    seen = {bytes(image.numpy()) for image in images}
+    assert 5 < len(scored) < 40
+    assert len(scored) + len(seen) == 60
+
+
+def test_parity_is_a_task_of_two_classes(model, train):
+    tuned = finetune.fine_tune(
+        model, *train, dataclasses.replace(PROTOCOL, steps=30), num_classes=2, lr=0.05, seed=0, parity=True
+    )
+    found = finetune.predict(tuned.model, *train, resolution=SIZE, device="cpu", batch_size=16, parity=True)
+    assert set(found.labels.tolist()) == {0, 1}
+    assert found.accuracy() > 90
+
+
+def test_multilabel_and_unlabelled_test_images(tmp_path, model):
+    rows = [
+        (f"k{i}", np.zeros((16, 48), np.uint8), labels, 16, 16) for i, labels in enumerate([[0, 2], [], [1], [0, 1, 2]])
+    ]
+    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
+    uri = str(tmp_path / "multi")
+    write_dataset(uri, rows, classes=["a", "b", "c"], encoding="patches", image=image, multilabel=True)
+    model.replace_head(3)
+    with torch.no_grad():
+        model.head.bias[1] = 1.0
+    found = finetune.predict(model, open_dataset(uri), Split(uri=uri), resolution=SIZE, device="cpu", batch_size=2)
+    assert found.labelled().tolist() == [True, False, True, True]
+    assert found.accuracy() == pytest.approx(200 / 3)
+    assert found.accuracy(without=frozenset({"k0"})) == 100
+    assert math.isnan(found.accuracy(without=frozenset({"k0", "k2", "k3"})))
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
+    dataset, split = train
+    model.eval()
+    wanted = features.feature_set(split, dataset, "checkpoint", Probe(resolution=SIZE, resize=SIZE))
+    whole = features.compute(model, wanted, device="cpu", batch_size=7)
+    folder = str(tmp_path / "features")
+    names = [f"part-{i}.parquet" for i in range(4)]
+    for i, name in enumerate(names):
+        features.write_part(
+            f"{folder}/{name}", *features.compute(model, wanted, device="cpu", batch_size=7, part=(i, 4))
+        )
+    (tmp_path / "features" / features.INDEX).write_text(f'{{"parts": {names}}}'.replace("'", '"'))
+    keys, labels, values = features.load(folder)
+    assert keys == whole[0] == [f"0-{i}" for i in range(60)]
+    assert np.array_equal(labels, whole[1])
+    assert np.allclose(values.numpy(), whole[2], atol=1e-6)
+    expected = model.features(torch.from_numpy(dataset.read([5])[0]["image"])[None])  # after the tanh: 'pre_logits'
+    assert torch.allclose(values[5], expected[0], atol=1e-5)
+
+
+def test_feature_sets_differ_with_everything_that_changes_them(train):
+    dataset, split = train
+    probe = Probe(resolution=SIZE, resize=SIZE)
+    variants = [
+        features.feature_set(split, dataset, "a", probe),
+        features.feature_set(split, dataset, "b", probe),
+        features.feature_set(split, dataset, "a", dataclasses.replace(probe, resize=20)),
+        features.feature_set(split, dataset, "a", dataclasses.replace(probe, resolution=20)),
+        features.feature_set(dataclasses.replace(split, part=(0.0, 0.5)), dataset, "a", probe),
+    ]
+    assert len({variant.name for variant in variants}) == 5
+    assert features.feature_set(split, dataset, "a", Probe(kind="knn", resolution=SIZE, resize=SIZE)) == variants[0]
