@@ -40,6 +40,7 @@ def runtime_env(ship_project: bool) -> dict:
 def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool = False) -> None:
     """Joins or starts Ray once per process and says which.
 
+    What tasks and workers print stays in Ray's own logs: the jobs report progress and errors themselves.
     Raises UserError when the cluster at `address` cannot be joined.
     """
     import ray
@@ -48,17 +49,17 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
 
     if ray.is_initialized():
         return
-    # Ray's own per-line prefixes and progress bars drown ours; its warnings stay.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
         if submitted:
-            ray.init(logging_level="warning")
+            ray.init(logging_level="error", log_to_driver=False)
             what = "this job's cluster"
         elif address:
-            ray.init(address=address, runtime_env=runtime_env(ship_project=True), logging_level="warning")
+            ray.init(
+                address=address, runtime_env=runtime_env(ship_project=True), logging_level="error", log_to_driver=False
+            )
             what = f"the cluster at {address}"
         else:
             ray.init(
@@ -66,7 +67,8 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
                 num_cpus=num_cpus,
                 dashboard_host="127.0.0.1",
                 runtime_env=runtime_env(ship_project=False),
-                logging_level="warning",
+                logging_level="error",
+                log_to_driver=False,
             )
             what = "embedded Ray"
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ readable on another number of workers or another ZeRO stage (each worker reads t
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ class Engine:
             return
         if self.config.zero == 0:  # every worker holds everything
             if hasattr(optimizer, "fp32_groups"):  # low precision, with float32 masters
-                pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+                pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
             else:
                 pairs = ((parameter, parameter) for parameter in self.module.parameters())
             for parameter, master in pairs:

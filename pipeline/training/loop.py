@@ -176,7 +176,7 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
 
 
 def train_worker(task: dict[str, Any]) -> None:
-    """The loop of one worker. `task`: config (plain), run_id, tracking_uri, and a console to print lines on the driver."""
+    """The loop of one worker. `task`: config (plain), run_id, tracking_uri, and two ways back to the driver: say(line), done(result)."""
     import ray.train
     import ray.train.torch
 
@@ -193,7 +193,8 @@ def train_worker(task: dict[str, Any]) -> None:
     finally:
         if run is not None:
             run.finish()
-    ray.train.report(result)
+    if rank == 0:
+        task["done"](result)
 
 
 def train(

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,15 +25,25 @@ from pipeline.training.loop import Plan, make_plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 
 
+# Activations come and go every step. By default glibc gives each large one back to the kernel and faults it in again,
+# zeroed, page by page; kept in the heap they cost nothing.
+HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
 def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
     """Runs (or continues) pre-training on the connected Ray and returns its final numbers.
 
     base: the recipe that the config came from, to print what differs. Raises UserError before any worker starts when the
     data, the batch, the workers or the output folder do not fit; RuntimeError when training failed for good.
     """
+    config = _absolute(config)
     plan = check(config)
     print(describe(plan, base), flush=True)
-    output = storage.normalise(config.output)
+    output = config.output
     record = _identify(plan, output)
     manifest = open_dataset(config.data).manifest
     run = tracking.start_run(
@@ -62,6 +73,12 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         run.finish(status)
     print(summary(result, seconds), flush=True)
     return {**result, "run_id": run.id, "seconds": seconds}
+
+
+def _absolute(config: PretrainConfig) -> PretrainConfig:
+    """The config with absolute paths: Ray's workers run in another folder."""
+    named = {name: getattr(config, name) for name in ("data", "validation", "output", "init_from", "cache")}
+    return replace(config, **{name: storage.normalise(uri) for name, uri in named.items() if uri})
 
 
 def check(config: PretrainConfig) -> Plan:
@@ -160,19 +177,19 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if config.gpus:
         resources["GPU"] = 1
-    output = storage.normalise(config.output)
-    fs, path = storage.filesystem(storage.join(output, "ray"))
-    filesystem = PyFileSystem(FSSpecHandler(fs)) if storage.is_remote(output) else None
+    fs, path = storage.filesystem(storage.join(config.output, "ray"))
+    filesystem = PyFileSystem(FSSpecHandler(fs)) if storage.is_remote(config.output) else None
     threads = str(max(1, int(config.cpus_per_worker)))
-    environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cuda" if config.gpus else "cpu"}
+    environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cuda" if config.gpus else "cpu", **HEAP}
     console = Console()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "config": configuration.to_dict(config) | {"data": storage.normalise(config.data), "output": output},
+            "config": configuration.to_dict(config),
             "run_id": run_id,
             "tracking_uri": tracking_uri,
             "say": console.say,
+            "done": console.done,
         },
         torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.gpus, resources_per_worker=resources),
@@ -186,7 +203,7 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
     )
     try:
         with console:
-            result = trainer.fit()
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         causes = list(getattr(error, "worker_failures", {}).values()) or [error]
         cause = causes[0]
@@ -196,8 +213,8 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
             raise cause from None
         raise RuntimeError(f"training failed: {type(cause).__name__}: {cause}") from error
     finally:
-        storage.remove(storage.join(output, "ray"), recursive=True)
-    return dict(result.metrics)
+        storage.remove(storage.join(config.output, "ray"), recursive=True)
+    return console.result()
 
 
 def _wait_for_resources(config: PretrainConfig) -> None:
@@ -230,9 +247,16 @@ class Console:
         class Lines:
             def __init__(self) -> None:
                 self.lines: list[str] = []
+                self.result: dict[str, Any] = {}
 
             def add(self, line: str) -> None:
                 self.lines.append(line)
+
+            def finish(self, result: dict[str, Any]) -> None:
+                self.result = result
+
+            def outcome(self) -> dict[str, Any]:
+                return self.result
 
             def take(self) -> list[str]:
                 taken, self.lines = self.lines, []
@@ -250,6 +274,22 @@ class Console:
             actor.add.remote(line)
 
         return say
+
+    @property
+    def done(self) -> Callable[[dict[str, Any]], None]:
+        import ray
+
+        actor = self.actor
+
+        def done(result: dict[str, Any]) -> None:
+            ray.get(actor.finish.remote(result))
+
+        return done
+
+    def result(self) -> dict[str, Any]:
+        import ray
+
+        return ray.get(self.actor.outcome.remote())
 
     def __enter__(self) -> "Console":
         self.thread.start()
