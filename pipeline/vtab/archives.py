@@ -77,13 +77,15 @@ class Found:
 
 def locate(raw: str, dataset: str) -> tuple[list[Found], list[File]]:
     """What there is and what is missing of a data set's files."""
+    own = storage.join(raw, dataset)
     found, missing = [], []
     for file in official()[dataset]:
-        places = [place for folder in (storage.join(raw, dataset), raw) if (place := _look(folder, file))]
-        if places:
-            found.append(places[0])
-        else:
+        place = _look(own, file) or _look(raw, file)
+        # RAW/dtd is the folder that DTD's archive belongs in, not the archive unpacked
+        if place is None or (place.prefix and place.uri == own):
             missing.append(file)
+        else:
+            found.append(place)
     return found, missing
 
 
@@ -243,10 +245,15 @@ class Tree:
                     with self._open(name) as member:
                         yield name, member
             return
-        # The stream mode never seeks and finds out itself whether the tar is compressed: two of the official
-        # "tar.gz" are plain tar files.
         with storage.open_file(self.uri) as file, damaged(self.uri):
-            with tarfile.open(fileobj=file, mode="r|*") as archive:
+            # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would take a gzip stream that is
+            # cut short for the end of the archive; gzip does not.
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            with (
+                gzip.open(file) if compressed else contextlib.nullcontext(file) as stream,
+                tarfile.open(fileobj=stream, mode="r|") as archive,  # type: ignore[arg-type]
+            ):
                 for info in archive:
                     name = info.name.removeprefix("./")
                     if info.isfile() and keep(name):
@@ -286,7 +293,8 @@ class Tree:
 
 
 def _all(member: IO[bytes], where: str) -> bytes:
-    data = member.read(MAX_MEMBER_BYTES + 1)
+    with damaged(where):
+        data = member.read(MAX_MEMBER_BYTES + 1)
     if len(data) > MAX_MEMBER_BYTES:
         raise UserError(f"{where}: more than {MAX_MEMBER_BYTES:,} bytes, which no file of this data set has")
     return data

@@ -31,6 +31,7 @@ SMALL = (
 )  # held in memory while an archive streams by, written in official order
 SLICE = 1024  # images of a random-access archive that are one unit of work
 MAX_PIXELS = 200_000_000
+TFDS_SPLITS = ("train", "validation", "test")  # sources are numbered in this order, so train800 comes before val200
 WORK = ".work"  # receipts of finished units
 
 
@@ -102,7 +103,10 @@ def prepare(
             say(f"unit {i} of {len(units)}: {task}{' failed' if problem else ''}")
         for plan in plans:
             if plan.task not in failed:
-                results[plan.task] = finish(plan)
+                try:
+                    results[plan.task] = finish(plan)
+                except UserError as error:
+                    problems.append(f"{plan.task}: {error}")
         if problems:
             raise UserError("\n".join(dict.fromkeys(problems)))
     return {name: result for name, result in results.items() if result is not None}
@@ -290,14 +294,14 @@ def _list_archives(requests: Sequence[Request]) -> list[Listing]:
     found, _ = archives.locate(raw, dataset)
     if any(request.verify for request in requests):
         archives.verify(raw, dataset, found)
-    return readers.index(dataset, found, raw)
+    return readers.index(dataset, found)
 
 
 def _order(plan: Plan, request: Request, listings: Sequence[Listing]) -> dict[str, list[Example]]:
     """{TFDS split: examples in TFDS order}, of the TFDS splits that are needed."""
     wanted = {name for split in request.splits for name in splits.needed(request.entry, split)}
     ordered = {}
-    for name in sorted(wanted):
+    for name in (split for split in TFDS_SPLITS if split in wanted):
         rows: dict[Any, Example] = {}
         for listing in listings:
             if listing.split == name:

@@ -63,7 +63,8 @@ def tfds_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, list
     """{TFDS split: listings in order} of the TFDS splits that `splits` draw from. A key is the split and the position."""
     names = [info.path for info in storage.list_files(folder, recursive=False)]
     index: dict[str, list[Listing]] = {}
-    for split in dict.fromkeys(name for wanted in splits for name in needed(task, wanted)):
+    wanted = {name for split in splits for name in needed(task, split)}
+    for split in (name for name in ("train", "validation", "test") if name in wanted):
         shards = sorted(name for name in names if name.startswith(f"{task.dataset}-{split}.") and "-of-" in name)
         if not shards:
             raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* there; prepare that split with TFDS, too")

@@ -7,12 +7,12 @@ which loses nothing.
 
 import csv
 import io
-import itertools
 import json
 import shutil
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -59,13 +59,20 @@ class Listing:
     labels: dict[str, Labels]
 
 
-Index = Callable[[dict[str, Found], str], list[Listing]]
+Index = Callable[[dict[str, Found]], list[Listing]]
+
+# What parsing raises over contents that are not what they should be: the archive's fault, not the program's.
+MALFORMED = (KeyError, IndexError, ValueError, TypeError, AttributeError, struct.error)
 
 
-def index(dataset: str, found: Iterable[Found], raw: str) -> list[Listing]:
+def index(dataset: str, found: Iterable[Found]) -> list[Listing]:
     """Every example of a data set. Raises UserError naming the archive that is damaged or not laid out as expected."""
     places = {place.file.name: place for place in found}
-    listings = INDEXES[dataset](places, raw)
+    try:
+        listings = INDEXES[dataset](places)
+    except MALFORMED as error:
+        where = ", ".join(place.uri for place in places.values())
+        raise UserError(f"{where}: not laid out as {dataset} is ({type(error).__name__}: {error})") from error
     if not any(len(listing.keys) for listing in listings):
         raise UserError(f"{', '.join(place.uri for place in places.values())}: no example of {dataset} in there")
     return listings
@@ -76,7 +83,10 @@ def read(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, by
 
     Members that the source lacks are left out.
     """
-    return READERS[source.kind](source, members)
+    try:
+        yield from READERS[source.kind](source, members)
+    except MALFORMED as error:
+        raise UserError(f"{source.uri}: not laid out as expected ({type(error).__name__}: {error})") from error
 
 
 def _tree(place: Found) -> Tree:
@@ -122,7 +132,7 @@ def png(image: np.ndarray) -> bytes:
 # ---------------------------------------------------------------- class folders and lists of files
 
 
-def caltech101(places: dict[str, Found], raw: str) -> list[Listing]:
+def caltech101(places: dict[str, Found]) -> list[Listing]:
     """30 pictures of every class train, the others test. TFDS draws them by numpy's seed 1234 while it walks the folders in
     whatever order the file system gives; here folders and files are walked sorted. For TFDS's own draw, prepare from its
     TFRecords (pipeline/vtab/copies.py)."""
@@ -157,7 +167,7 @@ def caltech101(places: dict[str, Found], raw: str) -> list[Listing]:
     ]
 
 
-def dtd(places: dict[str, Found], raw: str) -> list[Listing]:
+def dtd(places: dict[str, Found]) -> list[Listing]:
     """The first of the ten official folds."""
     tree, source = _tree(places["dtd-r1.0.1.tar.gz"]), _source(places["dtd-r1.0.1.tar.gz"])
     classes = _classes("dtd")
@@ -171,15 +181,15 @@ def dtd(places: dict[str, Found], raw: str) -> list[Listing]:
     return listings
 
 
-def flowers102(places: dict[str, Found], raw: str) -> list[Listing]:
+def flowers102(places: dict[str, Found]) -> list[Listing]:
     from scipy.io import loadmat
 
     def mat(name: str) -> dict[str, Any]:
         data = storage.read_bytes(places[name].uri)
         try:
             return loadmat(io.BytesIO(data))
-        except (ValueError, TypeError, OSError, NotImplementedError) as error:
-            raise UserError(f"{places[name].uri}: not a readable MATLAB file ({error})") from error
+        except (*MALFORMED, OSError, NotImplementedError, zlib.error) as error:
+            raise UserError(f"{places[name].uri}: truncated, or not a MATLAB file ({error})") from error
 
     labels = mat("imagelabels.mat")["labels"].ravel().astype(int) - 1
     sets = mat("setid.mat")
@@ -200,7 +210,7 @@ def flowers102(places: dict[str, Found], raw: str) -> list[Listing]:
     return listings
 
 
-def pets(places: dict[str, Found], raw: str) -> list[Listing]:
+def pets(places: dict[str, Found]) -> list[Listing]:
     tree = _tree(places["annotations.tar.gz"])
     source = _source(places["images.tar.gz"])
     listings = []
@@ -216,7 +226,7 @@ def pets(places: dict[str, Found], raw: str) -> list[Listing]:
     return listings
 
 
-def sun397(places: dict[str, Found], raw: str) -> list[Listing]:
+def sun397(places: dict[str, Found]) -> list[Listing]:
     """TFDS's own partition; its lists beside the archive (sun397_tfds_{tr,va,te}.txt) take precedence over ours."""
     place = places["SUN397.tar.gz"]
     source = _source(place)
@@ -253,16 +263,16 @@ def _class_folders(dataset: str, place: Found, class_of: Callable[[str, str], st
     return [Listing(split="train", source=source, keys=keys, members=members, labels=_tasks(dataset, labels))]
 
 
-def eurosat(places: dict[str, Found], raw: str) -> list[Listing]:
+def eurosat(places: dict[str, Found]) -> list[Listing]:
     """2750/<class>/<class>_<number>.jpg; the class is the one in the file name, as TFDS takes it."""
     return _class_folders("eurosat", places["EuroSAT.zip"], lambda folder, file: file.partition("_")[0])
 
 
-def resisc45(places: dict[str, Found], raw: str) -> list[Listing]:
+def resisc45(places: dict[str, Found]) -> list[Listing]:
     return _class_folders("resisc45", places["NWPU-RESISC45"], lambda folder, file: folder)
 
 
-def retinopathy(places: dict[str, Found], raw: str) -> list[Listing]:
+def retinopathy(places: dict[str, Found]) -> list[Listing]:
     """Kaggle's train images are 'train', its test images 'validation' (public leaderboard) and 'test' (private)."""
     listings = []
     for split, table, images, usage in (
@@ -306,12 +316,12 @@ def clevr_count(objects: int) -> int:
 
 
 def clevr_distance(distances: Iterable[float]) -> int:
-    """The bin of the closest object. float32, and strict comparisons: an edge belongs to the bin below it."""
+    """The bin of the closest object, -1 without any. An edge belongs to the bin below it; float32, as in TFDS."""
     edges = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)
-    return int(np.flatnonzero(edges < np.float32(min(distances))).max())
+    return int(np.sum(edges < np.float32(min(distances, default=0)))) - 1
 
 
-def clevr(places: dict[str, Found], raw: str) -> list[Listing]:
+def clevr(places: dict[str, Found]) -> list[Listing]:
     """Scene number i describes the i-th image in the order of names. The official test images have no scenes: not used."""
     tree, source = _tree(places["CLEVR_v1.0.zip"]), _source(places["CLEVR_v1.0.zip"])
     names = sorted(name for name in tree.names() if name.endswith(".png"))
@@ -347,8 +357,8 @@ VEHICLES = ("Car", "Van", "Truck")
 
 def kitti_distance(vehicle_distances: Iterable[float]) -> int:
     """The bin of the closest car, van or truck in metres ahead: up to 8, 20, farther, none. An edge belongs to the bin below."""
-    closest = min(np.float32(z) for z in itertools.chain(vehicle_distances, [1000.0]))
-    return int(np.flatnonzero(np.array([-100, 8, 20, 999], np.float32) < closest).max())
+    closest = np.float32(min(vehicle_distances, default=1000))
+    return int(np.sum(np.array([-100, 8, 20, 999], np.float32) < closest)) - 1
 
 
 def kitti_label(text: str) -> int:
@@ -377,7 +387,7 @@ def kitti_videos(permutation: str, mapping: str) -> dict[str, list[int]]:
     return splits
 
 
-def kitti(places: dict[str, Found], raw: str) -> list[Listing]:
+def kitti(places: dict[str, Found]) -> list[Listing]:
     devkit = _tree(places["devkit_object.zip"])
     annotations = _tree(places["data_object_label_2.zip"])
     images, source = _tree(places["data_object_image_2.zip"]), _source(places["data_object_image_2.zip"])
@@ -418,7 +428,7 @@ def kitti(places: dict[str, Found], raw: str) -> list[Listing]:
 # ---------------------------------------------------------------- arrays of pixels
 
 
-def cifar100(places: dict[str, Found], raw: str) -> list[Listing]:
+def cifar100(places: dict[str, Found]) -> list[Listing]:
     """Rows of 3,074 bytes: coarse label, fine label, 32x32 planes of red, green and blue."""
     place = places["cifar-100-binary.tar.gz"]
     listings = []
@@ -447,7 +457,7 @@ def read_cifar100(source: Source, members: Sequence[Member]) -> Iterator[tuple[M
         yield i, png(rows[int(i), 2:].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
-def svhn(places: dict[str, Found], raw: str) -> list[Listing]:
+def svhn(places: dict[str, Found]) -> list[Listing]:
     """Format 2, cropped digits; label 10 stands for the digit 0. The extra images are no part of the task."""
     listings = []
     for split, name in (("train", "train_32x32.mat"), ("test", "test_32x32.mat")):
@@ -465,7 +475,7 @@ def _svhn_field(uri: str, field: str) -> np.ndarray:
     try:
         with storage.open_file(uri) as file, damaged(uri):
             return loadmat(file, variable_names=[field])[field]
-    except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as error:
+    except (*MALFORMED, OSError, NotImplementedError) as error:
         raise UserError(f"{uri}: truncated, or not the MATLAB file of SVHN ({error})") from error
 
 
@@ -492,7 +502,7 @@ def _open_h5(uri: str, stack: IO[bytes]) -> Any:
         raise UserError(f"{uri}: truncated, or not an HDF5 file ({error})") from error
 
 
-def patch_camelyon(places: dict[str, Found], raw: str) -> list[Listing]:
+def patch_camelyon(places: dict[str, Found]) -> list[Listing]:
     listings = []
     for split, short in (("train", "train"), ("validation", "valid"), ("test", "test")):
         pixels, targets = (places[f"camelyonpatch_level_2_split_{short}_{axis}.h5.gz"].uri for axis in "xy")
@@ -524,7 +534,7 @@ def dsprites_label(value: int, original_classes: int) -> int:
 DSPRITES_BLOCK = 4096  # rows; the file is compressed in chunks that single rows would unpack again and again
 
 
-def dsprites(places: dict[str, Found], raw: str) -> list[Listing]:
+def dsprites(places: dict[str, Found]) -> list[Listing]:
     """Columns of the latent classes: colour, shape, scale, orientation (40), x (32), y (32)."""
     (place,) = places.values()
     uri = place.uri
@@ -594,7 +604,7 @@ def _norb_header(stream: IO[bytes], uri: str) -> tuple[np.dtype[Any], list[int]]
     return NORB_TYPES[magic], list(sizes[:dimensions])
 
 
-def smallnorb(places: dict[str, Found], raw: str) -> list[Listing]:
+def smallnorb(places: dict[str, Found]) -> list[Listing]:
     """Rows of the info matrix: instance, elevation (0-8), azimuth (0-34 in steps of 2), lighting."""
     listings = []
     for split, name in NORB.items():
@@ -642,11 +652,12 @@ def _dmlab_records(tree: Tree, split: str, check: bool) -> Iterator[tuple[str, d
 
     for name, file in tree.walk(wanted):
         where = f"{tree.uri}: {name}"
-        for number, record in enumerate(read_records(file, where, check)):
-            yield f"{name}#{number}", parse_example(record, where)
+        with damaged(where):
+            for number, record in enumerate(read_records(file, where, check)):
+                yield f"{name}#{number}", parse_example(record, where)
 
 
-def dmlab(places: dict[str, Found], raw: str) -> list[Listing]:
+def dmlab(places: dict[str, Found]) -> list[Listing]:
     tree, source = _tree(places["dmlab.tar.gz"]), _source(places["dmlab.tar.gz"], "dmlab")
     listed: dict[str, list[tuple[str, bytes, int]]] = {"train": [], "validation": [], "test": []}
     for member, example in _dmlab_records(tree, "", check=False):

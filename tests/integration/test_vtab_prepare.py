@@ -1,0 +1,71 @@
+"""The command itself: through real Ray Data, from and to an S3 endpoint, and killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.vtab import build, miniature, open_split, prepare
+
+PROJECT = Path(__file__).parents[2]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(PROJECT / "jobs" / "prepare.py"), "--num-cpus", "2", "--vtab", *arguments]
+
+
+def fingerprints(results: dict) -> dict:
+    return {
+        (task, split): counts["fingerprint"] for task, splits in results.items() for split, counts in splits.items()
+    }
+
+
+def test_from_s3_to_s3(s3, tmp_path, monkeypatch):
+    """A tar, a zip, gzipped arrays and MATLAB files on S3 give the very datasets that local files give."""
+    tasks = ["cifar100", "eurosat", "smallnorb_azimuth", "svhn"]
+    raw = miniature.write(tasks, str(tmp_path / "raw"), per_class=3)
+    storage.copy_tree(raw, f"{s3}/raw")
+    done = subprocess.run(
+        command(*tasks, "--raw", f"{s3}/raw", "--output", f"{s3}/sets", "--json"),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert open_split(f"{s3}/sets/svhn", "test").read([0])[0]["width"] == 32
+    monkeypatch.setattr(build, "_ray_map", map)
+    assert fingerprints(results) == fingerprints(prepare(tasks, raw, str(tmp_path / "sets"), quiet=True))
+    assert not [file for file in storage.list_files(f"{s3}/sets") if build.WORK in file.path]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_run_again(tmp_path, monkeypatch):
+    raw = miniature.write("all", str(tmp_path / "raw"))
+    arguments = command("all", "--raw", raw, "--output", str(tmp_path / "sets"))
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(receipts := list((tmp_path / "sets").glob(f"*/{build.WORK}/*.json"))) < 8:
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # workers notice that their driver is gone
+    kept = {path: path.stat().st_mtime_ns for path in receipts if path.exists()}
+    assert not list((tmp_path / "sets").rglob("manifest.json"))
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("part-*.parquet")}
+    subprocess.run(arguments, check=True, timeout=280, stdout=subprocess.DEVNULL)
+    assert kept
+    untouched = [path for path, written in shards.items() if path.exists() and path.stat().st_mtime_ns == written]
+    assert len(untouched) >= len(kept)  # every finished unit has at least one shard, which was not written again
+    monkeypatch.setattr(build, "_ray_map", map)
+    undisturbed = fingerprints(prepare(miniature.tasks.TASKS, raw, str(tmp_path / "again"), quiet=True))
+    for (task, split), fingerprint in undisturbed.items():
+        assert open_split(str(tmp_path / "sets" / task), split).manifest.fingerprint == fingerprint
