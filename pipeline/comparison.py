@@ -52,9 +52,7 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
             rows.setdefault((row.suite, row.checkpoint), row)
     if not rows:
         what = f'of suite "{suite}" ' if suite else ""
-        raise UserError(
-            f"no transfer run {what}with scores yet; run jobs/transfer.py first, or set --tracking-uri"
-        )
+        raise UserError(f"no transfer run {what}with scores yet; run jobs/transfer.py first, or set --tracking-uri")
     return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
 
 

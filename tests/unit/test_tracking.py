@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import names, start_run, tracking_uri
 from pipeline.tracking import run as run_module
 from pipeline.tracking.spool import Queue, spool_root
+from pipeline.tracking.system import SystemMetrics
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -187,6 +188,21 @@ def test_lineage_reaches_back_through_all_sources(uri):
     assert (tags["lineage.prepare"], tags["lineage.pretrain"]) == (prepare.id, pretrain.id)
     for run in (prepare, pretrain):
         assert f"/runs/{run.id})" in tags[names.NOTE]
+
+
+def test_system_metrics_of_each_node_join_the_one_run(uri):
+    with start_run("pretrain", "nodes", tracking_uri=uri) as run:
+        run.flush()
+        with (
+            SystemMetrics(run.id, uri, node="node-0", since=time.time() - 100, every=0.1),
+            SystemMetrics(run.id, uri, node="node-1", every=0.1),
+        ):
+            time.sleep(0.3)
+        assert run_module.client(uri).get_run(run.id).info.status == "RUNNING"  # only its owner ends it
+    metrics = run_module.client(uri).get_run(run.id).data.metrics
+    assert 0 <= metrics["system/node-0/cpu_percent"] <= 100
+    assert metrics["system/node-1/memory_gb"] > 0
+    assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] >= 100
 
 
 # ---------------------------------------------------------------- the server misbehaves

@@ -1,0 +1,90 @@
+"""What a node does while it trains: CPU, memory, network, disk and GPUs, as metrics `system/<node>/...` of the one run."""
+
+import subprocess
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from pipeline.tracking import names
+from pipeline.tracking.run import attach_run
+
+NVIDIA = ("utilization.gpu", "memory.used", "power.draw")
+
+
+class SystemMetrics:
+    """`with SystemMetrics(run_id, uri, node="node-0"):` samples this machine every 10 seconds until the end.
+
+    One per node, whatever the number of workers there. The step of a sample is its second since `since` (epoch seconds; the
+    start of the run), so that a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one;
+    energy is the integral of their power in kWh.
+    """
+
+    def __init__(self, run_id: str, uri: str, *, node: str, since: float | None = None, every: float = 10.0):
+        self.run = attach_run(run_id, uri)
+        self.prefix = f"{names.SYSTEM}{node}/"
+        self.since = time.time() if since is None else since
+        self.every = every
+        self.energy = 0.0
+        self._gpus = True
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
+
+    def __enter__(self) -> "SystemMetrics":
+        psutil.cpu_percent()  # the first call only starts the interval
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        self.run.finish()
+
+    def _sample(self) -> None:
+        before, last = _counters(), time.monotonic()
+        while True:
+            ended = self._stop.wait(self.every)
+            now, counters = time.monotonic(), _counters()
+            seconds = max(now - last, 1e-3)
+            values = {name: (counters[name] - before[name]) / 1e6 / seconds for name in counters}
+            before, last = counters, now
+            memory = psutil.virtual_memory()
+            values |= {
+                "cpu_percent": psutil.cpu_percent(),
+                "memory_percent": memory.percent,
+                "memory_gb": memory.used / 1e9,
+            }
+            values |= self._read_gpus(seconds)
+            self.run.log({self.prefix + name: value for name, value in values.items()}, int(time.time() - self.since))
+            if ended:
+                return
+
+    def _read_gpus(self, seconds: float) -> dict[str, float]:
+        """Utilisation in percent, memory in GB and power in W of each GPU, and the node's energy so far."""
+        if not self._gpus:
+            return {}
+        command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA)}", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        except (OSError, subprocess.SubprocessError):
+            self._gpus = False  # none here, or not for us
+            return {}
+        values: dict[str, float] = {}
+        for index, line in enumerate(lines):
+            for name, text in zip(("percent", "memory_gb", "watts"), line.split(","), strict=False):
+                try:
+                    values[f"gpu{index}_{name}"] = float(text) / (1e3 if name == "memory_gb" else 1)
+                except ValueError:  # "[N/A]": this card does not tell
+                    continue
+        self.energy += sum(value for name, value in values.items() if name.endswith("_watts")) * seconds / 3.6e6
+        return values | {"gpu_energy_kwh": self.energy}
+
+
+def _counters() -> dict[str, float]:
+    """Bytes since boot; logged as MB/s."""
+    network, disk = psutil.net_io_counters(), psutil.disk_io_counters()
+    counters = {"network_in_mb_s": network.bytes_recv, "network_out_mb_s": network.bytes_sent}
+    if disk is not None:  # containers without access to it
+        counters |= {"disk_read_mb_s": disk.read_bytes, "disk_write_mb_s": disk.write_bytes}
+    return counters
