@@ -36,7 +36,7 @@ def verify(uri: str, threads: int = 4) -> list[str]:
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(lambda i: _verify_shard(dataset, i), range(len(manifest.shards))):
             problems.extend(found)
-    known = {shard.name for shard in manifest.shards} | {shards.MANIFEST, shards.REJECTS}
+    known = {shard.name for shard in manifest.shards} | {shards.MANIFEST, shards.REJECTS, "duplicates.parquet"}
     for file in storage.list_files(dataset.uri, recursive=False):
         if file.path not in known and file.path.endswith(".parquet"):
             problems.append(f"{file.path}: not in the manifest")

@@ -11,26 +11,29 @@ ends in the byte-identical dataset, whatever the number of workers.
     <output>/_work/                 plan and receipts of an unfinished job, removed at the end
 """
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data import images, shards, sources
+from pipeline.data import dedup, describe, images, shards, sources
+from pipeline.data.augment import decode
 from pipeline.data.images import Fit, Refused
 from pipeline.data.shards import Encoding, Manifest, Receipt, Reject, ShardWriter
 from pipeline.data.sources import Format, Labels, Source
@@ -76,6 +79,12 @@ class PrepareConfig:
     """Mix the images of listed folders over all shards (archives keep the order in which they were written)."""
     seed: int = 0
     """Of the shuffle and of --sample."""
+    deduplicate: Literal["off", "exact", "near"] = "off"
+    """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored)."""
+    decontaminate: tuple[str, ...] = ()
+    """Evaluation sets (datasets, or anything that --source takes): images that are in them are removed."""
+    distance: int = 20
+    """Near duplicates differ in at most this many of 128 bits (docs/decontamination.md)."""
     max_pixels: int = 100_000_000
     """Larger images are refused before they are decoded."""
     max_reject_fraction: float = 0.05
@@ -141,6 +150,7 @@ class Plan:
     units: list[tuple[int, int, int, int]]
     input_fingerprint: str
     work: str  # URI of the folder of receipts
+    index: Any = None  # Ray reference to the hashes of the evaluation sets (dedup.Index)
 
     @property
     def image(self) -> dict[str, Any]:
@@ -154,6 +164,22 @@ class Plan:
 
     def receipt_uri(self, unit: int) -> str:
         return storage.join(self.work, f"unit-{unit:05d}.json")
+
+    def hashes_uri(self, unit: int) -> str:
+        return storage.join(self.work, f"hash-{unit:05d}.npy")
+
+    def kept_uri(self, unit: int) -> str:
+        """The receipt of a unit from which duplicates were removed."""
+        return storage.join(self.work, f"kept-{unit:05d}.json")
+
+    @property
+    def checks_keys(self) -> bool:
+        """Whether keys of different units can be equal; those of listed files are paths."""
+        return len(self.units) > 1 and not all(source.listed for source in self.sources)
+
+    @property
+    def joins(self) -> bool:
+        return self.checks_keys or self.config.deduplicate != "off"
 
 
 def prepare(
@@ -183,7 +209,11 @@ def prepare(
         return done
     _claim(plan)
     connect()
+    if config.decontaminate:
+        plan = dataclasses.replace(plan, index=_index(config, connect, quiet))
     _run(plan, quiet)
+    if plan.joins:
+        remove_duplicates(plan, find_duplicates(plan))
     return finish(plan)
 
 
@@ -203,6 +233,8 @@ def check(config: PrepareConfig) -> PrepareConfig:
         raise UserError(f"--quality {config.quality}: at most 100")
     if config.sample is not None and config.sample < 1:
         raise UserError(f"--sample {config.sample}: at least 1")
+    if not 0 <= config.distance < dedup.BITS // 4:
+        raise UserError(f"--distance {config.distance}: between 0 and {dedup.BITS // 4 - 1} bits")
     if not 0 <= config.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
     parse_splits(config.splits)
@@ -212,7 +244,14 @@ def check(config: PrepareConfig) -> PrepareConfig:
         if output == uri or output.startswith(uri + "/"):
             raise UserError(f"--output {output} lies inside --source {uri}; choose a place outside it")
     labels, label_map = (storage.normalise(uri) if uri else None for uri in (config.labels, config.label_map))
-    return dataclasses.replace(config, source=inputs, output=output, labels=labels, label_map=label_map)
+    return dataclasses.replace(
+        config,
+        source=inputs,
+        output=output,
+        labels=labels,
+        label_map=label_map,
+        decontaminate=tuple(map(storage.normalise, config.decontaminate)),
+    )
 
 
 def parse_splits(splits: Sequence[str]) -> dict[str, float]:
@@ -372,7 +411,7 @@ def _difference(manifest: Manifest, plan: Plan) -> str:
 # ---------------------------------------------------------------- one unit
 
 
-def process(unit: int, plan: Plan) -> dict[str, Any]:
+def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str, Any]:
     """Reads, checks, transforms and writes one unit; returns its receipt, from storage when it is there already."""
     where = plan.receipt_uri(unit)
     if storage.exists(where):
@@ -386,6 +425,8 @@ def process(unit: int, plan: Plan) -> dict[str, Any]:
     names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
     inputs = dict.fromkeys(names, 0)
     rejects: dict[str, list[list[str]]] = {name: [] for name in names}
+    duplicates: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    hashed: list[tuple[Any, ...]] = []
     seen: set[str] = set()
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(_writer(plan, name, unit)) for name in names}
@@ -400,26 +441,41 @@ def process(unit: int, plan: Plan) -> dict[str, Any]:
                 if item.key in seen:
                     raise Refused("duplicate key")
                 label = plan.labels.encode(item.labels)
-                stored, pixels, width, height = transform(item.image, config)
+                picture, stored, pixels = transform(item.image, config)
             except Refused as refused:
                 rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
                 continue
+            height, width = picture.shape[:2]
+            if index is not None or config.deduplicate != "off":
+                found = dedup.hashes(picture, crops=index is not None)
+                match = index.find(found, config.distance) if index is not None else None
+                if index is not None and match:
+                    duplicates[split].append(_contaminated(item.key, picture, match, index))
+                    continue
+                hashed.append((describe.key_hash(item.key), found.exact, found.bits[0], found.flat, names.index(split)))
+            elif plan.joins:
+                hashed.append((describe.key_hash(item.key), 0, (0, 0), True, names.index(split)))
             seen.add(item.key)
             # every fourth row is plenty for a mean over a corpus, at a quarter of the cost
             writers[split].write(item.key, stored, label, width, height, pixels[::4])
+    if plan.joins:
+        sink = io.BytesIO()
+        np.save(sink, np.array(hashed, dedup.ROW))
+        storage.write_bytes(plan.hashes_uri(unit), sink.getvalue())
     receipt = {
         "inputs": inputs,
         "rejects": rejects,
+        "duplicates": duplicates,
         "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
     }
     storage.write_bytes(where, json.dumps(receipt).encode())
     return receipt
 
 
-def _writer(plan: Plan, split: str, unit: int) -> ShardWriter:
+def _writer(plan: Plan, split: str, unit: int, mark: str = "") -> ShardWriter:
     return ShardWriter(
         plan.split_uri(split),
-        f"{unit:05d}",
+        f"{unit:05d}{mark}",
         encoding=plan.config.encoding,
         image=plan.image,
         classes=plan.labels.classes,
@@ -435,19 +491,26 @@ def _bucket(key: str, thresholds: list[float]) -> int:
     return next((i for i, threshold in enumerate(thresholds) if draw < threshold), len(thresholds) - 1)
 
 
-def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[bytes | np.ndarray, np.ndarray, int, int]:
-    """(what is stored, its pixels, original width, original height). Raises Refused."""
+def _contaminated(key: str, picture: np.ndarray, match: tuple[int, int], index: dedup.Index) -> dict[str, Any]:
+    """The record of an image that an evaluation set holds, with a thumbnail for the contact sheet."""
+    found, distance = match
+    uri, name = index.name(found)
+    thumbnail = cv2.imencode(".jpg", dedup.small(picture)[:, :, ::-1])[1].tobytes()
+    reason = "near" if distance else "exact"
+    record = {"key": key, "reason": reason, "set": uri, "match": name, "distance": distance}
+    return record | {"thumbnail": base64.b64encode(thumbnail).decode()}
+
+
+def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndarray, bytes | np.ndarray, np.ndarray]:
+    """(original pixels, what is stored, its pixels). Raises Refused."""
     if isinstance(image, np.ndarray):  # raw pixels of an archive: stored losslessly
         picture = images.Picture(image, True)
         data = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes() if config.encoding == "jpeg" else b""
     else:
         picture, data = images.decode(image, config.max_pixels), image
-    height, width = picture.pixels.shape[:2]
     if config.encoding == "jpeg":
-        stored, pixels = images.as_jpeg(picture, data, config.size, config.quality)
-        return stored, pixels, width, height
-    patches, pixels = images.as_patches(picture, config.size, config.patch_size, config.fit)
-    return patches, pixels, width, height
+        return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality)
+    return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)
 
 
 # ---------------------------------------------------------------- all units
@@ -484,7 +547,8 @@ def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np
 
     cv2.setNumThreads(1)
     plan = ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
-    receipts = [process(int(unit), plan) for unit in batch["unit"]]
+    index = ray.get(plan.index) if plan.index is not None else None
+    receipts = [process(int(unit), plan, index) for unit in batch["unit"]]
     return {
         "unit": batch["unit"],
         "inputs": np.array([sum(receipt["inputs"].values()) for receipt in receipts]),
@@ -525,6 +589,150 @@ class _Progress:
             self.show("\n")
 
 
+# ---------------------------------------------------------------- duplicates
+
+
+def _index(config: PrepareConfig, connect: Callable[[], None], quiet: bool) -> Any:
+    """Hashes the evaluation sets and hands them to all workers."""
+    import ray
+
+    index = dedup.build_index(
+        config.decontaminate, config.max_pixels, lambda function, arguments: _ray_map(function, arguments, connect)
+    )
+    if not quiet:
+        print(f"prepare: {len(index.keys):,} images of {len(index.sets)} evaluation sets to keep out", flush=True)
+    return ray.put(index)
+
+
+def find_duplicates(plan: Plan) -> dict[int, tuple[int, int, int]]:
+    """{row: (row it repeats, kind, bits that differ)}; a row is unit << 32 | row in the unit. A Ray Data job: units ->
+    lines to join on -> shuffled into buckets -> pairs."""
+    import ray
+
+    near, exact = plan.config.deduplicate == "near", plan.config.deduplicate != "off"
+    units = ray.data.from_items(
+        [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
+    )
+    # about a million lines to a bucket: nine lines a row, and units of at most some ten thousand rows
+    buckets = max(4, len(plan.units) // 8)
+
+    def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tables = [(int(unit), np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit))))) for unit in batch["unit"]]
+        parts = [dedup.emit(table, unit, plan.checks_keys, exact, near) for unit, table in tables]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return joined | {"bucket": (joined["join"] >> np.uint64(40)) % np.uint64(buckets)}
+
+    def pairs(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dedup.meet(group, plan.config.distance)
+
+    work: Any = lines
+    shuffled = units.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
+    meet: Any = pairs
+    found = list(shuffled.map_groups(meet, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))
+    found = [batch for batch in found if "first" in batch]
+    if not found:
+        return {}
+    return dedup.decide({name: np.concatenate([batch[name] for batch in found]) for name in found[0]})
+
+
+def remove_duplicates(plan: Plan, gone: dict[int, tuple[int, int, int]]) -> None:
+    """Writes the affected units again without those rows, from their own shards."""
+    wanted: dict[int, set[int]] = {}
+    for row in gone.keys() | {first for first, _, _ in gone.values()}:
+        wanted.setdefault(row >> 32, set()).add(row & 0xFFFFFFFF)
+    keys = {(unit << 32) | row: key for unit, rows in wanted.items() for row, key in _keys(plan, unit, rows)}
+    orders: dict[int, dict[int, tuple[str, int, int]]] = {}
+    for row, (first, kind, apart) in gone.items():
+        orders.setdefault(row >> 32, {})[row & 0xFFFFFFFF] = (keys[first], kind, apart)
+    light = [dataclasses.replace(source, pieces=source.pieces.slice(0, 0)) for source in plan.sources]
+    plan = dataclasses.replace(plan, sources=light)  # it travels with every job
+    jobs = [(unit, plan, order) for unit, order in sorted(orders.items()) if not storage.exists(plan.kept_uri(unit))]
+    list(_ray_map(_keep, jobs, lambda: None))
+
+
+def _places(plan: Plan, unit: int) -> list[tuple[str, int]]:
+    """(split, row in its shards) of every row of a unit, in the order in which they were read."""
+    table, names = np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit)))), list(plan.splits)
+    counts = [0] * len(names)
+    places = []
+    for split in table["split"].tolist():
+        places.append((names[split], counts[split]))
+        counts[split] += 1
+    return places
+
+
+def _written(plan: Plan, unit: int, receipt: dict[str, Any], split: str) -> shards.Dataset:
+    """The rows that a unit wrote for a split, as a dataset."""
+    written = Receipt.from_dict(receipt["splits"][split])
+    manifest = Manifest(
+        encoding=plan.config.encoding,
+        image=plan.image,
+        multilabel=plan.labels.multilabel,
+        rows=written.rows,
+        inputs=written.rows,
+        fingerprint="",
+        classes=list(plan.labels.classes),
+        shards=written.shards,
+    )
+    return shards.Dataset(plan.split_uri(split), manifest)
+
+
+def _keys(plan: Plan, unit: int, rows: set[int]) -> Iterator[tuple[int, str]]:
+    receipt, places = storage.read_json(plan.receipt_uri(unit)), _places(plan, unit)
+    keys = {
+        name: [key for head in _written(plan, unit, receipt, name).heads() for key in head.keys] for name in plan.splits
+    }
+    for row in rows:
+        split, place = places[row]
+        yield row, keys[split][place]
+
+
+def _keep(job: tuple[int, Plan, dict[int, tuple[str, int, int]]]) -> None:
+    """Copies the rows of a unit that stay, and says in a new receipt which went."""
+    unit, plan, gone = job
+    receipt, places = storage.read_json(plan.receipt_uri(unit)), _places(plan, unit)
+    leaving = {places[row]: why for row, why in gone.items()}
+    for name in plan.splits:
+        dataset = _written(plan, unit, receipt, name)
+        place = 0
+        with _writer(plan, name, unit, "k") as writer:
+            for i in range(len(dataset.row_groups)):
+                group = dataset.read_row_group(i)
+                for j, key in enumerate(group.keys):
+                    why = leaving.get((name, place))
+                    place += 1
+                    label = list(group.labels[j]) if dataset.multilabel else int(group.labels[j])
+                    if why is None:
+                        writer.write(key, group.images[j], label, int(group.widths[j]), int(group.heights[j]))
+                    elif why[1] == 0:
+                        source = plan.sources[plan.units[unit][0]].uri
+                        receipt["rejects"][name].append([key, source, "duplicate key", ""])
+                    else:
+                        reason = "exact" if why[1] == 1 or why[2] == 0 else "near"
+                        record = {"key": key, "reason": reason, "set": "", "match": why[0], "distance": why[2]}
+                        receipt["duplicates"][name].append(record)
+        # mean and deviation stay those measured before the duplicates went
+        kept = writer.receipt.to_dict() | {"pixels": receipt["splits"][name]["pixels"]}
+        receipt["splits"][name] = kept
+    storage.write_bytes(plan.kept_uri(unit), json.dumps(receipt).encode())
+
+
+def _report(plan: Plan, split: str, records: list[dict[str, Any]]) -> None:
+    """duplicates.parquet, and a contact sheet of some pairs with an evaluation set."""
+    uri = plan.split_uri(split)
+    storage.write_bytes(storage.join(uri, dedup.DUPLICATES), dedup.report_table(records))
+    shown = [record for record in records if "thumbnail" in record]
+    shown = sorted(shown, key=lambda record: -record["distance"])[:24]  # the least certain ones first
+    pairs = []
+    for record in shown:
+        other = dedup.find_picture(record["set"], record["match"], plan.config.max_pixels)
+        mine = decode(base64.b64decode(record["thumbnail"])).copy()
+        if other is not None:
+            pairs.append((mine, other, f"{record['distance']} bits: {record['key'][-20:]} | {record['match'][-20:]}"))
+    if pairs:
+        storage.write_bytes(storage.join(uri, "duplicates.png"), dedup.pair_sheet(pairs))
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -547,6 +755,9 @@ def finish(plan: Plan) -> dict[str, Manifest]:
         )
     manifests = {}
     for name in plan.splits:
+        duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
+        if plan.config.deduplicate != "off" or plan.config.decontaminate:
+            _report(plan, name, duplicates)
         manifests[name] = shards.finish_dataset(
             plan.split_uri(name),
             [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts],
@@ -555,6 +766,7 @@ def finish(plan: Plan) -> dict[str, Manifest]:
             classes=plan.labels.classes,
             multilabel=plan.labels.multilabel,
             rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
+            duplicates=len(duplicates),
             inputs=sum(receipt["inputs"][name] for receipt in receipts),
             config=identity(plan.config),
             input_fingerprint=plan.input_fingerprint,
@@ -564,7 +776,9 @@ def finish(plan: Plan) -> dict[str, Manifest]:
 
 
 def _receipts(plan: Plan) -> list[dict[str, Any]]:
-    uris = [plan.receipt_uri(unit) for unit in range(len(plan.units))]
+    kept = {file.path for file in storage.list_files(plan.work) if file.path.startswith("kept-")}
+    units = range(len(plan.units))
+    uris = [plan.kept_uri(u) if f"kept-{u:05d}.json" in kept else plan.receipt_uri(u) for u in units]
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(storage.read_json, uris))
 

@@ -8,12 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import prepare, shards
 from pipeline.data.describe import verify
 from pipeline.data.prepare import PrepareConfig
 from pipeline.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from test_dedup import crop, photo
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
 
@@ -76,6 +81,41 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     with pytest.raises(UserError, match="the source files have changed"):
         prepare.prepare(config)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
+
+
+def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
+    photos = [photo(seed) for seed in range(300)]
+    corpus, evaluation = tmp_path / "corpus", tmp_path / "evaluation"
+    for name in ("a", "b"):
+        (corpus / name).mkdir(parents=True)
+    for i, pixels in enumerate(photos):
+        cv2.imwrite(str(corpus / "ab"[i % 2] / f"{i:03d}.png"), pixels)
+    cv2.imwrite(str(corpus / "a" / "zero-again.png"), photos[0])
+    cv2.imwrite(str(corpus / "b" / "one-mirrored.jpg"), photos[1][:, ::-1])
+    cv2.imwrite(
+        str(corpus / "b" / "two-resized.jpg"), cv2.resize(photos[2], None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
+    )
+    (evaluation / "x").mkdir(parents=True)
+    cv2.imwrite(str(evaluation / "x" / "three.png"), cv2.resize(photos[3], (32, 32), interpolation=cv2.INTER_AREA))
+    cv2.imwrite(str(evaluation / "x" / "four.jpg"), crop(photos[4], y=0.1)[:, ::-1])
+    options = {"deduplicate": "near", "decontaminate": (str(evaluation),), "unit_bytes": 3_000_000, "shuffle": False}
+    config = PrepareConfig(source=(str(corpus),), output=str(tmp_path / "out"), **options)
+    assert len(prepare.make_plan(prepare.check(config)).units) > 2
+    manifest = prepare.prepare(config)[""]
+    assert (manifest.inputs, manifest.rows, manifest.duplicates) == (303, 298, 5)
+    records = {r["key"]: r for r in pq.read_table(tmp_path / "out" / "duplicates.parquet").to_pylist()}
+    assert {key: (r["reason"], r["match"]) for key, r in records.items()} == {
+        "a/zero-again.png": ("exact", "a/000.png"),
+        "b/one-mirrored.jpg": ("near", "b/001.png"),
+        "a/two-resized.jpg".replace("a/", "b/"): ("near", "a/002.png"),
+        "b/003.png": ("near", "x/three.png"),
+        "a/004.png": ("near", "x/four.jpg"),
+    }
+    kept = set(shards.open_dataset(config.output).table()["key"].to_pylist())
+    assert len(kept) == 298
+    assert not kept & set(records)
+    assert verify(config.output) == []
+    assert cv2.imread(str(tmp_path / "out" / "duplicates.png")) is not None
 
 
 def test_s3_in_and_out_through_the_job(image_folder, s3):
