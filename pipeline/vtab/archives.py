@@ -8,9 +8,11 @@ import contextlib
 import fnmatch
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -109,8 +111,8 @@ def is_miniature(raw: str) -> bool:
     return storage.exists(storage.join(raw, MINIATURE))
 
 
-def verify(raw: str, dataset: str, found: Iterable[Found]) -> list[str]:
-    """Compares size and SHA-256 of every packed file; the fingerprints of what was found.
+def verify(raw: str, dataset: str, found: Iterable[Found]) -> None:
+    """Compares size and SHA-256 of every packed file with the owners'.
 
     Raises UserError naming the first file that is truncated or another than the owners distribute. Unpacked folders
     have no checksum: the counts of the pools are compared later.
@@ -121,11 +123,9 @@ def verify(raw: str, dataset: str, found: Iterable[Found]) -> list[str]:
         table = storage.read_json(storage.join(raw, MINIATURE))["files"].get(dataset, {})
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in table.items()}
         owner = "the miniature"
-    fingerprints = []
     for place in found:
         size, digest = expected.get(place.file.name, (None, None)) if place.packed else (None, None)
         if digest is None:
-            fingerprints.append(f"{place.file.name} unpacked")
             continue
         fs, path = storage.filesystem(place.uri)
         actual = fs.size(path)
@@ -140,8 +140,6 @@ def verify(raw: str, dataset: str, found: Iterable[Found]) -> list[str]:
             raise UserError(
                 f"{place.uri}: damaged or another version: its SHA-256 differs from {owner}'s; fetch it again"
             )
-        fingerprints.append(f"{place.file.name} {digest}")
-    return fingerprints
 
 
 # ---------------------------------------------------------------- downloading
@@ -161,6 +159,7 @@ def download(raw: str, dataset: str, file: File, say: Callable[[str], None] = pr
     os.makedirs(os.path.dirname(target), exist_ok=True)
     say(f"fetching {describe(file)}")
     for attempt in range(5):
+        time.sleep(attempt)
         have = os.path.getsize(partial) if os.path.exists(partial) else 0
         if file.bytes and have >= file.bytes:
             break
@@ -171,12 +170,9 @@ def download(raw: str, dataset: str, file: File, say: Callable[[str], None] = pr
                 with open(partial, "ab" if response.status == 206 else "wb") as sink:
                     while chunk := response.read(CHUNK):
                         sink.write(chunk)
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise UserError(
-                    f"{file.url}: the server answers {error.code} {error.reason}; fetch it by hand to {target}"
-                ) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise UserError(f"{file.url}: the server answers {error}; fetch it by hand to {target}") from error
             if attempt == 4:
                 raise UserError(f"{file.url}: {error}; run the command again to go on from byte {have:,}") from error
     with open(partial, "rb") as source:

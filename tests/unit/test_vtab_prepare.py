@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import urllib.error
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -598,6 +599,7 @@ def test_a_download_goes_on_where_it_broke_off(ranges, tmp_path, monkeypatch):
     body = os.urandom(5000)
     server = Server(body, ranges)
     monkeypatch.setattr(archives.urllib.request, "urlopen", server)
+    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
     file = archives.File(
         name="a.bin", bytes=5000, sha256=hashlib.sha256(body).hexdigest(), url="http://example.org/a.bin"
     )
@@ -612,6 +614,24 @@ def test_a_download_of_another_file_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not the official"):
         archives.download(str(tmp_path), "dtd", file, say=lambda text: None)
     assert not list((tmp_path / "dtd").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "tries"), [(404, "fetch it by hand", 1), (503, "run the command again", 5)]
+)
+def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
+    calls = []
+
+    def refuse(request, timeout):
+        calls.append(request)
+        raise urllib.error.HTTPError(request.full_url, code, "no", {}, None)
+
+    monkeypatch.setattr(archives.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
+    file = archives.File(name="a.bin", bytes=5, sha256="0" * 64, url="http://example.org/a.bin")
+    with pytest.raises(UserError, match=message):
+        archives.download(str(tmp_path), "dtd", file, say=lambda text: None)
+    assert len(calls) == tries
 
 
 # ---------------------------------------------------------------- real files
