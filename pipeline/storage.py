@@ -41,7 +41,8 @@ def normalise(uri: str | os.PathLike) -> str:
     """An absolute local path or s3:// without a trailing slash (Ray workers change directory: relative paths break)."""
     uri = os.fspath(uri)
     if is_remote(uri):
-        return uri.rstrip("/")
+        scheme, _, path = uri.partition("://")
+        return f"{scheme}://{path.rstrip('/')}"
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 

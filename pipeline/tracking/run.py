@@ -379,7 +379,8 @@ class Run:
         self._started = time.monotonic()
         self._finished = False
         self._closing = threading.Event()
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # towards the pumps: deliver now
+        self._progress = threading.Condition()  # from the pumps: something was delivered, or failed
         self._attempts = 0  # deliveries that failed so far
         self._threads: list[threading.Thread] = []
         self.error = ""  # of the last delivery that failed; empty while all is well
@@ -478,10 +479,11 @@ class Run:
     def flush(self, timeout: float = 30.0) -> bool:
         """Waits until everything logged so far is on the server; False when it is unreachable or the time is up."""
         deadline, attempts = time.monotonic() + timeout, self._attempts
-        with self._wake:
-            while self._spool.pending and self._attempts == attempts and time.monotonic() < deadline:
+        while self._spool.pending and self._attempts == attempts and time.monotonic() < deadline:
+            with self._wake:
                 self._wake.notify_all()
-                self._wake.wait(0.05)
+            with self._progress:
+                self._progress.wait(0.05)
         return self._spool.pending == 0
 
     def finish(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
@@ -538,12 +540,13 @@ class Run:
                 delay = min(RETRY_AT_MOST, delay * 2 or SEND_EVERY)
                 self.error = _brief(error)
                 self._attempts += 1
+            with self._progress:
+                self._progress.notify_all()
+            if closing:
+                return
             with self._wake:
-                self._wake.notify_all()
-                if closing:
-                    return
                 # While the server is away nobody's flush may hurry us: wait on the event, not on the condition.
-                if not delay:
+                if not delay and not self._closing.is_set():
                     self._wake.wait(SEND_EVERY)
             if delay:
                 self._closing.wait(delay)
