@@ -164,6 +164,10 @@ def _open(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     path = path.rstrip("/")
     if not fs.exists(path):
         raise UserError(f"{source}: no such file or folder")
+    if fs.isdir(path) and fs.exists(f"{path}/MLmodel"):  # a logged model: the checkpoint is among its artifacts
+        below = [name for name in fs.find(path) if name.endswith("/model.safetensors")]
+        if len(below) == 1:
+            return fs, os.path.dirname(below[0])
     return fs, path
 
 
@@ -178,9 +182,6 @@ def _read_folder(fs: fsspec.AbstractFileSystem, path: str, names: set[str], sour
         return _read_file(fs, f"{path}/pytorch_model.bin", source)
     if "state" in names:
         return read_sharded_state(fs, f"{path}/state", source)
-    below = [name for name in fs.find(path, maxdepth=3) if name.endswith("/model.safetensors")]
-    if len(below) == 1:  # the artifacts of a logged model
-        return _read_file(fs, below[0], source)
     raise UserError(f"{source}: no model.safetensors, pytorch_model.bin or state/ in this folder")
 
 

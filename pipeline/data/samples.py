@@ -1,0 +1,69 @@
+"""A few whole images for looking at a model: from a folder, a prepared dataset, or two photographs that come installed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.augment import Augment, BadImage, decode
+from pipeline.data.patches import unpatchify
+from pipeline.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> np.ndarray:
+    """uint8 (n,size,size,channels), n <= limit: short side to `size`, then the centre.
+
+    uri: a folder of images (any depth), one image, or a prepared dataset, local or s3://; evenly spaced ones are taken.
+    None: crops of the two photographs that scikit-learn installs. Raises UserError when there is nothing to read.
+    """
+    fit = Augment(size=size, crop="center", resize=size, flip=False)
+    fitted = []
+    for picture in _pictures(uri, limit):
+        out = np.empty((size, size, 3), np.uint8)
+        fit.apply(picture, (), out, train=False)
+        fitted.append(out)
+    images = np.stack(fitted)
+    if channels == 1:
+        return np.round(images @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
+    return images
+
+
+def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
+    """uint8 (H,W,3), each valid until the next."""
+    if uri is None:
+        from sklearn.datasets import load_sample_images
+
+        crops = [photo[:, left : left + 400] for left in (120, 0, 240, 60) for photo in load_sample_images().images]
+        yield from (np.ascontiguousarray(crop) for crop in crops[:limit])
+    elif storage.exists(storage.join(uri, "manifest.json")):
+        from pipeline.data import open_dataset
+
+        dataset = open_dataset(uri)
+        for row in dataset.read(_spread(len(dataset), limit)):
+            if dataset.encoding == "jpeg":
+                yield _decode(row["image"], f"{uri} ({row['key']})")
+            else:
+                about = dataset.manifest.image
+                picture = unpatchify(row["image"], about["height"], about["width"], about["patch_size"])
+                yield np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+    else:
+        files = [file.uri for file in storage.list_files(uri) if file.path.lower().endswith(SUFFIXES)]
+        if not files and uri.lower().endswith(SUFFIXES) and storage.exists(uri):
+            files = [uri]
+        if not files:
+            raise UserError(f"{uri}: no images here ({', '.join(SUFFIXES)})")
+        for i in _spread(len(files), limit):
+            yield _decode(storage.read_bytes(files[i]), files[i])
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(int)).tolist()
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
+    try:
+        return decode(data)
+    except BadImage as error:
+        raise UserError(f"{name}: not a readable image ({error})") from error
