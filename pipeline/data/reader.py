@@ -142,7 +142,8 @@ class Reader:
 def _s3_client():
     """A botocore client without retries of its own, so that ours are all there are and all are counted.
 
-    Blocking calls from a few threads, because s3fs moves every body through one event loop: 1.9 times the CPU time.
+    Blocking calls from a few threads: 5-11 ms of CPU time per 16 MiB, measured beside 9-13 for pyarrow's S3 filesystem and
+    19-34 for s3fs, which moves every body through one event loop.
     """
     import botocore.config
     import botocore.session

@@ -190,6 +190,13 @@ def webdataset(work: Path, workers: int) -> Iterator[np.ndarray]:
 
 
 def mosaicml_streaming(work: Path, workers: int) -> Iterator[np.ndarray]:
+    import torch
+
+    # It imports torchvision, whose CUDA wheel beside a CPU torch lacks these two operators; nothing here calls them.
+    with contextlib.suppress(RuntimeError):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from streaming import MDSWriter, StreamingDataset
 
     class Rows(StreamingDataset):
@@ -273,7 +280,7 @@ TOOLS = [
 SWEEP = {"torch_dataloader", "webdataset", "mosaicml_streaming", "hf_datasets"}
 PEERS = {"webdataset", "mosaicml_streaming", "hf_datasets"}
 MODULES = {"ours": "pipeline.data.loader", "ray_data": "ray.data", "webdataset": "webdataset"}
-MODULES |= {"mosaicml_streaming": "streaming", "hf_datasets": "datasets", "patches_ours": "pipeline.data.loader"}
+MODULES |= {"hf_datasets": "datasets", "patches_ours": "pipeline.data.loader"}
 
 
 # ---------------------------------------------------------------- measuring

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import tarfile
 import threading
 import time
 
@@ -380,3 +381,19 @@ def test_default_augmentation_and_lanes(datasets):
         assert loader.lanes == 8
     with Loader(datasets["jpeg"], batch_size=32, train=False) as loader:
         assert next(iter(loader))["image"].shape == (32, 224, 224, 3)
+
+
+def test_real_photos_all_decode(real_data, tmp_path):
+    """300 originals of all sizes, a few greyscale or CMYK: none is refused, in training or evaluation."""
+    with tarfile.open(real_data / "imagenet-sample-300.tar") as archive:
+        files = {
+            m.name: archive.extractfile(m).read() for m in archive if m.isfile() and m.name.lower().endswith("jpeg")
+        }
+    write_dataset(f"{tmp_path}/d", ((name, data, 0, 1, 1) for name, data in files.items()), classes=["a"])
+    dataset = open_dataset(f"{tmp_path}/d")
+    assert len(dataset) >= 290
+    for options in ({"train": True}, {"train": False, "augment": Augment(size=64, crop="center", resize=72)}):
+        with Loader(dataset, batch_size=50, **options) as loader:
+            keys = [key for batch in loader for key in batch["key"] if batch["image"].float().std() > 1]
+        assert len(set(keys)) >= len(dataset) - loader.lanes
+        assert not loader.replaced
