@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from pipeline import config
 from pipeline.errors import UserError
-from pipeline.transfer import SUITES, TransferConfig
+from pipeline.transfer.suites import SUITES, TransferConfig, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +50,11 @@ def main(argv: list[str]) -> int:
     options = config.parse(argv, recipes, "demo", prog="jobs/transfer.py", description=__doc__ or "")
     if options.compare:
         return compare(options)
+    settings = TransferConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TransferConfig)})
+    check(settings)  # before torch and Ray are imported
     from pipeline.transfer import run_suite
 
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(TransferConfig)}
-    result = run_suite(TransferConfig(**fields), quiet=options.json)
+    result = run_suite(settings, quiet=options.json)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

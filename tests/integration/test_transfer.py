@@ -1,0 +1,306 @@
+"""Whole suites on embedded Ray: fan-out, resume, failures, dead workers, MLflow, the command line."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import create_model
+from models.convert import save_checkpoint_weights
+from pipeline.data.patches import patchify
+from pipeline.data.shards import write_dataset
+from pipeline.errors import UserError
+from pipeline.transfer import TransferConfig, fanout, run_suite
+from pipeline.transfer.suites import FineTune, Split, Task
+
+SIZE = 16
+JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")
+
+
+def colours(uri, n, seed):
+    generator = np.random.default_rng(seed)
+
+    def rows():
+        for i in range(n):
+            picture = generator.integers(0, 140, (SIZE, SIZE, 3), dtype=np.uint8)
+            picture[:, :, i % 3] += 6  # hard enough that not everything is right
+            yield f"{seed}-{i}", patchify(picture, 4), i % 3, SIZE, SIZE
+
+    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
+    write_dataset(uri, rows(), classes=["r", "g", "b"], encoding="patches", image=image)
+
+
+def checkpoint(folder, seed=0):
+    """A committed checkpoint of a tiny, freshly initialised model."""
+    torch.manual_seed(seed)
+    target = folder / "checkpoints" / "step-00000001"
+    save_checkpoint_weights(create_model("mu/4", 3, SIZE, depth=1), {"classes": ["r", "g", "b"]}, str(target))
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in target.iterdir()
+    }
+    (target / "COMMIT.json").write_text(json.dumps({"step": 1, "files": files, "metrics": {}}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Checkpoint and data in the layout of VTAB, three of its tasks, and MLflow's database beside them."""
+    root = tmp_path_factory.mktemp("transfer")
+    for task in ("pets", "svhn", "dmlab"):
+        for seed, (split, n) in enumerate((("train800val200", 90), ("train800", 60), ("val200", 30), ("test", 60))):
+            colours(str(root / "data" / task / split), n, seed)
+    checkpoint(root / "run")
+    return root
+
+
+def config(world, output, **more):
+    settings = {
+        "suite": "vtab1k",
+        "checkpoint": str(world / "run"),
+        "data": str(world / "data"),
+        "output": str(output),
+        "tasks": ("pets", "svhn", "dmlab"),
+        "steps": 8,
+        "batch_size": 30,
+        "resolution": SIZE,
+        "lrs": (0.05,),
+        "tracking_uri": f"sqlite:///{world}/mlflow.db",
+    }
+    return TransferConfig(**{**settings, **more})
+
+
+def results(output):
+    return {str(p.relative_to(output / "results")): p.stat().st_mtime_ns for p in (output / "results").rglob("*.json")}
+
+
+@pytest.mark.timeout(600)
+def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
+    import mlflow
+
+    output = tmp_path / "out"
+    first = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
+    assert list(first.scores) == ["pets", "svhn", "dmlab"]  # the suite's order
+    assert all(score > 40 for score in first.scores.values())
+    assert first.flat_mean is None  # three of nineteen
+    assert not first.failures
+    names = results(output)
+    assert len(names) == 3 * (2 + 2)
+    for name in ("report.md", "scores.json", "scores.png", "curves.png", "confusion.png"):
+        assert (output / name).stat().st_size > 100, name
+
+    # MLflow: a parent with one child per task, scores in the parent, curves in the children
+    client = mlflow.MlflowClient(config(world, output).tracking_uri)
+    parent = client.get_run(first.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["score/pets"] == pytest.approx(first.scores["pets"])
+    assert {"report.md", "scores.json", "scores.png"} <= {file.path for file in client.list_artifacts(first.run_id)}
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'")
+    assert {child.info.run_name for child in children} == {"pets", "svhn", "dmlab"}
+    assert all(any("train/loss" in key for key in child.data.metrics) for child in children)
+
+    # what is missing runs again, to the same result; nothing else does
+    (gone,) = (output / "results" / "svhn").glob("final-*-seed1.json")
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    again = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
+    after = results(output)
+    assert {name for name in after if after[name] != names[name]} == {f"svhn/{gone.name}"}
+    assert json.loads(gone.read_text())["accuracy"] == before["accuracy"]
+    assert json.loads(gone.read_text())["curve"] == before["curve"]
+    assert again.scores == first.scores
+    assert again.run_id == first.run_id
+
+    # another checkpoint, protocol or data set does not mix with what is there
+    with pytest.raises(UserError, match="another protocol"):
+        run_suite(config(world, output, lrs=(0.001, 0.1), steps=9))
+    with pytest.raises(UserError, match="another checkpoint"):
+        run_suite(config(world, output, lrs=(0.001, 0.1), checkpoint=checkpoint(tmp_path / "other", seed=1)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        run_suite(config(world, tmp_path / "full"))
+    assert results(output) == after
+
+
+@pytest.mark.timeout(600)
+def test_one_failing_task_does_not_stop_the_others(ray_local, world, tmp_path):
+    broken = tmp_path / "data"
+    for task in ("pets", "svhn"):
+        for split in ("train800val200", "test"):
+            colours(str(broken / task / split), 30, 0)
+    shard = next((broken / "svhn" / "train800val200").glob("part-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    settings = config(world, tmp_path / "out", data=str(broken), tasks=("pets", "svhn"))
+    result = run_suite(settings)
+    assert list(result.scores) == ["pets"]
+    assert list(result.failures) == ["svhn/final-lr0.05-seed0"]
+    assert "truncated" in result.failures["svhn/final-lr0.05-seed0"]
+    assert (tmp_path / "out" / "failures" / "svhn" / "final-lr0.05-seed0.json").exists()
+    assert "truncated" in (tmp_path / "out" / "report.md").read_text()
+
+    colours(str(broken / "svhn" / "train800val200"), 30, 0)  # repaired: the same data again
+    repaired = run_suite(settings)
+    assert list(repaired.scores) == ["pets", "svhn"]
+    assert not repaired.failures
+    assert not list((tmp_path / "out" / "failures").rglob("*.json"))
+
+
+@pytest.mark.timeout(600)
+def test_frozen_suite_computes_features_once(ray_local, world, tmp_path):
+    for split, n in (("train", 90), ("test", 60)):
+        colours(str(tmp_path / "sets" / "own" / split), n, n)
+    settings = config(
+        world, tmp_path / "out", suite="frozen", data=str(tmp_path / "sets"), tasks=(), resolution=None, seeds=2, l2=0.0
+    )
+    result = run_suite(settings)
+    assert list(result.scores) == [*(f"own-fewshot-{n}" for n in (1, 5, 10, 25)), "own-linear", "own-knn"]
+    assert result.scores["own-linear"] > 60
+    assert result.scores["own-fewshot-25"] > result.scores["own-fewshot-1"]
+    assert result.flat_mean == pytest.approx(np.mean(list(result.scores.values())))
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.parquet")}
+    for path in (tmp_path / "out" / "results").rglob("*.json"):
+        path.unlink()
+    assert run_suite(settings).scores == result.scores
+    assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.parquet")}
+
+
+class Fragile:
+    """Stands in for a worker: its process dies at the first job that finds no mark on the disk."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def progress(self):
+        return (0, 0, 0.0)
+
+    def run(self, job, features):
+        dies = job.task.name == "hopeless" or (job.task.name == "shaky" and not os.path.exists(self.mark))
+        if dies:
+            Path(self.mark).touch()
+            os._exit(1)
+        accuracy = {"": 100.0}
+        return fanout.Result(
+            task=job.task.name, phase="final", lr=0.1, seed=0, accuracy=accuracy, images=1, seconds=0
+        ), None
+
+
+@pytest.mark.timeout(300)
+def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path):
+    tasks = [
+        Task(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
+        for name in ("shaky", "steady", "hopeless")
+    ]
+    worker = ray_local.remote(Fragile).options(max_concurrency=2, num_cpus=0.1)
+    found, results, failed = [], {}, []
+    failures = fanout.fan_out(
+        tasks,
+        1,
+        results,
+        make_worker=lambda: worker.remote(str(tmp_path / "mark")),
+        workers=1,
+        retries=1,
+        costs={"shaky": 3, "steady": 2, "hopeless": 1},
+        features={},
+        on_result=lambda job, result, predictions: found.append(job.task.name),
+        on_failure=lambda job, error: failed.append(job.task.name),
+    )
+    assert sorted(found) == ["shaky", "steady"]
+    assert failed == ["hopeless"]
+    assert "died 2 times" in failures["hopeless/final-lr0.1-seed0"]
+    assert set(results) == {"shaky/final-lr0.1-seed0", "steady/final-lr0.1-seed0"}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(arguments, cwd, **more):
+    return subprocess.run(
+        [sys.executable, JOB, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "vtab1k"], "needs --checkpoint"),
+        ([], "no complete checkpoint"),
+        (["--suite", "vtab1k", "--checkpoint", "RUN", "--data", "DATA"], "16 of 19 tasks cannot run"),
+        (["--suite", "vtab1k", "--checkpoint", "RUN", "--data", "DATA", "--tasks", "pet"], 'did you mean "pets"'),
+        (["--suite", "vtab1k", "--checkpoint", "TORN", "--data", "DATA", "--tasks", "pets"], "no complete checkpoint"),
+        (["--suite", "vtab1k", "--checkpoint", "RUN", "--variant", "B/16", "--data", "DATA"], "B/16"),
+        (["--compare", "one"], "--compare takes two runs"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_starts(world, tmp_path, monkeypatch, arguments, message):
+    torn = tmp_path / "torn" / "checkpoints" / "step-00000001"
+    torn.mkdir(parents=True)
+    (torn / "model.safetensors").touch()
+    step = world / "run" / "checkpoints" / "step-00000001"
+    places = {"RUN": str(step), "DATA": str(world / "data"), "TORN": str(tmp_path / "torn")}
+    monkeypatch.setattr(sys, "path", sys.path[:])  # the job puts the project in front
+    main = runpy.run_path(JOB)["main"]
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(UserError) as caught:
+        main([places.get(argument, argument) for argument in arguments])
+    assert message in str(caught.value)
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    done = run(["--suite", "vtab2k"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: unknown suite "vtab2k" (did you mean "vtab1k"?)')
+    assert len(done.stderr.splitlines()) == 1
+    done = run(["--stepz", "3"], tmp_path)
+    assert done.returncode == 2
+    assert "--steps" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_interrupted_command_continues(world, tmp_path):
+    settings = config(world, tmp_path / "out", steps=150, seeds=2)
+    arguments = ["--json"]
+    for field in (
+        "suite",
+        "checkpoint",
+        "data",
+        "output",
+        "steps",
+        "batch_size",
+        "resolution",
+        "seeds",
+        "tracking_uri",
+    ):
+        arguments += ["--" + field.replace("_", "-"), str(getattr(settings, field))]
+    arguments += ["--tasks", *settings.tasks, "--lrs", "0.05"]
+    process = subprocess.Popen([sys.executable, JOB, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("results/*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 130, stderr
+    before = results(tmp_path / "out")
+    assert 0 < len(before) < 6
+    done = run(arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert list(summary["scores"]) == list(settings.tasks)
+    after = results(tmp_path / "out")
+    assert len(after) == 6
+    assert before.items() <= after.items()
+    assert dataclasses.asdict(settings)["output"] == summary["output"]
