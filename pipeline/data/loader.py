@@ -102,6 +102,10 @@ class Loader:
         self.lanes, self.shuffle_window, self.drop_last, self.prefetch = lanes, shuffle_window, drop_last, prefetch
         self.keep_tokens, self.mixup = keep_tokens, augment.mixup if augment and train else 0.0
         self.patch_size = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else patch_size
+        if patch_size not in (None, self.patch_size):
+            raise UserError(
+                f"{dataset.uri} holds patches of {self.patch_size} pixels, patch_size {patch_size} was asked for"
+            )
         self.shape = self._row_shape()
         self._check(epoch, step)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -143,11 +147,12 @@ class Loader:
         return (max(1, round(self.keep_tokens * self._tokens)), size)
 
     def _check(self, epoch: int, step: int) -> None:
-        per_lane, crop = self.batch_size // self.lanes, self.augment and self.augment.crop
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank {self.rank} is outside a world of {self.world_size}")
         if epoch < 0 or step < 0 or self.prefetch < 0 or self.shuffle_window < 1 or not 0 < self.keep_tokens <= 1:
             raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, keep_tokens in (0, 1]")
+        if self.lanes < 1:
+            raise UserError(f"lanes {self.lanes} must be at least 1")
         if self.keep_tokens < 1 and self.patch_size is None:
             raise UserError(
                 "keep_tokens < 1 drops patches: set patch_size, so that the loader makes patches of the images"
@@ -160,7 +165,9 @@ class Loader:
             if self.batch_size % self.world_size:
                 raise UserError(f"batch_size {self.batch_size} is not divisible by world_size {self.world_size}")
             if self.augment and not self.augment.deterministic:
-                raise UserError(f"crop {crop!r} is random: evaluation (train=False) needs crop center or squash")
+                raise UserError(
+                    f"crop {self.augment.crop!r} is random: evaluation (train=False) needs crop center or squash"
+                )
             return
         if self.lanes % self.world_size:
             raise UserError(
@@ -168,7 +175,7 @@ class Loader:
                 f"set lanes to a multiple of {self.world_size} that divides the batch of {self.batch_size} (it fixes the "
                 "sample order: keep it for the whole run)"
             )
-        if self.mixup and per_lane == 1:
+        if self.mixup and self.batch_size == self.lanes:
             raise UserError(
                 f"mixup pairs samples of one lane, but batch_size {self.batch_size} over {self.lanes} lanes leaves one; "
                 f"set lanes to {self.batch_size // 2} or fewer"

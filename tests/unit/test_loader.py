@@ -169,6 +169,26 @@ def test_evaluation_reads_every_sample_once_in_order(datasets, world_size):
     assert np.array_equal(rows[77].numpy(), expected)
 
 
+def test_more_workers_than_images_to_evaluate(tmp_path):
+    write_dataset(f"{tmp_path}/d", jpeg_rows(3), classes=CLASSES)
+    recipe = {
+        "train": False,
+        "batch_size": 10,
+        "augment": Augment(size=16, crop="squash"),
+        "lanes": None,
+        "world_size": 5,
+    }
+    ranks = [take(open_dataset(f"{tmp_path}/d"), rank=r, **recipe) for r in range(5)]
+    assert [len(batches) for batches in ranks] == [1] * 5
+    assert [key for batches in ranks for key in batches[0]["key"]] == ["k000", "k001", "k002"]
+    assert all(batches[0]["image"].shape[1:] == (16, 16, 3) for batches in ranks)
+
+
+def test_patches_of_another_size_than_stored_are_refused(datasets):
+    with pytest.raises(UserError, match="holds patches of 8 pixels, patch_size 4"):
+        Loader(datasets["patches"], batch_size=16, patch_size=4)
+
+
 def test_evaluation_again_is_the_same_again(datasets):
     with Loader(datasets["jpeg"], batch_size=50, train=False, augment=Augment(size=16, crop="center")) as loader:
         first, second = ([batch["image"].clone() for batch in loader] for _ in range(2))
@@ -305,6 +325,7 @@ def test_missing_truncated_and_damaged_shards_are_named(tmp_path):
         ({"batch_size": 512, "lanes": 256}, "203 samples cannot fill 256 lanes"),
         ({"batch_size": 512, "lanes": 64, "drop_last": True}, "0 steps of 512.*drop_last"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"lanes": 0}, "lanes 0 must be at least 1"),
         ({"lanes": 16, "augment": Augment(mixup=0.2)}, "mixup pairs samples of one lane.*lanes to 8 or fewer"),
         ({"keep_tokens": 0.5}, "set patch_size"),
         ({"keep_tokens": 0.5, "patch_size": 4, "augment": Augment(size=16, mixup=0.2)}, "mixup blends whole images"),
