@@ -1,0 +1,120 @@
+"""The whole pipeline on small data, in a few minutes on a laptop: prepare -> pretrain -> transfer.
+
+    python jobs/demo.py                            scikit-learn's handwritten digits
+    python jobs/demo.py --data photos/             your own class folders, local or s3://
+    python jobs/demo.py --data photos/ --fresh     again from the start
+
+Calls what jobs/prepare.py, jobs/pretrain.py and jobs/transfer.py call, with two training workers, embedded Ray, ZeRO-1 on
+gloo and MLflow on SQLite. Stopped in the middle, it continues when it is started again.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(
+    os.path.dirname(os.path.abspath(__file__))
+)  # the project, not jobs/: see jobs/pretrain.py
+
+import re
+import time
+from dataclasses import dataclass, replace
+
+from pipeline import cluster, storage
+from pipeline.config import fingerprint, parse, run_job
+from pipeline.data.prepare import RECIPES as PREPARE
+from pipeline.training.recipes import RECIPES as PRETRAIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    data: str | None = None
+    """Folder of class folders, local or s3://; default: handwritten digits."""
+    output: str | None = None
+    """Where everything goes; default runs/demo, or runs/demo-<name> for your own data."""
+    sample: int = 3000
+    """At most so many of your images."""
+    steps: int | None = None
+    """Pre-training steps; default: the demo recipe's."""
+    fresh: bool = False
+    """Remove what an earlier demo left in the output first."""
+
+
+def demo() -> DemoConfig:
+    """Two training workers, about three minutes on two cores."""
+    return DemoConfig()
+
+
+def main(argv: list[str]) -> int:
+    config = parse(argv, {"demo": demo}, "demo", prog="jobs/demo.py", description=__doc__ or "")
+    from pipeline.data.prepare import prepare
+    from pipeline.tracking import tracking_uri
+    from pipeline.training import run
+    from pipeline.training.loop import names
+    from pipeline.transfer import TransferConfig, run_suite
+
+    start = time.perf_counter()
+    output = storage.normalise(config.output or _default_output(config.data))
+    if config.fresh:
+        storage.remove(output, recursive=True)
+    data = storage.join(output, "data")
+
+    _title("prepare")
+    settings = replace(PREPARE["demo"](), output=data)
+    if config.data:
+        settings = replace(settings, source=(storage.normalise(config.data),), size=48, sample=config.sample)
+    manifests = prepare(settings, connect=lambda: cluster.connect(num_cpus=2))
+    prepared = sum(manifest.rows for manifest in manifests.values())
+    shards = sum(len(manifest.shards) for manifest in manifests.values())
+    rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())
+
+    _title("pretrain")
+    training = replace(
+        PRETRAIN["demo"](),
+        data=storage.join(data, "train"),
+        validation=storage.join(data, "test"),
+        output=storage.join(output, "pretrain"),
+    )
+    if config.data:
+        augment = replace(training.augment, size=48, flip=True, area=(0.3, 1.0))
+        batch = min(training.batch_size, 2 ** (manifests["train"].rows.bit_length() - 1))
+        training = replace(training, image_size=48, augment=augment, steps="300steps", batch_size=batch)
+    if config.steps:
+        training = replace(training, steps=f"{config.steps}steps")
+    run.check(training)
+    cluster.connect(num_cpus=2)
+    trained = run.pretrain(training, recipe="demo")
+
+    _title("transfer")
+    suite = TransferConfig(
+        suite="demo", checkpoint=trained["checkpoint"], data=data, output=storage.join(output, "transfer"), workers=2
+    )
+    scores = run_suite(suite)
+
+    top1, loss_first, loss_last = trained[names.VAL_TOP1], trained["loss_first"], trained["loss_last"]
+    _title("result")
+    print(f"{'pre-trained, held-out images':32s}{100 * top1:7.2f}")
+    for name, score in scores.scores.items():
+        print(f"{f'transfer {name}':32s}{score:7.2f}")
+    print("(top-1 accuracy, %)\n")
+    print(f"demo: prepared={prepared} shards={shards} rejects={rejects}")
+    print(f"demo: loss_first={loss_first:.4f} loss_last={loss_last:.4f} top1={top1:.4f}")
+    print("demo: transfer " + " ".join(f"{name}={score / 100:.4f}" for name, score in scores.scores.items()))
+    print(f"demo: seconds={time.perf_counter() - start:.1f}")
+    print(f"\nCompare the runs in the MLflow UI: make ui, then open http://127.0.0.1:5000  ({tracking_uri()})")
+    return 1 if scores.failures else 0
+
+
+def _default_output(data: str | None) -> str:
+    """runs/demo, or a folder of its own for each source."""
+    if data is None:
+        return "runs/demo"
+    name = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2]) or "data"
+    return f"runs/demo-{name}-{fingerprint(storage.normalise(data))[:6]}"
+
+
+def _title(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    run_job(main)

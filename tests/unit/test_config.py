@@ -1,0 +1,123 @@
+"""Command lines, written configs and horizons."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    kind: Literal["linear", "cosine"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    data: str = "here"
+    names: tuple[str, ...] = ()
+    limit: int | None = None
+    inner: Inner = field(default_factory=Inner)
+    dry_run: bool = False
+
+
+RECIPES = {"small": lambda: Outer(), "large": lambda: Outer(limit=10, inner=Inner(lr=0.5))}
+
+
+def parse(*argv):
+    return config.parse(list(argv), RECIPES, "small", prog="job", description="A job.")
+
+
+def test_flags_lie_over_the_recipe():
+    assert parse() == Outer()
+    chosen = parse("--recipe", "large", "--inner.betas", "0.8", "0.9", "--dry-run")
+    assert chosen == Outer(limit=10, inner=Inner(lr=0.5, betas=(0.8, 0.9)), dry_run=True)
+
+
+def test_unknown_names_offer_the_nearest(capsys):
+    with pytest.raises(UserError, match='did you mean "large"'):
+        parse("--recipe", "lagre")
+    with pytest.raises(SystemExit) as stop:
+        parse("--inner.lrr", "3")
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert "--inner.lr" in output.err + output.out
+
+
+def test_yaml_round_trip_and_file(tmp_path):
+    written = Outer(names=("a", "b"), limit=3, inner=Inner(lr=1e-5, kind="cosine"))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(written))
+    assert config.from_yaml(Outer, path.read_text()) == written
+    assert parse("--config", str(path), "--limit", "4") == dataclasses.replace(written, limit=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inner: {lrr: 1}", 'unknown key "lrr" .did you mean "lr"'),
+        ("inner: {kind: cosin}", 'did you mean "cosine"'),
+        ("limit: many", "expected int"),
+        ("inner: {betas: [1]}", "expected 2 values"),
+        ("data: 3", "expected str"),
+        ("a: [", "not valid YAML"),
+        ("- a", "expected keys"),
+    ],
+)
+def test_bad_yaml_names_the_key(text, message):
+    with pytest.raises(UserError, match=message):
+        config.from_yaml(Outer, text)
+
+
+def test_diff_and_fingerprint():
+    changed = Outer(inner=Inner(lr=2.0))
+    assert config.diff(changed, Outer()) == {"inner.lr": (1e-3, 2.0)}
+    assert config.fingerprint(changed) != config.fingerprint(Outer()) == config.fingerprint(Outer())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("100", 100),
+        ("100steps", 100),
+        ("3epochs", 30),
+        ("1 epoch", 10),
+        ("5e3examples", 50),
+        ("10%", 20),
+        ("0.5epochs", 5),
+    ],
+)
+def test_horizons(text, expected):
+    assert config.steps(text, batch_size=100, examples_per_epoch=1000, total_steps=200) == expected
+
+
+@pytest.mark.parametrize("text", ["fast", "10 parsecs", "-5", ""])
+def test_unreadable_horizons(text):
+    with pytest.raises(UserError, match="horizon"):
+        config.steps(text, batch_size=100)
+
+
+def test_horizons_that_need_what_is_not_known():
+    with pytest.raises(UserError, match="size of the data set"):
+        config.steps("3epochs", batch_size=100)
+    with pytest.raises(UserError, match="relative to the whole run"):
+        config.steps("10%", batch_size=100)
+
+
+def test_exit_codes(monkeypatch, capsys):
+    def bad(argv):
+        raise UserError("no such bucket")
+
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    for main, code in ((bad, 2), (stopped, 130), (lambda argv: None, 0), (lambda argv: 1, 1)):
+        with pytest.raises(SystemExit) as stop:
+            config.run_job(main)
+        assert stop.value.code == code
+    assert "error: no such bucket" in capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""Local paths and s3:// through the same calls."""
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    return str(tmp_path / "folder") if request.param == "local" else request.getfixturevalue("s3") + "/folder"
+
+
+def test_write_read_list_remove(root):
+    assert storage.list_files(root) == []
+    storage.write_bytes(storage.join(root, "a", "one.bin"), b"0123456789")
+    storage.write_json(storage.join(root, "two.json"), {"x": [1, 2]})
+    assert storage.read_bytes(storage.join(root, "a/one.bin"), 2, 5) == b"234"
+    assert storage.read_json(storage.join(root, "two.json")) == {"x": [1, 2]}
+    listed = storage.list_files(root)
+    assert [(file.path, file.size) for file in listed][0] == ("a/one.bin", 10)
+    assert [file.path for file in storage.list_files(root, recursive=False)] == ["two.json"]
+    assert storage.read_bytes(listed[0].uri) == b"0123456789"
+    storage.remove(storage.join(root, "a"), recursive=True)
+    storage.remove(storage.join(root, "never-there"))
+    assert [file.path for file in storage.list_files(root)] == ["two.json"]
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(root, "a/one.bin"))
+
+
+def test_copy_tree_between_places(root, tmp_path):
+    for i in range(5):
+        storage.write_bytes(str(tmp_path / "source" / "deep" / f"{i}.bin"), bytes([i]) * 1000)
+    storage.copy_tree(str(tmp_path / "source"), root)
+    storage.copy_tree(root, str(tmp_path / "back"))
+    for i in range(5):
+        assert (tmp_path / "back" / "deep" / f"{i}.bin").read_bytes() == bytes([i]) * 1000
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_bytes(str(tmp_path / "x.bin"), b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["gopher://x/y", "s3://"])
+def test_addresses_that_cannot_be(uri):
+    with pytest.raises(UserError, match="s3://bucket/prefix"):
+        storage.filesystem(uri)
+
+
+def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match="AWS_"):
+        storage.read_bytes("s3://some-bucket/file")
+    s3fs.S3FileSystem.clear_instance_cache()
