@@ -33,7 +33,7 @@ def colours(uri, n, seed):
     def rows():
         for i in range(n):
             picture = generator.integers(0, 140, (SIZE, SIZE, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 6  # hard enough that not everything is right
+            picture[:, :, i % 3] += 30
             yield f"{seed}-{i}", patchify(picture, 4), i % 3, SIZE, SIZE
 
     image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
@@ -75,6 +75,7 @@ def config(world, output, **more):
         "batch_size": 30,
         "resolution": SIZE,
         "lrs": (0.05,),
+        "workers": 1,
         "tracking_uri": f"sqlite:///{world}/mlflow.db",
     }
     return TransferConfig(**{**settings, **more})
@@ -91,7 +92,7 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     output = tmp_path / "out"
     first = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
     assert list(first.scores) == ["pets", "svhn", "dmlab"]  # the suite's order
-    assert all(score > 40 for score in first.scores.values())
+    assert all(score > 50 for score in first.scores.values())
     assert first.flat_mean is None  # three of nineteen
     assert not first.failures
     names = results(output)
@@ -175,24 +176,25 @@ def test_frozen_suite_computes_features_once(ray_local, world, tmp_path):
     assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.parquet")}
 
 
-class Fragile:
-    """Stands in for a worker: its process dies at the first job that finds no mark on the disk."""
+def fragile():
+    """A stand-in for a worker: its process dies at the first job, as long as there is no mark on the disk."""
 
-    def __init__(self, mark):
-        self.mark = mark
+    class Fragile:  # inside a function, so that Ray ships the class and not the name of this module
+        def __init__(self, mark):
+            self.mark = mark
 
-    def progress(self):
-        return (0, 0, 0.0)
+        def progress(self):
+            return (0, 0, 0.0)
 
-    def run(self, job, features):
-        dies = job.task.name == "hopeless" or (job.task.name == "shaky" and not os.path.exists(self.mark))
-        if dies:
-            Path(self.mark).touch()
-            os._exit(1)
-        accuracy = {"": 100.0}
-        return fanout.Result(
-            task=job.task.name, phase="final", lr=0.1, seed=0, accuracy=accuracy, images=1, seconds=0
-        ), None
+        def run(self, job, features):
+            name = job.task.name
+            if name == "hopeless" or (name == "shaky" and not os.path.exists(self.mark)):
+                Path(self.mark).touch()
+                os._exit(1)
+            found = fanout.Result(task=name, phase="final", lr=0.1, seed=0, accuracy={"": 100.0}, images=1, seconds=0)
+            return found, None
+
+    return Fragile
 
 
 @pytest.mark.timeout(300)
@@ -201,7 +203,7 @@ def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path
         Task(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
         for name in ("shaky", "steady", "hopeless")
     ]
-    worker = ray_local.remote(Fragile).options(max_concurrency=2, num_cpus=0.1)
+    worker = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=0.1)
     found, results, failed = [], {}, []
     failures = fanout.fan_out(
         tasks,
