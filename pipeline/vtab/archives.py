@@ -1,7 +1,7 @@
 """The original archives: which files a task needs, where they are, whether they are the right ones, and what is in them.
 
-Files lie under RAW/<data set>/ (the TFDS name, e.g. RAW/oxford_iiit_pet/images.tar.gz) or directly under RAW, which is a local
-folder or s3:// prefix. An archive may also lie there unpacked. Nothing is ever extracted: members are read in memory.
+Files lie under RAW/<data set>/ (TFDS's name or the task's, e.g. RAW/oxford_iiit_pet/images.tar.gz or RAW/pets/images.tar.gz) or
+directly under RAW, which is a local folder or s3:// prefix. An archive may also lie there unpacked. Nothing is ever extracted: members are read in memory.
 """
 
 import contextlib
@@ -79,12 +79,14 @@ class Found:
 
 def locate(raw: str, dataset: str) -> tuple[list[Found], list[File]]:
     """What there is and what is missing of a data set's files."""
-    own = storage.join(raw, dataset)
+    names = [dataset, *(task.name for task in tasks.TABLE.values() if task.dataset == dataset)]
+    own = [storage.join(raw, name) for name in dict.fromkeys(names)]
     found, missing = [], []
     for file in official()[dataset]:
-        place = _look(own, file) or _look(raw, file)
+        places = (_look(folder, file) for folder in (*own, raw))
         # RAW/dtd is the folder that DTD's archive belongs in, not the archive unpacked
-        if place is None or (place.prefix and place.uri == own):
+        place = next((place for place in places if place and not (place.prefix and place.uri in own)), None)
+        if place is None:
             missing.append(file)
         else:
             found.append(place)

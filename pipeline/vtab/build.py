@@ -5,6 +5,7 @@ a part of an archive). A task that gets a row reads the archive and writes shard
 is finished is not done again.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,9 @@ from pipeline.config import fingerprint
 from pipeline.data import images
 from pipeline.data.shards import Dataset, Manifest, Receipt, Reject, ShardWriter, finish_dataset, open_dataset
 from pipeline.errors import UserError
-from pipeline.vtab import archives, copies, readers, splits, tasks
+from pipeline.vtab import archives, copies, readers, tasks
 from pipeline.vtab.readers import Listing, Member, Source
+from pipeline.vtab.splits import PARTS, check, needed, take, tfds_order
 from pipeline.vtab.tasks import Task
 
 VTAB_1K = ("train800", "val200", "train800val200", "test")
@@ -79,7 +81,7 @@ def prepare(
     """
     raw, output = storage.normalise(raw), storage.normalise(output)
     for split in splits:
-        _check_split(split)
+        check(split)
     requests = [Request(task=name, raw=raw, output=output, splits=tuple(splits), verify=verify) for name in names]
     _check_files(requests, raw, download, quiet)
     results = {request.task: _finished(request) for request in requests}
@@ -126,7 +128,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def open_split(uri: str, split: str) -> Dataset:
     """One split of a prepared task, `uri` being OUTPUT/<task>. Raises UserError when it is not there."""
-    _check_split(split)
+    check(split)
     where = storage.join(uri, split)
     if not storage.exists(storage.join(where, "manifest.json")):
         raise UserError(
@@ -138,7 +140,7 @@ def open_split(uri: str, split: str) -> Dataset:
 
 def official_count(task: Task, split: str) -> int:
     sizes = dict(zip(("train", "val", "test"), task.counts, strict=True))
-    return sum(sizes[pool] if first is None else first for pool, first in splits.PARTS[split])
+    return sum(sizes[pool] if first is None else first for pool, first in PARTS[split])
 
 
 # ---------------------------------------------------------------- before any work
@@ -161,19 +163,15 @@ class Request:
         return storage.join(self.output, self.task)
 
 
-def _check_split(split: str) -> None:
-    splits.check(split)
-
-
-def _origin(request: Request) -> tuple[str, str | None]:
-    """Which of the three layouts the data of a task has: ("tfds" | "archives" | "lists", folder)."""
+def _origin(request: Request) -> tuple[str, str]:
+    """Which of the three layouts the data of a task has, and the folder: ("tfds" | "archives" | "lists", URI)."""
     folder = copies.tfds_folder(request.raw, request.entry.dataset)
     if folder is not None:
         return "tfds", folder
     folder = copies.lists_folder(request.raw, request.entry)
     if folder is not None and archives.locate(request.raw, request.entry.dataset)[1]:
         return "lists", folder
-    return "archives", None
+    return "archives", request.raw
 
 
 def _check_files(requests: Sequence[Request], raw: str, download: bool, quiet: bool) -> None:
@@ -201,9 +199,9 @@ def _check_files(requests: Sequence[Request], raw: str, download: bool, quiet: b
 
 def _identity(request: Request) -> dict[str, Any]:
     """What a task is made from, without reading the archives: layout, and names and sizes of the files."""
-    origin, folder = _origin(request)
+    origin, _ = _origin(request)
     files: list[str] = []
-    if folder is None:
+    if origin == "archives":
         for place in archives.locate(request.raw, request.entry.dataset)[0]:
             fs, path = storage.filesystem(place.uri)
             files.append(f"{place.file.name} {fs.size(path) if place.packed else 'unpacked'}")
@@ -259,54 +257,55 @@ def _by_dataset(requests: Sequence[Request]) -> list[list[Request]]:
 
 def _inspect(requests: list[Request]) -> tuple[list[Plan], list[str]]:
     """(plans, problems) of the tasks of one data set."""
-    plans: list[Plan] = []
-    problems: list[str] = []
-    listings: list[Listing] | None = None
+    listings = functools.cache(lambda: _list_archives(requests[0]))
+    plans, problems = [], []
     for request in requests:
-        origin, folder = _origin(request)
-        plan = Plan(task=request.task, output=request.output, identity=_identity(request), strict=request.verify)
         try:
-            if folder is not None and origin == "lists":
-                for split, listing in copies.lists_index(folder, request.entry, request.splits).items():
-                    _add(plan, split, _examples(plan, listing))
-            else:
-                if folder is not None:
-                    ordered = {
-                        split: [example for listing in parts for example in _examples(plan, listing)]
-                        for split, parts in copies.tfds_index(folder, request.entry, request.splits).items()
-                    }
-                else:
-                    if listings is None:
-                        listings = _list_archives(requests)
-                    ordered = _order(plan, request, listings)
-                if request.verify and not archives.is_miniature(request.raw):
-                    _check_counts(request, ordered)
-                for split in request.splits:
-                    _add(plan, split, splits.take(request.entry, split, ordered))
-            plans.append(plan)
+            plans.append(_plan(request, listings))
         except UserError as error:
             problems.append(f"{request.task}: {error}")
     return plans, problems
 
 
-def _list_archives(requests: Sequence[Request]) -> list[Listing]:
-    raw, dataset = requests[0].raw, requests[0].entry.dataset
-    found, _ = archives.locate(raw, dataset)
-    if any(request.verify for request in requests):
-        archives.verify(raw, dataset, found)
-    return readers.index(dataset, found)
+def _plan(request: Request, listings: Callable[[], list[Listing]]) -> Plan:
+    """The rows of every split that is asked for. `listings` reads the archives, which the two other layouts do without."""
+    origin, folder = _origin(request)
+    plan = Plan(task=request.task, output=request.output, identity=_identity(request), strict=request.verify)
+    if origin == "lists":
+        for split, listing in copies.lists_index(folder, request.entry, request.splits).items():
+            _add(plan, split, list(_examples(plan, listing)))
+        return plan
+    if origin == "tfds":
+        ordered = {
+            split: [example for listing in parts for example in _examples(plan, listing)]
+            for split, parts in copies.tfds_index(folder, request.entry, request.splits).items()
+        }
+    else:
+        ordered = _order(plan, request, listings())
+    if request.verify and not archives.is_miniature(request.raw):
+        _check_counts(request, ordered)
+    for split in request.splits:
+        _add(plan, split, take(request.entry, split, ordered))
+    return plan
+
+
+def _list_archives(request: Request) -> list[Listing]:
+    found, _ = archives.locate(request.raw, request.entry.dataset)
+    if request.verify:
+        archives.verify(request.raw, request.entry.dataset, found)
+    return readers.index(request.entry.dataset, found)
 
 
 def _order(plan: Plan, request: Request, listings: Sequence[Listing]) -> dict[str, list[Example]]:
     """{TFDS split: examples in TFDS order}, of the TFDS splits that are needed."""
-    wanted = {name for split in request.splits for name in splits.needed(request.entry, split)}
+    wanted = {name for split in request.splits for name in needed(request.entry, split)}
     ordered = {}
     for name in (split for split in TFDS_SPLITS if split in wanted):
-        rows: dict[Any, Example] = {}
-        for listing in listings:
-            if listing.split == name:
-                rows.update(zip(listing.keys, _examples(plan, listing), strict=True))
-        ordered[name] = [rows[key] for key in splits.tfds_order(name, rows)]
+        mine = [listing for listing in listings if listing.split == name]
+        rows = {key: row for part in mine for key, row in zip(part.keys, _examples(plan, part), strict=True)}
+        if len(rows) < sum(len(part.keys) for part in mine):
+            raise UserError(f"{mine[0].source.uri}: examples of '{name}' share a key; not the official archive")
+        ordered[name] = [rows[key] for key in tfds_order(name, rows)]
     return ordered
 
 
@@ -320,10 +319,10 @@ def _examples(plan: Plan, listing: Listing) -> Iterator[Example]:
         yield Example(key=name, label=int(label), source=number, member=member)
 
 
-def _add(plan: Plan, split: str, examples: Any) -> None:
-    plan.examples[split] = list(examples)
+def _add(plan: Plan, split: str, examples: list[Example]) -> None:
+    plan.examples[split] = examples
     classes = tasks.get(plan.task).num_classes
-    wrong = next((e for e in plan.examples[split] if not 0 <= e.label < classes), None)
+    wrong = next((e for e in examples if not 0 <= e.label < classes), None)
     if wrong is not None:
         raise UserError(f"{plan.sources[wrong.source].uri}: {wrong.key} has label {wrong.label} of {classes} classes")
 
@@ -332,7 +331,7 @@ def _check_counts(request: Request, ordered: dict[str, list[Example]]) -> None:
     for pool, official in zip(("train", "val", "test"), request.entry.counts, strict=True):
         name = getattr(request.entry, pool)[0]
         if name in ordered:
-            count = len(splits.take(request.entry, pool, ordered))
+            count = len(take(request.entry, pool, ordered))
             if count != official:
                 raise UserError(
                     f"{storage.join(request.raw, request.entry.dataset)}: {count:,} {pool} images, officially {official:,}; "

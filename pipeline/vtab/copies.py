@@ -144,4 +144,4 @@ def lists_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, Lis
     return index
 
 
-READERS["tfds"] = read_tfds
+READERS["tfds"] = read_tfds  # beside the archives' readers: a source names its reader by kind

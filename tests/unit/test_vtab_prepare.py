@@ -449,6 +449,19 @@ def test_an_official_name_with_other_contents_is_refused(raw, tmp_path):
         prepare(["eurosat"], str(tmp_path), str(tmp_path / "out"), quiet=True)
 
 
+def test_files_may_lie_under_the_name_of_the_task(raw, tmp_path):
+    shutil.copytree(f"{raw}/oxford_iiit_pet", tmp_path / "raw" / "pets")
+    counts = prepare(["pets"], str(tmp_path / "raw"), str(tmp_path / "out"), verify=False, quiet=True)
+    assert counts["pets"]["test"]["images"] == 24
+
+
+def test_an_empty_folder_of_dtd_is_not_dtd(tmp_path):
+    """Its archive unpacks to a folder of the same name."""
+    (tmp_path / "dtd").mkdir()
+    with pytest.raises(UserError, match="1 files are missing"):
+        prepare(["dtd"], str(tmp_path), str(tmp_path / "out"), quiet=True)
+
+
 def test_an_incomplete_unpacked_folder_is_refused(raw, tmp_path):
     shutil.copytree(f"{raw}/resisc45", tmp_path / "resisc45")
     with pytest.raises(UserError, match="officially 18,900"):
