@@ -252,6 +252,7 @@ class Loader:
         self._order = self._make_order(epoch)
         reads = self._order.reads(self._lane_range)
         self._reads = reads[reads[:, 2] >= step]
+        self._first_steps = np.ascontiguousarray(self._reads[:, 1])
         self._started = 0  # how many of them are under way or done
 
     def _enqueue(self) -> bool:
@@ -262,7 +263,7 @@ class Loader:
                 return False  # evaluation does not begin another pass before this one is used up
             epoch, step = epoch + 1, 0
             self._begin(epoch, step)
-        ahead = int(np.searchsorted(self._reads[:, 1], step, side="right")) + READ_AHEAD
+        ahead = int(np.searchsorted(self._first_steps, step, side="right")) + READ_AHEAD
         for group, _, last in self._reads[self._started : ahead].tolist():
             future = self._open[group][0] if group in self._open else self._reader.start(group)
             still = self._open[group][1] if group in self._open else (epoch, last)
