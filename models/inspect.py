@@ -32,6 +32,8 @@ def embedding_filters(model: VisionTransformer, count: int = 28) -> tuple[np.nda
     samples = samples - samples.mean(dim=0)
     _, scale, components = torch.linalg.svd(samples, full_matrices=False)
     share = scale**2 / (scale**2).sum().clamp(min=1e-30)
+    # the sign of a component is arbitrary: more light than dark, so that runs look alike
+    components = components * torch.where(components.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     return components[:count].reshape(-1, *kernel.shape[1:]).numpy(), share[:count].numpy()
 
 
@@ -126,8 +128,8 @@ def draw_filters(model: VisionTransformer) -> "Figure":
     components, share = embedding_filters(model)
     columns = 7
     rows = -(-len(components) // columns)
-    figure = _figure(5.6, 0.8 * rows + 0.62)
-    grid = figure.add_gridspec(rows, columns, left=0.02, right=0.98, bottom=0.02, top=1 - 0.56 / figure.get_figheight(), wspace=0.06, hspace=0.06)  # fmt: skip
+    figure = _figure(5.6, 0.8 * rows + 0.6)
+    grid = figure.add_gridspec(rows, columns, left=0.02, right=0.98, bottom=0.02, top=1 - 0.5 / figure.get_figheight(), wspace=0.06, hspace=0.06)  # fmt: skip
     for i, component in enumerate(components):
         axes = figure.add_subplot(grid[i // columns, i % columns])
         picture = 0.5 + 0.5 * component / np.abs(component).max()  # grey is zero; both signs keep their colours
@@ -171,12 +173,14 @@ def draw_positions(model: VisionTransformer) -> "Figure":
     bar.ax.tick_params(labelsize=7)
     figure.text(0.475, 0.03, "input patch column", ha="center", fontsize=8)
     figure.text(0.025, 0.5, "input patch row", va="center", rotation=90, fontsize=8)
-    figure.suptitle("Position embedding similarity", fontsize=10, x=0.475, y=0.96)
+    figure.suptitle("Position embedding similarity", fontsize=10, x=0.475, y=0.945)
     return figure
 
 
 def draw_distance(distance: np.ndarray, config: dict[str, Any]) -> "Figure":
     """One dot per layer and head."""
+    from matplotlib.ticker import MaxNLocator
+
     depth, heads = distance.shape
     figure = _figure(4.6, 3.6)
     axes = figure.add_axes((0.14, 0.14, 0.83, 0.75))
@@ -188,7 +192,7 @@ def draw_distance(distance: np.ndarray, config: dict[str, Any]) -> "Figure":
         )
     axes.set_ylim(0, max(1.0, float(distance.max())) * 1.08)
     axes.set_xlim(0.5, depth + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.set_xlabel("network depth (layer)", fontsize=9)
     axes.set_ylabel("mean attention distance (pixels)", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -212,7 +216,9 @@ def draw_rollout(images: torch.Tensor, rollout: np.ndarray) -> "Figure":
         torch.from_numpy(rollout)[:, None], size=(size, size), mode="bilinear", align_corners=False
     )
     for i, (image, mask) in enumerate(zip(images.numpy(), masks[:, 0].numpy(), strict=True)):
-        lit = image / 255 * (0.12 + 0.88 * mask / mask.max())[:, :, None]
+        # full light from the 98th percentile on: one bright patch would leave the rest of the image in the dark
+        light = np.clip(mask / max(float(np.quantile(mask, 0.98)), 1e-12), 0, 1)
+        lit = image / 255 * (0.12 + 0.88 * light)[:, :, None]
         for j, picture in enumerate((image / 255, lit)):
             axes = figure.add_subplot(grid[i // columns, 2 * (i % columns) + j])
             axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1)
