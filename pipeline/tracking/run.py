@@ -34,6 +34,7 @@ from pipeline.config import flatten, to_dict
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.tracking.spool import Queue, Spool, abandoned, offline_id, spool_root
+from pipeline.tracking.views import experiment_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -117,7 +118,10 @@ def experiment_id(uri: str, name: str) -> str:
     if found is None:
         root = f"{os.path.dirname(uri.removeprefix('sqlite:///'))}/mlruns/{name}" if uri.startswith("sqlite") else None
         try:
-            return mlflow.create_experiment(name, artifact_location=root)
+            made = mlflow.create_experiment(name, artifact_location=root)
+            for key, value in experiment_tags(name, made).items():
+                mlflow.set_experiment_tag(made, key, value)
+            return made
         except Exception:  # another process was faster, or the name is truly unusable: then this raises again
             found = mlflow.get_experiment_by_name(name)
             if found is None:

@@ -1,0 +1,119 @@
+"""What a person sees first in MLflow's UI: each experiment opens as training runs and links to a prepared view.
+
+The view is MLflow's own "shared view", a tag on the experiment: columns that answer "which run, how far, how good, how much",
+and charts over images seen, which compare runs of different batch sizes as steps do not.
+"""
+
+import json
+from typing import Any
+
+from pipeline.tracking import names
+
+SHARE = "mlflow.sharedViewState."
+VIEW = "overview"
+
+TITLES = {
+    names.PREPARE: "Datasets made from raw images.",
+    names.PRETRAIN: "Pre-training runs.",
+    names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
+    names.EVALUATE: "Transfer score of every checkpoint of a run: its learning curve of transfer.",
+    names.COMPARE: "Leaderboards across pre-training runs (jobs/compare.py): see their artifacts.",
+}
+COLUMNS = {
+    names.PRETRAIN: [
+        "params.`model.variant`",
+        f"tags.`{names.RECIPE}`",
+        f"metrics.`{names.IMAGES_SEEN}`",
+        f"metrics.`{names.LOSS}`",
+        f"metrics.`{names.VAL_TOP1}`",
+        f"metrics.`{names.IMAGES_PER_SECOND}`",
+        f"metrics.`{names.MFU}`",
+        f"metrics.`{names.SECONDS}`",
+    ],
+    names.TRANSFER: [
+        "params.`suite`",
+        f"metrics.`{names.MEAN_SCORE}`",
+        *(f"metrics.`{names.GROUP_SCORE}{group}`" for group in ("natural", "specialized", "structured")),
+        f"tags.`{names.CHECKPOINT}`",
+    ],
+    names.EVALUATE: [f"metrics.`{names.IMAGES_SEEN}`", f"metrics.`{names.MEAN_SCORE}`", "tags.`suite`"],
+}
+CHARTS = {
+    names.PRETRAIN: [
+        names.LOSS,
+        names.VAL_TOP1,
+        names.IMAGES_PER_SECOND,
+        names.LEARNING_RATE,
+        names.GRAD_NORM,
+        names.DATA_WAIT,
+    ],
+    names.EVALUATE: [names.MEAN_SCORE],
+}
+
+
+def experiment_tags(name: str, identifier: str) -> dict[str, str]:
+    """Tags of a new experiment: its kind, its description with the link, and the view."""
+    tags = {"mlflow.experimentKind": "custom_model_development", names.NOTE: TITLES.get(name, "")}
+    if name in COLUMNS:
+        mode = "&compareRunsMode=CHART" if name in CHARTS else ""
+        link = f"#/experiments/{identifier}/runs?viewStateShareKey={VIEW}{mode}"
+        what = "Curves over images seen" if name in CHARTS else "Scores"
+        tags[names.NOTE] += f" [{what}]({link})"
+        tags[SHARE + VIEW] = json.dumps(_view(name))
+    return tags
+
+
+def _view(name: str) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "orderByKey": f"metrics.`{names.MEAN_SCORE}`" if name == names.TRANSFER else "attributes.start_time",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "searchFilter": "",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": ["attributes.`Created`", "attributes.`Duration`", *COLUMNS[name]],
+        "globalLineChartConfig": {
+            "xAxisKey": "metric",
+            "lineSmoothness": 0,
+            "selectedXAxisMetricKey": names.IMAGES_SEEN,
+        },
+        "hideEmptyCharts": True,
+        "runsExpanded": {},
+        "runsHidden": [],
+        "runsPinned": [],
+        "groupBy": None,
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "autoRefreshEnabled": True,
+    }
+    if name in CHARTS:
+        view["compareRunSections"] = [{"uuid": VIEW, "name": "Learning", "display": True, "isReordered": False}]
+        view["compareRunCharts"] = [_line_chart(metric) for metric in CHARTS[name]]
+    return view
+
+
+def _line_chart(metric: str) -> dict[str, Any]:
+    return {
+        "type": "LINE",
+        "uuid": metric,
+        "metricSectionId": VIEW,
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "selectedYAxisMetricKey": "metric",
+        "yAxisExpressions": [],
+        "yAxisKey": "metric",
+        "scaleType": "linear",
+        "xAxisKey": "metric",
+        "selectedXAxisMetricKey": names.IMAGES_SEEN,
+        "xAxisScaleType": "linear",
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+        "lineSmoothness": 0,
+        "range": {},
+        "runsCountToCompare": 20,
+        "deleted": False,
+        "isGenerated": False,
+    }
