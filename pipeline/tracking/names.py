@@ -21,7 +21,8 @@ MEMORY_GB = "train/memory_gb"  # peak of the device (or of the process on CPU), 
 VAL_LOSS = "val/loss"
 VAL_TOP1 = "val/top1"
 
-# Cost of a run, logged once at its end.
+# Cost of a run over all its attempts (Run.log_cost), logged at the end of each.
+COST = "cost/"
 SECONDS = "cost/seconds"
 GPU_HOURS = "cost/gpu_hours"
 TRAIN_FLOPS = "cost/train_flops"  # 3 x forward FLOPs x images seen

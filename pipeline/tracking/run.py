@@ -147,6 +147,8 @@ class _Delivery:
         self.fill_gaps = fill_gaps  # the run may have points already: send only steps that it lacks
         self.run_id: str | None = None
         self.experiment = ""
+        self.started = 0.0  # epoch seconds, as the server has it
+        self.costs: dict[str, float] = {}  # of earlier attempts
         self._known: dict[str, dict[int, float]] = {}
         self._lock = threading.RLock()
 
@@ -169,6 +171,8 @@ class _Delivery:
                 run_id = self._create(mlflow, wanted)
             run = mlflow.get_run(run_id)
             self.experiment = run.info.experiment_id
+            self.started = run.info.start_time / 1000
+            self.costs = {key: value for key, value in run.data.metrics.items() if key.startswith(names.COST)}
             header["run_id"] = run_id
             self.spool.save_header()
             self.run_id = run_id
@@ -317,7 +321,7 @@ class _Delivery:
         lineage[names.LINEAGE + role] = found
         tags = mlflow.get_run(self.resolve()).data.tags
         lineage = {key: value for key, value in tags.items() if key.startswith(names.LINEAGE)} | lineage
-        lines = [f"Made from, by run ({len(lineage)}):", ""]
+        lines = ["Made from:", ""]
         for key in sorted(lineage):
             with contextlib.suppress(Exception):  # a source that was deleted since is only not linked
                 info = mlflow.get_run(lineage[key]).info
@@ -398,6 +402,11 @@ class Run:
     def uri(self) -> str:
         return self._delivery.uri
 
+    def started(self) -> float:
+        """When the run began, in epoch seconds. Asks the server, and raises what that raises."""
+        self._delivery.resolve()
+        return self._delivery.started
+
     @property
     def url(self) -> str:
         return run_url(self.uri, self._delivery.experiment, self.id)
@@ -425,6 +434,10 @@ class Run:
         if bad:
             found = (f"{name}: {count} since step {first}" for name, (count, first) in self._nonfinite.items())
             self.set_tags({names.NONFINITE_TAG: "; ".join(found)})
+
+    def log_cost(self, costs: Mapping[str, float]) -> None:
+        """Costs of this attempt (names `cost/...`); those of earlier attempts of the run are added to them."""
+        self.log({name: value + self._delivery.costs.get(name, 0.0) for name, value in costs.items()})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         values = {key: str(value)[:VALUE] for key, value in tags.items()}
@@ -499,8 +512,7 @@ class Run:
             return True
         self._finished = True
         if self._owner:
-            seconds = time.monotonic() - self._started
-            self.log({names.SECONDS: seconds})
+            self.log_cost({names.SECONDS: time.monotonic() - self._started})
             lost = self._spool.metrics.lost + self._spool.artifacts.lost
             if lost:
                 self.set_tags({"lost": f"{lost} records found no room in the buffer"})

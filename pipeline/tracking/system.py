@@ -1,5 +1,6 @@
 """What a node does while it trains: CPU, memory, network, disk and GPUs, as metrics `system/<node>/...` of the one run."""
 
+import contextlib
 import subprocess
 import threading
 import time
@@ -16,15 +17,15 @@ NVIDIA = ("utilization.gpu", "memory.used", "power.draw")
 class SystemMetrics:
     """`with SystemMetrics(run_id, uri, node="node-0"):` samples this machine every 10 seconds until the end.
 
-    One per node, whatever the number of workers there. The step of a sample is its second since `since` (epoch seconds; the
-    start of the run), so that a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one;
+    One per node, whatever the number of workers there. The step of a sample is its second since the start of the run, so that
+    a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one;
     energy is the integral of their power in kWh.
     """
 
-    def __init__(self, run_id: str, uri: str, *, node: str, since: float | None = None, every: float = 10.0):
+    def __init__(self, run_id: str, uri: str, *, node: str, every: float = 10.0):
         self.run = attach_run(run_id, uri)
         self.prefix = f"{names.SYSTEM}{node}/"
-        self.since = time.time() if since is None else since
+        self.since = time.time()
         self.every = every
         self.energy = 0.0
         self._gpus = True
@@ -42,6 +43,8 @@ class SystemMetrics:
         self.run.finish()
 
     def _sample(self) -> None:
+        with contextlib.suppress(Exception):  # a server that is away: seconds since now, then
+            self.since = self.run.started()
         before, last = _counters(), time.monotonic()
         while True:
             ended = self._stop.wait(self.every)

@@ -143,16 +143,19 @@ def test_a_resumed_run_has_every_step_once(uri):
     for step in range(10, 51, 10):
         first.log({names.LOSS: float(step)}, step=step)
     first.log({names.MEAN_SCORE: 1.0})
+    first.log_cost({names.GPU_HOURS: 2.0})
     first.finish("FAILED")
     again = start_run("pretrain", "r", config=Config(variant="S/16"), run_id=first.id, tracking_uri=uri)
     for step in range(30, 81, 10):
         again.log({names.LOSS: float(step)}, step=step)
+    again.log_cost({names.GPU_HOURS: 3.0})
     again.log({names.MEAN_SCORE: 2.0})  # a summary, without a step: the newer one counts
     again.finish()
     assert again.id == first.id
     assert history(uri, first.id, names.LOSS) == [(step, float(step)) for step in range(10, 81, 10)]
     stored = run_module.client(uri).get_run(first.id)
     assert stored.data.metrics[names.MEAN_SCORE] == 2.0
+    assert stored.data.metrics[names.GPU_HOURS] == 5.0
     assert stored.data.params["variant"] == "Ti/16"
     assert stored.data.tags[names.CHANGED] == "variant: Ti/16 -> S/16"
     assert stored.data.tags[names.RESUMED] == "1"
@@ -194,7 +197,7 @@ def test_system_metrics_of_each_node_join_the_one_run(uri):
     with start_run("pretrain", "nodes", tracking_uri=uri) as run:
         run.flush()
         with (
-            SystemMetrics(run.id, uri, node="node-0", since=time.time() - 100, every=0.1),
+            SystemMetrics(run.id, uri, node="node-0", every=0.1),
             SystemMetrics(run.id, uri, node="node-1", every=0.1),
         ):
             time.sleep(0.3)
@@ -202,7 +205,7 @@ def test_system_metrics_of_each_node_join_the_one_run(uri):
     metrics = run_module.client(uri).get_run(run.id).data.metrics
     assert 0 <= metrics["system/node-0/cpu_percent"] <= 100
     assert metrics["system/node-1/memory_gb"] > 0
-    assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] >= 100
+    assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] < 60  # seconds since the run's start
 
 
 # ---------------------------------------------------------------- the server misbehaves
