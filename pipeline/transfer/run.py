@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.data.shards import Dataset
 
 IDENTITY = "run.json"
+DUPLICATES = "duplicates.parquet"
 WEIGHT_FILES = (".npz", ".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -69,6 +70,8 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
     tasks = build(config, weights.config)
     datasets = open_all(tasks)
     flagged = read_flagged(config.decontamination, tasks) if config.decontamination else {}
+    if config.decontamination:
+        say(f"transfer: {sum(map(len, flagged.values()))} seen test images in {len(flagged)} of {len(tasks)} tasks")
     _check_real_labels(tasks, datasets)
     output, state = open_output(config, weights, tasks, datasets)
     store = Store(output)
@@ -272,48 +275,33 @@ def _check_real_labels(tasks: Sequence[Task], datasets: Mapping[Split, "Dataset"
 
 
 def read_flagged(uri: str, tasks: Sequence[Task]) -> dict[str, frozenset[str]]:
-    """{task: keys of test images that are also in the pre-training data}, from a decontamination report.
+    """{task: keys of test images that are also in the pre-training data}; tasks without any have no entry.
 
-    uri: JSON {task: [keys]}; or Parquet with a column "key" and, for several tasks, "task"; or a folder with such a file
-    per task, <task>.json (a list) or <task>.parquet. Raises UserError for anything else.
+    uri: the duplicates.parquet that `jobs/prepare.py --decontaminate` left beside the pre-training data (or that folder),
+    which names the evaluation set and the key of every match; or JSON {task: [keys]}. Raises UserError for anything else.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def read(uri: str) -> dict[str, list[str]]:
-        if uri.endswith(".json"):
-            content = storage.read_json(uri)
-            content = {"": content} if isinstance(content, list) else content
-            if isinstance(content, dict) and all(isinstance(keys, list) for keys in content.values()):
-                return content
-        elif uri.endswith(".parquet"):
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
-            if "key" in table.column_names:
-                owners = table["task"].to_pylist() if "task" in table.column_names else [""] * len(table)
-                grouped: dict[str, list[str]] = {}
-                for owner, key in zip(owners, table["key"].to_pylist(), strict=True):
-                    grouped.setdefault(owner, []).append(key)
-                return grouped
-        raise UserError(f"{uri}: not a decontamination report ({{task: [keys]}} as JSON, or Parquet with a column key)")
-
     uri = storage.normalise(uri)
-    if not storage.exists(uri):
-        raise UserError(f"{uri}: no decontamination report here")
-    flagged: dict[str, frozenset[str]] = {}
-    fs, path = storage.filesystem(uri)
-    if fs.isdir(path):
-        for task in tasks:
-            for ending in ("json", "parquet"):
-                one = storage.join(uri, f"{task.name}.{ending}")
-                if storage.exists(one):
-                    flagged[task.name] = frozenset(key for keys in read(one).values() for key in keys)
+    if uri.endswith(".json"):
+        content = storage.read_json(uri) if storage.exists(uri) else None
+        if not isinstance(content, dict) or not all(isinstance(keys, list) for keys in content.values()):
+            raise UserError(f"{uri}: no decontamination report ({{task: [keys]}})")
+        by_task = {task.name: content.get(task.name, []) for task in tasks}
     else:
-        content = read(uri)
-        for task in tasks:
-            keys = content.get(task.name, content.get("", []))
-            if keys:
-                flagged[task.name] = frozenset(keys)
-    return flagged
+        uri = uri if uri.endswith(".parquet") else storage.join(uri, DUPLICATES)
+        if not storage.exists(uri):
+            raise UserError(f"{uri}: no decontamination report; `jobs/prepare.py --decontaminate` writes one")
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        if not {"set", "match"} <= set(table.column_names):
+            raise UserError(f"{uri}: not a decontamination report (columns set and match)")
+        pairs = list(zip(table["set"].to_pylist(), table["match"].to_pylist(), strict=True))
+        by_task = {
+            task.name: [key for place, key in pairs if place and storage.normalise(place) == task.test.uri]
+            for task in tasks
+        }
+    return {name: frozenset(keys) for name, keys in by_task.items() if keys}
 
 
 def open_output(

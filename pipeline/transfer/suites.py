@@ -133,8 +133,8 @@ class TransferConfig:
     real_labels: str | None = None
     """ImageNet's real.json, for suite paper. Default: DATA/imagenet/real.json, if it is there."""
     decontamination: str | None = None
-    """Keys of test images that are also in the pre-training data: a report (.json, .parquet) or a folder of one per task.
-    Adds the accuracy without them."""
+    """Pre-training data prepared with --decontaminate (or its duplicates.parquet, or JSON {task: [keys]}): adds the accuracy
+    without the test images that were seen."""
     variant: str | None = None
     """Architecture of bare weights ("B/16"); a checkpoint folder says it itself."""
 

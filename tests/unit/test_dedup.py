@@ -50,13 +50,13 @@ def index(tmp_path_factory):
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_images_are_found(index, change):
     for i in (0, 7, 39):
-        match = index.find(dedup.hashes(CHANGES[change](photo(i)), crops=True), distance=20)
+        match = index.find(dedup.hashes(CHANGES[change](photo(i)), crops=True), distance=24)
         assert match is not None
         assert index.name(match[0])[1] == f"test/{i}"
 
 
 def test_other_images_are_not(index):
-    assert [index.find(dedup.hashes(photo(seed), crops=True), 20) for seed in range(100, 200)] == [None] * 100
+    assert [index.find(dedup.hashes(photo(seed), crops=True), 24) for seed in range(100, 200)] == [None] * 100
 
 
 def test_flat_images_match_only_exactly(tmp_path):
@@ -66,8 +66,8 @@ def test_flat_images_match_only_exactly(tmp_path):
     png = cv2.imencode(".png", flat)[1].tobytes()
     shards.write_dataset(str(tmp_path), [("flat", png, 0, 32, 32)], classes=["a"])
     index = dedup.build_index([str(tmp_path)], 10**8, map)
-    assert index.find(dedup.hashes(flat, crops=True), 20) == (0, 0)
-    assert index.find(dedup.hashes(nearly, crops=True), 20) is None
+    assert index.find(dedup.hashes(flat, crops=True), 24) == (0, 0)
+    assert index.find(dedup.hashes(nearly, crops=True), 24) is None
 
 
 def test_mirroring_inverts_known_bits():

@@ -152,7 +152,7 @@ def test_schedules():
 def test_divergence_is_an_error_of_its_own(model, train):
     with torch.no_grad():
         model.norm.bias.fill_(float("nan"))
-    with pytest.raises(finetune.Diverged, match="step 1 with learning rate 0.05"):
+    with pytest.raises(finetune.Diverged, match=r"step 1 with learning rate 0\.05"):
         tune(model, train)
 
 

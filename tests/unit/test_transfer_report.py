@@ -1,15 +1,18 @@
 """Scores as the paper counts them, ReaL, decontaminated accuracy, reports and comparisons."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from pipeline.data import dedup
 from pipeline.errors import UserError
 from pipeline.transfer import report
 from pipeline.transfer.fanout import Result, Store, pack_predictions
 from pipeline.transfer.finetune import Predictions
 from pipeline.transfer.report import Score
+from pipeline.transfer.run import read_flagged
 from pipeline.transfer.suites import GROUPS, L2_GRID, FineTune, Probe, Split, Task
 from pipeline.vtab.tasks import TASKS
 
@@ -91,6 +94,26 @@ def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
     assert score.clean == (100.0, 75.0)  # of the eight images left
     assert score.removed == 2
     assert report.collect([pets], 3, results, store, l2=1024.0, flagged={}) == []  # the third seed is missing
+
+
+def test_seen_images_come_from_the_report_of_prepare(tmp_path):
+    """The very table that prepare writes: only matches with a task's test set count, and the key is that set's."""
+    tasks = [task("pets"), dataclasses.replace(task("dtd"), test=Split(uri="/other"))]
+    records = [
+        {"key": "mine1", "reason": "near", "set": "/e", "match": "theirs1", "distance": 3},
+        {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", "distance": 0},
+        {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", "distance": 0},
+    ]
+    (tmp_path / "duplicates.parquet").write_bytes(dedup.report_table(records))
+    expected = {"pets": frozenset({"theirs1", "theirs2"})}
+    assert read_flagged(str(tmp_path), tasks) == expected
+    assert read_flagged(str(tmp_path / "duplicates.parquet"), tasks) == expected
+    (tmp_path / "seen.json").write_text('{"pets": ["theirs1", "theirs2"], "dtd": []}')
+    assert read_flagged(str(tmp_path / "seen.json"), tasks) == expected
+    (tmp_path / "bad.json").write_text("[1]")
+    for bad in ("bad.json", "gone.json", "gone.parquet", "gone"):
+        with pytest.raises(UserError, match="no decontamination report"):
+            read_flagged(str(tmp_path / bad), tasks)
 
 
 def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
