@@ -393,6 +393,27 @@ def versions(python: str) -> dict:
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def summarise(runs: dict[str, dict[int, list[dict]]]) -> dict[str, dict]:
+    """Medians per tool, at the worker count that won the first turn (the one that was then repeated)."""
+    table = {}
+    for tool, tried in runs.items():
+        best = max(tried, key=lambda n: (len(tried[n]), tried[n][0].get("img_s", 0)))
+        good = [run for run in tried[best] if "error" not in run]
+        if not good:
+            table[tool] = {"error": tried[best][0]["error"]}
+            continue
+        table[tool] = {
+            name: round(statistics.median(run[name] for run in good), 4)
+            for name in ("cpu_ms", "img_s", "first_batch_s")
+        }
+        table[tool] |= {"repeats": len(good)} | ({"workers": best} if tool in SWEEP else {})
+    for tool, row in table.items():
+        reference = table["patches_copy" if tool.startswith("patches") else "limit"]
+        if "cpu_ms" in row and "cpu_ms" in reference:
+            row["of_limit"] = round(reference["cpu_ms"] / row["cpu_ms"], 3)
+    return table
+
+
 def benchmark(arguments: argparse.Namespace) -> dict:
     peers = str(Path(arguments.peers) / "bin" / "python") if arguments.peers else None
     tools = [t.__name__ for t in TOOLS if t.__name__ not in PEERS or peers]
@@ -417,22 +438,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
                     print(f"{tool:20} workers {workers}  {result}", flush=True)
         with tempfile.TemporaryDirectory() as simulated:
             planned = child(sys.executable, "--plan-in", simulated_manifest(simulated))
-    table = {}
-    for tool, tried in runs.items():
-        best = max(tried, key=lambda n: statistics.median(r.get("img_s", 0) for r in tried[n]))
-        good = [run for run in tried[best] if "error" not in run]
-        if not good:
-            table[tool] = {"error": tried[best][0]["error"]}
-            continue
-        table[tool] = {
-            name: round(statistics.median(run[name] for run in good), 4)
-            for name in ("cpu_ms", "img_s", "first_batch_s")
-        }
-        table[tool] |= {"repeats": len(good)} | ({"workers": best} if tool in SWEEP else {})
-    for tool, row in table.items():
-        reference = table["patches_copy" if tool.startswith("patches") else "limit"]
-        if "cpu_ms" in row and "cpu_ms" in reference:
-            row["of_limit"] = round(reference["cpu_ms"] / row["cpu_ms"], 3)
+    loads = [run["load"] for tried in runs.values() for results in tried.values() for run in results]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -453,7 +459,8 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             "mean_bytes": round(sum(sizes) / len(sizes)),
             "photos": bool(arguments.images),
         },
-        "table": table,
+        "load_average": [min(loads), max(loads)],  # of a quiet machine: below 1 at the start
+        "table": summarise(runs),
         "plan": planned,
         "runs": runs,
     }
