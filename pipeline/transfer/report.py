@@ -286,8 +286,12 @@ def bars(scores: Sequence[Score]) -> "Figure":
     figure, axes = _figure(max(5.0, 0.45 * len(scores) + 2), 4.2)
     colours = dict(zip(["", *GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
     x = np.arange(len(scores))
-    heights, deviations = [score.mean for score in scores], [score.std for score in scores]
-    axes.bar(x, heights, yerr=deviations, capsize=2, color=[colours[score.group] for score in scores])
+    axes.bar(x, [score.mean for score in scores], color=[colours[score.group] for score in scores])
+    if any(score.std for score in scores):
+        deviations = [score.std for score in scores]
+        axes.errorbar(
+            x, [s.mean for s in scores], yerr=deviations, fmt="none", ecolor="black", elinewidth=0.8, capsize=2
+        )
     for (model, row), marker in zip(_references(scores).items(), "ovs^D*", strict=False):
         points = [(i, row[score.name]) for i, score in enumerate(scores) if row.get(score.name) is not None]
         if points:
@@ -301,7 +305,7 @@ def bars(scores: Sequence[Score]) -> "Figure":
     for group in (g for g in GROUPS if g in groups):
         axes.bar([0], [0], color=colours[group], label=group)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, ncols=2, loc="lower left", framealpha=0.9)
+        figure.legend(fontsize=7, ncols=6, loc="outside upper center", frameon=False)
     return figure
 
 
@@ -320,7 +324,7 @@ def curves(results: Sequence[Result]) -> "Figure | None":
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=6)
         axes.set_ylim(bottom=0)
-        if len(axes.lines) <= 6:
+        if 1 < len(axes.lines) <= 6:
             axes.legend(fontsize=5)
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("training loss", fontsize=8)

@@ -111,8 +111,8 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         summary = report.write_scores(output, about, scores, failures)
         text = report.markdown(about, tasks, scores, failures)
         storage.write_bytes(storage.join(output, "report.md"), text.encode())
-        wanted = {task.name for task in tasks}
-        recorder.suite(text, summary, scores, [result for result in results.values() if result.task in wanted])
+        in_order = [result for task in tasks for result in results.values() if result.task == task.name]
+        recorder.suite(text, summary, scores, in_order)
         status = "FAILED" if failures else "FINISHED"
     except Exception:
         status = "FAILED"
