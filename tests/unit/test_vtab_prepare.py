@@ -623,6 +623,7 @@ def test_a_download_goes_on_where_it_broke_off(ranges, tmp_path, monkeypatch):
 
 def test_a_download_of_another_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives.urllib.request, "urlopen", Server(os.urandom(5000)))
+    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
     file = archives.File(name="a.bin", bytes=5000, sha256="0" * 64, url="http://example.org/a.bin")
     with pytest.raises(UserError, match="not the official"):
         archives.download(str(tmp_path), "dtd", file, say=lambda text: None)
