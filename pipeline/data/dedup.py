@@ -6,7 +6,7 @@ Two images are the same when their decoded pixels hash to the same value, and ne
 128 bits differ: the signs of the 128 lowest frequencies (without the constant one) of the discrete cosine transform of the
 image, in grey, squashed to 32x32 by area averaging. Everything is compared at 32x32, so a CIFAR or SVHN image is matched
 at its own resolution. A mirrored image has known bits: those of odd horizontal frequency are inverted. Against evaluation
-sets, nine crops of 90% of each side are hashed as well, on both sides. docs/decontamination.md has what this finds and misses.
+sets, fourteen crops of 90% and 95% of each side are hashed as well, on both sides. docs/decontamination.md has what this finds and misses.
 
 No search compares all pairs. The evaluation sets fit in memory: their hashes, indexed by each of eight 16-bit bands, go to
 every worker, and images are looked up while they are prepared. A corpus does not: Ray Data brings rows together that agree
@@ -29,8 +29,10 @@ from pipeline.data import images, shards, sources
 from pipeline.errors import UserError
 
 SIDE, BITS, BANDS = 32, 128, 8
-CROP = 0.9  # of each side, in a grid of three by three
-VIEWS = 10  # the whole image and its nine crops
+# Crops beside the whole image: (part of each side, where it begins as a part of what is left over)
+_CORNERS = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5)]
+CROPS = [(0.95, y, x) for y, x in _CORNERS] + [(0.9, y, x) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.5, 1.0)]
+VIEWS = 1 + len(CROPS)
 # Frequencies by rising order (diagonals of the transform), without the constant one.
 _V, _U = np.divmod(np.arange(SIDE * SIDE), SIDE)
 _ORDER = np.lexsort((_U, _U + _V))[1 : BITS + 1]
@@ -51,7 +53,7 @@ class Hashes(NamedTuple):
 
 
 def hashes(pixels_HWC: np.ndarray, crops: bool = False) -> Hashes:
-    """The hashes of an upright RGB image; with `crops`, of its nine crops too."""
+    """The hashes of an upright RGB image; with `crops`, of its CROPS too."""
     pixels = np.ascontiguousarray(pixels_HWC)
     exact = hashlib.sha256(pixels.data)
     exact.update(repr(pixels.shape).encode())
@@ -60,8 +62,9 @@ def hashes(pixels_HWC: np.ndarray, crops: bool = False) -> Hashes:
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     boxes = [(0, 0, height, width)]
     if crops:
-        h, w = max(1, round(height * CROP)), max(1, round(width * CROP))
-        boxes += [(y, x, h, w) for y in (0, (height - h) // 2, height - h) for x in (0, (width - w) // 2, width - w)]
+        for side, y, x in CROPS:
+            h, w = max(1, round(height * side)), max(1, round(width * side))
+            boxes.append((round(y * (height - h)), round(x * (width - w)), h, w))
     bits = np.empty((len(boxes), BITS), bool)
     flat = False
     for i, (y, x, h, w) in enumerate(boxes):
@@ -96,12 +99,12 @@ class Index:
     starts: np.ndarray  # (BANDS, 65537): where the entries of each band value begin in `order`
     order: np.ndarray  # (BANDS, entries)
 
-    def find(self, found: Hashes, distance: int) -> tuple[int, int] | None:
-        """(image, bits that differ) of the nearest image within `distance`, or None. Whole images are compared with whole
+    def find(self, found: Hashes, distance: int) -> tuple[int, int, bool] | None:
+        """(image, bits that differ, same pixels?) of the nearest image within `distance`, or None. Whole images are compared with whole
         images and with crops of the other, crops are not compared with crops."""
         at = int(np.searchsorted(self.exact, np.uint64(found.exact)))
         if at < len(self.exact) and int(self.exact[at]) == found.exact:
-            return int(self.exact_image[at]), 0
+            return int(self.exact_image[at]), 0, True
         if found.flat or not len(self.bits):
             return None
         bands = found.bits.view(np.uint16)  # (views, BANDS)
@@ -118,7 +121,7 @@ class Index:
         apart = differing(self.bits[entry], found.bits[view])
         apart[(view > 0) & ~self.whole[entry]] = BITS + 1
         best = int(apart.argmin())
-        return (int(self.image[entry[best]]), int(apart[best])) if apart[best] <= distance else None
+        return (int(self.image[entry[best]]), int(apart[best]), False) if apart[best] <= distance else None
 
     def name(self, image: int) -> tuple[str, str]:
         """(set, key) of an image."""

@@ -83,7 +83,7 @@ class PrepareConfig:
     """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored)."""
     decontaminate: tuple[str, ...] = ()
     """Evaluation sets (datasets, or anything that --source takes): images that are in them are removed."""
-    distance: int = 20
+    distance: int = 24
     """Near duplicates differ in at most this many of 128 bits (docs/decontamination.md)."""
     max_pixels: int = 100_000_000
     """Larger images are refused before they are decoded."""
@@ -491,12 +491,12 @@ def _bucket(key: str, thresholds: list[float]) -> int:
     return next((i for i, threshold in enumerate(thresholds) if draw < threshold), len(thresholds) - 1)
 
 
-def _contaminated(key: str, picture: np.ndarray, match: tuple[int, int], index: dedup.Index) -> dict[str, Any]:
+def _contaminated(key: str, picture: np.ndarray, match: tuple[int, int, bool], index: dedup.Index) -> dict[str, Any]:
     """The record of an image that an evaluation set holds, with a thumbnail for the contact sheet."""
-    found, distance = match
+    found, distance, exact = match
     uri, name = index.name(found)
     thumbnail = cv2.imencode(".jpg", dedup.small(picture)[:, :, ::-1])[1].tobytes()
-    reason = "near" if distance else "exact"
+    reason = "exact" if exact else "near"
     record = {"key": key, "reason": reason, "set": uri, "match": name, "distance": distance}
     return record | {"thumbnail": base64.b64encode(thumbnail).decode()}
 
@@ -708,7 +708,7 @@ def _keep(job: tuple[int, Plan, dict[int, tuple[str, int, int]]]) -> None:
                         source = plan.sources[plan.units[unit][0]].uri
                         receipt["rejects"][name].append([key, source, "duplicate key", ""])
                     else:
-                        reason = "exact" if why[1] == 1 or why[2] == 0 else "near"
+                        reason = "exact" if why[1] == 1 else "near"
                         record = {"key": key, "reason": reason, "set": "", "match": why[0], "distance": why[2]}
                         receipt["duplicates"][name].append(record)
         # mean and deviation stay those measured before the duplicates went

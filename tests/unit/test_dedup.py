@@ -66,7 +66,7 @@ def test_flat_images_match_only_exactly(tmp_path):
     png = cv2.imencode(".png", flat)[1].tobytes()
     shards.write_dataset(str(tmp_path), [("flat", png, 0, 32, 32)], classes=["a"])
     index = dedup.build_index([str(tmp_path)], 10**8, map)
-    assert index.find(dedup.hashes(flat, crops=True), 24) == (0, 0)
+    assert index.find(dedup.hashes(flat, crops=True), 24) == (0, 0, True)
     assert index.find(dedup.hashes(nearly, crops=True), 24) is None
 
 
