@@ -4,6 +4,7 @@
 with which dropout mask is a function of the step, so that a run killed anywhere continues with nothing but its step.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -25,6 +26,7 @@ from pipeline.data.augment import Augment
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.tracking import Run, attach_run, names
+from pipeline.tracking.system import SystemMetrics
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.recipes import PretrainConfig
@@ -186,10 +188,13 @@ def train_worker(task: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     say = task["say"] if rank == 0 else lambda line: None
     run = attach_run(task["run_id"], task["tracking_uri"], resume=True) if rank == 0 else None
+    local_rank = context.get_local_rank()
     try:
-        result = train(
-            config, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, say=say, run=run
-        )
+        with contextlib.ExitStack() as stack:
+            if local_rank == 0:
+                node = f"node-{context.get_node_rank()}"
+                stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))
+            result = train(config, rank=rank, world=world, local_rank=local_rank, device=device, say=say, run=run)
     finally:
         if run is not None:
             run.finish()

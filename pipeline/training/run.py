@@ -24,7 +24,6 @@ from pipeline.tracking import names
 from pipeline.training.loop import Plan, make_plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 
-
 # Activations come and go every step. By default glibc gives each large one back to the kernel and faults it in again,
 # zeroed, page by page; kept in the heap they cost nothing.
 HEAP = {
@@ -63,7 +62,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         result = _launch(plan, run.id, run.uri)
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.gpus else 0
-        run.log({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]}, plan.total)
+        run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
         status = "FINISHED"
     except KeyboardInterrupt:
