@@ -6,6 +6,7 @@
 """
 
 import importlib.util
+import logging
 import os
 import sys
 
@@ -54,11 +55,14 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
         if submitted:
-            ray.init(logging_level="error", log_to_driver=False)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
             what = "this job's cluster"
         elif address:
             ray.init(
-                address=address, runtime_env=runtime_env(ship_project=True), logging_level="error", log_to_driver=False
+                address=address,
+                runtime_env=runtime_env(ship_project=True),
+                logging_level=logging.ERROR,
+                log_to_driver=False,
             )
             what = f"the cluster at {address}"
         else:
@@ -67,7 +71,7 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
                 num_cpus=num_cpus,
                 dashboard_host="127.0.0.1",
                 runtime_env=runtime_env(ship_project=False),
-                logging_level="error",
+                logging_level=logging.ERROR,
                 log_to_driver=False,
             )
             what = "embedded Ray"

@@ -19,7 +19,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -138,7 +138,7 @@ class Writer:
     def __init__(self, run: str, model: nn.Module, *, keep: int, best: str | None = None):
         """model: as built, before DeepSpeed takes its parameters apart (its shapes, buffers and config are noted)."""
         self.run, self.keep, self.best = run, keep, best
-        self.model_config: dict[str, Any] = model.config
+        self.model_config: dict[str, Any] = cast(Any, model).config
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.buffers = {k: v.clone() for k, v in model.state_dict().items() if k not in self.shapes}
         self.rank = dist.get_rank() if dist.is_initialized() else 0

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Engine:
             # killed process never gives back. Training never calls it: gloo does the reductions.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if config.recompute:
-            model.set_grad_checkpointing(True)
+            cast(Any, model).set_grad_checkpointing(True)
         groups = weight_decay_groups(model, optimizer.decay)
         inner: torch.optim.Optimizer
         if optimizer.name == "adamw":
@@ -79,7 +80,7 @@ class Engine:
             config=_deepspeed_config(optimizer, config, accumulation, micro_batch),
         )
         if config.compile:
-            for block in model.blocks:
+            for block in cast(Any, model).blocks:
                 block.compile()
         self.inner = inner
         self.device = device
@@ -175,6 +176,7 @@ class Engine:
                     offset += share
             return
         if self.config.zero == 0:  # every worker holds everything
+            pairs: Iterable[tuple[Tensor, Tensor]]
             if hasattr(optimizer, "fp32_groups"):  # low precision, with float32 masters
                 pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
             else:

@@ -8,7 +8,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +194,16 @@ def train_worker(task: dict[str, Any]) -> None:
             if local_rank == 0:
                 node = f"node-{context.get_node_rank()}"
                 stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))
-            result = train(config, rank=rank, world=world, local_rank=local_rank, device=device, say=say, run=run)
+            result = train(
+                config,
+                rank=rank,
+                world=world,
+                local_rank=local_rank,
+                device=device,
+                say=say,
+                run=run,
+                tracking_uri=task["tracking_uri"],
+            )
     finally:
         if run is not None:
             run.finish()
@@ -211,6 +220,7 @@ def train(
     device: torch.device,
     say: Callable[[str], None],
     run: Run | None,
+    tracking_uri: str | None = None,
 ) -> dict[str, Any]:
     """Trains from the newest checkpoint (or from scratch) to the end; needs an initialised process group when world > 1."""
     plan = make_plan(config, open_dataset(config.data), world)
@@ -226,8 +236,9 @@ def train(
         _load_weights(model, storage.join(start.uri, "model.safetensors"))
     elif config.init_from:
         from models.convert import load_weights
+        from pipeline.weights import locate
 
-        say(str(load_weights(model, config.init_from)))
+        say(str(load_weights(model, locate(config.init_from, tracking_uri))))
     engine = Engine(
         model,
         config.optimizer,
@@ -330,7 +341,7 @@ def _load_weights(model: nn.Module, uri: str) -> None:
     model.load_state_dict(load(storage.read_bytes(uri)))
 
 
-def _batches(plan: Plan, first: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
+def _batches(plan: Plan, first: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]:
     """This worker's share of global step `first` and all that follow, epoch after epoch."""
     config = plan.config
     epoch, step = divmod(first, plan.steps_per_epoch)
@@ -383,7 +394,7 @@ def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device
         dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=evaluation
     ) as loader:
         for batch in loader:
-            images = batch.get("image", batch.get("patches")).to(device)
+            images = (batch["image"] if "image" in batch else batch["patches"]).to(device)
             labels = batch["label"].to(device)
             count = len(images)
             if count == 0:  # with ZeRO-3 every worker must take part in every forward pass

@@ -20,7 +20,7 @@ from pipeline import config as configuration
 from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
-from pipeline.tracking import names
+from pipeline.tracking import artifacts, names
 from pipeline.training.loop import Plan, make_plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 
@@ -76,8 +76,18 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:
     """The config with absolute paths: Ray's workers run in another folder."""
-    named = {name: getattr(config, name) for name in ("data", "validation", "output", "init_from", "cache")}
-    return replace(config, **{name: storage.normalise(uri) for name, uri in named.items() if uri})
+
+    def absolute(uri: str | None) -> str | None:
+        return storage.normalise(uri) if uri else uri
+
+    return replace(
+        config,
+        data=storage.normalise(config.data),
+        output=storage.normalise(config.output),
+        validation=absolute(config.validation),
+        init_from=absolute(config.init_from),
+        cache=absolute(config.cache),
+    )
 
 
 def check(config: PretrainConfig) -> Plan:
@@ -87,6 +97,12 @@ def check(config: PretrainConfig) -> Plan:
     from models.variants import parameters
 
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
+    if config.init_from:
+        from models import create_model
+        from models.convert import load_weights
+        from pipeline.weights import locate
+
+        load_weights(create_model(**plan.model_options), locate(config.init_from, config.tracking_uri))  # they fit
     if config.validation:
         validation = open_dataset(config.validation)
         if list(validation.classes) != list(dataset.classes):
@@ -197,7 +213,7 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
     try:
@@ -261,7 +277,7 @@ class Console:
                 taken, self.lines = self.lines, []
                 return taken
 
-        self.actor = Lines.remote()
+        self.actor = Lines.remote()  # type: ignore[attr-defined]
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._print, daemon=True)
 
