@@ -77,7 +77,9 @@ def main(argv: list[str]) -> int:
     if config.data:
         augment = replace(training.augment, size=48, flip=True, area=(0.3, 1.0))
         batch = min(training.batch_size, 2 ** (manifests["train"].rows.bit_length() - 1))
-        training = replace(training, image_size=48, augment=augment, steps="300steps", batch_size=batch)
+        training = replace(
+            training, image_size=48, validation_resize=None, augment=augment, steps="300steps", batch_size=batch
+        )
     if config.steps:
         training = replace(training, steps=f"{config.steps}steps")
     run.check(training)

@@ -388,7 +388,7 @@ def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device
     engine.module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     size = config.image_size
-    evaluation = Augment(size=size, crop="center", resize=round(size * 8 / 7), flip=False)
+    evaluation = Augment(size=size, crop="center", resize=config.validation_resize or round(size * 8 / 7), flip=False)
     batch_size = max(world, plan.micro_batch * world)
     with Loader(
         dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=evaluation

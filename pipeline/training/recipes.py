@@ -84,6 +84,8 @@ class PretrainConfig:
     batch_size: int = 4096
     """Global batch, whatever the number of workers."""
     image_size: int = 224
+    validation_resize: int | None = None
+    """Shorter side before the centre crop of validation images; None: 8/7 of image_size (256 for 224)."""
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: Literal["softmax", "sigmoid", "masked"] = "softmax"
@@ -176,7 +178,8 @@ def demo() -> PretrainConfig:
         batch_size=64,
         image_size=32,
         model=ModelConfig(variant="Ti/8", depth=4, pool="gap"),
-        augment=Augment(size=32, crop="inception", area=(0.6, 1.0), flip=False),
+        validation_resize=32,
+        augment=Augment(size=32, area=(0.8, 1.0), flip=False),
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(kind="cosine", warmup="10%"),
         engine=EngineConfig(zero=1, precision="fp32"),
@@ -331,6 +334,7 @@ def cifar10() -> PretrainConfig:
         output="runs/cifar10/pretrain",
         steps="20epochs",
         batch_size=128,
+        validation_resize=32,
         model=ModelConfig(variant="Ti/4", depth=6, pool="gap", posemb="sincos2d", pre_logits=False),
         augment=Augment(size=32, area=(0.4, 1.0), randaug_layers=2, randaug_magnitude=5),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.05, decay="kernels"),

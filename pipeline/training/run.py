@@ -78,7 +78,7 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
     """The config with absolute paths: Ray's workers run in another folder."""
 
     def absolute(uri: str | None) -> str | None:
-        return storage.normalise(uri) if uri else uri
+        return storage.normalise(uri) if uri and not uri.startswith(artifacts.SCHEMES) else uri
 
     return replace(
         config,

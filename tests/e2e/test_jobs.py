@@ -1,0 +1,106 @@
+"""The jobs as a user runs them: own processes, embedded Ray, exit codes; the whole way on handwritten digits."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(name: str, *arguments: str, cwd: Path, timeout: int = 280, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+    env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{cwd}/mlflow.db", **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """The demo, shortened: prepared digits, a pre-training run of two workers, transfer scores."""
+    root = tmp_path_factory.mktemp("demo")
+    done = job("demo", "--steps", "240", cwd=root)
+    (root / "demo.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root
+
+
+def test_demo_learns_digits_and_prints_its_lines(digits):
+    log = (digits / "demo.log").read_text()
+    prepared = re.search(r"^demo: prepared=(\d+) shards=(\d+) rejects=(\d+)$", log, re.M)
+    assert prepared.groups()[0] == "1797"
+    assert prepared.groups()[2] == "0"
+    trained = re.search(r"^demo: loss_first=([\d.]+) loss_last=([\d.]+) top1=([\d.]+)$", log, re.M)
+    assert float(trained[2]) < 0.7 * float(trained[1])
+    assert float(trained[3]) > 0.8  # chance is 0.1
+    scores = dict(part.split("=") for part in re.search(r"^demo: transfer (.*)$", log, re.M)[1].split())
+    assert len(scores) >= 4
+    assert float(scores["linear"]) > 0.7
+    assert re.search(r"^demo: seconds=[\d.]+$", log, re.M)
+
+
+def test_checkpoint_is_complete_and_stands_alone(digits):
+    from models import create_model
+    from models.convert import load_weights
+    from pipeline.training import checkpoint
+
+    newest = checkpoint.latest(str(digits / "runs/demo/pretrain"))
+    assert newest.commit["workers"] == 2
+    config = json.loads(Path(newest.uri, "config.json").read_text())
+    load_weights(create_model(**config["model"]), newest.uri)
+
+
+def test_runs_are_in_mlflow_as_a_tree(digits):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{digits}/mlflow.db")
+    experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+    assert {"pretrain", "transfer"} <= set(experiments)
+    (pretrain,) = client.search_runs([experiments["pretrain"]])
+    assert pretrain.info.status == "FINISHED"
+    assert pretrain.data.params["optimizer.lr"]
+    history = client.get_metric_history(pretrain.info.run_id, "train/loss")
+    steps = [point.step for point in history]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 240
+    transfer = client.search_runs([experiments["transfer"]])
+    parents = [run for run in transfer if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    assert len(transfer) > 3
+
+
+def test_the_same_command_again_continues_and_another_is_refused(digits):
+    same = job("pretrain", "--steps", "240steps", cwd=digits)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "nothing left to do" in same.stdout
+    other = job("pretrain", "--steps", "240steps", "--optimizer.lr", "0.5", cwd=digits)
+    assert other.returncode == 2
+    assert "holds another run (optimizer.lr" in other.stderr
+    assert job("pretrain", "--steps", "240steps", "--resume", "never", cwd=digits).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("pretrain", ["--recipe", "dmeo"], 'did you mean "demo"'),
+        ("pretrain", ["--batch-sise", "3"], "--batch-size"),
+        ("pretrain", ["--data", "nowhere"], "no dataset here"),
+        ("pretrain", ["--batch-size", "63"], "workers do not divide"),
+        ("pretrain", ["--model.variant", "Ti/15"], "15"),
+        ("pretrain", ["--resume", "must", "--output", "empty"], "holds no run"),
+        ("prepare", ["--source", "nowhere", "--output", "out"], "nowhere"),
+        ("prepare", ["--source", "runs", "--output", "s3://no-such-bucket-here/x"], "s3://"),
+        ("transfer", ["--checkpoint", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(digits, name, arguments, message):
+    before = sorted(path for path in digits.iterdir())
+    environment = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    done = job(name, *arguments, cwd=digits, timeout=120, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert sorted(path for path in digits.iterdir()) == before
