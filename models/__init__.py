@@ -34,7 +34,8 @@ def create_model(variant: str, num_classes: int, image_size: int = 224, **option
         kind = MaskedPatchPredictor
     else:
         kind = VisionTransformer
-        options.pop("mpp", None)
+        # `mpp=None` turns the config of a masked-patch model into that of its encoder
+        options = {name: value for name, value in options.items() if name not in ("mpp", "corrupt")}
     valid = option_names(kind)
     for name in options:
         if name not in valid:

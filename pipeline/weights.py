@@ -28,14 +28,9 @@ def open_model(uri: str, tracking_uri: str | None = None) -> "tuple[nn.Module, d
 
     A model of masked patch prediction comes back as the plain encoder inside it, without a head.
     """
-    from models import create_model
-    from models.convert import load_model, load_weights, read_config
+    from models.convert import load_model, read_config
 
     folder = locate(uri, tracking_uri)
     config = read_config(folder)
-    if config["model"].get("mpp"):
-        encoder = {name: value for name, value in config["model"].items() if name not in ("mpp", "corrupt")}
-        model = create_model(**encoder)
-        load_weights(model, folder)
-        return model.eval(), config
-    return load_model(folder), config
+    encoder = {"mpp": None} if config["model"].get("mpp") else {}
+    return load_model(folder, **encoder), config

@@ -17,14 +17,18 @@ def fetch(uri: str, tracking_uri: str | None = None) -> str:
         return uri
     import mlflow
 
+    from pipeline.tracking.registry import _process_wide
+    from pipeline.tracking.run import redacted
     from pipeline.tracking.run import tracking_uri as resolve
 
+    where = resolve(tracking_uri)
     folder = tempfile.TemporaryDirectory(prefix="mlflow-artifacts-")
     _KEPT.append(folder)
     try:
-        return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=resolve(tracking_uri))
+        with _process_wide(where):  # registered models are looked up there, whatever the argument says
+            return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=where)
     except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}; MLflow is at {resolve(tracking_uri)}") from error
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}; MLflow is at {redacted(where)}") from error
 
 
 _KEPT: list[tempfile.TemporaryDirectory] = []

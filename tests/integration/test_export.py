@@ -71,8 +71,14 @@ def by_this_project(folder, x):
 
 @pytest.mark.parametrize(
     ("format", "opened"),
-    [("timm", by_timm), ("huggingface", by_huggingface), ("onnx", by_onnx), ("torch-export", by_torch_export), ("safetensors", by_this_project)],
-)  # fmt: skip
+    [
+        ("timm", by_timm),
+        ("huggingface", by_huggingface),
+        ("safetensors", by_this_project),
+        pytest.param("onnx", by_onnx, marks=pytest.mark.slow),
+        pytest.param("torch-export", by_torch_export, marks=pytest.mark.slow),
+    ],
+)
 def test_the_library_gives_our_logits(tmp_path, image_folder, format, opened):
     model = checkpoint(tmp_path / "checkpoint")
     done = export("--checkpoint", tmp_path / "checkpoint", "--to", format, "--output", tmp_path / "out", "--images", image_folder, "--json")  # fmt: skip

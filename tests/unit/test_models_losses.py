@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models import create_model
-from models.convert import load_weights, save_checkpoint_weights
+from models.convert import load_model, load_weights, save_checkpoint_weights
 from models.errors import UserError
 from models.losses import correct, masked_patch_loss, multi_hot, sigmoid_loss, softmax_loss, training_loss
 from models.vit import patchify
@@ -163,6 +163,7 @@ def test_masked_prediction_learns_and_its_encoder_transfers(tmp_path, kind):
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
     save_checkpoint_weights(model, {}, str(tmp_path))
+    assert "mask_token" not in load_model(tmp_path, mpp=None).state_dict()
     encoder = create_model("mu/8", 5, image_size=32)
     report = load_weights(encoder, tmp_path)
     assert set(report.dropped) == {"mask_token", "mpp_head.weight", "mpp_head.bias"}
