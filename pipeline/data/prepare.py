@@ -537,23 +537,35 @@ def _run(plan: Plan, quiet: bool) -> None:
     work: Any = _process_batch  # Ray's stubs know no typed dict of arrays
     receipts = rows.map_batches(work, batch_size=None, fn_args=(reference,), num_cpus=1)
     for row in receipts.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
         progress.add(weights[row["unit"]], row["inputs"], row["rejects"])
     progress.close()
 
 
 def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np.ndarray]:
-    """Rows of unit numbers -> rows of counts. Runs in a Ray worker, on one CPU."""
+    """Rows of unit numbers -> rows of counts. Runs in a Ray worker, on one CPU.
+
+    A UserError travels back as a value: Ray Data would wrap it beyond recognition.
+    """
     import ray
 
     cv2.setNumThreads(1)
     plan = ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
     index = ray.get(plan.index) if plan.index is not None else None
-    receipts = [process(int(unit), plan, index) for unit in batch["unit"]]
-    return {
-        "unit": batch["unit"],
-        "inputs": np.array([sum(receipt["inputs"].values()) for receipt in receipts]),
-        "rejects": np.array([sum(map(len, receipt["rejects"].values())) for receipt in receipts]),
-    }
+    counts: dict[str, list[Any]] = {"unit": [], "inputs": [], "rejects": [], "error": []}
+    for unit in batch["unit"].tolist():
+        inputs = rejects = 0
+        error = ""
+        try:
+            receipt = process(unit, plan, index)
+            inputs = sum(receipt["inputs"].values())
+            rejects = sum(map(len, receipt["rejects"].values()))
+        except UserError as problem:
+            error = str(problem)
+        for name, value in zip(counts, (unit, inputs, rejects, error), strict=True):
+            counts[name].append(value)
+    return {name: np.array(values) for name, values in counts.items()}
 
 
 class _Progress:

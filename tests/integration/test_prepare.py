@@ -1,5 +1,6 @@
 """`prepare` on real Ray and over real HTTP to an S3 endpoint: complete, resumable, byte-identical."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -81,6 +82,18 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     with pytest.raises(UserError, match="the source files have changed"):
         prepare.prepare(config)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
+
+
+def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path, monkeypatch):
+    """What a worker cannot put right comes back as it was raised, and nothing looks finished."""
+    config = prepare.check(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
+    plan = prepare.make_plan(config)
+    prepare._claim(plan)
+    wrong = [dataclasses.replace(source, kind="parquet") for source in plan.sources]
+    monkeypatch.setattr(prepare, "make_plan", lambda *_: dataclasses.replace(plan, sources=wrong))
+    with pytest.raises(UserError, match="not a Parquet file"):
+        prepare.prepare(config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
