@@ -73,6 +73,8 @@ class Plan:
         """Arguments of `create_model`."""
         model = self.config.model
         options: dict[str, Any] = {k: v for k, v in configuration.to_dict(model).items() if v is not None}
+        if parse_variant(model.variant).depth == 0:  # a ResNet has no tokens to pool, place or drop
+            options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
         num_classes = len(self.classes)
         if self.config.loss == "masked":
             num_classes = 0
