@@ -384,6 +384,7 @@ class Run:
         self._delivery = _Delivery(spool, fill_gaps)
         self._owner = owner  # only the owner ends the run
         self._nonfinite: dict[str, tuple[int, int]] = {}  # metric: (count, first step)
+        self._last: dict[str, tuple[int, float]] = {}  # metric: the point logged last
         self._started = time.monotonic()
         self._finished = False
         self._closing = threading.Event()
@@ -423,6 +424,9 @@ class Run:
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Metrics of one step. NaN and infinities are counted under nonfinite/<name> and tagged, not stored."""
         values = {name: float(value) for name, value in metrics.items()}
+        # MLflow's charts over another metric (images seen) pair points by position: one twice at a step shifts all after it.
+        values = {name: value for name, value in values.items() if self._last.get(name) != (step, value)}
+        self._last |= {name: (step, value) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         for name in bad:
             del values[name]

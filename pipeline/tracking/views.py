@@ -68,7 +68,8 @@ def _view(name: str) -> dict[str, Any]:
         "orderByKey": f"metrics.`{names.MEAN_SCORE}`" if name == names.TRANSFER else "attributes.start_time",
         "orderByAsc": False,
         "startTime": "ALL",
-        "searchFilter": "",
+        # Only parents have a suite: sorted by score, children would stand among them.
+        "searchFilter": "params.suite LIKE '%'" if name == names.TRANSFER else "",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],

@@ -170,6 +170,15 @@ def test_a_run_of_another_server_continues_as_a_new_one(uri):
     assert history(uri, run.id, names.LOSS) == [(5, 1.0)]
 
 
+def test_a_point_logged_twice_is_stored_once(uri):
+    with start_run("pretrain", "twice", tracking_uri=uri) as run:
+        for step in (10, 20):
+            run.log({names.LOSS: 1.0, names.IMAGES_SEEN: step * 64}, step=step)
+            run.log({names.VAL_TOP1: 0.5, names.IMAGES_SEEN: step * 64}, step=step)  # validation at the same step
+    assert history(uri, run.id, names.IMAGES_SEEN) == [(10, 640.0), (20, 1280.0)]
+    assert history(uri, run.id, names.VAL_TOP1) == [(10, 0.5), (20, 0.5)]
+
+
 def test_nonfinite_values_are_flagged_and_not_stored(uri):
     with start_run("pretrain", "nan", tracking_uri=uri) as run:
         for step, loss in enumerate([2.0, float("nan"), float("inf"), 1.0]):
