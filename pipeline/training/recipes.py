@@ -167,20 +167,20 @@ OPERATIONAL = frozenset(
 def demo() -> PretrainConfig:
     """Handwritten digits at 32 px on two CPU workers, about two minutes.
 
-    Command: `python jobs/pretrain.py` after `python jobs/prepare.py`. A ViT of 192 width and 4 layers' worth of Ti/4
-    learns scikit-learn's 1,797 digits; expect top-1 above 90% on the held-out fifth.
+    Command: `python jobs/pretrain.py` after `python jobs/prepare.py`. Three blocks of Ti/8 learn scikit-learn's 1,797
+    digits; expect top-1 of about 98% on the held-out fifth.
     """
     return PretrainConfig(
         data="runs/demo/data/train",
         validation="runs/demo/data/test",
         output="runs/demo/pretrain",
-        steps="30epochs",
+        steps="20epochs",
         batch_size=64,
         image_size=32,
-        model=ModelConfig(variant="Ti/8", depth=4, pool="gap"),
+        model=ModelConfig(variant="Ti/8", depth=3, pool="gap", posemb="sincos2d", pre_logits=False),
         validation_resize=32,
-        augment=Augment(size=32, area=(0.8, 1.0), flip=False),
-        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
+        augment=Augment(size=32, area=(0.9, 1.0), aspect=(0.9, 1.1), flip=False),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99)),
         schedule=ScheduleConfig(kind="cosine", warmup="10%"),
         engine=EngineConfig(zero=1, precision="fp32"),
         workers=2,
