@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.transfer import fewshot, finetune
 from pipeline.transfer.suites import L2_GRID, FineTune, Probe, Task
 
+STARVED = 30.0  # seconds
 CONFUSION_CLASSES = 20  # confusion matrices are kept up to this many classes
 
 
@@ -331,6 +332,12 @@ class Running:
     attempt: int
     progress: tuple[int, int, float] = (0, 0, math.nan)
     asked: Any = None  # pending answer to "how far are you"
+    answered: bool = False
+
+    @property
+    def starved(self) -> bool:
+        """Its process has not come up for a while: perhaps it waits for CPUs or GPUs that idle workers hold."""
+        return not self.answered and time.monotonic() - self.started > STARVED
 
 
 def fan_out(
@@ -386,6 +393,10 @@ def fan_out(
                 running[call] = Running(job, worker, time.monotonic(), attempts[job.name])
             if not running:
                 return failures
+            if idle and any(entry.starved for entry in running.values()):
+                started -= len(idle)
+                while idle:
+                    ray.kill(idle.pop())
             done, _ = ray.wait(list(running), timeout=0.5)
             for call in done:
                 entry = running.pop(call)
@@ -423,6 +434,7 @@ def _ask_progress(running: Iterable[Running]) -> None:
                 continue
             try:
                 entry.progress = ray.get(entry.asked)
+                entry.answered = True
             except ray.exceptions.RayError:  # the job's own result tells what happened
                 continue
         entry.asked = entry.worker.progress.remote()

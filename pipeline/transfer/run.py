@@ -240,7 +240,9 @@ def load_checkpoint(config: TransferConfig) -> Weights:
         identity = _file_identity(uri)
     else:
         found = checkpoint.resolve(uri)
-        uri, run_id = found.uri, found.commit.get("run_id")
+        uri = found.uri
+        record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, IDENTITY)  # of the pre-training run
+        run_id = storage.read_json(record).get("run_id") if storage.exists(record) else None
         masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # its encoder is what transfers
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]

@@ -223,6 +223,32 @@ def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path
     assert set(results) == {"shaky/final-lr0.1-seed0", "steady/final-lr0.1-seed0"}
 
 
+@pytest.mark.timeout(120)
+def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path, monkeypatch):
+    """The third process waits for a CPU that the first two keep while they have nothing to do."""
+    monkeypatch.setattr(fanout, "STARVED", 1.0)
+    tasks = [
+        Task(name=f"steady{i}", train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
+        for i in range(3)
+    ]
+    worker = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=1)
+    results = {}
+    failures = fanout.fan_out(
+        tasks,
+        1,
+        results,
+        make_worker=lambda: worker.remote(str(tmp_path / "mark")),
+        workers=3,
+        retries=0,
+        costs={task.name: 1.0 for task in tasks},
+        features={},
+        on_result=lambda job, result, predictions: None,
+        on_failure=lambda job, error: None,
+    )
+    assert not failures
+    assert len(results) == 3
+
+
 # ---------------------------------------------------------------- the command
 
 

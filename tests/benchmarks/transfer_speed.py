@@ -1,0 +1,141 @@
+"""What the fan-out saves, and what the feature pipeline costs.
+
+    python tests/benchmarks/transfer_speed.py
+
+1. eight fine-tunings: by `fan_out` on as many workers as there are CPUs, against the same function called in sequence in one
+   process with all CPUs, and in sequence with one process per task (what a shell loop over tasks does);
+2. frozen features: images per second of `features.compute` (read, decode, forward) against the bare forward on a batch that
+   is already in memory, one thread each. Target: at least 90%.
+
+Writes tests/benchmarks/results/transfer_speed.json.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import cv2
+import numpy as np
+import torch
+
+from models import create_model
+from pipeline import cluster
+from pipeline.data import open_dataset
+from pipeline.data.shards import write_dataset
+from pipeline.transfer import fanout, features
+from pipeline.transfer.suites import FineTune, Probe, Split, Task
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SIZE, TASKS = 64, 8
+
+
+def pictures(uri: str, n: int, side: int) -> None:
+    generator = np.random.default_rng(n)
+
+    def rows():
+        for i in range(n):
+            low = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            picture = cv2.resize(low, (side, side), interpolation=cv2.INTER_CUBIC)
+            yield f"k{i}", cv2.imencode(".jpg", picture)[1].tobytes(), i % 10, side, side
+
+    write_dataset(uri, rows(), classes=[str(k) for k in range(10)], image={"size": side, "quality": 95})
+
+
+def tasks(folder: str) -> list[Task]:
+    protocol = FineTune(resolution=SIZE, crop="random", steps=15, batch_size=32, lrs=(0.01,))
+    train, test = Split(uri=f"{folder}/train"), Split(uri=f"{folder}/test")
+    return [Task(name=f"task{i}", train=train, test=test, protocol=protocol) for i in range(TASKS)]
+
+
+def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
+    import ray
+
+    start = time.perf_counter()
+    cluster.connect(num_cpus=os.cpu_count(), quiet=True)
+    connected = time.perf_counter()
+    worker = ray.remote(fanout.Worker).options(max_concurrency=2, num_cpus=1)
+    shared = ray.put(arrays)
+    failures = fanout.fan_out(
+        tasks(folder),
+        1,
+        {},
+        make_worker=lambda: worker.remote(model_config, [shared], 1, 32),
+        workers=os.cpu_count() or 1,
+        retries=0,
+        costs={f"task{i}": 1.0 for i in range(TASKS)},
+        features={},
+        on_result=lambda *found: None,
+        on_failure=lambda *failed: None,
+    )
+    assert not failures, failures
+    return {"seconds": time.perf_counter() - connected, "ray_start": connected - start}
+
+
+def in_sequence(folder: str, model: torch.nn.Module, threads: int, wanted: list[Task]) -> float:
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    for task in wanted:
+        job = fanout.Job(task=task, lr=0.01)
+        fanout.run_finetune(job, model, device="cpu", threads=threads, micro_batch=32)
+    return time.perf_counter() - start
+
+
+def feature_rate(folder: str, model: torch.nn.Module) -> dict:
+    """Best of three, both ways of measuring by turns."""
+    torch.set_num_threads(1)
+    model.set_image_size(SIZE)
+    uri = f"{folder}/test"
+    wanted = features.feature_set(Split(uri=uri), open_dataset(uri), "x", Probe(resolution=SIZE, resize=SIZE))
+    batch = torch.randint(0, 255, (64, SIZE, SIZE, 3), dtype=torch.uint8)
+    pipeline, bare = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        features.compute(model, wanted, device="cpu", batch_size=64)
+        pipeline.append(wanted.rows / (time.perf_counter() - start))
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(wanted.rows // 64):
+                model.features(batch)
+            bare.append(wanted.rows // 64 * 64 / (time.perf_counter() - start))
+    return {
+        "pipeline_images_per_second": max(pipeline),
+        "bare_images_per_second": max(bare),
+        "share": max(pipeline) / max(bare),
+    }
+
+
+def main() -> None:
+    folder = os.environ.get("TRANSFER_SPEED_FOLDER")
+    torch.manual_seed(0)
+    model = create_model("Ti/16", 10, SIZE).eval()
+    if folder:  # one task in a process of its own
+        in_sequence(folder, model, os.cpu_count() or 1, tasks(folder)[:1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(f"{folder}/train", 200, 96)
+        pictures(f"{folder}/test", 640, 96)
+        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        result: dict = {"features": feature_rate(folder, create_model("Ti/16", 10, SIZE).eval())}
+        result["in_sequence_seconds"] = in_sequence(folder, model, os.cpu_count() or 1, tasks(folder))
+        start = time.perf_counter()
+        for _ in range(TASKS):
+            environment = {**os.environ, "TRANSFER_SPEED_FOLDER": folder}
+            subprocess.run([sys.executable, os.path.abspath(__file__)], env=environment, check=True)
+        result["process_per_task_seconds"] = time.perf_counter() - start
+        result["fan_out"] = fan_out(folder, model.config, arrays)
+    commit = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result["host"] = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "machine": platform.machine()}
+    result["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    target = os.path.join(PROJECT, "tests", "benchmarks", "results", "transfer_speed.json")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with open(target, "w") as file:
+        json.dump(result, file, indent=1)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
