@@ -93,7 +93,9 @@ class Postgres:
         self.folder = folder
         self.data = os.path.join(folder, "data")
         found = [shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"), reverse=True)]
-        binaries = [os.path.dirname(path) for path in found if path and os.path.exists(os.path.dirname(path) + "/initdb")]
+        binaries = [
+            os.path.dirname(path) for path in found if path and os.path.exists(os.path.dirname(path) + "/initdb")
+        ]
         if not binaries:
             raise RuntimeError("no PostgreSQL here (apt-get install postgresql), and MLFLOW_DATABASE is not set")
         self.binaries = binaries[0]
@@ -170,7 +172,9 @@ def serve(options: argparse.Namespace, data: str, database: str) -> int:
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
         "MLFLOW_AUTH_CONFIG_PATH": accounts,
         "MLFLOW_AUTH_ADMIN_PASSWORD": kept_secret(os.path.join(data, "admin-password"), "MLFLOW_AUTH_ADMIN_PASSWORD"),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": kept_secret(os.path.join(data, "session-key"), "MLFLOW_FLASK_SERVER_SECRET_KEY"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": kept_secret(
+            os.path.join(data, "session-key"), "MLFLOW_FLASK_SERVER_SECRET_KEY"
+        ),
         "MLFLOW_SERVER_ALLOWED_HOSTS": options.allowed_hosts,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
