@@ -15,7 +15,7 @@ sys.path[0] = os.path.dirname(
 )  # the project; jobs/ itself would hide the stdlib's inspect
 
 from pipeline import cluster
-from pipeline.config import parse_recipe, run_job, to_yaml
+from pipeline.config import diff, parse_recipe, run_job, to_yaml
 from pipeline.training.recipes import RECIPES
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     plan = run.check(config)  # bad input ends here, before Ray or anything else starts
     if config.dry_run:
-        print(run.describe(plan, base))
+        print(run.describe(plan, diff(config, base)))
         print(to_yaml(config))
         return
     cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))

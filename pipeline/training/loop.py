@@ -71,17 +71,7 @@ class Plan:
     @property
     def model_options(self) -> dict[str, Any]:
         """Arguments of `create_model`."""
-        model = self.config.model
-        options: dict[str, Any] = {k: v for k, v in configuration.to_dict(model).items() if v is not None}
-        if parse_variant(model.variant).depth == 0:  # a ResNet has no tokens to pool, place or drop
-            options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
-        num_classes = len(self.classes)
-        if self.config.loss == "masked":
-            num_classes = 0
-            options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": "mean"}
-        if self.channels != 3:
-            options["channels"] = self.channels
-        return {"num_classes": num_classes, "image_size": self.config.image_size, **options}
+        return model_options(self.config, len(self.classes), self.channels)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,6 +82,19 @@ class Plan:
         kept = {key: value for key, value in plain.items() if key not in OPERATIONAL}
         kept["engine"] = {"precision": self.config.engine.precision}
         return {**kept, "lanes": self.lanes, "data": self.data_fingerprint}
+
+
+def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -> dict[str, Any]:
+    """Arguments of `create_model` for a run on so many classes."""
+    options: dict[str, Any] = {k: v for k, v in configuration.to_dict(config.model).items() if v is not None}
+    if parse_variant(config.model.variant).depth == 0:  # a ResNet has no tokens to pool, place or drop
+        options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
+    if config.loss == "masked":
+        num_classes = 0
+        options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": "mean"}
+    if channels != 3:
+        options["channels"] = channels
+    return {"num_classes": num_classes, "image_size": config.image_size, **options}
 
 
 def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:

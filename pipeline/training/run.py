@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -39,9 +40,10 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     base: the recipe that the config came from, to print what differs. Raises UserError before any worker starts when the
     data, the batch, the workers or the output folder do not fit; RuntimeError when training failed for good.
     """
+    changes = configuration.diff(config, base) if base is not None else {}
     config = _absolute(config)
     plan = check(config)
-    print(describe(plan, base), flush=True)
+    print(describe(plan, changes), flush=True)
     output = config.output
     record = _identify(plan, output)
     manifest = open_dataset(config.data).manifest
@@ -113,8 +115,8 @@ def check(config: PretrainConfig) -> Plan:
     return plan
 
 
-def describe(plan: Plan, base: PretrainConfig | None) -> str:
-    """The run in a few lines, with what differs from its recipe."""
+def describe(plan: Plan, changes: dict[str, tuple[Any, Any]]) -> str:
+    """The run in a few lines, with what differs from its recipe (`pipeline.config.diff`)."""
     from models.variants import flops, parameters
 
     config, options = plan.config, plan.model_options
@@ -127,10 +129,7 @@ def describe(plan: Plan, base: PretrainConfig | None) -> str:
         f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batches of {plan.micro_batch}), "
         f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes",
     ]
-    if base is not None:
-        for key, (old, new) in configuration.diff(config, base).items():
-            lines.append(f"  {key} = {new}  (recipe: {old})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in changes.items())])
 
 
 def summary(result: dict[str, Any], seconds: float) -> str:
@@ -218,7 +217,10 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
     )
     try:
         with console:
-            trainer.fit()
+            # Off the main thread Ray leaves Ctrl-C to us; the workers end with this process.
+            fitted: Future = Future()
+            threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
+            fitted.result()
     except ray.train.TrainingFailedError as error:
         causes = list(getattr(error, "worker_failures", {}).values()) or [error]
         cause = causes[0]
@@ -230,6 +232,13 @@ def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
     finally:
         storage.remove(storage.join(config.output, "ray"), recursive=True)
     return console.result()
+
+
+def _fit(trainer: Any, fitted: Future) -> None:
+    try:
+        fitted.set_result(trainer.fit())
+    except BaseException as error:
+        fitted.set_exception(error)
 
 
 def _wait_for_resources(config: PretrainConfig) -> None:
