@@ -1,0 +1,55 @@
+"""What a pre-training run will take: memory per GPU, time, cost, data rate, storage, checkpoints. Starts nothing.
+
+    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --gpu h100 --price 2.5
+    python jobs/plan.py --recipe b16_imagenet --gpus 8 --gpu a100 --mfu 0.35 --training.engine.zero 2
+    python jobs/plan.py --recipe l16_imagenet21k_90ep --images 5e6 --classes 9000 --json
+    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --corpus-images 300e6 --cores 256
+
+Sizes of the published corpora are known by recipe; no data is needed. Exit code 2 when the plan cannot be made.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(
+    os.path.dirname(os.path.abspath(__file__))
+)  # the project; jobs/ itself would hide the stdlib's inspect
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+from pipeline import config
+from pipeline.planning import PlanConfig
+from pipeline.training.recipes import RECIPES, PretrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command(PlanConfig):
+    """jobs/plan.py"""
+
+    json: bool = False
+    """Print the plan as JSON, and nothing else, on stdout."""
+
+
+def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:
+    def make() -> Command:
+        return Command(training=recipe())
+
+    make.__doc__ = recipe.__doc__
+    return make
+
+
+def main(argv: list[str]) -> None:
+    recipes = {name: command(recipe) for name, recipe in RECIPES.items()}
+    options, _, recipe = config.parse_recipe(
+        argv, recipes, "h14_jft300m_14ep", prog="jobs/plan.py", description=__doc__ or ""
+    )
+    from pipeline import planning
+
+    result = planning.plan(options, recipe)
+    print(json.dumps(result) if options.json else planning.table(result))
+
+
+if __name__ == "__main__":
+    config.run_job(main)
