@@ -1,13 +1,13 @@
 """Forward and backward of ViT beside timm and Hugging Face: time and peak memory on this machine's CPU.
 
     python tests/benchmarks/model_speed.py                    S/16 and B/16, fp32 and bf16, batch 8, 224 px
-    python tests/benchmarks/model_speed.py --repeats 9 --output tests/benchmarks/results/model_speed.json
+    python tests/benchmarks/model_speed.py --threads 1 --variants S/16
 
 Each library trains the same architecture with the same weights (class token, exact GELU, 1000 classes) on the same
-images: forward, cross-entropy, backward, eager mode. Every case runs in a process of its own, since peak memory is the
-process's; inside a round the libraries take turns, so that a busy machine slows all of them alike. Time is the median over
-all steps, in seconds of the clock and of the processor (with --threads 1 the second holds up on a busy machine); memory is
-the growth of the resident set over the model with its gradients. The logits are compared first.
+images: forward, cross-entropy, backward, eager mode; the logits are compared first. For time the libraries take turns, step
+by step in one process, so that a busy machine slows all of them alike: median, and the fastest step by the clock and in
+processor seconds (which with --threads 1 hold up best under load). Memory is measured in a process per library: growth of
+the resident set over the model with its gradients.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -71,42 +72,54 @@ def build(library: str, variant: str):
     return model, lambda x: model(x).logits
 
 
-def measure(library: str, variant: str, precision: str, steps: int, threads: int) -> dict:
-    """One process's share: seconds of each step, megabytes at the peak, the first logits."""
+def prepare(library: str, variant: str, precision: str):
+    """(step function that returns logits) of a model in training, gradients allocated."""
     import torch
 
-    torch.set_num_threads(threads)
     model, run = build(library, variant)
     model.train()
     x = torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     label = torch.arange(BATCH)
+    for parameter in model.parameters():  # gradients are there before any measurement: only activations count
+        parameter.grad = torch.zeros_like(parameter)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = run(x)
         torch.nn.functional.cross_entropy(logits.float(), label).backward()
         model.zero_grad(set_to_none=False)
-        return logits
+        return logits.detach().float()
 
-    for parameter in model.parameters():  # gradients are there before the measurement: only activations count
-        parameter.grad = torch.zeros_like(parameter)
+    return step
+
+
+def measure_memory(library: str, variant: str, precision: str) -> float:
+    """Megabytes that the process grows by, over model and gradients, at the peak of three steps."""
+    step = prepare(library, variant, precision)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what building the model left behind would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     base = memory("VmRSS")
-    first = step().detach().float()[0, :5].tolist()
-    seconds, cpu_seconds = [], []
-    for _ in range(steps):
-        start, cpu_start = time.perf_counter(), time.process_time()
+    for _ in range(3):
         step()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "megabytes": (memory("VmHWM") - base) / 1024,
-        "logits": first,
-    }
+    return (memory("VmHWM") - base) / 1024
+
+
+def measure_time(variant: str, precision: str, steps: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every step, the libraries taking turns in one process. Checks first that they compute the same."""
+    runs = {library: prepare(library, variant, precision) for library in LIBRARIES}
+    logits = {library: step() for library, step in runs.items()}  # also the warm-up
+    for library in LIBRARIES[1:]:
+        difference = (logits[library] - logits["ours"]).abs().max().item()
+        assert difference < (1e-4 if precision == "fp32" else 0.05), f"{library} computes something else: {difference}"
+    times: dict[str, dict[str, list[float]]] = {library: {"seconds": [], "cpu_seconds": []} for library in LIBRARIES}
+    for turn in range(steps):
+        for library in LIBRARIES[turn % 3 :] + LIBRARIES[: turn % 3]:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            runs[library]()
+            times[library]["cpu_seconds"].append(time.process_time() - cpu_start)
+            times[library]["seconds"].append(time.perf_counter() - start)
+    return times
 
 
 def memory(field: str) -> int:
@@ -115,52 +128,43 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over the libraries")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each round")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each library")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variants", nargs="+", default=list(SHAPES))
     parser.add_argument("--output", type=Path, default=PROJECT / "tests/benchmarks/results/model_speed.json")
-    parser.add_argument("--case", nargs=3, metavar=("LIBRARY", "VARIANT", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--case", nargs="+", help=argparse.SUPPRESS
+    )  # variant, precision[, library]: one process's share
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(*options.case, options.steps, options.threads)))
+        import torch
+
+        torch.set_num_threads(options.threads)
+        variant, precision, *library = options.case
+        result = (
+            measure_memory(*library, variant, precision) if library else measure_time(variant, precision, options.steps)
+        )
+        print(json.dumps(result))
         return
+
+    def process(*case: str):
+        arguments = ["--case", *case, "--steps", str(options.steps), "--threads", str(options.threads)]
+        done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
     results = []
     for variant in options.variants:
         for precision in ("fp32", "bf16"):
-            runs: dict[str, list[dict]] = {library: [] for library in LIBRARIES}
-            for turn in range(options.repeats):
-                for library in LIBRARIES[turn % 3 :] + LIBRARIES[: turn % 3]:
-                    case = [
-                        "--case",
-                        library,
-                        variant,
-                        precision,
-                        "--steps",
-                        options.steps,
-                        "--threads",
-                        options.threads,
-                    ]
-                    command = [sys.executable, __file__, *map(str, case)]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    runs[library].append(json.loads(done.stdout.splitlines()[-1]))
-            tolerance = 1e-4 if precision == "fp32" else 0.05
-            for library in LIBRARIES[1:]:
-                pairs = zip(runs["ours"][0]["logits"], runs[library][0]["logits"], strict=True)
-                assert all(abs(a - b) < tolerance for a, b in pairs), f"{library} computes something else"
+            times = process(variant, precision)
             row: dict = {"variant": variant, "precision": precision}
             for library in LIBRARIES:
-                steps = {key: [s for run in runs[library] for s in run[key]] for key in ("seconds", "cpu_seconds")}
                 row[library] = {
-                    "seconds": round(median(steps["seconds"]), 4),
-                    "cpu_seconds": round(median(steps["cpu_seconds"]), 4),
-                    "megabytes": round(median([run["megabytes"] for run in runs[library]])),
+                    "seconds": round(statistics.median(times[library]["seconds"]), 4),
+                    "fastest": round(min(times[library]["seconds"]), 4),
+                    "fastest_cpu": round(min(times[library]["cpu_seconds"]), 4),
+                    "megabytes": round(process(variant, precision, library)),
                 }
             for library in LIBRARIES[1:]:
                 row[f"of_{library}"] = {k: round(row["ours"][k] / value, 3) for k, value in row[library].items()}

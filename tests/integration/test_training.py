@@ -14,6 +14,7 @@ import torch
 from conftest import free_port
 from safetensors.torch import load_file
 
+from models.variants import parameters
 from pipeline.data.augment import Augment
 from pipeline.data.shards import open_dataset, write_dataset
 from pipeline.errors import UserError
@@ -122,7 +123,7 @@ def test_stages_agree(runs):
 
 
 def test_model_file_is_what_any_library_reads(runs):
-    job, result = runs["zero3"]
+    _job, result = runs["zero3"]
     weights = load_file(Path(result["checkpoint"], "model.safetensors"))
     reference = load_file(Path(runs["zero1"][1]["checkpoint"], "model.safetensors"))
     assert weights["blocks.1.attn.qkv.weight"].shape == (96, 32)
@@ -197,11 +198,12 @@ def test_damaged_checkpoint_is_passed_over(runs, tmp_path, capsys):
     ],
 )
 def test_what_cannot_work_is_said_before_any_worker_starts(base, change, message):
-    from models.variants import parameters
-
-    with pytest.raises(UserError, match=message):
+    def check() -> None:
         plan = make_plan(replace(base, **change), open_dataset(base.data), 1)
         parameters(plan.model_options)
+
+    with pytest.raises(UserError, match=message):
+        check()
 
 
 def test_workers_must_divide_lanes(base):

@@ -18,7 +18,7 @@ def test_write_read_list_remove(root):
     assert storage.read_bytes(storage.join(root, "a/one.bin"), 2, 5) == b"234"
     assert storage.read_json(storage.join(root, "two.json")) == {"x": [1, 2]}
     listed = storage.list_files(root)
-    assert [(file.path, file.size) for file in listed][0] == ("a/one.bin", 10)
+    assert next((file.path, file.size) for file in listed) == ("a/one.bin", 10)
     assert [file.path for file in storage.list_files(root, recursive=False)] == ["two.json"]
     assert storage.read_bytes(listed[0].uri) == b"0123456789"
     storage.remove(storage.join(root, "a"), recursive=True)
