@@ -1,0 +1,337 @@
+"""infra/ against what will read it: Ray's schema, KubeRay's resource definitions, and each job's own command line."""
+
+import copy
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tyro
+import yaml
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+RAY_UP = sorted((INFRA / "ray-up").glob("*.yaml"))
+KUBERAY = sorted(path for path in (INFRA / "kuberay").glob("*.yaml") if path.name != "kustomization.yaml")
+EVERY_FILE = sorted(path for path in INFRA.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def documents(path):
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def of_kind(kind):
+    return [document for path in KUBERAY for document in documents(path) if document["kind"] == kind]
+
+
+def strings(value):
+    """Every string inside a YAML document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+# ---------------------------------------------------------------- command lines
+
+COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
+SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/imagenet", "OUTPUT": "s3://bucket/runs/x"}
+
+
+def command_lines():
+    """(where, job, argv) of every job that infra/ or README.md starts."""
+    for path in [*EVERY_FILE, ROOT / "README.md"]:
+        text = path.read_text().replace("\\\n", " ")
+        if path.suffix == ".md":
+            texts = re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+        elif path.suffix == ".yaml":
+            comments = [line.lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
+            texts = [*comments, *(string for document in documents(path) for string in strings(document))]
+        else:
+            texts = [text]
+        for text in texts:
+            for job, rest in COMMAND.findall(text):
+                rest = re.sub(r"\$\(\(.*?\)\)", "16", rest)
+                rest = re.sub(r"\$\{?(\w+)\}?", lambda match: SHELL[match[1]], rest)
+                yield f"{path.relative_to(ROOT)}: {job}{rest}", job, shlex.split(rest, comments=True)
+
+
+class Parsed(Exception):
+    """Stops a job behind its command line; holds the config that was read."""
+
+
+def parse(job, argv, monkeypatch):
+    """The config that jobs/<job>.py reads from argv, by its own main()."""
+    name = f"jobs_{job}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "jobs" / f"{job}.py")
+        module = importlib.util.module_from_spec(spec)
+        first = sys.path[0]  # a job puts the project in its place
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        sys.path[0] = first
+    read = tyro.cli
+
+    def stop(*args, **options):
+        raise Parsed(read(*args, **options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tyro, "cli", stop)
+        with pytest.raises(Parsed) as parsed:
+            sys.modules[name].main(argv)
+    return parsed.value.args[0]
+
+
+COMMAND_LINES = list(command_lines())
+
+
+@pytest.mark.parametrize(("job", "argv"), [case[1:] for case in COMMAND_LINES], ids=[case[0] for case in COMMAND_LINES])
+def test_every_command_line_is_one_that_the_job_reads(job, argv, monkeypatch):
+    parse(job, argv, monkeypatch)
+
+
+def test_commands_are_found_everywhere():
+    places = {where.partition(":")[0] for where, _, _ in COMMAND_LINES}
+    for place in (
+        *("infra/README.md", "infra/ray-up/aws.yaml", "infra/slurm/pretrain.sbatch", "infra/kuberay/evaluate.yaml"),
+        *("infra/kuberay/prepare.yaml", "infra/kuberay/pretrain.yaml", "infra/kuberay/transfer.yaml"),
+        "infra/kuberay/evaluate-raycronjob.yaml",
+    ):
+        assert place in places, f"no command found in {place}"
+
+
+def test_a_wrong_command_line_is_noticed(monkeypatch):
+    with pytest.raises(SystemExit):
+        parse("pretrain", ["--recipe", "b16_imagenet", "--wokers", "8"], monkeypatch)
+
+
+def test_pretrain_commands_ask_for_what_the_clusters_have(monkeypatch):
+    """--workers divides the recipe's lanes, and so many GPUs can come at most."""
+    (cluster,) = of_kind("RayCluster")
+    (group,) = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    offered = {"infra/kuberay": (group["maxReplicas"] * int(limits["nvidia.com/gpu"]), int(limits["cpu"]))}
+    for path in RAY_UP:
+        gpu = yaml.safe_load(path.read_text())["available_node_types"]["gpu"]
+        offered[f"infra/ray-up/{path.name}"] = (gpu["max_workers"] * gpu["resources"]["GPU"], gpu["resources"]["CPU"])
+    checked = 0
+    for where, job, argv in COMMAND_LINES:
+        for place, (gpus, cpus) in offered.items():
+            if job == "pretrain" and where.startswith(place):
+                config = parse(job, argv, monkeypatch)
+                assert config.gpus
+                assert config.lanes % config.workers == 0
+                assert config.workers <= gpus
+                assert 8 * config.cpus_per_worker <= cpus
+                checked += 1
+    assert checked >= 2
+
+
+# ---------------------------------------------------------------- ray up
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.name)
+def test_ray_up_files_pass_rays_own_validation(path):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load(path.read_text())
+    validate_config(prepare_config(copy.deepcopy(config)))
+    types = config["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0
+    assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
+    misspelt = copy.deepcopy(config)
+    misspelt["idle_timeout_minuts"] = 5
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(misspelt))
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.name)
+def test_ray_up_clusters_are_closed(path):
+    config = yaml.safe_load(path.read_text())
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert any(target.endswith("/.ray/auth_token") for target in config["file_mounts"])
+    (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in start
+    spot = yaml.safe_dump(config["available_node_types"]["cpu"]).lower()
+    assert "spot" in spot
+    assert "spot" not in yaml.safe_dump(config["available_node_types"]["gpu"]).lower()
+
+
+# ---------------------------------------------------------------- Kubernetes
+
+
+def strict(schema):
+    """A resource definition's schema as JSON Schema that also refuses unknown keys, as the API server does."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    result = {key: strict(value) for key, value in schema.items() if key not in ("description", "default", "format")}
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        # properties is a map of names to schemas: a field may itself be named "format" or "default"
+        result["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
+        result["additionalProperties"] = False
+    return result
+
+
+@pytest.fixture(scope="module")
+def definitions(real_data):
+    """{kind: validator of ray.io/v1}."""
+    found = {}
+    for kind in ("rayclusters", "rayjobs", "raycronjobs"):
+        path = real_data / "kuberay-crds" / f"ray.io_{kind}.yaml"
+        spec = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
+        (version,) = [version for version in spec["versions"] if version["name"] == "v1"]
+        schema = strict(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        found[spec["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
+    return found
+
+
+def test_ray_resources_match_kuberays_definitions(definitions):
+    validated = []
+    for path in KUBERAY:
+        for document in documents(path):
+            if document["apiVersion"] == "ray.io/v1":
+                definitions[document["kind"]].validate(document)
+                validated.append(document["kind"])
+    assert sorted(validated) == ["RayCluster", "RayCronJob", "RayJob", "RayJob", "RayJob"]
+
+
+def test_the_scheduled_pod_is_a_pod(definitions):
+    """The CronJob's pod against the pod schema that KubeRay's definitions carry."""
+    (cron,) = of_kind("CronJob")
+    head = definitions["RayCluster"].schema["properties"]["spec"]["properties"]["headGroupSpec"]
+    pod = jsonschema.Draft202012Validator(head["properties"]["template"])
+    pod.validate(cron["spec"]["jobTemplate"]["spec"]["template"])
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("spec", "authOptions", "mode"), "tokn"),
+        (("spec", "enableInTreeAutoscalling"), True),
+        (("spec", "workerGroupSpecs", 0, "maxReplicas"), "32"),
+        (("spec", "workerGroupSpecs", 1, "template", "spec", "containers", 0, "imagePullPolciy"), "Always"),
+    ],
+)
+def test_mistakes_in_a_cluster_are_noticed(definitions, where, value):
+    (cluster,) = of_kind("RayCluster")
+    place = cluster = copy.deepcopy(cluster)
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        definitions["RayCluster"].validate(cluster)
+
+
+def test_the_ray_cluster_is_closed_and_scales():
+    (cluster,) = of_kind("RayCluster")
+    spec = cluster["spec"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["rayVersion"] == pinned()["ray"]
+    assert {group["groupName"] for group in spec["workerGroupSpecs"]} == {"cpu", "gpu"}
+    pods = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    (cron,) = of_kind("CronJob")
+    for pod in [*pods, cron["spec"]["jobTemplate"]["spec"]["template"]]:
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        for container in pod["spec"]["containers"]:
+            assert container["image"] == "vit-pipeline"  # kustomization.yaml says which
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_jobs_run_on_the_cluster_there_is():
+    (cluster,) = of_kind("RayCluster")
+    jobs = [job["spec"] for job in of_kind("RayJob")] + [cron["spec"]["jobTemplate"] for cron in of_kind("RayCronJob")]
+    for job in jobs:
+        assert job["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+        # the operator refuses these beside a clusterSelector
+        assert not job.keys() & {"backoffLimit", "ttlSecondsAfterFinished", "suspend", "shutdownAfterJobFinishes"}
+
+
+def test_the_two_schedules_are_one():
+    (cron,), (ray_cron,) = of_kind("CronJob"), of_kind("RayCronJob")
+    command = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[-1] == ray_cron["spec"]["jobTemplate"]["entrypoint"]
+    assert cron["spec"]["schedule"] == ray_cron["spec"]["schedule"]
+
+
+def test_kustomization_names_files_and_images_that_exist():
+    kustomization = yaml.safe_load((INFRA / "kuberay" / "kustomization.yaml").read_text())
+    for name in kustomization["resources"]:
+        assert (INFRA / "kuberay" / name).is_file()
+    assert [image["name"] for image in kustomization["images"]] == ["vit-pipeline"]
+    (generated,) = kustomization["configMapGenerator"]
+    used = {
+        reference["configMapRef"]["name"]
+        for group in (
+            of_kind("RayCluster")[0]["spec"]["headGroupSpec"],
+            *of_kind("RayCluster")[0]["spec"]["workerGroupSpecs"],
+        )
+        for container in group["template"]["spec"]["containers"]
+        for reference in container["envFrom"]
+    }
+    assert used == {generated["name"]}
+
+
+# ---------------------------------------------------------------- image, scripts, secrets
+
+
+def pinned():
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+
+
+def test_the_image_has_every_dependency_pinned_and_no_root():
+    text = (INFRA / "Dockerfile").read_text()
+    instructions = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert [line for line in instructions if line.startswith("USER")] == ["USER 1000"]
+    assert "-c constraints.txt" in text
+    assert "RAY_AUTH_MODE=token" in text
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\[<>=]", name)[0].lower() for name in (*dependencies, "boto3")}
+    assert names <= {name.lower() for name in pinned()}
+    for source in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
+        for name in source.split():
+            assert (ROOT / name).exists()
+            assert f"!{name}" in (INFRA / "Dockerfile.dockerignore").read_text().split()
+
+
+def test_scripts_are_shell():
+    for path in (INFRA / "slurm").glob("*.sbatch"):
+        subprocess.run([shutil.which("bash"), "-n", path], check=True)
+        text = path.read_text()
+        assert "set -euo pipefail" in text
+        assert "RAY_AUTH_MODE=token" in text
+        assert "--dashboard-host 127.0.0.1" in text
+
+
+SECRET = re.compile(
+    r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|(?:secret_access_key|auth_token|session_key|secret_key|password)['\"]?[ \t]*[=:][ \t]*['\"]?[\w+/]{12,}",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: str(path.relative_to(INFRA)))
+def test_no_secret_is_written_down(path):
+    assert not SECRET.search(path.read_text())
+
+
+def test_the_secret_pattern_finds_secrets():
+    # put together here, or a scanner would find them in this file
+    for text in ("AKIA" + "A" * 16, "AWS_SECRET_ACCESS_" + "KEY=" + "a" * 40, "RAY_AUTH_" + "TOKEN: " + "b" * 32):
+        assert SECRET.search(text)
