@@ -2,7 +2,7 @@
 
     python tests/benchmarks/transfer_speed.py
 
-1. eight fine-tunings: by `fan_out` on as many workers as there are CPUs, against the same function called in sequence in one
+1. four fine-tunings: by `fan_out` on as many workers as there are CPUs, against the same function called in sequence in one
    process with all CPUs, and in sequence with one process per task (what a shell loop over tasks does);
 2. frozen features: images per second of `features.compute` (read, decode, forward) against the bare forward on a batch that
    is already in memory, one thread each. Target: at least 90%.
@@ -30,7 +30,7 @@ from pipeline.transfer import fanout, features
 from pipeline.transfer.suites import FineTune, Probe, Split, Task
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SIZE, TASKS = 64, 8
+SIZE, TASKS = 64, 4
 
 
 def pictures(uri: str, n: int, side: int) -> None:
