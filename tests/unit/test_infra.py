@@ -145,7 +145,10 @@ def test_ray_up_files_pass_rays_own_validation(path):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load(path.read_text())
-    validate_config(prepare_config(copy.deepcopy(config)))
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert prepared[commands] == [], "ray up fills these with installations of its own"
     types = config["available_node_types"]
     assert types["head"]["resources"]["CPU"] == 0
     assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
