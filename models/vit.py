@@ -418,5 +418,7 @@ def _check_options(config: dict, shape: Variant) -> None:
 
 
 def option_names(kind: type) -> list[str]:
-    """Keyword options of a model class beyond variant, num_classes and image_size."""
-    return [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    """Keyword options of a model class, its own and those it passes on, beyond variant, num_classes and image_size."""
+    makers = [base.__init__ for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    parameters = [p for maker in makers for p in inspect.signature(maker).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

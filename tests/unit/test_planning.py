@@ -138,6 +138,13 @@ def test_a_model_that_cannot_fit_says_so():
     assert "none fits" in planning.table(result)
 
 
+def test_a_masked_run_has_no_classes():
+    result = planned(recipe="masked_jft", gpus=64)
+    assert result["run"]["images_seen"] == 4096 * 1_000_000
+    assert result["model"]["parameters"] == pytest.approx(86e6, rel=0.02)
+    assert result["memory"]["stages"]["1"]["micro_batch"] == 64
+
+
 def test_a_recomputing_run_is_slower():
     base = RECIPES["b16_imagenet"]()
     slow = dataclasses.replace(base, engine=EngineConfig(recompute=True))
