@@ -323,6 +323,17 @@ def test_scripts_are_shell():
         assert "--dashboard-host 127.0.0.1" in text
 
 
+def test_slurm_starts_ray_with_options_it_has():
+    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
+
+    text = (INFRA / "slurm" / "pretrain.sbatch").read_text().replace("\\\n", " ")
+    (options,) = re.findall(r"ray symmetric-run (.*?) -- ", text)
+    values = {"address": "10.0.0.1", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "96"}
+    options = shlex.split(re.sub(r"\$(\w+)", lambda match: values[match[1]], options))
+    kept = curate_and_validate_ray_start_args(options)
+    assert kept == ["--num-cpus", "96", "--num-gpus", "8", "--dashboard-host", "127.0.0.1"]
+
+
 SECRET = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|(?:secret_access_key|auth_token|session_key|secret_key|password)['\"]?[ \t]*[=:][ \t]*['\"]?[\w+/]{12,}",
     re.IGNORECASE,
