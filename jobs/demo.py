@@ -40,7 +40,7 @@ class DemoConfig:
 
 
 def demo() -> DemoConfig:
-    """Two training workers, about three minutes on two cores."""
+    """Two training workers, three to five minutes on two cores."""
     return DemoConfig()
 
 
