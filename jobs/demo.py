@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     _title("prepare")
     settings = replace(PREPARE["demo"](), output=data)
     if config.data:
-        settings = replace(settings, source=(storage.normalise(config.data),), size=48, sample=config.sample)
+        settings = replace(settings, source=(storage.normalise(config.data),), size=40, sample=config.sample)
     manifests = prepare(settings, connect=lambda: cluster.connect(num_cpus=2))
     prepared = sum(manifest.rows for manifest in manifests.values())
     shards = sum(len(manifest.shards) for manifest in manifests.values())
@@ -75,11 +75,9 @@ def main(argv: list[str]) -> int:
         output=storage.join(output, "pretrain"),
     )
     if config.data:
-        augment = replace(training.augment, size=48, flip=True, area=(0.3, 1.0))
+        augment = replace(training.augment, flip=True, area=(0.3, 1.0))
         batch = min(training.batch_size, 2 ** (manifests["train"].rows.bit_length() - 1))
-        training = replace(
-            training, image_size=48, validation_resize=None, augment=augment, steps="300steps", batch_size=batch
-        )
+        training = replace(training, validation_resize=None, augment=augment, steps="400steps", batch_size=batch)
     if config.steps:
         training = replace(training, steps=f"{config.steps}steps")
     run.check(training)

@@ -312,8 +312,6 @@ def train(
     finally:
         batches.close()
         writer.close()
-    if first >= total:
-        say(f"nothing left to do: {start.uri if start else output} is at step {first} of {total}")
     return {
         "steps": total,
         "images": total * config.batch_size,

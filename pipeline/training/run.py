@@ -22,6 +22,7 @@ from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names
+from pipeline.training import checkpoint
 from pipeline.training.loop import Plan, make_plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 
@@ -46,6 +47,16 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     print(describe(plan, changes), flush=True)
     output = config.output
     record = _identify(plan, output)
+    newest = checkpoint.latest(output, checksums=False)
+    if newest is not None and newest.step >= plan.total:
+        print(f"nothing left to do: {newest.uri} is at step {newest.step} of {plan.total}", flush=True)
+        return {
+            **newest.commit["metrics"],
+            "checkpoint": newest.uri,
+            "steps": newest.step,
+            "run_id": record.get("run_id"),
+            "seconds": 0.0,
+        }
     manifest = open_dataset(config.data).manifest
     run = tracking.start_run(
         names.PRETRAIN,

@@ -158,6 +158,7 @@ def test_one_failing_task_does_not_stop_the_others(ray_local, world, tmp_path):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_frozen_suite_computes_features_once(ray_local, world, tmp_path):
     for split, n in (("train", 90), ("test", 60)):
         colours(str(tmp_path / "sets" / "own" / split), n, n)
@@ -198,6 +199,7 @@ def fragile():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path):
     tasks = [
         Task(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
@@ -224,6 +226,7 @@ def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path, monkeypatch):
     """The third process waits for a CPU that the first two keep while they have nothing to do."""
     monkeypatch.setattr(fanout, "STARVED", 1.0)

@@ -26,6 +26,7 @@ def fingerprints(results: dict) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3(s3, tmp_path, monkeypatch):
     """A tar, a zip, gzipped arrays and MATLAB files on S3 give the very datasets that local files give."""
     tasks = ["cifar100", "eurosat", "smallnorb_azimuth", "svhn"]
