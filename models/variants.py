@@ -120,7 +120,9 @@ def _count(config: tuple, computed: bool) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = _on_meta(dict(config)).eval()
+    model = (
+        _on_meta(dict(config)).eval().requires_grad_(False)
+    )  # the counter's hooks want no_grad and no gradients alike
     size, channels = model.config["image_size"], model.config["channels"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         image = torch.empty(1, channels, size, size, device="meta")

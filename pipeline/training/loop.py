@@ -262,7 +262,7 @@ def train(
 
     losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
     batches = _batches(plan, first, rank, world)
-    meter = Meter(device, train_flops, world)
+    meter = Meter(device, 3 * flops(model.config, computed=True), world)  # MFU counts only what is really computed
     skipped = skipped_in_a_row = 0
     try:
         for step in range(first, total):

@@ -98,7 +98,8 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
         data=storage.normalise(config.data),
         output=storage.normalise(config.output),
         validation=absolute(config.validation),
-        init_from=absolute(config.init_from),
+        # models:/ and runs:/ are MLflow's addresses, not paths
+        init_from=config.init_from if ":/" in (config.init_from or "") else absolute(config.init_from),
         cache=absolute(config.cache),
     )
 

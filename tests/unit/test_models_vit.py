@@ -522,3 +522,11 @@ def test_another_resolution(posemb, pool):
 def test_importing_models_does_not_import_torch():
     code = "import sys, models, models.variants; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.getcwd()).returncode == 0
+
+
+@pytest.mark.parametrize("pool", ["token", "gap", "map"])
+def test_flops_of_every_pooling(pool):
+    """The last block answers only the class token's query; every other pooling needs all tokens."""
+    config = create_model("mu/16", 10, 64, pool=pool).config
+    published, computed = flops(config), flops(config, computed=True)
+    assert computed < published if pool == "token" else computed == published > 0
