@@ -130,13 +130,25 @@ class Reader:
     def _keep(self, path: str, data: memoryview) -> None:
         """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
         order of its own, so what is there is as likely to be wanted next as what is not."""
-        with contextlib.suppress(OSError):  # a full disk, or a file another process removed: the cache is a convenience
-            if sum(entry.stat().st_size for entry in os.scandir(self.cache_dir)) + len(data) > self.cache_bytes:
-                return
-            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        if _folder_bytes(self.cache_dir) + len(data) > self.cache_bytes:
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
             with open(temporary, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
+        except OSError:  # a full disk: the cache is a convenience
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+
+def _folder_bytes(folder: str) -> int:
+    """The size of the files in a folder where other threads and processes rename files at the same time."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += entry.stat().st_size
+    return total
 
 
 def _s3_client():
