@@ -8,7 +8,10 @@
 import importlib.util
 import logging
 import os
+import stat
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 # Worker processes run the project from here (embedded), or from the package that Ray ships (cluster).
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,6 +28,11 @@ FORWARDED = (
     "TORCH_EXTENSIONS_DIR",
 )
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
+
+
+def submitted() -> bool:
+    """Whether this process is the entrypoint of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def runtime_env(ship_project: bool) -> dict:
@@ -52,9 +60,8 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
-        if submitted:
+        if submitted():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
             what = "this job's cluster"
         elif address:
@@ -80,7 +87,71 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
             f"cannot join Ray at {address or 'this job'}: {error}; check the address, and export RAY_AUTH_MODE=token "
             "with the cluster's token when it uses token authentication"
         ) from error
+    _protect_token()
+    if address or submitted():
+        announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
     if not quiet:
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0)
         print(f"ray: {what}, {resources.get('CPU', 0):g} CPUs, {gpus:g} GPUs", flush=True)
+
+
+def _protect_token() -> None:
+    """Ray writes the cluster's token with the umask it finds; whoever reads it runs code here."""
+    path = os.path.expanduser("~/.ray/auth_token")
+    if os.path.isfile(path) and os.stat(path).st_uid == os.getuid() and stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+        os.chmod(path, 0o600)
+
+
+# ---------------------------------------------------------------- room
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """How many bundles of resources the joined cluster holds: beside other jobs, on its nodes, and at its largest."""
+
+    free: int
+    now: int
+    ever: int
+    remedy: str
+
+
+def room(bundle: Mapping[str, float]) -> Room:
+    """Room for bundles, each of which has to fit on one node. Without an autoscaler `ever` is `now`."""
+    import ray
+    from ray._private.state import state
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    now = sum(_fit(node["Resources"], bundle) for node in nodes)
+    available = state.available_resources_per_node()
+    free = sum(_fit(available.get(node["NodeID"], {}), bundle) for node in nodes)
+    config = state.get_cluster_config()
+    if config is None or not config.node_group_configs:
+        return Room(free=free, now=now, ever=now, remedy="add nodes (ray start --address), or ask for less")
+    head = sum(_fit(node["Resources"], bundle) for node in nodes if "node:__internal_head__" in node["Resources"])
+    grown, kinds = head, []
+    for group in config.node_group_configs:
+        each, most = _fit(group.resources, bundle), group.max_count if group.max_count >= 0 else sys.maxsize
+        grown += each * most
+        kinds.append(f"{group.name}: {most} x {', '.join(f'{v:g} {k}' for k, v in sorted(group.resources.items()))}")
+    remedy = f"raise max_workers of a node type ({'; '.join(kinds)}), or ask for less"
+    return Room(free=free, now=now, ever=max(now, grown), remedy=remedy)
+
+
+def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    return min((int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items() if amount), default=0)
+
+
+def announce(bundle: Mapping[str, float], count: int = 1) -> None:
+    """Says on stderr what a job will wait for before it starts: an autoscaler, other jobs, or for ever."""
+    here = room(bundle)
+    want = f"{count} x ({', '.join(f'{amount:g} {name}' for name, amount in bundle.items())})"
+    if here.free >= count:
+        return
+    if here.now >= count:
+        what = f"other jobs leave room for {here.free}"
+    elif here.ever >= count:
+        what = f"the cluster has room for {here.now}, its autoscaler can bring room for {here.ever}"
+    else:
+        what = f"the cluster has room for {here.ever} at most and will never start this; {here.remedy}"
+    print(f"waiting for {want}: {what}", file=sys.stderr, flush=True)

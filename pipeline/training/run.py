@@ -6,7 +6,6 @@ The run folder holds `run.json` (what run this is), `checkpoints/` and nothing e
 continues it, another command on the same folder is refused.
 """
 
-import os
 import sys
 import threading
 import time
@@ -17,8 +16,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
-from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names
@@ -168,17 +167,14 @@ def _about_data(manifest: Any) -> dict[str, Any]:
     return plain
 
 
-def _identify(plan: Plan, output: str) -> dict[str, Any]:
-    """run.json of this output: read and compared, or made. Raises UserError when it is another run's."""
+def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
+    """run.json of this output; None when it is free. Raises UserError when it is another run's, or --resume forbids it."""
     uri, mode = storage.join(output, "run.json"), plan.config.resume
     identity = plan.identity
     if not storage.exists(uri):
         if mode == "must":
             raise UserError(f"{output} holds no run to continue; check --output, or use --resume auto")
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"identity": configuration.fingerprint(identity), "created": created, "config": identity}
-        storage.write_json(uri, record)
-        return record
+        return None
     if mode == "never":
         raise UserError(f"{output} already holds a run; choose another --output, or --resume auto to continue it")
     record = storage.read_json(uri)
@@ -188,6 +184,16 @@ def _identify(plan: Plan, output: str) -> dict[str, Any]:
         raise UserError(
             f"{output} holds another run ({'; '.join(changed[:6])}); give its settings to continue it, or choose another --output"
         )
+    return record
+
+
+def _identify(plan: Plan, output: str) -> dict[str, Any]:
+    """run.json of this output: read and compared, or made."""
+    record = held_by(plan, output)
+    if record is None:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"identity": configuration.fingerprint(plan.identity), "created": created, "config": plan.identity}
+        storage.write_json(storage.join(output, "run.json"), record)
     return record
 
 
@@ -257,17 +263,19 @@ def _wait_for_resources(config: PretrainConfig) -> None:
     """Says what the cluster lacks; with an autoscaler it may still come, on a fixed cluster it never will."""
     import ray
 
-    have = ray.cluster_resources()
-    need = {"CPU": config.workers * config.cpus_per_worker, **({"GPU": config.workers} if config.gpus else {})}
-    lacking = {name: amount for name, amount in need.items() if have.get(name, 0) < amount}
-    if not lacking:
+    bundle: dict[str, float] = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.gpus else {})}
+    if config.address is not None or cluster.submitted():
+        cluster.announce(bundle, config.workers)
         return
+    have = ray.cluster_resources()
+    lacking = {
+        name: config.workers * each for name, each in bundle.items() if have.get(name, 0) < config.workers * each
+    }
     text = ", ".join(f"{have.get(name, 0):g} of {amount:g} {name}" for name, amount in lacking.items())
-    if "GPU" in lacking and config.address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if "GPU" in lacking:
         raise UserError(f"this machine has {text}; use --workers, --no-gpus, or --address of a cluster that has them")
-    if config.address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if lacking:
         raise UserError(f"this machine has {text}; use fewer --workers or --cpus-per-worker")
-    print(f"waiting for resources: the cluster has {text}; an autoscaler may bring more", flush=True)
 
 
 class Console:
