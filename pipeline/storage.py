@@ -24,6 +24,10 @@ os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
 
+class StorageError(UserError):
+    """The store cannot be reached or does not answer as it should: another attempt may succeed, unlike with other wrong input."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file under a listed folder: path relative to the folder, size in bytes, full URI."""
@@ -77,11 +81,11 @@ def _explained(uri: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials and the bucket policy") from error
     except OSError as error:
         if is_remote(os.fspath(uri)) and not isinstance(error, FileNotFoundError):
-            raise UserError(f"{uri}: {error}; check the bucket name and AWS_ENDPOINT_URL") from error
+            raise StorageError(f"{uri}: {error}; check the bucket name and AWS_ENDPOINT_URL") from error
         raise
     except Exception as error:  # botocore's own classes (NoCredentialsError, EndpointConnectionError, ...)
         if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise UserError(
+            raise StorageError(
                 f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), and AWS_ENDPOINT_URL "
                 "for a store other than AWS"
             ) from error
