@@ -1,0 +1,63 @@
+"""What would stop a run, looked for before its launch. The flags are those of jobs/pretrain.py.
+
+    python jobs/doctor.py                                                       this machine, the demo
+    python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data --output s3://bucket/runs/b16
+    python jobs/doctor.py --address auto --workers 16 --gpus --data s3://bucket/data --output s3://bucket/runs/b16
+    ray job submit --working-dir . -- python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data --output s3://bucket/runs/b16
+
+Checked: token authentication, the tracking server, reading and writing of the store, shared memory, compiler and stale build
+locks, room for the workers, ports, whether --output is free, GPUs and NCCL. With --address, or as a Ray job, on every node
+of the cluster. Nothing is left behind. Exit code: 0 no error, 1 errors, 2 a wrong command line.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(
+    os.path.dirname(os.path.abspath(__file__))
+)  # the project; jobs/ itself would hide the stdlib's inspect
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+from pipeline import config
+from pipeline.training.recipes import RECIPES, PretrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command(PretrainConfig):
+    """jobs/doctor.py"""
+
+    json: bool = False
+    """Print the findings as JSON, and nothing else, on stdout."""
+
+
+def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:
+    def make() -> Command:
+        base = recipe()
+        return Command(**{field.name: getattr(base, field.name) for field in dataclasses.fields(PretrainConfig)})
+
+    make.__doc__ = recipe.__doc__
+    return make
+
+
+def main(argv: list[str]) -> int:
+    recipes = {name: command(recipe) for name, recipe in RECIPES.items()}
+    options = config.parse(argv, recipes, "demo", prog="jobs/doctor.py", description=__doc__ or "")
+    from pipeline import doctor
+
+    settings = PretrainConfig(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(PretrainConfig)}
+    )
+    findings = doctor.examine(settings)
+    errors = sum(finding.status == "error" for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": not errors, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    else:
+        print(doctor.table(findings))
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    config.run_job(main)
