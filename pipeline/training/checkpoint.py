@@ -3,23 +3,28 @@
     <run>/checkpoints/step-00001000/
         model.safetensors, config.json     the model, loadable without anything of ours (float32)
         average.safetensors                its Polyak average, when the run keeps one
-        state/rank-00000-of-00002.safetensors ...   every worker's slices: "kind:parameter:start" -> 1-D float32
+        state/param-00000-of-00002.safetensors ...   every worker's slices of one kind (param, exp_avg, ...):
+                                           "kind:parameter:start" -> 1-D float32
         COMMIT.json                        written last: sizes and SHA-256 of all of the above; without it, no checkpoint
 
 A worker writes only what it owns, in the background (`Writer`); the model file is put together from the slices. A reader
 takes the slices it needs, whatever the number of workers or ZeRO stage that wrote them (`StateReader`).
+<run>/attempt.json says who may write: the attempt that started last.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -31,6 +36,9 @@ from pipeline import storage
 from pipeline.errors import UserError
 
 COMMIT = "COMMIT.json"
+ATTEMPT = "attempt.json"
+THREADS = 8
+"""Files that one worker reads or writes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ def folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
-def find(run: str) -> list[Checkpoint]:
+def find(run: str, say: Callable[[str], None] = print) -> list[Checkpoint]:
     """The committed checkpoints of a run, oldest first. Uncommitted folders do not exist for this function."""
     root = storage.join(run, "checkpoints")
     found = []
@@ -58,33 +66,54 @@ def find(run: str) -> list[Checkpoint]:
         if rest == COMMIT and name.startswith("step-"):
             uri = storage.join(root, name)
             try:
-                commit = storage.read_json(file.uri)
-                found.append(Checkpoint(uri, int(commit["step"]), commit))
-            except (UserError, KeyError, TypeError, ValueError) as error:
-                print(f"warning: {uri} is skipped: its {COMMIT} cannot be read ({error})", flush=True)
+                found.append(_read(uri))
+            except UserError as error:
+                say(f"warning: {uri} is skipped: {error}")
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _read(uri: str) -> Checkpoint:
+    """The checkpoint in a folder that has a COMMIT.json. Raises UserError when that cannot be understood."""
+    commit = storage.read_json(storage.join(uri, COMMIT))
+    try:
+        step = int(commit["step"])
+        for info in commit["files"].values():
+            int(info["size"]), str(info["sha256"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
+    return Checkpoint(uri, step, commit)
 
 
 def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
     """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`."""
     present = {file.path: file.size for file in storage.list_files(checkpoint.uri)}
-    for path, expected in checkpoint.commit["files"].items():
+    files = checkpoint.commit["files"]
+    for path, expected in files.items():
         if path not in present:
             return f"{path} is missing"
         if present[path] != expected["size"]:
             return f"{path} has {present[path]} bytes instead of {expected['size']}"
-        if checksums and _sha256(storage.join(checkpoint.uri, path)) != expected["sha256"]:
-            return f"{path} does not have the content that was written"
+    if checksums:
+        with ThreadPoolExecutor(THREADS) as pool:
+            digests = pool.map(_sha256, (storage.join(checkpoint.uri, path) for path in files))
+            for (path, expected), digest in zip(files.items(), digests, strict=True):
+                if digest != expected["sha256"]:
+                    return f"{path} does not have the content that was written"
     return None
 
 
-def latest(run: str, checksums: bool = True) -> Checkpoint | None:
+def latest(run: str, checksums: bool = True, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; a damaged one is skipped with a warning for the one before."""
-    for checkpoint in reversed(find(run)):
+    skipped: list[str] = []
+    for checkpoint in reversed(find(run, say)):
         problem = damage(checkpoint, checksums)
         if problem is None:
+            for broken in skipped:
+                say(f"warning: {broken}; going back to {checkpoint.uri}")
             return checkpoint
-        print(f"warning: {checkpoint.uri} is skipped: {problem}", flush=True)
+        skipped.append(f"{checkpoint.uri} is skipped: {problem}")
+    for broken in skipped:
+        say(f"warning: {broken}; there is no other checkpoint before it")
     return None
 
 
@@ -95,8 +124,7 @@ def resolve(uri: str) -> Checkpoint:
     """
     uri = storage.normalise(uri)
     if storage.exists(storage.join(uri, COMMIT)):
-        commit = storage.read_json(storage.join(uri, COMMIT))
-        checkpoint = Checkpoint(uri, int(commit["step"]), commit)
+        checkpoint = _read(uri)
         problem = damage(checkpoint, checksums=False)
         if problem:
             raise UserError(f"{uri}: damaged checkpoint: {problem}; use the one before")
@@ -117,13 +145,72 @@ def remove(checkpoint: Checkpoint) -> None:
 
 def remove_orphans(run: str) -> list[str]:
     """Deletes the folders that an ended attempt left without COMMIT.json. Only before training starts, by one worker."""
-    root = storage.join(run, "checkpoints")
-    files = storage.list_files(root)
-    committed = {file.path.split("/")[0] for file in files if file.path.endswith("/" + COMMIT)}
-    orphans = sorted({file.path.split("/")[0] for file in files} - committed)
+    orphans = _uncommitted(run)
     for name in orphans:
-        storage.remove(storage.join(root, name), recursive=True)
+        storage.remove(storage.join(run, "checkpoints", name), recursive=True)
     return orphans
+
+
+def _uncommitted(run: str) -> list[str]:
+    files = storage.list_files(storage.join(run, "checkpoints"))
+    committed = {file.path.split("/")[0] for file in files if file.path.endswith("/" + COMMIT)}
+    return sorted({file.path.split("/")[0] for file in files} - committed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What one folder under checkpoints/ is; `about` says why it is no use, or what it holds."""
+
+    uri: str
+    state: Literal["complete", "damaged", "uncommitted"]
+    about: str
+
+
+def survey(run: str) -> list[Finding]:
+    """Every folder under checkpoints/, each file read and compared with what was written, in the order of their names."""
+    root = storage.join(run, "checkpoints")
+    uncommitted = set(_uncommitted(run))
+    findings = []
+    for name in sorted({file.path.split("/")[0] for file in storage.list_files(root)}):
+        uri = storage.join(root, name)
+        if name in uncommitted:
+            findings.append(Finding(uri=uri, state="uncommitted", about=f"no {COMMIT}: half-written, or being written"))
+            continue
+        try:
+            checkpoint = _read(uri)
+            problem = damage(checkpoint)
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            findings.append(Finding(uri=uri, state="damaged", about=problem))
+            continue
+        files = checkpoint.commit["files"]
+        size = sum(info["size"] for info in files.values()) / 1e6
+        about = f"step {checkpoint.step}, {len(files)} files, {size:.1f} MB, {checkpoint.commit['created']}"
+        findings.append(Finding(uri=uri, state="complete", about=about))
+    return findings
+
+
+def repair(run: str, delete: bool = False) -> bool:
+    """Prints what each checkpoint of a run is and which one would be continued from; whether nothing is wrong (any more).
+
+    delete: removes what is damaged or uncommitted. Not while the run is going on: what it is writing is uncommitted too.
+    Raises UserError when there is nothing to look at.
+    """
+    run = storage.normalise(run)
+    findings = survey(run)
+    if not findings:
+        raise UserError(f"{run}: no checkpoints here; give the --output of a run")
+    for finding in findings:
+        print(f"{finding.state:12s} {finding.uri}: {finding.about}")
+    complete = [finding.uri for finding in findings if finding.state == "complete"]
+    broken = [finding for finding in findings if finding.state != "complete"]
+    print(f"continues from {complete[-1]}" if complete else "no complete checkpoint: the run would start over")
+    for finding in broken if delete else []:
+        storage.remove(storage.join(finding.uri, COMMIT))
+        storage.remove(finding.uri, recursive=True)
+        print(f"removed {finding.uri}")
+    return delete or not broken
 
 
 # ---------------------------------------------------------------- writing
@@ -132,12 +219,25 @@ def remove_orphans(run: str) -> list[str]:
 class Writer:
     """Writes one worker's part in the background; rank 0 adds the model and commits when every part has arrived.
 
-    Every rank makes one and calls `save` for the same steps.
+    Every rank makes one and calls `start` once and `save` for the same steps. A store that is away costs a warning and that
+    checkpoint, not the run.
     """
 
-    def __init__(self, run: str, model: nn.Module, *, keep: int, best: str | None = None):
-        """model: as built, before DeepSpeed takes its parameters apart (its shapes, buffers and config are noted)."""
-        self.run, self.keep, self.best = run, keep, best
+    def __init__(
+        self,
+        run: str,
+        model: nn.Module,
+        *,
+        keep: int,
+        best: str | None = None,
+        say: Callable[[str], None] = print,
+        before_commit: Callable[[], Any] | None = None,
+    ):
+        """model: as built, before DeepSpeed takes its parameters apart (its shapes, buffers and config are noted).
+
+        before_commit: called on rank 0 when all files are written; what must not be younger than a checkpoint happens there.
+        """
+        self.run, self.keep, self.best, self.say, self.before_commit = run, keep, best, say, before_commit
         self.model_config: dict[str, Any] = cast(Any, model).config
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.buffers = {k: v.clone() for k, v in model.state_dict().items() if k not in self.shapes}
@@ -145,42 +245,90 @@ class Writer:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         # A group of its own: its collectives run in this thread, beside those of training.
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.attempt = uuid.uuid4().hex[:12]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.pending: Future | None = None
+        self.pending: Future[Exception | None] | None = None
         self.waited = 0.0
         """Seconds the training loop has waited for a checkpoint still being written."""
 
+    def start(self) -> Checkpoint | None:
+        """Takes the run over from any earlier attempt; the checkpoint to continue from, the same on every worker."""
+        if self.rank == 0:
+            about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
+            storage.write_json(storage.join(self.run, ATTEMPT), about)
+            for name in remove_orphans(self.run):
+                self.say(f"removed {name}: it was never committed")
+            return self._from_rank_0(latest(self.run, say=self.say))
+        return self._from_rank_0(None)
+
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Starts writing a snapshot (`Engine.snapshot`). Waits first for the one before, if that is still under way."""
-        self.wait()
+        problem = self._settle()
+        if problem is not None:
+            self.say(f"warning: a checkpoint could not be written, training goes on: {problem}")
         self.pending = self.thread.submit(self._write, step, tensors, about)
 
     def wait(self) -> None:
         """Until the last save is committed. Raises what went wrong with it."""
-        if self.pending is not None:
-            start = time.perf_counter()
-            pending, self.pending = self.pending, None
-            pending.result()
-            self.waited += time.perf_counter() - start
+        problem = self._settle()
+        if problem is not None:
+            raise problem
 
     def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self.thread.shutdown()
+        """Ends the thread when its last save is done. Raises nothing: `wait` does, and an error may be on its way already."""
+        self.thread.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _settle(self) -> Exception | None:
+        if self.pending is None:
+            return None
+        start = time.perf_counter()
+        pending, self.pending = self.pending, None
+        problem = pending.result()
+        self.waited += time.perf_counter() - start
+        return problem
+
+    def _from_rank_0(self, value: Any) -> Any:
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Exception | None:
+        """A save is over for all workers or for none. Returns what kept it from being written, the same on every worker."""
         target = folder(self.run, step)
-        name = f"state/rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
-        receipt = _put_tensors(target, name, tensors)
+        receipt: dict[str, dict] | Exception
+        try:
+            receipt = self._put_state(target, tensors)
+        except (storage.StorageError, OSError) as error:
+            receipt = _plain(error)
         receipts = [receipt] * self.world
         if self.group is not None:
             dist.all_gather_object(receipts, receipt, group=self.group)
-        if self.rank == 0:
-            files = {path: info for receipt in receipts for path, info in receipt.items()}
-            self._commit(target, step, files, about)
-        if self.group is not None:
-            dist.barrier(self.group)  # a save is over for all or for none
+        problem: Exception | None = next((r for r in receipts if isinstance(r, Exception)), None)
+        if self.rank == 0 and problem is None:
+            files = {path: info for receipt in receipts for path, info in cast(dict, receipt).items()}
+            try:
+                self._commit(target, step, files, about)
+            except (storage.StorageError, OSError) as error:
+                problem = _plain(error)
+            except UserError as error:
+                problem = error
+        problem = self._from_rank_0(problem)
+        if isinstance(problem, UserError) and not isinstance(problem, storage.StorageError):
+            raise problem
+        return problem
+
+    def _put_state(self, target: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
+        """This worker's files and their receipts. One per kind: they are uploaded side by side, and whoever wants the
+        parameters alone reads no optimiser states."""
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kinds.setdefault(key.partition(":")[0], {})[key] = tensor
+        name = f"-{self.rank:05d}-of-{self.world:05d}.safetensors"
+        with ThreadPoolExecutor(THREADS) as pool:
+            written = pool.map(lambda kind: _put_tensors(target, f"state/{kind}{name}", kinds[kind]), kinds)
+            return {path: info for receipt in written for path, info in receipt.items()}
 
     def _commit(self, target: str, step: int, files: dict[str, dict], about: dict[str, Any]) -> None:
         with StateReader(target, list(files)) as reader:
@@ -193,6 +341,14 @@ class Writer:
         files["config.json"] = {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()}
         commit = {k: v for k, v in about.items() if k != "config"}
         created = datetime.now(UTC).isoformat(timespec="seconds")
+        if self.before_commit is not None:
+            self.before_commit()
+        owner = storage.read_json(storage.join(self.run, ATTEMPT))
+        if owner["attempt"] != self.attempt:
+            raise UserError(
+                f"{self.run} was taken over by another start of this run (process {owner['pid']} on {owner['host']}); "
+                f"this one ends without its checkpoint at step {step}"
+            )
         storage.write_json(
             storage.join(target, COMMIT),
             {"step": step, "created": created, "workers": self.world, **commit, "files": files},
@@ -201,7 +357,7 @@ class Writer:
 
     def _retain(self) -> None:
         """Keeps the last `keep` checkpoints and the best by metric `best`."""
-        checkpoints = find(self.run)
+        checkpoints = find(self.run, self.say)
         spared = {checkpoint.uri for checkpoint in checkpoints[-self.keep :]}
         if self.best:
             scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
@@ -210,6 +366,11 @@ class Writer:
         for checkpoint in checkpoints:
             if checkpoint.uri not in spared:
                 remove(checkpoint)
+
+
+def _plain(error: Exception) -> storage.StorageError:
+    """What a store did, as an exception that can be sent to other workers."""
+    return storage.StorageError(str(error))
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:
@@ -239,39 +400,44 @@ def _sha256(uri: str) -> str:
 class StateReader:
     """The training state of a checkpoint as one space of named parameters, whoever wrote which slice.
 
-    files: paths under `uri` of the state files. Remote files are copied to a temporary folder first.
+    files: paths under `uri` of the state files. A remote file is copied to a temporary folder when the first of its slices
+    is read: a worker that continues alone what it wrote alone fetches its own files and nobody else's.
     """
 
     def __init__(self, uri: str, files: list[str]):
-        self.scratch: str | None = None
+        self.scratch = tempfile.mkdtemp(prefix="checkpoint-") if storage.is_remote(uri) else None
+        self.open: dict[str, Any] = {}
+        self.slices: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        """(kind, parameter) -> [(start, end, file, key)], in order."""
         paths = [storage.join(uri, name) for name in files if name.startswith("state/")]
-        if storage.is_remote(uri):
-            self.scratch = tempfile.mkdtemp(prefix="checkpoint-")
-            local = [os.path.join(self.scratch, os.path.basename(path)) for path in paths]
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(storage.copy_file, paths, local))
-            paths = local
-        self.files = [safe_open(path, framework="pt") for path in paths]
-        self.slices: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
-        """(kind, parameter) -> [(start, end, handle)], in order."""
-        for file in self.files:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                kind, name, start = key.split(":")
-                handle = file.get_slice(key)
-                begin = int(start)
-                self.slices.setdefault((kind, name), []).append((begin, begin + handle.get_shape()[0], handle))
+        with ThreadPoolExecutor(THREADS) as pool:
+            for path, shapes in zip(paths, pool.map(_shapes, paths), strict=True):
+                for key, shape in shapes.items():
+                    kind, name, start = key.split(":")
+                    piece = (int(start), int(start) + shape[0], path, key)
+                    self.slices.setdefault((kind, name), []).append(piece)
         for pieces in self.slices.values():
-            pieces.sort(key=lambda piece: piece[0])
+            pieces.sort()
         self.kinds = {kind for kind, _ in self.slices}
+
+    def _file(self, path: str) -> Any:
+        if path not in self.open:
+            local = path
+            if self.scratch:
+                local = os.path.join(self.scratch, os.path.basename(path))
+                storage.copy_file(path, local)
+            self.open[path] = safe_open(local, framework="pt")
+        return self.open[path]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a parameter's state. Raises UserError when they are not all there."""
         result = torch.empty(numel)
         filled = 0
-        for begin, end, handle in self.slices.get((kind, name), []):
+        for begin, end, path, key in self.slices.get((kind, name), []):
             low, high = max(begin, start), min(end, start + numel)
             if low < high:
-                result[low - start : high - start] = handle[low - begin : high - begin]
+                piece = self._file(path).get_slice(key)[low - begin : high - begin]
+                result[low - start : high - start] = piece
                 filled += high - low
         if filled != numel:
             raise UserError(f"the checkpoint has {filled} of {numel} values of {kind} {name}: another architecture?")
@@ -280,13 +446,20 @@ class StateReader:
     def assemble(self, kind: str) -> dict[str, Tensor]:
         """All parameters of one kind, flat."""
         names = [name for k, name in self.slices if k == kind]
-        return {name: self.read(kind, name, 0, max(end for _, end, _ in self.slices[kind, name])) for name in names}
+        return {name: self.read(kind, name, 0, max(end for _, end, *_ in self.slices[kind, name])) for name in names}
 
     def __enter__(self) -> "StateReader":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.slices.clear()
-        self.files.clear()
+        self.open.clear()
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _shapes(path: str) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file: its first 8 bytes are the length of the JSON that follows."""
+    length = int.from_bytes(storage.read_bytes(path, 0, 8), "little")
+    header = json.loads(storage.read_bytes(path, 8, 8 + length))
+    return {key: about["shape"] for key, about in header.items() if key != "__metadata__"}

@@ -6,32 +6,20 @@ The run folder holds `run.json` (what run this is), `checkpoints/` and nothing e
 continues it, another command on the same folder is refused.
 """
 
-import sys
-import threading
+import contextlib
 import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
+from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names
 from pipeline.training import checkpoint
-from pipeline.training.loop import Plan, make_plan, train_worker
+from pipeline.training.loop import Plan, make_plan
 from pipeline.training.recipes import PretrainConfig
-
-# Activations come and go every step. By default glibc gives each large one back to the kernel and faults it in again,
-# zeroed, page by page; kept in the heap they cost nothing.
-HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 
 
 def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
@@ -40,6 +28,8 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     base: the recipe that the config came from, to print what differs. Raises UserError before any worker starts when the
     data, the batch, the workers or the output folder do not fit; RuntimeError when training failed for good.
     """
+    from pipeline.training.launch import launch
+
     changes = configuration.diff(config, base) if base is not None else {}
     config = _absolute(config)
     plan = check(config)
@@ -71,7 +61,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
         run.log_dataset(config.data, _about_data(manifest), role="train")
-        result = _launch(plan, run.id, run.uri)
+        result = launch(plan, run.id, run.uri, sizes(plan))
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.gpus else 0
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
@@ -107,6 +97,8 @@ def check(config: PretrainConfig) -> Plan:
     """Everything that can be known before a worker starts. Raises UserError."""
     dataset = open_dataset(config.data)
     plan = make_plan(config, dataset, config.workers)
+    if config.min_workers is not None and not 1 <= config.min_workers <= config.workers:
+        raise UserError(f"min_workers {config.min_workers} must be between 1 and workers ({config.workers})")
     from models.variants import parameters
 
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
@@ -124,6 +116,19 @@ def check(config: PretrainConfig) -> Plan:
     if not storage.exists(storage.join(output, "run.json")) and storage.list_files(output, recursive=False):
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
     return plan
+
+
+def sizes(plan: Plan) -> list[int]:
+    """The numbers of workers, ascending, that this run may go on with when nodes come and go."""
+    config = plan.config
+    if config.min_workers is None:
+        return [config.workers]
+    dataset, fitting = open_dataset(config.data), []
+    for workers in range(config.min_workers, config.workers + 1):
+        with contextlib.suppress(UserError):  # it does not divide the lanes or the batch
+            make_plan(config, dataset, workers)
+            fitting.append(workers)
+    return fitting
 
 
 def describe(plan: Plan, changes: dict[str, tuple[Any, Any]]) -> str:
@@ -195,165 +200,3 @@ def _identify(plan: Plan, output: str) -> dict[str, Any]:
         record = {"identity": configuration.fingerprint(plan.identity), "created": created, "config": plan.identity}
         storage.write_json(storage.join(output, "run.json"), record)
     return record
-
-
-def _launch(plan: Plan, run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """One Ray Train run. Resuming is ours (checkpoint.latest), so every launch is a new run to Ray."""
-    import ray
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    config = plan.config
-    _wait_for_resources(config)
-    resources: dict[str, float] = {"CPU": config.cpus_per_worker}
-    if config.gpus:
-        resources["GPU"] = 1
-    fs, path = storage.filesystem(storage.join(config.output, "ray"))
-    filesystem = PyFileSystem(FSSpecHandler(fs)) if storage.is_remote(config.output) else None
-    threads = str(max(1, int(config.cpus_per_worker)))
-    environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cuda" if config.gpus else "cpu", **HEAP}
-    console = Console()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": configuration.to_dict(config),
-            "run_id": run_id,
-            "tracking_uri": tracking_uri,
-            "say": console.say,
-            "done": console.done,
-        },
-        torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.gpus, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex[:12],
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
-        ),
-    )
-    try:
-        with console:
-            # Off the main thread Ray leaves Ctrl-C to us; the workers end with this process.
-            fitted: Future = Future()
-            threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
-            fitted.result()
-    except ray.train.TrainingFailedError as error:
-        causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-        cause = causes[0]
-        while getattr(cause, "cause", None) is not None or cause.__cause__ is not None:
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise RuntimeError(f"training failed: {type(cause).__name__}: {cause}") from error
-    finally:
-        storage.remove(storage.join(config.output, "ray"), recursive=True)
-    return console.result()
-
-
-def _fit(trainer: Any, fitted: Future) -> None:
-    try:
-        fitted.set_result(trainer.fit())
-    except BaseException as error:
-        fitted.set_exception(error)
-
-
-def _wait_for_resources(config: PretrainConfig) -> None:
-    """Says what the cluster lacks; with an autoscaler it may still come, on a fixed cluster it never will."""
-    import ray
-
-    bundle: dict[str, float] = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.gpus else {})}
-    if config.address is not None or cluster.submitted():
-        cluster.announce(bundle, config.workers)
-        return
-    have = ray.cluster_resources()
-    lacking = {
-        name: config.workers * each for name, each in bundle.items() if have.get(name, 0) < config.workers * each
-    }
-    text = ", ".join(f"{have.get(name, 0):g} of {amount:g} {name}" for name, amount in lacking.items())
-    if "GPU" in lacking:
-        raise UserError(f"this machine has {text}; use --workers, --no-gpus, or --address of a cluster that has them")
-    if lacking:
-        raise UserError(f"this machine has {text}; use fewer --workers or --cpus-per-worker")
-
-
-class Console:
-    """Lines from workers, printed by the driver as they come: an actor holds them, a thread fetches them.
-
-    Ray's own forwarding of worker output adds a prefix to every line and comes with everyone else's.
-    """
-
-    def __init__(self) -> None:
-        import ray
-
-        @ray.remote(num_cpus=0)
-        class Lines:
-            def __init__(self) -> None:
-                self.lines: list[str] = []
-                self.result: dict[str, Any] = {}
-
-            def add(self, line: str) -> None:
-                self.lines.append(line)
-
-            def finish(self, result: dict[str, Any]) -> None:
-                self.result = result
-
-            def outcome(self) -> dict[str, Any]:
-                return self.result
-
-            def take(self) -> list[str]:
-                taken, self.lines = self.lines, []
-                return taken
-
-        self.actor = Lines.remote()  # type: ignore[attr-defined]
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._print, daemon=True)
-
-    @property
-    def say(self) -> Callable[[str], None]:
-        actor = self.actor
-
-        def say(line: str) -> None:
-            actor.add.remote(line)
-
-        return say
-
-    @property
-    def done(self) -> Callable[[dict[str, Any]], None]:
-        import ray
-
-        actor = self.actor
-
-        def done(result: dict[str, Any]) -> None:
-            ray.get(actor.finish.remote(result))
-
-        return done
-
-    def result(self) -> dict[str, Any]:
-        import ray
-
-        return ray.get(self.actor.outcome.remote())
-
-    def __enter__(self) -> "Console":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop.set()
-        self.thread.join(10)
-
-    def _print(self) -> None:
-        import ray
-
-        terminal = sys.stdout.isatty()
-        while True:
-            last = self.stop.wait(0.3)
-            try:
-                lines = ray.get(self.actor.take.remote(), timeout=10)
-            except Exception:  # the cluster is going away; what went wrong is reported by the trainer
-                return
-            for line in lines:
-                print(f"\033[33m{line}\033[0m" if terminal and line.startswith("warning") else line, flush=True)
-            if last:
-                return
