@@ -20,8 +20,9 @@ install: $(BIN)/.installed
 demo: install
 	$(BIN)/python jobs/demo.py $(if $(DATA),--data '$(DATA)')
 
+# A process per core, a file of tests stays in one of them.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each of the processes has one core
 
 # torchvision's wheel from the package index is built for CUDA; beside a CPU-only torch its compiled part does not load
 # and its Python part then fails on two missing operators. timm and transformers import it, nothing here calls them.
