@@ -2,11 +2,13 @@
 
     python jobs/pretrain.py --recipe NAME --data URI --output URI [--workers 8] [any field below]
     ray job submit --working-dir . -- python jobs/pretrain.py --recipe NAME ...
+    python jobs/pretrain.py --repair URI [--delete]     what each checkpoint of a run folder is; removes the broken ones
 
 Every line below is a field of the recipe and a flag over it. The same command again continues the run in --output, from
 its last complete checkpoint, on the same or another number of workers. With no arguments: the demo recipe.
 """
 
+import argparse
 import os
 import sys
 
@@ -16,10 +18,21 @@ sys.path[0] = os.path.dirname(
 
 from pipeline import cluster
 from pipeline.config import diff, parse_recipe, run_job, to_yaml
+from pipeline.errors import UserError
 from pipeline.training.recipes import RECIPES
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    repair = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    repair.add_argument("--repair")
+    repair.add_argument("--delete", action="store_true")
+    wanted, argv = repair.parse_known_args(argv)
+    if wanted.delete and not wanted.repair:
+        raise UserError("--delete belongs to --repair URI")
+    if wanted.repair:
+        from pipeline.training import checkpoint
+
+        return 0 if checkpoint.repair(wanted.repair, wanted.delete) else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
     from pipeline.training import run
 
@@ -27,9 +40,10 @@ def main(argv: list[str]) -> None:
     if config.dry_run:
         print(run.describe(plan, diff(config, base)))
         print(to_yaml(config))
-        return
+        return 0
     cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
     run.pretrain(config, base, recipe=recipe)
+    return 0
 
 
 if __name__ == "__main__":
