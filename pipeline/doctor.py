@@ -338,8 +338,8 @@ def writable(uri: str) -> list[Finding]:
             findings += [multipart(probe), conditional(probe), checksums()]
         return findings
     except UserError as cause:
-        if "MissingContentLength" in str(cause) or "411" in str(cause):
-            return [replace(checksums(), status="error", message=str(cause).partition(";")[0], remedy=_CHECKSUMS)]
+        if "MissingContentLength" in _chain(cause):
+            return [error("checksum mode", f"{uri} wants uploads of a stated length, which checksums hide", _CHECKSUMS)]
         return [refused("output", cause)]
     except OSError as cause:
         return [error("output", f"{uri} cannot be written ({cause})", "correct --output, or the rights of its folder")]
@@ -348,6 +348,11 @@ def writable(uri: str) -> list[Finding]:
             storage.remove(probe)
             if not storage.is_remote(uri):
                 os.rmdir(storage.normalise(uri))  # when the probe was all that it held
+
+
+def _chain(cause: BaseException | None) -> str:
+    """What an exception and its causes say; s3fs keeps S3's error code only in the last of them."""
+    return f"{cause}: {_chain(cause.__cause__)}" if cause else ""
 
 
 def multipart(uri: str) -> Finding:
@@ -448,7 +453,7 @@ def compiler(required: bool) -> Finding:
     """torch.compile and DeepSpeed's operators are built with a C++ compiler and ninja, on the worker."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     compilers = [os.environ.get("CXX") or "c++", "g++", "clang++"]
-    missing = [] if any(shutil.which(program, path=path) for program in compilers) else ["a C++ compiler"]
+    missing = [] if any(shutil.which(program, path=path) for program in compilers) else ["C++ compiler"]
     missing += [] if shutil.which("ninja", path=path) else ["ninja"]
     if not missing:
         return ok("compiler", "C++ and ninja are there")

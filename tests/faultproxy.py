@@ -4,7 +4,7 @@
         proxy.fault = lambda method, path, n: "503" if n == 1 else None    # n counts requests for the same path and range
         # clients speak to proxy.endpoint; proxy.log holds (method, path, fault) of every request
 
-Faults: "500", "503", "403", "404" (a status with an S3 error body), "reset" (the connection is torn down before an answer), "cut"
+Faults: "411", "500", "503", "403", "404" (a status with an S3 error body), "reset" (the connection is torn down before an answer), "cut"
 (half of the promised body, then the connection is torn down), "short" (an answer with fewer bytes than asked, correctly framed),
 "stall" (no answer for `stall` seconds), "slow" (the body in ten pieces over `slow` seconds).
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied", "404": "NoSuchKey"}
+CODES = {"411": "MissingContentLength", "500": "InternalError", "503": "SlowDown", "403": "AccessDenied", "404": "NoSuchKey"}
 
 
 class FaultProxy:
