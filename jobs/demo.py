@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     settings = replace(PREPARE["demo"](), output=data)
     if config.data:
         settings = replace(settings, source=(storage.normalise(config.data),), size=40, sample=config.sample)
-    manifests = prepare(settings, connect=lambda: cluster.connect(num_cpus=2))
+    manifests = prepare(settings, connect=lambda: cluster.connect(num_cpus=2), tracking_uri=tracking_uri())
     prepared = sum(manifest.rows for manifest in manifests.values())
     shards = sum(len(manifest.shards) for manifest in manifests.values())
     rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())

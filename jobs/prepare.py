@@ -52,6 +52,10 @@ class Command(PrepareConfig):
     """Ray cluster to use: auto or host:port; without it Ray starts inside this process."""
     num_cpus: int | None = None
     """CPUs of an embedded Ray."""
+    tracking: bool = True
+    """Record the preparation in MLflow."""
+    tracking_uri: str | None = None
+    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
     json: bool = False
     """Print the result as JSON, and nothing else, on stdout."""
 
@@ -78,12 +82,14 @@ def main(argv: list[str]) -> int:
     if options.vtab:
         return vtab(options)
     from pipeline.data import prepare
+    from pipeline.tracking import tracking_uri
 
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
     connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json)
-    manifests = prepare.prepare(settings, quiet=options.json, connect=connect)
+    server = tracking_uri(options.tracking_uri) if options.tracking else None
+    manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
         print(json.dumps(results))

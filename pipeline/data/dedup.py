@@ -39,7 +39,7 @@ _ORDER = np.lexsort((_U, _U + _V))[1 : BITS + 1]
 _MIRROR = np.packbits(_U[_ORDER] % 2 == 1).view(np.uint64)
 FLAT = 2.0  # standard deviation (of 255) under which a picture has no structure to compare: only exact copies match
 
-DUPLICATES = "duplicates.parquet"
+DUPLICATES, PAIRS = "duplicates.parquet", "duplicates.png"
 # One hashed row: of its key, of its pixels, and its 128 bits; `flat` rows take no part in near matching.
 ROW = np.dtype([("key", "u8"), ("exact", "u8"), ("bits", "u8", 2), ("flat", "?"), ("split", "i4")])
 

@@ -5,6 +5,7 @@ marker, and every pixel is decoded even when the file is then kept as it is.
 """
 
 import io
+import re
 from typing import Literal, NamedTuple
 
 import cv2
@@ -118,7 +119,10 @@ def _decode_any(data: bytes, max_pixels: int) -> Picture:
         if "truncated" in str(error):
             raise Refused("truncated", str(error)) from error
         known = data.startswith(MAGIC)
-        raise Refused("corrupt" if known else "not an image", f"{type(error).__name__}: {error}") from error
+        detail = re.sub(
+            r" at 0x[0-9a-f]+", "", str(error)
+        )  # an address in memory: the only thing that two runs would not share
+        raise Refused("corrupt" if known else "not an image", f"{type(error).__name__}: {detail}") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -32,14 +32,14 @@ import numpy as np
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data import dedup, describe, images, shards, sources
+from pipeline.data import dedup, describe, images, mix, shards, sources
 from pipeline.data.augment import decode
 from pipeline.data.images import Fit, Refused
+from pipeline.data.record import Record
 from pipeline.data.shards import Encoding, Manifest, Receipt, Reject, ShardWriter
 from pipeline.data.sources import Format, Labels, Source
 from pipeline.errors import UserError
 
-WORK = "_work"
 DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
 
 
@@ -76,7 +76,10 @@ class PrepareConfig:
     splits: tuple[str, ...] = ()
     """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name."""
     shuffle: bool = True
-    """Mix the images of listed folders over all shards (archives keep the order in which they were written)."""
+    """Mix the images over all shards: listed folders as they are read, archives as `--mix` says."""
+    mix: Literal["auto", "always", "never"] = "auto"
+    """Archives keep the order in which they were written, unless they are sorted by class (auto) or in any case (always):
+    then a second pass over the shards mixes them."""
     seed: int = 0
     """Of the shuffle and of --sample."""
     deduplicate: Literal["off", "exact", "near"] = "off"
@@ -172,6 +175,46 @@ class Plan:
         """The receipt of a unit from which duplicates were removed."""
         return storage.join(self.work, f"kept-{unit:05d}.json")
 
+    def writer(self, split: str, number: int, mark: str = "", **sizes: int) -> ShardWriter:
+        sizes = {"row_group_bytes": self.config.row_group_bytes, "shard_bytes": self.config.shard_bytes} | sizes
+        return ShardWriter(
+            self.split_uri(split),
+            f"{number:05d}{mark}",
+            encoding=self.config.encoding,
+            image=self.image,
+            classes=self.labels.classes,
+            multilabel=self.labels.multilabel,
+            row_group_bytes=sizes["row_group_bytes"],
+            shard_bytes=sizes["shard_bytes"],
+        )
+
+    def written(self, receipt: dict[str, Any], split: str) -> shards.Dataset:
+        """The rows that a writer of `split` wrote, as a dataset."""
+        written = Receipt.from_dict(receipt)
+        manifest = Manifest(
+            encoding=self.config.encoding,
+            image=self.image,
+            multilabel=self.labels.multilabel,
+            rows=written.rows,
+            inputs=written.rows,
+            fingerprint="",
+            classes=list(self.labels.classes),
+            shards=written.shards,
+        )
+        return shards.Dataset(self.split_uri(split), manifest)
+
+    @property
+    def light(self) -> "Plan":
+        """Without the listing of the sources: for tasks that need none of it."""
+        return dataclasses.replace(
+            self, sources=[dataclasses.replace(s, pieces=s.pieces.slice(0, 0)) for s in self.sources]
+        )
+
+    @property
+    def buckets(self) -> int:
+        """Parts that mix the units' rows (pipeline.data.mix)."""
+        return min(len(self.units), mix.MOST_BUCKETS)
+
     @property
     def checks_keys(self) -> bool:
         """Whether keys of different units can be equal; those of listed files are paths."""
@@ -183,13 +226,16 @@ class Plan:
 
 
 def prepare(
-    config: PrepareConfig, quiet: bool = False, connect: Callable[[], None] = lambda: None
+    config: PrepareConfig,
+    quiet: bool = False,
+    connect: Callable[[], None] = lambda: None,
+    tracking_uri: str | None = None,
 ) -> dict[str, Manifest]:
     """Makes the dataset(s) that `config` describes: {split name: manifest}, or {"": manifest} without splits.
 
     `connect` joins Ray (`pipeline.cluster.connect`); it is called when there is work for it, so that a bad command fails
-    before any worker starts. A dataset that is finished already is returned as it is. Raises
-    UserError: bad configuration or source, an output that holds something else, no usable image, too many rejects.
+    before any worker starts. With `tracking_uri` the work is an MLflow run. A dataset that is finished already is returned as it
+    is. Raises UserError: bad configuration or source, an output that holds something else, no usable image, too many rejects.
     """
     config = check(config)
     done = _check_output(config)
@@ -199,22 +245,42 @@ def prepare(
     plan = make_plan(config, connect)
     if done is not None:
         for name, manifest in done.items():
-            if manifest.config != identity(config) or manifest.input_fingerprint != plan.input_fingerprint:
+            if (
+                identity(PrepareConfig()) | manifest.config != identity(config)
+                or manifest.input_fingerprint != plan.input_fingerprint
+            ):
                 raise UserError(
                     f"{plan.split_uri(name)}: already holds another dataset ({_difference(manifest, plan)}); choose another "
                     "--output or remove it"
                 )
+        if storage.exists(plan.work):
+            _tidy(plan, done)  # it was stopped while it did
         if not quiet:
             print(f"prepare: {config.output} is finished already", flush=True)
         return done
     _claim(plan)
+    if tracking_uri is None:
+        return _carry_out(plan, quiet, connect)
+    with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
+        manifests = _carry_out(plan, quiet, connect, record)
+        record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
+    return manifests
+
+
+def _carry_out(
+    plan: Plan, quiet: bool, connect: Callable[[], None], record: Record | None = None
+) -> dict[str, Manifest]:
     connect()
-    if config.decontaminate:
-        plan = dataclasses.replace(plan, index=_index(config, connect, quiet))
-    _run(plan, quiet)
+    if plan.config.decontaminate:
+        plan = dataclasses.replace(plan, index=_index(plan.config, connect, quiet))
+    _run(plan, quiet, record)
     if plan.joins:
         remove_duplicates(plan, find_duplicates(plan))
-    return finish(plan)
+    receipts = _receipts(plan)
+    mixed = mix_units(plan, receipts, quiet) if wants_mixing(plan, receipts) else None
+    if record is not None:
+        record.wait()
+    return finish(plan, receipts, mixed)
 
 
 def check(config: PrepareConfig) -> PrepareConfig:
@@ -265,7 +331,7 @@ def parse_splits(splits: Sequence[str]) -> dict[str, float]:
             fractions[name] = float(value)
         except ValueError:
             raise UserError(f'--splits {text}: write name=fraction, such as "train=0.9 test=0.1"') from None
-        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == WORK or fractions[name] <= 0:
+        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == mix.WORK or fractions[name] <= 0:
             raise UserError(f"--splits {text}: a plain name and a fraction above 0")
     if len(fractions) != len(splits) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
@@ -311,7 +377,7 @@ def make_plan(config: PrepareConfig, connect: Callable[[], None] = lambda: None)
         splits=parse_splits(config.splits),
         units=units,
         input_fingerprint=digest.hexdigest()[:16],
-        work=storage.join(config.output, WORK),
+        work=storage.join(config.output, mix.WORK),
     )
 
 
@@ -372,7 +438,7 @@ def _check_output(config: PrepareConfig) -> dict[str, Manifest] | None:
             done[name] = shards.open_dataset(uri).manifest
     if len(done) == len(splits):
         return done
-    if storage.exists(storage.join(config.output, WORK, "plan.json")):
+    if storage.exists(storage.join(config.output, mix.WORK, "plan.json")):
         return None
     files = storage.list_files(config.output)
     if files:
@@ -428,8 +494,9 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
     duplicates: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     hashed: list[tuple[Any, ...]] = []
     seen: set[str] = set()
+    alike, before = 0, None  # rows of the same label as the row before
     with contextlib.ExitStack() as stack:
-        writers = {name: stack.enter_context(_writer(plan, name, unit)) for name in names}
+        writers = {name: stack.enter_context(plan.writer(name, unit)) for name in names}
         for number, item in enumerate(items):
             if number == limit:
                 break
@@ -456,6 +523,7 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
             elif plan.joins:
                 hashed.append((describe.key_hash(item.key), 0, (0, 0), True, names.index(split)))
             seen.add(item.key)
+            alike, before = alike + (label == before), label
             # every fourth row is plenty for a mean over a corpus, at a quarter of the cost
             writers[split].write(item.key, stored, label, width, height, pixels[::4])
     if plan.joins:
@@ -466,23 +534,11 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
         "inputs": inputs,
         "rejects": rejects,
         "duplicates": duplicates,
+        "alike": alike,
         "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
     }
     storage.write_bytes(where, json.dumps(receipt).encode())
     return receipt
-
-
-def _writer(plan: Plan, split: str, unit: int, mark: str = "") -> ShardWriter:
-    return ShardWriter(
-        plan.split_uri(split),
-        f"{unit:05d}{mark}",
-        encoding=plan.config.encoding,
-        image=plan.image,
-        classes=plan.labels.classes,
-        multilabel=plan.labels.multilabel,
-        row_group_bytes=plan.config.row_group_bytes,
-        shard_bytes=plan.config.shard_bytes,
-    )
 
 
 def _bucket(key: str, thresholds: list[float]) -> int:
@@ -516,7 +572,7 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
 # ---------------------------------------------------------------- all units
 
 
-def _run(plan: Plan, quiet: bool) -> None:
+def _run(plan: Plan, quiet: bool, record: Record | None = None) -> None:
     """Every unfinished unit through Ray Data, with a progress line."""
     import ray
 
@@ -531,7 +587,7 @@ def _run(plan: Plan, quiet: bool) -> None:
     if not todo:
         return
     weights = [float(plan.sources[i].pieces["size"].slice(a, n).to_numpy().sum()) for i, a, n, _ in plan.units]
-    progress = _Progress(sum(weights[unit] for unit in todo), quiet)
+    progress = _Progress(sum(weights[unit] for unit in todo), quiet, record)
     reference = ray.put(plan)
     rows = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
     work: Any = _process_batch  # Ray's stubs know no typed dict of arrays
@@ -569,12 +625,12 @@ def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np
 
 
 class _Progress:
-    """One line that is rewritten on a terminal, or printed every ten seconds into a log."""
+    """One line that is rewritten on a terminal, or printed every ten seconds into a log; the same numbers to the record."""
 
-    def __init__(self, total: float, quiet: bool) -> None:
-        self.total, self.quiet = max(total, 1.0), quiet
+    def __init__(self, total: float, quiet: bool, record: Record | None = None) -> None:
+        self.total, self.quiet, self.record = max(total, 1.0), quiet, record
         self.done, self.inputs, self.rejects = 0.0, 0, 0
-        self.begin = self.shown = time.monotonic()
+        self.begin = self.shown = self.recorded = time.monotonic()
 
     def add(self, weight: float, inputs: int, rejects: int) -> None:
         self.done += weight
@@ -584,6 +640,9 @@ class _Progress:
         if not self.quiet and now - self.shown >= (0.2 if sys.stdout.isatty() else 10):
             self.shown = now
             self.show("\r" if sys.stdout.isatty() else "\n")
+        if self.record and now - self.recorded >= 10:
+            self.recorded = now
+            self.record.progress(self.inputs, self.rejects, now - self.begin)
 
     def show(self, end: str) -> None:
         seconds = max(time.monotonic() - self.begin, 1e-9)
@@ -599,6 +658,8 @@ class _Progress:
     def close(self) -> None:
         if not self.quiet:
             self.show("\n")
+        if self.record:
+            self.record.progress(self.inputs, self.rejects, max(time.monotonic() - self.begin, 1e-9))
 
 
 # ---------------------------------------------------------------- duplicates
@@ -656,9 +717,9 @@ def remove_duplicates(plan: Plan, gone: dict[int, tuple[int, int, int]]) -> None
     orders: dict[int, dict[int, tuple[str, int, int]]] = {}
     for row, (first, kind, apart) in gone.items():
         orders.setdefault(row >> 32, {})[row & 0xFFFFFFFF] = (keys[first], kind, apart)
-    light = [dataclasses.replace(source, pieces=source.pieces.slice(0, 0)) for source in plan.sources]
-    plan = dataclasses.replace(plan, sources=light)  # it travels with every job
-    jobs = [(unit, plan, order) for unit, order in sorted(orders.items()) if not storage.exists(plan.kept_uri(unit))]
+    jobs = [
+        (unit, plan.light, order) for unit, order in sorted(orders.items()) if not storage.exists(plan.kept_uri(unit))
+    ]
     list(_ray_map(_keep, jobs, lambda: None))
 
 
@@ -673,26 +734,11 @@ def _places(plan: Plan, unit: int) -> list[tuple[str, int]]:
     return places
 
 
-def _written(plan: Plan, unit: int, receipt: dict[str, Any], split: str) -> shards.Dataset:
-    """The rows that a unit wrote for a split, as a dataset."""
-    written = Receipt.from_dict(receipt["splits"][split])
-    manifest = Manifest(
-        encoding=plan.config.encoding,
-        image=plan.image,
-        multilabel=plan.labels.multilabel,
-        rows=written.rows,
-        inputs=written.rows,
-        fingerprint="",
-        classes=list(plan.labels.classes),
-        shards=written.shards,
-    )
-    return shards.Dataset(plan.split_uri(split), manifest)
-
-
 def _keys(plan: Plan, unit: int, rows: set[int]) -> Iterator[tuple[int, str]]:
     receipt, places = storage.read_json(plan.receipt_uri(unit)), _places(plan, unit)
     keys = {
-        name: [key for head in _written(plan, unit, receipt, name).heads() for key in head.keys] for name in plan.splits
+        name: [key for head in plan.written(receipt["splits"][name], name).heads() for key in head.keys]
+        for name in plan.splits
     }
     for row in rows:
         split, place = places[row]
@@ -705,17 +751,15 @@ def _keep(job: tuple[int, Plan, dict[int, tuple[str, int, int]]]) -> None:
     receipt, places = storage.read_json(plan.receipt_uri(unit)), _places(plan, unit)
     leaving = {places[row]: why for row, why in gone.items()}
     for name in plan.splits:
-        dataset = _written(plan, unit, receipt, name)
+        dataset = plan.written(receipt["splits"][name], name)
         place = 0
-        with _writer(plan, name, unit, "k") as writer:
+        with plan.writer(name, unit, "k") as writer:
             for i in range(len(dataset.row_groups)):
-                group = dataset.read_row_group(i)
-                for j, key in enumerate(group.keys):
+                for key, *rest in dataset.read_row_group(i).rows():
                     why = leaving.get((name, place))
                     place += 1
-                    label = list(group.labels[j]) if dataset.multilabel else int(group.labels[j])
                     if why is None:
-                        writer.write(key, group.images[j], label, int(group.widths[j]), int(group.heights[j]))
+                        writer.write(key, *rest)
                     elif why[1] == 0:
                         source = plan.sources[plan.units[unit][0]].uri
                         receipt["rejects"][name].append([key, source, "duplicate key", ""])
@@ -742,15 +786,41 @@ def _report(plan: Plan, split: str, records: list[dict[str, Any]]) -> None:
         if other is not None:
             pairs.append((mine, other, f"{record['distance']} bits: {record['key'][-20:]} | {record['match'][-20:]}"))
     if pairs:
-        storage.write_bytes(storage.join(uri, "duplicates.png"), dedup.pair_sheet(pairs))
+        storage.write_bytes(storage.join(uri, dedup.PAIRS), dedup.pair_sheet(pairs))
+
+
+# ---------------------------------------------------------------- mixing
+
+
+def wants_mixing(plan: Plan, receipts: Sequence[dict[str, Any]]) -> bool:
+    if not plan.config.shuffle or plan.config.mix == "never" or all(source.listed for source in plan.sources):
+        return False
+    return plan.config.mix == "always" or (not plan.labels.multilabel and mix.sorted_by_class(receipts))
+
+
+def mix_units(plan: Plan, receipts: Sequence[dict[str, Any]], quiet: bool = True) -> list[dict[str, Any]]:
+    """Shuffles the rows of all units: the receipts of the shards that take the place of theirs, {split: receipt}."""
+    if not quiet:
+        print("prepare: mixing the archives over all shards", flush=True)
+    light = plan.light
+    dealt = list(_ray_map(mix.scatter, [(unit, light, receipt) for unit, receipt in enumerate(receipts)], lambda: None))
+    jobs = []
+    for bucket in map(str, range(plan.buckets)):
+        parts = {split: [part[split][bucket] for part in dealt if bucket in part[split]] for split in plan.splits}
+        jobs.append((int(bucket), light, parts))
+    return list(_ray_map(mix.gather, jobs, lambda: None))
 
 
 # ---------------------------------------------------------------- the end
 
 
-def finish(plan: Plan) -> dict[str, Manifest]:
-    """Receipts -> manifests. Raises UserError when more was refused than `max_reject_fraction` allows."""
-    receipts = _receipts(plan)
+def finish(
+    plan: Plan, receipts: Sequence[dict[str, Any]], mixed: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Manifest]:
+    """Receipts of units -> manifests; `mixed` are those of the shards that took the place of the units' own.
+
+    Raises UserError when more was refused than `max_reject_fraction` allows.
+    """
     inputs = sum(sum(receipt["inputs"].values()) for receipt in receipts)
     refused = [row for receipt in receipts for rows in receipt["rejects"].values() for row in rows]
     if inputs and len(refused) > plan.config.max_reject_fraction * inputs:
@@ -770,9 +840,13 @@ def finish(plan: Plan) -> dict[str, Manifest]:
         duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
             _report(plan, name, duplicates)
+        written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
+        if mixed is not None:  # mean and deviation were measured by the units
+            written = [Receipt(pixels=receipt.pixels) for receipt in written]
+            written += [Receipt.from_dict(receipt[name]) for receipt in mixed]
         manifests[name] = shards.finish_dataset(
             plan.split_uri(name),
-            [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts],
+            written,
             encoding=plan.config.encoding,
             image=plan.image,
             classes=plan.labels.classes,
@@ -797,12 +871,14 @@ def _receipts(plan: Plan) -> list[dict[str, Any]]:
 
 def _tidy(plan: Plan, manifests: dict[str, Manifest]) -> None:
     """Removes receipts, and what a killed task left: shards that no receipt names and half-written files."""
-    storage.remove(plan.work, recursive=True)
     for name, manifest in manifests.items():
         known = {shard.name for shard in manifest.shards}
         for file in storage.list_files(plan.split_uri(name), recursive=False):
             if file.path.startswith((".part-", "part-")) and file.path not in known:
                 storage.remove(file.uri)
+    if "" not in manifests:
+        storage.remove(storage.join(plan.config.output, shards.REJECTS))  # of an attempt with too many
+    storage.remove(plan.work, recursive=True)
 
 
 def write_digits(folder: str) -> str:

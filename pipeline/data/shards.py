@@ -231,7 +231,7 @@ class ShardWriter:
         and standard deviation of the manifest."""
         data = image.tobytes() if isinstance(image, np.ndarray) else bytes(image)
         if self._rows and self._row_bytes + len(data) > self.row_group_bytes:
-            self._flush()
+            self.end_row_group()
         self._rows.append((key, label, width, height, data))
         self._row_bytes += len(data)
         counts = self.receipt.class_counts
@@ -240,11 +240,12 @@ class ShardWriter:
                 raise ValueError(f"{key}: label {k} outside the {self.num_classes} classes")
             counts[k] = counts.get(k, 0) + 1
         if pixels is not None:
-            self._measure(pixels)
+            self.measure(pixels)
         if len(self._rows) >= self.max_rows:
-            self._flush()
+            self.end_row_group()
 
-    def _measure(self, pixels_HWC: np.ndarray) -> None:
+    def measure(self, pixels_HWC: np.ndarray) -> None:
+        """Adds an image to the channel mean and standard deviation of the manifest."""
         import cv2
 
         mean, std = (statistic.ravel() / 255 for statistic in cv2.meanStdDev(pixels_HWC))
@@ -256,8 +257,8 @@ class ShardWriter:
             total[1 + c] += n * m
             total[4 + c] += n * (s * s + m * m)
 
-    def _flush(self) -> None:
-        """Writes the collected rows as one row group."""
+    def end_row_group(self) -> None:
+        """Writes the rows collected so far as a row group; rows that follow begin another."""
         if not self._rows:
             return
         if self._writer is None:
@@ -333,7 +334,7 @@ class ShardWriter:
 
     def close(self) -> Receipt:
         """Writes what is left and returns the receipt."""
-        self._flush()
+        self.end_row_group()
         self._finish_shard()
         return self.receipt
 
@@ -484,6 +485,11 @@ class RowGroup(NamedTuple):
     widths: np.ndarray
     heights: np.ndarray
     images: Any
+
+    def rows(self) -> Iterator[tuple[str, Any, Label, int, int]]:
+        """(key, image, label, width, height) of each row, as `ShardWriter.write` takes them."""
+        labels = self.labels if isinstance(self.labels, list) else self.labels.tolist()
+        yield from zip(self.keys, self.images, labels, self.widths.tolist(), self.heights.tolist(), strict=True)
 
 
 def parse_row_group(buffer: bytes | memoryview, group: np.void, manifest: Manifest, images: bool = True) -> RowGroup:

@@ -5,7 +5,7 @@
     tar archives        WebDataset samples (.jpg + .cls/.txt/.json), class folders in a tar, ImageNet's tar of tars
     Parquet             an image column (bytes, or Hugging Face's struct of bytes and path) and a label column
     TFRecord            tf.train.Example with image/encoded and image/class/label or image/class/text
-    CIFAR-10/100        the published binary archives
+    CIFAR-10/100        the published archives, binary or Python version
 
 `discover` looks at a source once, on the driver, and returns a `Source`: a table of *pieces*, each an independent range of
 the input (one image file, a stretch of a tar, some row groups) with its size. `read` turns pieces into `Item`s, anywhere.
@@ -15,14 +15,16 @@ Label names are text throughout; `Labels` turns them into class indices.
 import csv
 import fnmatch
 import io
+import itertools
 import json
 import os
 import re
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import tfrecord
+from pipeline.data import cifar, tfrecord
 from pipeline.data.images import Refused
 from pipeline.errors import UserError, nearest
 
@@ -40,12 +42,23 @@ Format = Literal["auto", "folder", "tar", "parquet", "tfrecord", "cifar"]
 IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 TFRECORD = re.compile(r"(\.tfrecords?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
-CIFAR = re.compile(r"cifar-100?-binary\.tar\.gz$")
+CIFAR = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 LABEL_TABLES = ("labels", "metadata")  # found by themselves in a folder: labels.csv, metadata.jsonl, ...
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "key", "image_id", "id", "name")
-LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target", "cls", "fine_label")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "labelname",
+    "category",
+    "target",
+    "cls",
+    "fine_label",
+)
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content")
 SEPARATORS = re.compile(r"[;|]")  # between the labels of a column named in the plural
 
@@ -175,7 +188,8 @@ def make_labels(
 def read_label_table(uri: str) -> tuple[dict[str, list[str]], bool]:
     """{file name: labels} and whether it is multi-label, from a CSV, JSONL, JSON or Parquet table, or ImageNet's devkit.
 
-    The label column is multi-label when it holds lists, or when it is named in the plural and separates by ; or |.
+    The label column is multi-label when it holds lists, when it is named in the plural and separates by ; or |, or when a
+    file stands on several lines with different labels: it has all of them.
     """
     name = uri.lower()
     if "devkit" in name and TAR.search(name):
@@ -201,8 +215,15 @@ def read_label_table(uri: str) -> tuple[dict[str, list[str]], bool]:
     values = [row[label_column] for row in rows]
     plural = label_column.lower() in ("labels", "classes")
     multilabel = any(isinstance(v, list) or (plural and isinstance(v, str) and SEPARATORS.search(v)) for v in values)
-    table = {str(row[file_column]): _names(value, multilabel) for row, value in zip(rows, values, strict=True)}
-    return {name: labels for name, labels in table.items() if labels is not None}, multilabel
+    table: dict[str, list[str]] = {}
+    for row, value in zip(rows, values, strict=True):
+        labels = _names(value, multilabel)
+        if labels is not None:
+            known = table.setdefault(str(row[file_column]), labels)
+            if known is not labels and known != labels:
+                multilabel = True
+                known.extend(label for label in labels if label not in known)
+    return table, multilabel
 
 
 def _column(columns: Iterable[str], known: Sequence[str], uri: str, what: str) -> str:
@@ -289,7 +310,12 @@ def discover(
         if kind == "folder":
             sources.append(_folder(uri, prefix, files, table, multilabel, include))
         else:
-            sources.append(_archives(uri, prefix, kind, files, table, multilabel, need_names, unit_bytes, run))
+            source = _archives(uri, prefix, kind, files, table, multilabel, need_names, unit_bytes, run)
+            if not need_names and kind in ("tar", "tfrecord"):  # nothing was read yet: a few samples tell
+                some = itertools.islice(read(source, source.pieces.slice(0, 1)), 256)
+                several = any(item.labels is not None and len(item.labels) > 1 for item in some)
+                source = replace(source, multilabel=source.multilabel or several)
+            sources.append(source)
     return sources
 
 
@@ -447,20 +473,18 @@ def _look(job: tuple[Kind, str, str, int, int, bool, bool]) -> dict[str, Any]:
     if kind == "parquet":
         return _look_parquet(uri, path, unit_bytes, names_too)
     if kind == "cifar":
-        ten = "cifar-10-" in uri
-        names = [str(i) for i in range(10 if ten else 100)]
-        for member, data in _cifar_members(uri):
-            if member in ("batches.meta.txt", "fine_label_names.txt"):
-                names = data.decode().split()
+        names = cifar.class_names(_cifar_members(uri))
         return whole | {"names": names, "ordered": names}
     if not look:
         return whole
     if kind == "tar":
         return whole | _look_tar(uri, path, size, unit_bytes, names_too)
     names_found: set[str] = set()
+    many = False
     for item in _read_tfrecord(uri, path, {}):
         names_found.update(item.labels or ())
-    return whole | {"names": sorted(names_found)}
+        many |= item.labels is not None and len(item.labels) > 1
+    return whole | {"names": sorted(names_found), "multilabel": many}
 
 
 # ---------------------------------------------------------------- reading
@@ -570,7 +594,7 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
                     names.update(found or ())
                 elif extension in IMAGE_NAMES:
                     names.update(_path_label(member.name, first=False) or ())
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
         # A damaged archive is still read as far as it goes; reading it again records why it stops there.
@@ -613,7 +637,7 @@ def _read_tar(
             if start:
                 file.seek(start)
             yield from _read_members(file, packed, stop, name, labels, table)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
 
 
@@ -624,14 +648,16 @@ def _read_members(
 
     def item(parts: dict[str, tuple[str, bytes]]) -> Item:
         rest = [extension for extension in parts if extension not in ("cls", "txt", "json")]
-        own = next(
-            (found for e in ("cls", "txt", "json") if e in parts and (found := _sidecar(e, parts[e][1])[0])), None
-        )
+        beside = (_sidecar(e, parts[e][1])[0] for e in ("cls", "txt", "json") if e in parts)
+        own = next((names for names in beside if names is not None), None)
         if not rest:
             member = next(iter(parts.values()))[0]
             return Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
         member, data = parts[next((e for e in rest if e in IMAGE_NAMES), rest[0])]
-        found = _lookup(table, member) if table else (own or labels or _path_label(member, first=False))
+        if table:
+            found = _lookup(table, member)
+        else:  # an empty list is a label too, of a sample that has none of the classes
+            found = own if own is not None else labels or _path_label(member, first=False)
         return Item(member, f"{name}/{member}", data, found)
 
     parts: dict[str, tuple[str, bytes]] = {}
@@ -697,9 +723,13 @@ def _look_parquet(uri: str, path: str, unit_bytes: int, names_too: bool) -> dict
 def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
     """Class names in index order, where the Hugging Face metadata has them."""
     try:
-        features = json.loads(file_schema.metadata[b"huggingface"])["info"]["features"]
-        return list(features[label]["names"])
-    except (KeyError, TypeError, ValueError):
+        feature = json.loads(file_schema.metadata[b"huggingface"])["info"]["features"][label]
+        if isinstance(
+            feature, list
+        ):  # multi-label: a list of one feature, or (newer) a feature of type List or Sequence
+            feature = feature[0]
+        return list(feature["feature"]["names"] if "feature" in feature else feature["names"])
+    except (KeyError, TypeError, ValueError, IndexError):
         return []
 
 
@@ -767,11 +797,8 @@ def _read_tfrecord(uri: str, name: str, table: dict[str, list[str]]) -> Iterator
             row += 1
             image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
             own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
-            text = _first(example, "image/class/synset", "image/class/text", "class", "label_name")
-            label = text if text is not None else _first(example, "image/class/label", "label", "labels")
             own = own.decode() if isinstance(own, bytes) else None
-            names = _names(label.decode() if isinstance(label, bytes) else label, False)
-            names = _lookup(table, own) if table and own else names
+            names = _lookup(table, own) if table and own else _class_names(example)
             key = f"{name}/{own}" if own else where
             if not isinstance(image, bytes):
                 yield Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
@@ -785,6 +812,25 @@ def _examples(uri: str) -> Iterator[dict[str, Any]]:
     with storage.open_file(uri) as file:
         for record in tfrecord.read_records(file, uri):
             yield tfrecord.parse_example(record)
+
+
+def _class_names(example: dict[str, Any]) -> list[str] | None:
+    """The labels of an example, several when it is multi-label; names where it has them, else numbers."""
+    for feature in (
+        "image/class/synset",
+        "image/class/text",
+        "class",
+        "label_name",
+        "image/class/label",
+        "label",
+        "labels",
+    ):
+        values = example.get(feature)
+        if values is not None and len(values):
+            return [
+                value.decode("utf-8", "replace") if isinstance(value, bytes) else str(int(value)) for value in values
+            ]
+    return None
 
 
 def _first(example: dict[str, Any], *names: str) -> Any:
@@ -803,21 +849,23 @@ def _cifar_members(uri: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_cifar(uri: str, name: str) -> Iterator[Item]:
-    """CIFAR's binary records: one label byte (CIFAR-100: coarse, then fine) and 3072 bytes, planes of red, green, blue."""
-    skip = 1 if "cifar-10-" in uri else 2
     try:
         for member, data in _cifar_members(uri):
-            if not member.endswith(".bin"):
+            part, where = member.removesuffix(".bin"), f"{name}/{member}"
+            if part not in cifar.PARTS:
                 continue
-            if len(data) % (skip + 3072):
+            try:
+                pixels_NHWC, labels, left_over = cifar.parse(member, data)
+            except ValueError as error:
+                yield Item(part, where, b"", None, Refused("corrupt", str(error)))
+                continue
+            if left_over:
                 yield Item(
-                    member, uri, b"", None, Refused("truncated", f"{len(data)} bytes is no whole number of records")
+                    part, where, b"", None, Refused("truncated", f"{left_over} bytes after the last whole record")
                 )
-            records = np.frombuffer(data, np.uint8, len(data) // (skip + 3072) * (skip + 3072)).reshape(-1, skip + 3072)
-            for i, record in enumerate(records):
-                pixels = np.ascontiguousarray(record[skip:].reshape(3, 32, 32).transpose(1, 2, 0))
-                yield Item(f"{member[:-4]}/{i:05d}", f"{name}/{member}", pixels, [str(record[skip - 1])])
-    except (tarfile.TarError, EOFError, OSError) as error:
+            for i, (pixels, label) in enumerate(zip(pixels_NHWC, labels, strict=True)):
+                yield Item(f"{part}/{i:05d}", where, np.ascontiguousarray(pixels), [str(label)])
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         yield Item(name, uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
 
 

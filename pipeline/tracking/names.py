@@ -18,8 +18,19 @@ IMAGES_PER_SECOND = "train/images_per_second"
 MFU = "train/mfu"  # model FLOPs utilisation, 0..1
 DATA_WAIT = "train/data_wait"  # share of the step spent waiting for the loader, 0..1
 MEMORY_GB = "train/memory_gb"  # peak of the device (or of the process on CPU), 1e9 bytes
+SKIPPED = "train/skipped"  # steps not taken so far, for any reason
+SPIKES = "train/spikes"  # those of them whose loss was a spike
 VAL_LOSS = "val/loss"
 VAL_TOP1 = "val/top1"
+
+# A preparation, over all splits; `step` is the number of inputs so far. The rate is that of one attempt.
+INPUTS = "data/inputs"
+ROWS = "data/rows"
+REJECTS = "data/rejects"
+REJECTED = "data/rejected/"  # + reason
+DUPLICATES = "data/duplicates"
+BYTES = "data/bytes"
+PREPARED_PER_SECOND = "data/inputs_per_second"
 
 # Cost of a run over all its attempts (Run.log_cost), logged at the end of each.
 COST = "cost/"
@@ -31,7 +42,10 @@ ENERGY_KWH = "cost/energy_kwh"
 # Scores of a transfer suite: top-1 in percent, per task and aggregated (paper, Table 2: the flat mean of 19 tasks).
 SCORE = "score/"  # + task
 MEAN_SCORE = "score_mean"
+PARTIAL_MEAN = "score_mean/partial"  # the mean when only some of the suite's tasks were asked for
 GROUP_SCORE = "score_mean/"  # + natural | specialized | structured
+CLEAN_SCORE = "score_clean/"  # + task: without the test images that are in the pre-training data
+CLEAN_MEAN = "score_clean_mean"
 
 # Prefixes.
 NONFINITE = "nonfinite/"  # + metric: how many values were NaN or infinite so far (they are not stored themselves)

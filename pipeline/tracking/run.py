@@ -292,7 +292,9 @@ class _Delivery:
             role = InputTag("mlflow.data.context", record["role"])
             mlflow.log_inputs(run_id, [DatasetInput(Dataset(**record["dataset"]), [role])])
         elif kind == "link":
-            self._link(record["role"], record["run_id"])
+            source = record["run_id"] if "run_id" in record else self._maker(record["digest"])
+            if source:
+                self._link(record["role"], source)
 
     def _resume(self, params: dict[str, str]) -> None:
         """Marks another attempt: the run is running again; parameters that MLflow will not change become a tag."""
@@ -308,6 +310,15 @@ class _Delivery:
         new = {key: value for key, value in params.items() if key not in logged}
         self._send_batch([{"kind": "params", "values": new}, {"kind": "tags", "values": tags}])
         mlflow.update_run(run_id, status="RUNNING")
+
+    def _maker(self, digest: str) -> str | None:
+        """The newest prepare run whose dataset has this fingerprint; None when the server has none."""
+        mlflow = client(self.uri)
+        experiment = mlflow.get_experiment_by_name(names.PREPARE)
+        if experiment is None or not digest.isalnum():
+            return None
+        found = mlflow.search_runs([experiment.experiment_id], f"dataset.digest = '{digest}'", max_results=1)
+        return found[0].info.run_id if found else None
 
     def _link(self, role: str, run_id: str) -> None:
         """lineage.<role> tags of the source run and of its own sources, and a note with links to click."""
@@ -454,8 +465,11 @@ class Run:
         if values:
             self._spool.metrics.append({"kind": "params", "values": values})
 
+    def log_bytes(self, data: bytes, path: str) -> None:
+        self._spool.add_artifact(path, data=data)
+
     def log_text(self, text: str, path: str) -> None:
-        self._spool.add_artifact(path, data=text.encode())
+        self.log_bytes(text.encode(), path)
 
     def log_dict(self, value: Any, path: str) -> None:
         """A JSON artifact, or YAML when `path` ends so."""
@@ -466,15 +480,18 @@ class Run:
         """A matplotlib figure, in the format that the path's ending names."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format=os.path.splitext(path)[1][1:] or "png", bbox_inches="tight")
-        self._spool.add_artifact(path, data=buffer.getvalue())
+        self.log_bytes(buffer.getvalue(), path)
 
     def log_file(self, local_path: str | os.PathLike, artifact_dir: str = "") -> None:
         """A copy of a small local file. Checkpoints do not belong here: they stay in storage, and runs name their URI."""
         name = os.path.join(artifact_dir, os.path.basename(local_path))
         self._spool.add_artifact(name, source=os.fspath(local_path))
 
-    def log_dataset(self, uri: str, manifest: Mapping[str, Any], role: str = "train") -> None:
-        """A dataset that the run reads: an MLflow input, fingerprint tags, its manifest, and a link to its prepare run."""
+    def log_dataset(self, uri: str, manifest: Mapping[str, Any], role: str = "train", made: bool = False) -> None:
+        """A dataset that the run reads: an MLflow input, fingerprint tags, its manifest, and a link to its prepare run.
+
+        made: the run is that prepare run. Others find it by the fingerprint, wherever the dataset has been copied to.
+        """
         text = json.dumps(manifest, sort_keys=True, default=str)
         digest = str(manifest.get("fingerprint") or hashlib.sha256(text.encode()).hexdigest()[:12])
         rows = manifest.get("rows") or manifest.get("num_rows") or (manifest.get("totals") or {}).get("rows")
@@ -488,8 +505,8 @@ class Run:
         self._spool.metrics.append({"kind": "dataset", "role": role, "dataset": dataset})
         self.set_tags({f"{names.DATA_URI}.{role}": uri, f"{names.DATA_FINGERPRINT}.{role}": digest})
         self.log_text(text, f"data/{role}-manifest.json")
-        if prepared_by := manifest.get("run_id"):
-            self.link("prepare", str(prepared_by))
+        if not made:
+            self._spool.metrics.append({"kind": "link", "role": "prepare", "digest": digest[:36]})
 
     def link(self, role: str, run_id: str) -> None:
         """Lineage: this run was made from that one (role: prepare, pretrain, transfer), whose own sources come along."""

@@ -20,6 +20,13 @@ TITLES = {
     names.COMPARE: "Leaderboards across pre-training runs (jobs/compare.py): see their artifacts.",
 }
 COLUMNS = {
+    names.PREPARE: [
+        "params.`encoding`",
+        "params.`size`",
+        *(f"metrics.`{name}`" for name in (names.INPUTS, names.ROWS, names.REJECTS, names.DUPLICATES, names.BYTES)),
+        f"metrics.`{names.PREPARED_PER_SECOND}`",
+        f"metrics.`{names.SECONDS}`",
+    ],
     names.PRETRAIN: [
         "params.`model.variant`",
         f"tags.`{names.RECIPE}`",

@@ -17,6 +17,8 @@ from pipeline.data import prepare, shards
 from pipeline.data.describe import verify
 from pipeline.data.prepare import PrepareConfig
 from pipeline.errors import UserError
+from pipeline.tracking import start_run
+from pipeline.tracking.run import client as tracking_client
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from test_dedup import crop, photo
@@ -26,7 +28,7 @@ JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
 
 def job(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, JOB, *map(str, arguments)],
+        [sys.executable, JOB, "--no-tracking", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -82,6 +84,44 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     with pytest.raises(UserError, match="the source files have changed"):
         prepare.prepare(config)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
+
+
+def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_folder, tmp_path):
+    """Counts, rejects and manifest are in the run; the dataset is byte for byte what it is without one; a run that reads
+    a copy of the dataset links back."""
+    (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    options = {"source": (str(image_folder),), "splits": ("train=0.8", "test=0.2")}
+    server = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(UserError, match="1 of 31 inputs were refused"):
+        prepare.prepare(
+            PrepareConfig(output=str(tmp_path / "out"), max_reject_fraction=0, **options), tracking_uri=server
+        )
+    first = json.loads((tmp_path / "out" / "_work" / "run.json").read_text())["run_id"]
+    manifests = prepare.prepare(PrepareConfig(output=str(tmp_path / "out"), **options), tracking_uri=server)
+    plain = prepare.make_plan(prepare.check(PrepareConfig(output=str(tmp_path / "plain"), **options)))
+    prepare.finish(plain, [prepare.process(unit, plain) for unit in range(len(plain.units))])
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+    mlflow = tracking_client(server)
+    experiment = mlflow.get_experiment_by_name("prepare").experiment_id
+    (run,) = mlflow.search_runs([experiment])
+    assert (run.info.run_id, run.info.status, run.info.run_name) == (first, "FINISHED", "out")
+    expected = {"data/inputs": 31, "data/rows": 30, "data/rejects": 1, "data/rejected/corrupt": 1, "data/duplicates": 0}
+    assert {name: run.data.metrics[name] for name in expected} == expected
+    assert run.data.metrics["data/inputs_per_second"] > 0
+    assert run.data.params["quality"] == "90"
+    assert run.data.tags["data.fingerprint.train"] == manifests["train"].fingerprint
+    assert {entry.dataset.digest for entry in run.inputs.dataset_inputs} == {m.fingerprint for m in manifests.values()}
+    artifacts = tmp_path / "mlruns" / "prepare" / first / "artifacts"
+    about = json.loads((artifacts / "data" / "test-manifest.json").read_text())
+    assert about["class_counts"] == manifests["test"].class_counts
+    rejects = "".join(path.read_text() for path in artifacts.glob("rejects/*.csv"))
+    assert "ant/broken.jpg" in rejects
+
+    with start_run("pretrain", "reader", tracking_uri=server) as reader:
+        reader.log_dataset("s3://elsewhere/train", {"fingerprint": manifests["train"].fingerprint})
+        reader.log_dataset("s3://elsewhere/other", {"fingerprint": "0123456789abcdef"}, role="other")
+    assert mlflow.get_run(reader.id).data.tags["lineage.prepare"] == first
 
 
 def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path, monkeypatch):

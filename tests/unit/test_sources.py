@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pickle
 import tarfile
 
 import cv2
@@ -43,7 +45,9 @@ def run(tmp_path, quiet=True, **options):
     plan = prepare.make_plan(config)
     for unit in range(len(plan.units)):
         prepare.process(unit, plan)
-    manifests = prepare.finish(plan)
+    receipts = prepare._receipts(plan)
+    mixed = prepare.mix_units(plan, receipts) if prepare.wants_mixing(plan, receipts) else None
+    manifests = prepare.finish(plan, receipts, mixed)
     return shards.open_dataset(plan.split_uri(next(iter(manifests))))
 
 
@@ -362,8 +366,8 @@ def field(number, payload):
     return bytes([number << 3 | 2]) + encoded + bytes([size]) + payload
 
 
-def example(image, label):
-    features = {b"image/encoded": field(1, field(1, image)), b"image/class/label": field(3, field(1, bytes([label])))}
+def example(image, *labels):
+    features = {b"image/encoded": field(1, field(1, image)), b"image/class/label": field(3, field(1, bytes(labels)))}
     entries = b"".join(field(1, field(1, name) + field(2, value)) for name, value in features.items())
     return field(1, entries)
 
@@ -397,6 +401,188 @@ def test_cifar(tmp_path):
     stored = decode(rows[2]["image"], LIMIT).pixels
     assert np.array_equal(stored, records[2, 1:].reshape(3, 32, 32).transpose(1, 2, 0))  # losslessly
     assert list(refusals(dataset).values()) == ["truncated"]
+
+
+def pickled(entries):
+    """As the authors wrote it, with Python 2: protocol 2, text as bytes, an array of bytes."""
+
+    class Numpy1(pickle._Pickler):  # the array's constructor under the name it had then
+        def save_global(self, obj, name=None):
+            if getattr(obj, "__name__", "") == "_reconstruct":
+                self.write(b"cnumpy.core.multiarray\n_reconstruct\n")
+                self.memoize(obj)
+            else:
+                super().save_global(obj, name)
+
+    sink = io.BytesIO()
+    Numpy1(sink, 2).dump(entries)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+def test_cifar_for_python_is_cifar_in_binary(tmp_path, hundred):
+    """Both versions give the same keys, labels and pixels."""
+    generator = np.random.default_rng(1)
+    pixels = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
+    labels = [3, 0, 9, 3]
+    parts = ("train", "test") if hundred else ("data_batch_1", "test_batch")
+    names = [f"class{i}" for i in range(100 if hundred else 10)]
+    stem = "cifar-100" if hundred else "cifar-10"
+    prefix = [np.full((4, 1), 19, np.uint8)] if hundred else []  # the coarse label
+    with tarfile.open(tmp_path / f"{stem}-python.tar.gz", "w:gz") as archive:
+        key = b"fine_labels" if hundred else b"labels"
+        meta = {b"fine_label_names" if hundred else b"label_names": [name.encode() for name in names]}
+        add(archive, f"{stem}-python/{'meta' if hundred else 'batches.meta'}", pickled(meta))
+        for part in parts:
+            add(
+                archive, f"{stem}-python/{part}", pickled({b"data": pixels, key: labels, b"batch_label": b"one of two"})
+            )
+    with tarfile.open(tmp_path / f"{stem}-binary.tar.gz", "w:gz") as archive:
+        text = "fine_label_names.txt" if hundred else "batches.meta.txt"
+        add(archive, f"{stem}-binary/{text}", "\n".join(names).encode())
+        records = np.concatenate([*prefix, np.array(labels, np.uint8)[:, None], pixels], axis=1)
+        for part in parts:
+            add(archive, f"{stem}-binary/{part}.bin", records.tobytes())
+    datasets = [
+        run(tmp_path / form, source=(str(tmp_path / f"{stem}-{form}.tar.gz"),)) for form in ("python", "binary")
+    ]
+    assert datasets[0].classes == datasets[1].classes == names
+    rows = [dataset.read(range(len(dataset))) for dataset in datasets]
+    assert rows[0] == rows[1]
+    assert [row["key"] for row in rows[0]] == [f"{part}/{i:05d}" for part in parts for i in range(4)]
+    assert [row["label"] for row in rows[0]] == labels * 2
+
+
+def test_a_pickle_that_is_a_program_does_not_run(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/ran",))
+
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "c/data_batch_1", pickle.dumps(Program(), 2))
+        add(archive, "c/data_batch_2", b"\x80\x02}q\x00(broken")
+        add(archive, "c/data_batch_3", pickled({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}))
+        add(archive, "c/data_batch_4", pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}))
+        add(archive, "c/test_batch", pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}))
+    dataset = run(tmp_path, source=(str(path),))
+    assert not (tmp_path / "ran").exists()
+    assert len(dataset) == 2
+    assert refusals(dataset) == {f"data_batch_{i}": "corrupt" for i in range(1, 5)}
+
+
+def test_imagenet_validation_with_the_devkit(tmp_path):
+    """The validation tar is flat; the devkit's ids are in an order of their own, which its table resolves."""
+    import scipy.io
+
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    synsets = np.array([(1, "n02119789", "fox"), (2, "n01440764", "tench"), (3, "n99999999", "inner")], kinds)
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": synsets[:, None]})
+    with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
+        add(archive, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+        add(archive, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", b"2\n1\n2\n")
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+        for i in (1, 2, 3):
+            add(archive, f"ILSVRC2012_val_{i:08d}.JPEG", jpeg(i))
+    devkit = str(tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
+    dataset = run(tmp_path, source=(str(tmp_path / "ILSVRC2012_img_val.tar"),), labels=devkit)
+    assert dataset.classes == ["n01440764", "n02119789"]
+    names = ["n01440764", "n02119789", "n01440764"]
+    assert contents(dataset) == {f"ILSVRC2012_val_{i:08d}.JPEG": name for i, name in enumerate(names, 1)}
+
+
+def test_imagenet_21k(tmp_path):
+    """A gzipped tar of tars (winter 2021), a tar of class folders (the resized one), a folder of class tars."""
+
+    def class_tar(wordnet):
+        inner = io.BytesIO()
+        with tarfile.open(fileobj=inner, mode="w") as archive:
+            for i in range(2):
+                add(archive, f"{wordnet}_{i}.JPEG", jpeg(i))
+        return inner.getvalue()
+
+    wordnet = ("n00004475", "n00005787")
+    with tarfile.open(tmp_path / "winter21_whole.tar.gz", "w:gz") as outer:
+        for w in wordnet:
+            add(outer, f"winter21_whole/{w}.tar", class_tar(w))
+    with tarfile.open(tmp_path / "imagenet21k_resized.tar.gz", "w:gz") as archive:
+        for w in wordnet:
+            for i in range(2):
+                add(archive, f"imagenet21k_resized/imagenet21k_train/{w}/{w}_{i}.JPEG", jpeg(i))
+    (tmp_path / "tars").mkdir()
+    for w in wordnet:
+        (tmp_path / "tars" / f"{w}.tar").write_bytes(class_tar(w))
+    for source in ("winter21_whole.tar.gz", "imagenet21k_resized.tar.gz", "tars"):
+        dataset = run(tmp_path / f"of-{source}", source=(str(tmp_path / source),), mix="never")
+        assert dataset.classes == list(wordnet)
+        found = {key.rpartition("/")[2]: name for key, name in contents(dataset).items()}
+        assert found == {f"{w}_{i}.JPEG": w for w in wordnet for i in range(2)}
+
+
+def test_several_labels_in_archives(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i, labels in enumerate((["x", "y"], ["y"], [])):
+            add(archive, f"{i}.jpg", jpeg(i))
+            add(archive, f"{i}.json", json.dumps({"labels": labels}).encode())
+    expected = {"0.jpg": ["x", "y"], "1.jpg": ["y"], "2.jpg": []}
+    assert contents(run(tmp_path / "a", source=(str(tmp_path / "a.tar"),))) == expected
+    (tmp_path / "order.txt").write_text("y\nx\n")
+    ordered = run(tmp_path / "b", source=(str(tmp_path / "a.tar"),), label_map=str(tmp_path / "order.txt"))
+    assert contents(ordered) == expected | {"0.jpg": ["y", "x"]}  # by index
+
+    with open(tmp_path / "m.tfrecord", "wb") as file:
+        tfrecord.write_record(file, example(jpeg(0), 1, 3))
+        tfrecord.write_record(file, example(jpeg(1), 2))
+    assert list(contents(run(tmp_path / "c", source=(str(tmp_path / "m.tfrecord"),))).values()) == [["1", "3"], ["2"]]
+
+    feature = {"feature": {"names": ["zebra", "ant"], "_type": "ClassLabel"}, "_type": "List"}
+    table = pa.table({"image": [{"bytes": jpeg(0), "path": None}], "labels": [[1, 0]]})
+    names = json.dumps({"info": {"features": {"labels": feature}}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": names}), tmp_path / "hf.parquet")
+    dataset = run(tmp_path / "d", source=(str(tmp_path / "hf.parquet"),))
+    assert (dataset.classes, contents(dataset)) == (["zebra", "ant"], {"hf.parquet#0": ["zebra", "ant"]})
+
+
+def test_a_file_on_several_lines_has_all_their_labels(tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    (folder / "labels.csv").write_text(
+        "ImageID,LabelName\n0,dog\n1,cat\n0,leash\n0,dog\n".replace("ImageID", "image_id")
+    )
+    assert contents(run(tmp_path, source=(str(folder),))) == {"0.jpg": ["dog", "leash"], "1.jpg": ["cat"]}
+
+
+@pytest.mark.parametrize("mix", ["auto", "never", "always"])
+@pytest.mark.parametrize("by_class", [True, False])
+def test_archives_sorted_by_class_are_mixed(tmp_path, monkeypatch, mix, by_class):
+    monkeypatch.setattr(prepare, "_ray_map", lambda function, arguments, _: map(function, arguments))
+    labels = np.repeat(np.arange(6), 40)
+    if not by_class:
+        np.random.default_rng(0).shuffle(labels)
+    (tmp_path / "wds").mkdir()
+    for shard in range(6):
+        with tarfile.open(tmp_path / "wds" / f"{shard}.tar", "w") as archive:
+            for i in range(40):
+                add(archive, f"{shard}-{i:02d}.jpg", jpeg(i % 5))
+                add(archive, f"{shard}-{i:02d}.cls", str(labels[40 * shard + i]).encode())
+    options = {"source": (str(tmp_path / "wds"),), "mix": mix, "unit_bytes": 50_000, "splits": ("a=0.9", "b=0.1")}
+    run(tmp_path, **options)
+    found = [shards.open_dataset(tmp_path / "out" / split) for split in ("a", "b")]
+    tables = [dataset.table(("key", "label")).to_pydict() for dataset in found]
+    keys = [key for table in tables for key in table["key"]]
+    assert sorted(keys) == [f"{shard}-{i:02d}.jpg" for shard in range(6) for i in range(40)]
+    for dataset, table in zip(found, tables, strict=True):
+        assert [labels[40 * int(key[0]) + int(key[2:4])] for key in table["key"]] == table["label"]
+        assert dataset.read([3])[0]["image"] == jpeg(int(table["key"][3][2:4]) % 5)
+        assert dataset.manifest.mean is not None
+    mixed = mix == "always" or (mix == "auto" and by_class)
+    assert all((table["key"] == sorted(table["key"])) != mixed for table in tables)
+    if mixed:
+        assert np.mean(np.diff(tables[0]["label"]) == 0) < 0.3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
 
 
 def test_label_maps(image_folder, tmp_path):

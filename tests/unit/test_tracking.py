@@ -191,9 +191,11 @@ def test_nonfinite_values_are_flagged_and_not_stored(uri):
 
 def test_lineage_reaches_back_through_all_sources(uri):
     with start_run("prepare", "data", tracking_uri=uri) as prepare:
-        pass
+        prepare.log_dataset("/shards", {"fingerprint": "0a1b2c"}, made=True)
+    with start_run("prepare", "other data", tracking_uri=uri) as other:
+        other.log_dataset("/others", {"fingerprint": "ffffff"}, made=True)
     with start_run("pretrain", "model", tracking_uri=uri) as pretrain:
-        pretrain.log_dataset("/shards", {"run_id": prepare.id})
+        pretrain.log_dataset("/a/copy/of/shards", {"fingerprint": "0a1b2c"})
     with start_run("transfer", "scores", tracking_uri=uri) as transfer:
         transfer.link("pretrain", pretrain.id)
     tags = run_module.client(uri).get_run(transfer.id).data.tags

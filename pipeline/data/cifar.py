@@ -1,0 +1,118 @@
+"""CIFAR-10 and CIFAR-100 as published: the binary and the Python version of the archives (Krizhevsky 2009).
+
+Binary: records of one label byte (CIFAR-100: coarse, then fine) and 3072 bytes. Python: a pickle of a dict with `data`, uint8
+(N, 3072), and `labels` or `fine_labels`. Either way a row of 3072 is the red, the green and the blue plane of 32x32.
+"""
+
+import io
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+PIXELS = 3 * 32 * 32
+TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+HUNDRED = ("train", "test")
+PARTS = frozenset(TEN + HUNDRED)
+
+
+def class_names(members: Iterable[tuple[str, bytes]]) -> list[str]:
+    """Class names in index order, from the members (name, content) of an archive; numbers when it has no list of names."""
+    names: list[str] = []
+    count = 100
+    for member, data in members:
+        if member.removesuffix(".bin") in TEN:
+            count = 10
+        if member in ("batches.meta.txt", "fine_label_names.txt"):
+            names = data.decode().split()
+        elif member in ("batches.meta", "meta"):
+            table = unpickle(data)
+            found = table.get("label_names") or table.get("fine_label_names") or []
+            names = [text(name) for name in found]
+    return names or [str(i) for i in range(count)]
+
+
+def parse(member: str, data: bytes) -> tuple[np.ndarray, list[int], int]:
+    """(uint8 (N, 32, 32, 3), labels, bytes left over) of one part. Raises ValueError for what is none."""
+    if member.endswith(".bin"):
+        skip = 1 if member.removesuffix(".bin") in TEN else 2
+        whole = len(data) // (skip + PIXELS)
+        records = np.frombuffer(data, np.uint8, whole * (skip + PIXELS)).reshape(whole, skip + PIXELS)
+        rows, labels, left_over = records[:, skip:], records[:, skip - 1].tolist(), len(data) % (skip + PIXELS)
+    else:
+        table, left_over = unpickle(data), 0
+        rows, labels = table.get("data"), table.get("labels", table.get("fine_labels"))  # type: ignore[assignment]
+        if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != PIXELS:
+            raise ValueError(f"{member}: no data of {PIXELS} bytes a row")
+        if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(k) is int for k in labels):
+            raise ValueError(f"{member}: no list of {len(rows)} labels")
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, left_over
+
+
+def unpickle(data: bytes) -> dict[str, Any]:
+    """A pickled dict of text, numbers, lists and uint8 arrays, its keys as text. Raises ValueError for anything else.
+
+    A pickle is a program. This one may name three things, and what it builds with them are our own two classes below:
+    no code of the archive's choosing ever runs.
+    """
+    try:
+        value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except ValueError:
+        raise
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        raise ValueError(f"not a pickle of CIFAR ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"not a pickle of CIFAR ({type(value).__name__})")
+    return {text(key): item.array() if isinstance(item, _Array) else item for key, item in value.items()}
+
+
+def text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+class _Dtype:
+    """Stands for numpy.dtype: only bytes are taken."""
+
+    def __init__(self, kind: Any, *_: Any) -> None:
+        if text(kind) != "u1":
+            raise ValueError(f"an array of {text(kind)}, not of bytes")
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Array:
+    """Stands for numpy.ndarray; its state is (version, shape, dtype, column order, bytes)."""
+
+    shape: tuple[int, ...]
+    content: bytes
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, _, columns, self.content = state
+        if columns or not isinstance(self.content, bytes):
+            raise ValueError("an array in column order, or not of bytes")
+
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.content, np.uint8).reshape(self.shape)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+            ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+            ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+            ("_codecs", "encode"): _latin1,  # how a newer Python writes the bytes of an old pickle
+        }
+        try:
+            return known[module, name]
+        except KeyError:
+            raise ValueError(f"the pickle asks for {module}.{name}, which no CIFAR archive needs") from None
+
+
+def _latin1(value: str, encoding: Any) -> bytes:
+    if text(encoding) != "latin1":
+        raise ValueError(f"bytes encoded as {text(encoding)}")
+    return value.encode("latin1")

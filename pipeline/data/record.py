@@ -1,0 +1,102 @@
+"""The MLflow run of a preparation: what was asked for, how fast it went, what came out and what was refused.
+
+The run starts in the background, while Ray starts and the first images are read. A preparation that was stopped and is
+run again continues its run: `_work/run.json` says which. Nothing in the dataset names the run, so that the same input
+still gives the same bytes; a training run finds the run that made its data by the data's fingerprint.
+"""
+
+import io
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data import dedup, shards
+from pipeline.data.shards import Manifest
+from pipeline.tracking import Run, names, start_run
+
+MOST_REJECTS = 10_000  # rows of rejects.parquet that are copied into the run, as a table that MLflow shows
+
+
+class Record:
+    """Open for as long as the preparation runs; leaving the block by an exception marks the run as failed or killed.
+
+    `server` is a tracking URI, `config` a dataclass, `work` the folder of receipts. A server that cannot be reached delays
+    nothing (pipeline.tracking); one that refuses us is a UserError, raised by `finish`.
+    """
+
+    def __init__(self, server: str, config: Any, work: str, input_fingerprint: str) -> None:
+        self._where = storage.join(work, "run.json")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracking")
+        self._started: Future[Run] = self._pool.submit(self._start, server, config, input_fingerprint)
+
+    def _start(self, server: str, config: Any, input_fingerprint: str) -> Run:
+        known = storage.read_json(self._where)["run_id"] if storage.exists(self._where) else None
+        run = start_run(
+            names.PREPARE,
+            os.path.basename(config.output),
+            config=config,
+            tags={f"{names.DATA_FINGERPRINT}.input": input_fingerprint},
+            run_id=known,
+            tracking_uri=server,
+        )
+        if run.id != known:
+            storage.write_json(self._where, {"run_id": run.id})
+        return run
+
+    def progress(self, inputs: int, rejects: int, seconds: float) -> None:
+        """How far this attempt is; nothing when the run has not started yet."""
+        if self._started.done() and not self._started.exception():
+            values = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: inputs / seconds}
+            self._started.result().log(values, step=inputs)
+
+    def wait(self) -> None:
+        """Until the run has started. Afterwards the folder of receipts may go."""
+        self._started.result()
+
+    def finish(self, datasets: Mapping[str, tuple[str, Manifest]]) -> None:
+        """What came out: {split: (uri, manifest)}."""
+        run = self._started.result()
+        manifests = [manifest for _, manifest in datasets.values()]
+        reasons: dict[str, int] = {}
+        for manifest in manifests:
+            for reason, count in manifest.rejects.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        totals = {
+            names.INPUTS: sum(manifest.inputs for manifest in manifests),
+            names.ROWS: sum(manifest.rows for manifest in manifests),
+            names.REJECTS: sum(reasons.values()),
+            names.DUPLICATES: sum(manifest.duplicates for manifest in manifests),
+            names.BYTES: sum(shard.bytes for manifest in manifests for shard in manifest.shards),
+        }
+        totals |= {names.REJECTED + reason: count for reason, count in reasons.items()}
+        run.log(totals, step=totals[names.INPUTS])
+        for split, (uri, manifest) in datasets.items():
+            role = split or "dataset"
+            about = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+            about["shards"] = len(manifest.shards)  # names, offsets and checksums of thousands stay in the dataset
+            run.log_dataset(uri, about, role=role, made=True)
+            if manifest.rejects:
+                table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, shards.REJECTS))))
+                sink = io.BytesIO()
+                pyarrow.csv.write_csv(table.slice(0, MOST_REJECTS), sink)
+                run.log_text(sink.getvalue().decode(), f"rejects/{role}.csv")
+            if storage.exists(sheet := storage.join(uri, dedup.PAIRS)):
+                run.log_bytes(storage.read_bytes(sheet), f"duplicates/{role}.png")
+
+    def __enter__(self) -> "Record":
+        self._entered = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        if self._started.exception():
+            return
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._started.result().finish("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
