@@ -59,6 +59,9 @@ def main(argv: list[str]) -> int:
         return prune(command)
     fields = dataclasses.fields(evaluation.EvaluateConfig)
     what = evaluation.EvaluateConfig(**{field.name: getattr(command, field.name) for field in fields})
+    from pipeline import doctor
+
+    doctor.preflight(None, what.tracking_uri)
     if command.every is None:
         return report(command, evaluate(command, what))
     for _ in evaluation.ticks(evaluation.seconds(command.every)):

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
 
         return 0 if checkpoint.repair(wanted.repair, wanted.delete) else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
+    from pipeline import doctor
     from pipeline.training import run
 
     plan = run.check(config)  # bad input ends here, before Ray or anything else starts
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
         print(run.describe(plan, diff(config, base)))
         print(to_yaml(config))
         return 0
+    doctor.preflight(config.address, config.tracking_uri)
     cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
     run.pretrain(config, base, recipe=recipe)
     return 0

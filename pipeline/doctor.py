@@ -118,7 +118,7 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, f"doctor: {', '.join(counts)}"])
 
 
-def preflight(address: str | None, tracking_uri: str | None) -> None:
+def preflight(address: str | None, tracking_uri: str | None, tracking: bool = True) -> None:
     """The checks that every job starts with, in less than half a second. Raises UserError for what cannot work.
 
     A tracking server that turns clients away stops nothing (what is logged waits on disk), so that is a warning on stderr.
@@ -129,6 +129,8 @@ def preflight(address: str | None, tracking_uri: str | None) -> None:
 
     if (found := authentication(address)).status == "error":
         raise UserError(f"{found.message}; {found.remedy}")
+    if not tracking:
+        return
     uri = resolve(tracking_uri)
     answers: list[Finding] = []
     # In a thread: looking up a name has no time-out. No answer in time means a busy server, which is none of our business.
