@@ -89,6 +89,7 @@ def main(argv: list[str]) -> int:
     )
     connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json)
     server = tracking_uri(options.tracking_uri) if options.tracking else None
+    doctor.preflight(options.address, None)
     manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
