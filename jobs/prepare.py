@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
         return describe(options)
     if options.vtab:
         return vtab(options)
+    from pipeline import doctor
     from pipeline.data import prepare
     from pipeline.tracking import tracking_uri
 
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
     )
     connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json)
     server = tracking_uri(options.tracking_uri) if options.tracking else None
-    doctor.preflight(options.address, None)
+    doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
