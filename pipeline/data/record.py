@@ -33,6 +33,7 @@ class Record:
 
     def __init__(self, server: str, config: Any, work: str, input_fingerprint: str) -> None:
         self._where = storage.join(work, "run.json")
+        self._newest: dict[str, float] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracking")
         self._started: Future[Run] = self._pool.submit(self._start, server, config, input_fingerprint)
 
@@ -51,10 +52,10 @@ class Record:
         return run
 
     def progress(self, inputs: int, rejects: int, seconds: float) -> None:
-        """How far this attempt is; nothing when the run has not started yet."""
+        """How far this attempt is; kept for the end while the run has not started yet."""
+        self._newest = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: inputs / seconds}
         if self._started.done() and not self._started.exception():
-            values = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: inputs / seconds}
-            self._started.result().log(values, step=inputs)
+            self._started.result().log(self._newest, step=inputs)
 
     def wait(self) -> None:
         """Until the run has started. Afterwards the folder of receipts may go."""
@@ -68,7 +69,7 @@ class Record:
         for manifest in manifests:
             for reason, count in manifest.rejects.items():
                 reasons[reason] = reasons.get(reason, 0) + count
-        totals = {
+        totals = self._newest | {
             names.INPUTS: sum(manifest.inputs for manifest in manifests),
             names.ROWS: sum(manifest.rows for manifest in manifests),
             names.REJECTS: sum(reasons.values()),
@@ -76,7 +77,7 @@ class Record:
             names.BYTES: sum(shard.bytes for manifest in manifests for shard in manifest.shards),
         }
         totals |= {names.REJECTED + reason: count for reason, count in reasons.items()}
-        run.log(totals, step=totals[names.INPUTS])
+        run.log(totals, step=int(totals[names.INPUTS]))
         for split, (uri, manifest) in datasets.items():
             role = split or "dataset"
             about = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
