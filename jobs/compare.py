@@ -5,7 +5,8 @@
     python jobs/compare.py --json | jq '.[0].name'
 
 Prints the leaderboard (Markdown, or JSON), writes leaderboard.md, leaderboard.json and compute.png to --output when given,
-and logs them to MLflow's experiment "compare" unless --no-log is given. Exit code 2 when there is nothing to compare.
+and logs them, with a page that MLflow shows, to the experiment "compare" unless --no-log is given. Exit code 2 when there
+is nothing to compare.
 """
 
 import os
@@ -46,25 +47,33 @@ def main(argv: list[str]) -> int:
 
     from pipeline import comparison
     from pipeline.tracking import names, start_run, tracking_uri
+    from pipeline.tracking.views import page
 
     uri = tracking_uri(options.tracking_uri)
     rows = comparison.leaderboard(suite=options.suite, uri=uri)
     markdown, values = comparison.to_markdown(rows), comparison.to_json(rows)
     figure = comparison.figure(rows)
+    pictures: dict[str, bytes] = {}
+    if figure is not None:
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        pictures["compute.png"] = picture.getvalue()
     print(json.dumps(values, indent=1) if options.json else markdown)
     if options.output:
         storage.write_bytes(storage.join(options.output, "leaderboard.md"), markdown.encode())
         storage.write_json(storage.join(options.output, "leaderboard.json"), values)
-        if figure is not None:
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png")
-            storage.write_bytes(storage.join(options.output, "compute.png"), picture.getvalue())
+        for name, data in pictures.items():
+            storage.write_bytes(storage.join(options.output, name), data)
     if options.log:
-        with start_run(names.COMPARE, options.suite or "all suites", tracking_uri=uri) as run:
+        inside = comparison.to_markdown(rows, limit=10, inside=True)
+        with start_run(
+            names.COMPARE, options.suite or "all suites", tags={names.NOTE: inside}, tracking_uri=uri
+        ) as run:
             run.log_text(markdown, "leaderboard.md")
+            run.log_text(page(markdown, pictures), "leaderboard.html")
             run.log_dict(values, "leaderboard.json")
-            if figure is not None:
-                run.log_figure(figure, "compute.png")
+            for name, data in pictures.items():
+                run.log_bytes(data, name)
     return 0
 
 

@@ -32,7 +32,7 @@ class Command(TransferConfig):
     """jobs/transfer.py"""
 
     compare: tuple[str, ...] = ()
-    """Two outputs of earlier runs: print the differences with their standard errors, and do nothing else."""
+    """Two earlier runs, by output folder or MLflow id: print the differences with their standard errors, nothing else."""
     json: bool = False
     """Print the result as JSON, and nothing else, on stdout."""
 
@@ -63,11 +63,12 @@ def main(argv: list[str]) -> int:
     else:
         for name, score in result.scores.items():
             spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
-            print(f"{name:24s}{score:7.2f}{spread}")
+            unseen = f"  ({result.clean[name]:.2f} without seen images)" if name in result.clean else ""
+            print(f"{name:24s}{score:7.2f}{spread}{unseen}")
         for group, mean in result.group_means.items():
             print(f"{f'mean {group}':24s}{mean:7.2f}")
-        if result.flat_mean is not None:
-            print(f"{f'mean of {len(result.scores)}':24s}{result.flat_mean:7.2f}")
+        if result.mean is not None:
+            print(f"{f'mean of {len(result.scores)}':24s}{result.mean:7.2f}")
     for job, error in result.failures.items():
         print(f"failed: {job}: {error}", file=sys.stderr)
     return 1 if result.failures else 0
@@ -78,7 +79,7 @@ def compare(options: Command) -> int:
 
     if len(options.compare) != 2:
         raise UserError(f"--compare takes two runs, not {len(options.compare)}")
-    text, rows = report.compare(*options.compare)
+    text, rows = report.compare(*options.compare, tracking_uri=options.tracking_uri)
     print(json.dumps(rows) if options.json else text)
     return 0
 

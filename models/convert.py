@@ -31,6 +31,7 @@ from models.errors import UserError
 
 Weights = dict[str, torch.Tensor]
 
+WEIGHT_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 # Parameters that belong to a task rather than to the encoder.
 HEAD = ("head.", "pre_logits.", "mpp_head.", "mask_token")
 
@@ -110,13 +111,8 @@ def read_config(source: str | os.PathLike) -> dict[str, Any]:
     """config.json of a checkpoint folder, or of the folder of a weights file. Raises UserError when it is not ours."""
     fs, path = _open(source)
     folder = path if fs.isdir(path) else os.path.dirname(path)
-    try:
-        config = json.loads(fs.cat_file(f"{folder}/config.json"))
-    except FileNotFoundError:
-        config = {}
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    config = _read_json(fs, f"{folder}/config.json") if fs.exists(f"{folder}/config.json") else {}
+    if not isinstance(config.get("model"), dict):
         raise UserError(
             f"{os.fspath(source)}: no config.json with a model in it, so the architecture is not known; "
             "name the variant and load the file with load_weights"
@@ -137,7 +133,7 @@ def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any
         if "state" in names and "COMMIT.json" not in names:
             raise UserError(f"{source}: an unfinished checkpoint (no COMMIT.json); use the one before")
         if "config.json" in names:
-            about = json.loads(fs.cat_file(f"{path}/config.json"))
+            about = _read_json(fs, f"{path}/config.json")
         tensors = _read_folder(fs, path, names, source)
     else:
         tensors = _read_file(fs, path, source)
@@ -156,6 +152,13 @@ def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any
     return weights, kind, about
 
 
+def _read_json(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(fs.cat_file(path)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
 def _open(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     source = os.fspath(source)
     if re.match(r"(models|runs|mlflow-artifacts):", source):
@@ -172,17 +175,33 @@ def _open(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _read_folder(fs: fsspec.AbstractFileSystem, path: str, names: set[str], source: str) -> Weights:
-    if "model.safetensors" in names:
-        return _read_file(fs, f"{path}/model.safetensors", source)
-    if "model.safetensors.index.json" in names:  # a large model in several files, as Hugging Face splits them
-        index = json.loads(fs.cat_file(f"{path}/model.safetensors.index.json"))
-        parts = [_read_file(fs, f"{path}/{part}", source) for part in sorted(set(index["weight_map"].values()))]
-        return {name: tensor for part in parts for name, tensor in part.items()}
-    if "pytorch_model.bin" in names:
-        return _read_file(fs, f"{path}/pytorch_model.bin", source)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if name in names:
+            return _read_file(fs, f"{path}/{name}", source)
+        if f"{name}.index.json" in names:
+            return _read_parts(fs, path, f"{name}.index.json", names, source)
     if "state" in names:
         return read_sharded_state(fs, f"{path}/state", source)
-    raise UserError(f"{source}: no model.safetensors, pytorch_model.bin or state/ in this folder")
+    other = [name for name in sorted(names) if name.endswith(WEIGHT_FILES)]
+    if len(other) == 1:
+        return _read_file(fs, f"{path}/{other[0]}", source)
+    what = f"several files of weights ({_some(other)}); name one" if other else "no file of weights in this folder"
+    raise UserError(f"{source}: no model.safetensors, pytorch_model.bin or state/, and {what}")
+
+
+def _read_parts(fs: fsspec.AbstractFileSystem, path: str, index: str, names: set[str], source: str) -> Weights:
+    """A large model in several files, as Hugging Face splits them: the index says which tensor is in which."""
+    try:
+        places = dict(_read_json(fs, f"{path}/{index}")["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: {index} is no index of weights ({error})") from error
+    files = sorted(set(places.values()))
+    if absent := [file for file in files if file not in names]:
+        raise UserError(f"{source}: {len(absent)} of {len(files)} parts are missing: {_some(absent)}")
+    tensors = {name: tensor for file in files for name, tensor in _read_file(fs, f"{path}/{file}", source).items()}
+    if lost := [name for name in places if name not in tensors]:
+        raise UserError(f"{source}: tensors of {index} are in none of its {len(files)} parts: {_some(lost)}")
+    return tensors
 
 
 def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights:
@@ -194,7 +213,7 @@ def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights
         if path.endswith(".npz"):
             with np.load(data, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(_plain(arrays[name])) for name in arrays.files}
-        if path.endswith((".pt", ".pth", ".bin", ".ckpt", ".tar")):
+        if path.endswith(WEIGHT_FILES):
             return _state_dict(torch.load(data, map_location="cpu", weights_only=True), source)
     except (SafetensorError, ValueError, OSError, EOFError, RuntimeError) as error:
         raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error

@@ -33,8 +33,10 @@ class Row:
     data: str | None
     pretrain_run: str | None
     pretrain_url: str | None
+    pretrain_path: str | None
     transfer_run: str
     transfer_url: str
+    transfer_path: str
 
 
 def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row]:
@@ -48,7 +50,7 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
         if names.PARENT in run.tags or not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
         row = _row(run, _source(run, pretrained))
-        if suite in (None, row.suite):
+        if suite in (None, run.params.get("suite")):
             rows.setdefault((row.suite, row.checkpoint), row)
     if not rows:
         what = f'of suite "{suite}" ' if suite else ""
@@ -73,8 +75,11 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
     checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
     images = _images_seen(checkpoint, source)
     tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
+    suite = run.params.get("suite", "unknown")
+    if names.MEAN_SCORE not in run.metrics:  # only some of its tasks: no rival for those that have all
+        suite = f"{suite}, {len(tasks)} tasks"
     return Row(
-        suite=run.params.get("suite", "unknown"),
+        suite=suite,
         name=source.name if source else checkpoint.rstrip("/").rpartition("/")[2] or run.name,
         variant=source.params.get("model.variant") if source else run.params.get("variant"),
         checkpoint=checkpoint,
@@ -87,8 +92,10 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         data=source.tags.get(f"{names.DATA_FINGERPRINT}.train") if source else None,
         pretrain_run=source.id if source else None,
         pretrain_url=source.url if source else None,
+        pretrain_path=source.path if source else None,
         transfer_run=run.id,
         transfer_url=run.url,
+        transfer_path=run.path,
     )
 
 
@@ -120,23 +127,29 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
 # ---------------------------------------------------------------- written forms
 
 
-def to_markdown(rows: list[Row]) -> str:
-    """One table a suite, best first; names link to the runs when the server has addresses."""
+def to_markdown(rows: list[Row], limit: int | None = None, inside: bool = False) -> str:
+    """One table a suite, best first; names link to the runs when the server has addresses.
+
+    inside: links for MLflow's own pages, whatever the server's address. limit: rows a suite at most.
+    """
     lines = ["# Transfer scores by pre-training run", ""]
     for suite in dict.fromkeys(row.suite for row in rows):
-        part = [row for row in rows if row.suite == suite]
+        part = [row for row in rows if row.suite == suite][:limit]
         groups = [group for group in GROUPS if any(group in row.groups for row in part)]
         head = ["#", "pre-training", "model", "images seen", "exaFLOPs", "GPU hours", "mean", *groups, "transfer"]
         lines += [f"## {suite}", "", _line(head), _line(["---:", "---", "---", *["---:"] * (4 + len(groups)), "---"])]
         for rank, row in enumerate(part, 1):
-            cells = [str(rank), _link(row.name, row.pretrain_url), row.variant or "–", _si(row.images_seen)]
+            pretrain, transfer = (
+                (row.pretrain_path, row.transfer_path) if inside else (row.pretrain_url, row.transfer_url)
+            )
+            cells = [str(rank), _link(row.name, pretrain), row.variant or "–", _si(row.images_seen)]
             cells += [
                 _exa(row.train_flops),
                 "–" if row.gpu_hours is None else f"{row.gpu_hours:.1f}",
                 f"{row.mean:.2f}",
             ]
             cells += [f"{row.groups[group]:.2f}" if group in row.groups else "–" for group in groups]
-            lines.append(_line([*cells, _link(row.transfer_run[:8], row.transfer_url)]))
+            lines.append(_line([*cells, _link(row.transfer_run[:8], transfer)]))
         lines.append("")
     return "\n".join(lines)
 
@@ -146,7 +159,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _link(text: str, url: str | None) -> str:
-    return f"[{text}]({url})" if url and url.startswith("http") else text
+    return f"[{text}]({url})" if url and url.startswith(("http", "#")) else text
 
 
 def _si(value: float | None) -> str:

@@ -37,6 +37,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import names, registry, start_run, tracking_uri
 from pipeline.training import checkpoint as checkpoints
 from pipeline.transfer import TransferConfig
+from pipeline.transfer.suites import version as version_of_suite
 
 LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
 ATTEMPTS = 3  # failures of one checkpoint before it waits for a person
@@ -107,13 +108,8 @@ class Round:
 
 
 def suite_version(config: EvaluateConfig) -> str:
-    """Identifies what is measured: the suite's settings without where and how fast it runs."""
-    operational = {
-        *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
-        *("address", "experiment", "tracking_uri"),
-    }
-    settings = configuration.to_dict(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
-    return configuration.fingerprint({key: value for key, value in settings.items() if key not in operational})
+    """Identifies what is measured (`pipeline.transfer.suites.version`)."""
+    return version_of_suite(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
 
 
 # ---------------------------------------------------------------- what there is to evaluate
@@ -248,7 +244,7 @@ Evaluate = Callable[[EvaluateConfig, Target, str, str], Outcome]
 def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> Outcome:
     """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`); what a killed evaluator finished is kept."""
     from pipeline.transfer import run_suite
-    from pipeline.transfer.report import read_scores
+    from pipeline.transfer.report import read_scores, spread
 
     result = run_suite(
         dataclasses.replace(
@@ -260,11 +256,10 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
             tracking_uri=uri,
         )
     )
-    if result.failures or result.flat_mean is None:
+    if result.mean is None:
         raise RuntimeError("; ".join(f"{job}: {error}" for job, error in result.failures.items()) or "no scores")
     _, scores = read_scores(result.output)
-    spread = math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
-    return Outcome(mean=result.flat_mean, spread=spread, scores=result.scores, run_id=result.run_id)
+    return Outcome(mean=result.mean, spread=spread(scores), scores=result.scores, run_id=result.run_id)
 
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:

@@ -30,13 +30,16 @@ class Classifier(PythonModel):
         self.model = load_model(folder).eval()
         self.size = int(config["model"]["image_size"])
         self.channels = int(config["model"].get("channels", 3))
+        # trained with one sigmoid per class (several labels an image), or with a softmax
+        self.multilabel = config.get("pretrain", {}).get("loss") == "sigmoid"
         self.classes = config.get("classes") or [str(index) for index in range(int(config["model"]["num_classes"]))]
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
         images = [self._pixels(data) for data in model_input["image"]]
         with torch.inference_mode():
             parts = [self.model(torch.from_numpy(np.stack(images[i : i + 64]))) for i in range(0, len(images), 64)]
-        probability, index = torch.cat(parts).float().softmax(-1).max(-1)
+        logits = torch.cat(parts).float()
+        probability, index = (logits.sigmoid() if self.multilabel else logits.softmax(-1)).max(-1)
         labels = [self.classes[i] for i in index.tolist()]
         return pd.DataFrame({"label": labels, "index": index.numpy(), "probability": probability.double().numpy()})
 

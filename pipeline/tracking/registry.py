@@ -49,6 +49,8 @@ class RunInfo:
     status: str
     start_time: int
     url: str
+    path: str
+    """The run's place under the address of any server: for links inside MLflow."""
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
@@ -140,7 +142,8 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
         code_paths=[os.path.join(PROJECT, "models")],
         signature=ModelSignature(Schema(inputs), Schema(outputs)),
         input_example=_frame([picture.getvalue()]),
-        pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
+        # without the build ("+cpu"), which only an index of its own has
+        pip_requirements=[f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in SERVING],
     )
 
 
@@ -218,27 +221,40 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
     return sorted(made, key=lambda version: version.version)
 
 
+def versions_of(checkpoint: str, uri: str | None = None) -> list[Version]:
+    """The registered versions that a checkpoint is, under whatever model names."""
+    found = client(tracking_uri(uri)).search_model_versions(f"tags.`{names.CHECKPOINT}` = '{checkpoint}'")
+    return [
+        v for name in sorted({item.name for item in found}) for v in versions(name, uri) if v.checkpoint == checkpoint
+    ]
+
+
 def record_evaluation(
     version: Version, key: str, result: Mapping[str, Any], run_id: str, uri: str | None = None
 ) -> None:
     """Writes an evaluation (`suite:suite version`) to the version's tags and its LoggedModel's metrics.
 
-    result: mean, spread (percent points), scores {task: top-1 in percent}. Repeating it changes nothing.
+    result: mean, spread (percent points), scores {task: top-1 in percent}; `run_id`: the run that has logged them.
+    Repeating it changes nothing.
     """
     mlflow = client(tracking_uri(uri))
     suite = key.partition(":")[0]
     summary = {"mean": result["mean"], "spread": result["spread"], "run": run_id}
     number = str(version.version)
+    known = json.loads(mlflow.get_model_version(version.name, number).tags.get(f"evaluation.{key}", "{}"))
+    if known | {"run": run_id} == summary:
+        return
     mlflow.set_model_version_tag(version.name, number, f"evaluation.{key}", json.dumps(summary))
     mlflow.set_model_version_tag(version.name, number, f"{names.MEAN_SCORE}.{suite}", f"{result['mean']:.2f}")
     for task, score in result["scores"].items():
         mlflow.set_model_version_tag(version.name, number, f"{names.SCORE}{task}", f"{score:.2f}")
-    if run_id:
-        for task, score in {names.MEAN_SCORE: result["mean"], **result["scores"]}.items():
-            metric = task if task == names.MEAN_SCORE else names.SCORE + task
-            mlflow.log_metric(
-                run_id, f"{metric}", score, int(time.time() * 1000), version.step, model_id=version.model_id
-            )
+    scores = {names.MEAN_SCORE: result["mean"]}
+    scores |= {names.SCORE + task: score for task, score in result["scores"].items()}
+    for metric, score in scores.items():
+        # The very point that the run has: MLflow keeps it once there, and adds it to the model.
+        points = [point for point in mlflow.get_metric_history(run_id, metric) if point.value == score]
+        time_ms, step = (points[-1].timestamp, points[-1].step) if points else (int(time.time() * 1000), version.step)
+        mlflow.log_metric(run_id, metric, score, time_ms, step, model_id=version.model_id)
 
 
 def set_alias(version: Version, alias: str, uri: str | None = None) -> None:
@@ -264,6 +280,7 @@ def runs(experiment: str, *, filter: str = "", uri: str | None = None) -> Iterat
                 status=run.info.status,
                 start_time=run.info.start_time,
                 url=run_url(uri, found.experiment_id, run.info.run_id),
+                path=f"#/experiments/{found.experiment_id}/runs/{run.info.run_id}",
                 params=dict(run.data.params),
                 metrics=dict(run.data.metrics),
                 tags=dict(run.data.tags),

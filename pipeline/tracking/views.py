@@ -4,7 +4,9 @@ The view is MLflow's own "shared view", a tag on the experiment: columns that an
 and charts over images seen, which compare runs of different batch sizes as steps do not.
 """
 
+import base64
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.tracking import names
@@ -101,6 +103,21 @@ def _view(name: str) -> dict[str, Any]:
         view["compareRunSections"] = [{"uuid": VIEW, "name": "Learning", "display": True, "isReordered": False}]
         view["compareRunCharts"] = [_line_chart(metric) for metric in CHARTS[name]]
     return view
+
+
+STYLE = """body {font: 14px/1.5 sans-serif; margin: 24px; color: #1c2024} table {border-collapse: collapse; margin: 12px 0}
+td, th {border-bottom: 1px solid #ddd; padding: 4px 10px; text-align: left} th {background: #f5f6f7} img {max-width: 100%}
+td {font-variant-numeric: tabular-nums} code {font-size: 12px; overflow-wrap: anywhere}"""
+
+
+def page(markdown: str, pictures: Mapping[str, bytes] | None = None) -> str:
+    """Markdown and PNGs {caption: bytes} as one HTML page: MLflow's artifact viewer shows HTML, but Markdown as source."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    for caption, png in (pictures or {}).items():
+        body += f'<img alt="{caption}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
+    return f'<!doctype html><meta charset="utf-8"><style>{STYLE}</style>\n{body}'
 
 
 def _line_chart(metric: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.tracking import artifacts
 from pipeline.transfer import fewshot
 from pipeline.transfer.fanout import Job, Result, Store, final_jobs
 from pipeline.transfer.suites import GROUPS, L2_GRID, Probe, Task
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCORES = "scores.json"
+RUN_ID = re.compile("(?:runs:/)?([0-9a-f]{32})")  # MLflow's
 
 # The paper's Table 9, VTAB-1k, in the order of GROUPS. Its mean is the flat mean of the nineteen.
 TABLE_9 = {
@@ -168,6 +170,16 @@ def means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:
     return flat, groups
 
 
+def spread(scores: Sequence[Score]) -> float:
+    """Standard error of the mean over the rows."""
+    return math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
+
+
+def without_seen(scores: Sequence[Score]) -> dict[str, float]:
+    """Every row's accuracy without the test images that the pre-training had seen; a row without any as it is."""
+    return {score.name: statistics.fmean(score.clean or score.values) for score in scores}
+
+
 # ---------------------------------------------------------------- ReaL, contamination
 
 
@@ -231,13 +243,16 @@ def markdown(
         row += [str(score.images), f"{score.lr:g}" if score.lr else ""]
         rows.append([*row, *(_cell(reference.get(score.name)) for reference in references.values())])
     flat, groups = means({score.name: score.mean for score in scores})
-    blank = [""] * (4 if clean else 2)
+    _, clean_groups = means(without_seen(scores)) if clean else (None, {})
     for group, value in groups.items():
         theirs = [_cell(reference.get(f"mean {group}")) for reference in references.values()]
-        rows.append([f"mean {group}", group, f"{value:.2f}", *blank, *theirs])
-    if flat is not None:
-        theirs = [_cell(reference.get("mean")) for reference in references.values()]
-        rows.append(["**mean of 19**", "", f"**{flat:.2f}**", *blank, *theirs])
+        beside = [f"{clean_groups[group]:.2f}", ""] if clean else []
+        rows.append([f"mean {group}", group, f"{value:.2f}", *beside, "", "", *theirs])
+    if scores and (flat is not None or not failures):
+        theirs = [_cell(reference.get("mean")) if flat is not None else "" for reference in references.values()]
+        beside = [f"{statistics.fmean(without_seen(scores).values()):.2f}", ""] if clean else []
+        mean = statistics.fmean(score.mean for score in scores)
+        rows.append([f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", *beside, "", "", *theirs])
     lines += ["", *_table(header, rows)]
     if references and flat is not None:
         lines += [
@@ -245,7 +260,11 @@ def markdown(
             "The mean is the flat mean over the nineteen tasks, as in the paper; it is not the mean of the group means.",
         ]
     if clean:
-        lines += ["", "*Without seen images*: test images that the decontamination report flags are left out."]
+        lines += [
+            "",
+            "*Without seen images*: test images that the decontamination report flags are left out; a task without any "
+            "enters the means as it is.",
+        ]
     if failures:
         lines += ["", "## Failed", "", *(f"- `{name}`: {error}" for name, error in failures.items())]
     return "\n".join(lines) + "\n"
@@ -373,12 +392,20 @@ def _grid(count: int) -> Any:
 # ---------------------------------------------------------------- comparison
 
 
-def write_scores(output: str, about: Mapping[str, Any], scores: Sequence[Score], failures: Mapping[str, str]) -> dict:
-    flat, groups = means({score.name: score.mean for score in scores})
+def write_scores(
+    output: str, about: Mapping[str, Any], scores: Sequence[Score], failures: Mapping[str, str], partial: bool = False
+) -> dict:
+    """scores.json. `mean` is over all rows, None when a task failed; `partial` says that the suite has more tasks."""
+    _, groups = means({score.name: score.mean for score in scores})
+    complete = bool(scores) and not failures
     summary = {
         **about,
-        "mean": flat,
+        "mean": statistics.fmean(score.mean for score in scores) if complete else None,
+        "partial": partial,
         "groups": groups,
+        "mean_clean": statistics.fmean(without_seen(scores).values())
+        if complete and any(score.clean for score in scores)
+        else None,
         "scores": {s.name: {**asdict(s), "mean": s.mean, "std": s.std} for s in scores},
         "failures": dict(failures),
     }
@@ -386,24 +413,29 @@ def write_scores(output: str, about: Mapping[str, Any], scores: Sequence[Score],
     return summary
 
 
-def read_scores(run: str) -> tuple[dict[str, Any], list[Score]]:
-    """What a transfer run wrote. Raises UserError when there is none at `run`."""
-    uri = run if run.endswith(".json") else storage.join(run, SCORES)
+def read_scores(run: str, tracking_uri: str | None = None) -> tuple[dict[str, Any], list[Score]]:
+    """What a transfer run wrote, by its output folder or MLflow's id. Raises UserError when there is none at `run`."""
+    if match := RUN_ID.fullmatch(run):
+        uri = artifacts.fetch(f"runs:/{match[1]}/{SCORES}", tracking_uri)
+    else:
+        uri = run if run.endswith(".json") else storage.join(run, SCORES)
     try:
         summary = storage.read_json(uri)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{run}: no transfer results here ({SCORES} is missing); give the --output of a run") from error
+        raise UserError(
+            f"{run}: no transfer results here ({SCORES} is missing); give the --output of a run, or its id in MLflow"
+        ) from error
     scores = []
     for entry in summary["scores"].values():
         kept = {key: value for key, value in entry.items() if key in Score.__dataclass_fields__}
-        kept["values"] = tuple(kept["values"])
+        kept |= {key: tuple(kept[key]) for key in ("values", "clean") if kept.get(key)}
         scores.append(Score(**kept))
     return summary, scores
 
 
-def compare(first: str, second: str) -> tuple[str, list[dict[str, Any]]]:
+def compare(first: str, second: str, tracking_uri: str | None = None) -> tuple[str, list[dict[str, Any]]]:
     """The differences second - first, task by task, each with its standard error; a star marks more than two of them."""
-    (about_a, scores_a), (about_b, scores_b) = read_scores(first), read_scores(second)
+    (about_a, scores_a), (about_b, scores_b) = (read_scores(run, tracking_uri) for run in (first, second))
     b_by_name = {score.name: score for score in scores_b}
     rows: list[dict[str, Any]] = []
     table: list[list[str]] = []

@@ -1,7 +1,9 @@
 """A whole suite: check everything, fan out, record, report."""
 
+import dataclasses
 import io
 import os
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +15,11 @@ import numpy as np
 from pipeline import cluster, storage
 from pipeline.config import fingerprint, to_dict
 from pipeline.errors import UserError
-from pipeline.tracking import Run, names, start_run
+from pipeline.tracking import Run, names, registry, start_run
+from pipeline.tracking.views import page
 from pipeline.transfer import fanout, features, report
 from pipeline.transfer.fanout import Job, Result, Running, Store
-from pipeline.transfer.suites import GROUPS, Probe, Split, Task, TransferConfig, build, check, open_all
+from pipeline.transfer.suites import Probe, Split, Task, TransferConfig, build, check, open_all, version
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Dataset
@@ -36,7 +39,11 @@ class SuiteResult:
     std: dict[str, float]
     """Deviation between seeds."""
     flat_mean: float | None
-    """VTAB: over all nineteen tasks; other suites: over all scores. None when a task is missing."""
+    """The suite's score: over all nineteen tasks of VTAB, over all scores of another suite. None when a task is missing."""
+    mean: float | None
+    """Over the tasks that were asked for; None when one failed."""
+    clean: dict[str, float]
+    """Of tasks with test images that are in the pre-training data: the score without them."""
     group_means: dict[str, float]
     """VTAB's natural, specialized and structured."""
     failures: dict[str, str]
@@ -98,6 +105,9 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         state["run_id"] = parent.id
         storage.write_json(storage.join(output, IDENTITY), state)
         recorder = _Recorder(config, parent, state, output, datasets)
+        for task in tasks:
+            if task not in left:
+                recorder.task(task, results)
         failures = _fan_out(config, left, results, store, weights, datasets, recorder, quiet) if left else {}
         scores = report.collect(tasks, config.seeds, results, store, l2=config.l2, flagged=flagged)
         about = {
@@ -108,28 +118,28 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
             "model": weights.config["variant"],
             "run_id": parent.id,
         }
-        summary = report.write_scores(output, about, scores, failures)
+        partial = len(tasks) < len(build(dataclasses.replace(config, tasks=()), weights.config))
+        summary = report.write_scores(output, about, scores, failures, partial)
         text = report.markdown(about, tasks, scores, failures)
         storage.write_bytes(storage.join(output, "report.md"), text.encode())
         in_order = [result for task in tasks for result in results.values() if result.task == task.name]
         recorder.suite(text, summary, scores, in_order)
         status = "FAILED" if failures else "FINISHED"
+        attach_scores(config, weights, summary, scores, parent)
     except Exception:
         status = "FAILED"
         raise
     finally:
         parent.finish(status)
-    means = {score.name: score.mean for score in scores}
-    flat = summary["mean"]
-    if tasks[0].group not in GROUPS and not failures:
-        flat = sum(means.values()) / len(means)
     say(f"report: {storage.join(output, 'report.md')}")
     return SuiteResult(
         suite=config.suite,
         output=output,
-        scores=means,
+        scores={score.name: score.mean for score in scores},
         std={score.name: score.std for score in scores},
-        flat_mean=flat,
+        flat_mean=None if partial else summary["mean"],
+        mean=summary["mean"],
+        clean={score.name: statistics.fmean(score.clean) for score in scores if score.clean},
         group_means=summary["groups"],
         failures=failures,
         run_id=parent.id,
@@ -161,7 +171,7 @@ def _fan_out(
         board.finished(job, result)
         known = {**results, job.name: result}
         if not fanout.next_jobs(job.task, config.seeds, known):
-            recorder.task(job.task, [result for result in known.values() if result.task == job.task.name])
+            recorder.task(job.task, known)
 
     def on_failure(job: Job, error: str) -> None:
         store.fail(job, error)
@@ -326,7 +336,13 @@ def open_output(
     if not storage.exists(uri):
         if storage.list_files(output):
             raise UserError(f"{output} holds something else than transfer results; choose another --output")
-        return output, {**identity, "checkpoint_uri": weights.uri, "tasks": described, "children": {}}
+        return output, {
+            **identity,
+            "checkpoint_uri": weights.uri,
+            "tasks": described,
+            "children": {},  # task -> MLflow run
+            "recorded": {},  # task -> results that are in it
+        }
     state = storage.read_json(uri)
     for key, value in identity.items():
         if state.get(key) != value:
@@ -371,8 +387,14 @@ class _Recorder:
     ) -> None:
         self.config, self.parent, self.state, self.output, self.datasets = config, parent, state, output, datasets
 
-    def task(self, task: Task, results: Sequence[Result]) -> None:
-        """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix."""
+    def task(self, task: Task, known: Mapping[str, Result]) -> None:
+        """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix.
+
+        A driver that died may have left it unwritten, or half of it; how many results are in it tells.
+        """
+        results = [result for result in known.values() if result.task == task.name]
+        if self.state["recorded"].get(task.name) == len(results):
+            return
         child = start_run(
             self.config.experiment,
             task.name,
@@ -400,6 +422,8 @@ class _Recorder:
         if figure := report.confusions(finals):
             child.log_figure(figure, "confusion.png")
         child.finish()
+        self.state["recorded"][task.name] = len(results)
+        storage.write_json(storage.join(self.output, IDENTITY), self.state)
 
     def suite(
         self, text: str, summary: dict[str, Any], scores: Sequence[report.Score], results: Sequence[Result]
@@ -407,18 +431,44 @@ class _Recorder:
         """Scores, means and the report, in the parent run and in the output folder."""
         self.parent.log({names.SCORE + score.name: score.mean for score in scores})
         if summary["mean"] is not None:
-            self.parent.log({names.MEAN_SCORE: summary["mean"]})
+            self.parent.log({names.PARTIAL_MEAN if summary["partial"] else names.MEAN_SCORE: summary["mean"]})
+        if summary["mean_clean"] is not None:
+            self.parent.log({names.CLEAN_MEAN: summary["mean_clean"]})
+        self.parent.log({names.CLEAN_SCORE + s.name: statistics.fmean(s.clean) for s in scores if s.clean})
         self.parent.log({names.GROUP_SCORE + group: mean for group, mean in summary["groups"].items()})
         self.parent.log_text(text, "report.md")
         self.parent.log_dict(summary, report.SCORES)
+        pictures: dict[str, bytes] = {}
         figures = {"scores.png": report.bars(scores) if scores else None}
         figures |= {"curves.png": report.curves(results), "confusion.png": report.confusions(results)}
         for name, figure in figures.items():
             if figure is not None:
                 picture = io.BytesIO()
                 figure.savefig(picture, format="png")
-                storage.write_bytes(storage.join(self.output, name), picture.getvalue())
-                self.parent.log_figure(figure, name)
+                pictures[name] = picture.getvalue()
+                storage.write_bytes(storage.join(self.output, name), pictures[name])
+                self.parent.log_bytes(pictures[name], name)
+        self.parent.log_text(page(text, pictures), "report.html")
+
+
+def attach_scores(
+    config: TransferConfig, weights: Weights, summary: dict[str, Any], scores: Sequence[report.Score], parent: Run
+) -> None:
+    """Gives the scores to every registered version of this checkpoint, as scheduled evaluation does."""
+    if summary["mean"] is None or not parent.flush():
+        return
+    evaluation = {
+        "mean": summary["mean"],
+        "spread": report.spread(scores),
+        "scores": {score.name: score.mean for score in scores},
+    }
+    try:
+        for registered in registry.versions_of(weights.uri, parent.uri):
+            registry.record_evaluation(
+                registered, f"{config.suite}:{version(config)}", evaluation, parent.id, parent.uri
+            )
+    except Exception as error:  # the scores themselves are safe
+        print(f"warning: the registered versions of {weights.uri} did not get these scores: {error}", file=sys.stderr)
 
 
 class _Say:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
+from pipeline.config import fingerprint, to_dict
 from pipeline.errors import UserError, nearest
 from pipeline.vtab.tasks import TABLE as VTAB
 
@@ -362,6 +363,15 @@ def check(config: TransferConfig) -> None:
         raise UserError(f"--polyak must be in [0, 1), not {config.polyak:g}")
     if config.l2 and config.l2 not in L2_GRID:
         raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
+
+
+def version(config: TransferConfig) -> str:
+    """Identifies what is measured: the settings of the suite without where and how fast it runs."""
+    operational = {
+        *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
+        *("address", "experiment", "tracking_uri"),
+    }
+    return fingerprint({key: value for key, value in to_dict(config).items() if key not in operational})
 
 
 def build(config: TransferConfig, model: dict[str, Any]) -> list[Task]:

@@ -83,10 +83,10 @@ def prepare(
     for split in splits:
         check(split)
     requests = [Request(task=name, raw=raw, output=output, splits=tuple(splits), verify=verify) for name in names]
-    _check_files(requests, raw, download, quiet)
     results = {request.task: _finished(request) for request in requests}
     todo = [request for request in requests if results[request.task] is None]
     if todo:
+        _check_files(todo, raw, download, quiet)
         connect()
         say = (lambda text: None) if quiet else (lambda text: print(f"vtab: {text}", flush=True))
         plans, problems = [], []
@@ -215,18 +215,24 @@ def _identity(request: Request) -> dict[str, Any]:
 
 
 def _finished(request: Request) -> dict[str, Any] | None:
-    """The counts of a task whose splits are all there. Raises UserError when other data lies in their place."""
-    identity = _identity(request)
+    """The counts of a task whose splits are all there. Raises UserError when other data lies in their place.
+
+    Archives may be deleted once a task is finished: with nothing left to compare with, its name and splits decide.
+    """
+    gone = _origin(request)[0] == "archives" and bool(archives.locate(request.raw, request.entry.dataset)[1])
+    identity = {"task": request.task} if gone else _identity(request)
     manifests = {}
     for split in request.splits:
         try:
             manifests[split] = open_dataset(storage.join(request.uri, split)).manifest
         except UserError:
             continue
-        if manifests[split].config.get("vtab") != {**identity, "split": split}:
+        wanted = {**identity, "split": split}
+        there = manifests[split].config.get("vtab") or {}
+        if {key: there.get(key) for key in wanted} != wanted:
             raise UserError(
                 f"{storage.join(request.uri, split)}: already holds another dataset (made from "
-                f"{json.dumps(manifests[split].config.get('vtab'))}); choose another --output or remove it"
+                f"{json.dumps(there)}); choose another --output or remove it"
             )
     if len(manifests) < len(request.splits):
         return None
@@ -439,14 +445,17 @@ def build(unit: Unit) -> dict[str, Any]:
 
     try:
         for member, data in readers.read(unit.source, sorted(homes)):
-            size = image_size(data)
+            picture = pixels(data)
             for split, position, example in homes.pop(member):
-                if size is None:
+                if picture is None:
                     refuse(split, example, "undecodable")
-                elif split in held:
-                    held[split][position] = (example.key, data, example.label, *size)
+                    continue
+                row = example.key, data, example.label, picture.shape[1], picture.shape[0]
+                writers[split].measure(picture)
+                if split in held:
+                    held[split][position] = row
                 else:
-                    writers[split].write(example.key, data, example.label, *size)
+                    writers[split].write(*row)
         for split, collected in held.items():
             for position in sorted(collected):
                 writers[split].write(*collected[position])
@@ -467,19 +476,18 @@ def build(unit: Unit) -> dict[str, Any]:
     }
 
 
-def image_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an image file that decodes, or None.
+def pixels(data: bytes) -> np.ndarray | None:
+    """uint8 RGB (H,W,3) of an image file that decodes, or None; valid until the next one is decoded.
 
     The official sets hold JPEGs with faults that every decoder in use forgives, so what OpenCV shows counts as decodable.
     """
     try:
-        height, width = images.decode(data, MAX_PIXELS).pixels.shape[:2]
-        return width, height
+        return images.decode(data, MAX_PIXELS).pixels
     except images.Refused as refused:
         if refused.reason not in ("corrupt", "truncated"):
             return None
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return None if shown is None else np.asarray(shown)
 
 
 def finish(plan: Plan) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def pictures(uri: str, n: int, side: int) -> None:
 
 
 def tasks(folder: str) -> list[Task]:
-    protocol = FineTune(resolution=SIZE, crop="random", steps=15, batch_size=32, lrs=(0.01,))
+    protocol = FineTune(resolution=SIZE, crop="random", steps=45, batch_size=32, lrs=(0.01,))
     train, test = Split(uri=f"{folder}/train"), Split(uri=f"{folder}/test")
     return [Task(name=f"task{i}", train=train, test=test, protocol=protocol) for i in range(TASKS)]
 

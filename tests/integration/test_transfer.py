@@ -11,17 +11,25 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from models import create_model
 from models.convert import save_checkpoint_weights
+from pipeline import storage
+from pipeline.data import open_dataset
 from pipeline.data.patches import patchify
 from pipeline.data.shards import write_dataset
 from pipeline.errors import UserError
-from pipeline.transfer import TransferConfig, fanout, run_suite
+from pipeline.tracking import registry, start_run
+from pipeline.tracking import run as run_module
+from pipeline.transfer import TransferConfig, fanout, report, run_suite, suites
+from pipeline.transfer.run import attach_scores, load_checkpoint
 from pipeline.transfer.suites import FineTune, Split, Task
+from pipeline.vtab import TASKS, build, miniature, prepare
 
 SIZE = 16
 JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")
@@ -94,6 +102,7 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     assert list(first.scores) == ["pets", "svhn", "dmlab"]  # the suite's order
     assert all(score > 50 for score in first.scores.values())
     assert first.flat_mean is None  # three of nineteen
+    assert first.mean == pytest.approx(np.mean(list(first.scores.values())))
     assert not first.failures
     names = results(output)
     assert len(names) == 3 * (2 + 2)
@@ -105,6 +114,8 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     parent = client.get_run(first.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["score/pets"] == pytest.approx(first.scores["pets"])
+    assert parent.data.metrics["score_mean/partial"] == pytest.approx(first.mean)
+    assert "score_mean" not in parent.data.metrics  # that is VTAB's
     assert {"report.md", "scores.json", "scores.png"} <= {file.path for file in client.list_artifacts(first.run_id)}
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'")
     assert {child.info.run_name for child in children} == {"pets", "svhn", "dmlab"}
@@ -114,6 +125,9 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     (gone,) = (output / "results" / "svhn").glob("final-*-seed1.json")
     before = json.loads(gone.read_text())
     gone.unlink()
+    state = json.loads((output / "run.json").read_text())
+    del state["children"]["pets"], state["recorded"]["pets"]  # as a driver leaves it that dies after the last result
+    (output / "run.json").write_text(json.dumps(state))
     again = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
     after = results(output)
     assert {name for name in after if after[name] != names[name]} == {f"svhn/{gone.name}"}
@@ -121,6 +135,18 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     assert json.loads(gone.read_text())["curve"] == before["curve"]
     assert again.scores == first.scores
     assert again.run_id == first.run_id
+    state = json.loads((output / "run.json").read_text())
+    assert state["recorded"] == {"pets": 4, "svhn": 4, "dmlab": 4}
+    assert client.get_run(state["children"]["pets"]).info.status == "FINISHED"
+
+    # two runs are compared by their folders or by their ids in MLflow
+    by_folder, by_id = (
+        report.compare(one, str(output), config(world, output).tracking_uri) for one in (str(output), first.run_id)
+    )
+    assert by_id[1] == by_folder[1]
+    assert [row["difference"] for row in by_id[1]] == [0, 0, 0]
+    with pytest.raises(UserError, match="0123456789abcdef"):
+        report.compare(str(output), 2 * "0123456789abcdef", config(world, output).tracking_uri)
 
     # another checkpoint, protocol or data set does not mix with what is there
     with pytest.raises(UserError, match="another protocol"):
@@ -175,6 +201,34 @@ def test_frozen_suite_computes_features_once(ray_local, world, tmp_path):
         path.unlink()
     assert run_suite(settings).scores == result.scores
     assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.parquet")}
+
+
+def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypatch):
+    monkeypatch.setattr(
+        registry, "_save_classifier", lambda _, folder: storage.write_bytes(f"{folder}/MLmodel", b"x: 1\n")
+    )
+    settings = config(world, "unused")
+    uri = settings.tracking_uri
+    weights = load_checkpoint(settings)
+    version = registry.register(weights.uri, name="attached", uri=uri)
+    with start_run("transfer", "scores", tracking_uri=uri) as parent:
+        parent.log({"score_mean": 60.0, "score/pets": 70.0, "score/svhn": 50.0})
+        scores = [
+            report.Score(name=name, task=name, group="natural", values=(value,), images=100)
+            for name, value in (("pets", 70.0), ("svhn", 50.0))
+        ]
+        for _ in range(2):  # again changes nothing
+            attach_scores(settings, weights, {"mean": 60.0}, scores, parent)
+    (found,) = registry.versions_of(weights.uri, uri)
+    assert found.version == version.version
+    ((key, evaluation),) = found.evaluations.items()
+    assert key == f"vtab1k:{suites.version(settings)}"
+    assert (evaluation["mean"], evaluation["run"]) == (60.0, parent.id)
+    assert evaluation["spread"] == pytest.approx(((0.7 * 0.3 + 0.5 * 0.5) / 100) ** 0.5 / 2 * 100)
+    client = run_module.client(uri)
+    metrics = {metric.key: metric.value for metric in client.get_logged_model(version.model_id).metrics}
+    assert metrics == {"score_mean": 60.0, "score/pets": 70.0, "score/svhn": 50.0}
+    assert len(client.get_metric_history(parent.id, "score/pets")) == 1
 
 
 def fragile():
@@ -335,3 +389,119 @@ def test_interrupted_command_continues(world, tmp_path):
     assert len(after) == 6
     assert before.items() <= after.items()
     assert dataclasses.asdict(settings)["output"] == summary["output"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_decontaminated_accuracy_from_raw_images_to_the_report(world, tmp_path):
+    """Six test images lie among the pre-training images, two of them re-encoded: prepare finds them, transfer says what
+    the accuracy is without them."""
+    generator = np.random.default_rng(0)
+
+    def photo(path, label):
+        picture = cv2.resize(
+            generator.integers(0, 200, (6, 6, 3), dtype=np.uint8), (64, 48), interpolation=cv2.INTER_CUBIC
+        )
+        picture[:, :, label] |= 128
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), picture)
+
+    for i in range(60):
+        photo(tmp_path / "own" / "abc"[i % 3] / f"{i}.png", i % 3)
+        photo(tmp_path / "web" / "xy"[i % 2] / f"{i}.png", i % 3)
+
+    def job(name, *arguments):
+        command = [sys.executable, str(Path(JOB).with_name(name)), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    job("prepare.py", "--source", "own", "--output", "sets/own", "--size", 32, "--splits", "train=0.6", "test=0.4")
+    seen = open_dataset(tmp_path / "sets/own/test").table(["key"])["key"].to_pylist()[:6]
+    for i, key in enumerate(seen):
+        copy = cv2.imread(str(tmp_path / "own" / key))
+        cv2.imwrite(str(tmp_path / "web" / "x" / f"copy{i}.{'jpg' if i < 2 else 'png'}"), copy)
+    job("prepare.py", "--source", "web", "--output", "web-clean", "--size", 32, "--decontaminate", "sets/own/test")
+    assert len(open_dataset(tmp_path / "web-clean")) == 60
+    arguments = ["--checkpoint", world / "run", "--data", "sets", "--output", "out", "--decontamination", "web-clean"]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    quick = ["--steps", 30, "--batch-size", 24, "--resolution", SIZE, "--lrs", 0.03, "--tracking-uri", uri]
+    stdout = job("transfer.py", "--suite", "folder", *arguments, *quick)
+    assert "without seen images)" in stdout
+    score = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]["own"]
+    assert score["removed"] == 6
+    found = fanout.unpack_predictions(next((tmp_path / "out").rglob("final-*.parquet")).read_bytes())
+    kept = np.array([key not in seen for key in found.keys])
+    assert score["values"] == [pytest.approx(100 * found.correct().mean())]
+    assert score["clean"] == [pytest.approx(100 * found.correct()[kept].mean())]
+    assert "without seen images" in (tmp_path / "out" / "report.md").read_text()
+    (run,) = [r for r in registry.runs("transfer", uri=uri) if "score_clean/own" in r.metrics]
+    assert run.metrics["score_clean_mean"] == pytest.approx(score["clean"][0])
+
+
+@pytest.fixture(scope="module")
+def miniatures(tmp_path_factory):
+    """All nineteen tasks from miniature archives, prepared."""
+    root = tmp_path_factory.mktemp("vtab")
+    raw = miniature.write("all", str(root / "raw"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_ray_map", map)
+        prepare(TASKS, raw, str(root / "sets"), quiet=True)
+    return str(root / "sets")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker(world, miniatures, tmp_path):
+    """One command over all of VTAB: SIGKILL to the driver; the same command again; SIGKILL to a worker of that one."""
+    import mlflow
+
+    output, uri = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
+    arguments = ["--suite", "vtab1k", "--checkpoint", str(world / "run"), "--data", miniatures, "--output", str(output)]
+    arguments += ["--steps", "60", "--batch-size", "32", "--resolution", str(SIZE), "--tracking-uri", uri, "--json"]
+
+    def start():
+        command = [sys.executable, JOB, *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(count, process):
+        deadline = time.monotonic() + 300
+        while len(done := results(output)) < count:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return done
+
+    first = start()
+    wait_for(4, first)
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.communicate()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive  # a dead driver leaves no process of its Ray behind
+    kept = results(output)
+    assert 4 <= len(kept) < 19
+
+    second = start()
+    wait_for(len(kept) + 3, second)
+    workers = [p for p in psutil.Process(second.pid).children(recursive=True) if p.name().startswith("ray::Worker")]
+    max(workers, key=lambda p: p.cpu_times().user).kill()
+    stdout, stderr = second.communicate(timeout=600)
+    assert second.returncode == 0, stderr
+    after = results(output)
+    assert len(after) == 19
+    assert kept.items() <= after.items()  # finished before the kill: not touched
+    summary = json.loads(stdout)
+    assert list(summary["scores"]) == list(TASKS)
+    assert summary["flat_mean"] == pytest.approx(np.mean(list(summary["scores"].values())))
+    assert set(summary["group_means"]) == {"natural", "specialized", "structured"}
+
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("transfer").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.metrics["score_mean"] == pytest.approx(summary["flat_mean"])
+    state = json.loads((output / "run.json").read_text())
+    tree = {run.info.run_id: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(state["children"].values()) <= set(tree)
+    assert {tree[child].info.status for child in state["children"].values()} == {"FINISHED"}
+    assert state["recorded"] == dict.fromkeys(TASKS, 1)

@@ -1,5 +1,9 @@
 """Weights from wherever a user keeps them: a run folder, an MLflow run, the model registry."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -53,3 +57,39 @@ def test_mlflow_run_and_registry(tmp_path):
     for address in (f"runs:/{run}/nothing", "models:/nobody/1"):
         with pytest.raises(UserError, match=address):
             locate(address, uri)
+
+
+ALONE = """
+import io, sys
+for absent in ("pipeline", "ray", "deepspeed"):
+    sys.modules[absent] = None  # importing them fails, as where they are not installed
+import mlflow, numpy, pandas
+from PIL import Image
+mlflow.set_tracking_uri(sys.argv[1])
+picture = io.BytesIO()
+Image.fromarray(numpy.full((30, 40, 3), 200, numpy.uint8)).save(picture, "jpeg")
+answer = mlflow.pyfunc.load_model(sys.argv[2]).predict(pandas.DataFrame({"image": [picture.getvalue()] * 2}))
+print(answer.to_json())
+"""
+
+
+@pytest.mark.slow
+def test_a_registered_model_classifies_where_nothing_of_this_project_is_installed(tmp_path):
+    """mlflow.pyfunc in another folder, without ray, deepspeed and pipeline."""
+    from pipeline.tracking import registry
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    original = checkpoint(tmp_path / "checkpoint", 1)
+    version = registry.register(str(tmp_path / "checkpoint"), name="vit", uri=uri)
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-c", ALONE, uri, f"models:/vit/{version.version}"]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = logits(original).softmax(-1)[0]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert set(answer["label"].values()) == {"abc"[expected.argmax()]}
+    assert answer["probability"]["0"] == pytest.approx(expected.max().item(), abs=1e-4)
+    logged = registry.client(uri).get_logged_model(version.model_id)
+    assert (logged.status, logged.tags["step"]) == ("READY", "1")
+    requirements = (tmp_path / "mlruns").rglob("requirements.txt")
+    assert all("+" not in line for file in requirements for line in file.read_text().splitlines())

@@ -264,6 +264,48 @@ def test_huggingface_in_several_files(tmp_path):
     assert report.fresh == ("head.weight", "head.bias")
 
 
+def test_a_state_dict_in_several_files_with_one_missing_or_incomplete(tmp_path):
+    model = tiny()
+    state = list(model.state_dict().items())
+    files = {"pytorch_model-00001-of-00002.bin": dict(state[:9]), "pytorch_model-00002-of-00002.bin": dict(state[9:])}
+    places = {name: file for file, part in files.items() for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    for file, part in files.items():
+        torch.save(part, tmp_path / file)
+    other = tiny(seed=9)
+    load_weights(other, tmp_path, strict_head=True)
+    assert torch.equal(logits(other), logits(model))
+    torch.save(dict(state[10:]), tmp_path / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(UserError, match=f"in none of its 2 parts: {state[9][0]}"):
+        load_weights(other, tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 parts are missing: pytorch_model-00002"):
+        load_weights(other, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_and_files_of_any_name(tmp_path, dtype):
+    model = tiny().to(dtype)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights_for_you.safetensors")
+    other = tiny(seed=9)
+    load_weights(other, tmp_path, strict_head=True)
+    assert torch.equal(logits(other), logits(model.float()))
+    (tmp_path / "older.pth").touch()
+    with pytest.raises(UserError, match=r"several files of weights \(older\.pth, weights_for_you\.safetensors\)"):
+        load_weights(other, tmp_path)
+
+
+def test_many_missing_tensors_of_a_hybrid_are_counted(tmp_path):
+    options = {"variant": "R+Ti/16", "size": 64}
+    arrays = google_arrays(tiny(**options))
+    for name in [name for name in arrays if "encoderblock_1" in name]:
+        del arrays[name]
+    with pytest.raises(
+        UserError, match=r"does not fit R\+Ti/16: missing: blocks\.1\.norm1\.weight, .*blocks\.1\.mlp\.fc2\.bias"
+    ):
+        load_weights(tiny(**options), save_npz(tmp_path / "w.npz", arrays))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"pre_logits": True, "registers": 2}, {"pool": "map", "posemb": "sincos2d"}], ids=str
 )
@@ -443,6 +485,10 @@ def test_sources_that_say_nothing_about_the_model(tmp_path):
         load_model(tmp_path / "empty")
     with pytest.raises(UserError, match="no model"):
         load_weights(tiny(), tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    for load in (load_model, read_weights):
+        with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+            load(tmp_path / "empty")
     with pytest.raises(UserError, match="MLflow"):
         load_weights(tiny(), "models:/vit/3")
 

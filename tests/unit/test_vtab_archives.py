@@ -148,6 +148,16 @@ def number(row: dict) -> int:
     return int(row["key"].rpartition("_")[2])
 
 
+def test_manifests_know_the_mean_and_deviation_of_their_pixels(prepared):
+    output, _ = prepared
+    for task, split in (("svhn", "train800"), ("eurosat", "test")):
+        images = [pixels(row["image"])[:, :, ::-1] for row in rows(output, task, split)]
+        flat = np.concatenate([image.reshape(-1, 3) for image in images]) / 255
+        manifest = open_split(f"{output}/{task}", split).manifest
+        assert manifest.mean == pytest.approx(flat.mean(0), abs=1e-3)
+        assert manifest.std == pytest.approx(flat.std(0), abs=1e-3)
+
+
 def test_arrays_become_png_without_loss(raw, prepared):
     output, _ = prepared
     with tarfile.open(f"{raw}/cifar100/cifar-100-binary.tar.gz") as archive:
@@ -547,6 +557,20 @@ def test_what_is_done_is_not_done_again(raw, tmp_path, monkeypatch):
     ]
 
 
+def test_what_is_finished_no_longer_needs_its_archives(raw, tmp_path):
+    shutil.copytree(f"{raw}/dtd", tmp_path / "raw" / "dtd")
+    shutil.copy(f"{raw}/{archives.MINIATURE}", tmp_path / "raw")
+    arguments = str(tmp_path / "raw"), str(tmp_path / "out")
+    first = prepare(["dtd"], *arguments, quiet=True)
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare(["dtd"], *arguments, quiet=True) == first
+    with pytest.raises(UserError, match=r"dtd-r1\.0\.1\.tar\.gz"):  # another split needs them again
+        prepare(["dtd"], *arguments, splits=("train800", "trainval"), quiet=True)
+    (tmp_path / "out" / "dtd").rename(tmp_path / "out" / "pets")
+    with pytest.raises(UserError, match="already holds another dataset"):
+        prepare(["pets"], *arguments, quiet=True)
+
+
 def test_another_dataset_in_the_way_is_refused(raw, tmp_path):
     prepare(["dtd"], raw, str(tmp_path), splits=("val200",), quiet=True)
     with pytest.raises(UserError, match="already holds another dataset"):
@@ -673,13 +697,13 @@ def test_real_kitti_frames_and_clevr_scenes(real_data):
     assert labels == [3, 2, 2]
     tree = archives.Tree(str(folder / "image_2"), "training/image_2")
     for name, data in tree.read(tree.names()):
-        assert build.image_size(data) in {(1224, 370), (1242, 375)}, name
+        assert build.pixels(data).shape in {(370, 1224, 3), (375, 1242, 3)}, name
     scenes = json.loads((real_data / "clevr-generated" / "CLEVR_scenes.json").read_text())["scenes"]
     for scene_ in scenes:
         assert 0 <= readers.clevr_count(len(scene_["objects"])) < 8
         assert 0 <= readers.clevr_distance(o["pixel_coords"][2] for o in scene_["objects"]) < 6
     for file in (real_data / "clevr-generated" / "images").glob("*.png"):
-        assert build.image_size(file.read_bytes())
+        assert build.pixels(file.read_bytes()).shape == (240, 320, 3)
 
 
 def test_real_flowers(real_data, tmp_path):
