@@ -103,22 +103,31 @@ class Engine:
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def train_step(self, micro_losses: Iterable[Callable[[nn.Module], Tensor]], lr: float) -> Tensor:
+    def train_step(
+        self,
+        micro_losses: Iterable[Callable[[nn.Module], Tensor]],
+        lr: float,
+        veto: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """One optimiser step over `accumulation` micro-batches.
 
-        micro_losses: one function per micro-batch, from the model to its mean loss.
+        micro_losses: one function per micro-batch, from the model to its mean loss. veto: from this worker's mean loss to
+        a bool scalar, alike on all workers: whether the step must not be taken.
         Returns this worker's mean loss, a detached scalar on the device (no host synchronisation).
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.device)
-        for micro_loss in micro_losses:
+        for count, micro_loss in enumerate(micro_losses, start=1):
             loss = micro_loss(self.engine)
+            total += loss.detach().float()
+            if veto is not None and count == self.accumulation:
+                # The gradients become NaN, which every stage knows how to drop; known on the device alone, without a wait.
+                loss = loss * torch.where(veto(total / self.accumulation), float("nan"), 1.0)
             self.engine.backward(loss)
-            if self.engine.optimizer is self.inner and self.engine.is_gradient_accumulation_boundary():
+            if self.engine.optimizer is self.inner and count == self.accumulation:
                 self._clip_plain()
             self.engine.step()
-            total += loss.detach().float()
         if self.average:
             self._update_average()
         return total / self.accumulation
@@ -215,10 +224,10 @@ class Engine:
         return tensors
 
     @torch.no_grad()
-    def restore(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], step: int) -> None:
+    def restore(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], taken: int) -> None:
         """Fills this worker's slices. `read(kind, name, start, numel)` gives a 1-D float32 tensor; `kinds` are those stored.
 
-        The model itself must already hold the checkpoint's weights (low-precision copies are made from them).
+        taken: steps that the optimiser has taken so far. The model itself must already hold the checkpoint's weights (low-precision copies are made from them).
         """
         states = kinds - {"param", "average"}
         for flat in self._flats():
@@ -227,7 +236,7 @@ class Engine:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
             if "exp_avg" in states:  # Adam's bias correction counts steps; torch keeps the count as a float tensor
                 fused = self.inner.param_groups[0].get("fused")
-                state["step"] = torch.tensor(float(step), device=flat.device if fused else "cpu")
+                state["step"] = torch.tensor(float(taken), device=flat.device if fused else "cpu")
         for fragment in self._fragments:
             for kind in kinds:
                 if kind == "param":

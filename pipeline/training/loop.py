@@ -5,6 +5,7 @@ with which dropout mask is a function of the step, so that a run killed anywhere
 """
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -31,6 +32,8 @@ from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.recipes import PretrainConfig
 from pipeline.training.schedule import learning_rate
+from pipeline.training.survival import Leave, Notice, Stall, clear_stale_locks, out_of_memory
+from pipeline.training.watch import Watch, data_wait_advice
 
 # Dense bf16 peak of one device in FLOP/s, from the data sheets (no sparsity); MFU is relative to it.
 PEAK_FLOPS = {
@@ -91,7 +94,7 @@ def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -
         options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
     if config.loss == "masked":
         num_classes = 0
-        options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": "mean"}
+        options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": config.target}
     if channels != 3:
         options["channels"] = channels
     return {"num_classes": num_classes, "image_size": config.image_size, **options}
@@ -124,7 +127,8 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
             f"with a multiple of {workers} that divides the batch ({batch})"
         )
     per_worker = batch // workers
-    micro = config.engine.micro_batch or per_worker
+    # with fewer workers than planned each has more images, and no more memory
+    micro = config.engine.micro_batch or math.gcd(per_worker, batch // config.workers)
     if per_worker % micro:
         raise UserError(
             f"engine.micro_batch {micro} does not divide the {per_worker} images of each worker (batch_size {batch} over "
@@ -149,6 +153,10 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
         )
     if not 0 < config.keep_tokens <= 1:
         raise UserError(f"keep_tokens {config.keep_tokens} is not a share in (0, 1]")
+    if config.keep_tokens < 1 and parse_variant(config.model.variant).stem is not None:
+        raise UserError(f"keep_tokens drops patches of pixels; {config.model.variant} sees whole images: leave it at 1")
+    if config.keep_tokens < 1 and config.augment.mixup:
+        raise UserError("keep_tokens leaves different patches of each image, mixup blends whole images: choose one")
     steps_per_epoch = len(dataset) // lanes // (batch // lanes)
     units = {"batch_size": batch, "examples_per_epoch": steps_per_epoch * batch}
     total = configuration.steps(config.steps, **units)
@@ -186,6 +194,7 @@ def train_worker(task: dict[str, Any]) -> None:
     """The loop of one worker. `task`: config (plain), run_id, tracking_uri, and two ways back to the driver: say(line), done(result)."""
     import ray.train
     import ray.train.torch
+    from ray.train.v2._internal.execution.context import get_train_context
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -194,8 +203,12 @@ def train_worker(task: dict[str, Any]) -> None:
     say = task["say"] if rank == 0 else lambda line: None
     run = attach_run(task["run_id"], task["tracking_uri"], resume=True) if rank == 0 else None
     local_rank = context.get_local_rank()
+    preemption = get_train_context().preemption_context  # the public way to it is a barrier of all workers
     try:
         with contextlib.ExitStack() as stack:
+            stall = stack.enter_context(Stall(config.stalled_after, rank, task["say"]))
+            for path in clear_stale_locks():
+                task["say"](f"removed {path}: whoever was building this extension has been killed")
             if local_rank == 0:
                 node = f"node-{context.get_node_rank()}"
                 stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))
@@ -208,7 +221,13 @@ def train_worker(task: dict[str, Any]) -> None:
                 say=say,
                 run=run,
                 tracking_uri=task["tracking_uri"],
+                told=lambda: preemption.preemption_info is not None,
+                moved=stall.now,
             )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = out_of_memory(config, world, host=isinstance(error, MemoryError))
+        # in the first step it would happen again; later something else may have taken the memory
+        raise (UserError if stall.step == stall.first else RuntimeError)(f"worker {rank}: {text}") from error
     finally:
         if run is not None:
             run.finish()
@@ -226,17 +245,32 @@ def train(
     say: Callable[[str], None],
     run: Run | None,
     tracking_uri: str | None = None,
+    told: Callable[[], bool] = lambda: False,
+    moved: Callable[..., None] = lambda doing, step=None: None,
 ) -> dict[str, Any]:
-    """Trains from the newest checkpoint (or from scratch) to the end; needs an initialised process group when world > 1."""
-    plan = make_plan(config, open_dataset(config.data), world)
+    """Trains from the newest checkpoint (or from scratch) to the end; needs an initialised process group when world > 1.
+
+    told: whether this worker has been told to leave: then all save their state and raise Leave. moved: is called whenever
+    something is done, with what comes next and, in the loop, the step.
+    """
+    dataset = open_dataset(config.data)
+    plan = make_plan(config, dataset, world)
     total, output = plan.total, storage.normalise(config.output)
 
     torch.manual_seed(config.seed)  # the same initial weights on every worker
     model = create_model(**plan.model_options)
     train_flops = 3 * flops(model.config)
-    writer = checkpoint.Writer(output, model, keep=config.keep, best=names.VAL_TOP1)
-    start = _agree(_latest(output, say) if rank == 0 else None)
-    # A downloaded state is shared by the workers of a node through its local rank 0; local storage is read in place.
+    writer = checkpoint.Writer(
+        output,
+        model,
+        keep=config.keep,
+        best=names.VAL_TOP1,
+        say=say,
+        before_commit=run.flush if run is not None else None,  # what a lost node had not delivered yet would be missing
+    )
+    notice = Notice(told, world)
+    start = writer.start()
+    moved("building the engine")
     if start is not None:
         _load_weights(model, storage.join(start.uri, "model.safetensors"))
     elif config.init_from:
@@ -253,25 +287,33 @@ def train(
         device=device,
         average=config.average,
     )
-    first = 0
+    first = start.step if start is not None else 0
+    watch = Watch(
+        factor=config.spike,
+        window=config.spike_window,
+        stop_after=config.stop_after_skipped,
+        device=device,
+        world=world,
+        state=start.commit.get("watch") if start is not None else None,
+    )
     if start is not None:
-        first = start.step
         with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
-            engine.restore(reader.read, reader.kinds, first)
+            engine.restore(reader.read, reader.kinds, first - watch.skipped)
         say(f"resumed from {start.uri} on {world} workers")
 
     losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
     batches = _batches(plan, first, rank, world)
     meter = Meter(device, 3 * flops(model.config, computed=True), world)  # MFU counts only what is really computed
-    skipped = skipped_in_a_row = 0
     try:
         for step in range(first, total):
+            moved("waiting for the data of step", step + 1)
             batch = meter.wait(batches)
+            moved("in step", step + 1)
             rate = learning_rate(
                 config.schedule, step, peak=config.optimizer.lr, total=total, warmup=plan.warmup, cooldown=plan.cooldown
             )
             torch.manual_seed(hash((config.seed, step, rank)) & 0x7FFFFFFF)  # dropout and masks
-            loss = engine.train_step(_micro_losses(plan, batch, device), rate)
+            loss = engine.train_step(_micro_losses(plan, batch, device), rate, watch.veto)
             meter.images += config.batch_size
             done = step + 1
 
@@ -287,27 +329,33 @@ def train(
                 say(_line(done, plan, metrics, meter.remaining((total - done) * config.batch_size)))
                 if run is not None:
                     run.log(metrics, done)
-            skipped_in_a_row = skipped_in_a_row + 1 if engine.skipped > skipped else 0
-            skipped = engine.skipped
-            if skipped_in_a_row:
-                say(f"warning: step {done}: gradient not finite, step skipped ({skipped} so far)")
-                if skipped_in_a_row >= config.stop_after_skipped:
-                    raise RuntimeError(
-                        f"{skipped_in_a_row} steps in a row without finite gradients at step {done}: lower optimizer.lr, use "
-                        "engine.precision bf16 or fp32, or look at the data; the last checkpoint is kept"
-                    )
+                waited = metrics[names.DATA_WAIT] > config.wait_warning
+                if waited and done > first + 1:  # the first batch is always waited for
+                    say(data_wait_advice(config, dataset, metrics[names.DATA_WAIT]))
+            warning = watch.after(done, engine.skipped)
+            if warning:
+                say(warning)
+                if run is not None:
+                    run.log({names.SPIKES: watch.spikes, names.SKIPPED: watch.skipped}, done)
             if config.validation and (done % plan.validate_every == 0 or done == total):
+                moved("validating")
                 with meter.paused():
                     scores = validate(engine, plan, config.validation, rank, world, device)
                 losses |= scores
-                say(
-                    f"step {done}/{total}  validation top-1 {scores[names.VAL_TOP1]:.2%}  loss {scores[names.VAL_LOSS]:.4f}"
-                )
+                top1 = f"top-1 {scores[names.VAL_TOP1]:.2%}  " if names.VAL_TOP1 in scores else ""
+                say(f"step {done}/{total}  validation {top1}loss {scores[names.VAL_LOSS]:.4f}")
                 if run is not None:
                     run.log({**scores, names.IMAGES_SEEN: done * config.batch_size}, done)
-            if done % plan.checkpoint_every == 0 or done == total:
+            leave = notice.heard() and done < total
+            if done % plan.checkpoint_every == 0 or done == total or leave:
+                moved("waiting for the checkpoint before this one")
                 with meter.paused():
-                    writer.save(done, engine.snapshot(), _about(plan, done, losses))
+                    writer.save(done, engine.snapshot(), _about(plan, done, losses, watch))
+            if leave:
+                writer.wait()
+                say(f"step {done}/{total}  saved, and the workers leave: a node goes away or their number changes")
+                raise Leave(f"saved at step {done}")
+        moved("writing the last checkpoint")
         writer.wait()
     finally:
         batches.close()
@@ -316,26 +364,11 @@ def train(
         "steps": total,
         "images": total * config.batch_size,
         "checkpoint": checkpoint.folder(output, total),
-        "skipped": engine.skipped,
+        "skipped": watch.skipped,
         "train_flops": train_flops * (total - first) * config.batch_size,
         "checkpoint_wait_seconds": writer.waited,
         **losses,
     }
-
-
-def _latest(output: str, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    for name in checkpoint.remove_orphans(output):
-        say(f"removed {name}: it was never committed")
-    return checkpoint.latest(output)
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _load_weights(model: nn.Module, uri: str) -> None:
@@ -360,6 +393,7 @@ def _batches(plan: Plan, first: int, rank: int, world: int) -> Generator[dict[st
         augment=config.augment,
         shuffle_window=config.shuffle_window,
         keep_tokens=config.keep_tokens,
+        patch_size=parse_variant(config.model.variant).patch if config.keep_tokens < 1 else None,
         threads=config.threads or max(1, int(config.cpus_per_worker)),
         drop_last=True,
         cache_dir=config.cache,
@@ -386,7 +420,10 @@ def _micro_losses(plan: Plan, batch: dict[str, Any], device: torch.device) -> It
 
 @torch.no_grad()
 def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device: torch.device) -> dict[str, float]:
-    """Top-1 (0..1) and mean loss over a whole dataset, each image once, shared among the workers."""
+    """Top-1 (0..1) and mean loss over a whole dataset, each image once, shared among the workers.
+
+    Masked patch prediction has no classes: its loss alone.
+    """
     dataset, config = open_dataset(uri), plan.config
     engine.module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -413,10 +450,11 @@ def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device
     engine.module.train()
     if world > 1:
         dist.all_reduce(sums)
-    return {names.VAL_LOSS: float(sums[0] / sums[2]), names.VAL_TOP1: float(sums[1] / sums[2])}
+    loss, top1 = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+    return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
 
 
-def _about(plan: Plan, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch) -> dict[str, Any]:
     """What COMMIT.json and config.json say besides files and weights."""
     epoch, position = divmod(step, plan.steps_per_epoch)
     return {
@@ -425,7 +463,8 @@ def _about(plan: Plan, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         "total_steps": plan.total,
         "images_seen": step * plan.config.batch_size,
         "identity": configuration.fingerprint(plan.identity),
-        "metrics": dict(metrics),
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "watch": watch.state(),
         "config": {"classes": list(plan.classes), "pretrain": configuration.to_dict(plan.config)},
     }
 

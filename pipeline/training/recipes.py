@@ -90,6 +90,9 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: Literal["softmax", "sigmoid", "masked"] = "softmax"
     """softmax; sigmoid summed over classes (multi-label, JFT and ImageNet-21k); masked patch prediction (section 4.6)."""
+    target: Literal["mean", "downsized", "full"] = "mean"
+    """What masked patch prediction predicts: the 3-bit mean colour (512 classes), a 4x4 version of the patch in such
+    colours, or all its pixels by regression (appendix B.1.2)."""
     label_smoothing: float = 0.0
     augment: Augment = field(default_factory=Augment)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -102,11 +105,15 @@ class PretrainConfig:
 
     workers: int = 1
     """Training workers (one per GPU)."""
+    min_workers: int | None = None
+    """Go on with as few as these when nodes are lost, and with up to `workers` when they come back. None: always `workers`."""
     cpus_per_worker: float = 1
     gpus: bool = False
     """One GPU per worker."""
     max_failures: int = 3
     """Restarts after lost workers before the run gives up."""
+    stalled_after: float = 1800.0
+    """Seconds without a step after which a worker is taken for hung and started again; 0 waits for ever."""
     lanes: int | None = None
     """Independent sample streams; must divide the batch, the number of workers must divide it. None: chosen from the batch."""
     shuffle_window: int = 16_384
@@ -123,8 +130,14 @@ class PretrainConfig:
     checkpoint_every: str = "1epochs"
     keep: int = 3
     """Checkpoints kept, besides the best by validation."""
+    spike: float | None = None
+    """Do not take a step whose loss is more than so many times the median of the last `spike_window`; None takes all.
+    For runs of thousands of steps with large batches, whose loss does not come near zero."""
+    spike_window: int = 64
     stop_after_skipped: int = 50
-    """Give up after so many consecutive steps without finite gradients."""
+    """Give up after so many consecutive steps that were not taken: spikes, or gradients that are not finite."""
+    wait_warning: float = 0.1
+    """Warn when more than this share of the time goes into waiting for data."""
 
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in `output`, or start one; never: refuse an output that holds a run; must: refuse one that does not."""
@@ -132,6 +145,8 @@ class PretrainConfig:
     """Name of the MLflow run; default: recipe or variant."""
     tracking_uri: str | None = None
     """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    register: str | None = "vit"
+    """Registered MLflow model whose versions the best and the last checkpoint become at the end; None: register nothing."""
     address: str | None = None
     """Ray cluster to join (auto, host:port); default: the surrounding job's, or an embedded Ray."""
     dry_run: bool = False
@@ -145,9 +160,11 @@ OPERATIONAL = frozenset(
         "validation",
         "output",
         "workers",
+        "min_workers",
         "cpus_per_worker",
         "gpus",
         "max_failures",
+        "stalled_after",
         "threads",
         "cache",
         "log_every",
@@ -155,9 +172,11 @@ OPERATIONAL = frozenset(
         "checkpoint_every",
         "keep",
         "stop_after_skipped",
+        "wait_warning",
         "resume",
         "name",
         "tracking_uri",
+        "register",
         "address",
         "dry_run",
     ]
@@ -201,6 +220,7 @@ def _paper(variant: str, lr: float, epochs: int, **changes: Any) -> PretrainConf
         cpus_per_worker=8,
         gpus=True,
         lanes=256,
+        spike=3.0,
         checkpoint_every="2000steps",
         validate_every="5000steps",
     )
@@ -321,6 +341,22 @@ def masked_jft() -> PretrainConfig:
     )
 
 
+def masked_demo() -> PretrainConfig:
+    """Masked patch prediction on the demo's digits at 32 px, two CPU workers, about two minutes.
+
+    Source: the paper's objective (section 4.6) on the demo's model. Data: `python jobs/prepare.py`. Command:
+    `python jobs/pretrain.py --recipe masked_demo`, then `python jobs/transfer.py --suite demo --data runs/demo/data
+    --checkpoint runs/demo/masked` on its encoder. `--target downsized` and `--target full` are the paper's other two
+    targets. RESULT
+    """
+    return replace(
+        demo(),
+        output="runs/demo/masked",
+        loss="masked",
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.05),
+    )
+
+
 def cifar10() -> PretrainConfig:
     """CIFAR-10 at 32 px from scratch on a laptop: Ti/4 with 6 blocks, 2 CPU workers.
 
@@ -391,6 +427,7 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "cifar10": cifar10,
     "s16_imagenet_90ep": s16_imagenet_90ep,
     "masked_jft": masked_jft,
+    "masked_demo": masked_demo,
     **{
         f"{_slug(variant)}_jft300m_{epochs}ep": _documented(
             _jft(variant, lr, epochs), f"Paper, table 3: {variant}, JFT-300M, {epochs} epochs, lr {lr:g}, linear decay."
