@@ -4,6 +4,8 @@ workers, and a checkpoint is complete or does not exist."""
 import json
 import os
 import shutil
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from conftest import free_port
 from safetensors.torch import load_file
 
+from models import create_model
 from models.variants import parameters
+from pipeline import storage
 from pipeline.data.augment import Augment
 from pipeline.data.shards import open_dataset, write_dataset
 from pipeline.errors import UserError
@@ -22,6 +26,9 @@ from pipeline.training import checkpoint
 from pipeline.training.loop import make_plan
 from pipeline.training.recipes import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.schedule import ScheduleConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faultproxy import FaultProxy
 
 STEPS = 6
 
@@ -166,23 +173,129 @@ def test_other_number_of_workers_and_stage_see_the_same_samples(base, tmp_path):
         )
 
 
-def test_damaged_checkpoint_is_passed_over(runs, tmp_path, capsys):
-    job = continued(runs["zero1"][0], tmp_path, 2)
-    shutil.copytree(checkpoint.folder(runs["zero1"][0].output, 4), checkpoint.folder(job.output, 4))
-    assert checkpoint.latest(job.output).step == 4
-    victim = Path(checkpoint.folder(job.output, 4), "model.safetensors")
+def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
+    """Checkpoints of a small model as one worker writes them."""
+    model = create_model("mu/8", num_classes=3, image_size=16, depth=1)
+    writer = checkpoint.Writer(str(run), model, keep=10, **options)
+    writer.start()
+    for step in steps:
+        tensors = {
+            f"{kind}:{name}:0": torch.full((parameter.numel(),), float(step))
+            for kind in ("param", "exp_avg", "exp_avg_sq")
+            for name, parameter in model.named_parameters()
+        }
+        writer.save(step, tensors, {"metrics": {}})
+    writer.wait()
+    return writer
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    """Another byte, fewer bytes, a commit that is cut off, no commit: each is told apart, with what is used instead."""
+    written(tmp_path, 2, 4, 6, 8)
+    two, four, six, eight = (Path(checkpoint.folder(str(tmp_path), step)) for step in (2, 4, 6, 8))
+    assert checkpoint.latest(str(tmp_path)).step == 8
+    (eight / "COMMIT.json").unlink()
+    (six / "COMMIT.json").write_text((six / "COMMIT.json").read_text()[:-40])
+    victim = four / "model.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    assert checkpoint.latest(job.output).step == 2
-    assert "does not have the content that was written" in capsys.readouterr().out
+    capsys.readouterr()
+    assert checkpoint.latest(str(tmp_path)).step == 2
+    warnings = capsys.readouterr().out
+    assert f"warning: {six} is skipped: {six}/COMMIT.json: not valid JSON" in warnings
+    wrong = "model.safetensors does not have the content that was written"
+    assert f"warning: {four} is skipped: {wrong}; going back to {two}" in warnings
     victim.write_bytes(content[:-10])
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.resolve(checkpoint.folder(job.output, 4))
-    Path(checkpoint.folder(job.output, 4), "COMMIT.json").unlink()
-    assert [c.step for c in checkpoint.find(job.output)] == [2]
-    assert checkpoint.remove_orphans(job.output) == ["step-00000004"]
-    assert checkpoint.resolve(job.output).step == 2
+    with pytest.raises(UserError, match=r"damaged checkpoint: model\.safetensors has"):
+        checkpoint.resolve(str(four))
+    assert checkpoint.remove_orphans(str(tmp_path)) == ["step-00000008"]
+    assert checkpoint.resolve(str(tmp_path)).step == 2
+
+
+def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path, capsys):
+    written(tmp_path, 1, 2, 3, 4)
+    one, two, three, four = (Path(checkpoint.folder(str(tmp_path), step)) for step in (1, 2, 3, 4))
+    assert checkpoint.repair(str(tmp_path))
+    (four / "COMMIT.json").unlink()
+    (three / "config.json").write_bytes(b"")
+    (two / "COMMIT.json").write_text('{"step": 2}')
+    capsys.readouterr()
+    assert not checkpoint.repair(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"complete     {one}: step 1, 5 files")
+    assert lines[1].startswith(f"damaged      {two}: its COMMIT.json is not one of ours")
+    assert lines[2].startswith(f"damaged      {three}: config.json has 0 bytes")
+    assert lines[3].startswith(f"uncommitted  {four}: ")
+    assert lines[4] == f"continues from {one}"
+    assert four.exists()
+    assert checkpoint.repair(str(tmp_path), delete=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
+    with pytest.raises(UserError, match="no checkpoints here"):
+        checkpoint.repair(str(tmp_path / "elsewhere"))
+
+
+def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
+    """A worker that a killed driver left behind, or the same command given twice."""
+    old = written(tmp_path, 2)
+    new = written(tmp_path)
+    old.save(4, {}, {})
+    with pytest.raises(UserError, match="was taken over by another start of this run"):
+        old.wait()
+    assert checkpoint.latest(str(tmp_path)).step == 2
+    new.close()
+
+
+def test_store_that_is_away_costs_one_checkpoint(tmp_path, monkeypatch):
+    lines: list[str] = []
+    writer = written(tmp_path, 2, say=lines.append)
+    tensors = {"param:head.bias:0": torch.zeros(3)}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        writer.save(4, tensors, {})
+        writer.save(6, tensors, {})
+        assert "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left" in lines[0]
+        with pytest.raises(storage.StorageError, match="No space left"):
+            writer.wait()
+    assert checkpoint.latest(str(tmp_path)).step == 2
+
+
+def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
+    """Over S3: what a worker of the same number of workers owns lies in files of its own."""
+    written(f"{s3}/run", 2).close()
+    start = checkpoint.latest(f"{s3}/run")
+    with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
+        assert reader.kinds == {"param", "exp_avg", "exp_avg_sq"}
+        assert torch.equal(reader.read("exp_avg", "head.bias", 1, 2), torch.tensor([2.0, 2.0]))
+        assert os.listdir(reader.scratch) == ["exp_avg-00000-of-00001.safetensors"]
+        with pytest.raises(UserError, match=r"has 3 of 4 values of param head\.bias"):
+            reader.read("param", "head.bias", 0, 4)
+    assert not os.path.exists(reader.scratch)
+
+
+@pytest.mark.slow
+def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
+    """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for another."""
+    import s3fs
+
+    with FaultProxy(s3_server, stall=4.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        arrived: dict[str, float] = {}
+
+        def fault(method: str, path: str, n: int) -> str | None:
+            if method != "PUT" or "/state/" not in path:
+                return None
+            if n == 1:
+                return "reset" if "param" in path else "503"
+            arrived.setdefault(path, time.monotonic())
+            return "stall"
+
+        proxy.fault = fault
+        written(f"{s3}/run", 2).close()
+        assert len(arrived) == 3
+        assert max(arrived.values()) - min(arrived.values()) < 3.5
+        assert checkpoint.latest(f"{s3}/run").step == 2
 
 
 @pytest.mark.parametrize(
