@@ -19,6 +19,9 @@ from pipeline.training.recipes import PretrainConfig
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+SPEAK = 2.0
+"""Seconds between a stuck worker's last words and its end."""
+
 
 class Leave(RuntimeError):
     """A worker's state is saved and it stops, since its node is going away or the number of workers changes."""
@@ -97,7 +100,7 @@ class Stall:
                     f"warning: worker {self.rank} has not moved for {still:.0f} s, {self.doing}, and is ended to be started "
                     "again from the last checkpoint (--stalled-after sets the time)"
                 )
-                time.sleep(2.0)  # the line is on its way
+                time.sleep(SPEAK)  # the line is on its way
                 os._exit(1)
             if still > self.limit / 2 and warned != self.since:
                 warned = self.since

@@ -1,0 +1,528 @@
+"""Runs that lose workers, nodes and their driver: the job as a user runs it, killed from outside, and what MLflow holds then.
+
+The loss of every step is compared at full precision with that of a run that nothing happened to.
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import mlflow
+import numpy as np
+import psutil
+import pytest
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data.augment import Augment
+from pipeline.data.shards import open_dataset, write_dataset
+from pipeline.errors import UserError
+from pipeline.training import survival
+from pipeline.training.loop import make_plan
+from pipeline.training.recipes import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.run import check, sizes
+from pipeline.training.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+SEEDS = range(5)
+
+
+class Job:
+    """jobs/pretrain.py as a process of its own; its lines are read as they come."""
+
+    def __init__(self, config: PretrainConfig, *flags: str, before: str = "", **environment: str):
+        """before: Python that the driver runs first; what it defines reaches the workers by value."""
+        self.config = config
+        folder = Path(config.output).parent
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(configuration.to_yaml(config))
+        arguments = ["jobs/pretrain.py", "--config", str(folder / "config.yaml"), *flags]
+        code = f"import runpy, sys\nsys.path.insert(0, '.')\nsys.argv = {arguments!r}\n{textwrap.dedent(before)}\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"],
+            cwd=ROOT,
+            env={**os.environ, "MLFLOW_TRACKING_URI": self.tracking, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self.news = threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{Path(self.config.output).parent}/mlflow.db"
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            with self.news:
+                self.lines.append(line.rstrip())
+                self.news.notify_all()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def until(self, pattern: str, timeout: float = 240) -> re.Match:
+        """Waits for a line; the job must not end before it."""
+        deadline, seen = time.monotonic() + timeout, 0
+        while time.monotonic() < deadline:
+            with self.news:
+                for line in self.lines[seen:]:
+                    if match := re.search(pattern, line):
+                        return match
+                seen = len(self.lines)
+                self.news.wait(1)
+            assert self.process.poll() is None or seen < len(self.lines), f"ended before {pattern!r}:\n{self.output}"
+        raise AssertionError(f"no {pattern!r} in {timeout} s:\n{self.output}")
+
+    def step(self, step: int) -> None:
+        self.until(rf"^step {step}/")
+
+    def end(self, code: int = 0, timeout: float = 240) -> str:
+        assert self.process.wait(timeout) == code, self.output
+        self.reader.join(10)
+        return self.output
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    """Jobs of one test; whatever still runs at its end is ended."""
+    running: list[Job] = []
+    yield running
+    for job in running:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(job.process.pid).children(recursive=True), job.process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        job.process.wait()
+
+
+def workers() -> list[psutil.Process]:
+    """Training workers of this test's jobs and clusters."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "TrainWorker" in "".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.fixture
+def cluster() -> Iterator["Cluster"]:
+    """A head without CPUs and two nodes with one each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+def curve(job: Job) -> dict[int, float]:
+    """The loss of every step, as the one MLflow run of this job's folder has it."""
+    client = mlflow.MlflowClient(job.tracking)
+    experiment = client.get_experiment_by_name("pretrain")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    points = {point.step: point.value for point in history}
+    assert len(points) == len(history), "a step was logged twice"
+    return points
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """256 noisy pictures of four colours."""
+    root = str(tmp_path_factory.mktemp("data") / "set")
+    generator = np.random.default_rng(0)
+
+    def rows():
+        for i in range(256):
+            picture = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
+            picture[:, :, i % 3] += 50 * (i % 4 > 0)
+            yield f"{i:04d}", cv2.imencode(".png", picture)[1].tobytes(), i % 4, 40, 40
+
+    write_dataset(root, rows(), classes=["a", "b", "c", "d"], row_group_bytes=40_000)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory) -> PretrainConfig:
+    return PretrainConfig(
+        data=data,
+        output=str(tmp_path_factory.mktemp("reference") / "run"),
+        steps=f"{STEPS}steps",
+        batch_size=32,
+        image_size=32,
+        model=ModelConfig(variant="Ti/8", depth=4),
+        augment=Augment(size=32),
+        optimizer=OptimizerConfig(lr=1e-3),
+        schedule=ScheduleConfig(warmup="5steps"),
+        engine=EngineConfig(zero=1, precision="fp32"),
+        lanes=4,
+        workers=2,
+        log_every="1steps",
+        checkpoint_every="7steps",
+        register=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(base) -> dict[int, float]:
+    """The losses of two workers that nothing happens to."""
+    job = Job(base)
+    job.end()
+    points = curve(job)
+    assert sorted(points) == list(range(1, STEPS + 1))
+    return points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_worker_killed(base, reference, jobs, tmp_path, seed):
+    draw = random.Random(seed)
+    job = Job(replace(base, output=str(tmp_path / "run")))
+    jobs.append(job)
+    job.step(draw.randrange(2, STEPS - 10))
+    draw.choice(workers()).send_signal(signal.SIGKILL)
+    text = job.end()
+    assert "its process ended" in text
+    assert "starting again from the last checkpoint (failure 1 of at most 3)" in text
+    assert curve(job) == reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_driver_killed(base, reference, jobs, tmp_path, seed):
+    config = replace(base, output=str(tmp_path / "run"))
+    first = Job(config)
+    jobs.append(first)
+    first.step(random.Random(seed).randrange(9, STEPS - 5))
+    first.process.kill()  # and nobody waits for the workers to notice
+    second = Job(replace(config, resume="must"))
+    jobs.append(second)
+    text = second.end()
+    assert "resumed from" in text
+    assert curve(second) == reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
+    draw = random.Random(seed)
+    job = Job(replace(base, output=str(tmp_path / "run"), address=cluster.address))
+    jobs.append(job)
+    job.step(draw.randrange(2, STEPS - 10))
+    cluster.remove_node(draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    text = job.end(timeout=400)
+    assert "starting again from the last checkpoint (failure 1 of at most 3)" in text
+    assert curve(job) == reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
+def test_other_number_of_workers_after_the_driver_was_killed(base, reference, jobs, tmp_path, count):
+    config = replace(base, output=str(tmp_path / "run"))
+    first = Job(config)
+    jobs.append(first)
+    first.step(12)
+    first.process.kill()
+    second = Job(replace(config, workers=count, cpus_per_worker=min(1.0, 2 / count)))
+    jobs.append(second)
+    assert f"on {count} workers" in second.end()
+    points = curve(second)
+    assert points.keys() == reference.keys()
+    assert list(points.values()) == pytest.approx(list(reference.values()), abs=5e-3)
+    assert list(points.values()) != list(reference.values())  # sums in another order
+
+
+def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:
+    """What `ray drain-node` does when a cloud takes a node back."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline = int((time.time() + seconds) * 1000)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(address=cluster.address).drain_node(node_id, reason, "taken back", deadline)
+    assert accepted, why
+
+
+@pytest.mark.slow
+def test_preempted_node_costs_nothing(base, reference, jobs, cluster, tmp_path):
+    """Notice, checkpoint at that very step, restart from it on another node; no failure is allowed and none is counted."""
+    config = replace(
+        base, output=str(tmp_path / "run"), address=cluster.address, max_failures=0, checkpoint_every="1000steps"
+    )
+    config = replace(config, steps="200steps", model=replace(base.model, depth=6))
+    undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
+    jobs.append(undisturbed)
+    undisturbed.end(timeout=400)
+    job = Job(config, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    jobs.append(job)
+    job.step(10)
+    victim = min(cluster.worker_nodes, key=lambda node: node.node_id)
+    drain(cluster, victim.node_id, 60)
+    saved = int(job.until(r"step (\d+)/\d+  saved, and the workers leave")[1])
+    assert saved > 10
+    cluster.remove_node(victim, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    text = job.end(timeout=400)
+    assert f"step-{saved:08d} on 2 workers" in text
+    assert "failure" not in text
+    steps = [int(step) for step in re.findall(r"^step (\d+)/\d+  epoch", text, re.M)]
+    assert steps == list(range(1, 201))  # none was done twice
+    assert curve(job) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
+    """Two workers, then one when a node is lost, then two again: saved before it grows, and the same batches throughout."""
+    config = replace(base, steps="600steps", optimizer=OptimizerConfig(lr=1e-4), checkpoint_every="20steps")
+    config = replace(config, address=cluster.address, min_workers=1)
+    undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
+    jobs.append(undisturbed)
+    undisturbed.end(timeout=400)
+    often = "import pipeline.training.launch as launch\nlaunch.RESIZE_EVERY = 5.0"
+    job = Job(replace(config, output=str(tmp_path / "run")), before=often)
+    jobs.append(job)
+    job.step(30)
+    cluster.remove_node(min(cluster.worker_nodes, key=lambda node: node.node_id), allow_graceful=False)
+    job.until(r"resumed from .* on 1 workers")
+    cluster.add_node(num_cpus=1)
+    job.until("1 workers save their state to go on as 2")
+    saved = int(job.until(r"step (\d+)/\d+  saved, and the workers leave")[1])
+    job.until(rf"resumed from .*step-{saved:08d} on 2 workers")
+    text = job.end(timeout=400)
+    assert "failure 1 of at most 3" in text
+    assert "failure 2" not in text
+    ours, theirs = curve(job), curve(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=0.02)
+
+
+# ---------------------------------------------------------------- what is tried again, and what is not
+
+BROKEN_STEP = """
+    def broken(task):
+        import os, time, torch
+        import ray.train
+        from pipeline.errors import UserError
+        from pipeline.training.engine import Engine
+        from pipeline.training.loop import train_worker
+
+        mark, rank, right, calls = {mark!r}, ray.train.get_context().get_world_rank(), Engine.train_step, []
+
+        def train_step(self, *arguments):
+            calls.append(1)
+            if rank == {rank} and len(calls) == {step} and not os.path.exists(mark):
+                open(mark, "w").close()
+                {what}
+            return right(self, *arguments)
+
+        Engine.train_step = train_step
+        train_worker(task)
+
+    import pipeline.training.launch as launch
+    launch.train_worker = broken
+"""
+OUT_OF_MEMORY = "raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("raise UserError('this model does not fit this data')", "error: this model does not fit this data"),
+        (OUT_OF_MEMORY, "error: worker 1: out of device memory; try --engine.micro-batch 8 (now 16"),
+    ],
+)
+def test_what_would_fail_again_is_not_tried_again(base, jobs, tmp_path, what, message):
+    before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=1, what=what)
+    job = Job(replace(base, output=str(tmp_path / "run")), before=before)
+    jobs.append(job)
+    text = job.end(2)
+    assert message in text
+    assert "Traceback" not in text
+    assert "starting again" not in text
+
+
+@pytest.mark.slow
+def test_memory_that_others_took_for_a_while(base, reference, jobs, tmp_path):
+    before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=0, step=10, what=OUT_OF_MEMORY)
+    job = Job(replace(base, output=str(tmp_path / "run")), before=before)
+    jobs.append(job)
+    assert re.search(r"warning: worker 0: .*out of device memory; try .*recompute.*; starting again", job.end())
+    assert curve(job) == reference
+
+
+@pytest.mark.slow
+def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_path):
+    before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=10, what="time.sleep(3600)")
+    job = Job(replace(base, output=str(tmp_path / "run"), stalled_after=30.0), before=before)
+    jobs.append(job)
+    text = job.end()
+    assert re.search(r"warning: worker 1 has not moved for 1[5-9] s, in step 10: .*train_step.*", text)
+    assert re.search(r"warning: worker 0 has not moved for 1[5-9] s, in step 10: ", text)
+    assert "and is ended to be started again from the last checkpoint" in text
+    assert curve(job) == reference
+
+
+@pytest.mark.slow
+def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
+    """Ray's memory monitor, told that 1% of this machine is too much."""
+    environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
+    job = Job(replace(base, output=str(tmp_path / "run"), max_failures=0), **environment)
+    jobs.append(job)
+    text = job.end(1)
+    assert re.search(r"training failed: worker \d: ended by Ray: out of host memory; try --engine.micro-batch 8", text)
+
+
+# ---------------------------------------------------------------- the parts, without Ray's cluster
+
+
+def test_stalled_thread_says_where_it_is_and_ends_its_process(monkeypatch):
+    lines, ended, let_go = [], threading.Event(), threading.Event()
+
+    def end(code: int) -> None:
+        lines.append(f"exit {code}")
+        ended.set()
+        raise SystemExit
+
+    monkeypatch.setattr(survival.os, "_exit", end)
+    monkeypatch.setattr(survival, "SPEAK", 0.0)
+
+    def work() -> None:
+        with survival.Stall(0.6, 3, lines.append) as stall:
+            stall.now("in step", 7)
+            let_go.wait(60)
+            assert (stall.first, stall.step) == (7, 7)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ended.wait(60)
+    let_go.set()
+    thread.join()
+    assert re.match(
+        r"warning: worker 3 has not moved for \d+ s, in step 7: .*let_go.wait\(60\), in wait \(thread", lines[0]
+    )
+    assert re.search(r"worker 3 has not moved for \d+ s, in step 7, and is ended", lines[1])
+    assert lines[2] == "exit 1"
+
+
+def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp_path):
+    """As DeepSpeed's compiled operators leave it: torch then waits for the file to go, for ever."""
+    from torch.utils.file_baton import FileBaton
+
+    lock = tmp_path / "py311_cpu" / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    code = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(600)"
+    builder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    builder.stdout.readline()
+    assert survival.clear_stale_locks(str(tmp_path)) == []
+    assert not FileBaton(str(lock)).try_acquire()
+    builder.kill()
+    builder.wait()
+    assert lock.exists()
+    assert survival.clear_stale_locks(str(tmp_path)) == [str(lock)]
+    assert FileBaton(str(lock)).try_acquire()
+
+
+def test_what_to_turn_when_memory_is_short(base):
+    config = replace(base, workers=2, engine=EngineConfig(zero=1, precision="fp32"))
+    text = survival.out_of_memory(config, 2, host=False)
+    for knob in ("micro-batch 8 (now 16", "recompute", "zero 2 with more workers", "offload", "precision bf16"):
+        assert knob in text
+    turned = replace(config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, recompute=True))
+    assert survival.out_of_memory(turned, 2, host=False).endswith(
+        "try --engine.offload (optimiser states in host memory)"
+    )
+    assert "fewer workers on a node" in survival.out_of_memory(turned, 2, host=True)
+
+
+def test_failures_are_told_apart(base):
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from pipeline.training.launch import Failures
+
+    lines: list[str] = []
+    policy = Failures(FailureConfig(max_failures=1), replace(base, max_failures=1), lines.append)
+    collateral = RuntimeError("[pair.cc:534] gloo: Connection closed by peer")
+    dead = WorkerHealthCheckFailedError("", RayActorError(error_msg="died\n\tip: 10.0.0.7\n"))
+    full = WorkerHealthCheckFailedError(
+        "", RayActorError(error_msg="2 worker(s) were killed due to the node running low on memory.")
+    )
+
+    def decide(*failures: Exception) -> FailureDecision:
+        return policy.make_decision(WorkerGroupError("", dict(enumerate(failures))))
+
+    assert decide(collateral, UserError("no such class")) == FailureDecision.RAISE
+    assert decide(survival.Leave("saved at step 3"), collateral) == FailureDecision.RETRY
+    assert decide(survival.Leave("saved at step 5"), survival.Leave("saved at step 5")) == FailureDecision.RETRY
+    assert lines == []
+    assert decide(collateral, dead) == FailureDecision.RETRY
+    assert lines[0].startswith(
+        "warning: worker 1: its process ended on 10.0.0.7 (killed, its node gone, or out of host memory)"
+    )
+    assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
+    again = Failures(FailureConfig(max_failures=3), base, lines.append)
+    again.make_decision(WorkerGroupError("", {0: collateral, 1: storage.StorageError("no answer")}))
+    again.make_decision(WorkerGroupError("", {0: collateral, 1: full}))
+    assert lines[1] == (
+        "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3)"
+    )
+    assert "worker 1: ended by Ray: out of host memory; try --engine.micro-batch 8" in lines[2]
+
+
+def test_sizes_that_fit_a_run(base):
+    """The batch of 32 in four lanes goes to one, two or four workers; what each does at a time stays what memory holds."""
+    plan = check(replace(base, workers=4, min_workers=1))
+    assert sizes(plan) == [1, 2, 4]
+    assert [make_plan(plan.config, open_dataset(base.data), n).micro_batch for n in (1, 2, 4)] == [8, 8, 8]
+    assert sizes(check(replace(base, workers=4))) == [4]
+    with pytest.raises(UserError, match="min_workers 5 must be between 1 and workers"):
+        check(replace(base, workers=4, min_workers=5))
+
+
+def test_elastic_takes_what_fits_on_nodes_that_stay(monkeypatch):
+    import ray
+    from ray.train.v2.api.config import ScalingConfig
+
+    from pipeline.training.launch import Elastic
+
+    policy = Elastic(ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}), [1, 2, 4], print)
+    nodes = {f"node-{i}": {"CPU": 1.0} for i in range(4)}
+    gone, draining = {"node-9"}, {}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": node not in gone} for node in nodes])
+    monkeypatch.setattr("ray._private.state.state.get_draining_nodes", lambda: draining)
+    assert policy._count_possible_workers(nodes) == 4
+    gone.add("node-0")
+    assert policy._count_possible_workers(nodes) == 2
+    draining["node-1"] = 0
+    assert policy._count_possible_workers(nodes) == 2
+    draining["node-2"] = 0
+    assert policy._count_possible_workers(nodes) == 1
