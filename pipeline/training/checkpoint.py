@@ -249,7 +249,7 @@ class Writer:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Exception | None] | None = None
         self.waited = 0.0
-        """Seconds the training loop has waited for a checkpoint still being written."""
+        """Seconds the training loop has stood still for checkpoints: for copies of the state, and for one still being written."""
 
     def start(self) -> Checkpoint | None:
         """Takes the run over from any earlier attempt; the checkpoint to continue from, the same on every worker."""
@@ -261,11 +261,14 @@ class Writer:
             return self._from_rank_0(latest(self.run, say=self.say))
         return self._from_rank_0(None)
 
-    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def save(self, step: int, snapshot: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> None:
         """Starts writing a snapshot (`Engine.snapshot`). Waits first for the one before, if that is still under way."""
         problem = self._settle()
         if problem is not None:
             self.say(f"warning: a checkpoint could not be written, training goes on: {problem}")
+        start = time.perf_counter()
+        tensors = snapshot()
+        self.waited += time.perf_counter() - start
         self.pending = self.thread.submit(self._write, step, tensors, about)
 
     def wait(self) -> None:

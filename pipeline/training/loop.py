@@ -303,6 +303,7 @@ def train(
 
     losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
     batches = _batches(plan, first, rank, world)
+    began = time.perf_counter()
     meter = Meter(device, 3 * flops(model.config, computed=True), world)  # MFU counts only what is really computed
     try:
         for step in range(first, total):
@@ -350,7 +351,7 @@ def train(
             if done % plan.checkpoint_every == 0 or done == total or leave:
                 moved("waiting for the checkpoint before this one")
                 with meter.paused():
-                    writer.save(done, engine.snapshot(), _about(plan, done, losses, watch))
+                    writer.save(done, engine.snapshot, _about(plan, done, losses, watch))
             if leave:
                 writer.wait()
                 say(f"step {done}/{total}  saved, and the workers leave: a node goes away or their number changes")
@@ -367,6 +368,7 @@ def train(
         "skipped": watch.skipped,
         "train_flops": train_flops * (total - first) * config.batch_size,
         "checkpoint_wait_seconds": writer.waited,
+        "checkpoint_wait_share": writer.waited / (time.perf_counter() - began),
         **losses,
     }
 

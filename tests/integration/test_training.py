@@ -3,7 +3,9 @@ workers, and a checkpoint is complete or does not exist."""
 
 import json
 import os
+import random
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -173,6 +175,81 @@ def test_other_number_of_workers_and_stage_see_the_same_samples(base, tmp_path):
         )
 
 
+@pytest.mark.slow
+def test_every_stage_goes_on_with_one_and_four_workers(base, tmp_path):
+    plain = replace(base, model=replace(base.model, dropout=0.0))
+    names = [f"zero{stage}" for stage in (1, 2, 3)]
+    jobs = [
+        replace(plain, output=str(tmp_path / name), engine=replace(base.engine, zero=stage))
+        for stage, name in enumerate(names, start=1)
+    ]
+    two = dict(zip(names, run(2, *jobs), strict=True))
+    for world in (1, 4):
+        again = [continued(job, tmp_path / str(world), 2) for job in jobs]
+        for name, result in zip(names, run(world, *again), strict=True):
+            expected = {step: float(two[name]["losses"][step]) for step in ("3", "4", "5", "6")}
+            assert {k: float(v) for k, v in result["losses"].items()} == pytest.approx(expected, abs=2e-4), (
+                name,
+                world,
+            )
+
+
+def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None) -> None:
+    """`_worker` that notes the keys of every batch, and can be killed by the kernel when it asks for one."""
+    from pipeline.training import loop
+
+    right = loop._batches
+
+    def batches(plan, first, rank, world):
+        for step, batch in enumerate(right(plan, first, rank, world), start=first + 1):
+            if step == dies_at and rank == world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with open(Path(plan.config.output, f"keys-{world}-{rank}"), "a") as file:
+                file.write(json.dumps([step, batch["key"]]) + "\n")
+            yield batch
+
+    loop._batches = batches
+    _worker(rank, world, port, jobs)
+
+
+def record(world: int, jobs: list[PretrainConfig], dies_at: int | None = None) -> None:
+    for job in jobs:
+        Path(job.output).mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(_recording, args=(world, free_port(), jobs, dies_at), nprocs=world)
+
+
+def keys(job: PretrainConfig, world: int) -> dict[int, list[str]]:
+    """Step -> the samples that all its workers had, sorted."""
+    seen: dict[int, list[str]] = {}
+    for rank in range(world):
+        for line in Path(job.output, f"keys-{world}-{rank}").read_text().splitlines():
+            step, batch = json.loads(line)
+            seen[step] = sorted([*seen.get(step, []), *batch])
+    return seen
+
+
+@pytest.mark.slow
+def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_workers(base, tmp_path):
+    """Five seeds: two workers, one of them killed at a random step; the rest of the run on one and on four."""
+    whole = replace(base, output=str(tmp_path / "whole"), steps="12steps")
+    record(2, [whole])
+    expected = keys(whole, 2)
+    assert [len(set(batch)) for batch in expected.values()] == [16] * 12
+    left: list[tuple[PretrainConfig, int]] = []
+    for seed in range(5):
+        killed = replace(whole, output=str(tmp_path / f"killed-{seed}"))
+        with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+            record(2, [killed], dies_at=random.Random(seed).randrange(4, 12))
+        left.append((killed, checkpoint.latest(killed.output).step))
+    for world in (1, 4):
+        rest = [replace(job, output=f"{job.output}-on-{world}") for job, _ in left]
+        for (job, _), copy in zip(left, rest, strict=True):
+            shutil.copytree(Path(job.output, "checkpoints"), Path(copy.output, "checkpoints"))
+        record(world, rest)
+        for (_, step), copy in zip(left, rest, strict=True):
+            assert keys(copy, world) == {k: batch for k, batch in expected.items() if k > step}
+
+
 def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
     """Checkpoints of a small model as one worker writes them."""
     model = create_model("mu/8", num_classes=3, image_size=16, depth=1)
@@ -184,7 +261,7 @@ def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
             for kind in ("param", "exp_avg", "exp_avg_sq")
             for name, parameter in model.named_parameters()
         }
-        writer.save(step, tensors, {"metrics": {}})
+        writer.save(step, lambda tensors=tensors: tensors, {"metrics": {}})
     writer.wait()
     return writer
 
@@ -239,7 +316,7 @@ def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
     """A worker that a killed driver left behind, or the same command given twice."""
     old = written(tmp_path, 2)
     new = written(tmp_path)
-    old.save(4, {}, {})
+    old.save(4, dict, {})
     with pytest.raises(UserError, match="was taken over by another start of this run"):
         old.wait()
     assert checkpoint.latest(str(tmp_path)).step == 2
@@ -252,8 +329,8 @@ def test_store_that_is_away_costs_one_checkpoint(tmp_path, monkeypatch):
     tensors = {"param:head.bias:0": torch.zeros(3)}
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        writer.save(4, tensors, {})
-        writer.save(6, tensors, {})
+        writer.save(4, lambda: tensors, {})
+        writer.save(6, lambda: tensors, {})
         assert "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left" in lines[0]
         with pytest.raises(storage.StorageError, match="No space left"):
             writer.wait()
