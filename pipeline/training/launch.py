@@ -4,6 +4,7 @@ Ray restarts a group of workers; which state they continue from is ours (`checkp
 replaced: a wrong input is not tried again, and a group that grows saves its state first.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import cluster, storage
 from pipeline import config as configuration
 from pipeline.errors import UserError
+from pipeline.training import checkpoint
 from pipeline.training.loop import Plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 from pipeline.training.survival import Leave, out_of_memory
@@ -146,12 +148,13 @@ class Trainer(TorchTrainer):
 
 
 class Failures(DefaultFailurePolicy):
-    """What is tried again: lost workers and errors up to `max_failures` times, workers that left on purpose always, wrong
-    input never."""
+    """What is tried again: lost workers and errors up to `max_failures` times in a row, workers that left on purpose always,
+    wrong input never. A new checkpoint ends the row: a run of weeks loses more workers than any fixed number."""
 
     def __init__(self, failure_config: FailureConfig, config: PretrainConfig, say: Callable[[str], None]):
         super().__init__(failure_config)
         self.config, self.say = config, say
+        self.reached = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = getattr(training_failed_error, "worker_failures", {})
@@ -159,13 +162,17 @@ class Failures(DefaultFailurePolicy):
             return FailureDecision.RAISE
         if any(isinstance(e, Leave) for e in failures.values()):
             return FailureDecision.RETRY
+        with contextlib.suppress(UserError, OSError):  # a store that is away shows no progress
+            reached = max((found.step for found in checkpoint.find(self.config.output)), default=0)
+            if reached > self.reached:
+                self.reached, self._worker_group_failures = reached, 0
         decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
             rank, cause = _cause(training_failed_error)
             if isinstance(training_failed_error, ControllerError):
                 self.say(f"warning: the workers do not start, trying again: {_first_line(cause)}")
             else:
-                counted = f"failure {self._worker_group_failures} of at most {self.config.max_failures}"
+                counted = f"failure {self._worker_group_failures} of at most {self.config.max_failures} in a row"
                 self.say(
                     f"warning: {_describe(rank, cause, self.config)}; starting again from the last checkpoint ({counted})"
                 )

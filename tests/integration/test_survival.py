@@ -29,7 +29,7 @@ from pipeline import storage
 from pipeline.data.augment import Augment
 from pipeline.data.shards import open_dataset, write_dataset
 from pipeline.errors import UserError
-from pipeline.training import survival
+from pipeline.training import checkpoint, survival
 from pipeline.training.loop import make_plan
 from pipeline.training.recipes import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.run import check, sizes
@@ -207,7 +207,7 @@ def test_worker_killed(base, reference, jobs, tmp_path, seed):
     draw.choice(workers()).send_signal(signal.SIGKILL)
     text = job.end()
     assert "its process ended" in text
-    assert "starting again from the last checkpoint (failure 1 of at most 3)" in text
+    assert "starting again from the last checkpoint (failure 1 of at most 3 in a row)" in text
     assert curve(job) == reference
 
 
@@ -236,7 +236,7 @@ def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
     cluster.remove_node(draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
     cluster.add_node(num_cpus=1)
     text = job.end(timeout=400)
-    assert "starting again from the last checkpoint (failure 1 of at most 3)" in text
+    assert "starting again from the last checkpoint (failure 1 of at most 3 in a row)" in text
     assert curve(job) == reference
 
 
@@ -460,7 +460,7 @@ def test_what_to_turn_when_memory_is_short(base):
     assert "fewer workers on a node" in survival.out_of_memory(turned, 2, host=True)
 
 
-def test_failures_are_told_apart(base):
+def test_failures_are_told_apart(base, tmp_path):
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -470,7 +470,8 @@ def test_failures_are_told_apart(base):
     from pipeline.training.launch import Failures
 
     lines: list[str] = []
-    policy = Failures(FailureConfig(max_failures=1), replace(base, max_failures=1), lines.append)
+    config = replace(base, output=str(tmp_path), max_failures=1)
+    policy = Failures(FailureConfig(max_failures=1), config, lines.append)
     collateral = RuntimeError("[pair.cc:534] gloo: Connection closed by peer")
     dead = WorkerHealthCheckFailedError("", RayActorError(error_msg="died\n\tip: 10.0.0.7\n"))
     full = WorkerHealthCheckFailedError(
@@ -489,13 +490,17 @@ def test_failures_are_told_apart(base):
         "warning: worker 1: its process ended on 10.0.0.7 (killed, its node gone, or out of host memory)"
     )
     assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
-    again = Failures(FailureConfig(max_failures=3), base, lines.append)
+    storage.write_json(storage.join(checkpoint.folder(config.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}})
+    assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
+    assert decide(collateral, dead) == FailureDecision.RAISE
+    lines.clear()
+    again = Failures(FailureConfig(max_failures=3), replace(config, max_failures=3), lines.append)
     again.make_decision(WorkerGroupError("", {0: collateral, 1: storage.StorageError("no answer")}))
     again.make_decision(WorkerGroupError("", {0: collateral, 1: full}))
-    assert lines[1] == (
-        "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3)"
+    assert lines[0] == (
+        "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3 in a row)"
     )
-    assert "worker 1: ended by Ray: out of host memory; try --engine.micro-batch 8" in lines[2]
+    assert "worker 1: ended by Ray: out of host memory; try --engine.micro-batch 8" in lines[1]
 
 
 def test_sizes_that_fit_a_run(base):
