@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     from pipeline.data.samples import sample_images
     from pipeline.weights import open_model
 
-    model, config = open_model(options.checkpoint, options.tracking_uri)
+    model, _ = open_model(options.checkpoint, options.tracking_uri)
     if not isinstance(model, VisionTransformer):
         raise UserError(f"{model.config['variant']} has no attention to look at")
     size, channels = model.config["image_size"], model.config["channels"]
@@ -91,11 +91,16 @@ def main(argv: list[str]) -> int:
             f"last layer {nearest[-1]:.0f}-{farthest[-1]:.0f} px"
         )
     if options.log:
-        from pipeline.tracking import start_run, tracking_uri
+        from pipeline.tracking import artifacts, names, registry, start_run, tracking_uri
+        from pipeline.weights import locate
 
         uri = tracking_uri(options.tracking_uri)
-        with start_run("inspect", os.path.basename(options.checkpoint.rstrip("/")), tracking_uri=uri) as run:
-            run.set_tags({"checkpoint": options.checkpoint, "recipe": str(config.get("recipe", ""))})
+        kept_there = options.checkpoint.startswith(artifacts.SCHEMES)
+        checkpoint = options.checkpoint if kept_there else locate(options.checkpoint)
+        tags = {names.CHECKPOINT: checkpoint}
+        with start_run(names.INSPECT, os.path.basename(checkpoint.rstrip("/")), tags=tags, tracking_uri=uri) as run:
+            if trained_by := registry.run_of(checkpoint, uri):
+                run.link("pretrain", trained_by)
             for name, figure in figures.items():
                 run.log_figure(figure, f"{name}.png")
             run.log_dict(numbers, "numbers.json")

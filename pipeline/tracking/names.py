@@ -6,7 +6,7 @@ are the configuration, flattened to `a.b.c`.
 
 # Experiments, one per purpose.
 PREPARE, PRETRAIN, TRANSFER, EVALUATE = "prepare", "pretrain", "transfer", "evaluate"
-COMPARE = "compare"
+COMPARE, INSPECT = "compare", "inspect"
 
 # Metrics of a training step. MLflow's `step` is the optimiser step; IMAGES_SEEN is logged beside every point, because
 # only images are comparable between batch sizes.
@@ -50,6 +50,7 @@ CLEAN_MEAN = "score_clean_mean"
 # Prefixes.
 NONFINITE = "nonfinite/"  # + metric: how many values were NaN or infinite so far (they are not stored themselves)
 SYSTEM = "system/"  # + node + "/" + quantity
+NODE_ENERGY = "gpu_energy_kwh"  # the quantity that ENERGY_KWH adds up
 
 # Tags.
 RECIPE = "recipe"

@@ -454,6 +454,19 @@ class Run:
         """Costs of this attempt (names `cost/...`); those of earlier attempts of the run are added to them."""
         self.log({name: value + self._delivery.costs.get(name, 0.0) for name, value in costs.items()})
 
+    def log_energy(self) -> None:
+        """The energy that the GPUs of all nodes have used, as far as it could be read and the server has it."""
+        with contextlib.suppress(Exception):
+            nodes = [
+                v for k, v in self.metrics().items() if k.startswith(names.SYSTEM) and k.endswith(names.NODE_ENERGY)
+            ]
+            if nodes:
+                self.log({names.ENERGY_KWH: sum(nodes)})
+
+    def metrics(self) -> dict[str, float]:
+        """The newest value of every metric, as the server has them. Raises what asking it raises."""
+        return dict(client(self.uri).get_run(self._delivery.resolve()).data.metrics)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         values = {key: str(value)[:VALUE] for key, value in tags.items()}
         if values:

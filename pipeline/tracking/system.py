@@ -18,8 +18,8 @@ class SystemMetrics:
     """`with SystemMetrics(run_id, uri, node="node-0"):` samples this machine every 10 seconds until the end.
 
     One per node, whatever the number of workers there. The step of a sample is its second since the start of the run, so that
-    a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one;
-    energy is the integral of their power in kWh.
+    a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one; energy is the integral of
+    their power in kWh, over all attempts of the run (`Run.log_energy` adds the nodes up).
     """
 
     def __init__(self, run_id: str, uri: str, *, node: str, every: float = 10.0):
@@ -45,6 +45,7 @@ class SystemMetrics:
     def _sample(self) -> None:
         with contextlib.suppress(Exception):  # a server that is away: seconds since now, then
             self.since = self.run.started()
+            self.energy = self.run.metrics().get(f"{self.prefix}{names.NODE_ENERGY}", 0.0)
         before, last = _counters(), time.monotonic()
         while True:
             ended = self._stop.wait(self.every)
@@ -81,7 +82,7 @@ class SystemMetrics:
                 except ValueError:  # "[N/A]": this card does not tell
                     continue
         self.energy += sum(value for name, value in values.items() if name.endswith("_watts")) * seconds / 3.6e6
-        return values | {"gpu_energy_kwh": self.energy}
+        return values | {names.NODE_ENERGY: self.energy}
 
 
 def _counters() -> dict[str, float]:

@@ -16,7 +16,7 @@ from pipeline import config as configuration
 from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
-from pipeline.tracking import artifacts, names
+from pipeline.tracking import artifacts, names, registry
 from pipeline.training import checkpoint
 from pipeline.training.loop import Plan, make_plan
 from pipeline.training.recipes import PretrainConfig
@@ -39,6 +39,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     newest = checkpoint.latest(output, checksums=False)
     if newest is not None and newest.step >= plan.total:
         print(f"nothing left to do: {newest.uri} is at step {newest.step} of {plan.total}", flush=True)
+        _register(config, record.get("run_id"))
         return {
             **newest.commit["metrics"],
             "checkpoint": newest.uri,
@@ -65,6 +66,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.gpus else 0
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
+        run.log_energy()
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -73,7 +75,27 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     finally:
         run.finish(status)
     print(summary(result, seconds), flush=True)
+    _register(config, run.id)
     return {**result, "run_id": run.id, "seconds": seconds}
+
+
+def _register(config: PretrainConfig, run_id: str | None) -> None:
+    """Makes the checkpoints worth keeping, the best by validation and the last, versions of a registered model.
+
+    Never fails a run that has succeeded: the same command again tries again.
+    """
+    if not config.register or config.loss == "masked":  # an encoder alone classifies nothing
+        return
+    here = checkpoint.find(config.output)
+    scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
+    best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
+    uri = tracking.tracking_uri(config.tracking_uri)
+    try:
+        for worth_keeping in dict.fromkeys((best.uri, here[-1].uri)):
+            version = registry.register(worth_keeping, name=config.register, run_id=run_id, uri=uri)
+            print(f"pretrain: registered={version.name}/{version.version} {worth_keeping}", flush=True)
+    except Exception as error:
+        print(f"warning: not registered in MLflow ({error}); the same command again tries again", flush=True)
 
 
 def _absolute(config: PretrainConfig) -> PretrainConfig:
@@ -159,6 +181,7 @@ def summary(result: dict[str, Any], seconds: float) -> str:
         "top1": f"{result[names.VAL_TOP1]:.4f}" if names.VAL_TOP1 in result else "none",
         "skipped": result["skipped"],
         "checkpoint_wait_seconds": f"{result['checkpoint_wait_seconds']:.2f}",
+        "checkpoint_wait_share": f"{result['checkpoint_wait_share']:.2%}",
         "checkpoint": result["checkpoint"],
     }
     return "\n".join(f"pretrain: {key}={value}" for key, value in shown.items())

@@ -99,7 +99,7 @@ def prepare(
         )
         failed: set[str] = set()
         for i, (task, problem) in enumerate(_ray_map(_process, units), 1):
-            if problem:
+            if problem and task not in failed:  # the other units of an incomplete archive say the same
                 failed.add(task)
                 problems.append(problem)
             say(f"unit {i} of {len(units)}: {task}{' failed' if problem else ''}")
@@ -461,7 +461,8 @@ def build(unit: Unit) -> dict[str, Any]:
                 writers[split].write(*collected[position])
         if homes and unit.strict:
             raise UserError(
-                f"{unit.source.uri}: {len(homes):,} listed images are not in there, such as {next(iter(homes))}"
+                f"{unit.source.uri}: {len(homes):,} listed images or more are not in there, such as "
+                f"{next(iter(homes))} (--no-verify leaves them out)"
             )
         for split, _, example in (home for missing in homes.values() for home in missing):
             refuse(split, example, "missing")

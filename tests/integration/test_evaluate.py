@@ -303,6 +303,25 @@ def test_pruning_spares_what_somebody_refers_to(model, tmp_path):
         evaluation.prunable(model.runs, 0, model.tracking_uri)
 
 
+def test_pruning_lists_first_and_deletes_when_told(tmp_path, database):
+    folders = [commit(tmp_path / "run", step) for step in (10, 20, 30)]
+    job = [
+        sys.executable,
+        os.path.join(PROJECT, "jobs", "evaluate.py"),
+        "--tracking-uri",
+        database,
+        "--prune",
+        "--json",
+    ]
+    job += ["--runs", str(tmp_path / "run"), "--keep", "1"]
+    listed = subprocess.run(job, capture_output=True, text=True, timeout=120)
+    assert json.loads(listed.stdout) == {"would_delete": folders[:2]}
+    assert all(os.path.exists(folder) for folder in folders)
+    deleted = subprocess.run([*job, "--delete"], capture_output=True, text=True, timeout=120)
+    assert json.loads(deleted.stdout) == {"deleted": folders[:2]}
+    assert [os.path.exists(folder) for folder in folders] == [False, False, True]
+
+
 def test_command_line_exit_codes(tmp_path, database):
     job = [sys.executable, os.path.join(PROJECT, "jobs", "evaluate.py"), "--tracking-uri", database]
     bad = subprocess.run([*job, "--model", "m", "--once", "--every", "1h"], capture_output=True, text=True, timeout=120)

@@ -284,6 +284,37 @@ def test_postgresql_restarted_in_mid_run(tracking, room):
     assert steps(tracking, run.id) == list(range(1, 400))
 
 
+FULL = """
+import os, resource, sys
+from pipeline.tracking import start_run
+run = start_run("pretrain", "full disk", tracking_uri=sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # from here on every file is refused more: errno EFBIG
+for step in range(1, int(sys.argv[2]) + 1):
+    run.log({"train/loss": 1.0 / step}, step=step)
+run.log_text("x" * 50_000, "large.txt")
+print(run.id, run.finish(timeout=120))
+"""
+
+
+@pytest.mark.parametrize("count", [3_000, 40_000])
+def test_disk_full_for_the_buffer(tracking, count):
+    """The kernel refuses the buffer more than 20 kB. What memory can hold arrives; of the rest the end says how much it is."""
+    command = [sys.executable, "-c", FULL, tracking, str(count)]
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    run_id, complete = done.stdout.split()
+    assert complete == "False"  # the large artifact at least found no room
+    stored = run_module.client(tracking).get_run(run_id)
+    lost = int(stored.data.tags["lost"].split()[0])
+    assert f"{lost} records of run {run_id} were lost" in done.stderr
+    arrived = steps(tracking, run_id)
+    assert arrived == sorted(set(arrived))
+    assert len(arrived) == count - (lost - 1)
+    assert (lost == 1) == (count == 3_000)
+    assert stored.info.status == "FINISHED"
+
+
 def test_object_store_gone_for_a_while_delays_artifacts_only(tracking, store):
     run = start_run("pretrain", "store gone", tracking_uri=tracking)
     run.flush()

@@ -219,6 +219,56 @@ def test_system_metrics_of_each_node_join_the_one_run(uri):
     assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] < 60  # seconds since the run's start
 
 
+def test_energy_of_all_nodes_and_attempts_adds_up(uri, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '55, 1000, 360000.0'\necho '[N/A], 2000, 360000.0'\n")  # two GPUs of 360 kW
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with start_run("pretrain", "energy", tracking_uri=uri) as run:
+        run.flush()
+        readings = []
+        for _attempt in (1, 2):
+            for node in ("node-0", "node-1"):
+                with SystemMetrics(run.id, uri, node=node, every=0.05):
+                    time.sleep(0.1)
+            readings.append(run.metrics())
+        run.log_energy()
+    first, second = readings
+    for node in ("node-0", "node-1"):
+        assert second[f"system/{node}/gpu_energy_kwh"] > first[f"system/{node}/gpu_energy_kwh"] > 0.2 * 0.05
+    assert second["system/node-0/gpu0_percent"] == 55
+    assert "system/node-0/gpu1_percent" not in second
+    stored = run_module.client(uri).get_run(run.id).data.metrics[names.ENERGY_KWH]
+    assert stored == pytest.approx(sum(second[f"system/{node}/gpu_energy_kwh"] for node in ("node-0", "node-1")))
+
+
+def test_the_commit_and_what_is_not_committed_are_recorded(uri, tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path / "code"), *arguments], check=True, capture_output=True)
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text("lr = 1\n")
+    git("init", "-q")
+    git("add", "train.py")
+    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "first")
+    (tmp_path / "code" / "train.py").write_text("lr = 2\n")
+    monkeypatch.setattr(run_module, "PROJECT", str(tmp_path / "code"))
+    for cached in (run_module._code_version, run_module._code_diff):
+        cached.cache_clear()
+    try:
+        with start_run("pretrain", "dirty", tracking_uri=uri) as run:
+            pass
+    finally:
+        for cached in (run_module._code_version, run_module._code_diff):
+            cached.cache_clear()
+    client = run_module.client(uri)
+    tags = client.get_run(run.id).data.tags
+    assert len(tags[names.COMMIT]) == 40
+    assert tags[names.DIRTY] == "true"
+    with open(client.download_artifacts(run.id, "code/diff.patch", str(tmp_path))) as file:
+        assert "+lr = 2" in file.read()
+
+
 # ---------------------------------------------------------------- the server misbehaves
 
 
