@@ -130,7 +130,7 @@ class Reader:
     def _keep(self, path: str, data: memoryview) -> None:
         """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
         order of its own, so what is there is as likely to be wanted next as what is not."""
-        if _folder_bytes(self.cache_dir) + len(data) > self.cache_bytes:
+        if _folder_bytes(os.path.dirname(path)) + len(data) > self.cache_bytes:
             return
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:

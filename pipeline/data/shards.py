@@ -12,10 +12,12 @@ them) written so that a row group can be used without a Parquet reader:
 """
 
 import functools
+import gc
 import hashlib
 import json
 import mmap
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +39,7 @@ MAX_ROWS_PER_GROUP = 16_384
 ROW_GROUP_BYTES = 16 << 20
 SHARD_BYTES = 512 << 20
 UNLABELLED = -1
+SHARD_NAME = re.compile(r"[\w-][\w.-]*")
 
 Encoding = Literal["jpeg", "patches"]
 Label = int | Sequence[int]
@@ -105,6 +108,8 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST) -> "Manifest":
         """Raises UserError for another schema version or for what is not a manifest."""
+        collecting = gc.isenabled()
+        gc.disable()  # of 300,000 short lists it would look at each again and again: two thirds of the time
         try:
             values = json.loads(text)
             version = values.get("schema")
@@ -113,9 +118,15 @@ class Manifest:
                     f"{where}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again"
                 )
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            for shard in values["shards"]:
+                if not SHARD_NAME.fullmatch(shard.name):  # names are joined to the dataset's address
+                    raise ValueError(f"{shard.name!r} is no name of a shard")
             return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{where}: not a dataset manifest ({error})") from error
+        finally:
+            if collecting:
+                gc.enable()
 
 
 # ---------------------------------------------------------------- writing
@@ -493,7 +504,20 @@ class RowGroup(NamedTuple):
 
 
 def parse_row_group(buffer: bytes | memoryview, group: np.void, manifest: Manifest, images: bool = True) -> RowGroup:
-    """The columns of one row group from its bytes [start, end), or [start, values) without images; no Parquet footer."""
+    """The columns of one row group from its bytes [start, end), or [start, values) without images; no Parquet footer.
+
+    Raises UserError for bytes that are none.
+    """
+    try:
+        return _parse(buffer, group, manifest, images)
+    except (ValueError, IndexError, OverflowError, StopIteration, struct.error) as error:
+        name = manifest.shards[int(group["shard"])].name
+        raise UserError(
+            f"{name}: row group {group['group']} is damaged ({error}); jobs/prepare.py --verify says more"
+        ) from error
+
+
+def _parse(buffer: bytes | memoryview, group: np.void, manifest: Manifest, images: bool) -> RowGroup:
     view = memoryview(buffer)
     rows, split = int(group["rows"]), int(group["values"] - group["start"])
     position, columns = 0, []
@@ -522,6 +546,8 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+        if shift > 63:
+            raise ValueError("an integer of more than 64 bits")
 
 
 def _page(view: memoryview, position: int) -> tuple[int, int]:
@@ -562,12 +588,17 @@ def _byte_arrays(view: memoryview, rows: int) -> list[memoryview]:
     return values
 
 
-def _levels(view: memoryview) -> tuple[np.ndarray, int]:
-    """Repetition or definition levels of maximum 1 (Parquet's RLE / bit-packed hybrid) and the bytes they take."""
+def _levels(view: memoryview, most: int) -> tuple[np.ndarray, int]:
+    """Repetition or definition levels of maximum 1 (Parquet's RLE / bit-packed hybrid) and the bytes they take.
+
+    A run states its own length: one beyond `most` levels is damage, which would fill the memory.
+    """
     end = 4 + struct.unpack_from("<I", view, 0)[0]
     position, runs = 4, []
     while position < end:
         header, position = _varint(view, position)
+        if header >> 1 > most:
+            raise ValueError(f"{header >> 1} levels")
         if header & 1:  # bit-packed groups of eight
             size = header >> 1
             runs.append(np.unpackbits(np.frombuffer(view, np.uint8, size, position), bitorder="little"))
@@ -580,8 +611,9 @@ def _levels(view: memoryview) -> tuple[np.ndarray, int]:
 
 def _lists(view: memoryview, rows: int) -> list[list[int]]:
     """A required list<required int32> column: repetition 0 starts a row, definition 0 is an empty list."""
-    repeats, used = _levels(view)
-    defined, more = _levels(view[used:])
+    most = rows + len(view)  # a value has four bytes, an empty list none
+    repeats, used = _levels(view, most)
+    defined, more = _levels(view[used:], most)
     values = iter(np.frombuffer(view[used + more :], np.int32).tolist())
     lists: list[list[int]] = []
     for repeat, present in zip(repeats.tolist(), defined.tolist(), strict=False):
@@ -717,4 +749,8 @@ def open_dataset(uri: str | os.PathLike) -> Dataset:
         text = storage.read_bytes(where)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{uri}: no dataset here ({MANIFEST} is missing: not prepared, or not finished)") from error
-    return Dataset(uri, Manifest.from_json(text, where))
+    manifest = Manifest.from_json(text, where)
+    try:
+        return Dataset(uri, manifest)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{where}: its row groups are no table of numbers ({error})") from error

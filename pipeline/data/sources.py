@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import tarfile
 import threading
 import time
@@ -60,6 +61,7 @@ LABEL_COLUMNS = (
     "fine_label",
 )
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content")
+MAX_FILE_BYTES = 1 << 30  # no image is larger; a member of an archive that is, is a bomb
 SEPARATORS = re.compile(r"[;|]")  # between the labels of a column named in the plural
 
 
@@ -338,9 +340,14 @@ def _list(uri: str) -> pa.Table:
     return pa.table({"path": columns["path"], "size": pa.array(columns["size"], pa.int64())})
 
 
-def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Files below a local folder. os.scandir, because fsspec's listing costs ten times as much per file."""
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """Files below a local folder. os.scandir, because fsspec's listing costs ten times as much per file.
+
+    Links are followed, except to a folder `above` (device, inode): there they would lead in circles.
+    """
     try:
+        here = os.stat(folder)
+        above = (*above, (here.st_dev, here.st_ino))
         entries = os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -349,7 +356,9 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     with entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+                target = entry.stat()
+                if (target.st_dev, target.st_ino) not in above:
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
             else:
                 # a name that is not valid UTF-8, or a link to nowhere, becomes a reject when it is read
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0
@@ -513,10 +522,16 @@ def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterat
 
 
 def _read_files(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    paths, labels = pieces["path"].to_pylist(), pieces["labels"].to_pylist()
-    remote = storage.is_remote(source.uri)
-    for path, names, data in zip(paths, labels, (_fetch if remote else _load)(source.uri, paths), strict=True):
+    rows = pieces.select(["path", "size", "labels"]).to_pylist()
+    read = _fetch if storage.is_remote(source.uri) else _load
+    contents = read(source.uri, [row["path"] for row in rows if row["size"] <= MAX_FILE_BYTES])
+    for row in rows:
+        path, names = row["path"], row["labels"]
         key, where = source.prefix + path, storage.join(source.uri, path)
+        if row["size"] > MAX_FILE_BYTES:
+            yield Item(key, where, b"", names, _too_large(row["size"]))
+            continue
+        data = next(contents)
         if isinstance(data, bytes):
             yield Item(key, where, data, names)
         elif isinstance(data, FileNotFoundError):
@@ -525,10 +540,19 @@ def _read_files(source: Source, pieces: pa.Table) -> Iterator[Item]:
             yield Item(key, where, b"", names, Refused("unreadable", str(data)))
 
 
+def _too_large(size: int) -> Refused:
+    return Refused("too many bytes", f"{size:,}, the limit is {MAX_FILE_BYTES:,}")
+
+
 def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
     for path in paths:
         try:
-            with open(os.path.join(folder, path), "rb") as file:
+            if os.path.isabs(path) or ".." in path.split("/"):  # from a label table
+                raise FileNotFoundError(f"{path} lies outside the source")
+            name = os.path.join(folder, path)
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise OSError("not a regular file")  # a pipe or a device would be read for ever
+            with open(name, "rb") as file:
                 yield file.read()
         except (OSError, ValueError) as error:  # ValueError: a NUL in a name from a label table
             yield error
@@ -589,7 +613,7 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
                 last = stem
                 if names_too and extension in ("cls", "txt", "json"):
                     handle = archive.extractfile(member)
-                    found, many = _sidecar(extension, handle.read() if handle else b"")
+                    found, many = _sidecar(extension, handle.read(1 << 20) if handle else b"")
                     multilabel |= many
                     names.update(found or ())
                 elif extension in IMAGE_NAMES:
@@ -663,6 +687,9 @@ def _read_members(
     parts: dict[str, tuple[str, bytes]] = {}
     current = ""
     for archive, member in _members(file, stream, stop):
+        if member.size > MAX_FILE_BYTES:
+            yield Item(member.name, f"{name}/{member.name}", b"", None, _too_large(member.size))
+            continue
         handle = archive.extractfile(member)
         data = handle.read() if handle else b""
         stem, extension = _split_name(member.name)
@@ -845,7 +872,7 @@ def _cifar_members(uri: str) -> Iterator[tuple[str, bytes]]:
     with storage.open_file(uri) as file:
         for archive, member in _members(file, stream=True):
             handle = archive.extractfile(member)
-            yield os.path.basename(member.name), handle.read() if handle else b""
+            yield os.path.basename(member.name), handle.read(MAX_FILE_BYTES) if handle else b""
 
 
 def _read_cifar(uri: str, name: str) -> Iterator[Item]:

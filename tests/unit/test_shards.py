@@ -1,7 +1,11 @@
 """The shard format: what is written is read back, by us and by others; damage is found."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +18,7 @@ from pipeline.data import describe, shards
 from pipeline.data.shards import ShardWriter, open_dataset, write_dataset
 from pipeline.errors import UserError
 
+PROJECT = Path(__file__).parents[2]
 PATCHES = {"height": 8, "width": 8, "patch_size": 4, "channels": 3}
 
 
@@ -63,6 +68,33 @@ def test_others_read_the_shards(tmp_path):
     assert pq.read_table(path)["key"].to_pylist() == [row[0] for row in rows]
     description = json.loads(pq.read_schema(path).metadata[b"vit_pipeline"])
     assert description == {"schema": 1, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
+
+
+def test_others_read_files_and_several_labels(tmp_path):
+    rows = list(make_rows(50, "jpeg", multilabel=True))
+    manifest = write_dataset(str(tmp_path), rows, classes=list("abcde"), multilabel=True, row_group_bytes=9_000)
+    frame = pd.read_parquet(tmp_path / manifest.shards[0].name)
+    assert [list(labels) for labels in frame["label"]] == [row[2] for row in rows]
+    assert frame["image"].tolist() == [row[1] for row in rows]
+    assert pq.ParquetFile(tmp_path / manifest.shards[0].name).num_row_groups > 2
+
+
+@pytest.mark.slow
+def test_hugging_face_datasets_reads_the_shards(tmp_path):
+    """In the environment that VIT_PEERS names: `datasets` is no dependency of ours, and its own contradict ours."""
+    rows = list(make_rows(50, "jpeg"))
+    manifest = write_dataset(str(tmp_path / "set"), rows, classes=list("abcde"))
+    script = """
+import sys, datasets
+table = datasets.load_dataset("parquet", data_files=sys.argv[1], split="train", cache_dir=sys.argv[2])
+print(table.features, len(table), sum(len(row["image"]) for row in table), table[49]["key"].encode(), sum(table["label"]))
+"""
+    python = os.path.join(os.environ["VIT_PEERS"], "bin", "python")
+    arguments = [python, "-c", script, str(tmp_path / "set" / manifest.shards[0].name), str(tmp_path / "cache")]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    size, labels = sum(len(row[1]) for row in rows), sum(row[2] for row in rows)
+    assert result.stdout.strip().endswith(f"50 {size} {rows[49][0].encode()} {labels}")
 
 
 def test_patches_lie_in_place(tmp_path):
@@ -201,3 +233,30 @@ def test_mean_and_deviation(tmp_path):
     manifest = shards.finish_dataset(str(tmp_path), [writer.receipt], encoding="jpeg", image={}, classes=["a"])
     assert manifest.mean == pytest.approx((pictures / 255).mean((0, 1, 2)), abs=1e-5)
     assert manifest.std == pytest.approx((pictures / 255).std((0, 1, 2)), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_three_hundred_million_images_open_plan_and_resume_in_a_second(tmp_path):
+    """A manifest of 10,000 shards with 30 row groups each, in a process of its own: CPU seconds and megabytes."""
+    script = """
+import sys, time
+import psutil
+from pipeline.data.loader import Order
+from pipeline.data.shards import Dataset, Manifest, Shard
+groups = [[1010, 4 + (g << 24), 40_000 + (g << 24), (g + 1) << 24] for g in range(30)]
+shards = [Shard(name=f"part-{i:05d}.parquet", rows=30_300, bytes=30 << 24, sha256="0" * 64, row_groups=groups) for i in range(10_000)]
+text = Manifest(encoding="jpeg", image={}, rows=303_000_000, inputs=303_000_000, fingerprint="0", shards=shards).to_json()
+del shards
+before, start = psutil.Process().memory_info().rss, time.process_time()
+dataset = Dataset("/nowhere", Manifest.from_json(text))
+order = Order(dataset.row_groups["rows"], seed=0, epoch=7, batch_size=4096, lanes=64, shuffle_window=16_384)
+order.reads(range(8))
+order.locate(order.batch(order.steps // 2, range(8)))
+print(len(dataset), time.process_time() - start, (psutil.Process().memory_info().rss - before) / 1e6)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT)
+    images, seconds, megabytes = map(float, result.stdout.split())
+    print(f"{images:,.0f} images: {seconds:.2f} s of CPU, {megabytes:.0f} MB")
+    assert images == 303_000_000
+    assert seconds < 1.0
+    assert megabytes < 200
