@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from models.errors import UserError
 
 Weights = dict[str, torch.Tensor]
 
+MAX_UNFOLDED_BYTES = 1 << 30
+MAX_DEPTH = 1000
 WEIGHT_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 # Parameters that belong to a task rather than to the encoder.
 HEAD = ("head.", "pre_logits.", "mpp_head.", "mask_token")
@@ -82,9 +85,19 @@ def load_weights(model: nn.Module, source: str | os.PathLike, strict_head: bool 
 def load_model(source: str | os.PathLike, **options: Any) -> nn.Module:
     """The model that a folder's config.json describes, with its weights, in eval mode. `options` override the config."""
     config = read_config(source)
-    model = create_model(**{**config["model"], **options})
+    model = _create({**config["model"], **options}, os.fspath(source))
     load_weights(model, source, strict_head=not options)
     return model.eval()
+
+
+def _create(options: Mapping[str, Any], source: str) -> nn.Module:
+    """The model that a config.json asks for, which may ask for nonsense."""
+    try:
+        if (options.get("depth") or 0) > MAX_DEPTH:
+            raise ValueError(f"a depth of {options['depth']}")
+        return create_model(**options)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{source}: config.json describes no model ({str(error).splitlines()[0]})") from error
 
 
 def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
@@ -155,7 +168,7 @@ def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any
 def _read_json(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
     try:
         return dict(json.loads(fs.cat_file(path)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -208,6 +221,7 @@ def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights
     """A file's tensors under their own names."""
     data: Any = path if fs.protocol == "file" or "file" in fs.protocol else io.BytesIO(fs.cat_file(path))
     try:
+        _check_unfolding(data, source)
         if path.endswith(".safetensors"):
             return safetensors.torch.load_file(data) if data is path else safetensors.torch.load(data.getvalue())
         if path.endswith(".npz"):
@@ -223,6 +237,18 @@ def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights
             "than tensors is refused; save its state_dict alone"
         ) from error
     raise UserError(f"{source}: unknown kind of file; expected .npz, .safetensors, .pt, .pth or .bin")
+
+
+def _check_unfolding(data: Any, source: str) -> None:
+    """.npz and .pt are zip files: a small one can claim terabytes. Raises UserError; weights compress by a few percent."""
+    if not zipfile.is_zipfile(data):
+        return
+    with zipfile.ZipFile(data) as archive:
+        packed, unfolded = (sum(getattr(i, f) for i in archive.infolist()) for f in ("compress_size", "file_size"))
+    if hasattr(data, "seek"):
+        data.seek(0)
+    if unfolded > MAX_UNFOLDED_BYTES and unfolded > 100 * packed:
+        raise UserError(f"{source}: {packed:,} bytes that unfold to {unfolded:,} are no weights")
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -261,14 +287,18 @@ def read_sharded_state(fs: fsspec.AbstractFileSystem, folder: str, source: str) 
     the shapes. Raises UserError when slices are missing.
     """
     with torch.device("meta"):
-        model = create_model(**read_config(source)["model"])
+        model = _create(read_config(source)["model"], source)
     weights = {name: torch.full((p.numel(),), math.nan) for name, p in model.named_parameters()}
     missing = {name: flat.numel() for name, flat in weights.items()}
     for path in sorted(fs.glob(f"{folder}/*.safetensors")):
         for key, piece in _read_file(fs, path, source).items():
-            what, name, start = key.split(":")
+            what, _, place = key.partition(":")
+            name, _, start = place.rpartition(":")
             if what == "param" and name in weights:
-                weights[name][int(start) : int(start) + piece.numel()] = piece
+                try:
+                    weights[name][int(start) : int(start) + piece.numel()] = piece
+                except (ValueError, RuntimeError) as error:
+                    raise UserError(f"{source}: {key} does not fit its parameter ({error})") from error
                 missing[name] -= piece.numel()
     short = [f"{name} ({count} of {weights[name].numel()} values)" for name, count in missing.items() if count]
     if short:

@@ -110,7 +110,7 @@ def from_yaml(cls: type[Config], text: str, where: str = "config") -> Config:
     """The config that `to_yaml` wrote. Raises UserError naming an unknown key and the nearest valid one."""
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date that is none
         raise UserError(f"{where}: not valid YAML ({error})") from error
     return from_dict(cls, values, where)
 

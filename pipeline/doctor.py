@@ -267,8 +267,10 @@ def tracking_server(uri: str, patience: float = 10.0) -> Finding:
     request = urllib.request.Request(f"{shown.rstrip('/')}/api/2.0/mlflow/experiments/get?experiment_id=0")
     if authorization := _authorization(parts):
         request.add_header("Authorization", authorization)
-    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None)
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+    context = None
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None)
+    if context and os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with urllib.request.urlopen(request, timeout=patience, context=context) as answer:

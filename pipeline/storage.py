@@ -151,7 +151,7 @@ def create_bytes(uri: str | os.PathLike, data: bytes) -> bool:
 def read_json(uri: str | os.PathLike) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}: not valid JSON ({error})") from error
 
 

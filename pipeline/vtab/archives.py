@@ -286,6 +286,8 @@ class Tree:
                 yield member
         else:
             inside = name[len(self.prefix) + 1 :] if self.prefix else name
+            if inside.startswith("/") or ".." in inside.split("/"):  # from an annotation
+                raise FileNotFoundError(f"{name} lies outside {self.uri}")
             with storage.open_file(storage.join(self.uri, inside)) as member:
                 yield member
 
