@@ -97,7 +97,7 @@ def _create(options: Mapping[str, Any], source: str) -> nn.Module:
             raise ValueError(f"a depth of {options['depth']}")
         return create_model(**options)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{source}: config.json describes no model ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{source}: config.json describes no model ({_brief(error)})") from error
 
 
 def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
@@ -230,13 +230,17 @@ def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights
         if path.endswith(WEIGHT_FILES):
             return _state_dict(torch.load(data, map_location="cpu", weights_only=True), source)
     except (SafetensorError, ValueError, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source}: cannot be read: {_brief(error)}") from error
     except Exception as error:  # zipfile and unpickling errors have no common class
         raise UserError(
-            f"{source}: cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}. A file that holds more "
+            f"{source}: cannot be read: {type(error).__name__}: {_brief(error)}. A file that holds more "
             "than tensors is refused; save its state_dict alone"
         ) from error
     raise UserError(f"{source}: unknown kind of file; expected .npz, .safetensors, .pt, .pth or .bin")
+
+
+def _brief(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _check_unfolding(data: Any, source: str) -> None:

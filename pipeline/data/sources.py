@@ -30,6 +30,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -325,19 +326,21 @@ def _list(uri: str) -> pa.Table:
     """(path, size) of every file under a folder, sorted by path; a single file has path ""."""
     if not storage.is_remote(uri):
         if os.path.isfile(uri):
-            return pa.table({"path": pa.array([""], pa.large_string()), "size": [os.path.getsize(uri)]})
-        paths, sizes = [], []
-        for path, size in _walk(uri, ""):
-            paths.append(path)
-            sizes.append(size)
-        listing = pa.table({"path": pa.array(paths, pa.large_string()), "size": pa.array(sizes, pa.int64())})
-        return listing.sort_by("path")
+            return _listing([("", os.path.getsize(uri))])
+        walk, parts = _walk(uri, ""), [_listing([])]
+        while some := list(itertools.islice(walk, 1 << 16)):
+            parts.append(_listing(some))
+        return pa.concat_tables(parts).sort_by("path")
     found = storage.list_files(uri)
     if not found and storage.exists(uri):
         fs, path = storage.filesystem(uri)
-        return pa.table({"path": pa.array([""], pa.large_string()), "size": [int(fs.size(path))]})
-    columns = {"path": pa.array([f.path for f in found], pa.large_string()), "size": [f.size for f in found]}
-    return pa.table({"path": columns["path"], "size": pa.array(columns["size"], pa.int64())})
+        return _listing([("", int(fs.size(path)))])
+    return _listing([(file.path, file.size) for file in found])
+
+
+def _listing(files: Sequence[tuple[str, int]]) -> pa.Table:
+    paths, sizes = zip(*files, strict=True) if files else ((), ())
+    return pa.table({"path": pa.array(paths, pa.large_string()), "size": pa.array(sizes, pa.int64())})
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
@@ -387,20 +390,19 @@ def _kind(uri: str, files: pa.Table) -> Kind:
 def _folder(
     uri: str, prefix: str, files: pa.Table, table: dict[str, list[str]], multilabel: bool, include: str | None
 ) -> Source:
-    paths = files["path"].to_pylist()
     if not table:
-        beside = [p for p in paths if "/" not in p and os.path.splitext(p)[0].lower() in LABEL_TABLES]
+        top = files.filter(pc.invert(pc.match_substring(files["path"], "/")))["path"].to_pylist()
+        beside = [p for p in top if os.path.splitext(p)[0].lower() in LABEL_TABLES]
         beside = [p for p in beside if p.endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
         if beside:
             table, multilabel = read_label_table(storage.join(uri, beside[0]))
-            keep = pa.array([p not in beside for p in paths])
-            files, paths = files.filter(keep), [p for p in paths if p not in beside]
+            files = files.filter(pc.invert(pc.is_in(files["path"], pa.array(beside, pa.large_string()))))
     if include:
-        keep = [fnmatch.fnmatch(prefix + path, include) for path in paths]
-        files, paths = files.filter(pa.array(keep)), [p for p, kept in zip(paths, keep, strict=True) if kept]
-        if not paths:
+        files = files.filter(pa.array([fnmatch.fnmatch(prefix + path.as_py(), include) for path in files["path"]]))
+        if not files.num_rows:
             raise UserError(f"{uri}: nothing matches --include {include!r}")
     if table:
+        paths = files["path"].to_pylist()
         labels = [_lookup(table, path) for path in paths]
         missing = set(table) - {p for path in paths for p in (path, path.rpartition("/")[2])}
         stems = {os.path.splitext(p)[0] for path in paths for p in (path, path.rpartition("/")[2])}
@@ -408,28 +410,30 @@ def _folder(
         extra = {"path": absent, "size": [0] * len(absent)}
         files = pa.concat_tables([files, pa.table(extra, schema=files.schema)])
         labels += [table[name] for name in absent]
+        names = frozenset(name for label in labels if label for name in label)
+        column = pa.array(labels, PIECES.field("labels").type)
     else:
-        folders = {path.partition("/")[0] for path in paths if "/" in path}
-        if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and any(path.count("/") > 1 for path in paths):
+        # Arrow's own functions: Python objects for each of many million files would not fit in memory
+        folder = pc.struct_field(pc.extract_regex(files["path"], r"(?s)^(?P<folder>[^/]*)/"), "folder")
+        wordnet = pc.struct_field(pc.extract_regex(files["path"], r"(?s)^(?P<id>n\d{8})(?:[^0-9].*)?$"), "id")
+        label = pc.coalesce(folder, wordnet).cast(pa.string()).combine_chunks()
+        folders, names = (frozenset(pc.unique(c).drop_null().to_pylist()) for c in (folder, label))
+        deep = pc.any(pc.greater(pc.count_substring(files["path"], "/"), 1)).as_py()
+        if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and deep:
             choice = ", ".join(sorted(folders))
             raise UserError(
                 f"{uri}: its folders ({choice}) are splits, not classes; name one: --source {uri}/{min(folders)}"
             )
-        labels = [_path_label(path, first=True) for path in paths]
-    names = frozenset(name for label in labels if label for name in label)
-    n = files.num_rows
-    pieces = pa.table(
-        [files["path"], files["size"], pa.array(np.zeros(n, np.int64)), pa.array(np.full(n, -1)), pa.array(labels, PIECES.field("labels").type)],
-        schema=PIECES,
-    )  # fmt: skip
+        offsets = np.cumsum(np.append(0, label.is_valid())).astype(np.int32)
+        column = pa.ListArray.from_arrays(pa.array(offsets), label.drop_null(), mask=label.is_null())
+    numbers = [pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1)]
+    pieces = pa.table([files["path"], files["size"], *numbers, column], schema=PIECES)
     return Source(uri=uri, kind="folder", prefix=prefix, pieces=pieces, names=names, multilabel=multilabel)
 
 
-def _path_label(path: str, first: bool) -> list[str] | None:
-    """The class that a path names: its first (or last) folder, else the WordNet id its file name begins with."""
+def _path_label(path: str) -> list[str] | None:
+    """The class that a path in an archive names: the WordNet id its file name begins with, else its last folder."""
     folders, _, base = path.rpartition("/")
-    if first and folders:
-        return [folders.partition("/")[0]]
     wordnet = WORDNET.match(base)
     if wordnet:
         return [wordnet[1]]
@@ -482,7 +486,10 @@ def _look(job: tuple[Kind, str, str, int, int, bool, bool]) -> dict[str, Any]:
     if kind == "parquet":
         return _look_parquet(uri, path, unit_bytes, names_too)
     if kind == "cifar":
-        names = cifar.class_names(_cifar_members(uri))
+        try:
+            names = cifar.class_names(_cifar_members(uri))
+        except (tarfile.TarError, EOFError, ValueError, OSError, zlib.error) as error:
+            raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
         return whole | {"names": names, "ordered": names}
     if not look:
         return whole
@@ -617,7 +624,7 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
                     multilabel |= many
                     names.update(found or ())
                 elif extension in IMAGE_NAMES:
-                    names.update(_path_label(member.name, first=False) or ())
+                    names.update(_path_label(member.name) or ())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -681,7 +688,7 @@ def _read_members(
         if table:
             found = _lookup(table, member)
         else:  # an empty list is a label too, of a sample that has none of the classes
-            found = own if own is not None else labels or _path_label(member, first=False)
+            found = own if own is not None else labels or _path_label(member)
         return Item(member, f"{name}/{member}", data, found)
 
     parts: dict[str, tuple[str, bytes]] = {}

@@ -5,6 +5,7 @@ directly under RAW, which is a local folder or s3:// prefix. An archive may also
 """
 
 import contextlib
+import errno
 import fnmatch
 import gzip
 import hashlib
@@ -196,7 +197,10 @@ def damaged(uri: str) -> Iterator[None]:
     """Turns what the decompressors raise over damaged bytes into a UserError that names the archive."""
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, OSError) as error:
+        # zipfile seeks to where a damaged directory sends it; other errors of the system are not the archive's
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:
+            raise
         raise UserError(f"{uri}: truncated or damaged ({error}); fetch it again") from error
 
 

@@ -62,7 +62,17 @@ class Listing:
 Index = Callable[[dict[str, Found]], list[Listing]]
 
 # What parsing raises over contents that are not what they should be: the archive's fault, not the program's.
-MALFORMED = (KeyError, IndexError, ValueError, TypeError, AttributeError, struct.error)
+MALFORMED = (
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    OverflowError,
+    MemoryError,
+    cv2.error,
+)
 
 
 def index(dataset: str, found: Iterable[Found]) -> list[Listing]:
@@ -85,7 +95,7 @@ def read(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, by
     """
     try:
         yield from READERS[source.kind](source, members)
-    except MALFORMED as error:
+    except (*MALFORMED, OSError) as error:  # OSError: HDF5 over damaged chunks
         raise UserError(f"{source.uri}: not laid out as expected ({type(error).__name__}: {error})") from error
 
 
@@ -183,12 +193,13 @@ def dtd(places: dict[str, Found]) -> list[Listing]:
 
 def flowers102(places: dict[str, Found]) -> list[Listing]:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     def mat(name: str) -> dict[str, Any]:
         data = storage.read_bytes(places[name].uri)
         try:
             return loadmat(io.BytesIO(data))
-        except (*MALFORMED, OSError, NotImplementedError, zlib.error) as error:
+        except (*MALFORMED, MatReadError, OSError, NotImplementedError, zlib.error) as error:
             raise UserError(f"{places[name].uri}: truncated, or not a MATLAB file ({error})") from error
 
     labels = mat("imagelabels.mat")["labels"].ravel().astype(int) - 1
@@ -471,11 +482,12 @@ def svhn(places: dict[str, Found]) -> list[Listing]:
 
 def _svhn_field(uri: str, field: str) -> np.ndarray:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         with storage.open_file(uri) as file, damaged(uri):
             return loadmat(file, variable_names=[field])[field]
-    except (*MALFORMED, OSError, NotImplementedError) as error:
+    except (*MALFORMED, MatReadError, OSError) as error:
         raise UserError(f"{uri}: truncated, or not the MATLAB file of SVHN ({error})") from error
 
 
