@@ -400,14 +400,13 @@ def cut(found: Sequence[Source], config: PrepareConfig) -> list[tuple[int, int, 
     most_files = min(16_384, max(256, math.ceil(count / 32)))
     units = []
     for i, source in enumerate(found):
-        sizes = source.pieces["size"].to_numpy()
-        first = held = 0
-        for j, size in enumerate(sizes.tolist()):
-            if j > first and (held + size > most_bytes or j - first >= most_files):
-                units.append((i, first, j - first, -1))
-                first, held = j, 0
-            held += size
-        units.append((i, first, len(sizes) - first, -1))
+        ends = np.cumsum(source.pieces["size"].to_numpy())
+        first = 0
+        while first < len(ends):
+            held = ends[first - 1] if first else 0
+            last = int(np.searchsorted(ends, held + most_bytes, side="right"))
+            units.append((i, first, max(1, min(last - first, most_files)), -1))
+            first += units[-1][2]
     if config.sample is not None:
         units = _sampled(found, units, config.sample)
     return units
