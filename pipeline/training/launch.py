@@ -103,7 +103,8 @@ def launch(plan: Plan, run_id: str, tracking_uri: str, sizes: list[int]) -> dict
             raise cause from None
         raise RuntimeError(f"training failed: {_describe(rank, cause, config)}") from error
     finally:
-        storage.remove(storage.join(config.output, "ray"), recursive=True)
+        with contextlib.suppress(storage.StorageError):  # the next launch removes it too
+            storage.remove(storage.join(config.output, "ray"), recursive=True)
     return console.result()
 
 
@@ -166,15 +167,18 @@ class Failures(DefaultFailurePolicy):
             reached = max((found.step for found in checkpoint.find(self.config.output)), default=0)
             if reached > self.reached:
                 self.reached, self._worker_group_failures = reached, 0
+        failures_before = self._worker_group_failures
         decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
             rank, cause = _cause(training_failed_error)
             if isinstance(training_failed_error, ControllerError):
                 self.say(f"warning: the workers do not start, trying again: {_first_line(cause)}")
             else:
-                counted = f"failure {self._worker_group_failures} of at most {self.config.max_failures} in a row"
+                count = self._worker_group_failures
+                counted = f" (failure {count} of at most {self.config.max_failures} in a row)"
                 self.say(
-                    f"warning: {_describe(rank, cause, self.config)}; starting again from the last checkpoint ({counted})"
+                    f"warning: {_describe(rank, cause, self.config)}; starting again from the last checkpoint"
+                    f"{counted if count > failures_before else ''}"
                 )
         return decision
 

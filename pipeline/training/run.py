@@ -165,7 +165,10 @@ def describe(plan: Plan, changes: dict[str, tuple[Any, Any]]) -> str:
         f"  schedule  {plan.total} steps of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
         f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batches of {plan.micro_batch}), "
-        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes",
+        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes"
+        + (
+            f", or as many as there are of {', '.join(map(str, sizes(plan)))}" if config.min_workers is not None else ""
+        ),
     ]
     return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in changes.items())])
 
