@@ -46,13 +46,14 @@ SEEDS = range(5)
 class Job:
     """jobs/pretrain.py as a process of its own; its lines are read as they come."""
 
-    def __init__(self, config: PretrainConfig, *flags: str, before: str = "", **environment: str):
-        """before: Python that the driver runs first; what it defines reaches the workers by value."""
-        self.config = config
-        folder = Path(config.output).parent
+    def __init__(self, config: PretrainConfig, folder: Path | None = None, before: str = "", **environment: str):
+        """folder: of config and MLflow's database, by default that of the output. before: Python that the driver runs
+        first; what it defines reaches the workers by value."""
+        folder = folder or Path(config.output).parent
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(configuration.to_yaml(config))
-        arguments = ["jobs/pretrain.py", "--config", str(folder / "config.yaml"), *flags]
+        self.tracking = f"sqlite:///{folder}/mlflow.db"
+        arguments = ["jobs/pretrain.py", "--config", str(folder / "config.yaml")]
         code = f"import runpy, sys\nsys.path.insert(0, '.')\nsys.argv = {arguments!r}\n{textwrap.dedent(before)}\n"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')"],
@@ -66,10 +67,6 @@ class Job:
         self.news = threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
-
-    @property
-    def tracking(self) -> str:
-        return f"sqlite:///{Path(self.config.output).parent}/mlflow.db"
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -208,6 +205,16 @@ def test_worker_killed(base, reference, jobs, tmp_path, seed):
     text = job.end()
     assert "its process ended" in text
     assert "starting again from the last checkpoint (failure 1 of at most 3 in a row)" in text
+    assert curve(job) == reference
+
+
+@pytest.mark.slow
+def test_worker_killed_with_checkpoints_on_s3(base, reference, jobs, s3, tmp_path):
+    job = Job(replace(base, output=f"{s3}/run"), folder=tmp_path)
+    jobs.append(job)
+    job.step(20)
+    workers()[0].kill()
+    assert re.search(rf"resumed from {s3}/run/checkpoints/step-000000(07|14|21) on 2 workers", job.end())
     assert curve(job) == reference
 
 
