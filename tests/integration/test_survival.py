@@ -226,9 +226,13 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
     jobs.append(first)
     first.step(random.Random(seed).randrange(9, STEPS - 5))
     first.process.kill()  # and nobody waits for the workers to notice
-    second = Job(replace(config, resume="must"))
+    lock = tmp_path / "extensions" / "fused_adam" / "lock"  # as if one had been building an operator
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    second = Job(replace(config, resume="must"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     jobs.append(second)
     text = second.end()
+    assert f"removed {lock}: whoever was building this extension has been killed" in text
     assert "resumed from" in text
     assert curve(second) == reference
 
