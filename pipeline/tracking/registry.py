@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -219,6 +220,15 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
             )
         )
     return sorted(made, key=lambda version: version.version)
+
+
+def version_at(address: str, uri: str | None = None) -> Version | None:
+    """The version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names; None for another address."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@(.+))", address)
+    if not match:
+        return None
+    name, number, alias = match.groups()
+    return next((v for v in versions(name, uri) if str(v.version) == number or alias in v.aliases), None)
 
 
 def versions_of(checkpoint: str, uri: str | None = None) -> list[Version]:

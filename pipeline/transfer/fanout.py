@@ -92,10 +92,12 @@ class Store:
     def fail(self, job: Job, error: str) -> None:
         storage.write_json(self._uri("failures", job, "json"), {"job": job.name, "error": error})
 
-    def predictions(self, job: Job) -> finetune.Predictions | None:
-        """None for few-shot, which makes many predictions."""
-        uri = self._uri("predictions", job, "parquet")
-        return unpack_predictions(storage.read_bytes(uri)) if storage.exists(uri) else None
+    def predictions(self, job: Job) -> finetune.Predictions:
+        return unpack_predictions(storage.read_bytes(self._uri("predictions", job, "parquet")))
+
+    def hits(self, job: Job) -> "Hits":
+        """What few-shot keeps in the place of predictions."""
+        return unpack_hits(storage.read_bytes(self._uri("predictions", job, "parquet")))
 
 
 def next_jobs(task: Task, seeds: int, results: Mapping[str, Result]) -> list[Job]:
@@ -259,13 +261,16 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
     found = finetune.Predictions(keys, test_labels, np.zeros(len(keys), np.int64))
     accuracy: dict[str, float] = {}
     details: dict[str, Any] = {}
-    packed = None
     if probe.kind == "fewshot":
+        right: dict[int, np.ndarray] = {}
         for shots in probe.shots:
             picked = torch.from_numpy(fewshot.select_shots(train_labels, shots, job.seed)).to(device)
             guesses = fewshot.ridge(train[picked], labels[picked], test, classes, L2_GRID).cpu().numpy()
             # every l2, because which one counts may depend on all tasks together
-            details[str(shots)] = [finetune.Predictions(keys, test_labels, row).accuracy() for row in guesses]
+            right[shots] = np.stack([finetune.Predictions(keys, test_labels, row).correct() for row in guesses])
+        hits = Hits(keys, found.labelled(), right)
+        details |= {str(shots): [hits.accuracy(shots, i) for i in range(len(L2_GRID))] for shots in probe.shots}
+        packed = pack_hits(hits)
     else:
         if probe.kind == "linear":
             guess, details["l2"] = fewshot.linear_probe(train, labels, test, classes, seed=job.seed)
@@ -282,7 +287,7 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
         accuracy=accuracy,
         images=int(found.labelled().sum()),
         seconds=time.perf_counter() - start,
-        confusion=confusion(found, classes) if packed else None,
+        confusion=confusion(found, classes) if accuracy else None,
         details=details,
         host=_host(),
     )
@@ -311,6 +316,42 @@ def unpack_predictions(data: bytes) -> finetune.Predictions:
     labels = np.array(table["labels"].to_pylist(), np.int64)
     classes = table["prediction"].to_numpy()
     return finetune.Predictions(table["key"].to_pylist(), labels[:, 0] if labels.shape[1] == 1 else labels, classes)
+
+
+@dataclass(slots=True)
+class Hits:
+    """Which test images few-shot got right: shots -> bool (l2, N)."""
+
+    keys: list[str]
+    labelled: np.ndarray
+    right: dict[int, np.ndarray]
+
+    def accuracy(self, shots: int, l2: int, without: frozenset[str] = frozenset()) -> float:
+        """Top-1 in percent for the l2 at position `l2`, over the labelled images whose key is not in `without`."""
+        counts = self.labelled
+        if without:
+            counts = counts & np.array([key not in without for key in self.keys])
+        return 100.0 * float(self.right[shots][l2][counts].mean()) if counts.any() else math.nan
+
+
+def pack_hits(hits: Hits) -> bytes:
+    """Parquet with a bit for every l2, 4 bytes an image and number of shots."""
+    columns: dict[str, Any] = {"key": hits.keys, "labelled": hits.labelled}
+    for shots, right in hits.right.items():
+        bits = np.packbits(right, axis=0).T
+        columns[f"shots-{shots}"] = pa.array(map(bytes, bits), pa.binary(bits.shape[1]))
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def unpack_hits(data: bytes) -> Hits:
+    table = pq.read_table(pa.BufferReader(data))
+    right = {}
+    for name in table.column_names[2:]:
+        packed = np.frombuffer(b"".join(table[name].to_pylist()), np.uint8).reshape(len(table), -1)
+        right[int(name.removeprefix("shots-"))] = np.unpackbits(packed, axis=1, count=len(L2_GRID)).T.astype(bool)
+    return Hits(table["key"].to_pylist(), table["labelled"].to_numpy(zero_copy_only=False), right)
 
 
 def _host() -> str:

@@ -107,23 +107,27 @@ def collect(
             continue
         found = [results[job.name] for job in jobs]
         about: dict[str, Any] = {"task": task.name, "group": task.group, "images": found[0].images}
+        keys = flagged.get(task.name, frozenset())
+        clean: dict[str, Any] = {}
         if isinstance(task.protocol, Probe) and task.protocol.kind == "fewshot":
+            hits = [store.hits(job) for job in jobs] if keys else []
             for shots in task.protocol.shots:
+                if keys:
+                    clean["clean"] = tuple(h.accuracy(shots, column[shots], without=keys) for h in hits)
+                    clean["removed"] = sum(key in keys for key in hits[0].keys)
                 values = tuple(result.details[str(shots)][column[shots]] for result in found)
-                scores.append(Score(name=f"{task.name}-{shots}", values=values, **about))
+                scores.append(Score(name=f"{task.name}-{shots}", values=values, **about, **clean))
             continue
         about["lr"] = found[0].lr or None
-        keys = flagged.get(task.name, frozenset())
         predictions = [store.predictions(job) for job in jobs] if keys or task.real_labels else []
-        clean: dict[str, Any] = {}
         if keys:
-            clean["clean"] = tuple(p.accuracy(without=keys) for p in predictions if p is not None)
-            clean["removed"] = sum(key in keys for p in predictions[:1] if p is not None for key in p.keys)
+            clean["clean"] = tuple(p.accuracy(without=keys) for p in predictions)
+            clean["removed"] = sum(key in keys for key in predictions[0].keys)
         values = tuple(result.accuracy[""] for result in found)
         scores.append(Score(name=task.name, values=values, **about, **clean))
         if task.real_labels:
             real = read_real_labels(task.real_labels)
-            relabelled = [p.with_labels(real_labels(p.keys, real)) for p in predictions if p is not None]
+            relabelled = [p.with_labels(real_labels(p.keys, real)) for p in predictions]
             about["images"] = int(relabelled[0].labelled().sum())
             if keys:
                 clean["clean"] = tuple(p.accuracy(without=keys) for p in relabelled)

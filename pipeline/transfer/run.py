@@ -15,7 +15,7 @@ import numpy as np
 from pipeline import cluster, storage
 from pipeline.config import fingerprint, to_dict
 from pipeline.errors import UserError
-from pipeline.tracking import Run, names, registry, start_run
+from pipeline.tracking import Run, artifacts, names, registry, start_run
 from pipeline.tracking.views import page
 from pipeline.transfer import fanout, features, report
 from pipeline.transfer.fanout import Job, Result, Running, Store
@@ -235,21 +235,26 @@ def load_checkpoint(config: TransferConfig) -> Weights:
         raise UserError(
             f"suite {config.suite} needs --checkpoint: a checkpoint or run folder, or weights with --variant"
         )
-    uri = storage.normalise(uri)
     run_id = None
+    if uri.startswith(artifacts.SCHEMES):
+        place = artifacts.fetch(uri, config.tracking_uri)
+        if registered := registry.version_at(uri, config.tracking_uri):
+            uri, run_id = registered.checkpoint, registered.run_id or None
+    else:
+        uri = place = storage.normalise(uri)
     if config.variant:
-        state, _, _ = read_weights(uri)
+        state, _, _ = read_weights(place)
         model = create_model(config.variant, num_classes=0, image_size=_native_size(config.variant, state))
         if "pre_logits.fc.weight" in state:  # features are what comes after it
             model = create_model(config.variant, 0, model.config["image_size"], pre_logits=True)
-        load_weights(model, uri)
-        identity = _file_identity(uri)
-    elif uri.endswith(WEIGHT_FILES):
-        read_config(uri)  # says what is missing when there is no config.json beside it
-        model = load_model(uri)
-        identity = _file_identity(uri)
+        load_weights(model, place)
+        identity = _file_identity(place)
+    elif place.endswith(WEIGHT_FILES) or storage.exists(storage.join(place, "MLmodel")):
+        read_config(place)  # says what is missing when there is no config.json beside it
+        model = load_model(place)
+        identity = _file_identity(place)
     else:
-        found = checkpoint.resolve(uri)
+        found = checkpoint.resolve(place)
         uri = found.uri
         record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, IDENTITY)  # of the pre-training run
         run_id = storage.read_json(record).get("run_id") if storage.exists(record) else None
@@ -270,10 +275,14 @@ def _native_size(variant: str, state: Mapping[str, Any]) -> int:
 
 
 def _file_identity(uri: str) -> list[Any]:
-    """Size and ends of a weights file, or the listing of a folder: enough to tell two apart without reading gigabytes."""
+    """Size and ends of a weights file, or of those in a folder: enough to tell two apart without reading gigabytes."""
     fs, path = storage.filesystem(uri)
     if fs.isdir(path):
-        return [[file.path, file.size] for file in storage.list_files(uri)]
+        return [
+            [file.path, *_file_identity(file.uri)]
+            for file in storage.list_files(uri)
+            if file.path.endswith(WEIGHT_FILES)
+        ]
     size = int(fs.size(path))
     edges = storage.read_bytes(uri, 0, 1 << 20), storage.read_bytes(uri, max(0, size - (1 << 20)), size)
     return [size, *(fingerprint(edge.hex()) for edge in edges)]

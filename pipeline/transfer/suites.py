@@ -110,7 +110,8 @@ class TransferConfig:
 
     suite: str = "demo"
     checkpoint: str | None = None
-    """Checkpoint folder, folder of checkpoints (the latest complete one), or weights (.npz, .safetensors)."""
+    """Checkpoint folder, folder of checkpoints (the latest complete one), weights (.npz, .safetensors, a Hugging Face or timm
+    folder; with --variant), or what MLflow keeps (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
     data: str | None = None
     """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py --vtab all` and `--splits` write them."""
     output: str | None = None

@@ -303,6 +303,7 @@ def test_pruning_spares_what_somebody_refers_to(model, tmp_path):
         evaluation.prunable(model.runs, 0, model.tracking_uri)
 
 
+@pytest.mark.slow
 def test_pruning_lists_first_and_deletes_when_told(tmp_path, database):
     folders = [commit(tmp_path / "run", step) for step in (10, 20, 30)]
     job = [

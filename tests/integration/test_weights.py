@@ -1,17 +1,26 @@
 """Weights from wherever a user keeps them: a run folder, an MLflow run, the model registry."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from models import create_model
 from models.convert import save_checkpoint_weights
 from pipeline import storage
+from pipeline.data.shards import write_dataset
 from pipeline.errors import UserError
+from pipeline.tracking import registry
 from pipeline.weights import locate, open_model
+
+PROJECT = Path(__file__).parents[2]
 
 
 def checkpoint(folder, seed):
@@ -42,8 +51,6 @@ def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
 
 def test_mlflow_run_and_registry(tmp_path):
     import mlflow
-
-    from pipeline.tracking import registry
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     original = checkpoint(tmp_path / "checkpoint", 1)
@@ -76,8 +83,6 @@ print(answer.to_json())
 @pytest.mark.slow
 def test_a_registered_model_classifies_where_nothing_of_this_project_is_installed(tmp_path):
     """mlflow.pyfunc in another folder, without ray, deepspeed and pipeline."""
-    from pipeline.tracking import registry
-
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     original = checkpoint(tmp_path / "checkpoint", 1)
     version = registry.register(str(tmp_path / "checkpoint"), name="vit", uri=uri)
@@ -93,3 +98,79 @@ def test_a_registered_model_classifies_where_nothing_of_this_project_is_installe
     assert (logged.status, logged.tags["step"]) == ("READY", "1")
     requirements = (tmp_path / "mlruns").rglob("requirements.txt")
     assert all("+" not in line for file in requirements for line in file.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_google_files_and_registered_models_through_the_jobs(tmp_path):
+    """A .npz in Google's naming starts a pre-training; the version that this registers starts another, and a transfer."""
+    google_arrays = runpy.run_path(str(PROJECT / "tests/unit/test_models_convert.py"))["google_arrays"]
+    torch.manual_seed(0)
+    original = create_model("mu/8", 3, 24, pre_logits=True)
+    np.savez(tmp_path / "vit.npz", **google_arrays(original))
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 24)):
+        pictures = generator.integers(0, 255, (count, 24, 24, 3), dtype=np.uint8)
+        rows = [
+            (f"{i}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 24, 24) for i, picture in enumerate(pictures)
+        ]
+        write_dataset(str(tmp_path / "sets" / "own" / split), rows, classes=["a", "b", "c"])
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def job(name, *arguments):
+        command = [sys.executable, str(PROJECT / "jobs" / name), *map(str, arguments), "--tracking-uri", uri]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def pretrain(start, output):
+        """Two steps that change next to nothing."""
+        fixed = [
+            "--optimizer.lr",
+            1e-12,
+            "--optimizer.weight-decay",
+            0,
+            "--steps",
+            "2steps",
+            "--engine.precision",
+            "fp32",
+        ]
+        small = ["--model.variant", "mu/8", "--model.depth", "None", "--model.pre-logits", "--image-size", 24]
+        paper = ["--model.pool", "token", "--model.posemb", "learn", "--validation", "None", "--workers", 1]
+        where = ["--data", "sets/own/train", "--output", output, "--init-from", start, "--batch-size", 8]
+        said = job("pretrain.py", *where, *fixed, *small, *paper)
+        state = safetensors.torch.load_file(next((tmp_path / output).rglob("model.safetensors")))
+        for name, tensor in original.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=0)
+        return said
+
+    said = pretrain("vit.npz", "run1")
+    assert "registered=vit/1" in said
+    assert "registered=vit/2" in pretrain("models:/vit/1", "run2")
+
+    def transfer(output, *arguments):
+        quick = [
+            "--suite",
+            "folder",
+            "--data",
+            "sets",
+            "--lrs",
+            0.01,
+            "--steps",
+            4,
+            "--batch-size",
+            8,
+            "--resolution",
+            24,
+        ]
+        return json.loads(job("transfer.py", *quick, "--output", output, "--json", *arguments).splitlines()[-1])
+
+    from_npz = transfer("out1", "--checkpoint", "vit.npz", "--variant", "mu/8")
+    from_registry = transfer("out2", "--checkpoint", "models:/vit@candidate")
+    assert from_npz["scores"] == from_registry["scores"]
+    _, version = registry.versions("vit", uri)
+    ((key, evaluation),) = version.evaluations.items()  # the scores came back to it
+    assert key.startswith("folder:")
+    assert evaluation["mean"] == pytest.approx(from_registry["mean"])
+    (run,) = [run for run in registry.runs("transfer", uri=uri) if run.id == from_registry["run_id"]]
+    assert run.tags["lineage.pretrain"] == version.run_id

@@ -9,7 +9,7 @@ import pytest
 from pipeline.data import dedup
 from pipeline.errors import UserError
 from pipeline.transfer import report
-from pipeline.transfer.fanout import Result, Store, pack_predictions
+from pipeline.transfer.fanout import Hits, Result, Store, pack_hits, pack_predictions
 from pipeline.transfer.finetune import Predictions
 from pipeline.transfer.report import Score
 from pipeline.transfer.run import read_flagged
@@ -114,6 +114,27 @@ def test_seen_images_come_from_the_report_of_prepare(tmp_path):
     for bad in ("bad.json", "gone.json", "gone.parquet", "gone"):
         with pytest.raises(UserError, match="no decontamination report"):
             read_flagged(str(tmp_path / bad), tasks)
+
+
+def test_few_shot_with_and_without_seen_images(tmp_path):
+    store, few = Store(str(tmp_path)), task("own", "", Probe(kind="fewshot", shots=(1, 5)))
+    generator = np.random.default_rng(0)
+    right = {shots: generator.random((len(L2_GRID), 20)) < 0.7 for shots in (1, 5)}
+    labelled = np.arange(20) != 3
+    hits = Hits([f"k{i}" for i in range(20)], labelled, right)
+    details = {str(shots): [hits.accuracy(shots, i) for i in range(len(L2_GRID))] for shots in (1, 5)}
+    found = Result(task="own", phase="final", lr=0, seed=0, accuracy={}, images=19, seconds=0, details=details)
+    (job,) = report.final_jobs(few, 1, {"own/final-seed0": found})
+    store.save(job, found, pack_hits(hits))
+    seen = frozenset({"k0", "k1", "k3"})
+    kept = labelled & ~np.isin(np.arange(20), (0, 1))
+    for score, shots in zip(
+        report.collect([few], 1, {job.name: found}, store, l2=L2_GRID[7], flagged={"own": seen}), (1, 5), strict=True
+    ):
+        assert score.name == f"own-{shots}"
+        assert score.values == (pytest.approx(100 * right[shots][7][labelled].mean()),)
+        assert score.clean == (pytest.approx(100 * right[shots][7][kept].mean()),)
+        assert score.removed == 3
 
 
 def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
