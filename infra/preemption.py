@@ -35,7 +35,7 @@ class Notice:
     """Until the machine goes."""
 
 
-def main() -> int:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--watch", choices=METADATA, help="wait for this cloud's notice, or SIGTERM")
@@ -45,8 +45,11 @@ def main() -> int:
     parser.add_argument("--metadata", help="another address of the metadata server")
     parser.add_argument("--address", default="auto", help="Ray's address; default: the Ray of this machine")
     parser.add_argument("--node-id", help="of the node to drain; default: the Ray node of this machine")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def main() -> int:
+    options = arguments(sys.argv[1:])
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     notice = Notice("the pod is being deleted", options.grace)

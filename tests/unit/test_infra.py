@@ -1,7 +1,11 @@
-"""infra/ against what will read it: Ray's schema, KubeRay's resource definitions, and each job's own command line."""
+"""infra/ against what will read it: Ray's schema, KubeRay's and Kubernetes' definitions, kustomize, linters, and each job's
+own command line, in docs/ too."""
 
 import copy
 import importlib.util
+import itertools
+import json
+import os
 import re
 import shlex
 import shutil
@@ -45,12 +49,12 @@ def strings(value):
 # ---------------------------------------------------------------- command lines
 
 COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
-SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/imagenet", "OUTPUT": "s3://bucket/runs/x"}
+SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/vit/imagenet", "OUTPUT": "s3://bucket/vit/x"}
 
 
 def command_lines():
-    """(where, job, argv) of every job that infra/ or README.md starts."""
-    for path in [*EVERY_FILE, ROOT / "README.md"]:
+    """(where, job, argv) of every job that infra/, README.md or docs/ start."""
+    for path in [*EVERY_FILE, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text().replace("\\\n", " ")
         if path.suffix == ".md":
             texts = re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
@@ -108,6 +112,28 @@ def test_commands_are_found_everywhere():
         "infra/kuberay/evaluate-raycronjob.yaml",
     ):
         assert place in places, f"no command found in {place}"
+
+
+def test_the_watcher_is_started_with_options_it_has():
+    spec = importlib.util.spec_from_file_location("preemption", INFRA / "preemption.py")
+    preemption = sys.modules.setdefault("preemption", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(preemption)
+    starts = {}
+    for path in RAY_UP:
+        (starts[path.name],) = [
+            shlex.split(command)[3:]
+            for command in yaml.safe_load(path.read_text())["worker_start_ray_commands"]
+            if "preemption.py" in command
+        ]
+    for group in of_kind("RayCluster")[0]["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        starts[group["groupName"]] = command[2:]
+        assert preemption.arguments(command[2:]).grace < pod["terminationGracePeriodSeconds"]
+    for name, argv in starts.items():
+        options = preemption.arguments([word for word in argv[: argv.index(">")] if word] if ">" in argv else argv)
+        assert options.watch == name.removesuffix(".yaml") if name.endswith(".yaml") else options.now
+    assert len(starts) == 4
 
 
 def test_a_wrong_command_line_is_noticed(monkeypatch):
@@ -290,6 +316,129 @@ def test_kustomization_names_files_and_images_that_exist():
         for reference in container["envFrom"]
     }
     assert used == {generated["name"]}
+
+
+def built(folder):
+    """What `kubectl apply -k` would send."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not here to build with")
+    done = subprocess.run(["kubectl", "kustomize", INFRA / folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def test_kustomize_builds_the_cluster(definitions):
+    documents = built("kuberay")
+    assert {document["kind"] for document in documents} >= {"RayCluster", "CronJob", "ConfigMap", "NetworkPolicy"}
+    assert {document["metadata"]["namespace"] for document in documents} == {"vit"}
+    (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
+    definitions["RayCluster"].validate(cluster)
+    images = set(re.findall(r"'image': '([^']*)'", str(documents)))
+    assert images == {"registry.example.com/vit-pipeline:0.1.0"}  # in containers of resources of KubeRay, too
+
+
+def test_kueue_admits_the_whole_cluster_or_nothing(definitions):
+    documents = built("kueue")
+    (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
+    definitions["RayCluster"].validate(cluster)
+    (local,) = [document for document in documents if document["kind"] == "LocalQueue"]
+    (queue,) = [document for document in documents if document["kind"] == "ClusterQueue"]
+    assert cluster["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    assert cluster["metadata"]["namespace"] == local["metadata"]["namespace"]
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    assert not cluster["spec"]["enableInTreeAutoscaling"]
+    quota = {row["name"]: row["nominalQuota"] for row in queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]}
+    asked = dict.fromkeys(quota, 0)
+    for group in [cluster["spec"]["headGroupSpec"] | {"replicas": 1}, *cluster["spec"]["workerGroupSpecs"]]:
+        for container in group["template"]["spec"]["containers"]:
+            for name in quota:
+                value = str(container["resources"]["requests"].get(name, "0"))
+                asked[name] += group["replicas"] * int(value.removesuffix("Gi"))
+    for name, most in quota.items():
+        assert 0 < asked[name] <= int(str(most).removesuffix("Gi")), name
+
+
+# ---------------------------------------------------------------- linters of the test extra
+
+
+def linted(tool, *arguments):
+    """What a linter says; "" is praise."""
+    program = shutil.which(tool, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip(f"{tool} is not installed: pip install -c constraints.txt -e '.[test]'")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    assert bool(done.returncode) == bool(done.stdout + done.stderr)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(INFRA.glob("slurm/*")), ids=lambda path: path.name)
+def test_shellcheck_is_content(path, tmp_path):
+    assert linted("shellcheck", path) == ""
+    (tmp_path / "bad.sh").write_text("#!/bin/bash\ncd $1\n")
+    assert "SC2086" in linted("shellcheck", tmp_path / "bad.sh")
+
+
+@pytest.mark.parametrize("path", sorted(INFRA.rglob("Dockerfile")), ids=lambda path: str(path.relative_to(INFRA)))
+def test_hadolint_is_content(path, tmp_path):
+    assert linted("hadolint", path) == ""
+    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp\n")
+    assert "DL3006" in linted("hadolint", tmp_path / "Dockerfile")
+
+
+@pytest.mark.parametrize("path", [*KUBERAY, INFRA / "mlflow" / "kubernetes.yaml"], ids=lambda path: path.name)
+def test_kubernetes_knows_every_field(path):
+    """Against Kubernetes' own schemas. Resources of Ray and Kueue are not in them: those are validated above."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for document in documents(path):
+        if document["apiVersion"] not in ("ray.io/v1", "kueue.x-k8s.io/v1beta1"):
+            kubernetes_validate.validate(document, "1.32", strict=True)
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(document | {"metadta": {}}, "1.32", strict=True)
+
+
+# ---------------------------------------------------------------- rights
+
+
+def statements(name):
+    return json.loads((INFRA / "iam" / f"{name}.json").read_text())["Statement"]
+
+
+def test_nodes_read_the_corpus_and_write_one_prefix():
+    granted = {}
+    for statement in statements("node"):
+        assert statement["Effect"] == "Allow"
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        granted.setdefault(statement["Resource"], set()).update(actions)
+        assert not any("*" in action for action in actions)
+    assert granted["arn:aws:s3:::corpus/*"] == {"s3:GetObject"}
+    assert "s3:PutObject" in granted["arn:aws:s3:::bucket/vit/*"]
+    assert set(granted) == {f"arn:aws:s3:::{name}" for name in ("corpus", "corpus/*", "bucket", "bucket/vit/*")}
+    (listing,) = [statement for statement in statements("node") if statement["Resource"] == "arn:aws:s3:::bucket"]
+    assert listing["Condition"] == {"StringLike": {"s3:prefix": ["vit", "vit/*"]}}
+
+
+def test_every_address_in_the_examples_is_one_that_nodes_may_use():
+    for where, _, argv in COMMAND_LINES:
+        for flag, value in itertools.pairwise(argv) if where.startswith("infra/") else ():
+            if value.startswith("s3://"):
+                assert value.startswith("s3://corpus/" if flag == "--source" else "s3://bucket/vit/"), where
+
+
+def test_only_the_head_starts_machines_and_only_its_own():
+    cluster = yaml.safe_load((INFRA / "ray-up" / "aws.yaml").read_text())
+    rights = {statement["Sid"]: statement for statement in statements("head")}
+    everywhere = [sid for sid, statement in rights.items() if statement["Resource"] == "*"]
+    assert everywhere == ["SeeInstances"]
+    assert all(action.startswith("ec2:Describe") for action in rights["SeeInstances"]["Action"])
+    tag = rights["EndAndTagNodesOfThisClusterOnly"]["Condition"]["StringEquals"]["aws:ResourceTag/ray-cluster-name"]
+    assert tag == cluster["cluster_name"]
+    images = {kind["node_config"]["ImageId"] for kind in cluster["available_node_types"].values()}
+    assert {f"arn:aws:ec2:{cluster['provider']['region']}::image/{image}" for image in images} < set(
+        rights["StartNodesFromOneImage"]["Resource"]
+    )
+    for name in ("cpu", "gpu"):
+        profile = cluster["available_node_types"][name]["node_config"]["IamInstanceProfile"]["Arn"]
+        assert profile.replace("instance-profile", "role") == rights["GiveNodesTheirRole"]["Resource"]
 
 
 # ---------------------------------------------------------------- image, scripts, secrets
