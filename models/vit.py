@@ -285,13 +285,16 @@ class VisionTransformer(nn.Module):
         """Patch embeddings (B,N,D) -> (B,T,D) with tokens and positions."""
         batch, cls = x.shape[0], self.cls_token is not None
         tokens = []
-        if self.pos_embed is not None:
-            table = self.pos_embed[:, int(cls) :]
+        pos_embed = self.pos_embed
+        if pos_embed is not None:
+            # a fixed table is a buffer, and DeepSpeed changes the precision of parameters only
+            pos_embed = pos_embed.to(self.patch_embed.proj.weight.dtype)
+            table = pos_embed[:, int(cls) :]
             if positions is not None:
                 table = table.expand(batch, -1, -1).gather(1, positions[:, :, None].expand(-1, -1, table.shape[2]))
             x = x + table
         if self.cls_token is not None:
-            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+            token = self.cls_token if pos_embed is None else self.cls_token + pos_embed[:, :1]
             tokens.append(token.expand(batch, -1, -1))
         if self.reg_token is not None:
             tokens.append(self.reg_token.expand(batch, -1, -1))

@@ -530,3 +530,15 @@ def test_flops_of_every_pooling(pool):
     config = create_model("mu/16", 10, 64, pool=pool).config
     published, computed = flops(config), flops(config, computed=True)
     assert computed < published if pool == "token" else computed == published > 0
+
+
+@pytest.mark.parametrize("options", [{"posemb": "sincos2d", "pool": "gap"}, {"posemb": "sincos2d"}, {"pool": "map"}])
+def test_parameters_alone_in_bf16(options):
+    """As DeepSpeed's bf16 mode leaves a model: parameters cast, buffers not."""
+    model = create_model("Ti/4", 10, image_size=16, depth=2, **options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
