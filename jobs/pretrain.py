@@ -37,11 +37,13 @@ def main(argv: list[str]) -> int:
     from pipeline import doctor
     from pipeline.training import run
 
-    plan = run.check(config)  # bad input ends here, before Ray or anything else starts
     if config.dry_run:
-        print(run.describe(plan, diff(config, base)))
-        print(to_yaml(config))
+        from pipeline import planning
+
+        print(planning.dry_run(config, recipe, diff(config, base)))
+        print("\n" + to_yaml(config))
         return 0
+    run.check(config)  # bad input ends here, before Ray or anything else starts
     doctor.preflight(config.address, config.tracking_uri)
     cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
     run.pretrain(config, base, recipe=recipe)

@@ -1,5 +1,6 @@
 """What a run will take, before anything is rented: memory, time, money, data rate, storage, checkpoints.
 
+    print(dry_run(config, "b16_imagenet", {}))       # what jobs/pretrain.py --dry-run prints
     result = plan(PlanConfig(training=RECIPES["h14_jft300m_14ep"](), gpus=64, gpu="h100"), "h14_jft300m_14ep")
     print(table(result))
 
@@ -11,12 +12,15 @@ matters: utilisation, prices, failure rate, write speed, bytes and CPU time of a
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
 from pipeline.data.shards import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.errors import UserError, nearest
 from pipeline.training.recipes import PretrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Dataset
 
 GB = 1e9
 
@@ -43,6 +47,7 @@ CORPORA = {
     "jft": (303_000_000, 18_291),
     "imagenet21k": (14_000_000, 21_843),
     "imagenet": (1_281_167, 1_000),
+    "augreg21k": (14_000_000, 21_843),
     "augreg": (1_281_167, 1_000),
     "cifar10": (50_000, 10),
     "demo": (1_437, 10),
@@ -54,6 +59,8 @@ JPEG_BYTES, JPEG_SECONDS = 24_000, 0.58e-3
 PATCH_SECONDS = 0.024e-3
 ORIGINAL_BYTES, ORIGINAL_SECONDS = 110_000, 1.4e-3
 PREPARE_SECONDS = 2.0e-3  # decode an original, shrink to 256, encode
+
+CPU_UTILISATION = 0.4  # of the rate of large matrix products, by small models on two cores
 
 GET_PRICE = 0.4e-6  # $ per request of S3 standard, one for each row group
 
@@ -213,7 +220,7 @@ def model_states(
     counts 18 bytes a parameter as DeepSpeed's estimator does: its low-precision gradients turn into float32 in pieces.
     """
     low = 4 if precision == "fp32" else 2
-    moments = {"adamw": 8, "sgd": 4}[optimizer]
+    moments = {"adamw": 8, "sgd": 4, "muon": 4}[optimizer]  # Muon: one for matrices, which are nearly everything
     # Stage 0 in float32 is a plain optimiser: no master copy beside the parameters.
     high = moments if precision == "fp32" and stage == 0 else 4 + 4 + moments
     high += 4 * average
@@ -350,7 +357,7 @@ def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[
 
 def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", average: bool = False) -> dict[str, int]:
     """Bytes of one checkpoint, all in float32: model.safetensors, and the state that training continues from."""
-    copies = {"adamw": 3, "sgd": 2}[optimizer] + average
+    copies = {"adamw": 3, "sgd": 2, "muon": 2}[optimizer] + average
     weights = 4 * parameters * (1 + average)  # the average has a file of its own
     return {"weights": weights, "state": 4 * parameters * copies, "total": weights + 4 * parameters * copies}
 
@@ -412,6 +419,64 @@ def prepare_plan(config: PlanConfig, images: int) -> dict[str, Any]:
             for name, size in forms.items()
         },
     }
+
+
+# ---------------------------------------------------------------- before a run starts
+
+
+def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
+    """The whole plan of a pre-training run as text; nothing is started, and nothing but a manifest is read.
+
+    changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
+    where it is not, the published corpus of the recipe stands in. Raises UserError for what could not work.
+    """
+    from models.variants import flops
+    from pipeline.data import open_dataset
+    from pipeline.training import run
+    from pipeline.training.loop import make_plan, peak_flops
+
+    note = ""
+    try:
+        open_dataset(training.data)
+    except UserError as error:
+        resolved = make_plan(training, stand_in(training, recipe, error), training.workers)
+        note = f"  note      no dataset at {training.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
+    else:
+        resolved = run.check(training)
+    text = run.describe(resolved, changes) + "\n" + note
+    if training.gpus:
+        about = PlanConfig(
+            training=training, gpus=training.workers, images=resolved.samples, classes=len(resolved.classes)
+        )
+        return text + table(plan(about, recipe))
+    import torch
+
+    work = 3 * flops(resolved.model_options) * resolved.total * training.batch_size * training.keep_tokens
+    peak = peak_flops(torch.device("cpu"))
+    return text + (
+        f"  cost      {work / 1e12:,.3g} teraFLOPs: about {_hours(work / (CPU_UTILISATION * peak) / 3600)} at "
+        f"{CPU_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s of this machine's matrix products"
+    )
+
+
+def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Dataset":
+    """A dataset of the size of the recipe's published corpus. Raises `missing` when there is none."""
+    from pipeline.data.shards import Dataset, Manifest
+
+    size = next((size for key, size in CORPORA.items() if key in recipe), None)
+    if size is None:
+        raise missing
+    images, classes = size
+    manifest = Manifest(
+        encoding="jpeg",
+        image={"size": max(256, training.image_size)},
+        multilabel=training.loss == "sigmoid",
+        rows=images,
+        inputs=images,
+        fingerprint="none yet",
+        classes=[str(number) for number in range(classes)],
+    )
+    return Dataset(training.data, manifest)
 
 
 # ---------------------------------------------------------------- the table
