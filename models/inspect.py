@@ -119,7 +119,8 @@ def figures(model: VisionTransformer, images: torch.Tensor) -> tuple[dict[str, "
         except UserError as error:
             missing[name] = str(error)
     drawn["distance"] = draw_distance(attention_distance(model, images), model.config)
-    drawn["rollout"] = draw_rollout(images[:8], attention_rollout(model, images[:8]))
+    some = images[np.unique(np.linspace(0, len(images) - 1, 8).round())]  # not eight of the first class
+    drawn["rollout"] = draw_rollout(some, attention_rollout(model, some))
     return drawn, missing
 
 
@@ -150,9 +151,9 @@ def draw_positions(model: VisionTransformer) -> "Figure":
     grid = model.grid
     shown = np.arange(0, grid, -(-grid // 14))
     side = max(4.0, min(7.0, 0.55 * len(shown)))
-    figure = _figure(side + 1.1, side + 0.7)
+    figure = _figure(side + 1.3, side + 0.7)
     tiles = figure.add_gridspec(
-        len(shown), len(shown), left=0.11, right=0.84, bottom=0.11, top=0.9, wspace=0.08, hspace=0.08
+        len(shown), len(shown), left=0.11, right=0.8, bottom=0.11, top=0.9, wspace=0.08, hspace=0.08
     )
     image = None
     for i, row in enumerate(shown):
@@ -168,12 +169,12 @@ def draw_positions(model: VisionTransformer) -> "Figure":
             if i == len(shown) - 1:
                 axes.set_xlabel(str(column + 1), fontsize=7, labelpad=3)
     assert image is not None
-    bar = figure.colorbar(image, cax=figure.add_axes((0.87, 0.11, 0.025, 0.79)))
+    bar = figure.colorbar(image, cax=figure.add_axes((0.825, 0.11, 0.025, 0.79)))
     bar.set_label("cosine similarity", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.text(0.475, 0.03, "input patch column", ha="center", fontsize=8)
+    figure.text(0.455, 0.03, "input patch column", ha="center", fontsize=8)
     figure.text(0.025, 0.5, "input patch row", va="center", rotation=90, fontsize=8)
-    figure.suptitle("Position embedding similarity", fontsize=10, x=0.475, y=0.945)
+    figure.suptitle("Position embedding similarity", fontsize=10, x=0.455, y=0.945)
     return figure
 
 
