@@ -1,11 +1,16 @@
-"""How much of the cores `prepare` turns into images: its units against a bare loop over the same files.
+"""How much of the cores `prepare` turns into shards, beside a bare loop, MosaicML's MDSWriter and Ray Data.
 
-    python tests/benchmarks/prepare_speed.py --photos FOLDER        JPEG files of ordinary size
+    python tests/benchmarks/prepare_speed.py --photos FOLDER                      JPEG files of ordinary size
+    python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and MDSWriter (see loader_speed.py)
+    python tests/benchmarks/prepare_speed.py --small 10000 1000000                memory against the number of images
 
-`limit` is the bare loop of one process: read the file, simplejpeg decode, OpenCV area resize to 256, simplejpeg encode;
-nothing is checked, hashed or written. `unit` is `prepare.process` in one process. `job` is the whole job on Ray Data with
-one and two CPUs, steady state: from the first finished unit to the last. Measured in CPU
-milliseconds per image (a busy machine disturbs them least) and images per second; results/prepare_speed.json keeps them.
+Everyone reads the same files and makes the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90, 4:2:0.
+`limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode; nothing is checked or written.
+`unit` is one unit of ours without Ray. `job` is our whole job: strict decoding, checksums, statistics, shards, manifest.
+`mds` is MDSWriter, a process for each core with a folder of its own, as its documentation has it. `ray_data` is
+read_binary_files, map_batches and write_parquet. Rates are steady: from the first unit, batch or file that is done to the
+last; `seconds` is all of it, start included. `cpu_ms` is CPU time per image over the process tree in that same time, which other
+work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the tool's.
 """
 
 import argparse
@@ -13,27 +18,224 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
-import psutil
-import simplejpeg
-
-from pipeline import cluster
-from pipeline.data import prepare
-from pipeline.data.prepare import PrepareConfig
-
+os.environ["OMP_NUM_THREADS"] = "1"
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import simplejpeg  # noqa: E402
+
+SIZE, QUALITY = 256, 90
+
+
+def shrink(data: bytes) -> bytes:
+    """What every tool does to an image."""
+    pixels = simplejpeg.decode_jpeg(data, "RGB")
+    height, width = pixels.shape[:2]
+    if min(height, width) > SIZE:
+        scale = SIZE / min(height, width)
+        pixels = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    return simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")
+
+
+# ---------------------------------------------------------------- the tools: each yields how many images are done
+
+
+def limit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    def work(part: list[str]) -> int:
+        for path in part:
+            with open(path, "rb") as file:
+                shrink(file.read())
+        return len(part)
+
+    with ThreadPoolExecutor(cpus) as pool:
+        yield from pool.map(work, [paths[i : i + 64] for i in range(0, len(paths), 64)])
+
+
+def unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    from pipeline.data import prepare
+
+    config = prepare.check(prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output))
+    plan = prepare.make_plan(config)
+    for number in range(len(plan.units)):
+        yield sum(prepare.process(number, plan)["inputs"].values())
+
+
+def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    from pipeline import cluster
+    from pipeline.data import prepare
+
+    done: list[int] = []
+    add = prepare._Progress.add
+
+    def noted(self: object, weight: float, inputs: int, rejects: int) -> None:
+        done.append(int(inputs))
+        add(self, weight, inputs, rejects)  # type: ignore[arg-type]
+
+    prepare._Progress.add = noted  # type: ignore[method-assign]
+    config = prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
+    yield from _beside(lambda: prepare.prepare(config, True, lambda: cluster.connect(num_cpus=cpus, quiet=True)), done)
+
+
+def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    import ray
+
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="error", log_to_driver=False,
+             runtime_env={"env_vars": {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}})  # fmt: skip
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def rows(batch: dict) -> dict:
+        return batch | {"bytes": [shrink(data) for data in batch["bytes"]]}
+
+    images = ray.data.read_binary_files(paths, include_paths=True).map_batches(rows, batch_size=64)
+    yield from _files(lambda: images.write_parquet(output), output, ".parquet", len(paths))
+
+
+def mds(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    done = f"{output}.done"
+    command = [sys.executable, __file__, "--mds", output, done]
+    os.makedirs(output)
+    writers = [
+        subprocess.Popen([*command, str(i), *paths[i::cpus]], env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        for i in range(cpus)
+    ]
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        time.sleep(0.02)
+        now = sum(os.path.getsize(f"{done}{i}") for i in range(cpus) if os.path.exists(f"{done}{i}"))
+        if now > seen:
+            yield (now - seen) * 64
+            seen = now
+    assert not any(writer.returncode for writer in writers)
+
+
+def write_mds(output: str, done: str, number: int, paths: list[str]) -> None:
+    """One process of MDSWriter; a byte is added to `done` for every 64 images."""
+    import torch
+
+    with contextlib.suppress(RuntimeError):  # it imports torchvision, whose CUDA wheel lacks these beside a CPU torch
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from streaming import MDSWriter
+
+    columns = {"key": "str", "image": "bytes", "label": "int"}
+    with (
+        MDSWriter(out=f"{output}/{number}", columns=columns, hashes=["sha1"]) as writer,
+        open(f"{done}{number}", "wb", 0) as log,
+    ):
+        for i, path in enumerate(paths, 1):
+            with open(path, "rb") as file:
+                writer.write({"key": path, "image": shrink(file.read()), "label": 0})
+            if i % 64 == 0:
+                log.write(b".")
+
+
+def _beside(work: Callable[[], object], done: list[int]) -> Iterator[int]:
+    """Runs `work` in a thread and yields what it appends to `done`."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    seen = 0
+    while thread.is_alive() or seen < len(done):
+        time.sleep(0.02)
+        while seen < len(done):
+            yield done[seen]
+            seen += 1
+
+
+def _files(work: Callable[[], object], output: str, suffix: str, count: int) -> Iterator[int]:
+    """Runs `work` in a thread and yields the rows of each file that appears."""
+    import pyarrow.parquet as pq
+
+    thread, seen = threading.Thread(target=work), set()
+    thread.start()
+    while thread.is_alive() or len(seen) == 0:
+        time.sleep(0.05)
+        for path in set(Path(output).glob(f"*{suffix}")) - seen:
+            with contextlib.suppress(Exception):  # still being written
+                yield pq.read_metadata(path).num_rows
+                seen.add(path)
+    assert sum(pq.read_metadata(path).num_rows for path in Path(output).glob(f"*{suffix}")) == count
+
+
+TOOLS = {tool.__name__: tool for tool in (limit, unit, job, mds, ray_data)}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, its descendants, and those of them that have ended and been waited for."""
+    import psutil
+
+    me, total = psutil.Process(), 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+def measure(tool: str, cpus: int, source: str, output: str) -> dict:
+    """One run of one tool, in a process of its own."""
+    cv2.setNumThreads(1)
+    paths = [str(path) for path in sorted(Path(source).rglob("*.jpg"))]
+    begin, marks = time.perf_counter(), []
+    for count in TOOLS[tool](paths, output, cpus):
+        marks.append((time.perf_counter(), cpu_seconds(), count))
+    seconds, first, last = time.perf_counter() - begin, marks[min(cpus, len(marks)) - 1], marks[-1]
+    images = sum(count for _, _, count in marks[cpus:])
+    return {
+        "images_per_s": round(images / (last[0] - first[0]), 1),
+        "cpu_ms": round((last[1] - first[1]) / images * 1e3, 3),
+        "seconds": round(seconds, 1),
+    }
+
+
+def memory(count: int, room: str) -> dict:
+    """Peak of private memory over the job on `count` small images: the driver's, and the largest worker's."""
+    import psutil
+
+    from pipeline import cluster
+    from pipeline.data import prepare
+
+    source = small_images(count, f"{room}/small")
+    me, peak, over = psutil.Process(), {"driver_mb": 0, "worker_mb": 0}, threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    what = "driver_mb" if process == me else "worker_mb"
+                    if process == me or "ray::" in process.cmdline()[0]:
+                        held = process.memory_info()
+                        peak[what] = max(peak[what], (held.rss - held.shared) >> 20)
+
+    threading.Thread(target=watch, daemon=True).start()
+    begin = time.perf_counter()
+    config = prepare.PrepareConfig(source=(source,), output=f"{room}/small-out")
+    rows = prepare.prepare(config, True, lambda: cluster.connect(num_cpus=2, quiet=True))[""].rows
+    over.set()
+    seconds = time.perf_counter() - begin
+    return {"images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak
+
+
+# ---------------------------------------------------------------- the corpus
 
 
 def photos_of(folder: str, count: int, room: str) -> str:
-    """`count` photographs in ten class folders, as hard links or copies of the given ones."""
+    """`count` photographs in ten class folders, as copies of the given ones."""
     found = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     for i in range(count):
         path = Path(room, f"class{i % 10}", f"{i:06d}.jpg")
@@ -42,124 +244,98 @@ def photos_of(folder: str, count: int, room: str) -> str:
     return room
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """CPU of a process and all its descendants, finished ones that were waited for included."""
-    total = 0.0
-    for member in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            times = member.cpu_times()
-            total += times.user + times.system
-    return total
+def small_images(count: int, room: str) -> str:
+    """`count` JPEGs of 32x32 in a hundred class folders: names of 200 files."""
+    generator = np.random.default_rng(0)
+    os.makedirs(f"{room}/files")
+    for i in range(200):
+        pixels = cv2.resize(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8), (32, 32))
+        Path(room, "files", f"{i}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"))
+    for label in range(100):
+        os.makedirs(f"{room}/source/class{label:03d}")
+    for i in range(count):
+        os.link(f"{room}/files/{i % 200}.jpg", f"{room}/source/class{i % 100:03d}/{i:07d}.jpg")
+    return f"{room}/source"
 
 
-def timed(function, count: int) -> dict[str, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"images_per_s": round(count / wall, 1), "cpu_ms": round(cpu / count * 1e3, 3)}
+def child(python: str, *arguments: object) -> dict:
+    """Runs this file again; its last line of output is JSON."""
+    done = subprocess.run([python, __file__, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def limit(paths: list[str]) -> None:
-    for path in paths:
-        with open(path, "rb") as file:
-            pixels = simplejpeg.decode_jpeg(file.read(), "RGB")
-        height, width = pixels.shape[:2]
-        if min(height, width) > 256:
-            scale = 256 / min(height, width)
-            pixels = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
-        simplejpeg.encode_jpeg(pixels, 90, "RGB", "420")
-
-
-def one_process(source: str, room: str, count: int, repeats: int) -> dict[str, dict[str, float]]:
-    """limit and unit, interleaved, the best of each."""
-    paths = [str(p) for p in sorted(Path(source).rglob("*.jpg"))]
-    best: dict[str, dict[str, float]] = {}
-    for repeat in range(repeats):
-        config = prepare.check(PrepareConfig(source=(source,), output=f"{room}/unit{repeat}"))
-        plan = prepare.make_plan(config)
-
-        def unit(plan=plan) -> None:
-            for number in range(len(plan.units)):
-                prepare.process(number, plan)
-
-        for name, function in (("limit", lambda: limit(paths)), ("unit", unit)):
-            result = timed(function, count)
-            if name not in best or result["cpu_ms"] < best[name]["cpu_ms"]:
-                best[name] = result
-        shutil.rmtree(f"{room}/unit{repeat}")
-    return best
-
-
-def job(source: str, output: str, cpus: int, count: int) -> dict[str, float]:
-    """The job on embedded Ray, in a process of its own; CPU of the whole tree while it works."""
-    command = [sys.executable, __file__, "--job", source, output, str(cpus)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    values = json.loads(result.stdout.splitlines()[-1])
-    return {
-        "images_per_s": round(values["images"] / values["seconds"], 1),
-        "cpu_ms": round(values["cpu"] / count * 1e3, 3),
-        "worker_peak_mb": values["peak_mb"],
-    }
-
-
-def run_job(source: str, output: str, cpus: int) -> None:
-    """Child process: warms the workers up with one unit each, then times the rest."""
-    cluster.connect(num_cpus=cpus, quiet=True)
-    config = prepare.check(PrepareConfig(source=(source,), output=output))
-    plan = prepare.make_plan(config)
-    times: list[tuple[float, int, float]] = []
-    me = psutil.Process()
-
-    def record(self, weight: float, inputs: int, rejects: int) -> None:
-        times.append((time.monotonic(), int(inputs), cpu_seconds(me)))
-
-    prepare._Progress.add = record  # type: ignore[method-assign]
-    prepare._claim(plan)
-    prepare._run(plan, quiet=True)
-    first, last = times[cpus - 1], times[-1]
-    images = sum(inputs for _, inputs, _ in times[cpus:])
-    peak = max(
-        (p.memory_info().rss for p in me.children(recursive=True) if "ray::" in " ".join(p.cmdline())), default=0
+def benchmark(options: argparse.Namespace) -> dict:
+    peers = str(Path(options.peers) / "bin" / "python") if options.peers else None
+    plan = [("limit", 2), ("job", 2), ("limit", 1), ("unit", 1), ("job", 1), ("ray_data", 2)]
+    plan += [("mds", 1), ("mds", 2)] if peers else []
+    runs: dict[str, list[dict]] = {f"{tool}, {cpus} CPU": [] for tool, cpus in plan}
+    with tempfile.TemporaryDirectory(dir=options.room) as room:
+        source = photos_of(options.photos, options.count, f"{room}/photos")
+        size = sum(p.stat().st_size for p in Path(source).rglob("*.jpg")) / options.count
+        for _ in range(options.repeats):  # tools take turns
+            for tool, cpus in plan:
+                python = peers if tool == "mds" and peers else sys.executable
+                runs[f"{tool}, {cpus} CPU"].append(child(python, "--measure", tool, cpus, source, f"{room}/out"))
+                shutil.rmtree(f"{room}/out", ignore_errors=True)
+                print(tool, cpus, runs[f"{tool}, {cpus} CPU"][-1], flush=True)
+    table: dict[str, dict] = {}
+    for name, tried in runs.items():
+        good = [run for run in tried if "error" not in run]
+        table[name] = {k: statistics.median(run[k] for run in good) for k in good[0]} if good else tried[0]
+    for name, row in table.items():
+        if "cpu_ms" in row:
+            limit_row = table[f"limit, {name.split()[-2]} CPU"]
+            row["of_limit"] = round(limit_row["cpu_ms"] / row["cpu_ms"], 3)
+            row["of_limit_rate"] = round(row["images_per_s"] / limit_row["images_per_s"], 3)
+    table["job, 2 CPU"]["speed_up"] = round(
+        table["job, 2 CPU"]["images_per_s"] / table["job, 1 CPU"]["images_per_s"], 2
     )
-    values = {"images": images, "seconds": last[0] - first[0], "cpu": last[2] - first[2], "peak_mb": peak >> 20}
-    values["cpu"] *= sum(inputs for _, inputs, _ in times) / images  # scaled to all images
-    print(json.dumps(values))
+    return {"corpus": {"images": options.count, "mean_bytes": round(size)}, "table": table, "runs": runs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos")
-    parser.add_argument("--count", type=int, default=3000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", help="folder of JPEG photographs")
+    parser.add_argument("--count", type=int, default=3000, help="images of the corpus")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--job", nargs=3)
+    parser.add_argument("--peers", help="virtual environment of MDSWriter")
+    parser.add_argument("--small", type=int, nargs="+", help="numbers of small images to measure memory at")
+    parser.add_argument("--room", help="folder for the corpus and what is made of it")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare_speed.json")
+    for name, count in (("--measure", 4), ("--mds", "+"), ("--memory", 2)):
+        parser.add_argument(name, nargs=count, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    cv2.setNumThreads(1)
-    if options.job:
-        run_job(options.job[0], options.job[1], int(options.job[2]))
+    if options.mds:
+        write_mds(options.mds[0], options.mds[1], int(options.mds[2]), options.mds[3:])
         return
-    with tempfile.TemporaryDirectory() as room:
-        source = photos_of(options.photos, options.count, f"{room}/photos")
-        size = sum(p.stat().st_size for p in Path(source).rglob("*.jpg")) / options.count
-        rows = one_process(source, room, options.count, options.repeats)
-        for cpus in (1, 2):
-            rows[f"job, {cpus} CPU"] = job(source, f"{room}/job{cpus}", cpus, options.count)
-    for row in rows.values():
-        row["of_limit"] = round(rows["limit"]["cpu_ms"] / row["cpu_ms"], 3)
-    rows["job, 2 CPU"]["speed_up"] = round(rows["job, 2 CPU"]["images_per_s"] / rows["job, 1 CPU"]["images_per_s"], 2)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-    result = {
-        "command": f"prepare_speed.py, {options.count} photographs of {size / 1e3:.0f} kB, JPEG 256 quality 90",
-        "host": {"machine": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
-        "commit": commit,
-        "rows": rows,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+    if options.measure:
+        tool, cpus, source, output = options.measure
+        print(json.dumps(measure(tool, int(cpus), source, output)), flush=True)
+        os._exit(0)
+    if options.memory:
+        print(json.dumps(memory(int(options.memory[0]), options.memory[1])), flush=True)
+        os._exit(0)
+    # what is not measured this time stays as it was
+    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    result |= {
+        "command": f"python tests/benchmarks/prepare_speed.py --count {options.count} --repeats {options.repeats}",
+        "host": {"machine": platform.machine(), "cpus": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
+        "commit": commit.stdout.strip(),
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "prepare_speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in rows.items():
-        print(f"{name:12s} {row}")
+    if options.photos:
+        result |= benchmark(options)
+    if options.small:
+        result["memory"] = []
+        for count in options.small:
+            with tempfile.TemporaryDirectory(dir=options.room) as room:
+                result["memory"].append(child(sys.executable, "--memory", count, room))
+                print(result["memory"][-1], flush=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in result.get("table", {}).items():
+        print(f"{name:16s} {row}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""A real object store for tests: OpenStack Swift with its S3 interface, as processes of this user on loopback.
+
+    apt-get install --no-install-recommends swift-proxy swift-account swift-container swift-object memcached
+    with swift(folder) as endpoint: ...         # AWS_ENDPOINT_URL; ACCESS_KEY and SECRET_KEY are its credentials
+
+One device, one replica, SQLite for accounts and containers, a file with extended attributes for each object: everything a
+cluster of it does but replication. Signatures are checked, uploads in parts are real large objects.
+"""
+
+import contextlib
+import getpass
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "test:tester", "testing-secret"
+
+PROXY = """
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+swift_dir = {folder}
+user = {user}
+workers = 2
+log_level = WARNING
+[pipeline:main]
+pipeline = catch_errors gatekeeper healthcheck cache bulk s3api tempauth slo dlo proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:gatekeeper]
+use = egg:swift#gatekeeper
+[filter:healthcheck]
+use = egg:swift#healthcheck
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:{memcached}
+[filter:bulk]
+use = egg:swift#bulk
+[filter:s3api]
+use = egg:swift#s3api
+s3_acl = false
+location = us-east-1
+min_segment_size = 1
+[filter:tempauth]
+use = egg:swift#tempauth
+user_test_tester = testing-secret .admin
+[filter:slo]
+use = egg:swift#slo
+[filter:dlo]
+use = egg:swift#dlo
+"""
+
+STORAGE = """
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+swift_dir = {folder}
+devices = {folder}/devices
+mount_check = false
+user = {user}
+workers = 2
+log_level = WARNING
+[pipeline:main]
+pipeline = {kind}-server
+[app:{kind}-server]
+use = egg:swift#{kind}
+"""
+
+
+@contextlib.contextmanager
+def swift(folder: Path) -> Iterator[str]:
+    """A new, empty store whose data lie under `folder`; its address. Ends with the block."""
+    ports = dict(zip(("proxy", "account", "container", "object", "memcached"), _free_ports(5), strict=True))
+    (folder / "devices" / "disk").mkdir(parents=True)
+    values = {"folder": folder, "user": getpass.getuser(), "memcached": ports["memcached"]}
+    (folder / "proxy.conf").write_text(PROXY.format(port=ports["proxy"], **values))
+    for kind in ("account", "container", "object"):
+        (folder / f"{kind}.conf").write_text(STORAGE.format(port=ports[kind], kind=kind, **values))
+        ring = ["swift-ring-builder", str(folder / f"{kind}.builder")]
+        place = f"r1z1-127.0.0.1:{ports[kind]}/disk"
+        for step in (["create", "4", "1", "1"], ["add", place, "1"], ["rebalance"]):
+            subprocess.run([*ring, *step], check=True, capture_output=True)
+    memcached = ["memcached", "-l", "127.0.0.1", "-p", str(ports["memcached"]), "-u", getpass.getuser()]
+    commands = [
+        [f"swift-{kind}-server", str(folder / f"{kind}.conf")] for kind in ("account", "container", "object", "proxy")
+    ]
+    with open(folder / "swift.log", "wb") as log:
+        processes = [
+            subprocess.Popen(c, stdout=log, stderr=log, start_new_session=True) for c in (memcached, *commands)
+        ]
+    endpoint = f"http://127.0.0.1:{ports['proxy']}"
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                urllib.request.urlopen(f"{endpoint}/healthcheck", timeout=1).close()
+                break
+            ended = [process.args for process in processes if process.poll() is not None]
+            assert not ended, f"{ended} ended at start: {(folder / 'swift.log').read_text()[-2000:]}"
+            time.sleep(0.2)
+        yield endpoint
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
+            process.wait(20)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+if __name__ == "__main__":
+    with swift(Path(sys.argv[1])) as address:
+        print(address, flush=True)
+        time.sleep(float(sys.argv[2]))
