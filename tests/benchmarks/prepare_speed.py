@@ -107,6 +107,8 @@ def mds(paths: list[str], output: str, cpus: int) -> Iterator[int]:
     done = f"{output}.done"
     command = [sys.executable, __file__, "--mds", output, done]
     os.makedirs(output)
+    for i in range(cpus):
+        Path(f"{done}{i}").unlink(missing_ok=True)  # of the run before
     writers = [
         subprocess.Popen([*command, str(i), *paths[i::cpus]], env={**os.environ, "PYTHONWARNINGS": "ignore"})
         for i in range(cpus)

@@ -1,0 +1,138 @@
+"""The table of measurements in the README, from results/*.json.
+
+    python tests/benchmarks/table.py                   prints it
+    python tests/benchmarks/table.py --write README.md puts it between the lines <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+
+Each function below reads one result file and gives its rows: what was measured, ours, beside what, and where the file lies.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NAMES = {
+    "torch_dataloader": "torch DataLoader",
+    "ray_data": "Ray Data",
+    "webdataset": "WebDataset",
+    "mosaicml_streaming": "mosaicml-streaming",
+    "hf_datasets": "Hugging Face datasets",
+    "mds": "MDSWriter",
+}
+
+Row = tuple[str, str, str]
+
+
+def loader(result: dict) -> Iterator[Row]:
+    table, plan = result["table"], result["plan"]
+    ours = table["ours"]
+    peers = {NAMES[tool]: row for tool, row in table.items() if tool in NAMES and "cpu_ms" in row}
+    beside = ", ".join(
+        f"{name} {row['of_limit']:.0%}" for name, row in sorted(peers.items(), key=lambda p: -p[1]["of_limit"])
+    )
+    yield "Loading JPEG shards, share of a bare decode and crop loop (CPU time)", f"{ours['of_limit']:.0%}", beside
+    first = ", ".join(f"{name} {row['first_batch_s']:.1f} s" for name, row in peers.items())
+    yield "First batch", f"{ours['first_batch_s']:.1f} s", first
+    patches = table["patches_ours"]
+    yield (
+        "Loading 224 px patches",
+        f"{patches['img_s']:,.0f} images/s and core",
+        f"copy of a memory-mapped array {table['patches_copy']['img_s']:,.0f}",
+    )
+    yield (
+        f"Opening, planning and resuming {plan['images']:,} images",
+        f"{plan['open_s'] + plan['plan_and_resume_s']:.1f} s, {plan['memory_mb']} MB",
+        "",
+    )
+
+
+def prepare(result: dict) -> Iterator[Row]:
+    table = {
+        tuple(name.removesuffix(" CPU").split(", ")): row for name, row in result["table"].items() if "cpu_ms" in row
+    }
+    peers = {NAMES[tool]: row for (tool, cpus), row in table.items() if tool in NAMES and cpus == "2"}
+    beside = ", ".join(f"{name} {row['of_limit']:.0%}" for name, row in peers.items())
+    yield (
+        "Preparing photographs on two cores, share of a bare decode, resize and encode loop (CPU time)",
+        f"{table['job', '2']['of_limit']:.0%}",
+        beside,
+    )
+    yield "The same, one unit without Ray", f"{table['unit', '1']['of_limit']:.0%}", ""
+    for row in result.get("memory", []):
+        yield (
+            f"Memory while preparing {row['images']:,} small images",
+            f"driver {row['driver_mb']} MB, worker {row['worker_mb']} MB",
+            "",
+        )
+
+
+def decontamination(result: dict) -> Iterator[Row]:
+    kinds = ("JPEG quality 50", "shorter side 128, JPEG 90", "crop, 90% of each side", "mirrored", "brightness x 0.7")
+    recall = ", ".join(f"{kind} {result['recall'][kind]['24']:.0%}" for kind in kinds)
+    yield (
+        f"Finding changed copies of {result['photos']} photographs",
+        recall,
+        f"{result['false_matches']['24']} false among {result['others']} others",
+    )
+
+
+def model(result: dict) -> Iterator[Row]:
+    for entry in result["results"]:
+        name = f"Training step of {entry['variant']}, {entry['precision']}, CPU seconds"
+        peers = [("timm", "timm"), ("huggingface", "Hugging Face")]
+        beside = ", ".join(f"{label} {entry[key]['fastest_cpu']:.2f}" for key, label in peers if key in entry)
+        yield name, f"{entry['ours']['fastest_cpu']:.2f}", beside
+
+
+def transfer(result: dict) -> Iterator[Row]:
+    features = result["features"]
+    yield "Features for probes, share of a bare torch loop", f"{features['share']:.0%}", ""
+    fan_out = result["fan_out"]
+    yield (
+        "Fan-out of a suite's tasks",
+        f"{fan_out['seconds']:.0f} s, of which Ray's start {fan_out['ray_start']:.0f} s",
+        f"in sequence {result['in_sequence_seconds']:.0f} s, a process for each {result['process_per_task_seconds']:.0f} s",
+    )
+
+
+SECTIONS = {
+    "loader_speed": loader,
+    "prepare_speed": prepare,
+    "decontamination": decontamination,
+    "model_speed": model,
+    "transfer_speed": transfer,
+}
+
+
+def table() -> str:
+    lines = ["| what | here | beside it |", "| --- | --- | --- |"]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += [f"| {what} | {ours} | {beside} |" for what, ours, beside in section(json.loads(path.read_text()))]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="file with the two marks")
+    options = parser.parse_args()
+    if options.write is None:
+        print(table())
+        return
+    text, count = re.subn(
+        f"{BEGIN}.*?{END}",
+        f"{BEGIN}\n{table()}\n{END}".replace("\\", r"\\"),
+        options.write.read_text(),
+        flags=re.DOTALL,
+    )
+    if not count:
+        raise SystemExit(f"{options.write}: no lines {BEGIN} and {END}")
+    options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
