@@ -339,7 +339,14 @@ def writable(uri: str) -> list[Finding]:
             ]
         findings = [ok("output", f"{uri} can be written and read")]
         if storage.is_remote(uri):
-            findings += [multipart(probe), conditional(probe), checksums()]
+            findings += [multipart(probe), checksums()]
+        storage.remove(probe)
+        if storage.exists(probe):
+            findings.append(
+                warning("removal", f"{probe} stays: old checkpoints will, too", "allow s3:DeleteObject there")
+            )
+        elif storage.is_remote(uri):
+            findings.append(conditional(probe))
         return findings
     except UserError as cause:
         if "MissingContentLength" in _chain(cause):
@@ -376,7 +383,6 @@ def multipart(uri: str) -> Finding:
 
 def conditional(uri: str) -> Finding:
     """`If-None-Match: *` decides which of several schedulers takes a checkpoint."""
-    storage.remove(uri)
     if storage.create_bytes(uri, b"first") and not storage.create_bytes(uri, b"second"):
         return ok("conditional write", "works")
     return warning(

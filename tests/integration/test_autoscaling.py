@@ -5,17 +5,24 @@ The cluster is Ray's fake provider: the real autoscaler and real Ray nodes, whic
 
 import importlib.util
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import cv2
+import numpy as np
+import psutil
 import pytest
+from conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 WATCHER = ROOT / "infra" / "preemption.py"
@@ -229,3 +236,231 @@ def test_sigterm_drains_too_and_a_cluster_that_is_gone_is_an_error(metadata):
     hook = drain(address, node, "--now", "--grace", "3")
     output, _ = hook.communicate(timeout=120)
     assert hook.returncode == 1, output
+
+
+# ---------------------------------------------------------------- a cluster that grows and shrinks
+
+
+class AutoscalingCluster:
+    """A head without CPUs under Ray's autoscaler v2, whose nodes are processes of this machine (Ray's fake provider).
+
+    ray.cluster_utils has a class of this name, which stops every Ray of the user, and needs a file that wheels lack.
+    """
+
+    HEAD = "f" * 51 + "00000"  # what the provider calls it
+
+    def __init__(self, folder: Path, node_types: dict[str, dict]) -> None:
+        from ray._private.services import get_node_ip_address
+
+        self.folder, port = folder, free_port()
+        self.address = f"{get_node_ip_address()}:{port}"
+        commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config = {
+            "cluster_name": "test",
+            "max_workers": 8,
+            "idle_timeout_minutes": 0.1,
+            "upscaling_speed": 10,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "head_node_id": self.HEAD,
+                "gcs_address": self.address,
+                "launch_multiple": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
+            **{f"{name}_commands": [] for name in commands},
+            **{"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": []},
+            "file_mounts_sync_continuously": False,
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in node_types.items()},
+            },
+        }
+        (folder / "cluster.json").write_text(json.dumps(config))
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+        command += ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={folder}/cluster.json"]
+        command += [f"--temp-dir={folder}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        command += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+        settings = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+        settings |= dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), self.HEAD)
+        with open(folder / "head.log", "w") as log:
+            self.head = subprocess.Popen(command, env=self.environment | settings, stdout=log, stderr=log)
+        while "This command will now block" not in (folder / "head.log").read_text():
+            assert self.head.poll() is None, (folder / "head.log").read_text()
+            time.sleep(0.2)
+
+    def start(self, job: str, *arguments) -> subprocess.Popen:
+        """jobs/<job>.py on this cluster; its output goes to a file."""
+        command = [
+            sys.executable,
+            "-u",
+            str(ROOT / "jobs" / f"{job}.py"),
+            "--address",
+            self.address,
+            *map(str, arguments),
+        ]
+        self.output = self.folder / f"{job}.log"
+        uri = f"sqlite:///{self.folder}/mlflow.db"
+        with open(self.output, "w") as log:
+            return subprocess.Popen(
+                command, env=self.environment | {"MLFLOW_TRACKING_URI": uri}, cwd=self.folder, stdout=log, stderr=log
+            )
+
+    def watch(self) -> subprocess.Popen:
+        """Writes the pools of the nodes that are alive, without the head, to a file whenever they change."""
+        self.seen = self.folder / "nodes.log"
+        with open(self.seen, "w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-u", "-c", WATCH, self.address],
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def history(self) -> list[list[str]]:
+        return [json.loads(line) for line in self.seen.read_text().splitlines() if line.startswith("[")]
+
+    def wait_for(self, what, seconds: float) -> None:
+        """Until `what()`; otherwise fails with what the job and the cluster said."""
+        deadline = time.time() + seconds
+        while not what():
+            assert time.time() < deadline, f"{self.output.read_text()[-3000:]}\nnodes: {self.history()}"
+            time.sleep(0.2)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Ray's processes of this cluster whose name has `name` in it, without those of the head."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            command = " ".join(process.info["cmdline"] or [])
+            if str(self.folder) in command and name in command and self.HEAD not in command:
+                found.append(process)
+        return found
+
+    def stop(self) -> None:
+        self.head.terminate()
+        self.head.wait(30)
+        for process in self.processes(""):  # the provider's nodes outlive it
+            with suppress(psutil.Error):
+                process.kill()
+
+
+WATCH = """
+import json, ray, sys, time
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level="error")
+last = None
+while True:
+    pools = sorted(n["Labels"].get("pool", "?") for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
+    if pools != last:
+        print(json.dumps(pools), flush=True)
+        last = pools
+    time.sleep(0.3)
+"""
+
+
+@pytest.fixture(scope="module")
+def autoscaling(tmp_path_factory):
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie below it
+    memory = {"object_store_memory": 100_000_000}
+    cluster = AutoscalingCluster(
+        folder,
+        {
+            "cpu": {"resources": {"CPU": 1, **memory}, "labels": {"pool": "cpu"}, "max_workers": 2},
+            "gpu": {"resources": {"CPU": 2, "GPU": 1, **memory}, "labels": {"pool": "gpu"}, "max_workers": 2},
+        },
+    )
+    watcher = cluster.watch()
+    try:
+        yield cluster
+    finally:
+        watcher.kill()
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Two classes of 300 pictures: two units of work."""
+    root = tmp_path_factory.mktemp("source")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("red", "green")):
+        (root / name).mkdir()
+        for i in range(300):
+            picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)
+            picture[:, :, 2 - label] += 150
+            cv2.imwrite(str(root / name / f"{i:03d}.png"), picture)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_jobs_make_a_cluster_grow_and_shrink(autoscaling, pictures, tmp_path):
+    """prepare brings CPU nodes, which leave; pretrain brings nodes of the GPU pool, loses one, and ends right."""
+    cluster = autoscaling
+    prepare = cluster.start("prepare", "--source", pictures, "--output", tmp_path / "set", "--size", 20)
+    assert prepare.wait(240) == 0, cluster.output.read_text()
+    text = cluster.output.read_text()
+    assert "waiting for 1 x (1 CPU): the cluster has room for 0, its autoscaler can bring room for 6" in text
+    assert "prepared=600" in text
+    assert any("cpu" in nodes for nodes in cluster.history())
+    cluster.wait_for(lambda: cluster.history()[-1] == [], 120)  # idle for six seconds
+
+    # Only the GPU pool has nodes of two CPUs. (There is no GPU here to train on.)
+    run = ("--data", tmp_path / "set", "--validation", "None", "--output", tmp_path / "run", "--model.variant", "mu/8")
+    run += (
+        "--image-size",
+        16,
+        "--augment.size",
+        16,
+        "--batch-size",
+        16,
+        "--steps",
+        "400steps",
+        "--checkpoint-every",
+        "20steps",
+    )
+    run += ("--validate-every", "400steps", "--log-every", "10steps", "--workers", 2, "--cpus-per-worker", 2)
+    pretrain = cluster.start("pretrain", *run)
+    cluster.wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("*/COMMIT.json")), 240)
+    assert cluster.history()[-1] == ["gpu", "gpu"]
+    victim = cluster.processes("raylet/raylet")[0]
+    victim.kill()
+    cluster.wait_for(lambda: cluster.history()[-1] == ["gpu"], 60)
+    assert pretrain.wait(400) == 0, cluster.output.read_text()
+    text = cluster.output.read_text()
+    assert "waiting for 2 x (2 CPU): the cluster has room for 0, its autoscaler can bring room for 2" in text
+    assert "resumed from" in text
+    assert "pretrain: steps=400" in text
+    cluster.wait_for(lambda: cluster.history()[-1] == [], 120)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_jobs_say_what_they_wait_for(autoscaling, pictures, tmp_path):
+    cluster = autoscaling
+    prepare = cluster.start("prepare", "--source", pictures, "--output", tmp_path / "set", "--size", 20)
+    assert prepare.wait(240) == 0, cluster.output.read_text()
+    run = ("--data", tmp_path / "set", "--validation", "None", "--model.variant", "mu/8", "--image-size", 16)
+    run += ("--batch-size", 64, "--steps", "10steps")
+
+    never = cluster.start("pretrain", *run, "--output", tmp_path / "never", "--workers", 16, "--gpus")
+    said = "waiting for 16 x (1 CPU, 1 GPU): the cluster has room for 2 at most and will never start this; raise max_workers"
+    try:
+        cluster.wait_for(lambda: said in cluster.output.read_text(), 120)
+    finally:
+        never.terminate()
+    assert never.wait(60) == 143
+
+    known = len(cluster.history())
+    later = cluster.start("pretrain", *run, "--output", tmp_path / "later", "--workers", 1, "--gpus")
+    try:
+        cluster.wait_for(lambda: any("gpu" in nodes for nodes in cluster.history()[known:]), 120)
+        said = "waiting for 1 x (1 CPU, 1 GPU): the cluster has room for 0, its autoscaler can bring room for 2"
+        assert said in cluster.output.read_text()
+    finally:
+        later.terminate()
+    later.wait(120)

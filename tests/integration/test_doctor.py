@@ -235,6 +235,11 @@ def test_a_store_that_may_not_be_written(s3, s3_server, monkeypatch):
     assert "bucket policy" in found.remedy
 
 
+def test_a_store_that_may_not_be_tidied(s3, monkeypatch):
+    monkeypatch.setattr(storage, "remove", lambda uri: None)
+    assert statuses(doctor.writable(f"{s3}/run"))["removal"] == "warning"
+
+
 def test_a_store_that_wants_lengths(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "411" if method == "PUT" else None):
         (found,) = doctor.writable(f"{s3}/run")

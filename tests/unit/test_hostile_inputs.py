@@ -1,7 +1,7 @@
 """Inputs made to do harm: every reader refuses them with an error that names the file, and nothing leaves its folder.
 
 Two parts: a corpus of known attacks, and hypothesis, which damages files of every format that is read and looks for an
-exception that is neither `UserError` nor a counted reject. `-m slow` looks a hundred times longer.
+exception that is neither `UserError` nor a counted reject. `-m slow` looks fifty times longer.
 """
 
 import contextlib
@@ -463,7 +463,7 @@ def test_prepare_survives_damage(tmp_path_factory, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_prepare_survives_much_damage(tmp_path_factory, name):
-    @inputs(600)
+    @inputs(150)
     @given(DAMAGE)
     def survives(damage):
         attack_prepare(tmp_path_factory, name, damage)
@@ -575,7 +575,7 @@ def test_readers_survive_damage(tmp_path_factory, files, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_readers_survive_much_damage(tmp_path_factory, files, name):
-    @inputs(1_200)
+    @inputs(400)
     @given(DAMAGE)
     def survives(damage):
         attack(tmp_path_factory, files, name, damage)

@@ -1,0 +1,269 @@
+"""What docs/security.md promises: no token no job, credentials stay in the environment, nodes may do what their policy says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import free_port
+
+from pipeline import cluster, doctor
+from pipeline.tracking.run import redacted
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "key-id-6b1f0c7e",
+    "AWS_SECRET_ACCESS_KEY": "secret-key-93d2ab10",
+    "AWS_SESSION_TOKEN": "session-token-5e7f",
+    "MLFLOW_TRACKING_PASSWORD": "password-1c9e44d0",
+    "MLFLOW_TRACKING_TOKEN": "bearer-8842aa",
+    "RAY_AUTH_TOKEN": "0f5e" * 16,
+    "VIT_WEBHOOK": "https://hooks.example.com/webhook-secret-77",
+}
+
+
+# ---------------------------------------------------------------- what travels to workers
+
+
+@pytest.mark.parametrize("ships", [True, False])
+def test_no_secret_travels_in_a_runtime_environment(monkeypatch, ships):
+    """Ray shows runtime environments in its dashboard and writes them to its logs."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    text = json.dumps(cluster.runtime_env(ship_project=ships))
+    assert "http://store:9000" in text
+    assert not [name for name, value in SECRETS.items() if value in text]
+
+
+def test_a_password_in_an_address_is_not_shown():
+    assert redacted("https://me:hidden@mlflow:5000/x") == "https://***@mlflow:5000/x"
+
+
+# ---------------------------------------------------------------- no token, no job
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A Ray head with its job server and a token, as infra/ starts it: (address of the job server, environment)."""
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    port, dashboard = free_port(), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with_token = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRETS["RAY_AUTH_TOKEN"]}
+    command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--temp-dir={folder}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    command += [f"--ray-client-server-port={free_port()}"]
+    with open(folder / "head.log", "w") as log:
+        process = subprocess.Popen(command, env=with_token, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.time() + 90
+    while time.time() < deadline:
+        with suppress(OSError):
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                break
+        except OSError:
+            pass
+        assert process.poll() is None, (folder / "head.log").read_text()
+        time.sleep(0.5)
+    yield address, environment, with_token
+    process.terminate()
+    process.wait(30)
+    for left in psutil.process_iter(["cmdline"]):
+        if str(folder) in " ".join(left.info["cmdline"] or []):
+            with suppress(psutil.Error):
+                left.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_submission_without_the_token_is_refused(head):
+    address, without, with_token = head
+    command = [BIN / "ray", "job", "submit", f"--address={address}", "--", "python", "-c", "print('it ran')"]
+    wrong = without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1234" * 16}
+    for environment in (without, wrong):
+        refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert refused.returncode != 0
+        assert re.search(r"40[13]|[Uu]nauth|[Aa]uthenticat", refused.stdout + refused.stderr), refused.stderr
+        assert "it ran" not in refused.stdout
+    accepted = subprocess.run(command, env=with_token, capture_output=True, text=True, timeout=120)
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert "it ran" in accepted.stdout
+
+
+# ---------------------------------------------------------------- credentials stay in the environment
+
+
+class ProcessList(threading.Thread):
+    """Everything that `ps` shows to any user, while something runs."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.seen, self.stop = set(), threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.1):
+            for process in psutil.process_iter(["cmdline"]):
+                self.seen.add(" ".join(process.info["cmdline"] or []))
+
+
+def files_with(folder: Path, secrets) -> dict[str, list[str]]:
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            names = [name for name, value in secrets.items() if value.encode() in content]
+            if names:
+                found[str(path.relative_to(folder))] = names
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_credentials_appear_nowhere(s3_server, s3, image_folder, tmp_path):
+    """prepare to S3, pretrain from it with MLflow: output, Ray's logs, MLflow, datasets, checkpoints, process list."""
+    ray_folder = Path(tempfile.mkdtemp(prefix="ray"))
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))
+    }
+    environment |= SECRETS | {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": str(ray_folder),
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow/mlflow.db",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    run = (
+        "--data",
+        f"{s3}/set",
+        "--output",
+        f"{s3}/run",
+        "--validation",
+        "None",
+        "--model.variant",
+        "mu/8",
+        "--steps",
+        "4steps",
+    )
+    run += (
+        "--image-size",
+        "16",
+        "--augment.size",
+        "16",
+        "--batch-size",
+        "8",
+        "--workers",
+        "1",
+        "--log-every",
+        "1steps",
+    )
+    commands = {
+        "prepare": ("--source", str(image_folder), "--output", f"{s3}/set", "--size", "20"),
+        "pretrain": run,
+        "doctor": run,
+    }
+    processes = ProcessList()
+    processes.start()
+    said = ""
+    for job, arguments in commands.items():
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        said += done.stdout + done.stderr
+        assert done.returncode == 0, said
+    processes.stop.set()
+    processes.join()
+    try:
+        assert not [name for name, value in SECRETS.items() if value in said]
+        assert not [line for line in processes.seen if any(value in line for value in SECRETS.values())]
+        assert any("pretrain.py" in line for line in processes.seen)  # it did look
+        assert (tmp_path / "mlflow" / "mlflow.db").stat().st_size > 0
+        assert files_with(tmp_path, SECRETS) == {}
+        assert any(ray_folder.rglob("*.log"))
+        assert files_with(ray_folder, SECRETS) == {}
+        import s3fs
+
+        fs = s3fs.S3FileSystem(use_listings_cache=False)
+        for name in fs.find(s3):
+            content = fs.cat_file(name)
+            assert not [secret for secret, value in SECRETS.items() if value.encode() in content], name
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- rights
+
+
+@pytest.mark.slow
+def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
+    """infra/iam/node.json, enforced by moto's identity service: the doctor's probes pass and fail where they should.
+
+    In two things moto is not AWS: it refuses whatever has a condition on prefixes, and wants the right to delete several
+    objects at once on the bucket itself.
+    """
+    import boto3
+    import s3fs
+
+    port = free_port()
+    server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=-3, stderr=-3)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(endpoint, timeout=1).close()
+                break
+            assert server.poll() is None
+            time.sleep(0.1)
+        admin = {
+            "endpoint_url": endpoint,
+            "region_name": "us-east-1",
+            "aws_access_key_id": "a",
+            "aws_secret_access_key": "b",
+        }
+        store, iam = boto3.client("s3", **admin), boto3.client("iam", **admin)
+        for bucket in ("corpus", "bucket", "elsewhere"):
+            store.create_bucket(Bucket=bucket)
+            store.put_object(Bucket=bucket, Key="raw/manifest.json", Body=b"{}")
+        iam.create_user(UserName="node")
+        policy = json.loads((ROOT / "infra" / "iam" / "node.json").read_text())
+        for statement in policy["Statement"]:
+            statement.pop("Condition", None)
+        policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::bucket"})
+        iam.put_user_policy(UserName="node", PolicyName="node", PolicyDocument=json.dumps(policy))
+        key = iam.create_access_key(UserName="node")["AccessKey"]
+        headers = {"Content-Type": "text/plain"}
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0", headers)).close()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        s3fs.S3FileSystem.clear_instance_cache()
+        assert doctor.readable("s3://corpus/raw").status == "ok"
+        found = doctor.writable("s3://bucket/vit/run")
+        assert {finding.status for finding in found} == {"ok"}, found
+        for place in ("s3://corpus/raw", "s3://bucket/other", "s3://elsewhere/x"):
+            (finding,) = doctor.writable(place)
+            assert "access denied" in finding.message, place
+        assert doctor.readable("s3://elsewhere/raw").status == "error"
+    finally:
+        server.terminate()
+        server.wait(10)
+        s3fs.S3FileSystem.clear_instance_cache()
