@@ -781,8 +781,10 @@ class _parquet:
                 return pq.ParquetFile(self.handle, pre_buffer=False)
             self.handle = pa.memory_map(self.uri)
             return pq.ParquetFile(self.handle)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{self.uri}: not a Parquet file ({error})") from error
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.uri}: not a Parquet file, or damaged ({error})") from error
 
     def __exit__(self, *_: object) -> None:
         self.handle.close()
