@@ -77,7 +77,7 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
     tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
     suite = run.params.get("suite", "unknown")
     if names.MEAN_SCORE not in run.metrics:  # only some of its tasks: no rival for those that have all
-        suite = f"{suite}, {len(tasks)} tasks"
+        suite = f"{suite}, some tasks"
     return Row(
         suite=suite,
         name=source.name if source else checkpoint.rstrip("/").rpartition("/")[2] or run.name,
@@ -145,7 +145,7 @@ def to_markdown(rows: list[Row], limit: int | None = None, inside: bool = False)
             cells = [str(rank), _link(row.name, pretrain), row.variant or "–", _si(row.images_seen)]
             cells += [
                 _exa(row.train_flops),
-                "–" if row.gpu_hours is None else f"{row.gpu_hours:.1f}",
+                f"{row.gpu_hours:.1f}" if row.gpu_hours else "–",
                 f"{row.mean:.2f}",
             ]
             cells += [f"{row.groups[group]:.2f}" if group in row.groups else "–" for group in groups]
@@ -220,6 +220,7 @@ def figure(rows: list[Row]) -> "Figure | None":
         panel.set_title(f"{suite} ({len(part[0].tasks)} tasks)" if part[0].tasks else suite)
         panel.grid(True, which="both", alpha=0.25)
         panel.margins(x=0.25, y=0.2)
+        panel.set_ylim(top=min(100.0, panel.get_ylim()[1]))
         panel.legend(loc="lower right", frameon=False)
     return canvas
 

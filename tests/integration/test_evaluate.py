@@ -333,3 +333,58 @@ def test_command_line_exit_codes(tmp_path, database):
     )
     assert pending.returncode == 0, pending.stderr
     assert len(json.loads(pending.stdout)["pending"]) == 1
+
+
+@pytest.mark.slow
+def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, monkeypatch):
+    """Checkpoints of one run, another family, a repeated transfer, and one that left tasks out."""
+    from pipeline import comparison
+
+    monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def pretrain(name, variant):
+        config = {"output": str(tmp_path / name), "model": {"variant": variant}, "image_size": 224}
+        with start_run("pretrain", name, config=config, tracking_uri=uri) as run:
+            run.log({names.GPU_HOURS: 3.0})
+        return run
+
+    def transfer(source, step, mean, **scores):
+        folder = commit(tmp_path / source.name, step)
+        with start_run(
+            "transfer", "t", config={"suite": "vtab1k"}, tags={names.CHECKPOINT: folder}, tracking_uri=uri
+        ) as run:
+            run.link("pretrain", source.id)
+            run.log({names.SCORE + task: score for task, score in scores.items()})
+            run.log({names.MEAN_SCORE: mean} if mean else {names.PARTIAL_MEAN: 99.0})
+        return run
+
+    class Named:
+        def __init__(self, run, name):
+            self.id, self.name = run.id, name
+
+    vit, hybrid = (Named(pretrain(name, variant), name) for name, variant in (("vit", "S/16"), ("mixed", "R26+S/32")))
+    transfer(vit, 10, 50.0, pets=60.0, dtd=40.0)
+    transfer(vit, 20, 10.0, pets=10.0, dtd=10.0)  # repeated below: the newer one counts
+    transfer(vit, 20, 70.0, pets=80.0, dtd=60.0)
+    transfer(hybrid, 20, 60.0, pets=70.0, dtd=50.0)
+    transfer(hybrid, 30, None, pets=99.0)
+    rows = comparison.leaderboard(uri=uri)
+    assert [(row.suite, row.name, row.mean) for row in rows] == [
+        ("vtab1k", "vit", 70.0),
+        ("vtab1k", "mixed", 60.0),
+        ("vtab1k", "vit", 50.0),
+        ("vtab1k, some tasks", "mixed", 99.0),
+    ]
+    assert rows[0].images_seen == 20 * 64  # the checkpoint's own
+    assert rows[0].train_flops == pytest.approx(2 * rows[2].train_flops)
+    text = comparison.to_markdown(rows, inside=True)
+    assert f"[vit]({rows[0].pretrain_path})" in text
+    assert rows[0].pretrain_path.endswith(f"/runs/{vit.id}")
+    assert comparison.to_markdown(rows, limit=1).count("| 1 |") == 2
+    panels = comparison.figure(rows).axes
+    assert [panel.get_title() for panel in panels] == ["vtab1k (2 tasks)", "vtab1k, some tasks (1 tasks)"]
+    assert {label.get_text() for label in panels[0].get_legend().get_texts()} == {"ViT", "Hybrid"}
+    assert all(panel.get_ylim()[1] <= 100 for panel in panels)
+    with pytest.raises(UserError, match='of suite "paper"'):
+        comparison.leaderboard(suite="paper", uri=uri)

@@ -136,7 +136,18 @@ def test_google_files_and_registered_models_through_the_jobs(tmp_path):
             "fp32",
         ]
         small = ["--model.variant", "mu/8", "--model.depth", "None", "--model.pre-logits", "--image-size", 24]
-        paper = ["--model.pool", "token", "--model.posemb", "learn", "--validation", "None", "--workers", 1]
+        paper = [
+            "--model.pool",
+            "token",
+            "--model.posemb",
+            "learn",
+            "--validation",
+            "None",
+            "--workers",
+            1,
+            "--augment.size",
+            24,
+        ]
         where = ["--data", "sets/own/train", "--output", output, "--init-from", start, "--batch-size", 8]
         said = job("pretrain.py", *where, *fixed, *small, *paper)
         state = safetensors.torch.load_file(next((tmp_path / output).rglob("model.safetensors")))
