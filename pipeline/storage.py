@@ -192,10 +192,10 @@ def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
     """Removes a file, or a folder when recursive; one that is not there is no error."""
     fs, path = filesystem(uri)
     with _explained(uri), contextlib.suppress(FileNotFoundError):
-        if recursive and is_remote(os.fspath(uri)):
+        if is_remote(os.fspath(uri)):
             # One by one: the SDK's bulk request comes without the Content-MD5 that Swift and older Ceph insist on.
             with ThreadPoolExecutor(16) as pool:
-                list(pool.map(fs.rm_file, fs.find(path)))
+                list(pool.map(fs.rm_file, fs.find(path) if recursive else [path]))
             return
         fs.rm(path, recursive=recursive)
 

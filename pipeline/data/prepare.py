@@ -685,8 +685,8 @@ def find_duplicates(plan: Plan) -> dict[int, tuple[int, int, int]]:
     units = ray.data.from_items(
         [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
     )
-    # about a million lines to a bucket: nine lines a row, and units of at most some ten thousand rows
-    buckets = max(4, len(plan.units) // 8)
+    # about a million lines to a bucket: 57 lines a row when near, and units of at most some ten thousand rows
+    buckets = max(4, len(plan.units) if near else len(plan.units) // 8)
 
     def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tables = [(int(unit), np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit))))) for unit in batch["unit"]]

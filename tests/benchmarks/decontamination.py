@@ -3,7 +3,7 @@
     python tests/benchmarks/decontamination.py --photos FOLDER --others FOLDER...
 
 Every image in `photos` is changed in each way and looked up among the unchanged ones, by itself at distances of 12 to
-28 of 128 bits; `others` (images that are in no way in `photos`) count the false matches. Writes results/decontamination.json
+28 of 128 bits against an evaluation set, and at 24 bits as a neighbour in the same corpus; `others` (images that are in no way in `photos`) count the false matches. Writes results/decontamination.json
 and prints the table of docs/decontamination.md.
 """
 
@@ -63,6 +63,19 @@ CHANGES = {
 }
 
 
+def inside(plain, changed, distance=24):
+    """How many changed images the join inside a corpus brings together with their originals, and pairs that are none."""
+    tables = []
+    for number, looks in enumerate((plain, changed)):
+        rows = np.zeros(len(looks), dedup.ROW)
+        rows["bits"], rows["exact"] = looks, np.arange(len(looks)) + 1 + (number << 32)
+        tables.append(dedup.emit(rows, number, False, True, True))
+    pairs = dedup.meet({name: np.concatenate([table[name] for table in tables]) for name in tables[0]}, distance)
+    found = set(zip(pairs["first"].tolist(), pairs["second"].tolist(), strict=True))
+    right = {(i, 1 << 32 | i) for i in range(len(plain))}
+    return len(found & right) / len(plain), len(found - right)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", required=True)
@@ -78,16 +91,26 @@ def main() -> None:
         (place[str(p.relative_to(options.photos))], images.decode(p.read_bytes(), 10**8).pixels.copy()) for p in names
     ]
     rows = {}
+    plain = np.array([dedup.hashes(pixels).bits[0] for _, pixels in photos])
     for change, function in CHANGES.items():
         counts = dict.fromkeys(DISTANCES, 0)
-        wrong = 0
+        wrong, looks = 0, []
         for number, pixels in photos:
-            match = index.find(dedup.hashes(function(pixels), crops=True), max(DISTANCES))
+            hashed = dedup.hashes(function(pixels), crops=True)
+            looks.append(hashed.bits[0])
+            match = index.find(hashed, max(DISTANCES))
             wrong += match is not None and match[0] != number
             for distance in DISTANCES:
                 counts[distance] += match is not None and match[0] == number and match[1] <= distance
         rows[change] = {str(d): round(count / len(photos), 4) for d, count in counts.items()} | {"wrong": wrong}
-        print(f"{change:36s}" + "".join(f"{rows[change][str(d)]:8.1%}" for d in DISTANCES) + f"{wrong:6d}", flush=True)
+        recall, false = inside(plain, np.array(looks))
+        rows[change] |= {"inside": round(recall, 4), "wrong_inside": false}
+        print(
+            f"{change:36s}{recall:8.1%}{false:4d}"
+            + "".join(f"{rows[change][str(d)]:8.1%}" for d in DISTANCES)
+            + f"{wrong:6d}",
+            flush=True,
+        )
     false, total = dict.fromkeys(map(str, DISTANCES), 0), 0
     for path in sorted(path for folder in options.others for path in Path(folder).rglob("*.jpg")):
         total += 1

@@ -98,15 +98,15 @@ def test_the_join_finds_what_all_pairs_find():
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2**63, (300, 2), dtype=np.uint64)
     copies = base[:60].copy()
-    for i in range(60):  # up to three bits differ, so that one of four bands agrees
-        for bit in rng.choice(128, i % 4, replace=False):
+    for i in range(60):  # up to six bits differ, so that two of eight bands agree
+        for bit in rng.choice(128, i % 7, replace=False):
             copies[i, bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
     copies[30:] ^= dedup._MIRROR
     pairs = join([table(base), table(copies, exact=np.arange(1000, 1060))])
     found = set(zip(pairs["first"].tolist(), pairs["second"].tolist(), strict=True))
     assert found == {(i, 1 << 32 | i) for i in range(60)}
     gone = dedup.decide(pairs)
-    assert {row: why[2] for row, why in gone.items()} == {1 << 32 | i: i % 4 for i in range(60)}
+    assert {row: why[2] for row, why in gone.items()} == {1 << 32 | i: i % 7 for i in range(60)}
 
 
 def test_many_copies_leave_the_first():
