@@ -18,6 +18,7 @@ sys.path[0] = os.path.dirname(
     os.path.dirname(os.path.abspath(__file__))
 )  # the project; jobs/ itself would hide the stdlib's inspect
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -159,17 +160,46 @@ def vtab(options: Command) -> int:
     if not options.raw or not options.output:
         raise UserError("--vtab needs --raw (the folder of published archives) and --output")
     from pipeline import vtab
+    from pipeline.tracking import Run, names, start_run, tracking_uri
 
-    result = vtab.prepare(
-        vtab.TASKS if "all" in options.vtab else options.vtab,
-        options.raw,
-        options.output,
-        splits=options.vtab_splits,
-        download=options.download,
-        verify=not options.no_verify,
-        quiet=options.json,
-        connect=functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json),
-    )
+    tasks = vtab.TASKS if "all" in options.vtab else options.vtab
+    about = {
+        "vtab": ",".join(tasks),
+        "splits": ",".join(options.vtab_splits),
+        "raw": options.raw,
+        "output": options.output,
+    }
+    runs: list[Run] = []
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> None:  # called when there is work to do
+            if options.tracking:
+                name = storage.normalise(options.output).rpartition("/")[2]
+                server = tracking_uri(options.tracking_uri)
+                runs.append(stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server)))
+            cluster.connect(options.address, options.num_cpus, quiet=options.json)
+
+        result = vtab.prepare(
+            tasks,
+            options.raw,
+            options.output,
+            splits=options.vtab_splits,
+            download=options.download,
+            verify=not options.no_verify,
+            quiet=options.json,
+            connect=connect,
+        )
+        splits = [(f"{task}.{split}", made) for task, parts in result.items() for split, made in parts.items()]
+        for run in runs:
+            run.log(
+                {
+                    name: sum(made[key] for _, made in splits)
+                    for name, key in ((names.ROWS, "images"), (names.REJECTS, "rejects"))
+                }
+            )
+            run.log_text(vtab.table(result), "counts.txt")
+            for role, made in splits:
+                run.log_dataset(made["uri"], {**made, "rows": made["images"]}, role=role, made=True)
     print(json.dumps(result) if options.json else vtab.table(result))
     return 0
 
