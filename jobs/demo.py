@@ -15,6 +15,7 @@ sys.path[0] = os.path.dirname(
     os.path.dirname(os.path.abspath(__file__))
 )  # the project, not jobs/: see jobs/pretrain.py
 
+import functools
 import re
 import time
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from pipeline import cluster, storage
 from pipeline.config import fingerprint, parse, run_job
 from pipeline.data.prepare import RECIPES as PREPARE
+from pipeline.data.shards import Manifest
 from pipeline.training.recipes import RECIPES as PRETRAIN
 
 
@@ -46,7 +48,6 @@ def demo() -> DemoConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(argv, {"demo": demo}, "demo", prog="jobs/demo.py", description=__doc__ or "")
-    from pipeline.data.prepare import prepare
     from pipeline.tracking import tracking_uri
     from pipeline.training import run
     from pipeline.training.loop import names
@@ -59,10 +60,7 @@ def main(argv: list[str]) -> int:
     data = storage.join(output, "data")
 
     _title("prepare")
-    settings = replace(PREPARE["demo"](), output=data)
-    if config.data:
-        settings = replace(settings, source=(storage.normalise(config.data),), size=40, sample=config.sample)
-    manifests = prepare(settings, connect=lambda: cluster.connect(num_cpus=2), tracking_uri=tracking_uri())
+    manifests = _prepare(config, data)
     prepared = sum(manifest.rows for manifest in manifests.values())
     shards = sum(len(manifest.shards) for manifest in manifests.values())
     rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())
@@ -102,6 +100,32 @@ def main(argv: list[str]) -> int:
     print(f"demo: seconds={time.perf_counter() - start:.1f}")
     print(f"\nCompare the runs in the MLflow UI: make ui, then open http://127.0.0.1:5000  ({tracking_uri()})")
     return 1 if scores.failures else 0
+
+
+def _prepare(config: DemoConfig, output: str) -> dict[str, Manifest]:
+    """The manifests of train and test. Folders of these names in the user's data are the splits; else a fifth is held out."""
+    from pipeline.data.prepare import prepare
+
+    connect = functools.partial(cluster.connect, num_cpus=2)
+    digits = replace(PREPARE["demo"](), output=output)
+    if not config.data:
+        return prepare(digits, connect=connect)
+    source = storage.normalise(config.data)
+    images = replace(digits, source=(source,), size=40, sample=config.sample)
+    filesystem, path = storage.filesystem(source)
+    folders = (
+        {name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)}
+        if filesystem.isdir(path)
+        else set()
+    )
+    held_out = next((name for name in ("test", "val", "validation") if name in folders), None)
+    if "train" not in folders or held_out is None:
+        return prepare(images, connect=connect)
+    manifests = {}
+    for split, folder, sample in (("train", "train", 4 * config.sample // 5), ("test", held_out, config.sample // 5)):
+        part = replace(images, source=(storage.join(source, folder),), output=storage.join(output, split), splits=())
+        (manifests[split],) = prepare(replace(part, sample=sample), connect=connect).values()
+    return manifests
 
 
 def _default_output(data: str | None) -> str:
