@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1500)  # with the run that it is compared with, on a machine that has other work
 STEPS = 40
 SEEDS = range(5)
 
@@ -78,7 +79,7 @@ class Job:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def until(self, pattern: str, timeout: float = 240) -> re.Match:
+    def until(self, pattern: str, timeout: float = 600) -> re.Match:
         """Waits for a line; the job must not end before it."""
         deadline, seen = time.monotonic() + timeout, 0
         while time.monotonic() < deadline:
@@ -94,7 +95,7 @@ class Job:
     def step(self, step: int) -> None:
         self.until(rf"^step {step}/")
 
-    def end(self, code: int = 0, timeout: float = 240) -> str:
+    def end(self, code: int = 0, timeout: float = 600) -> str:
         assert self.process.wait(timeout) == code, self.output
         self.reader.join(10)
         return self.output
@@ -246,7 +247,7 @@ def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
     job.step(draw.randrange(2, STEPS - 10))
     cluster.remove_node(draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
     cluster.add_node(num_cpus=1)
-    text = job.end(timeout=400)
+    text = job.end()
     assert "starting again from the last checkpoint (failure 1 of at most 3 in a row)" in text
     assert curve(job) == reference
 
@@ -280,7 +281,7 @@ def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:
 
 
 @pytest.mark.slow
-def test_preempted_node_costs_nothing(base, reference, jobs, cluster, tmp_path):
+def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     """Notice, checkpoint at that very step, restart from it on another node; no failure is allowed and none is counted."""
     config = replace(
         base, output=str(tmp_path / "run"), address=cluster.address, max_failures=0, checkpoint_every="1000steps"
@@ -288,7 +289,7 @@ def test_preempted_node_costs_nothing(base, reference, jobs, cluster, tmp_path):
     config = replace(config, steps="200steps", model=replace(base.model, depth=6))
     undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
     jobs.append(undisturbed)
-    undisturbed.end(timeout=400)
+    undisturbed.end()
     job = Job(config, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
     jobs.append(job)
     job.step(10)
@@ -298,7 +299,7 @@ def test_preempted_node_costs_nothing(base, reference, jobs, cluster, tmp_path):
     assert saved > 10
     cluster.remove_node(victim, allow_graceful=False)
     cluster.add_node(num_cpus=1)
-    text = job.end(timeout=400)
+    text = job.end()
     assert f"step-{saved:08d} on 2 workers" in text
     assert "failure" not in text
     steps = [int(step) for step in re.findall(r"^step (\d+)/\d+  epoch", text, re.M)]
@@ -313,7 +314,7 @@ def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
     config = replace(config, address=cluster.address, min_workers=1)
     undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
     jobs.append(undisturbed)
-    undisturbed.end(timeout=400)
+    undisturbed.end()
     often = "import pipeline.training.launch as launch\nlaunch.RESIZE_EVERY = 5.0"
     job = Job(replace(config, output=str(tmp_path / "run")), before=often)
     jobs.append(job)
@@ -324,7 +325,7 @@ def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
     job.until("1 workers save their state to go on as 2")
     saved = int(job.until(r"step (\d+)/\d+  saved, and the workers leave")[1])
     job.until(rf"resumed from .*step-{saved:08d} on 2 workers")
-    text = job.end(timeout=400)
+    text = job.end()
     assert "failure 1 of at most 3" in text
     assert "failure 2" not in text
     ours, theirs = curve(job), curve(undisturbed)
