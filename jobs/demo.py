@@ -18,6 +18,7 @@ sys.path[0] = os.path.dirname(
 import functools
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline import cluster, storage
@@ -58,12 +59,15 @@ def main(argv: list[str]) -> int:
     if config.fresh:
         storage.remove(output, recursive=True)
     data = storage.join(output, "data")
+    connect = functools.partial(cluster.connect, num_cpus=2)
 
     _title("prepare")
-    manifests = _prepare(config, data)
+    manifests = _prepare(config, data, connect)
     prepared = sum(manifest.rows for manifest in manifests.values())
     shards = sum(len(manifest.shards) for manifest in manifests.values())
     rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())
+    if (classes := len(manifests["train"].classes)) > prepared / 5:
+        print(f"note: {prepared} images of {classes} classes show that everything works; they are too few to learn from")
 
     _title("pretrain")
     training = replace(
@@ -78,14 +82,13 @@ def main(argv: list[str]) -> int:
         training = replace(training, validation_resize=None, augment=augment, steps="400steps", batch_size=batch)
     if config.steps:
         training = replace(training, steps=f"{config.steps}steps")
-    run.check(training)
-    cluster.connect(num_cpus=2)
-    trained = run.pretrain(training, recipe="demo")
+    trained = run.pretrain(training, recipe="demo", connect=connect)
 
     _title("transfer")
     suite = TransferConfig(
         suite="demo", checkpoint=trained["checkpoint"], data=data, output=storage.join(output, "transfer"), workers=2
     )
+    connect()
     scores = run_suite(suite)
 
     top1, loss_first, loss_last = trained[names.VAL_TOP1], trained["loss_first"], trained["loss_last"]
@@ -102,11 +105,10 @@ def main(argv: list[str]) -> int:
     return 1 if scores.failures else 0
 
 
-def _prepare(config: DemoConfig, output: str) -> dict[str, Manifest]:
+def _prepare(config: DemoConfig, output: str, connect: Callable[[], None]) -> dict[str, Manifest]:
     """The manifests of train and test. Folders of these names in the user's data are the splits; else a fifth is held out."""
     from pipeline.data.prepare import prepare
 
-    connect = functools.partial(cluster.connect, num_cpus=2)
     digits = replace(PREPARE["demo"](), output=output)
     if not config.data:
         return prepare(digits, connect=connect)

@@ -43,10 +43,12 @@ def main(argv: list[str]) -> int:
         print(planning.dry_run(config, recipe, diff(config, base)))
         print("\n" + to_yaml(config))
         return 0
-    run.check(config)  # bad input ends here, before Ray or anything else starts
-    doctor.preflight(config.address, config.tracking_uri)
-    cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
-    run.pretrain(config, base, recipe=recipe)
+
+    def connect() -> None:
+        doctor.preflight(config.address, config.tracking_uri)
+        cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
+
+    run.pretrain(config, base, recipe=recipe, connect=connect)
     return 0
 
 

@@ -1,6 +1,6 @@
 """A pre-training run from the driver's side: check, identify, launch the workers, report.
 
-    result = pretrain(config)       # after pipeline.cluster.connect()
+    result = pretrain(config, connect=pipeline.cluster.connect)
 
 The run folder holds `run.json` (what run this is), `checkpoints/` and nothing else that matters: the same command again
 continues it, another command on the same folder is refused.
@@ -8,6 +8,7 @@ continues it, another command on the same folder is refused.
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -22,11 +23,18 @@ from pipeline.training.loop import Plan, make_plan
 from pipeline.training.recipes import PretrainConfig
 
 
-def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
-    """Runs (or continues) pre-training on the connected Ray and returns its final numbers.
+def pretrain(
+    config: PretrainConfig,
+    base: PretrainConfig | None = None,
+    *,
+    recipe: str = "",
+    connect: Callable[[], None],
+) -> dict[str, Any]:
+    """Runs (or continues) pre-training and returns its final numbers.
 
-    base: the recipe that the config came from, to print what differs. Raises UserError before any worker starts when the
-    data, the batch, the workers or the output folder do not fit; RuntimeError when training failed for good.
+    base: the recipe that the config came from, to print what differs. connect: joins Ray; called when there is something
+    to train. Raises UserError before that when the data, the batch, the workers or the output folder do not fit;
+    RuntimeError when training failed for good.
     """
     from pipeline.training.launch import launch
 
@@ -35,9 +43,9 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     plan = check(config)
     print(describe(plan, changes), flush=True)
     output = config.output
-    record = _identify(plan, output)
+    record = held_by(plan, output)
     newest = checkpoint.latest(output, checksums=False)
-    if newest is not None and newest.step >= plan.total:
+    if record is not None and newest is not None and newest.step >= plan.total:
         print(f"nothing left to do: {newest.uri} is at step {newest.step} of {plan.total}", flush=True)
         _register(config, record.get("run_id"))
         return {
@@ -47,6 +55,8 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
             "run_id": record.get("run_id"),
             "seconds": 0.0,
         }
+    connect()
+    record = record or _claim(plan, output)
     manifest = open_dataset(config.data).manifest
     run = tracking.start_run(
         names.PRETRAIN,
@@ -218,11 +228,9 @@ def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
     return record
 
 
-def _identify(plan: Plan, output: str) -> dict[str, Any]:
-    """run.json of this output: read and compared, or made."""
-    record = held_by(plan, output)
-    if record is None:
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"identity": configuration.fingerprint(plan.identity), "created": created, "config": plan.identity}
-        storage.write_json(storage.join(output, "run.json"), record)
+def _claim(plan: Plan, output: str) -> dict[str, Any]:
+    """Makes the run.json of a free output."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"identity": configuration.fingerprint(plan.identity), "created": created, "config": plan.identity}
+    storage.write_json(storage.join(output, "run.json"), record)
     return record

@@ -22,7 +22,7 @@ def job(name: str, *arguments: str, cwd: Path, timeout: int = 280, **environment
 def digits(tmp_path_factory) -> Path:
     """The demo, shortened: prepared digits, a pre-training run of two workers, transfer scores."""
     root = tmp_path_factory.mktemp("demo")
-    done = job("demo", "--steps", "240", cwd=root)
+    done = job("demo", "--steps", "160", cwd=root)
     (root / "demo.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
@@ -65,7 +65,7 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
     history = client.get_metric_history(pretrain.info.run_id, "train/loss")
     steps = [point.step for point in history]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 240
+    assert steps[-1] == 160
     transfer = client.search_runs([experiments["transfer"]])
     parents = [run for run in transfer if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
@@ -73,13 +73,13 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
 
 
 def test_the_same_command_again_continues_and_another_is_refused(digits):
-    same = job("pretrain", "--steps", "240steps", cwd=digits)
+    same = job("pretrain", "--steps", "160steps", cwd=digits)
     assert same.returncode == 0, same.stdout + same.stderr
     assert "nothing left to do" in same.stdout
-    other = job("pretrain", "--steps", "240steps", "--optimizer.lr", "0.5", cwd=digits)
+    other = job("pretrain", "--steps", "160steps", "--optimizer.lr", "0.5", cwd=digits)
     assert other.returncode == 2
     assert "holds another run (optimizer.lr" in other.stderr
-    assert job("pretrain", "--steps", "240steps", "--resume", "never", cwd=digits).returncode == 2
+    assert job("pretrain", "--steps", "160steps", "--resume", "never", cwd=digits).returncode == 2
 
 
 @pytest.mark.parametrize(

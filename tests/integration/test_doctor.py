@@ -426,7 +426,7 @@ def test_the_name_of_the_run(dataset, tmp_path):
 
     mine = config(dataset, tmp_path / "run")
     assert doctor.run_name(mine).message.endswith("is free")
-    run._identify(run.check(mine), mine.output)
+    run._claim(run.check(mine), mine.output)
     assert "continues" in doctor.run_name(mine).message
     found = doctor.run_name(config(dataset, tmp_path / "run", seed=7))
     assert found.status == "error"
