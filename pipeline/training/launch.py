@@ -192,6 +192,20 @@ class Elastic(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, sizes: list[int], say: Callable[[str], None]):
         super().__init__(scaling_config)
         self.sizes, self.say = sizes, say
+        self.waiting_since = 0.0
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self.waiting_since = 0.0
+        elif not self.waiting_since:
+            self.waiting_since = time.monotonic()
+        elif time.monotonic() - self.waiting_since > 30:
+            self.waiting_since = time.monotonic()
+            self.say(f"warning: no room for {self.sizes[0]} workers, which is the least; waiting for nodes")
+        if self.waiting_since:
+            time.sleep(1)  # Ray asks again at once, for as long as it takes
+        return decision
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
         # What is reserved is up to 20 s old, and a node that is being drained counts until it is gone.
