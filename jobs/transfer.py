@@ -56,10 +56,12 @@ def main(argv: list[str]) -> int:
     from pipeline.transfer import run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)
-
+    stdout = sys.stdout
+    if options.json:
+        sys.stdout = sys.stderr  # to the end: Ray reports lost processes on stdout, perhaps late
     result = run_suite(settings, quiet=options.json)
     if options.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        print(json.dumps(dataclasses.asdict(result)), file=stdout, flush=True)
     else:
         for name, score in result.scores.items():
             spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
