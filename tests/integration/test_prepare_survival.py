@@ -133,11 +133,11 @@ def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
     """A second run appends nothing, files have the size asked for and not one that grows with the block, a bad image is a
     row of a table and not the end of the job, and one or two CPUs are enough to continue a stopped one."""
     source, _ = corpus
-    options = ("--num-cpus", cpus, "--shard-bytes", 2_000_000, "--row-group-bytes", 500_000)
+    options = ("--num-cpus", cpus, "--shard-bytes", 1_000_000, "--row-group-bytes", 250_000)
     (source / "bee" / "text.jpg").write_text("no picture")
     for name, data in (("cut.jpg", (source / "bee" / "001.jpg").read_bytes()[:900]), ("nothing.jpg", b"")):
         (source / "bee" / name).write_bytes(data)
-    command = ["--source", source, "--output", tmp_path / "out", *OPTIONS, *options]
+    command = ["--source", source, "--output", tmp_path / "out", "--splits", "train=0.9", "test=0.1", *options]
     process = subprocess.Popen([sys.executable, JOB, "--no-tracking", *map(str, command)], start_new_session=True)
     while process.poll() is None and len(list((tmp_path / "out" / "_work").glob("unit-*"))) < 3:
         time.sleep(0.05)
@@ -150,8 +150,11 @@ def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
     counted = [pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("*/part-*.parquet")]
     assert sum(counted) == len(train) + len(test)
     assert len(counted) == len(train.manifest.shards) + len(test.manifest.shards)
-    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*/part-*")) < 2_700_000
+    sizes = [path.stat().st_size for path in (tmp_path / "out" / "train").glob("part-*")]
+    assert len(sizes) > 17  # more than one for a unit
+    assert max(sizes) < 1_350_000
     reasons = {**train.manifest.rejects, **test.manifest.rejects}
     assert set(reasons) == {"truncated", "not an image", "empty"}
+    assert train.manifest.inputs + test.manifest.inputs == 4_054
     for name in ("text.jpg", "cut.jpg", "nothing.jpg"):
         (source / "bee" / name).unlink()
