@@ -22,6 +22,8 @@ SKIPPED = "train/skipped"  # steps not taken so far, for any reason
 SPIKES = "train/spikes"  # those of them whose loss was a spike
 VAL_LOSS = "val/loss"
 VAL_TOP1 = "val/top1"
+FEWSHOT_TOP1 = "val/fewshot_top1"  # linear probe on frozen features of a few images per class, 0..1
+FEWSHOT_SECONDS = "val/fewshot_seconds"  # what the probe cost
 
 # A preparation, over all splits; `step` is the number of inputs so far. The rate is that of one attempt.
 INPUTS = "data/inputs"

@@ -6,7 +6,7 @@ readable on another number of workers or another ZeRO stage (each worker reads t
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import weight_decay_groups
+from models.losses import training_loss
 from pipeline.errors import UserError
 from pipeline.training.recipes import EngineConfig, OptimizerConfig
 
@@ -30,6 +31,16 @@ class Fragment:
     numel: int
     flat: Tensor
     offset: int
+
+
+def check_options(config: EngineConfig, optimizer: OptimizerConfig, *, gpu: bool) -> None:
+    """Raises UserError for combinations that DeepSpeed does not have."""
+    if config.precision == "fp16" and not gpu:
+        raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if config.offload and config.zero == 0:
+        raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    if optimizer.name == "muon" and (config.offload or (config.zero == 0 and config.precision != "fp32")):
+        raise UserError("optimizer.name muon needs engine.zero 1, 2 or 3 without engine.offload (or zero 0 in fp32)")
 
 
 class Engine:
@@ -52,28 +63,14 @@ class Engine:
     ):
         import deepspeed
 
-        if config.precision == "fp16" and device.type == "cpu":
-            raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        check_options(config, optimizer, gpu=device.type == "cuda")
         if device.type == "cpu":
             # DeepSpeed would compile a shared-memory collective with the machine's C++ compiler, behind a lock that a
             # killed process never gives back. Training never calls it: gloo does the reductions.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if config.recompute:
             cast(Any, model).set_grad_checkpointing(True)
-        groups = weight_decay_groups(model, optimizer.decay)
-        inner: torch.optim.Optimizer
-        if optimizer.name == "adamw":
-            fused = device.type == "cuda" and not config.offload
-            inner = torch.optim.AdamW(
-                groups,
-                lr=0.0,
-                betas=optimizer.betas,
-                eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-                fused=fused,
-            )
-        else:
-            inner = torch.optim.SGD(groups, lr=0.0, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+        inner = _optimizer(model, optimizer, config, device)
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=inner,
@@ -86,7 +83,7 @@ class Engine:
         self.device = device
         self.config = config
         self.accumulation = accumulation
-        self.clip = optimizer.clip
+        self.clip = _clip(optimizer)
         self._dropped = 0
         self._plain_norm: Tensor | None = None
         inner.state.clear()  # stage 0 in bf16 has stepped once to make its states: Adam would count one step too many
@@ -96,6 +93,9 @@ class Engine:
         elif hasattr(self.engine.optimizer, "check_grad_overflow"):
             self.engine.optimizer.check_grad_overflow = True
         self._fragments = list(self._find_fragments())
+        parameters = model.named_parameters()
+        self._muon = {name for name, p in parameters if optimizer.name == "muon" and cast(Any, p).use_muon}
+        self._momentum = dict(self._find_momentum()) if self._muon and config.zero in (1, 2) else {}
         self.average = average
         self.averages = {id(flat): flat.detach().clone() for flat in self._flats()} if average else {}
 
@@ -116,7 +116,7 @@ class Engine:
         Returns this worker's mean loss, a detached scalar on the device (no host synchronisation).
         """
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         total = torch.zeros((), device=self.device)
         for count, micro_loss in enumerate(micro_losses, start=1):
             loss = micro_loss(self.engine)
@@ -201,6 +201,20 @@ class Engine:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                     yield Fragment(names[id(parameter)], here.start, here.numel, flat, there.start)
 
+    def _find_momentum(self) -> Iterator[tuple[str, tuple[Tensor, int, int]]]:
+        """Muon under ZeRO 1 and 2 keeps the momentum of whole matrices, all that its partition touches: it orthogonalises
+        matrices, not slices. {parameter: (its partition, first element in that partition's momentum, elements)}."""
+        optimizer = self.engine.optimizer
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        for flat, parameters in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.params_in_partition, strict=True
+        ):
+            offset = 0
+            for parameter in parameters:
+                if getattr(parameter, "use_muon", False):
+                    yield names[id(parameter)], (flat, offset, parameter.numel())
+                offset += parameter.numel()
+
     def snapshot(self) -> dict[str, Tensor]:
         """This worker's part of the training state on the host: {"kind:parameter:start": 1-D float32 slice}.
 
@@ -218,40 +232,111 @@ class Engine:
             if self.average:
                 kinds["average"] = self.averages[id(fragment.flat)]
             window = slice(fragment.offset, fragment.offset + fragment.numel)
-            for kind, flat in kinds.items():
-                part = flat.detach().reshape(-1)[window]
-                tensors[f"{kind}:{fragment.name}:{fragment.start}"] = part.to("cpu", copy=True)
+            parts = {kind: flat.detach().reshape(-1)[window] for kind, flat in kinds.items()}
+            if fragment.name in self._momentum and "momentum_buffer" in self.inner.state[fragment.flat]:
+                flat, offset, _ = self._momentum[fragment.name]
+                whole = self.inner.state[flat]["momentum_buffer"]
+                parts["momentum_buffer"] = whole[offset + fragment.start : offset + fragment.start + fragment.numel]
+            for kind, part in parts.items():
+                tensors[f"{kind}:{fragment.name}:{fragment.start}"] = part.to("cpu", torch.float32, copy=True)
         return tensors
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], taken: int) -> None:
         """Fills this worker's slices. `read(kind, name, start, numel)` gives a 1-D float32 tensor; `kinds` are those stored.
 
-        taken: steps that the optimiser has taken so far. The model itself must already hold the checkpoint's weights (low-precision copies are made from them).
+        taken: steps that the optimiser has taken so far. The model itself must already hold the checkpoint's weights
+        (low-precision copies are made from them).
         """
-        states = kinds - {"param", "average"}
+        muon = {id(fragment.flat) for fragment in self._fragments if fragment.name in self._muon}
+
+        def states(flat: Tensor) -> set[str]:
+            """The optimiser's states of this partition among those stored."""
+            every = kinds - {"param", "average"}
+            if not muon:
+                return every
+            return every & ({"momentum_buffer"} if id(flat) in muon else {"exp_avg", "exp_avg_sq"})
+
         for flat in self._flats():
             state = self.inner.state[flat]
-            for kind in states:
+            for kind in states(flat):
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
-            if "exp_avg" in states:  # Adam's bias correction counts steps; torch keeps the count as a float tensor
+            if (
+                "exp_avg" in state
+            ):  # Adam's bias correction counts steps: torch with a float tensor, Muon's Adam with an int
                 fused = self.inner.param_groups[0].get("fused")
-                state["step"] = torch.tensor(float(taken), device=flat.device if fused else "cpu")
+                count = torch.tensor(float(taken), device=flat.device if fused else "cpu")
+                state["step"] = taken if muon else count
+        for flat in {id(flat): flat for flat, _, _ in self._momentum.values()}.values():
+            sizes = [numel for other, _, numel in self._momentum.values() if other is flat]
+            self.inner.state[flat]["momentum_buffer"] = torch.zeros(sum(sizes), device=flat.device)
+        for name, (flat, offset, numel) in self._momentum.items():
+            whole = self.inner.state[flat]["momentum_buffer"]
+            whole[offset : offset + numel].copy_(read("momentum_buffer", name, 0, numel))
         for fragment in self._fragments:
-            for kind in kinds:
-                if kind == "param":
-                    target = fragment.flat
-                elif kind == "average":
-                    if not self.average:
-                        continue
-                    target = self.averages[id(fragment.flat)]
-                else:
-                    target = self.inner.state[fragment.flat][kind]
+            targets = {kind: self.inner.state[fragment.flat][kind] for kind in states(fragment.flat)}
+            if fragment.name in self._momentum:
+                targets = {}
+            if self.average and "average" in kinds:
+                targets["average"] = self.averages[id(fragment.flat)]
+            for kind, target in {"param": fragment.flat, **targets}.items():
                 value = read(kind, fragment.name, fragment.start, fragment.numel)
                 target.data.reshape(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(value)
         if self.average and "average" not in kinds:
             for flat in self._flats():
                 self.averages[id(flat)].copy_(flat)
+
+
+def micro_losses(
+    batch: Mapping[str, Any], micro_batch: int, device: torch.device, loss: str, label_smoothing: float = 0.0
+) -> Iterator[Callable[[nn.Module], Tensor]]:
+    """A worker's batch, as the loader hands it out, as one loss function per micro-batch for `Engine.train_step`."""
+    tensors = {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
+    images = tensors.pop("image") if "image" in tensors else tensors.pop("patches")
+    for begin in range(0, len(images), micro_batch):
+        part = slice(begin, begin + micro_batch)
+        micro = {key: value[part] for key, value in tensors.items()}
+
+        def micro_loss(model: nn.Module, x: Tensor = images[part], micro: dict[str, Tensor] = micro) -> Tensor:
+            positions = {"positions": micro["positions"]} if "positions" in micro else {}
+            return training_loss(model(x, **positions), micro, loss, label_smoothing)
+
+        yield micro_loss
+
+
+def _optimizer(
+    model: nn.Module, config: OptimizerConfig, engine: EngineConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    groups = weight_decay_groups(model, config.decay)
+    if config.name == "adamw":
+        fused = device.type == "cuda" and not engine.offload
+        return torch.optim.AdamW(
+            groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+        )
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for name, parameter in model.named_parameters():
+        # Of DeepSpeed's own choice the class token, registers and the head would be, too: they are no hidden matrices.
+        parameter.use_muon = name.startswith("blocks.") and parameter.dim() == 2  # type: ignore[attr-defined]
+    halves: list[dict[str, Any]] = []
+    for group in groups:
+        decay = {"weight_decay": group.get("weight_decay", config.weight_decay)}
+        muon = [parameter for parameter in group["params"] if parameter.use_muon]
+        other = [parameter for parameter in group["params"] if not parameter.use_muon]
+        if muon:
+            rate = config.muon_lr / config.lr
+            halves.append({"params": muon, "use_muon": True, "momentum": 0.95, "lr": 0.0, "rate": rate, **decay})
+        if other:
+            adam = {"betas": config.betas, "eps": config.eps, "lr": 0.0}
+            halves.append({"params": other, "use_muon": False, **adam, **decay})
+    return MuonWithAuxAdam(halves)
+
+
+def _clip(config: OptimizerConfig) -> float | None:
+    """Muon's updates have the same size whatever the gradient's: the norm that DeepSpeed would clip is theirs."""
+    return None if config.name == "muon" else config.clip
 
 
 def _tensor_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
@@ -267,19 +352,19 @@ def _deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumula
         "overlap_comm": config.zero == 3 and torch.cuda.is_available(),
         "contiguous_gradients": True,
     }
+    if optimizer.name == "muon":
+        zero["reduce_scatter"] = False  # it needs whole gradients; stage 3 refuses otherwise
     if config.offload:
-        if config.zero == 0:
-            raise UserError("engine.offload needs engine.zero 1, 2 or 3")
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if config.zero == 0 and config.precision == "fp32" else optimizer.clip or 0.0,
+        "gradient_clipping": 0.0 if config.zero == 0 and config.precision == "fp32" else _clip(optimizer) or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0},  # 0: dynamic
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

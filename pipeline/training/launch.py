@@ -5,7 +5,6 @@ replaced: a wrong input is not tried again, and a group that grows saves its sta
 """
 
 import contextlib
-import sys
 import threading
 import time
 import uuid
@@ -33,6 +32,7 @@ from pipeline import cluster, storage
 from pipeline import config as configuration
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
+from pipeline.training.display import Display
 from pipeline.training.loop import Plan, train_worker
 from pipeline.training.recipes import PretrainConfig
 from pipeline.training.survival import Leave, out_of_memory
@@ -333,14 +333,14 @@ class Console:
         self.thread.join(10)
 
     def _print(self) -> None:
-        terminal = sys.stdout.isatty()
-        while True:
-            last = self.stop.wait(0.3)
-            try:
-                lines = ray.get(self.actor.take.remote(), timeout=10)
-            except Exception:  # the cluster is going away; what went wrong is reported by the trainer
-                return
-            for line in lines:
-                print(f"\033[33m{line}\033[0m" if terminal and line.startswith("warning") else line, flush=True)
-            if last:
-                return
+        with Display() as display:
+            while True:
+                last = self.stop.wait(0.3)
+                try:
+                    lines = ray.get(self.actor.take.remote(), timeout=10)
+                except Exception:  # the cluster is going away; what went wrong is reported by the trainer
+                    return
+                for line in lines:
+                    display.show(line)
+                if last:
+                    return

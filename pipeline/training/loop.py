@@ -14,25 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 from models import create_model
-from models.losses import correct, training_loss
 from models.variants import flops, parse_variant
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
-from pipeline.data.augment import Augment
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.tracking import Run, attach_run, names
 from pipeline.tracking.system import SystemMetrics
 from pipeline.training import checkpoint
-from pipeline.training.engine import Engine
+from pipeline.training.engine import Engine, check_options, micro_losses
 from pipeline.training.recipes import PretrainConfig
 from pipeline.training.schedule import learning_rate
 from pipeline.training.survival import Leave, Notice, Stall, clear_stale_locks, out_of_memory
+from pipeline.training.validation import FewShot, validate
 from pipeline.training.watch import Watch, data_wait_advice
 
 # Dense bf16 peak of one device in FLOP/s, from the data sheets (no sparsity); MFU is relative to it.
@@ -125,6 +124,11 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
         raise UserError(
             f"{workers} workers do not divide the {lanes} lanes of the sample order; use --workers {fitting[:8]} or --lanes "
             f"with a multiple of {workers} that divides the batch ({batch})"
+        )
+    check_options(config.engine, config.optimizer, gpu=config.gpus)
+    if config.optimizer.name == "muon" and parse_variant(config.model.variant).depth == 0:
+        raise UserError(
+            "optimizer.name muon trains the matrices of transformer blocks, a ResNet has none; use adamw or sgd"
         )
     per_worker = batch // workers
     # with fewer workers than planned each has more images, and no more memory
@@ -301,6 +305,7 @@ def train(
             engine.restore(reader.read, reader.kinds, first - watch.skipped)
         say(f"resumed from {start.uri} on {world} workers")
 
+    few_shot = FewShot(plan) if config.fewshot.train else None
     losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
     batches = _batches(plan, first, rank, world)
     began = time.perf_counter()
@@ -314,7 +319,9 @@ def train(
                 config.schedule, step, peak=config.optimizer.lr, total=total, warmup=plan.warmup, cooldown=plan.cooldown
             )
             torch.manual_seed(hash((config.seed, step, rank)) & 0x7FFFFFFF)  # dropout and masks
-            loss = engine.train_step(_micro_losses(plan, batch, device), rate, watch.veto)
+            loss = engine.train_step(
+                micro_losses(batch, plan.micro_batch, device, config.loss, config.label_smoothing), rate, watch.veto
+            )
             meter.images += config.batch_size
             done = step + 1
 
@@ -338,13 +345,16 @@ def train(
                 say(warning)
                 if run is not None:
                     run.log({names.SPIKES: watch.spikes, names.SKIPPED: watch.skipped}, done)
-            if config.validation and (done % plan.validate_every == 0 or done == total):
+            if (config.validation or few_shot) and (done % plan.validate_every == 0 or done == total):
                 moved("validating")
+                scores: dict[str, float] = {}
                 with meter.paused():
-                    scores = validate(engine, plan, config.validation, rank, world, device)
+                    if config.validation:
+                        scores = validate(engine, plan, config.validation, rank, world, device)
+                    if few_shot:
+                        scores |= few_shot(engine, rank, world, device)
                 losses |= scores
-                top1 = f"top-1 {scores[names.VAL_TOP1]:.2%}  " if names.VAL_TOP1 in scores else ""
-                say(f"step {done}/{total}  validation {top1}loss {scores[names.VAL_LOSS]:.4f}")
+                say(f"step {done}/{total}  validation  {_scores(scores)}")
                 if run is not None:
                     run.log({**scores, names.IMAGES_SEEN: done * config.batch_size}, done)
             leave = notice.heard() and done < total
@@ -402,58 +412,6 @@ def _batches(plan: Plan, first: int, rank: int, world: int) -> Generator[dict[st
     ) as loader:
         while True:
             yield from loader
-
-
-def _micro_losses(plan: Plan, batch: dict[str, Any], device: torch.device) -> Iterator[Callable[[nn.Module], Tensor]]:
-    """The worker's batch as one loss function per micro-batch."""
-    config = plan.config
-    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-    images = tensors.pop("image") if "image" in tensors else tensors.pop("patches")
-    for begin in range(0, plan.per_worker, plan.micro_batch):
-        part = slice(begin, begin + plan.micro_batch)
-        micro = {key: value[part] for key, value in tensors.items()}
-
-        def loss(model: nn.Module, x: Tensor = images[part], micro: dict[str, Tensor] = micro) -> Tensor:
-            positions = {"positions": micro["positions"]} if "positions" in micro else {}
-            return training_loss(model(x, **positions), micro, config.loss, config.label_smoothing)
-
-        yield loss
-
-
-@torch.no_grad()
-def validate(engine: Engine, plan: Plan, uri: str, rank: int, world: int, device: torch.device) -> dict[str, float]:
-    """Top-1 (0..1) and mean loss over a whole dataset, each image once, shared among the workers.
-
-    Masked patch prediction has no classes: its loss alone.
-    """
-    dataset, config = open_dataset(uri), plan.config
-    engine.module.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    size = config.image_size
-    evaluation = Augment(size=size, crop="center", resize=config.validation_resize or round(size * 8 / 7), flip=False)
-    batch_size = max(world, plan.micro_batch * world)
-    with Loader(
-        dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=evaluation
-    ) as loader:
-        for batch in loader:
-            images = (batch["image"] if "image" in batch else batch["patches"]).to(device)
-            labels = batch["label"].to(device)
-            count = len(images)
-            if count == 0:  # with ZeRO-3 every worker must take part in every forward pass
-                images = images.new_zeros(1, *images.shape[1:])
-            output = engine.engine(images)
-            if count == 0:
-                continue
-            sums += torch.tensor(
-                [float(training_loss(output, {"label": labels}, config.loss)) * count, 0.0, count], device=device
-            )
-            if isinstance(output, Tensor):
-                sums[1] += correct(output, labels).sum()
-    engine.module.train()
-    if world > 1:
-        dist.all_reduce(sums)
-    loss, top1 = float(sums[0] / sums[2]), float(sums[1] / sums[2])
-    return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
 
 
 def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch) -> dict[str, Any]:
@@ -544,6 +502,16 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def _scores(scores: dict[str, float]) -> str:
+    shown = {
+        names.VAL_TOP1: "top-1 {:.2%}",
+        names.VAL_LOSS: "loss {:.4f}",
+        names.FEWSHOT_TOP1: "few-shot top-1 {:.2%}",
+        names.FEWSHOT_SECONDS: "in {:.1f} s",
+    }
+    return "  ".join(text.format(scores[name]) for name, text in shown.items() if name in scores)
 
 
 def _line(step: int, plan: Plan, metrics: dict[str, float], seconds: float) -> str:

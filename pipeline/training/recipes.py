@@ -38,8 +38,9 @@ class ModelConfig:
 class OptimizerConfig:
     """The paper trains with Adam (b1 0.9, b2 0.999) and decoupled weight decay on every parameter (section 4.1, table 3)."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with momentum (weight decay is then an L2 penalty)."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """adamw; sgd with momentum (weight decay is then an L2 penalty); or muon for the matrices of the blocks and adamw for
+    the rest. Muon is not clipped, and the gradient norm it logs is that of its update."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -50,6 +51,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.9
     """Of sgd."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices that muon trains."""
     clip: float | None = 1.0
     """Largest global gradient norm; None does not clip."""
 
@@ -73,11 +76,26 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FewShotConfig:
+    """A linear probe on frozen features of a few images per class, at every validation (section 4.1). Off without `train`."""
+
+    train: str | None = None
+    """Labelled dataset whose images it learns from."""
+    test: str | None = None
+    """Dataset that it is scored on, of the same classes; None: the run's `validation`."""
+    shots: int = 5
+    """Images per class."""
+    l2: float = 1024.0
+    """Regularisation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
     data: str = "runs/demo/data/train"
     """Dataset to train on (written by jobs/prepare.py), local or s3://."""
     validation: str | None = None
     """Dataset to validate on; none by default."""
+    fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     output: str = "runs/demo/pretrain"
     """Run folder: checkpoints, config, identity. The same command again continues the run in it."""
     steps: str = "90epochs"
@@ -159,6 +177,7 @@ OPERATIONAL = frozenset(
     [
         "data",
         "validation",
+        "fewshot",
         "output",
         "workers",
         "min_workers",

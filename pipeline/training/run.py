@@ -119,6 +119,7 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
         data=storage.normalise(config.data),
         output=storage.normalise(config.output),
         validation=absolute(config.validation),
+        fewshot=replace(config.fewshot, train=absolute(config.fewshot.train), test=absolute(config.fewshot.test)),
         # models:/ and runs:/ are MLflow's addresses, not paths
         init_from=config.init_from if ":/" in (config.init_from or "") else absolute(config.init_from),
         cache=absolute(config.cache),
@@ -144,6 +145,10 @@ def check(config: PretrainConfig) -> Plan:
         validation = open_dataset(config.validation)
         if list(validation.classes) != list(dataset.classes):
             raise UserError(f"{config.validation} has other classes than {config.data}; prepare both from one source")
+    if config.fewshot.train:
+        from pipeline.training.validation import check_fewshot
+
+        check_fewshot(config)
     output = storage.normalise(config.output)
     if not storage.exists(storage.join(output, "run.json")) and storage.list_files(output, recursive=False):
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
@@ -221,10 +226,15 @@ def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
     record = storage.read_json(uri)
     if record["identity"] != configuration.fingerprint(identity):
         old, new = configuration.flatten(record["config"]), configuration.flatten(identity)
+        # an option that did not exist when the run was made had its default
+        defaults = configuration.flatten(configuration.to_dict(PretrainConfig()))
+        old = {key: defaults[key] for key in new if key in defaults} | old
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
-        raise UserError(
-            f"{output} holds another run ({'; '.join(changed[:6])}); give its settings to continue it, or choose another --output"
-        )
+        if changed:
+            raise UserError(
+                f"{output} holds another run ({'; '.join(changed[:6])}); give its settings to continue it, or choose another "
+                "--output"
+            )
     return record
 
 

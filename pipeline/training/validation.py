@@ -1,0 +1,166 @@
+"""What a run is measured by while it goes on: a held-out dataset, and few-shot probes of its features.
+
+Every worker takes its part of the images; all take part in every forward pass, as ZeRO-3 wants.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from models.losses import correct, training_loss
+from pipeline.data import Loader, open_dataset
+from pipeline.data.augment import Augment, decode
+from pipeline.data.patches import unpatchify
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+from pipeline.tracking import names
+from pipeline.training.engine import Engine
+from pipeline.training.recipes import PretrainConfig
+from pipeline.transfer.fewshot import ridge, select_shots
+
+if TYPE_CHECKING:
+    from pipeline.training.loop import Plan
+
+
+@torch.no_grad()
+def validate(engine: Engine, plan: "Plan", uri: str, rank: int, world: int, device: torch.device) -> dict[str, float]:
+    """Top-1 (0..1) and mean loss over a whole dataset, each image once.
+
+    Masked patch prediction has no classes: its loss alone.
+    """
+    config = plan.config
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    with _evaluating(engine):
+        for images, labels in _batches(open_dataset(uri), plan, rank, world):
+            count, labels = len(labels), labels.to(device)
+            output = engine.engine(images.to(device))
+            if count == 0:
+                continue
+            loss = float(training_loss(output, {"label": labels}, config.loss))
+            sums += torch.tensor([loss * count, 0.0, count], device=device)
+            if isinstance(output, Tensor):
+                sums[1] += correct(output, labels).sum()
+    if world > 1:
+        dist.all_reduce(sums)
+    loss, top1 = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+    return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
+
+
+class FewShot:
+    """Top-1 of a linear classifier in closed form on frozen features of a few images per class, as the paper follows its
+    pre-training (section 4.1): least squares to {-1, 1}, the same images at every visit."""
+
+    def __init__(self, plan: "Plan"):
+        """Chooses the images. Reads labels, no images."""
+        self.plan, self.config = plan, plan.config.fewshot
+        assert self.config.train is not None
+        self.train, self.test = check_fewshot(plan.config)
+        labels = self.train.table(["label"])["label"].to_numpy()
+        labelled = np.flatnonzero(labels >= 0)
+        self.chosen = labelled[select_shots(labels[labelled], self.config.shots, plan.config.seed)]
+        self.labels = torch.from_numpy(labels[self.chosen].astype(np.int64))
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, rank: int, world: int, device: torch.device) -> dict[str, float]:
+        """{top-1 (0..1), seconds that it took}"""
+        start = time.perf_counter()
+        share = -(-len(self.chosen) // world)
+        mine = np.resize(self.chosen, share * world)[rank * share : (rank + 1) * share]  # the last ones may come twice
+        with _evaluating(engine, features=True):
+            step = self.plan.micro_batch
+            parts = [self._features(engine, mine[i : i + step], device) for i in range(0, share, step)]
+            features = _gather(torch.cat(parts), world)[: len(self.chosen)]
+            right, total = 0, 0
+            tests = [
+                (engine.engine(images.to(device)).float()[: len(labels)], labels)
+                for images, labels in _batches(self.test, self.plan, rank, world)
+            ]
+        examples = torch.cat([x for x, _ in tests])
+        if len(examples):
+            labels = torch.cat([labels for _, labels in tests]).to(device)
+            classes = len(self.train.classes)
+            predicted = ridge(features, self.labels.to(device), examples, classes, [self.config.l2])[0]
+            right, total = int((predicted == labels).sum()), len(labels)
+        counts = torch.tensor([right, total], device=device)
+        if world > 1:
+            dist.all_reduce(counts)
+        top1 = float(counts[0] / counts[1])
+        return {names.FEWSHOT_TOP1: top1, names.FEWSHOT_SECONDS: time.perf_counter() - start}
+
+    def _features(self, engine: Engine, rows: np.ndarray, device: torch.device) -> Tensor:
+        augment = evaluation_view(self.plan.config)
+        size, kind = augment.size, self.train.manifest.image
+        images = np.empty((len(rows), size, size, 3), np.uint8)
+        for target, row in zip(images, self.train.read(rows), strict=True):
+            if self.train.encoding == "jpeg":
+                picture = decode(row["image"])
+            else:
+                picture = unpatchify(row["image"], kind["height"], kind["width"], kind["patch_size"])
+            augment.apply(picture, [0.5] * augment.draws, target, False)
+        return engine.engine(torch.from_numpy(images).to(device)).float()
+
+
+def check_fewshot(config: PretrainConfig) -> tuple[Dataset, Dataset]:
+    """The probe's two datasets. Raises UserError when they do not fit each other."""
+    test = config.fewshot.test or config.validation
+    if test is None:
+        raise UserError("fewshot.train needs something to score: give --fewshot.test, or --validation")
+    train, scored = open_dataset(config.fewshot.train or ""), open_dataset(test)
+    if train.multilabel or not train.classes or list(train.classes) != list(scored.classes):
+        raise UserError(f"{config.fewshot.train} and {test} must have the same classes, one for each image")
+    if config.fewshot.shots < 1:
+        raise UserError(f"fewshot.shots {config.fewshot.shots} must be at least 1")
+    return train, scored
+
+
+def evaluation_view(config: PretrainConfig) -> Augment:
+    """How evaluation sees an image: its shorter side reduced, the centre cut out."""
+    size = config.image_size
+    return Augment(size=size, crop="center", resize=config.validation_resize or round(size * 8 / 7), flip=False)
+
+
+@contextmanager
+def _evaluating(engine: Engine, features: bool = False) -> Iterator[None]:
+    """No dropout; and with `features`, the model's representation in place of its logits.
+
+    The engine goes on to call the module as a whole: under ZeRO-3 its hooks gather the parameters.
+    """
+    module: Any = engine.module
+    module.eval()
+    if features:
+        module.forward = module.features
+    try:
+        yield
+    finally:
+        if features:
+            del module.forward
+        module.train()
+
+
+def _batches(dataset: Dataset, plan: "Plan", rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's part of a dataset: images (or patches) and labels. Never no image, but perhaps no label."""
+    batch_size = max(world, plan.micro_batch * world)
+    view = evaluation_view(plan.config)
+    with Loader(
+        dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=view
+    ) as loader:
+        for batch in loader:
+            images = batch["image"] if "image" in batch else batch["patches"]
+            if len(images) == 0:
+                images = images.new_zeros(1, *images.shape[1:])
+            yield images, batch["label"]
+
+
+def _gather(part: Tensor, world: int) -> Tensor:
+    """The workers' equally large parts one after the other, on every worker."""
+    if world == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(world)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)

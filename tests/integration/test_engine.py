@@ -1,0 +1,326 @@
+"""One worker: bad steps are noticed, dropped, counted and said, and a run that was continued decides as the uninterrupted
+one; every option of the engine computes what it should."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import free_port
+from safetensors.torch import load_file
+
+from pipeline.data.augment import Augment
+from pipeline.data.shards import open_dataset, write_dataset
+from pipeline.errors import UserError
+from pipeline.tracking import names
+from pipeline.training import checkpoint, loop
+from pipeline.training import engine as engine_module
+from pipeline.training.recipes import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.schedule import ScheduleConfig
+from pipeline.training.validation import check_fewshot
+from pipeline.training.watch import Watch, data_wait_advice
+
+
+def slow(*values):
+    """A parameter of the slow tests alone."""
+    return pytest.param(values if len(values) > 1 else values[0], marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of this process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(key, value)
+        patch.setenv("MASTER_PORT", str(free_port()))
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> PretrainConfig:
+    generator = np.random.default_rng(0)
+
+    def rows():
+        for i in range(48):
+            picture = generator.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            picture[:, :, i % 3] += 150
+            yield f"{i:04d}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 16, 16
+
+    data = str(tmp_path_factory.mktemp("data") / "set")
+    write_dataset(data, rows(), classes=["red", "green", "blue"])
+    return PretrainConfig(
+        data=data,
+        steps="9steps",
+        batch_size=8,
+        image_size=16,
+        model=ModelConfig(variant="mu/8", depth=1),
+        augment=Augment(size=16),
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup="0steps"),
+        engine=EngineConfig(zero=1, precision="fp32", micro_batch=4),
+        spike=2.0,
+        spike_window=4,
+        wait_warning=1.0,
+        log_every="1steps",
+        checkpoint_every="1steps",
+        keep=10,
+    )
+
+
+class Recorded:
+    """A run that keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict]] = []
+
+    def log(self, metrics: dict, step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def flush(self) -> None:
+        pass
+
+
+def bad_steps(monkeypatch, factors: dict[int, float]) -> None:
+    """Multiplies the loss of steps (1-based): the loop seeds torch by the step, which tells them apart here."""
+    seeds = {hash((0, step - 1, 0)) & 0x7FFFFFFF: factor for step, factor in factors.items()}
+    original = engine_module.training_loss
+
+    def faulty(outputs, *arguments):
+        loss = original(outputs, *arguments)
+        return loss * seeds[torch.initial_seed()] if torch.initial_seed() in seeds and loss.requires_grad else loss
+
+    monkeypatch.setattr(engine_module, "training_loss", faulty)
+
+
+def train(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, dict, list[str], Recorded]:
+    lines: list[str] = []
+    config, record = replace(config, output=str(folder)), Recorded()
+    device = torch.device("cpu")
+    result = loop.train(config, rank=0, world=1, local_rank=0, device=device, say=lines.append, run=record)  # type: ignore[arg-type]
+    return config, result, lines, record
+
+
+def losses(lines: list[str]) -> dict[int, float]:
+    steps = [line.split() for line in lines if line.startswith("step") and "  lr " in line]
+    return {int(words[1].split("/")[0]): float(words[words.index("loss") + 1]) for words in steps}
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder, "model.safetensors"))
+
+
+@pytest.mark.parametrize("engine", [slow(0, "fp32"), slow(0, "bf16"), (1, "fp32"), slow(2, "bf16"), slow(3, "fp32")])
+def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monkeypatch, engine):
+    zero, precision = engine
+    bad_steps(monkeypatch, {6: 50.0, 8: math.nan})
+    config = replace(base, engine=EngineConfig(zero=zero, precision=precision, micro_batch=4))
+    config, result, lines, record = train(config, tmp_path)
+    states = {step: weights(checkpoint.folder(config.output, step)) for step in range(4, 10)}
+    for step in range(5, 10):
+        same = all(torch.equal(states[step][name], states[step - 1][name]) for name in states[step])
+        assert same == (step in (6, 8)), step
+    warnings = [line for line in lines if line.startswith("warning")]
+    assert len(warnings) == 2
+    assert "step 6: loss" in warnings[0]
+    assert "more than 2 x the median" in warnings[0]
+    assert "step 8: gradient not finite, step skipped (2 so far)" in warnings[1]
+    assert result["skipped"] == 2
+    counts = [(step, m[names.SPIKES], m[names.SKIPPED]) for step, m in record.logged if names.SKIPPED in m]
+    assert counts == [(6, 1, 1), (8, 1, 2)]
+    commit = json.loads(Path(checkpoint.folder(config.output, 8), "COMMIT.json").read_text())
+    assert "loss_last" not in commit["metrics"]  # it was not finite
+    assert commit["watch"]["spikes"] == 1
+    assert len(commit["watch"]["losses"]) == 4
+
+
+@pytest.mark.parametrize("stop", [slow(3), 6, slow(8)])
+def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path, monkeypatch, stop):
+    """Stopped before, in and after bad steps: Adam's step count, the median's window and the counts come back."""
+    bad_steps(monkeypatch, {4: math.nan, 7: 50.0})
+    whole, expected, lines, _ = train(base, tmp_path / "whole")
+    part = replace(base, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.output, stop)))
+    os.rename(checkpoint.folder(whole.output, stop), checkpoint.folder(part.output, stop))
+    _, result, again, _ = train(part, tmp_path / "part")
+    later = [line for line in lines if line.startswith("warning") and int(line.split()[2][:-1]) > stop]
+    assert [line for line in again if line.startswith("warning")] == later
+    assert result["skipped"] == expected["skipped"] == 2
+    ours, theirs = weights(result["checkpoint"]), weights(expected["checkpoint"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypatch):
+    bad_steps(monkeypatch, {6: 50.0, 7: 50.0, 8: math.nan})
+    with pytest.raises(RuntimeError, match="3 steps in a row were not taken, the last one, 8"):
+        train(replace(base, stop_after_skipped=3), tmp_path)
+    assert checkpoint.latest(str(tmp_path)).step == 7
+
+
+def test_a_median_of_few_losses_calls_nothing_a_spike():
+    watch = Watch(factor=2.0, window=8, stop_after=9, device=torch.device("cpu"), world=1)
+    verdicts = [bool(watch.veto(torch.tensor(x))) for x in (1.0, 9.0, 1.0, 1.0, 9.0)]
+    assert verdicts == [False, False, False, False, False]
+    assert [bool(watch.veto(torch.tensor(x))) for x in (1.0, 1.0, 9.0, 1.0)] == [False, False, True, False]
+    assert Watch(factor=None, window=8, stop_after=9, device=torch.device("cpu"), world=1).veto is None
+
+
+def test_waiting_for_data_is_said_with_the_setting_that_helps(base, alone, tmp_path):
+    _, _, lines, record = train(replace(base, steps="3steps", wait_warning=0.0), tmp_path)
+    (second, third) = [line for line in lines if line.startswith("warning")]
+    assert "of the time went into waiting for data: give each worker more CPUs (--cpus-per-worker, now 1)" in second
+    assert "--encoding patches" in third
+    assert all(0 <= metrics[names.DATA_WAIT] <= 1 for _, metrics in record.logged)
+    dataset = open_dataset(base.data)
+    remote = replace(base, data="s3://bucket/data", threads=2, cpus_per_worker=8)
+    advice = data_wait_advice(remote, dataset, 0.3)
+    assert "30% of the time" in advice
+    assert "--cache FOLDER" in advice
+    assert "--threads, now 2 of the worker's 8 CPUs" in advice
+
+
+# ---------------------------------------------------------------- options of the engine
+
+
+@pytest.fixture
+def eager():
+    """DeepSpeed compiles Muon's iteration; the same numbers come without a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("option", [{"recompute": True}, {"offload": True}, slow({"zero": 2, "offload": True})])
+def test_recomputation_and_offload_change_no_loss(base, alone, tmp_path, option):
+    _, _, plain, _ = train(replace(base, steps="4steps"), tmp_path / "plain")
+    engine = replace(base.engine, **option)
+    _, _, other, _ = train(replace(base, steps="4steps", engine=engine), tmp_path / "other")
+    assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
+    assert len(losses(plain)) == 4
+
+
+def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
+    refused = {
+        "fp16 needs a GPU": replace(base, engine=EngineConfig(precision="fp16")),
+        "engine.offload needs engine.zero": replace(base, engine=EngineConfig(zero=0, offload=True, precision="fp32")),
+        "muon needs engine.zero 1": replace(
+            base, engine=EngineConfig(zero=0, precision="bf16"), optimizer=OptimizerConfig(name="muon")
+        ),
+        "a ResNet has none": replace(
+            base,
+            optimizer=OptimizerConfig(name="muon"),
+            model=ModelConfig(variant="R50x1"),
+            image_size=32,
+            augment=Augment(size=32),
+        ),
+    }
+    for message, config in refused.items():
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "refused")
+
+
+def test_fp16_scales_its_loss():
+    """No CPU of DeepSpeed's computes in fp16: what is asked of a GPU."""
+    config = engine_module._deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
+    assert config["fp16"]["enabled"]
+    assert config["fp16"]["loss_scale"] == 0  # dynamic
+    assert not config["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("engine", [slow(0, "fp32"), (1, "fp32"), slow(2, "bf16"), slow(3, "fp32")])
+def test_muon_learns_and_continues_bit_for_bit(base, alone, tmp_path, eager, engine):
+    zero, precision = engine
+    config = replace(
+        base,
+        steps="8steps",
+        engine=EngineConfig(zero=zero, precision=precision, micro_batch=4),
+        optimizer=OptimizerConfig(name="muon", lr=3e-3),
+        average=0.5,
+    )
+    whole, expected, lines, _ = train(config, tmp_path / "whole")
+    assert losses(lines)[8] < 0.9 * losses(lines)[1]
+    part = replace(config, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.output, 5)))
+    os.rename(checkpoint.folder(whole.output, 5), checkpoint.folder(part.output, 5))
+    _, result, again, _ = train(part, tmp_path / "part")
+    assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 5}
+    ours, theirs = weights(result["checkpoint"]), weights(expected["checkpoint"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
+    from models import create_model
+
+    model = create_model("mu/8", 3, 16)
+    optimizer = engine_module._optimizer(
+        model, OptimizerConfig(name="muon", lr=1e-3), EngineConfig(), torch.device("cpu")
+    )
+    (muon,) = [group for group in optimizer.param_groups if group["use_muon"]]
+    names_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names_of[id(parameter)] for parameter in muon["params"]} == {
+        f"blocks.0.{layer}.weight" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert muon["rate"] == pytest.approx(20)  # 0.02 / 1e-3
+
+
+@pytest.mark.parametrize("zero", [1, slow(3)])
+def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, zero):
+    """Three colours: two images of each teach a linear classifier on the features all others. Training is left alone."""
+    config = replace(base, steps="4steps", engine=replace(base.engine, zero=zero), validate_every="2steps")
+    _, plain, lines, _ = train(config, tmp_path / "plain")
+    probe = FewShotConfig(train=base.data, test=base.data, shots=2, l2=1.0)
+    _, probed, again, record = train(replace(config, fewshot=probe), tmp_path / "probed")
+    assert losses(again) == losses(lines)
+    ours, theirs = weights(probed["checkpoint"]), weights(plain["checkpoint"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logged = {step: metrics for step, metrics in record.logged if names.FEWSHOT_TOP1 in metrics}
+    assert set(logged) == {2, 4}
+    assert 0.9 <= logged[4][names.FEWSHOT_TOP1] <= 1.0
+    assert logged[4][names.FEWSHOT_SECONDS] > 0
+    assert any("few-shot top-1" in line for line in again)
+
+
+def test_few_shot_needs_something_to_score(base):
+    with pytest.raises(UserError, match="needs something to score"):
+        check_fewshot(replace(base, fewshot=FewShotConfig(train=base.data)))
+
+
+@pytest.mark.slow  # compiles C++
+def test_compiled_blocks_compute_the_same(base, alone, tmp_path):
+    _, _, plain, _ = train(replace(base, steps="4steps"), tmp_path / "plain")
+    engine = replace(base.engine, compile=True)
+    _, _, compiled, _ = train(replace(base, steps="4steps", engine=engine), tmp_path / "compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_muon_on_two_workers_continues_on_two_and_on_one(base, tmp_path):
+    from test_training import continued, run
+
+    stages = {
+        zero: replace(
+            base,
+            output=str(tmp_path / f"zero{zero}"),
+            engine=replace(base.engine, zero=zero),
+            optimizer=OptimizerConfig(name="muon", lr=3e-3),
+            lanes=4,
+        )
+        for zero in (0, 1, 2, 3)
+    }
+    originals = dict(zip(stages, run(2, *stages.values()), strict=True))
+    reference = [float(loss) for loss in originals[0]["losses"].values()]
+    for zero, result in originals.items():
+        assert [float(loss) for loss in result["losses"].values()] == pytest.approx(reference, abs=0.02), zero
+    again = [continued(job, tmp_path / "two", 4) for job in stages.values()]
+    for original, result in zip(originals.values(), run(2, *again), strict=True):
+        assert result["losses"] == {step: loss for step, loss in original["losses"].items() if int(step) > 4}
+    alone = [continued(job, tmp_path / "one", 4) for job in stages.values()]
+    for original, result in zip(originals.values(), run(1, *alone), strict=True):
+        assert [float(loss) for loss in result["losses"].values()] == pytest.approx(
+            [float(loss) for step, loss in original["losses"].items() if int(step) > 4], abs=0.02
+        )
