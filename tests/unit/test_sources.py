@@ -568,9 +568,10 @@ def test_archives_sorted_by_class_are_mixed(tmp_path, monkeypatch, mix, by_class
             for i in range(40):
                 add(archive, f"{shard}-{i:02d}.jpg", jpeg(i % 5))
                 add(archive, f"{shard}-{i:02d}.cls", str(labels[40 * shard + i]).encode())
-    options = {"source": (str(tmp_path / "wds"),), "mix": mix, "unit_bytes": 50_000, "splits": ("a=0.9", "b=0.1")}
-    run(tmp_path, **options)
-    found = [shards.open_dataset(tmp_path / "out" / split) for split in ("a", "b")]
+    splits = {"a": 0.9, "b": 0.1} if by_class else {}
+    fractions = tuple(f"{name}={part}" for name, part in splits.items())
+    run(tmp_path, source=(str(tmp_path / "wds"),), mix=mix, unit_bytes=50_000, splits=fractions)
+    found = [shards.open_dataset(tmp_path / "out" / split) for split in splits or [""]]
     tables = [dataset.table(("key", "label")).to_pydict() for dataset in found]
     keys = [key for table in tables for key in table["key"]]
     assert sorted(keys) == [f"{shard}-{i:02d}.jpg" for shard in range(6) for i in range(40)]
@@ -582,7 +583,9 @@ def test_archives_sorted_by_class_are_mixed(tmp_path, monkeypatch, mix, by_class
     assert all((table["key"] == sorted(table["key"])) != mixed for table in tables)
     if mixed:
         assert np.mean(np.diff(tables[0]["label"]) == 0) < 0.3
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
+    parts = {shard.name for dataset in found for shard in dataset.manifest.shards}
+    assert {path.name for path in (tmp_path / "out").rglob("*.parquet")} == parts | {"rejects.parquet"}
+    assert not (tmp_path / "out" / "_work").exists()
 
 
 def test_label_maps(image_folder, tmp_path):
