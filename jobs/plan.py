@@ -4,6 +4,7 @@
     python jobs/plan.py --recipe b16_imagenet --gpus 8 --gpu a100 --mfu 0.35 --training.engine.zero 2
     python jobs/plan.py --recipe l16_imagenet21k_90ep --images 5e6 --classes 9000 --json
     python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --corpus-images 300e6 --cores 256
+    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --scaling scaling.png
 
 Sizes of the published corpora are known by recipe; no data is needed. Exit code 2 when the plan cannot be made.
 """
@@ -28,6 +29,10 @@ from pipeline.training.recipes import RECIPES, PretrainConfig
 class Command(PlanConfig):
     """jobs/plan.py"""
 
+    scaling: str | None = None
+    """Also simulate weak and strong scaling, and draw it into this .png."""
+    network: float | None = None
+    """GB/s of a node to others; default: of the usual cloud machine with this GPU."""
     json: bool = False
     """Print the plan as JSON, and nothing else, on stdout."""
 
@@ -48,7 +53,18 @@ def main(argv: list[str]) -> None:
     from pipeline import planning
 
     result = planning.plan(options, recipe)
-    print(json.dumps(result) if options.json else planning.table(result))
+    if options.scaling:
+        from pipeline import scaling
+
+        width = 4 if options.training.engine.precision == "fp32" else 2
+        result["scaling"] = scaling.simulate(result, width=width, network=options.network)
+        scaling.draw(result["scaling"], options.scaling, f"{recipe} on {result['hardware']['gpu']}")
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(planning.table(result))
+    if options.scaling:
+        print(f"\n{scaling.table(result['scaling'])}\n    drawn into {options.scaling}")
 
 
 if __name__ == "__main__":

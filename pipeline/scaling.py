@@ -1,0 +1,184 @@
+"""How training speed grows with the number of GPUs: a model of one step, and a figure.
+
+    rows = simulate(plan(config, recipe), counts=(1, 8, 64, 512))
+    draw(rows, "scaling.png")
+
+A step is computing plus the communication that nothing hides:
+
+    computing       images per GPU x seconds per image (the plan's, from its MFU); independent of the number of GPUs
+    communication   bytes that each GPU sends, over the slowest link of the ring, plus a latency for each hop of each bucket
+    bytes           ring algorithms send (n-1)/n of a buffer to reduce-scatter or to all-gather it. Stages 0, 1: gradients once a
+                    step, parameters once (2 passes); stage 2 reduces gradients of every micro-batch; stage 3 also gathers the
+                    parameters for every forward and backward pass (3 passes a micro-batch; arXiv 1910.02054, section 7)
+    link            within a node NVLink; between nodes the network of a whole node, which all its GPUs' rings share
+    overlap         0 by default, as DeepSpeed reduces after the backward pass in stages 1 and 2
+
+Weak scaling keeps the images per GPU, strong scaling the global batch. Not in it: waiting for data, stragglers, and the lower
+MFU of small micro-batches, all of which make strong scaling worse than drawn. On two CPU workers the prediction is compared
+with a measurement by tests/benchmarks/scaling.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+# GB/s of one GPU to the others of its node, and of a whole node to others (vendors' data sheets of the usual cloud machines:
+# p5, a3, p4d, g6e, g5, g6, p3dn). PCIe where there is no NVLink.
+LINKS = {
+    "h100": (450, 400),
+    "h200": (450, 400),
+    "gh200": (450, 50),
+    "b200": (900, 400),
+    "a100": (300, 50),
+    "a100-40gb": (300, 50),
+    "l40s": (32, 50),
+    "a10g": (16, 12.5),
+    "l4": (16, 12.5),
+    "v100": (150, 12.5),
+}
+LATENCY = 5e-6  # seconds a hop
+BUCKET_BYTES = 1e9  # DeepSpeed's reduce_bucket_size, 500M elements of 2 bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What the bytes go over: bytes per second within a node and out of one, GPUs in a node, seconds a hop."""
+
+    inside: float
+    outside: float
+    per_node: int = 8
+    latency: float = LATENCY
+
+    def bandwidth(self, workers: int) -> float:
+        """Of the slowest hop of a ring over so many workers."""
+        return self.inside if workers <= self.per_node else min(self.inside, self.outside)
+
+
+def sent_bytes(parameters: int, stage: int, workers: int, *, width: int = 2, accumulation: int = 1) -> float:
+    """Bytes that each worker sends in a step of `accumulation` micro-batches; `width` bytes a number."""
+    passes = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]
+    return passes * parameters * width * (workers - 1) / workers
+
+
+def step_seconds(
+    computing: float,
+    parameters: int,
+    stage: int,
+    workers: int,
+    link: Link,
+    *,
+    width: int = 2,
+    accumulation: int = 1,
+    overlap: float = 0.0,
+) -> float:
+    """Seconds of a step that computes for `computing` seconds. overlap: share of the backward pass (two thirds of computing)
+    in which communication costs nothing."""
+    if workers == 1:
+        return computing
+    sent = sent_bytes(parameters, stage, workers, width=width, accumulation=accumulation)
+    hops = math.ceil(sent / BUCKET_BYTES) * (workers - 1)
+    communication = sent / link.bandwidth(workers) + hops * link.latency
+    return computing + max(0.0, communication - overlap * computing * 2 / 3)
+
+
+def simulate(
+    plan: Mapping[str, Any],
+    counts: Sequence[int] | None = None,
+    *,
+    stages: Sequence[int] = (1, 2, 3),
+    width: int = 2,
+    overlap: float = 0.0,
+    network: float | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of (mode, stage, gpus) with step time, images per second and efficiency, from `planning.plan`'s result.
+
+    network: GB/s of a node to others, when it is not the usual one of the GPU's machines. Efficiency is the speed of a GPU as
+    a share of its speed alone.
+    """
+    hardware, run, memory = plan["hardware"], plan["run"], plan["memory"]
+    inside, outside = LINKS[hardware["gpu"]]
+    per_node = max(1, hardware["gpus"] // hardware["nodes"])
+    link = Link(inside=inside * 1e9, outside=(outside if network is None else network) * 1e9, per_node=per_node)
+    per_gpu = memory["images_per_gpu"]
+    alone = run["images_per_second"] / hardware["gpus"]
+    batch = per_gpu * hardware["gpus"]
+    counts = counts or [2**i for i in range(int(math.log2(batch)) + 1) if 2**i <= 512]
+    rows = []
+    for stage in stages:
+        micro = memory["stages"][str(stage)]["micro_batch"] or 1
+        for mode in ("weak", "strong"):
+            for count in counts:
+                images = per_gpu if mode == "weak" else batch / count
+                if images < 1:
+                    continue
+                computing = images / alone
+                accumulation = max(1, math.ceil(images / micro))
+                seconds = step_seconds(
+                    computing,
+                    plan["model"]["parameters"],
+                    stage,
+                    count,
+                    link,
+                    width=width,
+                    accumulation=accumulation,
+                    overlap=overlap,
+                )
+                rows.append(
+                    {
+                        "mode": mode,
+                        "stage": stage,
+                        "gpus": count,
+                        "images_per_gpu": images,
+                        "step_seconds": seconds,
+                        "images_per_second": count * images / seconds,
+                        "efficiency": computing / seconds,
+                    }
+                )
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Efficiency by number of GPUs, a line for each way of scaling and stage."""
+    counts = sorted({row["gpus"] for row in rows})
+    lines = [f"  scaling      {'':14s}" + "".join(f"{count:>7d}" for count in counts) + " GPUs"]
+    for key in dict.fromkeys((row["mode"], row["stage"]) for row in rows):
+        mode, stage = key
+        found = {row["gpus"]: row["efficiency"] for row in rows if (row["mode"], row["stage"]) == key}
+        cells = "".join(f"{found[count]:>7.0%}" if count in found else f"{'':>7s}" for count in counts)
+        lines.append(f"    {f'{mode}, ZeRO-{stage}':23s}{cells}")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], uri: str, title: str = "") -> None:
+    """Efficiency over GPUs (logarithmic), weak beside strong scaling; PNG, local or s3://."""
+    import io
+
+    if not uri.endswith(".png"):
+        raise UserError(f"{uri}: the figure is a .png")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, mode in zip(axes, ("weak", "strong"), strict=True):
+        chosen = [row for row in rows if row["mode"] == mode]
+        for stage in dict.fromkeys(row["stage"] for row in chosen):
+            line = [row for row in chosen if row["stage"] == stage]
+            axis.plot([r["gpus"] for r in line], [r["efficiency"] for r in line], "o-", label=f"ZeRO-{stage}", ms=3)
+        counts = sorted({row["gpus"] for row in chosen})
+        axis.set(xscale="log", ylim=(0, 1.05), xlabel="GPUs", title=f"{mode} scaling")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("speed of a GPU, as a share of one alone")
+    axes[0].legend()
+    figure.suptitle(title)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    storage.write_bytes(uri, sink.getvalue())
