@@ -89,8 +89,12 @@ def parse(job, argv, monkeypatch):
     def stop(*args, **options):
         raise Parsed(read(*args, **options))
 
+    def stop_at_repair(run, delete):  # jobs/pretrain.py --repair is no training
+        raise Parsed(run)
+
     with monkeypatch.context() as patch:
         patch.setattr(tyro, "cli", stop)
+        patch.setattr("pipeline.training.checkpoint.repair", stop_at_repair)
         with pytest.raises(Parsed) as parsed:
             sys.modules[name].main(argv)
     return parsed.value.args[0]
