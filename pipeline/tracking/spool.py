@@ -58,9 +58,10 @@ class Queue:
 
     def append(self, record: dict) -> None:
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+        many = record.get("kind", "metrics") == "metrics"  # the few others, the end of the run above all, are never lost
         with self._lock:
             try:
-                if self._size + len(line) > MAX_BYTES:
+                if many and self._size + len(line) > MAX_BYTES:
                     self.lost += 1
                     return
                 if os.write(self._file, line) != len(line):
@@ -70,7 +71,7 @@ class Queue:
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, self._size)  # takes a half-written line away
-                if len(self._memory) < MAX_IN_MEMORY:
+                if not many or len(self._memory) < MAX_IN_MEMORY:
                     self._memory.append(record)
                 else:
                     self.lost += 1
