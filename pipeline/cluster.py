@@ -10,6 +10,8 @@ import logging
 import os
 import stat
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,34 +110,23 @@ def _protect_token() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """How many bundles of resources the joined cluster holds: beside other jobs, on its nodes, and at its largest."""
+    """How many bundles of resources the joined cluster holds: beside other jobs, and on all of its nodes."""
 
     free: int
     now: int
-    ever: int
-    remedy: str
 
 
 def room(bundle: Mapping[str, float]) -> Room:
-    """Room for bundles, each of which has to fit on one node. Without an autoscaler `ever` is `now`."""
+    """Room for bundles, each of which has to fit on one node, on the nodes that there are."""
     import ray
     from ray._private.state import state
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    now = sum(_fit(node["Resources"], bundle) for node in nodes)
     available = state.available_resources_per_node()
-    free = sum(_fit(available.get(node["NodeID"], {}), bundle) for node in nodes)
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
-        return Room(free=free, now=now, ever=now, remedy="add nodes (ray start --address), or ask for less")
-    head = sum(_fit(node["Resources"], bundle) for node in nodes if "node:__internal_head__" in node["Resources"])
-    grown, kinds = head, []
-    for group in config.node_group_configs:
-        each, most = _fit(group.resources, bundle), group.max_count if group.max_count >= 0 else sys.maxsize
-        grown += each * most
-        kinds.append(f"{group.name}: {most} x {', '.join(f'{v:g} {k}' for k, v in sorted(group.resources.items()))}")
-    remedy = f"raise max_workers of a node type ({'; '.join(kinds)}), or ask for less"
-    return Room(free=free, now=now, ever=max(now, grown), remedy=remedy)
+    return Room(
+        free=sum(_fit(available.get(node["NodeID"], {}), bundle) for node in nodes),
+        now=sum(_fit(node["Resources"], bundle) for node in nodes),
+    )
 
 
 def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
@@ -143,15 +134,51 @@ def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
 
 
 def announce(bundle: Mapping[str, float], count: int = 1) -> None:
-    """Says on stderr what a job will wait for before it starts: an autoscaler, other jobs, or for ever."""
+    """Says on stderr what a job will wait for before it starts: other jobs, or nodes; and, as soon as the autoscaler knows it,
+    that these nodes will never come."""
     here = room(bundle)
     want = f"{count} x ({', '.join(f'{amount:g} {name}' for name, amount in bundle.items())})"
     if here.free >= count:
         return
     if here.now >= count:
-        what = f"other jobs leave room for {here.free}"
-    elif here.ever >= count:
-        what = f"the cluster has room for {here.now}, its autoscaler can bring room for {here.ever}"
-    else:
-        what = f"the cluster has room for {here.ever} at most and will never start this; {here.remedy}"
-    print(f"waiting for {want}: {what}", file=sys.stderr, flush=True)
+        print(f"waiting for {want}: other jobs leave room for {here.free}", file=sys.stderr, flush=True)
+        return
+    print(
+        f"waiting for {want}: the cluster has room for {here.now}; the job starts when an autoscaler, or you, bring more",
+        file=sys.stderr,
+        flush=True,
+    )
+    threading.Thread(target=_watch_for_never, args=(dict(bundle), count, want), daemon=True).start()
+
+
+def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
+    """Until there is room, asks the autoscaler (v2) whether it has given the request up; says so once."""
+    try:
+        while room(bundle).now < count:
+            if _infeasible(bundle):
+                print(
+                    f"waiting for {want}: the autoscaler cannot bring them, whatever happens. Raise max_workers of a node type "
+                    "that has them (or maxReplicas), or stop this job and ask for less",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
+            time.sleep(2)
+    except Exception:  # the job ended, and Ray with it
+        return
+
+
+def _infeasible(bundle: Mapping[str, float]) -> bool:
+    """Whether a request with such a bundle is among those that the autoscaler says it can never serve."""
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    reply = autoscaler_pb2.GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status(timeout_s=10))
+    found = reply.autoscaling_state
+    gangs = found.infeasible_gang_resource_requests
+    requests = [*found.infeasible_resource_requests, *(request for gang in gangs for request in gang.requests)]
+    requests += [r for gang in gangs for selector in gang.bundle_selectors for r in selector.resource_requests]
+    return any(
+        all(abs(request.resources_bundle.get(name, 0) - amount) < 1e-6 for name, amount in bundle.items())
+        for request in requests
+    )

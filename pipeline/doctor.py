@@ -574,7 +574,8 @@ def devices(wanted: bool) -> Finding:
 
 
 def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) -> Finding:
-    """Whether all workers of a run fit, which is when it starts: now, after the autoscaler acted, or never."""
+    """Whether all workers of a run fit, which is when it starts. What an autoscaler may add, only the autoscaler knows, and
+    says when it is asked (`cluster.announce`)."""
     each = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
     want = f"{workers} workers of {each}"
     if room.free >= workers:
@@ -585,9 +586,12 @@ def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) ->
             f"{want}: other jobs leave room for {room.free}",
             "the run waits until they end; `ray job list` shows them",
         )
-    if room.ever >= workers:
-        return ok("room", f"{want}: {room.now} fit now, the autoscaler can bring room for {room.ever}")
-    return error("room", f"{want} will never fit: the cluster has room for {room.ever} at most", room.remedy)
+    return warning(
+        "room",
+        f"{want}: the nodes that are there have room for {room.now}",
+        "the run waits until an autoscaler brings more, within max_workers (maxReplicas) of its node types; to a cluster of "
+        "fixed size add nodes (ray start --address), or ask for less",
+    )
 
 
 def own_budget(config: "PretrainConfig") -> Finding:
