@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 # Worker processes run the project from here (embedded), or from the package that Ray ships (cluster).
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -173,7 +174,8 @@ def _infeasible(bundle: Mapping[str, float]) -> bool:
     from ray._private.worker import global_worker
     from ray.core.generated import autoscaler_pb2
 
-    reply = autoscaler_pb2.GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status(timeout_s=10))
+    answer = cast(Any, global_worker).gcs_client.get_cluster_status(timeout_s=10)
+    reply = cast(Any, autoscaler_pb2).GetClusterStatusReply.FromString(answer)
     found = reply.autoscaling_state
     gangs = found.infeasible_gang_resource_requests
     requests = [*found.infeasible_resource_requests, *(request for gang in gangs for request in gang.requests)]
