@@ -31,7 +31,7 @@ def job(*arguments, **environment):
         [sys.executable, JOB, "--no-tracking", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
