@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(1500)  # with the run that it is compared with, on a machine that has other work
-STEPS = 40
+STEPS = 100
 SEEDS = range(5)
 
 
@@ -201,7 +201,7 @@ def test_worker_killed(base, reference, jobs, tmp_path, seed):
     draw = random.Random(seed)
     job = Job(replace(base, output=str(tmp_path / "run")))
     jobs.append(job)
-    job.step(draw.randrange(2, STEPS - 10))
+    job.step(draw.randrange(2, 40))
     draw.choice(workers()).send_signal(signal.SIGKILL)
     text = job.end()
     assert "its process ended" in text
@@ -215,7 +215,7 @@ def test_worker_killed_with_checkpoints_on_s3(base, reference, jobs, s3, tmp_pat
     jobs.append(job)
     job.step(20)
     workers()[0].kill()
-    assert re.search(rf"resumed from {s3}/run/checkpoints/step-000000(07|14|21) on 2 workers", job.end())
+    assert re.search(rf"resumed from {s3}/run/checkpoints/step-000000\d\d on 2 workers", job.end())
     assert curve(job) == reference
 
 
@@ -225,7 +225,7 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
     config = replace(base, output=str(tmp_path / "run"))
     first = Job(config)
     jobs.append(first)
-    first.step(random.Random(seed).randrange(9, STEPS - 5))
+    first.step(random.Random(seed).randrange(9, 40))
     first.process.kill()  # and nobody waits for the workers to notice
     lock = tmp_path / "extensions" / "fused_adam" / "lock"  # as if one had been building an operator
     lock.parent.mkdir(parents=True)
@@ -244,7 +244,7 @@ def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
     draw = random.Random(seed)
     job = Job(replace(base, output=str(tmp_path / "run"), address=cluster.address))
     jobs.append(job)
-    job.step(draw.randrange(2, STEPS - 10))
+    job.step(draw.randrange(2, 40))
     cluster.remove_node(draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
     cluster.add_node(num_cpus=1)
     text = job.end()
@@ -301,7 +301,7 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     cluster.add_node(num_cpus=1)
     text = job.end()
     assert f"step-{saved:08d} on 2 workers" in text
-    assert "failure" not in text
+    assert "starting again" not in text
     steps = [int(step) for step in re.findall(r"^step (\d+)/\d+  epoch", text, re.M)]
     assert steps == list(range(1, 201))  # none was done twice
     assert curve(job) == curve(undisturbed)
