@@ -411,6 +411,34 @@ def test_room_on_real_nodes(ray_local, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["resource", "gang", "selector"])
+def test_what_the_autoscaler_has_given_up(monkeypatch, form):
+    """The three forms in which autoscaler v2 reports requests that it cannot serve."""
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    reply = autoscaler_pb2.GetClusterStatusReply()
+    state = reply.autoscaling_state
+    request = {
+        "resource": lambda: state.infeasible_resource_requests.add(),
+        "gang": lambda: state.infeasible_gang_resource_requests.add().requests.add(),
+        "selector": lambda: (
+            state.infeasible_gang_resource_requests.add().bundle_selectors.add().resource_requests.add()
+        ),
+    }[form]()
+    request.resources_bundle.update({"CPU": 1.0, "GPU": 1.0, "bundle_group_x": 0.001})
+
+    class Store:
+        def get_cluster_status(self, timeout_s):
+            return reply.SerializeToString()
+
+    monkeypatch.setattr(global_worker, "gcs_client", Store(), raising=False)
+    assert cluster._infeasible({"CPU": 1, "GPU": 1})
+    assert not cluster._infeasible({"CPU": 2, "GPU": 1})
+    reply.Clear()
+    assert not cluster._infeasible({"CPU": 1, "GPU": 1})
+
+
 def test_room_on_this_machine(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     assert doctor.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
