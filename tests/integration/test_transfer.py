@@ -465,7 +465,7 @@ def test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker(world, m
 
     output, uri = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
     arguments = ["--suite", "vtab1k", "--checkpoint", str(world / "run"), "--data", miniatures, "--output", str(output)]
-    arguments += ["--steps", "60", "--batch-size", "32", "--resolution", str(SIZE), "--tracking-uri", uri, "--json"]
+    arguments += ["--steps", "30", "--batch-size", "16", "--resolution", str(SIZE), "--tracking-uri", uri, "--json"]
 
     def start():
         command = [sys.executable, JOB, *arguments]
