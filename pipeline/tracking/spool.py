@@ -58,7 +58,8 @@ class Queue:
 
     def append(self, record: dict) -> None:
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-        many = record.get("kind", "metrics") == "metrics"  # the few others, the end of the run above all, are never lost
+        # only metrics are many; what else there is, the end of the run above all, is never lost
+        many = record.get("kind", "metrics") == "metrics"
         with self._lock:
             try:
                 if many and self._size + len(line) > MAX_BYTES:
