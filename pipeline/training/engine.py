@@ -137,6 +137,20 @@ class Engine:
         """Steps so far that were not taken because a gradient was not finite on some worker."""
         return self.engine.skipped_steps + self._dropped
 
+    # What a loss scaler goes through (fp16): its scale, and when it moves next.
+    SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """State of the dynamic loss scale, to be kept in a checkpoint; empty where nothing is scaled."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in self.SCALER} if getattr(scaler, "dynamic", False) else {}
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, float]) -> None:
+        for name, value in state.items() if self.loss_scale else ():
+            setattr(self.engine.optimizer.loss_scaler, name, value)
+
     def _check_stage_3(self, update_scale: bool = True) -> bool:
         optimizer = self.engine.optimizer
         optimizer.overflow = False
@@ -309,7 +323,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     groups = weight_decay_groups(model, config.decay)
     if config.name == "adamw":
-        fused = device.type == "cuda" and not engine.offload
+        fused = not engine.offload  # one pass over memory instead of eight, on a CPU too
         return torch.optim.AdamW(
             groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
         )
@@ -350,7 +364,8 @@ def _deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumula
         "stage": config.zero,
         # Overlapping reductions with contiguous gradients has a long history of races; stage 3 needs it for speed.
         "overlap_comm": config.zero == 3 and torch.cuda.is_available(),
-        "contiguous_gradients": True,
+        # Against fragmentation of a GPU's memory; on a CPU a copy of every gradient for nothing (docs/journal.md).
+        "contiguous_gradients": torch.cuda.is_available() or config.zero > 1,
     }
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # it needs whole gradients; stage 3 refuses otherwise

@@ -303,6 +303,7 @@ def train(
     if start is not None:
         with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
             engine.restore(reader.read, reader.kinds, first - watch.skipped)
+        engine.loss_scale = start.commit.get("loss_scale", {})
         say(f"resumed from {start.uri} on {world} workers")
 
     few_shot = FewShot(plan) if config.fewshot.train else None
@@ -361,7 +362,7 @@ def train(
             if done % plan.checkpoint_every == 0 or done == total or leave:
                 moved("waiting for the checkpoint before this one")
                 with meter.paused():
-                    writer.save(done, engine.snapshot, _about(plan, done, losses, watch))
+                    writer.save(done, engine.snapshot, _about(plan, done, losses, watch, engine))
             if leave:
                 writer.wait()
                 say(f"step {done}/{total}  saved, and the workers leave: a node goes away or their number changes")
@@ -414,7 +415,7 @@ def _batches(plan: Plan, first: int, rank: int, world: int) -> Generator[dict[st
             yield from loader
 
 
-def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch) -> dict[str, Any]:
+def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch, engine: Engine) -> dict[str, Any]:
     """What COMMIT.json and config.json say besides files and weights."""
     epoch, position = divmod(step, plan.steps_per_epoch)
     return {
@@ -425,6 +426,7 @@ def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch) -> di
         "identity": configuration.fingerprint(plan.identity),
         "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
         "watch": watch.state(),
+        "loss_scale": engine.loss_scale,
         "config": {"classes": list(plan.classes), "pretrain": configuration.to_dict(plan.config)},
     }
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/train_step.py --device cuda                     one GPU: S/16 B/16 L/16 H/14, bf16
     python tests/benchmarks/train_step.py --device cuda --variants L/16 --batch 256 --rows ours --recompute
 
-Rows, each in a process of its own, on the same batch of random uint8 images that lie on the device:
+Rows, on the same batch of random uint8 images that lie on the device (on a GPU in a process each, on a CPU taking turns in
+one, so that other load slows them alike: compare `fastest_cpu`, processor seconds, when the machine is not idle):
 
     ours      pipeline.training.engine: DeepSpeed ZeRO-1, float32 master weights, torch.compile by block
     torch     the same model, torch.compile as a whole, fused AdamW, autocast to bf16 on a GPU
@@ -19,10 +20,10 @@ measured in the same process. Needs torch, deepspeed, simplejpeg, OpenCV and thi
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,25 @@ TIMM = {
 }
 BATCH = {"cpu": {"S/16": 16, "B/16": 8}, "cuda": {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}}
 CLASSES, SIZE = 1000, 224
+# The environment that pipeline.training.launch gives its workers, here for every row: freed activations stay in the heap.
+HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+@functools.cache
+def missing_operators():
+    """torchvision's CUDA build beside a CPU torch lacks two operators, which timm imports and never calls."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators  # they live as long as this object, which the cache keeps
 
 
 def step_function(
@@ -77,10 +97,7 @@ def step_function(
         return lambda: engine.train_step(micro_losses(batch, micro, device, "softmax"), 1e-3)
 
     if row == "timm":
-        if device.type == "cpu":
-            operators = torch.library.Library("torchvision", "DEF")  # a CUDA torchvision beside a CPU torch lacks them
-            for name in ("nms", "qnms"):
-                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        missing_operators()
         import timm
 
         model = timm.create_model(TIMM[variant], num_classes=CLASSES).to(device).train()
@@ -101,8 +118,8 @@ def step_function(
     return step
 
 
-def measure(row: str, variant: str, options: argparse.Namespace) -> dict:
-    """One row's numbers. Runs in a process of its own (row "two": in two)."""
+def measure(rows: list[str], variant: str, options: argparse.Namespace) -> list[dict]:
+    """The rows' numbers, the rows taking turns step by step, so that a busy machine slows all of them alike."""
     import torch
 
     from models.variants import flops
@@ -112,62 +129,72 @@ def measure(row: str, variant: str, options: argparse.Namespace) -> dict:
     device = torch.device(options.device)
     if device.type == "cpu":
         cores = sorted(os.sched_getaffinity(0))
-        if row in ("one", "two"):  # one core each
+        if rows[0] in ("one", "two"):  # one core each
             os.sched_setaffinity(0, {cores[rank % len(cores)]})
             cores = cores[:1]
-        torch.set_num_threads(len(cores))
+        torch.set_num_threads(min(options.threads or len(cores), len(cores)))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29511")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    if row in ("ours", "one", "two"):
-        torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=rank, world_size=world)
     total = options.batch or BATCH[device.type].get(variant, 64)
-    step = step_function(row, variant, total // world, options, rank)
+    peak = peak_flops(device) * world
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    start = time.perf_counter()
-    for _ in range(3):  # compiles, allocates, makes the optimiser's states
-        step()
-    wait()
-    warm_up = time.perf_counter() - start
-    seconds = []
-    for _ in range(options.repeats):
+    steps, warm_up = {}, {}
+    for row in rows:
         start = time.perf_counter()
-        for _ in range(options.steps):
-            step()
+        steps[row] = step_function(row, variant, total // world, options, rank)
+        for _ in range(2):  # compiles, allocates, makes the optimiser's states
+            steps[row]()
         wait()
-        seconds.append((time.perf_counter() - start) / options.steps)
-    median = statistics.median(seconds)
-    about = {"variant": variant, "num_classes": CLASSES, "image_size": SIZE}
-    architecture, computed = flops(about), flops(about, computed=row != "timm")
-    peak = peak_flops(device) * world
-    return {
-        "variant": variant,
-        "row": row,
-        "batch": total,
-        "seconds": round(median, 4),
-        "fastest": round(min(seconds), 4),
-        "images_per_second": round(total / median, 1),
-        "mfu": round(3 * computed * total / median / peak, 4),
-        "mfu_architecture": round(3 * architecture * total / median / peak, 4),
-        "memory_gb": round(memory_gb(device), 2),
-        "host_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "peak_tflops": round(peak / 1e12, 3),
-        "warm_up_seconds": round(warm_up, 1),
-    }
+        warm_up[row] = time.perf_counter() - start
+    clock: dict[str, list[float]] = {row: [] for row in rows}
+    processor: dict[str, list[float]] = {row: [] for row in rows}
+    for turn in range(options.repeats):
+        shift = turn % len(rows)
+        for row in rows[shift:] + rows[:shift]:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            for _ in range(options.steps):
+                steps[row]()
+            wait()
+            clock[row].append((time.perf_counter() - start) / options.steps)
+            processor[row].append((time.process_time() - cpu_start) / options.steps)
+    model = {"variant": variant, "num_classes": CLASSES, "image_size": SIZE}
+    results = []
+    for row in rows:
+        median = statistics.median(clock[row])
+        rate = 3 * total / median / peak
+        results.append(
+            {
+                "variant": variant,
+                "row": row,
+                "batch": total,
+                "seconds": round(median, 4),
+                "fastest": round(min(clock[row]), 4),
+                "fastest_cpu": round(min(processor[row]), 4),
+                "images_per_second": round(total / median, 1),
+                "mfu": round(flops(model, computed=row != "timm") * rate, 4),
+                "mfu_architecture": round(flops(model) * rate, 4),
+                "memory_gb": round(memory_gb(device), 2),
+                "peak_tflops": round(peak / 1e12, 3),
+                "warm_up_seconds": round(warm_up[row], 1),
+            }
+        )
+    return results
 
 
-def measure_in_processes(row: str, variant: str, arguments: list[str]) -> dict:
-    """The row's numbers from fresh processes; "error" when they failed."""
-    world = 2 if row == "two" else 1
-    command = [sys.executable, __file__, *arguments, "--case", row, variant]
+def measure_in_processes(rows: list[str], variant: str, arguments: list[str]) -> list[dict]:
+    """The rows' numbers from a fresh process (row "two": from two); "error" when it failed."""
+    world = 2 if rows == ["two"] else 1
+    command = [sys.executable, __file__, *arguments, "--case", ",".join(rows), variant]
     processes = [
         subprocess.Popen(
             command,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)},
+            env={**os.environ, **HEAP, "RANK": str(rank), "WORLD_SIZE": str(world)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -177,8 +204,23 @@ def measure_in_processes(row: str, variant: str, arguments: list[str]) -> dict:
     outputs = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            return {"variant": variant, "row": row, "error": errors.strip()[-600:]}
+            return [{"variant": variant, "row": row, "error": errors.strip()[-600:]} for row in rows]
     return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
+def rows_of(variant: str, options: argparse.Namespace) -> list[dict]:
+    """All rows of a variant. On a GPU a process each; on a CPU one for times, and one each for the peak of memory."""
+    gpu, arguments = options.device == "cuda", sys.argv[1:]
+    wanted = options.rows or (["ours", "torch", "timm"] if gpu else ["ours", "torch", "timm", "one", "two"])
+    together = [] if gpu else [row for row in wanted if row not in ("one", "two")]
+    results = measure_in_processes(together, variant, arguments) if together else []
+    for result in results:
+        (alone,) = measure_in_processes([result["row"]], variant, [*arguments, "--steps", "1", "--repeats", "1"])
+        result["memory_gb"] = alone.get("memory_gb")
+    for row in wanted:
+        if row not in together:
+            results += measure_in_processes([row], variant, arguments)
+    return results
 
 
 def main() -> None:
@@ -188,25 +230,27 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="ours torch timm, and on a CPU one two")
     parser.add_argument("--batch", type=int, help="images per step; default by variant")
     parser.add_argument("--micro", type=int, help="of ours: images per forward pass")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="per turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="of rows ours, torch and timm on a CPU; default: all cores")
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, of ours")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # row, variant: one process's share
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)  # rows, variant: one process's share
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.precision = options.precision or ("bf16" if gpu else "fp32")
     if options.case:
-        print(json.dumps(measure(*options.case, options)))
+        rows, variant = options.case
+        print(json.dumps(measure(rows.split(","), variant, options)))
         return
     results = []
     for variant in options.variants or (list(TIMM) if gpu else ["S/16"]):
-        for row in options.rows or (["ours", "torch", "timm"] if gpu else ["ours", "torch", "timm", "one", "two"]):
-            results.append(measure_in_processes(row, variant, sys.argv[1:]))
-            print(json.dumps(results[-1]), flush=True)
+        for result in rows_of(variant, options):
+            results.append(result)
+            print(json.dumps(result), flush=True)
     output = options.output or PROJECT / f"tests/benchmarks/results/train_step_{options.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**about(options), "results": results}, indent=1) + "\n")

@@ -224,12 +224,35 @@ def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
             train(config, tmp_path / "refused")
 
 
-def test_fp16_scales_its_loss():
-    """No CPU of DeepSpeed's computes in fp16: what is asked of a GPU."""
-    config = engine_module._deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
-    assert config["fp16"]["enabled"]
-    assert config["fp16"]["loss_scale"] == 0  # dynamic
-    assert not config["bf16"]["enabled"]
+def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
+    """DeepSpeed computes fp16 on GPUs alone. Here its scaler works on float32: a scale that overflows is halved, the step
+    dropped, and a continued run goes on with the scale that it had."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    asked = engine_module._deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
+    assert asked["fp16"] == {"enabled": True, "loss_scale": 0}  # dynamic
+    build = engine_module.Engine.__init__
+
+    def scaled(self, *arguments, **options):
+        build(self, *arguments, **options)
+        scaler = DynamicLossScaler(
+            init_scale=2.0**128, scale_window=3, min_scale=1, delayed_shift=1,
+            consecutive_hysteresis=False, raise_error_at_min_scale=True, dtype=torch.float32,
+        )  # fmt: skip
+        self.engine.optimizer.loss_scaler = scaler
+
+    monkeypatch.setattr(engine_module.Engine, "__init__", scaled)
+    config = replace(base, spike=None)
+    whole, expected, lines, _ = train(config, tmp_path / "whole")
+    commit = json.loads(Path(expected["checkpoint"], "COMMIT.json").read_text())
+    assert expected["skipped"] > 0
+    assert commit["loss_scale"]["cur_scale"] < 2.0**128
+    part = replace(config, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.output, 6)))
+    os.rename(checkpoint.folder(whole.output, 6), checkpoint.folder(part.output, 6))
+    _, result, again, _ = train(part, tmp_path / "part")
+    assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 6}
+    assert json.loads(Path(result["checkpoint"], "COMMIT.json").read_text())["loss_scale"] == commit["loss_scale"]
 
 
 @pytest.mark.parametrize("engine", [slow(0, "fp32"), (1, "fp32"), slow(2, "bf16"), slow(3, "fp32")])
