@@ -127,7 +127,7 @@ def test_a_worker_or_a_node_goes_away(corpus, tmp_path, what):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
     """A second run appends nothing, files have the size asked for and not one that grows with the block, a bad image is a
