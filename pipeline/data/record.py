@@ -99,5 +99,8 @@ class Record:
         self._pool.shutdown(wait=True)
         if self._started.exception():
             return
+        run = self._started.result()
+        if kind is not None and self._newest:  # it may have failed before the run had started
+            run.log(self._newest, step=int(self._newest[names.INPUTS]))
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._started.result().finish("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+        run.finish("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
