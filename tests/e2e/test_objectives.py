@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from test_jobs import job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
