@@ -330,16 +330,22 @@ class Console:
 
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
-        self.thread.join(10)
+        self.thread.join(60)
 
     def _print(self) -> None:
         with Display() as display:
+            pending, last = None, False
             while True:
-                last = self.stop.wait(0.3)
+                if pending is None:
+                    last = self.stop.wait(0.3)
+                    pending = self.actor.take.remote()
                 try:
-                    lines = ray.get(self.actor.take.remote(), timeout=10)
+                    lines = ray.get(pending, timeout=10)
+                except ray.exceptions.GetTimeoutError:  # a busy machine; what was taken is on its way
+                    continue
                 except Exception:  # the cluster is going away; what went wrong is reported by the trainer
                     return
+                pending = None
                 for line in lines:
                     display.show(line)
                 if last:
