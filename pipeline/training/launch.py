@@ -97,7 +97,7 @@ def launch(plan: Plan, run_id: str, tracking_uri: str, sizes: list[int]) -> dict
             fitted: Future = Future()
             threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
             fitted.result()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
         rank, cause = _cause(error)
         if isinstance(cause, UserError):
             raise cause from None
@@ -230,7 +230,7 @@ class Elastic(ElasticScalingPolicy):
         return decision
 
 
-def _cause(error: TrainingFailedError) -> tuple[int | None, BaseException]:
+def _cause(error: Exception) -> tuple[int | None, BaseException]:
     """The failure that the others follow from, and the rank of its worker."""
 
     def telling(failure: tuple[int, BaseException]) -> int:
@@ -256,9 +256,9 @@ def _cause(error: TrainingFailedError) -> tuple[int | None, BaseException]:
 
 def _describe(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
     who = "" if rank is None else f"worker {rank}: "
+    if "running low on memory" in str(cause):
+        return f"{who}ended by Ray: {out_of_memory(config, config.workers, host=True)}"
     if isinstance(cause, ray.exceptions.RayActorError):
-        if "running low on memory" in str(cause):
-            return f"{who}ended by Ray: {out_of_memory(config, config.workers, host=True)}"
         node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")
         return f"{who}its process ended{' on ' + node if node else ''} (killed, its node gone, or out of host memory)"
     return f"{who}{type(cause).__name__}: {_first_line(cause)}"
