@@ -67,7 +67,9 @@ def main(argv: list[str]) -> int:
     shards = sum(len(manifest.shards) for manifest in manifests.values())
     rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())
     if (classes := len(manifests["train"].classes)) > prepared / 5:
-        print(f"note: {prepared} images of {classes} classes show that everything works; they are too few to learn from")
+        print(
+            f"note: {prepared} images of {classes} classes show that everything works; they are too few to learn from"
+        )
 
     _title("pretrain")
     training = replace(

@@ -20,7 +20,13 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-CODES = {"411": "MissingContentLength", "500": "InternalError", "503": "SlowDown", "403": "AccessDenied", "404": "NoSuchKey"}
+CODES = {
+    "411": "MissingContentLength",
+    "500": "InternalError",
+    "503": "SlowDown",
+    "403": "AccessDenied",
+    "404": "NoSuchKey",
+}
 
 
 class FaultProxy:

@@ -17,7 +17,15 @@ PROJECT = Path(__file__).parents[2]
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(PROJECT / "jobs" / "prepare.py"), "--no-tracking", "--num-cpus", "2", "--vtab", *arguments]
+    return [
+        sys.executable,
+        str(PROJECT / "jobs" / "prepare.py"),
+        "--no-tracking",
+        "--num-cpus",
+        "2",
+        "--vtab",
+        *arguments,
+    ]
 
 
 def fingerprints(results: dict) -> dict:
