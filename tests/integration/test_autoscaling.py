@@ -446,7 +446,18 @@ def test_jobs_say_what_they_wait_for(autoscaling, pictures, tmp_path):
     cluster = autoscaling
     prepare = cluster.start("prepare", "--source", pictures, "--output", tmp_path / "set", "--size", 20)
     assert prepare.wait(240) == 0, cluster.output.read_text()
-    run = ("--data", tmp_path / "set", "--validation", "None", "--model.variant", "mu/8", "--image-size", 16)
+    run = (
+        "--data",
+        tmp_path / "set",
+        "--validation",
+        "None",
+        "--model.variant",
+        "mu/8",
+        "--image-size",
+        16,
+        "--augment.size",
+        16,
+    )
     run += ("--batch-size", 64, "--steps", "10steps")
 
     never = cluster.start("pretrain", *run, "--output", tmp_path / "never", "--workers", 16, "--gpus")
