@@ -461,7 +461,7 @@ def build(unit: Unit) -> dict[str, Any]:
                 writers[split].write(*collected[position])
         if homes and unit.strict:
             raise UserError(
-                f"{unit.source.uri}: {len(homes):,} listed images or more are not in there, such as "
+                f"{unit.source.uri}: {len(homes):,} or more of the listed images are not in there, such as "
                 f"{next(iter(homes))} (--no-verify leaves them out)"
             )
         for split, _, example in (home for missing in homes.values() for home in missing):

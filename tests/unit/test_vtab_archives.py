@@ -489,7 +489,7 @@ def test_missing_images_are_errors_or_rejects(raw, tmp_path):
     missing.unlink()
     (tmp_path / "raw" / archives.MINIATURE).write_text('{"files": {}}')
     splits = ("train", "val", "test")
-    with pytest.raises(UserError, match=f"1 listed images are not in there, such as jpg/{missing.name}"):
+    with pytest.raises(UserError, match=f"1 or more of the listed images are not in there, such as jpg/{missing.name}"):
         prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=splits, quiet=True)
     counts = prepare(
         ["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out2"), splits=splits, verify=False, quiet=True
