@@ -39,7 +39,7 @@ class Reader:
         self.cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir and self.remote else None
         self.cache_bytes = cache_bytes
         self.counters = dict.fromkeys(("reads", "read_bytes", "cache_hits", "retries"), 0)
-        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._lock, self._cache_lock, self._closing = threading.Lock(), threading.Lock(), threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         if self.remote:
             self._s3 = _s3_client()
@@ -130,16 +130,17 @@ class Reader:
     def _keep(self, path: str, data: memoryview) -> None:
         """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
         order of its own, so what is there is as likely to be wanted next as what is not."""
-        if _folder_bytes(os.path.dirname(path)) + len(data) > self.cache_bytes:
-            return
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except OSError:  # a full disk: the cache is a convenience
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        with self._cache_lock:  # several threads that each find room may not have it together
+            if _folder_bytes(os.path.dirname(path)) + len(data) > self.cache_bytes:
+                return
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                os.replace(temporary, path)
+            except OSError:  # a full disk: the cache is a convenience
+                with contextlib.suppress(OSError):
+                    os.remove(temporary)
 
 
 def _folder_bytes(folder: str) -> int:
