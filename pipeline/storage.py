@@ -64,7 +64,8 @@ def filesystem(uri: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     if not path.strip("/"):
         raise UserError(f"{uri}: no bucket; use s3://bucket/prefix")
     # connect and read time-outs in seconds; botocore's own retries cover single requests, callers retry whole reads
-    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}
+    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", 5))
+    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": attempts, "mode": "standard"}}
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config), path
 
 

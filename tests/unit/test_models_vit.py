@@ -85,6 +85,7 @@ def test_flops_are_those_of_the_formula():
     assert flops(config, computed=True) == whole - 2 * skipped
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docstring_is_measured():
     import models.variants
 
