@@ -197,11 +197,12 @@ def damaged(uri: str) -> Iterator[None]:
     """Turns what the decompressors raise over damaged bytes into a UserError that names the archive."""
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, OSError) as error:
         # zipfile seeks to where a damaged directory sends it; other errors of the system are not the archive's
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:
+        theirs = errno.EINVAL, errno.EISDIR
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno not in theirs:
             raise
-        raise UserError(f"{uri}: truncated or damaged ({error}); fetch it again") from error
+        raise UserError(f"{uri}: truncated or damaged ({error}); fetch it again") from error  # RuntimeError: encrypted
 
 
 @contextlib.contextmanager
@@ -213,6 +214,12 @@ def unzipped(uri: str) -> Iterator[IO[bytes]]:
                 yield stream  # type: ignore[misc]
         else:
             yield file
+
+
+def _litter(name: str) -> bool:
+    """What macOS leaves in folders and archives: pictures by their names, but resource forks by their contents."""
+    *folders, file = name.split("/")
+    return "__MACOSX" in folders or file.startswith("._") or file == ".DS_Store"
 
 
 class Tree:
@@ -233,10 +240,10 @@ class Tree:
         """All members in archive order (a folder: sorted)."""
         if self.kind == "folder":
             inside = f"{self.prefix}/" if self.prefix else ""
-            return [inside + info.path for info in storage.list_files(self.uri)]
+            return [inside + info.path for info in storage.list_files(self.uri) if not _litter(info.path)]
         if self.kind == "zip":
             with self._zip() as archive:
-                return [info.filename for info in archive.infolist() if not info.is_dir()]
+                return [i.filename for i in archive.infolist() if not i.is_dir() and not _litter(i.filename)]
         return [name for name, _ in self.walk()]
 
     def walk(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, IO[bytes]]]:
@@ -247,7 +254,7 @@ class Tree:
                     with self._open(name) as member:
                         yield name, member
             return
-        with storage.open_file(self.uri) as file, damaged(self.uri):
+        with damaged(self.uri), storage.open_file(self.uri) as file:
             # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would take a gzip stream that is
             # cut short for the end of the archive; gzip does not.
             compressed = file.read(2) == b"\x1f\x8b"
@@ -258,7 +265,7 @@ class Tree:
             ):
                 for info in archive:
                     name = info.name.removeprefix("./")
-                    if info.isfile() and keep(name):
+                    if info.isfile() and not _litter(name) and keep(name):
                         yield name, archive.extractfile(info)  # type: ignore[misc]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:

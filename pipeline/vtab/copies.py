@@ -34,8 +34,9 @@ def tfds_folder(raw: str, dataset: str) -> str | None:
     """RAW/<data set>/[config/]<version>, the newest version, when TFDS prepared the data set there."""
     parent = storage.join(raw, dataset, *([CONFIGS[dataset]] if dataset in CONFIGS else []))
     fs, path = storage.filesystem(parent)
-    found = sorted(fs.glob(f"{path}/*/dataset_info.json"), key=_version)
-    return storage.join(parent, found[-1].split("/")[-2]) if found else None
+    # dataset_info.json may have got lost on the way: names of shards tell as much
+    shards = [p for pattern in ("dataset_info.json", f"{dataset}-*-of-*") for p in fs.glob(f"{path}/*/{pattern}")]
+    return storage.join(parent, max(shards, key=_version).split("/")[-2]) if shards else None
 
 
 def _version(path: str) -> list[int]:
@@ -47,10 +48,10 @@ def tfds_label(task: Task, example: dict[str, Any]) -> int:
     if task.name == "clevr_count":
         return clevr_count(len(example["objects/size"]))
     if task.name == "clevr_distance":
-        return clevr_distance(example["objects/pixel_coords"].reshape(-1, 3)[:, 2])
+        return clevr_distance(np.reshape(example["objects/pixel_coords"], (-1, 3))[:, 2])
     if task.name == "kitti_distance":
-        z = example["objects/location"].reshape(-1, 3)[:, 2]
-        return kitti_distance(z[example["objects/type"] < 3])  # Car, Van, Truck
+        z = np.reshape(example["objects/location"], (-1, 3))[:, 2]  # a frame without objects has neither kind of list
+        return kitti_distance(z[np.asarray(example["objects/type"]) < 3])  # Car, Van, Truck
     if task.name == "dsprites_location":
         return dsprites_label(int(example["label_x_position"][0]), 32)
     if task.name == "dsprites_orientation":
@@ -81,8 +82,8 @@ def tfds_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, list
                     labels = [
                         tfds_label(task, parse_example(record, uri)) for record in read_records(file, uri, check=False)
                     ]
-                except (KeyError, IndexError) as error:
-                    raise UserError(f"{uri}: no feature {error}; not the TFDS data set {task.dataset}") from error
+                except (KeyError, IndexError, ValueError, TypeError) as error:
+                    raise UserError(f"{uri}: not the TFDS data set {task.dataset}: feature {error}") from error
             keys = [f"{split}_{position + i:06d}" for i in range(len(labels))]
             source = Source(kind="tfds", uri=uri, part=task.dataset)
             index[split].append(
@@ -123,7 +124,7 @@ def lists_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, Lis
         for part in parts:
             uri = storage.join(folder, f"{part}.txt")
             try:
-                lines = storage.read_bytes(uri).decode().splitlines()
+                lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
                 rows += [
                     (path, int(label)) for path, label in (line.rsplit(maxsplit=1) for line in lines if line.strip())
                 ]

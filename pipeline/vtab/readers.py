@@ -8,7 +8,6 @@ which loses nothing.
 import csv
 import io
 import json
-import shutil
 import struct
 import tempfile
 import zipfile
@@ -23,9 +22,10 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.tfrecord import parse_example, read_records
 from pipeline.errors import UserError
-from pipeline.vtab.archives import Found, Tree, damaged, unzipped
+from pipeline.vtab.archives import MAX_MEMBER_BYTES, Found, Tree, damaged, unzipped
 from pipeline.vtab.tasks import TABLE, sun397_splits
 
+MAX_UNPACKED = 16 << 30  # bytes; the largest official .h5 has 7.2 GB
 Member = str | int
 Labels = Sequence[int] | np.ndarray
 
@@ -130,6 +130,15 @@ def _text(tree: Tree, *names: str) -> list[str]:
         if name not in contents:
             raise UserError(f"{tree.uri}: {name} is missing; not the official archive")
     return [contents[name].decode() for name in names]
+
+
+def _expect(array: Any, uri: str, name: str, shape: Sequence[int | None], dtype: Any = np.uint8) -> None:
+    """Raises UserError when an array is not what the data set has; None stands for any size."""
+    fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
+    if not fits or array.dtype != dtype:
+        wanted = " x ".join("N" if size is None else str(size) for size in shape)
+        has = f"{' x '.join(map(str, array.shape))} {array.dtype}"
+        raise UserError(f"{uri}: {name} is {has}, not {wanted} {np.dtype(dtype)}; not the official file")
 
 
 def png(image: np.ndarray) -> bytes:
@@ -493,6 +502,7 @@ def _svhn_field(uri: str, field: str) -> np.ndarray:
 
 def read_svhn(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
     images_HWCN = _svhn_field(source.uri, "X")
+    _expect(images_HWCN, source.uri, "X", (32, 32, 3, None))
     for i in members:
         yield i, png(images_HWCN[:, :, :, int(i)])
 
@@ -503,7 +513,10 @@ def _open_h5(uri: str, stack: IO[bytes]) -> Any:
 
     with unzipped(uri) as stream:
         if uri.endswith(".gz"):
-            shutil.copyfileobj(stream, stack, 4 << 20)
+            while chunk := stream.read(4 << 20):
+                if stack.tell() > MAX_UNPACKED:
+                    raise UserError(f"{uri}: unpacks to more than {MAX_UNPACKED:,} bytes, which no official file does")
+                stack.write(chunk)
     try:
         if uri.endswith(".gz"):
             stack.seek(0)
@@ -534,8 +547,10 @@ def patch_camelyon(places: dict[str, Found]) -> list[Listing]:
 
 def read_patch_camelyon(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
     with tempfile.TemporaryFile() as scratch, _open_h5(source.uri, scratch) as file:
+        images_NHWC = file["x"]
+        _expect(images_NHWC, source.uri, "x", (None, 96, 96, 3))
         for i in members:
-            yield i, png(file["x"][int(i)])
+            yield i, png(images_NHWC[int(i)])
 
 
 def dsprites_label(value: int, original_classes: int) -> int:
@@ -572,15 +587,16 @@ def _dsprites_blocks(uri: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]
     if not uri.endswith(".npz"):
         with tempfile.TemporaryFile() as scratch, _open_h5(uri, scratch) as file:
             images = file["imgs"]
+            _expect(images, uri, "imgs", (None, 64, 64))
             for first in range(0, len(images), DSPRITES_BLOCK):
                 yield first, lambda first=first: images[first : first + DSPRITES_BLOCK]  # type: ignore[misc]
         return
     with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive, archive.open("imgs.npy") as stream:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        (rows, height, width), _, dtype = header(stream)
-        if dtype != np.uint8:
-            raise UserError(f"{uri}: imgs holds {dtype}, not uint8")
+        shape, _, dtype = header(stream)
+        _expect(np.broadcast_to(np.zeros((), dtype), shape), uri, "imgs", (None, 64, 64))
+        rows, height, width = shape
         for first in range(0, rows, DSPRITES_BLOCK):
             count = min(DSPRITES_BLOCK, rows - first)
             block = np.frombuffer(stream.read(count * height * width), np.uint8).reshape(count, height, width)
@@ -623,9 +639,12 @@ def smallnorb(places: dict[str, Found]) -> list[Listing]:
         uri = places[name.format("info")].uri
         with unzipped(uri) as stream:
             dtype, shape = _norb_header(stream, uri)
-            data = stream.read(int(np.prod(shape)) * dtype.itemsize)
-            if len(shape) != 2 or len(data) < np.prod(shape) * dtype.itemsize:
-                raise UserError(f"{uri}: truncated, or not the info matrix of smallNORB")
+            if len(shape) != 2 or shape[1] != 4 or dtype != "<i4":
+                raise UserError(f"{uri}: {shape} {dtype}, not the info matrix of smallNORB")
+            data = stream.read(MAX_MEMBER_BYTES)
+            if len(data) < shape[0] * 4 * dtype.itemsize:
+                raise UserError(f"{uri}: truncated: {len(data):,} bytes for {shape[0]:,} rows; fetch it again")
+            data = data[: shape[0] * 4 * dtype.itemsize]
             info = np.frombuffer(data, dtype).reshape(shape)
         numbers = range(len(info))
         listings.append(
@@ -644,13 +663,15 @@ def read_smallnorb(source: Source, members: Sequence[Member]) -> Iterator[tuple[
     """The left picture of each stereo pair, grey, in the order of rows."""
     wanted = set(members)
     with unzipped(source.uri) as stream:
-        _, (rows, views, height, width) = _norb_header(stream, source.uri)
+        dtype, (rows, *shape) = _norb_header(stream, source.uri)
+        if shape != [2, 96, 96] or dtype != np.uint8:
+            raise UserError(f"{source.uri}: pictures of {shape} {dtype}, not pairs of 96 x 96; not the official file")
         for i in range(rows):
-            pair = stream.read(views * height * width)
-            if len(pair) < views * height * width:
+            pair = stream.read(2 * 96 * 96)
+            if len(pair) < 2 * 96 * 96:
                 raise UserError(f"{source.uri}: truncated at image {i:,} of {rows:,}")
             if i in wanted:
-                yield i, png(np.frombuffer(pair, np.uint8, height * width).reshape(height, width))
+                yield i, png(np.frombuffer(pair, np.uint8, 96 * 96).reshape(96, 96))
 
 
 # ---------------------------------------------------------------- DMLab

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import struct
 import tarfile
 import urllib.error
 import zipfile
@@ -17,7 +19,7 @@ import cv2
 import h5py
 import numpy as np
 import pytest
-from scipy.io import loadmat
+from scipy.io import loadmat, savemat
 
 from pipeline.data import open_dataset
 from pipeline.data.tfrecord import encode_example, parse_example, read_records, write_record
@@ -263,7 +265,8 @@ def write_tfds(raw: str, folder: Path, task: str, features) -> None:
     config = {"sun397": "tfds", "eurosat": "rgb"}.get(dataset, "")
     target = folder / dataset / config / "3.0.0"
     target.mkdir(parents=True)
-    (target / "dataset_info.json").write_text("{}")
+    if dataset != "clevr":  # one without: it gets lost when people copy the shards only
+        (target / "dataset_info.json").write_text("{}")
     for split in {listing.split for listing in listings(raw, dataset)}:
         examples = {}
         for listing in listings(raw, dataset):
@@ -348,7 +351,7 @@ def test_lists_of_the_fine_tuning_repositories(prepared, tmp_path):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(row["image"])
             lines.append(f"{name} {row['label']}")
-        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"{split}.txt").write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8-sig")  # an editor's
     prepare(["dtd"], str(tmp_path / "raw"), str(tmp_path / "out"), quiet=True)
     for split in ("train800", "val200", "train800val200", "test"):
         ours = [(row["label"], row["image"]) for row in rows(output, "dtd", split)]
@@ -463,6 +466,58 @@ def test_files_may_lie_under_the_name_of_the_task(raw, tmp_path):
     shutil.copytree(f"{raw}/oxford_iiit_pet", tmp_path / "raw" / "pets")
     counts = prepare(["pets"], str(tmp_path / "raw"), str(tmp_path / "out"), verify=False, quiet=True)
     assert counts["pets"]["test"]["images"] == 24
+
+
+@pytest.mark.parametrize(("task", "name"), [("eurosat", "EuroSAT.zip"), ("clevr_count", "CLEVR_v1.0.zip")])
+def test_what_macos_adds_to_archives_is_no_image(task, name, raw, prepared, tmp_path):
+    output, _ = prepared
+    dataset = get(task).dataset
+    shutil.copytree(f"{raw}/{dataset}", tmp_path / dataset)
+    with zipfile.ZipFile(tmp_path / dataset / name, "a") as archive:
+        for member in archive.namelist():
+            folder, _, file = member.rpartition("/")
+            archive.writestr(f"__MACOSX/{folder}/._{file}", b"\0\5\x16\7")
+            archive.writestr(f"{folder}/._{file}", b"\0\5\x16\7")
+    prepare([task], str(tmp_path), str(tmp_path / "out"), verify=False, quiet=True)
+    for split in ("train800", "val200", "test"):
+        assert rows(str(tmp_path / "out"), task, split) == rows(output, task, split)
+
+
+def other_arrays(folder: Path) -> dict[str, str]:
+    """{task: what is wrong with its pixels}: right containers, other contents."""
+    with gzip.open(folder / "patch_camelyon/camelyonpatch_level_2_split_valid_x.h5.gz", "wb") as file:
+        sink = io.BytesIO()
+        with h5py.File(sink, "w") as h5:
+            h5["x"] = np.zeros((12, 32, 32, 3), np.float32)
+        file.write(sink.getvalue())
+    savemat(folder / "svhn_cropped/train_32x32.mat", {"X": np.zeros((64, 64, 3, 24), np.uint8), "y": np.ones((24, 1))})
+    norb = "smallnorb/smallnorb-5x46789x9x18x6x2x96x96-training-{}.mat.gz"
+    with gzip.open(folder / norb.format("info"), "wb") as file:
+        file.write(struct.pack("<5I", 0x1E3D4C54, 2, 4_000_000_000, 4_000_000_000, 1))
+    with h5py.File(folder / "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.hdf5", "a") as h5:
+        count = len(h5["imgs"])
+        del h5["imgs"]
+        h5["imgs"] = np.zeros((count, 64, 64), np.float64)
+    archive = folder / "eurosat/EuroSAT.zip"
+    data = bytearray(archive.read_bytes())
+    for mark, offset in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        for match in re.finditer(re.escape(mark), bytes(data)):
+            data[match.start() + offset] |= 1  # "encrypted"
+    archive.write_bytes(data)
+    return {
+        "patch_camelyon": r"valid_x.h5.gz: x is 12 x 32 x 32 x 3 float32, not N x 96 x 96 x 3 uint8",
+        "svhn": r"train_32x32.mat: X is 64 x 64 x 3 x 24 uint8, not 32 x 32 x 3 x N uint8",
+        "smallnorb_azimuth": r"training-info.mat.gz: .*not the info matrix of smallNORB",
+        "dsprites_location": r"64x64.hdf5: imgs is .* float64, not N x 64 x 64 uint8",
+        "eurosat": r"EuroSAT.zip: .*encrypted",
+    }
+
+
+def test_archives_with_other_contents_are_named(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    for task, message in other_arrays(tmp_path / "raw").items():
+        with pytest.raises(UserError, match=message):
+            prepare([task], str(tmp_path / "raw"), str(tmp_path / "out"), verify=False, quiet=True)
 
 
 def test_an_empty_folder_of_dtd_is_not_dtd(tmp_path):
