@@ -24,6 +24,7 @@ FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"
 
 # First bytes of common formats: what begins like an image and does not open is damaged, the rest never was one.
 MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cjP")
+PNG = b"\x89PNG\r\n\x1a\n"
 ORIENTATION = 0x0112  # EXIF tag
 
 Fit = Literal["crop", "squash"]
@@ -58,6 +59,8 @@ def decode(data: bytes, max_pixels: int) -> Picture:
             return _decode_jpeg(data, max_pixels)
         except ValueError:
             pass  # an unusual but legal JPEG (odd subsampling, 12 bits), or not one: Pillow says which
+    if data.startswith(PNG) and b"IEND\xaeB`\x82" not in data:  # Pillow stops at the last pixel
+        raise Refused("truncated", "no end marker") if len(data) > len(PNG) else Refused("corrupt", "only a signature")
     return _decode_any(data, max_pixels)
 
 
@@ -78,7 +81,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Picture:
             raise Refused("corrupt", message) from error
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=False)
     orientation = 1
-    if b"Exif\0\0" in data[:4096]:
+    if b"Exif\0\0" in data or b"tiff:Orientation" in data:  # anywhere before the image: profiles may come first
         orientation = _orientation(data)
     return Picture(_upright(pixels, orientation), orientation == 1)
 

@@ -9,7 +9,8 @@
 
 `discover` looks at a source once, on the driver, and returns a `Source`: a table of *pieces*, each an independent range of
 the input (one image file, a stretch of a tar, some row groups) with its size. `read` turns pieces into `Item`s, anywhere.
-Label names are text throughout; `Labels` turns them into class indices.
+Label names are text throughout; `Labels` turns them into class indices. What operating systems leave in folders and archives
+(.DS_Store, Thumbs.db, desktop.ini, ._* and __MACOSX) is no input.
 """
 
 import csv
@@ -46,6 +47,7 @@ TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 TFRECORD = re.compile(r"(\.tfrecords?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
 CIFAR = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
+WHOLE = re.compile(r"-?[0-9]{1,18}")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 LABEL_TABLES = ("labels", "metadata")  # found by themselves in a folder: labels.csv, metadata.jsonl, ...
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "key", "image_id", "id", "name")
@@ -64,6 +66,9 @@ LABEL_COLUMNS = (
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content")
 MAX_FILE_BYTES = 1 << 30  # no image is larger; a member of an archive that is, is a bomb
 SEPARATORS = re.compile(r"[;|]")  # between the labels of a column named in the plural
+SIDECARS = ("cls", "txt", "json")  # labels of a sample in a tar, the first that has one
+LITTER = r"(?i)(?:^|/)(?:\._[^/]*|\.ds_store|thumbs\.db|desktop\.ini|__macosx/.*)$"
+MOST_NUMBERS = 1_000_000  # whole numbers up to here are class indices, larger ones are names like any other
 
 
 class Item(NamedTuple):
@@ -100,6 +105,8 @@ class Source:
     ordered_names: tuple[str, ...] | None = None  # when the source itself says which index has which name
     multilabel: bool = False
     table: dict[str, list[str]] = field(default_factory=dict)  # file name -> labels, for archives
+    by_folder: bool = False  # the names are those of folders
+    problem: str = ""  # why an archive could not be looked through to its end
 
     @property
     def listed(self) -> bool:
@@ -157,8 +164,8 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
 def make_labels(
     sources: Sequence[Source], label_map: list[str] | dict[str, str] | None = None, unlabelled: bool = False
 ) -> Labels:
-    """The classes of all sources together: in the given order, in the sources' own order, or sorted by name (whole
-    numbers are indices: 0 to the largest). Raises UserError when there is no class."""
+    """The classes of all sources together: in the given order, in the sources' own order, or sorted by name. Whole numbers
+    that are not names of folders are indices: 0 to the largest. Raises UserError when there is no class."""
     if unlabelled:
         return Labels(classes=(), index={}, multilabel=False, unlabelled=True)
     multilabel = any(source.multilabel for source in sources)
@@ -168,8 +175,10 @@ def make_labels(
         classes = tuple(label_map)
     elif len(own) == 1 and all(source.ordered_names for source in sources):
         classes = next(iter(own))
-    elif names and all(name.isascii() and name.isdigit() for name in names) and not any(s.listed for s in sources):
-        classes = tuple(str(i) for i in range(max(map(int, names)) + 1))
+    elif names and all(WHOLE.fullmatch(name) for name in names) and not any(s.by_folder for s in sources):
+        numbers = sorted(names, key=int)
+        plain = int(numbers[0]) >= 0 and int(numbers[-1]) < MOST_NUMBERS and all(str(int(n)) == n for n in numbers)
+        classes = tuple(str(i) for i in range(int(numbers[-1]) + 1)) if plain else tuple(numbers)
     else:
         classes = tuple(sorted(names))
     if isinstance(label_map, dict):
@@ -177,6 +186,9 @@ def make_labels(
         place = {name: i for i, name in enumerate(classes)}
         renamed = {old: place[new] for old, new in label_map.items()}
         return Labels(classes=classes, index=renamed, multilabel=multilabel)
+    problem = next((source.problem for source in sources if source.problem), "")
+    if not classes and problem:
+        raise UserError(f"{problem}; no label was found")
     if not classes:
         raise UserError(
             f"{sources[0].uri}: zero classes; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
@@ -198,31 +210,47 @@ def read_label_table(uri: str) -> tuple[dict[str, list[str]], bool]:
     if "devkit" in name and TAR.search(name):
         return _imagenet_devkit(uri), False
     try:
-        if name.endswith(".csv") or name.endswith(".tsv"):
-            rows = list(csv.DictReader(io.StringIO(_read_text(uri)), delimiter="\t" if name.endswith("tsv") else ","))
+        if name.endswith((".csv", ".tsv")):
+            text = _read_text(uri)
+            head = text.partition("\n")[0]
+            delimiter = max(",;\t", key=head.count)  # the first of them when none is there
+            rows: list[Any] = list(
+                csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+            )
         elif name.endswith(".jsonl") or name.endswith(".ndjson"):
             rows = [json.loads(line) for line in _read_text(uri).splitlines() if line.strip()]
         elif name.endswith(".json"):
             value = json.loads(_read_text(uri))
-            rows = value if isinstance(value, list) else [{"file": k, "label": v} for k, v in value.items()]
+            rows = [{"file": k, "label": v} for k, v in value.items()] if isinstance(value, dict) else value
         elif name.endswith(".parquet"):
             rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
         else:
             raise UserError(f"{uri}: labels are read from .csv, .tsv, .jsonl, .json or .parquet")
     except (ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{uri}: cannot read the label table ({error})") from error
-    if not rows or not isinstance(rows[0], dict):
+    if not rows or not isinstance(rows, list):
         raise UserError(f"{uri}: the label table has no rows")
-    file_column = _column(rows[0], FILE_COLUMNS, uri, "a file name")
-    label_column = _column([c for c in rows[0] if c != file_column], LABEL_COLUMNS, uri, "a label")
-    values = [row[label_column] for row in rows]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{uri}: row {number} of the label table is no object of file name and label, but {row!r:.80}"
+            )
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # JSON leaves out what a row has not
+    file_column = _column(columns, FILE_COLUMNS, uri, "a file name")
+    label_column = _column([c for c in columns if c != file_column], LABEL_COLUMNS, uri, "a label")
+    for number, row in enumerate(rows, 1):
+        if row.get(file_column) in (None, ""):
+            raise UserError(
+                f"{uri}: row {number} of the label table has no {file_column}; give it one or remove the row"
+            )
+    values = [row.get(label_column) for row in rows]
     plural = label_column.lower() in ("labels", "classes")
     multilabel = any(isinstance(v, list) or (plural and isinstance(v, str) and SEPARATORS.search(v)) for v in values)
     table: dict[str, list[str]] = {}
     for row, value in zip(rows, values, strict=True):
         labels = _names(value, multilabel)
         if labels is not None:
-            known = table.setdefault(str(row[file_column]), labels)
+            known = table.setdefault(str(row[file_column]).removeprefix("./"), labels)
             if known is not labels and known != labels:
                 multilabel = True
                 known.extend(label for label in labels if label not in known)
@@ -330,12 +358,16 @@ def _list(uri: str) -> pa.Table:
         walk, parts = _walk(uri, ""), [_listing([])]
         while some := list(itertools.islice(walk, 1 << 16)):
             parts.append(_listing(some))
-        return pa.concat_tables(parts).sort_by("path")
+        return _tidied(pa.concat_tables(parts).sort_by("path"))
     found = storage.list_files(uri)
     if not found and storage.exists(uri):
         fs, path = storage.filesystem(uri)
         return _listing([("", int(fs.size(path)))])
-    return _listing([(file.path, file.size) for file in found])
+    return _tidied(_listing([(file.path, file.size) for file in found]))
+
+
+def _tidied(files: pa.Table) -> pa.Table:
+    return files.filter(pc.invert(pc.match_substring_regex(files["path"], LITTER)))
 
 
 def _listing(files: Sequence[tuple[str, int]]) -> pa.Table:
@@ -428,7 +460,15 @@ def _folder(
         column = pa.ListArray.from_arrays(pa.array(offsets), label.drop_null(), mask=label.is_null())
     numbers = [pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1)]
     pieces = pa.table([files["path"], files["size"], *numbers, column], schema=PIECES)
-    return Source(uri=uri, kind="folder", prefix=prefix, pieces=pieces, names=names, multilabel=multilabel)
+    return Source(
+        uri=uri,
+        kind="folder",
+        prefix=prefix,
+        pieces=pieces,
+        names=names,
+        multilabel=multilabel,
+        by_folder=not table,
+    )
 
 
 def _path_label(path: str) -> list[str] | None:
@@ -476,6 +516,7 @@ def _archives(
         ordered_names=ordered.pop() if len(ordered) == 1 else None,
         multilabel=multilabel or any(look["multilabel"] for look in found),
         table=table,
+        problem=next((look["problem"] for look in found if look.get("problem")), ""),
     )
 
 
@@ -496,11 +537,12 @@ def _look(job: tuple[Kind, str, str, int, int, bool, bool]) -> dict[str, Any]:
     if kind == "tar":
         return whole | _look_tar(uri, path, size, unit_bytes, names_too)
     names_found: set[str] = set()
-    many = False
+    many, problem = False, ""
     for item in _read_tfrecord(uri, path, {}):
         names_found.update(item.labels or ())
         many |= item.labels is not None and len(item.labels) > 1
-    return whole | {"names": sorted(names_found), "multilabel": many}
+        problem = problem or (item.refused.detail if item.refused else "")
+    return whole | {"names": sorted(names_found), "multilabel": many, "problem": problem}
 
 
 # ---------------------------------------------------------------- reading
@@ -588,25 +630,39 @@ def _fetch(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
 
 
 def _members(file: IO[bytes], stream: bool, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Regular members from the current position to `stop`. A tar that ends early raises tarfile.ReadError."""
+    """Files and links from the current position to `stop`. A tar that ends early raises tarfile.ReadError."""
     # "r|" never seeks, for gzip; "r:" skips over data. Nothing is ever extracted to disk, so member names are only names.
     with tarfile.open(fileobj=file, mode="r|*" if stream else "r:") as archive:
         for member in archive:
             if 0 <= stop <= member.offset:
                 return
-            if member.isfile():
+            member.name = member.name.removeprefix("./")
+            if (member.isfile() or member.islnk() or member.issym()) and not re.search(LITTER, member.name):
                 yield archive, member
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
 
 
 def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) -> dict[str, Any]:
     """Label names of a tar, and cuts at sample boundaries; a tar of tars is cut at its inner archives."""
-    packed = uri.lower().endswith("gz")
     names: set[str] = set()
-    cuts, inner, multilabel, last = [0], [], False, ""
+    cuts, inner, multilabel, last, problem = [0], [], False, "", ""
+    others = False  # more than inner archives
+    own: dict[str, list[str]] = {}  # of the sample at hand: labels by sidecar,
+    paths: list[list[str]] = []  # and those that its images' paths would give
+
+    def end_sample() -> None:
+        found = next((own[extension] for extension in SIDECARS if extension in own), None)
+        for label in paths[:1] if found is None else [found] if paths else []:
+            names.update(label)
+        own.clear()
+        paths.clear()
+
     try:
         with storage.open_file(uri) as file:
+            packed = _packed(file)
             for archive, member in _members(file, packed):
+                if not member.isfile():
+                    continue
                 if member.name.lower().endswith(".tar"):
                     label = os.path.basename(member.name)[:-4]
                     names.add(label)
@@ -614,26 +670,40 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
                         begin = member.offset_data
                         inner.append((path, member.size, begin, begin + member.size, [label]))
                     continue
+                others = True
                 stem, extension = _split_name(member.name)
-                if stem != last and member.offset - cuts[-1] >= unit_bytes and not packed:
-                    cuts.append(member.offset)
+                if stem != last:
+                    end_sample()
+                    if member.offset - cuts[-1] >= unit_bytes and not packed:
+                        cuts.append(member.offset)
                 last = stem
-                if names_too and extension in ("cls", "txt", "json"):
+                if names_too and extension in SIDECARS:
                     handle = archive.extractfile(member)
                     found, many = _sidecar(extension, handle.read(1 << 20) if handle else b"")
                     multilabel |= many
-                    names.update(found or ())
-                elif extension in IMAGE_NAMES:
-                    names.update(_path_label(member.name) or ())
+                    if found is not None:
+                        own[extension] = found
+                elif _is_image(extension):
+                    paths.append(_path_label(member.name) or [])
+        end_sample()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
         # A damaged archive is still read as far as it goes; reading it again records why it stops there.
-    if inner:
-        return {"pieces": inner, "names": sorted(names)}
+        end_sample()
+        problem = f"{uri}: the archive breaks off: {error}"
+    if inner and not others:
+        return {"pieces": inner, "names": sorted(names), "problem": problem}
     ends = [*cuts[1:], -1]
     pieces = [(path, (b if b > 0 else size) - a, a, b, None) for a, b in zip(cuts, ends, strict=True)]
-    return {"pieces": pieces, "names": sorted(names), "multilabel": multilabel}
+    return {"pieces": pieces, "names": sorted(names), "multilabel": multilabel, "problem": problem}
+
+
+def _packed(file: IO[bytes]) -> bool:
+    """Whether an open archive is compressed, whatever its name says."""
+    head = file.read(2)
+    file.seek(0)
+    return head == b"\x1f\x8b"
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -641,6 +711,11 @@ def _split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _is_image(extension: str) -> bool:
+    """`extension` in WebDataset's sense: jpg, or seg.png."""
+    return extension.rpartition(".")[2] in IMAGE_NAMES
 
 
 def _sidecar(extension: str, data: bytes) -> tuple[list[str] | None, bool]:
@@ -664,7 +739,7 @@ def _read_tar(
 ) -> Iterator[Item]:
     try:
         with storage.open_file(uri) as file:
-            packed = uri.lower().endswith("gz")
+            packed = _packed(file)
             if start:
                 file.seek(start)
             yield from _read_members(file, packed, stop, name, labels, table)
@@ -675,25 +750,33 @@ def _read_tar(
 def _read_members(
     file: IO[bytes], stream: bool, stop: int, name: str, labels: list[str] | None, table: dict[str, list[str]]
 ) -> Iterator[Item]:
-    """Samples of neighbouring members that share a stem (WebDataset): one image, and perhaps a label beside it."""
+    """Samples of neighbouring members that share a stem (WebDataset): one image, and perhaps a label beside it. Images
+    that share a stem without a label beside them (a.1.jpg and a.2.jpg, a.jpg and a.png) are inputs of their own."""
 
-    def item(parts: dict[str, tuple[str, bytes]]) -> Item:
-        rest = [extension for extension in parts if extension not in ("cls", "txt", "json")]
-        beside = (_sidecar(e, parts[e][1])[0] for e in ("cls", "txt", "json") if e in parts)
+    def items(parts: dict[str, tuple[str, bytes]]) -> Iterator[Item]:
+        rest = [extension for extension in parts if extension not in SIDECARS]
+        beside = (_sidecar(e, parts[e][1])[0] for e in SIDECARS if e in parts)
         own = next((names for names in beside if names is not None), None)
         if not rest:
             member = next(iter(parts.values()))[0]
-            return Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
-        member, data = parts[next((e for e in rest if e in IMAGE_NAMES), rest[0])]
-        if table:
-            found = _lookup(table, member)
-        else:  # an empty list is a label too, of a sample that has none of the classes
-            found = own if own is not None else labels or _path_label(member)
-        return Item(member, f"{name}/{member}", data, found)
+            yield Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
+            return
+        pictures = [e for e in rest if e in IMAGE_NAMES] or [e for e in rest if _is_image(e)] or rest
+        for extension in pictures[:1] if len(rest) < len(parts) else pictures:
+            member, data = parts[extension]
+            if table:
+                found = _lookup(table, member)
+            else:  # an empty list is a label too, of a sample that has none of the classes
+                found = own if own is not None else labels or _path_label(member)
+            yield Item(member, f"{name}/{member}", data, found)
 
     parts: dict[str, tuple[str, bytes]] = {}
     current = ""
     for archive, member in _members(file, stream, stop):
+        if not member.isfile():
+            detail = f"to {member.linkname}: pack what it points to (tar --dereference --hard-dereference)"
+            yield Item(member.name, f"{name}/{member.name}", b"", None, Refused("link", detail))
+            continue
         if member.size > MAX_FILE_BYTES:
             yield Item(member.name, f"{name}/{member.name}", b"", None, _too_large(member.size))
             continue
@@ -701,7 +784,7 @@ def _read_members(
         data = handle.read() if handle else b""
         stem, extension = _split_name(member.name)
         if parts and (stem != current or extension in parts):
-            yield item(parts)
+            yield from items(parts)
             parts = {}
         current = stem
         if extension == "tar":
@@ -709,7 +792,7 @@ def _read_members(
         else:
             parts[extension] = (member.name, data)
     if parts:
-        yield item(parts)
+        yield from items(parts)
 
 
 # ------------------------------------------------ Parquet
@@ -719,7 +802,7 @@ def _image_column(file_schema: pa.Schema, uri: str) -> str:
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
     candidates = [f.name for f in file_schema if holds_bytes(f.type)]
     for name in (*IMAGE_COLUMNS, *candidates):
@@ -727,6 +810,15 @@ def _image_column(file_schema: pa.Schema, uri: str) -> str:
             return name
     found = ", ".join(f"{f.name}: {f.type}" for f in file_schema)
     raise UserError(f"{uri}: no column of image bytes (binary, or a struct with bytes) among {found}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _label_column(file_schema: pa.Schema, image: str) -> str | None:
@@ -746,10 +838,12 @@ def _look_parquet(uri: str, path: str, unit_bytes: int, names_too: bool) -> dict
                 first, size = group + 1, 0
         names: set[str] = set()
         ordered = _huggingface_names(file_schema, label)
-        many = label is not None and pa.types.is_list(file_schema.field(label).type)
+        many = label is not None and _is_list(file_schema.field(label).type)
         if names_too and label and not ordered:
             for batch in file.iter_batches(columns=[label], batch_size=1 << 16):
                 values = batch.column(0).flatten() if many else batch.column(0)
+                if pa.types.is_string_view(values.type):  # Arrow has no `unique` for it
+                    values = values.cast(pa.large_string())
                 names.update(name for v in values.unique().to_pylist() for name in _names(v, False) or ())
     return {"pieces": pieces, "names": sorted(names) or ordered, "ordered": ordered, "multilabel": many}
 
@@ -795,10 +889,9 @@ def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, l
         file_schema = file.schema_arrow
         image = _image_column(file_schema, uri)
         label = _label_column(file_schema, image)
-        lower = {
-            n.lower(): n for n in file_schema.names if n != image and pa.types.is_string(file_schema.field(n).type)
-        }
-        key = next((lower[n] for n in FILE_COLUMNS if n in lower and lower[n] != label), None)
+        lower = {n.lower(): n for n in file_schema.names if n != image and _is_text(file_schema.field(n).type)}
+        # "name" is as often that of the class
+        key = next((lower[n] for n in FILE_COLUMNS if n in lower and lower[n] != label and n != "name"), None)
         columns = list(dict.fromkeys(c for c in (key, image, label) if c))
         stop = file.num_row_groups if stop < 0 else stop
         row = sum(file.metadata.row_group(g).num_rows for g in range(start))
@@ -809,9 +902,12 @@ def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, l
                 for values in batch.to_pylist():
                     data, where = values[image], f"{name}#{row}"
                     own = values[key] if key else None
-                    if isinstance(data, dict):
-                        own, data = own or data.get("path"), data.get("bytes")
                     key_text = f"{name}/{own}" if own else where
+                    if isinstance(data, dict):
+                        if not own and data.get("path"):  # Hugging Face drops the folders: other rows may have the same
+                            own = data["path"]
+                            key_text = f"{where}/{own}"
+                        data = data.get("bytes")
                     row += 1
                     labels = _lookup(table, own) if table and own else _names(values[label], False) if label else None
                     if data is None:
@@ -828,12 +924,17 @@ def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, l
 def _read_tfrecord(uri: str, name: str, table: dict[str, list[str]]) -> Iterator[Item]:
     row = 0
     try:
-        for example in _examples(uri):
+        for record in _records(uri):
             where = f"{name}#{row}"
             row += 1
+            try:
+                example = tfrecord.parse_example(record)
+            except UserError as error:
+                yield Item(where, where, b"", None, Refused("corrupt", str(error)))
+                continue
             image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
             own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
-            own = own.decode() if isinstance(own, bytes) else None
+            own = own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else None
             names = _lookup(table, own) if table and own else _class_names(example)
             key = f"{name}/{own}" if own else where
             if not isinstance(image, bytes):
@@ -844,10 +945,9 @@ def _read_tfrecord(uri: str, name: str, table: dict[str, list[str]]) -> Iterator
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
-def _examples(uri: str) -> Iterator[dict[str, Any]]:
+def _records(uri: str) -> Iterator[bytes]:
     with storage.open_file(uri) as file:
-        for record in tfrecord.read_records(file, uri):
-            yield tfrecord.parse_example(record)
+        yield from tfrecord.read_records(file, uri)
 
 
 def _class_names(example: dict[str, Any]) -> list[str] | None:
@@ -880,7 +980,7 @@ def _first(example: dict[str, Any], *names: str) -> Any:
 def _cifar_members(uri: str) -> Iterator[tuple[str, bytes]]:
     with storage.open_file(uri) as file:
         for archive, member in _members(file, stream=True):
-            handle = archive.extractfile(member)
+            handle = archive.extractfile(member) if member.isfile() else None
             yield os.path.basename(member.name), handle.read(MAX_FILE_BYTES) if handle else b""
 
 

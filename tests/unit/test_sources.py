@@ -341,8 +341,8 @@ def test_parquet(tmp_path):
     pq.write_table(table, tmp_path / "hf.parquet", row_group_size=2)
     dataset = run(tmp_path / "a", source=(str(tmp_path / "hf.parquet"),))
     assert dataset.classes == ["zebra", "ant"]
-    assert contents(dataset) == {f"hf.parquet/{i}.jpg": ["zebra", "ant"][i % 2] for i in range(5)}
-    assert refusals(dataset) == {"hf.parquet/none.jpg": "empty"}
+    assert contents(dataset) == {f"hf.parquet#{i}/{i}.jpg": ["zebra", "ant"][i % 2] for i in range(5)}
+    assert refusals(dataset) == {"hf.parquet#5/none.jpg": "empty"}
 
     plain = pa.table({"id": ["a", "b"], "img": [jpeg(0), b"junk"], "labels": [["x", "y"], ["y"]]})
     (tmp_path / "plain").mkdir()
