@@ -168,6 +168,9 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.width, shape.mlp, options["gelu"], dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
+        # The rate differs from block to block. As a tensor it is an input of the compiled block, which then serves all of
+        # them; as a number it would be compiled into one version a block, until torch gives up after eight.
+        self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """(B,T,D) -> (B,T,D), or only its first `queries` tokens."""
@@ -178,8 +181,8 @@ class Block(nn.Module):
         """Drops the branch for some samples of a training batch (arXiv 1603.09382)."""
         if not self.training or self.drop_path == 0.0:
             return branch
-        keep = 1.0 - self.drop_path
-        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < self.keep
+        return branch * (kept / self.keep).to(branch.dtype)
 
 
 class VisionTransformer(nn.Module):

@@ -447,6 +447,20 @@ def test_compiles_without_graph_breaks(options):
     (outputs[0] if "mpp" in options else outputs).float().sum().backward()
 
 
+def test_blocks_share_what_is_compiled_whatever_their_stochastic_depth():
+    """As the engine compiles: each block alone. One version a block would end at torch's limit of eight, silently."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model = create_model("mu/8", 7, image_size=24, depth=12, drop_path=0.1).train()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    model(images(2, 24)).sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 3  # without depth, with it, and the last, which answers one token
+    torch.compiler.reset()
+
+
 def test_compiled_forward_gives_the_same_logits():
     model = randomise(create_model("mu/8", 7, image_size=24))
     with torch.no_grad():
