@@ -13,6 +13,7 @@ Label names are text throughout; `Labels` turns them into class indices. What op
 (.DS_Store, Thumbs.db, desktop.ini, ._* and __MACOSX) is no input.
 """
 
+import asyncio
 import csv
 import fnmatch
 import io
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Literal, NamedTuple
 
+import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -618,12 +620,16 @@ def _fetch(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
             missing = [path for path in wanted if not isinstance(data.get(path), (bytes, FileNotFoundError))]
             if missing:
                 time.sleep(attempt)
-                found = fs.cat(missing, on_error="return")
-                data |= found if isinstance(found, dict) else {missing[0]: found}
+                data |= zip(missing, fsspec.asyn.sync(fs.loop, _gather, fs, missing), strict=True)
         for path in wanted:
             if not isinstance(data[path], (bytes, FileNotFoundError)):
                 raise UserError(f"s3://{path}: cannot be read after five attempts ({data[path]})")
             yield data[path]
+
+
+async def _gather(fs: Any, paths: list[str]) -> list[Any]:
+    """Contents or exceptions. One by one, because fsspec's `cat` of a list takes * ? and [ in a name for a pattern."""
+    return await asyncio.gather(*map(fs._cat_file, paths), return_exceptions=True)
 
 
 # ------------------------------------------------ tar
@@ -861,31 +867,66 @@ def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
         return []
 
 
+class _Fetched:
+    """A file on a store that remembers whether reading it failed: Arrow makes the same exceptions of that and of damage."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.handle = handle
+        self.problem: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.handle.read(size)
+        except Exception as error:  # botocore, aiohttp and the socket layer each have their own
+            self.problem = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+
 class _parquet:
-    """An open Parquet file. A local one goes to Arrow by path: a Python file object behind its I/O threads costs speed."""
+    """An open Parquet file. A local one goes to Arrow by path: a Python file object behind its I/O threads costs speed.
+
+    Raises StorageError when the store fails, UserError for what is no Parquet file.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
     def __enter__(self) -> pq.ParquetFile:
+        self.handle: Any = None
         try:
             if storage.is_remote(self.uri):
                 fs, path = storage.filesystem(self.uri)
-                self.handle: Any = fs.open(path, "rb", block_size=16 << 20)
+                self.handle = _Fetched(fs.open(path, "rb", block_size=16 << 20))
                 return pq.ParquetFile(self.handle, pre_buffer=False)
             self.handle = pa.memory_map(self.uri)
             return pq.ParquetFile(self.handle)
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:
+            self.check()
             raise UserError(f"{self.uri}: not a Parquet file, or damaged ({error})") from error
+        except Exception:
+            self.check()
+            raise
+
+    def check(self) -> None:
+        problem = getattr(self.handle, "problem", None)
+        if problem is not None:
+            raise storage.StorageError(
+                f"{self.uri}: cannot be read ({problem}); run the same command again"
+            ) from problem
 
     def __exit__(self, *_: object) -> None:
         self.handle.close()
+        self.check()
 
 
 def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, list[str]]) -> Iterator[Item]:
-    with _parquet(uri) as file:
+    opened = _parquet(uri)
+    with opened as file:
         file_schema = file.schema_arrow
         image = _image_column(file_schema, uri)
         label = _label_column(file_schema, image)
@@ -915,6 +956,7 @@ def _read_parquet(uri: str, name: str, start: int, stop: int, table: dict[str, l
                     else:
                         yield Item(key_text, where, data, labels)
         except (pa.ArrowException, OSError) as error:
+            opened.check()
             yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
@@ -941,13 +983,16 @@ def _read_tfrecord(uri: str, name: str, table: dict[str, list[str]]) -> Iterator
                 yield Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
             else:
                 yield Item(key, where, image, names)
-    except (UserError, ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError) as error:
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
 def _records(uri: str) -> Iterator[bytes]:
     with storage.open_file(uri) as file:
-        yield from tfrecord.read_records(file, uri)
+        try:
+            yield from tfrecord.read_records(file, uri)
+        except UserError as error:  # a damaged file, unlike the errors of a store that fails
+            raise ValueError(str(error)) from error
 
 
 def _class_names(example: dict[str, Any]) -> list[str] | None:
