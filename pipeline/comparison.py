@@ -119,7 +119,9 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
             "num_classes": 1000,
             "image_size": int(source.params["image_size"]),
         }
-        return 3.0 * flops(config) * images
+        if source.params.get("model.depth", "None") != "None":
+            config["depth"] = int(source.params["model.depth"])
+        return 3.0 * flops(config, keep=float(source.params.get("keep_tokens", 1.0))) * images
     except (KeyError, ValueError, UserError):
         return source.metrics.get(names.TRAIN_FLOPS)
 

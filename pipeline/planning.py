@@ -124,7 +124,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
 
     options = model_options(training, classes)
     count, forward = parameters(options), flops(options)
-    train_flops = 3 * forward * training.keep_tokens  # nearly linear in the tokens: attention is 3 to 8% of the work
+    train_flops = 3 * flops(options, keep=training.keep_tokens)
     peak = PEAK_FLOPS[gpu.partition("-")[0].upper()]
     rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.recompute else 1)
     units = {"batch_size": training.batch_size, "examples_per_epoch": images}
@@ -386,7 +386,7 @@ def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
         training = RECIPES[recipe]()
         images, classes = next(size for key, size in CORPORA.items() if key in recipe)
         steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
-        total = 3 * flops(model_options(training, classes)) * steps * training.batch_size
+        total = 3 * flops(model_options(training, classes), keep=training.keep_tokens) * steps * training.batch_size
         hours = total / (peak * config.mfu) / 3600
         rows.append(
             {
@@ -451,8 +451,8 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         return text + table(plan(about, recipe))
     import torch
 
-    work = 3 * flops(resolved.model_options) * resolved.total * training.batch_size * training.keep_tokens
-    peak = peak_flops(torch.device("cpu"))
+    work = 3 * flops(resolved.model_options, keep=training.keep_tokens) * resolved.total * training.batch_size
+    peak = peak_flops(torch.device("cpu"), training.engine.precision)
     return text + (
         f"  cost      {work / 1e12:,.3g} teraFLOPs: about {_hours(work / (CPU_UTILISATION * peak) / 3600)} at "
         f"{CPU_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s of this machine's matrix products"

@@ -263,7 +263,7 @@ def train(
 
     torch.manual_seed(config.seed)  # the same initial weights on every worker
     model = create_model(**plan.model_options)
-    train_flops = 3 * flops(model.config)
+    train_flops = 3 * flops(model.config, keep=config.keep_tokens)
     writer = checkpoint.Writer(
         output,
         model,
@@ -310,7 +310,9 @@ def train(
     losses: dict[str, float] = dict(start.commit["metrics"]) if start else {}
     batches = _batches(plan, first, rank, world)
     began = time.perf_counter()
-    meter = Meter(device, 3 * flops(model.config, computed=True), world)  # MFU counts only what is really computed
+    # MFU counts only what is really computed
+    computed = 3 * flops(model.config, computed=True, keep=config.keep_tokens)
+    meter = Meter(device, computed, world, config.engine.precision)
     try:
         for step in range(first, total):
             moved("waiting for the data of step", step + 1)
@@ -437,9 +439,9 @@ def _about(plan: Plan, step: int, metrics: dict[str, float], watch: Watch, engin
 class Meter:
     """Rates between log lines: images per second, share of time spent waiting for data, MFU, memory."""
 
-    def __init__(self, device: torch.device, train_flops: int, world: int):
+    def __init__(self, device: torch.device, train_flops: int, world: int, precision: str):
         self.device, self.train_flops = device, train_flops
-        self.peak = peak_flops(device) * world
+        self.peak = peak_flops(device, precision) * world
         self.images, self.waited = 0, 0.0
         self.since = time.perf_counter()
         self.rate = 0.0
@@ -480,8 +482,8 @@ class Meter:
         return images / self.rate if self.rate else float("nan")
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs, a measured float32 matrix product on a CPU."""
+def peak_flops(device: torch.device, precision: str = "fp32") -> float:
+    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs; on a CPU measured, a matrix product in `precision`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, value in PEAK_FLOPS.items():
@@ -489,7 +491,8 @@ def peak_flops(device: torch.device) -> float:
                 return value
         return float("inf")  # an unknown GPU shows 0% and not a wrong number
     size = 768
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -15,8 +15,8 @@ one, so that other load slows them alike: compare `fastest_cpu`, processor secon
 Clipping at norm 1 everywhere. FLOPs are 2 x multiply-accumulates of one forward pass times 3 (forward and backward), of
 matrix products, convolutions and attention only, without anything that is computed twice; `mfu` counts what our model
 really computes (its last block answers the class token alone), `mfu_architecture` the architecture's own number, as papers
-do. Both relate to the dense bf16 peak of the GPU's data sheet; on a CPU, to the rate of large float32 matrix products
-measured in the same process. Needs torch, deepspeed, simplejpeg, OpenCV and this project's files; `timm` for its row.
+do. Both relate to the dense bf16 peak of the GPU's data sheet; on a CPU, to the rate of large matrix products of the same
+precision, measured in the same process. Needs torch, deepspeed, simplejpeg, OpenCV and this project's files; `timm` for its row.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def measure(rows: list[str], variant: str, options: argparse.Namespace) -> list[
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=rank, world_size=world)
     total = options.batch or BATCH[device.type].get(variant, 64)
-    peak = peak_flops(device) * world
+    peak = peak_flops(device, options.precision) * world
 
     def wait() -> None:
         if device.type == "cuda":

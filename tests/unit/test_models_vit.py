@@ -83,6 +83,9 @@ def test_flops_are_those_of_the_formula():
         width**2 + 2 * tokens * width + 2 * width * mlp
     )  # last block, patch tokens: all but q, k, v
     assert flops(config, computed=True) == whole - 2 * skipped
+    tokens = 98 + 1  # half of the patches dropped
+    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
+    assert flops(config, keep=0.5) == 2 * (98 * patch**2 * 3 * width + depth * block + 1000 * width)
 
 
 @pytest.mark.slow
