@@ -357,19 +357,26 @@ def make_plan(config: PrepareConfig, connect: Callable[[], None] = lambda: None)
         run=lambda function, arguments: _ray_map(function, arguments, connect),
     )
     labels = sources.make_labels(found, label_map, config.unlabelled)
-    rng = np.random.Generator(np.random.Philox(config.seed))
-    if config.shuffle:
-        found = [
-            dataclasses.replace(s, pieces=s.pieces.take(rng.permutation(s.pieces.num_rows))) if s.listed else s
-            for s in found
-        ]
-    units = cut(found, config)
     digest = hashlib.sha256()
     for source in found:
         digest.update(json.dumps([source.uri, source.kind, source.table], sort_keys=True).encode())
-        for batch in source.pieces.sort_by([("path", "ascending"), ("start", "ascending")]).to_batches(1 << 16):
-            digest.update(json.dumps(batch.to_pydict()).encode())
+        pieces = source.pieces
+        if not source.listed:
+            pieces = pieces.sort_by([("path", "ascending"), ("start", "ascending")])
+        for first in range(0, pieces.num_rows, sources.SPILL_ROWS):
+            part = pieces.slice(first, sources.SPILL_ROWS)
+            for name in part.column_names:  # one after the other: fewer Python objects at a time
+                digest.update(json.dumps([name, part[name].to_pylist()]).encode())
     digest.update(json.dumps(labels.classes).encode())
+    rng = np.random.Generator(np.random.Philox(config.seed))
+    if config.shuffle:
+        found = [
+            dataclasses.replace(s, pieces=sources.reordered(s.pieces, rng.permutation(s.pieces.num_rows)))
+            if s.listed
+            else s
+            for s in found
+        ]
+    units = cut(found, config)
     return Plan(
         config=config,
         sources=found,

@@ -14,6 +14,7 @@ Label names are text throughout; `Labels` turns them into class indices. What op
 """
 
 import asyncio
+import contextlib
 import csv
 import fnmatch
 import io
@@ -23,6 +24,7 @@ import os
 import re
 import stat
 import tarfile
+import tempfile
 import threading
 import time
 import zlib
@@ -93,6 +95,10 @@ PIECES = pa.schema(
         ("labels", pa.list_(pa.string())),  # known beforehand, or null
     ]
 )
+
+
+LISTING = pa.schema([PIECES.field("path"), PIECES.field("size")])
+SPILL_ROWS = 1 << 14  # of a part of a listing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -357,10 +363,10 @@ def _list(uri: str) -> pa.Table:
     if not storage.is_remote(uri):
         if os.path.isfile(uri):
             return _listing([("", os.path.getsize(uri))])
-        walk, parts = _walk(uri, ""), [_listing([])]
-        while some := list(itertools.islice(walk, 1 << 16)):
-            parts.append(_listing(some))
-        return _tidied(pa.concat_tables(parts).sort_by("path"))
+        walk = _walk(uri, "")
+        parts = iter(lambda: list(itertools.islice(walk, SPILL_ROWS)), [])
+        files = spilled((_tidied(_listing(part)) for part in parts), LISTING)
+        return reordered(files, pc.sort_indices(files["path"]).to_numpy())
     found = storage.list_files(uri)
     if not found and storage.exists(uri):
         fs, path = storage.filesystem(uri)
@@ -374,7 +380,49 @@ def _tidied(files: pa.Table) -> pa.Table:
 
 def _listing(files: Sequence[tuple[str, int]]) -> pa.Table:
     paths, sizes = zip(*files, strict=True) if files else ((), ())
-    return pa.table({"path": pa.array(paths, pa.large_string()), "size": pa.array(sizes, pa.int64())})
+    return pa.table([pa.array(paths, pa.large_string()), pa.array(sizes, pa.int64())], schema=LISTING)
+
+
+def spilled(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """The parts as one table: in memory when there is only one, else in an unnamed file that is mapped, so that the memory of
+    the process does not grow with the corpus."""
+    parts = iter(parts)
+    first = list(itertools.islice(parts, 2))
+    if len(first) < 2:
+        return first[0] if first else schema.empty_table()
+    with tempfile.NamedTemporaryFile(prefix="listing-") as file:
+        with pa.ipc.new_file(file.name, schema) as writer:
+            for part in itertools.chain(first, parts):
+                writer.write_table(part)
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+
+
+def reordered(table: pa.Table, order: np.ndarray) -> pa.Table:
+    """`table.take(order)` with the memory of a few parts: rows are dealt into files by where they go, then each is sorted."""
+    if len(order) <= SPILL_ROWS:
+        return table.take(pa.array(order))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    dealt = table.schema.append(pa.field("place", pa.int64()))
+    with tempfile.TemporaryDirectory(prefix="listing-") as folder, contextlib.ExitStack() as stack:
+        names = [f"{folder}/{i}" for i in range(-(-len(order) // SPILL_ROWS))]
+        writers = [stack.enter_context(pa.ipc.new_stream(name, dealt)) for name in names]
+        for first in range(0, len(order), SPILL_ROWS):
+            part = table.slice(first, SPILL_ROWS)
+            part = part.append_column(
+                dealt.field("place"), pa.array(place[first : first + SPILL_ROWS])
+            ).combine_chunks()
+            homes = place[first : first + SPILL_ROWS] // SPILL_ROWS
+            for home in np.unique(homes).tolist():
+                writers[home].write_table(part.filter(pa.array(homes == home)))
+        for writer in writers:
+            writer.close()
+        return spilled((_sorted_part(name) for name in names), table.schema)
+
+
+def _sorted_part(name: str) -> pa.Table:
+    with pa.OSFile(name) as file:
+        return pa.ipc.open_stream(file).read_all().sort_by("place").drop_columns("place")
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
@@ -425,8 +473,8 @@ def _folder(
     uri: str, prefix: str, files: pa.Table, table: dict[str, list[str]], multilabel: bool, include: str | None
 ) -> Source:
     if not table:
-        top = files.filter(pc.invert(pc.match_substring(files["path"], "/")))["path"].to_pylist()
-        beside = [p for p in top if os.path.splitext(p)[0].lower() in LABEL_TABLES]
+        tables = pc.match_substring_regex(files["path"], rf"(?i)^(?:{'|'.join(LABEL_TABLES)})\.[a-z]+$")
+        beside = files.filter(tables)["path"].to_pylist()
         beside = [p for p in beside if p.endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
         if beside:
             table, multilabel = read_label_table(storage.join(uri, beside[0]))
@@ -444,33 +492,46 @@ def _folder(
         extra = {"path": absent, "size": [0] * len(absent)}
         files = pa.concat_tables([files, pa.table(extra, schema=files.schema)])
         labels += [table[name] for name in absent]
-        names = frozenset(name for label in labels if label for name in label)
-        column = pa.array(labels, PIECES.field("labels").type)
+        names = {name for label in labels if label for name in label}
+        pieces = _pieces(files, pa.array(labels, PIECES.field("labels").type))
     else:
-        # Arrow's own functions: Python objects for each of many million files would not fit in memory
-        folder = pc.struct_field(pc.extract_regex(files["path"], r"(?s)^(?P<folder>[^/]*)/"), "folder")
-        wordnet = pc.struct_field(pc.extract_regex(files["path"], r"(?s)^(?P<id>n\d{8})(?:[^0-9].*)?$"), "id")
-        label = pc.coalesce(folder, wordnet).cast(pa.string()).combine_chunks()
-        folders, names = (frozenset(pc.unique(c).drop_null().to_pylist()) for c in (folder, label))
-        deep = pc.any(pc.greater(pc.count_substring(files["path"], "/"), 1)).as_py()
+        folders: set[str] = set()
+        names = set()
+        deep = False
+
+        def labelled(part: pa.Table) -> pa.Table:
+            nonlocal deep
+            folder = pc.struct_field(pc.extract_regex(part["path"], r"(?s)^(?P<folder>[^/]*)/"), "folder")
+            wordnet = pc.struct_field(pc.extract_regex(part["path"], r"(?s)^(?P<id>n\d{8})(?:[^0-9].*)?$"), "id")
+            label = pc.coalesce(folder, wordnet).cast(pa.string()).combine_chunks()
+            folders.update(pc.unique(folder).drop_null().to_pylist())
+            names.update(pc.unique(label).drop_null().to_pylist())
+            deep |= bool(pc.any(pc.greater(pc.count_substring(part["path"], "/"), 1)).as_py())
+            offsets = np.cumsum(np.append(0, label.is_valid())).astype(np.int32)
+            return _pieces(part, pa.ListArray.from_arrays(pa.array(offsets), label.drop_null(), mask=label.is_null()))
+
+        parts = (files.slice(first, SPILL_ROWS) for first in range(0, files.num_rows, SPILL_ROWS))
+        pieces = spilled(map(labelled, parts), PIECES)
         if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and deep:
             choice = ", ".join(sorted(folders))
             raise UserError(
                 f"{uri}: its folders ({choice}) are splits, not classes; name one: --source {uri}/{min(folders)}"
             )
-        offsets = np.cumsum(np.append(0, label.is_valid())).astype(np.int32)
-        column = pa.ListArray.from_arrays(pa.array(offsets), label.drop_null(), mask=label.is_null())
-    numbers = [pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1)]
-    pieces = pa.table([files["path"], files["size"], *numbers, column], schema=PIECES)
     return Source(
         uri=uri,
         kind="folder",
         prefix=prefix,
         pieces=pieces,
-        names=names,
+        names=frozenset(names),
         multilabel=multilabel,
         by_folder=not table,
     )
+
+
+def _pieces(files: pa.Table, labels: pa.Array) -> pa.Table:
+    """Whole files as pieces."""
+    numbers = [pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1)]
+    return pa.table([files["path"], files["size"], *numbers, labels], schema=PIECES)
 
 
 def _path_label(path: str) -> list[str] | None:
