@@ -89,7 +89,9 @@ def main(argv: list[str]) -> int:
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
-    connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json)
+    connect = functools.partial(
+        cluster.connect, options.address, options.num_cpus, quiet=options.json, dashboard=False
+    )
     server = tracking_uri(options.tracking_uri) if options.tracking else None
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)

@@ -49,8 +49,11 @@ def runtime_env(ship_project: bool) -> dict:
     return {"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join(path)}}
 
 
-def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool = False) -> None:
-    """Joins or starts Ray once per process and says which.
+def connect(
+    address: str | None = None, num_cpus: int | None = None, quiet: bool = False, dashboard: bool = True
+) -> None:
+    """Joins or starts Ray once per process and says which. An embedded Ray goes without its dashboard on request: it costs
+    some seconds of CPU time at the start, and Ray Train misses it.
 
     What tasks and workers print stays in Ray's own logs: the jobs report progress and errors themselves.
     Raises UserError when the cluster at `address` cannot be joined.
@@ -79,6 +82,7 @@ def connect(address: str | None = None, num_cpus: int | None = None, quiet: bool
             ray.init(
                 address="local",  # never whatever cluster an earlier session left in /tmp
                 num_cpus=num_cpus,
+                include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
                 runtime_env=runtime_env(ship_project=False),
                 logging_level=logging.ERROR,

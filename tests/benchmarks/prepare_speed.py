@@ -15,6 +15,8 @@ work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the to
 
 import argparse
 import contextlib
+import io
+import itertools
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -86,7 +89,9 @@ def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
     prepare._Progress.add = noted  # type: ignore[method-assign]
     config = prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
-    yield from _beside(lambda: prepare.prepare(config, True, lambda: cluster.connect(num_cpus=cpus, quiet=True)), done)
+    yield from _beside(
+        lambda: prepare.prepare(config, True, lambda: cluster.connect(num_cpus=cpus, quiet=True, dashboard=False)), done
+    )
 
 
 def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
@@ -178,14 +183,20 @@ TOOLS = {tool.__name__: tool for tool in (limit, unit, job, mds, ray_data)}
 # ---------------------------------------------------------------- measuring
 
 
+asking = 0.0  # CPU seconds spent on asking: the tree's processes are many where Ray is
+
+
 def cpu_seconds() -> float:
-    """CPU time of this process, its descendants, and those of them that have ended and been waited for."""
+    """CPU time of this process, its descendants, and those of them that have ended and been waited for, without what the
+    asking itself takes."""
     import psutil
 
-    me, total = psutil.Process(), 0.0
+    global asking
+    begin, me, total = time.thread_time(), psutil.Process(), -asking
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(process.cpu_times()[:4])
+    asking += time.thread_time() - begin
     return total
 
 
@@ -205,32 +216,36 @@ def measure(tool: str, cpus: int, source: str, output: str) -> dict:
     }
 
 
-def memory(count: int, room: str) -> dict:
-    """Peak of private memory over the job on `count` small images: the driver's, and the largest worker's."""
+def memory(kind: str, count: int, room: str) -> dict:
+    """Peaks over the job on `count` small images, loose or packed in tars: memory of their own (driver, largest worker), and
+    all that is mapped into the driver, files and the object store included."""
     import psutil
 
     from pipeline import cluster
     from pipeline.data import prepare
 
-    source = small_images(count, f"{room}/small")
-    me, peak, over = psutil.Process(), {"driver_mb": 0, "worker_mb": 0}, threading.Event()
+    source = (packed_images if kind == "packed" else small_images)(count, f"{room}/small")
+    me, over = psutil.Process(), threading.Event()
+    peak = {"driver_mb": 0, "driver_rss_mb": 0, "worker_mb": 0}
 
     def watch() -> None:
         while not over.wait(0.2):
             for process in [me, *me.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    what = "driver_mb" if process == me else "worker_mb"
+                with contextlib.suppress(psutil.Error, IndexError):
+                    held = process.memory_info()
+                    if process == me:
+                        peak["driver_rss_mb"] = max(peak["driver_rss_mb"], held.rss >> 20)
                     if process == me or "ray::" in process.cmdline()[0]:
-                        held = process.memory_info()
+                        what = "driver_mb" if process == me else "worker_mb"
                         peak[what] = max(peak[what], (held.rss - held.shared) >> 20)
 
     threading.Thread(target=watch, daemon=True).start()
     begin = time.perf_counter()
     config = prepare.PrepareConfig(source=(source,), output=f"{room}/small-out")
-    rows = prepare.prepare(config, True, lambda: cluster.connect(num_cpus=2, quiet=True))[""].rows
+    rows = prepare.prepare(config, True, lambda: cluster.connect(num_cpus=2, quiet=True, dashboard=False))[""].rows
     over.set()
     seconds = time.perf_counter() - begin
-    return {"images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak
+    return {"kind": kind, "images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak
 
 
 # ---------------------------------------------------------------- the corpus
@@ -258,6 +273,23 @@ def small_images(count: int, room: str) -> str:
     for i in range(count):
         os.link(f"{room}/files/{i % 200}.jpg", f"{room}/source/class{i % 100:03d}/{i:07d}.jpg")
     return f"{room}/source"
+
+
+def packed_images(count: int, room: str) -> str:
+    """The same in tars of ten thousand, names and labels as in class folders."""
+    generator = np.random.default_rng(0)
+    files = []
+    for _ in range(200):
+        pixels = cv2.resize(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8), (32, 32))
+        files.append(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"))
+    os.makedirs(f"{room}/tars")
+    for first in range(0, count, 10_000):
+        with tarfile.open(f"{room}/tars/{first:07d}.tar", "w") as archive:
+            for i in range(first, min(first + 10_000, count)):
+                member = tarfile.TarInfo(f"class{i % 100:03d}/{i:07d}.jpg")
+                member.size = len(files[i % 200])
+                archive.addfile(member, io.BytesIO(files[i % 200]))
+    return f"{room}/tars"
 
 
 def child(python: str, *arguments: object) -> dict:
@@ -306,7 +338,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, nargs="+", help="numbers of small images to measure memory at")
     parser.add_argument("--room", help="folder for the corpus and what is made of it")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare_speed.json")
-    for name, count in (("--measure", 4), ("--mds", "+"), ("--memory", 2)):
+    for name, count in (("--measure", 4), ("--mds", "+"), ("--memory", 3)):
         parser.add_argument(name, nargs=count, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.mds:
@@ -317,7 +349,8 @@ def main() -> None:
         print(json.dumps(measure(tool, int(cpus), source, output)), flush=True)
         os._exit(0)
     if options.memory:
-        print(json.dumps(memory(int(options.memory[0]), options.memory[1])), flush=True)
+        kind, count, room = options.memory
+        print(json.dumps(memory(kind, int(count), room)), flush=True)
         os._exit(0)
     # what is not measured this time stays as it was
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
@@ -331,9 +364,9 @@ def main() -> None:
         result |= benchmark(options)
     if options.small:
         result["memory"] = []
-        for count in options.small:
+        for kind, count in itertools.product(("loose", "packed"), options.small):
             with tempfile.TemporaryDirectory(dir=options.room) as room:
-                result["memory"].append(child(sys.executable, "--memory", count, room))
+                result["memory"].append(child(sys.executable, "--memory", kind, count, room))
                 print(result["memory"][-1], flush=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in result.get("table", {}).items():
