@@ -68,7 +68,7 @@ def prepare(result: dict) -> Iterator[Row]:
     yield "The same, one unit without Ray", f"{table['unit', '1']['of_limit']:.0%}", ""
     for row in result.get("memory", []):
         yield (
-            f"Memory while preparing {row['images']:,} small images",
+            f"Memory while preparing {row['images']:,} small images, {row['kind']}",
             f"driver {row['driver_mb']} MB, worker {row['worker_mb']} MB",
             "",
         )

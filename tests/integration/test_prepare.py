@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import cv2
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
-from pipeline.data import prepare, shards
+from pipeline.data import prepare, shards, sources, tfrecord
 from pipeline.data.describe import verify
 from pipeline.data.prepare import PrepareConfig
 from pipeline.errors import UserError
@@ -21,6 +24,8 @@ from pipeline.tracking import start_run
 from pipeline.tracking.run import client as tracking_client
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faultproxy import FaultProxy
 from test_dedup import crop, photo
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
@@ -172,25 +177,49 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
 
 
 def test_s3_in_and_out_through_the_job(image_folder, s3):
-    import s3fs
-
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    s3fs.S3FileSystem(use_listings_cache=False).put(str(image_folder), f"{s3}/raw", recursive=True)
+    store = s3fs.S3FileSystem(use_listings_cache=False)
+    store.put(str(image_folder), f"{s3}/raw", recursive=True)
+    store.pipe_file(f"{s3}/raw/ant/a [1]*?#%20é.jpg", (image_folder / "ant" / "001.jpg").read_bytes())
     command = ["--source", f"{s3}/raw", "--output", f"{s3}/set", "--recipe", "patches32", "--json"]
     result = job(*command)
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)["dataset"]
-    assert (summary["prepared"], summary["rejects"], summary["classes"]) == (30, 1, 3)
+    assert (summary["prepared"], summary["rejects"], summary["classes"]) == (31, 1, 3)
     assert summary["rejects_by_reason"] == {"corrupt": 1}
     dataset = shards.open_dataset(f"{s3}/set")
     assert verify(dataset.uri) == []
     assert {row["image"].shape for row in dataset.read([29, 0, 7])} == {(64, 48)}
-    assert dataset.table()["key"].to_pylist() == [row["key"] for row in dataset.read(range(30))]
+    keys = dataset.table()["key"].to_pylist()
+    assert keys == [row["key"] for row in dataset.read(range(31))]
+    assert "ant/a [1]*?#%20é.jpg" in keys
     assert sorted(file.path for file in shards.storage.list_files(dataset.uri)) == [
         "manifest.json",
         "part-00000-0000.parquet",
         "rejects.parquet",
     ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tfrecord", "tar"])
+def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_path, monkeypatch, kind):
+    data = (image_folder / "ant" / "001.jpg").read_bytes()
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": [data] * 9, "label": [1] * 9}), path, row_group_size=3)
+    elif kind == "tfrecord":
+        with open(path, "wb") as file:
+            tfrecord.write_record(file, tfrecord.encode_example({"image/encoded": data, "image/class/label": 1}))
+    else:
+        with tarfile.open(path, "w") as archive:
+            archive.add(image_folder, "images")
+    sources.storage.copy_file(str(path), f"{s3}/{path.name}")
+    [source] = sources.discover([f"{s3}/{path.name}"])
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        proxy.fault = lambda method, path, n: "403" if method == "GET" else None
+        with pytest.raises(UserError, match=f"s3://.*a.{kind}: "):
+            list(sources.read(source, source.pieces))
 
 
 def test_bad_commands_fail_at_once(image_folder, tmp_path):

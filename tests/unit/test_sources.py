@@ -688,3 +688,122 @@ def test_read_ahead_passes_errors_on_and_stops():
     endless = sources.prefetched(iter(range(10**9)), depth=2)
     assert next(endless) == 0
     endless.close()
+
+
+# ---------------------------------------------------------------- what strangers pack
+
+
+def test_tars_as_strangers_pack_them(tmp_path):
+    """Dots in names, captions beside labels, links, what macOS adds, a name that says .tar of a .tar.gz."""
+    png = saved(Image.fromarray(picture()), "PNG")
+    with tarfile.open(tmp_path / "odd.tar", "w:gz") as archive:
+        for name in ("./cat/a.1.jpg", "./cat/a.2.jpg", "./cat/b.jpg", "./._cat", "./cat/._b.jpg", "./cat/.DS_Store"):
+            add(archive, name, jpeg(len(name)))
+        add(archive, "./cat/b.png", png)
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            info = tarfile.TarInfo(f"./cat/link{kind.decode()}.jpg")
+            info.type, info.linkname = kind, "./cat/b.jpg"
+            archive.addfile(info)
+    dataset = run(tmp_path / "a", source=(str(tmp_path / "odd.tar"),))
+    assert contents(dataset) == dict.fromkeys(["cat/a.1.jpg", "cat/a.2.jpg", "cat/b.jpg", "cat/b.png"], "cat")
+    assert refusals(dataset) == {"cat/link1.jpg": "link", "cat/link2.jpg": "link"}
+
+    with tarfile.open(tmp_path / "captions.tar", "w") as archive:
+        for i, label in enumerate((b"owl", b"finch")):
+            add(archive, f"folder/{i}.jpg", jpeg(i))
+            add(archive, f"folder/{i}.seg.png", png)
+            add(archive, f"folder/{i}.txt", b"a photo of a bird")
+            add(archive, f"folder/{i}.cls", label)
+    dataset = run(tmp_path / "b", source=(str(tmp_path / "captions.tar"),))
+    assert dataset.classes == ["finch", "owl"]
+    assert contents(dataset) == {"folder/0.jpg": "owl", "folder/1.jpg": "finch"}
+
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as archive:
+        add(archive, "1.jpg", jpeg(1))
+    with tarfile.open(tmp_path / "both.tar", "w") as archive:
+        add(archive, "cat.tar", inner.getvalue())
+        add(archive, "dog/2.jpg", jpeg(2))
+    assert contents(run(tmp_path / "c", source=(str(tmp_path / "both.tar"),))) == {"1.jpg": "cat", "dog/2.jpg": "dog"}
+
+
+def test_parquet_as_strangers_write_it(tmp_path):
+    def written(**columns):
+        pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+        return run(tmp_path / str(len(list(tmp_path.iterdir()))), source=(str(tmp_path / "x.parquet"),))
+
+    data, names = [jpeg(i) for i in range(3)], ["a", "b", "c"]
+    same = written(
+        image=[{"bytes": d, "path": "1.jpg"} for d in data], label=[0, 1, 2]
+    )  # Hugging Face keeps no folders
+    assert contents(same) == {f"x.parquet#{i}/1.jpg": str(i) for i in range(3)}
+    assert len(written(image=data, name=["cat", "cat", "dog"], label=[0, 0, 1])) == 3
+    lists = pa.array([["x"], ["y", "z"], []], pa.large_list(pa.large_string()))
+    large = written(image=pa.array(data, pa.large_binary()), file_name=pa.array(names, pa.large_string()), labels=lists)
+    assert contents(large) == {"x.parquet/a": ["x"], "x.parquet/b": ["y", "z"], "x.parquet/c": []}
+    views = written(
+        image=pa.array(data, pa.binary_view()),
+        file_name=pa.array(names).dictionary_encode(),
+        label=pa.array(["x", "y", "y"], pa.string_view()),
+    )
+    assert contents(views) == {"x.parquet/a": "x", "x.parquet/b": "y", "x.parquet/c": "y"}
+    assert written(image=data, label=[10**12, 10, 9]).classes == ["9", "10", str(10**12)]  # names, in order of size
+    assert written(image=data, label=[1, -1, 0]).classes == ["-1", "0", "1"]
+
+
+def test_label_tables_as_strangers_write_them(tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    labels = tmp_path / "table"
+    for number, (end, text, classes) in enumerate(
+        [
+            ("csv", "\ufefffile_name;label\r\n0.jpg;cat\r\n./1.jpg;dog\r\n2;cat\r\n", ["cat", "dog"]),
+            ("csv", "file_name, label\n0.jpg, 10\n1.jpg, 2\n2.jpg, 0\n", [str(i) for i in range(11)]),
+            ("csv", 'file_name\tlabel\n0.jpg\t"a\nb"\n1.jpg\tc\n2.jpg\tc\n', ["a\nb", "c"]),
+            ("jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg", "label": "b"}\n', ["b"]),
+        ]
+    ):
+        path = labels.with_suffix(f".{end}")
+        path.write_text(text, newline="")
+        dataset = run(tmp_path / str(number), source=(str(folder),), labels=str(path))
+        assert dataset.classes == classes
+        assert len(dataset) == (1 if end == "jsonl" else 3)
+    for text, message in (("3", "no rows"), ("[1]", "row 1 of the label table"), ('[{"label": 1}]', "no column")):
+        labels.with_suffix(".json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "bad", source=(str(folder),), labels=str(labels.with_suffix(".json")))
+
+
+def test_one_bad_example_of_a_tfrecord_is_one_reject(tmp_path):
+    with open(tmp_path / "a.tfrecord", "wb") as file:
+        for record in (b"\xff\xff\xff", example(jpeg(1), 1), example(jpeg(2), 0)):
+            tfrecord.write_record(file, record)
+    dataset = run(tmp_path, source=(str(tmp_path / "a.tfrecord"),))
+    assert (len(dataset), refusals(dataset)) == (2, {"a.tfrecord#0": "corrupt"})
+    (tmp_path / "b.tfrecord").write_bytes(b"junk" * 9)
+    with pytest.raises(UserError, match=r"b.tfrecord.*wrong checksum of the length"):
+        run(tmp_path / "b", source=(str(tmp_path / "b.tfrecord"),))
+
+
+def test_orientation_behind_other_segments_and_a_png_without_its_end():
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    turned = saved(Image.fromarray(picture()), "JPEG", exif=exif)
+    late = turned[:2] + b"\xff\xed\x80\x00" + bytes(0x8000 - 2) + turned[2:]
+    assert decode(late, LIMIT).pixels.shape == (60, 40, 3)
+    png = saved(Image.fromarray(picture()), "PNG")
+    for cut in (png[:-1], png[:-12]):  # every pixel is there: Pillow says nothing
+        with pytest.raises(Refused, match="truncated"):
+            decode(cut, LIMIT)
+
+
+def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monkeypatch):
+    config = prepare.check(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
+    whole = prepare.make_plan(config)
+    monkeypatch.setattr(sources, "SPILL_ROWS", 7)
+    parts = prepare.make_plan(config)
+    assert parts.sources[0].pieces.equals(whole.sources[0].pieces)
+    assert parts.labels == whole.labels
+    assert parts.units == whole.units
