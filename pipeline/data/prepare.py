@@ -289,12 +289,14 @@ def check(config: PrepareConfig) -> PrepareConfig:
         raise UserError("no --source: name a folder, an archive or an s3:// prefix of images")
     if not config.output:
         raise UserError("no --output: name the folder or s3:// prefix for the dataset")
-    if config.encoding == "patches" and config.size % config.patch_size:
-        raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
     limits = {"size": 1, "quality": 1, "patch_size": 1, "max_pixels": 1, "row_group_bytes": 1, "shard_bytes": 1}
     for name, least in {**limits, "unit_bytes": 1}.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}")
+    if config.encoding == "patches" and config.size % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
+    if config.row_group_bytes > shards.MOST_ROW_GROUP_BYTES:
+        raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {shards.MOST_ROW_GROUP_BYTES}")
     if config.quality > 100:
         raise UserError(f"--quality {config.quality}: at most 100")
     if config.sample is not None and config.sample < 1:
@@ -331,9 +333,9 @@ def parse_splits(splits: Sequence[str]) -> dict[str, float]:
             fractions[name] = float(value)
         except ValueError:
             raise UserError(f'--splits {text}: write name=fraction, such as "train=0.9 test=0.1"') from None
-        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == mix.WORK or fractions[name] <= 0:
+        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == mix.WORK or not fractions[name] > 0:
             raise UserError(f"--splits {text}: a plain name and a fraction above 0")
-    if len(fractions) != len(splits) or abs(sum(fractions.values()) - 1) > 1e-6:
+    if len(fractions) != len(splits) or not abs(sum(fractions.values()) - 1) <= 1e-6:
         raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
     return fractions
 

@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 MAX_ROWS_PER_GROUP = 16_384
 ROW_GROUP_BYTES = 16 << 20
+MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
 SHARD_BYTES = 512 << 20
 UNLABELLED = -1
 SHARD_NAME = re.compile(r"[\w-][\w.-]*")
