@@ -6,7 +6,9 @@ Workers are Ray actors that keep the checkpoint loaded and take jobs one after t
 """
 
 import io
+import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +22,8 @@ import torch
 from torch import nn
 
 from pipeline import storage
+from pipeline.config import fingerprint
+from pipeline.errors import UserError
 from pipeline.transfer import fewshot, finetune
 from pipeline.transfer.suites import L2_GRID, FineTune, Probe, Task
 
@@ -73,31 +77,49 @@ class Store:
         return storage.join(self.output, kind, f"{job.name}.{ending}")
 
     def load_all(self) -> dict[str, Result]:
-        """Every result by job name."""
+        """Every result by job name. One whose file is damaged does not count, with a warning: it is computed again."""
         folder = storage.join(self.output, "results")
         names = {f.name for f in fields(Result)}
         found = {}
         for file in storage.list_files(folder):
             if file.path.endswith(".json"):
-                values = storage.read_json(file.uri)
-                found[file.path.removesuffix(".json")] = Result(**{k: v for k, v in values.items() if k in names})
+                try:
+                    values = storage.read_json(file.uri)
+                    checksum = values.pop("checksum", None)
+                    if checksum and checksum != fingerprint(values):
+                        raise UserError(f"{file.uri}: its checksum differs")
+                    result = Result(**{k: v for k, v in values.items() if k in names})
+                except (UserError, TypeError, AttributeError) as error:
+                    print(f"warning: {file.uri} is damaged and will be computed again ({error})", file=sys.stderr)
+                    continue
+                found[file.path.removesuffix(".json")] = result
         return found
 
     def save(self, job: Job, result: Result, predictions: bytes | None) -> None:
         if predictions is not None:
             storage.write_bytes(self._uri("predictions", job, "parquet"), predictions)
-        storage.write_json(self._uri("results", job, "json"), asdict(result))
+        values = json.loads(json.dumps(asdict(result)))  # as they will be read
+        storage.write_json(self._uri("results", job, "json"), {**values, "checksum": fingerprint(values)})
         storage.remove(self._uri("failures", job, "json"))
 
     def fail(self, job: Job, error: str) -> None:
         storage.write_json(self._uri("failures", job, "json"), {"job": job.name, "error": error})
 
     def predictions(self, job: Job) -> finetune.Predictions:
-        return unpack_predictions(storage.read_bytes(self._uri("predictions", job, "parquet")))
+        return self._unpack(job, unpack_predictions)
 
     def hits(self, job: Job) -> "Hits":
         """What few-shot keeps in the place of predictions."""
-        return unpack_hits(storage.read_bytes(self._uri("predictions", job, "parquet")))
+        return self._unpack(job, unpack_hits)
+
+    def _unpack(self, job: Job, unpack: Callable[[bytes], Any]) -> Any:
+        """Raises UserError for a file that is gone or damaged, and forgets its job's result, which leads to a new one."""
+        uri = self._uri("predictions", job, "parquet")
+        try:
+            return unpack(storage.read_bytes(uri))
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            storage.remove(self._uri("results", job, "json"))
+            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to compute it anew") from error
 
 
 def next_jobs(task: Task, seeds: int, results: Mapping[str, Result]) -> list[Job]:
@@ -307,12 +329,13 @@ def pack_predictions(found: finetune.Predictions) -> bytes:
     labels = found.labels[:, None] if found.labels.ndim == 1 else found.labels
     lists = pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int64()), labels.shape[1])
     sink = io.BytesIO()
-    pq.write_table(pa.table({"key": found.keys, "labels": lists, "prediction": found.classes}), sink)
+    table = pa.table({"key": found.keys, "labels": lists, "prediction": found.classes})
+    pq.write_table(table, sink, write_page_checksum=True)
     return sink.getvalue()
 
 
 def unpack_predictions(data: bytes) -> finetune.Predictions:
-    table = pq.read_table(pa.BufferReader(data))
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     labels = np.array(table["labels"].to_pylist(), np.int64)
     classes = table["prediction"].to_numpy()
     return finetune.Predictions(table["key"].to_pylist(), labels[:, 0] if labels.shape[1] == 1 else labels, classes)
@@ -341,12 +364,12 @@ def pack_hits(hits: Hits) -> bytes:
         bits = np.packbits(right, axis=0).T
         columns[f"shots-{shots}"] = pa.array(map(bytes, bits), pa.binary(bits.shape[1]))
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(pa.table(columns), sink, write_page_checksum=True)
     return sink.getvalue()
 
 
 def unpack_hits(data: bytes) -> Hits:
-    table = pq.read_table(pa.BufferReader(data))
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     right = {}
     for name in table.column_names[2:]:
         packed = np.frombuffer(b"".join(table[name].to_pylist()), np.uint8).reshape(len(table), -1)
@@ -393,13 +416,14 @@ def fan_out(
     features: Mapping[str, tuple[str, str]],
     on_result: Callable[[Job, Result, bytes | None], None],
     on_failure: Callable[[Job, str], None],
+    started: Sequence[Any] = (),
     on_tick: Callable[[list[Running]], None] = lambda running: None,
 ) -> dict[str, str]:
     """Runs everything that is left; returns {job name: error} of what failed.
 
     `results` grows as jobs finish. A job that raises fails at once (it would again); a job whose process or machine died is
     started again up to `retries` times. A failed job stops its own task, never the others. Workers are started only as jobs
-    need them, and all end with this function, however it ends.
+    need them, beside those that are `started` already; all end with this function, however it ends.
     """
     import ray
 
@@ -407,8 +431,8 @@ def fan_out(
     stopped: set[str] = set()  # tasks with a failed job
     attempts: dict[str, int] = {}
     running: dict[Any, Running] = {}
-    idle: list[Any] = []
-    started = 0
+    idle = list(started)
+    alive = len(idle)
 
     def waiting() -> list[Job]:
         busy = {entry.job.name for entry in running.values()}
@@ -423,11 +447,11 @@ def fan_out(
     try:
         while True:
             queue = deque(waiting())
-            while queue and (idle or started < workers):
+            while queue and (idle or alive < workers):
                 if idle:
                     worker = idle.pop()
                 else:
-                    worker, started = make_worker(), started + 1
+                    worker, alive = make_worker(), alive + 1
                 job = queue.popleft()
                 attempts[job.name] = attempts.get(job.name, 0) + 1
                 call = worker.run.remote(job, features.get(job.task.name))
@@ -435,7 +459,7 @@ def fan_out(
             if not running:
                 return failures
             if idle and any(entry.starved for entry in running.values()):
-                started -= len(idle)
+                alive -= len(idle)
                 while idle:
                     ray.kill(idle.pop())
             done, _ = ray.wait(list(running), timeout=0.5)
@@ -445,13 +469,13 @@ def fan_out(
                 try:
                     result, predictions = ray.get(call)
                 except ray.exceptions.RayActorError as error:  # the process or its machine is gone
-                    started -= 1
+                    alive -= 1
                     if attempts[job.name] > retries:
                         give_up(job, f"its process died {attempts[job.name]} times ({_first_line(error)})")
                 except Exception as error:
                     # A fresh process for the next job: after a device error this one may not work again.
                     ray.kill(entry.worker)
-                    started -= 1
+                    alive -= 1
                     give_up(job, _first_line(getattr(error, "cause", None) or error))
                 else:
                     idle.append(entry.worker)

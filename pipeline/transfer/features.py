@@ -20,6 +20,7 @@ import torch
 from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.data.augment import Augment
+from pipeline.errors import UserError
 from pipeline.transfer.finetune import examples, padded
 from pipeline.transfer.suites import Probe, Split
 
@@ -148,12 +149,16 @@ def extract(
         missing = [(part, name) for part, name in enumerate(files[wanted]) if name not in present]
         units += [{"set": i, "part": part, "parts": n, "file": name} for part, name in missing]
     start, errors, rows = time.perf_counter(), {}, 0
+    spoken = start
     if units:
         # A list, because Ray would replace a bare reference among the arguments by one copy of the value per actor.
         arguments: dict[str, Any] = {"config": model_config, "weights": [weights], "sets": list(sets), "output": output}
         arguments |= {"batch_size": batch_size, "threads": int(resources["num_cpus"])}
-        for receipt in _run(units, arguments, min(workers, len(units)), resources):
+        for done, receipt in enumerate(_run(units, arguments, min(workers, len(units)), resources), 1):
             rows += receipt["rows"]
+            if time.perf_counter() - spoken > 30:
+                spoken = time.perf_counter()
+                say(f"features: {rows} images, {done} of {len(units)} parts in {spoken - start:.0f} s")
             if receipt["error"]:
                 errors[sets[receipt["set"]]] = receipt["error"]
     for wanted, names in files.items():
@@ -193,16 +198,26 @@ def write_part(uri: str, keys: list[str], labels: np.ndarray, features_ND: np.nd
     lists = pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int64()), labels.shape[1])
     sink = pa.BufferOutputStream()
     table = pa.table({"key": pa.array(keys, pa.string()), "labels": lists, "feature": values})
-    pq.write_table(table, sink, compression="none", use_dictionary=False)
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def load(folder: str) -> tuple[list[str], np.ndarray, torch.Tensor]:
-    """Keys, labels (N,) or (N,M), and features (N,D) float32 of a finished feature set."""
+    """Keys, labels (N,) or (N,M), and features (N,D) float32 of a finished feature set.
+
+    Raises UserError for a part that is gone or damaged, and removes it: the next run computes it again.
+    """
     keys: list[str] = []
     labels, features = [], []
-    for name in storage.read_json(storage.join(folder, INDEX))["parts"]:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))))
+    index = storage.join(folder, INDEX)
+    for name in storage.read_json(index)["parts"]:
+        uri = storage.join(folder, name)
+        try:
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            storage.remove(index)
+            storage.remove(uri)
+            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to compute it anew") from error
         if not len(table):
             continue
         keys += table["key"].to_pylist()

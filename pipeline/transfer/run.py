@@ -88,8 +88,10 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         f"transfer: {config.suite}, {weights.config['variant']}, {len(tasks)} tasks, {len(tasks) - len(left)} of them done"
         f"\ntransfer: {weights.uri} -> {output}"
     )
+    pool = None
     if left:
         cluster.connect(config.address, quiet=quiet)
+        pool = Pool(config, weights, left, results)  # its processes come up while MLflow does
     parent = start_run(
         config.experiment,
         f"{config.suite} {os.path.basename(weights.uri)}",
@@ -108,7 +110,7 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         for task in tasks:
             if task not in left:
                 recorder.task(task, results)
-        failures = _fan_out(config, left, results, store, weights, datasets, recorder, quiet) if left else {}
+        failures = _fan_out(config, left, results, store, weights, pool, datasets, recorder, quiet) if pool else {}
         scores = report.collect(tasks, config.seeds, results, store, l2=config.l2, flagged=flagged)
         about = {
             "suite": config.suite,
@@ -122,7 +124,7 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
         summary = report.write_scores(output, about, scores, failures, partial)
         text = report.markdown(about, tasks, scores, failures)
         storage.write_bytes(storage.join(output, "report.md"), text.encode())
-        in_order = [result for task in tasks for result in results.values() if result.task == task.name]
+        in_order = [result for task in tasks for _, result in sorted(results.items()) if result.task == task.name]
         recorder.suite(text, summary, scores, in_order)
         status = "FAILED" if failures else "FINISHED"
         attach_scores(config, weights, summary, scores, parent)
@@ -147,23 +149,38 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
     )
 
 
+class Pool:
+    """The processes that train and probe, and the weights that they share. Ray must be connected."""
+
+    def __init__(
+        self, config: TransferConfig, weights: Weights, tasks: Sequence[Task], results: Mapping[str, Result]
+    ) -> None:
+        import ray
+
+        self.resources, self.workers = plan_workers(config)
+        self.weights = ray.put(weights.arrays)
+        worker: Any = ray.remote(fanout.Worker).options(max_concurrency=2, **self.resources)
+        # A list, because Ray would replace a bare reference among the arguments by one copy of the value per worker.
+        arguments = (weights.config, [self.weights], int(self.resources["num_cpus"]), config.micro_batch)
+        self.make = lambda: worker.remote(*arguments)
+        jobs = sum(len(fanout.next_jobs(task, config.seeds, results)) for task in tasks)
+        # Features come first where there are probes, and need the devices.
+        probes = any(isinstance(task.protocol, Probe) for task in tasks)
+        self.started = [] if probes else [self.make() for _ in range(min(self.workers, jobs))]
+
+
 def _fan_out(
     config: TransferConfig,
     tasks: Sequence[Task],
     results: dict[str, Result],
     store: Store,
     weights: Weights,
+    pool: Pool,
     datasets: Mapping[Split, "Dataset"],
     recorder: "_Recorder",
     quiet: bool,
 ) -> dict[str, str]:
     """Runs what is left of the tasks on Ray and records it; `results` grows. Returns {job: error}."""
-    import ray
-
-    resources, workers = plan_workers(config)
-    shared = ray.put(weights.arrays)
-    worker: Any = ray.remote(fanout.Worker).options(max_concurrency=2, **resources)
-    arguments = (weights.config, [shared], int(resources["num_cpus"]), config.micro_batch)
     board = _Board(tasks, config.seeds, results, quiet)
 
     def on_result(job: Job, result: Result, predictions: bytes | None) -> None:
@@ -190,10 +207,10 @@ def _fan_out(
     errors = features.extract(
         list(dict.fromkeys(wanted for pair in sets.values() for wanted in pair)),
         weights.config,
-        shared,
+        pool.weights,
         root,
-        workers=workers,
-        resources=resources,
+        workers=pool.workers,
+        resources=pool.resources,
         batch_size=4 * config.micro_batch,
         say=_Say(quiet),
     )
@@ -210,8 +227,9 @@ def _fan_out(
             [task for task in tasks if task not in sets or task.name in folders],
             config.seeds,
             results,
-            make_worker=lambda: worker.remote(*arguments),
-            workers=workers,
+            make_worker=pool.make,
+            workers=pool.workers,
+            started=pool.started,
             retries=config.retries,
             costs={task.name: fanout.cost(task, weights.config, len(datasets[task.test])) for task in tasks},
             features=folders,

@@ -12,6 +12,7 @@ from models import create_model
 from pipeline.data import open_dataset
 from pipeline.data.patches import patchify
 from pipeline.data.shards import write_dataset
+from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
 from pipeline.transfer.suites import FineTune, Probe, Split
 
@@ -290,6 +291,14 @@ def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
     assert np.allclose(values.numpy(), whole[2], atol=1e-6)
     expected = model.features(torch.from_numpy(dataset.read([5])[0]["image"])[None])  # after the tanh: 'pre_logits'
     assert torch.allclose(values[5], expected[0], atol=1e-5)
+
+    part = tmp_path / "features" / names[2]
+    data = bytearray(part.read_bytes())
+    data[data.index(values[40].numpy().tobytes())] ^= 1  # one bit of one feature
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=f"{names[2]}: missing or damaged"):
+        features.load(folder)
+    assert sorted(p.name for p in part.parent.iterdir()) == [name for name in names if name != part.name]
 
 
 def test_feature_sets_differ_with_everything_that_changes_them(train):

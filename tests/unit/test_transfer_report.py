@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data import dedup
 from pipeline.errors import UserError
-from pipeline.transfer import report
+from pipeline.transfer import fanout, report
 from pipeline.transfer.fanout import Hits, Result, Store, pack_hits, pack_predictions
 from pipeline.transfer.finetune import Predictions
 from pipeline.transfer.report import Score
@@ -94,6 +94,32 @@ def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
     assert score.clean == (100.0, 75.0)  # of the eight images left
     assert score.removed == 2
     assert report.collect([pets], 3, results, store, l2=1024.0, flagged={}) == []  # the third seed is missing
+
+
+def test_damaged_files_are_noticed_and_computed_again(tmp_path, capsys):
+    """Cut short, without fields, or with one digit changed: such a result does not count. Damaged predictions take their
+    result with them."""
+    store, pets = Store(str(tmp_path)), task()
+    found = Predictions([f"k{i}" for i in range(10)], np.arange(10), np.arange(10))
+    jobs = fanout.next_jobs(pets, 3, {})
+    for job in jobs:
+        store.save(job, result(seed=job.seed, curve=[[1, 0.1 + 0.2, 1e-3]]), pack_predictions(found))
+    assert list(store.load_all()) == [job.name for job in jobs]
+    files = [tmp_path / "results" / f"{job.name}.json" for job in jobs]
+    files[0].write_text(files[0].read_text()[:50])
+    files[1].write_text(files[1].read_text().replace("50.0", "59.0"))
+    files[2].write_text("{}")
+    assert store.load_all() == {}
+    warnings = capsys.readouterr().err
+    assert all(str(file) in warnings for file in files)
+    store.save(jobs[0], result(), pack_predictions(found))
+    predictions = tmp_path / "predictions" / f"{jobs[0].name}.parquet"
+    data = bytearray(predictions.read_bytes())
+    data[40] ^= 1  # in the first page
+    predictions.write_bytes(data)
+    with pytest.raises(UserError, match=f"{predictions.name}: missing or damaged"):
+        store.predictions(jobs[0])
+    assert store.load_all() == {}
 
 
 def test_seen_images_come_from_the_report_of_prepare(tmp_path):
