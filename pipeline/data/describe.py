@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -218,7 +219,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], columns
         axis.axis("off")
     for axis, picture, title in zip(axes, pictures, titles, strict=False):
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(title if len(title) <= 22 else title[:21] + "…", fontsize=7)
+        axis.set_title(title if len(title) <= 22 else title[:21] + "…", fontsize=7, parse_math=False)
     return _png(figure)
 
 
@@ -230,7 +231,9 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
     axis = figure.subplots()
     if len(counts) <= 60:
         axis.bar(range(len(counts)), counts, color="#3b6ea5")
-        axis.set_xticks(range(len(counts)), dataset.classes, rotation=60, ha="right", fontsize=7)
+        # a dollar in a name begins no formula
+        names = {"rotation": 60, "ha": "right", "fontsize": 7, "parse_math": False}
+        axis.set_xticks(range(len(counts)), dataset.classes, **names)
     else:
         axis.fill_between(np.arange(len(counts)), np.sort(counts)[::-1], step="mid", color="#3b6ea5")
         axis.set_xlabel("classes, largest first")
@@ -242,5 +245,7 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
 
 def _png(figure: Any) -> bytes:
     sink = io.BytesIO()
-    figure.savefig(sink, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box says it as well
+        figure.savefig(sink, format="png")
     return sink.getvalue()

@@ -462,7 +462,12 @@ def _claim(plan: Plan) -> None:
     where = storage.join(plan.work, "plan.json")
     claim = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.units)}
     if not storage.exists(where):
-        storage.write_json(where, claim)
+        try:
+            storage.write_json(where, claim)
+        except OSError as error:
+            raise UserError(
+                f"--output {plan.config.output}: cannot be written ({error}); choose another place"
+            ) from error
         return
     before = storage.read_json(where)
     if before != json.loads(json.dumps(claim)):

@@ -15,6 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.data import images, prepare, shards, sources, tfrecord
+from pipeline.data.describe import describe, verify
 from pipeline.data.images import Refused, decode
 from pipeline.data.prepare import PrepareConfig
 from pipeline.errors import UserError
@@ -659,6 +660,8 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"already holds other files \(thesis.tex\)"):
         prepare.prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
     assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match=r"thesis.tex: cannot be written"):
+        prepare.prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied / "thesis.tex")))
 
 
 def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
@@ -800,6 +803,15 @@ def test_orientation_behind_other_segments_and_a_png_without_its_end():
     for cut in (png[:-1], png[:-12]):  # every pixel is there: Pillow says nothing
         with pytest.raises(Refused, match="truncated"):
             decode(cut, LIMIT)
+
+
+def test_names_that_are_formulas_or_have_no_glyph_are_drawn(image_folder, tmp_path, recwarn):
+    for old, new in (("ant", r"$\bad{$"), ("bee", "日本 [1]*?#%20\n")):
+        (image_folder / old).rename(image_folder / new)
+    dataset = run(tmp_path, source=(str(image_folder),))
+    assert verify(dataset.uri) == []
+    describe(dataset.uri, str(tmp_path / "pictures"))
+    assert not recwarn.list
 
 
 def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monkeypatch):
