@@ -89,9 +89,7 @@ def main(argv: list[str]) -> int:
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
-    connect = functools.partial(
-        cluster.connect, options.address, options.num_cpus, quiet=options.json, dashboard=False
-    )
+    connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json, dashboard=False)
     server = tracking_uri(options.tracking_uri) if options.tracking else None
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
@@ -179,7 +177,7 @@ def vtab(options: Command) -> int:
                 name = storage.normalise(options.output).rpartition("/")[2]
                 server = tracking_uri(options.tracking_uri)
                 runs.append(stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server)))
-            cluster.connect(options.address, options.num_cpus, quiet=options.json)
+            cluster.connect(options.address, options.num_cpus, quiet=options.json, dashboard=False)
 
         result = vtab.prepare(
             tasks,
