@@ -232,7 +232,7 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
     if len(counts) <= 60:
         axis.bar(range(len(counts)), counts, color="#3b6ea5")
         # a dollar in a name begins no formula
-        names = {"rotation": 60, "ha": "right", "fontsize": 7, "parse_math": False}
+        names: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 7, "parse_math": False}
         axis.set_xticks(range(len(counts)), dataset.classes, **names)
     else:
         axis.fill_between(np.arange(len(counts)), np.sort(counts)[::-1], step="mid", color="#3b6ea5")
