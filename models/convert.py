@@ -10,10 +10,12 @@ an error that lists the tensors. Nothing here unpickles: .pth files are read wit
 `allow_pickle`.
 """
 
+import argparse
 import io
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,17 +26,29 @@ import fsspec
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from models import create_model, posemb
 from models.errors import UserError
+from models.variants import parse_variant
 
 Weights = dict[str, torch.Tensor]
 
 MAX_UNFOLDED_BYTES = 1 << 30
 MAX_DEPTH = 1000
 WEIGHT_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+# What training scripts, timm's among them, keep beside the weights: their command line and NumPy's numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
+]
+# The forms of GELU by the names they have here, in Hugging Face's configurations and in timm's.
+ACTIVATIONS = {
+    **dict.fromkeys(("exact", "gelu", "gelu_python"), "exact"),
+    **dict.fromkeys(("tanh", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_tanh"), "tanh"),
+}
 # Parameters that belong to a task rather than to the encoder.
 HEAD = ("head.", "pre_logits.", "mpp_head.", "mask_token")
 
@@ -77,7 +91,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike, strict_head: bool 
     """
     weights, kind, about = read_weights(source)
     fitted, report = fit_weights(model, weights, kind, os.fspath(source), strict_head)
-    notes = [*report.notes, *_conventions(model.config, kind, about)]  # type: ignore[arg-type]
+    notes = [*report.notes, *_conventions(model, kind, about, os.fspath(source))]
     model.load_state_dict(fitted, strict=False)
     return LoadReport(**{**{f: getattr(report, f) for f in report.__slots__}, "notes": tuple(notes)})
 
@@ -134,7 +148,7 @@ def read_config(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any]]:
-    """(tensors by this project's names, kind of source, config.json of a folder or {}).
+    """(tensors by this project's names, kind of source, config.json of a folder or what else is known about it).
 
     Raises UserError for a file that is missing, damaged, incomplete or of an unknown kind.
     """
@@ -152,13 +166,21 @@ def read_weights(source: str | os.PathLike) -> tuple[Weights, str, dict[str, Any
         tensors = _read_file(fs, path, source)
     if any("/" in name for name in tensors):
         kind = "bit" if any(name.startswith("resnet/") for name in tensors) else "google"
-        weights = (from_bit if kind == "bit" else from_google)({k: v.numpy() for k, v in tensors.items()})
+        try:
+            weights = (from_bit if kind == "bit" else from_google)({k: v.numpy() for k, v in tensors.items()})
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        heads = [
+            v.shape[-2] for k, v in tensors.items() if k.endswith("/query/bias") and v.dim() > 1 and "/txt/" not in k
+        ]
+        about = {"num_attention_heads": heads[0]} if heads else {}
     else:
         tensors = _strip_wrappers(tensors)
         if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
             kind, weights = "huggingface", from_huggingface(tensors)
         else:
-            kind, weights = "checkpoint" if "model" in about else "timm", from_timm(tensors)
+            kind = "checkpoint" if isinstance(about.get("model"), dict) else "timm"
+            weights = from_timm(tensors)
     damaged = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if damaged:
         raise UserError(f"{source}: not finite: {_some(damaged)}")
@@ -220,27 +242,32 @@ def _read_parts(fs: fsspec.AbstractFileSystem, path: str, index: str, names: set
 def _read_file(fs: fsspec.AbstractFileSystem, path: str, source: str) -> Weights:
     """A file's tensors under their own names."""
     data: Any = path if fs.protocol == "file" or "file" in fs.protocol else io.BytesIO(fs.cat_file(path))
+    kind = path.lower()
     try:
         _check_unfolding(data, source)
-        if path.endswith(".safetensors"):
+        if kind.endswith(".safetensors"):
             return safetensors.torch.load_file(data) if data is path else safetensors.torch.load(data.getvalue())
-        if path.endswith(".npz"):
+        if kind.endswith(".npz"):
             with np.load(data, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(_plain(arrays[name])) for name in arrays.files}
-        if path.endswith(WEIGHT_FILES):
-            return _state_dict(torch.load(data, map_location="cpu", weights_only=True), source)
-    except (SafetensorError, ValueError, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot be read: {_brief(error)}") from error
-    except Exception as error:  # zipfile and unpickling errors have no common class
+        if kind.endswith(WEIGHT_FILES):
+            with torch.serialization.safe_globals(HARMLESS):
+                return _state_dict(torch.load(data, map_location="cpu", weights_only=True), source)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{source}: cannot be read: {type(error).__name__}: {_brief(error)}. A file that holds more "
-            "than tensors is refused; save its state_dict alone"
+            f"{source}: cannot be read: {f'holds a {what[1]}' if what else 'not a file of tensors'}; a file that holds "
+            "more than tensors is refused, save its state_dict alone"
         ) from error
+    except Exception as error:  # the errors of zipfile, safetensors, NumPy and torch have no common class
+        raise UserError(f"{source}: cannot be read: {_brief(error)}") from error
     raise UserError(f"{source}: unknown kind of file; expected .npz, .safetensors, .pt, .pth or .bin")
 
 
 def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _check_unfolding(data: Any, source: str) -> None:
@@ -273,15 +300,19 @@ def _state_dict(loaded: Any, source: str) -> Weights:
     others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise UserError(f"{source}: not a state dict: {_some(others)} hold no tensors")
+    if odd := [str(n) for n, t in loaded.items() if not isinstance(n, str) or t.layout != torch.strided or t.is_meta]:
+        raise UserError(f"{source}: not a state dict of dense tensors by name: {_some(odd)}")
     return loaded
 
 
 def _strip_wrappers(tensors: Weights) -> Weights:
-    """Without the prefixes that DistributedDataParallel, torch.compile and the like put before every name."""
-    for prefix in ("module.", "_orig_mod.", "model.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}
+    """Without what DistributedDataParallel, torch.compile and a training script's own modules put before the names."""
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    for first in ("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight", "stem.conv.weight"):
+        prefixes = [name.removesuffix(first).removesuffix("vit.") for name in tensors if name.endswith(first)]
+        if len(prefixes) == 1:
+            return {name.removeprefix(prefixes[0]): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def read_sharded_state(fs: fsspec.AbstractFileSystem, folder: str, source: str) -> Weights:
@@ -326,7 +357,7 @@ def from_timm(tensors: Weights) -> Weights:
         for old, new in renames.items():
             if name.startswith(old):
                 name = new + name.removeprefix(old)
-        weights[name] = tensor.flatten(1) if name == "head.weight" else tensor
+        weights[name] = tensor.flatten(1) if name == "head.weight" and tensor.dim() == 4 else tensor
     return weights
 
 
@@ -339,6 +370,7 @@ _HUGGINGFACE = {
     "layernorm": "norm",
     "pooler.dense": "pre_logits.fc",
     "classifier": "head",
+    "decoder.0": None,  # of ViTForMaskedImageModeling
     "encoder.layer.{i}.layernorm_before": "blocks.{i}.norm1",
     "encoder.layer.{i}.layernorm_after": "blocks.{i}.norm2",
     "encoder.layer.{i}.attention.attention.query": "blocks.{i}.attn.q",
@@ -375,11 +407,16 @@ def from_huggingface(tensors: Weights) -> Weights:
 
 def _fuse_qkv(weights: Weights) -> Weights:
     """blocks.N.attn.{q,k,v} as one blocks.N.attn.qkv, rows in that order."""
-    for name in [name for name in weights if re.search(r"\.attn\.q\.", name)]:
+    for name in [name for name in weights if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in weights for part in parts):
-            weights[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([weights.pop(part) for part in parts])
+        _fuse(weights, parts, name.replace(".attn.q.", ".attn.qkv."))
     return weights
+
+
+def _fuse(weights: Weights, parts: list[str], whole: str) -> None:
+    """Puts the parts one below the other; those that do not fit together stay, to be listed as unknown."""
+    if all(part in weights for part in parts) and len({weights[part].shape[1:] for part in parts}) == 1:
+        weights[whole] = torch.cat([weights.pop(part) for part in parts])
 
 
 def from_google(arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -387,41 +424,49 @@ def from_google(arrays: Mapping[str, np.ndarray]) -> Weights:
 
     Kernels are (in, out) or HWIO there; attention kernels carry a heads axis. Raises UserError for another tree.
     """
-    arrays = _google_tree(arrays)
     weights: Weights = {}
+    misshapen = []
 
     def put(name: str, array: np.ndarray) -> None:
         weights[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
-    for name, array in arrays.items():
-        *path, leaf = name.split("/")
-        where = ".".join(path)
-        if name == "cls":
-            put("cls_token", array)
-        elif leaf == "pos_embedding":
-            put("pos_embed", array.reshape(1, -1, array.shape[-1]))
-        elif where == "embedding":
-            put(f"patch_embed.proj.{_leaf(leaf)}", array.transpose(3, 2, 0, 1) if leaf == "kernel" else array)
-        elif where in ("pre_logits", "head"):
-            put(f"{'pre_logits.fc' if where == 'pre_logits' else 'head'}.{_leaf(leaf)}", array.T)
-        elif where == "Transformer.encoder_norm":
-            put(f"norm.{_leaf(leaf)}", array)
-        elif match := re.fullmatch(r"Transformer\.encoderblock_(\d+)\.(.+)", where):
-            _put_block(put, f"blocks.{match[1]}", match[2], leaf, array)
-        elif match := re.fullmatch(r"MAPHead_0(?:\.(.+))?", where):
-            if leaf == "probe":
-                put("attn_pool.latent", array)
-            else:
-                _put_block(put, "attn_pool", match[1], leaf, array)
-        elif match := re.fullmatch(r"(conv_root|gn_root|block(\d+)\.unit(\d+)\.(\w+))", where):
-            put(f"patch_embed.backbone.{_stem_name(match)}.{_leaf(leaf)}", _convolution(array))
-        else:
-            weights[name] = torch.from_numpy(array)  # to be listed as unknown
+    for name, array in _google_tree(arrays).items():
+        try:
+            _put_google(put, name, array)
+        except (ValueError, IndexError):
+            misshapen.append(f"{name} is {array.shape}")
+    if misshapen:
+        raise UserError(f"wrong shape: {_some(misshapen)}")
     for kind in ("weight", "bias"):  # attention pooling has its query apart
-        if f"attn_pool.k.{kind}" in weights and f"attn_pool.v.{kind}" in weights:
-            parts = [weights.pop(f"attn_pool.{part}.{kind}") for part in "kv"]
-            weights[f"attn_pool.kv.{kind}"] = torch.cat(parts)
+        _fuse(weights, [f"attn_pool.{part}.{kind}" for part in "kv"], f"attn_pool.kv.{kind}")
     return _fuse_qkv(weights)
+
+
+def _put_google(put: Callable[[str, np.ndarray], None], name: str, array: np.ndarray) -> None:
+    """One array under this project's name. Raises ValueError or IndexError when it has the wrong number of axes."""
+    *path, leaf = name.split("/")
+    where = ".".join(path)
+    if name == "cls":
+        put("cls_token", array)
+    elif leaf == "pos_embedding":
+        put("pos_embed", array.reshape(1, -1, array.shape[-1]))
+    elif where == "embedding":
+        put(f"patch_embed.proj.{_leaf(leaf)}", array.transpose(3, 2, 0, 1) if leaf == "kernel" else array)
+    elif where in ("pre_logits", "head"):
+        put(f"{'pre_logits.fc' if where == 'pre_logits' else 'head'}.{_leaf(leaf)}", array.T)
+    elif where == "Transformer.encoder_norm":
+        put(f"norm.{_leaf(leaf)}", array)
+    elif match := re.fullmatch(r"Transformer\.encoderblock_(\d+)\.(.+)", where):
+        _put_block(put, f"blocks.{match[1]}", match[2], leaf, array)
+    elif match := re.fullmatch(r"MAPHead_0(?:\.(.+))?", where):
+        if leaf == "probe":
+            put("attn_pool.latent", array)
+        else:
+            _put_block(put, "attn_pool", match[1], leaf, array)
+    elif match := re.fullmatch(r"(conv_root|gn_root|block(\d+)\.unit(\d+)\.(\w+))", where):
+        put(f"patch_embed.backbone.{_stem_name(match)}.{_leaf(leaf)}", _convolution(array))
+    else:
+        put(name, array)  # to be listed as unknown
 
 
 def _google_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -435,7 +480,7 @@ def _google_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     tree = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     for name in [name for name in tree if name.startswith("Transformer/encoderblock/")]:
         stacked = tree.pop(name)
-        for i, array in enumerate(stacked):
+        for i, array in enumerate(np.atleast_1d(stacked)):
             tree[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = array
     return tree
 
@@ -488,17 +533,23 @@ def _stem_name(match: re.Match) -> str:
 def from_bit(arrays: Mapping[str, np.ndarray]) -> Weights:
     """Google's BiT ResNet .npz ("resnet/block1/unit01/a/standardized_conv2d/kernel")."""
     weights: Weights = {}
+    misshapen = []
     for name, array in arrays.items():
-        *path, module, leaf = name.removeprefix("resnet/").split("/")
-        norm, where = module == "group_norm", "/".join(path)
-        if match := re.fullmatch(r"block(\d+)/unit(\d+)/([abc])(/proj)?", where):
-            index = "abc".index(match[3]) + 1
-            part = "downsample.conv" if match[4] else f"{'norm' if norm else 'conv'}{index}"
-            new = f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}.{part}"
-        else:
-            new = {"root_block": "stem.conv", "": "norm", "head": "head"}.get(where, name)
-        array = array.reshape(-1, array.shape[-1]).T if new == "head" and leaf == "kernel" else _convolution(array)
-        weights[f"{new}.{_leaf(leaf)}"] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        try:
+            *path, module, leaf = name.removeprefix("resnet/").split("/")
+            norm, where = module == "group_norm", "/".join(path)
+            if match := re.fullmatch(r"block(\d+)/unit(\d+)/([abc])(/proj)?", where):
+                index = "abc".index(match[3]) + 1
+                part = "downsample.conv" if match[4] else f"{'norm' if norm else 'conv'}{index}"
+                new = f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}.{part}"
+            else:
+                new = {"root_block": "stem.conv", "": "norm", "head": "head"}.get(where, name)
+            array = array.reshape(-1, array.shape[-1]).T if new == "head" and leaf == "kernel" else _convolution(array)
+            weights[f"{new}.{_leaf(leaf)}"] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        except (ValueError, IndexError):
+            misshapen.append(f"{name} is {array.shape}")
+    if misshapen:
+        raise UserError(f"wrong shape: {_some(misshapen)}")
     return weights
 
 
@@ -511,9 +562,10 @@ def fit_weights(
     """Weights in the model's shapes, and the report. Raises UserError that lists what does not fit."""
     config: Any = model.config
     target = model.state_dict()
-    weights, notes = dict(weights), []
-    if "pos_embed" in weights:
-        notes += _fit_positions(model, weights, source)
+    weights = dict(weights)
+    notes = _fold_layer_scale(weights)
+    if "pos_embed" in weights and hasattr(model, "grid"):
+        notes += _fit_positions(model, weights)
 
     ours = {name: tensor.shape for name, tensor in target.items() if name.startswith(HEAD)}
     theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(HEAD)}
@@ -535,6 +587,11 @@ def fit_weights(
         for name, tensor in weights.items()
         if name in target and tensor.shape != target[name].shape
     ]
+    misshapen += [
+        f"{name} holds {tensor.dtype}, not real numbers"
+        for name, tensor in weights.items()
+        if name in target and not tensor.is_floating_point()
+    ]
     problems = [f"missing: {_some(missing)}"] * bool(missing)
     problems += [f"unknown: {_some(unknown)}"] * bool(unknown)
     problems += [f"wrong shape: {_some(misshapen)}"] * bool(misshapen)
@@ -552,33 +609,54 @@ def fit_weights(
     )
 
 
-def _fit_positions(model: nn.Module, weights: Weights, source: str) -> list[str]:
-    """Brings pos_embed in `weights` to the model's tokens and grid; returns notes for the report."""
+def _fold_layer_scale(weights: Weights) -> list[str]:
+    """LayerScale (timm's init_values) becomes part of the matrix before it, which gives the same function."""
+    scales = [name for name in weights if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]
+    for name in scales:
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        weight, bias, gamma = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias"), weights[name]
+        if weight is None or bias is None or weight.dim() != 2 or bias.shape != gamma.shape != weight.shape[:1]:
+            return []  # listed as unknown
+        weights[f"{layer}.weight"], weights[f"{layer}.bias"] = weight * gamma[:, None], bias * gamma
+        del weights[name]
+    return ["LayerScale folded into attn.proj and mlp.fc2"] if scales else []
+
+
+def _fit_positions(model: nn.Module, weights: Weights) -> list[str]:
+    """Brings pos_embed in `weights` to the model's tokens and grid; returns notes for the report.
+
+    A table of another width, or of no square grid, stays as it is, to be listed among what does not fit.
+    """
     config: Any = model.config
+    width: int = model.shape.width  # type: ignore[assignment, union-attr]
     grid: int = model.grid  # type: ignore[assignment]
-    table = weights.pop("pos_embed")
+    table, registers = weights["pos_embed"], weights.get("reg_token")
+    if any(t is not None and (t.dim() != 3 or t.shape[2] != width) for t in (table, registers)):
+        return []
     # Rows before the patches: class token and registers, or neither (big_vision and timm's no_embed_class).
-    tokens = ("cls_token" in weights) + (weights["reg_token"].shape[1] if "reg_token" in weights else 0)
+    tokens = ("cls_token" in weights) + (registers.shape[1] if registers is not None else 0)
     counts = [n for n in sorted({tokens, int("cls_token" in weights), 0}, reverse=True) if _square(table.shape[1] - n)]
     if not counts:
-        raise UserError(f"{source}: pos_embed has {table.shape[1]} rows, which form no square grid")
-    prefix = next((n for n in counts if table.shape[1] - n == grid**2), counts[0])
-    if prefix > 1:  # a register's position is one more constant added to it
-        weights["reg_token"] = weights["reg_token"] + table[:, 1:prefix]
-    has_cls = config.get("pool") == "token"
-    cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
-    table = table[:, prefix:]
-    old = math.isqrt(table.shape[1])
-    fitted = posemb.resize(torch.cat([cls_row, table], dim=1) if has_cls else table, grid, prefix=int(has_cls))
-    if config.get("posemb") == "sincos2d":
-        fixed: torch.Tensor = model.pos_embed  # type: ignore[assignment]
-        if fitted.shape != fixed.shape or not torch.allclose(fitted, fixed.float().cpu(), atol=1e-4):
-            raise UserError(f'{source} has learned position embeddings; the model\'s are fixed (posemb="sincos2d")')
         return []
-    weights["pos_embed"] = fitted
-    if config.get("posemb") == "none":
-        del weights["pos_embed"]
-        weights["pos_embed (learned positions; the model has none)"] = fitted
+    prefix = next((n for n in counts if table.shape[1] - n == grid**2), counts[0])
+    cls_row = table[:, :1] if prefix and "cls_token" in weights else torch.zeros_like(table[:, :1])
+    old = math.isqrt(table.shape[1] - prefix)
+    if config["posemb"] == "sincos2d":
+        fixed = posemb.sincos2d(old, width)
+        if not torch.allclose(table[:, prefix:].float(), fixed, atol=0.01) or cls_row.any():
+            name = 'pos_embed (learned position embeddings; the model\'s are fixed: posemb="sincos2d")'
+            weights[name] = weights.pop("pos_embed")
+        else:
+            del weights["pos_embed"]
+        return []
+    if config["posemb"] == "none":
+        weights["pos_embed (learned position embeddings; the model has none)"] = weights.pop("pos_embed")
+        return []
+    if registers is not None and prefix == tokens:  # a register's position is one more constant added to it
+        weights["reg_token"] = registers + table[:, prefix - registers.shape[1] : prefix]
+    has_cls = config["pool"] == "token"
+    rows = torch.cat([cls_row, table[:, prefix:]], dim=1) if has_cls else table[:, prefix:]
+    weights["pos_embed"] = posemb.resize(rows, grid, prefix=int(has_cls))
     return [f"position embeddings resized from {old}x{old} to {grid}x{grid}"] if old != grid else []
 
 
@@ -587,6 +665,8 @@ def _square(count: int) -> bool:
 
 
 def _hint(names: set[str], misshapen: Iterable[str]) -> str:
+    if "dist_token" in names:
+        return "; a distilled DeiT has a second token and a second head, which this model has not"
     if "cls_token" in names or any(name.startswith("attn_pool.") for name in names):
         return '; is the pooling the same? (options: pool="token", "gap" or "map")'
     if any(name.startswith(("fc_norm.", "norm.")) for name in names):
@@ -601,21 +681,32 @@ def _some(names: Iterable[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _conventions(config: Mapping[str, Any], kind: str, about: Mapping[str, Any]) -> list[str]:
-    """Notes where the source computes with other conventions than the model."""
-    notes: list[str] = []
+def _conventions(model: nn.Module, kind: str, about: Mapping[str, Any], source: str) -> list[str]:
+    """Notes where the source computes with other conventions than the model.
+
+    Raises UserError where its numbers would mean something else: another number of heads, another activation.
+    """
+    config: Any = model.config
     if "gelu" not in config:
-        return notes
-    theirs = {"google": "tanh", "timm": "exact", "huggingface": "exact"}.get(kind, config["gelu"])
-    if kind == "huggingface" and "hidden_act" in about:
-        theirs = "exact" if about["hidden_act"] == "gelu" else "tanh"
+        return []
+    arguments = about.get("model_args") or {}  # of a timm folder
     if kind == "checkpoint":
-        theirs = about["model"].get("gelu", config["gelu"])
-    if theirs != config["gelu"]:
+        shape, options = parse_variant(about["model"].get("variant", config["variant"])), about["model"]
+        heads, activation = options.get("heads") or shape.heads, options.get("gelu", config["gelu"])
+    else:
+        heads = about.get("num_attention_heads") or arguments.get("num_heads")
+        activation = about.get("hidden_act") or arguments.get("act_layer") or ("tanh" if kind == "google" else "gelu")
+    ours = model.shape.heads  # type: ignore[union-attr]
+    if heads and heads != ours:
+        raise UserError(f"{source} has {heads} attention heads, the model {ours} (option heads={heads})")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{source} computes with {activation}, the model with GELU: its weights would mean nothing")
+    notes: list[str] = []
+    if (theirs := ACTIVATIONS[activation]) != config["gelu"]:
         notes.append(
             f'GELU: the source computes the {theirs} form, this model the {config["gelu"]} one (option gelu="{theirs}")'
         )
-    eps = about.get("layer_norm_eps", config["ln_eps"]) if kind == "huggingface" else config["ln_eps"]
+    eps = about.get("layer_norm_eps", config["ln_eps"])
     if eps != config["ln_eps"]:
         notes.append(f"LayerNorm: the source adds {eps:g}, this model {config['ln_eps']:g} (option ln_eps={eps:g})")
     return notes

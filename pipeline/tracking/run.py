@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import getpass
 import hashlib
 import importlib.metadata
@@ -97,6 +98,8 @@ def client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout belongs to the jobs
     from mlflow import MlflowClient
 
+    # its half a million objects stay for good: a garbage collection that walks them would stop a step for long
+    gc.freeze()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)

@@ -9,7 +9,7 @@ A folder per writer, under `spool_root()`:
     <id>/lock             held (flock) while the writer lives: a folder whose lock is free belongs to nobody
 
 Appending is one write(2) of a short line to the page cache: it survives the death of the process, takes tens of
-microseconds and never waits for the network. Sending again what may have been sent already is harmless, because records
+microseconds and waits neither for the network nor for the thread that delivers. Sending again what may have been sent already is harmless, because records
 carry their own time stamps and MLflow's key of a point is (run, metric, time, step, value).
 """
 
@@ -26,6 +26,8 @@ from typing import Any
 
 MAX_BYTES = 1 << 30  # of one spool folder: past it, records are counted as lost rather than filling the disk
 MAX_IN_MEMORY = 20_000  # records kept in memory when the disk refuses them
+# of one delivery, a thousand metrics or so: taking more apart at once would keep the interpreter from those who log
+READ_BYTES = 1 << 15
 
 
 def spool_root() -> str:
@@ -40,6 +42,7 @@ class Queue:
         self.path = path
         self.lost = 0  # records that neither disk nor memory could keep
         self._lock = threading.Lock()
+        self._inbox: deque[tuple[dict, bytes]] = deque()  # appended while the lock was taken
         self._memory: deque[dict] = deque()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._size = os.fstat(self._file).st_size
@@ -54,17 +57,27 @@ class Queue:
 
     def __len__(self) -> int:
         with self._lock:
-            return self._records + len(self._memory)
+            return len(self._inbox) + self._records + len(self._memory)
 
     def append(self, record: dict) -> None:
+        """Never waits for the lock: a record that finds it taken is written by whoever takes it next."""
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-        # only metrics are many; what else there is, the end of the run above all, is never lost
-        many = record.get("kind", "metrics") == "metrics"
-        with self._lock:
+        self._inbox.append((record, line))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._write_inbox()
+            finally:
+                self._lock.release()
+
+    def _write_inbox(self) -> None:
+        while self._inbox:
+            record, line = self._inbox.popleft()
+            # only metrics are many; what else there is, the end of the run above all, is never lost
+            many = record.get("kind", "metrics") == "metrics"
             try:
                 if many and self._size + len(line) > MAX_BYTES:
                     self.lost += 1
-                    return
+                    continue
                 if os.write(self._file, line) != len(line):
                     raise OSError("disk full")
                 self._size += len(line)
@@ -80,15 +93,21 @@ class Queue:
     def read(self, limit: int) -> list[dict]:
         """Up to `limit` records from the read position; the same ones again until `commit`."""
         with self._lock:
+            self._write_inbox()
             if self._records == 0:
                 records = list(itertools.islice(self._memory, limit))
                 self._read = (len(records), 0)
                 return records
-            with open(self.path, "rb") as file:
-                file.seek(self._position)
-                lines = list(itertools.islice(file, min(limit, self._records)))
-            self._read = (len(lines), self._position + sum(map(len, lines)))
-            return [json.loads(line) for line in lines]
+            position, limit = self._position, min(limit, self._records)
+        lines: list[bytes] = []
+        end = position
+        with open(self.path, "rb") as file:  # without the lock: these lines stay as they are until `commit`
+            file.seek(position)
+            while len(lines) < limit and end - position < READ_BYTES:
+                lines.append(file.readline())
+                end += len(lines[-1])
+        self._read = (len(lines), end)
+        return [json.loads(line) for line in lines]
 
     def commit(self) -> None:
         """Forgets the records of the last `read`; a file with none left is cut back to nothing."""
@@ -106,6 +125,7 @@ class Queue:
 
     def close(self) -> None:
         with self._lock:
+            self._write_inbox()
             with contextlib.suppress(OSError):
                 os.close(self._file)
             self._file = -1

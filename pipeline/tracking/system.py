@@ -43,10 +43,10 @@ class SystemMetrics:
         self.run.finish()
 
     def _sample(self) -> None:
+        before, last = _counters(), time.monotonic()
         with contextlib.suppress(Exception):  # a server that is away: seconds since now, then
             self.since = self.run.started()
             self.energy = self.run.metrics().get(f"{self.prefix}{names.NODE_ENERGY}", 0.0)
-        before, last = _counters(), time.monotonic()
         while True:
             ended = self._stop.wait(self.every)
             now, counters = time.monotonic(), _counters()

@@ -6,8 +6,10 @@
 Each library trains the same architecture with the same weights (class token, exact GELU, 1000 classes) on the same
 images: forward, cross-entropy, backward, eager mode; the logits are compared first. For time the libraries take turns, step
 by step in one process, so that a busy machine slows all of them alike: median, and the fastest step by the clock and in
-processor seconds (which with --threads 1 hold up best under load). Memory is measured in a process per library: growth of
-the resident set over the model with its gradients.
+processor seconds (which with --threads 1 hold up best under load). Memory is measured in fresh processes, the libraries
+taking turns: growth of the resident set over the model with its gradients, median of --repeats. There glibc maps every block
+of a megabyte apart and gives it back when it is freed; by default it moves that bound while it runs, and the resident set
+then tells more of its habits than of the tensors.
 """
 
 import argparse
@@ -141,6 +143,7 @@ def memory(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each library")
+    parser.add_argument("--repeats", type=int, default=5, help="processes that measure memory, of each library")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variants", nargs="+", default=list(SHAPES))
     parser.add_argument("--output", type=Path, default=PROJECT / "tests/benchmarks/results/model_speed.json")
@@ -161,23 +164,30 @@ def main() -> None:
 
     def process(*case: str):
         arguments = ["--case", *case, "--steps", str(options.steps), "--threads", str(options.threads)]
-        done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if len(case) == 3 else {})
+        command = [sys.executable, __file__, *arguments]
+        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     results = []
     for variant in options.variants:
         for precision in ("fp32", "bf16"):
             times = process(variant, precision)
+            grown: dict[str, list[float]] = {library: [] for library in LIBRARIES}
+            for turn in range(options.repeats):
+                for library in LIBRARIES[turn % 3 :] + LIBRARIES[: turn % 3]:
+                    grown[library].append(process(variant, precision, library))
             row: dict = {"variant": variant, "precision": precision}
             for library in LIBRARIES:
                 row[library] = {
                     "seconds": round(statistics.median(times[library]["seconds"]), 4),
                     "fastest": round(min(times[library]["seconds"]), 4),
                     "fastest_cpu": round(min(times[library]["cpu_seconds"]), 4),
-                    "megabytes": round(process(variant, precision, library)),
+                    "megabytes": round(statistics.median(grown[library]), 1),
                 }
             for library in LIBRARIES[1:]:
                 row[f"of_{library}"] = {k: round(row["ours"][k] / value, 3) for k, value in row[library].items()}
+            row["megabytes_of_all"] = {library: [round(value, 1) for value in grown[library]] for library in LIBRARIES}
             results.append(row)
             print(json.dumps(row), flush=True)
     commit = subprocess.run(

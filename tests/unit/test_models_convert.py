@@ -1,5 +1,6 @@
 """Weights in every published naming, built from a random model, must give that model's logits."""
 
+import argparse
 import json
 
 import numpy as np
@@ -228,6 +229,79 @@ def test_state_dicts_of_training_scripts(tmp_path, wrapper, prefix):
     report = load_weights(other, tmp_path / "w.pth", strict_head=True)
     assert torch.equal(logits(other), logits(model))
     assert any("exact" in note for note in report.notes)  # timm computes another GELU
+
+
+def test_files_of_training_scripts_hold_more_than_weights(tmp_path):
+    """A command line and a metric beside the weights; a wrapper's name before some tensors and not before others."""
+    state = {f"backbone.{name}": tensor for name, tensor in tiny().state_dict().items()}
+    beside = {"args": argparse.Namespace(lr=1e-3), "metric": np.float64(0.5), "epoch": 3}
+    torch.save({"state_dict": state, **beside}, tmp_path / "W.PTH")
+    model = tiny(seed=9)
+    load_weights(model, tmp_path / "W.PTH")
+    assert torch.equal(logits(model), logits(tiny()))
+    torch.save({"state_dict": {**state, "criterion.weight": torch.ones(3)}}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"fit Ti/8: unknown: criterion\.weight"):
+        load_weights(model, tmp_path / "more.pth")
+    torch.save({"state_dict": state, "args": argparse.Namespace(evil=Evil())}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"cannot be read: .*save its state_dict alone"):
+        load_weights(model, tmp_path / "evil.pth")
+
+
+def test_layer_scale_becomes_part_of_the_matrices(tmp_path):
+    import timm
+
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
+    theirs = timm.create_model("vit_tiny_patch16_224", **options, mlp_ratio=1.5, init_values=0.5, reg_tokens=2).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    model = tiny(size=32, gelu="exact", registers=2)
+    assert any("LayerScale" in note for note in load_weights(model, tmp_path / "w.pt").notes)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model(x), theirs(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [{}, {"variant": "R50x1"}], ids=str)
+def test_any_tensor_of_any_wrong_shape_is_one_error_that_names_it(tmp_path, model):
+    arrays = google_arrays(tiny(pool="map"))
+    if model:
+        kernel, vector = np.zeros((1, 1, 3, 3), np.float32), np.zeros(3, np.float32)
+        arrays = {"resnet/root_block/standardized_conv2d/kernel": kernel, "resnet/head/conv2d/kernel": kernel}
+        arrays |= {"resnet/block1/unit01/a/group_norm/gamma": vector}
+    target = create_model("R50x1", 7, 64) if model else tiny(pool="map")
+    for name in arrays:
+        if "encoderblock_1" in name:
+            continue
+        for shape in ((), (5,), (2, 3), (2, 3, 4, 5, 6)):
+            with pytest.raises(UserError) as error:
+                damaged = save_npz(tmp_path / "w.npz", {**arrays, name: np.ones(shape, np.float32)})
+                load_weights(target, damaged, strict_head=True)
+            assert "w.npz" in str(error.value)
+    state = tiny(registers=2).state_dict()
+    for name in state:
+        for shape in ((), (5,), (2, 3), (1, 3, 32), (2, 3, 4, 5, 6)):
+            torch.save({**state, name: torch.ones(shape)}, tmp_path / "w.pt")
+            with pytest.raises(UserError, match=r"w\.pt does not fit"):
+                load_weights(tiny(registers=2), tmp_path / "w.pt", strict_head=True)
+    for odd in (torch.ones(32).to_sparse(), torch.ones(32, device="meta"), torch.ones(32, dtype=torch.int8)):
+        torch.save({**state, "norm.bias": odd}, tmp_path / "w.pt")
+        with pytest.raises(UserError, match=r"norm\.bias"):
+            load_weights(tiny(registers=2), tmp_path / "w.pt")
+
+
+def test_another_number_of_heads_or_activation_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has 4 attention heads, the model 8"):
+        load_weights(tiny(heads=8), save_npz(tmp_path / "w.npz", google_arrays(tiny())))
+    save_checkpoint_weights(tiny(), {}, str(tmp_path / "ours"))
+    with pytest.raises(UserError, match="has 4 attention heads, the model 8"):
+        load_weights(tiny(heads=8), tmp_path / "ours")
+    state, config, _ = to_huggingface(tiny())
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(UserError, match="computes with relu"):
+        load_weights(tiny(), tmp_path)
 
 
 def test_huggingface_folder_old_and_new_names(tmp_path):

@@ -440,6 +440,22 @@ def test_queue_on_a_full_disk_keeps_records_in_memory_and_counts_what_it_loses(t
     assert (sorted(seen), queue.lost) == ([0, 1, 2, 4], 1)
 
 
+def test_queue_does_not_wait_for_the_lock_and_reads_in_portions(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.spool.READ_BYTES", 20)
+    queue = Queue(str(tmp_path / "q"))
+    with queue._lock:  # a delivery that is stuck
+        queue.append({"n": 0})
+        queue.append({"n": 1})
+    queue.append({"n": 2})
+    queue.append({"n": 3})
+    assert len(queue) == 4
+    read = []
+    while portion := queue.read(1000):
+        read.append([record["n"] for record in portion])
+        queue.commit()
+    assert read == [[0, 1, 2], [3]]
+
+
 def test_queue_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.spool.MAX_BYTES", 20)
     queue = Queue(str(tmp_path / "q"))
