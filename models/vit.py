@@ -159,6 +159,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block, eqs. 2 and 3."""
 
+    keep: torch.Tensor
+
     def __init__(self, shape: Variant, dropout: float, attention_dropout: float, drop_path: float, **options):
         super().__init__()
         ln_eps = options["ln_eps"]
