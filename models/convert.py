@@ -817,7 +817,7 @@ def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[
     other = [f"{name}={config[name]!r}" for name, value in beyond.items() if config.get(name, value) != value]
     if shape is None or shape.stem is not None or other:
         what = ", ".join(other) or f"the convolutional stages of {config['variant']}"
-        raise UserError(f"Hugging Face's ViT has no {what}; export to timm, onnx or torch-export instead")
+        raise UserError(f"Hugging Face's ViT cannot express {what}; export to timm, onnx or torch-export instead")
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     table = model.pos_embed
     if table is None:
