@@ -161,8 +161,6 @@ class Block(nn.Module):
 
     keep: torch.Tensor
 
-    keep: torch.Tensor
-
     def __init__(self, shape: Variant, dropout: float, attention_dropout: float, drop_path: float, **options):
         super().__init__()
         ln_eps = options["ln_eps"]
