@@ -56,7 +56,7 @@ def connect(
     some seconds of CPU time at the start, and Ray Train misses it.
 
     What tasks and workers print stays in Ray's own logs: the jobs report progress and errors themselves.
-    Raises UserError when the cluster at `address` cannot be joined.
+    Raises UserError when Ray does not start, or the cluster at `address` cannot be joined.
     """
     import ray
 
@@ -89,7 +89,13 @@ def connect(
                 log_to_driver=False,
             )
             what = "embedded Ray"
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones, too
+        if not address and not submitted():
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"Ray does not start on this machine: {first}; is it very busy, or its memory or disk full? Its logs are in "
+                "/tmp/ray/session_latest/logs"
+            ) from error
         raise UserError(
             f"cannot join Ray at {address or 'this job'}: {error}; check the address, and export RAY_AUTH_MODE=token "
             "with the cluster's token when it uses token authentication"
