@@ -4,7 +4,7 @@
 
 1. six fine-tunings of about twenty seconds (a tenth of VTAB-1k's 2,500 steps, on a small model): by `fan_out` on as many
    workers as there are CPUs, Ray's start included, against the same function called in sequence in one process with all CPUs,
-   and in sequence with one process per task (what a shell loop over tasks does). About seven minutes on two cores;
+   and in sequence with one process per task (what a shell loop over tasks does). More than ten minutes on two cores;
 2. frozen features: images per second of `features.compute` (read, decode, forward) against the bare forward on a batch that
    is already in memory, one thread each. Target: at least 90%.
 
