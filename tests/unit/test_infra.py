@@ -49,7 +49,7 @@ def strings(value):
 # ---------------------------------------------------------------- command lines
 
 COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
-SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/vit/imagenet", "OUTPUT": "s3://bucket/vit/x"}
+SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/vit/imagenet", "OUTPUT": "s3://bucket/vit/x", "split": "train"}
 
 
 def command_lines():
