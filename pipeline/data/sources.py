@@ -114,6 +114,7 @@ class Source:
     multilabel: bool = False
     table: dict[str, list[str]] = field(default_factory=dict)  # file name -> labels, for archives
     by_folder: bool = False  # the names are those of folders
+    by_archive: bool = False  # archives repeat each other's keys: the archive's name goes before them
     problem: str = ""  # why an archive could not be looked through to its end
 
     @property
@@ -570,6 +571,7 @@ def _archives(
     pieces = pa.table([pa.array(c, f.type) for c, f in zip(columns, PIECES, strict=True)], schema=PIECES)
     names = {name for look in found for name in look["names"]} | {n for labels in table.values() for n in labels}
     ordered = {tuple(look["ordered"]) for look in found if look["ordered"]}
+    begins = [names for look in found for names in look.get("begins", ()) if names]
     return Source(
         uri=uri,
         kind=kind,
@@ -579,6 +581,7 @@ def _archives(
         ordered_names=ordered.pop() if len(ordered) == 1 else None,
         multilabel=multilabel or any(look["multilabel"] for look in found),
         table=table,
+        by_archive=len(set(begins)) < len(begins),
         problem=next((look["problem"] for look in found if look.get("problem")), ""),
     )
 
@@ -595,10 +598,13 @@ def _look(job: tuple[Kind, str, str, int, int, bool, bool]) -> dict[str, Any]:
         except (tarfile.TarError, EOFError, ValueError, OSError, zlib.error) as error:
             raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
         return whole | {"names": names, "ordered": names}
+    if kind == "tar":
+        begin = _begin(uri)
+        if look or any(name.lower().endswith(".tar") for name in begin):
+            return whole | {"begins": [begin]} | _look_tar(uri, path, size, unit_bytes, names_too)
+        return whole | {"begins": [begin]}
     if not look:
         return whole
-    if kind == "tar":
-        return whole | _look_tar(uri, path, size, unit_bytes, names_too)
     names_found: set[str] = set()
     many, problem = False, ""
     for item in _read_tfrecord(uri, path, {}):
@@ -627,8 +633,11 @@ def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterat
             items = _read_cifar(uri, name)
         else:
             items = _read_tfrecord(uri, name, source.table)
+        prefix = source.prefix
+        if source.by_archive:
+            prefix += f"{piece['labels'][0] if piece['labels'] else re.sub(TAR, '', name)}/"
         for item in items:
-            key = source.prefix + item.key
+            key = prefix + item.key
             if include is None or fnmatch.fnmatch(key, include):
                 yield item._replace(key=key)
 
@@ -714,6 +723,7 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
     names: set[str] = set()
     cuts, inner, multilabel, last, problem = [0], [], False, "", ""
     others = False  # more than inner archives
+    begins: list[tuple[str, ...]] = []  # of the inner archives
     own: dict[str, list[str]] = {}  # of the sample at hand: labels by sidecar,
     paths: list[list[str]] = []  # and those that its images' paths would give
 
@@ -736,6 +746,7 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
                     if not packed:
                         begin = member.offset_data
                         inner.append((path, member.size, begin, begin + member.size, [label]))
+                        begins.append(_begin(uri, begin))
                     continue
                 others = True
                 stem, extension = _split_name(member.name)
@@ -760,10 +771,22 @@ def _look_tar(uri: str, path: str, size: int, unit_bytes: int, names_too: bool) 
         end_sample()
         problem = f"{uri}: the archive breaks off: {error}"
     if inner and not others:
-        return {"pieces": inner, "names": sorted(names), "problem": problem}
+        return {"pieces": inner, "names": sorted(names), "begins": begins, "problem": problem}
     ends = [*cuts[1:], -1]
     pieces = [(path, (b if b > 0 else size) - a, a, b, None) for a, b in zip(cuts, ends, strict=True)]
     return {"pieces": pieces, "names": sorted(names), "multilabel": multilabel, "problem": problem}
+
+
+def _begin(uri: str, start: int = 0) -> tuple[str, ...]:
+    """The first eight names in a tar that begins at byte `start`: two archives that agree in them number their samples
+    each for itself, and are not two halves of one numbering with a duplicate."""
+    with storage.open_file(uri) as file:
+        packed = _packed(file)
+        file.seek(start)
+        try:
+            return tuple(member.name for _, member in itertools.islice(_members(file, packed), 8))
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            return (str(error), uri)  # damaged in its first files: reading it will tell
 
 
 def _packed(file: IO[bytes]) -> bool:
@@ -919,9 +942,7 @@ def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
     """Class names in index order, where the Hugging Face metadata has them."""
     try:
         feature = json.loads(file_schema.metadata[b"huggingface"])["info"]["features"][label]
-        if isinstance(
-            feature, list
-        ):  # multi-label: a list of one feature, or (newer) a feature of type List or Sequence
+        if isinstance(feature, list):  # multi-label; newer: a feature of type List or Sequence
             feature = feature[0]
         return list(feature["feature"]["names"] if "feature" in feature else feature["names"])
     except (KeyError, TypeError, ValueError, IndexError):

@@ -286,6 +286,31 @@ def test_webdataset(tmp_path, mode):
     assert refusals(dataset) == {"09.jpg": "empty", "19.jpg": "empty"}
 
 
+@pytest.mark.parametrize("layout", ["wds", "gz", "nested"])
+def test_archives_that_count_each_for_itself(tmp_path, layout):
+    """000.jpg in every archive is another image, not a duplicate key."""
+    (tmp_path / "wds").mkdir()
+    packed = {}
+    for number, name in enumerate("ab"):
+        packed[name] = io.BytesIO()
+        with tarfile.open(fileobj=packed[name], mode="w:gz" if layout == "gz" else "w") as archive:
+            for i in range(5):
+                add(archive, f"{i:03d}.jpg", jpeg(5 * number + i))
+                if layout != "nested":
+                    add(archive, f"{i:03d}.cls", name.encode())
+    if layout == "nested":  # the inner archive is the class
+        with tarfile.open(tmp_path / "wds" / "whole.tar", "w") as outer:
+            for name, data in packed.items():
+                add(outer, f"{name}.tar", data.getvalue())
+    else:
+        for name, data in packed.items():
+            (tmp_path / "wds" / f"{name}.tar{'.gz' if layout == 'gz' else ''}").write_bytes(data.getvalue())
+    dataset = run(tmp_path, source=(str(tmp_path / "wds"),))
+    assert contents(dataset) == {f"{name}/{i:03d}.jpg": name for name in "ab" for i in range(5)}
+    unlabelled = run(tmp_path / "u", source=(str(tmp_path / "wds"),), unlabelled=True)
+    assert len(unlabelled) == 10 and refusals(unlabelled) == {}
+
+
 def test_json_and_text_labels_in_a_tar(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "x/1.png", saved(Image.fromarray(picture()), "PNG"))
