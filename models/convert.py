@@ -615,7 +615,7 @@ def _fold_layer_scale(weights: Weights) -> list[str]:
     for name in scales:
         layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weight, bias, gamma = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias"), weights[name]
-        if weight is None or bias is None or weight.dim() != 2 or bias.shape != gamma.shape != weight.shape[:1]:
+        if weight is None or bias is None or weight.dim() != 2 or not bias.shape == gamma.shape == weight.shape[:1]:
             return []  # listed as unknown
         weights[f"{layer}.weight"], weights[f"{layer}.bias"] = weight * gamma[:, None], bias * gamma
         del weights[name]
@@ -636,6 +636,7 @@ def _fit_positions(model: nn.Module, weights: Weights) -> list[str]:
     # Rows before the patches: class token and registers, or neither (big_vision and timm's no_embed_class).
     tokens = ("cls_token" in weights) + (registers.shape[1] if registers is not None else 0)
     counts = [n for n in sorted({tokens, int("cls_token" in weights), 0}, reverse=True) if _square(table.shape[1] - n)]
+    counts = [n for n in counts if table.shape[1] - n > 1 or grid == 1]  # one row is a damaged table, not a picture
     if not counts:
         return []
     prefix = next((n for n in counts if table.shape[1] - n == grid**2), counts[0])

@@ -281,10 +281,16 @@ def test_any_tensor_of_any_wrong_shape_is_one_error_that_names_it(tmp_path, mode
             assert "w.npz" in str(error.value)
     state = tiny(registers=2).state_dict()
     for name in state:
-        for shape in ((), (5,), (2, 3), (1, 3, 32), (2, 3, 4, 5, 6)):
+        for shape in {(), (5,), (2, 3), (1, 1, 32), (1, 3, 32), (2, 3, 4, 5, 6)} - {tuple(state[name].shape)}:
             torch.save({**state, name: torch.ones(shape)}, tmp_path / "w.pt")
             with pytest.raises(UserError, match=r"w\.pt does not fit"):
                 load_weights(tiny(registers=2), tmp_path / "w.pt", strict_head=True)
+    torch.save(
+        {**state, "blocks.0.ls1.gamma": torch.ones(32), "blocks.0.attn.proj.weight": torch.ones(3, 4)},
+        tmp_path / "w.pt",
+    )
+    with pytest.raises(UserError, match=r"unknown: blocks\.0\.ls1\.gamma; wrong shape: blocks\.0\.attn\.proj"):
+        load_weights(tiny(registers=2), tmp_path / "w.pt")
     for odd in (torch.ones(32).to_sparse(), torch.ones(32, device="meta"), torch.ones(32, dtype=torch.int8)):
         torch.save({**state, "norm.bias": odd}, tmp_path / "w.pt")
         with pytest.raises(UserError, match=r"norm\.bias"):

@@ -308,7 +308,8 @@ def test_archives_that_count_each_for_itself(tmp_path, layout):
     dataset = run(tmp_path, source=(str(tmp_path / "wds"),))
     assert contents(dataset) == {f"{name}/{i:03d}.jpg": name for name in "ab" for i in range(5)}
     unlabelled = run(tmp_path / "u", source=(str(tmp_path / "wds"),), unlabelled=True)
-    assert len(unlabelled) == 10 and refusals(unlabelled) == {}
+    assert len(unlabelled) == 10
+    assert refusals(unlabelled) == {}
 
 
 def test_json_and_text_labels_in_a_tar(tmp_path):
