@@ -110,7 +110,12 @@ def prepare(
                 except UserError as error:
                     problems.append(f"{plan.task}: {error}")
         if problems:
+            say(f"finished:\n{table(_done(results))}\n")
             raise UserError("\n".join(dict.fromkeys(problems)))
+    return _done(results)
+
+
+def _done(results: dict[str, dict[str, dict[str, Any]] | None]) -> dict[str, dict[str, dict[str, Any]]]:
     return {name: result for name, result in results.items() if result is not None}
 
 
