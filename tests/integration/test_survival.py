@@ -174,7 +174,7 @@ def base(data, tmp_path_factory) -> PretrainConfig:
         image_size=32,
         model=ModelConfig(variant="Ti/8", depth=4),
         augment=Augment(size=32),
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-4),
         schedule=ScheduleConfig(warmup="5steps"),
         engine=EngineConfig(zero=1, precision="fp32"),
         lanes=4,
@@ -265,7 +265,7 @@ def test_other_number_of_workers_after_the_driver_was_killed(base, reference, jo
     assert f"on {count} workers" in second.end()
     points = curve(second)
     assert points.keys() == reference.keys()
-    assert list(points.values()) == pytest.approx(list(reference.values()), abs=5e-3)
+    assert list(points.values()) == pytest.approx(list(reference.values()), abs=1e-5)
     assert list(points.values()) != list(reference.values())  # sums in another order
 
 
@@ -295,8 +295,10 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     job.step(10)
     victim = min(cluster.worker_nodes, key=lambda node: node.node_id)
     drain(cluster, victim.node_id, 60)
+    leaving = workers()
     saved = int(job.until(r"step (\d+)/\d+  saved, and the workers leave")[1])
     assert saved > 10
+    psutil.wait_procs(leaving, timeout=60)  # until the cloud's deadline the node is there
     cluster.remove_node(victim, allow_graceful=False)
     cluster.add_node(num_cpus=1)
     text = job.end()
@@ -310,7 +312,7 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
 @pytest.mark.slow
 def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
     """Two workers, then one when a node is lost, then two again: saved before it grows, and the same batches throughout."""
-    config = replace(base, steps="600steps", optimizer=OptimizerConfig(lr=1e-4), checkpoint_every="20steps")
+    config = replace(base, steps="600steps", checkpoint_every="20steps")
     config = replace(config, address=cluster.address, min_workers=1)
     undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
     jobs.append(undisturbed)
