@@ -16,9 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from models import create_model
 from models.losses import training_loss
 from pipeline import planning
+from pipeline.training import engine as module
 from pipeline.training.engine import Engine
 from pipeline.training.recipes import EngineConfig, OptimizerConfig
 
+settings = module._deepspeed_config
+def as_on_a_gpu(*arguments):
+    result = settings(*arguments)
+    result["zero_optimization"]["contiguous_gradients"] = True  # which is what is planned
+    return result
+module._deepspeed_config = as_on_a_gpu
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", rank=0, world_size=1)
 options = {"variant": "S/16", "num_classes": 1000, "image_size": 96}
@@ -26,8 +33,8 @@ dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
     model = create_model(**options)
     count = sum(parameter.numel() for parameter in model.parameters())
-    settings = EngineConfig(zero=stage, precision=precision)
-    engine = Engine(model, OptimizerConfig(), settings, accumulation=1, micro_batch=batch, device=torch.device("cpu"))
+    config = EngineConfig(zero=stage, precision=precision)
+    engine = Engine(model, OptimizerConfig(), config, accumulation=1, micro_batch=batch, device=torch.device("cpu"))
     for _ in range(2):
         images, labels = torch.randn(batch, 3, 96, 96, dtype=dtype), torch.zeros(batch, dtype=torch.long)
         engine.train_step([lambda model: training_loss(model(images), {"label": labels}, "softmax")], 1e-3)
