@@ -10,6 +10,7 @@ cluster of it does but replication. Signatures are checked, uploads in parts are
 import contextlib
 import getpass
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -79,6 +80,8 @@ use = egg:swift#{kind}
 @contextlib.contextmanager
 def swift(folder: Path) -> Iterator[str]:
     """A new, empty store whose data lie under `folder`; its address. Ends with the block."""
+    if not shutil.which("swift-ring-builder"):
+        raise RuntimeError(f"Swift is not installed: {__doc__.splitlines()[2].strip()}")
     ports = dict(zip(("proxy", "account", "container", "object", "memcached"), _free_ports(5), strict=True))
     (folder / "devices" / "disk").mkdir(parents=True)
     values = {"folder": folder, "user": getpass.getuser(), "memcached": ports["memcached"]}

@@ -279,6 +279,56 @@ def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path
     assert set(results) == {"shaky/final-lr0.1-seed0", "steady/final-lr0.1-seed0"}
 
 
+SHARED_GPU = """
+import json, sys
+import ray
+from models import create_model
+from pipeline import cluster
+from pipeline.transfer import TransferConfig, fanout
+from pipeline.transfer.run import plan_workers
+from pipeline.transfer.suites import FineTune, Split, Task
+
+data, size = sys.argv[1], int(sys.argv[2])
+ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, runtime_env=cluster.runtime_env(False))
+resources, count = plan_workers(TransferConfig(suite="vtab1k", checkpoint="x", data=data, gpus_per_worker=0.5))
+
+class Worker(fanout.Worker):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        assert self.device == "cuda" and ray.get_gpu_ids() == [0]
+        self.device = "cpu"  # the GPU of this test is a number that Ray counts with
+
+model = create_model("mu/4", 3, size, depth=1)
+weights = [ray.put({name: tensor.numpy() for name, tensor in model.state_dict().items()})]
+protocol = FineTune(resolution=size, steps=60, batch_size=30, lrs=(0.05,))
+split = lambda name: Split(uri=f"{data}/pets/{name}")
+tasks = [Task(name=f"task{i}", train=split("train800val200"), test=split("test"), protocol=protocol) for i in range(4)]
+worker, together, results = ray.remote(Worker).options(max_concurrency=2, **resources), [0], {}
+
+def tick(running):
+    if len(running) == 2 and ray.available_resources().get("GPU", 0) == 0:
+        together[0] += 1
+
+failures = fanout.fan_out(
+    tasks, 1, results, make_worker=lambda: worker.remote(model.config, weights, 1, 30), workers=count, retries=0,
+    costs={task.name: 1.0 for task in tasks}, features={}, on_result=lambda *found: None, on_failure=lambda *failed: None,
+    on_tick=tick,
+)
+print(json.dumps({**resources, "workers": count, "failures": failures, "results": len(results), "together": together[0]}))
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_two_workers_share_a_gpu(world):
+    command = [sys.executable, "-c", SHARED_GPU, str(world / "data"), str(SIZE)]
+    done = subprocess.run(command, cwd=Path(JOB).parents[1], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("together") > 0  # both were at work, and nothing was left of the GPU
+    assert found == {"num_cpus": 1.0, "num_gpus": 0.5, "workers": 2, "failures": {}, "results": 4}
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.slow
 def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path, monkeypatch):
