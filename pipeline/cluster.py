@@ -8,6 +8,7 @@
 import importlib.util
 import logging
 import os
+import signal
 import stat
 import sys
 import threading
@@ -66,6 +67,7 @@ def connect(
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         if submitted():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -100,6 +102,10 @@ def connect(
             f"cannot join Ray at {address or 'this job'}: {error}; check the address, and export RAY_AUTH_MODE=token "
             "with the cluster's token when it uses token authentication"
         ) from error
+    if callable(stop) and threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, stop
+        )  # Ray has put its own in place of the job's, which ends with the honest code
     _protect_token()
     if address or submitted():
         announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
