@@ -80,6 +80,9 @@ def test_others_read_files_and_several_labels(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "VIT_PEERS" not in os.environ, reason="VIT_PEERS names no environment (tests/benchmarks/loader_speed.py)"
+)
 def test_hugging_face_datasets_reads_the_shards(tmp_path):
     """In the environment that VIT_PEERS names: `datasets` is no dependency of ours, and its own contradict ours."""
     rows = list(make_rows(50, "jpeg"))
