@@ -92,6 +92,18 @@ def model(result: dict) -> Iterator[Row]:
         yield name, f"{entry['ours']['fastest_cpu']:.2f}", beside
 
 
+def train_step(result: dict) -> Iterator[Row]:
+    rows = {entry["row"]: entry for entry in result["results"]}
+    ours = rows["ours"]
+    beside = ", ".join(
+        f"{name} {rows[row]['fastest_cpu']:.2f}" for row, name in (("torch", "plain PyTorch"), ("timm", "timm"))
+    )
+    name = f"Compiled training step of {ours['variant']} with clipping and AdamW, ZeRO-1 on one worker, CPU seconds"
+    yield name, f"{ours['fastest_cpu']:.2f}", beside
+    one, two = (rows[row]["images_per_second"] for row in ("one", "two"))
+    yield "The same on two workers with a core each", f"{two:.1f} images/s", f"one worker {one:.1f} images/s"
+
+
 def transfer(result: dict) -> Iterator[Row]:
     features = result["features"]
     yield "Features for probes, share of a bare torch loop", f"{features['share']:.0%}", ""
@@ -108,6 +120,7 @@ SECTIONS = {
     "prepare_speed": prepare,
     "decontamination": decontamination,
     "model_speed": model,
+    "train_step_cpu": train_step,
     "transfer_speed": transfer,
 }
 
