@@ -332,7 +332,7 @@ def benchmark(options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="folder of JPEG photographs")
-    parser.add_argument("--count", type=int, default=3000, help="images of the corpus")
+    parser.add_argument("--count", type=int, default=24000, help="images of the corpus")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="virtual environment of MDSWriter")
     parser.add_argument("--small", type=int, nargs="+", help="numbers of small images to measure memory at")

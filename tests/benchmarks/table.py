@@ -65,7 +65,11 @@ def prepare(result: dict) -> Iterator[Row]:
         f"{table['job', '2']['of_limit']:.0%}",
         beside,
     )
-    yield "The same, one unit without Ray", f"{table['unit', '1']['of_limit']:.0%}", ""
+    rates = ", ".join(f"{NAMES[tool]} {row['images_per_s']:.0f}" for tool, (_, row) in peers.items())
+    rates += f", bare loop {table['limit', '2']['images_per_s']:.0f}"
+    one, two = (table["job", cpus]["images_per_s"] for cpus in "12")
+    yield "The same, images/s once it runs", f"{two:.0f}, on one core {one:.0f}", rates
+    yield "The same, one unit without Ray (CPU time)", f"{table['unit', '1']['of_limit']:.0%}", ""
     for row in result.get("memory", []):
         yield (
             f"Memory while preparing {row['images']:,} small images, {row['kind']}",
