@@ -70,12 +70,13 @@ def prepare(result: dict) -> Iterator[Row]:
     one, two = (table["job", cpus]["images_per_s"] for cpus in "12")
     yield "The same, images/s once it runs", f"{two:.0f}, on one core {one:.0f}", rates
     yield "The same, one unit without Ray (CPU time)", f"{table['unit', '1']['of_limit']:.0%}", ""
-    for row in result.get("memory", []):
-        yield (
-            f"Memory while preparing {row['images']:,} small images, {row['kind']}",
-            f"driver {row['driver_mb']} MB, worker {row['worker_mb']} MB",
-            "",
+    memory = result.get("memory", [])
+    for kind in dict.fromkeys(row["kind"] for row in memory):
+        rows = [row for row in memory if row["kind"] == kind]
+        counts, drivers, workers = (
+            " / ".join(f"{row[key]:,}" for row in rows) for key in ("images", "driver_mb", "worker_mb")
         )
+        yield f"Memory while preparing {counts} small images, {kind}", f"driver {drivers} MB, worker {workers} MB", ""
 
 
 def decontamination(result: dict) -> Iterator[Row]:
