@@ -91,6 +91,10 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         print("stopped; the same command again continues", file=sys.stderr)
         code = 130
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:
+            print("stopped; the same command again continues", file=sys.stderr)
+        raise
     sys.exit(code)
 
 

@@ -1,6 +1,7 @@
 """Command lines, written configs and horizons."""
 
 import dataclasses
+import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,8 +117,15 @@ def test_exit_codes(monkeypatch, capsys):
     def stopped(argv):
         raise KeyboardInterrupt
 
-    for main, code in ((bad, 2), (stopped, 130), (lambda argv: None, 0), (lambda argv: 1, 1)):
+    def ended(argv):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for main, code in ((bad, 2), (stopped, 130), (ended, 143), (lambda argv: None, 0), (lambda argv: 1, 1)):
         with pytest.raises(SystemExit) as stop:
             config.run_job(main)
         assert stop.value.code == code
-    assert "error: no such bucket" in capsys.readouterr().err
+    signal.signal(signal.SIGTERM, before)
+    printed = capsys.readouterr().err
+    assert "error: no such bucket" in printed
+    assert printed.count("stopped; the same command again continues") == 2
