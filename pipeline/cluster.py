@@ -103,9 +103,8 @@ def connect(
             "with the cluster's token when it uses token authentication"
         ) from error
     if callable(stop) and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, stop
-        )  # Ray has put its own in place of the job's, which ends with the honest code
+        # Ray has put its own in place of the job's, which ends with the honest code.
+        signal.signal(signal.SIGTERM, stop)
     _protect_token()
     if address or submitted():
         announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence

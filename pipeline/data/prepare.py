@@ -632,6 +632,8 @@ def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np
             rejects = sum(map(len, receipt["rejects"].values()))
         except UserError as problem:
             error = str(problem)
+        except OSError as problem:  # what cannot be read is a reject: this is the output, such as a full disk
+            error = f"{plan.config.output}: cannot be written ({problem}); make room and run it again, finished work is kept"
         for name, value in zip(counts, (unit, inputs, rejects, error), strict=True):
             counts[name].append(value)
     return {name: np.array(values) for name, values in counts.items()}

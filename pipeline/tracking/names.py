@@ -70,7 +70,6 @@ NONFINITE_TAG = "nonfinite"  # which metrics had non-finite values, how many, si
 
 # MLflow's own tag names.
 PARENT = "mlflow.parentRunId"
-RUN_NAME = "mlflow.runName"
 SOURCE_NAME = "mlflow.source.name"
 SOURCE_TYPE = "mlflow.source.type"
 SOURCE_COMMIT = "mlflow.source.git.commit"

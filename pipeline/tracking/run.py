@@ -482,7 +482,7 @@ class Run:
             self._spool.metrics.append({"kind": "params", "values": values})
 
     def log_bytes(self, data: bytes, path: str) -> None:
-        self._spool.add_artifact(path, data=data)
+        self._spool.add_artifact(path, data)
 
     def log_text(self, text: str, path: str) -> None:
         self.log_bytes(text.encode(), path)
@@ -497,11 +497,6 @@ class Run:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=os.path.splitext(path)[1][1:] or "png", bbox_inches="tight")
         self.log_bytes(buffer.getvalue(), path)
-
-    def log_file(self, local_path: str | os.PathLike, artifact_dir: str = "") -> None:
-        """A copy of a small local file. Checkpoints do not belong here: they stay in storage, and runs name their URI."""
-        name = os.path.join(artifact_dir, os.path.basename(local_path))
-        self._spool.add_artifact(name, source=os.fspath(local_path))
 
     def log_dataset(self, uri: str, manifest: Mapping[str, Any], role: str = "train", made: bool = False) -> None:
         """A dataset that the run reads: an MLflow input, fingerprint tags, its manifest, and a link to its prepare run.

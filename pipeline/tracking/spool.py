@@ -160,15 +160,12 @@ class Spool:
                 json.dump(self.header, file)
             os.replace(temporary, os.path.join(self.folder, "run.json"))
 
-    def add_artifact(self, path: str, data: bytes | None = None, source: str | None = None) -> None:
-        """Keeps a copy of `data`, or of the file `source`, to be uploaded as the artifact `path`."""
+    def add_artifact(self, path: str, data: bytes) -> None:
+        """Keeps a copy of `data`, to be uploaded as the artifact `path`."""
         copy = os.path.join(self.folder, "files", uuid.uuid4().hex)
         try:
-            if source is not None:
-                shutil.copyfile(source, copy)
-            else:
-                with open(copy, "wb") as file:
-                    file.write(data or b"")
+            with open(copy, "wb") as file:
+                file.write(data)
         except OSError:
             self.artifacts.lost += 1
             with contextlib.suppress(OSError):

@@ -493,10 +493,8 @@ def peak_flops(device: torch.device, precision: str = "fp32") -> float:
     size = 1536
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    best, until = (
-        float("inf"),
-        time.perf_counter() + 0.5,
-    )  # the first products are slow, and so is a shared core at times
+    # Half a second: the first products are slow, and so is a shared core at times.
+    best, until = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < until:
         start = time.perf_counter()
         a @ b

@@ -10,7 +10,8 @@ Everyone reads the same files and makes the same pictures: shorter side 256 by O
 `mds` is MDSWriter, a process for each core with a folder of its own, as its documentation has it. `ray_data` is
 read_binary_files, map_batches and write_parquet. Rates are steady: from the first unit, batch or file that is done to the
 last; `seconds` is all of it, start included. `cpu_ms` is CPU time per image over the process tree in that same time, which other
-work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the tool's.
+work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the tool's. Ray Data takes up to 0.3 s to start the next
+task on a CPU that has become free, which shows in the rates of small corpora (docs/journal.md).
 """
 
 import argparse

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -659,6 +661,18 @@ def test_duplicate_keys_in_an_archive(tmp_path):
             add(archive, "c/same.jpg", jpeg(seed))
     dataset = run(tmp_path, source=(str(tmp_path / "a.tar"),))
     assert refusals(dataset) == {"c/same.jpg": "duplicate key"}
+
+
+def test_an_output_that_cannot_be_written_is_one_error(monkeypatch):
+    """As a value, not an exception: Ray Data would wrap it beyond recognition."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "process", full)
+    plan = SimpleNamespace(config=SimpleNamespace(output="/full/out"), index=None)
+    (error,) = prepare._process_batch({"unit": np.array([0])}, plan)["error"]
+    assert re.match(r"/full/out: cannot be written \(.*No space left on device\); make room", error)
 
 
 def test_refused_before_anything_starts(image_folder, tmp_path):
