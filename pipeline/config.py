@@ -10,6 +10,7 @@ Layers, last wins: recipe (`--recipe NAME`) or a saved config (`--config FILE.ya
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import inspect
 import json
@@ -82,19 +83,23 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         raise SystemExit(128 + signum)  # unwinds through every `finally`, as Ctrl-C does
 
     signal.signal(signal.SIGTERM, stop)
+    code: str | int | None
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         # An error raised inside a Ray task arrives wrapped, with the original as its cause.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("stopped; the same command again continues", file=sys.stderr)
-        code = 130
-    except SystemExit as ended:
-        if ended.code == 128 + signal.SIGTERM:
+    except OSError as error:
+        error = getattr(error, "cause", error)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: make room; the same command again continues", file=sys.stderr)
+        code = 1
+    except (KeyboardInterrupt, SystemExit) as ended:
+        code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
+        if code in (130, 128 + signal.SIGTERM):
             print("stopped; the same command again continues", file=sys.stderr)
-        raise
     sys.exit(code)
 
 

@@ -25,10 +25,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import config as configuration
 from pipeline import storage
@@ -142,15 +144,25 @@ RECIPES: dict[str, Callable[[], PrepareConfig]] = {
 # ---------------------------------------------------------------- plan
 
 
+class Unit(NamedTuple):
+    """A slice of the pieces of a source (its number), of which at most `limit` items are taken (-1: all)."""
+
+    source: int
+    first: int
+    pieces: int
+    size: int  # bytes of input
+    limit: int = -1
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What every task needs to know. A unit is (source, first piece, pieces, most items to take or -1)."""
+    """What every task needs to know. The pieces of its unit it reads from storage: a listing may be larger than a machine."""
 
     config: PrepareConfig
     sources: list[Source]
     labels: Labels
     splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits
-    units: list[tuple[int, int, int, int]]
+    units: list[Unit]
     input_fingerprint: str
     work: str  # URI of the folder of receipts
     index: Any = None  # Ray reference to the hashes of the evaluation sets (dedup.Index)
@@ -164,6 +176,9 @@ class Plan:
 
     def split_uri(self, split: str) -> str:
         return storage.join(self.config.output, split) if split else self.config.output
+
+    def pieces_uri(self, unit: int) -> str:
+        return storage.join(self.work, f"pieces-{unit:05d}.arrow")
 
     def receipt_uri(self, unit: int) -> str:
         return storage.join(self.work, f"unit-{unit:05d}.json")
@@ -202,13 +217,6 @@ class Plan:
             shards=written.shards,
         )
         return shards.Dataset(self.split_uri(split), manifest)
-
-    @property
-    def light(self) -> "Plan":
-        """Without the listing of the sources: for tasks that need none of it."""
-        return dataclasses.replace(
-            self, sources=[dataclasses.replace(s, pieces=s.pieces.slice(0, 0)) for s in self.sources]
-        )
 
     @property
     def buckets(self) -> int:
@@ -258,7 +266,7 @@ def prepare(
         if not quiet:
             print(f"prepare: {config.output} is finished already", flush=True)
         return done
-    _claim(plan)
+    plan = claim(plan)
     if tracking_uri is None:
         return _carry_out(plan, quiet, connect)
     with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
@@ -372,12 +380,7 @@ def make_plan(config: PrepareConfig, connect: Callable[[], None] = lambda: None)
     digest.update(json.dumps(labels.classes).encode())
     rng = np.random.Generator(np.random.Philox(config.seed))
     if config.shuffle:
-        found = [
-            dataclasses.replace(s, pieces=sources.reordered(s.pieces, rng.permutation(s.pieces.num_rows)))
-            if s.listed
-            else s
-            for s in found
-        ]
+        found = [dataclasses.replace(s, pieces=sources.shuffled(s.pieces, rng)) if s.listed else s for s in found]
     units = cut(found, config)
     return Plan(
         config=config,
@@ -400,37 +403,32 @@ def _ray_map(function: Callable, arguments: list, connect: Callable[[], None]) -
     return ray.get([ray.remote(function).remote(argument) for argument in arguments])
 
 
-def cut(found: Sequence[Source], config: PrepareConfig) -> list[tuple[int, int, int, int]]:
+def cut(found: Sequence[Source], config: PrepareConfig) -> list[Unit]:
     """Units of about a 32nd of the corpus each, within limits: at most `unit_bytes` and 16,384 files, at least 8 MB or 256
     files. A function of the input alone, so that any cluster makes the same shards."""
-    total = sum(int(np.sum(source.pieces["size"].to_numpy())) for source in found)
+    total = sum(pc.sum(source.pieces["size"]).as_py() or 0 for source in found)
     count = sum(source.pieces.num_rows for source in found)
     most_bytes = min(config.unit_bytes, max(8 << 20, total // 32))
     most_files = min(16_384, max(256, math.ceil(count / 32)))
     units = []
     for i, source in enumerate(found):
-        ends = np.cumsum(source.pieces["size"].to_numpy())
         first = 0
-        while first < len(ends):
-            held = ends[first - 1] if first else 0
-            last = int(np.searchsorted(ends, held + most_bytes, side="right"))
-            units.append((i, first, max(1, min(last - first, most_files)), -1))
-            first += units[-1][2]
+        while first < source.pieces.num_rows:
+            ends = np.cumsum(source.pieces["size"].slice(first, most_files).to_numpy())
+            taken = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
+            units.append(Unit(i, first, taken, int(ends[taken - 1])))
+            first += taken
     if config.sample is not None:
-        units = _sampled(found, units, config.sample)
+        units = _sampled(units, config.sample)
     return units
 
 
-def _sampled(
-    found: Sequence[Source], units: list[tuple[int, int, int, int]], sample: int
-) -> list[tuple[int, int, int, int]]:
+def _sampled(units: list[Unit], sample: int) -> list[Unit]:
     """The units, limited to `sample` items in all, in proportion to their bytes."""
-    weights = np.array(
-        [float(found[i].pieces["size"].slice(first, n).to_numpy().sum()) + 1 for i, first, n, _ in units]
-    )
+    weights = np.array([unit.size + 1 for unit in units], np.float64)
     ends = np.floor(np.cumsum(weights) / weights.sum() * sample + 1e-9).astype(np.int64)
     limits = np.diff(ends, prepend=0).tolist()
-    return [(i, first, n, limit) for (i, first, n, _), limit in zip(units, limits, strict=True) if limit]
+    return [unit._replace(limit=limit) for unit, limit in zip(units, limits, strict=True) if limit]
 
 
 # ---------------------------------------------------------------- output folder
@@ -457,26 +455,34 @@ def _check_output(config: PrepareConfig) -> dict[str, Manifest] | None:
     return None
 
 
-def _claim(plan: Plan) -> None:
-    """Marks the output as ours, or checks that the unfinished run in it is this one."""
+def claim(plan: Plan) -> Plan:
+    """Marks the output as ours, or checks that the unfinished run in it is this one. Every unit's pieces are laid down beside
+    the mark, and the plan that is returned goes without them: it is small, whatever the corpus."""
     where = storage.join(plan.work, "plan.json")
-    claim = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.units)}
-    if not storage.exists(where):
-        try:
-            storage.write_json(where, claim)
-        except OSError as error:
-            raise UserError(
-                f"--output {plan.config.output}: cannot be written ({error}); choose another place"
-            ) from error
-        return
-    before = storage.read_json(where)
-    if before != json.loads(json.dumps(claim)):
-        old, new = configuration.flatten(before), configuration.flatten(json.loads(json.dumps(claim)))
+    mark = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.units)}
+    mark = json.loads(json.dumps(mark))
+    before = storage.read_json(where) if storage.exists(where) else mark
+    if before != mark:
+        old, new = configuration.flatten(before), configuration.flatten(mark)
         changed = ", ".join(key.removeprefix("config.") for key in {**old, **new} if old.get(key) != new.get(key))
         raise UserError(
             f"{plan.config.output}: holds an unfinished dataset of another command or input (different: {changed}); run that "
             "command again to finish it, or choose another --output"
         )
+
+    try:
+        storage.write_json(where, mark)
+        there = {file.path for file in storage.list_files(plan.work)}
+        for number, (source, first, count, *_) in enumerate(plan.units):
+            if os.path.basename(plan.pieces_uri(number)) not in there:
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, sources.PIECES) as stream:
+                    stream.write_table(plan.sources[source].pieces.slice(first, count))
+                storage.write_bytes(plan.pieces_uri(number), sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(f"--output {plan.config.output}: cannot be written ({error}); choose another place") from error
+    without = [dataclasses.replace(source, pieces=source.pieces.slice(0, 0)) for source in plan.sources]
+    return dataclasses.replace(plan, sources=without)
 
 
 def _difference(manifest: Manifest, plan: Plan) -> str:
@@ -496,9 +502,9 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
     if storage.exists(where):
         return storage.read_json(where)
     config = plan.config
-    source_number, first, count, limit = plan.units[unit]
-    source = plan.sources[source_number]
-    items = sources.read(source, source.pieces.slice(first, count), config.include)
+    source = plan.sources[plan.units[unit].source]
+    pieces = pa.ipc.open_stream(storage.read_bytes(plan.pieces_uri(unit))).read_all()
+    items = sources.read(source, pieces, config.include)
     if storage.is_remote(source.uri):
         items = sources.prefetched(items)
     names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
@@ -511,7 +517,7 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, unit)) for name in names}
         for number, item in enumerate(items):
-            if number == limit:
+            if number == plan.units[unit].limit:
                 break
             split = names[0] if len(names) == 1 else names[_bucket(item.key, thresholds)]
             inputs[split] += 1
@@ -599,8 +605,7 @@ def _run(plan: Plan, quiet: bool, record: Record | None = None) -> None:
         print(f"prepare: {len(plan.units) - len(todo)} of {len(plan.units)} units are done already", flush=True)
     if not todo:
         return
-    weights = [float(plan.sources[i].pieces["size"].slice(a, n).to_numpy().sum()) for i, a, n, _ in plan.units]
-    progress = _Progress(sum(weights[unit] for unit in todo), quiet, record)
+    progress = _Progress(sum(plan.units[unit].size for unit in todo), quiet, record)
     reference = ray.put(plan)
     rows = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
     work: Any = _process_batch  # Ray's stubs know no typed dict of arrays
@@ -608,7 +613,7 @@ def _run(plan: Plan, quiet: bool, record: Record | None = None) -> None:
     for row in receipts.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        progress.add(weights[row["unit"]], row["inputs"], row["rejects"])
+        progress.add(plan.units[row["unit"]].size, row["inputs"], row["rejects"])
     progress.close()
 
 
@@ -701,8 +706,11 @@ def find_duplicates(plan: Plan) -> dict[int, tuple[int, int, int]]:
     units = ray.data.from_items(
         [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
     )
-    # about a million lines to a bucket: 57 lines a row when near, and units of at most some ten thousand rows
-    buckets = max(4, len(plan.units) if near else len(plan.units) // 8)
+    # at most a million lines to a bucket: 57 lines a row when near, else 2, and units of at most some ten thousand rows
+    buckets = max(4, len(plan.units) if near else len(plan.units) // 2)
+    # What a task of the shuffle holds: Ray's gibibyte only where less would make more than a thousand tasks.
+    about = len(plan.units) * 16_384 * (57 if near else 2) * 41
+    ray.data.DataContext.get_current().shuffle_input_batch_bytes = min(1 << 30, max(8 << 20, about // 1000))
 
     def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tables = [(int(unit), np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit))))) for unit in batch["unit"]]
@@ -732,9 +740,7 @@ def remove_duplicates(plan: Plan, gone: dict[int, tuple[int, int, int]]) -> None
     orders: dict[int, dict[int, tuple[str, int, int]]] = {}
     for row, (first, kind, apart) in gone.items():
         orders.setdefault(row >> 32, {})[row & 0xFFFFFFFF] = (keys[first], kind, apart)
-    jobs = [
-        (unit, plan.light, order) for unit, order in sorted(orders.items()) if not storage.exists(plan.kept_uri(unit))
-    ]
+    jobs = [(unit, plan, order) for unit, order in sorted(orders.items()) if not storage.exists(plan.kept_uri(unit))]
     list(_ray_map(_keep, jobs, lambda: None))
 
 
@@ -776,7 +782,7 @@ def _keep(job: tuple[int, Plan, dict[int, tuple[str, int, int]]]) -> None:
                     if why is None:
                         writer.write(key, *rest)
                     elif why[1] == 0:
-                        source = plan.sources[plan.units[unit][0]].uri
+                        source = plan.sources[plan.units[unit].source].uri
                         receipt["rejects"][name].append([key, source, "duplicate key", ""])
                     else:
                         reason = "exact" if why[1] == 1 else "near"
@@ -817,12 +823,11 @@ def mix_units(plan: Plan, receipts: Sequence[dict[str, Any]], quiet: bool = True
     """Shuffles the rows of all units: the receipts of the shards that take the place of theirs, {split: receipt}."""
     if not quiet:
         print("prepare: mixing the archives over all shards", flush=True)
-    light = plan.light
-    dealt = list(_ray_map(mix.scatter, [(unit, light, receipt) for unit, receipt in enumerate(receipts)], lambda: None))
+    dealt = list(_ray_map(mix.scatter, [(unit, plan, receipt) for unit, receipt in enumerate(receipts)], lambda: None))
     jobs = []
     for bucket in map(str, range(plan.buckets)):
         parts = {split: [part[split][bucket] for part in dealt if bucket in part[split]] for split in plan.splits}
-        jobs.append((int(bucket), light, parts))
+        jobs.append((int(bucket), plan, parts))
     return list(_ray_map(mix.gather, jobs, lambda: None))
 
 

@@ -35,7 +35,7 @@ from pipeline.errors import UserError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
-MAX_ROWS_PER_GROUP = 16_384
+MAX_ROWS_PER_GROUP = 2048  # a writer's memory is bounded for tiny images, too: a row costs some KB beside its bytes
 ROW_GROUP_BYTES = 16 << 20
 MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
 SHARD_BYTES = 512 << 20

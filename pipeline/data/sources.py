@@ -98,7 +98,7 @@ PIECES = pa.schema(
 
 
 LISTING = pa.schema([PIECES.field("path"), PIECES.field("size")])
-SPILL_ROWS = 1 << 14  # of a part of a listing
+SPILL_ROWS = 1 << 12  # of a listing that are held at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,18 +361,19 @@ def discover(
 
 def _list(uri: str) -> pa.Table:
     """(path, size) of every file under a folder, sorted by path; a single file has path ""."""
+    files: Iterator[tuple[str, int]]
     if not storage.is_remote(uri):
         if os.path.isfile(uri):
             return _listing([("", os.path.getsize(uri))])
-        walk = _walk(uri, "")
-        parts = iter(lambda: list(itertools.islice(walk, SPILL_ROWS)), [])
-        files = spilled((_tidied(_listing(part)) for part in parts), LISTING)
-        return reordered(files, pc.sort_indices(files["path"]).to_numpy())
-    found = storage.list_files(uri)
-    if not found and storage.exists(uri):
+        files = _walk(uri, "")
+    else:
+        files = ((file.path, file.size) for file in storage.iter_files(uri))
+    parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])
+    found = in_order(spilled((_tidied(_listing(part)) for part in parts), LISTING))
+    if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
         fs, path = storage.filesystem(uri)
         return _listing([("", int(fs.size(path)))])
-    return _tidied(_listing([(file.path, file.size) for file in found]))
+    return found
 
 
 def _tidied(files: pa.Table) -> pa.Table:
@@ -398,32 +399,44 @@ def spilled(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
-def reordered(table: pa.Table, order: np.ndarray) -> pa.Table:
-    """`table.take(order)` with the memory of a few parts: rows are dealt into files by where they go, then each is sorted."""
-    if len(order) <= SPILL_ROWS:
-        return table.take(pa.array(order))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    dealt = table.schema.append(pa.field("place", pa.int64()))
+def in_order(files: pa.Table) -> pa.Table:
+    """A listing sorted by path."""
+    if files.num_rows <= SPILL_ROWS:
+        return files.sort_by("path")
+    places = np.linspace(0, files.num_rows - 1, SPILL_ROWS).astype(np.int64).tolist()
+    some = sorted(files["path"][place].as_py() for place in places)  # `take` would copy the whole column
+    bounds = np.array(some, object)[np.linspace(0, SPILL_ROWS - 1, _heaps(files) + 1).astype(np.int64)[1:-1]]
+    return _dealt(files, lambda part: np.searchsorted(bounds, part["path"].to_numpy(), "right"), in_order)
+
+
+def shuffled(table: pa.Table, rng: np.random.Generator) -> pa.Table:
+    """The rows in an order in which every order is as likely."""
+    if table.num_rows <= SPILL_ROWS:
+        return table.take(pa.array(rng.permutation(table.num_rows)))
+    heaps = _heaps(table)
+    return _dealt(table, lambda part: rng.integers(heaps, size=part.num_rows), lambda heap: shuffled(heap, rng))
+
+
+def _heaps(table: pa.Table) -> int:
+    """As many as leave each about half of SPILL_ROWS; no more than files that may be open."""
+    return min(256, 1 + 2 * table.num_rows // SPILL_ROWS)
+
+
+def _dealt(table: pa.Table, home: Callable[[pa.Table], np.ndarray], settle: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """Deals the rows into heaps, `home` giving the number of each row's, and joins what `settle` makes of every heap. Heaps
+    are files, so that memory holds a part of one."""
     with tempfile.TemporaryDirectory(prefix="listing-") as folder, contextlib.ExitStack() as stack:
-        names = [f"{folder}/{i}" for i in range(-(-len(order) // SPILL_ROWS))]
-        writers = [stack.enter_context(pa.ipc.new_stream(name, dealt)) for name in names]
-        for first in range(0, len(order), SPILL_ROWS):
-            part = table.slice(first, SPILL_ROWS)
-            part = part.append_column(
-                dealt.field("place"), pa.array(place[first : first + SPILL_ROWS])
-            ).combine_chunks()
-            homes = place[first : first + SPILL_ROWS] // SPILL_ROWS
-            for home in np.unique(homes).tolist():
-                writers[home].write_table(part.filter(pa.array(homes == home)))
+        names = [f"{folder}/{i}" for i in range(_heaps(table))]
+        writers = [stack.enter_context(pa.ipc.new_file(name, table.schema)) for name in names]
+        for first in range(0, table.num_rows, SPILL_ROWS):
+            part = table.slice(first, SPILL_ROWS).combine_chunks()
+            homes = home(part)
+            for i in np.unique(homes).tolist():
+                writers[i].write_table(part.filter(pa.array(homes == i)))
         for writer in writers:
             writer.close()
-        return spilled((_sorted_part(name) for name in names), table.schema)
-
-
-def _sorted_part(name: str) -> pa.Table:
-    with pa.OSFile(name) as file:
-        return pa.ipc.open_stream(file).read_all().sort_by("place").drop_columns("place")
+        heaps = (settle(pa.ipc.open_file(pa.memory_map(name)).read_all()) for name in names)
+        return spilled(heaps, table.schema)
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
@@ -643,22 +656,23 @@ def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterat
 
 
 def _read_files(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    rows = pieces.select(["path", "size", "labels"]).to_pylist()
     read = _fetch if storage.is_remote(source.uri) else _load
-    contents = read(source.uri, [row["path"] for row in rows if row["size"] <= MAX_FILE_BYTES])
-    for row in rows:
-        path, names = row["path"], row["labels"]
-        key, where = source.prefix + path, storage.join(source.uri, path)
-        if row["size"] > MAX_FILE_BYTES:
-            yield Item(key, where, b"", names, _too_large(row["size"]))
-            continue
-        data = next(contents)
-        if isinstance(data, bytes):
-            yield Item(key, where, data, names)
-        elif isinstance(data, FileNotFoundError):
-            yield Item(key, where, b"", names, Refused("missing file"))
-        else:
-            yield Item(key, where, b"", names, Refused("unreadable", str(data)))
+    for first in range(0, pieces.num_rows, SPILL_ROWS):
+        rows = pieces.slice(first, SPILL_ROWS).to_pylist()
+        contents = read(source.uri, [row["path"] for row in rows if row["size"] <= MAX_FILE_BYTES])
+        for row in rows:
+            path, names = row["path"], row["labels"]
+            key, where = source.prefix + path, storage.join(source.uri, path)
+            if row["size"] > MAX_FILE_BYTES:
+                yield Item(key, where, b"", names, _too_large(row["size"]))
+                continue
+            data = next(contents)
+            if isinstance(data, bytes):
+                yield Item(key, where, data, names)
+            elif isinstance(data, FileNotFoundError):
+                yield Item(key, where, b"", names, Refused("missing file"))
+            else:
+                yield Item(key, where, b"", names, Refused("unreadable", str(data)))
 
 
 def _too_large(size: int) -> Refused:

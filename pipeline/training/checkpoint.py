@@ -37,8 +37,13 @@ from pipeline.errors import UserError
 
 COMMIT = "COMMIT.json"
 ATTEMPT = "attempt.json"
+FORMAT = 1  # of checkpoints and run.json; without one they are the first
 THREADS = 8
 """Files that one worker reads or writes at a time."""
+
+
+class OtherFormat(UserError):
+    """Not damaged, only not for this program: nothing is passed over or removed for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ def find(run: str, say: Callable[[str], None] = print) -> list[Checkpoint]:
             uri = storage.join(root, name)
             try:
                 found.append(_read(uri))
+            except OtherFormat:
+                raise
             except UserError as error:
                 say(f"warning: {uri} is skipped: {error}")
     return sorted(found, key=lambda checkpoint: checkpoint.step)
@@ -81,6 +88,10 @@ def _read(uri: str) -> Checkpoint:
             int(info["size"]), str(info["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
+    if commit.get("format", 1) != FORMAT:
+        raise OtherFormat(
+            f"{uri}: its format is {commit['format']}, this program reads {FORMAT}: use the version that wrote it"
+        )
     return Checkpoint(uri, step, commit)
 
 
@@ -179,6 +190,8 @@ def survey(run: str) -> list[Finding]:
         try:
             checkpoint = _read(uri)
             problem = damage(checkpoint)
+        except OtherFormat:
+            raise
         except UserError as error:
             problem = str(error)
         if problem:
@@ -354,7 +367,7 @@ class Writer:
             )
         storage.write_json(
             storage.join(target, COMMIT),
-            {"step": step, "created": created, "workers": self.world, **commit, "files": files},
+            {"format": FORMAT, "step": step, "created": created, "workers": self.world, **commit, "files": files},
         )
         self._retain()
 

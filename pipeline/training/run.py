@@ -224,6 +224,10 @@ def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
     if mode == "never":
         raise UserError(f"{output} already holds a run; choose another --output, or --resume auto to continue it")
     record = storage.read_json(uri)
+    if record.get("format", 1) != checkpoint.FORMAT:
+        raise UserError(
+            f"{uri}: its format is {record['format']}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
+        )
     if record["identity"] != configuration.fingerprint(identity):
         old, new = configuration.flatten(record["config"]), configuration.flatten(identity)
         # an option that did not exist when the run was made had its default
@@ -241,6 +245,7 @@ def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
 def _claim(plan: Plan, output: str) -> dict[str, Any]:
     """Makes the run.json of a free output."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"identity": configuration.fingerprint(plan.identity), "created": created, "config": plan.identity}
+    identity = configuration.fingerprint(plan.identity)
+    record = {"format": checkpoint.FORMAT, "identity": identity, "created": created, "config": plan.identity}
     storage.write_json(storage.join(output, "run.json"), record)
     return record

@@ -72,7 +72,7 @@ def unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
     from pipeline.data import prepare
 
     config = prepare.check(prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output))
-    plan = prepare.make_plan(config)
+    plan = prepare.claim(prepare.make_plan(config))
     for number in range(len(plan.units)):
         yield sum(prepare.process(number, plan)["inputs"].values())
 

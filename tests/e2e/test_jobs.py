@@ -80,6 +80,13 @@ def test_the_same_command_again_continues_and_another_is_refused(digits):
     assert other.returncode == 2
     assert "holds another run (optimizer.lr" in other.stderr
     assert job("pretrain", "--steps", "160steps", "--resume", "never", cwd=digits).returncode == 2
+    (record,) = digits.rglob("pretrain/run.json")
+    mine = record.read_text()
+    record.write_text(mine.replace('"format": 1', '"format": 2'))
+    newer = job("pretrain", "--steps", "160steps", cwd=digits)
+    record.write_text(mine)
+    assert newer.returncode == 2
+    assert "run.json: its format is 2, this program reads 1" in newer.stderr
 
 
 @pytest.mark.parametrize(

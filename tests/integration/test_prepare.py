@@ -67,9 +67,8 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
 
     # A job that died: half of the units have receipts, one more left a shard without a receipt and a half-written file.
     config = prepare.check(PrepareConfig(output=str(tmp_path / "torn"), **options))
-    plan = prepare.make_plan(config)
+    plan = prepare.claim(prepare.make_plan(config))
     assert len(plan.units) > 3
-    prepare._claim(plan)
     for unit in (0, 2, 3):
         prepare.process(unit, plan)
     os.remove(plan.receipt_uri(3))
@@ -103,7 +102,8 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
         )
     first = json.loads((tmp_path / "out" / "_work" / "run.json").read_text())["run_id"]
     manifests = prepare.prepare(PrepareConfig(output=str(tmp_path / "out"), **options), tracking_uri=server)
-    plain = prepare.make_plan(prepare.check(PrepareConfig(output=str(tmp_path / "plain"), **options)))
+    config = prepare.check(PrepareConfig(output=str(tmp_path / "plain"), **options))
+    plain = prepare.claim(prepare.make_plan(config))
     prepare.finish(plain, [prepare.process(unit, plain) for unit in range(len(plain.units))])
     assert content(tmp_path / "out") == content(tmp_path / "plain")
 
@@ -133,7 +133,6 @@ def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path, mo
     """What a worker cannot put right comes back as it was raised, and nothing looks finished."""
     config = prepare.check(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
     plan = prepare.make_plan(config)
-    prepare._claim(plan)
     wrong = [dataclasses.replace(source, kind="parquet") for source in plan.sources]
     monkeypatch.setattr(prepare, "make_plan", lambda *_: dataclasses.replace(plan, sources=wrong))
     with pytest.raises(UserError, match="not a Parquet file"):

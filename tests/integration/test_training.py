@@ -290,6 +290,16 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     assert checkpoint.resolve(str(tmp_path)).step == 2
 
 
+def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_path):
+    written(tmp_path, 1, 2)
+    commit = Path(checkpoint.folder(str(tmp_path), 2)) / "COMMIT.json"
+    commit.write_text(commit.read_text().replace('"format": 1', '"format": 2'))
+    for look in (checkpoint.find, checkpoint.resolve, lambda run: checkpoint.repair(run, delete=True)):
+        with pytest.raises(UserError, match="step-00000002: its format is 2, this program reads 1"):
+            look(str(tmp_path))
+    assert commit.exists()
+
+
 def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path, capsys):
     written(tmp_path, 1, 2, 3, 4)
     one, two, three, four = (Path(checkpoint.folder(str(tmp_path), step)) for step in (1, 2, 3, 4))

@@ -1,6 +1,7 @@
 """Command lines, written configs and horizons."""
 
 import dataclasses
+import errno
 import signal
 from dataclasses import dataclass, field
 from typing import Literal
@@ -120,12 +121,22 @@ def test_exit_codes(monkeypatch, capsys):
     def ended(argv):
         signal.raise_signal(signal.SIGTERM)
 
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(argv):
+        raise OSError(errno.EIO, "Input/output error")
+
     before = signal.getsignal(signal.SIGTERM)
-    for main, code in ((bad, 2), (stopped, 130), (ended, 143), (lambda argv: None, 0), (lambda argv: 1, 1)):
+    with pytest.raises(OSError, match="Input/output"):
+        config.run_job(broken)
+    ends = {bad: 2, stopped: 130, ended: 143, full: 1, lambda argv: None: 0, lambda argv: 1: 1}
+    for main, code in ends.items():
         with pytest.raises(SystemExit) as stop:
             config.run_job(main)
         assert stop.value.code == code
     signal.signal(signal.SIGTERM, before)
     printed = capsys.readouterr().err
     assert "error: no such bucket" in printed
+    assert "error: [Errno 28] No space left on device: make room; the same command again continues" in printed
     assert printed.count("stopped; the same command again continues") == 2

@@ -51,7 +51,7 @@ def prepared(source: Path, output: Path, **options) -> tuple[int, dict[str, str]
     """(rows, {rejected key: reason}) of jobs/prepare.py over a source, in this process."""
     options = {"unlabelled": True, "max_reject_fraction": 1.0, "size": 16, **options}
     config = prepare.check(PrepareConfig(source=(str(source),), output=str(output), **options))
-    plan = prepare.make_plan(config)
+    plan = prepare.claim(prepare.make_plan(config))
     for unit in range(len(plan.units)):
         prepare.process(unit, plan)
     receipts = prepare._receipts(plan)

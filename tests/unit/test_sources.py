@@ -45,7 +45,7 @@ def run(tmp_path, quiet=True, **options):
     """The whole job in this process."""
     options.setdefault("max_reject_fraction", 1.0)
     config = prepare.check(PrepareConfig(output=str(tmp_path / "out"), **options))
-    plan = prepare.make_plan(config)
+    plan = prepare.claim(prepare.make_plan(config))
     for unit in range(len(plan.units)):
         prepare.process(unit, plan)
     receipts = prepare._receipts(plan)
@@ -855,10 +855,37 @@ def test_names_that_are_formulas_or_have_no_glyph_are_drawn(image_folder, tmp_pa
 
 
 def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monkeypatch):
-    config = prepare.check(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
+    options = {"source": (str(image_folder),), "output": str(tmp_path / "out"), "shuffle": False}
+    config = prepare.check(PrepareConfig(**options))
     whole = prepare.make_plan(config)
     monkeypatch.setattr(sources, "SPILL_ROWS", 7)
     parts = prepare.make_plan(config)
     assert parts.sources[0].pieces.equals(whole.sources[0].pieces)
     assert parts.labels == whole.labels
     assert parts.units == whole.units
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 1000, 40_000])
+def test_large_listings_are_sorted_and_shuffled_in_parts(rows, monkeypatch):
+    """In heaps on disk, of which the largest is dealt again; the order of a shuffle depends on the seed alone."""
+    monkeypatch.setattr(sources, "SPILL_ROWS", 64)
+    places = np.random.default_rng(0).permutation(rows)
+    paths = [f"{'é' if place % 3 else 'z'}/{place:05d}" for place in places]
+    files = sources._listing([(path, len(path)) for path in paths])
+    assert sources.in_order(files)["path"].to_pylist() == sorted(paths)
+    orders = [sources.shuffled(files, np.random.default_rng(seed))["path"].to_pylist() for seed in (1, 1, 2)]
+    assert all(sorted(order) == sorted(paths) for order in orders)
+    assert orders[0] == orders[1]
+    assert rows == 1 or orders[0] != orders[2] != paths
+
+
+def test_a_shuffle_in_parts_is_uniform(monkeypatch):
+    """Every row comes to every quarter of the order equally often."""
+    monkeypatch.setattr(sources, "SPILL_ROWS", 8)
+    files = sources._listing([(str(i), 1) for i in range(40)])
+    rng, counts = np.random.default_rng(0), np.zeros((40, 4))
+    for _ in range(400):
+        order = np.array(sources.shuffled(files, rng)["path"].to_pylist(), np.int64)
+        counts[order, np.arange(40) // 10] += 1
+    chi2 = ((counts - 100) ** 2 / 100).sum()
+    assert chi2 < 160  # 39 x 3 degrees of freedom: uniform shuffles come to 120, and half a percent of them above 160

@@ -61,3 +61,16 @@ def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
     with pytest.raises(UserError, match="AWS_"):
         storage.read_bytes("s3://some-bucket/file")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_listing_page_by_page_finds_what_a_whole_listing_finds(s3):
+    """More objects than fit on a page; names that URLs and patterns would trip over; no folder marker, no neighbour."""
+    fs, root = storage.filesystem(s3)
+    names = [f"{i % 7}/{i:04d}.jpg" for i in range(1005)] + ["日本 [1]*?#%20+&.jpg", "a b/<ü>.png"]
+    bodies = {f"{root}/images/{name}": name.encode() for name in names}
+    fs.pipe(bodies | {f"{root}/images/folder/": b"", f"{root}/images-too/1.jpg": b"x", f"{root}/other.jpg": b"x"})
+    found = sorted(storage.iter_files(f"{s3}/images"), key=lambda file: file.path)
+    assert found == storage.list_files(f"{s3}/images")
+    assert {file.path: file.size for file in found} == {name: len(name.encode()) for name in names}
+    assert storage.read_bytes(found[-1].uri) == found[-1].path.encode()
+    assert list(storage.iter_files(f"{s3}/nothing")) == list(storage.iter_files("s3://no-such-bucket-at-all")) == []
