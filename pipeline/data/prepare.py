@@ -703,14 +703,14 @@ def find_duplicates(plan: Plan) -> dict[int, tuple[int, int, int]]:
     import ray
 
     near, exact = plan.config.deduplicate == "near", plan.config.deduplicate != "off"
-    units = ray.data.from_items(
-        [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
-    )
     # at most a million lines to a bucket: 57 lines a row when near, else 2, and units of at most some ten thousand rows
     buckets = max(4, len(plan.units) if near else len(plan.units) // 2)
     # What a task of the shuffle holds: Ray's gibibyte only where less would make more than a thousand tasks.
     about = len(plan.units) * 16_384 * (57 if near else 2) * 41
     ray.data.DataContext.get_current().shuffle_input_batch_bytes = min(1 << 30, max(8 << 20, about // 1000))
+    units = ray.data.from_items(
+        [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
+    )
 
     def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tables = [(int(unit), np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit))))) for unit in batch["unit"]]

@@ -406,7 +406,7 @@ def cifar10() -> PretrainConfig:
         data="runs/cifar10/data/train",
         validation="runs/cifar10/data/test",
         output="runs/cifar10/pretrain",
-        steps="15epochs",
+        steps="17epochs",
         batch_size=128,
         validation_resize=32,
         model=ModelConfig(variant="Ti/4", pool="gap", posemb="sincos2d", pre_logits=False),
