@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small images made on the spot."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def code_blocks(path: Path) -> list[str]:
+    """What stands between ``` in a Markdown file, continued lines joined."""
+    text = path.read_text().replace("\\\n", " ")
+    return re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="session")

@@ -356,19 +356,21 @@ def main() -> None:
     # what is not measured this time stays as it was
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    result |= {
-        "command": f"python tests/benchmarks/prepare_speed.py --count {options.count} --repeats {options.repeats}",
+    made = {
         "host": {"machine": platform.machine(), "cpus": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
         "commit": commit.stdout.strip(),
     }
+    command = "python tests/benchmarks/prepare_speed.py"
     if options.photos:
-        result |= benchmark(options)
+        result["command"] = f"{command} --photos FOLDER --count {options.count} --repeats {options.repeats}"
+        result |= made | benchmark(options)
     if options.small:
-        result["memory"] = []
+        rows = []
         for kind, count in itertools.product(("loose", "packed"), options.small):
             with tempfile.TemporaryDirectory(dir=options.room) as room:
-                result["memory"].append(child(sys.executable, "--memory", kind, count, room))
-                print(result["memory"][-1], flush=True)
+                rows.append(child(sys.executable, "--memory", kind, count, room))
+                print(rows[-1], flush=True)
+        result["memory"] = {"command": f"{command} --small {' '.join(map(str, options.small))}", **made, "rows": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in result.get("table", {}).items():
         print(f"{name:16s} {row}")

@@ -70,7 +70,7 @@ def prepare(result: dict) -> Iterator[Row]:
     one, two = (table["job", cpus]["images_per_s"] for cpus in "12")
     yield "The same, images/s once it runs", f"{two:.0f}, on one core {one:.0f}", rates
     yield "The same, one unit without Ray (CPU time)", f"{table['unit', '1']['of_limit']:.0%}", ""
-    memory = result.get("memory", [])
+    memory = result.get("memory", {}).get("rows", [])
     for kind in dict.fromkeys(row["kind"] for row in memory):
         rows = [row for row in memory if row["kind"] == kind]
         counts, drivers, workers = (

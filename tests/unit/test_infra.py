@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import tyro
 import yaml
+from conftest import code_blocks
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -57,7 +58,7 @@ def command_lines():
     for path in [*EVERY_FILE, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text().replace("\\\n", " ")
         if path.suffix == ".md":
-            texts = re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+            texts = code_blocks(path)
         elif path.suffix == ".yaml":
             comments = [line.lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
             texts = [*comments, *(string for document in documents(path) for string in strings(document))]

@@ -1,0 +1,303 @@
+"""docs/operating.md as an operator goes through it: every command runs, in the guide's order, on one small run in an S3 store.
+
+What the guide says between its commands is done too: the run is stopped before it is continued, on two workers, then one, then
+four; a node is drained under it; its newest checkpoint is damaged. Each failure in the guide's table has a test elsewhere.
+"""
+
+import ast
+import contextlib
+import itertools
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import mlflow
+import numpy as np
+import psutil
+import pytest
+from conftest import code_blocks
+
+from pipeline import storage
+from pipeline.training import checkpoint
+from pipeline.vtab import miniature
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "operating.md"
+COMMANDS = [line for block in code_blocks(GUIDE) for line in block.splitlines()]
+RUN, STEPS = "s3://bucket/vit/b16", 1000
+
+# What makes a job small: of a flag that is given twice the last one counts. Workers become an eighth of the guide's.
+TRAINING = (
+    f"--model.variant mu/8 --image-size 16 --augment.size 16 --batch-size 16 --lanes 4 --steps {STEPS}steps --log-every 5steps "
+    "--checkpoint-every 20steps --engine.no-compile --no-gpus --cpus-per-worker 0.5 --workers 1"
+)
+SMALL = {
+    "jobs/prepare.py": "--num-cpus 2",
+    "jobs/doctor.py": TRAINING,
+    "jobs/pretrain.py": TRAINING,
+    "jobs/transfer.py": "--steps 2 --batch-size 8 --resolution 16",
+    "jobs/evaluate.py": f"--every-step {STEPS} --transfer.steps 2 --transfer.batch-size 8 --transfer.resolution 16",
+}
+
+# What a command says once it has done its work, by what is in its line; any other has only to end with 0.
+SAYS = {
+    "jobs/plan.py": r"drawn into scaling\.png$",
+    "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\nval: prepared=\d ",
+    "--vtab": r"^smallnorb_elevation +test ",
+    "jobs/doctor.py": r"^doctor: 0 error, ",
+    "--dry-run": rf"^  schedule  {STEPS} steps of 16 ",
+    "--describe": r"^  images +29\d as jpeg",
+    "--verify": r"/data/train: verified, nothing is wrong$",
+    "jobs/transfer.py": r"^mean of 19 ",
+    "--every": r"^evaluate: evaluated=1  failed=0 ",
+    "--repair": rf"^damaged +{RUN}/checkpoints/step-0*{STEPS}: model\.safetensors has \d+ bytes instead of ",
+    "--prune": rf"^would delete {RUN}/checkpoints/step-0*{STEPS - 40}$",
+    "upload": r"^uploaded operating/left ",
+}
+
+LEFT_BEHIND = """
+import os
+from pipeline.tracking import run as tracking
+
+def away(uri):
+    raise ConnectionError("MLflow is away")
+
+run = tracking.start_run("operating", "left")
+run.flush()
+tracking.client = away
+run.log({"train/loss": 1.0}, step=1)
+os._exit(1)
+"""
+
+
+# The tests that show what the guide's table of failures says, by the first cell of its row.
+SHOWN = {
+    "a worker, or a node, died": (
+        "integration/test_survival.py::test_worker_killed",
+        "integration/test_survival.py::test_node_killed",
+    ),
+    "a spot node got its notice": (
+        "integration/test_autoscaling.py::test_a_notice_drains_the_node",
+        "integration/test_survival.py::test_preempted_node_costs_nothing",
+    ),
+    # an embedded Ray goes with its driver: this is the death of both
+    "the head, or the driver, died": ("integration/test_survival.py::test_driver_killed",),
+    "the newest checkpoint is damaged": (
+        "integration/test_training.py::test_damaged_checkpoint_is_passed_over",
+        "integration/test_training.py::test_repair_lists_every_checkpoint_and_removes_when_asked",
+    ),
+    "the store was away": (
+        "integration/test_training.py::test_uploads_go_side_by_side_and_are_repeated",
+        "integration/test_training.py::test_store_that_is_away_costs_one_checkpoint",
+        "integration/test_loader_s3.py::test_passing_faults_are_retried_counted_and_change_nothing",
+        "integration/test_loader_s3.py::test_a_shard_that_stays_unreadable_is_named",
+    ),
+    "MLflow was away": (
+        "integration/test_mlflow_server.py::test_server_killed_in_mid_run_and_back",
+        "unit/test_tracking.py::test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them",
+    ),
+    "prepare was killed": ("integration/test_prepare_survival.py::test_killed_at_random_moments",),
+    "some VTAB tasks failed": (
+        "integration/test_transfer.py::test_one_failing_task_does_not_stop_the_others",
+        "integration/test_transfer.py::test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker",
+    ),
+    "loss became not finite": (
+        "integration/test_engine.py::test_neither_a_spike_nor_nan_reaches_the_weights",
+        "integration/test_engine.py::test_too_many_bad_steps_in_a_row_end_the_run",
+        "e2e/test_jobs.py::test_the_same_command_again_continues_and_another_is_refused",
+        "integration/test_weights.py::test_google_files_and_registered_models_through_the_jobs",
+    ),
+    "out of memory": (
+        "integration/test_survival.py::test_what_would_fail_again_is_not_tried_again",
+        "integration/test_engine.py::test_recomputation_and_offload_change_no_loss",
+        "integration/test_training.py::test_other_number_of_workers_and_stage_see_the_same_samples",
+    ),
+    "workers wait for ever at 0% CPU": (
+        "integration/test_doctor.py::test_a_stale_build_lock_is_told_from_one_that_is_held",
+    ),
+    "a job answers 401": ("integration/test_security.py::test_a_submission_without_the_token_is_refused",),
+    "MLflow answers 403": (
+        "integration/test_doctor.py::test_a_tracking_server_that_does_not",
+        "integration/test_mlflow_server.py::test_wrong_password_and_wrong_host_are_errors_that_say_what_to_do",
+    ),
+    "the disk is full": (
+        "integration/test_training.py::test_store_that_is_away_costs_one_checkpoint",
+        "integration/test_evaluate.py::test_pruning_lists_first_and_deletes_when_told",
+    ),
+}
+
+
+def test_every_failure_in_the_guide_is_shown_by_a_test():
+    _, _, recover = GUIDE.read_text().partition("## Recover")
+    rows = re.findall(r"^\| (.+?) \|", recover, re.MULTILINE)
+    assert rows == ["what happened", "---", *SHOWN]
+    for test in itertools.chain(*SHOWN.values()):
+        path, _, name = test.partition("::")
+        module = ast.parse((ROOT / "tests" / path).read_text())
+        assert name in {item.name for item in module.body if isinstance(item, ast.FunctionDef)}, test
+
+
+class Command:
+    """A line of the guide, made small, as a process; its output goes to a file."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, line: str, *more: str):
+        python, *words = shlex.split(line)
+        assert python == "python", line
+        words += shlex.split(SMALL.get(words[0], ""))
+        for flag, count in re.findall(r"(--(?:min-)?workers) (\d+)", line):
+            words += [flag, str(max(1, int(count) // 8))]
+        self.line, self.log = line, Path(f"{next(self.numbers)}.log")
+        command = [sys.executable, *(str(ROOT / word) if (ROOT / word).is_file() else word for word in words), *more]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def until(self, pattern: str, seconds: float = 300) -> re.Match:
+        """Waits for a line; the command must not end before it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            over = self.process.poll() is not None or time.monotonic() > deadline
+            text = self.log.read_text()
+            if found := re.search(pattern, text, re.MULTILINE):
+                return found
+            assert not over, f"{self.line}: no {pattern!r} in\n{text}"
+            time.sleep(0.2)
+
+    def end(self, code: int = 0, seconds: float = 600) -> str:
+        assert self.process.wait(seconds) == code, f"{self.line}:\n{self.log.read_text()}"
+        return self.log.read_text()
+
+    def stop(self) -> None:
+        assert self.process.poll() is None, self.log.read_text()
+        self.process.send_signal(signal.SIGTERM)
+        assert "stopped; the same command again continues" in self.end(128 + signal.SIGTERM)
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def store(s3, tmp_path, monkeypatch) -> None:
+    """The guide's two buckets, one with 300 pictures and the archives of VTAB in miniature; MLflow beside the commands."""
+    filesystem, _ = storage.filesystem(s3)
+    for bucket in ("bucket", "corpus"):
+        filesystem.mkdir(bucket)
+    generator = np.random.default_rng(0)
+    for i in range(300):
+        picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)
+        picture[:, :, i % 3] += 150
+        storage.write_bytes(f"s3://corpus/raw/{'abc'[i % 3]}/{i:03d}.png", cv2.imencode(".png", picture)[1].tobytes())
+    storage.copy_tree(miniature.write("all", str(tmp_path / "archives"), per_class=3), "s3://corpus/vtab")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def cluster() -> Iterator["Cluster"]:
+    """A head without CPUs and two nodes with one each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Command]]:
+    """Starts a line of the guide; whatever still runs at the end of the test is ended."""
+    started: list[Command] = []
+
+    def start(line: str, *more: str) -> Command:
+        started.append(Command(line, *more))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill()
+
+
+def newest() -> int:
+    """The step of the run's newest checkpoint; 0 without any."""
+    return max((found.step for found in checkpoint.find(RUN)), default=0)
+
+
+def resumed(training: Command, line: str, step: int) -> int:
+    """The step that a command of training goes on from, on the workers that it asks for, once it does so."""
+    if step:
+        workers = int(re.search(r"--workers (\d+)", line)[1]) // 8
+        step = int(training.until(rf"^resumed from {RUN}/checkpoints/step-(\d+) on {workers} workers")[1])
+    training.until(r"^step \d+/\d+  epoch ")
+    return step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_of_the_guide(store, start, request):
+    training = None
+    for line in COMMANDS:
+        began, step = time.monotonic(), newest()
+        if "preemption.py" in line:
+            cluster = request.getfixturevalue("cluster")
+            node = min(cluster.worker_nodes, key=lambda node: node.node_id)  # of the two on this machine
+            drain = start(line, "--address", cluster.address, "--node-id", node.node_id)
+            assert f"draining {node.node_id}" in drain.end()
+            saved = int(training.until(r"^step (\d+)/\d+  saved, and the workers leave")[1])
+            training.until(rf"^resumed from {RUN}/checkpoints/step-0*{saved} on 2 workers")
+            assert "starting again" not in training.end()  # nothing had failed
+        elif "--min-workers" in line:
+            training = start(line, "--address", request.getfixturevalue("cluster").address)
+            assert resumed(training, line, step) >= step
+        elif "pretrain.py" in line and "--output" in line and "--dry-run" not in line:
+            training = start(line)
+            continued = resumed(training, line, step)
+            assert continued >= step
+            while newest() == continued and training.process.poll() is None:
+                time.sleep(0.1)
+            training.stop()
+        elif "--every" in line:
+            scheduler = start(line)
+            scheduler.until(SAYS["--every"])
+            with pytest.raises(subprocess.TimeoutExpired):  # it waits for the next hour
+                scheduler.process.wait(3)
+            scheduler.stop()
+        else:
+            if "--repair" in line:
+                weights = storage.join(checkpoint.folder(RUN, step), "model.safetensors")
+                storage.write_bytes(weights, storage.read_bytes(weights)[:-10])
+            elif "upload" in line:
+                subprocess.run([sys.executable, "-c", LEFT_BEHIND], timeout=120)
+            text = start(line).end(1 if "--repair" in line else 0)
+            says = next((says for part, says in SAYS.items() if part in line), "")
+            assert re.search(says, text, re.MULTILINE), text
+        print(f"{time.monotonic() - began:4.0f} s  {line}", flush=True)
+
+    left = [found.step for found in checkpoint.find(RUN)]
+    assert left == [STEPS - 40, STEPS - 20, STEPS]  # --repair and --prune have only listed
+    client = mlflow.MlflowClient()
+    experiments = {found.name: found.experiment_id for found in client.search_experiments()}
+    assert experiments.keys() >= {"prepare", "pretrain", "transfer", "evaluate"}
+    (run,) = client.search_runs([experiments["pretrain"]])
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    assert max(steps) == STEPS
