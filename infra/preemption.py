@@ -52,7 +52,7 @@ def main() -> int:
     options = arguments(sys.argv[1:])
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    notice = Notice("the pod is being deleted", options.grace)
+    notice = Notice("asked for", options.grace)
     if options.watch:
         import ray  # noqa: F401  (a second that is not to be lost when the notice comes)
 

@@ -9,11 +9,13 @@ Layers, last wins: recipe (`--recipe NAME`) or a saved config (`--config FILE.ya
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -22,6 +24,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import psutil
 import yaml
 
 from pipeline import storage
@@ -100,6 +103,13 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
         if code in (130, 128 + signal.SIGTERM):
             print("stopped; the same command again continues", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # At the interpreter's own end Ray takes itself down under threads that wait in it, and may crash there.
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os._exit(code)
     sys.exit(code)
 
 

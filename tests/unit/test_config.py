@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,6 +129,7 @@ def test_exit_codes(monkeypatch, capsys):
     def broken(argv):
         raise OSError(errno.EIO, "Input/output error")
 
+    monkeypatch.setattr(os, "_exit", sys.exit)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OSError, match="Input/output"):
         config.run_job(broken)
