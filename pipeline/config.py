@@ -103,14 +103,19 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
         if code in (130, 128 + signal.SIGTERM):
             print("stopped; the same command again continues", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # At the interpreter's own end Ray takes itself down under threads that wait in it, and may crash there.
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            os._exit(code)
+            _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> typing.NoReturn:
+    """Ends this process and those it started, at once: at the interpreter's own end Ray takes itself down under threads that
+    wait in it, and may crash there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(code)
 
 
 # ---------------------------------------------------------------- written form
