@@ -511,8 +511,7 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
     inputs = dict.fromkeys(names, 0)
     rejects: dict[str, list[list[str]]] = {name: [] for name in names}
     duplicates: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    hashed: list[tuple[Any, ...]] = []
-    seen: set[str] = set()
+    hashed, seen = bytearray(), set()  # rows of dedup.ROW, and hashes of keys: tens of bytes a row, not hundreds
     alike, before = 0, None  # rows of the same label as the row before
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, unit)) for name in names}
@@ -521,10 +520,11 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
                 break
             split = names[0] if len(names) == 1 else names[_bucket(item.key, thresholds)]
             inputs[split] += 1
+            key = describe.key_hash(item.key)
             try:
                 if item.refused:
                     raise item.refused
-                if item.key in seen:
+                if key in seen:
                     raise Refused("duplicate key")
                 label = plan.labels.encode(item.labels)
                 picture, stored, pixels = transform(item.image, config)
@@ -538,16 +538,17 @@ def process(unit: int, plan: Plan, index: dedup.Index | None = None) -> dict[str
                 if index is not None and match:
                     duplicates[split].append(_contaminated(item.key, picture, match, index))
                     continue
-                hashed.append((describe.key_hash(item.key), found.exact, found.bits[0], found.flat, names.index(split)))
+                row = (key, found.exact, found.bits[0], found.flat, names.index(split))
+                hashed += np.array([row], dedup.ROW).tobytes()
             elif plan.joins:
-                hashed.append((describe.key_hash(item.key), 0, (0, 0), True, names.index(split)))
-            seen.add(item.key)
+                hashed += np.array([(key, 0, (0, 0), True, names.index(split))], dedup.ROW).tobytes()
+            seen.add(key)
             alike, before = alike + (label == before), label
             # every fourth row is plenty for a mean over a corpus, at a quarter of the cost
             writers[split].write(item.key, stored, label, width, height, pixels[::4])
     if plan.joins:
         sink = io.BytesIO()
-        np.save(sink, np.array(hashed, dedup.ROW))
+        np.save(sink, np.frombuffer(hashed, dedup.ROW))
         storage.write_bytes(plan.hashes_uri(unit), sink.getvalue())
     receipt = {
         "inputs": inputs,
@@ -703,14 +704,14 @@ def find_duplicates(plan: Plan) -> dict[int, tuple[int, int, int]]:
     import ray
 
     near, exact = plan.config.deduplicate == "near", plan.config.deduplicate != "off"
-    # at most a million lines to a bucket: 57 lines a row when near, else 2, and units of at most some ten thousand rows
-    buckets = max(4, len(plan.units) if near else len(plan.units) // 2)
-    # What a task of the shuffle holds: Ray's gibibyte only where less would make more than a thousand tasks.
-    about = len(plan.units) * 16_384 * (57 if near else 2) * 41
-    ray.data.DataContext.get_current().shuffle_input_batch_bytes = min(1 << 30, max(8 << 20, about // 1000))
-    units = ray.data.from_items(
-        [{"unit": unit} for unit in range(len(plan.units))], override_num_blocks=len(plan.units)
-    )
+    # Buckets of at most a million lines: 57 lines a row when near, else 2, and units of at most some ten thousand rows.
+    count = len(plan.units)
+    buckets = max(4, count if near else min(count, max(64, count // 8)))
+    # What a task of the shuffle holds, up to Ray's gibibyte: as little as leaves some ten thousand objects to keep account of,
+    # one for every task and bucket.
+    about = count * 16_384 * (57 if near else 2) * 41
+    ray.data.DataContext.get_current().shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, about * buckets // 50_000))
+    units = ray.data.from_items([{"unit": unit} for unit in range(count)], override_num_blocks=count)
 
     def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tables = [(int(unit), np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(unit))))) for unit in batch["unit"]]
