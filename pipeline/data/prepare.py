@@ -42,6 +42,7 @@ from pipeline.data.shards import Encoding, Manifest, Receipt, Reject, ShardWrite
 from pipeline.data.sources import Format, Labels, Source
 from pipeline.errors import UserError
 
+SHARE_BYTES = 256 << 20  # some seconds of work
 DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
 
 
@@ -608,7 +609,8 @@ def _run(plan: Plan, quiet: bool, record: Record | None = None) -> None:
         return
     progress = _Progress(sum(plan.units[unit].size for unit in todo), quiet, record)
     reference = ray.put(plan)
-    rows = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
+    shares = _shares(todo, [unit.size for unit in plan.units], int(ray.cluster_resources().get("CPU", 0)))
+    rows = ray.data.from_arrow([pa.table({"unit": share}) for share in shares])
     work: Any = _process_batch  # Ray's stubs know no typed dict of arrays
     receipts = rows.map_batches(work, batch_size=None, fn_args=(reference,), num_cpus=1)
     for row in receipts.iter_rows():
@@ -616,6 +618,20 @@ def _run(plan: Plan, quiet: bool, record: Record | None = None) -> None:
             raise UserError(row["error"])
         progress.add(plan.units[row["unit"]].size, row["inputs"], row["rejects"])
     progress.close()
+
+
+def _shares(todo: Sequence[int], sizes: Sequence[int], cpus: int) -> list[list[int]]:
+    """The units of each task. Ray Data takes up to 0.3 s to start the next task on a free CPU: while many units are left, a task
+    has several small ones, at the end one each, so that all CPUs end together."""
+    shares, first = [], 0
+    while first < len(todo):
+        several = (len(todo) - first) // (2 * cpus) if cpus else 1  # without CPUs yet, an autoscaler counts the tasks
+        share = list(todo[first : first + max(1, min(4, several))])
+        while len(share) > 1 and sum(sizes[unit] for unit in share) > SHARE_BYTES:
+            share.pop()
+        shares.append(share)
+        first += len(share)
+    return shares
 
 
 def _process_batch(batch: dict[str, np.ndarray], reference: Any) -> dict[str, np.ndarray]:

@@ -152,15 +152,17 @@ def write_mds(output: str, done: str, number: int, paths: list[str]) -> None:
 
 
 def _beside(work: Callable[[], object], done: list[int]) -> Iterator[int]:
-    """Runs `work` in a thread and yields what it appends to `done`."""
+    """Runs `work` in a thread and yields what it adds to `done`; the units of one task come at the same moment, as one."""
     thread = threading.Thread(target=work)
     thread.start()
     seen = 0
     while thread.is_alive() or seen < len(done):
         time.sleep(0.02)
-        while seen < len(done):
-            yield done[seen]
-            seen += 1
+        if len(done) > seen:
+            time.sleep(0.005)  # for the rest of a task's
+            until = len(done)
+            yield sum(done[seen:until])
+            seen = until
 
 
 def _files(work: Callable[[], object], output: str, suffix: str, count: int) -> Iterator[int]:

@@ -889,3 +889,16 @@ def test_a_shuffle_in_parts_is_uniform(monkeypatch):
         counts[order, np.arange(40) // 10] += 1
     chi2 = ((counts - 100) ** 2 / 100).sum()
     assert chi2 < 160  # 39 x 3 degrees of freedom: uniform shuffles come to 120, and half a percent of them above 160
+
+
+@pytest.mark.parametrize("cpus", [0, 1, 2, 7, 64])
+def test_tasks_have_several_small_units_first_and_one_each_at_the_end(cpus):
+    todo = list(range(3, 40))
+    small = prepare._shares(todo, [10 << 20] * 40, cpus)
+    assert [unit for share in small for unit in share] == todo
+    counts = [len(share) for share in small]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == {0: 1, 1: 4, 2: 4, 7: 2, 64: 1}[cpus]
+    assert counts[-max(cpus, 1) :] == [1] * min(max(cpus, 1), len(counts))
+    assert all(len(share) <= 2 for share in prepare._shares(todo, [100 << 20] * 40, cpus))
+    assert prepare._shares(todo, [1 << 30] * 40, cpus) == [[unit] for unit in todo]
