@@ -45,7 +45,7 @@ class Command:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Command, prog="compare.py", description=__doc__, args=argv)
 
-    from pipeline import comparison
+    from pipeline.operations import comparison
     from pipeline.tracking import names, start_run, tracking_uri
     from pipeline.tracking.views import page
 

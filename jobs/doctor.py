@@ -45,7 +45,7 @@ def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:
 def main(argv: list[str]) -> int:
     recipes = {name: command(recipe) for name, recipe in RECIPES.items()}
     options = config.parse(argv, recipes, "demo", prog="jobs/doctor.py", description=__doc__ or "")
-    from pipeline import doctor
+    from pipeline.operations import doctor
 
     settings = PretrainConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PretrainConfig)}

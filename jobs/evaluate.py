@@ -23,8 +23,9 @@ import dataclasses
 import json
 import traceback
 
-from pipeline import config, evaluation, storage
+from pipeline import config, storage
 from pipeline.errors import UserError
+from pipeline.operations import evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         return prune(command)
     fields = dataclasses.fields(evaluation.EvaluateConfig)
     what = evaluation.EvaluateConfig(**{field.name: getattr(command, field.name) for field in fields})
-    from pipeline import doctor
+    from pipeline.operations import doctor
 
     doctor.preflight(None, what.tracking_uri)
     if command.every is None:

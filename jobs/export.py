@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from pipeline.data.samples import sample_images
+    from pipeline.data.loading.samples import sample_images
     from pipeline.weights import open_model
 
     model, config = open_model(options.checkpoint, options.tracking_uri)

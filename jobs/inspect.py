@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
     from models import inspect
     from models.vit import VisionTransformer
-    from pipeline.data.samples import sample_images
+    from pipeline.data.loading.samples import sample_images
     from pipeline.weights import open_model
 
     model, _ = open_model(options.checkpoint, options.tracking_uri)

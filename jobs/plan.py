@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable
 
 from pipeline import config
-from pipeline.planning import PlanConfig
+from pipeline.operations.planning import PlanConfig
 from pipeline.training.recipes import RECIPES, PretrainConfig
 
 
@@ -50,11 +50,11 @@ def main(argv: list[str]) -> None:
     options, _, recipe = config.parse_recipe(
         argv, recipes, "h14_jft300m_14ep", prog="jobs/plan.py", description=__doc__ or ""
     )
-    from pipeline import planning
+    from pipeline.operations import planning
 
     result = planning.plan(options, recipe)
     if options.scaling:
-        from pipeline import scaling
+        from pipeline.operations import scaling
 
         width = 4 if options.training.engine.precision == "fp32" else 2
         result["scaling"] = scaling.simulate(result, width=width, network=options.network)

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import cluster, config, storage
+from pipeline.data.format.shards import Manifest
 from pipeline.data.prepare import RECIPES, PrepareConfig
-from pipeline.data.shards import Manifest
 from pipeline.errors import UserError
 
 
@@ -82,8 +82,8 @@ def main(argv: list[str]) -> int:
         return describe(options)
     if options.vtab:
         return vtab(options)
-    from pipeline import doctor
     from pipeline.data import prepare
+    from pipeline.operations import doctor
     from pipeline.tracking import tracking_uri
 
     settings = PrepareConfig(
@@ -137,7 +137,7 @@ def gather(argv: list[str], flag: str) -> list[str]:
 
 
 def verify(options: Command) -> int:
-    from pipeline.data.describe import verify
+    from pipeline.data.format.describe import verify
 
     problems = verify(options.verify)
     if options.json:
@@ -148,7 +148,7 @@ def verify(options: Command) -> int:
 
 
 def describe(options: Command) -> int:
-    from pipeline.data.describe import describe
+    from pipeline.data.format.describe import describe
 
     name = storage.normalise(options.describe or "").rpartition("/")[2]
     facts = describe(options.describe, options.output or storage.join("runs", "describe", name))

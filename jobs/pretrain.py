@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
 
         return 0 if checkpoint.repair(wanted.repair, wanted.delete) else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
-    from pipeline import doctor
+    from pipeline.operations import doctor
     from pipeline.training import run
 
     if config.dry_run:
-        from pipeline import planning
+        from pipeline.operations import planning
 
         print(planning.dry_run(config, recipe, diff(config, base)))
         print("\n" + to_yaml(config))

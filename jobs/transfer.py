@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         return compare(options)
     settings = TransferConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TransferConfig)})
     check(settings)  # before torch and Ray are imported
-    from pipeline import doctor
+    from pipeline.operations import doctor
     from pipeline.transfer import run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)

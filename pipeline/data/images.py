@@ -13,8 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.data.augment import scratch
-from pipeline.data.patches import patchify
+from pipeline.data.loading.augment import scratch
+from pipeline.data.loading.patches import patchify
 
 # `decode` has its own, configurable limit and checks it against the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None

@@ -22,7 +22,7 @@ from models.variants import flops, parse_variant
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
-from pipeline.data.shards import Dataset
+from pipeline.data.format.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.tracking import Run, attach_run, names
 from pipeline.tracking.system import SystemMetrics
@@ -101,7 +101,7 @@ def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -
 
 def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> Plan:
     """Resolves a config against its dataset. Raises UserError for whatever could not work."""
-    from pipeline.data.order import default_lanes
+    from pipeline.data.loading.order import default_lanes
 
     batch = config.batch_size
     if batch < 1 or workers < 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from pipeline.data.augment import Augment
+from pipeline.data.loading.augment import Augment
 from pipeline.training.schedule import ScheduleConfig
 
 

@@ -15,9 +15,9 @@ from torch import distributed as dist
 
 from models.losses import correct, training_loss
 from pipeline.data import Loader, open_dataset
-from pipeline.data.augment import Augment, decode
-from pipeline.data.patches import unpatchify
-from pipeline.data.shards import Dataset
+from pipeline.data.format.shards import Dataset
+from pipeline.data.loading.augment import Augment, decode
+from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.training.engine import Engine

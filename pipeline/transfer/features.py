@@ -19,7 +19,7 @@ import torch
 
 from pipeline import storage
 from pipeline.config import fingerprint
-from pipeline.data.augment import Augment
+from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.transfer.finetune import examples, padded
 from pipeline.transfer.suites import Probe, Split

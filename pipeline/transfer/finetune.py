@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.data.augment import Augment
-from pipeline.data.patches import unpatchify
+from pipeline.data.loading.augment import Augment
+from pipeline.data.loading.patches import unpatchify
 from pipeline.training.schedule import ScheduleConfig, learning_rate
 from pipeline.transfer.suites import FineTune, Split
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Dataset
+    from pipeline.data.format.shards import Dataset
 
 # A training set that fits is decoded once and stays on the device. VTAB's 1,000 images at 448 px take 0.6 GB, and each is
 # used 1,280 times: decoding them again and again would cost more CPU than the GPU needs for the training.

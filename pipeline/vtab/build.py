@@ -18,10 +18,11 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.data import images
-from pipeline.data.shards import Dataset, Manifest, Receipt, Reject, ShardWriter, finish_dataset, open_dataset
+from pipeline.data.format.shards import Dataset, Manifest, Receipt, Reject, ShardWriter, finish_dataset, open_dataset
 from pipeline.errors import UserError
-from pipeline.vtab import archives, copies, readers, tasks
-from pipeline.vtab.readers import Listing, Member, Source
+from pipeline.vtab import archives, copies, tasks
+from pipeline.vtab import datasets as readers
+from pipeline.vtab.datasets import Listing, Member, Source
 from pipeline.vtab.splits import PARTS, check, needed, take, tfds_order
 from pipeline.vtab.tasks import Task
 

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.tfrecord import parse_example, read_records
+from pipeline.data.sources.tfrecord import parse_example, read_records
 from pipeline.errors import UserError
-from pipeline.vtab.readers import (
+from pipeline.vtab.datasets import (
     READERS,
     Listing,
     Member,

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pipeline.data.tfrecord import encode_example, write_record
+from pipeline.data.sources.tfrecord import encode_example, write_record
 from pipeline.vtab import tasks
 from pipeline.vtab.archives import MINIATURE
 

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pipeline.data.augment import Augment, decode  # noqa: E402
+from pipeline.data.loading.augment import Augment, decode  # noqa: E402
 
 BATCH, SIZE, THREADS = 256, 224, 2
 AUGMENT = Augment(size=SIZE)
@@ -73,7 +73,7 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
     """The same JPEG bytes as files, tar shards and our shards, and an equally large dataset of patches."""
     import simplejpeg
 
-    from pipeline.data.shards import write_dataset
+    from pipeline.data.format.shards import write_dataset
 
     generator, pictures = np.random.default_rng(0), list(photos(source))
     rows = []
@@ -279,8 +279,8 @@ TOOLS = [
 ]
 SWEEP = {"torch_dataloader", "webdataset", "mosaicml_streaming", "hf_datasets"}
 PEERS = {"webdataset", "mosaicml_streaming", "hf_datasets"}
-MODULES = {"ours": "pipeline.data.loader", "ray_data": "ray.data", "webdataset": "webdataset"}
-MODULES |= {"hf_datasets": "datasets", "patches_ours": "pipeline.data.loader"}
+MODULES = {"ours": "pipeline.data.loading.loader", "ray_data": "ray.data", "webdataset": "webdataset"}
+MODULES |= {"hf_datasets": "datasets", "patches_ours": "pipeline.data.loading.loader"}
 
 
 # ---------------------------------------------------------------- measuring
@@ -332,9 +332,9 @@ def plan(manifest: str) -> dict:
     """Opens a dataset, plans an epoch of it and resumes in its middle, as rank 0 of 8: CPU time, and the memory that it adds."""
     import psutil
 
-    import pipeline.data.loader  # noqa: F401 - its imports are no part of the plan
-    from pipeline.data.order import Order
-    from pipeline.data.shards import Dataset, Manifest
+    import pipeline.data.loading.loader  # noqa: F401 - its imports are no part of the plan
+    from pipeline.data.format.shards import Dataset, Manifest
+    from pipeline.data.loading.order import Order
 
     before, start = psutil.Process().memory_info().rss, time.process_time()
     dataset = Dataset(str(Path(manifest).parent), Manifest.from_json(Path(manifest).read_bytes()))
@@ -355,7 +355,7 @@ def plan(manifest: str) -> dict:
 
 def simulated_manifest(folder: str) -> str:
     """303 million images in 10,000 shards of 30 row groups."""
-    from pipeline.data.shards import Manifest, Shard
+    from pipeline.data.format.shards import Manifest, Shard
 
     rows, size = 1010, 24 << 20
     groups = [[rows, 4 + g * size, 40_000 + g * size, (g + 1) * size] for g in range(30)]

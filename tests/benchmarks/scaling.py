@@ -1,4 +1,4 @@
-"""Whether pipeline/scaling.py predicts a real two-worker run: two processes on a core each, gloo, the training engine.
+"""Whether pipeline/operations/scaling.py predicts a real two-worker run: two processes on a core each, gloo, the training engine.
 
     python tests/benchmarks/scaling.py            about a minute on two idle cores; writes results/scaling.json
 
@@ -90,7 +90,7 @@ def measure(world: int, stage: int) -> tuple[float, float]:
 
 def main() -> None:
     from models.variants import parameters
-    from pipeline.scaling import Link, sent_bytes, step_seconds
+    from pipeline.operations.scaling import Link, sent_bytes, step_seconds
 
     count = parameters({"variant": VARIANT, "num_classes": 1000, "image_size": SIDE})
     rows = []

@@ -18,9 +18,10 @@ import pytest
 from conftest import free_port
 from faultproxy import FaultProxy
 
-from pipeline import cluster, doctor, storage
-from pipeline.data.shards import write_dataset
+from pipeline import cluster, storage
+from pipeline.data.format.shards import write_dataset
 from pipeline.errors import UserError
+from pipeline.operations import doctor
 from pipeline.training.recipes import RECIPES, PretrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from pipeline import evaluation, storage
+from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.evaluation import EvaluateConfig, Outcome, evaluate_once
+from pipeline.operations import evaluation
+from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
 from pipeline.tracking import names, registry, start_run
 from pipeline.training import checkpoint as checkpoints
 
@@ -136,7 +137,7 @@ def test_two_schedulers_share_the_work_without_repeating_it(config, tmp_path):
 
 DIES = """
 import os, sys
-from pipeline import evaluation
+from pipeline.operations import evaluation
 def die(config, target, output, uri):
     os.kill(os.getpid(), int(sys.argv[4]))
     import time; time.sleep(60)
@@ -338,7 +339,7 @@ def test_command_line_exit_codes(tmp_path, database):
 @pytest.mark.slow
 def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, monkeypatch):
     """Checkpoints of one run, another family, a repeated transfer, and one that left tasks out."""
-    from pipeline import comparison
+    from pipeline.operations import comparison
 
     monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -13,9 +13,10 @@ import pytest
 import simplejpeg
 import torch
 
-from pipeline.data import Loader, open_dataset, reader
-from pipeline.data.augment import Augment
-from pipeline.data.shards import write_dataset
+from pipeline.data import Loader, open_dataset
+from pipeline.data.format.shards import write_dataset
+from pipeline.data.loading import reader
+from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

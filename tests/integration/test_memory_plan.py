@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from models import create_model
 from models.losses import training_loss
-from pipeline import planning
+from pipeline.operations import planning
 from pipeline.training import engine as module
 from pipeline.training.engine import Engine
 from pipeline.training.recipes import EngineConfig, OptimizerConfig

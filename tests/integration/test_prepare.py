@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline.data import prepare, shards, sources, tfrecord
-from pipeline.data.describe import verify
+from pipeline.data import prepare, sources
+from pipeline.data.format import shards
+from pipeline.data.format.describe import verify
 from pipeline.data.prepare import PrepareConfig
+from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.tracking import start_run
 from pipeline.tracking.run import client as tracking_client

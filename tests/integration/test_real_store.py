@@ -16,8 +16,8 @@ import torch
 
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
-from pipeline.data.augment import Augment
-from pipeline.data.describe import verify
+from pipeline.data.format.describe import verify
+from pipeline.data.loading.augment import Augment
 from pipeline.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -18,7 +18,8 @@ import psutil
 import pytest
 from conftest import free_port
 
-from pipeline import cluster, doctor
+from pipeline import cluster
+from pipeline.operations import doctor
 from pipeline.tracking.run import redacted
 
 ROOT = Path(__file__).parents[2]

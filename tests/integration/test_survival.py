@@ -26,8 +26,8 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data.augment import Augment
-from pipeline.data.shards import open_dataset, write_dataset
+from pipeline.data.format.shards import open_dataset, write_dataset
+from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint, survival
 from pipeline.training.loop import make_plan

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from models import create_model
 from models.variants import parameters
 from pipeline import storage
-from pipeline.data.augment import Augment
-from pipeline.data.shards import open_dataset, write_dataset
+from pipeline.data.format.shards import open_dataset, write_dataset
+from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.loop import make_plan

@@ -21,8 +21,8 @@ from models import create_model
 from models.convert import save_checkpoint_weights
 from pipeline import storage
 from pipeline.data import open_dataset
-from pipeline.data.patches import patchify
-from pipeline.data.shards import write_dataset
+from pipeline.data.format.shards import write_dataset
+from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.tracking import registry, start_run
 from pipeline.tracking import run as run_module

@@ -15,7 +15,7 @@ import torch
 from models import create_model
 from models.convert import save_checkpoint_weights
 from pipeline import storage
-from pipeline.data.shards import write_dataset
+from pipeline.data.format.shards import write_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import registry
 from pipeline.weights import locate, open_model

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.data.augment import OPERATIONS, Augment, BadImage, decode, inception_box, rand_augment
+from pipeline.data.loading.augment import OPERATIONS, Augment, BadImage, decode, inception_box, rand_augment
 from pipeline.errors import UserError
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from pipeline.data import dedup, shards
+from pipeline.data import duplicates as dedup
+from pipeline.data.format import shards
 from pipeline.errors import UserError
 
 

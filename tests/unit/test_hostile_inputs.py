@@ -32,14 +32,15 @@ from safetensors.torch import save
 from models import create_model
 from models.convert import load_model, load_weights, read_config, read_weights
 from pipeline import config as configuration
-from pipeline.data import images, prepare, sources, tfrecord
+from pipeline.data import images, prepare, sources
+from pipeline.data.format.shards import Manifest, open_dataset, write_dataset
 from pipeline.data.images import Refused
 from pipeline.data.prepare import PrepareConfig
-from pipeline.data.shards import Manifest, open_dataset, write_dataset
+from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.recipes import PretrainConfig
-from pipeline.vtab import readers
+from pipeline.vtab import datasets as readers
 from pipeline.vtab.archives import Tree
 
 LIMIT = 10_000_000

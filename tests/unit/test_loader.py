@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import Loader, open_dataset
-from pipeline.data.augment import Augment, decode
-from pipeline.data.order import AUGMENT, Order, uniform
-from pipeline.data.patches import kept_tokens, patchify
-from pipeline.data.shards import write_dataset
+from pipeline.data.format.shards import write_dataset
+from pipeline.data.loading.augment import Augment, decode
+from pipeline.data.loading.order import AUGMENT, Order, uniform
+from pipeline.data.loading.patches import kept_tokens, patchify
 from pipeline.errors import UserError
 
 CLASSES = list("abcdefg")
@@ -260,7 +260,7 @@ def test_multilabel_rows_are_padded(datasets):
 
 
 def test_rows_that_do_not_decode_are_replaced_the_same_way_everywhere(datasets, caplog):
-    with caplog.at_level(logging.WARNING, "pipeline.data.loader"):
+    with caplog.at_level(logging.WARNING, "pipeline.data.loading.loader"):
         with Loader(datasets["bad"], batch_size=16, lanes=8, seed=3, augment=SMALL, shuffle_window=64) as loader:
             keys = [key for batch in loader for key in batch["key"]]
             assert set(loader.replaced) <= {f"k{i:03d}" for i in BAD}

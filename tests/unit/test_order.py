@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import WINDOWS, Order, bits, default_lanes, uniform
+from pipeline.data.loading.order import WINDOWS, Order, bits, default_lanes, uniform
 from pipeline.errors import UserError
 
 FROZEN_BITS = [13881986062148240272, 6065279026603622420]

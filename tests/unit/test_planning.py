@@ -9,9 +9,9 @@ import torch
 
 from models import create_model
 from models.losses import training_loss
-from pipeline import planning
 from pipeline.errors import UserError
-from pipeline.planning import GB, PlanConfig
+from pipeline.operations import planning
+from pipeline.operations.planning import GB, PlanConfig
 from pipeline.training.recipes import RECIPES, EngineConfig
 
 # Table 6 of the paper: recipe -> exaFLOPs of pre-training. (Of its ResNets, the paper counts 4 to 5% less than we do.)

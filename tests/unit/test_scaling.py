@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline import planning, scaling
 from pipeline.errors import UserError
-from pipeline.planning import PlanConfig
-from pipeline.scaling import Link, sent_bytes, step_seconds
+from pipeline.operations import planning, scaling
+from pipeline.operations.planning import PlanConfig
+from pipeline.operations.scaling import Link, sent_bytes, step_seconds
 from pipeline.training.recipes import RECIPES
 
 NVLINK = Link(inside=450e9, outside=50e9)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import describe, shards
-from pipeline.data.shards import ShardWriter, open_dataset, write_dataset
+from pipeline.data.format import describe, shards
+from pipeline.data.format.shards import ShardWriter, open_dataset, write_dataset
 from pipeline.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
@@ -244,8 +244,8 @@ def test_three_hundred_million_images_open_plan_and_resume_in_a_second(tmp_path)
     script = """
 import sys, time
 import psutil
-from pipeline.data.loader import Order
-from pipeline.data.shards import Dataset, Manifest, Shard
+from pipeline.data.loading.loader import Order
+from pipeline.data.format.shards import Dataset, Manifest, Shard
 groups = [[1010, 4 + (g << 24), 40_000 + (g << 24), (g + 1) << 24] for g in range(30)]
 shards = [Shard(name=f"part-{i:05d}.parquet", rows=30_300, bytes=30 << 24, sha256="0" * 64, row_groups=groups) for i in range(10_000)]
 text = Manifest(encoding="jpeg", image={}, rows=303_000_000, inputs=303_000_000, fingerprint="0", shards=shards).to_json()

@@ -16,10 +16,12 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.data import images, prepare, shards, sources, tfrecord
-from pipeline.data.describe import describe, verify
+from pipeline.data import images, prepare, sources
+from pipeline.data.format import shards
+from pipeline.data.format.describe import describe, verify
 from pipeline.data.images import Refused, decode
 from pipeline.data.prepare import PrepareConfig
+from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 
 LIMIT = 10_000_000

@@ -10,8 +10,8 @@ import torch
 
 from models import create_model
 from pipeline.data import open_dataset
-from pipeline.data.patches import patchify
-from pipeline.data.shards import write_dataset
+from pipeline.data.format.shards import write_dataset
+from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
 from pipeline.transfer.suites import FineTune, Probe, Split

@@ -22,7 +22,7 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from pipeline.data import open_dataset
-from pipeline.data.tfrecord import encode_example, parse_example, read_records, write_record
+from pipeline.data.sources.tfrecord import encode_example, parse_example, read_records, write_record
 from pipeline.errors import UserError
 from pipeline.vtab import (
     TASKS,
@@ -245,7 +245,7 @@ def test_the_counts_are_printed_beside_the_official_ones(prepared):
 
 def test_the_loader_takes_every_split(prepared):
     from pipeline.data import Loader
-    from pipeline.data.augment import Augment
+    from pipeline.data.loading.augment import Augment
 
     output, _ = prepared
     for task in ("sun397", "smallnorb_azimuth"):

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.vtab.readers import clevr_count, clevr_distance, dsprites_label, kitti_distance, kitti_label, kitti_videos
+from pipeline.vtab.datasets import (
+    clevr_count,
+    clevr_distance,
+    dsprites_label,
+    kitti_distance,
+    kitti_label,
+    kitti_videos,
+)
 from pipeline.vtab.retinopathy import btgraham
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.tfrecord import POLYNOMIAL, crc32c, encode_example, parse_example, read_records, write_record
+from pipeline.data.sources.tfrecord import POLYNOMIAL, crc32c, encode_example, parse_example, read_records, write_record
 from pipeline.errors import UserError
 
 

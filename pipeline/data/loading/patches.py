@@ -6,7 +6,7 @@ Legend: B batch, H height, W width, C channels, N patches, P patch size, D = P*P
 
 import numpy as np
 
-from pipeline.data.order import TOKENS, bits
+from pipeline.data.loading.order import TOKENS, bits
 
 
 def patchify(image_HWC: np.ndarray, patch_size: int, out: np.ndarray | None = None) -> np.ndarray:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.order import bits
-from pipeline.data.shards import Receipt
+from pipeline.data.format.shards import Receipt
+from pipeline.data.loading.order import bits
 
 if TYPE_CHECKING:
     from pipeline.data.prepare import Plan
 
-DEAL, UNITS, PLACE = 100, 101, 102  # random numbers of their own (pipeline.data.order has the others)
+DEAL, UNITS, PLACE = 100, 101, 102  # random numbers of their own (pipeline.data.loading.order has the others)
 WORK = "_work"  # the folder of receipts, inside the output
 MOST_BUCKETS = 128
 HELD_BYTES = 512 << 20  # of image bytes that `gather` shuffles at a time

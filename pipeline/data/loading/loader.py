@@ -23,11 +23,11 @@ import cv2
 import numpy as np
 import torch
 
-from pipeline.data.augment import Augment, BadImage, decode, scratch
-from pipeline.data.order import AUGMENT, MIXUP, Order, default_lanes, uniform
-from pipeline.data.patches import kept_tokens, patchify, unpatchify
-from pipeline.data.reader import Reader
-from pipeline.data.shards import Dataset, RowGroup
+from pipeline.data.format.shards import Dataset, RowGroup
+from pipeline.data.loading.augment import Augment, BadImage, decode, scratch
+from pipeline.data.loading.order import AUGMENT, MIXUP, Order, default_lanes, uniform
+from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
+from pipeline.data.loading.reader import Reader
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -39,8 +39,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import cifar, tfrecord
 from pipeline.data.images import Refused
+from pipeline.data.sources import cifar, tfrecord
 from pipeline.errors import UserError, nearest
 
 Kind = Literal["folder", "tar", "parquet", "tfrecord", "cifar"]

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.augment import Augment, BadImage, decode
-from pipeline.data.patches import unpatchify
+from pipeline.data.loading.augment import Augment, BadImage, decode
+from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
-from pipeline.data.shards import ROW_GROUP_BYTES, SHARD_BYTES
+from pipeline.data.format.shards import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.errors import UserError, nearest
 from pipeline.training.recipes import PretrainConfig
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Dataset
+    from pipeline.data.format.shards import Dataset
 
 GB = 1e9
 
@@ -103,7 +103,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
     """
     from models.variants import flops, parameters
-    from pipeline.data.order import default_lanes
+    from pipeline.data.loading.order import default_lanes
     from pipeline.training.loop import PEAK_FLOPS, model_options
 
     training, gpu = config.training, config.gpu.lower()
@@ -461,7 +461,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
 
 def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Dataset":
     """A dataset of the size of the recipe's published corpus. Raises `missing` when there is none."""
-    from pipeline.data.shards import Dataset, Manifest
+    from pipeline.data.format.shards import Dataset, Manifest
 
     size = next((size for key, size in CORPORA.items() if key in recipe), None)
     if size is None:

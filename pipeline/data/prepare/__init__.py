@@ -34,11 +34,14 @@ import pyarrow.compute as pc
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data import dedup, describe, images, mix, shards, sources
-from pipeline.data.augment import decode
+from pipeline.data import duplicates as dedup
+from pipeline.data import images, sources
+from pipeline.data.format import describe, shards
+from pipeline.data.format.shards import Encoding, Manifest, Receipt, Reject, ShardWriter
 from pipeline.data.images import Fit, Refused
-from pipeline.data.record import Record
-from pipeline.data.shards import Encoding, Manifest, Receipt, Reject, ShardWriter
+from pipeline.data.loading.augment import decode
+from pipeline.data.prepare import mix
+from pipeline.data.prepare.record import Record
 from pipeline.data.sources import Format, Labels, Source
 from pipeline.errors import UserError
 
@@ -221,7 +224,7 @@ class Plan:
 
     @property
     def buckets(self) -> int:
-        """Parts that mix the units' rows (pipeline.data.mix)."""
+        """Parts that mix the units' rows (pipeline.data.prepare.mix)."""
         return min(len(self.units), mix.MOST_BUCKETS)
 
     @property

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.tfrecord import parse_example, read_records
+from pipeline.data.sources.tfrecord import parse_example, read_records
 from pipeline.errors import UserError
 from pipeline.vtab.archives import MAX_MEMBER_BYTES, Found, Tree, damaged, unzipped
 from pipeline.vtab.tasks import TABLE, sun397_splits

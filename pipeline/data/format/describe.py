@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import shards
-from pipeline.data.augment import decode
-from pipeline.data.patches import unpatchify
-from pipeline.data.shards import Dataset, open_dataset
+from pipeline.data.format import shards
+from pipeline.data.format.shards import Dataset, open_dataset
+from pipeline.data.loading.augment import decode
+from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 
 CHUNK = 16 << 20

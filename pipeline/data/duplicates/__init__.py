@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import images, shards, sources
+from pipeline.data import images, sources
+from pipeline.data.format import shards
 from pipeline.errors import UserError
 
 SIDE, BITS, BANDS = 32, 128, 8
@@ -187,7 +188,7 @@ def _parts(uri: str) -> Iterator[Any]:
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray]]:
     """(key, RGB pixels) of one piece; images that do not decode are no test images and are passed over."""
     if isinstance(part[0], str):
-        from pipeline.data.describe import thumbnail
+        from pipeline.data.format.describe import thumbnail
 
         dataset = shards.open_dataset(part[0])
         group = dataset.read_row_group(part[1])

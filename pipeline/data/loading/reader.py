@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.shards import Dataset, RowGroup, parse_row_group
+from pipeline.data.format.shards import Dataset, RowGroup, parse_row_group
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)

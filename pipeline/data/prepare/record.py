@@ -17,8 +17,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import dedup, shards
-from pipeline.data.shards import Manifest
+from pipeline.data import duplicates as dedup
+from pipeline.data.format import shards
+from pipeline.data.format.shards import Manifest
 from pipeline.tracking import Run, names, start_run
 
 MOST_REJECTS = 10_000  # rows of rejects.parquet that are copied into the run, as a table that MLflow shows
