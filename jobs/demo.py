@@ -15,7 +15,6 @@ sys.path[0] = os.path.dirname(
     os.path.dirname(os.path.abspath(__file__))
 )  # the project, not jobs/: see jobs/pretrain.py
 
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -59,7 +58,8 @@ def main(argv: list[str]) -> int:
     if config.fresh:
         storage.remove(output, recursive=True)
     data = storage.join(output, "data")
-    connect = functools.partial(cluster.connect, num_cpus=2)
+    cluster.configure(num_cpus=2)
+    connect = cluster.connect
 
     _title("prepare")
     manifests = _prepare(config, data, connect)

@@ -20,7 +20,6 @@ sys.path[0] = os.path.dirname(
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +88,8 @@ def main(argv: list[str]) -> int:
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
-    connect = functools.partial(cluster.connect, options.address, options.num_cpus, quiet=options.json, dashboard=False)
+    cluster.configure(options.address, options.num_cpus, dashboard=False)
+    connect = cluster.connect
     server = tracking_uri(options.tracking_uri) if options.tracking else None
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
@@ -177,7 +177,8 @@ def vtab(options: Command) -> int:
                 name = storage.normalise(options.output).rpartition("/")[2]
                 server = tracking_uri(options.tracking_uri)
                 runs.append(stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server)))
-            cluster.connect(options.address, options.num_cpus, quiet=options.json, dashboard=False)
+            cluster.configure(options.address, options.num_cpus, dashboard=False)
+            cluster.connect()
 
         result = vtab.prepare(
             tasks,

@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
 
     def connect() -> None:
         doctor.preflight(config.address, config.tracking_uri)
-        cluster.connect(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
+        cluster.configure(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
+        cluster.connect()
 
     run.pretrain(config, base, recipe=recipe, connect=connect)
     return 0

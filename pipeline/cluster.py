@@ -17,6 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
 # Worker processes run the project from here (embedded), or from the package that Ray ships (cluster).
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -50,21 +54,37 @@ def runtime_env(ship_project: bool) -> dict:
     return {"env_vars": {**env_vars, "PYTHONPATH": os.pathsep.join(path)}}
 
 
-def connect(
-    address: str | None = None, num_cpus: int | None = None, quiet: bool = False, dashboard: bool = True
-) -> None:
-    """Joins or starts Ray once per process and says which. An embedded Ray goes without its dashboard on request: it costs
-    some seconds of CPU time at the start, and Ray Train misses it.
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """How this process joins Ray."""
+
+    address: str | None = None
+    """auto or host:port of a cluster; None: the submitted job's, or an embedded Ray."""
+    num_cpus: int | None = None
+    """CPUs of an embedded Ray; None: all of the machine."""
+    dashboard: bool = True
+    """Of an embedded Ray: its start costs some seconds of CPU time, and Ray Train needs it."""
+
+
+_settings = Settings()
+
+
+def configure(address: str | None = None, num_cpus: int | None = None, dashboard: bool = True) -> None:
+    """Says how `connect` will join Ray. Jobs call it at their start; whatever has work for Ray then calls `connect`."""
+    _settings.address, _settings.num_cpus, _settings.dashboard = address, num_cpus, dashboard
+
+
+def connect() -> None:
+    """Joins or starts Ray as configured, once per process, and logs which.
 
     What tasks and workers print stays in Ray's own logs: the jobs report progress and errors themselves.
     Raises UserError when Ray does not start, or the cluster at `address` cannot be joined.
     """
     import ray
 
-    from pipeline.errors import UserError
-
     if ray.is_initialized():
         return
+    address, num_cpus = _settings.address, _settings.num_cpus
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     stop = signal.getsignal(signal.SIGTERM)
@@ -84,7 +104,7 @@ def connect(
             ray.init(
                 address="local",  # never whatever cluster an earlier session left in /tmp
                 num_cpus=num_cpus,
-                include_dashboard=dashboard,
+                include_dashboard=_settings.dashboard,
                 dashboard_host="127.0.0.1",
                 runtime_env=runtime_env(ship_project=False),
                 logging_level=logging.ERROR,
@@ -108,10 +128,8 @@ def connect(
     _protect_token()
     if address or submitted():
         announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
-    if not quiet:
-        resources = ray.cluster_resources()
-        gpus = resources.get("GPU", 0)
-        print(f"ray: {what}, {resources.get('CPU', 0):g} CPUs, {gpus:g} GPUs", flush=True)
+    resources = ray.cluster_resources()
+    logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
 def _protect_token() -> None:
@@ -157,12 +175,12 @@ def announce(bundle: Mapping[str, float], count: int = 1) -> None:
     if here.free >= count:
         return
     if here.now >= count:
-        print(f"waiting for {want}: other jobs leave room for {here.free}", file=sys.stderr, flush=True)
+        logger.warning("waiting for %s: other jobs leave room for %d", want, here.free)
         return
-    print(
-        f"waiting for {want}: the cluster has room for {here.now}; the job starts when an autoscaler, or you, bring more",
-        file=sys.stderr,
-        flush=True,
+    logger.warning(
+        "waiting for %s: the cluster has room for %d; the job starts when an autoscaler, or you, add more",
+        want,
+        here.now,
     )
     threading.Thread(target=_watch_for_never, args=(dict(bundle), count, want), daemon=True).start()
 
@@ -172,11 +190,10 @@ def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
     try:
         while room(bundle).now < count:
             if _infeasible(bundle):
-                print(
-                    f"waiting for {want}: the autoscaler cannot bring them, whatever happens. Raise max_workers of a node type "
-                    "that has them (or maxReplicas), or stop this job and ask for less",
-                    file=sys.stderr,
-                    flush=True,
+                logger.warning(
+                    "waiting for %s: the autoscaler can never add them. Raise max_workers of a node type that has them (or "
+                    "maxReplicas), or stop this job and ask for less",
+                    want,
                 )
                 return
             time.sleep(2)

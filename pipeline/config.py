@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import storage
+from pipeline import logs, storage
 from pipeline.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -86,6 +86,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         raise SystemExit(128 + signum)  # unwinds through every `finally`, as Ctrl-C does
 
     signal.signal(signal.SIGTERM, stop)
+    logs.setup()
     code: str | int | None
     try:
         code = main(sys.argv[1:]) or 0

@@ -90,7 +90,8 @@ def examine(config: "PretrainConfig") -> list[Finding]:
     )
     if remote:
         try:
-            cluster.connect(config.address, quiet=True)
+            cluster.configure(config.address)
+            cluster.connect()
         except UserError as cause:
             return [*findings, refused("cluster", cause)]
         findings += [

@@ -90,7 +90,8 @@ def run_suite(config: TransferConfig, quiet: bool = False) -> SuiteResult:
     )
     pool = None
     if left:
-        cluster.connect(config.address, quiet=quiet, dashboard=False)
+        cluster.configure(config.address, dashboard=False)
+        cluster.connect()
         pool = Pool(config, weights, left, results)  # its processes come up while MLflow does
     parent = start_run(
         config.experiment,

@@ -90,9 +90,8 @@ def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
     prepare._Progress.add = noted  # type: ignore[method-assign]
     config = prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
-    yield from _beside(
-        lambda: prepare.prepare(config, True, lambda: cluster.connect(num_cpus=cpus, quiet=True, dashboard=False)), done
-    )
+    cluster.configure(num_cpus=cpus, dashboard=False)
+    yield from _beside(lambda: prepare.prepare(config, True, cluster.connect), done)
 
 
 def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
@@ -245,7 +244,8 @@ def memory(kind: str, count: int, room: str) -> dict:
     threading.Thread(target=watch, daemon=True).start()
     begin = time.perf_counter()
     config = prepare.PrepareConfig(source=(source,), output=f"{room}/small-out")
-    rows = prepare.prepare(config, True, lambda: cluster.connect(num_cpus=2, quiet=True, dashboard=False))[""].rows
+    cluster.configure(num_cpus=2, dashboard=False)
+    rows = prepare.prepare(config, True, cluster.connect)[""].rows
     over.set()
     seconds = time.perf_counter() - begin
     return {"kind": kind, "images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak

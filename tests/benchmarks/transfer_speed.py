@@ -56,7 +56,8 @@ def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
     import ray
 
     start = time.perf_counter()
-    cluster.connect(num_cpus=os.cpu_count(), quiet=True, dashboard=False)
+    cluster.configure(num_cpus=os.cpu_count(), dashboard=False)
+    cluster.connect()
     connected, finished = time.perf_counter(), []
     worker = ray.remote(fanout.Worker).options(max_concurrency=2, num_cpus=1)
     shared = ray.put(arrays)

@@ -1,0 +1,209 @@
+"""Log records of a job and of its workers, on the driver's standard error; results alone go to standard output.
+
+setup()                            once in a job: every line has a time and a level (`config.run_job` calls it)
+logger = logging.getLogger(__name__)
+with Collector() as collector:     on the driver: workers that hold `collector.handle` log through it
+send_to(handle)                    in such a worker, once
+with captured() as records:        in a worker whose result carries its records back; `replay(records)` on the driver
+with Progress("prepare", total=n, unit="images") as progress:
+    progress.advance(1)            a bar on a terminal, a line every ten seconds elsewhere
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+ROOTS = ("pipeline", "models", "jobs")  # our loggers; other libraries keep their own levels
+console = Console(stderr=True, highlight=False)
+logger = logging.getLogger(__name__)
+
+
+def setup(level: int = logging.INFO) -> None:
+    """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is harmless."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console, show_path=False, markup=False, omit_repeated_times=False, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    for name in ROOTS:
+        ours = logging.getLogger(name)
+        ours.handlers[:] = [handler]
+        ours.setLevel(level)
+        ours.propagate = False
+
+
+# ---------------------------------------------------------------- records of workers
+
+
+class Collector:
+    """Receives the records of Ray workers and logs them on the driver as they come. Ray must be connected.
+
+    An actor beside the driver holds them and a thread fetches them: a lost node takes no line of another with it.
+    """
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        @ray.remote(num_cpus=0)
+        class Records:
+            def __init__(self) -> None:
+                self.records: list[logging.LogRecord] = []
+
+            def add(self, record: logging.LogRecord) -> None:
+                self.records.append(record)
+
+            def take(self) -> list[logging.LogRecord]:
+                taken, self.records = self.records, []
+                return taken
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.handle: Any = Records.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, name="log-records", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+    def _fetch(self) -> None:
+        import ray
+
+        pending, last = None, False
+        while True:
+            if pending is None:
+                last = self._stop.wait(0.3)
+                pending = self.handle.take.remote()
+            try:
+                records = ray.get(pending, timeout=10)
+            except ray.exceptions.GetTimeoutError:  # a busy machine: the records are on their way
+                continue
+            except Exception:  # the cluster is ending; whoever started it reports why
+                return
+            pending = None
+            replay(records)
+            if last:
+                return
+
+
+class _ToDriver(logging.handlers.QueueHandler):
+    """Sends records to a Collector's actor. `prepare` of the base class makes them picklable."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        queue: Any = self.queue
+        queue.add.remote(record)
+
+
+def send_to(handle: Any) -> None:
+    """In a worker: sends this process's records of INFO and above to the driver's Collector."""
+    for name in ROOTS:
+        ours = logging.getLogger(name)
+        ours.handlers[:] = [_ToDriver(handle)]
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[list[logging.LogRecord]]:
+    """The records that this process logs meanwhile, picklable, instead of anything that it would print."""
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.handlers.QueueHandler):
+        def enqueue(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    before = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in ROOTS}
+    keep = Keep(None)  # type: ignore[arg-type]
+    for name in ROOTS:
+        logging.getLogger(name).handlers[:] = [keep]
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        for name, (handlers, level) in before.items():
+            logging.getLogger(name).handlers[:] = handlers
+            logging.getLogger(name).setLevel(level)
+
+
+def replay(records: Iterable[logging.LogRecord]) -> None:
+    """Logs records of another process here, with their own time."""
+    for record in records:
+        logging.getLogger(record.name).handle(record)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """How far a long piece of work is: a bar with percentage and remaining time on a terminal, a log line every ten seconds
+    elsewhere.
+
+    total: in whatever `advance` counts. `note` is free text after it, such as "1,234 images, 3 rejects".
+    """
+
+    EVERY = 10.0  # seconds between lines in a log
+
+    def __init__(self, name: str, total: float) -> None:
+        self.name, self.total = name, max(total, 1e-9)
+        self.done, self.note = 0.0, ""
+        self._begin = self._shown = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(self.name, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self.done:
+            logger.info("%s", self.line())
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done, self.note = self.done + amount, note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._shown >= self.EVERY:
+            self._shown = time.monotonic()
+            logger.info("%s", self.line())
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return max(time.monotonic() - self._begin, 1e-9)
+
+    def line(self) -> str:
+        share = min(self.done / self.total, 1.0)
+        left = round(self.seconds * (1 - share) / share) if share else 0
+        remaining = (
+            f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if share < 1 else f" in {self.seconds:.1f} s"
+        )
+        return f"{self.name}: {share:.0%}{', ' if self.note else ''}{self.note}{remaining}"
