@@ -9,13 +9,6 @@ and logs them, with a page that MLflow shows, to the experiment "compare" unless
 is nothing to compare.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import io
 import json

@@ -8,13 +8,6 @@ Calls what jobs/prepare.py, jobs/pretrain.py and jobs/transfer.py call, with two
 gloo and MLflow on SQLite. Stopped in the middle, it continues when it is started again.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project, not jobs/: see jobs/pretrain.py
-
 import re
 import time
 from collections.abc import Callable

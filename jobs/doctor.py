@@ -10,13 +10,6 @@ locks, room for the workers, ports, whether --output is free, GPUs and NCCL. Wit
 of the cluster. Nothing is left behind. Exit code: 0 no error, 1 errors, 2 a wrong command line.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import json
 from collections.abc import Callable

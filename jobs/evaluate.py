@@ -12,15 +12,9 @@ experiment "evaluate". Any number of schedulers may share --output; one that die
 Exit code: 0 done, 1 an evaluation failed, 2 bad input, 3 a regression (with --fail-on-regression).
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import json
+import sys
 import traceback
 
 from pipeline import config, storage

@@ -13,16 +13,11 @@ or run folder, local or s3://, or an MLflow URI (models:/NAME/VERSION, runs:/ID/
 without a GPU. Nothing is written when the parity check fails (exit code 1).
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import copy
 import dataclasses
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal

@@ -9,13 +9,6 @@
 Sizes of the published corpora are known by recipe; no data is needed. Exit code 2 when the plan cannot be made.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -11,13 +11,6 @@ A job that is stopped continues when the same command is given again. Inputs tha
 reason in rejects.parquet. S3 credentials and endpoint come from the AWS_* environment.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import contextlib
 import dataclasses
 import json

@@ -9,12 +9,6 @@ its last complete checkpoint, on the same or another number of workers. With no 
 """
 
 import argparse
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
 
 from pipeline import cluster
 from pipeline.config import diff, parse_recipe, run_job, to_yaml

@@ -11,15 +11,9 @@ does not stop the others; the exit code is then 1. Scores are top-1 accuracies i
 over the nineteen tasks. Report, figures and every single result are in --output and in MLflow.
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 
 from pipeline import config

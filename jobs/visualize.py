@@ -1,6 +1,6 @@
 """What a model learned, as pictures: embedding filters, position similarity, attention distance, attention rollout.
 
-    python jobs/inspect.py --checkpoint runs/x --images photos/ --output figures/x
+    python jobs/visualize.py --checkpoint runs/x --images photos/ --output figures/x
 
 Writes filters.png, positions.png, distance.png, rollout.png and numbers.json (the figures of the paper, 7, 6 and 14) and
 logs them to a run of the MLflow experiment "inspect". --checkpoint is a
@@ -8,16 +8,10 @@ checkpoint or run folder, local or s3://, or an MLflow URI; --images a folder of
 that scikit-learn installs (the paper averages attention distance over 128 images).
 """
 
-import os
-import sys
-
-sys.path[0] = os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__))
-)  # the project; jobs/ itself would hide the stdlib's inspect
-
 import dataclasses
 import io
 import json
+import os
 
 import tyro
 
@@ -28,7 +22,7 @@ from pipeline.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """jobs/inspect.py"""
+    """jobs/visualize.py"""
 
     checkpoint: str
     """Checkpoint or run folder, or an MLflow URI."""
@@ -47,7 +41,7 @@ class Command:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Command, prog="jobs/inspect.py", description=__doc__, args=argv)
+    options = tyro.cli(Command, prog="jobs/visualize.py", description=__doc__, args=argv)
     if options.limit < 1:
         raise UserError("--limit must be at least 1")
 
