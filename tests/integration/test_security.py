@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import free_port
+from rayhead import ray_head
 
 from pipeline import cluster
 from pipeline.operations import doctor
@@ -58,40 +59,8 @@ def test_a_password_in_an_address_is_not_shown():
 
 @pytest.fixture
 def head(tmp_path):
-    """A Ray head with its job server and a token, as infra/ starts it: (address of the job server, environment)."""
-    folder = Path(tempfile.mkdtemp(prefix="ray"))
-    port, dashboard = free_port(), free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    with_token = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRETS["RAY_AUTH_TOKEN"]}
-    command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--temp-dir={folder}"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    command += [f"--ray-client-server-port={free_port()}"]
-    with open(folder / "head.log", "w") as log:
-        process = subprocess.Popen(command, env=with_token, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.time() + 90
-    while time.time() < deadline:
-        with suppress(OSError):
-            urllib.request.urlopen(f"{address}/api/version", timeout=2)
-        try:
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
-        except urllib.error.HTTPError as error:
-            if error.code == 401:
-                break
-        except OSError:
-            pass
-        assert process.poll() is None, (folder / "head.log").read_text()
-        time.sleep(0.5)
-    yield address, environment, with_token
-    process.terminate()
-    process.wait(30)
-    for left in psutil.process_iter(["cmdline"]):
-        if str(folder) in " ".join(left.info["cmdline"] or []):
-            with suppress(psutil.Error):
-                left.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_head(tmp_path, SECRETS["RAY_AUTH_TOKEN"]) as started:
+        yield started
 
 
 @pytest.mark.slow

@@ -47,6 +47,19 @@ def strings(value):
             yield from strings(item)
 
 
+def word_lists(value):
+    """Every list of words inside a YAML document: commands that are given word by word."""
+    if isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            yield value
+        else:
+            for item in value:
+                yield from word_lists(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from word_lists(item)
+
+
 # ---------------------------------------------------------------- command lines
 
 COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
@@ -62,6 +75,7 @@ def command_lines():
         elif path.suffix == ".yaml":
             comments = [line.lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
             texts = [*comments, *(string for document in documents(path) for string in strings(document))]
+            texts += [shlex.join(words) for document in documents(path) for words in word_lists(document)]
         else:
             texts = [text]
         for text in texts:
@@ -81,10 +95,8 @@ def parse(job, argv, monkeypatch):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "jobs" / f"{job}.py")
         module = importlib.util.module_from_spec(spec)
-        first = sys.path[0]  # a job puts the project in its place
         sys.modules[name] = module
         spec.loader.exec_module(module)
-        sys.path[0] = first
     read = tyro.cli
 
     def stop(*args, **options):
@@ -298,10 +310,8 @@ def test_jobs_run_on_the_cluster_there_is():
         assert not job.keys() & {"backoffLimit", "ttlSecondsAfterFinished", "suspend", "shutdownAfterJobFinishes"}
 
 
-def test_the_two_schedules_are_one():
+def test_the_two_schedules_are_at_one_time():
     (cron,), (ray_cron,) = of_kind("CronJob"), of_kind("RayCronJob")
-    command = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert command[-1] == ray_cron["spec"]["jobTemplate"]["entrypoint"]
     assert cron["spec"]["schedule"] == ray_cron["spec"]["schedule"]
 
 
@@ -319,6 +329,7 @@ def test_kustomization_names_files_and_images_that_exist():
         )
         for container in group["template"]["spec"]["containers"]
         for reference in container["envFrom"]
+        if "configMapRef" in reference
     }
     assert used == {generated["name"]}
 
@@ -395,7 +406,7 @@ def test_kubernetes_knows_every_field(path):
     """Against Kubernetes' own schemas. Resources of Ray and Kueue are not in them: those are validated above."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for document in documents(path):
-        if document["apiVersion"] not in ("ray.io/v1", "kueue.x-k8s.io/v1beta1"):
+        if document["apiVersion"] not in ("ray.io/v1", "kueue.x-k8s.io/v1beta2"):
             kubernetes_validate.validate(document, "1.32", strict=True)
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(document | {"metadta": {}}, "1.32", strict=True)
@@ -415,6 +426,10 @@ def test_nodes_read_the_corpus_and_write_one_prefix():
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         granted.setdefault(statement["Resource"], set()).update(actions)
         assert not any("*" in action for action in actions)
+    assert granted.pop("*") == {"ecr:GetAuthorizationToken"}  # it has no resource of its own
+    (image,) = {document["docker"]["image"] for document in map(yaml.safe_load, [RAY_UP[0].read_text()])}
+    repository = image.partition("/")[2].partition(":")[0]
+    assert "ecr:BatchGetImage" in granted.pop(f"arn:aws:ecr:us-east-1:123456789012:repository/{repository}")
     assert granted["arn:aws:s3:::corpus/*"] == {"s3:GetObject"}
     assert "s3:PutObject" in granted["arn:aws:s3:::bucket/vit/*"]
     assert set(granted) == {f"arn:aws:s3:::{name}" for name in ("corpus", "corpus/*", "bucket", "bucket/vit/*")}
@@ -503,3 +518,38 @@ def test_the_secret_pattern_finds_secrets():
     # put together here, or a scanner would find them in this file
     for text in ("AKIA" + "A" * 16, "AWS_SECRET_ACCESS_" + "KEY=" + "a" * 40, "RAY_AUTH_" + "TOKEN: " + "b" * 32):
         assert SECRET.search(text)
+
+
+def test_spot_nodes_may_be_asked_for():
+    """RunInstances with a market option asks for rights on the spot request, too."""
+    cluster = yaml.safe_load((INFRA / "ray-up" / "aws.yaml").read_text())
+    assert "InstanceMarketOptions" in cluster["available_node_types"]["cpu"]["node_config"]
+    (start,) = [statement for statement in statements("head") if statement["Action"] == "ec2:RunInstances"]
+    assert "arn:aws:ec2:us-east-1:123456789012:spot-instances-request/*" in start["Resource"]
+
+
+def test_roles_are_trusted_by_who_takes_them():
+    """An instance profile by EC2, the pods' role by exactly the service account of account.yaml."""
+    (ec2,) = statements("trust-ec2")
+    assert ec2["Principal"] == {"Service": "ec2.amazonaws.com"}
+    (eks,) = statements("trust-eks")
+    (account,) = [d for d in documents(INFRA / "kuberay" / "account.yaml") if d["kind"] == "ServiceAccount"]
+    subjects = [value for key, value in eks["Condition"]["StringEquals"].items() if key.endswith(":sub")]
+    assert subjects == [f"system:serviceaccount:vit:{account['metadata']['name']}"]
+    role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+    (passed,) = [s["Resource"] for s in statements("head") if s["Action"] == "iam:PassRole"]
+    assert role == passed
+
+
+def test_every_cluster_knows_its_mlflow_and_brings_a_password():
+    for path in RAY_UP:
+        config = yaml.safe_load(path.read_text())
+        assert any(option.startswith("--env MLFLOW_TRACKING_URI=") for option in config["docker"]["run_options"])
+        assert "/home/ray/.mlflow/credentials" in config["file_mounts"]
+    kustomization = yaml.safe_load((INFRA / "kuberay" / "kustomization.yaml").read_text())
+    assert any(text.startswith("MLFLOW_TRACKING_URI=") for text in kustomization["configMapGenerator"][0]["literals"])
+    (cluster,) = of_kind("RayCluster")
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for container in (container for group in groups for container in group["template"]["spec"]["containers"]):
+        assert {"secretRef": {"name": "vit-mlflow", "optional": True}} in container["envFrom"]
+    assert "MLFLOW_TRACKING_URI" in (INFRA / "slurm" / "pretrain.sbatch").read_text()
