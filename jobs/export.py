@@ -5,7 +5,7 @@
         huggingface      ViTForImageClassification.from_pretrained("exported/x"), with its image processor
         onnx             onnxruntime.InferenceSession("exported/x/model.onnx"), any batch size
         torch-export     torch.export.load("exported/x/model.pt2"), any batch size
-        safetensors      models.convert.load_model("exported/x")
+        safetensors      pipeline.weights.load_model("exported/x")
 
 Every artefact takes float images (B,C,H,W) in [-1, 1], that is pixels / 127.5 - 1. A checkpoint of pre-training with the
 tanh layer goes to timm and Hugging Face as an encoder (Hugging Face's pooler is that layer). --checkpoint is a checkpoint
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
 
 def to_timm(model: "nn.Module", config: dict[str, Any], folder: str) -> tuple[Run, Run]:
     from models import create_model
-    from models.convert import to_timm as convert
+    from models.weights import to_timm as convert
 
     timm = _require("timm")
     weights, description = convert(model)
@@ -128,7 +128,7 @@ def to_timm(model: "nn.Module", config: dict[str, Any], folder: str) -> tuple[Ru
 
 
 def to_huggingface(model: "nn.Module", config: dict[str, Any], folder: str) -> tuple[Run, Run]:
-    from models.convert import to_huggingface as convert
+    from models.weights import to_huggingface as convert
 
     transformers = _require("transformers")
     weights, description, processor = convert(model, config.get("classes"))
@@ -180,7 +180,7 @@ def to_torch_export(model: "nn.Module", config: dict[str, Any], folder: str) -> 
 
 
 def to_safetensors(model: "nn.Module", config: dict[str, Any], folder: str) -> tuple[Run, Run]:
-    from models.convert import load_model, save_checkpoint_weights
+    from pipeline.weights import load_model, save_checkpoint_weights
 
     save_checkpoint_weights(model, {**config, "model": model.config}, folder)
     return model, load_model(folder)

@@ -15,3 +15,9 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """' (did you mean "x"?)' for the closest valid name, or '' when nothing is close."""
     close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def shorten(names: Iterable[str], limit: int = 12) -> str:
+    """'a, b, c and 7 more': the first `limit` names and the number of the others."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.errors import UserError
-from models.vit import VisionTransformer, normalise, patchify
+from models.pixels import normalise, patchify
+from models.vit import VisionTransformer
 
 TARGETS = ("mean", "downsized", "full")
 

@@ -17,18 +17,23 @@ def sincos2d(grid: int, width: int) -> torch.Tensor:
     return torch.cat([x_angle.sin(), x_angle.cos(), y_angle.sin(), y_angle.cos()], dim=1).float()[None]
 
 
-def resize(embedding: torch.Tensor, new_grid: int, prefix: int) -> torch.Tensor:
-    """(1, prefix + old*old, D) -> (1, prefix + new*new, D), bilinear between the corners; the prefix rows stay.
+def resize(
+    embedding: torch.Tensor, new_grid: int, prefix: int, old_grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """(1, prefix + rows*columns, D) -> (1, prefix + new_grid**2, D), bilinear between the corners; the prefix rows stay.
 
-    Google's code calls scipy.ndimage.zoom(order=1), which is linear interpolation with the corner points aligned:
-    `align_corners=True` here. The half-pixel convention (False) gives visibly different embeddings.
+    old_grid: (rows, columns) of the embedding, square by default. Google's code calls scipy.ndimage.zoom(order=1), which
+    is linear interpolation with the corner points aligned: `align_corners=True` here. The half-pixel convention (False)
+    gives visibly different embeddings. Raises ValueError when the embedding is not of `old_grid`.
     """
     tokens, patches = embedding[:, :prefix], embedding[:, prefix:]
-    old_grid = round(patches.shape[1] ** 0.5)
-    if old_grid**2 != patches.shape[1]:
-        raise ValueError(f"{patches.shape[1]} position embeddings do not form a square grid")
-    if old_grid == new_grid:
+    if old_grid is None:
+        side = round(patches.shape[1] ** 0.5)
+        old_grid = (side, side)
+    if old_grid[0] * old_grid[1] != patches.shape[1]:
+        raise ValueError(f"{patches.shape[1]} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}")
+    if old_grid == (new_grid, new_grid):
         return embedding
-    plane = patches.float().reshape(1, old_grid, old_grid, -1).permute(0, 3, 1, 2)
+    plane = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     plane = F.interpolate(plane, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
     return torch.cat([tokens, plane.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)], dim=1)

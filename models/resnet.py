@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from models.errors import UserError
 from models.heads import lecun_normal_, linear_head
+from models.pixels import to_images
 from models.variants import parse_variant
 
 
@@ -202,8 +203,6 @@ class ResNet(Stages):
 
     def features(self, x: torch.Tensor, positions: torch.Tensor | None = None, every_token: bool = False):
         """Mean of the last feature map, (B,D)."""
-        from models.vit import to_images
-
         if x.dim() == 3 or positions is not None:
             raise UserError(
                 f"{self.config['variant']} takes whole images, not patches: use a data set of encoding jpeg"

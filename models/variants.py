@@ -19,7 +19,6 @@ number is the total downsampling, the transformer sees 1x1 patches of the featur
 Sources: arXiv 2010.11929 Tables 1 and 6; scaling (g, G): arXiv 2106.04560; BiT: arXiv 1912.11370.
 """
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -98,46 +97,3 @@ def parse_variant(name: str) -> Variant:
 def _transformer(name: str, transformer: str, patch: int, stem: tuple[int, ...] | None) -> Variant:
     width, depth, heads, mlp = TRANSFORMERS[transformer]
     return Variant(name=name, width=width, depth=depth, heads=heads, mlp=mlp, patch=patch, stem=stem)
-
-
-def parameters(config: dict) -> int:
-    """Number of parameters of `create_model(**config)`; nothing is allocated."""
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
-
-
-def flops(config: dict, computed: bool = False, keep: float = 1.0) -> int:
-    """Forward FLOPs of one image, 2 x multiply-accumulates; a training step takes three times as many.
-
-    Counted by running the model on torch's meta device, so it holds for every option. The default is the architecture's
-    own number, the one that papers print. `computed=True` counts what `forward` really does: with a class token the last
-    block answers only that token's query, which saves 6% of B/16. Use it for the utilisation of the hardware.
-    keep: share of the patches that the model sees (token dropping).
-    """
-    return _count(tuple(sorted(config.items())), computed, keep)
-
-
-@functools.lru_cache(maxsize=64)
-def _count(config: tuple, computed: bool, keep: float) -> int:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = (
-        _on_meta(dict(config)).eval().requires_grad_(False)
-    )  # the counter's hooks want no_grad and no gradients alike
-    size, channels = model.config["image_size"], model.config["channels"]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        image = torch.empty(1, channels, size, size, device="meta")
-        kept = {}
-        if keep < 1:
-            kept["positions"] = torch.empty(1, max(1, round(keep * model.grid**2)), dtype=torch.long, device="meta")
-        model(image, **kept) if computed else model.head(model.features(image, **kept, every_token=True))
-    return counter.get_total_flops()
-
-
-def _on_meta(config: dict):
-    import torch
-
-    from models import create_model
-
-    with torch.device("meta"):
-        return create_model(**config)

@@ -1,5 +1,5 @@
 """The exception that means "the input is wrong". It is defined in `models.errors`, since imports go pipeline -> models."""
 
-from models.errors import UserError, nearest
+from models.errors import UserError, nearest, shorten
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["UserError", "nearest", "shorten"]

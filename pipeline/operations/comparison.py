@@ -112,7 +112,7 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
     if source is None or images is None:
         return None
     try:
-        from models.variants import flops
+        from models.cost import flops
 
         config = {
             "variant": source.params["model.variant"],
@@ -121,7 +121,7 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
         }
         if source.params.get("model.depth", "None") != "None":
             config["depth"] = int(source.params["model.depth"])
-        return 3.0 * flops(config, keep=float(source.params.get("keep_tokens", 1.0))) * images
+        return 3.0 * flops(config, patch_keep_rate=float(source.params.get("keep_tokens", 1.0))) * images
     except (KeyError, ValueError, UserError):
         return source.metrics.get(names.TRAIN_FLOPS)
 

@@ -102,7 +102,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
 
     Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
     """
-    from models.variants import flops, parameters
+    from models.cost import flops, parameters
     from pipeline.data.loading.order import default_lanes
     from pipeline.training.loop import PEAK_FLOPS, model_options
 
@@ -124,7 +124,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
 
     options = model_options(training, classes)
     count, forward = parameters(options), flops(options)
-    train_flops = 3 * flops(options, keep=training.keep_tokens)
+    train_flops = 3 * flops(options, patch_keep_rate=training.keep_tokens)
     peak = PEAK_FLOPS[gpu.partition("-")[0].upper()]
     rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.recompute else 1)
     units = {"batch_size": training.batch_size, "examples_per_epoch": images}
@@ -376,7 +376,7 @@ def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -
 
 def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
     """The paper's own pre-training runs (Table 2) on the planned GPU, beside the TPUs' time."""
-    from models.variants import flops
+    from models.cost import flops
     from pipeline.training.loop import PEAK_FLOPS, model_options
     from pipeline.training.recipes import RECIPES
 
@@ -386,7 +386,12 @@ def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
         training = RECIPES[recipe]()
         images, classes = next(size for key, size in CORPORA.items() if key in recipe)
         steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
-        total = 3 * flops(model_options(training, classes), keep=training.keep_tokens) * steps * training.batch_size
+        total = (
+            3
+            * flops(model_options(training, classes), patch_keep_rate=training.keep_tokens)
+            * steps
+            * training.batch_size
+        )
         hours = total / (peak * config.mfu) / 3600
         rows.append(
             {
@@ -430,7 +435,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
     where it is not, the published corpus of the recipe stands in. Raises UserError for what could not work.
     """
-    from models.variants import flops
+    from models.cost import flops
     from pipeline.data import open_dataset
     from pipeline.training import run
     from pipeline.training.loop import make_plan, peak_flops
@@ -451,7 +456,9 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         return text + table(plan(about, recipe))
     import torch
 
-    work = 3 * flops(resolved.model_options, keep=training.keep_tokens) * resolved.total * training.batch_size
+    work = (
+        3 * flops(resolved.model_options, patch_keep_rate=training.keep_tokens) * resolved.total * training.batch_size
+    )
     peak = peak_flops(torch.device("cpu"), training.engine.precision)
     return text + (
         f"  cost      {work / 1e12:,.3g} teraFLOPs: about {_hours(work / (CPU_UTILISATION * peak) / 3600)} at "

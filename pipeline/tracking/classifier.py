@@ -1,7 +1,7 @@
 """The model that `mlflow.pyfunc.load_model` gives: bytes of images in, class and probability out.
 
 MLflow copies this file into every registered model (models from code: nothing is pickled) together with the package
-`models` and the checkpoint's weights, so that serving needs torch, safetensors, fsspec, numpy, pandas and Pillow, and
+`models` and the checkpoint's weights, so that serving needs torch, safetensors, numpy, pandas and Pillow, and
 neither Ray nor DeepSpeed nor the rest of this project.
 """
 
@@ -16,8 +16,9 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from PIL import Image
+from safetensors.torch import load_file
 
-from models.convert import load_model
+from models import create_model
 
 
 class Classifier(PythonModel):
@@ -27,7 +28,8 @@ class Classifier(PythonModel):
         folder = context.artifacts["checkpoint"]
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
-        self.model = load_model(folder).eval()
+        self.model = create_model(**config["model"]).eval()
+        self.model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
         self.size = int(config["model"]["image_size"])
         self.channels = int(config["model"].get("channels", 3))
         # trained with one sigmoid per class (several labels an image), or with a softmax

@@ -23,7 +23,7 @@ from pipeline.tracking.run import PROJECT, client, run_url, tracking_uri
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 # What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
-SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "fsspec", "scipy")
+SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "scipy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,118 +34,22 @@ from torch import distributed as dist
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.weights.checkpoints import (
+    COMMIT,
+    FORMAT,
+    THREADS,
+    Checkpoint,
+    OtherFormat,
+    damage,
+    find,
+    folder,
+    latest,
+    read_commit,
+    sha256,
+)
+from pipeline.weights.checkpoints import resolve as resolve  # for callers of this module
 
-COMMIT = "COMMIT.json"
 ATTEMPT = "attempt.json"
-FORMAT = 1  # of checkpoints and run.json; without one they are the first
-THREADS = 8
-"""Files that one worker reads or writes at a time."""
-
-
-class OtherFormat(UserError):
-    """Not damaged, only not for this program: nothing is passed over or removed for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A committed checkpoint: its folder, its step, and what COMMIT.json says."""
-
-    uri: str
-    step: int
-    commit: dict[str, Any]
-
-
-# ---------------------------------------------------------------- finding
-
-
-def folder(run: str, step: int) -> str:
-    return storage.join(run, "checkpoints", f"step-{step:08d}")
-
-
-def find(run: str, say: Callable[[str], None] = print) -> list[Checkpoint]:
-    """The committed checkpoints of a run, oldest first. Uncommitted folders do not exist for this function."""
-    root = storage.join(run, "checkpoints")
-    found = []
-    for file in storage.list_files(root):
-        name, _, rest = file.path.partition("/")
-        if rest == COMMIT and name.startswith("step-"):
-            uri = storage.join(root, name)
-            try:
-                found.append(_read(uri))
-            except OtherFormat:
-                raise
-            except UserError as error:
-                say(f"warning: {uri} is skipped: {error}")
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def _read(uri: str) -> Checkpoint:
-    """The checkpoint in a folder that has a COMMIT.json. Raises UserError when that cannot be understood."""
-    commit = storage.read_json(storage.join(uri, COMMIT))
-    try:
-        step = int(commit["step"])
-        for info in commit["files"].values():
-            int(info["size"]), str(info["sha256"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
-    if commit.get("format", 1) != FORMAT:
-        raise OtherFormat(
-            f"{uri}: its format is {commit['format']}, this program reads {FORMAT}: use the version that wrote it"
-        )
-    return Checkpoint(uri, step, commit)
-
-
-def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`."""
-    present = {file.path: file.size for file in storage.list_files(checkpoint.uri)}
-    files = checkpoint.commit["files"]
-    for path, expected in files.items():
-        if path not in present:
-            return f"{path} is missing"
-        if present[path] != expected["size"]:
-            return f"{path} has {present[path]} bytes instead of {expected['size']}"
-    if checksums:
-        with ThreadPoolExecutor(THREADS) as pool:
-            digests = pool.map(_sha256, (storage.join(checkpoint.uri, path) for path in files))
-            for (path, expected), digest in zip(files.items(), digests, strict=True):
-                if digest != expected["sha256"]:
-                    return f"{path} does not have the content that was written"
-    return None
-
-
-def latest(run: str, checksums: bool = True, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written; a damaged one is skipped with a warning for the one before."""
-    skipped: list[str] = []
-    for checkpoint in reversed(find(run, say)):
-        problem = damage(checkpoint, checksums)
-        if problem is None:
-            for broken in skipped:
-                say(f"warning: {broken}; going back to {checkpoint.uri}")
-            return checkpoint
-        skipped.append(f"{checkpoint.uri} is skipped: {problem}")
-    for broken in skipped:
-        say(f"warning: {broken}; there is no other checkpoint before it")
-    return None
-
-
-def resolve(uri: str) -> Checkpoint:
-    """The checkpoint that a user means: a checkpoint folder, or a run folder (then its newest one).
-
-    Raises UserError when there is no complete checkpoint there.
-    """
-    uri = storage.normalise(uri)
-    if storage.exists(storage.join(uri, COMMIT)):
-        checkpoint = _read(uri)
-        problem = damage(checkpoint, checksums=False)
-        if problem:
-            raise UserError(f"{uri}: damaged checkpoint: {problem}; use the one before")
-        return checkpoint
-    newest = latest(uri, checksums=False)
-    if newest is None:
-        raise UserError(
-            f"{uri}: no complete checkpoint here (a folder with {COMMIT}, or a run folder with checkpoints/)"
-        )
-    return newest
 
 
 def remove(checkpoint: Checkpoint) -> None:
@@ -188,7 +92,7 @@ def survey(run: str) -> list[Finding]:
             findings.append(Finding(uri=uri, state="uncommitted", about=f"no {COMMIT}: half-written, or being written"))
             continue
         try:
-            checkpoint = _read(uri)
+            checkpoint = read_commit(uri)
             problem = damage(checkpoint)
         except OtherFormat:
             raise
@@ -271,7 +175,7 @@ class Writer:
             storage.write_json(storage.join(self.run, ATTEMPT), about)
             for name in remove_orphans(self.run):
                 self.say(f"removed {name}: it was never committed")
-            return self._from_rank_0(latest(self.run, say=self.say))
+            return self._from_rank_0(latest(self.run))
         return self._from_rank_0(None)
 
     def save(self, step: int, snapshot: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> None:
@@ -373,7 +277,7 @@ class Writer:
 
     def _retain(self) -> None:
         """Keeps the last `keep` checkpoints and the best by metric `best`."""
-        checkpoints = find(self.run, self.say)
+        checkpoints = find(self.run)
         spared = {checkpoint.uri for checkpoint in checkpoints[-self.keep :]}
         if self.best:
             scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
@@ -396,18 +300,10 @@ def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: d
         local = uri if not storage.is_remote(uri) else os.path.join(scratch, "file")
         os.makedirs(os.path.dirname(local), exist_ok=True)
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, local, metadata)
-        receipt = {name: {"size": os.path.getsize(local), "sha256": _sha256(local)}}
+        receipt = {name: {"size": os.path.getsize(local), "sha256": sha256(local)}}
         if local != uri:
             storage.copy_file(local, uri)
     return receipt
-
-
-def _sha256(uri: str) -> str:
-    digest = hashlib.sha256()
-    with storage.open_file(uri) as file:
-        while chunk := file.read(4 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- reading

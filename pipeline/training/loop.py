@@ -18,7 +18,8 @@ from torch import distributed as dist
 from torch import nn
 
 from models import create_model
-from models.variants import flops, parse_variant
+from models.cost import flops
+from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
@@ -263,7 +264,7 @@ def train(
 
     torch.manual_seed(config.seed)  # the same initial weights on every worker
     model = create_model(**plan.model_options)
-    train_flops = 3 * flops(model.config, keep=config.keep_tokens)
+    train_flops = 3 * flops(model.config, patch_keep_rate=config.keep_tokens)
     writer = checkpoint.Writer(
         output,
         model,
@@ -278,10 +279,9 @@ def train(
     if start is not None:
         _load_weights(model, storage.join(start.uri, "model.safetensors"))
     elif config.init_from:
-        from models.convert import load_weights
-        from pipeline.weights import locate
+        from pipeline.weights import load_weights
 
-        say(str(load_weights(model, locate(config.init_from, tracking_uri))))
+        say(str(load_weights(model, config.init_from, tracking_uri=tracking_uri)))
     engine = Engine(
         model,
         config.optimizer,
@@ -311,7 +311,7 @@ def train(
     batches = _batches(plan, first, rank, world)
     began = time.perf_counter()
     # MFU counts only what is really computed
-    computed = 3 * flops(model.config, computed=True, keep=config.keep_tokens)
+    computed = 3 * flops(model.config, computed=True, patch_keep_rate=config.keep_tokens)
     meter = Meter(device, computed, world, config.engine.precision)
     try:
         for step in range(first, total):

@@ -132,15 +132,14 @@ def check(config: PretrainConfig) -> Plan:
     plan = make_plan(config, dataset, config.workers)
     if config.min_workers is not None and not 1 <= config.min_workers <= config.workers:
         raise UserError(f"min_workers {config.min_workers} must be between 1 and workers ({config.workers})")
-    from models.variants import parameters
+    from models.cost import parameters
 
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
     if config.init_from:
         from models import create_model
-        from models.convert import load_weights
-        from pipeline.weights import locate
+        from pipeline.weights import load_weights
 
-        load_weights(create_model(**plan.model_options), locate(config.init_from, config.tracking_uri))  # they fit
+        load_weights(create_model(**plan.model_options), config.init_from, tracking_uri=config.tracking_uri)  # they fit
     if config.validation:
         validation = open_dataset(config.validation)
         if list(validation.classes) != list(dataset.classes):
@@ -170,7 +169,7 @@ def sizes(plan: Plan) -> list[int]:
 
 def describe(plan: Plan, changes: dict[str, tuple[Any, Any]]) -> str:
     """The run in a few lines, with what differs from its recipe (`pipeline.config.diff`)."""
-    from models.variants import flops, parameters
+    from models.cost import flops, parameters
 
     config, options = plan.config, plan.model_options
     model = f"{config.model.variant}: {parameters(options) / 1e6:.1f}M parameters, {flops(options) / 1e9:.2f} GFLOPs per image"

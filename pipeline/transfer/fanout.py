@@ -159,7 +159,7 @@ def total_jobs(task: Task, seeds: int) -> int:
 
 def cost(task: Task, model_config: dict[str, Any], test_images: int) -> float:
     """Estimated FLOPs of one job, to start the longest first."""
-    from models.variants import flops
+    from models.cost import flops
 
     if isinstance(task.protocol, Probe):
         return float(test_images)

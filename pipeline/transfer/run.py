@@ -246,8 +246,8 @@ def _fan_out(
 def load_checkpoint(config: TransferConfig) -> Weights:
     """The weights that --checkpoint names, checked. Raises UserError when they are missing, incomplete or do not fit."""
     from models import create_model
-    from models.convert import load_model, load_weights, read_config, read_weights
     from pipeline.training import checkpoint
+    from pipeline.weights import load_model, load_weights, read_config, read_weights
 
     uri = config.checkpoint or ("runs/demo/pretrain" if config.suite == "demo" else None)
     if uri is None:
@@ -262,7 +262,7 @@ def load_checkpoint(config: TransferConfig) -> Weights:
     else:
         uri = place = storage.normalise(uri)
     if config.variant:
-        state, _, _ = read_weights(place)
+        state = read_weights(place).weights
         model = create_model(config.variant, num_classes=0, image_size=_native_size(config.variant, state))
         if "pre_logits.fc.weight" in state:  # features are what comes after it
             model = create_model(config.variant, 0, model.config["image_size"], pre_logits=True)

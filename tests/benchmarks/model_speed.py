@@ -50,7 +50,7 @@ def build(library: str, variant: str):
 
     sys.path.insert(0, str(PROJECT))
     from models import create_model
-    from models.convert import to_huggingface
+    from models.weights import to_huggingface
 
     torch.manual_seed(0)
     ours = create_model(variant, CLASSES, gelu="exact", ln_eps=1e-6)

@@ -89,7 +89,7 @@ def measure(world: int, stage: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    from models.variants import parameters
+    from models.cost import parameters
     from pipeline.operations.scaling import Link, sent_bytes, step_seconds
 
     count = parameters({"variant": VARIANT, "num_classes": 1000, "image_size": SIDE})

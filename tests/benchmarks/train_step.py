@@ -122,7 +122,7 @@ def measure(rows: list[str], variant: str, options: argparse.Namespace) -> list[
     """The rows' numbers, the rows taking turns step by step, so that a busy machine slows all of them alike."""
     import torch
 
-    from models.variants import flops
+    from models.cost import flops
     from pipeline.training.loop import memory_gb, peak_flops
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -44,8 +44,8 @@ def test_demo_learns_digits_and_prints_its_lines(digits):
 
 def test_checkpoint_is_complete_and_stands_alone(digits):
     from models import create_model
-    from models.convert import load_weights
     from pipeline.training import checkpoint
+    from pipeline.weights import load_weights
 
     newest = checkpoint.latest(str(digits / "runs/demo/pretrain"))
     assert newest.commit["workers"] == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models import create_model
-from models.convert import load_model, save_checkpoint_weights
+from pipeline.weights import load_model, save_checkpoint_weights
 
 PROJECT = Path(__file__).parents[2]
 CLASSES = ["ant", "bee", "cat"]

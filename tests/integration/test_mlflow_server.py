@@ -221,8 +221,8 @@ def test_a_registered_model_loads_through_the_server_and_classifies_bytes(tracki
     from PIL import Image
 
     from models import create_model
-    from models.convert import save_checkpoint_weights
     from pipeline import storage
+    from pipeline.weights import save_checkpoint_weights
 
     folder = str(tmp_path / "run" / "checkpoints" / "step-00000010")
     model = create_model("Ti/16", num_classes=2, image_size=32)

@@ -19,7 +19,7 @@ from conftest import free_port
 from safetensors.torch import load_file
 
 from models import create_model
-from models.variants import parameters
+from models.cost import parameters
 from pipeline import storage
 from pipeline.data.format.shards import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
@@ -266,7 +266,7 @@ def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
     return writer
 
 
-def test_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     """Another byte, fewer bytes, a commit that is cut off, no commit: each is told apart, with what is used instead."""
     written(tmp_path, 2, 4, 6, 8)
     two, four, six, eight = (Path(checkpoint.folder(str(tmp_path), step)) for step in (2, 4, 6, 8))
@@ -277,12 +277,11 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    capsys.readouterr()
+    caplog.clear()
     assert checkpoint.latest(str(tmp_path)).step == 2
-    warnings = capsys.readouterr().out
-    assert f"warning: {six} is skipped: {six}/COMMIT.json: not valid JSON" in warnings
+    assert f"{six} is skipped: {six}/COMMIT.json: not valid JSON" in caplog.text
     wrong = "model.safetensors does not have the content that was written"
-    assert f"warning: {four} is skipped: {wrong}; going back to {two}" in warnings
+    assert f"{four} is skipped: {wrong}; going back to {two}" in caplog.text
     victim.write_bytes(content[:-10])
     with pytest.raises(UserError, match=r"damaged checkpoint: model\.safetensors has"):
         checkpoint.resolve(str(four))

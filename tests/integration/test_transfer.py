@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from models import create_model
-from models.convert import save_checkpoint_weights
 from pipeline import storage
 from pipeline.data import open_dataset
 from pipeline.data.format.shards import write_dataset
@@ -30,6 +29,7 @@ from pipeline.transfer import TransferConfig, fanout, report, run_suite, suites
 from pipeline.transfer.run import attach_scores, load_checkpoint
 from pipeline.transfer.suites import FineTune, Split, Task
 from pipeline.vtab import TASKS, build, miniature, prepare
+from pipeline.weights import save_checkpoint_weights
 
 SIZE = 16
 JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")

@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 
 from models import create_model
-from models.convert import save_checkpoint_weights
 from pipeline import storage
 from pipeline.data.format.shards import write_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import registry
-from pipeline.weights import locate, open_model
+from pipeline.weights import locate, open_model, save_checkpoint_weights
+from tests.runs import commit_checkpoint
 
 PROJECT = Path(__file__).parents[2]
 
@@ -29,8 +29,7 @@ def checkpoint(folder, seed):
     model = create_model("mu/8", 3, 24).eval()
     torch.nn.init.normal_(model.head.weight)
     save_checkpoint_weights(model, {"classes": ["a", "b", "c"]}, str(folder))
-    files = {file.path: {"size": file.size, "sha256": ""} for file in storage.list_files(folder)}
-    storage.write_json(storage.join(folder, "COMMIT.json"), {"step": seed, "files": files})
+    commit_checkpoint(folder, seed)
     return model
 
 
@@ -104,7 +103,7 @@ def test_a_registered_model_classifies_where_nothing_of_this_project_is_installe
 @pytest.mark.timeout(600)
 def test_google_files_and_registered_models_through_the_jobs(tmp_path):
     """A .npz in Google's naming starts a pre-training; the version that this registers starts another, and a transfer."""
-    google_arrays = runpy.run_path(str(PROJECT / "tests/unit/test_models_convert.py"))["google_arrays"]
+    google_arrays = runpy.run_path(str(PROJECT / "tests/unit/test_models_weights.py"))["google_arrays"]
     torch.manual_seed(0)
     original = create_model("mu/8", 3, 24, pre_logits=True)
     np.savez(tmp_path / "vit.npz", **google_arrays(original))

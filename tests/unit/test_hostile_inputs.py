@@ -30,7 +30,6 @@ from PIL import Image
 from safetensors.torch import save
 
 from models import create_model
-from models.convert import load_model, load_weights, read_config, read_weights
 from pipeline import config as configuration
 from pipeline.data import images, prepare, sources
 from pipeline.data.format.shards import Manifest, open_dataset, write_dataset
@@ -42,6 +41,7 @@ from pipeline.training import checkpoint
 from pipeline.training.recipes import PretrainConfig
 from pipeline.vtab import datasets as readers
 from pipeline.vtab.archives import Tree
+from pipeline.weights import load_model, load_weights, read_config, read_weights
 
 LIMIT = 10_000_000
 PNG = cv2.imencode(".png", np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))[1].tobytes()
@@ -166,9 +166,9 @@ def test_a_zip_that_unfolds_is_refused(tmp_path, monkeypatch):
 
 def test_weights_that_unfold_are_refused(tmp_path, monkeypatch):
     """An .npz of zeros grows a thousandfold; weights do not compress."""
-    from models import convert
+    from pipeline.weights import files
 
-    monkeypatch.setattr(convert, "MAX_UNFOLDED_BYTES", 100_000)
+    monkeypatch.setattr(files, "MAX_UNFOLDED_BYTES", 100_000)
     np.savez_compressed(tmp_path / "bomb.npz", embedding=np.zeros(1_000_000, np.float32))
     with pytest.raises(UserError, match=r"bomb.npz: .* that unfold to 4,000,"):
         read_weights(tmp_path / "bomb.npz")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from models import create_model, inspect
-from models.convert import save_checkpoint_weights
 from models.errors import UserError
+from pipeline.weights import save_checkpoint_weights
 
 PROJECT = Path(__file__).parents[2]
 
@@ -119,7 +119,7 @@ def run(job, *arguments):
 
 def test_the_job_writes_pictures(tmp_path, image_folder):
     save_checkpoint_weights(model(), {}, str(tmp_path / "checkpoint"))
-    done = run("inspect", "--checkpoint", tmp_path / "checkpoint", "--images", image_folder, "--output", tmp_path / "out", "--no-log", "--json")  # fmt: skip
+    done = run("visualize", "--checkpoint", tmp_path / "checkpoint", "--images", image_folder, "--output", tmp_path / "out", "--no-log", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)
     assert numbers["images"] == 30
@@ -127,7 +127,7 @@ def test_the_job_writes_pictures(tmp_path, image_folder):
     for name in ("filters", "positions", "distance", "rollout"):
         picture = cv2.imread(str(tmp_path / "out" / f"{name}.png"))
         assert picture.std() > 10, name  # something is drawn
-    failed = run("inspect", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "out2", "--no-log")
+    failed = run("visualize", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "out2", "--no-log")
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert not (tmp_path / "out2").exists()

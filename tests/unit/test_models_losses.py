@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from models import create_model
-from models.convert import load_model, load_weights, save_checkpoint_weights
 from models.errors import UserError
 from models.losses import correct, masked_patch_loss, multi_hot, sigmoid_loss, softmax_loss, training_loss
-from models.vit import patchify
+from models.pixels import patchify
+from pipeline.weights import load_model, load_weights, save_checkpoint_weights
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [0.3, 0.2, -3.0, 1.0], [1.0, 1.0, -1.0, 4.0]])
 

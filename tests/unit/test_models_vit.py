@@ -11,10 +11,11 @@ import reference_vit
 import torch
 
 from models import create_model, weight_decay_groups
+from models.cost import flops, parameters
 from models.errors import UserError
+from models.pixels import patchify
 from models.resnet import Flavour, Stages
-from models.variants import VARIANTS, flops, parameters
-from models.vit import patchify
+from models.variants import VARIANTS
 
 TINY = {"width": 32, "depth": 2, "heads": 4, "mlp": 48}
 
@@ -85,7 +86,7 @@ def test_flops_are_those_of_the_formula():
     assert flops(config, computed=True) == whole - 2 * skipped
     tokens = 98 + 1  # half of the patches dropped
     block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
-    assert flops(config, keep=0.5) == 2 * (98 * patch**2 * 3 * width + depth * block + 1000 * width)
+    assert flops(config, patch_keep_rate=0.5) == 2 * (98 * patch**2 * 3 * width + depth * block + 1000 * width)
 
 
 @pytest.mark.slow
@@ -346,7 +347,7 @@ def test_hybrid_grid_is_that_of_its_feature_map(variant, size, grid):
 def test_logits_equal_transformers(gelu):
     from transformers import ViTConfig, ViTForImageClassification
 
-    from models.convert import fit_weights, from_huggingface
+    from models.weights import load_tensors, translate
 
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=24, patch_size=8,
@@ -354,8 +355,7 @@ def test_logits_equal_transformers(gelu):
     )  # fmt: skip
     reference = randomise(ViTForImageClassification(config))
     model = create_model("Ti/8", 7, image_size=24, gelu=gelu, ln_eps=1e-12, **TINY).eval()
-    fitted, _ = fit_weights(model, from_huggingface(reference.state_dict()), "huggingface", "here", strict_head=True)
-    model.load_state_dict(fitted)
+    load_tensors(model, translate(reference.state_dict(), config.to_dict()), "here", strict_head=True)
     x = images(2, 24).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(x).logits, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.variants import flops, parameters
+from models.cost import flops, parameters
 from pipeline.config import from_yaml, to_yaml
 from pipeline.errors import UserError
 from pipeline.operations import planning

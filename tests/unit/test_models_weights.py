@@ -9,8 +9,10 @@ import safetensors.torch
 import torch
 
 from models import create_model
-from models.convert import load_model, load_weights, read_weights, save_checkpoint_weights, to_huggingface, to_timm
 from models.errors import UserError
+from models.weights import to_huggingface, to_timm
+from pipeline.weights import load_model, load_weights, read_weights, save_checkpoint_weights
+from tests.runs import commit_checkpoint
 
 TINY = {"width": 32, "depth": 2, "heads": 4, "mlp": 48}
 
@@ -135,7 +137,7 @@ def test_google_weights_give_the_same_logits(tmp_path, naming, options):
     path = save_npz(tmp_path / "w.npz", google_arrays(model, naming))
     other = tiny(seed=9, **options)
     report = load_weights(other, path, strict_head=True)
-    assert report.format == "google"
+    assert report.naming == "google"
     assert set(report.loaded) == set(model.state_dict())
     torch.testing.assert_close(logits(other), logits(model), atol=1e-6, rtol=1e-6)
 
@@ -211,7 +213,7 @@ def test_bit_weights_give_the_same_logits(tmp_path):
         else:
             arrays[f"resnet/{'root_block/' if name.startswith('stem') else ''}{module}/{leaf}"] = array
     report = load_weights(other, save_npz(tmp_path / "w.npz", arrays), strict_head=True)
-    assert report.format == "bit"
+    assert report.naming == "bit"
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
 
@@ -323,7 +325,7 @@ def test_huggingface_folder_old_and_new_names(tmp_path):
     for source in ("folder", "modules.bin"):
         model = tiny(gelu="exact", ln_eps=1e-12)
         report = load_weights(model, tmp_path / source, strict_head=True)
-        assert report.format == "huggingface"
+        assert report.naming == "huggingface"
         assert not report.notes
         with torch.no_grad():
             torch.testing.assert_close(model(x), reference(x).logits, atol=1e-5, rtol=1e-4)
@@ -417,7 +419,6 @@ def test_training_state_alone(tmp_path, workers):
     model = tiny()
     save_checkpoint_weights(model, {}, str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "COMMIT.json").write_text("{}")
     parts = [{} for _ in range(workers)]
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -428,6 +429,7 @@ def test_training_state_alone(tmp_path, workers):
     (tmp_path / "state").mkdir()
     for rank, part in enumerate(parts):
         safetensors.torch.save_file(part, tmp_path / "state" / f"rank-{rank:05d}-of-{workers:05d}.safetensors")
+    commit_checkpoint(tmp_path, 1)
     assert torch.equal(logits(load_model(tmp_path)), logits(model))
     (tmp_path / "state" / f"rank-00000-of-{workers:05d}.safetensors").unlink()
     with pytest.raises(UserError, match="missing"):

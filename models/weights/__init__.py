@@ -1,0 +1,81 @@
+"""Weights of every naming, as mappings: a state dict in, a state dict out. No file, no URI, no network.
+
+    named = translate(tensors, config)                 # any naming -> this project's names (timm's)
+    report = load_tensors(model, named, "ViT-B_16")    # fitted to the model and put into it
+    state, config = timm.to_timm(model)                # the way back; huggingface.to_huggingface
+
+One file is one naming. A new one is a new file here and a line in NAMINGS: NAME, ANCHORS (names of the patch embedding's
+weight, from which prefixes of wrappers are recognised), `matches(tensors, config)`, `translate(tensors)` and
+`conventions(tensors, config)`; where needed BASES (prefixes that are part of the naming) and OTHER_PARTS (tensors of other
+networks in the same file, by this project's names). `pipeline.weights` reads the files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.errors import UserError, shorten
+from models.weights import bit, dinov2, google, huggingface, mae, own, siglip, timm, torchvision
+from models.weights.fit import LoadReport, fit_weights
+from models.weights.foreign import recognize
+from models.weights.huggingface import to_huggingface
+from models.weights.tensors import Conventions, NamedWeights, Weights
+from models.weights.timm import to_timm
+from models.weights.wrappers import unwrap
+
+__all__ = [
+    "NAMINGS",
+    "Conventions",
+    "LoadReport",
+    "NamedWeights",
+    "Weights",
+    "fit_weights",
+    "load_tensors",
+    "to_huggingface",
+    "to_timm",
+    "translate",
+]
+
+NAMINGS: tuple[Any, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
+"""The first one that matches is used, so special cases stand before the general one."""
+
+
+def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> NamedWeights:
+    """Tensors of any naming under this project's names.
+
+    config: what stands beside the tensors, such as a config.json. Raises UserError for tensors of no known naming, for
+    several models in one, and for values that are not finite.
+    """
+    config = config or {}
+    anchors = list(dict.fromkeys(anchor for naming in NAMINGS for anchor in naming.ANCHORS))
+    bases = [base for naming in NAMINGS for base in getattr(naming, "BASES", ())]
+    tensors, left_out, notes = unwrap(tensors, anchors, bases)
+    naming = next((naming for naming in NAMINGS if naming.matches(tensors, config)), None)
+    if naming is None:
+        what = recognize(tensors)
+        raise UserError(
+            f"{f'this is {what}' if what else 'not weights of a Vision Transformer'}; its tensors ({shorten(tensors, 5)}) "
+            f"follow no naming of {', '.join(naming.NAME for naming in NAMINGS)}"
+        )
+    weights = naming.translate(tensors)
+    other = [name for name in weights if name.startswith(tuple(getattr(naming, "OTHER_PARTS", ())))]
+    weights = {name: tensor for name, tensor in weights.items() if name not in set(other)}
+    not_finite = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise UserError(f"not finite: {shorten(not_finite)}")
+    return NamedWeights(
+        naming=naming.NAME,
+        weights=weights,
+        conventions=naming.conventions(tensors, config),
+        dropped=(*left_out, *other),
+        notes=tuple(notes),
+    )
+
+
+def load_tensors(model: nn.Module, named: NamedWeights, source: str, strict_head: bool = False) -> LoadReport:
+    """Fits weights to a model and puts them into it; on an error the model is untouched. Arguments: `fit_weights`."""
+    fitted, report = fit_weights(model, named, source, strict_head)
+    model.load_state_dict(fitted, strict=False)
+    return report

@@ -1,0 +1,84 @@
+"""What every file of this package speaks of: a state dict by this project's names, and what its tensors do not show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Weights = dict[str, torch.Tensor]
+"""Tensors by name, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conventions:
+    """How the source computes with its tensors, as far as it is known. The tensors alone show none of this."""
+
+    heads: int | None = None
+    """Attention heads."""
+    activation: str | None = None
+    """Of the MLPs, by any library's name ("gelu", "gelu_pytorch_tanh", ...)."""
+    ln_eps: float | None = None
+    """Added to the variance by every LayerNorm."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches that the position embeddings belong to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedWeights:
+    """A state dict translated to this project's names."""
+
+    naming: str
+    """The naming of the source: "google", "timm", ..."""
+    weights: Weights
+    conventions: Conventions = field(default_factory=Conventions)
+    dropped: tuple[str, ...] = ()
+    """Names of the source's tensors that belong to another network than the image encoder (a decoder, a text tower)."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report must know about the choice that was made."""
+
+
+def fuse_qkv(weights: Weights) -> Weights:
+    """Replaces blocks.N.attn.{q,k,v} by one blocks.N.attn.qkv, rows in that order."""
+    for name in [name for name in weights if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        fuse(weights, parts, name.replace(".attn.q.", ".attn.qkv."))
+    return weights
+
+
+def fuse(weights: Weights, parts: list[str], whole: str) -> None:
+    """Replaces tensors by their concatenation along axis 0.
+
+    Parts that do not fit together, or of which one is missing, stay: the fit lists them as unknown.
+    """
+    if all(part in weights for part in parts) and len({weights[part].shape[1:] for part in parts}) == 1:
+        weights[whole] = torch.cat([weights.pop(part) for part in parts])
+
+
+def rename(name: str, prefixes: dict[str, str]) -> str:
+    """`name` with the first prefix that it starts with replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def patch_grid(image_size: Any, kernel: torch.Tensor) -> tuple[int, int] | None:
+    """Rows and columns of patches of images of `image_size` (height and width, or one number for both), if that is known.
+
+    kernel: the patch embedding's (D,C,P,P).
+    """
+    if isinstance(image_size, (int, float)):
+        image_size = (image_size, image_size)
+    if not isinstance(image_size, (list, tuple)) or len(image_size) < 2 or kernel.dim() != 4:
+        return None
+    height, width = image_size[-2:]
+    if not all(isinstance(side, (int, float)) for side in (height, width)):
+        return None
+    return int(height) // kernel.shape[2], int(width) // kernel.shape[3]
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a configuration; empty when it is missing or no dictionary."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}

@@ -1,0 +1,161 @@
+"""timm's names, which are this project's but for a few modules, and the way back to timm."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from models.errors import UserError
+from models.weights.tensors import Conventions, Weights, patch_grid, rename, section
+
+NAME = "timm"
+ANCHORS = ("patch_embed.proj.weight", "stem.conv.weight")
+TASK_PARTS = ("head.", "pre_logits.", "mpp_head.", "mask_token")
+"""Parameters that belong to a task rather than to the encoder, by this project's names."""
+RENAMES = {
+    # its ResNets classify with a 1x1 convolution; its root-only hybrid has no stem module
+    "head.fc.": "head.",
+    "patch_embed.backbone.conv.": "patch_embed.backbone.stem.conv.",
+    "patch_embed.backbone.norm.": "patch_embed.backbone.stem.norm.",
+}
+# The registered model whose arguments `to_timm` overrides. The ViTs are `vit_WIDTH_patchP_224`.
+ARCHITECTURES = {
+    "R+Ti/16": "vit_tiny_r_s16_p8_224",
+    "R26+S/32": "vit_small_r26_s32_224",
+    "R26+B/32": "vit_base_r26_s32_224",
+    "R50+B/16": "vit_base_r50_s16_224",
+    "R50+L/16": "vit_base_r50_s16_224",
+    "R50+B/32": "vit_large_r50_s32_224",
+    "R50+L/32": "vit_large_r50_s32_224",
+    "R50x1": "resnetv2_50x1_bit",
+    "R101x1": "resnetv2_101x1_bit",
+    "R152x2": "resnetv2_152x2_bit",
+}
+WIDTHS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
+REGISTERED = (
+    *("Ti/16", "S/32", "S/16", "S/8", "B/32", "B/16", "B/8"),
+    *("L/32", "L/16", "L/14", "H/14", "g/14", "G/14"),
+)
+
+
+def matches(tensors: Weights, config: Mapping[str, Any]) -> bool:
+    return any(name.endswith(ANCHORS) or name.startswith("blocks.") for name in tensors)
+
+
+def translate(tensors: Weights) -> Weights:
+    weights = {rename(name, RENAMES): tensor for name, tensor in tensors.items()}
+    head = weights.get("head.weight")
+    if head is not None and head.dim() == 4:
+        weights["head.weight"] = head.flatten(1)
+    return weights
+
+
+def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
+    """config: of a folder in the form of timm's hub; other folders' configurations are read as Hugging Face's."""
+    arguments, pretrained = section(config, "model_args"), section(config, "pretrained_cfg")
+    kernel = tensors.get("patch_embed.proj.weight")
+    size = arguments.get("img_size") or pretrained.get("input_size")
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)  # its patches are not of pixels
+    return Conventions(
+        heads=config.get("num_attention_heads") or arguments.get("num_heads"),
+        activation=config.get("hidden_act") or arguments.get("act_layer") or "gelu",
+        ln_eps=config.get("layer_norm_eps"),
+        grid=None if kernel is None or hybrid else patch_grid(size, kernel),
+    )
+
+
+# ---------------------------------------------------------------- to timm
+
+
+def to_timm(model: nn.Module) -> tuple[Weights, dict[str, Any]]:
+    """(state dict, config.json in timm's hub form) of a model without tanh layer, or of its encoder.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the pair. Raises UserError for what timm cannot express.
+    """
+    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    check_timm(config)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if "pre_logits.fc.weight" in weights:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(TASK_PARTS)}
+        config["num_classes"] = 0
+    about = {
+        "architecture": timm_architecture(config["variant"]),
+        "num_classes": config["num_classes"],
+        "pretrained_cfg": _pretrained_cfg(config),
+        "model_args": {"in_chans": config["channels"]},
+    }
+    if "pool" not in config:
+        about["pretrained_cfg"] |= {"classifier": "head.fc", "first_conv": "stem.conv"}
+        return _resnet_state(weights), about
+    about["model_args"] |= _vit_arguments(config, model.shape)
+    if model.pos_embed is not None:
+        weights["pos_embed"] = model.pos_embed.detach().clone()  # type: ignore[operator, union-attr]
+    if config["registers"] and "cls_token" in weights and "pos_embed" in weights:
+        # timm gives positions to registers too, or to no token at all: the class token absorbs its own
+        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:].contiguous()
+    if model.shape.stem == ():  # type: ignore[union-attr]
+        weights = {name.replace("backbone.stem.", "backbone."): tensor for name, tensor in weights.items()}
+    return weights, about
+
+
+def check_timm(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a model that timm cannot express. config: the model's."""
+    timm_architecture(config["variant"])
+    if config.get("ln_eps", 1e-6) != 1e-6:
+        raise UserError(f"timm's ViT has LayerNorm epsilon 1e-6, this model {config['ln_eps']:g}")
+
+
+def timm_architecture(variant: str) -> str:
+    """The registered timm model whose arguments `to_timm` overrides; for a common variant, its own name."""
+    if variant in ARCHITECTURES:
+        return ARCHITECTURES[variant]
+    if "R" in variant:
+        raise UserError(f"timm has no model like {variant}; its hybrids and ResNets here: {', '.join(ARCHITECTURES)}")
+    width, patch = variant.split("/")
+    return f"vit_{WIDTHS[width]}_patch{patch}_224" if variant in REGISTERED else "vit_base_patch16_224"
+
+
+def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm knows of the data: size and normalisation of the images, number of classes."""
+    return {
+        "input_size": [config["channels"], config["image_size"], config["image_size"]],
+        "mean": [0.5] * config["channels"],
+        "std": [0.5] * config["channels"],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": config["num_classes"],
+        "classifier": "head",
+    }
+
+
+def _resnet_state(weights: Weights) -> Weights:
+    state = {}
+    for name, tensor in weights.items():
+        name = rename(name, {"head.": "head.fc."})
+        state[name] = tensor[:, :, None, None] if name == "head.fc.weight" else tensor
+    return state
+
+
+def _vit_arguments(config: Mapping[str, Any], shape: Any) -> dict[str, Any]:
+    """Arguments of timm's VisionTransformer. shape: the model's `Variant`."""
+    arguments = {
+        "img_size": config["image_size"],
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": shape.mlp / shape.width,
+        "class_token": config["pool"] == "token",
+        "global_pool": {"token": "token", "gap": "avg", "map": "map"}[config["pool"]],
+        "fc_norm": config["fc_norm"],
+        "qk_norm": config["qk_norm"],
+        "pos_embed": "none" if config["posemb"] == "none" else "learn",
+        "act_layer": "gelu_tanh" if config["gelu"] == "tanh" else "gelu",
+    }
+    if shape.stem is None:
+        arguments["patch_size"] = shape.patch
+    if int(shape.width * arguments["mlp_ratio"]) != shape.mlp:  # timm truncates the product
+        arguments["mlp_ratio"] = (shape.mlp + 0.5) / shape.width
+    if config["registers"]:
+        arguments |= {"reg_tokens": config["registers"], "no_embed_class": True}
+    return arguments

@@ -1,0 +1,84 @@
+"""What training frameworks and scripts put before the names of a model's tensors, and which model of several is read."""
+
+from collections.abc import Sequence
+
+from models.errors import UserError, shorten
+from models.weights.tensors import Weights
+
+# Anywhere in a name: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+COUNTERS = ("n_averaged",)
+"""What torch.optim.swa_utils.AveragedModel keeps beside the averaged model."""
+CHOICE = ("teacher", "ema", "target", "online", "base_encoder", "encoder_q")
+"""Where a file holds several copies of the encoder, the first of these words decides which one is read: the averaged
+copy, which self-distillation evaluates; for MoCo the copy that was trained."""
+TEXT = (
+    *("text.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
+    *("text_projection", "logit_scale", "logit_bias"),
+)
+"""The other half of a model of images and text, in open_clip's names."""
+
+
+def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tuple[Weights, list[str], list[str]]:
+    """(the tensors of one encoder without what stands before its names, names of tensors left out, notes).
+
+    anchors: names of the patch embedding's weight in every naming; what stands before one of them is the prefix. bases:
+    prefixes that belong to a naming and stay. Raises UserError when the file holds several models and none is preferred.
+    """
+    flat = [name for name in tensors if name.endswith("_flat_param")]
+    if flat:
+        raise UserError(
+            f"flat parameters of FSDP ({shorten(flat, 3)}): save the full state dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+        )
+    bare = {}
+    for name, tensor in tensors.items():
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        if name not in COUNTERS:
+            bare[name] = tensor
+    while bare and all(name.startswith("module.") for name in bare):  # DistributedDataParallel, AveragedModel
+        bare = {name.removeprefix("module."): tensor for name, tensor in bare.items()}
+    prefixes = _prefixes(bare, anchors, bases)
+    if len(prefixes) <= 1:
+        prefix = prefixes[0] if prefixes else ""
+        kept, left_out = {}, []
+        for name, tensor in bare.items():
+            if prefix and not name.startswith(prefix) and _is_other_half(name, prefix):
+                left_out.append(name)
+            else:
+                kept[name.removeprefix(prefix)] = tensor
+        return kept, left_out, []
+    chosen = _choose(prefixes)
+    kept = {name.removeprefix(chosen): tensor for name, tensor in bare.items() if name.startswith(chosen)}
+    others = [prefix for prefix in prefixes if prefix != chosen]
+    note = f"the source holds several encoders: {chosen} is read, {shorten(others)} not"
+    return kept, [name for name in bare if not name.startswith(chosen)], [note]
+
+
+def _prefixes(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> list[str]:
+    """What stands before the first anchor that is found, in the order of the file; a naming's own bases are left."""
+    for anchor in anchors:
+        prefixes = [name.removesuffix(anchor) for name in tensors if name == anchor or name.endswith("." + anchor)]
+        if prefixes:
+            for base in bases:
+                prefixes = [p.removesuffix(base) if p == base or p.endswith("." + base) else p for p in prefixes]
+            return prefixes
+    return []
+
+
+def _is_other_half(name: str, prefix: str) -> bool:
+    """Whether a name outside the prefix belongs to a text tower, or to the projection head of self-distillation."""
+    outer = prefix.rpartition("backbone.")[0]
+    head = name.removeprefix(outer)
+    return name.startswith(TEXT) or head.startswith(("dino_head.", "ibot_head.", "head.mlp.", "head.last_layer"))
+
+
+def _choose(prefixes: list[str]) -> str:
+    for word in CHOICE:
+        found = [
+            prefix for prefix in prefixes if word in prefix.replace("_", ".").split(".") or word in prefix.split(".")
+        ]
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"holds several models ({shorten(prefixes)}): save the state dict of one of them")

@@ -1,0 +1,133 @@
+"""Finds a run's committed checkpoints and says what is damaged. `pipeline.training.checkpoint` writes them.
+
+<run>/checkpoints/step-00001000/COMMIT.json     written last: step, metrics, sizes and SHA-256 of the other files
+"""
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+COMMIT = "COMMIT.json"
+FORMAT = 1  # of checkpoints and run.json; without one they are the first
+THREADS = 8
+"""Files that are read at a time."""
+
+logger = logging.getLogger(__name__)
+
+
+class OtherFormat(UserError):
+    """A checkpoint that another version of this program wrote: it is not damaged, so it is neither skipped nor removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint: its folder, its step, and the content of COMMIT.json."""
+
+    uri: str
+    step: int
+    commit: dict[str, Any]
+
+
+def folder(run: str, step: int) -> str:
+    """Where a run keeps the checkpoint of a step."""
+    return storage.join(run, "checkpoints", f"step-{step:08d}")
+
+
+def find(run: str) -> list[Checkpoint]:
+    """The committed checkpoints of a run, oldest first. Uncommitted folders do not exist for this function."""
+    root = storage.join(run, "checkpoints")
+    found = []
+    for file in storage.list_files(root):
+        name, _, rest = file.path.partition("/")
+        if rest == COMMIT and name.startswith("step-"):
+            uri = storage.join(root, name)
+            try:
+                found.append(read_commit(uri))
+            except OtherFormat:
+                raise
+            except UserError as error:
+                logger.warning("%s is skipped: %s", uri, error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def read_commit(uri: str) -> Checkpoint:
+    """The checkpoint in a folder that has a COMMIT.json. Raises UserError when its content is not understood."""
+    commit = storage.read_json(storage.join(uri, COMMIT))
+    try:
+        step = int(commit["step"])
+        for info in commit["files"].values():
+            int(info["size"]), str(info["sha256"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
+    if commit.get("format", 1) != FORMAT:
+        raise OtherFormat(
+            f"{uri}: its format is {commit['format']}, this program reads {FORMAT}: use the version that wrote it"
+        )
+    return Checkpoint(uri, step, commit)
+
+
+def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`."""
+    present = {file.path: file.size for file in storage.list_files(checkpoint.uri)}
+    files = checkpoint.commit["files"]
+    for path, expected in files.items():
+        if path not in present:
+            return f"{path} is missing"
+        if present[path] != expected["size"]:
+            return f"{path} has {present[path]} bytes instead of {expected['size']}"
+    if checksums:
+        with ThreadPoolExecutor(THREADS) as pool:
+            digests = pool.map(sha256, (storage.join(checkpoint.uri, path) for path in files))
+            for (path, expected), digest in zip(files.items(), digests, strict=True):
+                if digest != expected["sha256"]:
+                    return f"{path} does not have the content that was written"
+    return None
+
+
+def latest(run: str, checksums: bool = True) -> Checkpoint | None:
+    """The newest checkpoint whose files are as written; a damaged one is skipped with a warning for the one before."""
+    skipped: list[str] = []
+    for checkpoint in reversed(find(run)):
+        problem = damage(checkpoint, checksums)
+        if problem is None:
+            for broken in skipped:
+                logger.warning("%s; going back to %s", broken, checkpoint.uri)
+            return checkpoint
+        skipped.append(f"{checkpoint.uri} is skipped: {problem}")
+    for broken in skipped:
+        logger.warning("%s; there is no other checkpoint before it", broken)
+    return None
+
+
+def resolve(uri: str) -> Checkpoint:
+    """The checkpoint that a user means: a checkpoint folder, or a run folder (then its newest one). Sizes are compared.
+
+    Raises UserError when there is no complete checkpoint there.
+    """
+    uri = storage.normalise(uri)
+    if storage.exists(storage.join(uri, COMMIT)):
+        checkpoint = read_commit(uri)
+        problem = damage(checkpoint, checksums=False)
+        if problem:
+            raise UserError(f"{uri}: damaged checkpoint: {problem}; use the one before")
+        return checkpoint
+    newest = latest(uri, checksums=False)
+    if newest is None:
+        raise UserError(
+            f"{uri}: no complete checkpoint here (a folder with {COMMIT}, or a run folder with checkpoints/)"
+        )
+    return newest
+
+
+def sha256(uri: str) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with storage.open_file(uri) as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,128 @@
+"""One file of weights -> its tensors under their own names: .safetensors, .npz, PyTorch's .pt, .pth, .bin, .ckpt, .tar.
+
+Nothing is unpickled: PyTorch's files are read with `weights_only=True`, .npz without `allow_pickle`.
+"""
+
+import argparse
+import hashlib
+import io
+import pickle
+import re
+import zipfile
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from models.weights import Weights
+from pipeline import storage
+from pipeline.errors import UserError, shorten
+from pipeline.weights import checkpoints
+
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+MAX_UNFOLDED_BYTES = 1 << 30
+STATE_KEYS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder"),
+    *("state_dict", "model_state_dict", "model", "module", "net", "student", "encoder"),
+)
+"""Where training scripts put a state dict, the first that is found: averaged weights before those that were trained."""
+
+
+class _AttributeDict(dict):
+    """In the place of the class of Lightning's hyperparameters, which is a dict."""
+
+
+# What training scripts, timm's and Lightning's among them, keep beside the weights: command line, settings, numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
+    (_AttributeDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (_AttributeDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (_AttributeDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+]
+
+
+def read_file(uri: str, sha256: str | None = None) -> Weights:
+    """The tensors of a file. Raises UserError when it is damaged, hostile or of an unknown kind.
+
+    sha256: what its checksum must be, in hexadecimal.
+    """
+    kind = uri.lower()
+    if not kind.endswith(SUFFIXES):
+        raise UserError(f"{uri}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+    local = not storage.is_remote(uri)
+    data: Any = uri if local else io.BytesIO(storage.read_bytes(uri))
+    if sha256 is not None:
+        found = checkpoints.sha256(uri) if local else hashlib.sha256(data.getbuffer()).hexdigest()
+        check_content(uri, found, sha256)
+    try:
+        _check_unfolding(data, uri)
+        if kind.endswith(".safetensors"):
+            return safetensors.torch.load_file(data) if local else safetensors.torch.load(data.getvalue())
+        if kind.endswith(".npz"):
+            with np.load(data, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(_float_of_bfloat16(arrays[name])) for name in arrays.files}
+        with torch.serialization.safe_globals(HARMLESS):
+            return _state_dict(torch.load(data, map_location="cpu", weights_only=True), uri)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"{uri}: cannot be read: {f'holds a {what[1]}' if what else 'not a file of tensors'}; a file that holds "
+            "more than tensors is refused, save its state_dict alone"
+        ) from error
+    except Exception as error:  # the errors of zipfile, safetensors, NumPy and torch have no common class
+        raise UserError(f"{uri}: cannot be read: {first_line(error)}") from error
+
+
+def check_content(uri: str, found: str, expected: str) -> None:
+    """Raises UserError when a checksum is not the one that was written down for the file."""
+    if found != expected:
+        raise UserError(
+            f"{uri}: damaged: its content is not the one that the checkpoint's {checkpoints.COMMIT} records; use another "
+            "checkpoint, or copy this one again"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _check_unfolding(data: Any, uri: str) -> None:
+    """.npz and .pt are zip files: a small one can claim terabytes. Raises UserError; weights compress by a few percent."""
+    if not zipfile.is_zipfile(data):
+        return
+    with zipfile.ZipFile(data) as archive:
+        packed, unfolded = (sum(getattr(i, f) for i in archive.infolist()) for f in ("compress_size", "file_size"))
+    if hasattr(data, "seek"):
+        data.seek(0)
+    if unfolded > MAX_UNFOLDED_BYTES and unfolded > 100 * packed:
+        raise UserError(f"{uri}: {packed:,} bytes that unfold to {unfolded:,} are no weights")
+
+
+def _float_of_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 for the bfloat16 that JAX stores as a two-byte void type; other arrays as they are."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array
+
+
+def _state_dict(loaded: Any, uri: str) -> Weights:
+    """The tensors of a PyTorch file, wherever common training scripts put them."""
+    while isinstance(loaded, dict):
+        key = next((key for key in STATE_KEYS if isinstance(loaded.get(key), dict)), None)
+        if key is None:
+            break
+        loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(f"{uri}: holds a {type(loaded).__name__}, not a state dict")
+    others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{uri}: not a state dict: {shorten(others)} hold no tensors")
+    if odd := [str(n) for n, t in loaded.items() if not isinstance(n, str) or t.layout != torch.strided or t.is_meta]:
+        raise UserError(f"{uri}: not a state dict of dense tensors by name: {shorten(odd)}")
+    return loaded

@@ -1,0 +1,147 @@
+"""A folder of weights -> its tensors: our checkpoints, Hugging Face's and timm's folders, files in several parts."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from models import create_model
+from models.weights import Weights
+from pipeline import storage
+from pipeline.errors import UserError, shorten
+from pipeline.weights import checkpoints
+from pipeline.weights.files import SUFFIXES, check_content, first_line, read_file
+
+MAX_DEPTH = 1000
+
+
+def read_folder(uri: str) -> Weights:
+    """The tensors of a folder. What a COMMIT.json records of its files is verified.
+
+    Raises UserError when there are no weights, several to choose from, or damaged ones.
+    """
+    names = {file.path for file in storage.list_files(uri, recursive=False)}
+    has_state = storage.exists(storage.join(uri, "state"))
+    if has_state and checkpoints.COMMIT not in names:
+        raise UserError(f"{uri}: an unfinished checkpoint (no {checkpoints.COMMIT}); use the one before")
+    recorded = recorded_checksums(uri)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if name in names:
+            return read_file(storage.join(uri, name), recorded.get(name))
+        if f"{name}.index.json" in names:
+            return _read_parts(uri, f"{name}.index.json", names)
+    if has_state:
+        return read_training_state(uri, recorded)
+    if what := _other_layout(uri, names):
+        raise UserError(f"{uri}: {what}")
+    other = [name for name in sorted(names) if name.endswith(SUFFIXES)]
+    if len(other) == 1:
+        return read_file(storage.join(uri, other[0]))
+    what = f"several files of weights ({shorten(other)}); name one" if other else "no file of weights in this folder"
+    raise UserError(f"{uri}: no model.safetensors, pytorch_model.bin or state/, and {what}")
+
+
+def recorded_checksums(uri: str) -> dict[str, str]:
+    """{path: SHA-256} of the files of a checkpoint folder; empty for a folder that no COMMIT.json describes."""
+    if not storage.exists(storage.join(uri, checkpoints.COMMIT)):
+        return {}
+    try:
+        commit = checkpoints.read_commit(uri)
+    except checkpoints.OtherFormat:
+        raise
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
+    return {path: str(info["sha256"]) for path, info in commit.commit["files"].items()}
+
+
+def read_config(uri: str) -> dict[str, Any]:
+    """config.json of a folder, verified where a COMMIT.json records it; empty when there is none."""
+    path = storage.join(uri, "config.json")
+    if not storage.exists(path):
+        return {}
+    data = storage.read_bytes(path)
+    if expected := recorded_checksums(uri).get("config.json"):
+        check_content(path, hashlib.sha256(data).hexdigest(), expected)
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def build_model(options: Mapping[str, Any], uri: str) -> torch.nn.Module:
+    """The model that a config.json asks for. Raises UserError when it asks for nonsense."""
+    try:
+        if (options.get("depth") or 0) > MAX_DEPTH:
+            raise ValueError(f"a depth of {options['depth']}")
+        return create_model(**options)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{uri}: config.json describes no model ({first_line(error)})") from error
+
+
+def _read_parts(uri: str, index: str, names: set[str]) -> Weights:
+    """A large model in several files, as Hugging Face splits them: the index says which tensor is in which."""
+    try:
+        places = dict(storage.read_json(storage.join(uri, index))["weight_map"])
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{uri}: {index} is no index of weights ({error})") from error
+    if absent := [file for file in files if file not in names]:
+        raise UserError(f"{uri}: {len(absent)} of {len(files)} parts are missing: {shorten(absent)}")
+    tensors = {name: tensor for file in files for name, tensor in read_file(storage.join(uri, file)).items()}
+    if lost := [name for name in places if name not in tensors]:
+        raise UserError(f"{uri}: tensors of {index} are in none of its {len(files)} parts: {shorten(lost)}")
+    return tensors
+
+
+def _other_layout(uri: str, names: set[str]) -> str | None:
+    """What another framework's folder is, and how its own tool makes one file of it."""
+    if "zero_to_fp32.py" in names or any("zero_pp_rank_" in name for name in names):
+        return "a checkpoint of DeepSpeed: run its zero_to_fp32.py, which stands in the run's folder, and give the file"
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return (
+            "a distributed checkpoint of PyTorch: make one file of it with "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
+        )
+    return None
+
+
+def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
+    """Parameters of a checkpoint's training state alone, whatever ZeRO stage wrote it: no engine, GPU or process group.
+
+    Every worker's file holds flat float32 slices named "param:<parameter>:<start>"; config.json beside `state/` gives
+    the shapes. recorded: checksums by path. Raises UserError when slices are missing.
+    """
+    with torch.device("meta"):
+        model = build_model(model_options(uri, read_config(uri)), uri)
+    weights = {name: torch.full((p.numel(),), math.nan) for name, p in model.named_parameters()}
+    missing = {name: flat.numel() for name, flat in weights.items()}
+    for file in storage.list_files(storage.join(uri, "state")):
+        if not file.path.endswith(".safetensors"):
+            continue
+        for key, values in read_file(file.uri, recorded.get(f"state/{file.path}")).items():
+            kind, _, place = key.partition(":")
+            name, _, start = place.rpartition(":")
+            if kind == "param" and name in weights:
+                try:
+                    weights[name][int(start) : int(start) + values.numel()] = values
+                except (ValueError, RuntimeError) as error:
+                    raise UserError(f"{uri}: {key} does not fit its parameter ({error})") from error
+                missing[name] -= values.numel()
+    short = [f"{name} ({count} of {weights[name].numel()} values)" for name, count in missing.items() if count]
+    if short:
+        raise UserError(f"{uri}: parts of the training state are missing: {shorten(short)}")
+    return {name: weights[name].reshape(p.shape) for name, p in model.named_parameters()}
+
+
+def model_options(uri: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's options in a config.json. Raises UserError when there are none."""
+    options = config.get("model")
+    if not isinstance(options, dict):
+        raise UserError(
+            f"{uri}: no config.json with a model in it, so the architecture is not known; "
+            "name the variant and load the file with load_weights"
+        )
+    return options

@@ -1,0 +1,102 @@
+"""Weights into models, and models from checkpoints."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from models.weights import LoadReport, NamedWeights, Weights, load_tensors, translate
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.weights import folders
+from pipeline.weights.files import SUFFIXES, read_file
+from pipeline.weights.locate import locate
+
+
+def load_weights(
+    model: nn.Module, uri: str | os.PathLike, strict_head: bool = False, tracking_uri: str | None = None
+) -> LoadReport:
+    """Fills a model from weights of any supported naming; the model keeps its own image size and options.
+
+    uri: .npz (Google's ViT, hybrid or BiT), .safetensors, a PyTorch file with a state dict, a folder (our checkpoint or
+    run, a Hugging Face or timm model), local or s3://, or an MLflow URI. A head for other classes, or with or without the
+    tanh layer, is left out and the model's own kept; with `strict_head` that is an error too. Raises UserError that lists
+    missing, unknown and misshapen tensors; the model is then untouched.
+    """
+    place = locate(os.fspath(uri), tracking_uri)
+    return load_tensors(model, _read(place), os.fspath(uri), strict_head)
+
+
+def load_model(uri: str | os.PathLike, tracking_uri: str | None = None, **options: Any) -> nn.Module:
+    """The model that a checkpoint's config.json describes, with its weights, in eval mode. `options` override the config."""
+    place = locate(os.fspath(uri), tracking_uri)
+    model = folders.build_model({**_config(place)["model"], **options}, os.fspath(uri))
+    load_tensors(model, _read(place), os.fspath(uri), strict_head=not options)
+    return model.eval()
+
+
+def open_model(uri: str, tracking_uri: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint in eval mode on the CPU, and its whole config.json.
+
+    A model of masked patch prediction comes back as the plain encoder inside it, without a head.
+    """
+    place = locate(uri, tracking_uri)
+    config = _config(place)
+    encoder = {"mpp": None} if config["model"].get("mpp") else {}
+    return load_model(place, **encoder), config
+
+
+def read_weights(uri: str | os.PathLike) -> NamedWeights:
+    """The tensors of a file or folder under this project's names, with what its config.json says of their use.
+
+    Raises UserError for a file that is missing, damaged, incomplete or of an unknown kind.
+    """
+    return _read(locate(os.fspath(uri)))
+
+
+def read_config(uri: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a checkpoint folder, or of the folder of a weights file. Raises UserError when it is not ours."""
+    return _config(locate(os.fspath(uri)))
+
+
+def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
+    """Writes model.safetensors and config.json, which `load_model` reads, to a local or s3:// folder.
+
+    config: anything JSON-able; its "model" entry is filled from the model when absent, and required beside a state dict.
+    """
+    if isinstance(model_or_state, nn.Module):
+        config = {"model": model_or_state.config, **config}
+        model_or_state = model_or_state.state_dict()
+    if "model" not in config:
+        raise ValueError('a state dict alone does not say what it is; give config={"model": model.config}')
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_or_state.items()}
+    storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(state, {"format": "pt"}))
+    storage.write_bytes(storage.join(folder, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _read(place: str) -> NamedWeights:
+    home = _folder_of(place)
+    config = folders.read_config(home)
+    if place == home:
+        tensors = folders.read_folder(place)
+    else:
+        tensors = read_file(place, folders.recorded_checksums(home).get(place.rpartition("/")[2]))
+    try:
+        return translate(tensors, config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _config(place: str) -> dict[str, Any]:
+    config = folders.read_config(_folder_of(place))
+    folders.model_options(place, config)
+    return config
+
+
+def _folder_of(place: str) -> str:
+    """The folder of a weights file; a folder itself."""
+    is_file = place.lower().endswith(SUFFIXES) and not storage.list_files(place, recursive=False)
+    return place.rpartition("/")[0] if is_file else place

@@ -1,0 +1,25 @@
+"""From what a user calls a checkpoint to the folder or file of its weights: a folder, a run, an MLflow URI."""
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.tracking.artifacts import fetch
+from pipeline.weights import checkpoints
+
+
+def locate(uri: str, tracking_uri: str | None = None) -> str:
+    """The folder or file of weights that a URI means.
+
+    MLflow URIs are downloaded; a run folder means its newest complete checkpoint; an MLflow model's folder means the
+    checkpoint among its artifacts. Raises UserError when there is nothing.
+    """
+    uri = storage.normalise(fetch(uri, tracking_uri))
+    run = not storage.exists(storage.join(uri, "config.json")) or storage.exists(storage.join(uri, "checkpoints"))
+    if run and storage.list_files(storage.join(uri, "checkpoints")):
+        return checkpoints.resolve(uri).uri
+    if storage.exists(storage.join(uri, "MLmodel")):
+        below = [file.uri for file in storage.list_files(uri) if file.path.endswith("/model.safetensors")]
+        if len(below) == 1:
+            return below[0].rpartition("/")[0]
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: no such file or folder")
+    return uri
