@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from models.losses import correct, training_loss
+from models.probes import ridge, select_shots
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format.shards import Dataset
 from pipeline.data.loading.augment import Augment, decode
@@ -22,7 +23,6 @@ from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.training.engine import Engine
 from pipeline.training.recipes import PretrainConfig
-from pipeline.transfer.fewshot import ridge, select_shots
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Plan

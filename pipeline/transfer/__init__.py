@@ -3,7 +3,6 @@
 run_suite(config) -> SuiteResult     the whole way                                   run.py
 TransferConfig, SUITES               tasks and protocols                             suites.py
 fine_tune, predict                   one task in one process                         finetune.py
-ridge, linear_probe, ...             classifiers on frozen features                  fewshot.py
 extract                              the features, by Ray Data                       features.py
 fan_out                              jobs over workers, resumable                    fanout.py
 collect, means, compare              scores, report, figures, comparison             report.py

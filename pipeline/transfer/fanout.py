@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from models import probes
 from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.errors import UserError
-from pipeline.transfer import fewshot, finetune
+from pipeline.transfer import finetune
 from pipeline.transfer.suites import L2_GRID, FineTune, Probe, Task
 
 STARVED = 30.0  # seconds
@@ -286,8 +287,8 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
     if probe.kind == "fewshot":
         right: dict[int, np.ndarray] = {}
         for shots in probe.shots:
-            picked = torch.from_numpy(fewshot.select_shots(train_labels, shots, job.seed)).to(device)
-            guesses = fewshot.ridge(train[picked], labels[picked], test, classes, L2_GRID).cpu().numpy()
+            picked = torch.from_numpy(probes.select_shots(train_labels, shots, job.seed)).to(device)
+            guesses = probes.ridge(train[picked], labels[picked], test, classes, L2_GRID).cpu().numpy()
             # every l2, because which one counts may depend on all tasks together
             right[shots] = np.stack([finetune.Predictions(keys, test_labels, row).correct() for row in guesses])
         hits = Hits(keys, found.labelled(), right)
@@ -295,9 +296,9 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
         packed = pack_hits(hits)
     else:
         if probe.kind == "linear":
-            guess, details["l2"] = fewshot.linear_probe(train, labels, test, classes, seed=job.seed)
+            guess, details["l2"] = probes.linear_probe(train, labels, test, classes, seed=job.seed)
         else:
-            guess = fewshot.nearest_neighbours(train, labels, test, classes)
+            guess = probes.nearest_neighbours(train, labels, test, classes)
         found.classes = guess.cpu().numpy()
         accuracy[""] = found.accuracy()
         packed = pack_predictions(found)

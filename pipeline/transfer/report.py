@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.probes import best_by_mean_rank
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts
-from pipeline.transfer import fewshot
 from pipeline.transfer.fanout import Job, Result, Store, final_jobs
 from pipeline.transfer.suites import GROUPS, L2_GRID, Probe, Task
 
@@ -154,7 +154,7 @@ def _l2_column(
         if done[task] and isinstance(task.protocol, Probe) and shots in task.protocol.shots
         if task.protocol.kind == "fewshot"
     ]
-    return fewshot.best_by_mean_rank(np.array(rows)) if rows else 0
+    return best_by_mean_rank(np.array(rows)) if rows else 0
 
 
 def means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:

@@ -1,6 +1,7 @@
 """Classifiers on frozen features: few-shot ridge regression, a linear probe, and nearest neighbours.
 
-All take features (N, D) and integer labels (N,), and return predicted labels; nothing here knows about models or files.
+All take features (N, D) and integer labels (N,), and return predicted labels. Shape suffixes: N training examples, M test
+examples, D features, K classes.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,8 @@ BIAS = 100.0  # the constant feature: so large that its weight, the bias, is har
 
 
 def select_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Positions of `shots` examples of every class: the first in a seeded permutation, so that 5 shots contain the 1 shot.
-
-    A class with fewer examples gives all it has.
-    """
+    """Indices of `shots` examples of every class, ascending: the first ones of a seeded permutation, so that 5 shots contain
+    the 1 shot. A class with fewer examples gives all of them."""
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = labels[order]
     picked = [order[np.flatnonzero(shuffled == k)[:shots]] for k in np.unique(labels)]
@@ -46,13 +45,14 @@ def ridge(
 
 
 def best_by_mean_rank(accuracy_TL: np.ndarray) -> int:
-    """The column (l2) with the best mean rank over the rows (tasks): one value for all, as the paper's evaluator chose it.
+    """The column (l2) with the best mean rank over the rows (tasks): one l2 for all, as the paper's evaluation chose it.
 
-    It looks at test accuracy, so it flatters slightly; with a single task it is plain tuning on the test set.
+    accuracy_TL: test accuracy of T tasks and L values of l2; equal accuracies share their mean rank. The choice looks at
+    test accuracy, so it flatters slightly; with a single task it is plain tuning on the test set.
     """
-    from scipy.stats import rankdata
-
-    return int(np.argmax(np.mean([rankdata(row) for row in accuracy_TL], axis=0)))
+    mine, others = accuracy_TL[:, :, None], accuracy_TL[:, None, :]
+    ranks_TL = ((mine > others).sum(2) + (mine >= others).sum(2) + 1) / 2
+    return int(ranks_TL.mean(0).argmax())
 
 
 def linear_probe(
@@ -65,9 +65,10 @@ def linear_probe(
     seed: int = 0,
     iterations: int = 200,
 ) -> tuple[torch.Tensor, float]:
-    """Multinomial logistic regression by L-BFGS on standardised features; predictions (M,) and the l2 chosen.
+    """Multinomial logistic regression by L-BFGS on standardised features; predictions (M,) and the l2 that was chosen.
 
-    l2 (on the mean loss, bias free) is chosen on a fifth of the training set, then the classifier is fitted on all of it.
+    l2 penalises the weights, not the bias, beside the mean loss. It is chosen on a fifth of the training set, drawn by
+    `seed`; then the classifier is fitted on the whole set.
     """
     mean, std = train_ND.double().mean(0), train_ND.double().std(0, correction=0) + 1e-5
     train, test = (train_ND.double() - mean) / std, (test_MD.double() - mean) / std
@@ -77,7 +78,7 @@ def linear_probe(
     best, best_accuracy = l2s[-1], -1.0
     if len(l2s) > 1 and len(held):
         weights = None
-        for l2 in sorted(l2s, reverse=True):  # from strong to weak, each starting where the last one ended
+        for l2 in sorted(l2s, reverse=True):  # from strong to weak, each fit starts from the last one's weights
             weights = fit_logistic(train[kept], labels[kept], num_classes, l2, iterations, weights)
             accuracy = (logits(train[held], weights).argmax(1) == labels[held]).double().mean().item()
             if accuracy > best_accuracy:
@@ -86,7 +87,7 @@ def linear_probe(
 
 
 def logits(x_ND: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`weights` (D+1, K): the bias is the last row."""
+    """Logits (N, K) of features, by `weights` (D+1, K) whose last row is the bias."""
     return x_ND @ weights[:-1] + weights[-1]
 
 
@@ -98,7 +99,7 @@ def fit_logistic(
     iterations: int,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights (D+1, K) that minimise mean cross-entropy + l2/2 * |W|^2."""
+    """Weights (D+1, K) that minimise mean cross-entropy + l2/2 * |W|^2; zeros are the `start` by default."""
     first = torch.zeros(x_ND.shape[1] + 1, num_classes, dtype=x_ND.dtype, device=x_ND.device)
     weights = (first if start is None else start.clone()).requires_grad_()
     optimiser = torch.optim.LBFGS([weights], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
@@ -123,7 +124,11 @@ def nearest_neighbours(
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """Votes of the k nearest by cosine, each weighted exp(cosine / temperature) (arXiv 1805.01978, 2104.14294)."""
+    """The class with most votes of the k nearest training examples, (M,).
+
+    Near means a large cosine; a vote weighs exp(cosine / temperature) (arXiv 1805.01978, 2104.14294). Test examples are
+    compared `chunk` at a time.
+    """
     train, k = F.normalize(train_ND.float(), dim=1), min(k, len(train_ND))
     predictions = []
     for part in F.normalize(test_MD.float(), dim=1).split(chunk):

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.transfer import fewshot
+from models import probes
 
 
 def clouds(n, classes=7, width=20, spread=2.5, seed=0):
@@ -22,7 +22,7 @@ def clouds(n, classes=7, width=20, spread=2.5, seed=0):
 def test_ridge_predicts_what_scikit_learn_predicts(n):
     (x, y), (z, _) = clouds(n), clouds(500, seed=1)
     grid = (2.0**-10, 1.0, 2.0**10, 2.0**19)
-    ours = fewshot.ridge(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, grid).numpy()
+    ours = probes.ridge(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, grid).numpy()
     mean, std = x.astype(np.float64).mean(0), x.astype(np.float64).std(0) + 1e-5
     augment = lambda a: np.hstack([(a - mean) / std, np.full((len(a), 1), 100.0)])  # noqa: E731
     for row, l2 in zip(ours, grid, strict=True):
@@ -33,23 +33,23 @@ def test_ridge_predicts_what_scikit_learn_predicts(n):
 
 def test_shots_are_nested_seeded_and_complete():
     labels = np.array([0] * 3 + [1] * 40 + [4] * 40)
-    one, five = fewshot.select_shots(labels, 1, seed=3), fewshot.select_shots(labels, 5, seed=3)
+    one, five = probes.select_shots(labels, 1, seed=3), probes.select_shots(labels, 5, seed=3)
     assert np.bincount(labels[one]).tolist() == [1, 1, 0, 0, 1]
     assert np.bincount(labels[five]).tolist() == [3, 5, 0, 0, 5]  # class 0 has only three
     assert set(one) <= set(five)
-    assert np.array_equal(five, fewshot.select_shots(labels, 5, seed=3))
-    assert not np.array_equal(five, fewshot.select_shots(labels, 5, seed=4))
+    assert np.array_equal(five, probes.select_shots(labels, 5, seed=3))
+    assert not np.array_equal(five, probes.select_shots(labels, 5, seed=4))
 
 
 def test_mean_rank_prefers_what_is_good_everywhere():
     accuracy = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.6, 0.7]])
-    assert fewshot.best_by_mean_rank(accuracy) == 1
+    assert probes.best_by_mean_rank(accuracy) == 1
 
 
 def test_linear_probe_agrees_with_scikit_learn_logistic_regression():
     (x, y), (z, t) = clouds(300, spread=1.5), clouds(400, spread=1.5, seed=1)
     l2 = 1e-2
-    ours, chosen = fewshot.linear_probe(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, l2s=(l2,))
+    ours, chosen = probes.linear_probe(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, l2s=(l2,))
     mean, std = x.astype(np.float64).mean(0), x.astype(np.float64).std(0) + 1e-5
     reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit((x - mean) / std, y)
     assert chosen == l2
@@ -59,14 +59,14 @@ def test_linear_probe_agrees_with_scikit_learn_logistic_regression():
 
 def test_linear_probe_chooses_strong_decay_for_noise_and_weak_for_signal():
     x, y = clouds(300, spread=0.3)
-    _, weak = fewshot.linear_probe(torch.tensor(x), torch.tensor(y), torch.tensor(x[:1]), 7, l2s=(1e-6, 100.0))
+    _, weak = probes.linear_probe(torch.tensor(x), torch.tensor(y), torch.tensor(x[:1]), 7, l2s=(1e-6, 100.0))
     assert weak < 100  # with l2 = 100 everything shrinks to the prior
 
 
 def test_nearest_neighbours_agree_with_brute_force():
     (x, y), (z, t) = clouds(300, spread=1.5), clouds(50, spread=1.5, seed=1)
     x, z = x / np.logspace(-2, 3, 20), z / np.logspace(-2, 3, 20)
-    ours = fewshot.nearest_neighbours(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, k=9, chunk=16).numpy()
+    ours = probes.nearest_neighbours(torch.tensor(x), torch.tensor(y), torch.tensor(z), 7, k=9, chunk=16).numpy()
     reference = KNeighborsClassifier(9, metric="cosine", weights=lambda d: np.exp(-d / 0.07)).fit(x, y)
     assert np.array_equal(ours, reference.predict(z))
     assert 0.5 < (ours == t).mean() < 1
