@@ -3,21 +3,28 @@
     python jobs/visualize.py --checkpoint runs/x --images photos/ --output figures/x
 
 Writes filters.png, positions.png, distance.png, rollout.png and numbers.json (the figures of the paper, 7, 6 and 14) and
-logs them to a run of the MLflow experiment "inspect". --checkpoint is a
-checkpoint or run folder, local or s3://, or an MLflow URI; --images a folder of images or a dataset, by default photographs
-that scikit-learn installs (the paper averages attention distance over 128 images).
+logs them to a run of the MLflow experiment "visualize". --checkpoint is a checkpoint or run folder, local or s3://, or an
+MLflow URI; --images a folder of images or a dataset. By default the images are those of the run's validation set, or
+photographs that scikit-learn installs where the run had none (the paper averages attention distance over 128 images).
 """
 
 import dataclasses
 import io
 import json
+import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.operations.visualization import Findings
+
+logger = logging.getLogger("jobs.visualize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +36,7 @@ class Command:
     output: str
     """Folder for the figures, local or s3://."""
     images: str | None = None
-    """Folder of images, or a prepared dataset."""
+    """Folder of images, or a prepared dataset; default: the run's validation set."""
     limit: int = 128
     """Images at most."""
     tracking_uri: str | None = None
@@ -43,62 +50,76 @@ class Command:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Command, prog="jobs/visualize.py", description=__doc__, args=argv)
     if options.limit < 1:
-        raise UserError("--limit must be at least 1")
-
+        raise UserError(f"--limit {options.limit} must be at least 1")
+    # Imports that take seconds (torch, matplotlib, MLflow) come here, so that --help does not wait for them.
     import torch
 
-    from models import inspect
     from models.vit import VisionTransformer
     from pipeline.data.loading.samples import sample_images
+    from pipeline.operations.visualization import inspect_model, sample_uri
     from pipeline.weights import open_model
 
-    model, _ = open_model(options.checkpoint, options.tracking_uri)
+    model, config = open_model(options.checkpoint, options.tracking_uri)
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"{model.config['variant']} has no attention to look at")
+        raise UserError(f"{options.checkpoint}: {model.config['variant']} is a ResNet: it has no attention to look at")
+    source = options.images or sample_uri(config)
     size, channels = model.config["image_size"], model.config["channels"]
-    images = torch.from_numpy(sample_images(options.images, size, options.limit, channels))
+    images = torch.from_numpy(sample_images(source, size, options.limit, channels))
+    logger.info("%d images of %s", len(images), source or "scikit-learn's photographs: give your own with --images")
     with torch.inference_mode():
-        figures, missing = inspect.figures(model, images)
-        distance = inspect.attention_distance(model, images)
+        findings = inspect_model(model, images)
     numbers = {
         "checkpoint": options.checkpoint,
         "variant": model.config["variant"],
         "images": len(images),
-        "mean_attention_distance": {f"layer {i + 1}": row for i, row in enumerate(distance.round(2).tolist())},
-        "missing": missing,
+        "source": source,
+        **findings.numbers(),
     }
-    for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        storage.write_bytes(storage.join(options.output, f"{name}.png"), picture.getvalue())
-    storage.write_json(storage.join(options.output, "numbers.json"), numbers)
+    write_findings(findings, numbers, options.output)
     if options.json:
         print(json.dumps(numbers))
     else:
-        for name in figures:
-            print(f"wrote {storage.join(options.output, f'{name}.png')}")
-        for name, reason in missing.items():
-            print(f"no {name}: {reason}")
-        nearest, farthest = distance.min(axis=1), distance.max(axis=1)
-        print(
-            f"mean attention distance: first layer {nearest[0]:.0f}-{farthest[0]:.0f} px, "
-            f"last layer {nearest[-1]:.0f}-{farthest[-1]:.0f} px"
-        )
+        print_findings(findings, options.output)
     if options.log:
-        from pipeline.tracking import artifacts, names, registry, start_run, tracking_uri
-        from pipeline.weights import locate
-
-        uri = tracking_uri(options.tracking_uri)
-        kept_there = options.checkpoint.startswith(artifacts.SCHEMES)
-        checkpoint = options.checkpoint if kept_there else locate(options.checkpoint)
-        tags = {names.CHECKPOINT: checkpoint}
-        with start_run(names.INSPECT, os.path.basename(checkpoint.rstrip("/")), tags=tags, tracking_uri=uri) as run:
-            if trained_by := registry.run_of(checkpoint, uri):
-                run.link("pretrain", trained_by)
-            for name, figure in figures.items():
-                run.log_figure(figure, f"{name}.png")
-            run.log_dict(numbers, "numbers.json")
+        log_findings(findings, numbers, options.checkpoint, options.tracking_uri)
     return 0
+
+
+def write_findings(findings: "Findings", numbers: dict[str, Any], output: str) -> None:
+    for name, figure in findings.figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        storage.write_bytes(storage.join(output, f"{name}.png"), picture.getvalue())
+    storage.write_json(storage.join(output, "numbers.json"), numbers)
+
+
+def print_findings(findings: "Findings", output: str) -> None:
+    for name in findings.figures:
+        print(f"wrote {storage.join(output, f'{name}.png')}")
+    for name, reason in findings.missing.items():
+        print(f"no {name}: {reason}")
+    nearest, farthest = findings.distance.min(axis=1), findings.distance.max(axis=1)
+    print(
+        f"mean attention distance: first layer {nearest[0]:.0f}-{farthest[0]:.0f} px, "
+        f"last layer {nearest[-1]:.0f}-{farthest[-1]:.0f} px"
+    )
+
+
+def log_findings(findings: "Findings", numbers: dict[str, Any], checkpoint: str, tracking_uri: str | None) -> None:
+    """A run in MLflow, linked to the one that trained the checkpoint."""
+    from pipeline import tracking
+    from pipeline.tracking import artifacts, names, registry
+    from pipeline.weights import locate
+
+    server = tracking.tracking_uri(tracking_uri)
+    place = checkpoint if checkpoint.startswith(artifacts.SCHEMES) else locate(checkpoint)
+    title = os.path.basename(place.rstrip("/"))
+    with tracking.start_run(names.VISUALIZE, title, tags={names.CHECKPOINT: place}, tracking_uri=server) as run:
+        if trained_by := registry.run_of(place, server):
+            run.link("pretrain", trained_by)
+        for name, figure in findings.figures.items():
+            run.log_figure(figure, f"{name}.png")
+        run.log_dict(numbers, "numbers.json")
 
 
 if __name__ == "__main__":

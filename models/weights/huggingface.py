@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.errors import UserError
+from models.compatibility import check_huggingface
 from models.weights.tensors import Conventions, Weights, fuse_qkv, patch_grid
 
 NAME = "huggingface"
@@ -96,20 +96,6 @@ def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
 # ---------------------------------------------------------------- to Hugging Face
 
 
-def check_huggingface(config: Mapping[str, Any], depth: int, stem: tuple[int, ...] | None) -> None:
-    """Raises UserError for a model that Hugging Face's ViT cannot express, and names the formats that can.
-
-    config: the model's; depth and stem: of its variant.
-    """
-    beyond = {"pool": "token", "registers": 0, "qk_norm": False, "fc_norm": False}
-    other = [f"{name}={config[name]!r}" for name, value in beyond.items() if config.get(name, value) != value]
-    if depth == 0 or stem is not None or other:
-        what = ", ".join(other) or f"the convolutional stages of {config['variant']}"
-        raise UserError(
-            f"Hugging Face's ViT cannot express {what}; export to timm, onnx, torch-export or safetensors instead"
-        )
-
-
 def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[Weights, dict, dict]:
     """(state dict, config.json, preprocessor_config.json) of ViTForImageClassification, or of ViTModel.
 
@@ -117,8 +103,8 @@ def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[
     UserError for what Hugging Face's ViT cannot express.
     """
     config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    check_huggingface(config)
     shape: Any = model.shape
-    check_huggingface(config, shape.depth, shape.stem)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     table = model.pos_embed
     if table is None:

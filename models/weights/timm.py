@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from models.errors import UserError
+from models.compatibility import check_timm, timm_architecture
 from models.weights.tensors import Conventions, Weights, patch_grid, rename, section
 
 NAME = "timm"
@@ -18,24 +18,6 @@ RENAMES = {
     "patch_embed.backbone.conv.": "patch_embed.backbone.stem.conv.",
     "patch_embed.backbone.norm.": "patch_embed.backbone.stem.norm.",
 }
-# The registered model whose arguments `to_timm` overrides. The ViTs are `vit_WIDTH_patchP_224`.
-ARCHITECTURES = {
-    "R+Ti/16": "vit_tiny_r_s16_p8_224",
-    "R26+S/32": "vit_small_r26_s32_224",
-    "R26+B/32": "vit_base_r26_s32_224",
-    "R50+B/16": "vit_base_r50_s16_224",
-    "R50+L/16": "vit_base_r50_s16_224",
-    "R50+B/32": "vit_large_r50_s32_224",
-    "R50+L/32": "vit_large_r50_s32_224",
-    "R50x1": "resnetv2_50x1_bit",
-    "R101x1": "resnetv2_101x1_bit",
-    "R152x2": "resnetv2_152x2_bit",
-}
-WIDTHS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
-REGISTERED = (
-    *("Ti/16", "S/32", "S/16", "S/8", "B/32", "B/16", "B/8"),
-    *("L/32", "L/16", "L/14", "H/14", "g/14", "G/14"),
-)
 
 
 def matches(tensors: Weights, config: Mapping[str, Any]) -> bool:
@@ -97,23 +79,6 @@ def to_timm(model: nn.Module) -> tuple[Weights, dict[str, Any]]:
     if model.shape.stem == ():  # type: ignore[union-attr]
         weights = {name.replace("backbone.stem.", "backbone."): tensor for name, tensor in weights.items()}
     return weights, about
-
-
-def check_timm(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a model that timm cannot express. config: the model's."""
-    timm_architecture(config["variant"])
-    if config.get("ln_eps", 1e-6) != 1e-6:
-        raise UserError(f"timm's ViT has LayerNorm epsilon 1e-6, this model {config['ln_eps']:g}")
-
-
-def timm_architecture(variant: str) -> str:
-    """The registered timm model whose arguments `to_timm` overrides; for a common variant, its own name."""
-    if variant in ARCHITECTURES:
-        return ARCHITECTURES[variant]
-    if "R" in variant:
-        raise UserError(f"timm has no model like {variant}; its hybrids and ResNets here: {', '.join(ARCHITECTURES)}")
-    width, patch = variant.split("/")
-    return f"vit_{WIDTHS[width]}_patch{patch}_224" if variant in REGISTERED else "vit_base_patch16_224"
 
 
 def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ are the configuration, flattened to `a.b.c`.
 
 # Experiments, one per purpose.
 PREPARE, PRETRAIN, TRANSFER, EVALUATE = "prepare", "pretrain", "transfer", "evaluate"
-COMPARE, INSPECT = "compare", "inspect"
+COMPARE, VISUALIZE = "compare", "visualize"
 
 # Metrics of a training step. MLflow's `step` is the optimiser step; IMAGES_SEEN is logged beside every point, because
 # only images are comparable between batch sizes.

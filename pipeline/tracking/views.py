@@ -20,7 +20,7 @@ TITLES = {
     names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
     names.EVALUATE: "Transfer score of every checkpoint of a run: its learning curve of transfer.",
     names.COMPARE: "Leaderboards across pre-training runs (jobs/compare.py): see their descriptions and artifacts.",
-    names.INSPECT: "What checkpoints have learned (jobs/visualize.py): see their artifacts.",
+    names.VISUALIZE: "What checkpoints have learned (jobs/visualize.py): see their artifacts.",
 }
 COLUMNS = {
     names.PREPARE: [

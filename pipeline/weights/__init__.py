@@ -5,19 +5,22 @@
     model, config = open_model("models:/vit@candidate")
     save_checkpoint_weights(model, {"classes": [...]}, "out")
 
-`checkpoints` finds and verifies committed checkpoints, `locate` turns addresses into places, `files` and `folders` read
-tensors through `pipeline.storage`, `load` fills models. Names and shapes are the business of `models.weights`.
+`locate` turns addresses into places, `checkpoints` finds and verifies committed checkpoints, `description` reads what stands
+beside weights, `files` and `folders` read tensors through `pipeline.storage`, `load` fills models. Names and shapes are the business of `models.weights`.
 """
 
-from pipeline.weights.load import (
-    load_model,
-    load_weights,
-    open_model,
-    read_config,
-    read_weights,
-    save_checkpoint_weights,
-)
-from pipeline.weights.locate import locate
+from typing import TYPE_CHECKING, Any
+
+from pipeline.weights.locate import locate, read_config
+
+if TYPE_CHECKING:
+    from pipeline.weights.load import (
+        load_model,
+        load_weights,
+        open_model,
+        read_weights,
+        save_checkpoint_weights,
+    )
 
 __all__ = [
     "load_model",
@@ -28,3 +31,12 @@ __all__ = [
     "read_weights",
     "save_checkpoint_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torch takes seconds to import, and what finds and checks checkpoints has no need of it.
+    if name in __all__:
+        from pipeline.weights import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

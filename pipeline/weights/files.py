@@ -19,8 +19,8 @@ from models.weights import Weights
 from pipeline import storage
 from pipeline.errors import UserError, shorten
 from pipeline.weights import checkpoints
+from pipeline.weights.description import SUFFIXES, check_content
 
-SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 MAX_UNFOLDED_BYTES = 1 << 30
 STATE_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder"),
@@ -77,15 +77,6 @@ def read_file(uri: str, sha256: str | None = None) -> Weights:
         ) from error
     except Exception as error:  # the errors of zipfile, safetensors, NumPy and torch have no common class
         raise UserError(f"{uri}: cannot be read: {first_line(error)}") from error
-
-
-def check_content(uri: str, found: str, expected: str) -> None:
-    """Raises UserError when a checksum is not the one that was written down for the file."""
-    if found != expected:
-        raise UserError(
-            f"{uri}: damaged: its content is not the one that the checkpoint's {checkpoints.COMMIT} records; use another "
-            "checkpoint, or copy this one again"
-        )
 
 
 def first_line(error: Exception) -> str:

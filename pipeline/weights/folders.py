@@ -1,7 +1,5 @@
 """A folder of weights -> its tensors: our checkpoints, Hugging Face's and timm's folders, files in several parts."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,8 @@ from models.weights import Weights
 from pipeline import storage
 from pipeline.errors import UserError, shorten
 from pipeline.weights import checkpoints
-from pipeline.weights.files import SUFFIXES, check_content, first_line, read_file
+from pipeline.weights.description import model_options, read_description, recorded_checksums
+from pipeline.weights.files import SUFFIXES, first_line, read_file
 
 MAX_DEPTH = 1000
 
@@ -42,33 +41,6 @@ def read_folder(uri: str) -> Weights:
         return read_file(storage.join(uri, other[0]))
     what = f"several files of weights ({shorten(other)}); name one" if other else "no file of weights in this folder"
     raise UserError(f"{uri}: no model.safetensors, pytorch_model.bin or state/, and {what}")
-
-
-def recorded_checksums(uri: str) -> dict[str, str]:
-    """{path: SHA-256} of the files of a checkpoint folder; empty for a folder that no COMMIT.json describes."""
-    if not storage.exists(storage.join(uri, checkpoints.COMMIT)):
-        return {}
-    try:
-        commit = checkpoints.read_commit(uri)
-    except checkpoints.OtherFormat:
-        raise
-    except UserError as error:
-        raise UserError(f"{uri}: {error}") from error
-    return {path: str(info["sha256"]) for path, info in commit.commit["files"].items()}
-
-
-def read_config(uri: str) -> dict[str, Any]:
-    """config.json of a folder, verified where a COMMIT.json records it; empty when there is none."""
-    path = storage.join(uri, "config.json")
-    if not storage.exists(path):
-        return {}
-    data = storage.read_bytes(path)
-    if expected := recorded_checksums(uri).get("config.json"):
-        check_content(path, hashlib.sha256(data).hexdigest(), expected)
-    try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 def build_model(options: Mapping[str, Any], uri: str) -> torch.nn.Module:
@@ -115,7 +87,7 @@ def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
     the shapes. recorded: checksums by path. Raises UserError when slices are missing.
     """
     with torch.device("meta"):
-        model = build_model(model_options(uri, read_config(uri)), uri)
+        model = build_model(model_options(uri, read_description(uri)), uri)
     weights = {name: torch.full((p.numel(),), math.nan) for name, p in model.named_parameters()}
     missing = {name: flat.numel() for name, flat in weights.items()}
     for file in storage.list_files(storage.join(uri, "state")):
@@ -134,14 +106,3 @@ def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
     if short:
         raise UserError(f"{uri}: parts of the training state are missing: {shorten(short)}")
     return {name: weights[name].reshape(p.shape) for name, p in model.named_parameters()}
-
-
-def model_options(uri: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's options in a config.json. Raises UserError when there are none."""
-    options = config.get("model")
-    if not isinstance(options, dict):
-        raise UserError(
-            f"{uri}: no config.json with a model in it, so the architecture is not known; "
-            "name the variant and load the file with load_weights"
-        )
-    return options

@@ -11,8 +11,8 @@ from torch import nn
 from models.weights import LoadReport, NamedWeights, Weights, load_tensors, translate
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.weights import folders
-from pipeline.weights.files import SUFFIXES, read_file
+from pipeline.weights import description, folders
+from pipeline.weights.files import read_file
 from pipeline.weights.locate import locate
 
 
@@ -33,7 +33,7 @@ def load_weights(
 def load_model(uri: str | os.PathLike, tracking_uri: str | None = None, **options: Any) -> nn.Module:
     """The model that a checkpoint's config.json describes, with its weights, in eval mode. `options` override the config."""
     place = locate(os.fspath(uri), tracking_uri)
-    model = folders.build_model({**_config(place)["model"], **options}, os.fspath(uri))
+    model = folders.build_model({**description.checkpoint_config(place)["model"], **options}, os.fspath(uri))
     load_tensors(model, _read(place), os.fspath(uri), strict_head=not options)
     return model.eval()
 
@@ -44,7 +44,7 @@ def open_model(uri: str, tracking_uri: str | None = None) -> tuple[nn.Module, di
     A model of masked patch prediction comes back as the plain encoder inside it, without a head.
     """
     place = locate(uri, tracking_uri)
-    config = _config(place)
+    config = description.checkpoint_config(place)
     encoder = {"mpp": None} if config["model"].get("mpp") else {}
     return load_model(place, **encoder), config
 
@@ -55,11 +55,6 @@ def read_weights(uri: str | os.PathLike) -> NamedWeights:
     Raises UserError for a file that is missing, damaged, incomplete or of an unknown kind.
     """
     return _read(locate(os.fspath(uri)))
-
-
-def read_config(uri: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a checkpoint folder, or of the folder of a weights file. Raises UserError when it is not ours."""
-    return _config(locate(os.fspath(uri)))
 
 
 def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
@@ -78,25 +73,13 @@ def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping
 
 
 def _read(place: str) -> NamedWeights:
-    home = _folder_of(place)
-    config = folders.read_config(home)
+    home = description.folder_of(place)
+    config = description.read_description(home)
     if place == home:
         tensors = folders.read_folder(place)
     else:
-        tensors = read_file(place, folders.recorded_checksums(home).get(place.rpartition("/")[2]))
+        tensors = read_file(place, description.recorded_checksums(home).get(place.rpartition("/")[2]))
     try:
         return translate(tensors, config)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-
-
-def _config(place: str) -> dict[str, Any]:
-    config = folders.read_config(_folder_of(place))
-    folders.model_options(place, config)
-    return config
-
-
-def _folder_of(place: str) -> str:
-    """The folder of a weights file; a folder itself."""
-    is_file = place.lower().endswith(SUFFIXES) and not storage.list_files(place, recursive=False)
-    return place.rpartition("/")[0] if is_file else place

@@ -1,9 +1,12 @@
 """From what a user calls a checkpoint to the folder or file of its weights: a folder, a run, an MLflow URI."""
 
+import os
+from typing import Any
+
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking.artifacts import fetch
-from pipeline.weights import checkpoints
+from pipeline.weights import checkpoints, description
 
 
 def locate(uri: str, tracking_uri: str | None = None) -> str:
@@ -23,3 +26,11 @@ def locate(uri: str, tracking_uri: str | None = None) -> str:
     if not storage.exists(uri):
         raise UserError(f"{uri}: no such file or folder")
     return uri
+
+
+def read_config(uri: str | os.PathLike, tracking_uri: str | None = None) -> dict[str, Any]:
+    """config.json of the checkpoint that a URI means, with the model's options under "model".
+
+    Raises UserError when there is none, or when it is not one of ours.
+    """
+    return description.checkpoint_config(locate(os.fspath(uri), tracking_uri))

@@ -12,6 +12,7 @@ import torch
 
 from models import create_model, inspect
 from models.errors import UserError
+from pipeline.operations.visualization import inspect_model
 from pipeline.weights import save_checkpoint_weights
 
 PROJECT = Path(__file__).parents[2]
@@ -105,9 +106,9 @@ def test_inspecting_leaves_the_model_as_it_was():
 
 
 def test_a_model_without_positions_says_so():
-    drawn, missing = inspect.figures(model(posemb="none"), pictures())
-    assert set(drawn) == {"filters", "distance", "rollout"}
-    assert "no position embeddings" in missing["positions"]
+    found = inspect_model(model(posemb="none"), pictures())
+    assert set(found.figures) == {"filters", "distance", "rollout"}
+    assert "no position embeddings" in found.missing["positions"]
     with pytest.raises(UserError, match="embeds a feature map"):
         inspect.embedding_filters(create_model("R+Ti/16", 3, image_size=64, depth=1))
 

@@ -1,13 +1,19 @@
-"""The rules that keep the rooms apart: imports go jobs -> pipeline -> models, and each heavy library has one door."""
+"""The rules that keep the rooms apart: imports go jobs -> pipeline -> models, no circle, and each heavy library has one door.
+
+Imports inside functions count like those at the top of a file.
+"""
 
 import ast
+import functools
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for room in ("models", "pipeline", "jobs") for path in (ROOT / room).rglob("*.py"))
+each_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
 # who may import what: a file's path must start with one of these
 DOORS = {
@@ -17,24 +23,103 @@ DOORS = {
     "pipeline": ("pipeline/", "jobs/"),
     "jobs": (),
 }
+MATHS = {"models", "torch", "numpy"} | sys.stdlib_module_names
+"""All that models/ imports."""
+# room -> rooms of pipeline/ that it must not import: arrows never go up
+FORBIDDEN = {
+    "pipeline/data": ("training", "transfer", "vtab", "operations"),
+    "pipeline/weights": ("training", "transfer", "vtab", "operations"),
+    "pipeline/training": ("transfer", "vtab", "operations"),
+    "pipeline/transfer": ("operations",),
+    "pipeline/tracking": ("training", "transfer", "vtab", "operations"),
+}
+CIRCLES_LEFT = (
+    {"pipeline.training.validation", "pipeline.training.loop"},
+    {"pipeline.transfer.features", "pipeline.transfer.fanout"},
+    {"pipeline.data.prepare", "pipeline.data.prepare.mix"},
+)
 
 
-def imported(path: Path) -> set[str]:
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Full names of everything that a file imports: modules, or names in modules."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add((node.module or "").split(".")[0])
-    return names
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def own_modules(names: Iterable[str]) -> set[str]:
+    """The files of this project behind imported names: `from models import posemb` is models.posemb."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & set(MODULES)
+
+
+@each_file
 def test_imports_go_one_way(path):
-    place = path.relative_to(ROOT).as_posix()
+    libraries = {name.partition(".")[0] for name in imported(path)}
     for library, rooms in DOORS.items():
-        if library in imported(path):
-            assert place.startswith(rooms), f"{place} imports {library}, which only {rooms} may"
+        if library in libraries:
+            assert place(path).startswith(rooms), f"{place(path)} imports {library}, which only {rooms} may"
+
+
+@each_file
+def test_models_is_maths_only(path):
+    if place(path).startswith("models/"):
+        others = {name.partition(".")[0] for name in imported(path)} - MATHS
+        assert not others, f"{place(path)} imports {others}: models/ is torch, NumPy and the standard library alone"
+
+
+@each_file
+def test_rooms_of_the_pipeline_do_not_import_upwards(path):
+    for room, above in FORBIDDEN.items():
+        if place(path).startswith(room + "/"):
+            up = {
+                name for name in own_modules(imported(path)) if name.startswith(tuple(f"pipeline.{r}" for r in above))
+            }
+            assert not up, f"{place(path)} imports {up}"
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[frozenset[str]]:
+    """Groups of nodes that reach one another (strongly connected components of more than one node)."""
+    reach = {node: set(targets) for node, targets in edges.items()}
+    for middle in edges:  # Warshall
+        for targets in reach.values():
+            if middle in targets:
+                targets |= reach[middle]
+    groups = {
+        frozenset(other for other in reach[node] if node in reach[other]) for node in edges if node in reach[node]
+    }
+    return [group for group in groups if len(group) > 1]
+
+
+def test_no_files_import_one_another():
+    edges = {name: own_modules(imported(path)) - {name} for name, path in MODULES.items()}
+    found = [circle for circle in circles(edges) if not any(circle <= left for left in CIRCLES_LEFT)]
+    assert not found, [sorted(circle) for circle in found]
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [frozenset("bc")]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_no_job_hides_a_module_of_another_name():
