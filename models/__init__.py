@@ -4,8 +4,9 @@
     model = create_model("B/16", num_classes=1000, image_size=224)
     logits = model(images)          # uint8 (B,H,W,C), or float (B,C,H,W) in [-1, 1], or patches (B,N,P*P*C)
 
-Rooms: `variants` (the table of names), `vit`, `resnet`, `heads`, `posemb`, `mpp` (masked patch prediction), `losses`,
-`convert` (weights in and out), `inspect` (what the model learned). Nothing here imports ray, mlflow or deepspeed.
+Files: `variants` (the table of names), `pixels`, `vit`, `resnet`, `heads`, `posemb`, `mpp` (masked patch prediction),
+`losses`, `cost` (parameters and FLOPs), `weights` (state dicts of other namings), `compatibility` (of other libraries),
+`probes` (classifiers on frozen features), `inspect` (what a model learned). All of it is torch and NumPy alone.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What follows the encoder: attention pooling, the tanh layer of pre-training, the linear head."""
+"""Layers after the encoder (attention pooling, the tanh layer of pre-training, the linear head), and the MLP of both."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention pooling (MAP): one learned query looks at all tokens, then a residual MLP.
+    """Multi-head attention pooling (MAP): one learned query attends to all tokens, then a residual MLP.
 
     The head of arXiv 2106.04560 (g/14, G/14), with timm's parameter names. (B,T,D) -> (B,D).
     """

@@ -24,7 +24,7 @@ def embedding_filters(model: VisionTransformer, count: int = 28) -> tuple[np.nda
     samples = samples - samples.mean(dim=0)
     _, scale, components = torch.linalg.svd(samples, full_matrices=False)
     share = scale**2 / (scale**2).sum().clamp(min=1e-30)
-    # the sign of a component is arbitrary: more light than dark, so that runs look alike
+    # the sign of a component is arbitrary: a positive sum makes the pictures of different runs comparable
     components = components * torch.where(components.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     return components[:count].reshape(-1, *kernel.shape[1:]).numpy(), share[:count].numpy()
 
@@ -61,8 +61,8 @@ def attention_distance(model: VisionTransformer, images: torch.Tensor, batch: in
     """Mean attention distance in pixels, (depth, heads) (section 4.5, appendix D.7).
 
     For every patch the distance to all patches, weighted by attention; mean over patches and images. Class token and
-    registers are left out of queries and keys and the rest is normalised again, so that a head that looks mostly at the
-    class token is not taken for a local one.
+    registers are left out of queries and keys and the rest is normalised again, so that a head that attends mostly to the
+    class token does not count as a local one.
     """
     axis = torch.arange(model.grid, dtype=torch.float64) * (model.config["image_size"] / model.grid)
     centres = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
@@ -77,7 +77,7 @@ def attention_distance(model: VisionTransformer, images: torch.Tensor, batch: in
 
 
 def attention_rollout(model: VisionTransformer, images: torch.Tensor) -> np.ndarray:
-    """(B,g,g): how much of each patch arrives in the output (appendix D.8, after arXiv 2005.00928), largest 1.
+    """(B,g,g): the share of each patch in the output (appendix D.8, after arXiv 2005.00928), scaled so that the largest is 1.
 
     Attention is averaged over heads, mixed half and half with the identity for the residual connections, and multiplied
     through the layers. The output is the class token, or the mean of the patches when there is none.

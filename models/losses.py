@@ -1,7 +1,7 @@
-"""Losses over logits (B,K) and labels as the loader hands them out.
+"""Losses over logits (B,K) and labels in the form of the loader's batches.
 
-Labels: int64 (B,) class indices, or (B,M) the several classes of each sample padded with -1; -1 alone means unlabelled
-and does not count. Mixup: `label_b` of the other image, and `lam` (B,), the share of the first.
+Labels: int64 (B,) class indices, or (B,M) several classes of each sample, padded with -1. A sample with -1 alone is
+unlabelled and does not count. Mixup: `label_b` are the labels of the other image, `lam` (B,) is the share of the first.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def training_loss(outputs, batch: Mapping, kind: str = "softmax", label_smoothin
 
 
 def multi_hot(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Labels as float32 (B,K), 1 for each class present; -1 leaves no mark."""
+    """Labels as float32 (B,K): 1 for each class present, nothing for -1."""
     labels = labels if labels.dim() == 2 else labels[:, None]
     # column K takes the padding and is cut off
     marks = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device)
@@ -88,7 +88,7 @@ def masked_patch_loss(masked: MaskedPrediction) -> torch.Tensor:
 
 
 def correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Whether the top class is (one of) the labels, bool (B,); always False for unlabelled samples.
+    """Whether the class with the largest logit is one of the labels, bool (B,); always False for unlabelled samples.
 
     With several labels this is the rule of ImageNet-ReaL (arXiv 2006.07159) and of big_vision for multi-label data.
     """

@@ -14,7 +14,7 @@ TARGETS = ("mean", "downsized", "full")
 
 
 class MaskedPrediction(NamedTuple):
-    """What the model says about the corrupted patches, and what they were; `models.losses` compares the two.
+    """The model's prediction of the corrupted patches, and the patches as they were; `models.losses` compares the two.
 
     prediction: (B,n,512) for "mean", (B,n,16,512) for "downsized", (B,n,P*P*C) for "full".
     target: int64 (B,n) or (B,n,16) colour classes, or float (B,n,P*P*C) pixels in [-1, 1].
@@ -25,7 +25,7 @@ class MaskedPrediction(NamedTuple):
 
 
 class MaskedPatchPredictor(VisionTransformer):
-    """A ViT that sees half of its patch embeddings corrupted and predicts what the patches were.
+    """A ViT that sees half of its patch embeddings corrupted and predicts the original patches.
 
     Of the corrupted patches 80% become a learned [mask] embedding, 10% the embedding of another patch of the image and
     10% stay as they are. mpp: "mean", the 3-bit mean colour (512 classes, the paper's choice); "downsized", a 4x4 version
@@ -82,7 +82,7 @@ class MaskedPatchPredictor(VisionTransformer):
         batch, length, _ = x.shape
         count = max(1, round(self.config["corrupt"] * length))
         chosen = torch.rand(batch, length, device=x.device).argsort(dim=1)[:, :count]
-        # the chosen come in random order, so fixed shares of that order are random patches
+        # the chosen patches come in random order, so fixed shares of that order are random patches
         masked, replaced = round(0.8 * count), round(0.1 * count)
         other = (chosen + torch.randint(1, max(2, length), chosen.shape, device=x.device)) % length
         index = chosen[:, :, None].expand(-1, -1, x.shape[2])
@@ -98,7 +98,7 @@ class MaskedPatchPredictor(VisionTransformer):
         return chosen, x.scatter(1, index, new)
 
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
-        """What to predict for patches (B,n,P*P*C)."""
+        """The targets of patches (B,n,P*P*C): pixels, or colour classes, as `MaskedPrediction` describes them."""
         pixels = normalise(patches, torch.float32)
         if self.config["mpp"] == "full":
             return pixels

@@ -139,7 +139,10 @@ class Stage(nn.Module):
 
 
 class Stages(nn.Module):
-    """Root convolution, max pooling and the stages: (B,C,H,W) -> (B,4*hidden,H/s,W/s). Without units: the root alone."""
+    """Root convolution, max pooling and the stages: (B,C,H,W) -> (B,4*hidden,H/s,W/s).
+
+    units: bottleneck units of each stage; empty for the root alone.
+    """
 
     def __init__(self, units: tuple[int, ...], widen: int, channels: int, flavour: Flavour):
         super().__init__()

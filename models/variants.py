@@ -20,7 +20,7 @@ Sources: arXiv 2010.11929 Tables 1 and 6; scaling (g, G): arXiv 2106.04560; BiT:
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.errors import UserError, nearest
 
@@ -53,7 +53,7 @@ STEMS = {
 
 RESNETS = {"R50": (3, 4, 6, 3), "R101": (3, 4, 23, 3), "R152": (3, 8, 36, 3), "R200": (3, 24, 36, 3)}
 
-# The names that are offered when one is misspelt, and that the table above lists.
+# The published names: the nearest one is offered when a name is misspelt.
 VARIANTS = (
     *("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14", "g/14", "G/14"),
     *("R+Ti/16", "R26+S/32", "R26+B/32", "R50+B/16", "R50+B/32", "R50+L/16", "R50+L/32"),
@@ -63,7 +63,7 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """Shape of a named model. `depth` 0 means a ResNet; `stem` is None without convolutional stages."""
+    """Sizes of a named model. A `depth` of 0 means a ResNet; `stem` is None without convolutional stages."""
 
     name: str
     width: int
@@ -76,7 +76,7 @@ class Variant:
 
 
 def parse_variant(name: str) -> Variant:
-    """The shape behind a name. Raises UserError with the nearest known name."""
+    """The sizes behind a name. Raises UserError, with the nearest known name, for one that does not exist."""
     if match := re.fullmatch(r"(R\d*)\+([\w-]+)/(\d+)", name):
         stem, transformer, stride = match[1], match[2], int(match[3])
         if (stem, stride) in STEMS and transformer in TRANSFORMERS:
@@ -91,6 +91,19 @@ def parse_variant(name: str) -> Variant:
     raise UserError(
         f'unknown model "{name}"{nearest(name, VARIANTS)}; a name is width/patch with a width of '
         f"{', '.join(TRANSFORMERS)}, or one of {', '.join(v for v in VARIANTS if 'R' in v)}"
+    )
+
+
+def override_sizes(
+    shape: Variant, width: int | None = None, depth: int | None = None, heads: int | None = None, mlp: int | None = None
+) -> Variant:
+    """A variant with other sizes, for ablations. A given width without `mlp` makes the MLP four times as wide."""
+    return replace(
+        shape,
+        width=width or shape.width,
+        depth=depth or shape.depth,
+        heads=heads or shape.heads,
+        mlp=mlp or (shape.mlp if width is None else 4 * width),
     )
 
 

@@ -16,15 +16,15 @@ from models.errors import UserError
 from models.heads import AttentionPool, Mlp, PreLogits, lecun_normal_, linear_head
 from models.pixels import channels_last, normalise, patchify, to_images
 from models.resnet import Flavour, Stages
-from models.variants import Variant, parse_variant
+from models.variants import Variant, override_sizes, parse_variant
 
 # ---------------------------------------------------------------- patches to tokens
 
 
 class PatchProjection(nn.Conv2d):
-    """E of eq. 1. Stored as the convolution that timm and Google store, applied as the matrix that it is.
+    """E of eq. 1: stored as a convolution, as by timm and Google, and applied as a matrix.
 
-    (B,N,P*P*C) -> (B,N,D). One matrix product over cut patches; the same numbers as the strided convolution over images.
+    (B,N,P*P*C) -> (B,N,D). One matrix product over cut patches gives the same numbers as the strided convolution.
     """
 
     def __init__(self, channels: int, width: int, patch: int):
@@ -67,9 +67,8 @@ class HybridEmbed(nn.Module):
         self.proj = PatchProjection(self.backbone.channels, shape.width, shape.patch)
 
     def grid(self, image_size: int) -> int:
-        for _ in range(
-            1 + max(1, len(self.backbone.stages))
-        ):  # root, pooling, and every stage after the first halve it
+        halvings = 1 + max(1, len(self.backbone.stages))  # the root, pooling, and every stage after the first
+        for _ in range(halvings):
             image_size = -(-image_size // 2)
         return image_size // self.patch
 
@@ -107,7 +106,7 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
-        """(B,T,D) -> (B,T,D), or (B,queries,D): the first tokens only, each looking at all."""
+        """(B,T,D) -> (B,T,D), or (B,queries,D): the first tokens only, which attend to all."""
         q, k, v = self.split(x)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=dropout)
@@ -133,8 +132,8 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.width, shape.mlp, options["gelu"], dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
-        # The rate differs from block to block. As a tensor it is an input of the compiled block, which then serves all of
-        # them; as a number it would be compiled into one version a block, until torch gives up after eight.
+        # The rate differs from block to block. As a tensor it is an input of the compiled block, which serves all blocks;
+        # as a number it would be compiled into one version per block, until torch gives up after eight.
         self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
@@ -143,7 +142,7 @@ class Block(nn.Module):
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
 
     def stochastic_depth(self, branch: torch.Tensor) -> torch.Tensor:
-        """Drops the branch for some samples of a training batch (arXiv 1603.09382)."""
+        """Drops the branch for some samples of a training batch and scales up the others (arXiv 1603.09382)."""
         if not self.training or self.drop_path == 0.0:
             return branch
         kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < self.keep
@@ -153,6 +152,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT and hybrid. `forward` gives logits, `features` the representation below the head, `encode` all tokens.
 
+    The parameters are this project's public options of a model: flags, recipes and config.json name them one by one.
+
     pool: "token" (class token), "gap" (mean of the patch tokens) or "map" (attention pooling); the last two have no
         class token.
     posemb: "learn" (1-D, of the paper), "sincos2d" (fixed) or "none".
@@ -161,8 +162,8 @@ class VisionTransformer(nn.Module):
         (arXiv 2302.05442). fc_norm: the final LayerNorm after the mean and not before, timm's default for "gap".
     dropout: after every dense layer but q, k, v, and after adding positions. drop_path: stochastic depth, rising
         linearly to this rate in the last block.
-    gelu: "tanh", which is what `jax.nn.gelu` and so all of Google's weights compute, or "exact", as timm and Hugging
-        Face run the same weights; they differ by at most 4.7e-4 per activation. ln_eps: 1e-6, flax's; Hugging Face 1e-12.
+    gelu: "tanh", which `jax.nn.gelu` and so all of Google's weights compute, or "exact", which timm and Hugging Face
+        compute with the same weights; they differ by at most 4.7e-4 per activation. ln_eps: 1e-6, flax's; Hugging Face 1e-12.
     epsilons: of a hybrid's stem, "google" or "timm" (see models.resnet).
     head_bias: initial bias of the head; -10 for sigmoid losses over thousands of classes.
     width, depth, heads, mlp: override the named variant, for ablations.
@@ -196,19 +197,8 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        shape = parse_variant(variant)
-        shape = Variant(
-            name=variant,
-            width=width or shape.width,
-            depth=depth or shape.depth,
-            heads=heads or shape.heads,
-            mlp=mlp or (shape.mlp if width is None else 4 * width),
-            patch=shape.patch,
-            stem=shape.stem,
-            widen=shape.widen,
-        )
+        shape = self.shape = override_sizes(parse_variant(variant), width, depth, heads, mlp)
         _check_options(self.config, shape)
-        self.shape = shape
         self.grad_checkpointing = False
         self.patch_embed: PatchEmbed | HybridEmbed
         if shape.stem is None:
@@ -216,19 +206,8 @@ class VisionTransformer(nn.Module):
         else:
             self.patch_embed = HybridEmbed(shape, channels, epsilons)
         self.grid = _grid(self.patch_embed, variant, image_size)
-
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if pool == "token" else None
-        self.reg_token = nn.Parameter(torch.empty(1, registers, shape.width).normal_(std=0.02)) if registers else None
-        self.pos_embed: torch.Tensor | None
-        positioned = self.grid**2 + (pool == "token")  # the class token has a position of its own, registers have none
-        if posemb == "learn":
-            self.pos_embed = nn.Parameter(torch.empty(1, positioned, shape.width).normal_(std=0.02))
-        elif posemb == "sincos2d":
-            self._fix_positions()
-        else:
-            self.pos_embed = None
+        self._add_tokens_and_positions()
         self.pos_drop = nn.Dropout(dropout)
-
         rates = [drop_path * i / max(1, shape.depth - 1) for i in range(shape.depth)]
         self.blocks = nn.ModuleList(
             Block(shape, dropout, attention_dropout, rate, qk_norm=qk_norm, ln_eps=ln_eps, gelu=gelu) for rate in rates
@@ -238,6 +217,19 @@ class VisionTransformer(nn.Module):
         self.fc_norm = nn.LayerNorm(shape.width, eps=ln_eps) if fc_norm else nn.Identity()
         self.pre_logits = PreLogits(shape.width) if pre_logits else nn.Identity()
         self.head = linear_head(shape.width, num_classes, head_bias)
+
+    def _add_tokens_and_positions(self) -> None:
+        """Class token, registers and position embeddings, as `config` asks for them."""
+        width, registers = self.shape.width, self.config["registers"]
+        has_cls = self.config["pool"] == "token"
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_cls else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, width).normal_(std=0.02)) if registers else None
+        self.pos_embed: torch.Tensor | None = None
+        if self.config["posemb"] == "learn":
+            rows = self.grid**2 + has_cls  # the class token has a position of its own, registers have none
+            self.pos_embed = nn.Parameter(torch.empty(1, rows, width).normal_(std=0.02))
+        elif self.config["posemb"] == "sincos2d":
+            self._fix_positions()
 
     @property
     def prefix(self) -> int:
@@ -289,8 +281,8 @@ class VisionTransformer(nn.Module):
     ) -> torch.Tensor:
         """The representation below the head, (B,D); after the tanh layer if there is one.
 
-        With a class token nothing else of the last block is read, so nothing else is computed: the same result for 6%
-        less work in B. `every_token` computes them all the same.
+        With a class token, the last block computes that token alone, since nothing reads the others: the same result for
+        6% less work in B/16. `every_token` computes them all.
         """
         alone = self.cls_token is not None and not every_token
         tokens = self.encode(x, positions, queries=1 if alone else None)
@@ -311,14 +303,14 @@ class VisionTransformer(nn.Module):
         return self.head(self.features(x, positions))
 
     def replace_head(self, num_classes: int) -> None:
-        """Drops the tanh layer and the head; a zero-initialised linear head takes their place (section 3.2)."""
+        """Replaces the tanh layer and the head by a zero-initialised linear head (section 3.2)."""
         reference = next(self.blocks.parameters())
         self.pre_logits = nn.Identity()
         self.head = linear_head(self.shape.width, num_classes).to(reference)
         self.config |= {"num_classes": num_classes, "pre_logits": False, "head_bias": 0.0}
 
     def set_image_size(self, size: int) -> None:
-        """Another resolution, same patch size: more or fewer tokens, positions interpolated (section 3.2)."""
+        """Changes the resolution at the same patch size: more or fewer tokens, positions interpolated (section 3.2)."""
         grid = _grid(self.patch_embed, self.config["variant"], size)
         self.config["image_size"] = size
         if grid == self.grid:
