@@ -224,12 +224,14 @@ class VisionTransformer(nn.Module):
         has_cls = self.config["pool"] == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_cls else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, width).normal_(std=0.02)) if registers else None
-        self.pos_embed: torch.Tensor | None = None
+        self.pos_embed: torch.Tensor | None
         if self.config["posemb"] == "learn":
             rows = self.grid**2 + has_cls  # the class token has a position of its own, registers have none
             self.pos_embed = nn.Parameter(torch.empty(1, rows, width).normal_(std=0.02))
         elif self.config["posemb"] == "sincos2d":
             self._fix_positions()
+        else:
+            self.pos_embed = None
 
     @property
     def prefix(self) -> int:
