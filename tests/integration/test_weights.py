@@ -1,7 +1,6 @@
 """Weights from wherever a user keeps them: a run folder, an MLflow run, the model registry."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import registry
 from pipeline.weights import locate, open_model, save_checkpoint_weights
 from tests.runs import commit_checkpoint
+from tests.weights import google_arrays
 
 PROJECT = Path(__file__).parents[2]
 
@@ -103,7 +103,6 @@ def test_a_registered_model_classifies_where_nothing_of_this_project_is_installe
 @pytest.mark.timeout(600)
 def test_google_files_and_registered_models_through_the_jobs(tmp_path):
     """A .npz in Google's naming starts a pre-training; the version that this registers starts another, and a transfer."""
-    google_arrays = runpy.run_path(str(PROJECT / "tests/unit/test_models_weights.py"))["google_arrays"]
     torch.manual_seed(0)
     original = create_model("mu/8", 3, 24, pre_logits=True)
     np.savez(tmp_path / "vit.npz", **google_arrays(original))
