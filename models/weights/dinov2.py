@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from models.weights import timm
@@ -27,4 +28,4 @@ def translate(tensors: Weights) -> Weights:
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    return Conventions(activation="gelu", ln_eps=1e-6)
+    return replace(timm.conventions(tensors, config), ln_eps=1e-6)

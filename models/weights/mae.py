@@ -1,6 +1,7 @@
 """The files of masked autoencoders (arXiv 2111.06377): timm's names, with a decoder beside the encoder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from models.weights import timm
@@ -20,4 +21,4 @@ def translate(tensors: Weights) -> Weights:
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    return Conventions(activation="gelu", ln_eps=1e-6)
+    return replace(timm.conventions(tensors, config), ln_eps=1e-6)

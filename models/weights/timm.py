@@ -33,10 +33,10 @@ def translate(tensors: Weights) -> Weights:
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    """config: of a folder in the form of timm's hub; other folders' configurations are read as Hugging Face's."""
+    """config: of a folder in the form of timm's hub, or with Hugging Face's names."""
     arguments, pretrained = section(config, "model_args"), section(config, "pretrained_cfg")
     kernel = tensors.get("patch_embed.proj.weight")
-    size = arguments.get("img_size") or pretrained.get("input_size")
+    size = arguments.get("img_size") or pretrained.get("input_size") or config.get("image_size")
     hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)  # its patches are not of pixels
     return Conventions(
         heads=config.get("num_attention_heads") or arguments.get("num_heads"),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from models.weights.tensors import Conventions, Weights, rename
+from models.weights.tensors import Conventions, Weights, patch_grid, rename
 
 NAME = "torchvision"
 ANCHORS = ("conv_proj.weight",)
@@ -41,4 +41,5 @@ def translate(tensors: Weights) -> Weights:
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    return Conventions(activation="gelu", ln_eps=1e-6)
+    kernel = next(tensor for name, tensor in tensors.items() if name.endswith(ANCHORS))
+    return Conventions(activation="gelu", ln_eps=1e-6, grid=patch_grid(config.get("image_size"), kernel))

@@ -45,10 +45,11 @@ HARMLESS: list[Any] = [
 ]
 
 
-def read_file(uri: str, sha256: str | None = None) -> Weights:
-    """The tensors of a file. Raises UserError when it is damaged, hostile or of an unknown kind.
+def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
+    """(tensors of a file, notes on a choice that was made among them).
 
-    sha256: what its checksum must be, in hexadecimal.
+    sha256: the checksum that the file must have, in hexadecimal. Raises UserError when the file is damaged, hostile or of
+    an unknown kind.
     """
     kind = uri.lower()
     if not kind.endswith(SUFFIXES):
@@ -61,10 +62,10 @@ def read_file(uri: str, sha256: str | None = None) -> Weights:
     try:
         _check_unfolding(data, uri)
         if kind.endswith(".safetensors"):
-            return safetensors.torch.load_file(data) if local else safetensors.torch.load(data.getvalue())
+            return (safetensors.torch.load_file(data) if local else safetensors.torch.load(data.getvalue())), []
         if kind.endswith(".npz"):
             with np.load(data, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(_float_of_bfloat16(arrays[name])) for name in arrays.files}
+                return {name: torch.from_numpy(_float_of_bfloat16(arrays[name])) for name in arrays.files}, []
         with torch.serialization.safe_globals(HARMLESS):
             return _state_dict(torch.load(data, map_location="cpu", weights_only=True), uri)
     except UserError:
@@ -102,13 +103,16 @@ def _float_of_bfloat16(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _state_dict(loaded: Any, uri: str) -> Weights:
-    """The tensors of a PyTorch file, wherever common training scripts put them."""
+def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
+    """(tensors of a PyTorch file, wherever common training scripts put them; notes on a choice among several)."""
+    notes = []
     while isinstance(loaded, dict):
-        key = next((key for key in STATE_KEYS if isinstance(loaded.get(key), dict)), None)
-        if key is None:
+        keys = [key for key in STATE_KEYS if _holds_tensors(loaded.get(key))]
+        if not keys:
             break
-        loaded = loaded[key]
+        if len(keys) > 1:
+            notes.append(f"the file holds {' and '.join(keys)}: {keys[0]} is read")
+        loaded = loaded[keys[0]]
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"{uri}: holds a {type(loaded).__name__}, not a state dict")
     others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -116,4 +120,13 @@ def _state_dict(loaded: Any, uri: str) -> Weights:
         raise UserError(f"{uri}: not a state dict: {shorten(others)} hold no tensors")
     if odd := [str(n) for n, t in loaded.items() if not isinstance(n, str) or t.layout != torch.strided or t.is_meta]:
         raise UserError(f"{uri}: not a state dict of dense tensors by name: {shorten(odd)}")
-    return loaded
+    return loaded, notes
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a state dict, or a dictionary that holds one."""
+    if not isinstance(value, dict):
+        return False
+    return any(isinstance(v, torch.Tensor) for v in value.values()) or any(
+        isinstance(value.get(key), dict) for key in STATE_KEYS
+    )

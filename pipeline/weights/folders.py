@@ -17,8 +17,8 @@ from pipeline.weights.files import SUFFIXES, first_line, read_file
 MAX_DEPTH = 1000
 
 
-def read_folder(uri: str) -> Weights:
-    """The tensors of a folder. What a COMMIT.json records of its files is verified.
+def read_folder(uri: str) -> tuple[Weights, list[str]]:
+    """(tensors of a folder, notes on a choice). What a COMMIT.json records of its files is verified.
 
     Raises UserError when there are no weights, several to choose from, or damaged ones.
     """
@@ -31,9 +31,9 @@ def read_folder(uri: str) -> Weights:
         if name in names:
             return read_file(storage.join(uri, name), recorded.get(name))
         if f"{name}.index.json" in names:
-            return _read_parts(uri, f"{name}.index.json", names)
+            return _read_parts(uri, f"{name}.index.json", names), []
     if has_state:
-        return read_training_state(uri, recorded)
+        return read_training_state(uri, recorded), []
     if what := _other_layout(uri, names):
         raise UserError(f"{uri}: {what}")
     other = [name for name in sorted(names) if name.endswith(SUFFIXES)]
@@ -62,7 +62,7 @@ def _read_parts(uri: str, index: str, names: set[str]) -> Weights:
         raise UserError(f"{uri}: {index} is no index of weights ({error})") from error
     if absent := [file for file in files if file not in names]:
         raise UserError(f"{uri}: {len(absent)} of {len(files)} parts are missing: {shorten(absent)}")
-    tensors = {name: tensor for file in files for name, tensor in read_file(storage.join(uri, file)).items()}
+    tensors = {name: tensor for file in files for name, tensor in read_file(storage.join(uri, file))[0].items()}
     if lost := [name for name in places if name not in tensors]:
         raise UserError(f"{uri}: tensors of {index} are in none of its {len(files)} parts: {shorten(lost)}")
     return tensors
@@ -93,7 +93,7 @@ def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
     for file in storage.list_files(storage.join(uri, "state")):
         if not file.path.endswith(".safetensors"):
             continue
-        for key, values in read_file(file.uri, recorded.get(f"state/{file.path}")).items():
+        for key, values in read_file(file.uri, recorded.get(f"state/{file.path}"))[0].items():
             kind, _, place = key.partition(":")
             name, _, start = place.rpartition(":")
             if kind == "param" and name in weights:

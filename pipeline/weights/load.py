@@ -1,5 +1,6 @@
 """Weights into models, and models from checkpoints."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -76,10 +77,11 @@ def _read(place: str) -> NamedWeights:
     home = description.folder_of(place)
     config = description.read_description(home)
     if place == home:
-        tensors = folders.read_folder(place)
+        tensors, notes = folders.read_folder(place)
     else:
-        tensors = read_file(place, description.recorded_checksums(home).get(place.rpartition("/")[2]))
+        tensors, notes = read_file(place, description.recorded_checksums(home).get(place.rpartition("/")[2]))
     try:
-        return translate(tensors, config)
+        named = translate(tensors, config)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    return dataclasses.replace(named, notes=(*notes, *named.notes))

@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 
 from models.errors import UserError
+from pipeline import storage
 from pipeline.weights import load_model, load_weights, read_weights, save_checkpoint_weights
-from tests.runs import commit_checkpoint
+from tests.runs import commit_checkpoint, flip_bit
 from tests.weights import google_arrays, logits, tiny
 
 
@@ -187,3 +188,51 @@ def test_sources_that_say_nothing_about_the_model(tmp_path):
             load(tmp_path / "empty")
     with pytest.raises(UserError, match="MLflow"):
         load_weights(tiny(), "models:/vit/3")
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("place", ["folder", "run", "file"])
+def test_a_flipped_bit_in_a_committed_checkpoint_is_never_loaded(tmp_path, file, place):
+    folder = tmp_path / "run" / "checkpoints" / "step-00000007"
+    save_checkpoint_weights(tiny(), {"classes": ["a"]}, str(folder))
+    commit_checkpoint(folder, 7)
+    address = {"folder": folder, "run": tmp_path / "run", "file": folder / "model.safetensors"}[place]
+    load_weights(tiny(seed=9), address)
+    flip_bit(folder / file)
+    for load in (load_model, read_weights, lambda uri: load_weights(tiny(seed=9), uri)):
+        with pytest.raises(UserError, match=rf"step-00000007/{file}: damaged"):
+            load(address)
+
+
+def test_a_flipped_bit_in_a_training_state_or_on_s3_is_never_loaded(tmp_path, s3):
+    folder = tmp_path / "checkpoint"
+    save_checkpoint_weights(tiny(), {}, str(folder))
+    (folder / "state").mkdir()
+    flat = {f"param:{name}:0": p.detach().flatten() for name, p in tiny().named_parameters()}
+    safetensors.torch.save_file(flat, folder / "state" / "param-00000-of-00001.safetensors")
+    commit_checkpoint(folder, 7)
+    for file in folder.rglob("*.*"):
+        storage.copy_file(str(file), f"{s3}/checkpoint/{file.relative_to(folder)}")
+    load_model(f"{s3}/checkpoint")
+    flip_bit(folder / "model.safetensors")
+    storage.copy_file(str(folder / "model.safetensors"), f"{s3}/checkpoint/model.safetensors")
+    with pytest.raises(UserError, match=r"s3://.*model\.safetensors: damaged"):
+        load_model(f"{s3}/checkpoint")
+    (folder / "model.safetensors").unlink()
+    load_model(folder)
+    flip_bit(folder / "state" / "param-00000-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"param-00000-of-00001\.safetensors: damaged"):
+        load_model(folder)
+
+
+def test_averaged_weights_are_preferred_and_the_report_says_so(tmp_path):
+    torch.save({"state_dict": tiny(seed=3).state_dict(), "state_dict_ema": tiny().state_dict()}, tmp_path / "w.pth")
+    model = tiny(seed=9)
+    assert (
+        "the file holds state_dict_ema and state_dict: state_dict_ema is read"
+        in load_weights(model, tmp_path / "w.pth").notes
+    )
+    assert torch.equal(logits(model), logits(tiny()))

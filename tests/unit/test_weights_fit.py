@@ -134,3 +134,38 @@ def test_another_number_of_heads_or_activation_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     with pytest.raises(UserError, match="computes with relu"):
         load_weights(tiny(), tmp_path)
+
+
+# ---------------------------------------------------------------- grids that are not square
+
+
+def rectangular(model, rows, columns):
+    """The model's state dict as if it had been trained on images of rows x columns patches, and its positions as a map."""
+    state = dict(model.state_dict())
+    table = torch.randn(1, 1 + rows * columns, 32, generator=torch.Generator().manual_seed(5))
+    state["pos_embed"] = table
+    return state, table[0, 1:].T.reshape(1, 32, rows, columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (1, 9), (4, 16)], ids=str)
+def test_a_rectangular_grid_is_read_by_the_shape_that_its_config_gives(tmp_path, rows, columns):
+    """1x9 and 4x16 patches are as many as 3x3 and 8x8: only the config tells them apart."""
+    state, plane = rectangular(tiny(), rows, columns)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    size = [8 * rows, 8 * columns]
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": {"img_size": size}, "architecture": "vit"}))
+    model = tiny(seed=9)
+    report = load_weights(model, tmp_path)
+    assert f"position embeddings resized from {rows}x{columns} to 3x3" in report.notes
+    expected = torch.nn.functional.interpolate(plane, size=(3, 3), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(model.pos_embed[0, 1:], expected[0].flatten(1).T)
+    torch.testing.assert_close(model.pos_embed[0, 0], state["pos_embed"][0, 0])
+
+
+def test_a_rectangular_grid_that_nothing_describes_is_refused(tmp_path):
+    state, _ = rectangular(tiny(), 2, 5)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"10 position embeddings of patches form no square grid.*image_size"):
+        load_weights(tiny(), tmp_path / "w.pt")
+    (tmp_path / "config.json").write_text('{"image_size": [16, 40]}')  # as the error says
+    assert load_weights(tiny(), tmp_path / "w.pt").notes
