@@ -14,7 +14,6 @@ then tells more of its habits than of the tensors.
 
 import argparse
 import ctypes
-import functools
 import gc
 import json
 import os
@@ -33,17 +32,6 @@ SHAPES = {"S/16": ("vit_small_patch16_224", 384, 6, 1536), "B/16": ("vit_base_pa
 BATCH, SIZE, CLASSES = 8, 224, 1000
 
 
-@functools.cache
-def missing_operators():
-    """torchvision's CUDA build beside a CPU torch lacks two operators, which timm and transformers import and never call."""
-    import torch
-
-    operators = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return operators  # they live as long as this object, which the cache keeps
-
-
 def build(library: str, variant: str):
     """(model, function from images to logits), all three with the weights of ours."""
     import torch
@@ -51,6 +39,7 @@ def build(library: str, variant: str):
     sys.path.insert(0, str(PROJECT))
     from models import create_model
     from models.weights import to_huggingface
+    from pipeline.operations.libraries import load_torchvision
 
     torch.manual_seed(0)
     ours = create_model(variant, CLASSES, gelu="exact", ln_eps=1e-6)
@@ -60,8 +49,7 @@ def build(library: str, variant: str):
         model = create_model(variant, CLASSES, gelu="exact", ln_eps=1e-6)
         model.load_state_dict(ours.state_dict())
         return model, model
-    if not torch.cuda.is_available():
-        missing_operators()
+    load_torchvision()
     name, width, heads, mlp = SHAPES[variant]
     if library == "timm":
         import timm

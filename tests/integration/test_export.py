@@ -12,6 +12,7 @@ import torch
 
 from models import create_model
 from pipeline.weights import load_model, save_checkpoint_weights
+from tests.runs import commit_checkpoint, flip_bit
 
 PROJECT = Path(__file__).parents[2]
 CLASSES = ["ant", "bee", "cat"]
@@ -93,12 +94,55 @@ def test_the_library_gives_our_logits(tmp_path, image_folder, format, opened):
             torch.testing.assert_close(opened(tmp_path / "out", x), model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_exported_is_one_error_and_nothing_is_written(tmp_path):
-    checkpoint(tmp_path / "checkpoint", pool="gap")
-    failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "huggingface", "--output", tmp_path / "out")
+WITHOUT_TORCH = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "timm", "transformers", "mlflow"):
+            raise ImportError(f"{name} is imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["export.py", *sys.argv[1:]]
+runpy.run_path("jobs/export.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "words"),
+    [
+        (
+            "huggingface",
+            {"pool": "gap"},
+            "cannot express pool='gap'; export to timm, onnx, torch-export or safetensors",
+        ),
+        ("huggingface", {"registers": 2}, "cannot express registers=2"),
+        ("timm", {"ln_eps": 1e-12}, "LayerNorm epsilon 1e-6, this model 1e-12; export to huggingface"),
+        ("timm", {"variant": "R50x2", "width": None, "depth": None, "heads": None}, "timm has no model like R50x2"),
+    ],
+)
+def test_what_a_format_cannot_express_is_said_before_torch_is_imported(tmp_path, form, options, words):
+    config = {"model": {"variant": "Ti/8", "num_classes": 3, "image_size": 32, **options}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--checkpoint", tmp_path, "--to", form, "--output", tmp_path / "out"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    failed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert failed.returncode == 2
-    assert "pool='gap'" in failed.stderr
+    assert words in failed.stderr
+    assert failed.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    checkpoint(tmp_path / "checkpoint")
+    commit_checkpoint(tmp_path / "checkpoint", 1)
+    flip_bit(tmp_path / "checkpoint" / "model.safetensors")
+    failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "out")
+    assert failed.returncode == 2
+    assert "model.safetensors: damaged" in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_nothing_is_written_above_the_tolerance(tmp_path):
+    checkpoint(tmp_path / "checkpoint")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "full")
@@ -107,3 +151,18 @@ def test_what_cannot_be_exported_is_one_error_and_nothing_is_written(tmp_path):
     failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "none", "--tolerance", "-1")  # fmt: skip
     assert failed.returncode == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_a_torchvision_that_does_not_load_is_reported_with_its_remedy(tmp_path):
+    """A CUDA build beside a CPU torch: the export works, and says why `import timm` will not."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + (
+        "from pipeline.operations.libraries import load_torchvision; assert load_torchvision() is load_torchvision()\n"
+        "import torch; torch.ops.torchvision.nms"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("pip install torchvision --index-url https://download.pytorch.org/whl/") == 1

@@ -12,6 +12,7 @@ import torch
 
 from models import create_model, inspect
 from models.errors import UserError
+from pipeline.data.format.shards import write_dataset
 from pipeline.operations.visualization import inspect_model
 from pipeline.weights import save_checkpoint_weights
 
@@ -128,6 +129,26 @@ def test_the_job_writes_pictures(tmp_path, image_folder):
     for name in ("filters", "positions", "distance", "rollout"):
         picture = cv2.imread(str(tmp_path / "out" / f"{name}.png"))
         assert picture.std() > 10, name  # something is drawn
+
+
+def test_a_checkpoint_is_shown_the_validation_images_of_its_run(tmp_path):
+    rows = [
+        (f"{i}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 32, 32)
+        for i, picture in enumerate(pictures(5).numpy())
+    ]
+    write_dataset(str(tmp_path / "validation"), rows, classes=["a", "b", "c"])
+    for validation, expected in ((tmp_path / "validation", 5), (tmp_path / "gone", 8), (None, 8)):
+        config = {"pretrain": {"validation": validation and str(validation)}}
+        save_checkpoint_weights(model(), config, str(tmp_path / "checkpoint"))
+        done = run(
+            "visualize", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--no-log", "--json"
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["images"] == expected
+        assert "5 images of " + str(validation) in done.stderr or "scikit-learn" in done.stderr
+
+
+def test_visualize_refuses_a_checkpoint_that_is_not_there(tmp_path):
     failed = run("visualize", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "out2", "--no-log")
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
