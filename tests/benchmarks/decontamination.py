@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from pipeline.data import dedup, images
+from pipeline.data import duplicates as dedup
+from pipeline.data import images
 
 DISTANCES = (12, 20, 24, 28)
 rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data import dedup
+from pipeline.data import duplicates as dedup
 from pipeline.errors import UserError
 from pipeline.transfer import fanout, report
 from pipeline.transfer.fanout import Hits, Result, Store, pack_hits, pack_predictions

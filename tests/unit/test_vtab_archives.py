@@ -32,11 +32,11 @@ from pipeline.vtab import (
     miniature,
     open_split,
     prepare,
-    readers,
     requirements,
     split_keys,
     table,
 )
+from pipeline.vtab import datasets as readers
 from pipeline.vtab.splits import tfds_order
 
 DATASETS = sorted({get(name).dataset for name in TASKS})
