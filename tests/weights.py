@@ -37,58 +37,72 @@ def google_arrays(model, naming="published"):
     stacked blocks, under params/).
     """
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    heads = model.shape.heads
     arrays = {"cls": state["cls_token"]} if "cls_token" in state else {}
-    position = "pos_embedding" if naming == "big_vision" else "Transformer/posembed_input/pos_embedding"
     if "pos_embed" in state:
+        position = "pos_embedding" if naming == "big_vision" else "Transformer/posembed_input/pos_embedding"
         arrays[position] = state["pos_embed"]
     arrays["embedding/kernel"] = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
     arrays["embedding/bias"] = state["patch_embed.proj.bias"]
-
-    def attention(prefix, qkv_weight, qkv_bias, out_weight, out_bias):
-        width = qkv_weight.shape[1]
-        for part, kernel, bias in zip(
-            ("query", "key", "value"), np.split(qkv_weight, 3), np.split(qkv_bias, 3), strict=True
-        ):
-            arrays[f"{prefix}/{part}/kernel"] = kernel.T.reshape(width, heads, -1)
-            arrays[f"{prefix}/{part}/bias"] = bias.reshape(heads, -1)
-        arrays[f"{prefix}/out/kernel"] = out_weight.T.reshape(heads, -1, width)
-        arrays[f"{prefix}/out/bias"] = out_bias
-
-    def mlp(prefix, ours):
-        for i in (0, 1):
-            arrays[f"{prefix}/Dense_{i}/kernel"] = state[f"{ours}.fc{i + 1}.weight"].T
-            arrays[f"{prefix}/Dense_{i}/bias"] = state[f"{ours}.fc{i + 1}.bias"]
-
-    def norm(prefix, ours):
-        arrays[f"{prefix}/scale"], arrays[f"{prefix}/bias"] = state[f"{ours}.weight"], state[f"{ours}.bias"]
-
-    mha, second, dense = (1, 2, 3) if naming == "published" else (0, 1, 0)
     for i in range(model.shape.depth):
-        block, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-        norm(f"{block}/LayerNorm_0", f"{ours}.norm1")
-        attention(
-            f"{block}/MultiHeadDotProductAttention_{mha}",
-            *(state[f"{ours}.attn.{name}"] for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")),
-        )
-        norm(f"{block}/LayerNorm_{second}", f"{ours}.norm2")
-        mlp(f"{block}/MlpBlock_{dense}", f"{ours}.mlp")
-    norm("Transformer/encoder_norm", "norm")
+        arrays |= _block(state, i, model.shape.heads, naming)
+    arrays |= _norm(state, "norm", "Transformer/encoder_norm")
     if "attn_pool.latent" in state:
-        pool = "attn_pool"
-        arrays["MAPHead_0/probe"] = state[f"{pool}.latent"]
-        attention(
-            "MAPHead_0/MultiHeadDotProductAttention_0",
-            np.concatenate([state[f"{pool}.q.weight"], state[f"{pool}.kv.weight"]]),
-            np.concatenate([state[f"{pool}.q.bias"], state[f"{pool}.kv.bias"]]),
-            state[f"{pool}.proj.weight"],
-            state[f"{pool}.proj.bias"],
-        )
-        norm("MAPHead_0/LayerNorm_0", f"{pool}.norm")
-        mlp("MAPHead_0/MlpBlock_0", f"{pool}.mlp")
+        arrays |= _pool(state, model.shape.heads)
     for ours, theirs in (("pre_logits.fc", "pre_logits"), ("head", "head")):
         if f"{ours}.weight" in state:
             arrays[f"{theirs}/kernel"], arrays[f"{theirs}/bias"] = state[f"{ours}.weight"].T, state[f"{ours}.bias"]
+    arrays |= _stem(state)
+    return _stacked(arrays, model.shape.depth) if naming == "big_vision" else arrays
+
+
+def _norm(state, ours, theirs):
+    return {f"{theirs}/scale": state[f"{ours}.weight"], f"{theirs}/bias": state[f"{ours}.bias"]}
+
+
+def _mlp(state, ours, theirs):
+    arrays = {}
+    for i in (0, 1):
+        arrays[f"{theirs}/Dense_{i}/kernel"] = state[f"{ours}.fc{i + 1}.weight"].T
+        arrays[f"{theirs}/Dense_{i}/bias"] = state[f"{ours}.fc{i + 1}.bias"]
+    return arrays
+
+
+def _attention(theirs, heads, qkv_weight, qkv_bias, out_weight, out_bias):
+    width, arrays = qkv_weight.shape[1], {}
+    parts = zip(("query", "key", "value"), np.split(qkv_weight, 3), np.split(qkv_bias, 3), strict=True)
+    for part, kernel, bias in parts:
+        arrays[f"{theirs}/{part}/kernel"] = kernel.T.reshape(width, heads, -1)
+        arrays[f"{theirs}/{part}/bias"] = bias.reshape(heads, -1)
+    return arrays | {f"{theirs}/out/kernel": out_weight.T.reshape(heads, -1, width), f"{theirs}/out/bias": out_bias}
+
+
+def _block(state, i, heads, naming):
+    attention, second_norm, mlp = (1, 2, 3) if naming == "published" else (0, 1, 0)
+    theirs, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+    tensors = (state[f"{ours}.attn.{name}"] for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"))
+    return {
+        **_norm(state, f"{ours}.norm1", f"{theirs}/LayerNorm_0"),
+        **_attention(f"{theirs}/MultiHeadDotProductAttention_{attention}", heads, *tensors),
+        **_norm(state, f"{ours}.norm2", f"{theirs}/LayerNorm_{second_norm}"),
+        **_mlp(state, f"{ours}.mlp", f"{theirs}/MlpBlock_{mlp}"),
+    }
+
+
+def _pool(state, heads):
+    pool = {name.removeprefix("attn_pool."): array for name, array in state.items() if name.startswith("attn_pool.")}
+    qkv = (np.concatenate([pool[f"q.{kind}"], pool[f"kv.{kind}"]]) for kind in ("weight", "bias"))
+    attention = "MAPHead_0/MultiHeadDotProductAttention_0"
+    return {
+        "MAPHead_0/probe": pool["latent"],
+        **_attention(attention, heads, *qkv, pool["proj.weight"], pool["proj.bias"]),
+        **_norm(pool, "norm", "MAPHead_0/LayerNorm_0"),
+        **_mlp(pool, "mlp", "MAPHead_0/MlpBlock_0"),
+    }
+
+
+def _stem(state):
+    """The convolutional stages of a hybrid."""
+    arrays = {}
     for name, array in state.items():
         if not name.startswith("patch_embed.backbone."):
             continue
@@ -101,12 +115,15 @@ def google_arrays(model, naming="published"):
         _, stage, _, unit, part, *rest = name.split(".")
         part = {"conv": "conv_proj", "norm": "gn_proj"}[rest[0]] if part == "downsample" else part.replace("norm", "gn")
         arrays[f"block{int(stage) + 1}/unit{int(unit) + 1}/{part}/{leaf}"] = array
-    if naming != "big_vision":
-        return arrays
+    return arrays
+
+
+def _stacked(arrays, depth):
+    """Blocks stacked by scan, everything under params/."""
     stacked = {}
     for name, array in arrays.items():
         if "/encoderblock_0/" in name:
-            blocks = [arrays[name.replace("_0/", f"_{i}/", 1)] for i in range(model.shape.depth)]
+            blocks = [arrays[name.replace("_0/", f"_{i}/", 1)] for i in range(depth)]
             stacked["params/" + name.replace("/encoderblock_0/", "/encoderblock/")] = np.stack(blocks)
         elif "/encoderblock_" not in name:
             stacked["params/" + name] = array

@@ -35,9 +35,9 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names, registry, start_run, tracking_uri
-from pipeline.training import checkpoint as checkpoints
 from pipeline.transfer import TransferConfig
 from pipeline.transfer.suites import version as version_of_suite
+from pipeline.weights import checkpoints
 
 LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
 ATTEMPTS = 3  # failures of one checkpoint before it waits for a person

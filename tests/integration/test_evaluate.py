@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.operations import evaluation
 from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
 from pipeline.tracking import names, registry, start_run
-from pipeline.training import checkpoint as checkpoints
+from pipeline.weights import checkpoints
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
