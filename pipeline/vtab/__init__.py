@@ -4,12 +4,26 @@ TASKS, get(name)                   the table                          tasks.py
 split_keys(task, split, keys)      who is in train800, val200, ...    splits.py
 requirements(task)                 which files, from where            archives.py
 prepare(tasks, raw, output)        archives -> datasets               build.py
-open_split(uri, split)             a prepared split                   build.py
+open_split(uri, split)             a prepared split                   finish.py
 """
 
 from pipeline.vtab.archives import requirements
-from pipeline.vtab.build import open_split, prepare, table
+from pipeline.vtab.build import Incomplete, build_datasets, check_requests, prepare
+from pipeline.vtab.finish import counts_table, open_split
 from pipeline.vtab.splits import split_keys
 from pipeline.vtab.tasks import SPLITS, TASKS, Task, get
 
-__all__ = ["SPLITS", "TASKS", "Task", "get", "open_split", "prepare", "requirements", "split_keys", "table"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Incomplete",
+    "Task",
+    "build_datasets",
+    "check_requests",
+    "counts_table",
+    "get",
+    "open_split",
+    "prepare",
+    "requirements",
+    "split_keys",
+]

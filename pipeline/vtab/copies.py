@@ -11,18 +11,11 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.sources.tfrecord import parse_example, read_records
 from pipeline.errors import UserError
-from pipeline.vtab.datasets import (
-    READERS,
-    Listing,
-    Member,
-    Source,
-    clevr_count,
-    clevr_distance,
-    dsprites_label,
-    kitti_distance,
-    png,
-)
-from pipeline.vtab.splits import needed
+from pipeline.vtab.containers import png
+from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member, read_tree
+from pipeline.vtab.datasets.clevr import clevr_count, clevr_distance
+from pipeline.vtab.datasets.dsprites import dsprites_label
+from pipeline.vtab.datasets.kitti import kitti_distance
 from pipeline.vtab.tasks import Task
 
 # ---------------------------------------------------------------- TFDS
@@ -60,47 +53,43 @@ def tfds_label(task: Task, example: dict[str, Any]) -> int:
     return int(example[feature][0])
 
 
-def tfds_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, list[Listing]]:
-    """{TFDS split: listings in order} of the TFDS splits that `splits` draw from. A key is the split and the position."""
+def list_tfds_split(folder: str, task: Task, split: str) -> list[Listing]:
+    """The examples of one TFDS split in order, a listing per shard. A key is the split and the position."""
     names = [info.path for info in storage.list_files(folder, recursive=False)]
-    index: dict[str, list[Listing]] = {}
-    wanted = {name for split in splits for name in needed(task, split)}
-    for split in (name for name in ("train", "validation", "test") if name in wanted):
-        shards = sorted(name for name in names if name.startswith(f"{task.dataset}-{split}.") and "-of-" in name)
-        if not shards:
-            raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* there; prepare that split with TFDS, too")
-        total = int(shards[0].rpartition("-of-")[2])
-        if len(shards) != total:
-            raise UserError(f"{folder}: {len(shards)} of the {total} shards of '{split}' are there")
-        position, index[split] = 0, []
-        for shard in shards:
-            if ".tfrecord" not in shard:
-                raise UserError(f"{folder}: {shard} is no TFRecord file; prepare with file_format=tfrecord")
-            uri = storage.join(folder, shard)
-            with storage.open_file(uri) as file:
-                try:
-                    labels = [
-                        tfds_label(task, parse_example(record, uri)) for record in read_records(file, uri, check=False)
-                    ]
-                except (KeyError, IndexError, ValueError, TypeError) as error:
-                    raise UserError(f"{uri}: not the TFDS data set {task.dataset}: feature {error}") from error
-            keys = [f"{split}_{position + i:06d}" for i in range(len(labels))]
-            source = Source(kind="tfds", uri=uri, part=task.dataset)
-            index[split].append(
-                Listing(split=split, source=source, keys=keys, members=range(len(keys)), labels={task.name: labels})
-            )
-            position += len(labels)
-    return index
+    shards = sorted(name for name in names if name.startswith(f"{task.dataset}-{split}.") and "-of-" in name)
+    if not shards:
+        raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* there; prepare that split with TFDS, too")
+    total = int(shards[0].rpartition("-of-")[2])
+    if len(shards) != total:
+        raise UserError(f"{folder}: {len(shards)} of the {total} shards of '{split}' are there")
+    position, listings = 0, []
+    for shard in shards:
+        if ".tfrecord" not in shard:
+            raise UserError(f"{folder}: {shard} is no TFRecord file; prepare with file_format=tfrecord")
+        uri = storage.join(folder, shard)
+        with storage.open_file(uri) as stream:
+            try:
+                records = read_records(stream, uri, check=False)
+                labels = [tfds_label(task, parse_example(record, uri)) for record in records]
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                raise UserError(f"{uri}: not the TFDS data set {task.dataset}: feature {error}") from error
+        keys = [f"{split}_{position + i:06d}" for i in range(len(labels))]
+        file = ArchiveFile(uri=uri, part=task.dataset, read=read_tfds)
+        listings.append(
+            Listing(split=split, file=file, keys=keys, members=range(len(keys)), labels={task.name: labels})
+        )
+        position += len(labels)
+    return listings
 
 
-def read_tfds(source: Source, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
+def read_tfds(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
     wanted = set(members)
-    with storage.open_file(source.uri) as file:
-        for i, record in enumerate(read_records(file, source.uri)):
+    with storage.open_file(file.uri) as stream:
+        for i, record in enumerate(read_records(stream, file.uri)):
             if i not in wanted:
                 continue
-            data = parse_example(record, source.uri)["image"][0]
-            if source.part == "dsprites":  # stored as 0 and 1
+            data = parse_example(record, file.uri)["image"][0]
+            if file.part == "dsprites":  # stored as 0 and 1
                 binary = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
                 data = png(binary * np.uint8(255))
             yield i, bytes(data)
@@ -115,34 +104,25 @@ def lists_folder(raw: str, task: Task) -> str | None:
     return next((folder for folder in folders if storage.exists(storage.join(folder, "train800.txt"))), None)
 
 
-def lists_index(folder: str, task: Task, splits: Sequence[str]) -> dict[str, Listing]:
-    """{VTAB split: listing} from lines of "<path> <label>". Raises UserError for a list that is missing or malformed."""
-    index = {}
-    for split in splits:
-        parts = ("train800", "val200") if split == "train800val200" else (split,)
-        rows: list[tuple[str, int]] = []
-        for part in parts:
-            uri = storage.join(folder, f"{part}.txt")
-            try:
-                lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
-                rows += [
-                    (path, int(label)) for path, label in (line.rsplit(maxsplit=1) for line in lines if line.strip())
-                ]
-            except FileNotFoundError as error:
-                raise UserError(f"{uri} is missing: a VTAB-1k folder has no split {split} without it") from error
-            except ValueError as error:
-                raise UserError(f"{uri}: not lines of <path> <label> ({error})") from error
-        wrong = next((label for _, label in rows if not 0 <= label < task.num_classes), None)
-        if wrong is not None:
-            raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {task.num_classes} classes")
-        bad = next((path for path, _ in rows if path.startswith("/") or ".." in path.split("/")), None)
-        if bad is not None:
-            raise UserError(f"{folder}/{split}: {bad} lies outside the folder")
-        paths = [path for path, _ in rows]
-        labels = [label for _, label in rows]
-        source = Source(kind="tree", uri=folder)
-        index[split] = Listing(split=split, source=source, keys=paths, members=paths, labels={task.name: labels})
-    return index
-
-
-READERS["tfds"] = read_tfds  # beside the archives' readers: a source names its reader by kind
+def list_split(folder: str, task: Task, split: str) -> Listing:
+    """The examples of one VTAB split, from lines of "<path> <label>". Raises UserError for a missing or malformed list."""
+    rows: list[tuple[str, int]] = []
+    for part in ("train800", "val200") if split == "train800val200" else (split,):
+        uri = storage.join(folder, f"{part}.txt")
+        try:
+            lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
+            pairs = (line.rsplit(maxsplit=1) for line in lines if line.strip())
+            rows += [(path, int(label)) for path, label in pairs]
+        except FileNotFoundError as error:
+            raise UserError(f"{uri} is missing: a VTAB-1k folder has no split {split} without it") from error
+        except ValueError as error:
+            raise UserError(f"{uri}: not lines of <path> <label> ({error})") from error
+    wrong = next((label for _, label in rows if not 0 <= label < task.num_classes), None)
+    if wrong is not None:
+        raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {task.num_classes} classes")
+    bad = next((path for path, _ in rows if path.startswith("/") or ".." in path.split("/")), None)
+    if bad is not None:
+        raise UserError(f"{folder}/{split}: {bad} lies outside the folder")
+    paths = [path for path, _ in rows]
+    file = ArchiveFile(uri=folder, read=read_tree, random_access=True)
+    return Listing(split=split, file=file, keys=paths, members=paths, labels={task.name: [label for _, label in rows]})

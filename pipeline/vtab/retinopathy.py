@@ -1,7 +1,7 @@
 """TFDS's `diabetic_retinopathy_detection/btgraham-300`: retinas to one scale, one brightness and one round frame.
 
-The recipe is that of the winner of the 2015 competition (B. Graham). The pixels of the task are defined by it, JPEG of quality 72
-included; so this is the one task whose images are made, not copied.
+The recipe comes from the winner of the 2015 competition (B. Graham). It defines the pixels of the task, including JPEG of quality
+72, so this is the one task whose images are computed and not copied.
 """
 
 import cv2
@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 
 RADIUS = 300  # pixels from the centre of the eye to its edge
 QUALITY = 72
-MAX_SIDE = 20_000  # pixels after scaling; a few bright pixels on black would otherwise be taken for a tiny eye
+MAX_SIDE = 20_000  # pixels after scaling; a few bright pixels on black would otherwise look like a tiny eye
 
 
 def btgraham(data: bytes, name: str) -> bytes:
@@ -22,7 +22,7 @@ def btgraham(data: bytes, name: str) -> bytes:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         raise UserError(f"{name}: not a readable image")
-    # The eye is what is bright in the middle row; black frames have no such pixels, then half the height has to do.
+    # The bright pixels of the middle row are the eye. A black frame has none: half its height takes the radius's place.
     brightness = image[image.shape[0] // 2].sum(axis=1)
     radius = (brightness > brightness.mean() / 10).sum() / 2
     if radius < 1:

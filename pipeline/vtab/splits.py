@@ -43,7 +43,8 @@ def tfds_order(split: str, keys: Iterable[K]) -> list[K]:
     return sorted(keys, key=position)
 
 
-def check(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raises UserError with the nearest name for a split that does not exist."""
     if split not in PARTS:
         raise UserError(f'no split is called "{split}"{nearest(split, SPLITS)}; the splits are {", ".join(SPLITS)}')
 
@@ -75,7 +76,7 @@ def split_keys(task: str, split: str, keys: Mapping[str, Iterable[K]] | Iterable
     Raises UserError for an unknown task or split, and where keys of a needed TFDS split are missing.
     """
     entry = tasks.get(task)
-    check(split)
+    check_split(split)
     wanted = needed(entry, split)
     if not isinstance(keys, Mapping):
         if len(wanted) > 1:

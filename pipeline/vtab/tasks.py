@@ -1,16 +1,14 @@
 """The nineteen tasks of VTAB (arXiv 1910.04867) in one table, in the order of ViT's Table 9.
 
 Pools follow google-research/task_adaptation: each is a slice, in percent, of a split that TensorFlow Datasets (TFDS) defines.
+A row names its data set: a file in pipeline/vtab/datasets.
 """
 
-import json
-import lzma
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Literal
 
 from pipeline.errors import UserError, nearest
+from pipeline.vtab.datasets import get_dataset
 
 Group = Literal["natural", "specialized", "structured"]
 Pool = tuple[str, int, int]  # TFDS split, first percent, last percent
@@ -27,7 +25,7 @@ class Task:
     name: str
     title: str
     group: Group
-    dataset: str  # the name of the data set in TFDS; several tasks may share one
+    dataset: str  # TFDS's name of the data set, and of its file in datasets/; several tasks may share one
     folder: str  # its folder in the VTAB-1k copies of the parameter-efficient fine-tuning repositories
     num_classes: int
     train: Pool
@@ -40,41 +38,7 @@ class Task:
     @property
     def classes(self) -> list[str]:
         """Class names in label order."""
-        names = {
-            "svhn_cropped": [str(digit) for digit in range(10)],
-            "patch_camelyon": ["no tumour", "tumour"],
-            "diabetic_retinopathy_detection": ["no DR", "mild", "moderate", "severe", "proliferative DR"],
-            # distance (close, far, very far) x sign of the reward; the records hold numbers only, in no documented order
-            "dmlab": [f"distance and reward {label}" for label in range(6)],
-            "kitti": ["within 8 m", "8 to 20 m", "over 20 m", "no vehicle"],
-        }.get(self.dataset) or _class_names().get(self.dataset)
-        if names is None:
-            names = {
-                "clevr_count": [f"{count} objects" for count in range(3, 11)],
-                "clevr_distance": ["up to 8", "8 to 8.5", "8.5 to 9", "9 to 9.5", "9.5 to 10", "over 10"],
-                "dsprites_location": [f"x {2 * bin}-{2 * bin + 1}" for bin in range(16)],
-                "dsprites_orientation": [f"orientation bin {bin}" for bin in range(16)],
-                "smallnorb_azimuth": [f"{20 * step} degrees" for step in range(18)],
-                "smallnorb_elevation": [f"{30 + 5 * step} degrees" for step in range(9)],
-            }[self.name]
-        return list(names)
-
-
-@cache
-def _class_names() -> dict[str, list[str]]:
-    return json.loads(resources.files(__package__).joinpath("classes.json").read_text())
-
-
-@cache
-def sun397_splits() -> dict[str, list[str]]:
-    """{TFDS split: keys} of SUN397: TFDS's own random partition, which no rule reproduces, so it is kept as a list."""
-    packed = resources.files(__package__).joinpath("sun397_splits.txt.xz").read_bytes()
-    keys: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for line in lzma.decompress(packed).decode().splitlines():  # class, then the names of each split
-        folder, *names = line.split("\t")
-        for split, listed in zip(keys, names, strict=True):
-            keys[split] += [f"{folder}/sun_{name}.jpg" for name in listed.split()]
-    return keys
+        return list(get_dataset(self.dataset).classes[self.name])
 
 
 def _task(
@@ -97,7 +61,7 @@ OWN = ("train", *ALL), ("validation", *ALL), ("test", *ALL)
 THREE = ("train", 0, 60), ("train", 60, 80), ("train", 80, 100)
 CLEVR = ("train", 0, 90), ("train", 90, 100), ("validation", *ALL)
 DSPRITES = ("train", 0, 80), ("train", 80, 90), ("train", 90, 100)
-NORB = ("train", *ALL), ("test", 0, 50), ("test", 50, 100)  # yes: val comes from the official test half
+NORB = ("train", *ALL), ("test", 0, 50), ("test", 50, 100)  # val really comes from the official test half
 
 TABLE = {
     task.name: task

@@ -1,0 +1,229 @@
+"""Members of the owners' archives, read in memory: folders, zip, tar, gzip, HDF5 and MATLAB files.
+
+Nothing is extracted to disk, except an HDF5 file inside .gz, which needs random access. Damaged contents raise a UserError that
+names the archive.
+"""
+
+import contextlib
+import errno
+import gzip
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
+
+import cv2
+import numpy as np
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+MAX_MEMBER_BYTES = 1 << 30
+MAX_UNPACKED = 16 << 30  # bytes; the largest official .h5 has 7.2 GB
+CHUNK = 4 << 20
+
+# What parsing raises over contents of an unexpected layout: the archive is at fault, not the program.
+MALFORMED = (
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    cv2.error,
+)
+
+
+@contextlib.contextmanager
+def damaged(uri: str) -> Iterator[None]:
+    """Turns the exceptions that decompressors raise over damaged bytes into a UserError that names the archive."""
+    try:
+        yield
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, OSError) as error:
+        # zipfile seeks to wherever a damaged directory points; other errors of the system are not the archive's fault.
+        archives_fault = errno.EINVAL, errno.EISDIR
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno not in archives_fault:
+            raise
+        raise UserError(f"{uri}: truncated or damaged ({error}); fetch it again") from error  # RuntimeError: encrypted
+
+
+# ---------------------------------------------------------------- members
+
+
+class Tree:
+    """The members of a folder, a zip, or a tar (compressed or not), under the names that they have in the archive.
+
+    prefix: what the members' names begin with when the archive lies there unpacked.
+    """
+
+    def __init__(self, uri: str, prefix: str = "") -> None:
+        self.uri, self.prefix = uri, prefix
+        name = uri.lower()
+        self.kind = (
+            "zip" if name.endswith(".zip") else "tar" if name.endswith((".tar", ".tgz", ".tar.gz")) else "folder"
+        )
+
+    @property
+    def random_access(self) -> bool:
+        """Whether a slice of the members costs no more than its share."""
+        return self.kind != "tar"
+
+    def names(self) -> list[str]:
+        """All members in archive order (a folder: sorted)."""
+        if self.kind == "folder":
+            inside = f"{self.prefix}/" if self.prefix else ""
+            return [inside + info.path for info in storage.list_files(self.uri) if not _is_litter(info.path)]
+        if self.kind == "zip":
+            with self._zip() as archive:
+                return [i.filename for i in archive.infolist() if not i.is_dir() and not _is_litter(i.filename)]
+        return [name for name, _ in self.walk()]
+
+    def walk(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, IO[bytes]]]:
+        """(name, open file) of the members that `keep` accepts, in archive order; a file is open until the next is taken."""
+        if self.kind != "tar":
+            for name in self.names():
+                if keep(name):
+                    with self._open(name) as member:
+                        yield name, member
+            return
+        with damaged(self.uri), storage.open_file(self.uri) as file:
+            # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would treat a gzip stream that is
+            # cut short as the end of the archive; the gzip module does not.
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            with (
+                gzip.open(file) if compressed else contextlib.nullcontext(file) as stream,
+                tarfile.open(fileobj=stream, mode="r|") as archive,  # type: ignore[arg-type]
+            ):
+                for info in archive:
+                    name = info.name.removeprefix("./")
+                    if info.isfile() and not _is_litter(name) and keep(name):
+                        yield name, archive.extractfile(info)  # type: ignore[misc]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """(name, bytes) of the named members: in the order of `names`, or of the archive when it is a tar.
+
+        Members that the archive lacks are left out.
+        """
+        if self.kind == "tar":
+            wanted = set(names)
+            for name, member in self.walk(wanted.__contains__):
+                yield name, _read_member(member, f"{self.uri}: {name}")
+            return
+        for name in names:
+            with contextlib.suppress(KeyError, FileNotFoundError):
+                with self._open(name) as member:
+                    data = _read_member(member, f"{self.uri}: {name}")
+                yield name, data
+
+    def texts(self, *names: str) -> list[str]:
+        """The contents of small text members. Raises UserError when one is missing."""
+        contents = dict(self.read(names))
+        for name in names:
+            if name not in contents:
+                raise UserError(f"{self.uri}: {name} is missing; not the official archive")
+        return [contents[name].decode() for name in names]
+
+    def _zip(self) -> Any:
+        # One open archive per Tree: the directory of CLEVR_v1.0.zip lists 100,000 members.
+        if not hasattr(self, "_archive"):
+            with damaged(self.uri):
+                fs, path = storage.filesystem(self.uri)
+                self._archive = zipfile.ZipFile(fs.open(path, "rb"))
+        return contextlib.nullcontext(self._archive)
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        if self.kind == "zip":
+            with self._zip() as archive, damaged(f"{self.uri}: {name}"), archive.open(name) as member:
+                yield member
+        else:
+            inside = name[len(self.prefix) + 1 :] if self.prefix else name
+            if inside.startswith("/") or ".." in inside.split("/"):  # from an annotation
+                raise FileNotFoundError(f"{name} lies outside {self.uri}")
+            with storage.open_file(storage.join(self.uri, inside)) as member:
+                yield member
+
+
+def _is_litter(name: str) -> bool:
+    """Whether macOS added the file to a folder or archive: it may be named like a picture, but holds a resource fork."""
+    *folders, file = name.split("/")
+    return "__MACOSX" in folders or file.startswith("._") or file == ".DS_Store"
+
+
+def _read_member(member: IO[bytes], where: str) -> bytes:
+    with damaged(where):
+        data = member.read(MAX_MEMBER_BYTES + 1)
+    if len(data) > MAX_MEMBER_BYTES:
+        raise UserError(f"{where}: more than {MAX_MEMBER_BYTES:,} bytes; no file of this data set is that large")
+    return data
+
+
+# ---------------------------------------------------------------- single files
+
+
+@contextlib.contextmanager
+def unzipped(uri: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed when its name ends in .gz."""
+    with storage.open_file(uri) as file, damaged(uri):
+        if uri.endswith(".gz"):
+            with gzip.open(file) as stream:
+                yield stream  # type: ignore[misc]
+        else:
+            yield file
+
+
+@contextlib.contextmanager
+def open_h5(uri: str) -> Iterator[Any]:
+    """An h5py.File. Inside .gz it is unpacked to a temporary file first, because HDF5 needs random access."""
+    import h5py  # imported where it is used: two data sets of sixteen need it
+
+    with tempfile.TemporaryFile() as scratch:
+        if uri.endswith(".gz"):
+            with unzipped(uri) as stream:
+                while chunk := stream.read(CHUNK):
+                    if scratch.tell() > MAX_UNPACKED:
+                        raise UserError(f"{uri}: unpacks to more than {MAX_UNPACKED:,} bytes; no official file does")
+                    scratch.write(chunk)
+            scratch.seek(0)
+        fs, path = storage.filesystem(uri)
+        try:
+            file = h5py.File(scratch if uri.endswith(".gz") else fs.open(path, "rb"), "r")
+        except (OSError, KeyError) as error:
+            raise UserError(f"{uri}: truncated, or not an HDF5 file ({error})") from error
+        with file:
+            yield file
+
+
+def read_mat(uri: str, field: str) -> np.ndarray:
+    """One variable of a MATLAB file. Raises UserError when the file is damaged or has no such variable."""
+    from scipy.io import loadmat  # imported where it is used: two data sets of sixteen need it
+    from scipy.io.matlab import MatReadError
+
+    try:
+        with storage.open_file(uri) as file, damaged(uri):
+            return loadmat(file, variable_names=[field])[field]
+    except (*MALFORMED, MatReadError, OSError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"{uri}: truncated, or not a MATLAB file with the variable {field} ({error})") from error
+
+
+def expect_array(array: Any, uri: str, name: str, shape: Sequence[int | None], dtype: Any = np.uint8) -> None:
+    """Raises UserError when an array differs from what the data set has; None stands for any size."""
+    fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
+    if not fits or array.dtype != dtype:
+        wanted = " x ".join("N" if size is None else str(size) for size in shape)
+        has = f"{' x '.join(map(str, array.shape))} {array.dtype}"
+        raise UserError(f"{uri}: {name} is {has}, not {wanted} {np.dtype(dtype)}; not the official file")
+
+
+def png(image: np.ndarray) -> bytes:
+    """A lossless file of an RGB (H, W, 3) or grey (H, W) uint8 array."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", image)[1].tobytes()

@@ -1,0 +1,117 @@
+"""From the receipts of a task to its datasets: manifests, counts, and what may be opened afterwards."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.format.shards import Dataset, Manifest, Receipt, Reject, finish_dataset, open_dataset
+from pipeline.errors import UserError
+from pipeline.vtab import archives, tasks
+from pipeline.vtab.parts import is_finished, split_uri
+from pipeline.vtab.plan import Request, TaskPlan, find_layout, identify
+from pipeline.vtab.splits import PARTS, check_split
+from pipeline.vtab.tasks import Task
+
+Counts = dict[str, dict[str, Any]]  # of one task: by split
+
+
+def open_split(uri: str, split: str) -> Dataset:
+    """One split of a prepared task, `uri` being OUTPUT/<task>. Raises UserError when it has not been prepared."""
+    check_split(split)
+    where = storage.join(uri, split)
+    if not storage.exists(storage.join(where, "manifest.json")):
+        raise UserError(
+            f"{where}: split {split} is not prepared; run jobs/prepare.py vtab --tasks "
+            f"{storage.normalise(uri).rpartition('/')[2]} --raw FOLDER --splits {split}"
+        )
+    return open_dataset(where)
+
+
+def official_count(task: Task, split: str) -> int:
+    sizes = dict(zip(("train", "val", "test"), task.counts, strict=True))
+    return sum(sizes[pool] if first is None else first for pool, first in PARTS[split])
+
+
+def counts_table(results: dict[str, Counts]) -> str:
+    """The counts beside the official ones, for people."""
+    lines = [f"{'task':<22}{'split':<16}{'images':>9}{'official':>10}{'rejects':>9}"]
+    for task, result in results.items():
+        for split, counts in result.items():
+            mark = " (miniature)" if counts["miniature"] else ""
+            lines.append(
+                f"{task:<22}{split:<16}{counts['images']:>9,}{counts['official']:>10,}{counts['rejects']:>9,}{mark}"
+            )
+    return "\n".join(lines)
+
+
+def finished_counts(request: Request) -> Counts | None:
+    """The counts of a task whose splits all exist. Raises UserError when other data lies in their place.
+
+    Archives may be deleted once a task is finished: with nothing left to compare with, its name and splits decide.
+    """
+    gone = find_layout(request)[0] == "archives" and bool(archives.locate(request.raw, request.entry.dataset)[1])
+    identity = {"task": request.task} if gone else identify(request)
+    manifests = {}
+    for split in request.splits:
+        uri = storage.join(request.uri, split)
+        if not storage.exists(storage.join(uri, "manifest.json")):
+            continue
+        manifests[split] = open_dataset(uri).manifest
+        wanted = {**identity, "split": split}
+        there = manifests[split].config.get("vtab") or {}
+        if {key: there.get(key) for key in wanted} != wanted:
+            raise UserError(
+                f"{uri}: already holds another dataset (made from {json.dumps(there)}); choose another --output or remove it"
+            )
+    if len(manifests) < len(request.splits):
+        return None
+    return {split: _count(request, split, manifest) for split, manifest in manifests.items()}
+
+
+def finish_task(plan: TaskPlan, receipts: Sequence[dict[str, Any]]) -> tuple[Counts, dict[str, str]]:
+    """Writes the manifests of a task whose parts are all done: (counts by split, problem by split).
+
+    A split in which no image is left has no manifest and does not keep the others from theirs.
+    """
+    counts, problems = {}, dict(plan.problems)
+    for split in plan.examples:
+        if is_finished(plan, split):
+            counts[split] = _count(plan, split, open_dataset(split_uri(plan, split)).manifest)
+            continue
+        parts = [receipt[split] for receipt in receipts if split in receipt]
+        if not sum(part["receipt"]["rows"] for part in parts):
+            problems[split] = f"none of the {len(plan.examples[split]):,} listed images could be read"
+            continue
+        counts[split] = _count(plan, split, _write_manifest(plan, split, parts))
+    return counts, problems
+
+
+def _write_manifest(plan: TaskPlan, split: str, parts: Sequence[dict[str, Any]]) -> Manifest:
+    uri = split_uri(plan, split)
+    manifest = finish_dataset(
+        uri,
+        [Receipt.from_dict(part["receipt"]) for part in parts],
+        encoding="jpeg",
+        image={},
+        classes=tasks.get(plan.task).classes,
+        rejects=[Reject(**reject) for part in parts for reject in part["rejects"]],
+        inputs=len(plan.examples[split]),
+        config={"vtab": {**plan.identity, "split": split}},
+    )
+    known = {shard.name for shard in manifest.shards}
+    for file in storage.list_files(uri, recursive=False):  # what a killed worker left behind
+        if file.path.endswith(".parquet") and file.path.startswith(("part-", "shard-")) and file.path not in known:
+            storage.remove(file.uri)
+    return manifest
+
+
+def _count(request: Request | TaskPlan, split: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "uri": storage.join(request.output, request.task, split),
+        "images": manifest.rows,
+        "rejects": sum(manifest.rejects.values()),
+        "official": official_count(tasks.get(request.task), split),
+        "miniature": manifest.config["vtab"]["miniature"],
+        "fingerprint": manifest.fingerprint,
+    }

@@ -1,0 +1,185 @@
+"""The units of work: parts of archives, whose images one worker reads and writes to the splits that they belong to."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from pipeline import storage
+from pipeline.config import fingerprint
+from pipeline.data import images
+from pipeline.data.format.shards import Reject, ShardWriter
+from pipeline.errors import UserError
+from pipeline.vtab import tasks
+from pipeline.vtab.datasets import read_images
+from pipeline.vtab.datasets.base import ArchiveFile
+from pipeline.vtab.plan import Example, TaskPlan
+
+SMALL = (
+    "train800",
+    "val200",
+    "train800val200",
+)  # held in memory while an archive streams by, written in official order
+SLICE = 1024  # images of a random-access archive in one part
+MAX_PIXELS = 200_000_000
+
+Row = tuple[int, Example]  # position in the split, what belongs there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchivePart:
+    """Some members of one archive file. rows: per split, what to take from it."""
+
+    task: str
+    output: str
+    identity: dict[str, Any]
+    strict: bool
+    number: int
+    file: ArchiveFile
+    rows: dict[str, list[Row]]
+
+    @property
+    def name(self) -> str:
+        """Unique for its contents: other data never matches a receipt of this part."""
+        content = [self.identity, self.file.uri, self.file.prefix, self.file.part, self.rows]
+        return f"{self.task}-{self.number:05d}-{fingerprint(content)}"
+
+
+def split_uri(plan: TaskPlan | ArchivePart, split: str) -> str:
+    return storage.join(plan.output, plan.task, split)
+
+
+def is_finished(plan: TaskPlan, split: str) -> bool:
+    return storage.exists(storage.join(split_uri(plan, split), "manifest.json"))
+
+
+def cut_parts(plan: TaskPlan) -> list[ArchivePart]:
+    """A part for each archive file; the large splits of a random-access file in slices, in the order of the archive.
+
+    Splits that are finished already are left out.
+    """
+    parts: list[ArchivePart] = []
+
+    def add(file: ArchiveFile, rows: dict[str, list[Row]]) -> None:
+        parts.append(
+            ArchivePart(
+                task=plan.task, output=plan.output, identity=plan.identity, strict=plan.strict, number=len(parts),
+                file=file, rows=rows,
+            )
+        )  # fmt: skip
+
+    todo = {split: examples for split, examples in plan.examples.items() if not is_finished(plan, split)}
+    for number, file in enumerate(plan.files):
+        here = {
+            split: [(i, example) for i, example in enumerate(examples) if example.file == number]
+            for split, examples in todo.items()
+        }
+        here = {split: rows for split, rows in here.items() if rows}
+        large = [split for split in here if split not in SMALL] if file.random_access else []
+        together = {split: rows for split, rows in here.items() if split not in large}
+        if together:
+            add(file, together)
+        for split in large:
+            rows = sorted(here[split], key=lambda row: row[1].member)
+            for first in range(0, len(rows), SLICE):
+                add(file, {split: rows[first : first + SLICE]})
+    return parts
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+def build_part(part: ArchivePart, context: None = None) -> dict[str, Any]:
+    """Reads the part's images and writes shards of the splits they belong to. Returns {split: {"receipt", "rejects"}}.
+
+    Raises UserError for a damaged archive, and for a missing image when the plan is strict.
+    """
+    cv2.setNumThreads(1)
+    classes = tasks.get(part.task).classes
+    writers = {split: _SplitWriter(part, split, classes) for split in part.rows}
+    try:
+        _write_images(part, writers)
+        for writer in writers.values():
+            writer.write_held()
+    except BaseException:
+        for writer in writers.values():
+            writer.shards.abort()
+        raise
+    for writer in writers.values():
+        writer.shards.close()
+    return {
+        split: {"receipt": writer.shards.receipt.to_dict(), "rejects": writer.rejects}
+        for split, writer in writers.items()
+    }
+
+
+def count_rows(receipt: dict[str, Any]) -> int:
+    """Images that a part has written."""
+    return sum(split["receipt"]["rows"] for split in receipt.values())
+
+
+class _SplitWriter:
+    """Writes the rows of one split: a large one as they come, a small one in official order at the end."""
+
+    def __init__(self, part: ArchivePart, split: str, classes: list[str]) -> None:
+        self.part = part
+        self.shards = ShardWriter(
+            split_uri(part, split), f"{part.number:05d}", encoding="jpeg", image={}, classes=classes
+        )
+        self.rejects: list[dict[str, str]] = []
+        self.held: dict[int, tuple] | None = {} if split in SMALL else None
+
+    def write(self, position: int, example: Example, data: bytes, pixels_HWC: np.ndarray | None) -> None:
+        """Takes in an image, or rejects it when it does not decode."""
+        if pixels_HWC is None:
+            self.reject(example, "undecodable")
+            return
+        row = example.key, data, example.label, pixels_HWC.shape[1], pixels_HWC.shape[0]
+        self.shards.measure(pixels_HWC)
+        if self.held is None:
+            self.shards.write(*row)
+        else:
+            self.held[position] = row
+
+    def write_held(self) -> None:
+        for _, row in sorted((self.held or {}).items()):
+            self.shards.write(*row)
+
+    def reject(self, example: Example, reason: str) -> None:
+        source = f"{self.part.file.uri}: {example.member}"
+        self.rejects.append(asdict(Reject(key=example.key, source=source, reason=reason)))
+
+
+def _write_images(part: ArchivePart, writers: dict[str, _SplitWriter]) -> None:
+    """Reads every member once and hands it to each split that contains it."""
+    places: dict[Any, list[tuple[str, int, Example]]] = {}  # by member: all numbers or all names
+    for split, rows in part.rows.items():
+        for position, example in rows:
+            places.setdefault(example.member, []).append((split, position, example))
+    for member, data in read_images(part.file, sorted(places)):
+        pixels_HWC = decode_pixels(data)
+        for split, position, example in places.pop(member):
+            writers[split].write(position, example, data, pixels_HWC)
+    if places and part.strict:
+        raise UserError(
+            f"{part.file.uri}: {len(places):,} or more of the listed images are not in there, such as "
+            f"{next(iter(places))} (--no-verify leaves them out)"
+        )
+    for missing in places.values():
+        for split, _, example in missing:
+            writers[split].reject(example, "missing")
+
+
+def decode_pixels(data: bytes) -> np.ndarray | None:
+    """uint8 RGB (H, W, 3) of an image file, or None when it does not decode; valid until the next one is decoded.
+
+    The official sets hold JPEGs with faults that every common decoder forgives, so an image that OpenCV decodes counts.
+    """
+    try:
+        return images.decode(data, MAX_PIXELS).pixels
+    except images.Refused as refused:
+        if refused.reason not in ("corrupt", "truncated"):
+            return None
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return None if shown is None else np.asarray(shown)

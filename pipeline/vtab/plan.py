@@ -1,0 +1,202 @@
+"""What a task is made from: the request, the layout of its data, and every row of every split, before any image is read."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.vtab import archives, copies, tasks
+from pipeline.vtab.datasets import list_examples
+from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member
+from pipeline.vtab.splits import needed, take, tfds_order
+from pipeline.vtab.tasks import Task
+
+TFDS_SPLITS = ("train", "validation", "test")  # archive files are numbered in this order: train800 comes before val200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A task to prepare: RAW -> OUTPUT/<task>/<split>. verify: compare checksums and official counts."""
+
+    task: str
+    raw: str
+    output: str
+    splits: tuple[str, ...]
+    verify: bool
+
+    @property
+    def entry(self) -> Task:
+        return tasks.get(self.task)
+
+    @property
+    def uri(self) -> str:
+        return storage.join(self.output, self.task)
+
+
+class Example(NamedTuple):
+    """One row to be written: its key in the dataset, its label, and the member of an archive file (a number in the plan)."""
+
+    key: str
+    label: int
+    file: int
+    member: Member
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskPlan:
+    """All rows of one task, in official order, and the archive files that hold their images.
+
+    identity: what the rows are made from; written to every manifest. strict: an image that is missing from its archive is an
+    error, not a reject. problems: for every split that cannot be prepared, the reason.
+    """
+
+    task: str
+    output: str
+    identity: dict[str, Any]
+    strict: bool
+    files: list[ArchiveFile] = field(default_factory=list)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- where the data lie
+
+
+def find_layout(request: Request) -> tuple[str, str]:
+    """Which of the three layouts the data of a task has, and the folder: ("tfds" | "archives" | "lists", URI)."""
+    folder = copies.tfds_folder(request.raw, request.entry.dataset)
+    if folder is not None:
+        return "tfds", folder
+    folder = copies.lists_folder(request.raw, request.entry)
+    if folder is not None and archives.locate(request.raw, request.entry.dataset)[1]:
+        return "lists", folder
+    return "archives", request.raw
+
+
+def identify(request: Request) -> dict[str, Any]:
+    """What a task is made from, without reading the archives: layout, and names and sizes of the files."""
+    layout, _ = find_layout(request)
+    files: list[str] = []
+    if layout == "archives":
+        for found in archives.locate(request.raw, request.entry.dataset)[0]:
+            fs, path = storage.filesystem(found.uri)
+            files.append(f"{found.file.name} {fs.size(path) if found.packed else 'unpacked'}")
+    return {
+        "task": request.task,
+        "origin": layout,
+        "files": files,
+        "miniature": archives.is_miniature(request.raw),
+        "verified": request.verify,
+    }
+
+
+# ---------------------------------------------------------------- the rows
+
+
+def by_dataset(requests: Sequence[Request]) -> list[list[Request]]:
+    """Tasks of one data set are planned together: its archives are verified and listed once."""
+    groups: dict[str, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(request.entry.dataset, []).append(request)
+    return list(groups.values())
+
+
+def plan_tasks(requests: Sequence[Request]) -> tuple[list[TaskPlan], dict[str, str]]:
+    """(plans, {task: problem}) of the tasks of one data set."""
+    listings = functools.cache(lambda: _list_archives(requests[0]))
+    plans, problems = [], {}
+    for request in requests:
+        try:
+            plans.append(_plan(request, listings))
+        except UserError as error:
+            problems[request.task] = str(error)
+    return plans, problems
+
+
+def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
+    """The rows of every requested split. `listings` reads the archives, which the two other layouts do not need."""
+    layout, folder = find_layout(request)
+    plan = TaskPlan(task=request.task, output=request.output, identity=identify(request), strict=request.verify)
+    if layout == "lists":
+        for split in request.splits:
+            try:
+                _add(plan, split, list(_examples(plan, copies.list_split(folder, request.entry, split))))
+            except UserError as error:
+                plan.problems[split] = str(error)
+        return plan
+    wanted = {name for split in request.splits for name in needed(request.entry, split)}
+    ordered: dict[str, list[Example]] = {}
+    problems: dict[str, str] = {}  # by TFDS split
+    for name in (name for name in TFDS_SPLITS if name in wanted):
+        try:
+            if layout == "tfds":
+                parts = copies.list_tfds_split(folder, request.entry, name)
+                ordered[name] = [example for listing in parts for example in _examples(plan, listing)]
+            else:
+                ordered[name] = _order(plan, [listing for listing in listings() if listing.split == name], name)
+        except UserError as error:
+            if (
+                layout == "archives"
+            ):  # a damaged archive, or one that is not the official one: no split is to be trusted
+                raise
+            problems[name] = str(error)
+    if request.verify and not archives.is_miniature(request.raw):
+        _check_counts(request, ordered)
+    for split in request.splits:
+        problem = next((problems[name] for name in needed(request.entry, split) if name in problems), None)
+        if problem:
+            plan.problems[split] = problem
+        else:
+            _add(plan, split, take(request.entry, split, ordered))
+    return plan
+
+
+def _list_archives(request: Request) -> list[Listing]:
+    found, _ = archives.locate(request.raw, request.entry.dataset)
+    if request.verify:
+        archives.verify(request.raw, request.entry.dataset, found)
+    return list_examples(request.entry.dataset, found)
+
+
+def _order(plan: TaskPlan, listings: Sequence[Listing], name: str) -> list[Example]:
+    """The examples of the TFDS split `name` in TFDS's order."""
+    rows = {key: row for part in listings for key, row in zip(part.keys, _examples(plan, part), strict=True)}
+    if len(rows) < sum(len(part.keys) for part in listings):
+        raise UserError(f"{listings[0].file.uri}: examples of '{name}' share a key; not the official archive")
+    return [rows[key] for key in tfds_order(name, rows)]
+
+
+def _examples(plan: TaskPlan, listing: Listing) -> Iterator[Example]:
+    if listing.file not in plan.files:
+        plan.files.append(listing.file)
+    number = plan.files.index(listing.file)
+    for key, label, member in zip(listing.keys, listing.labels[plan.task], listing.members, strict=True):
+        # Numbers are unique within their TFDS split only.
+        name = f"{listing.split}_{key:05d}" if isinstance(key, int) else key
+        yield Example(key=name, label=int(label), file=number, member=member)
+
+
+def _add(plan: TaskPlan, split: str, examples: list[Example]) -> None:
+    classes = tasks.get(plan.task).num_classes
+    wrong = next((e for e in examples if not 0 <= e.label < classes), None)
+    if wrong is not None:
+        raise UserError(f"{plan.files[wrong.file].uri}: {wrong.key} has label {wrong.label} of {classes} classes")
+    if examples:
+        plan.examples[split] = examples
+    else:
+        plan.problems[split] = "the data holds no image of this split"
+
+
+def _check_counts(request: Request, ordered: dict[str, list[Example]]) -> None:
+    """Raises UserError when a pool has another size than the official one."""
+    for pool, official in zip(("train", "val", "test"), request.entry.counts, strict=True):
+        name = getattr(request.entry, pool)[0]
+        if name in ordered:
+            count = len(take(request.entry, pool, ordered))
+            if count != official:
+                raise UserError(
+                    f"{storage.join(request.raw, request.entry.dataset)}: {count:,} {pool} images, officially {official:,}; "
+                    "files are missing or another version (--no-verify takes them as they are)"
+                )
