@@ -14,6 +14,7 @@ reason in rejects.parquet. S3 credentials and endpoint come from the AWS_* envir
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline import cluster, config, storage
 from pipeline.data.format.shards import Manifest
 from pipeline.data.prepare import RECIPES, PrepareConfig
 from pipeline.errors import UserError
+
+logger = logging.getLogger("jobs.prepare")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,52 +153,47 @@ def describe(options: Command) -> int:
 
 
 def vtab(options: Command) -> int:
+    """The nineteen tasks of VTAB-1k. Exit code 1 when a task or a split could not be prepared; the others are finished then."""
     if not options.raw or not options.output:
         raise UserError("--vtab needs --raw (the folder of published archives) and --output")
     from pipeline import vtab
     from pipeline.tracking import Run, names, start_run, tracking_uri
 
     tasks = vtab.TASKS if "all" in options.vtab else options.vtab
+    preparation = vtab.check_requests(
+        tasks,
+        options.raw,
+        options.output,
+        splits=options.vtab_splits,
+        download=options.download,
+        verify=not options.no_verify,
+    )
     about = {
         "vtab": ",".join(tasks),
         "splits": ",".join(options.vtab_splits),
         "raw": options.raw,
         "output": options.output,
     }
-    runs: list[Run] = []
+    cluster.configure(options.address, options.num_cpus, dashboard=False)
     with contextlib.ExitStack() as stack:
-
-        def connect() -> None:  # called when there is work to do
-            if options.tracking:
-                name = storage.normalise(options.output).rpartition("/")[2]
-                server = tracking_uri(options.tracking_uri)
-                runs.append(stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server)))
-            cluster.configure(options.address, options.num_cpus, dashboard=False)
-            cluster.connect()
-
-        result = vtab.prepare(
-            tasks,
-            options.raw,
-            options.output,
-            splits=options.vtab_splits,
-            download=options.download,
-            verify=not options.no_verify,
-            quiet=options.json,
-            connect=connect,
-        )
+        run: Run | None = None
+        if options.tracking and preparation.todo:
+            name = storage.normalise(options.output).rpartition("/")[2]
+            server = tracking_uri(options.tracking_uri)
+            run = stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server))
+        vtab.build_datasets(preparation)
+        result = preparation.counts
         splits = [(f"{task}.{split}", made) for task, parts in result.items() for split, made in parts.items()]
-        for run in runs:
-            run.log(
-                {
-                    name: sum(made[key] for _, made in splits)
-                    for name, key in ((names.ROWS, "images"), (names.REJECTS, "rejects"))
-                }
-            )
-            run.log_text(vtab.table(result), "counts.txt")
+        if run is not None:
+            totals = ((names.ROWS, "images"), (names.REJECTS, "rejects"))
+            run.log({name: sum(made[key] for _, made in splits) for name, key in totals})
+            run.log_text(vtab.counts_table(result), "counts.txt")
             for role, made in splits:
                 run.log_dataset(made["uri"], {**made, "rows": made["images"]}, role=role, made=True)
-    print(json.dumps(result) if options.json else vtab.table(result))
-    return 0
+    print(json.dumps(result) if options.json else vtab.counts_table(result))
+    for problem in preparation.problems:
+        logger.error("%s", problem)
+    return 1 if preparation.problems else 0
 
 
 if __name__ == "__main__":

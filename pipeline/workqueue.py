@@ -13,6 +13,7 @@ live in an actor each (a model on a GPU). Units run on Ray Data, which joins Ray
 data never passes through Ray's object store, since units read and write storage themselves.
 """
 
+import contextlib
 import inspect
 import logging
 import pickle
@@ -26,6 +27,19 @@ from pipeline.errors import UserError
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
 TASK_UNITS = 4  # units that one task takes at most
+
+_ray_allowed = True
+
+
+@contextlib.contextmanager
+def without_ray() -> Iterator[None]:
+    """Until the block ends, all work of this process is done here, one unit after the other: for tests and for a debugger."""
+    global _ray_allowed
+    before, _ray_allowed = _ray_allowed, False
+    try:
+        yield
+    finally:
+        _ray_allowed = before
 
 
 class Receipts:
@@ -86,7 +100,7 @@ def run(
     todo = {name: unit for name, unit in units.items() if name not in finished}
     if not todo:
         return
-    if in_process:
+    if in_process or not _ray_allowed:
         call = _bind(work, context)
         for name, unit in todo.items():
             yield _outcome(name, unit, call, receipts, summary, capture=False)
@@ -101,7 +115,7 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
 
     For looking at many files before the work is known. An exception is raised as it was in the task.
     """
-    if len(arguments) <= 2:
+    if len(arguments) <= 2 or not _ray_allowed:
         return [function(argument) for argument in arguments]
     import ray
 

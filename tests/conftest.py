@@ -110,6 +110,34 @@ def image_folder(tmp_path) -> Path:
     return root
 
 
+@pytest.fixture
+def without_ray():
+    """Work of the queue is done in this process."""
+    from pipeline import workqueue
+
+    with workqueue.without_ray():
+        yield
+
+
+@pytest.fixture(scope="session")
+def vtab_raw(tmp_path_factory) -> str:
+    """Miniature archives of all nineteen tasks."""
+    from pipeline.vtab import miniature
+
+    return miniature.write("all", str(tmp_path_factory.mktemp("vtab") / "raw"), per_class=6)
+
+
+@pytest.fixture(scope="session")
+def vtab_prepared(vtab_raw, tmp_path_factory) -> tuple[str, dict]:
+    """(folder, {task: {split: counts}}) of all nineteen tasks, made from the miniature archives."""
+    from pipeline import workqueue
+    from pipeline.vtab import TASKS, prepare
+
+    output = str(tmp_path_factory.mktemp("vtab-out"))
+    with workqueue.without_ray():
+        return output, prepare(TASKS, vtab_raw, output)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images that VIT_REAL_DATA names."""

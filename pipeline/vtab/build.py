@@ -121,6 +121,8 @@ def build_datasets(preparation: Preparation) -> None:
             preparation.counts[plan.task], split_problems = finish_task(plan, receipts.read(names))
             preparation.problems += _explain_splits(plan, split_problems)
             _remove_receipts(receipts, plan.task)
+    if storage.exists(receipts.folder) and not receipts.finished():
+        storage.remove(receipts.folder, recursive=True)
     preparation.problems += [f"{task}: {problem}" for task, problem in problems.items()]
     preparation.counts = {task: counts for task in preparation.tasks if (counts := preparation.counts.get(task))}
 

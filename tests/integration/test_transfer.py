@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from models import create_model
-from pipeline import storage
+from pipeline import storage, workqueue
 from pipeline.data import open_dataset
 from pipeline.data.format.shards import write_dataset
 from pipeline.data.loading.patches import patchify
@@ -28,7 +28,7 @@ from pipeline.tracking import run as run_module
 from pipeline.transfer import TransferConfig, fanout, report, run_suite, suites
 from pipeline.transfer.run import attach_scores, load_checkpoint
 from pipeline.transfer.suites import FineTune, Split, Task
-from pipeline.vtab import TASKS, build, miniature, prepare
+from pipeline.vtab import TASKS, miniature, prepare
 from pipeline.weights import save_checkpoint_weights
 
 SIZE = 16
@@ -501,9 +501,8 @@ def miniatures(tmp_path_factory):
     """All nineteen tasks from miniature archives, prepared."""
     root = tmp_path_factory.mktemp("vtab")
     raw = miniature.write("all", str(root / "raw"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_ray_map", map)
-        prepare(TASKS, raw, str(root / "sets"), quiet=True)
+    with workqueue.without_ray():
+        prepare(TASKS, raw, str(root / "sets"))
     return str(root / "sets")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
-from pipeline.vtab import build, miniature, open_split, prepare
+from pipeline import storage, workqueue
+from pipeline.vtab import TASKS, miniature, open_split, prepare
+from pipeline.vtab.build import WORK
 
 PROJECT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def fingerprints(results: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_from_s3_to_s3(s3, tmp_path, monkeypatch):
+def test_from_s3_to_s3(s3, tmp_path):
     """A tar, a zip, gzipped arrays and MATLAB files on S3 give the very datasets that local files give."""
     tasks = ["cifar100", "eurosat", "smallnorb_azimuth", "svhn"]
     raw = miniature.write(tasks, str(tmp_path / "raw"), per_class=3)
@@ -49,18 +50,18 @@ def test_from_s3_to_s3(s3, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert open_split(f"{s3}/sets/svhn", "test").read([0])[0]["width"] == 32
-    monkeypatch.setattr(build, "_ray_map", map)
-    assert fingerprints(results) == fingerprints(prepare(tasks, raw, str(tmp_path / "sets"), quiet=True))
-    assert not [file for file in storage.list_files(f"{s3}/sets") if build.WORK in file.path]
+    with workqueue.without_ray():
+        assert fingerprints(results) == fingerprints(prepare(tasks, raw, str(tmp_path / "sets")))
+    assert not [file for file in storage.list_files(f"{s3}/sets") if WORK in file.path]
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_run_again(tmp_path, monkeypatch):
+def test_killed_in_the_middle_and_run_again(tmp_path):
     raw = miniature.write("all", str(tmp_path / "raw"))
     arguments = command("all", "--raw", raw, "--output", str(tmp_path / "sets"))
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
-    while len(receipts := list((tmp_path / "sets").glob(f"*/{build.WORK}/*.json"))) < 8:
+    while len(receipts := list((tmp_path / "sets").glob(f"{WORK}/*.json"))) < 8:
         assert process.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -74,7 +75,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path, monkeypatch):
     assert kept
     untouched = [path for path, written in shards.items() if path.exists() and path.stat().st_mtime_ns == written]
     assert len(untouched) >= len(kept)  # every finished unit has at least one shard, which was not written again
-    monkeypatch.setattr(build, "_ray_map", map)
-    undisturbed = fingerprints(prepare(miniature.tasks.TASKS, raw, str(tmp_path / "again"), quiet=True))
+    with workqueue.without_ray():
+        undisturbed = fingerprints(prepare(TASKS, raw, str(tmp_path / "again")))
     for (task, split), fingerprint in undisturbed.items():
         assert open_split(str(tmp_path / "sets" / task), split).manifest.fingerprint == fingerprint

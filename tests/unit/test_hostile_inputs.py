@@ -39,8 +39,9 @@ from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.recipes import PretrainConfig
-from pipeline.vtab import datasets as readers
-from pipeline.vtab.archives import Tree
+from pipeline.vtab.containers import Tree
+from pipeline.vtab.datasets import dsprites, patch_camelyon, read_images, smallnorb, svhn_cropped
+from pipeline.vtab.datasets.base import ArchiveFile
 from pipeline.weights import load_model, load_weights, read_config, read_weights
 
 LIMIT = 10_000_000
@@ -155,9 +156,9 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path, small_files):
 
 
 def test_a_zip_that_unfolds_is_refused(tmp_path, monkeypatch):
-    from pipeline.vtab import archives
+    from pipeline.vtab import containers
 
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100_000)
+    monkeypatch.setattr(containers, "MAX_MEMBER_BYTES", 100_000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images/bomb.png", b"\0" * 5_000_000)
     with pytest.raises(UserError, match=r"bomb.zip: images/bomb.png: more than 100,000 bytes"):
@@ -535,18 +536,22 @@ def read_dataset(path: Path, files) -> None:
         opened.read(range(min(len(opened), 20)))
 
 
+def read_two(path: Path, read) -> list:
+    return list(read_images(ArchiveFile(uri=str(path), read=read), [0, 1]))
+
+
 READERS = {
     "model.pt": lambda path, files: load_weights(create_model("mu/8", num_classes=2, image_size=16), path),
     "model.npz": lambda path, files: load_weights(create_model("mu/8", num_classes=2, image_size=16), path),
     "model.safetensors": lambda path, files: load_weights(create_model("mu/8", num_classes=2, image_size=16), path),
-    "train_32x32.mat": lambda path, files: list(readers.read(readers.Source(kind="svhn", uri=str(path)), [0, 1])),
-    "x.h5": lambda path, files: list(readers.read(readers.Source(kind="patch_camelyon", uri=str(path)), [0, 1])),
-    "x.h5.gz": lambda path, files: list(readers.read(readers.Source(kind="patch_camelyon", uri=str(path)), [0, 1])),
+    "train_32x32.mat": lambda path, files: read_two(path, svhn_cropped.read),
+    "x.h5": lambda path, files: read_two(path, patch_camelyon.read),
+    "x.h5.gz": lambda path, files: read_two(path, patch_camelyon.read),
     "images.zip": lambda path, files: list(Tree(str(path)).read(Tree(str(path)).names())),
     "images.tar": lambda path, files: list(Tree(str(path)).read(["a/0.png", "a/1.jpg"])),
     "images.tar.gz": lambda path, files: list(Tree(str(path)).read(["a/0.png", "a/1.jpg"])),
-    "norb.mat.gz": lambda path, files: list(readers.read(readers.Source(kind="smallnorb", uri=str(path)), [0, 1])),
-    "sprites.npz": lambda path, files: list(readers.read(readers.Source(kind="dsprites", uri=str(path)), [0, 1])),
+    "norb.mat.gz": lambda path, files: read_two(path, smallnorb.read),
+    "sprites.npz": lambda path, files: read_two(path, dsprites.read),
     "config.yaml": lambda path, files: configuration.from_yaml(
         PretrainConfig, path.read_bytes().decode("utf-8", "replace")
     ),

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.vtab.datasets import (
-    clevr_count,
-    clevr_distance,
-    dsprites_label,
-    kitti_distance,
-    kitti_label,
-    kitti_videos,
-)
+from pipeline.vtab.datasets.clevr import clevr_count, clevr_distance
+from pipeline.vtab.datasets.dsprites import dsprites_label
+from pipeline.vtab.datasets.kitti import kitti_distance, kitti_label, kitti_videos
 from pipeline.vtab.retinopathy import btgraham
 
 

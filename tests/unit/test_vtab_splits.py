@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.vtab import SPLITS, TASKS, get, split_keys
+from pipeline.vtab.datasets.sun397 import sun397_splits
 from pipeline.vtab.splits import tfds_order
-from pipeline.vtab.tasks import sun397_splits
 
 EUROSAT_COUNTS = {
     "AnnualCrop": 3000, "Forest": 3000, "HerbaceousVegetation": 3000, "Highway": 2500, "Industrial": 2500,

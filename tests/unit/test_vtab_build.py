@@ -1,0 +1,194 @@
+"""The command: what is done is not done again, what cannot be done does not stop the rest."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import Loader, open_dataset
+from pipeline.data.loading.augment import Augment
+from pipeline.errors import UserError
+from pipeline.vtab import Incomplete, archives, counts_table, open_split, prepare
+from tests.vtab import rows
+
+pytestmark = pytest.mark.usefixtures("without_ray")
+
+
+def test_the_counts_are_printed_beside_the_official_ones(vtab_prepared):
+    lines = counts_table(vtab_prepared[1]).splitlines()
+    assert len(lines) == 1 + 19 * 4
+    assert any(
+        line.split()[:2] == ["cifar100", "test"] and "10,000" in line and "(miniature)" in line for line in lines
+    )
+
+
+def test_the_loader_takes_every_split(vtab_prepared):
+    output, _ = vtab_prepared
+    for task in ("sun397", "smallnorb_azimuth"):
+        dataset = open_split(f"{output}/{task}", "train800val200")
+        with Loader(dataset, batch_size=8, train=False, augment=Augment(size=32, crop="squash", flip=False)) as loader:
+            batches = list(loader)
+        assert sum(len(batch["label"]) for batch in batches) == len(dataset)
+        assert batches[0]["image"].shape[1:] == (32, 32, 3)
+
+
+def test_an_incomplete_unpacked_folder_is_refused(vtab_raw, tmp_path):
+    shutil.copytree(f"{vtab_raw}/resisc45", tmp_path / "resisc45")
+    with pytest.raises(UserError, match="officially 18,900"):
+        prepare(["resisc45"], str(tmp_path), str(tmp_path / "out"))
+
+
+def test_missing_images_are_errors_or_rejects(vtab_raw, tmp_path):
+    folder = tmp_path / "raw" / "oxford_flowers102"
+    folder.mkdir(parents=True)
+    for name in ("imagelabels.mat", "setid.mat"):
+        shutil.copy(f"{vtab_raw}/oxford_flowers102/{name}", folder)
+    with tarfile.open(f"{vtab_raw}/oxford_flowers102/102flowers.tgz") as archive:
+        archive.extractall(folder, filter="data")
+    missing = sorted((folder / "jpg").iterdir())[0]
+    missing.unlink()
+    (tmp_path / "raw" / archives.MINIATURE).write_text('{"files": {}}')
+    splits = ("train", "val", "test")
+    with pytest.raises(UserError, match=f"1 or more of the listed images are not in there, such as jpg/{missing.name}"):
+        prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=splits)
+    counts = prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out2"), splits=splits, verify=False)
+    assert sum(counts["flowers102"][split]["rejects"] for split in splits) == 1
+
+
+def test_one_broken_data_set_does_not_stop_the_others(vtab_raw, tmp_path):
+    for name in ("cifar100", "dtd"):
+        shutil.copytree(f"{vtab_raw}/{name}", tmp_path / "raw" / name)
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
+    path = tmp_path / "raw/cifar100/cifar-100-binary.tar.gz"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(Incomplete, match=r"cifar100: .*truncated") as error:
+        prepare(["cifar100", "dtd"], str(tmp_path / "raw"), str(tmp_path / "out"))
+    assert error.value.counts["dtd"]["test"]["images"] == 24  # what was finished is reported all the same
+    assert list(error.value.counts) == ["dtd"]
+    assert len(open_split(str(tmp_path / "out/dtd"), "test")) == 24
+    assert not (tmp_path / "out/cifar100/test/manifest.json").exists()
+
+
+def test_what_is_done_is_not_done_again(vtab_raw, tmp_path):
+    """Of three archives one is damaged. Once it has been replaced, the images of the others are not written again."""
+    raw, output = tmp_path / "raw", tmp_path / "out"
+    shutil.copytree(f"{vtab_raw}/patch_camelyon", raw / "patch_camelyon")
+    damaged = raw / "patch_camelyon/camelyonpatch_level_2_split_test_x.h5.gz"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:200] + bytes(len(good) - 200))
+    arguments = ["patch_camelyon"], str(raw), str(output)
+    with pytest.raises(Incomplete, match=damaged.name):
+        prepare(*arguments, verify=False)
+    assert not list(tmp_path.rglob("manifest.json"))
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("part-*.parquet")}
+    assert {path.parent.name for path in written} == {"train800", "val200", "train800val200"}
+    damaged.write_bytes(good)
+    first = prepare(*arguments, verify=False)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert prepare(*arguments, verify=False) == first
+    assert [path.name for path in output.iterdir()] == ["patch_camelyon"]  # no receipts are left
+    assert {path.name for path in (output / "patch_camelyon").iterdir()} == set(first["patch_camelyon"])
+
+
+def test_what_is_finished_no_longer_needs_its_archives(vtab_raw, tmp_path):
+    shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
+    arguments = str(tmp_path / "raw"), str(tmp_path / "out")
+    first = prepare(["dtd"], *arguments)
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare(["dtd"], *arguments) == first
+    with pytest.raises(UserError, match=r"dtd-r1\.0\.1\.tar\.gz"):  # another split needs them again
+        prepare(["dtd"], *arguments, splits=("train800", "trainval"))
+    (tmp_path / "out" / "dtd").rename(tmp_path / "out" / "pets")
+    with pytest.raises(UserError, match="already holds another dataset"):
+        prepare(["pets"], *arguments)
+
+
+def test_another_dataset_in_the_way_is_refused(vtab_raw, tmp_path):
+    prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
+    with pytest.raises(UserError, match="already holds another dataset"):
+        prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",), verify=False)
+
+
+def test_full_pools(vtab_raw, tmp_path):
+    counts = prepare(["eurosat"], vtab_raw, str(tmp_path), splits=("train", "val", "trainval", "test"))["eurosat"]
+    assert {split: c["images"] for split, c in counts.items()} == {"train": 72, "val": 24, "trainval": 96, "test": 24}
+    assert counts["trainval"]["official"] == 21600
+    assert len(open_dataset(tmp_path / "eurosat" / "trainval")) == 96
+
+
+def test_wrong_names_and_missing_splits(tmp_path):
+    with pytest.raises(UserError, match='did you mean "dmlab"'):
+        prepare(["dmlabs"], str(tmp_path), str(tmp_path))
+    with pytest.raises(UserError, match='did you mean "trainval"'):
+        prepare(["dmlab"], str(tmp_path), str(tmp_path), splits=("trainvl",))
+    with pytest.raises(UserError, match="vtab --tasks dmlab --raw FOLDER --splits val200"):
+        open_split(str(tmp_path / "dmlab"), "val200")
+
+
+def test_missing_files_are_listed_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare(["cifar100", "resisc45", "pets"], str(tmp_path), str(tmp_path / "out"))
+    text = str(error.value)
+    for part in (
+        "cifar100: 1 file is missing",
+        "pets: 2 files are missing",
+        "168,513,733 bytes",
+        "58a81ae192c23a4b",
+        "NWPU-RESISC45.rar",
+        "annotations.tar.gz",
+    ):
+        assert part in text
+
+
+def test_a_missing_archive_fails_its_task_alone(vtab_raw, tmp_path):
+    shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
+    with pytest.raises(
+        Incomplete, match=r"^clevr_count, clevr_distance: 1 file is missing.*\n.*CLEVR_v1.0.zip"
+    ) as error:
+        prepare(["clevr_count", "dtd", "clevr_distance"], str(tmp_path / "raw"), str(tmp_path / "out"))
+    assert list(error.value.counts) == ["dtd"]
+    assert not (tmp_path / "out" / "clevr_count").exists()
+
+
+def test_an_empty_split_fails_that_split_alone(vtab_raw, tmp_path):
+    """Of the flowers only those of the train split are there."""
+    raw = tmp_path / "raw" / "oxford_flowers102"
+    shutil.copytree(f"{vtab_raw}/oxford_flowers102", raw)
+    with tarfile.open(raw / "102flowers.tgz") as archive:
+        archive.extractall(raw, filter="data")
+    (raw / "102flowers.tgz").unlink()
+    train = {row["key"] for row in rows(*prepare_flowers(vtab_raw, tmp_path / "all"), "train")}
+    for path in (raw / "jpg").iterdir():
+        if path.name not in train:
+            path.unlink()
+    splits = ("train800", "val200", "test")
+    with pytest.raises(Incomplete) as error:
+        prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=splits, verify=False)
+    assert str(error.value).splitlines() == [
+        "flowers102, split val200: none of the 24 listed images could be read; --splits train800 leaves it out",
+        "flowers102, split test: none of the 24 listed images could be read; --splits train800 leaves it out",
+    ]
+    assert {split: made["images"] for split, made in error.value.counts["flowers102"].items()} == {"train800": 24}
+
+
+def prepare_flowers(raw: str, output: Path) -> tuple[str, str]:
+    prepare(["flowers102"], raw, str(output), splits=("train",))
+    return str(output), "flowers102"
+
+
+def test_a_list_that_is_missing_fails_its_split_alone(vtab_prepared, tmp_path):
+    folder = tmp_path / "raw" / "dtd"
+    (folder / "images").mkdir(parents=True)
+    for split in ("train800", "test"):
+        lines = []
+        for row in rows(vtab_prepared[0], "dtd", split):
+            name = f"images/{row['key'].replace('/', '_')}"
+            (folder / name).write_bytes(row["image"])
+            lines.append(f"{name} {row['label']}\n")
+        (folder / f"{split}.txt").write_text("".join(lines))
+    with pytest.raises(Incomplete, match=r"^dtd, split val200: .*val200.txt is missing") as error:
+        prepare(["dtd"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=("train800", "val200", "test"))
+    assert set(error.value.counts["dtd"]) == {"train800", "test"}
