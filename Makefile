@@ -2,12 +2,13 @@
 # make test    what CI runs: lint, types, tests
 # make ui      MLflow on http://127.0.0.1:5000, on the database that the demo and the jobs write
 
+# Python 3.11, 3.12 or 3.13
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?=
 
-.PHONY: install demo test lint slow ui clean
+.PHONY: install demo test lint hooks slow ui clean
 
 # One constraints file for every install: another resolution would bring another torch.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -23,6 +24,10 @@ demo: install
 # A process per core, a file of tests stays in one of them.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Once: checks each commit as `make lint` does.
+hooks: install
+	$(BIN)/pre-commit install
 
 lint: install
 	$(BIN)/ruff check .

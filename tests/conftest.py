@@ -19,9 +19,10 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes has one core
 
-# torchvision's wheel from the package index is built for CUDA; beside a CPU-only torch its compiled part does not load
-# and its Python part then fails on two missing operators. timm and transformers import it, nothing here calls them.
-if not torch.cuda.is_available():
+# torchvision's wheel from the package index is built for CUDA. Beside a CPU build of torch its compiled part does not load
+# and its Python part then fails on two missing operators. timm and transformers import torchvision; nothing here calls the
+# operators. Beside a CUDA build they exist, and a second definition would end the process.
+if torch.version.cuda is None:
     _TORCHVISION = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -39,8 +39,8 @@ def load_torchvision() -> torch.library.Library | None:
         return None
     except RuntimeError:
         logger.warning(
-            "torchvision %s does not load with torch %s, so `import timm` fails outside this command; install the build "
-            "that matches: pip install torchvision --index-url https://download.pytorch.org/whl/%s",
+            "torchvision %s does not load with torch %s, so `import timm` fails outside this command; install the build of "
+            "torchvision that belongs to this torch (%s)",
             importlib.metadata.version("torchvision"),
             torch.__version__,
             torch.__version__.partition("+")[2] or "cpu",
