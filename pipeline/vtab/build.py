@@ -108,7 +108,8 @@ def build_datasets(preparation: Preparation) -> None:
     """Does the work of a preparation, and enters its counts and problems there. Joins Ray when there is work."""
     if not preparation.todo:
         return
-    plans, problems = [], {}
+    plans: list[TaskPlan] = []
+    problems: dict[str, str] = {}
     for planned, failed in workqueue.map_tasks(plan_tasks, by_dataset(preparation.todo)):
         plans += planned
         problems |= failed
