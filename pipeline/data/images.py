@@ -6,18 +6,17 @@ marker, and every pixel is decoded even when the file is then kept as it is.
 
 import io
 import re
+import struct
 from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.loading.augment import scratch
 from pipeline.data.loading.patches import patchify
 
-# `decode` has its own, configurable limit and checks it against the header, before any pixel is decoded.
-Image.MAX_IMAGE_PIXELS = None
 Image.init()
 # EPS and WMF run an interpreter over the file's contents; the video and science containers only ever raise.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"})
@@ -108,7 +107,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _decode_any(data: bytes, max_pixels: int) -> Picture:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             _check_size(image.width, image.height, max_pixels)
             image.load()
             orientation = int(image.getexif().get(ORIENTATION, 1))
@@ -118,6 +117,8 @@ def _decode_any(data: bytes, max_pixels: int) -> Picture:
             return Picture(_upright(_rgb(image), orientation), intact)
     except Refused:
         raise
+    except Image.DecompressionBombError as error:  # a tile or frame beyond Pillow's own limit
+        raise Refused("too many pixels", str(error)) from error
     except Exception as error:  # Pillow's plugins raise anything at all over damaged files
         if "truncated" in str(error):
             raise Refused("truncated", str(error)) from error
@@ -126,6 +127,21 @@ def _decode_any(data: bytes, max_pixels: int) -> Picture:
             r" at 0x[0-9a-f]+", "", str(error)
         )  # an address in memory: the only thing that two runs would not share
         raise Refused("corrupt" if known else "not an image", f"{type(error).__name__}: {detail}") from error
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Pillow's `Image.open` without its limit on pixels, which can be changed for a whole process only: `decode` has a limit of
+    its own and checks it against the header, before any pixel is decoded."""
+    file = io.BytesIO(data)
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(data[:16]) is True:
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # not this format after all
+                continue
+    raise UnidentifiedImageError("cannot identify image file")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

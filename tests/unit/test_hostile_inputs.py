@@ -31,11 +31,11 @@ from safetensors.torch import save
 
 from models import create_model
 from pipeline import config as configuration
-from pipeline.data import images, prepare, sources
+from pipeline.data import images, prepare
 from pipeline.data.format.shards import Manifest, open_dataset, write_dataset
 from pipeline.data.images import Refused
 from pipeline.data.prepare import PrepareConfig
-from pipeline.data.sources import tfrecord
+from pipeline.data.sources import items, tfrecord
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.recipes import PretrainConfig
@@ -131,7 +131,7 @@ def test_text_in_a_png_does_not_unfold():
 @pytest.fixture
 def small_files(monkeypatch):
     """The limit on one file, at a size that tests can exceed."""
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(items, "MAX_FILE_BYTES", 100_000)
 
 
 @pytest.mark.parametrize("name", ["bomb.tar", "bomb.tar.gz"])

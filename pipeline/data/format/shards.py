@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.varint import read_varint
 from pipeline.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -538,19 +539,6 @@ def _parse(buffer: bytes | memoryview, group: np.void, manifest: Manifest, image
     return RowGroup(keys, labels, widths, heights, patches)
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("an integer of more than 64 bits")
-
-
 def _page(view: memoryview, position: int) -> tuple[int, int]:
     """(start, length) of the values of the page whose header begins at `position`.
 
@@ -571,7 +559,7 @@ def _page(view: memoryview, position: int) -> tuple[int, int]:
             last.append(0)
             depth += 1
         elif kind in (4, 5, 6):  # zigzag integers
-            value, position = _varint(view, position)
+            value, position = read_varint(view, position)
             if depth == 1 and last[0] == 3:
                 size = value >> 1
         elif kind not in (1, 2):  # booleans have no value byte
@@ -597,7 +585,7 @@ def _levels(view: memoryview, most: int) -> tuple[np.ndarray, int]:
     end = 4 + struct.unpack_from("<I", view, 0)[0]
     position, runs = 4, []
     while position < end:
-        header, position = _varint(view, position)
+        header, position = read_varint(view, position)
         if header >> 1 > most:
             raise ValueError(f"{header >> 1} levels")
         if header & 1:  # bit-packed groups of eight

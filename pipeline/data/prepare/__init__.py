@@ -42,7 +42,7 @@ from pipeline.data.images import Fit, Refused
 from pipeline.data.loading.augment import decode
 from pipeline.data.prepare import mix
 from pipeline.data.prepare.record import Record
-from pipeline.data.sources import Format, Labels, Source
+from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
 
 SHARE_BYTES = 256 << 20  # some seconds of work
@@ -57,8 +57,8 @@ class PrepareConfig:
     """Folders, archives or s3:// prefixes to read; several become one dataset."""
     output: str = ""
     """Where the dataset goes: an empty or new folder, or an unfinished run of the same command."""
-    format: Format = "auto"
-    """What the sources are; recognised by themselves as a rule."""
+    format: str = "auto"
+    """What the sources are: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
     labels: str | None = None
     """Table of file names and labels (CSV, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
     label_map: str | None = None
@@ -368,7 +368,6 @@ def make_plan(config: PrepareConfig, connect: Callable[[], None] = lambda: None)
         include=config.include,
         need_names=not config.unlabelled and not isinstance(label_map, list),
         unit_bytes=config.unit_bytes,
-        run=lambda function, arguments: _ray_map(function, arguments, connect),
     )
     labels = sources.make_labels(found, label_map, config.unlabelled)
     digest = hashlib.sha256()

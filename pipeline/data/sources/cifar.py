@@ -5,11 +5,27 @@ Binary: records of one label byte (CIFAR-100: coarse, then fine) and 3072 bytes.
 """
 
 import io
+import os
 import pickle
-from collections.abc import Iterable
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.images import Refused
+from pipeline.data.sources import archives, items
+from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.errors import UserError
+
+NAME = "cifar"
+ARCHIVE = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
+DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a damaged archive raises
 
 PIXELS = 3 * 32 * 32
 TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
@@ -116,3 +132,57 @@ def _latin1(value: str, encoding: Any) -> bytes:
     if text(encoding) != "latin1":
         raise ValueError(f"bytes encoded as {text(encoding)}")
     return value.encode("latin1")
+
+
+# ---------------------------------------------------------------- a source of images
+
+
+def matches(path: str) -> bool:
+    return bool(ARCHIVE.search(path))
+
+
+def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
+    return archives.scan_archives(NAME, uri, files, options, lambda path: path.endswith((".tar", "gz")), scan_file)
+
+
+def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
+    try:
+        names = class_names(_members(uri))
+    except (*DAMAGE, ValueError) as error:
+        raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
+    return FileScan(pieces=archives.whole(path, size), names=names, ordered_names=tuple(names))
+
+
+def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, pieces, lambda uri, name, *_: _read_file(uri, name))
+
+
+def _members(uri: str) -> Iterator[tuple[str, bytes]]:
+    """(base name, content) of the members."""
+    with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            if member.isfile():
+                handle = archive.extractfile(member)
+                yield os.path.basename(member.name), handle.read(items.MAX_FILE_BYTES) if handle else b""
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+
+
+def _read_file(uri: str, name: str) -> Iterator[Item]:
+    try:
+        for member, data in _members(uri):
+            part, where = member.removesuffix(".bin"), f"{name}/{member}"
+            if part not in PARTS:
+                continue
+            try:
+                pixels_NHWC, labels, left_over = parse(member, data)
+            except ValueError as error:
+                yield Item(part, where, b"", None, Refused("corrupt", str(error)))
+                continue
+            if left_over:
+                yield Item(
+                    part, where, b"", None, Refused("truncated", f"{left_over} bytes after the last whole record")
+                )
+            for i, (pixels, label) in enumerate(zip(pixels_NHWC, labels, strict=True)):
+                yield Item(f"{part}/{i:05d}", where, np.ascontiguousarray(pixels), [str(label)])
+    except DAMAGE as error:
+        yield Item(name, uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))

@@ -4,14 +4,26 @@ A TFRecord file is a sequence of records: uint64 length, masked CRC-32C of those
 data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 
+from pipeline import storage
+from pipeline.data.images import Refused
+from pipeline.data.sources import archives
+from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.data.sources.tables import lookup
+from pipeline.data.varint import read_varint
 from pipeline.errors import UserError
 
+NAME = "tfrecord"
+
+SUFFIX = re.compile(r"(\.tfrecords?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
 # A record longer than this is a damaged length (or an attack on memory), not an image.
 MAX_RECORD_BYTES = 1 << 30
 
@@ -104,31 +116,18 @@ def write_record(file: IO[bytes], data: bytes) -> None:
 # ---------------------------------------------------------------- tf.train.Example
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("an integer of more than 64 bits")
-
-
 def _fields(view: memoryview) -> Iterator[tuple[int, int, Any]]:
     """(field number, wire type, value) of a message: ints for varints, memoryviews for everything else."""
     position = 0
     while position < len(view):
-        tag, position = _varint(view, position)
+        tag, position = read_varint(view, position)
         kind = tag & 7
         if kind == 0:
-            value, position = _varint(view, position)
+            value, position = read_varint(view, position)
             yield tag >> 3, kind, value
             continue
         if kind == 2:
-            size, position = _varint(view, position)
+            size, position = read_varint(view, position)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
@@ -156,7 +155,7 @@ def _feature(view: memoryview) -> list[bytes] | np.ndarray:
                     continue
                 position = 0
                 while position < len(value):
-                    integer, position = _varint(value, position)
+                    integer, position = read_varint(value, position)
                     integers.append(integer)
             return np.array(integers, np.uint64).astype(np.int64)  # negative numbers are ten-byte two's complement
     return []
@@ -208,3 +207,93 @@ def encode_example(features: Mapping[str, bytes | str | Sequence | np.ndarray | 
             feature = _message(3, _message(1, b"".join(map(_encode_varint, values))))
         entries += _message(1, _message(1, name.encode()) + _message(2, feature))
     return _message(1, entries)
+
+
+# ---------------------------------------------------------------- a source of images
+
+
+def matches(path: str) -> bool:
+    return bool(SUFFIX.search(path))
+
+
+def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
+    return archives.scan_archives(NAME, uri, files, options, matches, scan_file)
+
+
+def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
+    """One piece a file. Label names cost a pass over the file, which is saved when nobody needs them."""
+    found = FileScan(pieces=archives.whole(path, size))
+    if not archives.names_wanted(options) and size <= 2 * options.unit_bytes:
+        return found
+    names: set[str] = set()
+    for item in _read_file(uri, path, {}):
+        names.update(item.labels or ())
+        found.multilabel |= item.labels is not None and len(item.labels) > 1
+        found.problem = found.problem or (item.refused.detail if item.refused else "")
+    found.names = sorted(names)
+    return found
+
+
+def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, pieces, lambda uri, name, _, source: _read_file(uri, name, source.table))
+
+
+def _read_file(uri: str, name: str, table: dict[str, list[str]]) -> Iterator[Item]:
+    row = 0
+    try:
+        for record in _records(uri):
+            yield _item(record, name, row, table)
+            row += 1
+    except (ValueError, EOFError, OSError) as error:
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+
+
+def _item(record: bytes, name: str, row: int, table: dict[str, list[str]]) -> Item:
+    where = f"{name}#{row}"
+    try:
+        example = parse_example(record)
+    except UserError as error:
+        return Item(where, where, b"", None, Refused("corrupt", str(error)))
+    image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
+    own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
+    own = own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else None
+    names = lookup(table, own) if table and own else _class_names(example)
+    key = f"{name}/{own}" if own else where
+    if not isinstance(image, bytes):
+        return Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
+    return Item(key, where, image, names)
+
+
+def _records(uri: str) -> Iterator[bytes]:
+    with storage.open_file(uri) as file:
+        try:
+            yield from read_records(file, uri)
+        except UserError as error:  # a damaged file, unlike the errors of a store that fails
+            raise ValueError(str(error)) from error
+
+
+def _class_names(example: dict[str, Any]) -> list[str] | None:
+    """The labels of an example, several when it is multi-label; names where it has them, else numbers."""
+    for feature in (
+        "image/class/synset",
+        "image/class/text",
+        "class",
+        "label_name",
+        "image/class/label",
+        "label",
+        "labels",
+    ):
+        values = example.get(feature)
+        if values is not None and len(values):
+            return [
+                value.decode("utf-8", "replace") if isinstance(value, bytes) else str(int(value)) for value in values
+            ]
+    return None
+
+
+def _first(example: dict[str, Any], *names: str) -> Any:
+    for name in names:
+        values = example.get(name)
+        if values is not None and len(values):
+            return values[0]
+    return None

@@ -1,0 +1,92 @@
+"""Finds out what a source is, and reads it: the list of formats and the two functions that use it."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import cast
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.sources import cifar, folder, parquet, tar, tfrecord
+from pipeline.data.sources.archives import included
+from pipeline.data.sources.items import Item, ScanOptions, Source, SourceFormat
+from pipeline.data.sources.listing import list_source
+from pipeline.data.sources.tables import read_label_table
+from pipeline.errors import UserError, nearest
+
+# One module for each format; a new format is a module with NAME, matches, scan and read, and a place here. The format that
+# most files match is chosen, the first of the list when several match equally many: images win over archives beside them.
+FORMATS: list[ModuleType] = [folder, cifar, tar, parquet, tfrecord]
+
+SNIFFED_FILES = 1000  # files of a listing that decide about its format
+SNIFFED_ITEMS = 256  # items that decide whether an archive is multi-label when its labels were not scanned
+
+
+def formats() -> dict[str, SourceFormat]:
+    """The formats by name."""
+    return {module.NAME: cast(SourceFormat, module) for module in FORMATS}
+
+
+def discover(
+    uris: Sequence[str],
+    *,
+    format: str = "auto",
+    labels: str | None = None,
+    include: str | None = None,
+    need_names: bool = True,
+    unit_bytes: int = 1 << 30,
+) -> list[Source]:
+    """Scans the sources: their formats, pieces and label names. Archives are scanned by Ray tasks.
+
+    labels: a label table for all of them. include: a glob over keys. need_names: False saves opening archives that are no
+    larger than `unit_bytes`. Raises UserError for a source that is missing, empty, unreadable or ambiguous.
+    """
+    if format != "auto" and format not in formats():
+        raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
+    uris = [storage.normalise(uri) for uri in uris]
+    bases = [os.path.splitext(uri.rpartition("/")[2])[0] for uri in uris]
+    table, multilabel = read_label_table(labels) if labels else ({}, False)
+    sources = []
+    for i, uri in enumerate(uris):
+        prefix = "" if len(uris) == 1 else bases[i] + (f"-{i}" if bases.count(bases[i]) > 1 else "") + "/"
+        files = list_source(uri)
+        if not files.num_rows:
+            raise UserError(f"{uri}: no such file or folder, or nothing in it")
+        found = _recognise(uri, files) if format == "auto" else formats()[format]
+        options = ScanOptions(
+            table=table,
+            multilabel=multilabel,
+            include=include,
+            need_names=need_names,
+            unit_bytes=unit_bytes,
+            prefix=prefix,
+        )
+        source = found.scan(uri, files, options)
+        if source.names is None:  # the labels were not scanned: a few samples tell whether there are several each
+            some = itertools.islice(read(source, source.pieces.slice(0, 1)), SNIFFED_ITEMS)
+            several = any(item.labels is not None and len(item.labels) > 1 for item in some)
+            source = replace(source, multilabel=source.multilabel or several)
+        sources.append(source)
+    return sources
+
+
+def _recognise(uri: str, files: pa.Table) -> SourceFormat:
+    """The format that most of the first files match by name; class folders when none does."""
+    names = [path or uri for path in files["path"][:SNIFFED_FILES].to_pylist()]
+    counts = {name: sum(map(found.matches, names)) for name, found in formats().items()}
+    best = max(counts, key=lambda name: counts[name])  # the first of them in a tie
+    if files["path"][0].as_py() == "" and (best == folder.NAME or not counts[best]):
+        archives = ", ".join(name for name in formats() if name != folder.NAME)
+        raise UserError(f"{uri}: a single file that is no archive ({archives}); give a folder or an archive")
+    return formats()[best if counts[best] else folder.NAME]
+
+
+def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterator[Item]:
+    """The items of some pieces, in order. An input that cannot be read never raises: it is an Item with `refused`.
+
+    include: a glob over keys. Raises StorageError when the store fails.
+    """
+    return included(formats()[source.kind].read(source, pieces), include)

@@ -1,0 +1,97 @@
+"""Label names -> class indices: the class list of all sources together, and `--label-map`."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.data.images import Refused
+from pipeline.data.sources.items import Source
+from pipeline.data.sources.tables import read_text
+from pipeline.errors import UserError
+
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+MAX_INDEX = 1_000_000  # integers up to here are class indices; larger ones are names like any other
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """The class list, and the class index of every label name."""
+
+    classes: tuple[str, ...]
+    index: dict[str, int]
+    multilabel: bool
+    unlabelled: bool = False
+
+    def encode(self, names: Sequence[str] | None) -> int | list[int]:
+        """Raises Refused for an input without a label or with one that is no class."""
+        if self.unlabelled:
+            return -1
+        if names is None or (not names and not self.multilabel):
+            raise Refused("no label")
+        try:
+            indices = [self.index[name] for name in names]
+        except KeyError as error:
+            raise Refused("unknown label", str(error.args[0])) from error
+        if self.multilabel:
+            return sorted(set(indices))
+        if len(indices) > 1:
+            raise Refused("unknown label", f"{len(indices)} labels where one is expected")
+        return indices[0]
+
+
+def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
+    """`--label-map`: a text file or JSON list of class names in index order, or a JSON object {name: new name}."""
+    if uri is None:
+        return None
+    text = read_text(uri)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if len(set(value)) != len(value):
+            raise UserError(f"{uri}: the class list repeats {sorted(n for n in set(value) if value.count(n) > 1)[0]!r}")
+        return value
+    raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
+
+
+def make_labels(
+    sources: Sequence[Source], label_map: list[str] | dict[str, str] | None = None, unlabelled: bool = False
+) -> Labels:
+    """The classes of all sources together: in the given order, in the sources' own order, or sorted by name. Whole numbers
+    that are not names of folders are indices: 0 to the largest. Raises UserError when there is no class."""
+    if unlabelled:
+        return Labels(classes=(), index={}, multilabel=False, unlabelled=True)
+    multilabel = any(source.multilabel for source in sources)
+    own = {source.ordered_names for source in sources if source.ordered_names}
+    names = {name for source in sources for name in source.names or ()}
+    if isinstance(label_map, list):
+        classes = tuple(label_map)
+    elif len(own) == 1 and all(source.ordered_names for source in sources):
+        classes = next(iter(own))
+    elif names and all(INTEGER.fullmatch(name) for name in names) and not any(s.by_folder for s in sources):
+        numbers = sorted(names, key=int)
+        plain = int(numbers[0]) >= 0 and int(numbers[-1]) < MAX_INDEX and all(str(int(n)) == n for n in numbers)
+        classes = tuple(str(i) for i in range(int(numbers[-1]) + 1)) if plain else tuple(numbers)
+    else:
+        classes = tuple(sorted(names))
+    if isinstance(label_map, dict):
+        classes = tuple(sorted(set(label_map.values())))
+        place = {name: i for i, name in enumerate(classes)}
+        renamed = {old: place[new] for old, new in label_map.items()}
+        return Labels(classes=classes, index=renamed, multilabel=multilabel)
+    problem = next((source.problem for source in sources if source.problem), "")
+    if not classes and problem:
+        raise UserError(f"{problem}; no label was found")
+    if not classes:
+        raise UserError(
+            f"{sources[0].uri}: zero classes; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
+            "(or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled takes images without labels"
+        )
+    by_number = isinstance(label_map, list) or bool(own)  # 7 may stand for the name of class 7
+    index = {str(i): i for i in range(len(classes))} if by_number else {}
+    index |= {name: i for i, name in enumerate(classes)}
+    return Labels(classes=classes, index=index, multilabel=multilabel)

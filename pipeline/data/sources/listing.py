@@ -1,0 +1,140 @@
+"""The files of a source, sorted or shuffled, in memory that does not grow with the corpus.
+
+A listing of more than SPILL_ROWS files lives in unnamed files that are mapped. Sorting and shuffling distribute its rows
+over buckets on disk, each small enough to be finished in memory, and concatenate the buckets.
+"""
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import storage
+from pipeline.data.sources.items import LISTING
+from pipeline.errors import UserError
+
+SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at a time
+# What operating systems leave behind in folders and archives.
+JUNK = r"(?i)(?:^|/)(?:\._[^/]*|\.ds_store|thumbs\.db|desktop\.ini|__macosx/.*)$"
+
+
+def list_source(uri: str) -> pa.Table:
+    """LISTING of every file under a folder, sorted by path; a single file has path ""."""
+    files: Iterator[tuple[str, int]]
+    if not storage.is_remote(uri):
+        if os.path.isfile(uri):
+            return listing([("", os.path.getsize(uri))])
+        files = _walk(uri, "")
+    else:
+        files = ((file.path, file.size) for file in storage.iter_files(uri))
+    parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])
+    found = in_order(spilled((_without_junk(listing(part)) for part in parts), LISTING))
+    if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
+        fs, path = storage.filesystem(uri)
+        return listing([("", int(fs.size(path)))])
+    return found
+
+
+def listing(files: Sequence[tuple[str, int]]) -> pa.Table:
+    """(path, size) pairs as a table of schema LISTING."""
+    paths, sizes = zip(*files, strict=True) if files else ((), ())
+    return pa.table([pa.array(paths, pa.large_string()), pa.array(sizes, pa.int64())], schema=LISTING)
+
+
+def _without_junk(files: pa.Table) -> pa.Table:
+    return files.filter(pc.invert(pc.match_substring_regex(files["path"], JUNK)))
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """(path, size) of files below a local folder. os.scandir, because fsspec's listing costs ten times as much per file.
+
+    Links are followed, except to a folder in `above` (device, inode): that would never end.
+    """
+    try:
+        here = os.stat(folder)
+        above = (*above, (here.st_dev, here.st_ino))
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError as error:
+        raise UserError(f"{folder}: permission denied") from error
+    with entries:
+        for entry in entries:
+            if entry.is_dir():
+                target = entry.stat()
+                if (target.st_dev, target.st_ino) not in above:
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
+            else:
+                # a name that is not valid UTF-8, or a dangling link, becomes a reject when it is read
+                size = entry.stat().st_size if os.path.exists(entry.path) else 0
+                yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), size
+
+
+# ---------------------------------------------------------------- tables larger than memory
+
+
+def in_batches(table: pa.Table) -> Iterator[pa.Table]:
+    """The table in slices of at most SPILL_ROWS rows."""
+    return (table.slice(first, SPILL_ROWS) for first in range(0, table.num_rows, SPILL_ROWS))
+
+
+def spilled(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """The parts as one table: in memory when there is only one, else in an unnamed file that is mapped."""
+    parts = iter(parts)
+    first = list(itertools.islice(parts, 2))
+    if len(first) < 2:
+        return first[0] if first else schema.empty_table()
+    with tempfile.NamedTemporaryFile(prefix="listing-") as file:
+        with pa.ipc.new_file(file.name, schema) as writer:
+            for part in itertools.chain(first, parts):
+                writer.write_table(part)
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+
+
+def in_order(files: pa.Table) -> pa.Table:
+    """A listing sorted by path."""
+    if files.num_rows <= SPILL_ROWS:
+        return files.sort_by("path")
+    places = np.linspace(0, files.num_rows - 1, SPILL_ROWS).astype(np.int64).tolist()
+    sample = sorted(files["path"][place].as_py() for place in places)  # `take` would copy the whole column
+    bounds = np.array(sample, object)[np.linspace(0, SPILL_ROWS - 1, _bucket_count(files) + 1).astype(np.int64)[1:-1]]
+    return _by_bucket(files, lambda part: np.searchsorted(bounds, part["path"].to_numpy(), "right"), in_order)
+
+
+def shuffled(table: pa.Table, rng: np.random.Generator) -> pa.Table:
+    """The rows in a uniformly random order."""
+    if table.num_rows <= SPILL_ROWS:
+        return table.take(pa.array(rng.permutation(table.num_rows)))
+    count = _bucket_count(table)
+    return _by_bucket(table, lambda part: rng.integers(count, size=part.num_rows), lambda bucket: shuffled(bucket, rng))
+
+
+def _bucket_count(table: pa.Table) -> int:
+    """So many that a bucket has about half of SPILL_ROWS rows; at most 256, since each is an open file."""
+    return min(256, 1 + 2 * table.num_rows // SPILL_ROWS)
+
+
+def _by_bucket(
+    table: pa.Table, partition: Callable[[pa.Table], np.ndarray], finalize: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
+    """Distributes the rows over buckets, `partition` giving each row's bucket, and concatenates `finalize` of every bucket.
+
+    Buckets are files, so memory holds a part of one.
+    """
+    with tempfile.TemporaryDirectory(prefix="listing-") as folder, contextlib.ExitStack() as stack:
+        names = [f"{folder}/{i}" for i in range(_bucket_count(table))]
+        writers = [stack.enter_context(pa.ipc.new_file(name, table.schema)) for name in names]
+        for first in range(0, table.num_rows, SPILL_ROWS):
+            part = table.slice(first, SPILL_ROWS).combine_chunks()
+            buckets = partition(part)
+            for i in np.unique(buckets).tolist():
+                writers[i].write_table(part.filter(pa.array(buckets == i)))
+        for writer in writers:
+            writer.close()
+        done = (finalize(pa.ipc.open_file(pa.memory_map(name)).read_all()) for name in names)
+        return spilled(done, table.schema)
