@@ -50,7 +50,7 @@ def check_timm(config: Mapping[str, Any]) -> None:
     eps = config.get("ln_eps", 1e-6)
     if eps != 1e-6:
         raise UserError(
-            f"timm's ViT has LayerNorm epsilon 1e-6, this model {eps:g}; export to huggingface, onnx, torch-export or "
+            f"timm's ViT has LayerNorm epsilon 1e-6, this model {eps}; export to huggingface, onnx, torch-export or "
             "safetensors instead"
         )
 

@@ -28,4 +28,4 @@ def translate(tensors: Weights) -> Weights:
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    return replace(timm.conventions(tensors, config), ln_eps=1e-6)
+    return replace(timm.conventions(tensors, config), ln_eps=1e-6, cls_position=True)

@@ -60,7 +60,7 @@ def fit_weights(
     weights = dict(named.weights)
     notes = [*named.notes, *_fold_layer_scale(weights)]
     if "pos_embed" in weights and hasattr(model, "grid"):
-        notes += _fit_positions(model, weights, named.conventions.grid, source)
+        notes += _fit_positions(model, weights, named.conventions, source)
     ours = {name: tensor.shape for name, tensor in target.items() if name.startswith(TASK_PARTS)}
     dropped = [] if strict_head else _drop_other_head(weights, ours)
     optional = () if strict_head else tuple(ours)
@@ -135,11 +135,11 @@ def _fold_layer_scale(weights: Weights) -> list[str]:
 # ---------------------------------------------------------------- positions
 
 
-def _fit_positions(model: nn.Module, weights: Weights, known: tuple[int, int] | None, source: str) -> list[str]:
+def _fit_positions(model: nn.Module, weights: Weights, source_says: Conventions, source: str) -> list[str]:
     """Brings pos_embed in `weights` to the model's tokens and grid; the notes for the report.
 
-    known: the source's grid, where its configuration tells it. Raises UserError for a grid that is no square and that
-    nothing tells. A table of another width stays as it is: the error lists it among the tensors that do not fit.
+    Raises UserError for a grid that is not square and that the source's configuration does not give. A table of another
+    width stays as it is: the error lists it among the tensors that do not fit.
     """
     config: Any = model.config
     width: int = model.shape.width  # type: ignore[assignment, union-attr]
@@ -148,8 +148,10 @@ def _fit_positions(model: nn.Module, weights: Weights, known: tuple[int, int] | 
     if any(t is not None and (t.dim() != 3 or t.shape[2] != width) for t in (table, registers)):
         return []
     # Rows before the patches: class token and registers, or neither (big_vision and timm's no_embed_class).
-    tokens = ("cls_token" in weights) + (registers.shape[1] if registers is not None else 0)
-    found = _find_grid(table.shape[1], {tokens, int("cls_token" in weights), 0}, grid, known)
+    cls = int("cls_token" in weights)
+    tokens = cls + (registers.shape[1] if registers is not None else 0)
+    prefixes = {tokens, cls} if source_says.cls_position else {tokens, cls, 0}
+    found = _find_grid(table.shape[1], prefixes, grid, source_says.grid)
     if isinstance(found, str):
         raise UserError(f"{source} does not fit {config['variant']}: {found}")
     if found is None:
@@ -164,9 +166,12 @@ def _fit_positions(model: nn.Module, weights: Weights, known: tuple[int, int] | 
     has_cls = config["pool"] == "token"
     rows = torch.cat([cls_row, table[:, prefix:]], dim=1) if has_cls else table[:, prefix:]
     weights["pos_embed"] = posemb.resize(rows, grid, prefix=int(has_cls), old_grid=old)
-    if old == (grid, grid):
-        return []
-    return [f"position embeddings resized from {old[0]}x{old[1]} to {grid}x{grid}"]
+    notes = [f"position embeddings resized from {old[0]}x{old[1]} to {grid}x{grid}"] if old != (grid, grid) else []
+    if cls and not prefix and source_says.grid is None:  # 14x16 patches and a class token are as many rows as 15x15
+        notes.append(
+            f"{table.shape[1]} position embeddings read as {old[0]}x{old[1]} patches and none of the class token"
+        )
+    return notes
 
 
 def _find_grid(
@@ -223,7 +228,7 @@ def _check_conventions(model: nn.Module, source_says: Conventions, source: str) 
     heads, activation, eps = source_says.heads, source_says.activation, source_says.ln_eps
     if heads and heads != ours:
         raise UserError(f"{source} has {heads} attention heads, the model {ours} (option heads={heads})")
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise UserError(f"{source} computes with {activation}, the model with GELU: its weights would mean nothing")
     notes: list[str] = []
     form = ACTIVATIONS[activation] if activation is not None else config["gelu"]

@@ -10,6 +10,7 @@ SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("dist_token", "distillation_token"), "a distilled DeiT, with a second token and a second head"),
     (("relative_position",), "a model with relative positions (Swin, BEiT), which this model has not"),
+    (("rope_embed.", "rope."), "a model with rotary positions (DINOv3, EVA-02), which this model has not"),
     (("lambda_1", "gamma_1"), "BEiT or a model like it, which this model is not"),
     (("mlp.w12.", "mlp.w1.", "mlp.weights_in.", "mlp.fc1_g."), "a model with SwiGLU, which this model has not"),
     (("conv_proj.0.", "conv_bn_relu"), "a ViT with a stem of plain convolutions, which this model has not"),

@@ -90,6 +90,7 @@ def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
         activation=config.get("hidden_act") or "gelu",
         ln_eps=config.get("layer_norm_eps"),
         grid=patch_grid(config.get("image_size"), kernel),
+        cls_position=True,
     )
 
 

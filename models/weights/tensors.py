@@ -1,5 +1,6 @@
 """What every file of this package speaks of: a state dict by this project's names, and what its tensors do not show."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ class Conventions:
     """Added to the variance by every LayerNorm."""
     grid: tuple[int, int] | None = None
     """Rows and columns of patches that the position embeddings belong to."""
+    cls_position: bool | None = None
+    """Whether the class token has a position embedding of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ def patch_grid(image_size: Any, kernel: torch.Tensor) -> tuple[int, int] | None:
     if not isinstance(image_size, (list, tuple)) or len(image_size) < 2 or kernel.dim() != 4:
         return None
     height, width = image_size[-2:]
-    if not all(isinstance(side, (int, float)) for side in (height, width)):
+    if not all(isinstance(side, (int, float)) and math.isfinite(side) for side in (height, width)):
         return None
     return int(height) // kernel.shape[2], int(width) // kernel.shape[3]
 

@@ -42,4 +42,6 @@ def translate(tensors: Weights) -> Weights:
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
     kernel = next(tensor for name, tensor in tensors.items() if name.endswith(ANCHORS))
-    return Conventions(activation="gelu", ln_eps=1e-6, grid=patch_grid(config.get("image_size"), kernel))
+    return Conventions(
+        activation="gelu", ln_eps=1e-6, grid=patch_grid(config.get("image_size"), kernel), cls_position=True
+    )

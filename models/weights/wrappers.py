@@ -7,16 +7,17 @@ from models.weights.tensors import Weights
 
 # Anywhere in a name: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-COUNTERS = ("n_averaged",)
-"""What torch.optim.swa_utils.AveragedModel keeps beside the averaged model."""
+COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
+"""Tensors that classes of averaged models (torch.optim.swa_utils, ema-pytorch, fairseq) keep beside the weights."""
 CHOICE = ("teacher", "ema", "target", "online", "base_encoder", "encoder_q")
 """Where a file holds several copies of the encoder, the first of these words decides which one is read: the averaged
 copy, which self-distillation evaluates; for MoCo the copy that was trained."""
-TEXT = (
+OTHER_HALVES = (
     *("text.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
     *("text_projection", "logit_scale", "logit_bias"),
+    *("dino_head.", "ibot_head.", "head.mlp.", "head.last_layer"),
 )
-"""The other half of a model of images and text, in open_clip's names."""
+"""Beside the image encoder: the text tower in open_clip's names, the projection heads of self-distillation."""
 
 
 def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tuple[Weights, list[str], list[str]]:
@@ -41,13 +42,13 @@ def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tu
         bare = {name.removeprefix("module."): tensor for name, tensor in bare.items()}
     prefixes = _prefixes(bare, anchors, bases)
     if len(prefixes) <= 1:
-        prefix = prefixes[0] if prefixes else ""
         kept, left_out = {}, []
         for name, tensor in bare.items():
-            if prefix and not name.startswith(prefix) and _is_other_half(name, prefix):
+            new = _without(name, prefixes[0]) if prefixes else name
+            if prefixes and prefixes[0] and not name.startswith(prefixes[0]) and new.startswith(OTHER_HALVES):
                 left_out.append(name)
             else:
-                kept[name.removeprefix(prefix)] = tensor
+                kept[new] = tensor
         return kept, left_out, []
     chosen = _choose(prefixes)
     kept = {name.removeprefix(chosen): tensor for name, tensor in bare.items() if name.startswith(chosen)}
@@ -67,11 +68,15 @@ def _prefixes(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) ->
     return []
 
 
-def _is_other_half(name: str, prefix: str) -> bool:
-    """Whether a name outside the prefix belongs to a text tower, or to the projection head of self-distillation."""
-    outer = prefix.rpartition("backbone.")[0]
-    head = name.removeprefix(outer)
-    return name.startswith(TEXT) or head.startswith(("dino_head.", "ibot_head.", "head.mlp.", "head.last_layer"))
+def _without(name: str, prefix: str) -> str:
+    """A name without the prefix, or, where it stands beside the encoder, without the modules that both are in.
+
+    With prefix "model.backbone.": "model.backbone.norm.bias" -> "norm.bias", "model.head.bias" -> "head.bias".
+    """
+    while prefix and not name.startswith(prefix):
+        prefix = prefix.rstrip(".").rpartition(".")[0]
+        prefix += "." if prefix else ""
+    return name.removeprefix(prefix)
 
 
 def _choose(prefixes: list[str]) -> str:

@@ -48,6 +48,8 @@ def model_options(uri: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{uri}: no config.json with a model in it, so the architecture is not known; "
             "name the variant and load the file with load_weights"
         )
+    if not isinstance(options.get("variant"), str):
+        raise UserError(f"{uri}: config.json describes no model (its model has no variant)")
     return options
 
 

@@ -33,6 +33,11 @@ class _AttributeDict(dict):
     """In the place of the class of Lightning's hyperparameters, which is a dict."""
 
 
+def _path(*parts: str) -> str:
+    """In the place of a pathlib.Path in a training script's settings."""
+    return "/".join(parts)
+
+
 # What training scripts, timm's and Lightning's among them, keep beside the weights: command line, settings, numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
@@ -42,6 +47,7 @@ HARMLESS: list[Any] = [
     (_AttributeDict, "lightning_fabric.utilities.data.AttributeDict"),
     (_AttributeDict, "lightning.fabric.utilities.data.AttributeDict"),
     (_AttributeDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    *((_path, f"pathlib.{local}{kind}Path") for local in ("", "_local.") for kind in ("Posix", "Windows")),
 ]
 
 
@@ -60,7 +66,7 @@ def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
         found = checkpoints.sha256(uri) if local else hashlib.sha256(data.getbuffer()).hexdigest()
         check_content(uri, found, sha256)
     try:
-        _check_unfolding(data, uri)
+        _check_kind(data, uri)
         if kind.endswith(".safetensors"):
             return (safetensors.torch.load_file(data) if local else safetensors.torch.load(data.getvalue())), []
         if kind.endswith(".npz"):
@@ -84,16 +90,35 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _check_unfolding(data: Any, uri: str) -> None:
-    """.npz and .pt are zip files: a small one can claim terabytes. Raises UserError; weights compress by a few percent."""
+def _check_kind(data: Any, uri: str) -> None:
+    """Raises UserError for a Git LFS pointer, for a TorchScript archive, and for a zip that unfolds to much more.
+
+    .npz and .pt are zip files: a small one can claim terabytes, while weights compress by a few percent.
+    """
+    if _first_bytes(data).startswith(b"version https://git-lfs"):
+        raise UserError(f"{uri}: a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned")
     if not zipfile.is_zipfile(data):
         return
     with zipfile.ZipFile(data) as archive:
-        packed, unfolded = (sum(getattr(i, f) for i in archive.infolist()) for f in ("compress_size", "file_size"))
+        members = archive.infolist()
     if hasattr(data, "seek"):
         data.seek(0)
+    if any("/code/" in member.filename for member in members):
+        raise UserError(
+            f"{uri}: a TorchScript archive (such as OpenAI's CLIP), which holds code: load it where you trust it with "
+            "torch.jit.load, and save its state_dict()"
+        )
+    packed, unfolded = (sum(getattr(member, f) for member in members) for f in ("compress_size", "file_size"))
     if unfolded > MAX_UNFOLDED_BYTES and unfolded > 100 * packed:
         raise UserError(f"{uri}: {packed:,} bytes that unfold to {unfolded:,} are no weights")
+
+
+def _first_bytes(data: Any, count: int = 64) -> bytes:
+    """The beginning of a file, given as a local path or as its content in memory."""
+    if isinstance(data, io.BytesIO):
+        return bytes(data.getbuffer()[:count])
+    with open(data, "rb") as file:
+        return file.read(count)
 
 
 def _float_of_bfloat16(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Files and folders of weights: state dicts of training scripts, parts, checkpoints, and damaged or hostile files."""
 
 import argparse
+import contextlib
 import json
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from models.compatibility import check_huggingface, check_timm
 from models.errors import UserError
 from pipeline import storage
-from pipeline.weights import load_model, load_weights, read_weights, save_checkpoint_weights
+from pipeline.weights import load_model, load_weights, read_config, read_weights, save_checkpoint_weights
 from tests.runs import commit_checkpoint, flip_bit
 from tests.weights import google_arrays, logits, tiny
 
@@ -236,3 +238,27 @@ def test_averaged_weights_are_preferred_and_the_report_says_so(tmp_path):
         in load_weights(model, tmp_path / "w.pth").notes
     )
     assert torch.equal(logits(model), logits(tiny()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_attention_heads": "four", "layer_norm_eps": "small", "image_size": "large"},
+        {"hidden_act": ["gelu"]},
+        {"model_args": [], "pretrained_cfg": 3, "image_size": [1e400, -1]},
+        {"model": {}},
+        {"model": {"variant": 3}},
+        {"model": {"variant": "Ti/8", "depth": "many", "num_classes": 7}},
+        {"model": {"variant": "Ti/8", "gelu": {}, "heads": [], "num_classes": 7}},
+    ],
+    ids=str,
+)
+def test_any_config_beside_weights_is_read_or_is_one_error(tmp_path, config):
+    torch.save(tiny().state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, lambda uri: load_weights(tiny(), uri)):
+        with contextlib.suppress(UserError):
+            load(tmp_path)
+    for check in (check_timm, check_huggingface):
+        with contextlib.suppress(UserError):
+            check(read_config(tmp_path)["model"])

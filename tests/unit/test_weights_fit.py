@@ -169,3 +169,15 @@ def test_a_rectangular_grid_that_nothing_describes_is_refused(tmp_path):
         load_weights(tiny(), tmp_path / "w.pt")
     (tmp_path / "config.json").write_text('{"image_size": [16, 40]}')  # as the error says
     assert load_weights(tiny(), tmp_path / "w.pt").notes
+
+
+def test_a_rectangular_grid_with_a_class_token_is_not_silently_a_square_without(tmp_path):
+    """2x4 patches and a class token are nine rows, like 3x3 patches whose class token has no position."""
+    state, _ = rectangular(tiny(), 2, 4)
+    torch.save(state, tmp_path / "w.pt")
+    assert any(
+        "read as 3x3 patches and none of the class token" in n for n in load_weights(tiny(), tmp_path / "w.pt").notes
+    )
+    torch.save({**state, "decoder_embed.weight": torch.ones(3)}, tmp_path / "mae.pt")  # its class token always has one
+    with pytest.raises(UserError, match="8 position embeddings of patches form no square grid"):
+        load_weights(tiny(), tmp_path / "mae.pt")

@@ -1,6 +1,7 @@
 """Models of other libraries and of other training methods: read with the same outputs, or refused by what they are."""
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,9 +180,9 @@ def test_open_clip_around_a_timm_model(tmp_path):
 
 def test_an_averaged_model_of_pytorch(tmp_path):
     """torch.optim.swa_utils.AveragedModel counts its updates beside the weights."""
-    averaged = torch.optim.swa_utils.AveragedModel(tiny())
-    averaged.update_parameters(tiny())
-    torch.save(averaged.state_dict(), tmp_path / "ema.pt")
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.ModuleDict({"module": tiny()}))
+    torch.save({"ema": averaged.state_dict(), "epoch": 3}, tmp_path / "ema.pt")
+    assert "n_averaged" in averaged.state_dict()
     model = tiny(seed=9)
     load_weights(model, tmp_path / "ema.pt", strict_head=True)
     assert torch.equal(logits(model), logits(tiny()))
@@ -190,10 +191,26 @@ def test_an_averaged_model_of_pytorch(tmp_path):
 def test_lightning(tmp_path):
     """A checkpoint of Lightning: hyperparameters, loops and callbacks beside the state dict of a LightningModule."""
     state = {f"model.{name}": tensor for name, tensor in tiny().state_dict().items()}
-    beside = {"epoch": 1, "loops": {}, "callbacks": {}, "hyper_parameters": {"lr": 1e-3}, "optimizer_states": []}
+    beside = {
+        "epoch": 1,
+        "loops": {},
+        "callbacks": {},
+        "hyper_parameters": {"data": Path("a/b")},
+        "optimizer_states": [],
+    }
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.5.0", **beside}, tmp_path / "last.ckpt")
     model = tiny(seed=9)
     load_weights(model, tmp_path / "last.ckpt", strict_head=True)
+    assert torch.equal(logits(model), logits(tiny()))
+
+
+def test_a_head_beside_the_encoder_in_a_module_of_both(tmp_path):
+    state = {
+        f"model.{'' if name.startswith('head.') else 'backbone.'}{name}": t for name, t in tiny().state_dict().items()
+    }
+    torch.save(state, tmp_path / "w.pt")
+    model = tiny(seed=9)
+    load_weights(model, tmp_path / "w.pt", strict_head=True)
     assert torch.equal(logits(model), logits(tiny()))
 
 
@@ -260,3 +277,12 @@ def test_folders_of_other_frameworks_name_their_own_converter(tmp_path, file, wo
     (tmp_path / file).touch()
     with pytest.raises(UserError, match=words):
         load_weights(tiny(), tmp_path)
+
+
+def test_a_torchscript_archive_and_a_git_lfs_pointer_are_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(UserError, match=r"ViT-B-32\.pt: a TorchScript archive"):
+        load_weights(tiny(), tmp_path / "ViT-B-32.pt")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=r"model\.safetensors: a pointer of Git LFS"):
+        load_weights(tiny(), tmp_path / "model.safetensors")
