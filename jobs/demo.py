@@ -10,7 +10,6 @@ gloo and MLflow on SQLite. Stopped in the middle, it continues when it is starte
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline import cluster, storage
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
     connect = cluster.connect
 
     _title("prepare")
-    manifests = _prepare(config, data, connect)
+    manifests = _prepare(config, data)
     prepared = sum(manifest.rows for manifest in manifests.values())
     shards = sum(len(manifest.shards) for manifest in manifests.values())
     rejects = sum(sum(manifest.rejects.values()) for manifest in manifests.values())
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> int:
         training = replace(training, validation_resize=None, augment=augment, steps="400steps", batch_size=batch)
     if config.steps:
         training = replace(training, steps=f"{config.steps}steps")
-    trained = run.pretrain(training, recipe="demo", connect=connect)
+    trained = run.pretrain(training, recipe="demo")
 
     _title("transfer")
     suite = TransferConfig(
@@ -100,13 +99,13 @@ def main(argv: list[str]) -> int:
     return 1 if scores.failures else 0
 
 
-def _prepare(config: DemoConfig, output: str, connect: Callable[[], None]) -> dict[str, Manifest]:
+def _prepare(config: DemoConfig, output: str) -> dict[str, Manifest]:
     """The manifests of train and test. Folders of these names in the user's data are the splits; else a fifth is held out."""
     from pipeline.data.prepare import prepare
 
     digits = replace(PREPARE["demo"](), output=output)
     if not config.data:
-        return prepare(digits, connect=connect)
+        return prepare(digits)
     source = storage.normalise(config.data)
     images = replace(digits, source=(source,), size=40, sample=config.sample)
     filesystem, path = storage.filesystem(source)
@@ -117,11 +116,11 @@ def _prepare(config: DemoConfig, output: str, connect: Callable[[], None]) -> di
     )
     held_out = next((name for name in ("test", "val", "validation") if name in folders), None)
     if "train" not in folders or held_out is None:
-        return prepare(images, connect=connect)
+        return prepare(images)
     manifests = {}
     for split, folder, sample in (("train", "train", 4 * config.sample // 5), ("test", held_out, config.sample // 5)):
         part = replace(images, source=(storage.join(source, folder),), output=storage.join(output, split), splits=())
-        (manifests[split],) = prepare(replace(part, sample=sample), connect=connect).values()
+        (manifests[split],) = prepare(replace(part, sample=sample)).values()
     return manifests
 
 

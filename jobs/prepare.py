@@ -2,13 +2,14 @@
 
     python jobs/prepare.py --source photos/ --output s3://bucket/photos        JPEG shards, for pre-training
     python jobs/prepare.py --recipe patches224 --source eval/ --output sets/eval
-    python jobs/prepare.py --vtab all --raw vtab-raw/ --output sets/vtab       the nineteen tasks of VTAB-1k
-    python jobs/prepare.py --verify s3://bucket/photos                         checksums, counts, schema
-    python jobs/prepare.py --describe s3://bucket/photos                       numbers, contact sheet, histogram
+    python jobs/prepare.py vtab all --raw vtab-raw/ --output sets/vtab         the nineteen tasks of VTAB-1k
+    python jobs/prepare.py verify s3://bucket/photos                           checksums, counts, schema
+    python jobs/prepare.py describe s3://bucket/photos                         numbers, contact sheet, histogram
     python jobs/prepare.py                                                     the demo: scikit-learn's digits
 
-A job that is stopped continues when the same command is given again. Inputs that are no usable images are listed with a
-reason in rejects.parquet. S3 credentials and endpoint come from the AWS_* environment.
+vtab, verify and describe have a --help of their own. A job that is stopped continues when the same command is given again.
+Inputs that are no usable images are listed with a reason in rejects.parquet. S3 credentials and endpoint come from the AWS_*
+environment.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import tyro
+
 from pipeline import cluster, config, storage
 from pipeline.data.format.shards import Manifest
-from pipeline.data.prepare import RECIPES, PrepareConfig
+from pipeline.data.prepare.config import RECIPES, PrepareConfig
 from pipeline.errors import UserError
 
 logger = logging.getLogger("jobs.prepare")
@@ -30,20 +33,6 @@ logger = logging.getLogger("jobs.prepare")
 class Command(PrepareConfig):
     """jobs/prepare.py"""
 
-    vtab: tuple[str, ...] = ()
-    """Prepare these VTAB-1k tasks (or all) from the published archives in --raw."""
-    raw: str | None = None
-    """Folder of raw archives for --vtab."""
-    vtab_splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
-    """Splits of --vtab to build; train, val and trainval are the full pools."""
-    download: bool = False
-    """Fetch the archives of --vtab that are missing in --raw and can be had by URL."""
-    no_verify: bool = False
-    """Take the archives of --vtab as they are: no checksums, no official counts."""
-    verify: str | None = None
-    """Check a finished dataset against its manifest, and do nothing else."""
-    describe: str | None = None
-    """Print what is in a finished dataset; draws into --output, or runs/describe/<name>."""
     address: str | None = None
     """Ray cluster to use: auto or host:port; without it Ray starts inside this process."""
     num_cpus: int | None = None
@@ -52,6 +41,56 @@ class Command(PrepareConfig):
     """Record the preparation in MLflow."""
     tracking_uri: str | None = None
     """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    json: bool = False
+    """Print the result as JSON, and nothing else, on stdout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class VtabCommand:
+    """Builds VTAB-1k's tasks from the archives as their authors publish them."""
+
+    tasks: tyro.conf.Positional[tuple[str, ...]]
+    """Tasks to build, or all."""
+    raw: str
+    """Folder of the published archives."""
+    output: str
+    """Where the datasets go: OUTPUT/<task>/<split>."""
+    splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
+    """Splits to build; train, val and trainval are the full pools."""
+    download: bool = False
+    """Fetch the archives that are missing in --raw and can be had by URL."""
+    no_verify: bool = False
+    """Take the archives as they are: no checksums, no official counts."""
+    address: str | None = None
+    """Ray cluster to use: auto or host:port; without it Ray starts inside this process."""
+    num_cpus: int | None = None
+    """CPUs of an embedded Ray."""
+    tracking: bool = True
+    """Record the preparation in MLflow."""
+    tracking_uri: str | None = None
+    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    json: bool = False
+    """Print the result as JSON, and nothing else, on stdout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyCommand:
+    """Checks a finished dataset against its manifest. Exit code 1 when anything is wrong."""
+
+    uri: tyro.conf.Positional[str]
+    """The dataset: a folder or an s3:// prefix with a manifest.json."""
+    json: bool = False
+    """Print the result as JSON, and nothing else, on stdout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DescribeCommand:
+    """Prints what is in a finished dataset, and draws a contact sheet and a histogram of its classes."""
+
+    uri: tyro.conf.Positional[str]
+    """The dataset: a folder or an s3:// prefix with a manifest.json."""
+    output: str | None = None
+    """Folder for the pictures; default runs/describe/<name>."""
     json: bool = False
     """Print the result as JSON, and nothing else, on stdout."""
 
@@ -66,18 +105,24 @@ def command(recipe: Callable[[], PrepareConfig]) -> Callable[[], Command]:
 
 
 def main(argv: list[str]) -> int:
+    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
+        "vtab": (VtabCommand, vtab),
+        "verify": (VerifyCommand, verify),
+        "describe": (DescribeCommand, describe),
+    }
+    if argv and argv[0] in commands:
+        kind, run = commands[argv[0]]
+        return run(tyro.cli(kind, prog=f"jobs/prepare.py {argv[0]}", args=argv[1:]))
+    return prepare(argv)
+
+
+def prepare(argv: list[str]) -> int:
     recipes = {name: command(recipe) for name, recipe in RECIPES.items()}
     default = "jpeg256" if argv else "demo"
     options = config.parse(
         gather(argv, "--source"), recipes, default, prog="jobs/prepare.py", description=__doc__ or ""
     )
-    if options.verify:
-        return verify(options)
-    if options.describe:
-        return describe(options)
-    if options.vtab:
-        return vtab(options)
-    from pipeline.data import prepare
+    from pipeline.data.prepare import prepare
     from pipeline.operations import doctor
     from pipeline.tracking import tracking_uri
 
@@ -85,21 +130,20 @@ def main(argv: list[str]) -> int:
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
     cluster.configure(options.address, options.num_cpus, dashboard=False)
-    connect = cluster.connect
     server = tracking_uri(options.tracking_uri) if options.tracking else None
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
-    manifests = prepare.prepare(settings, quiet=options.json, connect=connect, tracking_uri=server)
+    manifests = prepare(settings, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
         print(json.dumps(results))
-    else:
-        for name, result in results.items():
-            reasons = "".join(f", {count} {reason}" for reason, count in result["rejects_by_reason"].items())
-            print(
-                f"{name}: prepared={result['prepared']} shards={result['shards']} rejects={result['rejects']}{reasons} "
-                f"duplicates={result['duplicates']} classes={result['classes']} "
-                f"fingerprint={result['fingerprint']}  {result['uri']}"
-            )
+        return 0
+    for name, result in results.items():
+        reasons = "".join(f", {count} {reason}" for reason, count in result["rejects_by_reason"].items())
+        print(
+            f"{name}: prepared={result['prepared']} shards={result['shards']} rejects={result['rejects']}{reasons} "
+            f"duplicates={result['duplicates']} classes={result['classes']} "
+            f"fingerprint={result['fingerprint']}  {result['uri']}"
+        )
     return 0
 
 
@@ -132,45 +176,45 @@ def gather(argv: list[str], flag: str) -> list[str]:
     return [*rest, flag, *values] if values else argv
 
 
-def verify(options: Command) -> int:
+def verify(options: VerifyCommand) -> int:
     from pipeline.data.format.describe import verify
 
-    problems = verify(options.verify)
+    problems = verify(options.uri)
     if options.json:
-        print(json.dumps({"uri": options.verify, "ok": not problems, "problems": problems}))
+        print(json.dumps({"uri": options.uri, "ok": not problems, "problems": problems}))
     else:
-        print("\n".join(problems) if problems else f"{options.verify}: verified, nothing is wrong")
+        print("\n".join(problems) if problems else f"{options.uri}: verified, nothing is wrong")
     return 1 if problems else 0
 
 
-def describe(options: Command) -> int:
+def describe(options: DescribeCommand) -> int:
     from pipeline.data.format.describe import describe
 
-    name = storage.normalise(options.describe or "").rpartition("/")[2]
-    facts = describe(options.describe, options.output or storage.join("runs", "describe", name))
+    name = storage.normalise(options.uri).rpartition("/")[2]
+    facts = describe(options.uri, options.output or storage.join("runs", "describe", name))
     print(json.dumps(facts) if options.json else facts["text"])
     return 0
 
 
-def vtab(options: Command) -> int:
+def vtab(options: VtabCommand) -> int:
     """The nineteen tasks of VTAB-1k. Exit code 1 when a task or a split could not be prepared; the others are finished then."""
-    if not options.raw or not options.output:
-        raise UserError("--vtab needs --raw (the folder of published archives) and --output")
+    if not options.tasks:
+        raise UserError("vtab: name the tasks to build, or all")
     from pipeline import vtab
     from pipeline.tracking import Run, names, start_run, tracking_uri
 
-    tasks = vtab.TASKS if "all" in options.vtab else options.vtab
+    tasks = vtab.TASKS if "all" in options.tasks else options.tasks
     preparation = vtab.check_requests(
         tasks,
         options.raw,
         options.output,
-        splits=options.vtab_splits,
+        splits=options.splits,
         download=options.download,
         verify=not options.no_verify,
     )
     about = {
         "vtab": ",".join(tasks),
-        "splits": ",".join(options.vtab_splits),
+        "splits": ",".join(options.splits),
         "raw": options.raw,
         "output": options.output,
     }

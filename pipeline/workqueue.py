@@ -42,6 +42,11 @@ def without_ray() -> Iterator[None]:
         _ray_allowed = before
 
 
+def uses_ray() -> bool:
+    """Whether work may go to Ray: not inside `without_ray`."""
+    return _ray_allowed
+
+
 class Receipts:
     """The receipts in a folder: one file `NAME.json` for every finished unit."""
 
@@ -153,13 +158,30 @@ def _outcome(
         else:
             records, receipt = [], call(unit)
         if receipts is not None:
-            receipts.write(name, receipt)
+            try:
+                receipts.write(name, receipt)
+            except OSError as error:
+                raise UserError(
+                    f"{receipts.folder}: cannot be written ({error}); make room and run it again"
+                ) from error
         return Outcome(name=name, summary=summary(receipt), records=records)
     except UserError as error:
         return Outcome(name=name, error=error)
 
 
 # ---------------------------------------------------------------- all units, on Ray Data
+
+
+def data_context() -> Any:
+    """Joins Ray; returns Ray Data's context with Ray Data's own progress bars and notes switched off."""
+    import ray
+
+    cluster.connect()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
 
 
 def _run_on_ray(
@@ -176,11 +198,7 @@ def _run_on_ray(
     import pyarrow as pa
     import ray
 
-    cluster.connect()
-    data_context = ray.data.DataContext.get_current()
-    data_context.enable_progress_bars = False
-    data_context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its notes on progress bars and timings, in place of ours
+    data_context()
     names = list(todo)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     sizes = [size(unit) for unit in todo.values()] if size else [TASK_SIZE] * len(names)

@@ -113,7 +113,7 @@ class TransferConfig:
     """Checkpoint folder, folder of checkpoints (the latest complete one), weights (.npz, .safetensors, a Hugging Face or timm
     folder; with --variant), or what MLflow keeps (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
     data: str | None = None
-    """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py --vtab all` and `--splits` write them."""
+    """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py vtab all` and `--splits` write them."""
     output: str | None = None
     """Results, figures and report. The same command continues there. Default: runs/<suite>/transfer-<fingerprint>."""
     tasks: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ def open_split(uri: str, split: str) -> Dataset:
     where = storage.join(uri, split)
     if not storage.exists(storage.join(where, "manifest.json")):
         raise UserError(
-            f"{where}: split {split} is not prepared; run jobs/prepare.py vtab --tasks "
+            f"{where}: split {split} is not prepared; run jobs/prepare.py vtab "
             f"{storage.normalise(uri).rpartition('/')[2]} --raw FOLDER --splits {split}"
         )
     return open_dataset(where)

@@ -69,29 +69,28 @@ def limit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
 
 def unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
-    from pipeline.data import prepare
+    from pipeline.data.prepare.config import PrepareConfig, check_config
+    from pipeline.data.prepare.plan import claim_output, make_plan
+    from pipeline.data.prepare.worker import prepare_slice
 
-    config = prepare.check(prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output))
-    plan = prepare.claim(prepare.make_plan(config))
-    for number in range(len(plan.units)):
-        yield sum(prepare.process(number, plan)["inputs"].values())
+    config = check_config(PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output))
+    plan = claim_output(make_plan(config))
+    for number in range(len(plan.slices)):
+        yield sum(prepare_slice(number, plan)["inputs"].values())
 
 
 def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
     from pipeline import cluster
-    from pipeline.data import prepare
+    from pipeline.data.prepare import PrepareConfig, prepare
 
     done: list[int] = []
-    add = prepare._Progress.add
 
-    def noted(self: object, weight: float, inputs: int, rejects: int) -> None:
-        done.append(int(inputs))
-        add(self, weight, inputs, rejects)  # type: ignore[arg-type]
+    def note(inputs: int, rejects: int) -> None:
+        done.append(inputs - sum(done))
 
-    prepare._Progress.add = noted  # type: ignore[method-assign]
-    config = prepare.PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
+    config = PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
     cluster.configure(num_cpus=cpus, dashboard=False)
-    yield from _beside(lambda: prepare.prepare(config, True, cluster.connect), done)
+    yield from _beside(lambda: prepare(config, on_progress=note), done)
 
 
 def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
@@ -224,7 +223,7 @@ def memory(kind: str, count: int, room: str) -> dict:
     import psutil
 
     from pipeline import cluster
-    from pipeline.data import prepare
+    from pipeline.data.prepare import PrepareConfig, prepare
 
     source = (packed_images if kind == "packed" else small_images)(count, f"{room}/small")
     me, over = psutil.Process(), threading.Event()
@@ -243,9 +242,9 @@ def memory(kind: str, count: int, room: str) -> dict:
 
     threading.Thread(target=watch, daemon=True).start()
     begin = time.perf_counter()
-    config = prepare.PrepareConfig(source=(source,), output=f"{room}/small-out")
+    config = PrepareConfig(source=(source,), output=f"{room}/small-out")
     cluster.configure(num_cpus=2, dashboard=False)
-    rows = prepare.prepare(config, True, cluster.connect)[""].rows
+    rows = prepare(config)[""].rows
     over.set()
     seconds = time.perf_counter() - begin
     return {"kind": kind, "images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak

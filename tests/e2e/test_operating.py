@@ -43,6 +43,8 @@ TRAINING = (
 )
 SMALL = {
     "jobs/prepare.py": "--num-cpus 2",
+    "jobs/prepare.py verify": "",
+    "jobs/prepare.py describe": "",
     "jobs/doctor.py": TRAINING,
     "jobs/pretrain.py": TRAINING,
     "jobs/transfer.py": "--steps 2 --batch-size 8 --resolution 16",
@@ -53,11 +55,11 @@ SMALL = {
 SAYS = {
     "jobs/plan.py": r"drawn into scaling\.png$",
     "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\nval: prepared=\d ",
-    "--vtab": r"^smallnorb_elevation +test ",
+    "prepare.py vtab": r"^smallnorb_elevation +test ",
     "jobs/doctor.py": r"^doctor: 0 error, ",
     "--dry-run": rf"^  schedule  {STEPS} steps of 16 ",
-    "--describe": r"^  images +29\d as jpeg",
-    "--verify": r"/data/train: verified, nothing is wrong$",
+    "prepare.py describe": r"^  images +29\d as jpeg",
+    "prepare.py verify": r"/data/train: verified, nothing is wrong$",
     "jobs/transfer.py": r"^mean of 19 ",
     "--every": r"^evaluate: evaluated=1  failed=0 ",
     "--repair": rf"^damaged +{RUN}/checkpoints/step-0*{STEPS}: model\.safetensors has \d+ bytes instead of ",
@@ -155,7 +157,7 @@ class Command:
     def __init__(self, line: str, *more: str):
         python, *words = shlex.split(line)
         assert python == "python", line
-        words += shlex.split(SMALL.get(words[0], ""))
+        words += shlex.split(SMALL.get(" ".join(words[:2]), SMALL.get(words[0], "")))
         for flag, count in re.findall(r"(--(?:min-)?workers) (\d+)", line):
             words += [flag, str(max(1, int(count) // 8))]
         self.line, self.log = line, Path(f"{next(self.numbers)}.log")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,10 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline.data import prepare, sources
+from pipeline import workqueue
+from pipeline.data import sources
 from pipeline.data.format import shards
 from pipeline.data.format.describe import verify
-from pipeline.data.prepare import PrepareConfig
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.prepare.config import check_config
+from pipeline.data.prepare.plan import claim_output, make_plan, slice_name
+from pipeline.data.prepare.run import prepare_slices
+from pipeline.data.prepare.worker import prepare_slice
 from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.tracking import start_run
@@ -34,8 +40,9 @@ JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
 
 
 def job(*arguments, **environment):
+    quiet = [] if arguments[0] in ("verify", "describe") else ["--no-tracking"]
     return subprocess.run(
-        [sys.executable, JOB, "--no-tracking", *map(str, arguments)],
+        [sys.executable, JOB, *map(str, arguments), *quiet],
         capture_output=True,
         text=True,
         timeout=600,
@@ -59,36 +66,38 @@ def many(image_folder, copies=25):
     return image_folder
 
 
-def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_path, capsys):
+def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_path, caplog):
     source = str(many(image_folder))
     options = {"source": (source,), "splits": ("train=0.8", "test=0.2")}
-    whole = prepare.prepare(PrepareConfig(output=str(tmp_path / "whole"), **options))
+    whole = prepare(PrepareConfig(output=str(tmp_path / "whole"), **options))
     assert whole["train"].rows + whole["test"].rows == 780
     assert whole["train"].inputs + whole["test"].inputs == 781
     assert verify(str(tmp_path / "whole" / "train")) == verify(str(tmp_path / "whole" / "test")) == []
 
     # A job that died: half of the units have receipts, one more left a shard without a receipt and a half-written file.
-    config = prepare.check(PrepareConfig(output=str(tmp_path / "torn"), **options))
-    plan = prepare.claim(prepare.make_plan(config))
-    assert len(plan.units) > 3
-    for unit in (0, 2, 3):
-        prepare.process(unit, plan)
-    os.remove(plan.receipt_uri(3))
+    config = check_config(PrepareConfig(output=str(tmp_path / "torn"), **options))
+    plan = claim_output(make_plan(config))
+    assert len(plan.slices) > 3
+    for number in (0, 2, 3):
+        receipt = prepare_slice(number, plan)
+        if number != 3:
+            plan.receipts.write(slice_name(number), receipt)
     (tmp_path / "torn" / "train" / ".part-half.tmp").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="unfinished dataset of another command"):
-        prepare.prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"size": 128}))
-    capsys.readouterr()
-    prepare.prepare(config)
-    assert f"2 of {len(plan.units)} units are done already" in capsys.readouterr().out
+        prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"size": 128}))
+    logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
+    with caplog.at_level(logging.INFO, "pipeline"):
+        prepare(config)
+    assert f"2 of {len(plan.slices)} units are done already" in caplog.text
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
     # Again: finished already. With other options, or another input: refused, and nothing is touched.
-    assert prepare.prepare(config) == whole
+    assert prepare(config) == whole
     with pytest.raises(UserError, match=r"already holds another dataset .*quality: 90, now 80"):
-        prepare.prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"quality": 80}))
+        prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"quality": 80}))
     os.remove(os.path.join(source, "bee", "001.jpg"))
     with pytest.raises(UserError, match="the source files have changed"):
-        prepare.prepare(config)
+        prepare(config)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
 
@@ -99,14 +108,11 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
     options = {"source": (str(image_folder),), "splits": ("train=0.8", "test=0.2")}
     server = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match="1 of 31 inputs were refused"):
-        prepare.prepare(
-            PrepareConfig(output=str(tmp_path / "out"), max_reject_fraction=0, **options), tracking_uri=server
-        )
+        prepare(PrepareConfig(output=str(tmp_path / "out"), max_reject_fraction=0, **options), tracking_uri=server)
     first = json.loads((tmp_path / "out" / "_work" / "run.json").read_text())["run_id"]
-    manifests = prepare.prepare(PrepareConfig(output=str(tmp_path / "out"), **options), tracking_uri=server)
-    config = prepare.check(PrepareConfig(output=str(tmp_path / "plain"), **options))
-    plain = prepare.claim(prepare.make_plan(config))
-    prepare.finish(plain, [prepare.process(unit, plain) for unit in range(len(plain.units))])
+    manifests = prepare(PrepareConfig(output=str(tmp_path / "out"), **options), tracking_uri=server)
+    with workqueue.without_ray():
+        prepare(PrepareConfig(output=str(tmp_path / "plain"), **options))
     assert content(tmp_path / "out") == content(tmp_path / "plain")
 
     mlflow = tracking_client(server)
@@ -131,14 +137,13 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
     assert mlflow.get_run(reader.id).data.tags["lineage.prepare"] == first
 
 
-def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path, monkeypatch):
-    """What a worker cannot put right comes back as it was raised, and nothing looks finished."""
-    config = prepare.check(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
-    plan = prepare.make_plan(config)
+def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path):
+    """An error that stops a worker is raised as it was there, and nothing looks finished."""
+    config = check_config(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
+    plan = make_plan(config)
     wrong = [dataclasses.replace(source, kind="parquet") for source in plan.sources]
-    monkeypatch.setattr(prepare, "make_plan", lambda *_: dataclasses.replace(plan, sources=wrong))
     with pytest.raises(UserError, match="not a Parquet file"):
-        prepare.prepare(config)
+        prepare_slices(claim_output(dataclasses.replace(plan, sources=wrong)))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -159,8 +164,8 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
     cv2.imwrite(str(evaluation / "x" / "four.jpg"), crop(photos[4], y=0.1)[:, ::-1])
     options = {"deduplicate": "near", "decontaminate": (str(evaluation),), "unit_bytes": 3_000_000, "shuffle": False}
     config = PrepareConfig(source=(str(corpus),), output=str(tmp_path / "out"), **options)
-    assert len(prepare.make_plan(prepare.check(config)).units) > 2
-    manifest = prepare.prepare(config)[""]
+    assert len(make_plan(check_config(config)).slices) > 2
+    manifest = prepare(config)[""]
     assert (manifest.inputs, manifest.rows, manifest.duplicates) == (303, 298, 5)
     records = {r["key"]: r for r in pq.read_table(tmp_path / "out" / "duplicates.parquet").to_pylist()}
     assert {key: (r["reason"], r["match"]) for key, r in records.items()} == {
@@ -229,7 +234,7 @@ def test_bad_commands_fail_at_once(image_folder, tmp_path):
         (["--source", image_folder], "no --output"),
         (["--source", tmp_path / "none", "--output", tmp_path / "out"], "no such file or folder"),
         (["--recipe", "jpeg25"], 'did you mean "jpeg256"?'),
-        (["--verify", tmp_path], "no dataset here"),
+        (["verify", tmp_path], "no dataset here"),
     ]:
         result = job(*arguments)
         assert (result.returncode, result.stdout) == (2, "")

@@ -26,8 +26,7 @@ import glob, os, signal, sys, threading, time
 import psutil, ray
 from ray.cluster_utils import Cluster
 from pipeline import cluster as joining
-from pipeline.data import prepare
-from pipeline.data.prepare import PrepareConfig
+from pipeline.data.prepare import PrepareConfig, prepare
 from jobs_config import CONFIG
 
 what, source, output = sys.argv[1:]
@@ -41,14 +40,14 @@ def take_away():
     if what == "node":
         cluster.remove_node(node, allow_graceful=False)
     else:
-        workers = [p for p in psutil.Process().children(recursive=True) if "process_batch" in " ".join(p.cmdline()) or "MapBatches" in " ".join(p.cmdline())]
+        workers = [p for p in psutil.Process().children(recursive=True) if "MapBatches" in " ".join(p.cmdline())]
         for worker in workers[:1]:
             os.kill(worker.pid, signal.SIGKILL)
         assert workers, "no worker to take away"
     print("took away a", what, flush=True)
 
 threading.Thread(target=take_away, daemon=True).start()
-manifests = prepare.prepare(PrepareConfig(source=(source,), output=output, **CONFIG), quiet=True)
+manifests = prepare(PrepareConfig(source=(source,), output=output, **CONFIG))
 print("rows", sum(manifest.rows for manifest in manifests.values()), flush=True)
 os._exit(0)
 """

@@ -21,11 +21,11 @@ def command(*arguments: str) -> list[str]:
     return [
         sys.executable,
         str(PROJECT / "jobs" / "prepare.py"),
+        "vtab",
+        *arguments,
         "--no-tracking",
         "--num-cpus",
         "2",
-        "--vtab",
-        *arguments,
     ]
 
 

@@ -31,10 +31,14 @@ from safetensors.torch import save
 
 from models import create_model
 from pipeline import config as configuration
-from pipeline.data import images, prepare
+from pipeline import workqueue
+from pipeline.data import images
 from pipeline.data.format.shards import Manifest, open_dataset, write_dataset
 from pipeline.data.images import Refused
-from pipeline.data.prepare import PrepareConfig
+from pipeline.data.prepare.config import PrepareConfig, check_config
+from pipeline.data.prepare.finish import receipt_names
+from pipeline.data.prepare.plan import claim_output, make_plan
+from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.sources import items, tfrecord
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
@@ -52,11 +56,11 @@ JPEG = cv2.imencode(".jpg", np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 1
 def prepared(source: Path, output: Path, **options) -> tuple[int, dict[str, str]]:
     """(rows, {rejected key: reason}) of jobs/prepare.py over a source, in this process."""
     options = {"unlabelled": True, "max_reject_fraction": 1.0, "size": 16, **options}
-    config = prepare.check(PrepareConfig(source=(str(source),), output=str(output), **options))
-    plan = prepare.claim(prepare.make_plan(config))
-    for unit in range(len(plan.units)):
-        prepare.process(unit, plan)
-    receipts = prepare._receipts(plan)
+    config = check_config(PrepareConfig(source=(str(source),), output=str(output), **options))
+    with workqueue.without_ray():
+        plan = claim_output(make_plan(config))
+        prepare_slices(plan)
+    receipts = plan.receipts.read(receipt_names(plan))
     rejects = {
         key: reason for receipt in receipts for rows in receipt["rejects"].values() for key, _, reason, _ in rows
     }

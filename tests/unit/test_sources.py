@@ -5,9 +5,7 @@ import json
 import math
 import os
 import pickle
-import re
 import tarfile
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,11 +15,14 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.data import images, prepare, sources
+from pipeline import workqueue
+from pipeline.data import images, sources
 from pipeline.data.format import shards
 from pipeline.data.format.describe import describe, verify
 from pipeline.data.images import Refused, decode
-from pipeline.data.prepare import PrepareConfig
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.prepare.config import check_config
+from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.sources import listing, tfrecord
 from pipeline.errors import UserError
 
@@ -44,17 +45,13 @@ def saved(image, format, **options):
     return sink.getvalue()
 
 
-def run(tmp_path, quiet=True, **options):
+def run(tmp_path, **options):
     """The whole job in this process."""
     options.setdefault("max_reject_fraction", 1.0)
-    config = prepare.check(PrepareConfig(output=str(tmp_path / "out"), **options))
-    plan = prepare.claim(prepare.make_plan(config))
-    for unit in range(len(plan.units)):
-        prepare.process(unit, plan)
-    receipts = prepare._receipts(plan)
-    mixed = prepare.mix_units(plan, receipts) if prepare.wants_mixing(plan, receipts) else None
-    manifests = prepare.finish(plan, receipts, mixed)
-    return shards.open_dataset(plan.split_uri(next(iter(manifests))))
+    config = PrepareConfig(output=str(tmp_path / "out"), **options)
+    with workqueue.without_ray():
+        split = next(iter(prepare(config)))
+    return shards.open_dataset(tmp_path / "out" / split)
 
 
 def contents(dataset):
@@ -687,16 +684,16 @@ def test_duplicate_keys_in_an_archive(tmp_path):
     assert refusals(dataset) == {"c/same.jpg": "duplicate key"}
 
 
-def test_an_output_that_cannot_be_written_is_one_error(monkeypatch):
-    """As a value, not an exception: Ray Data would wrap it beyond recognition."""
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare, "process", full)
-    plan = SimpleNamespace(config=SimpleNamespace(output="/full/out"), index=None)
-    (error,) = prepare._process_batch({"unit": np.array([0])}, plan)["error"]
-    assert re.match(r"/full/out: cannot be written \(.*No space left on device\); make room", error)
+def test_an_output_that_cannot_be_written_is_one_error(image_folder, tmp_path):
+    """Another file has the name of the split's folder by the time that shards are written to it."""
+    config = PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out"), splits=("a=0.5", "b=0.5"))
+    claim_output(make_plan(check_config(config)))
+    (tmp_path / "out" / "a").touch()
+    with (
+        workqueue.without_ray(),
+        pytest.raises(UserError, match=r"/out: cannot be written \(.*File exists.*\); make room"),
+    ):
+        prepare(config)
 
 
 def test_refused_before_anything_starts(image_folder, tmp_path):
@@ -716,16 +713,16 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
         ({"source": (str(image_folder.parent),), "output": str(tmp_path.parent / "elsewhere")}, "no such|splits|zero"),
     ][:-1]:
         with pytest.raises(UserError, match=message):
-            prepare.prepare(PrepareConfig(**options))
+            prepare(PrepareConfig(**options))
     assert not (tmp_path / "out").exists()
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"already holds other files \(thesis.tex\)"):
-        prepare.prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
+        prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
     assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match=r"thesis.tex: cannot be written"):
-        prepare.prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied / "thesis.tex")))
+        prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied / "thesis.tex")))
 
 
 def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
@@ -880,13 +877,13 @@ def test_names_that_are_formulas_or_have_no_glyph_are_drawn(image_folder, tmp_pa
 
 def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monkeypatch):
     options = {"source": (str(image_folder),), "output": str(tmp_path / "out"), "shuffle": False}
-    config = prepare.check(PrepareConfig(**options))
-    whole = prepare.make_plan(config)
+    config = check_config(PrepareConfig(**options))
+    whole = make_plan(config)
     monkeypatch.setattr(listing, "SPILL_ROWS", 7)
-    parts = prepare.make_plan(config)
+    parts = make_plan(config)
     assert parts.sources[0].pieces.equals(whole.sources[0].pieces)
     assert parts.labels == whole.labels
-    assert parts.units == whole.units
+    assert parts.slices == whole.slices
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 1000, 40_000])
@@ -913,16 +910,3 @@ def test_a_shuffle_in_parts_is_uniform(monkeypatch):
         counts[order, np.arange(40) // 10] += 1
     chi2 = ((counts - 100) ** 2 / 100).sum()
     assert chi2 < 160  # 39 x 3 degrees of freedom: uniform shuffles come to 120, and half a percent of them above 160
-
-
-@pytest.mark.parametrize("cpus", [0, 1, 2, 7, 64])
-def test_tasks_have_several_small_units_first_and_one_each_at_the_end(cpus):
-    todo = list(range(3, 40))
-    small = prepare._shares(todo, [10 << 20] * 40, cpus)
-    assert [unit for share in small for unit in share] == todo
-    counts = [len(share) for share in small]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] == {0: 1, 1: 4, 2: 4, 7: 2, 64: 1}[cpus]
-    assert counts[-max(cpus, 1) :] == [1] * min(max(cpus, 1), len(counts))
-    assert all(len(share) <= 2 for share in prepare._shares(todo, [100 << 20] * 40, cpus))
-    assert prepare._shares(todo, [1 << 30] * 40, cpus) == [[unit] for unit in todo]

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data import duplicates as dedup
+from pipeline.data.duplicates.report import duplicates_table
 from pipeline.errors import UserError
 from pipeline.transfer import fanout, report
 from pipeline.transfer.fanout import Hits, Result, Store, pack_hits, pack_predictions
@@ -130,7 +130,7 @@ def test_seen_images_come_from_the_report_of_prepare(tmp_path):
         {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", "distance": 0},
         {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", "distance": 0},
     ]
-    (tmp_path / "duplicates.parquet").write_bytes(dedup.report_table(records))
+    (tmp_path / "duplicates.parquet").write_bytes(duplicates_table(records))
     expected = {"pets": frozenset({"theirs1", "theirs2"})}
     assert read_flagged(str(tmp_path), tasks) == expected
     assert read_flagged(str(tmp_path / "duplicates.parquet"), tasks) == expected

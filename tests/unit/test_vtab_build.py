@@ -123,7 +123,7 @@ def test_wrong_names_and_missing_splits(tmp_path):
         prepare(["dmlabs"], str(tmp_path), str(tmp_path))
     with pytest.raises(UserError, match='did you mean "trainval"'):
         prepare(["dmlab"], str(tmp_path), str(tmp_path), splits=("trainvl",))
-    with pytest.raises(UserError, match="vtab --tasks dmlab --raw FOLDER --splits val200"):
+    with pytest.raises(UserError, match="vtab dmlab --raw FOLDER --splits val200"):
         open_split(str(tmp_path / "dmlab"), "val200")
 
 

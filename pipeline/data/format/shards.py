@@ -515,7 +515,7 @@ def parse_row_group(buffer: bytes | memoryview, group: np.void, manifest: Manife
     except (ValueError, IndexError, OverflowError, StopIteration, struct.error) as error:
         name = manifest.shards[int(group["shard"])].name
         raise UserError(
-            f"{name}: row group {group['group']} is damaged ({error}); jobs/prepare.py --verify says more"
+            f"{name}: row group {group['group']} is damaged ({error}); jobs/prepare.py verify says more"
         ) from error
 
 
@@ -669,7 +669,7 @@ class Dataset:
                 data = _map(uri, shard.sha256)[start:end]
         except FileNotFoundError as error:
             raise UserError(
-                f"{uri}: the shard is missing; `jobs/prepare.py --verify {self.uri}` lists what is"
+                f"{uri}: the shard is missing; `jobs/prepare.py verify {self.uri}` lists what is"
             ) from error
         if len(data) != end - start:
             raise UserError(f"{uri}: the shard is truncated ({len(data)} of {end - start} bytes at {start})")

@@ -68,7 +68,7 @@ class Reader:
             uri = self.dataset.shard_uri(self.dataset.row_groups[i]["shard"])
             raise UserError(
                 f"{uri}: row group {self.dataset.row_groups[i]['group']} is damaged ({error}); "
-                f"`jobs/prepare.py --verify {self.dataset.uri}` lists what is"
+                f"`jobs/prepare.py verify {self.dataset.uri}` lists what is"
             ) from error
 
     def _local_bytes(self, i: int) -> memoryview:
@@ -118,7 +118,7 @@ class Reader:
                 if status in (404, 416):
                     raise UserError(
                         f"{uri}: missing, or shorter than the manifest says ({error}); "
-                        f"`jobs/prepare.py --verify {self.dataset.uri}` lists what is"
+                        f"`jobs/prepare.py verify {self.dataset.uri}` lists what is"
                     ) from error
                 problem = error
             self._count("retries")

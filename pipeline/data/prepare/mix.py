@@ -1,28 +1,37 @@
-"""A global shuffle of what the units wrote, for archives that are sorted by class (ImageNet's tar of tars is).
+"""A global shuffle of the rows of all slices, for archives that are sorted by class (ImageNet's tar of tars is).
 
-Two passes over the shards, in tasks that each hold at most a unit's rows. `scatter` deals the rows of a unit into buckets, one
-row group for each; `gather` reads its bucket's row groups, units in random order, shuffles as many at a time as memory may
-hold, and writes the final shards. Rows move through storage as byte ranges, and where one goes depends on the seed, its unit
-and its number alone. Both passes leave receipts, so a second run skips what is done.
+Two passes over the shards, in tasks that each hold at most the rows of a slice. `scatter` distributes the rows of a slice over
+buckets, one row group for each; `gather` reads the row groups of its bucket, slices in random order, shuffles as many at a time
+as memory may hold, and writes the final shards. Rows move through storage as byte ranges, and the bucket and place of a row
+depend on the seed, its slice and its number alone. Both passes leave receipts, so a second run skips what is done.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import storage, workqueue
 from pipeline.data.format.shards import Receipt
 from pipeline.data.loading.order import bits
+from pipeline.data.prepare.config import WORK
+from pipeline.data.prepare.plan import PreparePlan
 
-if TYPE_CHECKING:
-    from pipeline.data.prepare import Plan
-
-DEAL, UNITS, PLACE = 100, 101, 102  # random numbers of their own (pipeline.data.loading.order has the others)
-WORK = "_work"  # the folder of receipts, inside the output
+# streams of random numbers (pipeline.data.loading.order has the others): bucket of a row, order of slices, order of rows
+BUCKET, SLICES, PLACE = 100, 101, 102
 MOST_BUCKETS = 128
-HELD_BYTES = 512 << 20  # of image bytes that `gather` shuffles at a time
+HELD_BYTES = 512 << 20  # image bytes that `gather` shuffles at a time
+SCATTERED = storage.join(WORK, "scattered")  # folder of the shards between the passes
+logger = logging.getLogger(__name__)
+
+
+def wants_mixing(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> bool:
+    """Whether a second pass has to mix the rows. Fragments of listed files are shuffled before they are read."""
+    if not plan.config.shuffle or plan.config.mix == "never" or all(source.listed for source in plan.sources):
+        return False
+    return plan.config.mix == "always" or (not plan.labels.multilabel and sorted_by_class(receipts))
 
 
 def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
@@ -38,47 +47,70 @@ def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
     return len(counts) > 1 and alike > (1 + by_chance) / 2
 
 
-def scatter(job: tuple[int, "Plan", dict[str, Any]]) -> dict[str, Any]:
-    """Deals a unit's rows into buckets: {split: {bucket: the shard, with the row groups that hold them}}."""
-    unit, plan, receipt = job
-    where = storage.join(plan.work, f"dealt-{unit:05d}.json")
-    if storage.exists(where):
-        return storage.read_json(where)
-    dealt: dict[str, Any] = {}
+def mix_rows(plan: PreparePlan, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Shuffles the rows of all slices. `names` are those of the slices' receipts.
+
+    Returns the receipts of the shards that take the place of the slices' own: {split: receipt} for each bucket.
+    """
+    logger.info("prepare: mixing the archives over all shards")
+    scattered = {f"scattered-{number:05d}": (number, name) for number, name in enumerate(names)}
+    _finish_units(scattered, scatter, plan)
+    receipts = plan.receipts.read(list(scattered))
+    units = {}
+    for bucket in range(_buckets(plan)):
+        parts = {split: [r[split][str(bucket)] for r in receipts if str(bucket) in r[split]] for split in plan.splits}
+        units[f"mixed-{bucket:05d}"] = (bucket, parts)
+    _finish_units(units, gather, plan)
+    return plan.receipts.read(list(units))
+
+
+def _finish_units(units: Mapping[str, Any], work: Any, plan: PreparePlan) -> None:
+    outcomes = workqueue.run(units, work, receipts=plan.receipts, context=plan, summary=lambda receipt: None)
+    for outcome in outcomes:
+        if outcome.error:
+            raise outcome.error
+
+
+def _buckets(plan: PreparePlan) -> int:
+    return min(len(plan.slices), MOST_BUCKETS)
+
+
+def scatter(unit: tuple[int, str], plan: PreparePlan) -> dict[str, Any]:
+    """Distributes the rows of a slice over buckets: {split: {bucket: the shard, with the row groups that hold its rows}}."""
+    number, name = unit
+    (receipt,) = plan.receipts.read([name])
+    scattered: dict[str, Any] = {}
     for split in plan.splits:
-        dataset = plan.written(receipt["splits"][split], split)
+        dataset = plan.open_rows(receipt["splits"][split], split)
         rows = [row for i in range(len(dataset.row_groups)) for row in dataset.read_row_group(i).rows()]
-        bucket = (bits(plan.config.seed, DEAL, unit, np.arange(len(rows))) % np.uint64(plan.buckets)).tolist()
+        draws = bits(plan.config.seed, BUCKET, number, np.arange(len(rows)))
+        bucket = (draws % np.uint64(_buckets(plan))).tolist()
         order = sorted(range(len(rows)), key=bucket.__getitem__)
         with plan.writer(
-            storage.join(WORK, "dealt", split), unit, row_group_bytes=1 << 62, shard_bytes=1 << 62
+            storage.join(SCATTERED, split), number, row_group_bytes=1 << 62, shard_bytes=1 << 62
         ) as writer:
             for place, i in enumerate(order):
                 if place and bucket[i] != bucket[order[place - 1]]:
                     writer.end_row_group()
                 writer.write(*rows[i])
         parts: dict[str, Any] = {}
-        for shard in writer.receipt.to_dict()["shards"]:  # one, or none of an empty unit
+        for shard in writer.receipt.to_dict()["shards"]:  # one, or none of an empty slice
             first = 0
             for group in shard["row_groups"]:
                 part = parts.setdefault(str(bucket[order[first]]), shard | {"row_groups": []})
                 part["row_groups"].append(group)
                 first += group[0]
-        dealt[split] = parts
-    storage.write_json(where, dealt)
-    return dealt
+        scattered[split] = parts
+    return scattered
 
 
-def gather(job: tuple[int, "Plan", dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Writes the shards of one bucket from what `scatter` dealt it, {split: shards by unit}: {split: receipt}."""
-    bucket, plan, dealt = job
-    where = storage.join(plan.work, f"mixed-{bucket:05d}.json")
-    if storage.exists(where):
-        return storage.read_json(where)
+def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan) -> dict[str, Any]:
+    """Writes the shards of one bucket from what `scatter` made of each slice, {split: shards by slice}: {split: receipt}."""
+    bucket, scattered = unit
     mixed = {}
-    for split, shards in dealt.items():
-        shards = [shards[i] for i in np.argsort(bits(plan.config.seed, UNITS, bucket, np.arange(len(shards))))]
-        dataset = plan.written(Receipt().to_dict() | {"shards": shards}, storage.join(WORK, "dealt", split))
+    for split, shards in scattered.items():
+        shards = [shards[i] for i in np.argsort(bits(plan.config.seed, SLICES, bucket, np.arange(len(shards))))]
+        dataset = plan.open_rows(Receipt().to_dict() | {"shards": shards}, storage.join(SCATTERED, split))
         with plan.writer(split, bucket, "s") as writer, ThreadPoolExecutor(16) as pool:
             for number, groups in enumerate(_loads(dataset.row_groups)):
                 # many small ranges: on S3 each of them is a wait
@@ -87,7 +119,6 @@ def gather(job: tuple[int, "Plan", dict[str, list[dict[str, Any]]]]) -> dict[str
                 for i in np.argsort(draws, kind="stable").tolist():
                     writer.write(*rows[i])
         mixed[split] = writer.receipt.to_dict()
-    storage.write_json(where, mixed)
     return mixed
 
 

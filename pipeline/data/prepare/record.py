@@ -17,11 +17,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import duplicates as dedup
+from pipeline.data.duplicates.report import PAIRS
 from pipeline.data.format import shards
 from pipeline.data.format.shards import Manifest
 from pipeline.tracking import Run, names, start_run
 
+EVERY = 10.0  # seconds between two points of progress
 MOST_REJECTS = 10_000  # rows of rejects.parquet that are copied into the run, as a table that MLflow shows
 
 
@@ -35,6 +36,7 @@ class Record:
     def __init__(self, server: str, config: Any, work: str, input_fingerprint: str) -> None:
         self._where = storage.join(work, "run.json")
         self._newest: dict[str, float] = {}
+        self._entered = self._logged = time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracking")
         self._started: Future[Run] = self._pool.submit(self._start, server, config, input_fingerprint)
 
@@ -52,10 +54,13 @@ class Record:
             storage.write_json(self._where, {"run_id": run.id})
         return run
 
-    def progress(self, inputs: int, rejects: int, seconds: float) -> None:
-        """How far this attempt is; kept for the end while the run has not started yet."""
-        self._newest = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: inputs / seconds}
-        if self._started.done() and not self._started.exception():
+    def progress(self, inputs: int, rejects: int) -> None:
+        """How far this attempt is, logged every ten seconds; kept for the end while the run has not started yet."""
+        now = time.monotonic()
+        rate = inputs / max(now - self._entered, 1e-9)
+        self._newest = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: rate}
+        if now - self._logged >= EVERY and self._started.done() and not self._started.exception():
+            self._logged = now
             self._started.result().log(self._newest, step=inputs)
 
     def wait(self) -> None:
@@ -89,11 +94,10 @@ class Record:
                 sink = io.BytesIO()
                 pyarrow.csv.write_csv(table.slice(0, MOST_REJECTS), sink)
                 run.log_text(sink.getvalue().decode(), f"rejects/{role}.csv")
-            if storage.exists(sheet := storage.join(uri, dedup.PAIRS)):
+            if storage.exists(sheet := storage.join(uri, PAIRS)):
                 run.log_bytes(storage.read_bytes(sheet), f"duplicates/{role}.png")
 
     def __enter__(self) -> "Record":
-        self._entered = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

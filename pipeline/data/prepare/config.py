@@ -1,0 +1,176 @@
+"""What decides a dataset: the configuration of `prepare`, its recipes and its checks."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data.duplicates.hashes import BITS
+from pipeline.data.format import shards
+from pipeline.data.format.shards import Encoding
+from pipeline.data.images import Fit
+from pipeline.errors import UserError
+
+WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
+DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Everything that decides the bytes of a dataset, and where it goes."""
+
+    source: tuple[str, ...] = ()
+    """Folders, archives or s3:// prefixes to read; several become one dataset."""
+    output: str = ""
+    """Where the dataset goes: an empty or new folder, or an unfinished run of the same command."""
+    format: str = "auto"
+    """What the sources are: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
+    labels: str | None = None
+    """Table of file names and labels (CSV, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
+    label_map: str | None = None
+    """Class names in index order (text or JSON list), or a JSON object that renames them; others are refused."""
+    include: str | None = None
+    """Glob over keys: everything else is no input."""
+    unlabelled: bool = False
+    """Take images without labels."""
+    sample: int | None = None
+    """At most N inputs, drawn evenly from the sources."""
+    encoding: Encoding = "jpeg"
+    """jpeg: shorter side `size`, crops happen at load time. patches: the N x (P*P*C) matrix, nothing to decode."""
+    size: int = 256
+    """Shorter side (jpeg), or side of the square (patches)."""
+    quality: int = 90
+    """JPEG quality of images that are re-encoded (4:2:0)."""
+    patch_size: int = 16
+    """P of encoding patches."""
+    fit: Fit = "crop"
+    """How patches become square: centre crop of the resized image, or squash."""
+    splits: tuple[str, ...] = ()
+    """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name."""
+    shuffle: bool = True
+    """Mix the images over all shards: listed folders as they are read, archives as `--mix` says."""
+    mix: Literal["auto", "always", "never"] = "auto"
+    """Archives keep the order in which they were written, unless they are sorted by class (auto) or in any case (always):
+    then a second pass over the shards mixes them."""
+    seed: int = 0
+    """Of the shuffle and of --sample."""
+    deduplicate: Literal["off", "exact", "near"] = "off"
+    """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored)."""
+    decontaminate: tuple[str, ...] = ()
+    """Evaluation sets (datasets, or anything that --source takes): images that are in them are removed."""
+    distance: int = 24
+    """Near duplicates differ in at most this many of 128 bits (docs/decontamination.md)."""
+    max_pixels: int = 100_000_000
+    """Larger images are refused before they are decoded."""
+    max_reject_fraction: float = 0.05
+    """More rejects than this fraction of the inputs fail the job, at the end."""
+    row_group_bytes: int = shards.ROW_GROUP_BYTES
+    shard_bytes: int = shards.SHARD_BYTES
+    unit_bytes: int = 1 << 30
+    """Input bytes of one unit of work, at most; small corpora are cut finer."""
+
+
+def demo() -> PrepareConfig:
+    """Scikit-learn's handwritten digits, 1,797 images in two splits; about 5 s on two cores.
+
+    Source: the package itself, written as PNG class folders to runs/demo/raw. Expected: 1,797 rows, 10 classes, no reject;
+    train about 80%, test the rest. `--source` puts your own class folders in their place.
+    """
+    return PrepareConfig(
+        source=(DIGITS,),
+        output="runs/demo/data",
+        encoding="jpeg",
+        size=32,
+        splits=("train=0.8", "test=0.2"),
+    )
+
+
+def jpeg256() -> PrepareConfig:
+    """JPEG with the shorter side at 256, for pre-training at 224 (the default with --source).
+
+    Expected: about 24 KB an image; 500 ImageNet originals a second and core.
+    """
+    return PrepareConfig()
+
+
+def patches224() -> PrepareConfig:
+    """224x224 in 16x16 patches, for evaluation sets and CPU-poor GPU nodes: 150 KB an image, nothing to decode."""
+    return PrepareConfig(encoding="patches", size=224, patch_size=16)
+
+
+def patches32() -> PrepareConfig:
+    """32x32 in 4x4 patches, for CIFAR, SVHN and other tiny images."""
+    return PrepareConfig(encoding="patches", size=32, patch_size=4)
+
+
+RECIPES: dict[str, Callable[[], PrepareConfig]] = {
+    "demo": demo,
+    "jpeg256": jpeg256,
+    "patches224": patches224,
+    "patches32": patches32,
+}
+
+
+def check_config(config: PrepareConfig) -> PrepareConfig:
+    """The config with absolute URIs. Raises UserError for values that cannot work."""
+    if not config.source:
+        raise UserError("no --source: name a folder, an archive or an s3:// prefix of images")
+    if not config.output:
+        raise UserError("no --output: name the folder or s3:// prefix for the dataset")
+    limits = {"size": 1, "quality": 1, "patch_size": 1, "max_pixels": 1, "row_group_bytes": 1, "shard_bytes": 1}
+    for name, least in {**limits, "unit_bytes": 1}.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}")
+    if config.encoding == "patches" and config.size % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
+    if config.row_group_bytes > shards.MOST_ROW_GROUP_BYTES:
+        raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {shards.MOST_ROW_GROUP_BYTES}")
+    if config.quality > 100:
+        raise UserError(f"--quality {config.quality}: at most 100")
+    if config.sample is not None and config.sample < 1:
+        raise UserError(f"--sample {config.sample}: at least 1")
+    if not 0 <= config.distance < BITS // 4:
+        raise UserError(f"--distance {config.distance}: between 0 and {BITS // 4 - 1} bits")
+    if not 0 <= config.max_reject_fraction <= 1:
+        raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
+    parse_splits(config.splits)
+    output = storage.normalise(config.output)
+    inputs = tuple(uri if uri == DIGITS else storage.normalise(uri) for uri in config.source)
+    for uri in inputs:
+        if output == uri or output.startswith(uri + "/"):
+            raise UserError(f"--output {output} lies inside --source {uri}; choose a place outside it")
+    labels, label_map = (storage.normalise(uri) if uri else None for uri in (config.labels, config.label_map))
+    return dataclasses.replace(
+        config,
+        source=inputs,
+        output=output,
+        labels=labels,
+        label_map=label_map,
+        decontaminate=tuple(map(storage.normalise, config.decontaminate)),
+    )
+
+
+def parse_splits(splits: Sequence[str]) -> dict[str, float]:
+    """("train=0.9", "test=0.1") as fractions of one. Raises UserError unless they add up to 1."""
+    if not splits:
+        return {"": 1.0}
+    fractions: dict[str, float] = {}
+    for text in splits:
+        name, _, value = text.partition("=")
+        try:
+            fractions[name] = float(value)
+        except ValueError:
+            raise UserError(f'--splits {text}: write name=fraction, such as "train=0.9 test=0.1"') from None
+        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == WORK or not fractions[name] > 0:
+            raise UserError(f"--splits {text}: a plain name and a fraction above 0")
+    if len(fractions) != len(splits) or not abs(sum(fractions.values()) - 1) <= 1e-6:
+        raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
+    return fractions
+
+
+def identity(config: PrepareConfig) -> dict[str, Any]:
+    """The part of the config that decides the content of the dataset: what a rerun has to agree on."""
+    values = configuration.to_dict(config)
+    return {name: value for name, value in values.items() if name not in ("output", "max_reject_fraction")}

@@ -1,0 +1,104 @@
+"""Receipts of slices -> finished datasets: too many rejects, reports, manifests, and what is removed at the end."""
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.duplicates.evaluation import find_picture
+from pipeline.data.duplicates.report import DUPLICATES, PAIRS, duplicates_table, pair_sheet
+from pipeline.data.format import shards
+from pipeline.data.format.shards import Manifest, Receipt, Reject
+from pipeline.data.loading.augment import decode
+from pipeline.data.prepare.config import identity
+from pipeline.data.prepare.deduplicate import deduplicated_name
+from pipeline.data.prepare.plan import PreparePlan, slice_name
+from pipeline.errors import UserError
+
+SHEET_PAIRS = 24
+
+
+def receipt_names(plan: PreparePlan) -> list[str]:
+    """The receipt of every slice that counts: the one written after its duplicates were removed, where there is one."""
+    finished = plan.receipts.finished()
+    names = ((deduplicated_name(n), slice_name(n)) for n in range(len(plan.slices)))
+    return [after if after in finished else before for after, before in names]
+
+
+def finish_datasets(
+    plan: PreparePlan, receipts: Sequence[dict[str, Any]], mixed: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Manifest]:
+    """Writes reports and manifests, {split: manifest}; removes the receipts.
+
+    mixed: receipts of the shards that replace those of the slices. Raises UserError when more inputs were refused than
+    `max_reject_fraction` allows.
+    """
+    _check_rejects(plan, receipts)
+    manifests = {}
+    for name in plan.splits:
+        duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
+        if plan.config.deduplicate != "off" or plan.config.decontaminate:
+            _write_report(plan, name, duplicates)
+        written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
+        if mixed is not None:  # mean and deviation were measured by the slices
+            written = [Receipt(pixels=receipt.pixels) for receipt in written]
+            written += [Receipt.from_dict(receipt[name]) for receipt in mixed]
+        manifests[name] = shards.finish_dataset(
+            plan.split_uri(name),
+            written,
+            encoding=plan.config.encoding,
+            image=plan.image,
+            classes=plan.labels.classes,
+            multilabel=plan.labels.multilabel,
+            rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
+            duplicates=len(duplicates),
+            inputs=sum(receipt["inputs"][name] for receipt in receipts),
+            config=identity(plan.config),
+            input_fingerprint=plan.input_fingerprint,
+        )
+    tidy_output(plan, manifests)
+    return manifests
+
+
+def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
+    inputs = sum(sum(receipt["inputs"].values()) for receipt in receipts)
+    refused = [Reject(*row) for receipt in receipts for rows in receipt["rejects"].values() for row in rows]
+    if not inputs or len(refused) <= plan.config.max_reject_fraction * inputs:
+        return
+    reasons = Counter(reject.reason for reject in refused)
+    where = storage.join(plan.config.output, shards.REJECTS)
+    storage.write_bytes(where, shards.rejects_table(refused))
+    raise UserError(
+        f"{len(refused):,} of {inputs:,} inputs were refused, more than --max-reject-fraction "
+        f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
+        f"(such as {refused[0].key}; all in {where}). Fix them, or allow more: finished work is kept"
+    )
+
+
+def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]]) -> None:
+    """duplicates.parquet, and a contact sheet of the least certain pairs with an evaluation set."""
+    uri = plan.split_uri(split)
+    storage.write_bytes(storage.join(uri, DUPLICATES), duplicates_table(records))
+    shown = [record for record in records if "thumbnail" in record]
+    shown = sorted(shown, key=lambda record: -record["distance"])[:SHEET_PAIRS]
+    pairs = []
+    for record in shown:
+        other = find_picture(record["set"], record["match"], plan.config.max_pixels)
+        mine = decode(base64.b64decode(record["thumbnail"])).copy()
+        if other is not None:
+            pairs.append((mine, other, f"{record['distance']} bits: {record['key'][-20:]} | {record['match'][-20:]}"))
+    if pairs:
+        storage.write_bytes(storage.join(uri, PAIRS), pair_sheet(pairs))
+
+
+def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
+    """Removes receipts, and what a killed task left: shards that no receipt names and half-written files."""
+    for name, manifest in manifests.items():
+        known = {shard.name for shard in manifest.shards}
+        for file in storage.list_files(plan.split_uri(name), recursive=False):
+            if file.path.startswith((".part-", "part-")) and file.path not in known:
+                storage.remove(file.uri)
+    if "" not in manifests:
+        storage.remove(storage.join(plan.config.output, shards.REJECTS))  # of an attempt with too many rejects
+    storage.remove(plan.work, recursive=True)

@@ -1,0 +1,269 @@
+"""From sources to slices: what each task of `prepare` reads, and the claim of the output folder.
+
+The plan depends on the input and the configuration alone, never on the cluster, so that any number of workers writes the
+same shards.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data import sources
+from pipeline.data.duplicates.evaluation import EvaluationIndex
+from pipeline.data.format import shards
+from pipeline.data.format.shards import Manifest, Receipt, ShardWriter
+from pipeline.data.prepare.config import WORK, PrepareConfig, identity, parse_splits
+from pipeline.data.sources import Labels, Source
+from pipeline.errors import UserError
+from pipeline.workqueue import Receipts
+
+
+class SourceSlice(NamedTuple):
+    """Consecutive fragments of one source: the unit of work of the first phase."""
+
+    source: int  # position in the plan's sources
+    first: int  # first fragment
+    fragments: int  # number of fragments
+    size: int  # bytes of input
+    limit: int = -1  # items taken at most; -1 takes all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparePlan:
+    """What every task needs to know. A task reads the fragments of its slice from storage, because the listing of a corpus
+    may be larger than the memory of a machine."""
+
+    config: PrepareConfig
+    sources: list[Source]
+    labels: Labels
+    splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits
+    slices: list[SourceSlice]
+    input_fingerprint: str
+    work: str  # URI of the folder of receipts
+    evaluation: EvaluationIndex | None = None  # images to keep out
+
+    @property
+    def image(self) -> dict[str, Any]:
+        c = self.config
+        if c.encoding == "jpeg":
+            return {"size": c.size, "quality": c.quality}
+        return {"height": c.size, "width": c.size, "patch_size": c.patch_size, "channels": 3, "fit": c.fit}
+
+    @property
+    def receipts(self) -> Receipts:
+        return Receipts(self.work)
+
+    def split_uri(self, split: str) -> str:
+        return storage.join(self.config.output, split) if split else self.config.output
+
+    def fragments_uri(self, number: int) -> str:
+        return storage.join(self.work, f"fragments-{number:05d}.arrow")
+
+    def hashes_uri(self, number: int) -> str:
+        return storage.join(self.work, f"hashes-{number:05d}.npy")
+
+    def writer(self, split: str, number: int, mark: str = "", **sizes: int) -> ShardWriter:
+        """A writer of `part-<number><mark>-NNNN.parquet`; `sizes` replace the configured sizes of shards and row groups."""
+        sizes = {"row_group_bytes": self.config.row_group_bytes, "shard_bytes": self.config.shard_bytes} | sizes
+        return ShardWriter(
+            self.split_uri(split),
+            f"{number:05d}{mark}",
+            encoding=self.config.encoding,
+            image=self.image,
+            classes=self.labels.classes,
+            multilabel=self.labels.multilabel,
+            row_group_bytes=sizes["row_group_bytes"],
+            shard_bytes=sizes["shard_bytes"],
+        )
+
+    def open_rows(self, receipt: dict[str, Any], split: str) -> shards.Dataset:
+        """The rows that a writer of `split` wrote, as a dataset."""
+        written = Receipt.from_dict(receipt)
+        manifest = Manifest(
+            encoding=self.config.encoding,
+            image=self.image,
+            multilabel=self.labels.multilabel,
+            rows=written.rows,
+            inputs=written.rows,
+            fingerprint="",
+            classes=list(self.labels.classes),
+            shards=written.shards,
+        )
+        return shards.Dataset(self.split_uri(split), manifest)
+
+    @property
+    def compares_keys(self) -> bool:
+        """Whether keys of different slices can be equal; keys of listed files are paths, which cannot."""
+        return len(self.slices) > 1 and not all(source.listed for source in self.sources)
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the corpus is searched for duplicates once its slices are written."""
+        return self.compares_keys or self.config.deduplicate != "off"
+
+
+def slice_name(number: int) -> str:
+    """Name of the receipt of a slice."""
+    return f"unit-{number:05d}"
+
+
+# ---------------------------------------------------------------- sources -> slices
+
+
+def make_plan(config: PrepareConfig) -> PreparePlan:
+    """Scans the sources and cuts them into slices. Archives are scanned by Ray tasks.
+
+    Raises UserError for a source that is missing, empty, unreadable or ambiguous.
+    """
+    label_map = sources.read_label_map(config.label_map)
+    found = sources.discover(
+        config.source,
+        format=config.format,
+        labels=config.labels,
+        include=config.include,
+        need_names=not config.unlabelled and not isinstance(label_map, list),
+        unit_bytes=config.unit_bytes,
+    )
+    labels = sources.make_labels(found, label_map, config.unlabelled)
+    fingerprint = fingerprint_input(found, labels)
+    rng = np.random.Generator(np.random.Philox(config.seed))
+    if config.shuffle:
+        found = [dataclasses.replace(s, pieces=sources.shuffled(s.pieces, rng)) if s.listed else s for s in found]
+    return PreparePlan(
+        config=config,
+        sources=found,
+        labels=labels,
+        splits=parse_splits(config.splits),
+        slices=cut_slices(found, config),
+        input_fingerprint=fingerprint,
+        work=storage.join(config.output, WORK),
+    )
+
+
+def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
+    """16 hex characters of all listings (paths, sizes, labels) and the class names."""
+    digest = hashlib.sha256()
+    for source in found:
+        digest.update(json.dumps([source.uri, source.kind, source.table], sort_keys=True).encode())
+        pieces = source.pieces
+        if not source.listed:
+            pieces = pieces.sort_by([("path", "ascending"), ("start", "ascending")])
+        for first in range(0, pieces.num_rows, sources.SPILL_ROWS):
+            part = pieces.slice(first, sources.SPILL_ROWS)
+            for name in part.column_names:  # one column after the other: fewer Python objects at a time
+                digest.update(json.dumps([name, part[name].to_pylist()]).encode())
+    digest.update(json.dumps(labels.classes).encode())
+    return digest.hexdigest()[:16]
+
+
+def cut_slices(found: Sequence[Source], config: PrepareConfig) -> list[SourceSlice]:
+    """Slices of about a 32nd of the corpus each, of at most `unit_bytes` and 16,384 files, and of at least 8 MB or 256 files."""
+    total = sum(pc.sum(source.pieces["size"]).as_py() or 0 for source in found)
+    count = sum(source.pieces.num_rows for source in found)
+    most_bytes = min(config.unit_bytes, max(8 << 20, total // 32))
+    most_files = min(16_384, max(256, math.ceil(count / 32)))
+    slices = []
+    for i, source in enumerate(found):
+        first = 0
+        while first < source.pieces.num_rows:
+            ends = np.cumsum(source.pieces["size"].slice(first, most_files).to_numpy())
+            taken = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
+            slices.append(SourceSlice(i, first, taken, int(ends[taken - 1])))
+            first += taken
+    return slices if config.sample is None else _limit_slices(slices, config.sample)
+
+
+def _limit_slices(slices: list[SourceSlice], sample: int) -> list[SourceSlice]:
+    """The slices with limits that add up to `sample` items, in proportion to their bytes; slices with limit 0 are left out."""
+    weights = np.array([part.size + 1 for part in slices], np.float64)
+    ends = np.floor(np.cumsum(weights) / weights.sum() * sample + 1e-9).astype(np.int64)
+    limits = np.diff(ends, prepend=0).tolist()
+    return [part._replace(limit=limit) for part, limit in zip(slices, limits, strict=True) if limit]
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
+    """The manifests of a dataset that is finished at the output, by split; None when there is none.
+
+    Raises UserError when the output holds other files.
+    """
+    done = {}
+    splits = parse_splits(config.splits)
+    for name in splits:
+        uri = storage.join(config.output, name) if name else config.output
+        if storage.exists(storage.join(uri, shards.MANIFEST)):
+            done[name] = shards.open_dataset(uri).manifest
+    if len(done) == len(splits):
+        return done
+    if storage.exists(storage.join(config.output, WORK, "plan.json")):
+        return None
+    files = storage.list_files(config.output)
+    if files:
+        raise UserError(
+            f"{config.output}: already holds other files ({files[0].path}{', ...' if len(files) > 1 else ''}); choose another "
+            "--output or empty it"
+        )
+    return None
+
+
+def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
+    """Raises UserError unless the finished dataset is the one that the plan would make."""
+    for name, manifest in finished.items():
+        known = identity(PrepareConfig()) | manifest.config
+        if known == identity(plan.config) and manifest.input_fingerprint == plan.input_fingerprint:
+            continue
+        old, new = configuration.flatten(manifest.config), configuration.flatten(identity(plan.config))
+        changed = [f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in _differing(old, new)]
+        raise UserError(
+            f"{plan.split_uri(name)}: already holds another dataset "
+            f"({'; '.join(changed[:3]) or 'the source files have changed'}); choose another --output or remove it"
+        )
+
+
+def claim_output(plan: PreparePlan) -> PreparePlan:
+    """Writes the plan's identity and the fragments of every slice into the folder of receipts.
+
+    Returns the plan without its fragments: it is small, whatever the size of the corpus. Raises UserError when the folder
+    belongs to an unfinished dataset of another command or input, or cannot be written.
+    """
+    where = storage.join(plan.work, "plan.json")
+    mark = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.slices)}
+    mark = json.loads(json.dumps(mark))
+    before = storage.read_json(where) if storage.exists(where) else mark
+    if before != mark:
+        changed = _differing(configuration.flatten(before), configuration.flatten(mark))
+        raise UserError(
+            f"{plan.config.output}: holds an unfinished dataset of another command or input (different: "
+            f"{', '.join(key.removeprefix('config.') for key in changed)}); run that command again to finish it, or choose "
+            "another --output"
+        )
+    try:
+        storage.write_json(where, mark)
+        there = {file.path for file in storage.list_files(plan.work)}
+        for number, part in enumerate(plan.slices):
+            if os.path.basename(plan.fragments_uri(number)) not in there:
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, sources.PIECES) as stream:
+                    stream.write_table(plan.sources[part.source].pieces.slice(part.first, part.fragments))
+                storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(f"--output {plan.config.output}: cannot be written ({error}); choose another place") from error
+    without = [dataclasses.replace(source, pieces=source.pieces.slice(0, 0)) for source in plan.sources]
+    return dataclasses.replace(plan, sources=without)
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]

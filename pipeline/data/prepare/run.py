@@ -1,0 +1,103 @@
+"""The phases of `prepare`, in order: plan, claim, evaluation sets, slices, duplicates, mixing, manifests."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+
+from pipeline import storage, workqueue
+from pipeline.data.duplicates.evaluation import index_evaluation_sets
+from pipeline.data.format.shards import Manifest
+from pipeline.data.prepare.config import DIGITS, PrepareConfig, check_config
+from pipeline.data.prepare.deduplicate import find_duplicates, remove_duplicates
+from pipeline.data.prepare.digits import write_digits
+from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
+from pipeline.data.prepare.mix import mix_rows, wants_mixing
+from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output, find_finished, make_plan, slice_name
+from pipeline.data.prepare.record import Record
+from pipeline.data.prepare.worker import prepare_slice, summarize
+from pipeline.logs import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    config: PrepareConfig,
+    *,
+    tracking_uri: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Manifest]:
+    """Makes the datasets that `config` describes: {split: manifest}, or {"": manifest} without splits.
+
+    A dataset that is finished already is returned as it is. tracking_uri: MLflow server that records the preparation.
+    on_progress: called after every slice with the inputs and rejects so far. Raises UserError, before any work: wrong configuration or source, an output that holds something else;
+    at the end: no usable image, too many rejects.
+    """
+    config = check_config(config)
+    finished = find_finished(config)
+    if DIGITS in config.source:
+        raw = write_digits(storage.join(os.path.dirname(config.output), "raw"))
+        config = dataclasses.replace(config, source=tuple(raw if uri == DIGITS else uri for uri in config.source))
+    plan = make_plan(config)
+    if finished is not None:
+        check_finished(plan, finished)
+        if storage.exists(plan.work):  # the job was stopped while it removed its receipts
+            tidy_output(plan, finished)
+        logger.info("prepare: %s is finished already", config.output)
+        return finished
+    plan = claim_output(plan)
+    watchers = [on_progress] if on_progress else []
+    if tracking_uri is None:
+        return _run_phases(plan, watchers)
+    with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
+        manifests = _run_phases(plan, [*watchers, record.progress], record)
+        record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
+    return manifests
+
+
+def _run_phases(
+    plan: PreparePlan, watchers: list[Callable[[int, int], None]], record: Record | None = None
+) -> dict[str, Manifest]:
+    prepare_slices(plan, watchers)
+    if plan.compares_rows:
+        remove_duplicates(plan, find_duplicates(plan))
+    names = receipt_names(plan)
+    receipts = plan.receipts.read(names)
+    mixed = mix_rows(plan, names) if wants_mixing(plan, receipts) else None
+    if record is not None:
+        record.wait()
+    return finish_datasets(plan, receipts, mixed)
+
+
+def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]] | None = None) -> None:
+    """Works through the slices that have no receipt yet. Raises the UserError of the first slice that has one."""
+    finished = plan.receipts.finished()
+    slices = {slice_name(number): number for number in range(len(plan.slices))}
+    todo = {name: number for name, number in slices.items() if name not in finished}
+    if len(todo) < len(slices):
+        logger.info("prepare: %d of %d units are done already", len(slices) - len(todo), len(slices))
+    if not todo:
+        return
+    if plan.config.decontaminate:
+        index = index_evaluation_sets(plan.config.decontaminate, plan.config.max_pixels)
+        plan = dataclasses.replace(plan, evaluation=index)
+        logger.info("prepare: keeping out %d images of %d evaluation sets", len(index.keys), len(index.sets))
+    outcomes = workqueue.run(
+        todo,
+        prepare_slice,
+        receipts=plan.receipts,
+        context=plan,
+        summary=summarize,
+        size=lambda number: plan.slices[number].size,
+    )
+    inputs = rejects = 0
+    with Progress("prepare", total=sum(plan.slices[number].size for number in todo.values())) as progress:
+        for outcome in outcomes:
+            if outcome.error:
+                raise outcome.error
+            inputs, rejects = inputs + outcome.summary[0], rejects + outcome.summary[1]
+            rate = inputs / progress.seconds
+            note = f"{inputs:,} inputs, {rate:,.0f}/s, {rejects:,} rejects"
+            progress.advance(plan.slices[slices[outcome.name]].size, note)
+            for watcher in watchers or ():
+                watcher(inputs, rejects)

@@ -1,0 +1,143 @@
+"""One slice of a source -> shards and a receipt."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data import images, sources
+from pipeline.data.duplicates.evaluation import removal_record
+from pipeline.data.duplicates.hashes import ROW, hash_image
+from pipeline.data.format.describe import key_hash
+from pipeline.data.format.shards import ShardWriter
+from pipeline.data.images import Refused
+from pipeline.data.prepare.config import PrepareConfig
+from pipeline.data.prepare.plan import PreparePlan
+from pipeline.data.sources import Item
+from pipeline.errors import UserError
+
+
+def prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
+    """Reads, checks, transforms and writes slice `number` of the plan; returns its receipt.
+
+    Raises UserError when the output cannot be written.
+    """
+    cv2.setNumThreads(1)
+    try:
+        return _prepare_slice(number, plan)
+    except OSError as error:  # an input that cannot be read becomes a reject: this is the output, such as a full disk
+        raise UserError(
+            f"{plan.config.output}: cannot be written ({error}); make room and run it again, finished work is kept"
+        ) from error
+
+
+def summarize(receipt: dict[str, Any]) -> tuple[int, int]:
+    """(inputs, rejects) of a receipt: all that the driver needs while slices are being prepared."""
+    return sum(receipt["inputs"].values()), sum(map(len, receipt["rejects"].values()))
+
+
+@dataclass(kw_only=True)
+class _Counts:
+    """What the receipt of a slice says beside its shards, by split."""
+
+    inputs: dict[str, int]
+    rejects: dict[str, list[list[str]]]
+    duplicates: dict[str, list[dict[str, Any]]]
+    hashed: bytearray = field(default_factory=bytearray)  # rows of hashes.ROW: tens of bytes an image
+    alike: int = 0  # rows with the label of the row before
+    label: Any = None  # of the row before
+    keys: set[int] = field(default_factory=set)  # hashes of the keys written
+
+
+def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
+    names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
+    counts = _Counts(inputs=dict.fromkeys(names, 0), rejects={n: [] for n in names}, duplicates={n: [] for n in names})
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
+        for item in _items(number, plan):
+            split = names[0] if len(names) == 1 else names[_split_of(item.key, thresholds)]
+            counts.inputs[split] += 1
+            try:
+                _prepare_item(item, split, plan, counts, writers[split])
+            except Refused as refused:
+                counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
+    if plan.compares_rows:
+        sink = io.BytesIO()
+        np.save(sink, np.frombuffer(counts.hashed, ROW))
+        storage.write_bytes(plan.hashes_uri(number), sink.getvalue())
+    return {
+        "inputs": counts.inputs,
+        "rejects": counts.rejects,
+        "duplicates": counts.duplicates,
+        "alike": counts.alike,
+        "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
+    }
+
+
+def _items(number: int, plan: PreparePlan) -> Iterator[Item]:
+    """The inputs of a slice."""
+    part = plan.slices[number]
+    source = plan.sources[part.source]
+    fragments = pa.ipc.open_stream(storage.read_bytes(plan.fragments_uri(number))).read_all()
+    items = sources.read(source, fragments, plan.config.include)
+    if storage.is_remote(source.uri):
+        items = sources.prefetched(items)
+    for i, item in enumerate(items):
+        if i == part.limit:
+            return
+        yield item
+
+
+def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, writer: ShardWriter) -> None:
+    """Writes one input as a row, unless an evaluation set holds it. Raises Refused for an input that cannot be a row."""
+    if item.refused:
+        raise item.refused
+    key = key_hash(item.key)
+    if key in counts.keys:
+        raise Refused("duplicate key")
+    label = plan.labels.encode(item.labels)
+    picture, stored, pixels = transform(item.image, plan.config)
+    if plan.evaluation is not None or plan.config.deduplicate != "off":
+        hashed = hash_image(picture, crops=plan.evaluation is not None)
+        match = plan.evaluation.find(hashed, plan.config.distance) if plan.evaluation is not None else None
+        if match is not None and plan.evaluation is not None:
+            counts.duplicates[split].append(removal_record(item.key, picture, match, plan.evaluation))
+            return
+        row: tuple = (key, hashed.exact, hashed.bits[0], hashed.flat, list(plan.splits).index(split))
+    else:
+        row = (key, 0, (0, 0), True, list(plan.splits).index(split))
+    if plan.compares_rows:
+        counts.hashed += np.array([row], ROW).tobytes()
+    counts.keys.add(key)
+    counts.alike, counts.label = counts.alike + (label == counts.label), label
+    height, width = picture.shape[:2]
+    # a quarter of the pixel rows is plenty for a mean over a corpus, at a quarter of the cost
+    writer.write(item.key, stored, label, width, height, pixels[::4])
+
+
+def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndarray, bytes | np.ndarray, np.ndarray]:
+    """An input -> (original pixels, what is stored, pixels of what is stored); pixels are RGB uint8 (H, W, 3).
+
+    Raises Refused for an image that cannot be used.
+    """
+    if isinstance(image, np.ndarray):  # raw pixels of an archive: stored losslessly
+        picture = images.Picture(image, True)
+        data = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes() if config.encoding == "jpeg" else b""
+    else:
+        picture, data = images.decode(image, config.max_pixels), image
+    if config.encoding == "jpeg":
+        return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality)
+    return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)
+
+
+def _split_of(key: str, thresholds: list[float]) -> int:
+    """The split that a key falls in: uniform, and independent of everything but the key."""
+    draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    return next((i for i, threshold in enumerate(thresholds) if draw < threshold), len(thresholds) - 1)
