@@ -4,10 +4,8 @@
     report = load_tensors(model, named, "ViT-B_16")    # fitted to the model and put into it
     state, config = timm.to_timm(model)                # the way back; huggingface.to_huggingface
 
-One file is one naming. A new one is a new file here and a line in NAMINGS: NAME, ANCHORS (names of the patch embedding's
-weight, from which prefixes of wrappers are recognised), `matches(tensors, config)`, `translate(tensors)` and
-`conventions(tensors, config)`; where needed BASES (prefixes that are part of the naming) and OTHER_PARTS (tensors of other
-networks in the same file, by this project's names). `pipeline.weights` reads the files.
+One file is one naming. A new one is a new file here, with what `tensors.Naming` lists, and a line in NAMINGS.
+`pipeline.weights` reads the files.
 """
 
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from models.weights import bit, dinov2, google, huggingface, mae, own, siglip, t
 from models.weights.fit import LoadReport, fit_weights
 from models.weights.foreign import recognize
 from models.weights.huggingface import to_huggingface
-from models.weights.tensors import Conventions, NamedWeights, Weights
+from models.weights.tensors import Conventions, NamedWeights, Naming, Weights
 from models.weights.timm import to_timm
 from models.weights.wrappers import unwrap
 
@@ -38,7 +36,7 @@ __all__ = [
     "translate",
 ]
 
-NAMINGS: tuple[Any, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
+NAMINGS: tuple[Naming, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
 """The first one that matches is used, so special cases stand before the general one."""
 
 

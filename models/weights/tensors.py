@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,30 @@ class NamedWeights:
     """Names of the source's tensors that belong to another network than the image encoder (a decoder, a text tower)."""
     notes: tuple[str, ...] = ()
     """What a reader of the report must know about the choice that was made."""
+
+
+class Naming(Protocol):
+    """What a module of this package offers to be an entry of `models.weights.NAMINGS`.
+
+    Two more names are optional: BASES, prefixes that belong to the naming itself and not to a wrapper, and OTHER_PARTS,
+    the beginnings (by this project's names) of tensors that belong to other networks in the same file.
+    """
+
+    NAME: str
+    """The naming, in reports and errors."""
+
+    @property
+    def ANCHORS(self) -> tuple[str, ...]:
+        """Names of the patch embedding's weight: what stands before one of them in a file was put there by a wrapper."""
+
+    def matches(self, tensors: Weights, config: Mapping[str, Any]) -> bool:
+        """Whether tensors without wrappers, beside a config.json, follow this naming."""
+
+    def translate(self, tensors: Weights) -> Weights:
+        """The tensors under this project's names; unknown ones keep theirs, so that the fit lists them."""
+
+    def conventions(self, tensors: Weights, config: Mapping[str, Any]) -> Conventions:
+        """How the source computes, from its config.json, its tensors, or what is always so in this naming."""
 
 
 def fuse_qkv(weights: Weights) -> Weights:

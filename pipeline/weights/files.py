@@ -87,6 +87,7 @@ def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
 
 
 def first_line(error: Exception) -> str:
+    """An error's message in one line; the error's class when it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
