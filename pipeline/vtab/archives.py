@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.vtab import tasks
+from pipeline.vtab.containers import open_nested
 from pipeline.vtab.datasets import get_dataset
 from pipeline.vtab.datasets.base import FoundFile, OfficialFile
 
@@ -32,10 +33,12 @@ def requirements(task: str) -> list[OfficialFile]:
 
 
 def describe_file(file: OfficialFile) -> str:
-    """One line for people: name, size, SHA-256 and where it comes from."""
+    """One line for people: name, size, SHA-256, where it comes from, and what may lie in its place."""
     size = f"{file.bytes:,} bytes, " if file.bytes else ""
     checksum = f"sha256 {file.sha256}, " if file.sha256 else ""
-    return f"{file.name}: {size}{checksum}from {file.url or file.by_hand}"
+    others = [*(file.within or ())[:1], *file.instead]
+    instead = f"; in its place may lie {', '.join(others)}" if others else ""
+    return f"{file.name}: {size}{checksum}from {' or '.join(filter(None, [file.url, file.by_hand]))}{instead}"
 
 
 # ---------------------------------------------------------------- locating
@@ -62,6 +65,8 @@ def _look(folder: str, file: OfficialFile) -> FoundFile | None:
     uri = storage.join(folder, file.name)
     if storage.exists(uri):
         return FoundFile(file=file, uri=uri, prefix="" if file.bytes else file.name, packed=bool(file.bytes))
+    if file.within and storage.exists(storage.join(folder, file.within[0])):
+        return FoundFile(file=file, uri=storage.join(folder, file.within[0]), nested=file.within[1])
     for name in file.instead:
         if "*" in name:
             names = [info.path for info in storage.list_files(folder, recursive=False)]
@@ -93,21 +98,20 @@ def verify(raw: str, dataset: str, found: Iterable[FoundFile]) -> None:
         owner = "the miniature"
     for place in found:
         size, digest = expected.get(place.file.name, (None, None)) if place.packed else (None, None)
-        if digest is None:
+        if size is None or digest is None:
             continue
-        fs, path = storage.filesystem(place.uri)
-        actual = fs.size(path)
-        if actual != size:
-            kind = "truncated" if actual < size else "another file"
-            raise UserError(f"{place.uri}: {kind}: {actual:,} bytes, {owner} has {size:,}; fetch it again")
-        with storage.open_file(place.uri) as file:
+        where = f"{place.uri}: {place.nested}" if place.nested else place.uri
+        with open_nested(place.uri, place.nested) as file:
+            actual = file.seek(0, os.SEEK_END) if not place.nested else size
+            if actual != size:
+                kind = "truncated" if actual < size else "another file"
+                raise UserError(f"{where}: {kind}: {actual:,} bytes, {owner} has {size:,}; fetch it again")
+            file.seek(0)
             state = hashlib.sha256()
             while chunk := file.read(CHUNK):
                 state.update(chunk)
         if state.hexdigest() != digest:
-            raise UserError(
-                f"{place.uri}: damaged or another version: its SHA-256 differs from {owner}'s; fetch it again"
-            )
+            raise UserError(f"{where}: damaged or another version: its SHA-256 differs from {owner}'s; fetch it again")
 
 
 # ---------------------------------------------------------------- downloading
@@ -140,7 +144,10 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
                         sink.write(chunk)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise UserError(f"{file.url}: the server answers {error}; fetch it by hand to {target}") from error
+                other = f" or get {file.by_hand}" if file.by_hand else ""
+                raise UserError(
+                    f"{file.url}: the server answers {error}; fetch it by hand to {target}{other}"
+                ) from error
             if attempt == 4:
                 raise UserError(f"{file.url}: {error}; run the command again to go on from byte {have:,}") from error
     with open(partial, "rb") as source:

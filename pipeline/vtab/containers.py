@@ -59,12 +59,13 @@ def damaged(uri: str) -> Iterator[None]:
 class Tree:
     """The members of a folder, a zip, or a tar (compressed or not), under the names that they have in the archive.
 
-    prefix: what the members' names begin with when the archive lies there unpacked.
+    prefix: what the members' names begin with when the archive lies there unpacked. nested: the member of the zip `uri` that is
+    the archive.
     """
 
-    def __init__(self, uri: str, prefix: str = "") -> None:
-        self.uri, self.prefix = uri, prefix
-        name = uri.lower()
+    def __init__(self, uri: str, prefix: str = "", nested: str = "") -> None:
+        self.uri, self.prefix, self.nested = uri, prefix, nested
+        name = (nested or uri).lower()
         self.kind = (
             "zip" if name.endswith(".zip") else "tar" if name.endswith((".tar", ".tgz", ".tar.gz")) else "folder"
         )
@@ -92,7 +93,7 @@ class Tree:
                     with self._open(name) as member:
                         yield name, member
             return
-        with damaged(self.uri), storage.open_file(self.uri) as file:
+        with damaged(self.uri), open_nested(self.uri, self.nested) as file:
             # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would treat a gzip stream that is
             # cut short as the end of the archive; the gzip module does not.
             compressed = file.read(2) == b"\x1f\x8b"
@@ -166,6 +167,22 @@ def _read_member(member: IO[bytes], where: str) -> bytes:
 
 
 # ---------------------------------------------------------------- single files
+
+
+@contextlib.contextmanager
+def open_nested(uri: str, member: str = "") -> Iterator[IO[bytes]]:
+    """A file, or with `member` that member of the zip `uri`. Raises UserError when the zip lacks it."""
+    with storage.open_file(uri) as file:
+        if not member:
+            yield file
+            return
+        with damaged(uri), zipfile.ZipFile(file) as archive:
+            try:
+                stream = archive.open(member)
+            except KeyError as error:
+                raise UserError(f"{uri}: {member} is not in there; not the official archive") from error
+            with stream:
+                yield stream
 
 
 @contextlib.contextmanager

@@ -5,12 +5,14 @@ import io
 import os
 import shutil
 import urllib.error
+import zipfile
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.vtab import TASKS, archives, get, prepare, requirements
 from pipeline.vtab.datasets.base import OfficialFile
+from tests.vtab import rows
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 DATASETS = sorted({get(name).dataset for name in TASKS})
@@ -139,3 +141,58 @@ def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         archives.download(str(tmp_path), "dtd", file)
     assert len(calls) == tries
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_caltech_is_found_in_the_zip_of_its_present_address(unpacked, vtab_raw, vtab_prepared, tmp_path):
+    """caltech-101.zip contains the official tar.gz, whose checksum still holds."""
+    folder = tmp_path / "raw" / "caltech101"
+    folder.mkdir(parents=True)
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
+    tar = f"{vtab_raw}/caltech101/101_ObjectCategories.tar.gz"
+    if unpacked:
+        (folder / "caltech-101").mkdir()
+        shutil.copy(tar, folder / "caltech-101")
+    else:
+        with zipfile.ZipFile(folder / "caltech-101.zip", "w") as archive:
+            archive.writestr("caltech-101/Annotations.tar", b"")
+            archive.write(tar, "caltech-101/101_ObjectCategories.tar.gz")
+    prepare(["caltech101"], str(tmp_path / "raw"), str(tmp_path / "out"))
+    for split in ("train800", "val200", "test"):
+        assert rows(str(tmp_path / "out"), "caltech101", split) == rows(vtab_prepared[0], "caltech101", split)
+
+
+def test_another_tar_in_the_zip_of_caltech_is_refused(vtab_raw, tmp_path):
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path)
+    for member, message in (
+        ("caltech-101/101_ObjectCategories.tar.gz", "differs from"),
+        ("a.tar.gz", "is not in there"),
+    ):
+        with zipfile.ZipFile(tmp_path / "caltech-101.zip", "w") as archive:
+            archive.writestr(member, b"another file")
+        with pytest.raises(UserError, match=rf"caltech-101\.zip: .*{message}"):
+            prepare(["caltech101"], str(tmp_path), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_eurosat_is_found_under_its_present_name(unpacked, vtab_raw, vtab_prepared, tmp_path):
+    with (
+        zipfile.ZipFile(f"{vtab_raw}/eurosat/EuroSAT.zip") as old,
+        zipfile.ZipFile(tmp_path / "EuroSAT_RGB.zip", "w") as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name.replace("2750/", "EuroSAT_RGB/"), old.read(name))
+    if unpacked:
+        zipfile.ZipFile(tmp_path / "EuroSAT_RGB.zip").extractall(tmp_path)
+        (tmp_path / "EuroSAT_RGB.zip").unlink()
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path)
+    prepare(["eurosat"], str(tmp_path), str(tmp_path / "out"))
+    for split in ("train800", "val200"):
+        assert rows(str(tmp_path / "out"), "eurosat", split) == rows(vtab_prepared[0], "eurosat", split)
+
+
+def test_the_error_names_what_may_lie_in_the_place_of_a_missing_file(tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare(["caltech101", "eurosat"], str(tmp_path), str(tmp_path / "out"))
+    for name in ("caltech-101.zip", "101_ObjectCategories", "EuroSAT_RGB.zip", "2750", "zenodo.org/records/7711810"):
+        assert name in str(error.value)

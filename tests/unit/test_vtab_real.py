@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 
 def test_raw_samples(real_data, tmp_path):
     """A few files in the owners' own containers (pixels are synthetic)."""
-    samples = str(real_data / "vtab-vtab_raw-samples")
+    samples = str(real_data / "vtab-raw-samples")
     expected = {
         "cifar100": (9, 1, 2),
         "patch_camelyon": (5, 3, 4),
@@ -75,6 +75,6 @@ def test_real_flowers(real_data, tmp_path):
 
 
 def test_the_dmlab_sample_is_read_with_checksums(real_data):
-    for path in sorted((real_data / "vtab-vtab_raw-samples/dmlab").iterdir()):
+    for path in sorted((real_data / "vtab-raw-samples/dmlab").iterdir()):
         with open(path, "rb") as file:
             assert all(parse_example(record)["image"][0][:2] == b"\xff\xd8" for record in read_records(file, path.name))

@@ -17,8 +17,9 @@ Labels = Sequence[int] | np.ndarray
 class OfficialFile:
     """A file that a data set's owners distribute, with size and SHA-256 as TFDS recorded them from the owners' servers.
 
-    by_hand: how to get the file when no URL can be fetched without an account.
+    by_hand: where else to get it, or how to when no URL can be fetched without an account.
     instead: names of what may lie there in the file's stead: the archive unpacked, or the same data in another container.
+    within: (archive, member) of a zip that is distributed today and contains the file.
     """
 
     name: str
@@ -27,20 +28,25 @@ class OfficialFile:
     url: str | None = None
     by_hand: str | None = None
     instead: tuple[str, ...] = ()
+    within: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundFile:
-    """Where a required file lies. prefix: what the members' names begin with when the archive lies there unpacked."""
+    """Where a required file lies. prefix: what the members' names begin with when the archive lies there unpacked.
+
+    nested: the member of the zip `uri` that is the file. packed: whether the file is there as its owners made it.
+    """
 
     file: OfficialFile
     uri: str
     prefix: str = ""
+    nested: str = ""
     packed: bool = True
 
     @property
     def tree(self) -> Tree:
-        return Tree(self.uri, self.prefix)
+        return Tree(self.uri, self.prefix, self.nested)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +61,13 @@ class ArchiveFile:
     uri: str
     read: Callable[["ArchiveFile", Sequence[Member]], Iterator[tuple[Member, bytes]]]
     prefix: str = ""
+    nested: str = ""
     part: str = ""
     random_access: bool = False
 
     @property
     def tree(self) -> Tree:
-        return Tree(self.uri, self.prefix)
+        return Tree(self.uri, self.prefix, self.nested)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +112,13 @@ def read_tree(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Me
 
 def image_files(found: FoundFile) -> ArchiveFile:
     """A folder, zip or tar of image files."""
-    return ArchiveFile(uri=found.uri, prefix=found.prefix, read=read_tree, random_access=found.tree.random_access)
+    return ArchiveFile(
+        uri=found.uri,
+        prefix=found.prefix,
+        nested=found.nested,
+        read=read_tree,
+        random_access=found.tree.random_access,
+    )
 
 
 def list_class_folders(

@@ -11,7 +11,7 @@ CLASSES = [
 
 
 def index(files: Mapping[str, FoundFile]) -> list[Listing]:
-    """2750/<class>/<class>_<number>.jpg. As in TFDS, the class is the one in the file name."""
+    """2750/<class>/<class>_<number>.jpg (EuroSAT_RGB/... in Zenodo's copy). As in TFDS, the class is the one in the file name."""
     return list_class_folders(files["EuroSAT.zip"], "eurosat", CLASSES, lambda folder, file: file.partition("_")[0])
 
 
@@ -23,7 +23,8 @@ DATASET = DataSet(
             bytes=94_280_567,
             sha256="8ebea626349354c5328b142b96d0430e647051f26efc2dc974c843f25ecf70bd",
             url="http://madm.dfki.de/files/sentinel/EuroSAT.zip",
-            instead=("2750",),
+            by_hand="EuroSAT_RGB.zip of zenodo.org/records/7711810",
+            instead=("2750", "EuroSAT_RGB.zip", "EuroSAT_RGB"),
         ),
     ),
     classes={"eurosat": CLASSES},
