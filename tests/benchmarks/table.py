@@ -1,7 +1,7 @@
 """The table of measurements in the README, from results/*.json.
 
     python tests/benchmarks/table.py                   prints it
-    python tests/benchmarks/table.py --write README.md puts it between the lines <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+    python tests/benchmarks/table.py --write docs/benchmarks.md puts it between the lines <!-- benchmarks:begin --> and <!-- benchmarks:end -->
 
 Each function below reads one result file and gives its rows: what was measured, ours, beside what, and where the file lies.
 """
