@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Command, prog="compare.py", description=__doc__, args=argv)
 
     from pipeline.operations import comparison
-    from pipeline.tracking import names, start_run, tracking_uri
+    from pipeline.tracking import names, resolve_tracking_uri, start_run
     from pipeline.tracking.views import page
 
-    uri = tracking_uri(options.tracking_uri)
+    uri = resolve_tracking_uri(options.tracking_uri)
     rows = comparison.leaderboard(suite=options.suite, uri=uri)
     markdown, values = comparison.to_markdown(rows), comparison.to_json(rows)
     figure = comparison.figure(rows)

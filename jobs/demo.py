@@ -40,7 +40,7 @@ def demo() -> DemoConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(argv, {"demo": demo}, "demo", prog="jobs/demo.py", description=__doc__ or "")
-    from pipeline.tracking import tracking_uri
+    from pipeline.tracking import resolve_tracking_uri
     from pipeline.training import run
     from pipeline.training.loop import names
     from pipeline.transfer import TransferConfig, run_suite
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     print(f"demo: loss_first={loss_first:.4f} loss_last={loss_last:.4f} top1={top1:.4f}")
     print("demo: transfer " + " ".join(f"{name}={score / 100:.4f}" for name, score in scores.scores.items()))
     print(f"demo: seconds={time.perf_counter() - start:.1f}")
-    print(f"\nCompare the runs in the MLflow UI: make ui, then open http://127.0.0.1:5000  ({tracking_uri()})")
+    print(f"\nCompare the runs in the MLflow UI: make ui, then open http://127.0.0.1:5000  ({resolve_tracking_uri()})")
     return 1 if scores.failures else 0
 
 

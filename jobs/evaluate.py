@@ -95,13 +95,13 @@ def report(command: Command, done: evaluation.Round) -> int:
 
 
 def prune(command: Command) -> int:
-    from pipeline.tracking import tracking_uri
+    from pipeline.tracking import resolve_tracking_uri
     from pipeline.training import checkpoint
 
     runs = tuple(storage.normalise(run) for run in command.runs)
     if not runs:
         raise UserError("--prune needs --runs: the run folders to look through")
-    found = evaluation.prunable(runs, command.keep, tracking_uri(command.tracking_uri))
+    found = evaluation.prunable(runs, command.keep, resolve_tracking_uri(command.tracking_uri))
     delete = command.delete and not command.dry_run
     for item in found:
         if delete:

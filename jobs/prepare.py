@@ -124,13 +124,13 @@ def prepare(argv: list[str]) -> int:
     )
     from pipeline.data.prepare import prepare
     from pipeline.operations import doctor
-    from pipeline.tracking import tracking_uri
+    from pipeline.tracking import resolve_tracking_uri
 
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
     cluster.configure(options.address, options.num_cpus, dashboard=False)
-    server = tracking_uri(options.tracking_uri) if options.tracking else None
+    server = resolve_tracking_uri(options.tracking_uri) if options.tracking else None
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare(settings, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
@@ -201,7 +201,7 @@ def vtab(options: VtabCommand) -> int:
     if not options.tasks:
         raise UserError("vtab: name the tasks to build, or all")
     from pipeline import vtab
-    from pipeline.tracking import Run, names, start_run, tracking_uri
+    from pipeline.tracking import Run, names, resolve_tracking_uri, start_run
 
     tasks = vtab.TASKS if "all" in options.tasks else options.tasks
     preparation = vtab.check_requests(
@@ -223,7 +223,7 @@ def vtab(options: VtabCommand) -> int:
         run: Run | None = None
         if options.tracking and preparation.todo:
             name = storage.normalise(options.output).rpartition("/")[2]
-            server = tracking_uri(options.tracking_uri)
+            server = resolve_tracking_uri(options.tracking_uri)
             run = stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server))
         vtab.build_datasets(preparation)
         result = preparation.counts

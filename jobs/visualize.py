@@ -111,7 +111,7 @@ def log_findings(findings: "Findings", numbers: dict[str, Any], checkpoint: str,
     from pipeline.tracking import artifacts, names, registry
     from pipeline.weights import locate
 
-    server = tracking.tracking_uri(tracking_uri)
+    server = tracking.resolve_tracking_uri(tracking_uri)
     place = checkpoint if checkpoint.startswith(artifacts.SCHEMES) else locate(checkpoint)
     title = os.path.basename(place.rstrip("/"))
     with tracking.start_run(names.VISUALIZE, title, tags={names.CHECKPOINT: place}, tracking_uri=server) as run:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.tracking import names, registry
-from pipeline.tracking.registry import RunInfo
+from pipeline.tracking import names
+from pipeline.tracking.search import RunInfo, search_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,9 +44,9 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
 
     Raises UserError when nothing has been transferred yet.
     """
-    pretrained = {run.id: run for run in registry.runs(names.PRETRAIN, uri=uri)}
+    pretrained = {run.id: run for run in search_runs(names.PRETRAIN, uri=uri)}
     rows: dict[tuple[str, str], Row] = {}
-    for run in registry.runs(names.TRANSFER, uri=uri):  # newest first
+    for run in search_runs(names.TRANSFER, uri=uri):  # newest first
         if names.PARENT in run.tags or not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
         row = _row(run, _source(run, pretrained))

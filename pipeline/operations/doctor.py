@@ -74,13 +74,13 @@ def refused(check: str, cause: UserError) -> Finding:
 
 def examine(config: "PretrainConfig") -> list[Finding]:
     """Every check that applies to a pre-training run with this config. Joins the cluster at `config.address`, if any."""
-    from pipeline.tracking import tracking_uri
+    from pipeline.tracking import resolve_tracking_uri
 
     config = replace(config, data=storage.normalise(config.data), output=storage.normalise(config.output))
     remote = bool(config.address) or cluster.submitted()
     findings = [authentication(config.address), token_file(), run_name(config)]
     try:
-        uri = tracking_uri(config.tracking_uri)
+        uri = resolve_tracking_uri(config.tracking_uri)
     except UserError as cause:
         findings.append(refused("tracking server", cause))
         uri = ""
@@ -126,7 +126,7 @@ def preflight(address: str | None, tracking_uri: str | None, tracking: bool = Tr
     Whether --output is free is part of each job's own checks; whether the cluster has room, `cluster.announce` says as soon
     as the job has joined it.
     """
-    from pipeline.tracking.run import tracking_uri as resolve
+    from pipeline.tracking import resolve_tracking_uri as resolve
 
     if (found := authentication(address)).status == "error":
         raise UserError(f"{found.message}; {found.remedy}")

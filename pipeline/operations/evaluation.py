@@ -34,7 +34,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.tracking import names, registry, start_run, tracking_uri
+from pipeline.tracking import names, registry, resolve_tracking_uri, search, start_run
 from pipeline.transfer import TransferConfig
 from pipeline.transfer.suites import version as version_of_suite
 from pipeline.weights import checkpoints
@@ -264,7 +264,7 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:
     """Evaluates what lacks an evaluation, records it, moves `champion`, and says what got worse."""
-    uri = tracking_uri(config.tracking_uri)
+    uri = resolve_tracking_uri(config.tracking_uri)
     version = suite_version(config)
     ledger = Ledger(storage.join(storage.normalise(config.output), f"{config.suite}-{version}"))
     done = Round()
@@ -463,7 +463,8 @@ def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Che
     if keep < 1:
         raise UserError("--keep must be at least 1: a run without its last checkpoint cannot be continued")
     referred = {
-        run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint") for run in registry.runs(names.TRANSFER, uri=uri)
+        run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint")
+        for run in search.search_runs(names.TRANSFER, uri=uri)
     }
     referred |= {version.checkpoint for model in registry.model_names(uri) for version in registry.versions(model, uri)}
     spared = {storage.normalise(address) for address in referred if address}

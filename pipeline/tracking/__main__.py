@@ -1,37 +1,65 @@
-"""`python -m pipeline.tracking upload` delivers what runs could not; `list` shows what is waiting."""
+"""`python -m pipeline.tracking upload` delivers what runs could not; `list` shows what is waiting.
+
+Exit code of upload: 0 nothing is left, 1 some records are still here (each with the reason).
+"""
 
 import argparse
 import sys
 from typing import NoReturn
 
-from pipeline.tracking.run import _brief, deliver_all, redacted
-from pipeline.tracking.spool import abandoned, spool_root
+from pipeline.credentials import redacted
+from pipeline.tracking.delivery import deliver_all
+from pipeline.tracking.spool import Spool, Waiting, look_up, spool_root
+
+REASONS = 10  # refused records that are named for each run
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["list", "upload"])
     command = parser.parse_args().command
-    waiting = abandoned()
-    if not waiting:
+    waiting = look_up()
+    if not waiting.abandoned and not waiting.unreadable:
         print(f"nothing is waiting in {spool_root()}")
-    failed = 0
-    # A child needs its parent on the server, and both may have started offline: parents first.
-    for spool in sorted(waiting, key=lambda spool: spool.header["parent_id"] is not None):
-        header = spool.header
-        what = f"{header['experiment']}/{header['name']} ({spool.pending} records) for {redacted(header['uri'])}"
-        if command == "list":
-            print(f"{what} in {spool.folder}")
-            spool.close()
+    left = list_waiting(waiting) if command == "list" else upload(waiting)
+    for folder in waiting.in_use:
+        print(f"in use: {folder} belongs to a run that is still going on and delivers by itself")
+    for folder, why in waiting.unreadable.items():
+        print(f"cannot be read: {folder}: {why}; nothing in it was touched", file=sys.stderr)
+    sys.exit(1 if command == "upload" and (left or waiting.unreadable) else 0)
+
+
+def describe_spool(spool: Spool) -> str:
+    header = spool.header
+    return f"{header['experiment']}/{header['name']} for {redacted(header['uri'])}"
+
+
+def list_waiting(waiting: Waiting) -> int:
+    for spool in waiting.abandoned:
+        print(f"{describe_spool(spool)}: {spool.pending} records, and {spool.rejected} refused ones, in {spool.folder}")
+        spool.close()
+    return len(waiting.abandoned)
+
+
+def upload(waiting: Waiting) -> int:
+    """Delivers every abandoned spool; the number of records that are left."""
+    left = 0
+    for spool, done in deliver_all(waiting.abandoned):
+        what = describe_spool(spool)
+        if not done.left:
+            print(f"uploaded {what}: {done.delivered} records")
             continue
-        try:
-            delivered = deliver_all(spool)
-            print(f"{'uploaded' if delivered else 'uploaded, but some records were refused:'} {what}")
-        except Exception as error:  # one unreachable server must not keep the others' records
-            print(f"not uploaded: {what}: {_brief(error)}", file=sys.stderr)
-            delivered = False
-        failed += not delivered
-    sys.exit(1 if failed else 0)
+        left += done.left
+        print(f"uploaded {done.delivered} records of {what}; {done.left} are left in {spool.folder}", file=sys.stderr)
+        if done.error:
+            print(f"  not sent: {done.error}", file=sys.stderr)
+        for reason in done.reasons[:REASONS]:
+            print(f"  refused: {reason}", file=sys.stderr)
+        if len(done.reasons) > REASONS:
+            print(f"  and {len(done.reasons) - REASONS} more, in rejected.jsonl there", file=sys.stderr)
+    return left
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import tempfile
 
+from pipeline.credentials import redacted
 from pipeline.errors import UserError
+from pipeline.tracking.server import mlflow_address, process_wide, resolve_tracking_uri
 
 SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
@@ -17,18 +19,14 @@ def fetch(uri: str, tracking_uri: str | None = None) -> str:
         return uri
     import mlflow
 
-    from pipeline.tracking.registry import _process_wide
-    from pipeline.tracking.run import redacted
-    from pipeline.tracking.run import tracking_uri as resolve
-
-    where = resolve(tracking_uri)
+    where = resolve_tracking_uri(tracking_uri)
     folder = tempfile.TemporaryDirectory(prefix="mlflow-artifacts-")
     _KEPT.append(folder)
     try:
-        with _process_wide(where):  # registered models are looked up there, whatever the argument says
-            return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=where)
+        with process_wide(where):  # registered models are looked up there, whatever the argument says
+            return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=mlflow_address(where))
     except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}; MLflow is at {redacted(where)}") from error
+        raise UserError(f"{uri}: {redacted(str(error).splitlines()[0])}; MLflow is at {redacted(where)}") from error
 
 
 _KEPT: list[tempfile.TemporaryDirectory] = []

@@ -4,6 +4,10 @@ Runs are compared by name: two spellings of one quantity are two columns that ne
 are the configuration, flattened to `a.b.c`.
 """
 
+import hashlib
+import re
+from typing import Any
+
 # Experiments, one per purpose.
 PREPARE, PRETRAIN, TRANSFER, EVALUATE = "prepare", "pretrain", "transfer", "evaluate"
 COMPARE, VISUALIZE = "compare", "visualize"
@@ -66,6 +70,7 @@ LINEAGE = "lineage."  # + prepare | pretrain | transfer: run id of the run that 
 SPOOL = "spool"  # id given before the server knew the run: makes its creation safe to repeat
 RESUMED = "resumed"  # how many times the run was continued
 CHANGED = "resumed.changed"  # configuration that differs from the first attempt
+REASON = "reason"  # why a run failed or was stopped; absent while it runs and after success
 NONFINITE_TAG = "nonfinite"  # which metrics had non-finite values, how many, since which step
 
 # MLflow's own tag names.
@@ -75,3 +80,27 @@ SOURCE_TYPE = "mlflow.source.type"
 SOURCE_COMMIT = "mlflow.source.git.commit"
 NOTE = "mlflow.note.content"
 USER = "mlflow.user"
+
+# What MLflow's stores accept.
+MAX_NAME, MAX_VALUE = 250, 5000  # characters of a name, and of the value of a tag or parameter
+_REFUSED_IN_NAMES = re.compile(r"[^/\w.\- ]")
+
+
+def valid_name(name: str) -> str:
+    """The name as MLflow accepts it: other characters become `_`, and a hash of the original keeps two such names apart.
+
+    Names contain what users call their files and data sets: `val/v (1)/top1` becomes `val/v _1_-6a1c/top1`.
+    """
+    return "/".join(_valid_part(part) for part in name.split("/"))[:MAX_NAME]
+
+
+def _valid_part(part: str) -> str:
+    valid = _REFUSED_IN_NAMES.sub("_", part) if part not in ("", ".", "..") else "_"
+    if len(valid) > 100:
+        valid = valid[:100]
+    return valid if valid == part else f"{valid}-{hashlib.sha256(part.encode(errors='replace')).hexdigest()[:4]}"
+
+
+def valid_value(value: Any) -> str:
+    """The text of a tag or parameter as every store accepts it: no NUL, valid Unicode, not too long."""
+    return str(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:MAX_VALUE]

@@ -1,25 +1,26 @@
-"""Registered models and the reading side of tracking: versions, aliases, scores, and tables of runs.
+"""Registered models: versions, aliases and scores.
 
 A model version stands for one checkpoint that is worth keeping. Its weights are copied into MLflow with the code to run
 them; its scores are tags here and metrics of the LoggedModel behind it. Alias `candidate` is the newest version,
 `champion` the one that scheduled evaluation has found best.
 """
 
-import contextlib
 import io
 import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.tracking.run import PROJECT, client, run_url, tracking_uri
+from pipeline.tracking.environment import PROJECT
+from pipeline.tracking.search import search_runs
+from pipeline.tracking.server import client, experiment_id, process_wide, resolve_tracking_uri
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 # What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
@@ -40,29 +41,12 @@ class Version:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class RunInfo:
-    """A finished or running MLflow run, read back."""
-
-    id: str
-    name: str
-    experiment: str
-    status: str
-    start_time: int
-    url: str
-    path: str
-    """The run's place under the address of any server: for links inside MLflow."""
-    params: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-
-
 def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, uri: str | None = None) -> Version:
     """Makes a committed checkpoint folder a new version of the model `name`, alias `candidate`.
 
     A checkpoint that is registered already is returned as it is. Raises UserError when it has no COMMIT.json.
     """
-    uri, checkpoint = tracking_uri(uri), storage.normalise(checkpoint)
+    uri, checkpoint = resolve_tracking_uri(uri), storage.normalise(checkpoint)
     try:
         commit = storage.read_json(storage.join(checkpoint, "COMMIT.json"))
     except FileNotFoundError as error:
@@ -75,8 +59,6 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     if run_id:
         experiment = mlflow.get_run(run_id).info.experiment_id
     else:  # weights that no run of this server made
-        from pipeline.tracking.run import experiment_id
-
         experiment = experiment_id(uri, names.PRETRAIN)
     tags = {names.CHECKPOINT: checkpoint, "step": str(commit["step"])}
     if "images_seen" in commit:
@@ -92,24 +74,12 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         raise
     mlflow.finalize_logged_model(model.model_id, "READY")
     _ensure_model(name, uri)
-    with _process_wide(uri):  # MLflow looks the logged model up there, whatever the client's own address
+    with process_wide(uri):  # MLflow looks the logged model up there, whatever the client's own address
         made = mlflow.create_model_version(
             name, f"models:/{model.model_id}", run_id, {**tags, "model_id": model.model_id}, model_id=model.model_id
         )
     mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
     return next(version for version in versions(name, uri) if version.version == int(made.version))
-
-
-@contextlib.contextmanager
-def _process_wide(uri: str) -> Iterator[None]:
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 def _save_classifier(checkpoint: str, folder: str) -> None:
@@ -166,7 +136,7 @@ def _ensure_model(name: str, uri: str) -> None:
 
 def run_of(checkpoint: str, uri: str) -> str | None:
     """The pretrain run whose output folder holds the checkpoint."""
-    for run in runs(names.PRETRAIN, uri=uri):
+    for run in search_runs(names.PRETRAIN, uri=uri):
         output = run.params.get("output", "")
         if output and checkpoint.startswith(storage.normalise(output) + "/"):
             return run.id
@@ -178,7 +148,7 @@ def model_names(uri: str | None = None) -> list[str]:
     found: list[str] = []
     token = None
     while True:
-        page = client(tracking_uri(uri)).search_registered_models(page_token=token)
+        page = client(resolve_tracking_uri(uri)).search_registered_models(page_token=token)
         found += [model.name for model in page]
         token = page.token
         if not token:
@@ -187,7 +157,7 @@ def model_names(uri: str | None = None) -> list[str]:
 
 def versions(name: str, uri: str | None = None) -> list[Version]:
     """Every version of a registered model, oldest first; none when the model does not exist."""
-    mlflow = client(tracking_uri(uri))
+    mlflow = client(resolve_tracking_uri(uri))
     found, token = [], None
     while True:
         page = mlflow.search_model_versions(f"name = '{name}'", max_results=100, page_token=token)
@@ -233,7 +203,7 @@ def version_at(address: str, uri: str | None = None) -> Version | None:
 
 def versions_of(checkpoint: str, uri: str | None = None) -> list[Version]:
     """The registered versions that a checkpoint is, under whatever model names."""
-    found = client(tracking_uri(uri)).search_model_versions(f"tags.`{names.CHECKPOINT}` = '{checkpoint}'")
+    found = client(resolve_tracking_uri(uri)).search_model_versions(f"tags.`{names.CHECKPOINT}` = '{checkpoint}'")
     return [
         v for name in sorted({item.name for item in found}) for v in versions(name, uri) if v.checkpoint == checkpoint
     ]
@@ -247,7 +217,7 @@ def record_evaluation(
     result: mean, spread (percent points), scores {task: top-1 in percent}; `run_id`: the run that has logged them.
     Repeating it changes nothing.
     """
-    mlflow = client(tracking_uri(uri))
+    mlflow = client(resolve_tracking_uri(uri))
     suite = key.partition(":")[0]
     summary = {"mean": result["mean"], "spread": result["spread"], "run": run_id}
     number = str(version.version)
@@ -268,39 +238,4 @@ def record_evaluation(
 
 
 def set_alias(version: Version, alias: str, uri: str | None = None) -> None:
-    client(tracking_uri(uri)).set_registered_model_alias(version.name, alias, str(version.version))
-
-
-# ---------------------------------------------------------------- reading runs
-
-
-def runs(experiment: str, *, filter: str = "", uri: str | None = None) -> Iterator[RunInfo]:
-    """The active runs of an experiment, newest first; `filter` is MLflow's search syntax."""
-    uri = tracking_uri(uri)
-    mlflow = client(uri)
-    found = mlflow.get_experiment_by_name(experiment)
-    token = None
-    while found is not None:
-        page = mlflow.search_runs([found.experiment_id], filter, max_results=1000, page_token=token)
-        for run in page:
-            yield RunInfo(
-                id=run.info.run_id,
-                name=run.info.run_name or run.info.run_id[:8],
-                experiment=experiment,
-                status=run.info.status,
-                start_time=run.info.start_time,
-                url=run_url(uri, found.experiment_id, run.info.run_id),
-                path=f"#/experiments/{found.experiment_id}/runs/{run.info.run_id}",
-                params=dict(run.data.params),
-                metrics=dict(run.data.metrics),
-                tags=dict(run.data.tags),
-            )
-        token = page.token
-        if not token:
-            return
-
-
-def metric_history(run_id: str, metric: str, uri: str | None = None) -> list[tuple[int, float]]:
-    """[(step, value)] in the order of steps."""
-    history = client(tracking_uri(uri)).get_metric_history(run_id, metric)
-    return sorted((point.step, point.value) for point in history)
+    client(resolve_tracking_uri(uri)).set_registered_model_alias(version.name, alias, str(version.version))

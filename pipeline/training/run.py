@@ -64,7 +64,7 @@ def pretrain(
         config=config,
         tags={names.RECIPE: recipe, names.DATA_FINGERPRINT: plan.data_fingerprint, names.CHECKPOINT: output},
         run_id=record.get("run_id"),
-        tracking_uri=tracking.tracking_uri(config.tracking_uri),
+        tracking_uri=tracking.resolve_tracking_uri(config.tracking_uri),
     )
     status = "FAILED"
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def _register(config: PretrainConfig, run_id: str | None) -> None:
     here = checkpoint.find(config.output)
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
     best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
-    uri = tracking.tracking_uri(config.tracking_uri)
+    uri = tracking.resolve_tracking_uri(config.tracking_uri)
     try:
         for worth_keeping in dict.fromkeys((best.uri, here[-1].uri)):
             version = registry.register(worth_keeping, name=config.register, run_id=run_id, uri=uri)

@@ -25,7 +25,7 @@ STEPS = 3000
 sys.path.insert(0, str(PROJECT))
 
 from pipeline.tracking import start_run  # noqa: E402
-from pipeline.tracking.registry import metric_history  # noqa: E402
+from pipeline.tracking.search import metric_history  # noqa: E402
 
 
 def serve(folder: str, port: int) -> subprocess.Popen:

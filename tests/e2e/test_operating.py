@@ -69,14 +69,14 @@ SAYS = {
 
 LEFT_BEHIND = """
 import os
-from pipeline.tracking import run as tracking
+from pipeline.tracking import server, start_run
 
 def away(uri):
     raise ConnectionError("MLflow is away")
 
-run = tracking.start_run("operating", "left")
+run = start_run("operating", "left")
 run.flush()
-tracking.client = away
+server.client = away
 run.log({"train/loss": 1.0}, step=1)
 os._exit(1)
 """

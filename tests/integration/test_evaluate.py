@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
 from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
-from pipeline.tracking import names, registry, start_run
+from pipeline.tracking import names, registry, search, start_run
 from pipeline.weights import checkpoints
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -27,7 +27,7 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    from pipeline.tracking.run import client
+    from pipeline.tracking.server import client
 
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
     client(uri)
@@ -83,10 +83,10 @@ def test_every_checkpoint_is_evaluated_once_and_becomes_a_learning_curve(config,
     third = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
     assert [len(done.evaluated) for done in (first, second, third)] == [1, 1, 0]
     assert len(calls) == 2
-    curves = [run for run in registry.runs("evaluate", uri=config.tracking_uri) if run.name == "run / demo"]
+    curves = [run for run in search.search_runs("evaluate", uri=config.tracking_uri) if run.name == "run / demo"]
     assert len(curves) == 1
-    assert registry.metric_history(curves[0].id, names.MEAN_SCORE, config.tracking_uri) == [(10, 40.0), (20, 50.0)]
-    assert registry.metric_history(curves[0].id, names.IMAGES_SEEN, config.tracking_uri) == [(10, 640.0), (20, 1280.0)]
+    assert search.metric_history(curves[0].id, names.MEAN_SCORE, config.tracking_uri) == [(10, 40.0), (20, 50.0)]
+    assert search.metric_history(curves[0].id, names.IMAGES_SEEN, config.tracking_uri) == [(10, 640.0), (20, 1280.0)]
     assert curves[0].tags["lineage.pretrain"] == training.id
 
 
@@ -193,9 +193,9 @@ def test_a_result_whose_recording_was_interrupted_is_recorded_later_without_eval
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "record", lambda *_: None)
         evaluate_once(config, evaluate=scored(40.0, calls))
-    before = len(list(registry.runs("evaluate", uri=config.tracking_uri)))
+    before = len(list(search.search_runs("evaluate", uri=config.tracking_uri)))
     evaluate_once(config, evaluate=scored(40.0, calls))
-    assert len(list(registry.runs("evaluate", uri=config.tracking_uri))) == before + 1
+    assert len(list(search.search_runs("evaluate", uri=config.tracking_uri))) == before + 1
     assert len(calls) == 1
 
 

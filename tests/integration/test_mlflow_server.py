@@ -22,8 +22,9 @@ import psutil
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.tracking import names, registry, start_run
+from pipeline.tracking import names, registry, search, start_run
 from pipeline.tracking import run as run_module
+from pipeline.tracking.server import client
 from pipeline.tracking.spool import spool_root
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -153,7 +154,7 @@ def tracking(server, tmp_path, monkeypatch):
 
 
 def steps(uri, run_id):
-    return [step for step, _ in registry.metric_history(run_id, names.LOSS, uri)]
+    return [step for step, _ in search.metric_history(run_id, names.LOSS, uri)]
 
 
 def log_steps(run, first, last):
@@ -305,7 +306,7 @@ def test_disk_full_for_the_buffer(tracking, count):
     assert done.returncode == 0, done.stderr
     run_id, complete = done.stdout.split()
     assert complete == "False"  # the large artifact at least found no room
-    stored = run_module.client(tracking).get_run(run_id)
+    stored = client(tracking).get_run(run_id)
     lost = int(stored.data.tags["lost"].split()[0])
     assert f"{lost} records of run {run_id} were lost" in done.stderr
     arrived = steps(tracking, run_id)
@@ -326,4 +327,4 @@ def test_object_store_gone_for_a_while_delays_artifacts_only(tracking, store):
     store.start()
     store.client = store.bucket()
     assert run.finish(timeout=120)
-    assert run_module.client(tracking).list_artifacts(run.id)[-1].path == "late.txt"
+    assert client(tracking).list_artifacts(run.id)[-1].path == "late.txt"

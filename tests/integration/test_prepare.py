@@ -29,7 +29,7 @@ from pipeline.data.prepare.worker import prepare_slice
 from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.tracking import start_run
-from pipeline.tracking.run import client as tracking_client
+from pipeline.tracking.server import client as tracking_client
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -20,8 +20,8 @@ from conftest import free_port
 from rayhead import ray_head
 
 from pipeline import cluster
+from pipeline.credentials import redacted
 from pipeline.operations import doctor
-from pipeline.tracking.run import redacted
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

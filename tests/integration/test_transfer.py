@@ -23,8 +23,7 @@ from pipeline.data import open_dataset
 from pipeline.data.format.shards import write_dataset
 from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
-from pipeline.tracking import registry, start_run
-from pipeline.tracking import run as run_module
+from pipeline.tracking import registry, search, server, start_run
 from pipeline.transfer import TransferConfig, fanout, report, run_suite, suites
 from pipeline.transfer.run import attach_scores, load_checkpoint
 from pipeline.transfer.suites import FineTune, Split, Task
@@ -225,7 +224,7 @@ def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypat
     assert key == f"vtab1k:{suites.version(settings)}"
     assert (evaluation["mean"], evaluation["run"]) == (60.0, parent.id)
     assert evaluation["spread"] == pytest.approx(((0.7 * 0.3 + 0.5 * 0.5) / 100) ** 0.5 / 2 * 100)
-    client = run_module.client(uri)
+    client = server.client(uri)
     metrics = {metric.key: metric.value for metric in client.get_logged_model(version.model_id).metrics}
     assert metrics == {"score_mean": 60.0, "score/pets": 70.0, "score/svhn": 50.0}
     assert len(client.get_metric_history(parent.id, "score/pets")) == 1
@@ -492,7 +491,7 @@ def test_decontaminated_accuracy_from_raw_images_to_the_report(world, tmp_path):
     assert score["values"] == [pytest.approx(100 * found.correct().mean())]
     assert score["clean"] == [pytest.approx(100 * found.correct()[kept].mean())]
     assert "without seen images" in (tmp_path / "out" / "report.md").read_text()
-    (run,) = [r for r in registry.runs("transfer", uri=uri) if "score_clean/own" in r.metrics]
+    (run,) = [r for r in search.search_runs("transfer", uri=uri) if "score_clean/own" in r.metrics]
     assert run.metrics["score_clean_mean"] == pytest.approx(score["clean"][0])
 
 

@@ -15,7 +15,7 @@ from models import create_model
 from pipeline import storage
 from pipeline.data.format.shards import write_dataset
 from pipeline.errors import UserError
-from pipeline.tracking import registry
+from pipeline.tracking import registry, search, server
 from pipeline.weights import locate, open_model, save_checkpoint_weights
 from tests.runs import commit_checkpoint
 from tests.weights import google_arrays
@@ -93,7 +93,7 @@ def test_a_registered_model_classifies_where_nothing_of_this_project_is_installe
     answer = json.loads(done.stdout.splitlines()[-1])
     assert set(answer["label"].values()) == {"abc"[expected.argmax()]}
     assert answer["probability"]["0"] == pytest.approx(expected.max().item(), abs=1e-4)
-    logged = registry.client(uri).get_logged_model(version.model_id)
+    logged = server.client(uri).get_logged_model(version.model_id)
     assert (logged.status, logged.tags["step"]) == ("READY", "1")
     requirements = (tmp_path / "mlruns").rglob("requirements.txt")
     assert all("+" not in line for file in requirements for line in file.read_text().splitlines())
@@ -181,5 +181,5 @@ def test_google_files_and_registered_models_through_the_jobs(tmp_path):
     ((key, evaluation),) = version.evaluations.items()  # the scores came back to it
     assert key.startswith("folder:")
     assert evaluation["mean"] == pytest.approx(from_registry["mean"])
-    (run,) = [run for run in registry.runs("transfer", uri=uri) if run.id == from_registry["run_id"]]
+    (run,) = [run for run in search.search_runs("transfer", uri=uri) if run.id == from_registry["run_id"]]
     assert run.tags["lineage.pretrain"] == version.run_id

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pipeline.credentials import redacted
 from pipeline.errors import UserError
-from pipeline.tracking import names, start_run, tracking_uri
+from pipeline.tracking import environment, names, resolve_tracking_uri, server, start_run
 from pipeline.tracking import run as run_module
 from pipeline.tracking.spool import Queue, spool_root
 from pipeline.tracking.system import SystemMetrics
@@ -34,7 +35,7 @@ class Config:
 def empty_database(tmp_path_factory):
     """MLflow's tables take seconds to make: once, then copied."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    run_module.client(f"sqlite:///{path}")
+    server.client(f"sqlite:///{path}")
     return path
 
 
@@ -51,11 +52,11 @@ class Outage:
     """Stands between the code and the MLflow client: `down` refuses every call, `lose_answers` performs and then fails."""
 
     def __init__(self, monkeypatch):
-        self.real = run_module.client
+        self.real = server.client
         self.down = False
         self.lose_answers = 0
         self.delay = 0.0
-        monkeypatch.setattr(run_module, "client", self)
+        monkeypatch.setattr(server, "client", self)
 
     def __call__(self, uri):
         return _Proxy(self, self.real(uri))
@@ -85,7 +86,7 @@ def outage(monkeypatch):
 
 
 def history(uri, run_id, key):
-    return [(point.step, point.value) for point in run_module.client(uri).get_metric_history(run_id, key)]
+    return [(point.step, point.value) for point in server.client(uri).get_metric_history(run_id, key)]
 
 
 def wait_until(condition, seconds=10):
@@ -101,7 +102,7 @@ def test_a_run_carries_config_data_code_and_metrics(uri):
             run.log({names.LOSS: 1 / step, names.IMAGES_SEEN: step * 64}, step=step)
         run.log_dataset("s3://bucket/shards/", {"fingerprint": "0a1b2c", "rows": 7}, role="train")
         run.log_text("# Report", "report.md")
-    client = run_module.client(uri)
+    client = server.client(uri)
     stored = client.get_run(run.id)
     assert stored.info.status == "FINISHED"
     assert stored.data.params == {"variant": "Ti/16", "optimiser.lr": "0.001"}
@@ -135,7 +136,7 @@ def test_the_end_state_is_honest(uri, error, status):
             body()
     else:
         body()
-    assert run_module.client(uri).get_run(runs[0].id).info.status == status
+    assert server.client(uri).get_run(runs[0].id).info.status == status
 
 
 def test_a_resumed_run_has_every_step_once(uri):
@@ -153,7 +154,7 @@ def test_a_resumed_run_has_every_step_once(uri):
     again.finish()
     assert again.id == first.id
     assert history(uri, first.id, names.LOSS) == [(step, float(step)) for step in range(10, 81, 10)]
-    stored = run_module.client(uri).get_run(first.id)
+    stored = server.client(uri).get_run(first.id)
     assert stored.data.metrics[names.MEAN_SCORE] == 2.0
     assert stored.data.metrics[names.GPU_HOURS] == 5.0
     assert stored.data.params["variant"] == "Ti/16"
@@ -166,7 +167,7 @@ def test_a_run_of_another_server_continues_as_a_new_one(uri):
     with start_run("pretrain", "moved", run_id="0" * 32, tracking_uri=uri) as run:
         run.log({names.LOSS: 1.0}, step=5)
     assert run.id != "0" * 32
-    assert run_module.client(uri).get_run(run.id).data.tags["resumed.from"] == "0" * 32
+    assert server.client(uri).get_run(run.id).data.tags["resumed.from"] == "0" * 32
     assert history(uri, run.id, names.LOSS) == [(5, 1.0)]
 
 
@@ -185,7 +186,7 @@ def test_nonfinite_values_are_flagged_and_not_stored(uri):
             run.log({names.LOSS: loss}, step=step)
     assert history(uri, run.id, names.LOSS) == [(0, 2.0), (3, 1.0)]
     assert history(uri, run.id, names.NONFINITE + names.LOSS) == [(1, 1.0), (2, 2.0)]
-    tags = run_module.client(uri).get_run(run.id).data.tags
+    tags = server.client(uri).get_run(run.id).data.tags
     assert tags[names.NONFINITE_TAG] == f"{names.LOSS}: 2 since step 1"
 
 
@@ -198,7 +199,7 @@ def test_lineage_reaches_back_through_all_sources(uri):
         pretrain.log_dataset("/a/copy/of/shards", {"fingerprint": "0a1b2c"})
     with start_run("transfer", "scores", tracking_uri=uri) as transfer:
         transfer.link("pretrain", pretrain.id)
-    tags = run_module.client(uri).get_run(transfer.id).data.tags
+    tags = server.client(uri).get_run(transfer.id).data.tags
     assert (tags["lineage.prepare"], tags["lineage.pretrain"]) == (prepare.id, pretrain.id)
     for run in (prepare, pretrain):
         assert f"/runs/{run.id})" in tags[names.NOTE]
@@ -212,8 +213,8 @@ def test_system_metrics_of_each_node_join_the_one_run(uri):
             SystemMetrics(run.id, uri, node="node-1", every=0.1),
         ):
             time.sleep(0.3)
-        assert run_module.client(uri).get_run(run.id).info.status == "RUNNING"  # only its owner ends it
-    metrics = run_module.client(uri).get_run(run.id).data.metrics
+        assert server.client(uri).get_run(run.id).info.status == "RUNNING"  # only its owner ends it
+    metrics = server.client(uri).get_run(run.id).data.metrics
     assert 0 <= metrics["system/node-0/cpu_percent"] <= 100
     assert metrics["system/node-1/memory_gb"] > 0
     assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] < 60  # seconds since the run's start
@@ -238,7 +239,7 @@ def test_energy_of_all_nodes_and_attempts_adds_up(uri, tmp_path, monkeypatch):
         assert second[f"system/{node}/gpu_energy_kwh"] > first[f"system/{node}/gpu_energy_kwh"] > 0.2 * 0.05
     assert second["system/node-0/gpu0_percent"] == 55
     assert "system/node-0/gpu1_percent" not in second
-    stored = run_module.client(uri).get_run(run.id).data.metrics[names.ENERGY_KWH]
+    stored = server.client(uri).get_run(run.id).data.metrics[names.ENERGY_KWH]
     assert stored == pytest.approx(sum(second[f"system/{node}/gpu_energy_kwh"] for node in ("node-0", "node-1")))
 
 
@@ -252,16 +253,16 @@ def test_the_commit_and_what_is_not_committed_are_recorded(uri, tmp_path, monkey
     git("add", "train.py")
     git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "first")
     (tmp_path / "code" / "train.py").write_text("lr = 2\n")
-    monkeypatch.setattr(run_module, "PROJECT", str(tmp_path / "code"))
-    for cached in (run_module._code_version, run_module._code_diff):
+    monkeypatch.setattr(environment, "PROJECT", str(tmp_path / "code"))
+    for cached in (environment.code_tags, environment.code_diff):
         cached.cache_clear()
     try:
         with start_run("pretrain", "dirty", tracking_uri=uri) as run:
             pass
     finally:
-        for cached in (run_module._code_version, run_module._code_diff):
+        for cached in (environment.code_tags, environment.code_diff):
             cached.cache_clear()
-    client = run_module.client(uri)
+    client = server.client(uri)
     tags = client.get_run(run.id).data.tags
     assert len(tags[names.COMMIT]) == 40
     assert tags[names.DIRTY] == "true"
@@ -272,12 +273,12 @@ def test_the_commit_and_what_is_not_committed_are_recorded(uri, tmp_path, monkey
 # ---------------------------------------------------------------- the server misbehaves
 
 
-def test_a_server_that_is_away_at_the_start_gets_everything_later(uri, outage, capfd):
+def test_a_server_that_is_away_at_the_start_gets_everything_later(uri, outage, caplog):
     outage.down = True
     parent = start_run("transfer", "parent", tracking_uri=uri)
     child = start_run("transfer", "child", parent_id=parent.id, tracking_uri=uri)
     assert parent.id.startswith("offline-")
-    assert "cannot be reached" in capfd.readouterr().err
+    assert "cannot be reached" in caplog.text
     child.log({"score/dtd": 50.0})
     parent.log({names.MEAN_SCORE: 50.0})
     outage.down = False
@@ -301,16 +302,15 @@ def test_a_lost_answer_neither_doubles_nor_loses(uri, outage):
     assert history(uri, run.id, names.LOSS) == [(step, float(step)) for step in range(20)]
 
 
-def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them(uri, outage, capfd, monkeypatch):
+def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them(uri, outage, caplog):
     outage.down = True
     run = start_run("pretrain", "offline", config=Config(), tracking_uri=uri)
     for step in range(1, 6):
         run.log({names.LOSS: float(step)}, step=step)
     run.log_text("hello", "notes/hello.txt")
     assert run.finish(timeout=1) is False
-    said = capfd.readouterr().err
-    assert "not delivered" in said
-    assert "python -m pipeline.tracking upload" in said
+    assert "not delivered" in caplog.text
+    assert "python -m pipeline.tracking upload" in caplog.text
     offline = run.id
     outage.down = False
     environment = {**os.environ, "PYTHONPATH": PROJECT}
@@ -318,7 +318,7 @@ def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_t
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "uploaded pretrain/offline" in done.stdout
-    run_id = run_module._lookup(uri, offline)
+    run_id = server.find_run(uri, offline)
     assert history(uri, run_id, names.LOSS) == [(step, float(step)) for step in range(1, 6)]
     stored = outage.real(uri).get_run(run_id)
     assert stored.info.status == "FINISHED"
@@ -329,14 +329,14 @@ def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_t
 
 KILLED = """
 import os, signal, sys
-from pipeline.tracking import run as r
-real = r.client
+from pipeline.tracking import run as r, server
+real = server.client
 class Down:
     def __getattr__(self, name):
         if name in ("log_batch", "log_artifact"):
             raise ConnectionError("down")
         return getattr(real(sys.argv[1]), name)
-r.client = lambda uri: Down()
+server.client = lambda uri: Down()
 run = r.start_run("pretrain", "killed", run_id=sys.argv[2] or None, tracking_uri=sys.argv[1])
 print(run.id, flush=True)
 for step in range(1, 31):
@@ -359,15 +359,16 @@ def test_what_a_killed_process_logged_is_delivered_by_the_next_attempt(uri):
     assert not os.listdir(spool_root())
 
 
-def test_a_refused_record_does_not_hold_up_the_others(uri, capfd):
+def test_a_refused_record_does_not_hold_up_the_others(uri, monkeypatch, caplog):
     run = start_run("pretrain", "refused", config={"a": 1}, tracking_uri=uri)
     run.flush()
     run.log_params({"a": 2})  # MLflow never changes a parameter
+    monkeypatch.setattr(names, "valid_name", str)  # a name that nobody foresaw
     for step in range(5):
         run.log({names.LOSS: 1.0, "bad|name": 2.0} if step == 2 else {names.LOSS: 1.0}, step=step)
     assert run.finish() is False
-    assert {step for step, _ in history(uri, run.id, names.LOSS)} >= {0, 1, 3, 4}
-    assert "2 refused by it" in capfd.readouterr().err
+    assert [step for step, _ in history(uri, run.id, names.LOSS)] == [0, 1, 2, 3, 4]
+    assert "2 of them refused" in caplog.text
     with open(os.path.join(run._spool.folder, "rejected.jsonl")) as file:
         assert [json.loads(line)["kind"] for line in file] == ["params", "metrics"]
 
@@ -388,7 +389,7 @@ def test_logging_costs_a_step_nothing_while_the_server_hangs(uri, outage):
 
 def test_a_deleted_experiment_is_an_error_before_the_work(uri):
     start_run("gone", "x", tracking_uri=uri).finish()
-    client = run_module.client(uri)
+    client = server.client(uri)
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
     with pytest.raises(UserError, match='"gone" was deleted'):
         start_run("gone", "y", tracking_uri=uri)
@@ -470,13 +471,13 @@ def test_queue_is_bounded(tmp_path, monkeypatch):
 def test_the_default_is_one_database_whatever_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking_uri("sqlite:///runs/x.db") == f"sqlite:///{tmp_path}/runs/x.db"
+    assert resolve_tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_tracking_uri("sqlite:///runs/x.db") == f"sqlite:///{tmp_path}/runs/x.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000/")
-    assert tracking_uri() == "http://mlflow:5000"
+    assert resolve_tracking_uri() == "http://mlflow:5000"
     with pytest.raises(UserError, match=r"sqlite:///mlruns/mlflow\.db"):
-        tracking_uri("mlruns")
+        resolve_tracking_uri("mlruns")
 
 
 def test_passwords_do_not_reach_messages():
-    assert run_module.redacted("postgresql://me:secret@db/mlflow") == "postgresql://***@db/mlflow"
+    assert redacted("postgresql://me:secret@db/mlflow") == "postgresql://***@db/mlflow"

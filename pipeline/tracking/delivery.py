@@ -1,0 +1,382 @@
+"""Sending the records of a spool to MLflow: in batches, in order, and again until the server has them.
+
+A record that the server refuses is set aside with the reason; it neither holds up the others nor gets lost. A run that was
+deleted refuses everything: its records stay in their queues, and arrive once it is restored.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.credentials import redacted
+from pipeline.errors import UserError
+from pipeline.tracking import names, server
+from pipeline.tracking.server import RunUnavailableError
+from pipeline.tracking.spool import Spool, look_up, offline_id
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+BATCH = 1000  # entities in one log_batch request (MLflow's limit)
+BATCH_OF_KIND = 100  # of them parameters, and tags
+MADE_FROM = "Made from:"
+ENDED = ("**Failed:**", "**Stopped:**")  # what the paragraph of the description with the reason begins with
+
+
+class Entity(NamedTuple):
+    """One metric point, parameter or tag."""
+
+    kind: str
+    key: str
+    value: Any
+    """A number for a metric, text otherwise."""
+    time: int = 0
+    step: int = 0
+
+
+class Delivery:
+    """Sends one spool's records to the server. Not thread-safe per queue: one thread sends metrics, one artifacts.
+
+    fill_gaps: the run may have points already; only the steps that it lacks are sent.
+    live: the run's own process delivers, so that the run is running.
+    """
+
+    def __init__(self, spool: Spool, *, fill_gaps: bool, live: bool = True):
+        self.spool, self.fill_gaps, self.live = spool, fill_gaps, live
+        self.run_id: str | None = None
+        self.experiment = ""
+        self.started = 0.0  # epoch seconds, as the server has it
+        self.costs: dict[str, float] = {}  # of earlier attempts
+        self._known: dict[str, dict[int, float]] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def uri(self) -> str:
+        return self.spool.header["uri"]
+
+    @property
+    def client(self) -> "MlflowClient":
+        return server.client(self.uri)
+
+    # -------- the run
+
+    def resolve(self) -> str:
+        """The server's id of the run, which is created when it does not exist yet. Safe to repeat after any failure."""
+        with self._lock:
+            if self.run_id:
+                return self.run_id
+            header = self.spool.header
+            wanted = header["run_id"]
+            if wanted:
+                _deliver_earlier(wanted)
+            run_id = server.find_run(self.uri, wanted) if wanted else None
+            if run_id is None:
+                self.experiment = server.experiment_id(self.uri, header["experiment"])
+                run_id = self._create(wanted)
+            run = self.client.get_run(run_id)
+            self.experiment = run.info.experiment_id
+            self.started = run.info.start_time / 1000
+            self.costs = {key: value for key, value in run.data.metrics.items() if key.startswith(names.COST)}
+            header["run_id"] = run_id
+            self.spool.save_header()
+            self.run_id = run_id
+            return run_id
+
+    def _create(self, wanted: str | None) -> str:
+        header = self.spool.header
+        spool_tag = wanted if wanted and wanted.startswith("offline-") else offline_id(self.spool.id)
+        tags = {**header["tags"], names.SPOOL: spool_tag}
+        if wanted and wanted != spool_tag:
+            logger.warning("run %s is not known to %s; a new run starts", wanted, redacted(self.uri))
+            tags["resumed.from"] = wanted
+        if header["parent_id"]:
+            parent = server.find_run(self.uri, header["parent_id"])
+            if parent is None:
+                raise RunUnavailableError(
+                    f"the parent run {header['parent_id']} is not on the server (any more, or yet)"
+                )
+            tags[names.PARENT] = parent
+        # A creation whose answer was lost must not be made again.
+        if header.get("tried") and (found := server.find_run(self.uri, spool_tag)):
+            return found
+        header["tried"] = True
+        self.spool.save_header()
+        return self.client.create_run(
+            self.experiment, header["start_time"], tags=tags, run_name=header["name"]
+        ).info.run_id
+
+    def _require_run(self) -> None:
+        """Raises RunUnavailableError when the run was deleted: then it is no single record that the server refuses."""
+        if server.find_run(self.uri, self.resolve()) is None:
+            raise RunUnavailableError(f"run {self.run_id} or its experiment was deleted; restore it in MLflow")
+
+    # -------- queues
+
+    def send_metrics(self) -> bool:
+        """Sends one portion of the metrics queue; False when it is empty. Raises what the server or network raises."""
+        records = self.spool.metrics.read(BATCH)
+        if not records:
+            return False
+        self.resolve()
+        entities: list[Entity] = []
+        for record in records:
+            if record.get("kind") in ("metrics", "tags", "params"):
+                entities += self._entities(record)
+                continue
+            self._send(entities)
+            entities = []
+            self._guarded(record, self._send_record)
+        self._send(entities)
+        self.spool.metrics.commit()
+        return True
+
+    def send_artifacts(self) -> bool:
+        """Sends one artifact; False when there is none."""
+        records = self.spool.artifacts.read(1)
+        if not records:
+            return False
+        self.resolve()
+        self._guarded(records[0], self._send_artifact)
+        self.spool.artifacts.commit()
+        return True
+
+    def _guarded(self, record: dict, send: Callable[[dict], None]) -> None:
+        """Sends a record, and sets it aside when the server refuses it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if record.get("kind") == "unreadable":
+                raise ValueError("the line was damaged on disk")
+            send(record)
+        except MlflowException as error:
+            if error.error_code not in (*server.REFUSALS, "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"):
+                raise
+            self._require_run()
+            self._reject(record, error)
+        except OSError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:  # a record that is not what this program writes
+            self._reject(record, error)
+
+    def _reject(self, record: dict, error: Exception) -> None:
+        logger.warning("%s refused %s: %s", redacted(self.uri), _description(record), redacted(str(error)[:300]))
+        self.spool.reject(record, redacted(str(error)[:1000]))
+
+    # -------- metrics, parameters and tags
+
+    def _entities(self, record: dict) -> list[Entity]:
+        kind, time, step = record["kind"], record.get("time", 0), record.get("step", 0)
+        found = [Entity(kind, key, value, time, step) for key, value in record["values"].items()]
+        return [entity for entity in found if kind != "metrics" or self._is_new(entity)]
+
+    def _is_new(self, point: Entity) -> bool:
+        """Whether the run lacks this point. At step 0 (summaries) another value is news too: the newest one counts."""
+        if not self.fill_gaps:
+            return True
+        if point.key not in self._known:
+            history = self.client.get_metric_history(self.resolve(), point.key)
+            self._known[point.key] = {metric.step: metric.value for metric in history}
+        known = self._known[point.key]
+        return point.step not in known or (point.step == 0 and known[point.step] != point.value)
+
+    def _send(self, entities: Sequence[Entity]) -> None:
+        for portion in _portions(entities):
+            self._send_portion(portion)
+
+    def _send_portion(self, entities: Sequence[Entity]) -> None:
+        """log_batch; a refused portion is halved until the refused name stands alone and is set aside."""
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
+
+        metrics = [Metric(e.key, e.value, e.time, e.step) for e in entities if e.kind == "metrics"]
+        params = [Param(e.key, e.value) for e in entities if e.kind == "params"]
+        tags = [RunTag(e.key, e.value) for e in entities if e.kind == "tags"]
+        try:
+            self.client.log_batch(self.resolve(), metrics, params, tags)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                self._require_run()
+            if error.error_code not in server.REFUSALS:
+                raise
+            self._require_run()
+            if len(entities) > 1:
+                self._send_portion(entities[: len(entities) // 2])
+                self._send_portion(entities[len(entities) // 2 :])
+            else:
+                (refused,) = entities
+                record = {"kind": refused.kind, "values": {refused.key: refused.value}}
+                self._reject(record | {"time": refused.time, "step": refused.step}, error)
+
+    def _set_tags(self, tags: dict[str, str]) -> None:
+        self._send([Entity("tags", key, value) for key, value in tags.items()])
+
+    # -------- other records
+
+    def _send_record(self, record: dict) -> None:
+        kind = record["kind"]
+        if kind == "end":
+            self._end(record["status"], record["time"], record.get("reason", ""))
+        elif kind == "resume":
+            self._resume(record["params"])
+        elif kind == "dataset":
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            role = InputTag("mlflow.data.context", record["role"])
+            self.client.log_inputs(self.resolve(), [DatasetInput(Dataset(**record["dataset"]), [role])])
+        elif kind == "link":
+            source = record["run_id"] if "run_id" in record else self._maker(record["digest"])
+            if source:
+                self._link(record["role"], source)
+        else:
+            raise ValueError(f'no kind of record is called "{kind}"')
+
+    def _end(self, status: str, time_ms: int, reason: str) -> None:
+        run_id = self.resolve()
+        if reason:
+            word = ENDED[1] if status == "KILLED" else ENDED[0]
+            self._set_tags({names.REASON: reason, names.NOTE: self._note(ENDED, f"{word} {reason}")})
+        self.client.set_terminated(run_id, status, time_ms)
+
+    def _note(self, markers: Sequence[str], paragraph: str) -> str:
+        """The run's description with one paragraph, known by what it begins with, replaced; an empty one is removed."""
+        text = self.client.get_run(self.resolve()).data.tags.get(names.NOTE, "")
+        others = [part for part in text.split("\n\n") if part and not part.startswith(tuple(markers))]
+        return "\n\n".join([part for part in (paragraph, *others) if part])[: names.MAX_VALUE]
+
+    def _resume(self, params: dict[str, str]) -> None:
+        """Marks another attempt: the run is running again; parameters that MLflow will not change become a tag."""
+        run_id = self.resolve()
+        run = self.client.get_run(run_id)
+        logged = run.data.params
+        changed = [
+            f"{key}: {logged[key]} -> {value}" for key, value in params.items() if logged.get(key, value) != value
+        ]
+        tags = {names.RESUMED: str(int(run.data.tags.get(names.RESUMED, 0)) + 1)}
+        if changed:
+            tags[names.CHANGED] = names.valid_value("; ".join(changed))
+        if names.REASON in run.data.tags:
+            self.client.delete_tag(run_id, names.REASON)
+            tags[names.NOTE] = self._note(ENDED, "")
+        new = {key: value for key, value in params.items() if key not in logged}
+        self._send([Entity("params", key, value) for key, value in new.items()])
+        self._set_tags(tags)
+        if self.live:
+            self.client.update_run(run_id, status="RUNNING")
+
+    def _maker(self, digest: str) -> str | None:
+        """The newest prepare run whose dataset has this fingerprint; None when the server has none."""
+        experiment = self.client.get_experiment_by_name(names.PREPARE)
+        if experiment is None or not digest.isalnum():
+            return None
+        found = self.client.search_runs([experiment.experiment_id], f"dataset.digest = '{digest}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _link(self, role: str, run_id: str) -> None:
+        """lineage.<role> tags of the source run and of its own sources, and links to click in the description."""
+        found = server.find_run(self.uri, run_id)
+        if found is None:
+            self._set_tags({names.LINEAGE + role: f"{run_id} (not on this server)"})
+            return
+        lineage = {names.LINEAGE + role: found}
+        for run in (found, self.resolve()):
+            tags = self.client.get_run(run).data.tags
+            lineage = {key: value for key, value in tags.items() if key.startswith(names.LINEAGE)} | lineage
+        lines = [MADE_FROM]
+        for key in sorted(lineage):
+            with contextlib.suppress(Exception):  # a source that was deleted since is only not linked
+                info = self.client.get_run(lineage[key]).info
+                link = f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+                lines.append(f"- {key.removeprefix(names.LINEAGE)}: [{info.run_name}]({link})")
+        self._set_tags({**lineage, names.NOTE: self._note([MADE_FROM], "\n".join(lines))})
+
+    def _send_artifact(self, record: dict) -> None:
+        source = os.path.join(self.spool.folder, "files", os.path.basename(record["file"]))
+        if not os.path.exists(source):  # delivered before a crash, which kept us from noting it
+            return
+        folder, name = os.path.split(record["path"])
+        named = os.path.join(f"{source}.d", name)  # MLflow takes the name on disk
+        os.makedirs(os.path.dirname(named), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(source, named)
+        self.client.log_artifact(self.resolve(), named, folder or None)
+        shutil.rmtree(os.path.dirname(named), ignore_errors=True)
+        os.remove(source)
+
+
+def _portions(entities: Sequence[Entity]) -> Iterator[list[Entity]]:
+    """In the sizes that MLflow accepts for one request, in order."""
+    portion: list[Entity] = []
+    counts = dict.fromkeys(("params", "tags"), 0)
+    for entity in entities:
+        if len(portion) == BATCH or counts.get(entity.kind, 0) == BATCH_OF_KIND:
+            yield portion
+            portion, counts = [], dict.fromkeys(counts, 0)
+        portion.append(entity)
+        if entity.kind in counts:
+            counts[entity.kind] += 1
+    if portion:
+        yield portion
+
+
+def _description(record: dict) -> str:
+    """A record in a few words, such as "metrics train/loss"."""
+    subject = ", ".join(record["values"]) if isinstance(record.get("values"), dict) else record.get("path", "")
+    return f"{record.get('kind')} {subject}".strip()
+
+
+# ---------------------------------------------------------------- spools whose writer is gone
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What became of an abandoned spool: how many records the server has now, and how many are still here, and why."""
+
+    delivered: int
+    left: int
+    reasons: tuple[str, ...] = ()
+    """Why each refused record was refused."""
+    error: str = ""
+    """Why the rest could not be sent; empty when the server answered."""
+
+
+def deliver_abandoned(spool: Spool) -> Upload:
+    """Delivers an abandoned spool now, in this thread, with the records that were refused before, and closes it."""
+    spool.requeue_rejected()
+    total, error = spool.pending, ""
+    delivery = Delivery(spool, fill_gaps=True, live=False)
+    try:
+        delivery.resolve()
+        while delivery.send_metrics() or delivery.send_artifacts():
+            pass
+    except Exception as cause:  # one server that is away must not keep the records of the others
+        error = server.first_line(cause)
+        logger.debug("upload of %s", spool.folder, exc_info=True)
+    left = spool.pending + spool.rejected
+    reasons = tuple(f"{_description(record)}: {record.get('reason', '')}" for record in spool.read_rejected())
+    spool.close()
+    return Upload(max(0, total - left), left, reasons, error)
+
+
+def _deliver_earlier(run_id: str) -> None:
+    """Delivers first what a killed attempt of the run still had to say. Raises ConnectionError when the server is away."""
+    for spool in look_up(run_id).abandoned:
+        done = deliver_abandoned(spool)
+        if (
+            done.error
+            and server.RunUnavailableError.__name__ not in done.error
+            and UserError.__name__ not in done.error
+        ):
+            raise ConnectionError(done.error)
+
+
+def deliver_all(spools: Iterable[Spool]) -> Iterator[tuple[Spool, Upload]]:
+    """Delivers spools; a child needs its parent on the server, and both may have started offline: parents go first."""
+    for spool in sorted(spools, key=lambda spool: spool.header["parent_id"] is not None):
+        yield spool, deliver_abandoned(spool)

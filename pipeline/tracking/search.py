@@ -1,0 +1,55 @@
+"""Runs read back from MLflow, as plain values."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.tracking.server import client, resolve_tracking_uri, run_url
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A finished or running MLflow run, read back."""
+
+    id: str
+    name: str
+    experiment: str
+    status: str
+    start_time: int
+    url: str
+    path: str
+    """The run's place under the address of any server: for links inside MLflow."""
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def search_runs(experiment: str, *, filter: str = "", uri: str | None = None) -> Iterator[RunInfo]:
+    """The active runs of an experiment, newest first; `filter` is MLflow's search syntax."""
+    uri = resolve_tracking_uri(uri)
+    mlflow = client(uri)
+    found = mlflow.get_experiment_by_name(experiment)
+    token = None
+    while found is not None:
+        page = mlflow.search_runs([found.experiment_id], filter, max_results=1000, page_token=token)
+        for run in page:
+            yield RunInfo(
+                id=run.info.run_id,
+                name=run.info.run_name or run.info.run_id[:8],
+                experiment=experiment,
+                status=run.info.status,
+                start_time=run.info.start_time,
+                url=run_url(uri, found.experiment_id, run.info.run_id),
+                path=f"#/experiments/{found.experiment_id}/runs/{run.info.run_id}",
+                params=dict(run.data.params),
+                metrics=dict(run.data.metrics),
+                tags=dict(run.data.tags),
+            )
+        token = page.token
+        if not token:
+            return
+
+
+def metric_history(run_id: str, metric: str, uri: str | None = None) -> list[tuple[int, float]]:
+    """[(step, value)] in the order of steps."""
+    history = client(resolve_tracking_uri(uri)).get_metric_history(run_id, metric)
+    return sorted((point.step, point.value) for point in history)

@@ -1,0 +1,227 @@
+"""Which MLflow server runs go to, how it is reached, and what its refusals mean."""
+
+import contextlib
+import fcntl
+import functools
+import gc
+import logging
+import os
+import urllib.parse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.credentials import redacted, take_password, with_password
+from pipeline.errors import UserError
+from pipeline.tracking import names
+from pipeline.tracking.views import experiment_tags
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+logger = logging.getLogger(__name__)
+
+SQLITE = "sqlite:///"
+DATABASES = ("postgresql", "mysql", "mssql")
+CONNECT_SECONDS = 10  # for the first answer of a database
+# A record that is refused with one of these would be refused again; everything else (connection, 5xx, 401, 403, a locked
+# database) is tried again.
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
+NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+class RunUnavailableError(ConnectionError):
+    """The run, its experiment or its parent is deleted or not there yet: its records wait."""
+
+
+# ---------------------------------------------------------------- the address
+
+
+def resolve_tracking_uri(explicit: str | None = None) -> str:
+    """The server to use: `explicit`, MLFLOW_TRACKING_URI, or SQLite in the working directory; always absolute.
+
+    Call it on the driver and hand the result to workers: Ray workers change directory, and a relative SQLite path
+    would become one database each. A password in the address moves into the environment (`pipeline.credentials`).
+    Raises UserError for an address that MLflow cannot record to, and for SQLite in a Ray job's package folder.
+    """
+    uri = take_password(explicit or os.environ.get("MLFLOW_TRACKING_URI") or "")
+    if not uri:
+        folder = os.getcwd()
+        if _is_in_package(folder):
+            folder = os.path.expanduser("~")
+            _warn_of_database(f"{SQLITE}{folder}/mlflow.db")
+        return f"{SQLITE}{folder}/mlflow.db"
+    if uri.startswith(SQLITE):
+        path = os.path.abspath(uri.removeprefix(SQLITE))
+        if _is_in_package(path):
+            raise UserError(
+                f"tracking URI {uri}: {os.path.dirname(path)} is Ray's copy of the project, which Ray deletes; give an "
+                "absolute path outside it, or the address of a server"
+            )
+        return SQLITE + path
+    scheme = uri.partition("://")[0]
+    if "://" not in uri or scheme == "file":
+        raise UserError(f"tracking URI {uri}: MLflow no longer records into a folder; use sqlite:///{uri}/mlflow.db")
+    if scheme not in ("http", "https", "databricks") and scheme.partition("+")[0] not in DATABASES:
+        raise UserError(
+            f"tracking URI {redacted(uri)}: MLflow has no store {scheme}://; use http://, https://, sqlite:/// or postgresql://"
+        )
+    return uri.rstrip("/")
+
+
+def _is_in_package(path: str) -> bool:
+    """Whether the path lies in the copy of the project that `ray job submit` unpacks, and Ray deletes afterwards."""
+    return "/working_dir_files/" in path + "/"
+
+
+@functools.cache
+def _warn_of_database(uri: str) -> None:
+    logger.warning(
+        "MLflow records into %s on this node, because MLFLOW_TRACKING_URI is not set; set it to keep the runs elsewhere",
+        uri,
+    )
+
+
+def run_url(uri: str, experiment: str, run_id: str) -> str:
+    """Where a person sees the run."""
+    return f"{redacted(uri)}/#/experiments/{experiment}/runs/{run_id}" if uri.startswith("http") else redacted(uri)
+
+
+# ---------------------------------------------------------------- the client
+
+
+@functools.lru_cache(maxsize=8)
+def client(uri: str) -> "MlflowClient":
+    """An MLflow client that fails soon: the spool repeats what failed, and nobody waits for it.
+
+    The first use of a SQLite file creates its tables, which takes seconds and must not happen twice at once.
+    Raises ConnectionError for a database that does not answer, UserError for one whose driver is not installed.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout belongs to the jobs
+    from mlflow import MlflowClient
+
+    # its half a million objects stay for good: a garbage collection that walks them would stop a step for long
+    gc.freeze()
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.partition("://")[0].partition("+")[0] in DATABASES:
+        _connect_once(uri)
+    if not uri.startswith(SQLITE):
+        return MlflowClient(mlflow_address(uri))
+    path = uri.removeprefix(SQLITE)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = MlflowClient(mlflow_address(uri))
+        made.get_experiment("0")
+    quoted = mlflow_address(uri).removeprefix(SQLITE)
+    if quoted != path:  # MLflow makes the folder of the quoted path, too
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(quoted))
+    return made
+
+
+def mlflow_address(uri: str) -> str:
+    """The address as MLflow takes it: with a database's password, and with `%` and `?` of a SQLite path quoted."""
+    if uri.startswith(SQLITE):
+        return SQLITE + uri.removeprefix(SQLITE).replace("%", "%25").replace("?", "%3F")
+    return with_password(uri)
+
+
+def _connect_once(uri: str) -> None:
+    """One attempt at the database with a time limit: MLflow itself would try for more than a minute."""
+    import sqlalchemy
+
+    limit = {"connect_timeout": CONNECT_SECONDS} if uri.startswith(("postgresql", "mysql")) else {}
+    try:
+        engine = sqlalchemy.create_engine(mlflow_address(uri), connect_args=limit, poolclass=sqlalchemy.NullPool)
+        engine.connect().close()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{redacted(uri)}: the package {error.name} is not installed; install it, or write postgresql+psycopg://"
+        ) from error
+    except sqlalchemy.exc.OperationalError as error:
+        raise ConnectionError(redacted(str(error.orig).strip().splitlines()[0])) from error
+
+
+@contextlib.contextmanager
+def process_wide(uri: str) -> Iterator[None]:
+    """Makes the server MLflow's global one meanwhile: some of its functions look there, whatever the client's address."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(mlflow_address(uri))
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+# ---------------------------------------------------------------- experiments and runs
+
+
+def experiment_id(uri: str, name: str) -> str:
+    """The id of the experiment, which is created when it is new. SQLite keeps artifacts beside it, in mlruns/.
+
+    Raises UserError when the experiment was deleted.
+    """
+    mlflow = client(uri)
+    found: Experiment | None = mlflow.get_experiment_by_name(name)
+    if found is None:
+        location = None
+        if uri.startswith(SQLITE):
+            folder = os.path.dirname(uri.removeprefix(SQLITE))
+            location = f"file://{urllib.parse.quote(f'{folder}/mlruns/{name}')}"  # MLflow decodes it
+        try:
+            made = mlflow.create_experiment(name, artifact_location=location)
+            for key, value in experiment_tags(name, made).items():
+                mlflow.set_experiment_tag(made, key, value)
+            return made
+        except Exception:  # another process was faster, or the name is truly unusable: then this raises again
+            found = mlflow.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(f'MLflow experiment "{name}" was deleted; restore it or use another name')
+    return found.experiment_id
+
+
+def find_run(uri: str, run_id: str) -> str | None:
+    """The server's id of a run given by its own id or by its offline id; None when the server has no such active run."""
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(uri)
+    if run_id.startswith("offline-"):
+        experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+        found = mlflow.search_runs(experiments, f"tags.{names.SPOOL} = '{run_id}'", max_results=1)
+        return found[0].info.run_id if found else None
+    try:
+        run = mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in NOT_FOUND:
+            return None
+        raise
+    return run_id if run.info.lifecycle_stage == "active" else None
+
+
+# ---------------------------------------------------------------- errors
+
+
+def is_unauthorised(error: Exception) -> bool:
+    """Whether the server does not accept our credentials or our host name, which needs a person."""
+    code = getattr(error, "error_code", "")
+    return (
+        code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
+        or "error code 403" in str(error)
+        or "password authentication failed" in str(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's class and the first line of its message, without passwords."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {redacted(lines[0][:300])}" if lines else type(error).__name__
