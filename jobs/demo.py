@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pipeline import cluster, storage
 from pipeline.config import fingerprint, parse, run_job
-from pipeline.data.format.shards import Manifest
+from pipeline.data.format import Manifest
 from pipeline.data.prepare import RECIPES as PREPARE
 from pipeline.training.recipes import RECIPES as PRETRAIN
 

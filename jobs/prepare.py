@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from pipeline import cluster, config, storage
-from pipeline.data.format.shards import Manifest
+from pipeline.data.format import Manifest
 from pipeline.data.prepare.config import RECIPES, PrepareConfig
 from pipeline.errors import UserError
 
@@ -177,9 +177,9 @@ def gather(argv: list[str], flag: str) -> list[str]:
 
 
 def verify(options: VerifyCommand) -> int:
-    from pipeline.data.format.describe import verify
+    from pipeline.data.format.verify import verify_dataset
 
-    problems = verify(options.uri)
+    problems = verify_dataset(options.uri)
     if options.json:
         print(json.dumps({"uri": options.uri, "ok": not problems, "problems": problems}))
     else:
@@ -188,10 +188,10 @@ def verify(options: VerifyCommand) -> int:
 
 
 def describe(options: DescribeCommand) -> int:
-    from pipeline.data.format.describe import describe
+    from pipeline.data.format.describe import describe_dataset
 
     name = storage.normalise(options.uri).rpartition("/")[2]
-    facts = describe(options.uri, options.output or storage.join("runs", "describe", name))
+    facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name))
     print(json.dumps(facts) if options.json else facts["text"])
     return 0
 

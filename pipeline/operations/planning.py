@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
-from pipeline.data.format.shards import ROW_GROUP_BYTES, SHARD_BYTES
+from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.errors import UserError, nearest
 from pipeline.training.recipes import PretrainConfig
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 GB = 1e9
 
@@ -468,7 +468,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
 
 def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Dataset":
     """A dataset of the size of the recipe's published corpus. Raises `missing` when there is none."""
-    from pipeline.data.format.shards import Dataset, Manifest
+    from pipeline.data.format import Dataset, Manifest
 
     size = next((size for key, size in CORPORA.items() if key in recipe), None)
     if size is None:

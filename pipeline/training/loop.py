@@ -23,7 +23,7 @@ from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format.shards import Dataset
+from pipeline.data.format import Dataset
 from pipeline.errors import UserError
 from pipeline.tracking import Run, attach_run, names
 from pipeline.tracking.system import SystemMetrics

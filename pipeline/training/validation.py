@@ -16,7 +16,7 @@ from torch import distributed as dist
 from models.losses import correct, training_loss
 from models.probes import ridge, select_shots
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format.shards import Dataset
+from pipeline.data.format import Dataset
 from pipeline.data.loading.augment import Augment, decode
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pipeline import storage
-from pipeline.data.format.shards import Dataset
+from pipeline.data.format import Dataset
 from pipeline.training.recipes import PretrainConfig
 
 

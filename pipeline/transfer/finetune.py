@@ -22,7 +22,7 @@ from pipeline.training.schedule import ScheduleConfig, learning_rate
 from pipeline.transfer.suites import FineTune, Split
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 # A training set that fits is decoded once and stays on the device. VTAB's 1,000 images at 448 px take 0.6 GB, and each is
 # used 1,280 times: decoding them again and again would cost more CPU than the GPU needs for the training.

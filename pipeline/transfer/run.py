@@ -22,7 +22,7 @@ from pipeline.transfer.fanout import Job, Result, Running, Store
 from pipeline.transfer.suites import Probe, Split, Task, TransferConfig, build, check, open_all, version
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 IDENTITY = "run.json"
 DUPLICATES = "duplicates.parquet"

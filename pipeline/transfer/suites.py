@@ -16,7 +16,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.vtab.tasks import TABLE as VTAB
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 L2_GRID = tuple(2.0**i for i in range(-10, 20))  # few-shot regularisation, of the paper's evaluator
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.format.shards import Dataset, Manifest, Receipt, Reject, finish_dataset, open_dataset
+from pipeline.data.format import Dataset, Manifest, Receipt, Reject, Schema, finish_dataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.vtab import archives, tasks
 from pipeline.vtab.parts import is_finished, split_uri
@@ -92,9 +92,7 @@ def _write_manifest(plan: TaskPlan, split: str, parts: Sequence[dict[str, Any]])
     manifest = finish_dataset(
         uri,
         [Receipt.from_dict(part["receipt"]) for part in parts],
-        encoding="jpeg",
-        image={},
-        classes=tasks.get(plan.task).classes,
+        Schema(classes=tasks.get(plan.task).classes),
         rejects=[Reject(**reject) for part in parts for reject in part["rejects"]],
         inputs=len(plan.examples[split]),
         config={"vtab": {**plan.identity, "split": split}},

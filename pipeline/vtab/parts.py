@@ -9,7 +9,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.data import images
-from pipeline.data.format.shards import Reject, ShardWriter
+from pipeline.data.format import Reject, Schema, ShardWriter
 from pipeline.errors import UserError
 from pipeline.vtab import tasks
 from pipeline.vtab.datasets import read_images
@@ -124,9 +124,7 @@ class _SplitWriter:
 
     def __init__(self, part: ArchivePart, split: str, classes: list[str]) -> None:
         self.part = part
-        self.shards = ShardWriter(
-            split_uri(part, split), f"{part.number:05d}", encoding="jpeg", image={}, classes=classes
-        )
+        self.shards = ShardWriter(split_uri(part, split), f"{part.number:05d}", Schema(classes=classes))
         self.rejects: list[dict[str, str]] = []
         self.held: dict[int, tuple] | None = {} if split in SMALL else None
 

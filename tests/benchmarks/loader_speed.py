@@ -73,7 +73,7 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
     """The same JPEG bytes as files, tar shards and our shards, and an equally large dataset of patches."""
     import simplejpeg
 
-    from pipeline.data.format.shards import write_dataset
+    from pipeline.data.format import write_dataset
 
     generator, pictures = np.random.default_rng(0), list(photos(source))
     rows = []
@@ -333,7 +333,7 @@ def plan(manifest: str) -> dict:
     import psutil
 
     import pipeline.data.loading.loader  # noqa: F401 - its imports are no part of the plan
-    from pipeline.data.format.shards import Dataset, Manifest
+    from pipeline.data.format import Dataset, Manifest
     from pipeline.data.loading.order import Order
 
     before, start = psutil.Process().memory_info().rss, time.process_time()
@@ -355,10 +355,10 @@ def plan(manifest: str) -> dict:
 
 def simulated_manifest(folder: str) -> str:
     """303 million images in 10,000 shards of 30 row groups."""
-    from pipeline.data.format.shards import Manifest, Shard
+    from pipeline.data.format import Manifest, Shard
 
     rows, size = 1010, 24 << 20
-    groups = [[rows, 4 + g * size, 40_000 + g * size, (g + 1) * size] for g in range(30)]
+    groups = [[rows, 4 + g * size, 40_000 + g * size, (g + 1) * size, 7] for g in range(30)]
     shards = [
         Shard(name=f"part-{i:05d}-0000.parquet", rows=30 * rows, bytes=30 * size, sha256="0" * 64, row_groups=groups)
         for i in range(10_000)

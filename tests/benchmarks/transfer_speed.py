@@ -26,7 +26,7 @@ import torch
 from models import create_model
 from pipeline import cluster
 from pipeline.data import open_dataset
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.transfer import fanout, features
 from pipeline.transfer.suites import FineTune, Probe, Split, Task
 

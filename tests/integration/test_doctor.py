@@ -19,7 +19,7 @@ from conftest import free_port
 from faultproxy import FaultProxy
 
 from pipeline import cluster, storage
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.operations import doctor
 from pipeline.training.recipes import RECIPES, PretrainConfig

@@ -14,7 +14,7 @@ import torch
 from conftest import free_port
 from safetensors.torch import load_file
 
-from pipeline.data.format.shards import open_dataset, write_dataset
+from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.tracking import names

@@ -14,7 +14,7 @@ import simplejpeg
 import torch
 
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.data.loading import reader
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError

@@ -18,9 +18,9 @@ import pytest
 import s3fs
 
 from pipeline import workqueue
+from pipeline.data import format as shards
 from pipeline.data import sources
-from pipeline.data.format import shards
-from pipeline.data.format.describe import verify
+from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.prepare.config import check_config
 from pipeline.data.prepare.plan import claim_output, make_plan, slice_name
@@ -72,7 +72,7 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     whole = prepare(PrepareConfig(output=str(tmp_path / "whole"), **options))
     assert whole["train"].rows + whole["test"].rows == 780
     assert whole["train"].inputs + whole["test"].inputs == 781
-    assert verify(str(tmp_path / "whole" / "train")) == verify(str(tmp_path / "whole" / "test")) == []
+    assert verify_dataset(str(tmp_path / "whole" / "train")) == verify_dataset(str(tmp_path / "whole" / "test")) == []
 
     # A job that died: half of the units have receipts, one more left a shard without a receipt and a half-written file.
     config = check_config(PrepareConfig(output=str(tmp_path / "torn"), **options))
@@ -178,7 +178,7 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
     kept = set(shards.open_dataset(config.output).table()["key"].to_pylist())
     assert len(kept) == 298
     assert not kept & set(records)
-    assert verify(config.output) == []
+    assert verify_dataset(config.output) == []
     assert cv2.imread(str(tmp_path / "out" / "duplicates.png")) is not None
 
 
@@ -194,7 +194,7 @@ def test_s3_in_and_out_through_the_job(image_folder, s3):
     assert (summary["prepared"], summary["rejects"], summary["classes"]) == (31, 1, 3)
     assert summary["rejects_by_reason"] == {"corrupt": 1}
     dataset = shards.open_dataset(f"{s3}/set")
-    assert verify(dataset.uri) == []
+    assert verify_dataset(dataset.uri) == []
     assert {row["image"].shape for row in dataset.read([29, 0, 7])} == {(64, 48)}
     keys = dataset.table()["key"].to_pylist()
     assert keys == [row["key"] for row in dataset.read(range(31))]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.format import shards
+from pipeline.data import format as shards
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_prepare import content, job, many

@@ -16,7 +16,7 @@ import torch
 
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format.describe import verify
+from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.training import checkpoint
 
@@ -64,7 +64,7 @@ def test_prepare_load_checkpoint_resume(bucket, image_folder, tmp_path):
     assert (made["prepared"], made["rejects_by_reason"]) == (30, {"corrupt": 1})
     here = json.loads(run("prepare", "--source", image_folder, "--output", tmp_path / "set", *options))["dataset"]
     assert made["fingerprint"] == here["fingerprint"]
-    assert verify(f"{bucket}/set") == []
+    assert verify_dataset(f"{bucket}/set") == []
     assert {file.path for file in storage.list_files(f"{bucket}/set")} == {
         path.name for path in (tmp_path / "set").iterdir()
     }

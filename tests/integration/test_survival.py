@@ -26,7 +26,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data.format.shards import open_dataset, write_dataset
+from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint, survival

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from models import create_model
 from models.cost import parameters
 from pipeline import storage
-from pipeline.data.format.shards import open_dataset, write_dataset
+from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint

@@ -20,7 +20,7 @@ import torch
 from models import create_model
 from pipeline import storage, workqueue
 from pipeline.data import open_dataset
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.tracking import registry, search, server, start_run

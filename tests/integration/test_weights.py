@@ -13,7 +13,7 @@ import torch
 
 from models import create_model
 from pipeline import storage
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import registry, search, server
 from pipeline.weights import locate, open_model, save_checkpoint_weights

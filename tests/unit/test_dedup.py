@@ -6,10 +6,10 @@ import pytest
 import simplejpeg
 
 from pipeline import workqueue
+from pipeline.data import format as shards
 from pipeline.data.duplicates.candidates import candidate_keys, match_rows, select_removals
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
-from pipeline.data.format import shards
 from pipeline.errors import UserError
 
 

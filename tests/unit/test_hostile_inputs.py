@@ -33,7 +33,7 @@ from models import create_model
 from pipeline import config as configuration
 from pipeline import workqueue
 from pipeline.data import images
-from pipeline.data.format.shards import Manifest, open_dataset, write_dataset
+from pipeline.data.format import Manifest, open_dataset, write_dataset
 from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig, check_config
 from pipeline.data.prepare.finish import receipt_names

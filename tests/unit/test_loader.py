@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment, decode
 from pipeline.data.loading.order import AUGMENT, Order, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify

@@ -12,7 +12,7 @@ import torch
 
 from models import create_model, inspect
 from models.errors import UserError
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.operations.visualization import inspect_model
 from pipeline.weights import save_checkpoint_weights
 

@@ -86,7 +86,7 @@ def test_dry_run_of_another_config_needs_its_data():
 
 
 def test_dry_run_counts_the_data_that_is_there(tmp_path):
-    from pipeline.data.format.shards import write_dataset
+    from pipeline.data.format import write_dataset
 
     rows = ((f"{i}", b"not decoded", i % 2, 9, 9) for i in range(640))
     write_dataset(str(tmp_path / "mine"), rows, classes=["a", "b"])

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.format import describe, shards
-from pipeline.data.format.shards import ShardWriter, open_dataset, write_dataset
+from pipeline.data.format import Schema, ShardWriter, finish_dataset, open_dataset, write_dataset
+from pipeline.data.format.verify import verify_dataset
 from pipeline.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, encoding, multilabel):
     assert table["key"].to_pylist() == [row[0] for row in rows]
     assert table["label"].to_pylist() == [row[2] for row in rows]
     assert table["height"].to_pylist() == [row[4] for row in rows]
-    assert describe.verify(uri) == []
+    assert verify_dataset(uri) == []
 
 
 def test_others_read_the_shards(tmp_path):
@@ -67,7 +67,7 @@ def test_others_read_the_shards(tmp_path):
     assert np.array_equal(np.frombuffer(frame["image"][7], np.uint8).reshape(4, 48), rows[7][1])
     assert pq.read_table(path)["key"].to_pylist() == [row[0] for row in rows]
     description = json.loads(pq.read_schema(path).metadata[b"vit_pipeline"])
-    assert description == {"schema": 1, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
+    assert description == {"version": 2, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
 
 
 def test_others_read_files_and_several_labels(tmp_path):
@@ -144,7 +144,7 @@ def test_an_image_larger_than_a_row_group(tmp_path):
 
 
 def test_an_exception_leaves_no_half_shard(tmp_path):
-    writer = ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"], row_group_bytes=10)
+    writer = ShardWriter(str(tmp_path), "00000", Schema(classes=["a"]), row_group_bytes=10)
     for i in range(10):
         writer.write(str(i), b"0123456789", 0, 1, 1)
     assert len(list(tmp_path.iterdir())) == 1
@@ -153,7 +153,7 @@ def test_an_exception_leaves_no_half_shard(tmp_path):
 
 
 def test_labels_outside_the_classes_are_a_bug(tmp_path):
-    writer = ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"])
+    writer = ShardWriter(str(tmp_path), "00000", Schema(classes=["a"]))
     with pytest.raises(ValueError, match="outside the 1 classes"):
         writer.write("k", b"", 1, 1, 1)
 
@@ -161,8 +161,8 @@ def test_labels_outside_the_classes_are_a_bug(tmp_path):
 def test_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         open_dataset(tmp_path / "nothing")
-    (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(UserError, match="schema version 99"):
+    (tmp_path / "manifest.json").write_text('{"version": 99}')
+    with pytest.raises(UserError, match="version 99 of the format"):
         open_dataset(tmp_path)
     (tmp_path / "manifest.json").write_text("[1, 2")
     with pytest.raises(UserError, match="not a dataset manifest"):
@@ -189,16 +189,16 @@ def test_verify_finds_damage(dataset, tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     path.write_bytes(flipped)
-    assert any("checksum differs" in problem for problem in describe.verify(str(tmp_path)))
+    assert any("checksum differs" in problem for problem in verify_dataset(str(tmp_path)))
     path.write_bytes(whole[:-100])
-    problems = describe.verify(str(tmp_path))
+    problems = verify_dataset(str(tmp_path))
     assert any("bytes, the manifest says" in problem for problem in problems)
     path.unlink()
-    assert f"{path.name}: missing" in describe.verify(str(tmp_path))
+    assert f"{path.name}: missing" in verify_dataset(str(tmp_path))
     path.write_bytes(whole)
-    assert describe.verify(str(tmp_path)) == []
+    assert verify_dataset(str(tmp_path)) == []
     (tmp_path / "part-99999-0000.parquet").write_bytes(whole)
-    assert describe.verify(str(tmp_path)) == ["part-99999-0000.parquet: not in the manifest"]
+    assert verify_dataset(str(tmp_path)) == ["part-99999-0000.parquet: not in the manifest"]
 
 
 def test_verify_checks_the_manifest_itself(dataset, tmp_path):
@@ -210,12 +210,12 @@ def test_verify_checks_the_manifest_itself(dataset, tmp_path):
         ("class_counts", [1, 2, 3, 4, 5], "class counts differ"),
     ]:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
-        assert any(complaint in problem for problem in describe.verify(str(tmp_path))), key
+        assert any(complaint in problem for problem in verify_dataset(str(tmp_path))), key
 
 
 def test_verify_finds_repeated_keys(tmp_path):
     write_dataset(str(tmp_path), [("same", b"1", 0, 1, 1), ("same", b"2", 0, 1, 1)], classes=["a"])
-    assert describe.verify(str(tmp_path)) == ["1 keys are not unique"]
+    assert verify_dataset(str(tmp_path)) == ["1 keys are not unique"]
 
 
 def test_a_shard_that_shrank_is_named(dataset, tmp_path):
@@ -230,10 +230,10 @@ def test_a_shard_that_shrank_is_named(dataset, tmp_path):
 def test_mean_and_deviation(tmp_path):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (20, 8, 6, 3), dtype=np.uint8)
-    with ShardWriter(str(tmp_path), "00000", encoding="jpeg", image={}, classes=["a"]) as writer:
+    with ShardWriter(str(tmp_path), "00000", Schema(classes=["a"])) as writer:
         for i, picture in enumerate(pictures):
             writer.write(str(i), b"", 0, 6, 8, picture)
-    manifest = shards.finish_dataset(str(tmp_path), [writer.receipt], encoding="jpeg", image={}, classes=["a"])
+    manifest = finish_dataset(str(tmp_path), [writer.receipt], Schema(classes=["a"]))
     assert manifest.mean == pytest.approx((pictures / 255).mean((0, 1, 2)), abs=1e-5)
     assert manifest.std == pytest.approx((pictures / 255).std((0, 1, 2)), abs=1e-5)
 
@@ -245,8 +245,8 @@ def test_three_hundred_million_images_open_plan_and_resume_in_a_second(tmp_path)
 import sys, time
 import psutil
 from pipeline.data.loading.loader import Order
-from pipeline.data.format.shards import Dataset, Manifest, Shard
-groups = [[1010, 4 + (g << 24), 40_000 + (g << 24), (g + 1) << 24] for g in range(30)]
+from pipeline.data.format import Dataset, Manifest, Shard
+groups = [[1010, 4 + (g << 24), 40_000 + (g << 24), (g + 1) << 24, 7] for g in range(30)]
 shards = [Shard(name=f"part-{i:05d}.parquet", rows=30_300, bytes=30 << 24, sha256="0" * 64, row_groups=groups) for i in range(10_000)]
 text = Manifest(encoding="jpeg", image={}, rows=303_000_000, inputs=303_000_000, fingerprint="0", shards=shards).to_json()
 del shards

@@ -16,9 +16,10 @@ import simplejpeg
 from PIL import Image
 
 from pipeline import workqueue
+from pipeline.data import format as shards
 from pipeline.data import images, sources
-from pipeline.data.format import shards
-from pipeline.data.format.describe import describe, verify
+from pipeline.data.format.describe import describe_dataset
+from pipeline.data.format.verify import verify_dataset
 from pipeline.data.images import Refused, decode
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.prepare.config import check_config
@@ -870,8 +871,8 @@ def test_names_that_are_formulas_or_have_no_glyph_are_drawn(image_folder, tmp_pa
     for old, new in (("ant", r"$\bad{$"), ("bee", "日本 [1]*?#%20\n")):
         (image_folder / old).rename(image_folder / new)
     dataset = run(tmp_path, source=(str(image_folder),))
-    assert verify(dataset.uri) == []
-    describe(dataset.uri, str(tmp_path / "pictures"))
+    assert verify_dataset(dataset.uri) == []
+    describe_dataset(dataset.uri, str(tmp_path / "pictures"))
     assert not recwarn.list
 
 

@@ -10,7 +10,7 @@ import torch
 
 from models import create_model
 from pipeline.data import open_dataset
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.transfer import features, finetune

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.transfer import fanout
 from pipeline.transfer.fanout import Result, next_jobs, total_jobs

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage, workqueue
+from pipeline.data import format as shards
 from pipeline.data import images, sources
 from pipeline.data.duplicates.hashes import BANDS, BITS, MIRROR, VIEWS, Hashes, hamming, hash_image
 from pipeline.data.duplicates.report import small_picture
-from pipeline.data.format import shards
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 

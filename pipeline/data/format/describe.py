@@ -1,128 +1,20 @@
-"""Looking at a finished dataset: is it what its manifest says, and what is in it?"""
+"""What a finished dataset holds: numbers, a contact sheet and a chart of its classes."""
 
-import hashlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.format import shards
-from pipeline.data.format.shards import Dataset, open_dataset
+from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.loading.augment import decode
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 
-CHUNK = 16 << 20
 
-
-# ---------------------------------------------------------------- verify
-
-
-def verify(uri: str, threads: int = 4) -> list[str]:
-    """What is wrong with a dataset, one line each; empty when all is well.
-
-    Reads everything once: sizes and SHA-256 of every shard, schema and row groups against each footer, unique keys, labels
-    within the classes, all totals of the manifest, and files that the manifest does not know. Raises UserError when there is
-    no dataset at `uri`.
-    """
-    dataset = open_dataset(uri)
-    manifest = dataset.manifest
-    problems: list[str] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for found in pool.map(lambda i: _verify_shard(dataset, i), range(len(manifest.shards))):
-            problems.extend(found)
-    known = {shard.name for shard in manifest.shards} | {shards.MANIFEST, shards.REJECTS, "duplicates.parquet"}
-    for file in storage.list_files(dataset.uri, recursive=False):
-        if file.path not in known and file.path.endswith(".parquet"):
-            problems.append(f"{file.path}: not in the manifest")
-    totals = {
-        "rows": (manifest.rows, sum(shard.rows for shard in manifest.shards)),
-        "inputs": (manifest.inputs, manifest.rows + sum(manifest.rejects.values()) + manifest.duplicates),
-    }
-    for name, (stated, found_) in totals.items():
-        if stated != found_:
-            problems.append(f"{shards.MANIFEST}: {name} is {stated}, its parts add up to {found_}")
-    problems.extend(_verify_rejects(dataset))
-    if not problems:  # keys and labels are only worth reading from shards that are what they should be
-        problems.extend(_verify_rows(dataset))
-    return problems
-
-
-def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
-    shard, uri = dataset.manifest.shards[i], dataset.shard_uri(i)
-    digest, size = hashlib.sha256(), 0
-    try:
-        with storage.open_file(uri) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-            if size != shard.bytes:
-                yield f"{shard.name}: {size:,} bytes, the manifest says {shard.bytes:,}"
-            elif digest.hexdigest() != shard.sha256:
-                yield f"{shard.name}: the checksum differs from the manifest's: the content has changed"
-            file.seek(0)
-            parquet = pq.ParquetFile(file, pre_buffer=False)
-            expected = shards.schema(dataset.encoding, dataset.manifest.image, dataset.classes, dataset.multilabel)
-            if not parquet.schema_arrow.equals(expected):
-                yield f"{shard.name}: the schema is not that of {dataset.encoding} shards"
-            groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
-            if groups != [group[0] for group in shard.row_groups]:
-                yield f"{shard.name}: {len(groups)} row groups of {sum(groups)} rows, the manifest says {shard.rows} rows"
-    except FileNotFoundError:
-        yield f"{shard.name}: missing"
-    except (pa.ArrowException, OSError) as error:
-        yield f"{shard.name}: not a readable Parquet file ({error})"
-
-
-def _verify_rejects(dataset: Dataset) -> Iterator[str]:
-    try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(dataset.uri, shards.REJECTS))))
-        reasons = table["reason"].value_counts().to_pylist()
-        counts = {entry["values"]: entry["counts"] for entry in reasons}
-        if counts != dataset.manifest.rejects:
-            yield f"{shards.REJECTS}: {counts}, the manifest says {dataset.manifest.rejects}"
-    except FileNotFoundError:
-        yield f"{shards.REJECTS}: missing"
-    except (pa.ArrowException, KeyError) as error:
-        yield f"{shards.REJECTS}: not readable ({error})"
-
-
-def _verify_rows(dataset: Dataset) -> Iterator[str]:
-    keys = np.empty(len(dataset), np.uint64)  # 64-bit hashes: 300 million keys in 2.4 GB
-    counts = np.zeros(len(dataset.classes) + 1, np.int64)  # the last one counts unlabelled rows
-    row = 0
-    for head in dataset.heads():
-        for key in head.keys:
-            keys[row] = key_hash(key)
-            row += 1
-        labels = np.concatenate([np.array(k, np.int64) for k in head.labels]) if dataset.multilabel else head.labels
-        if len(labels) and not -1 <= labels.min() <= labels.max() < len(dataset.classes):
-            yield f"row {row}: a label outside the {len(dataset.classes)} classes"
-            return
-        counts += np.bincount(np.where(labels < 0, len(dataset.classes), labels), minlength=len(counts))
-    keys.sort()
-    repeated = int((keys[1:] == keys[:-1]).sum())
-    if repeated:
-        yield f"{repeated} keys are not unique"
-    if counts[:-1].tolist() != dataset.manifest.class_counts:
-        yield f"{shards.MANIFEST}: class counts differ from the rows"
-
-
-def key_hash(key: str) -> int:
-    """64 bits that stand for a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
-# ---------------------------------------------------------------- describe
-
-
-def describe(uri: str, out_dir: str, pictures: int = 64) -> dict[str, Any]:
+def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, Any]:
     """Facts about a dataset, with "text" for people; writes contact-sheet.png and classes.png into `out_dir`."""
     dataset = open_dataset(uri)
     manifest = dataset.manifest

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import torch
 
-from pipeline.data.format.shards import Dataset, RowGroup
+from pipeline.data.format import Dataset, RowGroup
 from pipeline.data.loading.augment import Augment, BadImage, decode, scratch
 from pipeline.data.loading.order import AUGMENT, MIXUP, Order, default_lanes, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
@@ -135,7 +135,7 @@ class Loader:
     def _row_shape(self) -> tuple[int, ...]:
         """Shape of one row of the batch, uint8."""
         if self.augment is None:
-            self._tokens, size = self.dataset.manifest.tokens, self.dataset.manifest.token_bytes
+            self._tokens, size = self.dataset.schema.tokens, self.dataset.schema.token_bytes
         elif self.dataset.encoding == "patches" and self.dataset.manifest.image["channels"] != 3:
             raise UserError(f"{self.dataset.uri}: augmentations need three channels; use augment=None")
         elif self.patch_size is None:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import mmap
 import os
-import struct
 import threading
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.format.shards import Dataset, RowGroup, parse_row_group
+from pipeline.data.format import Dataset, RowGroup
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,14 +61,7 @@ class Reader:
         data = self._remote_bytes(i) if self.remote else self._local_bytes(i)
         self._count("reads")
         self._count("read_bytes", len(data))
-        try:
-            return parse_row_group(data, self.dataset.row_groups[i], self.dataset.manifest)
-        except (ValueError, IndexError, struct.error) as error:
-            uri = self.dataset.shard_uri(self.dataset.row_groups[i]["shard"])
-            raise UserError(
-                f"{uri}: row group {self.dataset.row_groups[i]['group']} is damaged ({error}); "
-                f"`jobs/prepare.py verify {self.dataset.uri}` lists what is"
-            ) from error
+        return self.dataset.decode_row_group(i, data)
 
     def _local_bytes(self, i: int) -> memoryview:
         data = self.dataset.row_group_bytes(i)
@@ -88,7 +80,7 @@ class Reader:
         if cached:
             with contextlib.suppress(OSError, ValueError), open(cached, "rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                if len(data) == end - start:
+                if len(data) == end - start and self.dataset.is_intact(i, data):
                     self._count("cache_hits")
                     return data
         data = memoryview(self._fetch(self.dataset.shard_uri(group["shard"]), start, end))

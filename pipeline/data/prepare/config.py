@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pipeline import config as configuration
 from pipeline import storage
+from pipeline.data import format as shards
 from pipeline.data.duplicates.hashes import BITS
-from pipeline.data.format import shards
-from pipeline.data.format.shards import Encoding
+from pipeline.data.format import Encoding
 from pipeline.data.images import Fit
 from pipeline.errors import UserError
 

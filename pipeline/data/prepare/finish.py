@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
+from pipeline.data import format as shards
 from pipeline.data.duplicates.evaluation import find_picture
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, duplicates_table, pair_sheet
-from pipeline.data.format import shards
-from pipeline.data.format.shards import Manifest, Receipt, Reject
+from pipeline.data.format import Manifest, Receipt, Reject
 from pipeline.data.loading.augment import decode
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.deduplicate import deduplicated_name
@@ -47,10 +47,7 @@ def finish_datasets(
         manifests[name] = shards.finish_dataset(
             plan.split_uri(name),
             written,
-            encoding=plan.config.encoding,
-            image=plan.image,
-            classes=plan.labels.classes,
-            multilabel=plan.labels.multilabel,
+            plan.schema,
             rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
             duplicates=len(duplicates),
             inputs=sum(receipt["inputs"][name] for receipt in receipts),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage, workqueue
-from pipeline.data.format.shards import Receipt
+from pipeline.data.format import Receipt
 from pipeline.data.loading.order import bits
 from pipeline.data.prepare.config import WORK
 from pipeline.data.prepare.plan import PreparePlan

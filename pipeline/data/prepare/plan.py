@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from pipeline import config as configuration
 from pipeline import storage
+from pipeline.data import format as shards
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
-from pipeline.data.format import shards
-from pipeline.data.format.shards import Manifest, Receipt, ShardWriter
+from pipeline.data.format import Manifest, Receipt, ShardWriter
 from pipeline.data.prepare.config import WORK, PrepareConfig, identity, parse_splits
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
@@ -79,12 +79,19 @@ class PreparePlan:
         return ShardWriter(
             self.split_uri(split),
             f"{number:05d}{mark}",
+            self.schema,
+            row_group_bytes=sizes["row_group_bytes"],
+            shard_bytes=sizes["shard_bytes"],
+        )
+
+    @property
+    def schema(self) -> shards.Schema:
+        """What a row of the datasets holds."""
+        return shards.Schema(
             encoding=self.config.encoding,
             image=self.image,
             classes=self.labels.classes,
             multilabel=self.labels.multilabel,
-            row_group_bytes=sizes["row_group_bytes"],
-            shard_bytes=sizes["shard_bytes"],
         )
 
     def open_rows(self, receipt: dict[str, Any], split: str) -> shards.Dataset:

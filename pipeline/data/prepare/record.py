@@ -17,9 +17,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data import format as shards
 from pipeline.data.duplicates.report import PAIRS
-from pipeline.data.format import shards
-from pipeline.data.format.shards import Manifest
+from pipeline.data.format import Manifest
 from pipeline.tracking import Run, names, start_run
 
 EVERY = 10.0  # seconds between two points of progress

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
-from pipeline.data.format.shards import Manifest
+from pipeline.data.format import Manifest
 from pipeline.data.prepare.config import DIGITS, PrepareConfig, check_config
 from pipeline.data.prepare.deduplicate import find_duplicates, remove_duplicates
 from pipeline.data.prepare.digits import write_digits

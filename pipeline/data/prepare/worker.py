@@ -15,8 +15,8 @@ from pipeline import storage
 from pipeline.data import images, sources
 from pipeline.data.duplicates.evaluation import removal_record
 from pipeline.data.duplicates.hashes import ROW, hash_image
-from pipeline.data.format.describe import key_hash
-from pipeline.data.format.shards import ShardWriter
+from pipeline.data.format import ShardWriter
+from pipeline.data.format.verify import key_hash
 from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan

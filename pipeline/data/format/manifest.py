@@ -1,0 +1,245 @@
+"""The manifest of a dataset, and the parts it is made of: the schema of the rows, the shards, the receipts of writers."""
+
+import gc
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import UserError
+
+VERSION = 2
+MANIFEST = "manifest.json"
+REJECTS = "rejects.parquet"
+UNLABELLED = -1
+
+Encoding = Literal["jpeg", "patches"]
+Label = int | Sequence[int]
+
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*")  # names are joined to the dataset's address: no path, no leading dot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What a row holds. `image` describes the stored images: {"size", "quality"} for encoding jpeg, and for encoding
+    patches {"height", "width", "patch_size", "channels"}. Raises UserError for an encoding or a geometry that cannot be.
+    """
+
+    encoding: Encoding = "jpeg"
+    image: dict[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ("jpeg", "patches"):
+            raise UserError(f"encoding {self.encoding!r} is not one of jpeg, patches")
+        if self.encoding == "jpeg":
+            return
+        for name in ("height", "width", "patch_size", "channels"):
+            value = self.image.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
+                raise UserError(f"image.{name} is {value!r}, but encoding patches needs a number from 1 to {1 << 16}")
+        height, width, patch_size = (self.image[name] for name in ("height", "width", "patch_size"))
+        if height % patch_size or width % patch_size:
+            raise UserError(f"patch size {patch_size} does not divide an image of {height}x{width}")
+
+    @property
+    def tokens(self) -> int:
+        """Patches per image, N (encoding patches)."""
+        return (self.image["height"] // self.image["patch_size"]) * (self.image["width"] // self.image["patch_size"])
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per patch, P*P*C (encoding patches)."""
+        return self.image["patch_size"] ** 2 * self.image["channels"]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one stored image, or 0 when images differ (encoding jpeg)."""
+        return self.tokens * self.token_bytes if self.encoding == "patches" else 0
+
+    def arrow(self) -> pa.Schema:
+        """The Arrow schema of a shard, with the versioned description in its metadata."""
+        label = pa.list_(pa.field("element", pa.int32(), nullable=False)) if self.multilabel else pa.int32()
+        about = {"version": VERSION, "encoding": self.encoding, "image": self.image, "classes": list(self.classes)}
+        return pa.schema(
+            [
+                pa.field("key", pa.string(), nullable=False),
+                pa.field("label", label, nullable=False),
+                pa.field("width", pa.int32(), nullable=False),
+                pa.field("height", pa.int32(), nullable=False),
+                pa.field("image", pa.binary(self.image_bytes or -1), nullable=False),
+            ],
+            metadata={"vit_pipeline": json.dumps(about, ensure_ascii=False)},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One Parquet file. `row_groups` has a line (rows, start, values, end, crc32) per row group: the byte range [start, end)
+    of the row group in the file, the first byte of the image values in it, and the CRC-32 of the range."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # asdict would copy every row group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The content of `manifest.json`. Fields are written in this order, shards last."""
+
+    version: int = VERSION
+    encoding: Encoding
+    image: dict[str, Any]
+    multilabel: bool = False
+    rows: int
+    inputs: int  # rows + rejects + duplicates, checked
+    duplicates: int = 0  # rows removed as duplicates, inside the corpus or of an evaluation set
+    rejects: dict[str, int] = field(default_factory=dict)  # reason -> count
+    mean: list[float] | None = None  # per channel, of pixels in [0, 1]
+    std: list[float] | None = None
+    fingerprint: str  # of the content: what a training run was trained on
+    input_fingerprint: str = ""  # of the source listing
+    config: dict[str, Any] = field(default_factory=dict)
+    class_counts: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def schema(self) -> Schema:
+        return Schema(encoding=self.encoding, image=self.image, classes=self.classes, multilabel=self.multilabel)
+
+    def to_json(self) -> str:
+        """One line per field and per shard: readable, diffable, and compact at 300,000 row groups."""
+
+        def line(value: Any) -> str:
+            return json.dumps(value, ensure_ascii=False)
+
+        lines = [f"{line(f.name)}: {line(getattr(self, f.name))}" for f in fields(self) if f.name != "shards"]
+        shards = ",\n  ".join(line(shard.to_dict()) for shard in self.shards)
+        return "{\n " + ",\n ".join([*lines, f'"shards": [\n  {shards}\n ]']) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = MANIFEST) -> "Manifest":
+        """Raises UserError for another version of the format, and for content that is not a manifest."""
+        import pydantic  # 0.1 s, which a job's --help has no need of
+
+        collecting = gc.isenabled()
+        gc.disable()  # the collector would visit 300,000 short lists again and again: two thirds of the time
+        try:
+            manifest = pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+        except pydantic.ValidationError as error:
+            version = _version_of(text)
+            if version != VERSION:
+                raise UserError(_other_version(where, version)) from error
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "content"
+            raise UserError(f"{where}: not a dataset manifest ({place}: {first['msg']})") from error
+        finally:
+            if collecting:
+                gc.enable()
+        if manifest.version != VERSION:
+            raise UserError(_other_version(where, manifest.version))
+        try:
+            _check_manifest(manifest)
+        except (UserError, ValueError) as error:
+            raise UserError(f"{where}: not a dataset manifest ({error})") from error
+        return manifest
+
+
+def _other_version(where: str, version: Any) -> str:
+    found = "no version of the format" if version is None else f"version {version!r} of the format"
+    return f"{where}: {found}, this program reads version {VERSION}; prepare the data again"
+
+
+def _version_of(text: str | bytes) -> Any:
+    """The version that JSON states, None where it states none, VERSION where the text is not a JSON object."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return VERSION
+    return values.get("version") if isinstance(values, dict) else VERSION
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """What types cannot say. Raises ValueError or UserError."""
+    manifest.schema  # noqa: B018 checks the encoding and the geometry
+    counts = [manifest.rows, manifest.inputs, manifest.duplicates, *manifest.rejects.values(), *manifest.class_counts]
+    if min(counts) < 0:
+        raise ValueError("a negative count")
+    for name in ("mean", "std"):
+        values = getattr(manifest, name)
+        if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
+            raise ValueError(f"{name} {values} is not three finite numbers")
+    for shard in manifest.shards:
+        if not _SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"{shard.name!r} cannot be the name of a shard")
+    names = {shard.name for shard in manifest.shards}
+    if len(names) < len(manifest.shards):
+        raise ValueError("two shards of one name")
+
+
+@dataclass(kw_only=True, slots=True)
+class Receipt:
+    """What one writer wrote: enough to build the manifest without opening a shard again. `pixels` holds the number of
+    pixels measured and, per channel, their sum and sum of squares (values in [0, 1])."""
+
+    shards: list[Shard] = field(default_factory=list)
+    rows: int = 0
+    class_counts: dict[int, int] = field(default_factory=dict)
+    pixels: list[float] = field(default_factory=lambda: [0.0] * 7)
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {str(label): count for label, count in sorted(self.class_counts.items())}
+        shards = [shard.to_dict() for shard in self.shards]
+        return {"shards": shards, "rows": self.rows, "class_counts": counts, "pixels": self.pixels}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Receipt":
+        return cls(
+            shards=[Shard(**shard) for shard in values["shards"]],
+            rows=values["rows"],
+            class_counts={int(label): count for label, count in values["class_counts"].items()},
+            pixels=values["pixels"],
+        )
+
+    @classmethod
+    def total(cls, receipts: Iterable["Receipt"]) -> "Receipt":
+        """The receipts of several writers as one, shards in the order given."""
+        total = cls()
+        for receipt in receipts:
+            total.shards.extend(receipt.shards)
+            total.rows += receipt.rows
+            for label, count in receipt.class_counts.items():
+                total.class_counts[label] = total.class_counts.get(label, 0) + count
+            total.pixels = [a + b for a, b in zip(total.pixels, receipt.pixels, strict=True)]
+        return total
+
+    def moments(self) -> tuple[list[float] | None, list[float] | None]:
+        """Mean and standard deviation per channel of the pixels measured, or (None, None)."""
+        n, sums, squares = self.pixels[0], np.array(self.pixels[1:4]), np.array(self.pixels[4:])
+        if not n:
+            return None, None
+        mean = sums / n
+        std = np.sqrt(np.maximum(0.0, squares / n - mean**2))
+        return [round(float(m), 6) for m in mean], [round(float(s), 6) for s in std]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An input that did not become a row: its key, the file it came from, why (one of a small set), and details."""
+
+    key: str
+    source: str
+    reason: str
+    detail: str = ""

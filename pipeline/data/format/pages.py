@@ -1,0 +1,145 @@
+"""Row groups from their bytes: a reader of just those Parquet pages that `writer` writes.
+
+Hand-written because it is the loader's inner loop: it needs no footer, copies no image, and patches stay where the file
+is mapped.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.data.format.manifest import UNLABELLED, Label, Schema
+from pipeline.data.varint import read_varint
+
+
+class RowGroup(NamedTuple):
+    """One row group, decoded: `labels` is int32 (rows,), or a list of int lists for multi-label; `images` is a list of
+    byte views (jpeg) or a uint8 array (rows, N, P*P*C) that lies in the buffer it was read from (patches)."""
+
+    keys: list[str]
+    labels: Any
+    widths: np.ndarray
+    heights: np.ndarray
+    images: Any
+
+    def rows(self) -> Iterator[tuple[str, Any, Label, int, int]]:
+        """(key, image, label, width, height) of each row, as `ShardWriter.write` takes them."""
+        labels = self.labels if isinstance(self.labels, list) else self.labels.tolist()
+        yield from zip(self.keys, self.images, labels, self.widths.tolist(), self.heights.tolist(), strict=True)
+
+
+def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: Schema, images: bool = True) -> RowGroup:
+    """The columns of a row group of `rows` rows from its bytes, whose image values begin at `split`. With images=False the
+    bytes may end there.
+
+    Raises ValueError, IndexError, OverflowError or struct.error for bytes that are not such a row group, and ValueError
+    for a label outside the classes.
+    """
+    view = memoryview(buffer)
+    position, columns = 0, []
+    for _ in range(4):  # key, label, width, height
+        position, length = _page(view, position)
+        columns.append(view[position : position + length])
+        position += length
+    keys = [str(value, "utf-8") for value in _byte_arrays(columns[0], rows)]
+    widths, heights = (np.frombuffer(column, np.int32, rows) for column in columns[2:])
+    labels: Any
+    if schema.multilabel:
+        labels, flat = _lists(columns[1], rows)
+    else:
+        labels = flat = np.frombuffer(columns[1], np.int32, rows)
+    if len(flat) and not UNLABELLED <= flat.min() <= flat.max() < len(schema.classes):
+        worst = flat.max() if flat.max() >= len(schema.classes) else flat.min()
+        raise ValueError(f"label {worst} is outside the {len(schema.classes)} classes")
+    if not images:
+        return RowGroup(keys, labels, widths, heights, None)
+    values = view[split:]
+    if schema.encoding == "jpeg":
+        return RowGroup(keys, labels, widths, heights, _byte_arrays(values, rows))
+    patches = np.frombuffer(values, np.uint8).reshape(rows, schema.tokens, schema.token_bytes)
+    return RowGroup(keys, labels, widths, heights, patches)
+
+
+def _page(view: memoryview, position: int) -> tuple[int, int]:
+    """(start, length) of the values of the page whose header begins at `position`.
+
+    The header is Parquet's PageHeader in Thrift's compact protocol: (1) type, (2) uncompressed size, (3) compressed
+    size, (5) data page header, a struct of integers; each field is a byte (id delta << 4 | type) and a value.
+    """
+    size, last, depth = 0, [0], 1
+    while depth:
+        head = view[position]
+        position += 1
+        if head == 0:  # end of struct
+            last.pop()
+            depth -= 1
+            continue
+        last[-1] += head >> 4
+        kind = head & 0x0F
+        if kind == 12:  # struct
+            last.append(0)
+            depth += 1
+        elif kind in (4, 5, 6):  # zigzag integers
+            value, position = read_varint(view, position)
+            if depth == 1 and last[0] == 3:
+                size = value >> 1
+        elif kind not in (1, 2):  # booleans have no value byte
+            raise ValueError("not a plain data page")
+    return position, size
+
+
+def _byte_arrays(view: memoryview, rows: int) -> list[memoryview]:
+    """Parquet's PLAIN byte arrays: a little-endian uint32 length before each value."""
+    values, position, length = [], 0, struct.Struct("<I").unpack_from
+    for _ in range(rows):
+        start = position + 4
+        position = start + length(view, position)[0]
+        values.append(view[start:position])
+    if position > len(view):
+        raise ValueError("the values end early")
+    return values
+
+
+def _levels(view: memoryview, most: int) -> tuple[np.ndarray, int]:
+    """Repetition or definition levels of maximum 1 (Parquet's RLE / bit-packed hybrid) and the bytes they take.
+
+    A run states its own length: one beyond `most` levels is damage, which would fill the memory.
+    """
+    end = 4 + struct.unpack_from("<I", view, 0)[0]
+    position, runs = 4, []
+    while position < end:
+        header, position = read_varint(view, position)
+        if header >> 1 > most:
+            raise ValueError(f"{header >> 1} levels")
+        if header & 1:  # bit-packed groups of eight
+            size = header >> 1
+            runs.append(np.unpackbits(np.frombuffer(view, np.uint8, size, position), bitorder="little"))
+            position += size
+        else:
+            runs.append(np.full(header >> 1, view[position], np.uint8))
+            position += 1
+    return np.concatenate(runs), end
+
+
+def _lists(view: memoryview, rows: int) -> tuple[list[list[int]], np.ndarray]:
+    """A required list<required int32> column, by row and end to end: repetition 0 starts a row, definition 0 is an empty
+    list."""
+    most = rows + len(view)  # a value has four bytes, an empty list none
+    repeats, used = _levels(view, most)
+    defined, more = _levels(view[used:], most)
+    flat = np.frombuffer(view[used + more :], np.int32)
+    values = flat.tolist()
+    values.reverse()
+    lists: list[list[int]] = []
+    for repeat, present in zip(repeats.tolist(), defined.tolist(), strict=False):
+        if not repeat:
+            if len(lists) == rows:
+                break  # bit-packed runs are padded to a multiple of eight
+            lists.append([])
+        if present:
+            lists[-1].append(values.pop())
+    if len(lists) < rows:
+        raise ValueError("the labels end early")
+    return lists, flat

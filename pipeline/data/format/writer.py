@@ -1,0 +1,301 @@
+"""Rows into shards, and shards into a finished dataset."""
+
+import functools
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.format.manifest import (
+    MANIFEST,
+    REJECTS,
+    UNLABELLED,
+    Encoding,
+    Label,
+    Manifest,
+    Receipt,
+    Reject,
+    Schema,
+    Shard,
+)
+from pipeline.errors import UserError
+
+MAX_ROWS_PER_GROUP = 2048  # bounds a writer's memory for tiny images, too: a row costs some KB beside its bytes
+ROW_GROUP_BYTES = 16 << 20
+MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
+SHARD_BYTES = 512 << 20
+
+
+class ShardWriter:
+    """Writes `part-<prefix>-NNNN.parquet` files under `uri`; the same rows always give the same bytes.
+
+        schema = Schema(encoding="jpeg", image={"size": 256, "quality": 90}, classes=names)
+        with ShardWriter(uri, "00007", schema) as writer:
+            writer.write(key, jpeg_bytes, label, width, height)
+        receipt = writer.receipt
+
+    Image bytes are stored as they are: encoding `jpeg` takes any format that the loader reads (JPEG, PNG, ...); encoding
+    `patches` takes the uint8 matrix N x (P*P*C), as array or bytes. A shard appears under its name complete or not at
+    all. Leaving the block by an exception writes nothing more.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        prefix: str,
+        schema: Schema,
+        *,
+        row_group_bytes: int = ROW_GROUP_BYTES,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.uri, self.prefix = storage.normalise(uri), prefix
+        self.schema, self._arrow_schema = schema, schema.arrow()
+        self.row_group_bytes, self.shard_bytes = row_group_bytes, shard_bytes
+        self.receipt = Receipt()
+        # A row group never outgrows its byte budget, whatever the size of one image (but holds at least one).
+        fitting = row_group_bytes // schema.image_bytes if schema.image_bytes else MAX_ROWS_PER_GROUP
+        self.max_rows = max(1, min(MAX_ROWS_PER_GROUP, fitting))
+        self._rows: list[tuple[str, Any, int, int, bytes]] = []
+        self._row_bytes = 0
+        self._path = ""
+        self._writer: pq.ParquetWriter | None = None
+        self._group_rows: list[int] = []
+        self._heads: list[tuple[bytes, int]] = []  # per row group: first stored image bytes, length of the values
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def write(
+        self,
+        key: str,
+        image: bytes | memoryview | np.ndarray,
+        label: Label,
+        width: int,
+        height: int,
+        pixels: np.ndarray | None = None,
+    ) -> None:
+        """Adds a row. `width` and `height` are the original's; `pixels` (uint8 HWC), when given, enters the channel mean
+        and standard deviation of the manifest."""
+        data = image.tobytes() if isinstance(image, np.ndarray) else bytes(image)
+        if self._rows and self._row_bytes + len(data) > self.row_group_bytes:
+            self.end_row_group()
+        self._rows.append((key, label, width, height, data))
+        self._row_bytes += len(data)
+        counts = self.receipt.class_counts
+        for k in label if isinstance(label, Sequence) else (label,):
+            if not UNLABELLED <= k < len(self.schema.classes):
+                raise ValueError(f"{key}: label {k} outside the {len(self.schema.classes)} classes")
+            counts[k] = counts.get(k, 0) + 1
+        if pixels is not None:
+            self.measure(pixels)
+        if len(self._rows) >= self.max_rows:
+            self.end_row_group()
+
+    def measure(self, pixels_HWC: np.ndarray) -> None:
+        """Adds an image to the channel mean and standard deviation of the manifest."""
+        import cv2
+
+        mean, std = (statistic.ravel() / 255 for statistic in cv2.meanStdDev(pixels_HWC))
+        n = pixels_HWC.shape[0] * pixels_HWC.shape[1]
+        total = self.receipt.pixels
+        total[0] += n
+        for c in range(3):
+            m, s = float(mean[c % len(mean)]), float(std[c % len(mean)])
+            total[1 + c] += n * m
+            total[4 + c] += n * (s * s + m * m)
+
+    def end_row_group(self) -> None:
+        """Writes the rows collected so far as a row group; rows that follow begin another."""
+        if not self._rows:
+            return
+        if self._writer is None:
+            self._writer = self._open_shard()
+        keys, labels, widths, heights, images = zip(*self._rows, strict=True)
+        columns = [list(keys), [list(k) for k in labels] if self.schema.multilabel else list(labels), list(widths)]
+        columns += [list(heights), list(images)]
+        arrays = [pa.array(column, type=f.type) for column, f in zip(columns, self._arrow_schema, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._arrow_schema), row_group_size=len(keys))
+        fixed = bool(self.schema.image_bytes)
+        head = images[0] if fixed else struct.pack("<I", len(images[0])) + images[0]
+        self._heads.append((head, self._row_bytes + (0 if fixed else 4 * len(images))))
+        self._group_rows.append(len(keys))
+        self._rows, self._row_bytes = [], 0
+        if os.path.getsize(self._path) >= self.shard_bytes:
+            self._finish_shard()
+
+    def _open_shard(self) -> pq.ParquetWriter:
+        handle, self._path = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=self._local_folder())
+        os.close(handle)
+        return pq.ParquetWriter(
+            self._path,
+            self._arrow_schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            store_schema=True,
+            # one page per column chunk: no limit below the row group itself
+            data_page_size=1 << 30,
+            max_rows_per_page=MAX_ROWS_PER_GROUP,
+            write_batch_size=MAX_ROWS_PER_GROUP,
+        )
+
+    def _local_folder(self) -> str | None:
+        """Where a shard is written before it gets its name: beside the target (for an atomic rename), or /tmp for S3."""
+        if storage.is_remote(self.uri):
+            return None
+        os.makedirs(self.uri, exist_ok=True)
+        return self.uri
+
+    def _finish_shard(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        name = f"part-{self.prefix}-{len(self.receipt.shards):04d}.parquet"
+        with open(self._path, "rb") as file:
+            row_groups = self._locate(file.fileno(), name)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = os.fstat(file.fileno()).st_size
+        target = storage.join(self.uri, name)
+        if storage.is_remote(self.uri):
+            storage.copy_file(self._path, target)
+            os.remove(self._path)
+        else:
+            os.chmod(self._path, 0o666 & ~_umask())  # mkstemp's 0600 would shut out other users of the dataset
+            os.replace(self._path, target)
+        rows = sum(self._group_rows)
+        self.receipt.shards.append(Shard(name=name, rows=rows, bytes=size, sha256=digest, row_groups=row_groups))
+        self.receipt.rows += rows
+        self._group_rows, self._heads = [], []
+
+    def _locate(self, descriptor: int, name: str) -> list[list[int]]:
+        """(rows, start, values, end, crc32) of every row group, checked against the file: readers rely on them blindly."""
+        metadata = pq.read_metadata(self._path)
+        located = []
+        for i, (head, length) in enumerate(self._heads):
+            group = metadata.row_group(i)
+            first, last = group.column(0), group.column(group.num_columns - 1)
+            start = first.data_page_offset
+            end = last.data_page_offset + last.total_compressed_size
+            values = end - length
+            if group.num_rows != self._group_rows[i] or os.pread(descriptor, len(head), values) != head:
+                raise RuntimeError(f"{name}: row group {i} is not one plain page; the Parquet writer has changed")
+            checksum = zlib.crc32(os.pread(descriptor, end - start, start))
+            located.append([group.num_rows, start, values, end, checksum])
+        return located
+
+    def close(self) -> Receipt:
+        """Writes what is left and returns the receipt."""
+        self.end_row_group()
+        self._finish_shard()
+        return self.receipt
+
+    def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            os.remove(self._path)
+
+
+@functools.cache
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def rejects_table(rejects: Iterable[Reject]) -> bytes:
+    """`rejects.parquet`."""
+    refused = list(rejects)
+    columns = {f.name: pa.array([getattr(reject, f.name) for reject in refused], pa.string()) for f in fields(Reject)}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def finish_dataset(
+    uri: str,
+    receipts: Iterable[Receipt],
+    schema: Schema,
+    *,
+    rejects: Iterable[Reject] = (),
+    duplicates: int = 0,
+    inputs: int | None = None,
+    config: dict[str, Any] | None = None,
+    input_fingerprint: str = "",
+) -> Manifest:
+    """Makes a folder of shards a dataset: writes `rejects.parquet`, then `manifest.json`.
+
+    `inputs` defaults to what the receipts and rejects add up to. Raises UserError when no row is left, RuntimeError when
+    the counts do not add up.
+    """
+    total, refused = Receipt.total(receipts), list(rejects)
+    reasons = dict(sorted(Counter(reject.reason for reject in refused).items()))
+    if not total.rows:
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "there was no input"
+        raise UserError(f"{uri}: not one usable image ({why})")
+    accounted = total.rows + len(refused) + duplicates
+    if inputs is not None and inputs != accounted:
+        raise RuntimeError(
+            f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {duplicates} duplicates"
+        )
+    mean, std = total.moments()
+    content = [[[shard.name, shard.sha256] for shard in total.shards], list(schema.classes)]
+    manifest = Manifest(
+        encoding=schema.encoding,
+        image=schema.image,
+        multilabel=schema.multilabel,
+        rows=total.rows,
+        inputs=accounted,
+        duplicates=duplicates,
+        rejects=reasons,
+        mean=mean,
+        std=std,
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        input_fingerprint=input_fingerprint,
+        config=config or {},
+        class_counts=[total.class_counts.get(k, 0) for k in range(len(schema.classes))],
+        classes=list(schema.classes),
+        shards=total.shards,
+    )
+    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(refused))
+    storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())
+    return manifest
+
+
+def write_dataset(
+    uri: str,
+    rows: Iterable[tuple[str, bytes | np.ndarray, Label, int, int]],
+    *,
+    classes: Sequence[str],
+    encoding: Encoding = "jpeg",
+    image: dict[str, Any] | None = None,
+    multilabel: bool = False,
+    row_group_bytes: int = ROW_GROUP_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    **finish: Any,
+) -> Manifest:
+    """A small dataset in one go, from rows of (key, image, label, width, height). Keyword arguments left over go to
+    `finish_dataset`."""
+    schema = Schema(encoding=encoding, image=image or {}, classes=classes, multilabel=multilabel)
+    with ShardWriter(uri, "00000", schema, row_group_bytes=row_group_bytes, shard_bytes=shard_bytes) as writer:
+        for row in rows:
+            writer.write(*row)
+    return finish_dataset(uri, [writer.receipt], schema, **finish)
