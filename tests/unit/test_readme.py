@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format import write_dataset
 
 README = Path(__file__).parents[2] / "README.md"
 
