@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.images import Refused
-from pipeline.data.sources import archives, items
+from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source
 from pipeline.errors import UserError
@@ -28,6 +28,7 @@ ARCHIVE = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a damaged archive raises
 
 PIXELS = 3 * 32 * 32
+MAX_BATCH_BYTES = 256 << 20  # the largest, of CIFAR-100 in Python, has 155 MB
 TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 HUNDRED = ("train", "test")
 PARTS = frozenset(TEN + HUNDRED)
@@ -163,7 +164,7 @@ def _members(uri: str) -> Iterator[tuple[str, bytes]]:
         for member in archive:
             if member.isfile():
                 handle = archive.extractfile(member)
-                yield os.path.basename(member.name), handle.read(items.MAX_FILE_BYTES) if handle else b""
+                yield os.path.basename(member.name), handle.read(MAX_BATCH_BYTES) if handle else b""
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.data.images import Refused
 
 IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
-MAX_FILE_BYTES = 1 << 30  # no image is larger; a larger member of an archive is a decompression bomb
+MAX_FILE_BYTES = 128 << 20  # no image is larger; a larger member of an archive is a decompression bomb
 
 PIECES = pa.schema(
     [

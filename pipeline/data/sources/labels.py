@@ -47,6 +47,8 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
     text = read_text(uri)
     try:
         value = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{uri}: JSON nested too deeply for class names") from error
     except ValueError:
         value = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):

@@ -147,7 +147,7 @@ def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
         if isinstance(feature, list):  # multi-label; newer: a feature of type List or Sequence
             feature = feature[0]
         return list(feature["feature"]["names"] if "feature" in feature else feature["names"])
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
         return []
 
 

@@ -1,30 +1,38 @@
 """Reading ahead, for storage that makes its reader wait."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from pipeline.data.sources.items import Item
 
+MAX_WAITING_BYTES = 64 << 20  # beyond this the reader pauses: a queue of large images would fill the memory
+
 
 def prefetched(items: Iterable[Item], depth: int = 64) -> Iterator[Item]:
-    """The same items, read by a thread while the caller works; at most `depth` wait. Exceptions reach the caller."""
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
+    """The same items, read by a thread while the caller works. Exceptions reach the caller.
 
-    def put(value: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(value, timeout=0.1)
-            except queue.Full:
-                continue
+    At most `depth` items or MAX_WAITING_BYTES wait, and one more.
+    """
+    waiting: deque[Item | BaseException | None] = deque()  # None: the end
+    waiting_bytes = 0
+    stopped = False
+    changed = threading.Condition()
+
+    def put(value: Item | BaseException | None) -> bool:
+        """False when the caller has stopped."""
+        nonlocal waiting_bytes
+        with changed:
+            changed.wait_for(lambda: stopped or (len(waiting) < depth and waiting_bytes < MAX_WAITING_BYTES))
+            waiting.append(value)
+            waiting_bytes += _size(value)
+            changed.notify_all()
+            return not stopped
 
     def produce() -> None:
         try:
             for item in items:
-                put(item)
-                if stopped.is_set():
+                if not put(item):
                     return
             put(None)
         except BaseException as error:
@@ -33,10 +41,25 @@ def prefetched(items: Iterable[Item], depth: int = 64) -> Iterator[Item]:
     thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
     thread.start()
     try:
-        while (value := ready.get()) is not None:
+        while True:
+            with changed:
+                changed.wait_for(lambda: bool(waiting))
+                value = waiting.popleft()
+                waiting_bytes -= _size(value)
+                changed.notify_all()
+            if value is None:
+                return
             if isinstance(value, BaseException):
                 raise value
             yield value
     finally:
-        stopped.set()
+        with changed:
+            stopped = True
+            changed.notify_all()
         thread.join()
+
+
+def _size(value: Item | BaseException | None) -> int:
+    if not isinstance(value, Item):
+        return 0
+    return len(value.image) if isinstance(value.image, bytes) else value.image.nbytes

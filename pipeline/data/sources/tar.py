@@ -3,7 +3,6 @@
 Nothing is ever extracted to disk, so names of members are only names.
 """
 
-import io
 import itertools
 import json
 import os
@@ -11,7 +10,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import pyarrow as pa
 
@@ -27,6 +26,14 @@ NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
+MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes; tarfile holds it in memory
+EXTENSIONS = (  # kinds of headers that describe the next member
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a damaged archive raises
 
 
@@ -148,9 +155,18 @@ def _read_piece(uri: str, name: str, piece: dict[str, Any], source: Source) -> I
 
 
 def _read_members(
-    file: IO[bytes], stream: bool, stop: int, name: str, labels: list[str] | None, table: dict[str, list[str]]
+    file: IO[bytes],
+    stream: bool,
+    stop: int,
+    name: str,
+    labels: list[str] | None,
+    table: dict[str, list[str]],
+    nested: bool = False,
 ) -> Iterator[Item]:
-    """Samples: neighbouring members that share a stem (WebDataset), with one image and perhaps a label beside it."""
+    """Samples: neighbouring members that share a stem (WebDataset), with one image and perhaps a label beside it.
+
+    A sample is held in memory, so its members together are limited to MAX_FILE_BYTES. nested: this archive is a member itself.
+    """
     parts: dict[str, tuple[str, bytes]] = {}
     current = ""
     for archive, member in _members(file, stream, stop):
@@ -158,20 +174,21 @@ def _read_members(
             detail = f"to {member.linkname}: pack what it points to (tar --dereference --hard-dereference)"
             yield Item(member.name, f"{name}/{member.name}", b"", None, Refused("link", detail))
             continue
-        if member.size > items.MAX_FILE_BYTES:
-            yield Item(member.name, f"{name}/{member.name}", b"", None, too_large(member.size))
-            continue
-        handle = archive.extractfile(member)
-        data = handle.read() if handle else b""
         stem, extension = _split_name(member.name)
         if parts and (stem != current or extension in parts):
             yield from _items_of_sample(parts, name, labels, table)
             parts = {}
         current = stem
-        if extension == "tar":
-            yield from _read_members(io.BytesIO(data), False, -1, name, [os.path.basename(stem)], table)
-        else:
-            parts[extension] = (member.name, data)
+        handle = archive.extractfile(member)
+        if extension == "tar" and not nested and handle:
+            yield from _read_members(handle, True, -1, name, [os.path.basename(stem)], table, nested=True)
+            continue
+        held = sum(len(data) for _, data in parts.values())
+        if held + member.size > items.MAX_FILE_BYTES:
+            yield Item(member.name, f"{name}/{member.name}", b"", None, too_large(held + member.size))
+            continue
+        parts[extension] = (member.name, handle.read() if handle else b"")
+        del handle
     if parts:
         yield from _items_of_sample(parts, name, labels, table)
 
@@ -203,10 +220,21 @@ def _items_of_sample(
 # ---------------------------------------------------------------- members
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header; a long name or extended attributes of more than MAX_HEADER_BYTES end the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSIONS and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
 def _members(file: IO[bytes], stream: bool, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Files and links from the current position to `stop`. A tar that ends early raises tarfile.ReadError."""
     # "r|" never seeks, for gzip; "r:" skips over data. Nothing is ever extracted to disk, so member names are only names.
-    with tarfile.open(fileobj=file, mode="r|*" if stream else "r:") as archive:
+    with tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header) as archive:
         for member in archive:
             if 0 <= stop <= member.offset:
                 return
@@ -263,7 +291,7 @@ def _sidecar(extension: str, data: bytes) -> tuple[list[str] | None, bool]:
         if extension != "json":
             return ([text] if text else None), False
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, False
     if isinstance(value, dict):
         lower = {str(key).lower(): item for key, item in value.items()}

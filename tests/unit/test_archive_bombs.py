@@ -1,0 +1,147 @@
+"""Small archives that would fill the memory: whatever the input, a worker stays under 1 GiB and the error names the archive."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.data.sources import items, labels, tar
+from pipeline.data.sources.items import Item, ScanOptions
+from pipeline.data.sources.prefetch import prefetched
+from pipeline.errors import UserError
+
+PROJECT = Path(__file__).parents[2]
+
+
+def write_sparse_tar(path: Path, names: list[str], size: int) -> None:
+    """Members of `size` bytes each, all of them holes but one byte, so that the archive stays small."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            info.pax_headers = {
+                "GNU.sparse.major": "0",
+                "GNU.sparse.minor": "1",
+                "GNU.sparse.name": name,
+                "GNU.sparse.size": str(size),
+                "GNU.sparse.map": "0,1",
+                "GNU.sparse.realsize": str(size),
+            }
+            archive.addfile(info, io.BytesIO(b"x"))
+
+
+def write_giant_header(path: Path) -> None:
+    """900 MB of extended attributes, which gzip packs into 1 MB."""
+    with gzip.open(path, "wb") as file:
+        info = tarfile.TarInfo("a.png")
+        info.type, info.size = tarfile.XHDTYPE, 900 << 20
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(900):
+            file.write(bytes(1 << 20))
+
+
+def read_all(path: Path) -> list[Item]:
+    files = pa.table({"path": [""], "size": [path.stat().st_size]}, schema=items.LISTING)
+    source = tar.scan(str(path), files, ScanOptions())
+    return list(tar.read(source, source.pieces))
+
+
+MEASURE = """
+import resource, sys
+import pyarrow as pa
+from pipeline.data.sources import items, tar
+from pipeline.data.sources.prefetch import prefetched
+files = pa.table({"path": [""], "size": [0]}, schema=items.LISTING)
+source = tar.scan(sys.argv[1], files, items.ScanOptions())
+for item in prefetched(tar.read(source, source.pieces)):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+@pytest.mark.parametrize("kind", ["one sample", "many samples", "a tar of tars", "a giant header"])
+def test_a_small_archive_never_takes_a_gigabyte(kind, tmp_path):
+    path = tmp_path / "bomb.tar"
+    if kind == "one sample":
+        write_sparse_tar(path, [f"a/bomb.x{i}" for i in range(6)], 120 << 20)
+    elif kind == "many samples":
+        write_sparse_tar(path, [f"a/bomb{i}.png" for i in range(6)], 120 << 20)
+    elif kind == "a tar of tars":
+        write_sparse_tar(path, [f"class{i}.tar" for i in range(3)], 900 << 20)
+    else:
+        path = tmp_path / "bomb.tar.gz"
+        write_giant_header(path)
+    assert path.stat().st_size < 1 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, cwd=PROJECT, timeout=120, check=True
+    )
+    assert int(done.stdout) < 1024, f"{done.stdout.strip()} MiB"
+
+
+def test_the_members_of_a_sample_are_limited_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "MAX_FILE_BYTES", 100_000)
+    write_sparse_tar(tmp_path / "a.tar", [f"a/one.x{i}" for i in range(3)], 60_000)
+    refused = {item.key: item.refused and item.refused.reason for item in read_all(tmp_path / "a.tar")}
+    assert refused == {"a/one.x0": None, "a/one.x1": "too many bytes", "a/one.x2": "too many bytes"}
+
+
+def test_an_archive_in_an_archive_is_streamed_and_a_third_level_is_no_image(tmp_path):
+    inner, middle = io.BytesIO(), io.BytesIO()
+    for sink, members in (
+        (inner, {"deep.png": b"deep"}),
+        (middle, {"one.png": b"first", "inner.tar": None, "two.png": b"second"}),
+    ):
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                data = inner.getvalue() if data is None else data
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    with tarfile.open(tmp_path / "outer.tar", "w") as archive:
+        for name, data in (("n01440764.tar", middle.getvalue()), ("after/three.png", b"third")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    found = {item.key: (bytes(item.image), item.labels) for item in read_all(tmp_path / "outer.tar")}
+    assert found["one.png"] == (b"first", ["n01440764"])
+    assert found["two.png"] == (b"second", ["n01440764"])
+    assert found["after/three.png"] == (b"third", ["after"])
+    assert "deep.png" not in found
+
+
+def test_reading_ahead_is_limited_by_bytes(monkeypatch):
+    read = []
+
+    def large():
+        for i in range(20):
+            read.append(i)
+            yield Item(str(i), "", bytes(30 << 20), None)
+
+    reader = prefetched(large())
+    next(reader)
+    for _ in range(3):
+        next(reader)
+    assert len(read) <= 4 + 3 + 2  # taken, waiting, and the one that is being read
+    reader.close()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_deeply_nested_json_is_one_line(text, tmp_path):
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(UserError, match=r"classes\.json"):
+        labels.read_label_map(str(tmp_path / "classes.json"))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("a/one.json", text.encode()), ("a/one.png", b"picture")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (item,) = read_all(tmp_path / "a.tar")
+    assert (item.key, item.labels) == ("a/one.png", ["a"])
+    with pytest.raises(RecursionError):
+        json.loads(text)  # what the readers have to expect
