@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import create_model
-from pipeline.data.format.shards import write_dataset
+from pipeline.data.format.writer import write_dataset
 from pipeline.weights import save_checkpoint_weights
 from tests.runs import commit_checkpoint, flip_bit
 

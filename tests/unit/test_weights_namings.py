@@ -1,10 +1,13 @@
 """Weights in every published naming, built from a random model, must give that model's logits."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
-from models import create_model
+from models import create_model, weights
+from models.weights import load_tensors, translate
 from pipeline.weights import load_weights
 from tests.weights import google_arrays, logits, save_npz, tiny
 
@@ -149,3 +152,20 @@ def test_huggingface_folder_old_and_new_names(tmp_path):
     notes = " ".join(load_weights(tiny(), tmp_path / "folder").notes)
     assert 'gelu="exact"' in notes
     assert "1e-12" in notes
+
+
+def test_a_new_naming_is_one_module_and_one_line(monkeypatch):
+    """The line is an entry of NAMINGS; the module says what it recognises and how it translates."""
+    shouting = types.SimpleNamespace(
+        NAME="shouting",
+        ANCHORS=("PATCH_EMBED.PROJ.WEIGHT",),
+        matches=lambda tensors, config: "PATCH_EMBED.PROJ.WEIGHT" in tensors,
+        translate=lambda tensors: {name.lower(): tensor for name, tensor in tensors.items()},
+        conventions=lambda tensors, config: weights.Conventions(activation="tanh"),
+    )
+    monkeypatch.setattr(weights, "NAMINGS", (shouting, *weights.NAMINGS))
+    state = {f"module.{name.upper()}": tensor for name, tensor in tiny().state_dict().items()}
+    model = tiny(seed=9)
+    report = load_tensors(model, translate(state), "here", strict_head=True)
+    assert report.naming == "shouting"
+    assert torch.equal(logits(model), logits(tiny()))

@@ -1,14 +1,11 @@
 """Models of other libraries and of other training methods: read with the same outputs, or refused by what they are."""
 
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from models import weights
 from models.errors import UserError
-from models.weights import load_tensors, translate
 from pipeline.weights import load_weights
 from tests.weights import logits, tiny
 
@@ -29,23 +26,6 @@ def same(model, reference, atol=1e-5):
     x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(x), atol=atol, rtol=1e-4)
-
-
-def test_a_new_naming_is_one_module_and_one_line(monkeypatch):
-    """The line is an entry of NAMINGS; the module says what it recognises and how it translates."""
-    shouting = types.SimpleNamespace(
-        NAME="shouting",
-        ANCHORS=("PATCH_EMBED.PROJ.WEIGHT",),
-        matches=lambda tensors, config: "PATCH_EMBED.PROJ.WEIGHT" in tensors,
-        translate=lambda tensors: {name.lower(): tensor for name, tensor in tensors.items()},
-        conventions=lambda tensors, config: weights.Conventions(activation="tanh"),
-    )
-    monkeypatch.setattr(weights, "NAMINGS", (shouting, *weights.NAMINGS))
-    state = {f"module.{name.upper()}": tensor for name, tensor in tiny().state_dict().items()}
-    model = tiny(seed=9)
-    report = load_tensors(model, translate(state), "here", strict_head=True)
-    assert report.naming == "shouting"
-    assert torch.equal(logits(model), logits(tiny()))
 
 
 # ---------------------------------------------------------------- other libraries
