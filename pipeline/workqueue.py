@@ -19,7 +19,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import cluster, logs, storage
@@ -92,25 +92,27 @@ def run(
     workers: int | None = None,
     num_cpus: float = 1,
     num_gpus: float = 0,
-    in_process: bool = False,
 ) -> Iterator[Outcome]:
     """Works through the units that have no receipt yet; yields an Outcome for each as it ends, in no particular order.
 
     context: what all units need; sent to every node once. summary: what of a receipt comes back to the driver.
     size: input bytes of a unit; small ones then share a task. workers: actors, for a class; None: one per unit, at most what
-    the cluster has room for. in_process: here, one after the other, without Ray.
+    the cluster has room for. num_cpus, num_gpus: of each task or actor. Inside `without_ray` the units run here, one after the other.
     A UserError of a unit is its outcome and does not stop the others; any other exception ends the generator.
     """
     finished = receipts.finished() if receipts is not None else set()
     todo = {name: unit for name, unit in units.items() if name not in finished}
     if not todo:
         return
-    if in_process or not _ray_allowed:
-        call = _bind(work, context)
+    job = _Job(work, receipts, summary)
+    if not _ray_allowed:
+        call = job.bind(context)
         for name, unit in todo.items():
-            yield _outcome(name, unit, call, receipts, summary, capture=False)
+            yield job.outcome(name, unit, call)
         return
-    for outcome in _run_on_ray(todo, work, receipts, context, summary, size, workers, num_cpus, num_gpus):
+    sizes = [size(unit) for unit in todo.values()] if size else [TASK_SIZE] * len(todo)
+    resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    for outcome in _run_on_ray(todo, sizes, job, context, resources, workers or len(todo)):
         logs.replay(outcome.records)
         yield outcome
 
@@ -134,39 +136,39 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
 # ---------------------------------------------------------------- one unit
 
 
-def _bind(work: Any, context: Any) -> Callable[[Any], Any]:
-    constructor: Any = work
-    if inspect.isclass(work):
-        return constructor(context)
-    return lambda unit: work(unit, context)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is the same for all units, but for the context."""
 
+    work: Callable[..., Any]
+    receipts: Receipts | None
+    summary: Callable[[Any], Any]
 
-def _outcome(
-    name: str,
-    unit: Any,
-    call: Callable[[Any], Any],
-    receipts: Receipts | None,
-    summary: Callable[[Any], Any],
-    capture: bool = True,
-) -> Outcome:
-    try:
-        if receipts is not None and storage.exists(receipts.uri(name)):  # another job with the same output was faster
-            return Outcome(name=name, summary=summary(storage.read_json(receipts.uri(name))))
-        if capture:
-            with logs.captured() as records:
-                receipt = call(unit)
-        else:
-            records, receipt = [], call(unit)
-        if receipts is not None:
-            try:
-                receipts.write(name, receipt)
-            except OSError as error:
-                raise UserError(
-                    f"{receipts.folder}: cannot be written ({error}); make room and run it again"
-                ) from error
-        return Outcome(name=name, summary=summary(receipt), records=records)
-    except UserError as error:
-        return Outcome(name=name, error=error)
+    def bind(self, context: Any) -> Callable[[Any], Any]:
+        """The work as a function of a unit alone."""
+        constructor: Any = self.work
+        if inspect.isclass(self.work):
+            return constructor(context)
+        return lambda unit: self.work(unit, context)
+
+    def outcome(self, name: str, unit: Any, call: Callable[[Any], Any]) -> Outcome:
+        try:
+            if self.receipts is not None and storage.exists(self.receipts.uri(name)):
+                # another job with the same output was faster
+                return Outcome(name=name, summary=self.summary(storage.read_json(self.receipts.uri(name))))
+            receipt = call(unit)
+            if self.receipts is not None:
+                self._write(self.receipts, name, receipt)
+            return Outcome(name=name, summary=self.summary(receipt))
+        except UserError as error:
+            return Outcome(name=name, error=error)
+
+    @staticmethod
+    def _write(receipts: Receipts, name: str, receipt: Any) -> None:
+        try:
+            receipts.write(name, receipt)
+        except OSError as error:
+            raise UserError(f"{receipts.folder}: cannot be written ({error}); make room and run it again") from error
 
 
 # ---------------------------------------------------------------- all units, on Ray Data
@@ -185,48 +187,27 @@ def data_context() -> Any:
 
 
 def _run_on_ray(
-    todo: dict[str, Any],
-    work: Callable[..., Any],
-    receipts: Receipts | None,
-    context: Any,
-    summary: Callable[[Any], Any],
-    size: Callable[[Any], int] | None,
-    workers: int | None,
-    num_cpus: float,
-    num_gpus: float,
+    todo: dict[str, Any], sizes: list[int], job: _Job, context: Any, resources: dict[str, float], workers: int
 ) -> Iterator[Outcome]:
     import pyarrow as pa
     import ray
 
     data_context()
     names = list(todo)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    sizes = [size(unit) for unit in todo.values()] if size else [TASK_SIZE] * len(names)
     blocks = [
         pa.table({"name": [names[i] for i in share], "unit": [pickle.dumps(todo[names[i]]) for i in share]})
-        for share in shares(sizes, cpus)
+        for share in shares(sizes, int(ray.cluster_resources().get("CPU", 0)))
     ]
     # In a list, because Ray replaces a bare reference among the arguments by a copy of the value for every actor.
-    arguments = {"work": work, "context": [ray.put(context)], "receipts": receipts, "summary": summary}
-    rows = ray.data.from_arrow(blocks)
-    if inspect.isclass(work):
-        actor: Any = _Actor
-        count = min(workers or len(names), len(names))
-        done = rows.map_batches(
-            actor,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_kwargs=arguments,
-            compute=ray.data.ActorPoolStrategy(size=count),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-        )
+    arguments = {"job": job, "context": [ray.put(context)]}
+    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", **resources}
+    if inspect.isclass(job.work):
+        options |= {"fn_constructor_kwargs": arguments}
+        options |= {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(names)))}
     else:
-        task: Any = _task
-        done = rows.map_batches(
-            task, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments, num_cpus=num_cpus, num_gpus=num_gpus
-        )
-    for row in done.iter_rows():
+        options |= {"fn_kwargs": arguments}
+    function: Any = _Actor if inspect.isclass(job.work) else _task
+    for row in ray.data.from_arrow(blocks).map_batches(function, **options).iter_rows():
         yield pickle.loads(row["outcome"])
 
 
@@ -251,30 +232,28 @@ def shares(sizes: Sequence[int], cpus: int) -> list[list[int]]:
 class _Actor:
     """Keeps an instance of the work's class for many units."""
 
-    def __init__(self, work: Any, context: list[Any], receipts: Receipts | None, summary: Callable[[Any], Any]) -> None:
+    def __init__(self, job: _Job, context: list[Any]) -> None:
         import ray
 
-        self.call = _bind(work, ray.get(context[0]))
-        self.receipts, self.summary = receipts, summary
+        self.job, self.call = job, job.bind(ray.get(context[0]))
 
     def __call__(self, batch: Any) -> Any:
-        return _work_through(batch, self.call, self.receipts, self.summary)
+        return _work_through(batch, self.job, self.call)
 
 
-def _task(batch: Any, work: Any, context: list[Any], receipts: Receipts | None, summary: Callable[[Any], Any]) -> Any:
+def _task(batch: Any, job: _Job, context: list[Any]) -> Any:
     import ray
 
-    return _work_through(batch, _bind(work, ray.get(context[0])), receipts, summary)
+    return _work_through(batch, job, job.bind(ray.get(context[0])))
 
 
-def _work_through(
-    batch: Any, call: Callable[[Any], Any], receipts: Receipts | None, summary: Callable[[Any], Any]
-) -> Any:
+def _work_through(batch: Any, job: _Job, call: Callable[[Any], Any]) -> Any:
     """A table of units -> a table of outcomes. A UserError travels as a value: Ray Data would wrap it beyond recognition."""
     import pyarrow as pa
 
-    outcomes = [
-        _outcome(name, pickle.loads(unit), call, receipts, summary)
-        for name, unit in zip(batch["name"].to_pylist(), batch["unit"].to_pylist(), strict=True)
-    ]
-    return pa.table({"outcome": [pickle.dumps(outcome) for outcome in outcomes]})
+    outcomes = []
+    for name, unit in zip(batch["name"].to_pylist(), batch["unit"].to_pylist(), strict=True):
+        with logs.captured() as records:
+            outcome = job.outcome(name, pickle.loads(unit), call)
+        outcomes.append(pickle.dumps(replace(outcome, records=records)))
+    return pa.table({"outcome": outcomes})

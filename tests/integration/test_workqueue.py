@@ -1,5 +1,6 @@
 """The engine of resumable work: what has a receipt is not done again, errors stay with their unit, on Ray and in process."""
 
+import contextlib
 import logging
 import sys
 
@@ -47,14 +48,17 @@ def go(tmp_path, work, **options):
 @pytest.mark.parametrize("work", [square, Squares])
 @pytest.mark.parametrize("in_process", [True, False])
 def test_a_finished_unit_is_not_done_again(ray_local, tmp_path, work, in_process):
-    workers = None if in_process or work is square else 1
-    first = go(tmp_path, work, in_process=in_process, workers=workers)
+    where = workqueue.without_ray if in_process else contextlib.nullcontext
+    workers = None if work is square else 1
+    with where():
+        first = go(tmp_path, work, workers=workers)
     assert {name: o.summary for name, o in first.items() if not o.error} == {
         f"unit-{i}": i * i for i in (0, 1, 2, 4, 5)
     }
     assert str(first["unit-3"].error) == "three is wrong"
     storage.remove(Receipts(str(tmp_path / "receipts")).uri("unit-1"))
-    again = go(tmp_path, work, in_process=in_process, workers=workers)
+    with where():
+        again = go(tmp_path, work, workers=workers)
     assert set(again) == {"unit-1", "unit-3"}
     calls = {path.stem: len(path.read_text()) for path in tmp_path.glob("*.calls")}
     assert calls == {"0": 1, "1": 2, "2": 1, "3": 2, "4": 1, "5": 1}
