@@ -8,6 +8,7 @@ no secret passes through a config, a log or a run.
 import contextlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,18 @@ def _explained(uri: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def refuse_special(path: str) -> None:
+    """Raises UserError for a local file that could be read for ever: a pipe, a socket, a device, a stream of the kernel."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # missing, on a store, or a NUL in its name: opening it says so
+        return
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise UserError(f"{path}: a pipe, a socket or a device, not a regular file")
+    if not status.st_size and os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise UserError(f"{path}: a file of the kernel, not of data")
+
+
 def exists(uri: str | os.PathLike) -> bool:
     fs, path = filesystem(uri)
     with _explained(uri):
@@ -102,6 +115,7 @@ def exists(uri: str | os.PathLike) -> bool:
 def read_bytes(uri: str | os.PathLike, start: int | None = None, end: int | None = None) -> bytes:
     """The bytes [start, end) of a file. Raises FileNotFoundError, or UserError when the store refuses."""
     fs, path = filesystem(uri)
+    refuse_special(path)
     with _explained(uri):
         return bytes(fs.cat_file(path, start=start, end=end))
 
@@ -164,6 +178,7 @@ def write_json(uri: str | os.PathLike, value: Any) -> None:
 def open_file(uri: str | os.PathLike, mode: str = "rb") -> Iterator[IO]:
     """A plain file object. A local file opened for writing has its folder made; use `write_bytes` where atomicity matters."""
     fs, path = filesystem(uri)
+    refuse_special(path)
     with _explained(uri):
         if "w" in mode and not is_remote(os.fspath(uri)):
             os.makedirs(os.path.dirname(path), exist_ok=True)

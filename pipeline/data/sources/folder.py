@@ -3,7 +3,6 @@
 import fnmatch
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -134,11 +133,10 @@ def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
             if os.path.isabs(path) or ".." in path.split("/"):  # from a label table
                 raise FileNotFoundError(f"{path} lies outside the source")
             name = os.path.join(folder, path)
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                raise OSError("not a regular file")  # a pipe or a device would be read for ever
+            storage.refuse_special(name)
             with open(name, "rb") as file:
                 yield file.read()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in a name from a label table
+        except (OSError, ValueError, UserError) as error:  # ValueError: a NUL in a name from a label table
             yield error
 
 

@@ -63,9 +63,11 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
         return
     except PermissionError as error:
         raise UserError(f"{folder}: permission denied") from error
+    except OSError as error:  # a link that leads to itself, a path that is too long
+        raise UserError(f"{folder}: {error.strerror}") from error
     with entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 target = entry.stat()
                 if (target.st_dev, target.st_ino) not in above:
                     yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
@@ -73,6 +75,13 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
                 # a name that is not valid UTF-8, or a dangling link, becomes a reject when it is read
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0
                 yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), size
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; it becomes a reject when it is read
+        return False
 
 
 # ---------------------------------------------------------------- tables larger than memory
