@@ -2,7 +2,7 @@
 
     python jobs/transfer.py                                                     the demo, after jobs/pretrain.py
     python jobs/transfer.py --suite vtab1k --checkpoint runs/x --data s3://bucket/vtab --seeds 3
-    python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz --variant B/16 --data vtab pets dtd
+    python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz --variant B/16 --data vtab --tasks pets dtd
     python jobs/transfer.py --suite frozen --checkpoint runs/x --data sets --tasks birds-linear
     python jobs/transfer.py --compare runs/vtab1k/transfer-3f9a01c2 runs/vtab1k/transfer-77aa10e4
 
