@@ -19,6 +19,7 @@ import s3fs
 
 from pipeline import workqueue
 from pipeline.data import format as shards
+from pipeline import storage, workqueue
 from pipeline.data import sources
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -218,7 +219,7 @@ def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_
     else:
         with tarfile.open(path, "w") as archive:
             archive.add(image_folder, "images")
-    sources.storage.copy_file(str(path), f"{s3}/{path.name}")
+    storage.copy_file(str(path), f"{s3}/{path.name}")
     [source] = sources.discover([f"{s3}/{path.name}"])
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

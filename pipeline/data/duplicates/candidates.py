@@ -5,12 +5,15 @@ shuffle brings together the rows that share any pair of bands, and these are com
 """
 
 import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.data.duplicates.hashes import BANDS, MIRROR, hamming
 
 KEY, PIXELS, LOOK, MIRRORED = range(4)  # kinds of agreement
+Pairs = dict[str, np.ndarray]
+"""Columns `first`, `second` (rows), `kind`, `apart` (bits that differ) and, once verified, `detail`."""
 # Two bands are 32 bits, few enough rows to compare at any size of corpus. Any two of the eight bands find images that differ
 # in three times as many bits as four fixed bands of 32 bits would.
 BAND_PAIRS = list(itertools.combinations(range(BANDS), 2))
@@ -52,8 +55,9 @@ def candidate_keys(table: np.ndarray, number: int, keys: bool, exact: bool, near
     }
 
 
-def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> dict[str, np.ndarray]:
-    """Lines of one bucket -> pairs of rows (first < second) that are duplicates, of kind KEY, PIXELS or LOOK.
+def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> Pairs:
+    """Lines of one bucket -> pairs of rows (first < second) that may be duplicates: KEY, PIXELS, LOOK or, when the two are
+    alike as mirror images, MIRRORED.
 
     Among many lines with one value of `join`, each is compared with the `most` lines before it.
     """
@@ -67,7 +71,7 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> d
     def add(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> None:
         first.append(np.minimum(row[a], row[b]))
         second.append(np.maximum(row[a], row[b]))
-        kinds.append(family[a])
+        kinds.append(np.maximum(kind[a], kind[b]))
         apart.append(d)
 
     # Being the same is transitive: every line of a run is compared with the run's first.
@@ -96,14 +100,34 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> d
     }
 
 
-def select_removals(pairs: dict[str, np.ndarray]) -> dict[int, tuple[int, int, int]]:
-    """Which rows to remove: {row: (row that it repeats, kind, bits that differ)}.
+def unique_pairs(pairs: Pairs) -> Pairs:
+    """Each pair of rows once, by its strongest agreement: two rows may share several bands."""
+    order = np.lexsort((pairs["apart"], pairs["kind"], pairs["second"], pairs["first"]))
+    first, second = pairs["first"][order], pairs["second"][order]
+    new = np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1]))[: len(order)]
+    return {name: column[order][new] for name, column in pairs.items()}
 
-    The first row of a group stays, and a row is removed only as a repeat of a row that stays."""
+
+class Removal(NamedTuple):
+    """Why a row is removed: `first` is the row that it repeats."""
+
+    first: int
+    kind: int
+    distance: int  # bits
+    detail: float  # correlation of detail; 1.0 when keys or pixels are the same
+
+    def record(self, key: str, match: str) -> dict[str, Any]:
+        """The line of duplicates.parquet about the row `key`, which repeats the row `match`."""
+        reason, detail = "exact" if self.kind == PIXELS else "near", round(self.detail, 3)
+        return {"key": key, "reason": reason, "set": "", "match": match, "distance": self.distance, "detail": detail}
+
+
+def select_removals(pairs: Pairs) -> dict[int, Removal]:
+    """Which rows to remove. The first row of a group stays, and a row is removed only as a repeat of a row that stays."""
     order = np.lexsort((pairs["apart"], pairs["kind"], pairs["first"], pairs["second"]))
-    gone: dict[int, tuple[int, int, int]] = {}
-    columns = (pairs[name][order].tolist() for name in ("first", "second", "kind", "apart"))
-    for first, second, kind, apart in zip(*columns, strict=True):
-        if second not in gone and first not in gone:
-            gone[second] = (first, kind, apart)
-    return gone
+    removals: dict[int, Removal] = {}
+    columns = (pairs[name][order].tolist() for name in ("first", "second", "kind", "apart", "detail"))
+    for first, second, *why in zip(*columns, strict=True):
+        if second not in removals and first not in removals:
+            removals[second] = Removal(first, *why)
+    return removals

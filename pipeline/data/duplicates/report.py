@@ -1,5 +1,6 @@
 """What was removed as a duplicate, and of what: `duplicates.parquet` and the contact sheet `duplicates.png`."""
 
+import base64
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -8,24 +9,44 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data import images
+from pipeline.data.loading.augment import decode
 
 DUPLICATES, PAIRS = "duplicates.parquet", "duplicates.png"
+SHEET_PAIRS = 24
 
 
 def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
-    """`duplicates.parquet`: key, reason (exact, near), the set and key it matches, distance in bits."""
+    """`duplicates.parquet`: key, reason (exact, near), the set and key it matches, distance in bits, and the
+    correlation of detail after alignment (1.0 when exact)."""
     fields = {
         "key": pa.string(),
         "reason": pa.string(),
         "set": pa.string(),
         "match": pa.string(),
         "distance": pa.int32(),
+        "detail": pa.float32(),
     }
     columns = {name: pa.array([record[name] for record in records], kind) for name, kind in fields.items()}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
+
+
+def attach_pictures(records: Sequence[dict[str, Any]], pictures: Sequence[tuple[bytes, bytes]]) -> None:
+    """Gives the least certain near matches among `records` their two pictures (encoded images), for the contact sheet."""
+    near = [i for i, record in enumerate(records) if record["reason"] == "near"]
+    for i in sorted(near, key=lambda i: records[i]["detail"])[:SHEET_PAIRS]:
+        records[i]["pictures"] = [base64.b64encode(data).decode() for data in pictures[i]]
+
+
+def contact_sheet(records: Sequence[dict[str, Any]]) -> bytes | None:
+    """The least certain near matches that have pictures, side by side, as PNG; None when there are none."""
+    shown = sorted((r for r in records if "pictures" in r), key=lambda r: r["detail"])[:SHEET_PAIRS]
+    pairs = []
+    for record in shown:
+        mine, other = (decode(base64.b64decode(text)).copy() for text in record["pictures"])
+        pairs.append((mine, other, f"{record['detail']:.2f}: {record['key'][-18:]} | {record['match'][-18:]}"))
+    return pair_sheet(pairs) if pairs else None
 
 
 def pair_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
@@ -45,10 +66,3 @@ def pair_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png")
     return sink.getvalue()
-
-
-def small_picture(pixels_HWC: np.ndarray, side: int = 96) -> np.ndarray:
-    """For a contact sheet: the longer side at most `side`."""
-    height, width = pixels_HWC.shape[:2]
-    scale = min(1.0, side / max(height, width))
-    return images.shrink(pixels_HWC, max(1, round(width * scale)), max(1, round(height * scale)))

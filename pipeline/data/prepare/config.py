@@ -56,12 +56,13 @@ class PrepareConfig:
     then a second pass over the shards mixes them."""
     seed: int = 0
     """Of the shuffle and of --sample."""
-    deduplicate: Literal["off", "exact", "near"] = "off"
-    """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored)."""
+    deduplicate: Literal["off", "exact", "near", "report"] = "off"
+    """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored);
+    report lists near duplicates in duplicates.parquet and removes none."""
     decontaminate: tuple[str, ...] = ()
     """Evaluation sets (datasets, or anything that --source takes): images that are in them are removed."""
-    distance: int = 24
-    """Near duplicates differ in at most this many of 128 bits (docs/decontamination.md)."""
+    distance: int = 30
+    """Images whose hashes differ in at most this many of 128 bits are compared in detail (docs/decontamination.md)."""
     max_pixels: int = 100_000_000
     """Larger images are refused before they are decoded."""
     max_reject_fraction: float = 0.05

@@ -1,17 +1,35 @@
 """Removes rows of the corpus that repeat another of its rows."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import cv2
 import numpy as np
+import pyarrow as pa
 
 from pipeline import storage, workqueue
-from pipeline.data.duplicates.candidates import KEY, PIXELS, candidate_keys, match_rows, select_removals
+from pipeline.data.duplicates.candidates import (
+    KEY,
+    LOOK,
+    MIRRORED,
+    Pairs,
+    Removal,
+    candidate_keys,
+    match_rows,
+    select_removals,
+    unique_pairs,
+)
+from pipeline.data.duplicates.hashes import ROW
+from pipeline.data.duplicates.report import attach_pictures
+from pipeline.data.duplicates.verification import compare_views, small_copy
+from pipeline.data.format.describe import thumbnail
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 
-Removals = dict[int, tuple[int, int, int]]
-"""{row: (row that it repeats, kind, bits that differ)}; a row is its slice << 32 | its place in the slice."""
+Removals = dict[int, Removal]
+"""By row: its slice << 32 | its place in the slice."""
+ROW_BITS = 0xFFFFFFFF
+NEAR = ("near", "report")  # values of --deduplicate that search for near duplicates
 
 
 def deduplicated_name(number: int) -> str:
@@ -23,12 +41,16 @@ def deduplicated_name(number: int) -> str:
 
 
 def find_duplicates(plan: PreparePlan) -> Removals:
-    """The rows to remove. A Ray Data job: slices -> lines to join on -> shuffled into buckets -> pairs that match."""
-    near = plan.config.deduplicate == "near"
+    """The rows to remove: pairs that hash alike, those of them that the second look confirms, one row of each."""
+    return select_removals(verify_pairs(plan, propose_pairs(plan)))
+
+
+def propose_pairs(plan: PreparePlan) -> Pairs:
+    """Pairs of rows that may be duplicates. A Ray Data job: slices -> lines to join on -> shuffled into buckets -> pairs."""
+    near = plan.config.deduplicate in NEAR
     count = len(plan.slices)
     if not workqueue.uses_ray():
-        pairs = match_rows(_lines(range(count), plan), plan.config.distance)
-        return select_removals(pairs)
+        return unique_pairs(match_rows(_lines(range(count), plan), plan.config.distance))
     import ray
 
     context = workqueue.data_context()
@@ -53,18 +75,111 @@ def find_duplicates(plan: PreparePlan) -> Removals:
     found = list(shuffled.map_groups(match, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))
     found = [batch for batch in found if "first" in batch]
     if not found:
-        return {}
-    return select_removals({name: np.concatenate([batch[name] for batch in found]) for name in found[0]})
+        return match_rows(_lines((), plan), 0)
+    return unique_pairs({name: np.concatenate([batch[name] for batch in found]) for name in found[0]})
 
 
 def _lines(numbers: Any, plan: PreparePlan) -> dict[str, np.ndarray]:
-    near, exact = plan.config.deduplicate == "near", plan.config.deduplicate != "off"
+    near, exact = plan.config.deduplicate in NEAR, plan.config.deduplicate != "off"
     parts = [candidate_keys(_hashes(plan, n), int(n), plan.compares_keys, exact, near) for n in numbers]
+    parts = parts or [candidate_keys(np.empty(0, ROW), 0, True, True, True)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _hashes(plan: PreparePlan, number: int) -> np.ndarray:
     return np.load(io.BytesIO(storage.read_bytes(plan.hashes_uri(number))))
+
+
+# ---------------------------------------------------------------- the second look
+
+
+def verify_pairs(plan: PreparePlan, pairs: Pairs) -> Pairs:
+    """The pairs without those that only look alike; `detail` is added, 1.0 where keys or pixels are the same.
+
+    Two passes over the slices: small copies of the rows in question, written where every task can read them; then the
+    comparison of each pair, with the slice of its second row.
+    """
+    detail = np.ones(len(pairs["first"]), np.float32)
+    doubtful = np.flatnonzero(pairs["kind"] >= LOOK)
+    if not len(doubtful):
+        return pairs | {"detail": detail}
+    rows = np.unique(np.concatenate([pairs["first"][doubtful], pairs["second"][doubtful]]))
+    copies: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        copies.setdefault(row >> 32, []).append(row & ROW_BITS)
+    _finish_units(plan, {f"copied-{number:05d}": (number, places) for number, places in copies.items()}, _copy_rows)
+    shares: dict[int, list[int]] = {}
+    for i in doubtful.tolist():
+        shares.setdefault(int(pairs["second"][i]) >> 32, []).append(i)
+    units = {
+        f"verified-{number:05d}": [
+            (int(pairs["first"][i]), int(pairs["second"][i]), bool(pairs["kind"][i] == MIRRORED)) for i in share
+        ]
+        for number, share in shares.items()
+    }
+    _finish_units(plan, units, _compare_rows)
+    for share, agreed in zip(shares.values(), plan.receipts.read(list(units)), strict=True):
+        detail[share] = agreed
+    return {name: column[detail > 0] for name, column in (pairs | {"detail": detail}).items()}
+
+
+def _finish_units(plan: PreparePlan, units: dict[str, Any], work: Any) -> None:
+    for outcome in workqueue.run(units, work, receipts=plan.receipts, context=plan, summary=lambda receipt: None):
+        if outcome.error:
+            raise outcome.error
+
+
+def _copies_uri(plan: PreparePlan, number: int) -> str:
+    return storage.join(plan.work, f"copies-{number:05d}.arrow")
+
+
+def _copy_rows(unit: tuple[int, list[int]], plan: PreparePlan) -> dict[str, Any]:
+    """Writes small copies of some rows of a slice."""
+    number, rows = unit
+    (receipt,), places = plan.receipts.read([slice_name(number)]), _places(plan, number)
+    wanted = {places[row]: row for row in rows}
+    found: dict[int, bytes] = {}
+    for name in plan.splits:
+        dataset = plan.open_rows(receipt["splits"][name], name)
+        for i in range(len(dataset.row_groups)):
+            first, last = int(dataset.starts[i]), int(dataset.starts[i + 1])
+            here = [place for place in range(first, last) if (name, place) in wanted]
+            if here:
+                pictures = dataset.read_row_group(i).images
+                found |= {wanted[name, p]: small_copy(thumbnail(dataset, pictures[p - first])) for p in here}
+    table = pa.table(
+        {"row": pa.array(list(found), pa.int64()), "picture": pa.array(list(found.values()), pa.large_binary())}
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    storage.write_bytes(_copies_uri(plan, number), sink.getvalue().to_pybytes())
+    return {"rows": len(found)}
+
+
+def _read_copies(plan: PreparePlan, rows: Iterable[int]) -> dict[int, bytes]:
+    """Small copies of rows of any slices."""
+    wanted: dict[int, set[int]] = {}
+    for row in rows:
+        wanted.setdefault(row >> 32, set()).add(row & ROW_BITS)
+    copies = {}
+    for number, places in wanted.items():
+        table = pa.ipc.open_stream(storage.read_bytes(_copies_uri(plan, number))).read_all()
+        for i, place in enumerate(table["row"].to_pylist()):
+            if place in places:
+                copies[number << 32 | place] = table["picture"][i].as_py()
+    return copies
+
+
+def _compare_rows(unit: list[tuple[int, int, bool]], plan: PreparePlan) -> list[float]:
+    """The correlation of detail of each pair that shows one photograph, 0.0 of each that does not."""
+    cv2.setNumThreads(1)
+    copies = _read_copies(plan, {row for first, second, _ in unit for row in (first, second)})
+    agreed = []
+    for first, second, mirrored in unit:
+        agreement = compare_views(copies[second], copies[first], mirrored=mirrored)
+        agreed.append(round(agreement.detail, 3) if agreement.same else 0.0)
+    return agreed
 
 
 # ---------------------------------------------------------------- removing
@@ -73,17 +188,14 @@ def _hashes(plan: PreparePlan, number: int) -> np.ndarray:
 def remove_duplicates(plan: PreparePlan, removals: Removals) -> None:
     """Writes the slices that lose rows again, from their own shards, with a receipt of their own."""
     wanted: dict[int, set[int]] = {}
-    for first, _, _ in removals.values():
-        wanted.setdefault(first >> 32, set()).add(first & 0xFFFFFFFF)
+    for removal in removals.values():
+        wanted.setdefault(removal.first >> 32, set()).add(removal.first & ROW_BITS)
     keys = {(number << 32) | row: key for number, rows in wanted.items() for row, key in _keys(plan, number, rows)}
-    units: dict[str, tuple[int, dict[int, tuple[str, int, int]]]] = {}
-    for row, (first, kind, distance) in sorted(removals.items()):
+    units: dict[str, tuple[int, dict[int, tuple[str, Removal]]]] = {}
+    for row, removal in sorted(removals.items()):
         number = row >> 32
-        units.setdefault(deduplicated_name(number), (number, {}))[1][row & 0xFFFFFFFF] = (keys[first], kind, distance)
-    outcomes = workqueue.run(units, _keep_rows, receipts=plan.receipts, context=plan, summary=lambda receipt: None)
-    for outcome in outcomes:
-        if outcome.error:
-            raise outcome.error
+        units.setdefault(deduplicated_name(number), (number, {}))[1][row & ROW_BITS] = (keys[removal.first], removal)
+    _finish_units(plan, units, _keep_rows)
 
 
 def _places(plan: PreparePlan, number: int) -> list[tuple[str, int]]:
@@ -108,30 +220,49 @@ def _keys(plan: PreparePlan, number: int, rows: set[int]) -> Iterator[tuple[int,
         yield row, keys[split][place]
 
 
-def _keep_rows(unit: tuple[int, dict[int, tuple[str, int, int]]], plan: PreparePlan) -> dict[str, Any]:
-    """Copies the rows of a slice that stay; the receipt says which were removed."""
+def _keep_rows(unit: tuple[int, dict[int, tuple[str, Removal]]], plan: PreparePlan) -> dict[str, Any]:
+    """Copies the rows of a slice that stay; the receipt says which were removed, or with `report` would have been."""
     number, removals = unit
     (receipt,), places = plan.receipts.read([slice_name(number)]), _places(plan, number)
-    leaving = {places[row]: why for row, why in removals.items()}
+    reporting = plan.config.deduplicate == "report"
+    at = {places[row]: row for row in removals}
     source = plan.sources[plan.slices[number].source].uri
+    receipt["reported"] = {}
     for name in plan.splits:
+        records, rows = [], []
         dataset = plan.open_rows(receipt["splits"][name], name)
         place = 0
         with plan.writer(name, number, "k") as writer:
             for i in range(len(dataset.row_groups)):
                 for key, *rest in dataset.read_row_group(i).rows():
-                    why = leaving.get((name, place))
+                    row = at.get((name, place))
                     place += 1
-                    if why is None:
-                        writer.write(key, *rest)
-                        continue
-                    match, kind, distance = why
-                    if kind == KEY:
+                    match, removal = removals[row] if row is not None else ("", None)
+                    if removal is not None and removal.kind == KEY:
                         receipt["rejects"][name].append([key, source, "duplicate key", ""])
-                    else:
-                        reason = "exact" if kind == PIXELS else "near"
-                        record = {"key": key, "reason": reason, "set": "", "match": match, "distance": distance}
-                        receipt["duplicates"][name].append(record)
+                        continue
+                    if row is not None and removal is not None:
+                        records.append(removal.record(key, match))
+                        rows.append(row)
+                    if removal is None or reporting:
+                        writer.write(key, *rest)
+        _attach_copies(plan, number, removals, records, rows)
+        receipt["reported" if reporting else "duplicates"].setdefault(name, []).extend(records)
         # mean and deviation stay those measured before the duplicates were removed
         receipt["splits"][name] = writer.receipt.to_dict() | {"pixels": receipt["splits"][name]["pixels"]}
     return receipt
+
+
+def _attach_copies(
+    plan: PreparePlan,
+    number: int,
+    removals: dict[int, tuple[str, Removal]],
+    records: list[dict[str, Any]],
+    rows: list[int],
+) -> None:
+    """Gives the least certain near matches their pictures; `rows` are the places of `records` in the slice."""
+    near = {
+        i: (number << 32 | row, removals[row][1].first) for i, row in enumerate(rows) if records[i]["reason"] == "near"
+    }
+    copies = _read_copies(plan, {row for pair in near.values() for row in pair})
+    attach_pictures(records, [tuple(copies[r] for r in near[i]) if i in near else (b"", b"") for i in range(len(rows))])

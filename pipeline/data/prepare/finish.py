@@ -1,22 +1,17 @@
 """Receipts of slices -> finished datasets: too many rejects, reports, manifests, and what is removed at the end."""
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
 from pipeline.data import format as shards
-from pipeline.data.duplicates.evaluation import find_picture
-from pipeline.data.duplicates.report import DUPLICATES, PAIRS, duplicates_table, pair_sheet
 from pipeline.data.format import Manifest, Receipt, Reject
-from pipeline.data.loading.augment import decode
+from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.deduplicate import deduplicated_name
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.errors import UserError
-
-SHEET_PAIRS = 24
 
 
 def receipt_names(plan: PreparePlan) -> list[str]:
@@ -39,7 +34,8 @@ def finish_datasets(
     for name in plan.splits:
         duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
-            _write_report(plan, name, duplicates)
+            reported = [record for receipt in receipts for record in receipt.get("reported", {}).get(name, [])]
+            _write_report(plan, name, duplicates + reported)
         written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
         if mixed is not None:  # mean and deviation were measured by the slices
             written = [Receipt(pixels=receipt.pixels) for receipt in written]
@@ -74,19 +70,12 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> Non
 
 
 def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]]) -> None:
-    """duplicates.parquet, and a contact sheet of the least certain pairs with an evaluation set."""
+    """duplicates.parquet, and the contact sheet of the least certain pairs."""
     uri = plan.split_uri(split)
     storage.write_bytes(storage.join(uri, DUPLICATES), duplicates_table(records))
-    shown = [record for record in records if "thumbnail" in record]
-    shown = sorted(shown, key=lambda record: -record["distance"])[:SHEET_PAIRS]
-    pairs = []
-    for record in shown:
-        other = find_picture(record["set"], record["match"], plan.config.max_pixels)
-        mine = decode(base64.b64decode(record["thumbnail"])).copy()
-        if other is not None:
-            pairs.append((mine, other, f"{record['distance']} bits: {record['key'][-20:]} | {record['match'][-20:]}"))
-    if pairs:
-        storage.write_bytes(storage.join(uri, PAIRS), pair_sheet(pairs))
+    sheet = contact_sheet(records)
+    if sheet is not None:
+        storage.write_bytes(storage.join(uri, PAIRS), sheet)
 
 
 def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data import images, sources
-from pipeline.data.duplicates.evaluation import removal_record
 from pipeline.data.duplicates.hashes import ROW, hash_image
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
+from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan
@@ -50,6 +50,7 @@ class _Counts:
     inputs: dict[str, int]
     rejects: dict[str, list[list[str]]]
     duplicates: dict[str, list[dict[str, Any]]]
+    pictures: dict[str, list[tuple[bytes, bytes]]]  # of the duplicates: theirs, and those that they repeat
     hashed: bytearray = field(default_factory=bytearray)  # rows of hashes.ROW: tens of bytes an image
     alike: int = 0  # rows with the label of the row before
     label: Any = None  # of the row before
@@ -58,7 +59,12 @@ class _Counts:
 
 def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
-    counts = _Counts(inputs=dict.fromkeys(names, 0), rejects={n: [] for n in names}, duplicates={n: [] for n in names})
+    counts = _Counts(
+        inputs=dict.fromkeys(names, 0),
+        rejects={name: [] for name in names},
+        duplicates={name: [] for name in names},
+        pictures={name: [] for name in names},
+    )
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
         for item in _items(number, plan):
@@ -72,6 +78,8 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         sink = io.BytesIO()
         np.save(sink, np.frombuffer(counts.hashed, ROW))
         storage.write_bytes(plan.hashes_uri(number), sink.getvalue())
+    for name in names:
+        attach_pictures(counts.duplicates[name], counts.pictures[name])
     return {
         "inputs": counts.inputs,
         "rejects": counts.rejects,
@@ -106,9 +114,11 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
     picture, stored, pixels = transform(item.image, plan.config)
     if plan.evaluation is not None or plan.config.deduplicate != "off":
         hashed = hash_image(picture, crops=plan.evaluation is not None)
-        match = plan.evaluation.find(hashed, plan.config.distance) if plan.evaluation is not None else None
-        if match is not None and plan.evaluation is not None:
-            counts.duplicates[split].append(removal_record(item.key, picture, match, plan.evaluation))
+        index = plan.evaluation
+        match = index.find(hashed, picture, plan.config.distance) if index is not None else None
+        if index is not None and match is not None:
+            counts.duplicates[split].append(match.record(item.key, index))
+            counts.pictures[split].append((match.picture, index.pictures[match.image].as_py()))
             return
         row: tuple = (key, hashed.exact, hashed.bits[0], hashed.flat, list(plan.splits).index(split))
     else:
