@@ -181,6 +181,10 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
     assert not kept & set(records)
     assert verify_dataset(config.output) == []
     assert cv2.imread(str(tmp_path / "out" / "duplicates.png")) is not None
+    report = dataclasses.replace(config, deduplicate="report", decontaminate=(), output=str(tmp_path / "report"))
+    assert (prepare(report)[""].rows, prepare(report)[""].duplicates) == (303, 0)
+    listed = pq.read_table(tmp_path / "report" / "duplicates.parquet")["key"].to_pylist()
+    assert sorted(listed) == ["a/zero-again.png", "b/one-mirrored.jpg", "b/two-resized.jpg"]
 
 
 def test_s3_in_and_out_through_the_job(image_folder, s3):

@@ -1,5 +1,6 @@
 """The images of evaluation sets, hashed: looked up while a corpus is prepared."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 
 from pipeline import storage, workqueue
 from pipeline.data import format as shards
@@ -181,8 +183,17 @@ def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
     except images.Refused as refused:
         if refused.reason not in DAMAGED:
             return None, refused.reason
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-        return (None, refused.reason) if pixels is None else (np.ascontiguousarray(pixels[:, :, ::-1]), "")
+        pixels = _decode_leniently(data)
+        return (None, refused.reason) if pixels is None else (pixels, "")
+
+
+def _decode_leniently(data: bytes) -> np.ndarray | None:
+    """What a viewer shows of a damaged image: RGB pixels, or None."""
+    if data.startswith(b"\xff\xd8"):
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    return None if pixels is None else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 class _Part(NamedTuple):

@@ -6,7 +6,7 @@ rotation), and then compared in detail, block by block, and in colour. A copy ag
 agree in outline and differ in detail.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -82,26 +82,24 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
     """
     side = SIDE if min(*first.shape[:2], *second.shape[:2]) >= SIDE else SIDE // 2
     a, b = (cv2.resize(p, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) for p in (first, second))
-    warp = np.eye(2, 3, dtype=np.float32) if start is None else start.astype(np.float32)
-    warp = warp.copy()
+    warp: Any = np.array(np.eye(2, 3) if start is None else start, np.float32)
     warp[:, 2] = warp[:, 2] * side + (warp[:, :2].sum(1) - 1) * 0.5  # from the unit square to pixel centres
     grey_a, grey_b = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b))
+    everywhere = np.full((side, side), 255, np.uint8)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS, 1e-5)
     try:
         # `warp` maps places of b to places of a
-        _, warp = cv2.findTransformECC(
-            grey_b, grey_a, warp, cv2.MOTION_AFFINE,
-            (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS, 1e-5), None, 3,
-        )  # fmt: skip
+        _, warp = cv2.findTransformECC(grey_b, grey_a, warp, cv2.MOTION_AFFINE, stop, everywhere, 3)
     except cv2.error:  # the search for an alignment diverges
         return Agreement(0.0, 0.0, 0.0, 255.0)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    a = cv2.warpAffine(a, warp, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    aligned: Any = cv2.warpAffine(a, warp, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     inside = cv2.warpAffine(np.ones((side, side), np.float32), warp, (side, side), flags=flags) > 0.99
     overlap = float(inside.mean())
     if overlap < 0.3:
         return Agreement(overlap, 0.0, 0.0, 255.0)
-    detail, worst = _structure(a, b, inside)
-    return Agreement(overlap, detail, worst, _colour(a, b, inside))
+    detail, worst = _structure(aligned, b, inside)
+    return Agreement(overlap, detail, worst, _colour(aligned, b, inside))
 
 
 def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float]:

@@ -265,4 +265,7 @@ def _attach_copies(
         i: (number << 32 | row, removals[row][1].first) for i, row in enumerate(rows) if records[i]["reason"] == "near"
     }
     copies = _read_copies(plan, {row for pair in near.values() for row in pair})
-    attach_pictures(records, [tuple(copies[r] for r in near[i]) if i in near else (b"", b"") for i in range(len(rows))])
+    pictures = [(b"", b"")] * len(rows)
+    for i, (mine, other) in near.items():
+        pictures[i] = (copies[mine], copies[other])
+    attach_pictures(records, pictures)
