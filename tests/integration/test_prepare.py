@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline import workqueue
-from pipeline.data import format as shards
 from pipeline import storage, workqueue
+from pipeline.data import format as shards
 from pipeline.data import sources
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, prepare

@@ -9,9 +9,6 @@ import simplejpeg
 
 from pipeline import workqueue
 from pipeline.data import format as shards
-from pipeline.data.duplicates.candidates import candidate_keys, match_rows, select_removals
-from pipeline.data.duplicates.evaluation import index_evaluation_sets
-from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
 from pipeline.data.duplicates.candidates import (
     KEY,
     PIXELS,
@@ -21,6 +18,8 @@ from pipeline.data.duplicates.candidates import (
     select_removals,
     unique_pairs,
 )
+from pipeline.data.duplicates.evaluation import index_evaluation_sets
+from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_views, small_copy
 from pipeline.errors import UserError
 

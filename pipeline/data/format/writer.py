@@ -8,7 +8,7 @@ import struct
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -236,7 +236,7 @@ def finish_dataset(
     schema: Schema,
     *,
     rejects: Iterable[Reject] = (),
-    duplicates: int = 0,
+    duplicates: Mapping[str, int] | None = None,
     inputs: int | None = None,
     config: dict[str, Any] | None = None,
     input_fingerprint: str = "",
@@ -251,10 +251,11 @@ def finish_dataset(
     if not total.rows:
         why = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "there was no input"
         raise UserError(f"{uri}: not one usable image ({why})")
-    accounted = total.rows + len(refused) + duplicates
+    repeated = sum((duplicates or {}).values())
+    accounted = total.rows + len(refused) + repeated
     if inputs is not None and inputs != accounted:
         raise RuntimeError(
-            f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {duplicates} duplicates"
+            f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {repeated} duplicates"
         )
     mean, std = total.moments()
     content = [[[shard.name, shard.sha256] for shard in total.shards], list(schema.classes)]
@@ -264,7 +265,8 @@ def finish_dataset(
         multilabel=schema.multilabel,
         rows=total.rows,
         inputs=accounted,
-        duplicates=duplicates,
+        duplicates=repeated,
+        duplicates_by_reason=dict(sorted((duplicates or {}).items())),
         rejects=reasons,
         mean=mean,
         std=std,

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data import format as shards
-from pipeline.data.format import Manifest, Receipt, Reject
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
+from pipeline.data.format import Manifest, Receipt, Reject
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.deduplicate import deduplicated_name
 from pipeline.data.prepare.plan import PreparePlan, slice_name
@@ -45,7 +45,7 @@ def finish_datasets(
             written,
             plan.schema,
             rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
-            duplicates=len(duplicates),
+            duplicates=Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in duplicates),
             inputs=sum(receipt["inputs"][name] for receipt in receipts),
             config=identity(plan.config),
             input_fingerprint=plan.input_fingerprint,

@@ -14,9 +14,9 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data import images, sources
 from pipeline.data.duplicates.hashes import ROW, hash_image
+from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
-from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan
