@@ -203,7 +203,7 @@ def test_s3_in_and_out_through_the_job(image_folder, s3):
     keys = dataset.table()["key"].to_pylist()
     assert keys == [row["key"] for row in dataset.read(range(31))]
     assert "ant/a [1]*?#%20é.jpg" in keys
-    assert sorted(file.path for file in shards.storage.list_files(dataset.uri)) == [
+    assert sorted(file.path for file in storage.list_files(dataset.uri)) == [
         "manifest.json",
         "part-00000-0000.parquet",
         "rejects.parquet",

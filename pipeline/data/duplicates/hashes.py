@@ -14,9 +14,9 @@ import numpy as np
 
 SIDE, BITS, BANDS = 32, 128, 8
 _CORNERS = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5)]
-_HALVES, _QUARTERS = (0.0, 0.5, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
+_THIRDS, _QUARTERS = (0.0, 1 / 3, 2 / 3, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 # Crops hashed beside the whole image, which is view 0: (part of each side, position as a part of the rest: y, x)
-CROPS = [(0.95, y, x) for y, x in _CORNERS] + [(0.9, y, x) for y in _HALVES for x in _HALVES]
+CROPS = [(0.95, y, x) for y, x in _CORNERS] + [(0.9, y, x) for y in _THIRDS for x in _THIRDS]
 CROPS += [(0.8, y, x) for y in _QUARTERS for x in _QUARTERS]
 VIEWS = 1 + len(CROPS)
 # Frequencies by rising order (diagonals of the transform), without the constant one.
