@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from pipeline import config
 from pipeline.errors import UserError
-from pipeline.transfer.suites import SUITES, TransferConfig, check
+from pipeline.transfer.suites import SUITES, TransferConfig, check_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     if options.compare:
         return compare(options)
     settings = TransferConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TransferConfig)})
-    check(settings)  # before torch and Ray are imported
+    check_config(settings)  # before torch and Ray are imported
     from pipeline.operations import doctor
     from pipeline.transfer import run_suite
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     stdout = sys.stdout
     if options.json:
         sys.stdout = sys.stderr  # to the end: Ray reports lost processes on stdout, perhaps late
-    result = run_suite(settings, quiet=options.json)
+    result = run_suite(settings)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)), file=stdout, flush=True)
     else:
@@ -75,7 +75,7 @@ def compare(options: Command) -> int:
 
     if len(options.compare) != 2:
         raise UserError(f"--compare takes two runs, not {len(options.compare)}")
-    text, rows = report.compare(*options.compare, tracking_uri=options.tracking_uri)
+    text, rows = report.compare_runs(*options.compare, tracking_uri=options.tracking_uri)
     print(json.dumps(rows) if options.json else text)
     return 0
 

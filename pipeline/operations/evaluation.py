@@ -35,8 +35,7 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names, registry, resolve_tracking_uri, search, start_run
-from pipeline.transfer import TransferConfig
-from pipeline.transfer.suites import version as version_of_suite
+from pipeline.transfer import TransferConfig, suites
 from pipeline.weights import checkpoints
 
 LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
@@ -108,8 +107,8 @@ class Round:
 
 
 def suite_version(config: EvaluateConfig) -> str:
-    """Identifies what is measured (`pipeline.transfer.suites.version`)."""
-    return version_of_suite(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
+    """Identifies what is measured (`pipeline.transfer.suites.suite_version`)."""
+    return suites.suite_version(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
 
 
 # ---------------------------------------------------------------- what there is to evaluate
@@ -244,7 +243,7 @@ Evaluate = Callable[[EvaluateConfig, Target, str, str], Outcome]
 def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> Outcome:
     """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`); what a killed evaluator finished is kept."""
     from pipeline.transfer import run_suite
-    from pipeline.transfer.report import read_scores, spread
+    from pipeline.transfer.scores import read_scores, standard_error
 
     result = run_suite(
         dataclasses.replace(
@@ -259,7 +258,7 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
     if result.mean is None:
         raise RuntimeError("; ".join(f"{job}: {error}" for job, error in result.failures.items()) or "no scores")
     _, scores = read_scores(result.output)
-    return Outcome(mean=result.mean, spread=spread(scores), scores=result.scores, run_id=result.run_id)
+    return Outcome(mean=result.mean, spread=standard_error(scores), scores=result.scores, run_id=result.run_id)
 
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models import create_model
 from models.weights import to_huggingface, to_timm
 from pipeline import storage
-from pipeline.operations.libraries import import_library
+from pipeline.libraries import import_library
 from pipeline.weights import load_model, save_checkpoint_weights
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,16 @@
 """One checkpoint in, a table of transfer scores out.
 
-run_suite(config) -> SuiteResult     the whole way                                   run.py
+run_suite(config) -> SuiteResult     a whole suite, from top to bottom               run.py
+open_backbone(name) -> module        a checkpoint, timm's or transformers' model     backbones.py, checkpoint.py
 TransferConfig, SUITES               tasks and protocols                             suites.py
-fine_tune, predict                   one task in one process                         finetune.py
-extract                              the features, by Ray Data                       features.py
-fan_out                              jobs over workers, resumable                    fanout.py
-collect, means, compare              scores, report, figures, comparison             report.py
+next_jobs                            what is left to do                              jobs.py
+Scheduler, Worker                    jobs on Ray actors                              scheduler.py, worker.py
+FineTuning, predict                  one task in one process                         finetune.py, predictions.py
+extract_features                     frozen features, on the work queue              features.py
+Store, SuiteState                    the output folder                               store.py
+Recorder                             MLflow                                          record.py
+collect_scores, suite_report         scores and their table                          scores.py, corrections.py, references.py,
+                                                                                     report.py, figures.py, progress.py
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.transfer.suites import SUITES, TransferConfig
 
 if TYPE_CHECKING:
+    from pipeline.transfer.backbones import open_backbone
     from pipeline.transfer.run import SuiteResult, run_suite
 
-__all__ = ["SUITES", "SuiteResult", "TransferConfig", "run_suite"]
+__all__ = ["SUITES", "SuiteResult", "TransferConfig", "open_backbone", "run_suite"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from pipeline.transfer import run
 
         return getattr(run, name)
+    if name == "open_backbone":
+        from pipeline.transfer.backbones import open_backbone
+
+        return open_backbone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

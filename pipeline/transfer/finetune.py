@@ -1,12 +1,17 @@
-"""Fine-tuning one task in one process: plain PyTorch, no engine, the same numbers for the same (task, seed, lr).
+"""Fine-tuning one task in one process: plain PyTorch, the same numbers for the same (task, seed, learning rate).
+
+    training = FineTuning(pretrained, data, protocol, lr=0.01, seed=0, execution=Execution(device="cuda"))
+    tuned = training.run()                       # another thread may read training.progress meanwhile
+    predictions = predict(tuned.model, test, resolution=protocol.resolution, execution=execution)
 
 Legend: B batch, H = W image side, C channels, K classes.
 """
 
 import copy
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.data import Loader
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.training.schedule import ScheduleConfig, learning_rate
+from pipeline.transfer.predictions import Predictions
 from pipeline.transfer.suites import FineTune, Split
 
 if TYPE_CHECKING:
@@ -29,6 +36,41 @@ if TYPE_CHECKING:
 RESIDENT_BYTES = 4 << 30
 CURVE_POINTS = 50
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """Where a process computes, and in which portions; it changes no result beyond rounding."""
+
+    device: str = "cpu"
+    micro_batch: int = 64
+    """Images per forward pass of a training step."""
+    threads: int = 1
+    """That read and decode images."""
+
+    def autocast(self) -> torch.autocast:
+        """float32 weights; matrix products in bfloat16 where the hardware is made for it."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The examples of a split, with the labels of a task."""
+
+    dataset: "Dataset"
+    split: Split
+    parity: bool = False
+    """The label is whether the class index is odd."""
+
+    @property
+    def num_classes(self) -> int:
+        return 2 if self.parity else len(self.dataset.classes)
+
+    def labels(self, classes: torch.Tensor) -> torch.Tensor:
+        """The task's labels of class indices; -1 (no label) stays -1."""
+        return torch.where(classes >= 0, classes % 2, classes) if self.parity else classes
+
 
 class Diverged(Exception):
     """The loss is no longer a number: the learning rate is too high for this task."""
@@ -36,90 +78,85 @@ class Diverged(Exception):
 
 @dataclass(slots=True)
 class Tuned:
-    """A fine-tuned model, in eval mode, and how it got there: curve rows are (step, loss, lr)."""
+    """A fine-tuned model in eval mode, and how it was trained: curve rows are (step, loss, lr)."""
 
     model: nn.Module
     curve: list[tuple[int, float, float]]
     images_per_second: float
 
 
-def fine_tune(
-    pretrained: nn.Module,
-    train: "Dataset",
-    split: Split,
-    protocol: FineTune,
-    *,
-    num_classes: int,
-    lr: float,
-    seed: int,
-    device: torch.device | str = "cpu",
-    micro_batch: int = 64,
-    threads: int = 1,
-    parity: bool = False,
-    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-) -> Tuned:
-    """A copy of `pretrained` with a zero-initialised head, all of it trained on `train` (section 4.1, appendix B.1.1).
+class FineTuning:
+    """Trains a copy of `pretrained` with a zero-initialised head, all of it (section 4.1, appendix B.1.1)."""
 
-    progress(step, steps, loss) is called about fifty times. Raises Diverged when the loss becomes NaN or infinite.
-    """
-    torch.manual_seed(seed)
-    device = torch.device(device)
-    model: Any = copy.deepcopy(pretrained)
-    model.set_image_size(protocol.resolution)
-    model.replace_head(num_classes)
-    model.to(device).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(protocol.polyak)) if protocol.polyak else None
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=protocol.momentum)
-    # float32 weights; matrix products in bfloat16 where the hardware is made for it
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    def __init__(
+        self, pretrained: nn.Module, data: Examples, protocol: FineTune, *, lr: float, seed: int, execution: Execution
+    ) -> None:
+        torch.manual_seed(seed)
+        self.data, self.protocol, self.lr, self.seed, self.execution = data, protocol, lr, seed, execution
+        self.micro_batch = execution.micro_batch
+        model: Any = copy.deepcopy(pretrained)
+        model.set_image_size(protocol.resolution)
+        model.replace_head(data.num_classes)
+        self.model: nn.Module = model.to(execution.device).train()
+        decay = protocol.ema_decay
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=protocol.momentum)
+        self.progress: tuple[int, int, float] = (0, protocol.steps, math.nan)
+        """(steps done, steps, loss), set about fifty times."""
 
-    def gradients(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Adds the gradient of the mean loss over the batch, part by part, and returns that loss."""
-        total = torch.zeros((), device=device)
-        for x, y in zip(images.split(micro_batch), labels.split(micro_batch), strict=True):
-            with autocast:
-                loss = F.cross_entropy(model(x).float(), y, reduction="sum") / len(labels)
+    def run(self) -> Tuned:
+        """Trains to the last step. Raises Diverged when the loss becomes NaN or infinite."""
+        protocol = self.protocol
+        every = max(1, protocol.steps // CURVE_POINTS)
+        curve: list[tuple[int, float, float]] = []
+        losses: list[torch.Tensor] = []
+        stream = batches(self.data, protocol, seed=self.seed, execution=self.execution)
+        start = time.perf_counter()
+        for step, (images, classes) in enumerate(stream):
+            if step == protocol.steps:
+                break
+            rate = rate_at(protocol, self.lr, step)
+            losses.append(self._step(images, self.data.labels(classes), rate))
+            if (step + 1) % every == 0 or step + 1 == protocol.steps:  # the only moments that wait for the device
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                curve.append((step + 1, mean, rate))
+                self.progress = (step + 1, protocol.steps, mean)
+                if not math.isfinite(mean):
+                    raise Diverged(f"loss {mean} at step {step + 1} with learning rate {self.lr:g}; use a smaller one")
+        speed = protocol.steps * protocol.batch_size / (time.perf_counter() - start)
+        tuned = self.ema.module if self.ema is not None else self.model
+        return Tuned(tuned.eval(), curve, speed)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
+        """One optimiser step with a batch; returns its loss. The micro-batch is halved when GPU memory runs out."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        while True:
+            self.optimiser.zero_grad(set_to_none=True)
+            try:
+                loss = self._accumulate(images, labels)
+                break
+            except torch.cuda.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch //= 2
+                logger.warning("GPU memory is short: the micro-batch is %d images from now on", self.micro_batch)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return loss
+
+    def _accumulate(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Adds the gradient of the batch's mean loss, one micro-batch after the other, and returns that loss."""
+        total = torch.zeros((), device=labels.device)
+        for x, y in zip(images.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
+            with self.execution.autocast():
+                loss = F.cross_entropy(self.model(x).float(), y, reduction="sum") / len(labels)
             loss.backward()
             total += loss.detach()
         return total
-
-    every = max(1, protocol.steps // CURVE_POINTS)
-    curve: list[tuple[int, float, float]] = []
-    losses: list[torch.Tensor] = []
-    stream = batches(train, split, protocol, seed=seed, device=device, threads=threads)
-    start = time.perf_counter()
-    for step, (images, labels) in enumerate(stream):
-        if step == protocol.steps:
-            break
-        rate = rate_at(protocol, lr, step)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        labels = labels % 2 if parity else labels
-        while True:
-            optimiser.zero_grad(set_to_none=True)
-            try:
-                loss = gradients(images, labels)
-                break
-            except torch.cuda.OutOfMemoryError:
-                if micro_batch == 1:
-                    raise
-                micro_batch //= 2
-                print(f"GPU memory is short: micro-batch {micro_batch} from now on", flush=True)
-        nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
-        optimiser.step()
-        if average is not None:
-            average.update_parameters(model)
-        losses.append(loss)
-        if (step + 1) % every == 0 or step + 1 == protocol.steps:  # the only moments that wait for the device
-            mean = torch.stack(losses).mean().item()
-            losses.clear()
-            curve.append((step + 1, mean, rate))
-            progress(step + 1, protocol.steps, mean)
-            if not math.isfinite(mean):
-                raise Diverged(f"loss {mean} at step {step + 1} with learning rate {lr:g}; use a smaller one")
-    speed = protocol.steps * protocol.batch_size / (time.perf_counter() - start)
-    tuned = average.module if average is not None else model
-    return Tuned(tuned.eval(), curve, speed)
 
 
 def rate_at(protocol: FineTune, lr: float, step: int) -> float:
@@ -134,46 +171,46 @@ def rate_at(protocol: FineTune, lr: float, step: int) -> float:
 
 
 def batches(
-    train: "Dataset", split: Split, protocol: FineTune, *, seed: int, device: torch.device, threads: int
+    data: Examples, protocol: FineTune, *, seed: int, execution: Execution
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Augmented training batches without end: uint8 (B,H,W,C) and int64 (B,), on the device.
+    """Augmented training batches without end: uint8 (B,H,W,C) and class indices int64 (B,), on the device.
 
     Every epoch is a new permutation, and a batch may span two, so each step sees exactly the batch size.
     """
-    side = protocol.resolution
+    dataset, side = data.dataset, protocol.resolution
     if protocol.crop == "random":
-        tile = (
-            train.manifest.image["patch_size"] if train.encoding == "patches" else 1
-        )  # the loader gives whole patches
+        # the loader gives whole patches
+        tile = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else 1
         side = math.ceil(round(side * protocol.enlarge) / tile) * tile
-    if protocol.crop != "inception" and len(train) * side * side * 3 <= RESIDENT_BYTES:
-        return _resident_batches(train, split, protocol, side, seed, device, threads)
-    return _streamed_batches(train, split, protocol, side, seed, device, threads)
+    if protocol.crop != "inception" and len(dataset) * side * side * 3 <= RESIDENT_BYTES:
+        return _resident_batches(data, protocol, side, seed, execution)
+    return _streamed_batches(data, protocol, side, seed, execution)
 
 
 def _resident_batches(
-    train: "Dataset", split: Split, protocol: FineTune, side: int, seed: int, device: torch.device, threads: int
+    data: Examples, protocol: FineTune, side: int, seed: int, execution: Execution
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    parts = list(examples(train, split, Augment(size=side, crop="squash"), batch_size=256, threads=threads))
-    images_NHWC, labels_N = (torch.cat(column).to(device) for column in list(zip(*parts, strict=True))[:2])
+    parts = list(read_examples(data, Augment(size=side, crop="squash"), batch_size=256, threads=execution.threads))
+    images_NHWC, labels_N = (torch.cat(column).to(execution.device) for column in list(zip(*parts, strict=True))[:2])
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
     queue = torch.empty(0, dtype=torch.int64)
     while True:
         while len(queue) < protocol.batch_size:
             queue = torch.cat([queue, torch.randperm(len(labels_N), generator=generator)])
-        picked, queue = queue[: protocol.batch_size].to(device), queue[protocol.batch_size :]
+        picked, queue = queue[: protocol.batch_size].to(execution.device), queue[protocol.batch_size :]
         yield crop_and_flip(images_NHWC, picked, protocol, generator), labels_N[picked]
 
 
 def _streamed_batches(
-    train: "Dataset", split: Split, protocol: FineTune, side: int, seed: int, device: torch.device, threads: int
+    data: Examples, protocol: FineTune, side: int, seed: int, execution: Execution
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     augment = Augment(size=protocol.resolution, crop=protocol.crop, flip=protocol.flip)
     if protocol.crop == "random":
         augment = replace(augment, resize=side, squash=True)
-    size, n = protocol.resolution, protocol.batch_size
+    size, n, device = protocol.resolution, protocol.batch_size, execution.device
     images, labels = torch.empty((0, size, size, 3), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    stream = examples(train, split, augment, batch_size=min(n, len(train)), threads=threads, seed=seed, train=True)
+    batch_size = min(n, len(data.dataset))
+    stream = read_examples(data, augment, batch_size=batch_size, threads=execution.threads, shuffle_seed=seed)
     for more_images, more_labels, _ in stream:
         images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
         while len(labels) >= n:
@@ -181,28 +218,25 @@ def _streamed_batches(
             images, labels = images[n:], labels[n:]
 
 
-def examples(
-    dataset: "Dataset",
-    split: Split,
+def read_examples(
+    data: Examples,
     augment: Augment,
     *,
     batch_size: int,
     threads: int,
-    seed: int = 0,
-    train: bool = False,
+    shuffle_seed: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """uint8 images (B,H,W,C), labels and keys of the split's examples: once in order, or (train) shuffled without end.
+    """uint8 images (B,H,W,C), class indices and keys of the examples: once in order, or shuffled without end.
 
-    part: (i, n) gives the i-th of n contiguous parts, for evaluation by several processes.
+    shuffle_seed: for training. part: (i, n) gives the i-th of n contiguous parts, for evaluation by several processes.
     """
-    from pipeline.data import Loader
-
+    train = shuffle_seed is not None
     with Loader(
-        dataset,
+        data.dataset,
         batch_size=batch_size * (1 if train else part[1]),
         lanes=1,
-        seed=seed,
+        seed=shuffle_seed or 0,
         rank=part[0],
         world_size=part[1],
         train=train,
@@ -211,8 +245,8 @@ def examples(
     ) as loader:
         while True:
             for batch in loader:
-                images, labels, keys = _images(batch, dataset), batch["label"], batch["key"]
-                chosen = split.chosen(keys)
+                images, labels, keys = _images(batch, data.dataset), batch["label"], batch["key"]
+                chosen = data.split.chosen(keys)
                 if not all(chosen):
                     images, labels = images[torch.tensor(chosen)], labels[torch.tensor(chosen)]
                     keys = [key for key, wanted in zip(keys, chosen, strict=True) if wanted]
@@ -249,61 +283,23 @@ def crop_and_flip(
 # ---------------------------------------------------------------- evaluation
 
 
-@dataclass(slots=True)
-class Predictions:
-    """Of a whole dataset, in its order. `labels` is (N,) or, with several labels per image, (N,M) padded with -1."""
-
-    keys: list[str]
-    labels: np.ndarray
-    classes: np.ndarray
-
-    def correct(self) -> np.ndarray:
-        """bool (N,): the predicted class is (one of) the labels."""
-        labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
-        return np.any(labels == self.classes[:, None], axis=1)
-
-    def labelled(self) -> np.ndarray:
-        """bool (N,): the image counts; ImageNet-ReaL leaves out those without any label."""
-        labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
-        return np.any(labels >= 0, axis=1)
-
-    def accuracy(self, without: frozenset[str] = frozenset()) -> float:
-        """Top-1 in percent over the labelled images whose key is not in `without`; NaN when none is left."""
-        counts = self.labelled()
-        if without:
-            counts &= np.array([key not in without for key in self.keys])
-        return 100.0 * float(self.correct()[counts].mean()) if counts.any() else math.nan
-
-    def with_labels(self, labels: np.ndarray) -> "Predictions":
-        return replace(self, labels=labels)
-
-
 @torch.inference_mode()
-def predict(
-    model: nn.Module,
-    test: "Dataset",
-    split: Split,
-    *,
-    resolution: int,
-    device: torch.device | str,
-    batch_size: int,
-    threads: int = 1,
-    parity: bool = False,
-) -> Predictions:
-    """Predicts every image of the split once, squashed to the resolution."""
-    device = torch.device(device)
+def predict(model: nn.Module, test: Examples, *, resolution: int, execution: Execution) -> Predictions:
+    """Predicts every example once, squashed to the resolution. No gradients: four micro-batches fit into a batch."""
     keys: list[str] = []
     labels, classes = [], []
     squash = Augment(size=resolution, crop="squash")
-    for images, label, key in examples(test, split, squash, batch_size=batch_size, threads=threads):
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            classes.append(model(images.to(device, non_blocking=True)).argmax(1).cpu())
-        labels.append(torch.where(label >= 0, label % 2, label) if parity else label)
+    for images, label, key in read_examples(
+        test, squash, batch_size=4 * execution.micro_batch, threads=execution.threads
+    ):
+        with execution.autocast():
+            classes.append(model(images.to(execution.device, non_blocking=True)).argmax(1).cpu())
+        labels.append(test.labels(label))
         keys += key
-    return Predictions(keys, padded(labels), torch.cat(classes).numpy())
+    return Predictions(keys, pad_labels(labels), torch.cat(classes).numpy())
 
 
-def padded(labels: list[torch.Tensor]) -> np.ndarray:
+def pad_labels(labels: list[torch.Tensor]) -> np.ndarray:
     """Batches of labels as one array; multi-label batches of different widths are filled up with -1."""
     if labels[0].ndim == 1:
         return torch.cat(labels).numpy()

@@ -47,7 +47,7 @@ class FineTune:
     warmup: int = 0
     momentum: float = 0.9
     clip: float = 1.0
-    polyak: float = 0.0
+    ema_decay: float = 0.0
     """Decay of the running average of the weights that is evaluated instead of the last weights; 0: none."""
 
 
@@ -88,7 +88,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+class TransferTask:
     """One row of the table: what to train on, what to report on, and how."""
 
     name: str
@@ -128,7 +128,7 @@ class TransferConfig:
     batch_size: int | None = None
     resolution: int | None = None
     warmup: int | None = None
-    polyak: float | None = None
+    ema_decay: float | None = None
 
     l2: float = 1024.0
     """Few-shot regularisation, a power of two; 0: the one with the best mean rank over the tasks, as in the paper."""
@@ -164,7 +164,7 @@ class TransferConfig:
             "batch_size": self.batch_size,
             "resolution": self.resolution,
             "warmup": round(protocol.warmup * steps / protocol.steps) if self.warmup is None else self.warmup,
-            "polyak": self.polyak,
+            "ema_decay": self.ema_decay,
         }
         return dataclasses.replace(protocol, **{key: value for key, value in own.items() if value is not None})
 
@@ -191,7 +191,7 @@ def _train_and_test(uri: str) -> bool:
 # ---------------------------------------------------------------- the suites
 
 
-def demo(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def demo(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """Small tasks on the demo's own data (runs/demo): fine-tuning at 1.5x resolution and on odd/even labels, few-shot,
     linear probe and nearest neighbours. One minute on two cores."""
     root = storage.normalise(config.data or "runs/demo/data")
@@ -202,13 +202,13 @@ def demo(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     parity = config.fine_tune(**{**tuned, "resolution": image_size})
     probes = [Probe(kind=kind, resolution=image_size, resize=image_size) for kind in PROBES]
     return [
-        Task(name="highres", train=train, test=test, tune=tune, protocol=highres),
-        Task(name="parity", train=train, test=test, tune=tune, protocol=parity, parity=True),
-        *(Task(name=probe.kind, train=train, test=test, protocol=probe) for probe in probes),
+        TransferTask(name="highres", train=train, test=test, tune=tune, protocol=highres),
+        TransferTask(name="parity", train=train, test=test, tune=tune, protocol=parity, parity=True),
+        *(TransferTask(name=probe.kind, train=train, test=test, protocol=probe) for probe in probes),
     ]
 
 
-def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """VTAB-1k as the ViT paper ran it: 19 tasks x 1,000 examples, 384 px, 2,500 steps of 512, SGD 0.01, cosine.
 
     Augmentation is BiT's (squash to 448, random 384 crop, flip, with its exemptions); warm-up 500 steps as in the
@@ -222,7 +222,7 @@ def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     return _vtab(config, protocol)
 
 
-def vtab1k_224(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def vtab1k_224(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """VTAB-1k by the protocol of task_adaptation, which most later papers follow: 224 px, no augmentation, 1,000 steps
     of 64, SGD 0.01 with x0.1 at 300, 600 and 900, warm-up 80."""
     protocol = config.fine_tune(
@@ -231,12 +231,12 @@ def vtab1k_224(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     return _vtab(config, lambda name: protocol)
 
 
-def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[Task]:
+def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[TransferTask]:
     root = _data(config)
 
-    def task(name: str, group: str) -> Task:
+    def task(name: str, group: str) -> TransferTask:
         uri = storage.join(root, name)
-        return Task(
+        return TransferTask(
             name=name,
             group=group,
             train=Split(uri=storage.join(uri, "train800val200")),
@@ -248,19 +248,19 @@ def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[T
     return [task(name, group) for group, names in GROUPS.items() for name in names]
 
 
-def paper(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """The paper's Table 2 without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
 
     Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px (518 for /14) with
-    Polyak averaging 0.9999; `--resolution 384 --polyak 0` gives Table 5. DATA/<name>/{train,test}.
+    the averaged weights (EMA decay) 0.9999; `--resolution 384 --ema-decay 0` gives Table 5. DATA/<name>/{train,test}.
     """
     low, high = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.06)
     root = _data(config)
 
-    def task(name: str, dev: float, **protocol: object) -> Task:
+    def task(name: str, dev: float, **protocol: object) -> TransferTask:
         uri = storage.join(root, name)
         train = Split(uri=storage.join(uri, "train"))
-        return Task(
+        return TransferTask(
             name=name,
             train=train,
             test=Split(uri=storage.join(uri, "test")),
@@ -270,7 +270,7 @@ def paper(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
 
     resolution = 518 if model["variant"].endswith("/14") else 512  # section 4.1: a multiple of the patch
     real = config.real_labels or storage.join(root, "imagenet", "real.json")
-    imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=resolution, polyak=0.9999)
+    imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=resolution, ema_decay=0.9999)
     if config.real_labels or storage.exists(real):
         imagenet = dataclasses.replace(imagenet, real_labels=real)
     return [
@@ -282,18 +282,18 @@ def paper(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     ]
 
 
-def folder(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def folder(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """Fine-tuning on your own datasets: DATA/{train,test} or DATA/<name>/{train,test}, as `prepare --splits` writes them.
 
     BiT's rule for the length (500 steps below 20,000 examples, 10,000 below 500,000, else 20,000), the paper's learning
     rates chosen on a tenth of train, 384 px.
     """
 
-    def task(name: str, uri: str) -> Task:
+    def task(name: str, uri: str) -> TransferTask:
         train = Split(uri=storage.join(uri, "train"))
         examples = len(train.open())
         steps = 500 if examples < 20_000 else 10_000 if examples < 500_000 else 20_000
-        return Task(
+        return TransferTask(
             name=name,
             train=train,
             test=Split(uri=storage.join(uri, "test")),
@@ -304,7 +304,7 @@ def folder(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     return [task(name, uri) for name, uri in _own_datasets(config)]
 
 
-def frozen(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def frozen(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """No fine-tuning: 1, 5, 10 and 25-shot ridge regression, linear probe and k-NN on the features of every dataset.
 
     DATA/{train,test}, DATA/<name>/{train,test}, or VTAB tasks. The few-shot evaluation is the paper's (section 4.1):
@@ -317,7 +317,7 @@ def frozen(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
         test = Split(uri=storage.join(uri, "test"))
         for kind in PROBES:
             probe = Probe(kind=kind, resolution=size, resize=round(size * 256 / 224))
-            tasks.append(Task(name=f"{name}-{kind}", train=train, test=test, protocol=probe))
+            tasks.append(TransferTask(name=f"{name}-{kind}", train=train, test=test, protocol=probe))
     return tasks
 
 
@@ -338,7 +338,7 @@ def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
     return found
 
 
-SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[Task]]] = {
+SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[TransferTask]]] = {
     "demo": demo,
     "vtab1k": vtab1k,
     "vtab1k-224": vtab1k_224,
@@ -348,7 +348,7 @@ SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[Task]]] = {
 }
 
 
-def check(config: TransferConfig) -> None:
+def check_config(config: TransferConfig) -> None:
     """Raises UserError for an unknown suite, or settings that cannot work."""
     if config.suite not in SUITES:
         raise UserError(f'unknown suite "{config.suite}"{nearest(config.suite, SUITES)}; suites: {", ".join(SUITES)}')
@@ -360,13 +360,13 @@ def check(config: TransferConfig) -> None:
         raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker:g}")
     if any(lr <= 0 for lr in config.lrs):
         raise UserError(f"--lrs must be positive, not {' '.join(f'{lr:g}' for lr in config.lrs)}")
-    if config.polyak is not None and not 0 <= config.polyak < 1:
-        raise UserError(f"--polyak must be in [0, 1), not {config.polyak:g}")
+    if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+        raise UserError(f"--ema-decay must be in [0, 1), not {config.ema_decay:g}")
     if config.l2 and config.l2 not in L2_GRID:
         raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
 
 
-def version(config: TransferConfig) -> str:
+def suite_version(config: TransferConfig) -> str:
     """Identifies what is measured: the settings of the suite without where and how fast it runs."""
     operational = {
         *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
@@ -375,7 +375,7 @@ def version(config: TransferConfig) -> str:
     return fingerprint({key: value for key, value in to_dict(config).items() if key not in operational})
 
 
-def build(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
+def build_tasks(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """The tasks that a config asks for, for a model with this configuration. Raises UserError for an unknown one."""
     tasks = SUITES[config.suite](config, model)
     names = [task.name for task in tasks]
@@ -387,7 +387,7 @@ def build(config: TransferConfig, model: dict[str, Any]) -> list[Task]:
     return [task for task in tasks if not config.tasks or task.name in config.tasks]
 
 
-def open_all(tasks: Sequence[Task]) -> dict[Split, "Dataset"]:
+def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
     """Every dataset of the tasks, opened. Raises one UserError that names all tasks whose data are missing or unusable."""
     datasets: dict[Split, Dataset] = {}
     problems: dict[str, str] = {}

@@ -39,7 +39,7 @@ def build(library: str, variant: str):
     sys.path.insert(0, str(PROJECT))
     from models import create_model
     from models.weights import to_huggingface
-    from pipeline.operations.libraries import load_torchvision
+    from pipeline.libraries import load_torchvision
 
     torch.manual_seed(0)
     ours = create_model(variant, CLASSES, gelu="exact", ln_eps=1e-6)

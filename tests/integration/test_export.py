@@ -160,7 +160,7 @@ def test_a_torchvision_that_does_not_load_is_reported_with_its_remedy(tmp_path):
         "raise RuntimeError('operator torchvision::nms does not exist')"
     )
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + (
-        "from pipeline.operations.libraries import load_torchvision; assert load_torchvision() is load_torchvision()\n"
+        "from pipeline.libraries import load_torchvision; assert load_torchvision() is load_torchvision()\n"
         "import torch; torch.ops.torchvision.nms"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)

@@ -35,7 +35,6 @@ FORBIDDEN = {
 }
 CIRCLES_LEFT = (
     {"pipeline.training.validation", "pipeline.training.loop"},
-    {"pipeline.transfer.features", "pipeline.transfer.fanout"},
     {"pipeline.data.prepare", "pipeline.data.prepare.mix"},
 )
 

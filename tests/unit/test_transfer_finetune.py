@@ -14,9 +14,10 @@ from pipeline.data.format import write_dataset
 from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
+from pipeline.transfer.finetune import Examples, Execution, FineTuning
 from pipeline.transfer.suites import FineTune, Probe, Split
 
-CPU = torch.device("cpu")
+CPU = Execution()
 SIZE = 16
 
 
@@ -43,7 +44,7 @@ def colours(uri, n=60, seed=0):
 
     image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
     write_dataset(uri, rows(), classes=["r", "g", "b"], encoding="patches", image=image)
-    return open_dataset(uri), Split(uri=uri)
+    return Examples(open_dataset(uri), Split(uri=uri))
 
 
 @pytest.fixture
@@ -54,8 +55,13 @@ def train(tmp_path):
 PROTOCOL = FineTune(resolution=SIZE, crop="squash", flip=False, steps=6, batch_size=30, lrs=(0.05,))
 
 
-def tune(model, data, protocol=PROTOCOL, lr=0.05, seed=0, **more):
-    return finetune.fine_tune(model, *data, protocol, num_classes=3, lr=lr, seed=seed, **more)
+def tune(model, data, protocol=PROTOCOL, lr=0.05, seed=0, micro_batch=64):
+    execution = Execution(micro_batch=micro_batch)
+    return FineTuning(model, data, protocol, lr=lr, seed=seed, execution=execution).run()
+
+
+def predict(model, data, resolution=SIZE):
+    return finetune.predict(model, data, resolution=resolution, execution=Execution(micro_batch=4))
 
 
 def state(tuned):
@@ -64,15 +70,13 @@ def state(tuned):
 
 def test_it_learns_and_leaves_the_pretrained_model_alone(model, train, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    seen = []
     protocol = dataclasses.replace(PROTOCOL, steps=40, warmup=4)
-    tuned = tune(model, train, protocol, progress=lambda *state: seen.append(state))
+    training = FineTuning(model, train, protocol, lr=0.05, seed=0, execution=CPU)
+    tuned = training.run()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert tuned.curve[0][1] == pytest.approx(math.log(3), rel=1e-5)  # the head starts at zero: uniform predictions
-    assert seen[-1][:2] == (40, 40)
-    found = finetune.predict(
-        tuned.model, *colours(str(tmp_path / "test"), 50, 1), resolution=SIZE, device="cpu", batch_size=8
-    )
+    assert training.progress == (40, 40, tuned.curve[-1][1])
+    found = predict(tuned.model, colours(str(tmp_path / "test"), 50, 1))
     assert found.accuracy() > 90
     assert len(set(found.keys)) == 50
 
@@ -102,7 +106,7 @@ def test_sgd_step_is_momentum_on_clipped_gradients(model, train):
     hand.load_state_dict(model.state_dict())
     hand.replace_head(3)
     velocity = [torch.zeros_like(p) for p in hand.parameters()]
-    stream = finetune.batches(*train, protocol, seed=0, device=CPU, threads=1)
+    stream = finetune.batches(train, protocol, seed=0, execution=CPU)
     for step in range(2):
         images, labels = next(stream)
         gradients = torch.autograd.grad(
@@ -118,7 +122,7 @@ def test_sgd_step_is_momentum_on_clipped_gradients(model, train):
     assert torch.allclose(state(tuned), torch.cat([p.detach().flatten() for p in hand.parameters()]), atol=1e-6)
 
 
-def test_polyak_average_of_the_weights(model, train, monkeypatch):
+def test_averaged_weights(model, train, monkeypatch):
     """The average starts at w_1, then a_n = 0.9 a_(n-1) + 0.1 w_n, and it is what gets evaluated."""
     weights = []
     step = torch.optim.SGD.step
@@ -128,7 +132,7 @@ def test_polyak_average_of_the_weights(model, train, monkeypatch):
         weights.append(torch.cat([p.detach().flatten() for group in self.param_groups for p in group["params"]]))
 
     monkeypatch.setattr(torch.optim.SGD, "step", recording)
-    averaged = tune(model, train, dataclasses.replace(PROTOCOL, polyak=0.9))
+    averaged = tune(model, train, dataclasses.replace(PROTOCOL, ema_decay=0.9))
     expected = weights[0]
     for w in weights[1:]:
         expected = 0.9 * expected + 0.1 * w
@@ -177,7 +181,7 @@ def numbered(uri, encoding, n=11):
 
     image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3} if encoding == "patches" else {}
     write_dataset(uri, rows(), classes=["a", "b", "c"], encoding=encoding, image=image)
-    return open_dataset(uri), Split(uri=uri)
+    return Examples(open_dataset(uri), Split(uri=uri))
 
 
 @pytest.mark.parametrize("encoding", ["patches", "jpeg"])
@@ -186,7 +190,7 @@ def test_batches_are_full_cover_every_epoch_and_cross_its_border(tmp_path, monke
     monkeypatch.setattr(finetune, "RESIDENT_BYTES", 1 << 30 if resident else 0)
     data = numbered(str(tmp_path / "set"), encoding)
     protocol = dataclasses.replace(PROTOCOL, batch_size=4)
-    stream = finetune.batches(*data, protocol, seed=0, device=CPU, threads=1)
+    stream = finetune.batches(data, protocol, seed=0, execution=CPU)
     images, labels = zip(*itertools.islice(stream, 11), strict=True)  # 44 examples: four epochs of 11
     assert all(batch.shape == (4, SIZE, SIZE, 3) for batch in images)
     numbers = torch.cat(images)[:, 0, 0, 2].tolist()
@@ -202,7 +206,7 @@ def test_batch_larger_than_the_dataset_is_still_full(tmp_path, monkeypatch):
     protocol = dataclasses.replace(PROTOCOL, batch_size=12)
     for limit in (1 << 30, 0):
         monkeypatch.setattr(finetune, "RESIDENT_BYTES", limit)
-        images, _ = next(finetune.batches(*data, protocol, seed=0, device=CPU, threads=1))
+        images, _ = next(finetune.batches(data, protocol, seed=0, execution=CPU))
         assert len(images) == 12
         assert set(images[:, 0, 0, 2].tolist()) == set(range(5))
 
@@ -227,28 +231,27 @@ def test_higher_resolution_resizes_images_and_positions(model, train):
     tuned = tune(model, train, dataclasses.replace(PROTOCOL, resolution=24, crop="random", flip=True, steps=2))
     assert tuned.model.config["image_size"] == 24
     assert tuned.model.pos_embed.shape[1] == 1 + 6 * 6
-    found = finetune.predict(tuned.model, *train, resolution=24, device="cpu", batch_size=16)
+    found = predict(tuned.model, train, resolution=24)
     assert len(found.keys) == 60
 
 
 def test_parts_train_and_score_only_their_examples(model, train):
-    dataset, split = train
-    rest, dev = (dataclasses.replace(split, part=part) for part in ((0.3, 1.0), (0.0, 0.3)))
-    tuned = tune(model, (dataset, rest))
-    scored = finetune.predict(tuned.model, dataset, dev, resolution=SIZE, device="cpu", batch_size=16).keys
-    images, _ = next(
-        finetune.batches(dataset, rest, dataclasses.replace(PROTOCOL, batch_size=200), seed=0, device=CPU, threads=1)
+    rest, dev = (
+        dataclasses.replace(train, split=dataclasses.replace(train.split, part=part))
+        for part in ((0.3, 1.0), (0.0, 0.3))
     )
+    tuned = tune(model, rest)
+    scored = predict(tuned.model, dev).keys
+    images, _ = next(finetune.batches(rest, dataclasses.replace(PROTOCOL, batch_size=200), seed=0, execution=CPU))
     seen = {bytes(image.numpy()) for image in images}
     assert 5 < len(scored) < 40
     assert len(scored) + len(seen) == 60
 
 
 def test_parity_is_a_task_of_two_classes(model, train):
-    tuned = finetune.fine_tune(
-        model, *train, dataclasses.replace(PROTOCOL, steps=30), num_classes=2, lr=0.05, seed=0, parity=True
-    )
-    found = finetune.predict(tuned.model, *train, resolution=SIZE, device="cpu", batch_size=16, parity=True)
+    odd = dataclasses.replace(train, parity=True)
+    tuned = tune(model, odd, dataclasses.replace(PROTOCOL, steps=30))
+    found = predict(tuned.model, odd)
     assert set(found.labels.tolist()) == {0, 1}
     assert found.accuracy() > 90
 
@@ -263,7 +266,7 @@ def test_multilabel_and_unlabelled_test_images(tmp_path, model):
     model.replace_head(3)
     with torch.no_grad():
         model.head.bias[1] = 1.0
-    found = finetune.predict(model, open_dataset(uri), Split(uri=uri), resolution=SIZE, device="cpu", batch_size=2)
+    found = predict(model, Examples(open_dataset(uri), Split(uri=uri)))
     assert found.labelled().tolist() == [True, False, True, True]
     assert found.accuracy() == pytest.approx(200 / 3)
     assert found.accuracy(without=frozenset({"k0"})) == 100
@@ -274,18 +277,18 @@ def test_multilabel_and_unlabelled_test_images(tmp_path, model):
 
 
 def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
-    dataset, split = train
+    dataset, split = train.dataset, train.split
     model.eval()
     wanted = features.feature_set(split, dataset, "checkpoint", Probe(resolution=SIZE, resize=SIZE))
-    whole = features.compute(model, wanted, device="cpu", batch_size=7)
+    whole = features.compute_features(model, wanted, Execution(micro_batch=2))
     folder = str(tmp_path / "features")
     names = [f"part-{i}.parquet" for i in range(4)]
     for i, name in enumerate(names):
         features.write_part(
-            f"{folder}/{name}", *features.compute(model, wanted, device="cpu", batch_size=7, part=(i, 4))
+            f"{folder}/{name}", *features.compute_features(model, wanted, Execution(micro_batch=2), part=(i, 4))
         )
     (tmp_path / "features" / features.INDEX).write_text(f'{{"parts": {names}}}'.replace("'", '"'))
-    keys, labels, values = features.load(folder)
+    keys, labels, values = features.load_features(folder)
     assert keys == whole[0] == [f"0-{i}" for i in range(60)]
     assert np.array_equal(labels, whole[1])
     assert np.allclose(values.numpy(), whole[2], atol=1e-6)
@@ -297,12 +300,12 @@ def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
     data[data.index(values[40].numpy().tobytes())] ^= 1  # one bit of one feature
     part.write_bytes(data)
     with pytest.raises(UserError, match=f"{names[2]}: missing or damaged"):
-        features.load(folder)
+        features.load_features(folder)
     assert sorted(p.name for p in part.parent.iterdir()) == [name for name in names if name != part.name]
 
 
 def test_feature_sets_differ_with_everything_that_changes_them(train):
-    dataset, split = train
+    dataset, split = train.dataset, train.split
     probe = Probe(resolution=SIZE, resize=SIZE)
     variants = [
         features.feature_set(split, dataset, "a", probe),

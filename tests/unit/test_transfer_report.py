@@ -8,17 +8,18 @@ import pytest
 
 from pipeline.data.duplicates.report import duplicates_table
 from pipeline.errors import UserError
-from pipeline.transfer import fanout, report
-from pipeline.transfer.fanout import Hits, Result, Store, pack_hits, pack_predictions
-from pipeline.transfer.finetune import Predictions
-from pipeline.transfer.report import Score
-from pipeline.transfer.run import read_flagged
-from pipeline.transfer.suites import GROUPS, L2_GRID, FineTune, Probe, Split, Task
+from pipeline.transfer import corrections, figures, references, report, scores
+from pipeline.transfer.corrections import read_seen_images
+from pipeline.transfer.jobs import Result, final_jobs, next_jobs
+from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_predictions
+from pipeline.transfer.scores import Score, collect_scores
+from pipeline.transfer.store import Store
+from pipeline.transfer.suites import GROUPS, L2_GRID, FineTune, Probe, Split, TransferTask
 from pipeline.vtab.tasks import TASKS
 
 
 def row(model):
-    return dict(zip(TASKS, report.TABLE_9[model], strict=True))
+    return dict(zip(TASKS, references.TABLE_9[model], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def row(model):
     ],
 )
 def test_vtab_score_is_the_flat_mean_of_table_9(model, flat, groups):
-    mean, by_group = report.means(row(model))
+    mean, by_group = scores.vtab_means(row(model))
     assert mean == pytest.approx(flat, abs=0.006)
     assert list(by_group) == ["natural", "specialized", "structured"]
     assert list(by_group.values()) == pytest.approx(groups, abs=0.006)
@@ -38,9 +39,9 @@ def test_vtab_score_is_the_flat_mean_of_table_9(model, flat, groups):
 
 
 def test_a_missing_task_leaves_no_mean_behind():
-    scores = row("ViT-H/14 JFT")
-    del scores["dmlab"]
-    mean, groups = report.means(scores)
+    without = row("ViT-H/14 JFT")
+    del without["dmlab"]
+    mean, groups = scores.vtab_means(without)
     assert mean is None
     assert list(groups) == ["natural", "specialized"]
 
@@ -54,20 +55,20 @@ def test_real_labels_skip_empty_lists_and_accept_any_of_several():
     keys = [f"val/ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 3, 2, 4)]
     real = [[5], [], [7, 8], [1]]  # images 1, 2, 3, 4
     found = Predictions(keys, np.array([0, 0, 0, 0]), np.array([5, 8, 9, 2]))
-    assert found.with_labels(report.real_labels(keys, real)).accuracy() == pytest.approx(100 * 2 / 3)
+    assert found.with_labels(corrections.real_labels(keys, real)).accuracy() == pytest.approx(100 * 2 / 3)
     with pytest.raises(UserError, match=r"photo\.jpg"):
-        report.real_labels(["photo.jpg"], real)
+        corrections.real_labels(["photo.jpg"], real)
 
 
 def test_the_published_real_labels_have_the_published_counts(real_data):
-    real = report.read_real_labels(str(real_data / "imagenet-real" / "real.json"))
-    labels = report.real_labels([f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(real))], real)
+    real = corrections.read_real_labels(str(real_data / "imagenet-real" / "real.json"))
+    labels = corrections.real_labels([f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(real))], real)
     assert (labels >= 0).any(1).sum() == 46_837
     assert (labels >= 0).sum() == 57_553
 
 
 def task(name="pets", group="natural", protocol=None, **more):
-    return Task(
+    return TransferTask(
         name=name, group=group, train=Split(uri="/t"), test=Split(uri="/e"), protocol=protocol or FineTune(), **more
     )
 
@@ -86,22 +87,22 @@ def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
         classes[wrong] = -5
         found = Predictions([f"k{i}" for i in range(10)], np.arange(10), classes)
         results[f"pets/final-lr0.01-seed{seed}"] = result(seed=seed, top1=found.accuracy())
-        job = report.final_jobs(pets, seed + 1, results)[seed]
+        job = final_jobs(pets, seed + 1, results)[seed]
         store.save(job, results[job.name], pack_predictions(found))
-    (score,) = report.collect([pets], 2, results, store, l2=1024.0, flagged={"pets": frozenset({"k0", "k9", "other"})})
+    (score,) = collect_scores([pets], 2, results, store, l2=1024.0, seen={"pets": frozenset({"k0", "k9", "other"})})
     assert score.values == (90.0, 70.0)
     assert (score.mean, score.std) == (80.0, pytest.approx(14.142, abs=1e-3))
     assert score.clean == (100.0, 75.0)  # of the eight images left
     assert score.removed == 2
-    assert report.collect([pets], 3, results, store, l2=1024.0, flagged={}) == []  # the third seed is missing
+    assert collect_scores([pets], 3, results, store, l2=1024.0, seen={}) == []  # the third seed is missing
 
 
-def test_damaged_files_are_noticed_and_computed_again(tmp_path, capsys):
+def test_damaged_files_are_noticed_and_computed_again(tmp_path, caplog):
     """Cut short, without fields, or with one digit changed: such a result does not count. Damaged predictions take their
     result with them."""
     store, pets = Store(str(tmp_path)), task()
     found = Predictions([f"k{i}" for i in range(10)], np.arange(10), np.arange(10))
-    jobs = fanout.next_jobs(pets, 3, {})
+    jobs = next_jobs(pets, 3, {})
     for job in jobs:
         store.save(job, result(seed=job.seed, curve=[[1, 0.1 + 0.2, 1e-3]]), pack_predictions(found))
     assert list(store.load_all()) == [job.name for job in jobs]
@@ -110,7 +111,7 @@ def test_damaged_files_are_noticed_and_computed_again(tmp_path, capsys):
     files[1].write_text(files[1].read_text().replace("50.0", "59.0"))
     files[2].write_text("{}")
     assert store.load_all() == {}
-    warnings = capsys.readouterr().err
+    warnings = caplog.text
     assert all(str(file) in warnings for file in files)
     store.save(jobs[0], result(), pack_predictions(found))
     predictions = tmp_path / "predictions" / f"{jobs[0].name}.parquet"
@@ -132,14 +133,14 @@ def test_seen_images_come_from_the_report_of_prepare(tmp_path):
     ]
     (tmp_path / "duplicates.parquet").write_bytes(duplicates_table(records))
     expected = {"pets": frozenset({"theirs1", "theirs2"})}
-    assert read_flagged(str(tmp_path), tasks) == expected
-    assert read_flagged(str(tmp_path / "duplicates.parquet"), tasks) == expected
+    assert read_seen_images(str(tmp_path), tasks) == expected
+    assert read_seen_images(str(tmp_path / "duplicates.parquet"), tasks) == expected
     (tmp_path / "seen.json").write_text('{"pets": ["theirs1", "theirs2"], "dtd": []}')
-    assert read_flagged(str(tmp_path / "seen.json"), tasks) == expected
+    assert read_seen_images(str(tmp_path / "seen.json"), tasks) == expected
     (tmp_path / "bad.json").write_text("[1]")
     for bad in ("bad.json", "gone.json", "gone.parquet", "gone"):
         with pytest.raises(UserError, match="no decontamination report"):
-            read_flagged(str(tmp_path / bad), tasks)
+            read_seen_images(str(tmp_path / bad), tasks)
 
 
 def test_few_shot_with_and_without_seen_images(tmp_path):
@@ -150,12 +151,12 @@ def test_few_shot_with_and_without_seen_images(tmp_path):
     hits = Hits([f"k{i}" for i in range(20)], labelled, right)
     details = {str(shots): [hits.accuracy(shots, i) for i in range(len(L2_GRID))] for shots in (1, 5)}
     found = Result(task="own", phase="final", lr=0, seed=0, accuracy={}, images=19, seconds=0, details=details)
-    (job,) = report.final_jobs(few, 1, {"own/final-seed0": found})
+    (job,) = final_jobs(few, 1, {"own/final-seed0": found})
     store.save(job, found, pack_hits(hits))
     seen = frozenset({"k0", "k1", "k3"})
     kept = labelled & ~np.isin(np.arange(20), (0, 1))
     for score, shots in zip(
-        report.collect([few], 1, {job.name: found}, store, l2=L2_GRID[7], flagged={"own": seen}), (1, 5), strict=True
+        collect_scores([few], 1, {job.name: found}, store, l2=L2_GRID[7], seen={"own": seen}), (1, 5), strict=True
     ):
         assert score.name == f"own-{shots}"
         assert score.values == (pytest.approx(100 * right[shots][7][labelled].mean()),)
@@ -173,7 +174,7 @@ def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
         )
         for name, line in lines.items()
     }
-    collect = lambda l2: report.collect(tasks, 1, results, Store(str(tmp_path)), l2=l2, flagged={})  # noqa: E731
+    collect = lambda l2: collect_scores(tasks, 1, results, Store(str(tmp_path)), l2=l2, seen={})  # noqa: E731
     assert [(s.name, s.mean) for s in collect(0)] == [("a-5", 80), ("b-5", 60)]
     assert [s.mean for s in collect(L2_GRID[3])] == [90, 0]
 
@@ -185,7 +186,7 @@ def test_report_sets_our_numbers_beside_the_papers():
         for name in names
     ]
     tasks = [task(score.name, score.group) for score in scores]
-    text = report.markdown({"suite": "vtab1k", "checkpoint": "x"}, tasks, scores, {"pets/final": "boom"})
+    text = report.suite_report({"suite": "vtab1k", "checkpoint": "x"}, tasks, scores, {"pets/final": "boom"})
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "55.00 ± 7.07" in lines["pets"]
     assert "97.20" in lines["pets"]  # H/14's
@@ -196,7 +197,7 @@ def test_report_sets_our_numbers_beside_the_papers():
     assert "`pets/final`: boom" in text
     columns = {line.count("|") for line in lines.values()}
     assert len(columns) == 1
-    figure = report.bars(scores)
+    figure = figures.score_bars(scores)
     assert len(figure.axes[0].patches) >= 19
 
 
@@ -206,22 +207,22 @@ def test_figures_of_curves_and_confusions():
         result("a", seed=1, curve=[[1, 2.0, 0.1], [2, 1.0, 0.1]], confusion=[[4, 0], [0, 4]]),
         result("b", curve=[[1, 2.0, 0.1]]),
     ]
-    assert [axes.get_title() for axes in report.curves(results).axes] == ["a", "b"]
-    (axes,) = report.confusions(results).axes
+    assert [axes.get_title() for axes in figures.loss_curves(results).axes] == ["a", "b"]
+    (axes,) = figures.confusion_matrices(results).axes
     assert np.allclose(axes.images[0].get_array(), [[7 / 8, 1 / 8], [0, 1]])
-    assert report.curves([result()]) is None
-    assert report.confusions([result()]) is None
+    assert figures.loss_curves([result()]) is None
+    assert figures.confusion_matrices([result()]) is None
 
 
 def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
     first, second = str(tmp_path / "a"), str(tmp_path / "b")
     for uri, near, far, single in ((first, (50, 52), (50, 51), (50,)), (second, (51, 53), (60, 61), (52,))):
-        scores = [
+        made = [
             Score(name=name, task=name, group="", values=values, images=1000)
             for name, values in (("near", near), ("far", far), ("single", single))
         ]
-        report.write_scores(uri, {"checkpoint": uri}, scores, {})
-    text, rows = report.compare(first, second)
+        scores.write_scores(uri, {"checkpoint": uri}, made, {})
+    text, rows = report.compare_runs(first, second)
     by_task = {entry["task"]: entry for entry in rows}
     assert by_task["far"]["difference"] == pytest.approx(10)
     assert by_task["near"]["error"] == pytest.approx(2**0.5)  # two seeds, deviation sqrt(2) each
@@ -232,4 +233,4 @@ def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
     assert not stars["single"]
     assert json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]["far"]["mean"] == 50.5
     with pytest.raises(UserError, match="no transfer results"):
-        report.compare(first, str(tmp_path / "nowhere"))
+        report.compare_runs(first, str(tmp_path / "nowhere"))

@@ -7,15 +7,23 @@ import pytest
 
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
-from pipeline.transfer import fanout
-from pipeline.transfer.fanout import Result, next_jobs, total_jobs
-from pipeline.transfer.suites import FineTune, Probe, Split, Task, TransferConfig, build, check, open_all
+from pipeline.transfer.jobs import Result, count_jobs, estimate_flops, final_jobs, next_jobs
+from pipeline.transfer.suites import (
+    FineTune,
+    Probe,
+    Split,
+    TransferConfig,
+    TransferTask,
+    build_tasks,
+    check_config,
+    open_datasets,
+)
 
 MODEL = {"variant": "B/16", "image_size": 224}
 
 
 def protocols(suite, **config):
-    return {t.name: t.protocol for t in build(TransferConfig(suite=suite, data="/data", **config), MODEL)}
+    return {t.name: t.protocol for t in build_tasks(TransferConfig(suite=suite, data="/data", **config), MODEL)}
 
 
 def test_vtab1k_is_the_papers_protocol_with_bits_exemptions():
@@ -33,7 +41,7 @@ def test_vtab1k_is_the_papers_protocol_with_bits_exemptions():
 
 
 def test_vtab1k_trains_on_the_1000_and_tunes_on_the_800_and_200():
-    task = build(TransferConfig(suite="vtab1k", data="/data"), MODEL)[4]
+    task = build_tasks(TransferConfig(suite="vtab1k", data="/data"), MODEL)[4]
     uris = [split.uri for split in (task.train, task.test, *task.tune)]
     assert uris == [f"/data/pets/{split}" for split in ("train800val200", "test", "train800", "val200")]
 
@@ -53,13 +61,13 @@ def test_paper_suite_is_table_4():
         "pets": (500, (0.001, 0.003, 0.01, 0.03)),
         "flowers102": (500, (0.001, 0.003, 0.01, 0.03)),
     }
-    assert (tasks["imagenet"].resolution, tasks["imagenet"].polyak) == (512, 0.9999)
-    huge = build(TransferConfig(suite="paper", data="/data"), {"variant": "H/14", "image_size": 224})
+    assert (tasks["imagenet"].resolution, tasks["imagenet"].ema_decay) == (512, 0.9999)
+    huge = build_tasks(TransferConfig(suite="paper", data="/data"), {"variant": "H/14", "image_size": 224})
     assert huge[0].protocol.resolution == 518
     shares = {t.name: t.tune[1].part[1] for t in huge}
     assert shares == {"imagenet": 0.01, "cifar10": 0.02, "cifar100": 0.02, "pets": 0.1, "flowers102": 0.1}
-    table_5 = protocols("paper", resolution=384, polyak=0.0)["imagenet"]
-    assert (table_5.resolution, table_5.polyak) == (384, 0.0)
+    table_5 = protocols("paper", resolution=384, ema_decay=0.0)["imagenet"]
+    assert (table_5.resolution, table_5.ema_decay) == (384, 0.0)
 
 
 def test_overrides_reach_every_task_and_shorten_the_warmup():
@@ -75,24 +83,24 @@ def test_overrides_reach_every_task_and_shorten_the_warmup():
         ({"seeds": 0}, "--seeds"),
         ({"micro_batch": 0}, "--micro-batch"),
         ({"lrs": (0.1, -1.0)}, "--lrs"),
-        ({"polyak": 1.0}, "--polyak"),
+        ({"ema_decay": 1.0}, "--ema-decay"),
         ({"l2": 3.0}, "--l2"),
         ({"gpus_per_worker": 2.0}, "--gpus-per-worker"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):
-    check(TransferConfig())
+    check_config(TransferConfig())
     with pytest.raises(UserError, match=message):
-        check(TransferConfig(**change))
+        check_config(TransferConfig(**change))
 
 
 def test_unknown_tasks_and_missing_data_are_refused(tmp_path):
     with pytest.raises(UserError, match=r'no task "petz" \(did you mean "pets"\?\)'):
-        build(TransferConfig(suite="vtab1k", data="/data", tasks=("petz",)), MODEL)
+        build_tasks(TransferConfig(suite="vtab1k", data="/data", tasks=("petz",)), MODEL)
     with pytest.raises(UserError, match="needs --data"):
-        build(TransferConfig(suite="vtab1k"), MODEL)
+        build_tasks(TransferConfig(suite="vtab1k"), MODEL)
     with pytest.raises(UserError, match="no dataset with train and test"):
-        build(TransferConfig(suite="folder", data=str(tmp_path)), MODEL)
+        build_tasks(TransferConfig(suite="folder", data=str(tmp_path)), MODEL)
 
 
 def picture_set(uri, n=40, classes=("a", "b", "c"), **more):
@@ -109,13 +117,13 @@ def test_every_task_without_data_is_named(tmp_path):
     picture_set(str(tmp_path / "svhn" / "test"), classes=("a", "b"))
     config = TransferConfig(suite="vtab1k", data=str(tmp_path), tasks=("pets", "dtd", "svhn"), resolution=16)
     with pytest.raises(UserError) as caught:
-        open_all(build(config, MODEL))
+        open_datasets(build_tasks(config, MODEL))
     assert "2 of 3 tasks cannot run" in str(caught.value)
     assert "dtd/test" in str(caught.value)
     assert "different classes" in str(caught.value)
-    assert len(open_all(build(dataclasses.replace(config, tasks=("pets",)), MODEL))) == 2
+    assert len(open_datasets(build_tasks(dataclasses.replace(config, tasks=("pets",)), MODEL))) == 2
     with pytest.raises(UserError, match="pets/train800"):  # needed as soon as learning rates are compared
-        open_all(build(dataclasses.replace(config, tasks=("pets",), lrs=(0.1, 0.01)), MODEL))
+        open_datasets(build_tasks(dataclasses.replace(config, tasks=("pets",), lrs=(0.1, 0.01)), MODEL))
 
 
 def test_dev_split_and_rest_share_nothing_and_miss_nothing():
@@ -132,7 +140,7 @@ def test_dev_split_and_rest_share_nothing_and_miss_nothing():
 
 def task(lrs=(0.1,), protocol=None):
     tune = (Split(uri="/a"), Split(uri="/b"))
-    return Task(
+    return TransferTask(
         name="t", train=Split(uri="/x"), test=Split(uri="/y"), tune=tune, protocol=protocol or FineTune(lrs=lrs)
     )
 
@@ -155,8 +163,8 @@ def test_learning_rates_are_tried_then_the_best_trains_with_every_seed():
     results[finals[1].name] = done(finals[1])
     assert next_jobs(swept, 2, results) == []
     assert len(next_jobs(swept, 3, results)) == 1  # one more seed joins what is there
-    assert fanout.final_jobs(swept, 2, results) == finals
-    assert total_jobs(swept, 2) == 5
+    assert final_jobs(swept, 2, results) == finals
+    assert count_jobs(swept, 2) == 5
 
 
 def test_probes_need_no_learning_rate_and_neighbours_no_seed():
@@ -167,8 +175,8 @@ def test_probes_need_no_learning_rate_and_neighbours_no_seed():
 def test_cost_orders_by_work():
     model = {"variant": "mu/4", "num_classes": 3, "image_size": 16}
     small, long, large = (
-        fanout.cost(task(protocol=FineTune(steps=s, resolution=r)), model, 100)
+        estimate_flops(task(protocol=FineTune(steps=s, resolution=r)), model, 100)
         for s, r in ((10, 16), (20, 16), (20, 32))
     )
     assert small < long < large
-    assert fanout.cost(task(protocol=Probe()), model, 100) < small
+    assert estimate_flops(task(protocol=Probe()), model, 100) < small

@@ -1,0 +1,105 @@
+"""Predictions of a test set, and their form on storage: Parquet with page checksums."""
+
+import io
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.transfer.suites import L2_GRID
+
+
+@dataclass(slots=True)
+class Predictions:
+    """Of a whole dataset, in its order. `labels` is (N,) or, with several labels per image, (N,M) padded with -1."""
+
+    keys: list[str]
+    labels: np.ndarray
+    classes: np.ndarray
+
+    def correct(self) -> np.ndarray:
+        """bool (N,): the predicted class is (one of) the labels."""
+        labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
+        return np.any(labels == self.classes[:, None], axis=1)
+
+    def labelled(self) -> np.ndarray:
+        """bool (N,): the image counts; ImageNet-ReaL leaves out those without any label."""
+        labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
+        return np.any(labels >= 0, axis=1)
+
+    def accuracy(self, without: frozenset[str] = frozenset()) -> float:
+        """Top-1 in percent over the labelled images whose key is not in `without`; NaN when none is left."""
+        counts = self.labelled()
+        if without:
+            counts &= np.array([key not in without for key in self.keys])
+        return 100.0 * float(self.correct()[counts].mean()) if counts.any() else math.nan
+
+    def with_labels(self, labels: np.ndarray) -> "Predictions":
+        return replace(self, labels=labels)
+
+    def confusion(self, classes: int) -> list[list[int]] | None:
+        """Counts by label (row) and prediction (column); None for images with several labels."""
+        if self.labels.ndim > 1:
+            return None
+        counts = np.zeros((classes, classes), np.int64)
+        known = self.labelled()
+        np.add.at(counts, (self.labels[known], self.classes[known]), 1)
+        return counts.tolist()
+
+
+def pack_predictions(found: Predictions) -> bytes:
+    labels = found.labels[:, None] if found.labels.ndim == 1 else found.labels
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int64()), labels.shape[1])
+    sink = io.BytesIO()
+    table = pa.table({"key": found.keys, "labels": lists, "prediction": found.classes})
+    pq.write_table(table, sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def unpack_predictions(data: bytes) -> Predictions:
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    labels = np.array(table["labels"].to_pylist(), np.int64)
+    classes = table["prediction"].to_numpy()
+    return Predictions(table["key"].to_pylist(), labels[:, 0] if labels.shape[1] == 1 else labels, classes)
+
+
+@dataclass(slots=True)
+class Hits:
+    """Which test images few-shot classified correctly: {shots: bool (l2, N)}.
+
+    For every l2 of L2_GRID, because the one that counts may depend on all tasks together.
+    """
+
+    keys: list[str]
+    labelled: np.ndarray
+    correct: dict[int, np.ndarray]
+
+    def accuracy(self, shots: int, l2: int, without: frozenset[str] = frozenset()) -> float:
+        """Top-1 in percent for the l2 at position `l2`, over the labelled images whose key is not in `without`."""
+        counts = self.labelled
+        if without:
+            counts = counts & np.array([key not in without for key in self.keys])
+        return 100.0 * float(self.correct[shots][l2][counts].mean()) if counts.any() else math.nan
+
+
+def pack_hits(hits: Hits) -> bytes:
+    """Parquet with a bit for every l2, 4 bytes an image and number of shots."""
+    columns: dict[str, Any] = {"key": hits.keys, "labelled": hits.labelled}
+    for shots, correct in hits.correct.items():
+        bits = np.packbits(correct, axis=0).T
+        columns[f"shots-{shots}"] = pa.array(map(bytes, bits), pa.binary(bits.shape[1]))
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def unpack_hits(data: bytes) -> Hits:
+    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    correct = {}
+    for name in table.column_names[2:]:
+        packed = np.frombuffer(b"".join(table[name].to_pylist()), np.uint8).reshape(len(table), -1)
+        correct[int(name.removeprefix("shots-"))] = np.unpackbits(packed, axis=1, count=len(L2_GRID)).T.astype(bool)
+    return Hits(table["key"].to_pylist(), table["labelled"].to_numpy(zero_copy_only=False), correct)

@@ -1,0 +1,118 @@
+"""A suite in MLflow: a parent run, a child run for each task, scores at registered versions. The driver alone writes."""
+
+import io
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline import storage
+from pipeline.config import to_dict
+from pipeline.tracking import Run, names, registry, start_run
+from pipeline.tracking.views import page
+from pipeline.transfer import figures
+from pipeline.transfer.jobs import Result
+from pipeline.transfer.scores import SCORES, Score, standard_error
+from pipeline.transfer.store import SuiteState
+from pipeline.transfer.suites import Split, TransferConfig, TransferTask, suite_version
+
+if TYPE_CHECKING:
+    from pipeline.data.format.shards import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes to MLflow, and pictures to the output folder."""
+
+    def __init__(
+        self, config: TransferConfig, parent: Run, state: SuiteState, datasets: Mapping[Split, "Dataset"]
+    ) -> None:
+        self.config, self.parent, self.state, self.datasets = config, parent, state, datasets
+
+    def task(self, task: TransferTask, known: Mapping[str, Result]) -> None:
+        """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix.
+
+        A driver that died may have left it unwritten, or half of it; the number of results in it tells.
+        """
+        results = [result for result in known.values() if result.task == task.name]
+        if self.state.recorded.get(task.name) == len(results):
+            return
+        child = start_run(
+            self.config.experiment,
+            task.name,
+            config={"task": task.name, "group": task.group, **to_dict(task.protocol)},
+            run_id=self.state.children.get(task.name),
+            parent_id=self.parent.id,
+            tracking_uri=self.config.tracking_uri,
+        )
+        self.state.children[task.name] = child.id
+        self.state.save()
+        for role, split in (("train", task.train), ("test", task.test)):
+            manifest = self.datasets[split].manifest
+            child.log_dataset(split.uri, {"fingerprint": manifest.fingerprint, "rows": manifest.rows}, role=role)
+        self._results(child, task, results)
+        child.finish()
+        self.state.recorded[task.name] = len(results)
+        self.state.save()
+
+    def _results(self, child: Run, task: TransferTask, results: Sequence[Result]) -> None:
+        for result in results:
+            suffix = f"/lr{result.lr:g}-seed{result.seed}" if len(results) > 1 else ""
+            for step, loss, lr in result.curve:
+                child.log({names.LOSS + suffix: loss, names.LEARNING_RATE + suffix: lr}, step=int(step))
+            accuracy = {f"{result.phase}_top1{suffix}": result.accuracy[""]} if "" in result.accuracy else {}
+            child.log({**accuracy, names.IMAGES_PER_SECOND + suffix: result.images_per_second})
+        finals = [result for result in results if result.phase == "final"]
+        if all("" in result.accuracy for result in finals):
+            mean = sum(result.accuracy[""] for result in finals) / len(finals)
+            child.log({names.MEAN_SCORE: mean})
+            self.parent.log({names.SCORE + task.name: mean})
+        if figure := figures.confusion_matrices(finals):
+            child.log_figure(figure, "confusion.png")
+
+    def suite(self, text: str, summary: dict[str, Any], scores: Sequence[Score], results: Sequence[Result]) -> None:
+        """Scores, means and the report (`text`, Markdown) in the parent run; figures there and in the output folder."""
+        parent = self.parent
+        parent.log({names.SCORE + score.name: score.mean for score in scores})
+        if summary["mean"] is not None:
+            parent.log({names.PARTIAL_MEAN if summary["partial"] else names.MEAN_SCORE: summary["mean"]})
+        if summary["mean_clean"] is not None:
+            parent.log({names.CLEAN_MEAN: summary["mean_clean"]})
+        parent.log({names.CLEAN_SCORE + s.name: statistics.fmean(s.clean) for s in scores if s.clean})
+        parent.log({names.GROUP_SCORE + group: mean for group, mean in summary["groups"].items()})
+        parent.log_text(text, "report.md")
+        parent.log_dict(summary, SCORES)
+        drawn = {
+            "scores.png": figures.score_bars(scores) if scores else None,
+            "curves.png": figures.loss_curves(results),
+            "confusion.png": figures.confusion_matrices(results),
+        }
+        pictures: dict[str, bytes] = {}
+        for name, figure in drawn.items():
+            if figure is not None:
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png")
+                pictures[name] = picture.getvalue()
+                storage.write_bytes(storage.join(self.state.output, name), pictures[name])
+                parent.log_bytes(pictures[name], name)
+        parent.log_text(page(text, pictures), "report.html")
+
+
+def attach_scores(
+    config: TransferConfig, checkpoint_uri: str, summary: Mapping[str, Any], scores: Sequence[Score], parent: Run
+) -> None:
+    """Gives the scores to every registered version of this checkpoint, as scheduled evaluation does."""
+    if summary["mean"] is None or not parent.flush():
+        return
+    evaluation = {
+        "mean": summary["mean"],
+        "spread": standard_error(scores),
+        "scores": {score.name: score.mean for score in scores},
+    }
+    try:
+        for registered in registry.versions_of(checkpoint_uri, parent.uri):
+            suite = f"{config.suite}:{suite_version(config)}"
+            registry.record_evaluation(registered, suite, evaluation, parent.id, parent.uri)
+    except Exception as error:  # the scores themselves are safe
+        logger.warning("the registered versions of %s did not get these scores: %s", checkpoint_uri, error)

@@ -1,0 +1,161 @@
+"""The output folder of a suite.
+
+<output>/run.json                       what is measured: suite, checkpoint, and each task's protocol and datasets
+<output>/results/<task>/<job>.json      the result of a job, with a checksum
+<output>/predictions/<task>/<job>.parquet
+<output>/failures/<task>/<job>.json     the error of a job that failed last time
+<output>/features/                      feature sets of frozen models (features.py)
+<output>/report.md, scores.json, *.png
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.config import fingerprint, to_dict
+from pipeline.errors import UserError
+from pipeline.transfer.jobs import Job, Result
+from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack_predictions
+from pipeline.transfer.suites import Split, TransferTask
+
+if TYPE_CHECKING:
+    from pipeline.data.format.shards import Dataset
+
+IDENTITY = "run.json"
+logger = logging.getLogger(__name__)
+
+
+class Store:
+    """Results of jobs as files. Each is written whole or not at all."""
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+
+    def _uri(self, kind: str, job: Job, ending: str) -> str:
+        return storage.join(self.output, kind, f"{job.name}.{ending}")
+
+    def load_all(self) -> dict[str, Result]:
+        """Every result by job name. A damaged file is logged and left out, so that its job runs again."""
+        folder = storage.join(self.output, "results")
+        names = {f.name for f in fields(Result)}
+        found = {}
+        for file in storage.list_files(folder):
+            if file.path.endswith(".json"):
+                try:
+                    values = storage.read_json(file.uri)
+                    checksum = values.pop("checksum", None)
+                    if checksum and checksum != fingerprint(values):
+                        raise UserError(f"{file.uri}: its checksum differs")
+                    result = Result(**{k: v for k, v in values.items() if k in names})
+                except (UserError, TypeError, AttributeError) as error:
+                    logger.warning("%s is damaged and will be computed again (%s)", file.uri, error)
+                    continue
+                found[file.path.removesuffix(".json")] = result
+        return found
+
+    def save(self, job: Job, result: Result, predictions: bytes | None) -> None:
+        if predictions is not None:
+            storage.write_bytes(self._uri("predictions", job, "parquet"), predictions)
+        values = json.loads(json.dumps(asdict(result)))  # as they will be read
+        storage.write_json(self._uri("results", job, "json"), {**values, "checksum": fingerprint(values)})
+        storage.remove(self._uri("failures", job, "json"))
+
+    def save_failure(self, job: Job, error: str) -> None:
+        storage.write_json(self._uri("failures", job, "json"), {"job": job.name, "error": error})
+
+    def predictions(self, job: Job) -> Predictions:
+        return self._unpack(job, unpack_predictions)
+
+    def hits(self, job: Job) -> Hits:
+        """What a few-shot job keeps instead of predictions."""
+        return self._unpack(job, unpack_hits)
+
+    def _unpack(self, job: Job, unpack: Callable[[bytes], Any]) -> Any:
+        """Raises UserError for a missing or damaged file, and removes its job's result, so that the job runs again."""
+        uri = self._uri("predictions", job, "parquet")
+        try:
+            return unpack(storage.read_bytes(uri))
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            storage.remove(self._uri("results", job, "json"))
+            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to compute it anew") from error
+
+
+class SuiteState:
+    """run.json: what the output folder holds, and which MLflow runs record it."""
+
+    def __init__(self, output: str, values: dict[str, Any]) -> None:
+        self.output, self.values = output, values
+
+    def save(self) -> None:
+        storage.write_json(storage.join(self.output, IDENTITY), self.values)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's parent run; None before the first start."""
+        return self.values.get("run_id")
+
+    @run_id.setter
+    def run_id(self, value: str) -> None:
+        self.values["run_id"] = value
+
+    @property
+    def children(self) -> dict[str, str]:
+        """{task: MLflow run}"""
+        return self.values["children"]
+
+    @property
+    def recorded(self) -> dict[str, int]:
+        """{task: results that its MLflow run holds}"""
+        return self.values["recorded"]
+
+
+def open_state(
+    output: str | None,
+    identity: Mapping[str, str],
+    checkpoint_uri: str,
+    tasks: Sequence[TransferTask],
+    datasets: Mapping[Split, "Dataset"],
+) -> SuiteState:
+    """The state of an output folder, which nothing has written yet when it is new.
+
+    identity: suite and checkpoint; they name the default folder together with the tasks. More tasks or seeds may join what
+    is there. Raises UserError for a folder with results of another checkpoint, protocol or dataset, or with something else.
+    """
+    described = {
+        task.name: {
+            "protocol": to_dict(task.protocol),
+            "train": datasets[task.train].manifest.fingerprint,
+            "test": datasets[task.test].manifest.fingerprint,
+        }
+        for task in tasks
+    }
+    default = f"runs/{identity['suite']}/transfer-{fingerprint([dict(identity), described])[:8]}"
+    output = storage.normalise(output or default)
+    uri = storage.join(output, IDENTITY)
+    if not storage.exists(uri):
+        if storage.list_files(output):
+            raise UserError(f"{output} holds something else than transfer results; choose another --output")
+        new = {"checkpoint_uri": checkpoint_uri, "tasks": described, "children": {}, "recorded": {}}
+        return SuiteState(output, {**identity, **new})
+    state = storage.read_json(uri)
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(k), dict) for k in ("tasks", "children", "recorded")
+    ):
+        raise UserError(f"{uri}: not the record of a transfer suite; choose another --output")
+    for key, value in identity.items():
+        if state.get(key) != value:
+            there = state.get("checkpoint_uri") if key == "checkpoint" else state.get(key)
+            raise UserError(f"{output} holds results of another {key} ({there}); choose another --output")
+    for name, mine in described.items():
+        theirs = state["tasks"].setdefault(name, mine)
+        changed = [key for key in mine if theirs.get(key) != mine[key]]
+        if changed:
+            raise UserError(
+                f"{output} holds results of {name} with another {' and '.join(changed)}; choose another --output"
+            )
+    return SuiteState(output, state)
