@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.transfer.suites import Split, TransferTask
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 DUPLICATES = "duplicates.parquet"
 

@@ -17,7 +17,7 @@ from pipeline.transfer.store import SuiteState
 from pipeline.transfer.suites import Split, TransferConfig, TransferTask, suite_version
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 logger = logging.getLogger(__name__)
 

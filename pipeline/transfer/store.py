@@ -24,7 +24,7 @@ from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack
 from pipeline.transfer.suites import Split, TransferTask
 
 if TYPE_CHECKING:
-    from pipeline.data.format.shards import Dataset
+    from pipeline.data.format import Dataset
 
 IDENTITY = "run.json"
 logger = logging.getLogger(__name__)

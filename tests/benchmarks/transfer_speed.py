@@ -2,10 +2,10 @@
 
     python tests/benchmarks/transfer_speed.py
 
-1. six fine-tunings of about twenty seconds (a tenth of VTAB-1k's 2,500 steps, on a small model): by `fan_out` on as many
+1. six fine-tunings of about twenty seconds (a tenth of VTAB-1k's 2,500 steps, on a small model): by the scheduler on as many
    workers as there are CPUs, Ray's start included, against the same function called in sequence in one process with all CPUs,
    and in sequence with one process per task (what a shell loop over tasks does). More than ten minutes on two cores;
-2. frozen features: images per second of `features.compute` (read, decode, forward) against the bare forward on a batch that
+2. frozen features: images per second of `features.compute_features` (read, decode, forward) against the bare forward on a batch that
    is already in memory, one thread each. Target: at least 90%.
 
 Writes tests/benchmarks/results/transfer_speed.json.
@@ -27,8 +27,12 @@ from models import create_model
 from pipeline import cluster
 from pipeline.data import open_dataset
 from pipeline.data.format import write_dataset
-from pipeline.transfer import fanout, features
-from pipeline.transfer.suites import FineTune, Probe, Split, Task
+from pipeline.transfer import features
+from pipeline.transfer.finetune import Execution
+from pipeline.transfer.jobs import Job
+from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
+from pipeline.transfer.suites import FineTune, Probe, Split, TransferTask
+from pipeline.transfer.worker import Worker, finish_finetuning, start_finetuning
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SIZE, TASKS, STEPS = 64, 6, int(os.environ.get("TRANSFER_SPEED_STEPS", "250"))
@@ -46,10 +50,10 @@ def pictures(uri: str, n: int, side: int) -> None:
     write_dataset(uri, rows(), classes=[str(k) for k in range(10)], image={"size": side, "quality": 95})
 
 
-def tasks(folder: str) -> list[Task]:
+def tasks(folder: str) -> list[TransferTask]:
     protocol = FineTune(resolution=SIZE, crop="random", steps=STEPS, batch_size=32, lrs=(0.01,))
     train, test = Split(uri=f"{folder}/train"), Split(uri=f"{folder}/test")
-    return [Task(name=f"task{i}", train=train, test=test, protocol=protocol) for i in range(TASKS)]
+    return [TransferTask(name=f"task{i}", train=train, test=test, protocol=protocol) for i in range(TASKS)]
 
 
 def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
@@ -59,21 +63,13 @@ def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
     cluster.configure(num_cpus=os.cpu_count(), dashboard=False)
     cluster.connect()
     connected, finished = time.perf_counter(), []
-    worker = ray.remote(fanout.Worker).options(max_concurrency=2, num_cpus=1)
-    shared = ray.put(arrays)
-    failures = fanout.fan_out(
-        tasks(folder),
-        1,
-        {},
-        make_worker=lambda: worker.remote(model_config, [shared], 1, 32),
-        workers=os.cpu_count() or 1,
-        retries=0,
-        costs={f"task{i}": 1.0 for i in range(TASKS)},
-        features={},
-        on_result=lambda *found: finished.append((time.perf_counter(), found[1].seconds)),
-        on_failure=lambda *failed: None,
-    )
-    assert not failures, failures
+    actor = ray.remote(Worker).options(max_concurrency=2, num_cpus=1)
+    pool = Pool(actor, (model_config, [ray.put(arrays)], 1, 32), limit=os.cpu_count() or 1)
+    scheduler = Scheduler(tasks(folder), 1, {}, pool, costs={f"task{i}": 1.0 for i in range(TASKS)})
+    for event in scheduler.run():
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Finished):
+            finished.append((time.perf_counter(), event.result.seconds))
     first, training = finished[0]
     return {
         "seconds": time.perf_counter() - start,
@@ -82,12 +78,12 @@ def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
     }
 
 
-def in_sequence(folder: str, model: torch.nn.Module, threads: int, wanted: list[Task]) -> float:
+def in_sequence(folder: str, model: torch.nn.Module, threads: int, wanted: list[TransferTask]) -> float:
     torch.set_num_threads(threads)
     start = time.perf_counter()
     for task in wanted:
-        job = fanout.Job(task=task, lr=0.01)
-        fanout.run_finetune(job, model, device="cpu", threads=threads, micro_batch=32)
+        job = Job(task=task, lr=0.01)
+        finish_finetuning(job, start_finetuning(job, model, Execution(threads=threads, micro_batch=32)))
     return time.perf_counter() - start
 
 
@@ -101,7 +97,7 @@ def feature_rate(folder: str, model: torch.nn.Module) -> dict:
     pipeline, bare = [], []
     for _ in range(3):
         start = time.perf_counter()
-        features.compute(model, wanted, device="cpu", batch_size=64)
+        features.compute_features(model, wanted, Execution(micro_batch=16))
         pipeline.append(wanted.rows / (time.perf_counter() - start))
         with torch.inference_mode():
             start = time.perf_counter()

@@ -24,9 +24,14 @@ from pipeline.data.format import write_dataset
 from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.tracking import registry, search, server, start_run
-from pipeline.transfer import TransferConfig, fanout, report, run_suite, suites
-from pipeline.transfer.run import attach_scores, load_checkpoint
-from pipeline.transfer.suites import FineTune, Split, Task
+from pipeline.transfer import TransferConfig, report, run_suite, suites
+from pipeline.transfer.checkpoint import load_checkpoint
+from pipeline.transfer.jobs import Result
+from pipeline.transfer.predictions import unpack_predictions
+from pipeline.transfer.record import attach_scores
+from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
+from pipeline.transfer.scores import Score
+from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
 from pipeline.weights import save_checkpoint_weights
 
@@ -140,12 +145,12 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
 
     # two runs are compared by their folders or by their ids in MLflow
     by_folder, by_id = (
-        report.compare(one, str(output), config(world, output).tracking_uri) for one in (str(output), first.run_id)
+        report.compare_runs(one, str(output), config(world, output).tracking_uri) for one in (str(output), first.run_id)
     )
     assert by_id[1] == by_folder[1]
     assert [row["difference"] for row in by_id[1]] == [0, 0, 0]
     with pytest.raises(UserError, match="0123456789abcdef"):
-        report.compare(str(output), 2 * "0123456789abcdef", config(world, output).tracking_uri)
+        report.compare_runs(str(output), 2 * "0123456789abcdef", config(world, output).tracking_uri)
 
     # another checkpoint, protocol or data set does not mix with what is there
     with pytest.raises(UserError, match="another protocol"):
@@ -213,15 +218,15 @@ def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypat
     with start_run("transfer", "scores", tracking_uri=uri) as parent:
         parent.log({"score_mean": 60.0, "score/pets": 70.0, "score/svhn": 50.0})
         scores = [
-            report.Score(name=name, task=name, group="natural", values=(value,), images=100)
+            Score(name=name, task=name, group="natural", values=(value,), images=100)
             for name, value in (("pets", 70.0), ("svhn", 50.0))
         ]
         for _ in range(2):  # again changes nothing
-            attach_scores(settings, weights, {"mean": 60.0}, scores, parent)
+            attach_scores(settings, weights.uri, {"mean": 60.0}, scores, parent)
     (found,) = registry.versions_of(weights.uri, uri)
     assert found.version == version.version
     ((key, evaluation),) = found.evaluations.items()
-    assert key == f"vtab1k:{suites.version(settings)}"
+    assert key == f"vtab1k:{suites.suite_version(settings)}"
     assert (evaluation["mean"], evaluation["run"]) == (60.0, parent.id)
     assert evaluation["spread"] == pytest.approx(((0.7 * 0.3 + 0.5 * 0.5) / 100) ** 0.5 / 2 * 100)
     client = server.client(uri)
@@ -245,7 +250,7 @@ def fragile():
             if name == "hopeless" or (name == "shaky" and not os.path.exists(self.mark)):
                 Path(self.mark).touch()
                 os._exit(1)
-            found = fanout.Result(task=name, phase="final", lr=0.1, seed=0, accuracy={"": 100.0}, images=1, seconds=0)
+            found = Result(task=name, phase="final", lr=0.1, seed=0, accuracy={"": 100.0}, images=1, seconds=0)
             return found, None
 
     return Fragile
@@ -255,65 +260,56 @@ def fragile():
 @pytest.mark.slow
 def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path):
     tasks = [
-        Task(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
+        TransferTask(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
         for name in ("shaky", "steady", "hopeless")
     ]
-    worker = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=0.1)
-    found, results, failed = [], {}, []
-    failures = fanout.fan_out(
-        tasks,
-        1,
-        results,
-        make_worker=lambda: worker.remote(str(tmp_path / "mark")),
-        workers=1,
-        retries=1,
-        costs={"shaky": 3, "steady": 2, "hopeless": 1},
-        features={},
-        on_result=lambda job, result, predictions: found.append(job.task.name),
-        on_failure=lambda job, error: failed.append(job.task.name),
-    )
-    assert sorted(found) == ["shaky", "steady"]
-    assert failed == ["hopeless"]
-    assert "died 2 times" in failures["hopeless/final-lr0.1-seed0"]
+    actor = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=0.1)
+    results = {}
+    pool = Pool(actor, (str(tmp_path / "mark"),), limit=1)
+    scheduler = Scheduler(tasks, 1, results, pool, costs={"shaky": 3, "steady": 2, "hopeless": 1}, retries=1)
+    events = list(scheduler.run())
+    assert sorted(event.job.task.name for event in events if isinstance(event, Finished)) == ["shaky", "steady"]
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.job.name == "hopeless/final-lr0.1-seed0"
+    assert "died 2 times" in failed.error
     assert set(results) == {"shaky/final-lr0.1-seed0", "steady/final-lr0.1-seed0"}
 
 
 SHARED_GPU = """
-import json, sys
+import dataclasses, json, sys
 import ray
 from models import create_model
 from pipeline import cluster
-from pipeline.transfer import TransferConfig, fanout
+from pipeline.transfer import TransferConfig
 from pipeline.transfer.run import plan_workers
-from pipeline.transfer.suites import FineTune, Split, Task
+from pipeline.transfer.scheduler import Failed, Pool, Scheduler, Tick
+from pipeline.transfer.suites import FineTune, Split, TransferTask
+from pipeline.transfer.worker import Worker as TransferWorker
 
 data, size = sys.argv[1], int(sys.argv[2])
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, runtime_env=cluster.runtime_env(False))
 resources, count = plan_workers(TransferConfig(suite="vtab1k", checkpoint="x", data=data, gpus_per_worker=0.5))
 
-class Worker(fanout.Worker):
+class Worker(TransferWorker):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        assert self.device == "cuda" and ray.get_gpu_ids() == [0]
-        self.device = "cpu"  # the GPU of this test is a number that Ray counts with
+        assert self.execution.device == "cuda" and ray.get_gpu_ids() == [0]
+        self.execution = dataclasses.replace(self.execution, device="cpu")  # the GPU of this test is a number of Ray's
 
 model = create_model("mu/4", 3, size, depth=1)
 weights = [ray.put({name: tensor.numpy() for name, tensor in model.state_dict().items()})]
 protocol = FineTune(resolution=size, steps=60, batch_size=30, lrs=(0.05,))
 split = lambda name: Split(uri=f"{data}/pets/{name}")
-tasks = [Task(name=f"task{i}", train=split("train800val200"), test=split("test"), protocol=protocol) for i in range(4)]
-worker, together, results = ray.remote(Worker).options(max_concurrency=2, **resources), [0], {}
-
-def tick(running):
-    if len(running) == 2 and ray.available_resources().get("GPU", 0) == 0:
-        together[0] += 1
-
-failures = fanout.fan_out(
-    tasks, 1, results, make_worker=lambda: worker.remote(model.config, weights, 1, 30), workers=count, retries=0,
-    costs={task.name: 1.0 for task in tasks}, features={}, on_result=lambda *found: None, on_failure=lambda *failed: None,
-    on_tick=tick,
-)
-print(json.dumps({**resources, "workers": count, "failures": failures, "results": len(results), "together": together[0]}))
+tasks = [TransferTask(name=f"task{i}", train=split("train800val200"), test=split("test"), protocol=protocol) for i in range(4)]
+actor, results = ray.remote(Worker).options(max_concurrency=2, **resources), {}
+together, failures = 0, {}
+pool = Pool(actor, (model.config, weights, 1, 30), limit=count)
+for event in Scheduler(tasks, 1, results, pool, costs={task.name: 1.0 for task in tasks}).run():
+    if isinstance(event, Failed):
+        failures[event.job.name] = event.error
+    if isinstance(event, Tick) and len(event.running) == 2 and ray.available_resources().get("GPU", 0) == 0:
+        together += 1
+print(json.dumps({**resources, "workers": count, "failures": failures, "results": len(results), "together": together}))
 """
 
 
@@ -330,28 +326,17 @@ def test_two_workers_share_a_gpu(world):
 
 @pytest.mark.timeout(120)
 @pytest.mark.slow
-def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path, monkeypatch):
+def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path):
     """The third process waits for a CPU that the first two keep while they have nothing to do."""
-    monkeypatch.setattr(fanout, "STARVED", 1.0)
     tasks = [
-        Task(name=f"steady{i}", train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
+        TransferTask(name=f"steady{i}", train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
         for i in range(3)
     ]
-    worker = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=1)
+    actor = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=1)
+    pool = Pool(actor, (str(tmp_path / "mark"),), limit=3, starved_after=1.0)
     results = {}
-    failures = fanout.fan_out(
-        tasks,
-        1,
-        results,
-        make_worker=lambda: worker.remote(str(tmp_path / "mark")),
-        workers=3,
-        retries=0,
-        costs={task.name: 1.0 for task in tasks},
-        features={},
-        on_result=lambda job, result, predictions: None,
-        on_failure=lambda job, error: None,
-    )
-    assert not failures
+    events = list(Scheduler(tasks, 1, results, pool, costs={task.name: 1.0 for task in tasks}).run())
+    assert not [event for event in events if isinstance(event, Failed)]
     assert len(results) == 3
 
 
@@ -486,7 +471,7 @@ def test_decontaminated_accuracy_from_raw_images_to_the_report(world, tmp_path):
     assert "without seen images)" in stdout
     score = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]["own"]
     assert score["removed"] == 6
-    found = fanout.unpack_predictions(next((tmp_path / "out").rglob("final-*.parquet")).read_bytes())
+    found = unpack_predictions(next((tmp_path / "out").rglob("final-*.parquet")).read_bytes())
     kept = np.array([key not in seen for key in found.keys])
     assert score["values"] == [pytest.approx(100 * found.correct().mean())]
     assert score["clean"] == [pytest.approx(100 * found.correct()[kept].mean())]
