@@ -15,6 +15,7 @@ import errno
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -27,10 +28,11 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import logs, storage
+from pipeline import credentials, logs, storage
 from pipeline.errors import UserError, nearest
 
 Config = TypeVar("Config")
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- command lines
@@ -56,7 +58,7 @@ def parse_recipe(
     base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     base.add_argument("--recipe", default=None)
     base.add_argument("--config", default=None)
-    chosen, flags = base.parse_known_args(argv)
+    chosen, flags = base.parse_known_args(credentials.take_from_arguments(argv))
     if chosen.recipe and chosen.config:
         raise UserError("--recipe and --config both say where to start from; give one of them")
     name = chosen.recipe or default
@@ -64,7 +66,7 @@ def parse_recipe(
         raise UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; recipes: {", ".join(recipes)}')
     start = recipe_config = recipes[name]()
     if chosen.config:
-        start = from_yaml(type(start), storage.read_bytes(chosen.config).decode(), where=chosen.config)
+        start = from_yaml(type(start), _read_config(chosen.config), where=chosen.config)
     lines = [f"  {key:22s}{summary(recipe)}" for key, recipe in recipes.items()]
     about = (
         f"{inspect.cleandoc(description)}\n\n--recipe NAME starts from one of these (default {default}), "
@@ -72,6 +74,11 @@ def parse_recipe(
     )
     config = tyro.cli(type(start), prog=prog, description=about, args=flags, default=start)
     return config, recipe_config, name
+
+
+def _read_config(uri: str) -> str:
+    """The text of a --config file; passwords in its addresses go into the environment."""
+    return credentials.take_from_yaml(storage.read_bytes(uri).decode())
 
 
 def summary(function: Callable) -> str:
@@ -87,12 +94,13 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
 
     signal.signal(signal.SIGTERM, stop)
     logs.setup()
+    _hide_passwords()
     code: str | int | None
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         # An error raised inside a Ray task arrives wrapped, with the original as its cause.
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"error: {credentials.redacted(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         code = 2
     except OSError as error:
         error = getattr(error, "cause", error)
@@ -106,6 +114,20 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
             print("stopped; the same command again continues", file=sys.stderr)
             _leave(code)
     sys.exit(code)
+
+
+def _hide_passwords() -> None:
+    """Moves passwords out of addresses into environment variables. One on the command line can be seen by everybody on the
+    machine: then this process starts anew without it."""
+    credentials.take_from_environment()
+    given = sys.argv[1:]
+    cleaned = credentials.take_from_arguments(given)
+    if cleaned != given:
+        logger.warning(
+            "a password in a flag is in the process list for a moment and in the shell's history; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
+        os.execv(sys.executable, [*sys.orig_argv[: len(sys.orig_argv) - len(given)], *cleaned])
 
 
 def _leave(code: int) -> typing.NoReturn:

@@ -20,6 +20,7 @@ DATABASE_PASSWORD = "VIT_DATABASE_PASSWORD"
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 
+_ADDRESS_FIELD = re.compile(r"""(\btracking_uri["']?\s*:\s*["']?)([^\s"',}]+)""")
 _USERINFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#\s\"']*)@")
 
 
@@ -85,6 +86,11 @@ def take_from_arguments(arguments: Sequence[str]) -> list[str]:
         is_address = not equals and _is_address_flag(flag)
         cleaned.append(argument)
     return cleaned
+
+
+def take_from_yaml(text: str) -> str:
+    """The text of a configuration, the passwords of whose `tracking_uri` fields go into the environment."""
+    return _ADDRESS_FIELD.sub(lambda found: found[1] + take_password(found[2]), text)
 
 
 def _is_address_flag(flag: str) -> bool:

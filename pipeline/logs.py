@@ -23,9 +23,18 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pipeline.credentials import redacted
+
 ROOTS = ("pipeline", "models", "jobs")  # our loggers; other libraries keep their own levels
 console = Console(stderr=True, highlight=False)
 logger = logging.getLogger(__name__)
+
+
+class _WithoutPasswords(logging.Formatter):
+    """Shows addresses without the passwords in them, whoever logs them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def setup(level: int = logging.INFO) -> None:
@@ -35,10 +44,10 @@ def setup(level: int = logging.INFO) -> None:
         handler = RichHandler(
             console=console, show_path=False, markup=False, omit_repeated_times=False, log_time_format="%H:%M:%S"
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_WithoutPasswords("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(_WithoutPasswords("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     for name in ROOTS:
         ours = logging.getLogger(name)
         ours.handlers[:] = [handler]

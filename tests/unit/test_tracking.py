@@ -481,3 +481,191 @@ def test_the_default_is_one_database_whatever_the_working_directory(tmp_path, mo
 
 def test_passwords_do_not_reach_messages():
     assert redacted("postgresql://me:secret@db/mlflow") == "postgresql://***@db/mlflow"
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+def upload():
+    """`python -m pipeline.tracking upload`: (exit code, what it printed)."""
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    command = [sys.executable, "-m", "pipeline.tracking", "upload"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_records_of_a_deleted_experiment_wait_until_it_is_restored(uri):
+    run = start_run("pretrain", "deleted", tracking_uri=uri)
+    for step in range(10):
+        run.log({names.LOSS: float(step)}, step=step)
+    assert run.flush()
+    client = server.client(uri)
+    experiment = client.get_experiment_by_name("pretrain").experiment_id
+    client.delete_experiment(experiment)
+    for step in range(10, 20):
+        run.log({names.LOSS: float(step)}, step=step)
+    run.log_text("late", "late.txt")
+    assert run.finish(timeout=1) is False
+    for _ in range(2):  # any number of uploads
+        code, said = upload()
+        assert (code, "are left" in said) == (1, True), said
+    client.restore_experiment(experiment)
+    assert upload()[0] == 0
+    assert history(uri, run.id, names.LOSS) == [(step, float(step)) for step in range(20)]
+    assert client.get_run(run.id).info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.id) if file.path == "late.txt"]
+    assert not os.listdir(spool_root())
+
+
+def test_refused_records_outlive_uploads_and_are_named_with_the_reason(uri):
+    run = start_run("pretrain", "refused", config={"a": 1}, tracking_uri=uri)
+    run.flush()
+    run.log_params({"a": 2})  # MLflow never changes a parameter
+    assert run.finish() is False
+    for _ in range(3):
+        code, said = upload()
+        assert code == 1
+        assert "1 are left" in said
+        assert "refused: params a:" in said
+    (folder,) = os.listdir(spool_root())
+    with open(os.path.join(spool_root(), folder, "rejected.jsonl")) as file:
+        assert [json.loads(line)["values"] for line in file] == [{"a": "2"}]
+
+
+def test_a_spool_that_cannot_be_read_is_named_and_kept(uri):
+    folder = os.path.join(spool_root(), "broken")
+    os.makedirs(folder)
+    for name, text in (("lock", ""), ("run.json", "[]"), ("metrics.jsonl", '{"kind":"metrics"}\n')):
+        with open(os.path.join(folder, name), "w") as file:
+            file.write(text)
+    code, said = upload()
+    assert (code, f"cannot be read: {folder}: run.json" in said) == (1, True)
+    assert os.path.exists(os.path.join(folder, "metrics.jsonl"))
+
+
+def test_a_damaged_line_does_not_hold_up_the_others(uri, outage):
+    outage.down = True
+    run = start_run("pretrain", "damaged", tracking_uri=uri)
+    run.log({names.LOSS: 1.0}, step=1)
+    run.finish(timeout=0.2)
+    path = os.path.join(spool_root(), os.listdir(spool_root())[0], "metrics.jsonl")
+    with open(path, "r+b") as file:
+        lines = file.readlines()
+        file.seek(0)
+        file.writelines([b"{garbage\n", b"[1]\n", b'{"kind":"link"}\n', *lines])
+    outage.down = False
+    code, said = upload()
+    assert (code, said.count("refused: ")) == (1, 3), said
+    assert history(uri, server.find_run(uri, run.id), names.LOSS) == [(1, 1.0)]
+
+
+@pytest.mark.parametrize("name", ["bad+name", "v (1)", "données+2", "a//b", "../up", "x" * 400, "\udce9t\0"])
+def test_any_name_of_a_data_set_is_logged(uri, name):
+    with start_run("pretrain", name, tags={f"set.{name}": name}, tracking_uri=uri) as run:
+        run.log({f"val/{name}/top1": 0.5, names.LOSS: 1.0}, step=1)
+        run.log_params({name: name})
+        run.log_dataset(f"/data/{name}", {"fingerprint": "0a1b2c"}, role=name)
+    stored = server.client(uri).get_run(run.id).data
+    assert stored.metrics[names.LOSS] == 1.0
+    assert stored.metrics[names.valid_name(f"val/{name}/top1")] == 0.5
+    assert not os.listdir(spool_root())
+
+
+def test_names_that_mlflow_accepts_stay_and_others_stay_apart():
+    for name in (names.LOSS, "system/node-0/cpu_percent", "données"):
+        assert names.valid_name(name) == name
+    assert len({names.valid_name(name) for name in ("a+b", "a(b", "a)b", "a_b")}) == 4
+
+
+@pytest.mark.parametrize("folder", ["x%2Fy", "a?b", "with space", "ünï", "c#d"])
+def test_a_working_folder_of_any_name_tracks_like_any_other(uri, empty_database, tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    shutil.copy(empty_database, tmp_path / folder / "mlflow.db")
+    monkeypatch.chdir(tmp_path / folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with start_run("pretrain", "odd") as run:
+        run.log({names.LOSS: 1.0}, step=1)
+        run.log_text("hello", "notes/hello.txt")
+    assert history(run.uri, run.id, names.LOSS) == [(1, 1.0)]
+    assert list((tmp_path / folder / "mlruns").rglob("notes/hello.txt"))
+    with open(server.client(run.uri).download_artifacts(run.id, "notes/hello.txt")) as file:
+        assert file.read() == "hello"
+    assert not os.listdir(spool_root())
+
+
+def test_only_the_owner_can_read_the_spool(uri, outage):
+    outage.down = True
+    before = os.umask(0)
+    try:
+        run = start_run("pretrain", "private", config=Config(), tracking_uri=uri)
+        run.log_text("hello", "hello.txt")
+        run.finish(timeout=0.2)
+    finally:
+        os.umask(before)
+    paths = [os.path.join(folder, name) for folder, below, files in os.walk(spool_root()) for name in below + files]
+    assert len(paths) > 5
+    assert [path for path in paths if os.stat(path).st_mode & 0o077] == []
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ValueError("lr is nan"), "FAILED", "ValueError: lr is nan"),
+        (SystemExit(143), "KILLED", "stopped with SIGTERM"),
+        (KeyboardInterrupt(), "KILLED", "stopped with Ctrl-C"),
+        (SystemExit(1), "FAILED", "exit code 1"),
+        (OSError("http://me:hidden@proxy away"), "FAILED", "OSError: http://***@proxy away"),
+    ],
+)
+def test_a_run_says_why_it_ended_until_it_goes_on(uri, error, status, reason):
+    run = start_run("pretrain", "ends", tags={names.NOTE: "My run."}, tracking_uri=uri)
+    with pytest.raises(type(error)), run:
+        raise error
+    stored = server.client(uri).get_run(run.id)
+    assert (stored.info.status, stored.data.tags[names.REASON]) == (status, reason)
+    word = "Stopped" if status == "KILLED" else "Failed"
+    assert stored.data.tags[names.NOTE] == f"**{word}:** {reason}\n\nMy run."
+    start_run("pretrain", "ends", run_id=run.id, tracking_uri=uri).finish()
+    tags = server.client(uri).get_run(run.id).data.tags
+    assert names.REASON not in tags
+    assert tags[names.NOTE] == "My run."
+
+
+# ---------------------------------------------------------------- addresses that are refused, or hold a password
+
+
+def test_addresses_that_mlflow_cannot_use_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no store nonsense://"):
+        resolve_tracking_uri("nonsense://x")
+    package = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    with pytest.raises(UserError, match="Ray deletes"):
+        resolve_tracking_uri("sqlite:///mlflow.db")
+
+
+def test_a_database_that_does_not_answer_is_away_at_once(uri, caplog):
+    began = time.monotonic()
+    run = start_run("pretrain", "x", tracking_uri="postgresql+psycopg://me@127.0.0.1:9/mlflow")
+    assert "cannot be reached" in caplog.text
+    run.finish(timeout=1)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("address", "clean", "variable"),
+    [
+        ("https://me:p%40ss@mlflow:5000/x", "https://mlflow:5000/x", "MLFLOW_TRACKING_PASSWORD"),
+        ("postgresql://me:p%40ss@db/mlflow", "postgresql://me@db/mlflow", "VIT_DATABASE_PASSWORD"),
+    ],
+)
+def test_a_password_leaves_the_address(monkeypatch, address, clean, variable):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "VIT_DATABASE_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    assert resolve_tracking_uri(address) == clean
+    assert os.environ[variable] == "p@ss"
+    if address.startswith("postgresql"):
+        assert server.mlflow_address(clean) == address
