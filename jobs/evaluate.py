@@ -14,12 +14,13 @@ Exit code: 0 done, 1 an evaluation failed, 2 bad input, 3 a regression (with --f
 
 import dataclasses
 import json
-import sys
-import traceback
+import logging
 
 from pipeline import config, storage
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
+
+logger = logging.getLogger("jobs.evaluate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,26 +59,15 @@ def main(argv: list[str]) -> int:
 
     doctor.preflight(None, what.tracking_uri)
     if command.every is None:
-        return report(command, evaluate(command, what))
+        return report(command, evaluation.evaluate_once(what, dry_run=command.dry_run))
     for _ in evaluation.ticks(evaluation.seconds(command.every)):
         try:
-            report(command, evaluate(command, what))
+            report(command, evaluation.evaluate_once(what, dry_run=command.dry_run))
         except UserError as error:  # a server or store that is away now may be back at the next time
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            logger.error("%s", error)
         except Exception:
-            traceback.print_exc()
+            logger.exception("this pass failed; the next one tries again")
     return 0
-
-
-def evaluate(command: Command, what: evaluation.EvaluateConfig) -> evaluation.Round:
-    """One pass; with --json everything but the result goes to stderr."""
-    if not command.json:
-        return evaluation.evaluate_once(what, dry_run=command.dry_run)
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    try:
-        return evaluation.evaluate_once(what, dry_run=command.dry_run)
-    finally:
-        sys.stdout = stdout
 
 
 def report(command: Command, done: evaluation.Round) -> int:

@@ -16,15 +16,15 @@ checkpoints are only read, and the learning curve of transfer scores goes to a r
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
-import sys
 import threading
 import time
-import traceback
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +37,8 @@ from pipeline.errors import UserError
 from pipeline.tracking import names, registry, resolve_tracking_uri, search, start_run
 from pipeline.transfer import TransferConfig, suites
 from pipeline.weights import checkpoints
+
+logger = logging.getLogger(__name__)
 
 LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
 ATTEMPTS = 3  # failures of one checkpoint before it waits for a person
@@ -143,7 +145,7 @@ def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
         try:
             checkpoint = checkpoints.resolve(version.checkpoint)
         except UserError as error:  # pruned, or on another machine's disk
-            print(f"warning: version {version.version} of {version.name} cannot be evaluated: {error}", flush=True)
+            logger.warning("version %d of %s cannot be evaluated: %s", version.version, version.name, error)
             continue
         target = _target(checkpoint, version.checkpoint.rpartition("/checkpoints/")[0] or version.checkpoint)
         found[target.key] = dataclasses.replace(target, version=version)
@@ -164,6 +166,24 @@ def _target(checkpoint: checkpoints.Checkpoint, run: str) -> Target:
 # ---------------------------------------------------------------- the ledger
 
 
+CLAIM = re.compile(r"claim-(\d{3,})\.json")
+
+
+class LedgerError(RuntimeError):
+    """A file of the ledger is not what an evaluator writes."""
+
+
+def read_record(uri: str) -> dict[str, Any]:
+    """A JSON object of the ledger. Raises LedgerError for anything else."""
+    try:
+        values = storage.read_json(uri)
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(f"{uri}: not valid JSON ({error}); remove it") from error
+    if not isinstance(values, dict):
+        raise LedgerError(f"{uri}: not a JSON object; remove it")
+    return values
+
+
 class Ledger:
     """Claims, failures and results of one suite version. Every method reads the store anew: others write there too."""
 
@@ -175,8 +195,18 @@ class Ledger:
         return storage.join(self.output, target.key)
 
     def result(self, target: Target) -> Outcome | None:
+        """The scores, once there are some. Raises LedgerError for a file that no evaluator wrote."""
         uri = storage.join(self.folder(target), "result.json")
-        return Outcome(**storage.read_json(uri)) if storage.exists(uri) else None
+        if not storage.exists(uri):
+            return None
+        values = read_record(uri)
+        try:
+            scores = {str(task): float(score) for task, score in values["scores"].items()}
+            return Outcome(
+                mean=float(values["mean"]), spread=float(values["spread"]), scores=scores, run_id=values.get("run_id")
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LedgerError(f"{uri}: not the result of an evaluation; remove it to evaluate again") from error
 
     def failures(self, target: Target) -> int:
         return sum(file.path.startswith("failed-") for file in storage.list_files(self.folder(target), recursive=False))
@@ -186,14 +216,21 @@ class Ledger:
         names_here = {file.path for file in storage.list_files(self.folder(target), recursive=False)}
         if "result.json" in names_here or self.failures(target) >= ATTEMPTS:
             return None
-        numbers = sorted(int(name[6:9]) for name in names_here if name.startswith("claim-") and name.endswith(".json"))
-        if numbers:
-            last = storage.join(self.folder(target), f"claim-{numbers[-1]:03d}.json")
-            if time.time() - float(storage.read_json(last)["alive"]) < self.lease:
-                return None
+        numbers = sorted(int(found[1]) for name in names_here if (found := CLAIM.fullmatch(name)))
+        if numbers and self._is_alive(storage.join(self.folder(target), f"claim-{numbers[-1]:03d}.json")):
+            return None
         number = numbers[-1] + 1 if numbers else 0
         claim = Claim(self, target, number)
         return claim if storage.create_bytes(claim.uri, claim.text()) else None
+
+    def _is_alive(self, claim: str) -> bool:
+        """Whether the heartbeat of a claim is recent. A claim that cannot be read is treated as that of a dead evaluator."""
+        try:
+            age = time.time() - float(read_record(claim)["alive"])
+        except (LedgerError, KeyError, TypeError, ValueError, OverflowError) as error:
+            logger.warning("%s is no claim (%s); its evaluator is treated as dead", claim, error)
+            return False
+        return -self.lease < age < self.lease
 
 
 class Claim:
@@ -217,7 +254,7 @@ class Claim:
             try:
                 storage.write_bytes(self.uri, self.text())
             except (OSError, UserError) as error:  # the next beat may get through; the lease outlasts several
-                print(f"warning: heartbeat of {self.target.key}: {error}", flush=True)
+                logger.warning("heartbeat of %s: %s", self.target.key, error)
 
     def finish(self, outcome: Outcome) -> bool:
         """Writes the result; False when a successor was faster (this process had been taken for dead)."""
@@ -262,43 +299,29 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
 
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:
-    """Evaluates what lacks an evaluation, records it, moves `champion`, and says what got worse."""
+    """Evaluates what lacks an evaluation, records it, moves `champion`, and says what got worse.
+
+    What fails for one checkpoint (its evaluation, a damaged file of its ledger) is listed in `failed` and stops no other.
+    """
     uri = resolve_tracking_uri(config.tracking_uri)
     version = suite_version(config)
     ledger = Ledger(storage.join(storage.normalise(config.output), f"{config.suite}-{version}"))
     done = Round()
     fresh: list[Target] = []
     for target in find_targets(dataclasses.replace(config, register=config.register and not dry_run), uri):
-        if ledger.result(target) is None:
-            if dry_run:
-                done.pending.append(target.checkpoint)
-                continue
-            if ledger.failures(target) >= ATTEMPTS:
-                done.failed.append(f"{target.checkpoint}: failed {ATTEMPTS} times, see {ledger.folder(target)}")
-                continue
-            claim = ledger.claim(target)
-            if claim is None:
-                done.claimed_elsewhere.append(target.checkpoint)
-                continue
-            with claim:
-                print(f"evaluating {target.checkpoint} on {config.suite} ({version})", flush=True)
-                try:
-                    outcome = evaluate(config, target, storage.join(ledger.folder(target), "transfer"), uri)
-                except UserError:
-                    raise  # the command is wrong, not the checkpoint
-                except Exception as error:
-                    traceback.print_exc()
-                    claim.fail(f"{type(error).__name__}: {error}")
-                    done.failed.append(f"{target.checkpoint}: {error}")
-                    notify(config, "failed", target, reason=str(error))
+        try:
+            if ledger.result(target) is None:
+                if dry_run:
+                    done.pending.append(target.checkpoint)
                     continue
-                if not claim.finish(outcome):
+                if not _evaluate_target(config, ledger, target, version, uri, evaluate, done):
                     continue
-            done.evaluated.append(target.checkpoint)
-            fresh.append(target)
-            notify(config, "evaluated", target, **dataclasses.asdict(outcome))
-        if not dry_run:
-            record(config, ledger, target, version, uri)
+                fresh.append(target)
+            if not dry_run:
+                record(config, ledger, target, version, uri)
+        except LedgerError as error:
+            logger.error("%s", error)
+            done.failed.append(f"{target.checkpoint}: {error}")
     if dry_run:
         return done
     if config.model:
@@ -307,6 +330,36 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
         done.regressions.append(message)
         notify(config, "regression", target, reason=message)
     return done
+
+
+def _evaluate_target(
+    config: EvaluateConfig, ledger: Ledger, target: Target, version: str, uri: str, evaluate: Evaluate, done: Round
+) -> bool:
+    """Claims and evaluates one checkpoint; whether this process wrote its result."""
+    if ledger.failures(target) >= ATTEMPTS:
+        done.failed.append(f"{target.checkpoint}: failed {ATTEMPTS} times, see {ledger.folder(target)}")
+        return False
+    claim = ledger.claim(target)
+    if claim is None:
+        done.claimed_elsewhere.append(target.checkpoint)
+        return False
+    with claim:
+        logger.info("evaluating %s on %s (%s)", target.checkpoint, config.suite, version)
+        try:
+            outcome = evaluate(config, target, storage.join(ledger.folder(target), "transfer"), uri)
+        except UserError:
+            raise  # the command is wrong, not the checkpoint
+        except Exception as error:
+            logger.exception("evaluation of %s failed", target.checkpoint)
+            claim.fail(f"{type(error).__name__}: {error}")
+            done.failed.append(f"{target.checkpoint}: {error}")
+            notify(config, "failed", target, reason=str(error))
+            return False
+        if not claim.finish(outcome):
+            return False
+    done.evaluated.append(target.checkpoint)
+    notify(config, "evaluated", target, **dataclasses.asdict(outcome))
+    return True
 
 
 def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str, uri: str) -> None:
@@ -321,9 +374,11 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
     if outcome is None or (versioned and storage.exists(marker)):
         return
     series = storage.join(ledger.output, f"series-{configuration.fingerprint(target.run)}.json")
-    known = storage.read_json(series)["run_id"] if storage.exists(series) else None
+    known = read_record(series).get("run_id") if storage.exists(series) else None
     name = f"{target.run.rpartition('/')[2]} / {config.suite}"
     tags = {"suite": config.suite, "suite.version": version, names.CHECKPOINT: target.checkpoint}
+    if known is not None and not isinstance(known, str):
+        raise LedgerError(f"{series}: names no run; remove it")
     with start_run(
         names.EVALUATE, name, config=None if known else config, tags=tags, run_id=known, tracking_uri=uri
     ) as run:
@@ -357,8 +412,8 @@ def promote(config: EvaluateConfig, version: str, uri: str) -> list[str]:
         if champion.version == best.version:
             return []
         if key not in champion.evaluations:
-            print(
-                f"champion stays version {champion.version}: it has no evaluation of {key} to compare with", flush=True
+            logger.warning(
+                "champion stays version %d: it has no evaluation of %s to compare with", champion.version, key
             )
             return []
         present, other = champion.evaluations[key], best.evaluations[key]
@@ -387,7 +442,8 @@ def regressions(
     if config.model:
         champion = next((v for v in registry.versions(config.model, uri) if registry.CHAMPION in v.aliases), None)
     everything = [
-        (other, ledger.result(other)) for other in find_targets(dataclasses.replace(config, register=False), uri)
+        (other, _readable_result(ledger, other))
+        for other in find_targets(dataclasses.replace(config, register=False), uri)
     ]
     for target in fresh:
         mine = ledger.result(target)
@@ -409,6 +465,13 @@ def regressions(
             yield target, f"{target.checkpoint}: {config.suite} {mine.mean:.2f} after {best.mean:.2f} ({label})"
 
 
+def _readable_result(ledger: Ledger, target: Target) -> Outcome | None:
+    try:
+        return ledger.result(target)
+    except LedgerError:  # reported by evaluate_once
+        return None
+
+
 def notify(config: EvaluateConfig, event: str, target: Target | None, **details: Any) -> None:
     """Tells the hook and the webhook. Their failures are warnings: evaluation does not depend on them."""
     message: dict[str, Any] = {"event": event, "suite": config.suite, **details}
@@ -419,14 +482,14 @@ def notify(config: EvaluateConfig, event: str, target: Target | None, **details:
         try:
             subprocess.run(shlex.split(config.hook), input=data, timeout=60, check=True)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            print(f"warning: hook failed on {event}: {error}", file=sys.stderr, flush=True)
+            logger.warning("hook failed on %s: %s", event, error)
     if address := os.environ.get("VIT_WEBHOOK"):
         request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         try:
             urllib.request.urlopen(request, timeout=10).close()
         except (OSError, ValueError) as error:  # its address may hold a token: not printed
             reason = getattr(error, "reason", type(error).__name__)
-            print(f"warning: webhook failed on {event}: {reason}", file=sys.stderr, flush=True)
+            logger.warning("webhook failed on %s: %s", event, reason)
 
 
 # ---------------------------------------------------------------- time, and what may go

@@ -5,6 +5,7 @@ them; its scores are tags here and metrics of the LoggedModel behind it. Alias `
 `champion` the one that scheduled evaluation has found best.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -172,11 +173,7 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
         by_version.setdefault(int(number), []).append(alias)
     made = []
     for item in found:
-        evaluations = {
-            key.removeprefix("evaluation."): json.loads(value)
-            for key, value in item.tags.items()
-            if key.startswith("evaluation.")
-        }
+        evaluations = _evaluations(item.tags)
         made.append(
             Version(
                 name=name,
@@ -190,6 +187,21 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
             )
         )
     return sorted(made, key=lambda version: version.version)
+
+
+def _evaluations(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """{suite:suite version: summary}; a tag that somebody else wrote counts as no evaluation."""
+    found = {}
+    for key, value in tags.items():
+        if key.startswith("evaluation."):
+            with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+                summary = json.loads(value)
+                found[key.removeprefix("evaluation.")] = {
+                    **summary,
+                    "mean": float(summary["mean"]),
+                    "spread": float(summary["spread"]),
+                }
+    return found
 
 
 def version_at(address: str, uri: str | None = None) -> Version | None:
