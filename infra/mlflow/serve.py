@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 
@@ -162,12 +163,15 @@ def serve(options: argparse.Namespace, data: str, database: str) -> int:
         accounts,
         "[mlflow]\ndefault_permission = EDIT\nadmin_username = admin\n"
         f"database_uri = {base}_auth{'?' if query else ''}{query}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        "authorization_function = authorization:authenticate\n"
         "grant_default_workspace_access = true\nauth_cache_ttl_seconds = 60\n",
     )
     artifacts = options.artifacts or os.path.join(data, "artifacts")
     environment = {
         **{name: value for name, value in os.environ.items() if value or not name.startswith("AWS_")},
+        "PYTHONPATH": os.pathsep.join(
+            [os.path.dirname(os.path.abspath(__file__)), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "MLFLOW_BACKEND_STORE_URI": database,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
         "MLFLOW_AUTH_CONFIG_PATH": accounts,
@@ -214,10 +218,13 @@ def healthy(address: str) -> bool:
 
 
 def check(address: str) -> int:
-    """Asks for the default experiment as a client would; credentials as MLflow's clients take them."""
+    """Asks for the default experiment as a client would; credentials as MLflow's clients take them, or in the address."""
+    parts = urllib.parse.urlsplit(address)
+    address = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(f"{address.rstrip('/')}/api/2.0/mlflow/experiments/get?experiment_id=0")
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "admin")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or urllib.parse.unquote(parts.username or "admin")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "")
+    password = password or urllib.parse.unquote(parts.password or "")
     request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:

@@ -177,8 +177,10 @@ def read_record(uri: str) -> dict[str, Any]:
     """A JSON object of the ledger. Raises LedgerError for anything else."""
     try:
         values = storage.read_json(uri)
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(f"{uri}: not valid JSON ({error}); remove it") from error
+    except storage.StorageError:
+        raise
+    except (UserError, ValueError, RecursionError) as error:
+        raise LedgerError(f"{uri}: cannot be read ({error}); remove it") from error
     if not isinstance(values, dict):
         raise LedgerError(f"{uri}: not a JSON object; remove it")
     return values

@@ -101,6 +101,16 @@ def _valid_part(part: str) -> str:
     return valid if valid == part else f"{valid}-{hashlib.sha256(part.encode(errors='replace')).hexdigest()[:4]}"
 
 
+def valid_path(path: str) -> str:
+    """The place of an artifact as every store and file system accepts it; ordinary names stay as they are."""
+    parts = []
+    for part in path.split("/"):
+        stem, dot, ending = part.rpartition(".")
+        usable = valid_value(part) == part and len(part.encode()) <= 200 and part not in ("", ".", "..")
+        parts.append(part if usable else f"{_valid_part(stem)[:150]}{dot}{_valid_part(ending)[:10]}")
+    return "/".join(parts)
+
+
 def valid_value(value: Any) -> str:
     """The text of a tag or parameter as every store accepts it: no NUL, valid Unicode, not too long."""
     return str(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:MAX_VALUE]

@@ -130,7 +130,7 @@ class Run:
             self._spool.metrics.append({"kind": "params", "values": values})
 
     def log_bytes(self, data: bytes, path: str) -> None:
-        self._spool.add_artifact(path, data)
+        self._spool.add_artifact(names.valid_path(path), data)
 
     def log_text(self, text: str, path: str) -> None:
         self.log_bytes(text.encode(), path)
@@ -161,7 +161,7 @@ class Run:
             "source": json.dumps({"uri": names.valid_value(uri)}),
             "profile": json.dumps({"num_rows": rows}),
         }
-        self._spool.metrics.append({"kind": "dataset", "role": role, "dataset": dataset})
+        self._spool.metrics.append({"kind": "dataset", "role": names.valid_value(role), "dataset": dataset})
         self.set_tags({f"{names.DATA_URI}.{role}": uri, f"{names.DATA_FINGERPRINT}.{role}": digest})
         self.log_text(text, f"data/{role.replace('/', '_')}-manifest.json")
         if not made:

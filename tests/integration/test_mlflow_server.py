@@ -204,6 +204,22 @@ def test_wrong_password_and_wrong_host_are_errors_that_say_what_to_do(tracking, 
     assert not os.path.exists(spool_root()) or not os.listdir(spool_root())
 
 
+def test_only_an_admin_chooses_where_artifacts_are_stored(tracking, server, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.server import get_app_client
+
+    get_app_client("basic-auth", tracking).create_user("someone", "a-long-password-1")
+    client(tracking).create_experiment("by admin", artifact_location="mlflow-artifacts:/elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "someone")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password-1")
+    with pytest.raises(MlflowException, match="403"):
+        client(tracking).create_experiment("by someone", artifact_location="file:///etc")
+    assert client(tracking).get_experiment_by_name("by someone") is None
+    with start_run("of someone", "allowed", tracking_uri=tracking) as run:
+        run.log_text("hello", "hello.txt")
+    assert run.finish()
+
+
 def test_the_check_tells_a_served_client_from_a_healthy_server(tracking, server):
     def check(address, password):
         environment = {**os.environ, "MLFLOW_TRACKING_PASSWORD": password}
