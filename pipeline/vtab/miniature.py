@@ -1,8 +1,8 @@
 """Made-up archives in the official layouts of all nineteen tasks, for tests and the demo.
 
-Each class has its own picture (a hue, a stripe direction and pitch), so that the tasks can be learnt; where a task is about geometry
-the picture shows it. The quirks of the official files are all there: JPEGs that are really GIF or PNG, greyscale and CMYK,
-an image that does not decode, label 10 for digit 0, DontCare objects, the file called tmp, tar.gz files that are plain tar.
+Each class has its own picture (a hue, a stripe direction and pitch), so that a model can learn the tasks; where a task is about
+geometry, the picture shows it. The archives have the quirks of the official files: JPEGs that are really GIF or PNG, greyscale and
+CMYK, an image that does not decode, label 10 for digit 0, DontCare objects, the file called tmp, tar.gz files that are plain tar.
 """
 
 import csv

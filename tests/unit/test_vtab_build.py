@@ -1,5 +1,7 @@
 """The command: what is done is not done again, what cannot be done does not stop the rest."""
 
+import json
+import runpy
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.vtab import Incomplete, archives, counts_table, open_split, prepare
 from tests.vtab import rows
 
+PROJECT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("without_ray")
 
 
@@ -192,3 +195,18 @@ def test_a_list_that_is_missing_fails_its_split_alone(vtab_prepared, tmp_path):
     with pytest.raises(Incomplete, match=r"^dtd, split val200: .*val200.txt is missing") as error:
         prepare(["dtd"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=("train800", "val200", "test"))
     assert set(error.value.counts["dtd"]) == {"train800", "test"}
+
+
+def test_the_command_ends_with_exit_code_1_and_the_list(vtab_raw, tmp_path, capsys, caplog):
+    """What could be prepared is printed; what could not is logged, one line for each task or split."""
+    shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
+    shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
+    command = runpy.run_path(str(PROJECT / "jobs" / "prepare.py"))["main"]
+    arguments = ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--no-tracking", "--json"]
+    assert command(["vtab", "dtd", "pets", *arguments]) == 1
+    assert list(json.loads(capsys.readouterr().out)) == ["dtd"]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage().startswith("pets: 2 files are missing; --download fetches those that have an address:")
+    assert command(["vtab", "dtd", *arguments]) == 0
+    with pytest.raises(UserError, match="pets: 2 files are missing"):  # nothing can be done: wrong input, exit code 2
+        command(["vtab", "pets", *arguments])
