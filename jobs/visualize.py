@@ -22,7 +22,7 @@ from pipeline.config import run_job
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.operations.visualization import Findings
+    from pipeline.operations.visualization import Inspection
 
 logger = logging.getLogger("jobs.visualize")
 
@@ -67,45 +67,47 @@ def main(argv: list[str]) -> int:
     images = torch.from_numpy(sample_images(source, size, options.limit, channels))
     logger.info("%d images of %s", len(images), source or "scikit-learn's photographs: give your own with --images")
     with torch.inference_mode():
-        findings = inspect_model(model, images)
+        inspection = inspect_model(model, images)
     numbers = {
         "checkpoint": options.checkpoint,
         "variant": model.config["variant"],
         "images": len(images),
         "source": source,
-        **findings.numbers(),
+        **inspection.numbers(),
     }
-    write_findings(findings, numbers, options.output)
+    write_inspection(inspection, numbers, options.output)
     if options.json:
         print(json.dumps(numbers))
     else:
-        print_findings(findings, options.output)
+        print_inspection(inspection, options.output)
     if options.log:
-        log_findings(findings, numbers, options.checkpoint, options.tracking_uri)
+        log_inspection(inspection, numbers, options.checkpoint, options.tracking_uri)
     return 0
 
 
-def write_findings(findings: "Findings", numbers: dict[str, Any], output: str) -> None:
-    for name, figure in findings.figures.items():
+def write_inspection(inspection: "Inspection", numbers: dict[str, Any], output: str) -> None:
+    for name, figure in inspection.figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         storage.write_bytes(storage.join(output, f"{name}.png"), picture.getvalue())
     storage.write_json(storage.join(output, "numbers.json"), numbers)
 
 
-def print_findings(findings: "Findings", output: str) -> None:
-    for name in findings.figures:
+def print_inspection(inspection: "Inspection", output: str) -> None:
+    for name in inspection.figures:
         print(f"wrote {storage.join(output, f'{name}.png')}")
-    for name, reason in findings.missing.items():
+    for name, reason in inspection.missing.items():
         print(f"no {name}: {reason}")
-    nearest, farthest = findings.distance.min(axis=1), findings.distance.max(axis=1)
+    nearest, farthest = inspection.distance.min(axis=1), inspection.distance.max(axis=1)
     print(
         f"mean attention distance: first layer {nearest[0]:.0f}-{farthest[0]:.0f} px, "
         f"last layer {nearest[-1]:.0f}-{farthest[-1]:.0f} px"
     )
 
 
-def log_findings(findings: "Findings", numbers: dict[str, Any], checkpoint: str, tracking_uri: str | None) -> None:
+def log_inspection(
+    inspection: "Inspection", numbers: dict[str, Any], checkpoint: str, tracking_uri: str | None
+) -> None:
     """A run in MLflow, linked to the one that trained the checkpoint."""
     from pipeline import tracking
     from pipeline.tracking import artifacts, names, registry
@@ -117,7 +119,7 @@ def log_findings(findings: "Findings", numbers: dict[str, Any], checkpoint: str,
     with tracking.start_run(names.VISUALIZE, title, tags={names.CHECKPOINT: place}, tracking_uri=server) as run:
         if trained_by := registry.run_of(place, server):
             run.link("pretrain", trained_by)
-        for name, figure in findings.figures.items():
+        for name, figure in inspection.figures.items():
             run.log_figure(figure, f"{name}.png")
         run.log_dict(numbers, "numbers.json")
 

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Findings:
+class Inspection:
     """What a model learned, drawn."""
 
     figures: dict[str, Figure]
@@ -43,7 +43,7 @@ def sample_uri(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def inspect_model(model: VisionTransformer, images: torch.Tensor) -> Findings:
+def inspect_model(model: VisionTransformer, images: torch.Tensor) -> Inspection:
     """Draws filters, positions, distance and rollout.
 
     images: uint8 (B,H,W,C) at the model's resolution; the paper averages attention distance over 128.
@@ -59,7 +59,7 @@ def inspect_model(model: VisionTransformer, images: torch.Tensor) -> Findings:
     drawn["distance"] = draw_distance(distance, model.config)
     some = images[np.unique(np.linspace(0, len(images) - 1, 8).round())]  # not eight of the first class
     drawn["rollout"] = draw_rollout(some, attention_rollout(model, some))
-    return Findings(figures=drawn, missing=missing, distance=distance)
+    return Inspection(figures=drawn, missing=missing, distance=distance)
 
 
 def draw_filters(model: VisionTransformer) -> Figure:

@@ -95,8 +95,9 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
 
     weights = os.path.join(folder + "-weights")
     os.makedirs(weights)
-    for file in ("model.safetensors", "config.json"):
-        storage.copy_file(storage.join(checkpoint, file), os.path.join(weights, file))
+    for file in ("model.safetensors", "config.json", "COMMIT.json"):  # the last has their checksums, for who reads them
+        if file != "COMMIT.json" or storage.exists(storage.join(checkpoint, file)):
+            storage.copy_file(storage.join(checkpoint, file), os.path.join(weights, file))
     with open(os.path.join(weights, "config.json")) as opened:
         size = int(json.load(opened)["model"]["image_size"])
     picture = io.BytesIO()

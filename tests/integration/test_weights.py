@@ -17,7 +17,7 @@ from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import registry, search, server
 from pipeline.weights import locate, open_model, save_checkpoint_weights
-from tests.runs import commit_checkpoint
+from tests.runs import commit_checkpoint, flip_bit
 from tests.weights import google_arrays
 
 PROJECT = Path(__file__).parents[2]
@@ -60,6 +60,10 @@ def test_mlflow_run_and_registry(tmp_path):
     version = registry.register(str(tmp_path / "checkpoint"), name="vit", uri=uri).version
     for address in (f"models:/vit/{version}", "models:/vit@candidate"):
         assert torch.equal(logits(open_model(address, uri)[0]), logits(original))
+    (logged,) = [path for path in tmp_path.rglob("model.safetensors") if "models" in path.parts]
+    flip_bit(logged)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        open_model("models:/vit@candidate", uri)
     for address in (f"runs:/{run}/nothing", "models:/nobody/1"):
         with pytest.raises(UserError, match=address):
             locate(address, uri)
