@@ -21,14 +21,14 @@ class Inspection:
     """What a model learned, drawn."""
 
     figures: dict[str, Figure]
-    """filters, positions, distance, rollout: those that the model has."""
+    """By name: filters, positions, distance, rollout, without those that the model has not."""
     missing: dict[str, str]
-    """Why there is no figure of the other names."""
+    """The reason, for each name without a figure."""
     distance: np.ndarray
     """Mean attention distance in pixels, (depth, heads)."""
 
     def numbers(self) -> dict[str, Any]:
-        """What numbers.json holds of them."""
+        """The part of numbers.json that comes from the model."""
         rows = self.distance.round(2).tolist()
         layers = {f"layer {i + 1}": row for i, row in enumerate(rows)}
         return {"mean_attention_distance": layers, "missing": self.missing}
@@ -57,7 +57,9 @@ def inspect_model(model: VisionTransformer, images: torch.Tensor) -> Inspection:
             missing[name] = str(error)
     distance = attention_distance(model, images)
     drawn["distance"] = draw_distance(distance, model.config)
-    some = images[np.unique(np.linspace(0, len(images) - 1, 8).round())]  # not eight of the first class
+    some = images[
+        np.unique(np.linspace(0, len(images) - 1, 8).round())
+    ]  # spread over the set: the first eight may be of one class
     drawn["rollout"] = draw_rollout(some, attention_rollout(model, some))
     return Inspection(figures=drawn, missing=missing, distance=distance)
 
@@ -143,7 +145,7 @@ def draw_distance(distance: np.ndarray, config: dict[str, Any]) -> Figure:
 
 
 def draw_rollout(images: torch.Tensor, rollout: np.ndarray) -> Figure:
-    """Each image beside itself in the light of its rollout."""
+    """Each image, and beside it the same image lit by its rollout."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = _figure(2.9 * columns, 1.5 * rows + 0.35)
