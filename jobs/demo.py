@@ -40,9 +40,8 @@ def demo() -> DemoConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(argv, {"demo": demo}, "demo", prog="jobs/demo.py", description=__doc__ or "")
-    from pipeline.tracking import resolve_tracking_uri
+    from pipeline.tracking import names, resolve_tracking_uri
     from pipeline.training import run
-    from pipeline.training.loop import names
     from pipeline.transfer import TransferConfig, run_suite
 
     start = time.perf_counter()
@@ -64,12 +63,14 @@ def main(argv: list[str]) -> int:
         )
 
     _title("pretrain")
-    training = replace(
-        PRETRAIN["demo"](),
+    training = PRETRAIN["demo"]()
+    runtime = replace(
+        training.runtime,
         data=storage.join(data, "train"),
         validation=storage.join(data, "test"),
         output=storage.join(output, "pretrain"),
     )
+    training = replace(training, runtime=runtime)
     if config.data:
         augment = replace(training.augment, flip=True, area=(0.3, 1.0))
         batch = min(training.batch_size, 2 ** (manifests["train"].rows.bit_length() - 1))
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> int:
     if config.steps:
         training = replace(training, steps=f"{config.steps}steps")
     trained = run.pretrain(training, recipe="demo")
+    if "images" in trained:
+        print(run.summarize(trained))
 
     _title("transfer")
     suite = TransferConfig(

@@ -15,7 +15,8 @@ import json
 from collections.abc import Callable
 
 from pipeline import config
-from pipeline.training.recipes import RECIPES, PretrainConfig
+from pipeline.training.config import PretrainConfig
+from pipeline.training.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

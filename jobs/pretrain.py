@@ -11,7 +11,7 @@ its last complete checkpoint, on the same or another number of workers. With no 
 import argparse
 
 from pipeline import cluster
-from pipeline.config import diff, parse_recipe, run_job, to_yaml
+from pipeline.config import diff, parse_recipe, run_job
 from pipeline.errors import UserError
 from pipeline.training.recipes import RECIPES
 
@@ -26,24 +26,26 @@ def main(argv: list[str]) -> int:
     if wanted.repair:
         from pipeline.training import checkpoint
 
-        return 0 if checkpoint.repair(wanted.repair, wanted.delete) else 1
+        lines, is_sound = checkpoint.repair(wanted.repair, wanted.delete)
+        print("\n".join(lines))
+        return 0 if is_sound else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
     from pipeline.operations import doctor
     from pipeline.training import run
 
-    if config.dry_run:
+    runtime = config.runtime
+    if runtime.dry_run:
         from pipeline.operations import planning
 
         print(planning.dry_run(config, recipe, diff(config, base)))
-        print("\n" + to_yaml(config))
         return 0
-
-    def connect() -> None:
-        doctor.preflight(config.address, config.tracking_uri)
-        cluster.configure(config.address, num_cpus=max(2, round(config.workers * config.cpus_per_worker)))
-        cluster.connect()
-
-    run.pretrain(config, base, recipe=recipe, connect=connect)
+    doctor.preflight(runtime.address, runtime.tracking_uri)
+    cluster.configure(runtime.address, num_cpus=max(2, round(runtime.workers * runtime.cpus_per_worker)))
+    result = run.pretrain(config, base, recipe=recipe)
+    if "images" in result:
+        print(run.summarize(result))
+    for version, checkpoint in result["registered"].items():
+        print(f"pretrain: registered={version} {checkpoint}")
     return 0
 
 

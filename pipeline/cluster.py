@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
+from pipeline import ray_state
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -155,10 +155,9 @@ class Room:
 def room(bundle: Mapping[str, float]) -> Room:
     """Room for bundles, each of which has to fit on one node, on the nodes that there are."""
     import ray
-    from ray._private.state import state
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    available = state.available_resources_per_node()
+    available = ray_state.available_resources_per_node()
     return Room(
         free=sum(_fit(available.get(node["NodeID"], {}), bundle) for node in nodes),
         now=sum(_fit(node["Resources"], bundle) for node in nodes),
@@ -205,16 +204,7 @@ def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
 
 def _infeasible(bundle: Mapping[str, float]) -> bool:
     """Whether a request with such a bundle is among those that the autoscaler says it can never serve."""
-    from ray._private.worker import global_worker
-    from ray.core.generated import autoscaler_pb2
-
-    answer = cast(Any, global_worker).gcs_client.get_cluster_status(timeout_s=10)
-    reply = cast(Any, autoscaler_pb2).GetClusterStatusReply.FromString(answer)
-    found = reply.autoscaling_state
-    gangs = found.infeasible_gang_resource_requests
-    requests = [*found.infeasible_resource_requests, *(request for gang in gangs for request in gang.requests)]
-    requests += [r for gang in gangs for selector in gang.bundle_selectors for r in selector.resource_requests]
     return any(
-        all(abs(request.resources_bundle.get(name, 0) - amount) < 1e-6 for name, amount in bundle.items())
-        for request in requests
+        all(abs(request.get(name, 0) - amount) < 1e-6 for name, amount in bundle.items())
+        for request in ray_state.infeasible_requests()
     )

@@ -29,7 +29,7 @@ import psutil
 import yaml
 
 from pipeline import credentials, logs, storage
-from pipeline.errors import UserError, nearest
+from pipeline.errors import JobFailed, UserError, nearest
 
 Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
@@ -102,6 +102,9 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         # An error raised inside a Ray task arrives wrapped, with the original as its cause.
         print(f"error: {credentials.redacted(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         code = 2
+    except JobFailed as error:
+        print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
+        code = 1
     except OSError as error:
         error = getattr(error, "cause", error)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

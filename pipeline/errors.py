@@ -3,3 +3,7 @@
 from models.errors import UserError, nearest, shorten
 
 __all__ = ["UserError", "nearest", "shorten"]
+
+
+class JobFailed(Exception):
+    """Work failed for good, for a reason that one line says: a job prints it and ends with exit code 1."""

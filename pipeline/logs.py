@@ -165,13 +165,13 @@ class Progress:
     """How far a long piece of work is: a bar with percentage and remaining time on a terminal, a log line every ten seconds
     elsewhere.
 
-    total: in whatever `advance` counts. `note` is free text after it, such as "1,234 images, 3 rejects".
+    total: in whatever `advance` counts. lines: False for work that logs lines of its own: then there is a bar, or nothing. `note` is free text after it, such as "1,234 images, 3 rejects".
     """
 
     EVERY = 10.0  # seconds between lines in a log
 
-    def __init__(self, name: str, total: float) -> None:
-        self.name, self.total = name, max(total, 1e-9)
+    def __init__(self, name: str, total: float, *, lines: bool = True) -> None:
+        self.name, self.total, self.lines = name, max(total, 1e-9), lines
         self.done, self.note = 0.0, ""
         self._begin = self._shown = time.monotonic()
         self._bar: RichProgress | None = None
@@ -193,14 +193,14 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self.done:
+        if self.done and self.lines:
             logger.info("%s", self.line())
 
     def advance(self, amount: float, note: str = "") -> None:
         self.done, self.note = self.done + amount, note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-        elif time.monotonic() - self._shown >= self.EVERY:
+        elif self.lines and time.monotonic() - self._shown >= self.EVERY:
             self._shown = time.monotonic()
             logger.info("%s", self.line())
 

@@ -1,10 +1,13 @@
-"""Builders of run folders and checkpoints for the tests of every room."""
+"""Builders of run folders, checkpoints and configs of runs for the tests of every room."""
 
+import dataclasses
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.training.config import PretrainConfig, RuntimeConfig
 from pipeline.weights import checkpoints
 
 
@@ -25,3 +28,17 @@ def flip_bit(path: str | os.PathLike, position: int = -1) -> None:
     content = bytearray(Path(path).read_bytes())
     content[position] ^= 1
     Path(path).write_bytes(content)
+
+
+RUNTIME = {field.name for field in dataclasses.fields(RuntimeConfig)}
+
+
+def changed(config: PretrainConfig, **fields: Any) -> PretrainConfig:
+    """A copy with other fields, those of `runtime` too: changed(config, lanes=4, output="there")."""
+    runtime = {name: value for name, value in fields.items() if name in RUNTIME}
+    others = {name: value for name, value in fields.items() if name not in RUNTIME}
+    return replace(config, runtime=replace(config.runtime, **runtime), **others)
+
+
+def pretrain_config(**fields: Any) -> PretrainConfig:
+    return changed(PretrainConfig(), **fields)

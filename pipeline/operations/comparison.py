@@ -65,7 +65,7 @@ def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
         return linked
     checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
     for candidate in pretrained.values():
-        output = candidate.params.get("output")
+        output = candidate.params.get("runtime.output")
         if output and (storage.normalise(checkpoint) + "/").startswith(storage.normalise(output) + "/"):
             return candidate
     return None
@@ -121,7 +121,7 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
         }
         if source.params.get("model.depth", "None") != "None":
             config["depth"] = int(source.params["model.depth"])
-        return 3.0 * flops(config, patch_keep_rate=float(source.params.get("keep_tokens", 1.0))) * images
+        return 3.0 * flops(config, patch_keep_rate=float(source.params.get("patch_keep_rate", 1.0))) * images
     except (KeyError, ValueError, UserError):
         return source.metrics.get(names.TRAIN_FLOPS)
 

@@ -31,7 +31,7 @@ from pipeline import cluster, storage
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.training.recipes import PretrainConfig
+    from pipeline.training.config import PretrainConfig
 
 PART = 5 << 20  # the smallest part of a multipart upload that S3 accepts
 SHARED_MEMORY = 2 << 30  # Ray's object store and NCCL share it; containers have 64 MB unless told otherwise
@@ -73,30 +73,36 @@ def refused(check: str, cause: UserError) -> Finding:
 
 
 def examine(config: "PretrainConfig") -> list[Finding]:
-    """Every check that applies to a pre-training run with this config. Joins the cluster at `config.address`, if any."""
+    """Every check that applies to a pre-training run with this config. Joins the cluster at `config.runtime.address`, if any."""
     from pipeline.tracking import resolve_tracking_uri
 
-    config = replace(config, data=storage.normalise(config.data), output=storage.normalise(config.output))
-    remote = bool(config.address) or cluster.submitted()
-    findings = [authentication(config.address), token_file(), run_name(config)]
+    runtime = config.runtime
+    runtime = replace(runtime, data=storage.normalise(runtime.data), output=storage.normalise(runtime.output))
+    config = replace(config, runtime=runtime)
+    remote = bool(config.runtime.address) or cluster.submitted()
+    findings = [authentication(config.runtime.address), token_file(), run_name(config)]
     try:
-        uri = resolve_tracking_uri(config.tracking_uri)
+        uri = resolve_tracking_uri(config.runtime.tracking_uri)
     except UserError as cause:
         findings.append(refused("tracking server", cause))
         uri = ""
-    needed = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.gpus else {})}
+    needed = {"CPU": config.runtime.cpus_per_worker, **({"GPU": 1.0} if config.runtime.gpus else {})}
     on_node = NodeChecks(
-        tracking_uri=uri, data=config.data, output=config.output, gpus=config.gpus, compile=config.engine.compile
+        tracking_uri=uri,
+        data=config.runtime.data,
+        output=config.runtime.output,
+        gpus=config.runtime.gpus,
+        compile=config.engine.compile,
     )
     if remote:
         try:
-            cluster.configure(config.address)
+            cluster.configure(config.runtime.address)
             cluster.connect()
         except UserError as cause:
             return [*findings, refused("cluster", cause)]
         findings += [
             *places(config, uri),
-            cpu_budget(config.workers, needed, cluster.room(needed)),
+            cpu_budget(config.runtime.workers, needed, cluster.room(needed)),
             *everywhere(on_node),
         ]
     else:
@@ -424,7 +430,11 @@ def places(config: "PretrainConfig", tracking: str) -> list[Finding]:
 
     if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) < 2:
         return []
-    found = {"--data": config.data, "--output": config.output, "--validation": config.validation or "s3://"}
+    found = {
+        "--data": config.runtime.data,
+        "--output": config.runtime.output,
+        "--validation": config.runtime.validation or "s3://",
+    }
     local = [f"{flag} {uri}" for flag, uri in found.items() if not storage.is_remote(uri)]
     host = urllib.parse.urlsplit(tracking).hostname
     if tracking.startswith("sqlite") or host in ("localhost", "127.0.0.1", "::1"):
@@ -598,14 +608,14 @@ def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) ->
 def own_budget(config: "PretrainConfig") -> Finding:
     """The same on one machine, where an embedded Ray has as many CPUs as the workers ask for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    want = config.workers * config.cpus_per_worker
+    want = config.runtime.workers * config.runtime.cpus_per_worker
     if want > cores:
         return warning(
             "room",
-            f"{config.workers} workers of {config.cpus_per_worker:g} CPU share {cores} cores",
+            f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU share {cores} cores",
             "fewer --workers or --cpus-per-worker are faster",
         )
-    return ok("room", f"{config.workers} workers of {config.cpus_per_worker:g} CPU on {cores} cores")
+    return ok("room", f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU on {cores} cores")
 
 
 def run_name(config: "PretrainConfig") -> Finding:
@@ -613,9 +623,9 @@ def run_name(config: "PretrainConfig") -> Finding:
     from pipeline.training import run
 
     try:
-        held = run.held_by(run.check(config), storage.normalise(config.output))
+        held = run.held_by(run.check_run(config), storage.normalise(config.runtime.output))
     except UserError as cause:
         return refused("run", cause)
     if held is None:
-        return ok("run", f"{config.output} is free")
-    return ok("run", f"{config.output} holds this run, which continues")
+        return ok("run", f"{config.runtime.output} is free")
+    return ok("run", f"{config.runtime.output} holds this run, which continues")

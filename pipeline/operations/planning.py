@@ -16,27 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
 from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
-from pipeline.errors import UserError, nearest
-from pipeline.training.recipes import PretrainConfig
+from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
+from pipeline.training.config import PretrainConfig
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
 
 GB = 1e9
 
-# Device memory in GB, from the data sheets. The bf16 peaks are `pipeline.training.loop.PEAK_FLOPS`.
-GPU_MEMORY = {
-    "h100": 80,
-    "h200": 141,
-    "gh200": 96,
-    "b200": 180,
-    "a100": 80,
-    "a100-40gb": 40,
-    "l40s": 48,
-    "a10g": 24,
-    "l4": 24,
-    "v100": 32,
-}
 # Left to the CUDA context, NCCL, kernels and the allocator's fragments.
 USABLE_MEMORY = 0.92
 # DeepSpeed gathers gradients for reduction in a buffer of so many elements (reduce_bucket_size's default).
@@ -103,30 +91,21 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
     """
     from models.cost import flops, parameters
-    from pipeline.data.loading.order import default_lanes
-    from pipeline.training.loop import PEAK_FLOPS, model_options
+    from pipeline.data.loading.order import check_layout, default_lanes
+    from pipeline.training.plan import model_options
 
-    training, gpu = config.training, config.gpu.lower()
-    if gpu not in GPU_MEMORY:
-        raise UserError(f'unknown GPU "{config.gpu}"{nearest(gpu, GPU_MEMORY)}; known: {", ".join(GPU_MEMORY)}')
+    training, gpu = config.training, find_gpu(config.gpu)
     for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores"):
         if getattr(config, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
     images, classes = _corpus(config, recipe)
-    lanes = training.lanes or default_lanes(training.batch_size, images)
-    if lanes % config.gpus or training.batch_size % config.gpus:
-        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0 and training.batch_size % n == 0]
-        closest = sorted(fitting, key=lambda n: abs(n - config.gpus))[:4]
-        raise UserError(
-            f"--gpus {config.gpus} does not divide the batch of {training.batch_size} in its {lanes} lanes; "
-            f"use one of {', '.join(map(str, sorted(closest)))}, or other --training.lanes"
-        )
+    check_layout(training.batch_size, training.lanes or default_lanes(training.batch_size, images), config.gpus)
 
     options = model_options(training, classes)
     count, forward = parameters(options), flops(options)
-    train_flops = 3 * flops(options, patch_keep_rate=training.keep_tokens)
-    peak = PEAK_FLOPS[gpu.partition("-")[0].upper()]
-    rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.recompute else 1)
+    train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
+    peak = gpu.peak_flops
+    rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.activation_checkpointing else 1)
     units = {"batch_size": training.batch_size, "examples_per_epoch": images}
     steps = configuration.steps(training.steps, **units)
     seen = steps * training.batch_size
@@ -134,7 +113,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     step_seconds = training.batch_size / rate
     nodes = math.ceil(config.gpus / config.gpus_per_node)
 
-    checkpoint = checkpoint_bytes(count, optimizer=training.optimizer.name, average=bool(training.average))
+    checkpoint = checkpoint_bytes(count, optimizer=training.optimizer.name, average=bool(training.ema_decay))
     write_seconds = checkpoint["total"] / (nodes * config.write_gbps * GB)
     interval = checkpoint_interval(write_seconds, config.failure_hours / config.gpus * 3600)
     result: dict[str, Any] = {
@@ -147,9 +126,9 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
         },
         "hardware": {
             "gpus": config.gpus,
-            "gpu": gpu,
+            "gpu": config.gpu.lower(),
             "nodes": nodes,
-            "memory": GPU_MEMORY[gpu] * GB,
+            "memory": gpu.memory,
             "mfu": config.mfu,
         },
         "memory": memory(config, options, count),
@@ -171,7 +150,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
             "write_seconds": write_seconds,
             "interval_seconds": interval,
             "interval_steps": max(1, round(interval / step_seconds)),
-            "recipe_interval_steps": configuration.steps(training.checkpoint_every, **units, total_steps=steps),
+            "recipe_interval_steps": configuration.steps(training.runtime.checkpoint_every, **units, total_steps=steps),
             "expected_failures": hours * config.gpus / config.failure_hours,
         },
         "paper": paper_costs(config),
@@ -188,7 +167,7 @@ def _corpus(config: PlanConfig, recipe: str) -> tuple[int, int]:
         from pipeline.data import open_dataset
 
         try:
-            dataset = open_dataset(config.training.data)
+            dataset = open_dataset(config.training.runtime.data)
         except UserError as error:
             raise UserError(f"how large is the corpus? give --images and --classes ({error})") from error
         images, classes = len(dataset), len(dataset.classes)
@@ -230,7 +209,13 @@ def model_states(
     return round(parameters * (on_gpu + gradients + weights)) + (2 * low * largest_layer if stage == 3 else 0)
 
 
-def activations(options: Mapping[str, Any], loss: str = "softmax", *, precision: str = "bf16", recompute: bool = False):
+def activations(
+    options: Mapping[str, Any],
+    loss: str = "softmax",
+    *,
+    precision: str = "bf16",
+    activation_checkpointing: bool = False,
+):
     """(bytes per image that the backward pass keeps, bytes of the largest of them), without parameters.
 
     One forward pass and loss on fake tensors, at two batch sizes: shapes and types of the real model, no memory and no
@@ -269,7 +254,7 @@ def activations(options: Mapping[str, Any], loss: str = "softmax", *, precision:
             largest = max(nbytes for nbytes, _ in kept.values()) // batch
     each = totals[1] - totals[0]
     depth = len(getattr(model, "blocks", ()))
-    if recompute and depth:  # every block's input stays, one block at a time has the rest
+    if activation_checkpointing and depth:  # every block's input stays, one block at a time has the rest
         tokens = model.grid**2 + model.prefix
         each = round(each / depth) + depth * tokens * model.shape.width * dtype.itemsize
     return each, largest
@@ -282,9 +267,11 @@ def memory(config: PlanConfig, options: Mapping[str, Any], parameters: int) -> d
     """
     training, engine = config.training, config.training.engine
     share = training.batch_size // config.gpus
-    usable = GPU_MEMORY[config.gpu.lower()] * GB * USABLE_MEMORY
-    each, largest = activations(options, training.loss, precision=engine.precision, recompute=engine.recompute)
-    each = round(each * training.keep_tokens)
+    usable = find_gpu(config.gpu).memory * USABLE_MEMORY
+    each, largest = activations(
+        options, training.loss, precision=engine.precision, activation_checkpointing=engine.activation_checkpointing
+    )
+    each = round(each * training.patch_keep_rate)
     working = 3 * largest  # the tensors of the operation under way: its output's gradient and two temporaries
     stages = {}
     for stage in range(4):
@@ -295,7 +282,7 @@ def memory(config: PlanConfig, options: Mapping[str, Any], parameters: int) -> d
             precision=engine.precision,
             optimizer=training.optimizer.name,
             offload=engine.offload and stage > 0,
-            average=bool(training.average),
+            average=bool(training.ema_decay),
             largest_layer=_largest_layer(options),
         )
         buffers = BUCKET_ELEMENTS * (4 if engine.precision == "fp32" else 2) if stage else 0
@@ -377,10 +364,10 @@ def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -
 def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
     """The paper's own pre-training runs (Table 2) on the planned GPU, beside the TPUs' time."""
     from models.cost import flops
-    from pipeline.training.loop import PEAK_FLOPS, model_options
+    from pipeline.training.plan import model_options
     from pipeline.training.recipes import RECIPES
 
-    peak = PEAK_FLOPS[config.gpu.lower().partition("-")[0].upper()]
+    peak = find_gpu(config.gpu).peak_flops
     rows = []
     for recipe, core_days in PAPER_CORE_DAYS.items():
         training = RECIPES[recipe]()
@@ -388,7 +375,7 @@ def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
         steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
         total = (
             3
-            * flops(model_options(training, classes), patch_keep_rate=training.keep_tokens)
+            * flops(model_options(training, classes), patch_keep_rate=training.patch_keep_rate)
             * steps
             * training.batch_size
         )
@@ -437,27 +424,31 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     """
     from models.cost import flops
     from pipeline.data import open_dataset
+    from pipeline.hardware import peak_flops
     from pipeline.training import run
-    from pipeline.training.loop import make_plan, peak_flops
+    from pipeline.training.plan import make_plan
 
     note = ""
     try:
-        open_dataset(training.data)
+        open_dataset(training.runtime.data)
     except UserError as error:
-        resolved = make_plan(training, stand_in(training, recipe, error), training.workers)
-        note = f"  note      no dataset at {training.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
+        resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
+        note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
     else:
-        resolved = run.check(training)
-    text = run.describe(resolved, changes) + "\n" + note
-    if training.gpus:
+        resolved = run.check_run(training)
+    text = run.describe_run(resolved, changes) + "\n" + note
+    if training.runtime.gpus:
         about = PlanConfig(
-            training=training, gpus=training.workers, images=resolved.samples, classes=len(resolved.classes)
+            training=training, gpus=training.runtime.workers, images=resolved.samples, classes=len(resolved.classes)
         )
         return text + table(plan(about, recipe))
     import torch
 
     work = (
-        3 * flops(resolved.model_options, patch_keep_rate=training.keep_tokens) * resolved.total * training.batch_size
+        3
+        * flops(resolved.model_options, patch_keep_rate=training.patch_keep_rate)
+        * resolved.total
+        * training.batch_size
     )
     peak = peak_flops(torch.device("cpu"), training.engine.precision)
     return text + (
@@ -483,7 +474,7 @@ def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Data
         fingerprint="none yet",
         classes=[str(number) for number in range(classes)],
     )
-    return Dataset(training.data, manifest)
+    return Dataset(training.runtime.data, manifest)
 
 
 # ---------------------------------------------------------------- the table

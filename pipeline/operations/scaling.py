@@ -25,21 +25,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
 
-# GB/s of one GPU to the others of its node, and of a whole node to others (vendors' data sheets of the usual cloud machines:
-# p5, a3, p4d, g6e, g5, g6, p3dn). PCIe where there is no NVLink.
-LINKS = {
-    "h100": (450, 400),
-    "h200": (450, 400),
-    "gh200": (450, 50),
-    "b200": (900, 400),
-    "a100": (300, 50),
-    "a100-40gb": (300, 50),
-    "l40s": (32, 50),
-    "a10g": (16, 12.5),
-    "l4": (16, 12.5),
-    "v100": (150, 12.5),
-}
 LATENCY = 5e-6  # seconds a hop
 BUCKET_BYTES = 1e9  # DeepSpeed's reduce_bucket_size, 500M elements of 2 bytes
 
@@ -100,9 +87,13 @@ def simulate(
     a share of its speed alone.
     """
     hardware, run, memory = plan["hardware"], plan["run"], plan["memory"]
-    inside, outside = LINKS[hardware["gpu"]]
+    gpu = find_gpu(hardware["gpu"])
     per_node = max(1, hardware["gpus"] // hardware["nodes"])
-    link = Link(inside=inside * 1e9, outside=(outside if network is None else network) * 1e9, per_node=per_node)
+    link = Link(
+        inside=gpu.node_bandwidth,
+        outside=gpu.network if network is None else network * 1e9,
+        per_node=per_node,
+    )
     per_gpu = memory["images_per_gpu"]
     alone = run["images_per_second"] / hardware["gpus"]
     batch = per_gpu * hardware["gpus"]

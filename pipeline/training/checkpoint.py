@@ -9,11 +9,13 @@
 
 A worker writes only what it owns, in the background (`Writer`); the model file is put together from the slices. A reader
 takes the slices it needs, whatever the number of workers or ZeRO stage that wrote them (`StateReader`).
-<run>/attempt.json says who may write: the attempt that started last.
+<run>/attempt.json says who may write: the attempt that started last. An attempt looks there before it writes anything.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -27,7 +29,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -50,6 +52,15 @@ from pipeline.weights.checkpoints import (
 from pipeline.weights.checkpoints import resolve as resolve  # for callers of this module
 
 ATTEMPT = "attempt.json"
+WRITE_ERRORS = (storage.StorageError, OSError, SafetensorError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the same attempt cannot get over: somebody has to make room, or give the right to write."""
+
+logger = logging.getLogger(__name__)
+
+
+class NoRoom(UserError):
+    """The store is full or read-only."""
 
 
 def remove(checkpoint: Checkpoint) -> None:
@@ -73,7 +84,7 @@ def _uncommitted(run: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class FolderState:
     """What one folder under checkpoints/ is; `about` says why it is no use, or what it holds."""
 
     uri: str
@@ -81,7 +92,7 @@ class Finding:
     about: str
 
 
-def survey(run: str) -> list[Finding]:
+def survey(run: str) -> list[FolderState]:
     """Every folder under checkpoints/, each file read and compared with what was written, in the order of their names."""
     root = storage.join(run, "checkpoints")
     uncommitted = set(_uncommitted(run))
@@ -89,7 +100,9 @@ def survey(run: str) -> list[Finding]:
     for name in sorted({file.path.split("/")[0] for file in storage.list_files(root)}):
         uri = storage.join(root, name)
         if name in uncommitted:
-            findings.append(Finding(uri=uri, state="uncommitted", about=f"no {COMMIT}: half-written, or being written"))
+            findings.append(
+                FolderState(uri=uri, state="uncommitted", about=f"no {COMMIT}: half-written, or being written")
+            )
             continue
         try:
             checkpoint = read_commit(uri)
@@ -99,17 +112,17 @@ def survey(run: str) -> list[Finding]:
         except UserError as error:
             problem = str(error)
         if problem:
-            findings.append(Finding(uri=uri, state="damaged", about=problem))
+            findings.append(FolderState(uri=uri, state="damaged", about=problem))
             continue
         files = checkpoint.commit["files"]
         size = sum(info["size"] for info in files.values()) / 1e6
         about = f"step {checkpoint.step}, {len(files)} files, {size:.1f} MB, {checkpoint.commit['created']}"
-        findings.append(Finding(uri=uri, state="complete", about=about))
+        findings.append(FolderState(uri=uri, state="complete", about=about))
     return findings
 
 
-def repair(run: str, delete: bool = False) -> bool:
-    """Prints what each checkpoint of a run is and which one would be continued from; whether nothing is wrong (any more).
+def repair(run: str, delete: bool = False) -> tuple[list[str], bool]:
+    """What each checkpoint of a run is and which one would be continued from, as lines; and whether nothing is wrong (any more).
 
     delete: removes what is damaged or uncommitted. Not while the run is going on: what it is writing is uncommitted too.
     Raises UserError when there is nothing to look at.
@@ -118,16 +131,15 @@ def repair(run: str, delete: bool = False) -> bool:
     findings = survey(run)
     if not findings:
         raise UserError(f"{run}: no checkpoints here; give the --output of a run")
-    for finding in findings:
-        print(f"{finding.state:12s} {finding.uri}: {finding.about}")
+    lines = [f"{finding.state:12s} {finding.uri}: {finding.about}" for finding in findings]
     complete = [finding.uri for finding in findings if finding.state == "complete"]
     broken = [finding for finding in findings if finding.state != "complete"]
-    print(f"continues from {complete[-1]}" if complete else "no complete checkpoint: the run would start over")
+    lines.append(f"continues from {complete[-1]}" if complete else "no complete checkpoint: the run would start over")
     for finding in broken if delete else []:
         storage.remove(storage.join(finding.uri, COMMIT))
         storage.remove(finding.uri, recursive=True)
-        print(f"removed {finding.uri}")
-    return delete or not broken
+        lines.append(f"removed {finding.uri}")
+    return lines, delete or not broken
 
 
 # ---------------------------------------------------------------- writing
@@ -136,8 +148,8 @@ def repair(run: str, delete: bool = False) -> bool:
 class Writer:
     """Writes one worker's part in the background; rank 0 adds the model and commits when every part has arrived.
 
-    Every rank makes one and calls `start` once and `save` for the same steps. A store that is away costs a warning and that
-    checkpoint, not the run.
+    Every rank makes one and calls `start` once and `save` for the same steps. A store that is away or full costs a warning
+    and that checkpoint, not the run: the next checkpoint tries again.
     """
 
     def __init__(
@@ -145,16 +157,16 @@ class Writer:
         run: str,
         model: nn.Module,
         *,
-        keep: int,
+        keep_last: int,
         best: str | None = None,
-        say: Callable[[str], None] = print,
-        before_commit: Callable[[], Any] | None = None,
+        deliver_records: Callable[[], Any] | None = None,
     ):
         """model: as built, before DeepSpeed takes its parameters apart (its shapes, buffers and config are noted).
 
-        before_commit: called on rank 0 when all files are written; what must not be younger than a checkpoint happens there.
+        deliver_records: called on rank 0 before a commit. What has been logged about a run must never be older than its
+        newest checkpoint: a restart from it would not log those steps again.
         """
-        self.run, self.keep, self.best, self.say, self.before_commit = run, keep, best, say, before_commit
+        self.run, self.keep_last, self.best, self.deliver_records = run, keep_last, best, deliver_records
         self.model_config: dict[str, Any] = cast(Any, model).config
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.buffers = {k: v.clone() for k, v in model.state_dict().items() if k not in self.shapes}
@@ -165,6 +177,8 @@ class Writer:
         self.attempt = uuid.uuid4().hex[:12]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Exception | None] | None = None
+        self.verified: dict[str, bool] = {}
+        """Checkpoint -> whether its files are as written. What this attempt wrote is, older ones are read once."""
         self.waited = 0.0
         """Seconds the training loop has stood still for checkpoints: for copies of the state, and for one still being written."""
 
@@ -174,23 +188,23 @@ class Writer:
             about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
             storage.write_json(storage.join(self.run, ATTEMPT), about)
             for name in remove_orphans(self.run):
-                self.say(f"removed {name}: it was never committed")
+                logger.info("removed %s: it was never committed", name)
             return self._from_rank_0(latest(self.run))
         return self._from_rank_0(None)
 
     def save(self, step: int, snapshot: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> None:
         """Starts writing a snapshot (`Engine.snapshot`). Waits first for the one before, if that is still under way."""
-        problem = self._settle()
-        if problem is not None:
-            self.say(f"warning: a checkpoint could not be written, training goes on: {problem}")
+        problem = self._wait_for_pending()
+        if problem is not None and self.rank == 0:
+            logger.warning("a checkpoint could not be written, training goes on: %s", problem)
         start = time.perf_counter()
         tensors = snapshot()
         self.waited += time.perf_counter() - start
         self.pending = self.thread.submit(self._write, step, tensors, about)
 
     def wait(self) -> None:
-        """Until the last save is committed. Raises what went wrong with it."""
-        problem = self._settle()
+        """Until the last save is committed. Raises what went wrong with it; NoRoom when only a person can help."""
+        problem = self._wait_for_pending()
         if problem is not None:
             raise problem
 
@@ -198,7 +212,7 @@ class Writer:
         """Ends the thread when its last save is done. Raises nothing: `wait` does, and an error may be on its way already."""
         self.thread.shutdown()
 
-    def _settle(self) -> Exception | None:
+    def _wait_for_pending(self) -> Exception | None:
         if self.pending is None:
             return None
         start = time.perf_counter()
@@ -215,12 +229,26 @@ class Writer:
         return box[0]
 
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Exception | None:
-        """A save is over for all workers or for none. Returns what kept it from being written, the same on every worker."""
+        """A save is over for all workers or for none. Returns what kept it from being written, the same on every worker;
+        raises UserError when another attempt owns the run."""
         target = folder(self.run, step)
+        problem: Exception | None = None
+        if self.rank == 0:
+            problem = self._attempt(lambda: self._clear(target, step))
+        problem = self._from_rank_0(problem)
+        if problem is None:
+            problem = self._write_parts(target, step, tensors, about)
+        if isinstance(problem, UserError) and not isinstance(problem, (storage.StorageError, NoRoom)):
+            raise problem
+        return problem
+
+    def _write_parts(
+        self, target: str, step: int, tensors: dict[str, Tensor], about: dict[str, Any]
+    ) -> Exception | None:
         receipt: dict[str, dict] | Exception
         try:
             receipt = self._put_state(target, tensors)
-        except (storage.StorageError, OSError) as error:
+        except WRITE_ERRORS as error:
             receipt = _plain(error)
         receipts = [receipt] * self.world
         if self.group is not None:
@@ -228,16 +256,34 @@ class Writer:
         problem: Exception | None = next((r for r in receipts if isinstance(r, Exception)), None)
         if self.rank == 0 and problem is None:
             files = {path: info for receipt in receipts for path, info in cast(dict, receipt).items()}
-            try:
-                self._commit(target, step, files, about)
-            except (storage.StorageError, OSError) as error:
-                problem = _plain(error)
-            except UserError as error:
-                problem = error
-        problem = self._from_rank_0(problem)
-        if isinstance(problem, UserError) and not isinstance(problem, storage.StorageError):
-            raise problem
-        return problem
+            problem = self._attempt(lambda: self._commit(target, step, files, about))
+        return self._from_rank_0(problem)
+
+    def _attempt(self, work: Callable[[], None]) -> Exception | None:
+        """What went wrong, as an exception that can be sent to other workers; None when nothing did."""
+        try:
+            work()
+        except WRITE_ERRORS as error:
+            return _plain(error)
+        except UserError as error:
+            return error
+        return None
+
+    def _clear(self, target: str, step: int) -> None:
+        """Makes room for a checkpoint that this attempt will write; a damaged one may be in its place."""
+        self._check_owner(step)
+        if storage.list_files(target):
+            storage.remove(storage.join(target, COMMIT))
+            storage.remove(target, recursive=True)
+        self.verified.pop(target, None)
+
+    def _check_owner(self, step: int) -> None:
+        owner = storage.read_json(storage.join(self.run, ATTEMPT))
+        if owner["attempt"] != self.attempt:
+            raise UserError(
+                f"{self.run} was taken over by another start of this run (process {owner['pid']} on {owner['host']}); "
+                f"this one ends without its checkpoint at step {step}"
+            )
 
     def _put_state(self, target: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
         """This worker's files and their receipts. One per kind: they are uploaded side by side, and whoever wants the
@@ -251,6 +297,7 @@ class Writer:
             return {path: info for receipt in written for path, info in receipt.items()}
 
     def _commit(self, target: str, step: int, files: dict[str, dict], about: dict[str, Any]) -> None:
+        self._check_owner(step)
         with StateReader(target, list(files)) as reader:
             for kind, name in (("param", "model.safetensors"), ("average", "average.safetensors")):
                 if kind in reader.kinds:
@@ -261,36 +308,47 @@ class Writer:
         files["config.json"] = {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()}
         commit = {k: v for k, v in about.items() if k != "config"}
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        if self.before_commit is not None:
-            self.before_commit()
-        owner = storage.read_json(storage.join(self.run, ATTEMPT))
-        if owner["attempt"] != self.attempt:
-            raise UserError(
-                f"{self.run} was taken over by another start of this run (process {owner['pid']} on {owner['host']}); "
-                f"this one ends without its checkpoint at step {step}"
-            )
+        if self.deliver_records is not None:
+            self.deliver_records()
+        self._check_owner(step)
         storage.write_json(
             storage.join(target, COMMIT),
             {"format": FORMAT, "step": step, "created": created, "workers": self.world, **commit, "files": files},
         )
-        self._retain()
+        self.verified[target] = True
+        self._remove_old()
 
-    def _retain(self) -> None:
-        """Keeps the last `keep` checkpoints and the best by metric `best`."""
+    def _remove_old(self) -> None:
+        """Keeps the newest `keep_last` valid checkpoints and the valid one that is best by metric `best`.
+
+        Nothing is removed before there are `keep_last` valid ones; then damaged ones go too.
+        """
+        spared: list[Checkpoint] = []
         checkpoints = find(self.run)
-        spared = {checkpoint.uri for checkpoint in checkpoints[-self.keep :]}
-        if self.best:
-            scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
-            if scored:
-                spared.add(max(scored, key=lambda c: (c.commit["metrics"][self.best], c.step)).uri)
+        for checkpoint in reversed(checkpoints):
+            if len(spared) < self.keep_last and self._is_valid(checkpoint):
+                spared.append(checkpoint)
+        if len(spared) < self.keep_last:
+            return
+        scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
+        scored.sort(key=lambda c: (c.commit["metrics"][self.best], c.step))
+        best = next((c for c in reversed(scored) if self._is_valid(c)), None)
+        kept = {checkpoint.uri for checkpoint in (*spared, *([best] if best else []))}
         for checkpoint in checkpoints:
-            if checkpoint.uri not in spared:
+            if checkpoint.uri not in kept:
                 remove(checkpoint)
 
+    def _is_valid(self, checkpoint: Checkpoint) -> bool:
+        if checkpoint.uri not in self.verified:
+            self.verified[checkpoint.uri] = damage(checkpoint) is None
+        return self.verified[checkpoint.uri]
 
-def _plain(error: Exception) -> storage.StorageError:
+
+def _plain(error: Exception) -> UserError:
     """What a store did, as an exception that can be sent to other workers."""
-    return storage.StorageError(str(error))
+    text = str(error)
+    full = getattr(error, "errno", None) in FULL or any(f"os error {code})" in text for code in FULL)
+    return NoRoom(text) if full else storage.StorageError(text)
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:
@@ -326,10 +384,10 @@ class StateReader:
             for path, shapes in zip(paths, pool.map(_shapes, paths), strict=True):
                 for key, shape in shapes.items():
                     kind, name, start = key.split(":")
-                    piece = (int(start), int(start) + shape[0], path, key)
-                    self.slices.setdefault((kind, name), []).append(piece)
-        for pieces in self.slices.values():
-            pieces.sort()
+                    fragment = (int(start), int(start) + shape[0], path, key)
+                    self.slices.setdefault((kind, name), []).append(fragment)
+        for fragments in self.slices.values():
+            fragments.sort()
         self.kinds = {kind for kind, _ in self.slices}
 
     def _file(self, path: str) -> Any:
@@ -348,8 +406,8 @@ class StateReader:
         for begin, end, path, key in self.slices.get((kind, name), []):
             low, high = max(begin, start), min(end, start + numel)
             if low < high:
-                piece = self._file(path).get_slice(key)[low - begin : high - begin]
-                result[low - start : high - start] = piece
+                values = self._file(path).get_slice(key)[low - begin : high - begin]
+                result[low - start : high - start] = values
                 filled += high - low
         if filled != numel:
             raise UserError(f"the checkpoint has {filled} of {numel} values of {kind} {name}: another architecture?")

@@ -1,198 +1,203 @@
 """A pre-training run from the driver's side: check, identify, launch the workers, report.
 
-    result = pretrain(config, connect=pipeline.cluster.connect)
+    result = pretrain(config)
 
 The run folder holds `run.json` (what run this is), `checkpoints/` and nothing else that matters: the same command again
 continues it, another command on the same folder is refused.
 """
 
 import contextlib
+import dataclasses
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from models import create_model
+from models.cost import flops, parameters
+from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
-from pipeline import storage, tracking
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names, registry
 from pipeline.training import checkpoint
-from pipeline.training.loop import Plan, make_plan
-from pipeline.training.recipes import PretrainConfig
+from pipeline.training.config import PretrainConfig
+from pipeline.training.plan import TrainPlan, check_values, make_plan
+from pipeline.training.validation import check_fewshot, check_validation
+from pipeline.weights import load_weights
+
+logger = logging.getLogger(__name__)
 
 
-def pretrain(
-    config: PretrainConfig,
-    base: PretrainConfig | None = None,
-    *,
-    recipe: str = "",
-    connect: Callable[[], None],
-) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
     """Runs (or continues) pre-training and returns its final numbers.
 
-    base: the recipe that the config came from, to print what differs. connect: joins Ray; called when there is something
-    to train. Raises UserError before that when the data, the batch, the workers or the output folder do not fit;
-    RuntimeError when training failed for good.
+    base: the recipe that the config came from, to log what differs. Nothing is written and Ray is not joined
+    (`cluster.configure` says how) before everything is checked. Raises UserError when the data, the batch, the workers or
+    the output folder do not fit; JobFailed when training failed for good.
     """
-    from pipeline.training.launch import launch
+    from pipeline.training.launch import check_room, launch  # Ray Train takes seconds to import: after the checks
 
     changes = configuration.diff(config, base) if base is not None else {}
-    config = _absolute(config)
-    plan = check(config)
-    print(describe(plan, changes), flush=True)
-    output = config.output
+    config = absolute(config)
+    plan = check_run(config)
+    logger.info("%s", describe_run(plan, changes))
+    output = config.runtime.output
     record = held_by(plan, output)
     newest = checkpoint.latest(output, checksums=False)
     if record is not None and newest is not None and newest.step >= plan.total:
-        print(f"nothing left to do: {newest.uri} is at step {newest.step} of {plan.total}", flush=True)
-        _register(config, record.get("run_id"))
-        return {
-            **newest.commit["metrics"],
-            "checkpoint": newest.uri,
-            "steps": newest.step,
-            "run_id": record.get("run_id"),
-            "seconds": 0.0,
-        }
-    connect()
+        logger.info("nothing left to do: %s is at step %d of %d", newest.uri, newest.step, plan.total)
+        return _finished(config, newest, record.get("run_id"))
+    cluster.connect()
+    check_room(config, sizes(plan)[0])
     record = record or _claim(plan, output)
-    manifest = open_dataset(config.data).manifest
     run = tracking.start_run(
         names.PRETRAIN,
-        config.name or recipe or config.model.variant,
+        config.runtime.name or recipe or config.model.variant,
         config=config,
         tags={names.RECIPE: recipe, names.DATA_FINGERPRINT: plan.data_fingerprint, names.CHECKPOINT: output},
         run_id=record.get("run_id"),
-        tracking_uri=tracking.resolve_tracking_uri(config.tracking_uri),
+        tracking_uri=tracking.resolve_tracking_uri(config.runtime.tracking_uri),
     )
     status = "FAILED"
     start = time.perf_counter()
     try:
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
-        run.log_dataset(config.data, _about_data(manifest), role="train")
+        run.log_dataset(config.runtime.data, _about_data(config.runtime.data), role="train")
         result = launch(plan, run.id, run.uri, sizes(plan))
         seconds = time.perf_counter() - start
-        gpus = plan.workers if config.gpus else 0
+        gpus = plan.workers if config.runtime.gpus else 0
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
         run.log_energy()
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
         run.finish(status)
-    print(summary(result, seconds), flush=True)
-    _register(config, run.id)
-    return {**result, "run_id": run.id, "seconds": seconds}
+    return {**result, "run_id": run.id, "seconds": seconds, "registered": _register(config, run.id)}
 
 
-def _register(config: PretrainConfig, run_id: str | None) -> None:
+def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, run_id: str | None) -> dict[str, Any]:
+    """The result of a run that had reached its end before."""
+    return {
+        **newest.commit["metrics"],
+        "checkpoint": newest.uri,
+        "steps": newest.step,
+        "run_id": run_id,
+        "seconds": 0.0,
+        "registered": _register(config, run_id),
+    }
+
+
+def _register(config: PretrainConfig, run_id: str | None) -> dict[str, str]:
     """Makes the checkpoints worth keeping, the best by validation and the last, versions of a registered model.
 
-    Never fails a run that has succeeded: the same command again tries again.
+    Returns {"vit/3": checkpoint}. Never fails a run that has succeeded: the same command again tries again.
     """
-    if not config.register or config.loss == "masked":  # an encoder alone classifies nothing
-        return
-    here = checkpoint.find(config.output)
+    if not config.runtime.register or config.loss == "masked":  # an encoder alone classifies nothing
+        return {}
+    here = checkpoint.find(config.runtime.output)
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
     best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
-    uri = tracking.resolve_tracking_uri(config.tracking_uri)
+    uri = tracking.resolve_tracking_uri(config.runtime.tracking_uri)
+    registered = {}
     try:
         for worth_keeping in dict.fromkeys((best.uri, here[-1].uri)):
-            version = registry.register(worth_keeping, name=config.register, run_id=run_id, uri=uri)
-            print(f"pretrain: registered={version.name}/{version.version} {worth_keeping}", flush=True)
+            version = registry.register(worth_keeping, name=config.runtime.register, run_id=run_id, uri=uri)
+            registered[f"{version.name}/{version.version}"] = worth_keeping
     except Exception as error:
-        print(f"warning: not registered in MLflow ({error}); the same command again tries again", flush=True)
+        logger.warning("not registered in MLflow (%s); the same command again tries again", error)
+    return registered
 
 
-def _absolute(config: PretrainConfig) -> PretrainConfig:
+def absolute(config: PretrainConfig) -> PretrainConfig:
     """The config with absolute paths: Ray's workers run in another folder."""
 
-    def absolute(uri: str | None) -> str | None:
+    def path(uri: str | None) -> str | None:
         return storage.normalise(uri) if uri and not uri.startswith(artifacts.SCHEMES) else uri
 
-    return replace(
-        config,
-        data=storage.normalise(config.data),
-        output=storage.normalise(config.output),
-        validation=absolute(config.validation),
-        fewshot=replace(config.fewshot, train=absolute(config.fewshot.train), test=absolute(config.fewshot.test)),
-        # models:/ and runs:/ are MLflow's addresses, not paths
-        init_from=config.init_from if ":/" in (config.init_from or "") else absolute(config.init_from),
-        cache=absolute(config.cache),
+    runtime = config.runtime
+    runtime = replace(
+        runtime,
+        data=storage.normalise(runtime.data),
+        output=storage.normalise(runtime.output),
+        validation=path(runtime.validation),
+        fewshot=replace(runtime.fewshot, train=path(runtime.fewshot.train), test=path(runtime.fewshot.test)),
+        cache=path(runtime.cache),
     )
+    # models:/ and runs:/ are MLflow's addresses, not paths.
+    init_from = config.init_from if ":/" in (config.init_from or "") else path(config.init_from)
+    return replace(config, runtime=runtime, init_from=init_from)
 
 
-def check(config: PretrainConfig) -> Plan:
+# ---------------------------------------------------------------- checks
+
+
+def check_run(config: PretrainConfig) -> TrainPlan:
     """Everything that can be known before a worker starts. Raises UserError."""
-    dataset = open_dataset(config.data)
-    plan = make_plan(config, dataset, config.workers)
-    if config.min_workers is not None and not 1 <= config.min_workers <= config.workers:
-        raise UserError(f"min_workers {config.min_workers} must be between 1 and workers ({config.workers})")
-    from models.cost import parameters
-
+    check_values(config)
+    dataset = open_dataset(config.runtime.data)
+    plan = make_plan(config, dataset, config.runtime.workers)
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
     if config.init_from:
-        from models import create_model
-        from pipeline.weights import load_weights
-
-        load_weights(create_model(**plan.model_options), config.init_from, tracking_uri=config.tracking_uri)  # they fit
-    if config.validation:
-        validation = open_dataset(config.validation)
-        if list(validation.classes) != list(dataset.classes):
-            raise UserError(f"{config.validation} has other classes than {config.data}; prepare both from one source")
-    if config.fewshot.train:
-        from pipeline.training.validation import check_fewshot
-
+        model = create_model(**plan.model_options)
+        load_weights(model, config.init_from, tracking_uri=config.runtime.tracking_uri)  # names and shapes fit
+    if config.runtime.validation:
+        check_validation(config, dataset)
+    if config.runtime.fewshot.train:
         check_fewshot(config)
-    output = storage.normalise(config.output)
+    output = storage.normalise(config.runtime.output)
     if not storage.exists(storage.join(output, "run.json")) and storage.list_files(output, recursive=False):
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
     return plan
 
 
-def sizes(plan: Plan) -> list[int]:
+def sizes(plan: TrainPlan) -> list[int]:
     """The numbers of workers, ascending, that this run may go on with when nodes come and go."""
-    config = plan.config
-    if config.min_workers is None:
-        return [config.workers]
-    dataset, fitting = open_dataset(config.data), []
-    for workers in range(config.min_workers, config.workers + 1):
+    config, runtime = plan.config, plan.config.runtime
+    if runtime.min_workers is None:
+        return [runtime.workers]
+    dataset, fitting = open_dataset(runtime.data), []
+    for workers in range(runtime.min_workers, runtime.workers + 1):
         with contextlib.suppress(UserError):  # it does not divide the lanes or the batch
             make_plan(config, dataset, workers)
             fitting.append(workers)
     return fitting
 
 
-def describe(plan: Plan, changes: dict[str, tuple[Any, Any]]) -> str:
-    """The run in a few lines, with what differs from its recipe (`pipeline.config.diff`)."""
-    from models.cost import flops, parameters
+# ---------------------------------------------------------------- text
 
+
+def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
+    """The run in a few lines, with what differs from its recipe (`pipeline.config.diff`)."""
     config, options = plan.config, plan.model_options
     model = f"{config.model.variant}: {parameters(options) / 1e6:.1f}M parameters, {flops(options) / 1e9:.2f} GFLOPs per image"
+    elastic = ""
+    if config.runtime.min_workers is not None:
+        elastic = f", or as many as there are of {', '.join(map(str, sizes(plan)))}"
     lines = [
         f"pretrain: {model}",
-        f"  data      {config.data}: {plan.samples} images, {len(plan.classes)} classes, fingerprint {plan.data_fingerprint}",
+        f"  data      {config.runtime.data}: {plan.samples} images, {len(plan.classes)} classes, fingerprint "
+        f"{plan.data_fingerprint}",
         f"  schedule  {plan.total} steps of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
         f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batches of {plan.micro_batch}), "
-        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes"
-        + (
-            f", or as many as there are of {', '.join(map(str, sizes(plan)))}" if config.min_workers is not None else ""
-        ),
+        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes{elastic}",
     ]
-    return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in changes.items())])
+    shown = {key.removeprefix("runtime."): values for key, values in changes.items()}
+    return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items())])
 
 
-def summary(result: dict[str, Any], seconds: float) -> str:
+def summarize(result: dict[str, Any]) -> str:
     """The greppable block at the end of a run."""
     shown = {
         "steps": result["steps"],
         "images": result["images"],
-        "seconds": f"{seconds:.1f}",
+        "seconds": f"{result['seconds']:.1f}",
         "loss_first": f"{result.get('loss_first', float('nan')):.4f}",
         "loss_last": f"{result.get('loss_last', float('nan')):.4f}",
         "top1": f"{result[names.VAL_TOP1]:.4f}" if names.VAL_TOP1 in result else "none",
@@ -204,32 +209,35 @@ def summary(result: dict[str, Any], seconds: float) -> str:
     return "\n".join(f"pretrain: {key}={value}" for key, value in shown.items())
 
 
-def _about_data(manifest: Any) -> dict[str, Any]:
-    import dataclasses
-
+def _about_data(uri: str) -> dict[str, Any]:
+    manifest = open_dataset(uri).manifest
     plain = dataclasses.asdict(manifest)
     plain["shards"] = len(manifest.shards)  # names, offsets and checksums of thousands of shards stay in the dataset
     return plain
 
 
-def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
-    """run.json of this output; None when it is free. Raises UserError when it is another run's, or --resume forbids it."""
-    uri, mode = storage.join(output, "run.json"), plan.config.resume
-    identity = plan.identity
+# ---------------------------------------------------------------- whose folder it is
+
+
+def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
+    """run.json of this output; None when it is free. Raises UserError when it is another run's, or --resume forbids it.
+
+    A run of other settings that never saved a checkpoint does not hold its folder.
+    """
+    uri, mode = storage.join(output, "run.json"), plan.config.runtime.resume
+    if mode == "must" and checkpoint.latest(output) is None:
+        raise UserError(f"{output} holds no checkpoint to continue from; check --output, or use --resume auto")
     if not storage.exists(uri):
-        if mode == "must":
-            raise UserError(f"{output} holds no run to continue; check --output, or use --resume auto")
         return None
+    record = _read_record(uri)
     if mode == "never":
         raise UserError(f"{output} already holds a run; choose another --output, or --resume auto to continue it")
-    record = storage.read_json(uri)
-    if record.get("format", 1) != checkpoint.FORMAT:
-        raise UserError(
-            f"{uri}: its format is {record['format']}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
-        )
+    identity = plan.identity
     if record["identity"] != configuration.fingerprint(identity):
+        if not checkpoint.find(output):
+            return None
         old, new = configuration.flatten(record["config"]), configuration.flatten(identity)
-        # an option that did not exist when the run was made had its default
+        # An option that did not exist when the run was made had its default.
         defaults = configuration.flatten(configuration.to_dict(PretrainConfig()))
         old = {key: defaults[key] for key in new if key in defaults} | old
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -241,7 +249,23 @@ def held_by(plan: Plan, output: str) -> dict[str, Any] | None:
     return record
 
 
-def _claim(plan: Plan, output: str) -> dict[str, Any]:
+def _read_record(uri: str) -> dict[str, Any]:
+    """run.json, with the fields that are relied on. Raises UserError naming the file when it is not one of ours."""
+    record = storage.read_json(uri)
+    if isinstance(record, dict) and record.get("format", 1) != checkpoint.FORMAT:
+        raise UserError(
+            f"{uri}: its format is {record['format']}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
+        )
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("identity"), str)
+        or not isinstance(record.get("config"), dict)
+    ):
+        raise UserError(f"{uri} is not the record of a run; remove it, or choose another --output")
+    return record
+
+
+def _claim(plan: TrainPlan, output: str) -> dict[str, Any]:
     """Makes the run.json of a free output."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     identity = configuration.fingerprint(plan.identity)

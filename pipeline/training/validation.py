@@ -6,7 +6,7 @@ Every worker takes its part of the images; all take part in every forward pass, 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,29 +15,29 @@ from torch import distributed as dist
 
 from models.losses import correct, training_loss
 from models.probes import ridge, select_shots
+from models.variants import parse_variant
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import Dataset
 from pipeline.data.loading.augment import Augment, decode
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.training.engine import Engine
-from pipeline.training.recipes import PretrainConfig
-
-if TYPE_CHECKING:
-    from pipeline.training.loop import Plan
+from pipeline.training.config import PretrainConfig
+from pipeline.training.engine import Engine, Worker
+from pipeline.training.plan import TrainPlan
 
 
 @torch.no_grad()
-def validate(engine: Engine, plan: "Plan", uri: str, rank: int, world: int, device: torch.device) -> dict[str, float]:
+def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[str, float]:
     """Top-1 (0..1) and mean loss over a whole dataset, each image once.
 
     Masked patch prediction has no classes: its loss alone.
     """
     config = plan.config
+    device = worker.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with _evaluating(engine):
-        for images, labels in _batches(open_dataset(uri), plan, rank, world):
+        for images, labels in _batches(open_dataset(uri), plan, worker):
             count, labels = len(labels), labels.to(device)
             output = engine.engine(images.to(device))
             if count == 0:
@@ -46,7 +46,7 @@ def validate(engine: Engine, plan: "Plan", uri: str, rank: int, world: int, devi
             sums += torch.tensor([loss * count, 0.0, count], device=device)
             if isinstance(output, Tensor):
                 sums[1] += correct(output, labels).sum()
-    if world > 1:
+    if worker.world > 1:
         dist.all_reduce(sums)
     loss, top1 = float(sums[0] / sums[2]), float(sums[1] / sums[2])
     return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
@@ -56,9 +56,9 @@ class FewShot:
     """Top-1 of a linear classifier in closed form on frozen features of a few images per class, as the paper follows its
     pre-training (section 4.1): least squares to {-1, 1}, the same images at every visit."""
 
-    def __init__(self, plan: "Plan"):
+    def __init__(self, plan: TrainPlan, worker: Worker):
         """Chooses the images. Reads labels, no images."""
-        self.plan, self.config = plan, plan.config.fewshot
+        self.plan, self.config, self.worker = plan, plan.config.runtime.fewshot, worker
         assert self.config.train is not None
         self.train, self.test = check_fewshot(plan.config)
         labels = self.train.table(["label"])["label"].to_numpy()
@@ -67,9 +67,10 @@ class FewShot:
         self.labels = torch.from_numpy(labels[self.chosen].astype(np.int64))
 
     @torch.no_grad()
-    def __call__(self, engine: Engine, rank: int, world: int, device: torch.device) -> dict[str, float]:
+    def __call__(self, engine: Engine) -> dict[str, float]:
         """{top-1 (0..1), seconds that it took}"""
         start = time.perf_counter()
+        rank, world, device = self.worker.rank, self.worker.world, self.worker.device
         share = -(-len(self.chosen) // world)
         mine = np.resize(self.chosen, share * world)[rank * share : (rank + 1) * share]  # the last ones may come twice
         with _evaluating(engine, features=True):
@@ -79,7 +80,7 @@ class FewShot:
             right, total = 0, 0
             tests = [
                 (engine.engine(images.to(device)).float()[: len(labels)], labels)
-                for images, labels in _batches(self.test, self.plan, rank, world)
+                for images, labels in _batches(self.test, self.plan, self.worker)
             ]
         examples = torch.cat([x for x, _ in tests])
         if len(examples):
@@ -106,16 +107,34 @@ class FewShot:
         return engine.engine(torch.from_numpy(images).to(device)).float()
 
 
+def check_validation(config: PretrainConfig, data: Dataset) -> None:
+    """Whether the validation set fits the data that the run trains on. Raises UserError naming the flag."""
+    uri = config.runtime.validation or ""
+    validation = open_dataset(uri)
+    if list(validation.classes) != list(data.classes):
+        raise UserError(f"{uri} has other classes than {config.runtime.data}; prepare both from one source")
+    if not len(validation):
+        raise UserError(f"--validation {uri} has no images")
+    if validation.encoding == "patches":
+        image, size = validation.manifest.image, config.image_size
+        patch = parse_variant(config.model.variant).patch
+        if (image["height"], image["width"], image["patch_size"]) != (size, size, patch):
+            raise UserError(
+                f"--validation {uri} holds {image['height']}x{image['width']} images cut into patches of "
+                f"{image['patch_size']}, but the run has image_size {size} and {config.model.variant}; prepare it to match"
+            )
+
+
 def check_fewshot(config: PretrainConfig) -> tuple[Dataset, Dataset]:
     """The probe's two datasets. Raises UserError when they do not fit each other."""
-    test = config.fewshot.test or config.validation
+    test = config.runtime.fewshot.test or config.runtime.validation
     if test is None:
         raise UserError("fewshot.train needs something to score: give --fewshot.test, or --validation")
-    train, scored = open_dataset(config.fewshot.train or ""), open_dataset(test)
+    train, scored = open_dataset(config.runtime.fewshot.train or ""), open_dataset(test)
     if train.multilabel or not train.classes or list(train.classes) != list(scored.classes):
-        raise UserError(f"{config.fewshot.train} and {test} must have the same classes, one for each image")
-    if config.fewshot.shots < 1:
-        raise UserError(f"fewshot.shots {config.fewshot.shots} must be at least 1")
+        raise UserError(f"{config.runtime.fewshot.train} and {test} must have the same classes, one for each image")
+    if config.runtime.fewshot.shots < 1:
+        raise UserError(f"fewshot.shots {config.runtime.fewshot.shots} must be at least 1")
     return train, scored
 
 
@@ -143,8 +162,9 @@ def _evaluating(engine: Engine, features: bool = False) -> Iterator[None]:
         module.train()
 
 
-def _batches(dataset: Dataset, plan: "Plan", rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's part of a dataset: images (or patches) and labels. Never no image, but perhaps no label."""
+    rank, world = worker.rank, worker.world
     batch_size = max(world, plan.micro_batch * world)
     view = evaluation_view(plan.config)
     with Loader(

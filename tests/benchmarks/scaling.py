@@ -41,7 +41,7 @@ def worker(rank: int, world: int, port: int, stage: int, queue) -> None:
 
     from models import create_model
     from pipeline.training.engine import Engine
-    from pipeline.training.recipes import EngineConfig, OptimizerConfig
+    from pipeline.training.config import EngineConfig, OptimizerConfig
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

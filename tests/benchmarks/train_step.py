@@ -80,14 +80,14 @@ def step_function(
     torch.manual_seed(0)
     if row in ("ours", "one", "two"):
         from pipeline.training.engine import Engine, micro_losses
-        from pipeline.training.recipes import EngineConfig, OptimizerConfig
+        from pipeline.training.config import EngineConfig, OptimizerConfig
 
         micro = min(options.micro or batch_size, batch_size)
         engine = Engine(
             create_model(variant, CLASSES, SIZE),
             OptimizerConfig(lr=1e-3, clip=1.0),
             EngineConfig(
-                zero=options.zero, precision=options.precision, compile=options.compile, recompute=options.recompute
+                zero=options.zero, precision=options.precision, compile=options.compile, activation_checkpointing=options.recompute
             ),
             accumulation=batch_size // micro,
             micro_batch=micro,
@@ -123,7 +123,8 @@ def measure(rows: list[str], variant: str, options: argparse.Namespace) -> list[
     import torch
 
     from models.cost import flops
-    from pipeline.training.loop import memory_gb, peak_flops
+    from pipeline.hardware import peak_flops
+    from pipeline.training.meter import memory_gb
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(options.device)

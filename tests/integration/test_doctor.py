@@ -22,7 +22,8 @@ from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.operations import doctor
-from pipeline.training.recipes import RECIPES, PretrainConfig
+from pipeline.training.config import PretrainConfig
+from pipeline.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def dataset(tmp_path_factory) -> str:
 def config(dataset, output, **changes) -> PretrainConfig:
     from dataclasses import replace
 
-    return replace(RECIPES["demo"](), data=dataset, validation=None, output=str(output), **changes)
+    return changed(RECIPES["demo"](), data=dataset, validation=None, output=str(output), **changes)
 
 
 # ---------------------------------------------------------------- authentication

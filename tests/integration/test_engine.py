@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
+from pipeline.training.advice import data_wait_advice
+from pipeline.training.spikes import LossSpikeGuard
 from safetensors.torch import load_file
 
 from pipeline.data.format import open_dataset, write_dataset
@@ -20,10 +22,9 @@ from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.training import checkpoint, loop
 from pipeline.training import engine as engine_module
-from pipeline.training.recipes import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.validation import check_fewshot
-from pipeline.training.watch import Watch, data_wait_advice
 
 
 def slow(*values):
@@ -55,7 +56,7 @@ def base(tmp_path_factory) -> PretrainConfig:
 
     data = str(tmp_path_factory.mktemp("data") / "set")
     write_dataset(data, rows(), classes=["red", "green", "blue"])
-    return PretrainConfig(
+    return pretrain_config(
         data=data,
         steps="9steps",
         batch_size=8,
@@ -70,7 +71,7 @@ def base(tmp_path_factory) -> PretrainConfig:
         wait_warning=1.0,
         log_every="1steps",
         checkpoint_every="1steps",
-        keep=10,
+        keep_last=10,
     )
 
 
@@ -89,7 +90,7 @@ class Recorded:
 
 def bad_steps(monkeypatch, factors: dict[int, float]) -> None:
     """Multiplies the loss of steps (1-based): the loop seeds torch by the step, which tells them apart here."""
-    seeds = {hash((0, step - 1, 0)) & 0x7FFFFFFF: factor for step, factor in factors.items()}
+    seeds = {loop.dropout_seed(0, step - 1, 0): factor for step, factor in factors.items()}
     original = engine_module.training_loss
 
     def faulty(outputs, *arguments):
@@ -101,7 +102,7 @@ def bad_steps(monkeypatch, factors: dict[int, float]) -> None:
 
 def train(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, dict, list[str], Recorded]:
     lines: list[str] = []
-    config, record = replace(config, output=str(folder)), Recorded()
+    config, record = changed(config, output=str(folder)), Recorded()
     device = torch.device("cpu")
     result = loop.train(config, rank=0, world=1, local_rank=0, device=device, say=lines.append, run=record)  # type: ignore[arg-type]
     return config, result, lines, record
@@ -120,9 +121,9 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monkeypatch, engine):
     zero, precision = engine
     bad_steps(monkeypatch, {6: 50.0, 8: math.nan})
-    config = replace(base, engine=EngineConfig(zero=zero, precision=precision, micro_batch=4))
+    config = changed(base, engine=EngineConfig(zero=zero, precision=precision, micro_batch=4))
     config, result, lines, record = train(config, tmp_path)
-    states = {step: weights(checkpoint.folder(config.output, step)) for step in range(4, 10)}
+    states = {step: weights(checkpoint.folder(config.runtime.output, step)) for step in range(4, 10)}
     for step in range(5, 10):
         same = all(torch.equal(states[step][name], states[step - 1][name]) for name in states[step])
         assert same == (step in (6, 8)), step
@@ -134,10 +135,10 @@ def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monk
     assert result["skipped"] == 2
     counts = [(step, m[names.SPIKES], m[names.SKIPPED]) for step, m in record.logged if names.SKIPPED in m]
     assert counts == [(6, 1, 1), (8, 1, 2)]
-    commit = json.loads(Path(checkpoint.folder(config.output, 8), "COMMIT.json").read_text())
+    commit = json.loads(Path(checkpoint.folder(config.runtime.output, 8), "COMMIT.json").read_text())
     assert "loss_last" not in commit["metrics"]  # it was not finite
-    assert commit["watch"]["spikes"] == 1
-    assert len(commit["watch"]["losses"]) == 4
+    assert commit["spikes"]["spikes"] == 1
+    assert len(commit["spikes"]["losses"]) == 4
 
 
 @pytest.mark.parametrize("stop", [slow(3), 6, slow(8)])
@@ -145,9 +146,9 @@ def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path,
     """Stopped before, in and after bad steps: Adam's step count, the median's window and the counts come back."""
     bad_steps(monkeypatch, {4: math.nan, 7: 50.0})
     whole, expected, lines, _ = train(base, tmp_path / "whole")
-    part = replace(base, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.output, stop)))
-    os.rename(checkpoint.folder(whole.output, stop), checkpoint.folder(part.output, stop))
+    part = changed(base, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, stop)))
+    os.rename(checkpoint.folder(whole.runtime.output, stop), checkpoint.folder(part.runtime.output, stop))
     _, result, again, _ = train(part, tmp_path / "part")
     later = [line for line in lines if line.startswith("warning") and int(line.split()[2][:-1]) > stop]
     assert [line for line in again if line.startswith("warning")] == later
@@ -158,27 +159,27 @@ def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path,
 
 def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypatch):
     bad_steps(monkeypatch, {6: 50.0, 7: 50.0, 8: math.nan})
-    with pytest.raises(RuntimeError, match="3 steps in a row were not taken, the last one, 8"):
-        train(replace(base, stop_after_skipped=3), tmp_path)
+    with pytest.raises(RuntimeError, match="3 steps in a row were skipped; the last one, 8"):
+        train(changed(base, stop_after_skipped=3), tmp_path)
     assert checkpoint.latest(str(tmp_path)).step == 7
 
 
 def test_a_median_of_few_losses_calls_nothing_a_spike():
-    watch = Watch(factor=2.0, window=8, stop_after=9, device=torch.device("cpu"), world=1)
-    verdicts = [bool(watch.veto(torch.tensor(x))) for x in (1.0, 9.0, 1.0, 1.0, 9.0)]
+    guard = LossSpikeGuard(factor=2.0, window=8, stop_after=9, device=torch.device("cpu"), world=1)
+    verdicts = [bool(guard.skip_step(torch.tensor(x))) for x in (1.0, 9.0, 1.0, 1.0, 9.0)]
     assert verdicts == [False, False, False, False, False]
-    assert [bool(watch.veto(torch.tensor(x))) for x in (1.0, 1.0, 9.0, 1.0)] == [False, False, True, False]
-    assert Watch(factor=None, window=8, stop_after=9, device=torch.device("cpu"), world=1).veto is None
+    assert [bool(guard.skip_step(torch.tensor(x))) for x in (1.0, 1.0, 9.0, 1.0)] == [False, False, True, False]
+    assert LossSpikeGuard(factor=None, window=8, stop_after=9, device=torch.device("cpu"), world=1).skip_step is None
 
 
 def test_waiting_for_data_is_said_with_the_setting_that_helps(base, alone, tmp_path):
-    _, _, lines, record = train(replace(base, steps="3steps", wait_warning=0.0), tmp_path)
+    _, _, lines, record = train(changed(base, steps="3steps", wait_warning=0.0), tmp_path)
     (second, third) = [line for line in lines if line.startswith("warning")]
-    assert "of the time went into waiting for data: give each worker more CPUs (--cpus-per-worker, now 1)" in second
+    assert "of the time was spent waiting for data: give each worker more CPUs (--cpus-per-worker, now 1)" in second
     assert "--encoding patches" in third
     assert all(0 <= metrics[names.DATA_WAIT] <= 1 for _, metrics in record.logged)
-    dataset = open_dataset(base.data)
-    remote = replace(base, data="s3://bucket/data", threads=2, cpus_per_worker=8)
+    dataset = open_dataset(base.runtime.data)
+    remote = changed(base, data="s3://bucket/data", threads=2, cpus_per_worker=8)
     advice = data_wait_advice(remote, dataset, 0.3)
     assert "30% of the time" in advice
     assert "--cache FOLDER" in advice
@@ -195,23 +196,23 @@ def eager():
         yield
 
 
-@pytest.mark.parametrize("option", [{"recompute": True}, {"offload": True}, slow({"zero": 2, "offload": True})])
+@pytest.mark.parametrize("option", [{"activation_checkpointing": True}, {"offload": True}, slow({"zero": 2, "offload": True})])
 def test_recomputation_and_offload_change_no_loss(base, alone, tmp_path, option):
-    _, _, plain, _ = train(replace(base, steps="4steps"), tmp_path / "plain")
+    _, _, plain, _ = train(changed(base, steps="4steps"), tmp_path / "plain")
     engine = replace(base.engine, **option)
-    _, _, other, _ = train(replace(base, steps="4steps", engine=engine), tmp_path / "other")
+    _, _, other, _ = train(changed(base, steps="4steps", engine=engine), tmp_path / "other")
     assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
     assert len(losses(plain)) == 4
 
 
 def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
     refused = {
-        "fp16 needs a GPU": replace(base, engine=EngineConfig(precision="fp16")),
-        "engine.offload needs engine.zero": replace(base, engine=EngineConfig(zero=0, offload=True, precision="fp32")),
-        "muon needs engine.zero 1": replace(
+        "fp16 needs a GPU": changed(base, engine=EngineConfig(precision="fp16")),
+        "engine.offload needs engine.zero": changed(base, engine=EngineConfig(zero=0, offload=True, precision="fp32")),
+        "muon needs engine.zero 1": changed(
             base, engine=EngineConfig(zero=0, precision="bf16"), optimizer=OptimizerConfig(name="muon")
         ),
-        "a ResNet has none": replace(
+        "a ResNet has none": changed(
             base,
             optimizer=OptimizerConfig(name="muon"),
             model=ModelConfig(variant="R50x1"),
@@ -229,7 +230,7 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
     dropped, and a continued run goes on with the scale that it had."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    asked = engine_module._deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
+    asked = engine_module.deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
     assert asked["fp16"] == {"enabled": True, "loss_scale": 0}  # dynamic
     build = engine_module.Engine.__init__
 
@@ -242,14 +243,14 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
         self.engine.optimizer.loss_scaler = scaler
 
     monkeypatch.setattr(engine_module.Engine, "__init__", scaled)
-    config = replace(base, spike=None)
+    config = changed(base, spike=None)
     whole, expected, lines, _ = train(config, tmp_path / "whole")
     commit = json.loads(Path(expected["checkpoint"], "COMMIT.json").read_text())
     assert expected["skipped"] > 0
     assert commit["loss_scale"]["cur_scale"] < 2.0**128
-    part = replace(config, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.output, 6)))
-    os.rename(checkpoint.folder(whole.output, 6), checkpoint.folder(part.output, 6))
+    part = changed(config, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, 6)))
+    os.rename(checkpoint.folder(whole.runtime.output, 6), checkpoint.folder(part.runtime.output, 6))
     _, result, again, _ = train(part, tmp_path / "part")
     assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 6}
     assert json.loads(Path(result["checkpoint"], "COMMIT.json").read_text())["loss_scale"] == commit["loss_scale"]
@@ -258,18 +259,18 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
 @pytest.mark.parametrize("engine", [slow(0, "fp32"), (1, "fp32"), slow(2, "bf16"), slow(3, "fp32")])
 def test_muon_learns_and_continues_bit_for_bit(base, alone, tmp_path, eager, engine):
     zero, precision = engine
-    config = replace(
+    config = changed(
         base,
         steps="8steps",
         engine=EngineConfig(zero=zero, precision=precision, micro_batch=4),
         optimizer=OptimizerConfig(name="muon", lr=3e-3),
-        average=0.5,
+        ema_decay=0.5,
     )
     whole, expected, lines, _ = train(config, tmp_path / "whole")
     assert losses(lines)[8] < 0.9 * losses(lines)[1]
-    part = replace(config, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.output, 5)))
-    os.rename(checkpoint.folder(whole.output, 5), checkpoint.folder(part.output, 5))
+    part = changed(config, output=str(tmp_path / "part"))
+    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, 5)))
+    os.rename(checkpoint.folder(whole.runtime.output, 5), checkpoint.folder(part.runtime.output, 5))
     _, result, again, _ = train(part, tmp_path / "part")
     assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 5}
     ours, theirs = weights(result["checkpoint"]), weights(expected["checkpoint"])
@@ -280,7 +281,7 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
     from models import create_model
 
     model = create_model("mu/8", 3, 16)
-    optimizer = engine_module._optimizer(
+    optimizer = engine_module.make_optimizer(
         model, OptimizerConfig(name="muon", lr=1e-3), EngineConfig(), torch.device("cpu")
     )
     (muon,) = [group for group in optimizer.param_groups if group["use_muon"]]
@@ -288,16 +289,16 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
     assert {names_of[id(parameter)] for parameter in muon["params"]} == {
         f"blocks.0.{layer}.weight" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
-    assert muon["rate"] == pytest.approx(20)  # 0.02 / 1e-3
+    assert muon["lr_scale"] == pytest.approx(20)  # 0.02 / 1e-3
 
 
 @pytest.mark.parametrize("zero", [1, slow(3)])
 def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, zero):
     """Three colours: two images of each teach a linear classifier on the features all others. Training is left alone."""
-    config = replace(base, steps="4steps", engine=replace(base.engine, zero=zero), validate_every="2steps")
+    config = changed(base, steps="4steps", engine=replace(base.engine, zero=zero), validate_every="2steps")
     _, plain, lines, _ = train(config, tmp_path / "plain")
-    probe = FewShotConfig(train=base.data, test=base.data, shots=2, l2=1.0)
-    _, probed, again, record = train(replace(config, fewshot=probe), tmp_path / "probed")
+    probe = FewShotConfig(train=base.runtime.data, test=base.runtime.data, shots=2, l2=1.0)
+    _, probed, again, record = train(changed(config, fewshot=probe), tmp_path / "probed")
     assert losses(again) == losses(lines)
     ours, theirs = weights(probed["checkpoint"]), weights(plain["checkpoint"])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -310,14 +311,14 @@ def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, z
 
 def test_few_shot_needs_something_to_score(base):
     with pytest.raises(UserError, match="needs something to score"):
-        check_fewshot(replace(base, fewshot=FewShotConfig(train=base.data)))
+        check_fewshot(changed(base, fewshot=FewShotConfig(train=base.runtime.data)))
 
 
 @pytest.mark.slow  # compiles C++
 def test_compiled_blocks_compute_the_same(base, alone, tmp_path):
-    _, _, plain, _ = train(replace(base, steps="4steps"), tmp_path / "plain")
+    _, _, plain, _ = train(changed(base, steps="4steps"), tmp_path / "plain")
     engine = replace(base.engine, compile=True)
-    _, _, compiled, _ = train(replace(base, steps="4steps", engine=engine), tmp_path / "compiled")
+    _, _, compiled, _ = train(changed(base, steps="4steps", engine=engine), tmp_path / "compiled")
     assert losses(compiled) == pytest.approx(losses(plain), abs=2e-4)
 
 
@@ -326,7 +327,7 @@ def test_muon_on_two_workers_continues_on_two_and_on_one(base, tmp_path):
     from test_training import continued, run
 
     stages = {
-        zero: replace(
+        zero: changed(
             base,
             output=str(tmp_path / f"zero{zero}"),
             engine=replace(base.engine, zero=zero),

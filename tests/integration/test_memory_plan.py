@@ -18,14 +18,14 @@ from models.losses import training_loss
 from pipeline.operations import planning
 from pipeline.training import engine as module
 from pipeline.training.engine import Engine
-from pipeline.training.recipes import EngineConfig, OptimizerConfig
+from pipeline.training.config import EngineConfig, OptimizerConfig
 
-settings = module._deepspeed_config
+settings = module.deepspeed_config
 def as_on_a_gpu(*arguments):
     result = settings(*arguments)
     result["zero_optimization"]["contiguous_gradients"] = True  # which is what is planned
     return result
-module._deepspeed_config = as_on_a_gpu
+module.deepspeed_config = as_on_a_gpu
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", rank=0, world_size=1)
 options = {"variant": "S/16", "num_classes": 1000, "image_size": 96}

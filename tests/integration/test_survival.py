@@ -30,9 +30,9 @@ from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint, survival
-from pipeline.training.loop import make_plan
-from pipeline.training.recipes import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from pipeline.training.run import check, sizes
+from pipeline.training.plan import make_plan
+from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.run import check_run, sizes
 from pipeline.training.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Job:
     def __init__(self, config: PretrainConfig, folder: Path | None = None, before: str = "", **environment: str):
         """folder: of config and MLflow's database, by default that of the output. before: Python that the driver runs
         first; what it defines reaches the workers by value."""
-        folder = folder or Path(config.output).parent
+        folder = folder or Path(config.runtime.output).parent
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(configuration.to_yaml(config))
         self.tracking = f"sqlite:///{folder}/mlflow.db"
@@ -166,7 +166,7 @@ def data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def base(data, tmp_path_factory) -> PretrainConfig:
-    return PretrainConfig(
+    return pretrain_config(
         data=data,
         output=str(tmp_path_factory.mktemp("reference") / "run"),
         steps=f"{STEPS}steps",
@@ -199,7 +199,7 @@ def reference(base) -> dict[int, float]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_worker_killed(base, reference, jobs, tmp_path, seed):
     draw = random.Random(seed)
-    job = Job(replace(base, output=str(tmp_path / "run")))
+    job = Job(changed(base, output=str(tmp_path / "run")))
     jobs.append(job)
     job.step(draw.randrange(2, 40))
     draw.choice(workers()).send_signal(signal.SIGKILL)
@@ -211,7 +211,7 @@ def test_worker_killed(base, reference, jobs, tmp_path, seed):
 
 @pytest.mark.slow
 def test_worker_killed_with_checkpoints_on_s3(base, reference, jobs, s3, tmp_path):
-    job = Job(replace(base, output=f"{s3}/run"), folder=tmp_path)
+    job = Job(changed(base, output=f"{s3}/run"), folder=tmp_path)
     jobs.append(job)
     job.step(20)
     workers()[0].kill()
@@ -222,7 +222,7 @@ def test_worker_killed_with_checkpoints_on_s3(base, reference, jobs, s3, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_driver_killed(base, reference, jobs, tmp_path, seed):
-    config = replace(base, output=str(tmp_path / "run"))
+    config = changed(base, output=str(tmp_path / "run"))
     first = Job(config)
     jobs.append(first)
     first.step(random.Random(seed).randrange(9, 40))
@@ -230,7 +230,7 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
     lock = tmp_path / "extensions" / "fused_adam" / "lock"  # as if one had been building an operator
     lock.parent.mkdir(parents=True)
     lock.touch()
-    second = Job(replace(config, resume="must"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    second = Job(changed(config, resume="must"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     jobs.append(second)
     text = second.end()
     assert f"removed {lock}: whoever was building this extension has been killed" in text
@@ -242,7 +242,7 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
     draw = random.Random(seed)
-    job = Job(replace(base, output=str(tmp_path / "run"), address=cluster.address))
+    job = Job(changed(base, output=str(tmp_path / "run"), address=cluster.address))
     jobs.append(job)
     job.step(draw.randrange(2, 40))
     cluster.remove_node(draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
@@ -255,12 +255,12 @@ def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 def test_other_number_of_workers_after_the_driver_was_killed(base, reference, jobs, tmp_path, count):
-    config = replace(base, output=str(tmp_path / "run"))
+    config = changed(base, output=str(tmp_path / "run"))
     first = Job(config)
     jobs.append(first)
     first.step(12)
     first.process.kill()
-    second = Job(replace(config, workers=count, cpus_per_worker=min(1.0, 2 / count)))
+    second = Job(changed(config, workers=count, cpus_per_worker=min(1.0, 2 / count)))
     jobs.append(second)
     assert f"on {count} workers" in second.end()
     points = curve(second)
@@ -283,11 +283,11 @@ def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:
 @pytest.mark.slow
 def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     """Notice, checkpoint at that very step, restart from it on another node; no failure is allowed and none is counted."""
-    config = replace(
+    config = changed(
         base, output=str(tmp_path / "run"), address=cluster.address, max_failures=0, checkpoint_every="1000steps"
     )
-    config = replace(config, steps="200steps", model=replace(base.model, depth=6))
-    undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
+    config = changed(config, steps="200steps", model=replace(base.model, depth=6))
+    undisturbed = Job(changed(config, output=str(tmp_path / "undisturbed" / "run")))
     jobs.append(undisturbed)
     undisturbed.end()
     job = Job(config, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
@@ -312,13 +312,13 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
 @pytest.mark.slow
 def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
     """Two workers, then one when a node is lost, then two again: saved before it grows, and the same batches throughout."""
-    config = replace(base, steps="600steps", checkpoint_every="20steps")
-    config = replace(config, address=cluster.address, min_workers=1)
-    undisturbed = Job(replace(config, output=str(tmp_path / "undisturbed" / "run")))
+    config = changed(base, steps="600steps", checkpoint_every="20steps")
+    config = changed(config, address=cluster.address, min_workers=1)
+    undisturbed = Job(changed(config, output=str(tmp_path / "undisturbed" / "run")))
     jobs.append(undisturbed)
     undisturbed.end()
     often = "import pipeline.training.launch as launch\nlaunch.RESIZE_EVERY = 5.0"
-    job = Job(replace(config, output=str(tmp_path / "run")), before=often)
+    job = Job(changed(config, output=str(tmp_path / "run")), before=often)
     jobs.append(job)
     job.step(30)
     cluster.remove_node(min(cluster.worker_nodes, key=lambda node: node.node_id), allow_graceful=False)
@@ -373,7 +373,7 @@ OUT_OF_MEMORY = "raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to
 )
 def test_what_would_fail_again_is_not_tried_again(base, jobs, tmp_path, what, message):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=1, what=what)
-    job = Job(replace(base, output=str(tmp_path / "run")), before=before)
+    job = Job(changed(base, output=str(tmp_path / "run")), before=before)
     jobs.append(job)
     text = job.end(2)
     assert message in text
@@ -384,16 +384,16 @@ def test_what_would_fail_again_is_not_tried_again(base, jobs, tmp_path, what, me
 @pytest.mark.slow
 def test_memory_that_others_took_for_a_while(base, reference, jobs, tmp_path):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=0, step=10, what=OUT_OF_MEMORY)
-    job = Job(replace(base, output=str(tmp_path / "run")), before=before)
+    job = Job(changed(base, output=str(tmp_path / "run")), before=before)
     jobs.append(job)
-    assert re.search(r"warning: worker 0: .*out of device memory; try .*recompute.*; starting again", job.end())
+    assert re.search(r"warning: worker 0: .*out of device memory; try .*activation-checkpointing.*; starting again", job.end())
     assert curve(job) == reference
 
 
 @pytest.mark.slow
 def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_path):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=10, what="time.sleep(3600)")
-    job = Job(replace(base, output=str(tmp_path / "run"), stalled_after=30.0), before=before)
+    job = Job(changed(base, output=str(tmp_path / "run"), stalled_after=30.0), before=before)
     jobs.append(job)
     text = job.end()
     assert re.search(r"warning: worker 1 has not moved for 1[5-9] s, in step 10: .*train_step.*", text)
@@ -406,7 +406,7 @@ def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_pa
 def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
     """Ray's memory monitor, told that 1% of this machine is too much."""
     environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
-    job = Job(replace(base, output=str(tmp_path / "run"), max_failures=0), **environment)
+    job = Job(changed(base, output=str(tmp_path / "run"), max_failures=0), **environment)
     jobs.append(job)
     text = job.end(1)
     assert re.search(
@@ -465,11 +465,11 @@ def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp
 
 
 def test_what_to_turn_when_memory_is_short(base):
-    config = replace(base, workers=2, engine=EngineConfig(zero=1, precision="fp32"))
+    config = changed(base, workers=2, engine=EngineConfig(zero=1, precision="fp32"))
     text = survival.out_of_memory(config, 2, host=False)
-    for knob in ("micro-batch 8 (now 16", "recompute", "zero 2 with more workers", "offload", "precision bf16"):
+    for knob in ("micro-batch 8 (now 16", "activation-checkpointing", "zero 2 with more workers", "offload", "precision bf16"):
         assert knob in text
-    turned = replace(config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, recompute=True))
+    turned = changed(config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, activation_checkpointing=True))
     assert survival.out_of_memory(turned, 2, host=False).endswith(
         "try --engine.offload (optimiser states in host memory)"
     )
@@ -486,7 +486,7 @@ def test_failures_are_told_apart(base, tmp_path):
     from pipeline.training.launch import Failures
 
     lines: list[str] = []
-    config = replace(base, output=str(tmp_path), max_failures=1)
+    config = changed(base, output=str(tmp_path), max_failures=1)
     policy = Failures(FailureConfig(max_failures=1), config, lines.append)
     collateral = RuntimeError("[pair.cc:534] gloo: Connection closed by peer")
     dead = WorkerHealthCheckFailedError("", RayActorError(error_msg="died\n\tip: 10.0.0.7\n"))
@@ -506,11 +506,11 @@ def test_failures_are_told_apart(base, tmp_path):
         "warning: worker 1: its process ended on 10.0.0.7 (killed, its node gone, or out of host memory)"
     )
     assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
-    storage.write_json(storage.join(checkpoint.folder(config.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}})
+    storage.write_json(storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}})
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE
     lines.clear()
-    again = Failures(FailureConfig(max_failures=3), replace(config, max_failures=3), lines.append)
+    again = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3), lines.append)
     again.make_decision(WorkerGroupError("", {0: collateral, 1: storage.StorageError("no answer")}))
     again.make_decision(WorkerGroupError("", {0: collateral, 1: full}))
     assert lines[0] == (
@@ -521,12 +521,12 @@ def test_failures_are_told_apart(base, tmp_path):
 
 def test_sizes_that_fit_a_run(base):
     """The batch of 32 in four lanes goes to one, two or four workers; what each does at a time stays what memory holds."""
-    plan = check(replace(base, workers=4, min_workers=1))
+    plan = check_run(changed(base, workers=4, min_workers=1))
     assert sizes(plan) == [1, 2, 4]
-    assert [make_plan(plan.config, open_dataset(base.data), n).micro_batch for n in (1, 2, 4)] == [8, 8, 8]
-    assert sizes(check(replace(base, workers=4))) == [4]
+    assert [make_plan(plan.config, open_dataset(base.runtime.data), n).micro_batch for n in (1, 2, 4)] == [8, 8, 8]
+    assert sizes(check_run(changed(base, workers=4))) == [4]
     with pytest.raises(UserError, match="min_workers 5 must be between 1 and workers"):
-        check(replace(base, workers=4, min_workers=5))
+        check_run(changed(base, workers=4, min_workers=5))
 
 
 def test_elastic_takes_what_fits_on_nodes_that_stay(monkeypatch):

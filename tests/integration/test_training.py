@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
+from runs import changed, pretrain_config
 from safetensors.torch import load_file
 
 from models import create_model
@@ -25,8 +26,8 @@ from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
-from pipeline.training.loop import make_plan
-from pipeline.training.recipes import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.plan import make_plan
+from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.schedule import ScheduleConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,6 +42,7 @@ def _worker(rank: int, world: int, port: int, jobs: list) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    from pipeline.training.engine import Worker
     from pipeline.training.loop import train
 
     for config in jobs:
@@ -51,13 +53,13 @@ def _worker(rank: int, world: int, port: int, jobs: list) -> None:
         if rank == 0:
             steps = [line.split() for line in lines if line.startswith("step") and "loss" in line and "lr" in line]
             losses = {words[1].split("/")[0]: words[words.index("loss") + 1] for words in steps}
-            Path(config.output, "result.json").write_text(json.dumps({"losses": losses, "lines": lines, **result}))
+            Path(config.runtime.output, "result.json").write_text(json.dumps({"losses": losses, "lines": lines, **result}))
     torch.distributed.destroy_process_group()
 
 
 def run(world: int, *jobs: PretrainConfig) -> list[dict]:
     torch.multiprocessing.spawn(_worker, args=(world, free_port(), jobs), nprocs=world)
-    return [json.loads(Path(job.output, "result.json").read_text()) for job in jobs]
+    return [json.loads(Path(job.runtime.output, "result.json").read_text()) for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def base(data) -> PretrainConfig:
-    return PretrainConfig(
+    return pretrain_config(
         data=data,
         steps=f"{STEPS}steps",
         batch_size=16,
@@ -88,11 +90,11 @@ def base(data) -> PretrainConfig:
         optimizer=OptimizerConfig(lr=1e-2),
         schedule=ScheduleConfig(warmup="2steps"),
         engine=EngineConfig(zero=1, precision="fp32", micro_batch=4),
-        average=0.5,
+        ema_decay=0.5,
         lanes=4,
         log_every="1steps",
         checkpoint_every="2steps",
-        keep=10,
+        keep_last=10,
     )
 
 
@@ -101,14 +103,14 @@ def runs(base, data, tmp_path_factory) -> dict[str, tuple[PretrainConfig, dict]]
     """Two workers, one process group: every stage and precision, then runs continued from the middle of others."""
     root = tmp_path_factory.mktemp("runs")
     jobs = {
-        f"zero{stage}": replace(base, output=str(root / f"zero{stage}"), engine=replace(base.engine, zero=stage))
+        f"zero{stage}": changed(base, output=str(root / f"zero{stage}"), engine=replace(base.engine, zero=stage))
         for stage in (0, 1, 2, 3)
     }
-    jobs["bf16"] = replace(base, output=str(root / "bf16"), engine=replace(base.engine, precision="bf16"))
-    jobs["sgd"] = replace(
+    jobs["bf16"] = changed(base, output=str(root / "bf16"), engine=replace(base.engine, precision="bf16"))
+    jobs["sgd"] = changed(
         base, output=str(root / "sgd"), optimizer=OptimizerConfig(name="sgd", lr=1e-2, weight_decay=0)
     )
-    jobs["validated"] = replace(
+    jobs["validated"] = changed(
         base, output=str(root / "validated"), validation=data, steps="2steps", engine=jobs["zero3"].engine
     )
     results = run(2, *jobs.values())
@@ -117,8 +119,8 @@ def runs(base, data, tmp_path_factory) -> dict[str, tuple[PretrainConfig, dict]]
 
 def continued(job: PretrainConfig, tmp_path: Path, step: int) -> PretrainConfig:
     """A copy of a run as it was right after `step`."""
-    copy = replace(job, output=str(tmp_path / f"continued-{Path(job.output).name}"))
-    shutil.copytree(checkpoint.folder(job.output, step), checkpoint.folder(copy.output, step))
+    copy = changed(job, output=str(tmp_path / f"continued-{Path(job.runtime.output).name}"))
+    shutil.copytree(checkpoint.folder(job.runtime.output, step), checkpoint.folder(copy.runtime.output, step))
     return copy
 
 
@@ -163,11 +165,11 @@ def test_continues_bit_for_bit_and_on_another_number_of_workers(runs, tmp_path):
 
 
 def test_other_number_of_workers_and_stage_see_the_same_samples(base, tmp_path):
-    plain = replace(base, model=replace(base.model, dropout=0.0), output=str(tmp_path / "two"))
+    plain = changed(base, model=replace(base.model, dropout=0.0), output=str(tmp_path / "two"))
     (two,) = run(2, plain)
     one = continued(plain, tmp_path, 4)
-    third = replace(
-        continued(replace(plain, output=plain.output), tmp_path / "z", 4), engine=replace(base.engine, zero=3)
+    third = changed(
+        continued(changed(plain, output=plain.runtime.output), tmp_path / "z", 4), engine=replace(base.engine, zero=3)
     )
     for result in run(1, one, third):
         assert [float(x) for x in result["losses"].values()] == pytest.approx(
@@ -177,10 +179,10 @@ def test_other_number_of_workers_and_stage_see_the_same_samples(base, tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_goes_on_with_one_and_four_workers(base, tmp_path):
-    plain = replace(base, model=replace(base.model, dropout=0.0))
+    plain = changed(base, model=replace(base.model, dropout=0.0))
     names = [f"zero{stage}" for stage in (1, 2, 3)]
     jobs = [
-        replace(plain, output=str(tmp_path / name), engine=replace(base.engine, zero=stage))
+        changed(plain, output=str(tmp_path / name), engine=replace(base.engine, zero=stage))
         for stage, name in enumerate(names, start=1)
     ]
     two = dict(zip(names, run(2, *jobs), strict=True))
@@ -204,7 +206,7 @@ def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None
         for step, batch in enumerate(right(plan, first, rank, world), start=first + 1):
             if step == dies_at and rank == world - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            with open(Path(plan.config.output, f"keys-{world}-{rank}"), "a") as file:
+            with open(Path(plan.config.runtime.output, f"keys-{world}-{rank}"), "a") as file:
                 file.write(json.dumps([step, batch["key"]]) + "\n")
             yield batch
 
@@ -214,7 +216,7 @@ def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None
 
 def record(world: int, jobs: list[PretrainConfig], dies_at: int | None = None) -> None:
     for job in jobs:
-        Path(job.output).mkdir(parents=True, exist_ok=True)
+        Path(job.runtime.output).mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.spawn(_recording, args=(world, free_port(), jobs, dies_at), nprocs=world)
 
 
@@ -222,7 +224,7 @@ def keys(job: PretrainConfig, world: int) -> dict[int, list[str]]:
     """Step -> the samples that all its workers had, sorted."""
     seen: dict[int, list[str]] = {}
     for rank in range(world):
-        for line in Path(job.output, f"keys-{world}-{rank}").read_text().splitlines():
+        for line in Path(job.runtime.output, f"keys-{world}-{rank}").read_text().splitlines():
             step, batch = json.loads(line)
             seen[step] = sorted([*seen.get(step, []), *batch])
     return seen
@@ -231,20 +233,20 @@ def keys(job: PretrainConfig, world: int) -> dict[int, list[str]]:
 @pytest.mark.slow
 def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_workers(base, tmp_path):
     """Five seeds: two workers, one of them killed at a random step; the rest of the run on one and on four."""
-    whole = replace(base, output=str(tmp_path / "whole"), steps="12steps")
+    whole = changed(base, output=str(tmp_path / "whole"), steps="12steps")
     record(2, [whole])
     expected = keys(whole, 2)
     assert [len(set(batch)) for batch in expected.values()] == [16] * 12
     left: list[tuple[PretrainConfig, int]] = []
     for seed in range(5):
-        killed = replace(whole, output=str(tmp_path / f"killed-{seed}"))
+        killed = changed(whole, output=str(tmp_path / f"killed-{seed}"))
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
             record(2, [killed], dies_at=random.Random(seed).randrange(4, 12))
-        left.append((killed, checkpoint.latest(killed.output).step))
+        left.append((killed, checkpoint.latest(killed.runtime.output).step))
     for world in (1, 4):
-        rest = [replace(job, output=f"{job.output}-on-{world}") for job, _ in left]
+        rest = [changed(job, output=f"{job.runtime.output}-on-{world}") for job, _ in left]
         for (job, _), copy in zip(left, rest, strict=True):
-            shutil.copytree(Path(job.output, "checkpoints"), Path(copy.output, "checkpoints"))
+            shutil.copytree(Path(job.runtime.output, "checkpoints"), Path(copy.runtime.output, "checkpoints"))
         record(world, rest)
         for (_, step), copy in zip(left, rest, strict=True):
             assert keys(copy, world) == {k: batch for k, batch in expected.items() if k > step}
@@ -391,14 +393,14 @@ def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
         ({"lanes": 5}, "not divisible by lanes"),
         ({"engine": EngineConfig(micro_batch=3)}, "does not divide"),
         ({"steps": "fast"}, "horizon"),
-        ({"keep_tokens": 0.0}, "keep_tokens"),
+        ({"patch_keep_rate": 0.0}, "patch_keep_rate"),
         ({"augment": Augment(size=99)}, "augment.size"),
         ({"model": ModelConfig(variant="Q/16")}, "unknown model"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_worker_starts(base, change, message):
     def check() -> None:
-        plan = make_plan(replace(base, **change), open_dataset(base.data), 1)
+        plan = make_plan(changed(base, **change), open_dataset(base.runtime.data), 1)
         parameters(plan.model_options)
 
     with pytest.raises(UserError, match=message):
@@ -406,5 +408,5 @@ def test_what_cannot_work_is_said_before_any_worker_starts(base, change, message
 
 
 def test_workers_must_divide_lanes(base):
-    with pytest.raises(UserError, match="3 workers do not divide the 4 lanes"):
-        make_plan(base, open_dataset(base.data), 3)
+    with pytest.raises(UserError, match="lanes 4 is not divisible by 3 workers"):
+        make_plan(base, open_dataset(base.runtime.data), 3)

@@ -42,7 +42,7 @@ from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.sources import items, tfrecord
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
-from pipeline.training.recipes import PretrainConfig
+from pipeline.training.config import PretrainConfig
 from pipeline.vtab.containers import Tree
 from pipeline.vtab.datasets import dsprites, patch_camelyon, read_images, smallnorb, svhn_cropped
 from pipeline.vtab.datasets.base import ArchiveFile

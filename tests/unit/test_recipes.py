@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import changed
 
 from models.cost import flops, parameters
 from pipeline.config import from_yaml, to_yaml
 from pipeline.errors import UserError
 from pipeline.operations import planning
-from pipeline.training.loop import make_plan, model_options
-from pipeline.training.recipes import RECIPES, PretrainConfig
+from pipeline.training.config import PretrainConfig
+from pipeline.training.plan import make_plan, model_options
+from pipeline.training.recipes import RECIPES
 
 NOWHERE = UserError("no dataset here")
 EPOCHS = {"s16_imagenet_90ep": 90, "demo": 20, "masked_demo": 20, "cifar10": 20}
@@ -35,7 +37,7 @@ def test_recipe_resolves_and_its_docstring_says_what_it_takes(name):
         "Result",
     ]
     assert re.search(rf"--recipe {name}\b", text) or name == "demo"
-    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.workers)
+    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.runtime.workers)
     assert plan.steps_per_epoch == plan.samples // plan.lanes // (config.batch_size // plan.lanes)
     assert plan.warmup < plan.total
     assert 0 < plan.checkpoint_every <= plan.total
@@ -44,10 +46,10 @@ def test_recipe_resolves_and_its_docstring_says_what_it_takes(name):
 
 
 @pytest.mark.slow  # counts the FLOPs of nineteen models
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe().gpus])
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe().runtime.gpus])
 def test_docstring_tells_the_cost(name):
     config, text = RECIPES[name](), inspect.getdoc(RECIPES[name])
-    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.workers)
+    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.runtime.workers)
     exaflops = float(re.search(r"Cost: ([\d.]+) exaFLOPs", text)[1])
     # Without heads: less than 0.1%. The paper counts its ResNets at 4 to 5% less than they take.
     forward = flops({"variant": config.model.variant, "num_classes": 0, "image_size": config.image_size})
@@ -62,7 +64,7 @@ def test_dry_run_of_every_recipe(name, tmp_path):
     text = planning.dry_run(RECIPES[name](), name, {})
     assert "parameters" in text
     assert "steps of" in text
-    assert ("GPU-hours" in text) == RECIPES[name]().gpus
+    assert ("GPU-hours" in text) == RECIPES[name]().runtime.gpus
     assert not list(tmp_path.iterdir())
 
 
@@ -90,7 +92,7 @@ def test_dry_run_counts_the_data_that_is_there(tmp_path):
 
     rows = ((f"{i}", b"not decoded", i % 2, 9, 9) for i in range(640))
     write_dataset(str(tmp_path / "mine"), rows, classes=["a", "b"])
-    config = dataclasses.replace(RECIPES["demo"](), data=str(tmp_path / "mine"), validation=None)
+    config = changed(RECIPES["demo"](), data=str(tmp_path / "mine"), validation=None)
     text = planning.dry_run(config, "demo", {})
     assert "640 images, 2 classes" in text
     assert "no dataset" not in text
@@ -127,7 +129,7 @@ def test_paper_table_3():
             model.dropout,
         ) == line, name
         assert (config.batch_size, config.schedule.warmup, config.image_size) == (4096, "10000steps", 224)
-        assert (optimizer.name, optimizer.betas, optimizer.decay) == ("adamw", (0.9, 0.999), "all")
+        assert (optimizer.name, optimizer.betas, optimizer.decay_filter) == ("adamw", (0.9, 0.999), "all")
         assert (config.loss == "sigmoid") == ("imagenet" not in name or "21k" in name)
         assert model.head_bias == (-10.0 if config.loss == "sigmoid" else 0.0)
 
@@ -135,7 +137,7 @@ def test_paper_table_3():
 def test_augreg_levels():
     strong = RECIPES["b16_augreg"]()
     assert (strong.augment.randaug_layers, strong.augment.randaug_magnitude, strong.augment.mixup) == (2, 15, 0.5)
-    assert (strong.loss, strong.model.head_bias, strong.model.pool, strong.optimizer.decay) == (
+    assert (strong.loss, strong.model.head_bias, strong.model.pool, strong.optimizer.decay_filter) == (
         "sigmoid",
         -6.9,
         "token",

@@ -17,7 +17,7 @@ each_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.r
 
 # who may import what: a file's path must start with one of these
 DOORS = {
-    "deepspeed": ("pipeline/training/engine.py",),
+    "deepspeed": ("pipeline/training/engine.py", "pipeline/training/zero_layout.py"),
     "mlflow": ("pipeline/tracking",),
     "ray": ("pipeline/", "jobs/"),
     "pipeline": ("pipeline/", "jobs/"),
@@ -34,7 +34,6 @@ FORBIDDEN = {
     "pipeline/tracking": ("training", "transfer", "vtab", "operations"),
 }
 CIRCLES_LEFT = (
-    {"pipeline.training.validation", "pipeline.training.loop"},
     {"pipeline.data.prepare", "pipeline.data.prepare.mix"},
 )
 

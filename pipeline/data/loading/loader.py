@@ -25,7 +25,7 @@ import torch
 
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.data.loading.augment import Augment, BadImage, decode, scratch
-from pipeline.data.loading.order import AUGMENT, MIXUP, Order, default_lanes, uniform
+from pipeline.data.loading.order import AUGMENT, MIXUP, Order, check_layout, default_lanes, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
 from pipeline.data.loading.reader import Reader
 from pipeline.errors import UserError
@@ -151,8 +151,6 @@ class Loader:
             raise UserError(f"rank {self.rank} is outside a world of {self.world_size}")
         if epoch < 0 or step < 0 or self.prefetch < 0 or self.shuffle_window < 1 or not 0 < self.keep_tokens <= 1:
             raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, keep_tokens in (0, 1]")
-        if self.lanes < 1:
-            raise UserError(f"lanes {self.lanes} must be at least 1")
         if self.keep_tokens < 1 and self.patch_size is None:
             raise UserError(
                 "keep_tokens < 1 drops patches: set patch_size, so that the loader makes patches of the images"
@@ -169,12 +167,7 @@ class Loader:
                     f"crop {self.augment.crop!r} is random: evaluation (train=False) needs crop center or squash"
                 )
             return
-        if self.lanes % self.world_size:
-            raise UserError(
-                f"lanes {self.lanes} is not divisible by world_size {self.world_size}: each worker reads lanes of its own; "
-                f"set lanes to a multiple of {self.world_size} that divides the batch of {self.batch_size} (it fixes the "
-                "sample order: keep it for the whole run)"
-            )
+        check_layout(self.batch_size, self.lanes, self.world_size)
         if self.mixup and self.batch_size == self.lanes:
             raise UserError(
                 f"mixup pairs samples of one lane, but batch_size {self.batch_size} over {self.lanes} lanes leaves one; "

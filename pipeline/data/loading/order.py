@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import UserError
 
 # The second word of every draw: two purposes never share random numbers.
-ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS = range(5)
+ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS, DROPOUT = range(6)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -57,6 +57,24 @@ def default_lanes(batch_size: int, num_samples: int) -> int:
     return max(lanes for lanes in range(1, limit + 1) if batch_size % lanes == 0)
 
 
+def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
+    """Whether batch, lanes and workers divide each other. Raises UserError with numbers that do."""
+    if batch_size < 1 or lanes < 1 or workers < 1:
+        raise UserError(f"batch_size {batch_size}, lanes {lanes} and workers {workers} must each be at least 1")
+    if batch_size % lanes:
+        raise UserError(
+            f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes equally many samples from "
+            f"each lane; use a divisor of the batch, such as lanes={default_lanes(batch_size, 2**62)}"
+        )
+    if lanes % workers:
+        fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]
+        raise UserError(
+            f"lanes {lanes} is not divisible by {workers} workers: each worker reads lanes of its own; use "
+            f"{' or '.join(map(str, sorted(fitting)))} workers, or set lanes to a multiple of {workers} that divides the "
+            f"batch of {batch_size} (it fixes the order of samples)"
+        )
+
+
 class Order:
     """One epoch over row groups of `rows` samples each (int64 (R,), in the order of storage).
 
@@ -77,11 +95,7 @@ class Order:
         start: int = 0,
         stop: int | None = None,
     ):
-        if batch_size < 1 or lanes < 1 or batch_size % lanes:
-            raise UserError(
-                f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes equally many samples from "
-                f"each lane; use a divisor of the batch, such as lanes={default_lanes(max(batch_size, 1), 2**62)}"
-            )
+        check_layout(batch_size, lanes)
         rows = np.asarray(rows, dtype=np.int64)
         self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
         self.permutation = np.arange(len(rows))

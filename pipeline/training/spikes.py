@@ -1,28 +1,25 @@
-"""What goes wrong while a run goes on: noticed in the step, counted, said with the setting that helps.
+"""Steps that must not reach the weights: loss spikes, and gradients that are not finite.
 
-    watch = Watch(factor=3.0, window=64, stop_after=50, device=device, world=world, state=checkpoint's)
-    loss = engine.train_step(micro_losses, lr, veto=watch.veto)
-    for line in watch.after(done, engine.skipped): say(line)      # raises RuntimeError after too many bad steps
+    guard = LossSpikeGuard(factor=3.0, window=64, stop_after=50, device=device, world=world, state=checkpoint's)
+    loss = engine.train_step(micro_losses, lr, skip_step=guard.skip_step)
+    warning = guard.count(step, engine.skipped)      # raises RuntimeError after too many skipped steps in a row
 
-A bad step is one whose gradient is not finite (the engine finds and drops it), or whose loss is a spike: more than `factor`
-times the median of the last `window` losses. Neither reaches the weights, and the state of all this is a few numbers in
-the checkpoint, so that a continued run decides as the uninterrupted one.
+A spike is a loss of more than `factor` times the median of the last `window` losses. Gradients that are not finite are
+found and dropped by the engine; the guard counts them. Its state is a few numbers in the checkpoint, so that a continued run
+decides as the uninterrupted one.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from pipeline import storage
-from pipeline.data.format import Dataset
-from pipeline.training.recipes import PretrainConfig
 
-
-class Watch:
-    """Bad steps of one run, the same on every worker."""
+class LossSpikeGuard:
+    """Decides which steps of a run are skipped, the same on every worker, and counts them."""
 
     def __init__(
         self,
@@ -34,7 +31,7 @@ class Watch:
         world: int,
         state: dict[str, Any] | None = None,
     ):
-        """factor None watches for no spikes. state: what `state()` returned when the checkpoint was made."""
+        """factor None looks for no spikes. state: what `state()` returned when the checkpoint was made."""
         state = state or {}
         self.factor, self.window, self.stop_after, self.world = factor, window, stop_after, world
         self.spikes, self.nonfinite = int(state.get("spikes", 0)), int(state.get("nonfinite", 0))
@@ -47,11 +44,11 @@ class Watch:
         self._spike = torch.zeros((), dtype=torch.bool, device=device)
 
     @property
-    def veto(self) -> "Any":
-        """What the engine asks before a step, or None when spikes do not matter."""
-        return self._veto if self.factor is not None else None
+    def skip_step(self) -> Callable[[Tensor], Tensor] | None:
+        """What the engine asks before a step; None when spikes do not matter."""
+        return self._is_spike if self.factor is not None else None
 
-    def _veto(self, loss: Tensor) -> Tensor:
+    def _is_spike(self, loss: Tensor) -> Tensor:
         """Whether a worker's mean loss belongs to a spike of the global batch: a bool scalar, without leaving the device."""
         self._loss = loss.clone()
         if self.world > 1:
@@ -65,11 +62,11 @@ class Watch:
 
     @property
     def skipped(self) -> int:
-        """Steps of the whole run that were not taken."""
+        """Skipped steps of the whole run."""
         return self.spikes + self.nonfinite
 
-    def after(self, step: int, skipped: int) -> str | None:
-        """Counts step `step` (1-based) when it was not taken, and says why.
+    def count(self, step: int, skipped: int) -> str | None:
+        """Counts step `step` (1-based) if it was skipped; a warning with the reason, or None when it was not skipped.
 
         skipped: steps that the engine has dropped in this attempt. Raises RuntimeError after `stop_after` in a row.
         """
@@ -86,29 +83,12 @@ class Watch:
             reason = "gradient not finite"
         if self.in_a_row >= self.stop_after:
             raise RuntimeError(
-                f"{self.in_a_row} steps in a row were not taken, the last one, {step}, because: {reason}; lower optimizer.lr, "
+                f"{self.in_a_row} steps in a row were skipped; the last one, {step}, because of: {reason}. Lower optimizer.lr, "
                 "use engine.precision bf16 or fp32, or look at the data; the last checkpoint is kept"
             )
-        return f"warning: step {step}: {reason}, step skipped ({self.skipped} so far)"
+        return f"step {step}: {reason}, step skipped ({self.skipped} so far)"
 
     def state(self) -> dict[str, Any]:
         """JSON values; float32 losses survive exactly."""
         losses = [] if self.factor is None else [x for x in self._losses.tolist() if math.isfinite(x)]
         return {"spikes": self.spikes, "nonfinite": self.nonfinite, "in_a_row": self.in_a_row, "losses": losses}
-
-
-def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> str:
-    """A warning that training waits for its data, with the settings that could help this run."""
-    threads = config.threads or max(1, int(config.cpus_per_worker))
-    knobs = []
-    if storage.is_remote(config.data) and config.cache is None:
-        knobs.append("keep the shards on a local disk (--cache FOLDER)")
-    if threads < config.cpus_per_worker:
-        knobs.append(
-            f"decode with more threads (--threads, now {threads} of the worker's {config.cpus_per_worker:g} CPUs)"
-        )
-    else:
-        knobs.append(f"give each worker more CPUs (--cpus-per-worker, now {config.cpus_per_worker:g})")
-    if dataset.encoding == "jpeg":
-        knobs.append("prepare the data as patches, which need no decoding (--encoding patches)")
-    return f"warning: {share:.0%} of the time went into waiting for data: {'; or '.join(knobs)}"

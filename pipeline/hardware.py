@@ -1,0 +1,70 @@
+"""What is known of accelerators: one table, from the vendors' data sheets and the usual cloud machines that carry them.
+
+GPUS["h100"].peak_flops, GPUS["h100"].memory
+peak_flops(device, precision)       of the device at hand; measured on a CPU
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One kind of GPU."""
+
+    memory: float
+    """Device memory in bytes."""
+    peak_flops: float
+    """Dense bf16 peak in FLOP/s (no sparsity); MFU is relative to it."""
+    node_bandwidth: float
+    """Bytes per second from one GPU to the others of its node: NVLink, or PCIe where there is none."""
+    network: float
+    """Bytes per second from a whole node to other nodes (p5, a3, p4d, g6e, g5, g6, p3dn)."""
+
+
+GPUS = {
+    "h100": Gpu(80e9, 989.5e12, 450e9, 400e9),
+    "h200": Gpu(141e9, 989.5e12, 450e9, 400e9),
+    "gh200": Gpu(96e9, 989.5e12, 450e9, 50e9),
+    "b200": Gpu(180e9, 2250e12, 900e9, 400e9),
+    "a100": Gpu(80e9, 312e12, 300e9, 50e9),
+    "a100-40gb": Gpu(40e9, 312e12, 300e9, 50e9),
+    "l40s": Gpu(48e9, 362e12, 32e9, 50e9),
+    "a10g": Gpu(24e9, 70e12, 16e9, 12.5e9),
+    "l4": Gpu(24e9, 121e12, 16e9, 12.5e9),
+    "v100": Gpu(32e9, 125e12, 150e9, 12.5e9),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, in any case. Raises UserError for an unknown one."""
+    if name.lower() not in GPUS:
+        raise UserError(f'unknown GPU "{name}"{nearest(name.lower(), GPUS)}; known: {", ".join(GPUS)}')
+    return GPUS[name.lower()]
+
+
+def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
+    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs; on a CPU measured, a matrix product in `precision`."""
+    import torch  # jobs/plan.py --help does without
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).upper()
+        known = [kind for kind in GPUS if kind.upper() in name]
+        # The longest name: "L4" is also in "L40S", "H200" in "GH200". An unknown GPU shows 0% and not a wrong number.
+        return GPUS[max(known, key=len)].peak_flops if known else float("inf")
+    size = 1536
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    # Half a second: the first products are slow, and so is a shared core at times.
+    best, until = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,170 @@
+"""Which failures of workers are tried again, in one line each; and how many workers a run goes on with."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from pipeline import logs, ray_state, storage
+from pipeline.errors import UserError
+from pipeline.training import checkpoint
+from pipeline.training.advice import out_of_memory
+from pipeline.training.config import PretrainConfig
+from pipeline.training.preemption import Preempted
+from pipeline.training.ray_compat import (
+    ControllerError,
+    DefaultFailurePolicy,
+    ElasticScalingPolicy,
+    FailureConfig,
+    FailureDecision,
+    NoopDecision,
+    ResizeDecision,
+    ScalingConfig,
+    ScalingDecision,
+    TrainingFailedError,
+    count_failures,
+    notify_workers,
+    reset_failures,
+)
+
+RESIZE_WITHIN = 600.0
+"""Seconds that workers get to save their state before a change of their number."""
+
+logger = logging.getLogger(__name__)
+
+
+class Failures(DefaultFailurePolicy):
+    """Lost workers and errors are tried again up to `max_failures` times in a row, workers that left on purpose always, wrong
+    input never. A new checkpoint ends the row: a run of weeks loses more workers than any fixed number."""
+
+    def __init__(self, failure_config: FailureConfig, config: PretrainConfig, records: Any = None):
+        """records: handle of the driver's `logs.Collector`; Ray makes decisions in a process of its own."""
+        super().__init__(failure_config)
+        self.config, self.records = config, records
+        self.reached = 0
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if self.records is not None:
+            logs.send_to(self.records)
+        failures = getattr(training_failed_error, "worker_failures", {})
+        if any(is_final(failure) for failure in failures.values()):
+            return FailureDecision.RAISE
+        if any(isinstance(failure, Preempted) for failure in failures.values()):
+            return FailureDecision.RETRY
+        with contextlib.suppress(UserError, OSError):  # a store that is away shows no progress
+            reached = max((found.step for found in checkpoint.find(self.config.runtime.output)), default=0)
+            if reached > self.reached:
+                self.reached = reached
+                reset_failures(self)
+        before = count_failures(self)
+        decision = super().make_decision(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            rank, cause = root_cause(training_failed_error)
+            if isinstance(training_failed_error, ControllerError):
+                logger.warning("the workers do not start, trying again: %s", first_line(cause))
+            else:
+                count = count_failures(self)
+                counted = f" (failure {count} of at most {self.config.runtime.max_failures} in a row)"
+                logger.warning(
+                    "%s; starting again from the last checkpoint%s",
+                    describe_failure(rank, cause, self.config),
+                    counted if count > before else "",
+                )
+        return decision
+
+
+class Elastic(ElasticScalingPolicy):
+    """As many workers as there are nodes for and as fit the run, which saves its state before it grows.
+
+    Ray would stop the workers in the middle of a step and take any number between the two ends. sizes: those that fit.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, sizes: list[int], records: Any = None):
+        """records: as for `Failures`."""
+        super().__init__(scaling_config)
+        self.sizes, self.records = sizes, records
+        self.waiting_since = 0.0
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if self.records is not None:
+            logs.send_to(self.records)
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self.waiting_since = 0.0
+        elif not self.waiting_since:
+            self.waiting_since = time.monotonic()
+        elif time.monotonic() - self.waiting_since > 30:
+            self.waiting_since = time.monotonic()
+            logger.warning("no room for %d workers, which is the least; waiting for nodes", self.sizes[0])
+        if self.waiting_since:
+            time.sleep(1)  # Ray asks again at once, for as long as it takes
+        return decision
+
+    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+        # What is reserved is up to 20 s old, and a node that is being drained counts until it is gone.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - ray_state.draining_nodes()
+        usable = {node: amounts for node, amounts in reserved_resources.items() if node in alive}
+        possible = super()._count_possible_workers(usable)
+        return max((size for size in self.sizes if size <= possible), default=0)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision):
+            # They save, leave, and start again in the new number.
+            workers, wanted = worker_group_state.num_workers, decision.num_workers
+            logger.info("%d workers save their state to go on as %d", workers, wanted)
+            notify_workers(worker_group_state, RESIZE_WITHIN)
+            return NoopDecision()
+        return decision
+
+
+# ---------------------------------------------------------------- what happened
+
+
+def is_final(failure: BaseException) -> bool:
+    """Whether the same would happen again: wrong input, and not a store that is away."""
+    return isinstance(failure, UserError) and not isinstance(failure, storage.StorageError)
+
+
+def root_cause(error: Exception) -> tuple[int | None, BaseException]:
+    """The failure that the others follow from, and the rank of its worker."""
+
+    def precedence(failure: tuple[int, BaseException]) -> int:
+        exception = failure[1]
+        if isinstance(exception, UserError):
+            return 0
+        # When one worker ends, the collectives of all others fail.
+        return 2 if isinstance(exception, RuntimeError) and any(x in str(exception) for x in ("gloo", "NCCL")) else 1
+
+    failures = getattr(error, "worker_failures", {})
+    rank, cause = min(failures.items(), key=precedence) if failures else (None, error)
+    while True:
+        below = (
+            getattr(cause, "controller_failure", None)
+            or getattr(cause, "health_check_failure", None)
+            or getattr(cause, "cause", None)
+            or cause.__cause__
+        )
+        if not isinstance(below, BaseException):
+            return rank, cause
+        cause = below
+
+
+def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
+    """One line: which worker, what happened, what helps."""
+    who = "" if rank is None else f"worker {rank}: "
+    if "running low on memory" in str(cause):
+        return f"{who}ended by Ray: {out_of_memory(config, config.runtime.workers, host=True)}"
+    if isinstance(cause, ray.exceptions.RayActorError):
+        node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")
+        return f"{who}its process ended{' on ' + node if node else ''} (killed, its node gone, or out of host memory)"
+    return f"{who}{type(cause).__name__}: {first_line(cause)}"
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

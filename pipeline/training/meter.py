@@ -1,0 +1,90 @@
+"""Rates between two log lines: images per second, waiting for data, MFU, memory; and the line itself."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from pipeline import hardware
+from pipeline.tracking import names
+from pipeline.training.plan import TrainPlan
+
+
+class Meter:
+    """Rates between log lines: images per second, share of time spent waiting for data, MFU, memory."""
+
+    def __init__(self, device: torch.device, train_flops: int, world: int, precision: str):
+        self.device, self.train_flops = device, train_flops
+        self.peak = hardware.peak_flops(device, precision) * world
+        self.images, self.waited = 0, 0.0
+        self.since = time.perf_counter()
+        self.rate = 0.0
+
+    def wait(self, batches: Iterator[dict]) -> dict:
+        """The next batch; the time until it is there counts as waiting for data."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def paused(self) -> "Meter":
+        """`with meter.paused():` leaves validation and snapshots out of the training time."""
+        return self
+
+    def __enter__(self) -> None:
+        self._paused = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.since += time.perf_counter() - self._paused
+
+    def read(self) -> dict[str, float]:
+        """Values since the last read."""
+        now = time.perf_counter()
+        seconds = max(now - self.since, 1e-9)
+        self.rate = self.images / seconds
+        values = {
+            names.IMAGES_PER_SECOND: self.rate,
+            names.MFU: self.rate * self.train_flops / self.peak,
+            names.DATA_WAIT: min(self.waited / seconds, 1.0),
+            names.MEMORY_GB: memory_gb(self.device),
+        }
+        self.images, self.waited, self.since = 0, 0.0, now
+        return values
+
+    def remaining(self, images: float) -> float:
+        """Seconds left for so many images at the last rate."""
+        return images / self.rate if self.rate else float("nan")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def describe_scores(scores: dict[str, float]) -> str:
+    """Validation scores as text: "top-1 97.54%  loss 0.1234"."""
+    shown = {
+        names.VAL_TOP1: "top-1 {:.2%}",
+        names.VAL_LOSS: "loss {:.4f}",
+        names.FEWSHOT_TOP1: "few-shot top-1 {:.2%}",
+        names.FEWSHOT_SECONDS: "in {:.1f} s",
+    }
+    return "  ".join(text.format(scores[name]) for name, text in shown.items() if name in scores)
+
+
+def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds: float) -> str:
+    """The line of one logging step. seconds: the time left."""
+    minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
+    hours, minutes = divmod(minutes, 60)
+    eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return (
+        f"step {step}/{plan.total}  epoch {step / plan.steps_per_epoch:.2f}  loss {metrics[names.LOSS]:.4f}  "
+        f"grad {metrics[names.GRAD_NORM]:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  "
+        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s  mfu {metrics[names.MFU]:.1%}  wait {metrics[names.DATA_WAIT]:.1%}  "
+        f"{metrics[names.MEMORY_GB]:.1f} GB  eta {eta}"
+    )

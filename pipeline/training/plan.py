@@ -1,0 +1,227 @@
+"""A config resolved against its dataset: every horizon in steps, every share in images.
+
+`make_plan` is where a run that cannot work is refused; `TrainPlan` is the same on the driver and on every worker.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.variants import parse_variant
+from pipeline import config as configuration
+from pipeline.data.format.shards import Dataset
+from pipeline.data.loading.order import check_layout, default_lanes
+from pipeline.errors import UserError
+from pipeline.training.config import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainPlan:
+    """What the workers of one run do. Intervals and lengths are in optimiser steps."""
+
+    config: PretrainConfig
+    classes: tuple[str, ...]
+    samples: int
+    channels: int
+    data_fingerprint: str
+    workers: int
+    lanes: int
+    per_worker: int
+    """Images of each worker in one step: `accumulation` micro-batches of `micro_batch` images."""
+    micro_batch: int
+    accumulation: int
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    cooldown: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of `create_model`."""
+        return model_options(self.config, len(self.classes), self.channels)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two launches the same run: everything that decides which numbers are computed."""
+        return {**self.config.identity, "lanes": self.lanes, "data": self.data_fingerprint}
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """The values that follow from the config and its dataset, for people."""
+        left_out = ("config", "classes")
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        resize = self.config.validation_resize or round(self.config.image_size * 8 / 7)
+        return {**plain, "classes": len(self.classes), "validation_resize": resize, "model": self.model_options}
+
+
+def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -> dict[str, Any]:
+    """Arguments of `create_model` for a run on so many classes."""
+    options: dict[str, Any] = {k: v for k, v in configuration.to_dict(config.model).items() if v is not None}
+    if parse_variant(config.model.variant).depth == 0:  # a ResNet has no tokens to pool, place or drop
+        options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
+    if config.loss == "masked":
+        num_classes = 0
+        options = {k: v for k, v in options.items() if k not in ("pre_logits", "head_bias")} | {"mpp": config.target}
+    if channels != 3:
+        options["channels"] = channels
+    return {"num_classes": num_classes, "image_size": config.image_size, **options}
+
+
+def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> TrainPlan:
+    """The plan of `config` on `dataset` with so many workers. Raises UserError for whatever could not work."""
+    check_values(config)
+    check_data(config, dataset)
+    batch = config.batch_size
+    lanes = config.lanes or default_lanes(batch, len(dataset))
+    check_layout(batch, lanes, workers)
+    per_worker = batch // workers
+    # With fewer workers than planned each has more images, and no more memory.
+    micro = config.engine.micro_batch or math.gcd(per_worker, batch // config.runtime.workers)
+    if micro < 1 or per_worker % micro:
+        raise UserError(
+            f"engine.micro_batch {micro} does not divide the {per_worker} images of each worker (batch_size {batch} over "
+            f"{workers} workers)"
+        )
+    steps_per_epoch = len(dataset) // lanes // (batch // lanes)
+    return TrainPlan(
+        config=config,
+        classes=tuple(dataset.classes),
+        samples=len(dataset),
+        channels=dataset.manifest.image.get("channels", 3),
+        data_fingerprint=dataset.manifest.fingerprint,
+        workers=workers,
+        lanes=lanes,
+        per_worker=per_worker,
+        micro_batch=micro,
+        accumulation=per_worker // micro,
+        steps_per_epoch=steps_per_epoch,
+        **_horizons(config, steps_per_epoch * batch),
+    )
+
+
+def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, int]:
+    """The fields of TrainPlan that are written as horizons ("7epochs") in the config, in steps."""
+    units = {"batch_size": config.batch_size, "examples_per_epoch": examples_per_epoch}
+    total = configuration.steps(config.steps, **units)
+    if total < 1:
+        raise UserError(f'steps "{config.steps}" is less than one step of {config.batch_size} images')
+
+    def steps(horizon: str) -> int:
+        return configuration.steps(horizon, **units, total_steps=total)
+
+    return {
+        "total": total,
+        "warmup": min(steps(config.schedule.warmup), total),
+        "cooldown": steps(config.schedule.cooldown),
+        "log_every": max(1, steps(config.runtime.log_every)),
+        "validate_every": max(1, steps(config.runtime.validate_every)),
+        "checkpoint_every": max(1, steps(config.runtime.checkpoint_every)),
+    }
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_values(config: PretrainConfig) -> None:
+    """What can be said of a config without its data. Raises UserError naming the field."""
+    _check_ranges(config)
+    engine, optimizer, runtime = config.engine, config.optimizer, config.runtime
+    if config.validation_resize is not None and config.validation_resize < config.image_size:
+        raise UserError(
+            f"validation_resize {config.validation_resize} is less than image_size {config.image_size}; give "
+            f"--validation-resize {round(config.image_size * 8 / 7)}, or None"
+        )
+    variant = parse_variant(config.model.variant)
+    if engine.precision == "fp16" and not runtime.gpus:
+        raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if engine.offload and engine.zero == 0:
+        raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    if optimizer.name == "muon":
+        if engine.offload or (engine.zero == 0 and engine.precision != "fp32"):
+            raise UserError(
+                "optimizer.name muon needs engine.zero 1, 2 or 3 without engine.offload (or zero 0 in fp32)"
+            )
+        if variant.depth == 0:
+            raise UserError(
+                "optimizer.name muon trains the matrices of transformer blocks, a ResNet has none; use adamw or sgd"
+            )
+    if not 0 < config.patch_keep_rate <= 1:
+        raise UserError(f"patch_keep_rate {config.patch_keep_rate} is not a share in (0, 1]")
+    if config.patch_keep_rate < 1 and variant.stem is not None:
+        raise UserError(
+            f"patch_keep_rate drops patches of pixels; {config.model.variant} sees whole images: leave it at 1"
+        )
+    if config.patch_keep_rate < 1 and config.augment.mixup:
+        raise UserError("patch_keep_rate leaves different patches of each image, mixup blends whole images: choose one")
+
+
+def _check_ranges(config: PretrainConfig) -> None:
+    """Numbers that make no sense whatever the rest: negative counts, infinite rates, shares above one."""
+    runtime, optimizer = config.runtime, config.optimizer
+    at_least = {
+        "batch_size": (config.batch_size, 1),
+        "image_size": (config.image_size, 1),
+        "shuffle_window": (config.shuffle_window, 1),
+        "spike_window": (config.spike_window, 1),
+        "seed": (config.seed, 0),
+        "workers": (runtime.workers, 1),
+        "threads": (runtime.threads, 1),
+        "keep_last": (runtime.keep_last, 1),
+        "max_failures": (runtime.max_failures, 0),
+        "stop_after_skipped": (runtime.stop_after_skipped, 1),
+        "stalled_after": (runtime.stalled_after, 0),
+        "wait_warning": (runtime.wait_warning, 0),
+        "optimizer.weight_decay": (optimizer.weight_decay, 0),
+        "optimizer.lr": (optimizer.lr, 0),
+        "optimizer.muon_lr": (optimizer.muon_lr, 0),
+        "schedule.end": (config.schedule.end, 0),
+        "fewshot.shots": (runtime.fewshot.shots, 1),
+    }
+    for field, (value, least) in at_least.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UserError(f"{field} {value} must be a number of at least {least}")
+    positive = {"cpus_per_worker": runtime.cpus_per_worker, "optimizer.clip": optimizer.clip, "spike": config.spike}
+    for field, value in positive.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{field} {value} must be a number above 0")
+    shares = {
+        "ema_decay": config.ema_decay,
+        "label_smoothing": config.label_smoothing,
+        "model.dropout": config.model.dropout,
+        "model.drop_path": config.model.drop_path,
+    }
+    for field, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{field} {value} must be at least 0 and below 1")
+    least_workers = runtime.min_workers
+    if least_workers is not None and not 1 <= least_workers <= runtime.workers:
+        raise UserError(f"min_workers {least_workers} must be between 1 and workers ({runtime.workers})")
+
+
+def check_data(config: PretrainConfig, dataset: Dataset) -> None:
+    """Whether a dataset can serve this config. Raises UserError naming the flag or what to prepare anew."""
+    uri, image, augment = config.runtime.data, dataset.manifest.image, config.augment
+    if config.loss != "masked" and not dataset.classes:
+        raise UserError(f"{uri} has no classes; train on labelled data, or with --loss masked")
+    if dataset.multilabel and config.loss == "softmax":
+        raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
+    if config.batch_size > len(dataset):
+        raise UserError(
+            f"batch_size {config.batch_size} is larger than {uri} with its {len(dataset)} images; use a smaller batch"
+        )
+    if dataset.encoding == "patches":
+        patch = parse_variant(config.model.variant).patch
+        if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
+            raise UserError(
+                f"{uri} holds {image['height']}x{image['width']} images cut into patches of {image['patch_size']}, but the "
+                f"run asks for image_size {config.image_size} and {config.model.variant}; prepare with --size and "
+                "--patch-size to match, or use encoding jpeg"
+            )
+        if augment.crop == "inception" or augment.randaug_layers:
+            raise UserError(f"{uri} is already cut into patches: only flips are possible; use --augment.crop squash")
+    elif augment.size != config.image_size:
+        raise UserError(f"augment.size {augment.size} differs from image_size {config.image_size}; give both the same")

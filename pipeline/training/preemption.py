@@ -1,0 +1,44 @@
+"""Leaving in time: workers that are told to go agree on one step, save their state there, and end.
+
+vote = PreemptionVote(is_preempted, world)
+if vote.poll(): ...save...; raise Preempted(...)       # once a step, on every worker
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+
+
+class Preempted(RuntimeError):
+    """A worker has saved its state and ends, because its node goes away or the number of workers changes."""
+
+
+class PreemptionVote:
+    """Whether any worker has been told to leave, agreed by all of them at the same step, without waiting for each other.
+
+    The question of one step is sent in the background and answered at the next: by then every worker has long asked it.
+    is_preempted: whether this worker has been told.
+    """
+
+    def __init__(self, is_preempted: Callable[[], bool], world: int):
+        self.is_preempted = is_preempted
+        # A group of its own: the checkpoint's and the training's collectives run in other threads, in other orders.
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    def poll(self) -> bool:
+        """Call it once a step, on every worker."""
+        told = self.is_preempted()
+        if self.group is None:
+            return told
+        answer = False
+        if self.asked is not None:
+            work, flag = self.asked
+            work.wait()
+            answer = bool(flag.item())
+        flag = torch.tensor([int(told)], dtype=torch.int32)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        assert work is not None
+        self.asked = work, flag
+        return answer

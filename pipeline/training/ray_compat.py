@@ -1,0 +1,93 @@
+"""Ray Train's private names, all of them: its two policies, the notice of preemption, and a trainer that takes our policies.
+
+Written against Ray 2.60.0 (`pipeline.ray_state.WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares it with the one
+that is installed and looks for every name). An import that fails here names both versions.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray
+
+from pipeline.ray_state import WRITTEN_FOR
+
+try:
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+    from ray.train.v2._internal.execution.scaling_policy import (
+        ElasticScalingPolicy,
+        NoopDecision,
+        ResizeDecision,
+        ScalingDecision,
+    )
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+    from ray.train.v2.api.preemption import PreemptionInfo
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+except ImportError as error:
+    raise ImportError(
+        f"Ray {ray.__version__}: {error}; pipeline/training/ray_compat.py was written against Ray {WRITTEN_FOR}: install that "
+        "version (constraints.txt), or adapt the file"
+    ) from error
+
+__all__ = [
+    "ControllerError",
+    "DefaultFailurePolicy",
+    "ElasticScalingPolicy",
+    "FailureConfig",
+    "FailureDecision",
+    "NoopDecision",
+    "ResizeDecision",
+    "RunConfig",
+    "ScalingConfig",
+    "ScalingDecision",
+    "Trainer",
+    "TrainingFailedError",
+    "WorkerGroupError",
+    "WorkerHealthCheckFailedError",
+    "count_failures",
+    "is_preempted",
+    "notify_workers",
+    "reset_failures",
+]
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with other policies: Ray has no public way to pass them.
+
+    scaling, failures: make the policy from its config; None keeps Ray's.
+    """
+
+    scaling: Callable[[ScalingConfig], ElasticScalingPolicy] | None = None
+    failures: Callable[[FailureConfig], DefaultFailurePolicy] | None = None
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling is not None:
+            parts["scaling_policy"] = self.scaling(cast(ScalingConfig, self.scaling_config))
+        if self.failures is not None:
+            parts["failure_policy"] = self.failures(cast(FailureConfig, self.run_config.failure_config))
+        return super()._initialize_and_run_controller(**parts)
+
+
+def is_preempted() -> Callable[[], bool]:
+    """In a worker: a function that says whether it has been told to leave. The public one is a barrier of all workers."""
+    context = get_train_context().preemption_context
+    return lambda: context.preemption_info is not None
+
+
+def notify_workers(worker_group_state: Any, seconds: float) -> None:
+    """Tells every worker of a group to leave within so many seconds, as before its node goes away."""
+    notice = PreemptionInfo(deadline_ms=int((time.time() + seconds) * 1000), preempted_node_to_ranks={})
+    for worker in worker_group_state.workers:
+        worker.actor.mark_preempt.remote(notice)
+
+
+def count_failures(policy: DefaultFailurePolicy) -> int:
+    """Failures that count against `max_failures`."""
+    return policy._worker_group_failures
+
+
+def reset_failures(policy: DefaultFailurePolicy) -> None:
+    policy._worker_group_failures = 0

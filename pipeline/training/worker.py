@@ -1,0 +1,50 @@
+"""One training worker under Ray Train: `loop.train` with its records on the way to the driver and a watchdog beside it."""
+
+import contextlib
+import logging
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline import config as configuration
+from pipeline import logs
+from pipeline.errors import UserError
+from pipeline.tracking import attach_run
+from pipeline.tracking.system import SystemMetrics
+from pipeline.training.advice import out_of_memory
+from pipeline.training.build_locks import clear_stale_locks
+from pipeline.training.config import PretrainConfig
+from pipeline.training.engine import Worker
+from pipeline.training.loop import train
+from pipeline.training.ray_compat import is_preempted
+from pipeline.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def train_worker(task: dict[str, Any]) -> dict[str, Any]:
+    """task: config (plain), run_id, tracking_uri, and records: the handle of the driver's `logs.Collector`."""
+    logs.send_to(task["records"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    config = configuration.from_dict(PretrainConfig, task["config"])
+    worker = Worker(rank=rank, world=world, device=ray.train.torch.get_device())
+    run = attach_run(task["run_id"], task["tracking_uri"], resume=True) if rank == 0 else None
+    try:
+        with contextlib.ExitStack() as stack:
+            watchdog = stack.enter_context(Watchdog(config.runtime.stalled_after, rank))
+            for path in clear_stale_locks():
+                logger.info("removed %s: whoever was building this extension has been killed", path)
+            if context.get_local_rank() == 0:
+                node = f"node-{context.get_node_rank()}"
+                stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))
+            return train(config, worker, run, is_preempted=is_preempted(), heartbeat=watchdog.heartbeat)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = out_of_memory(config, world, host=isinstance(error, MemoryError))
+        # In the first step it would happen again; later something else may have taken the memory.
+        raise (UserError if watchdog.step == watchdog.first else RuntimeError)(f"worker {rank}: {text}") from error
+    finally:
+        if run is not None:
+            run.finish()

@@ -1,0 +1,140 @@
+"""Where DeepSpeed keeps what: its private names, all of them, read in this file alone.
+
+Written against DeepSpeed 0.19.8 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares it with the one that is
+installed and looks for every name). Another version may keep the names and change their meaning: run
+tests/integration/test_engine.py and test_training.py, which compare every stage bit for bit, before changing the number.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+WRITTEN_FOR = "0.19.8"
+
+# What a loss scaler goes through (fp16): its scale, and when it moves next.
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """`flat[offset : offset + numel]` holds elements [start, start + numel) of parameter `name`, in float32."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+
+def private(owner: Any, name: str) -> Any:
+    """`owner.name`. Raises RuntimeError naming both versions when this DeepSpeed has no such name."""
+    import deepspeed
+
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}; this program was written against "
+            f"{WRITTEN_FOR}: install that version (constraints.txt), or adapt pipeline/training/zero_layout.py"
+        ) from error
+
+
+def find_fragments(optimizer: Any, module: nn.Module, stage: int, rank: int) -> Iterator[Fragment]:
+    """Where this worker's float32 parameters live inside DeepSpeed's optimiser, for every ZeRO stage."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    if stage == 0:
+        yield from _replicated(optimizer, module, names)
+    elif stage == 3:
+        yield from _partitioned_parameters(optimizer, names, rank)
+    else:
+        flats = private(optimizer, "single_partition_of_fp32_groups")
+        for flat, parameters in zip(flats, private(optimizer, "bit16_groups"), strict=True):
+            for parameter in parameters:
+                mapping = private(parameter, "_hp_mapping")
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield Fragment(names[id(parameter)], here.start, here.numel, flat, there.start)
+
+
+def _replicated(optimizer: Any, module: nn.Module, names: Mapping[int, str]) -> Iterator[Fragment]:
+    """Stage 0: every worker holds everything."""
+    pairs: Iterable[tuple[Tensor, Tensor]]
+    if hasattr(optimizer, "fp32_groups"):  # low precision, with float32 masters
+        pairs = zip(chain(*private(optimizer, "fp16_groups")), chain(*optimizer.fp32_groups), strict=True)
+    else:
+        pairs = ((parameter, parameter) for parameter in module.parameters())
+    for parameter, master in pairs:
+        yield Fragment(names[id(parameter)], 0, master.numel(), master, 0)
+
+
+def _partitioned_parameters(optimizer: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:
+    """Stage 3: each worker holds an equal share of every parameter; the last worker's share is padded."""
+    flats = private(optimizer, "fp32_partitioned_groups_flat")
+    for group, parameters in enumerate(private(optimizer, "fp16_groups")):
+        offset = 0
+        for parameter in parameters:
+            share = private(parameter, "partition_numel")()
+            start = rank * share
+            numel = max(0, min(share, private(parameter, "ds_numel") - start))
+            if numel:
+                yield Fragment(names[id(parameter)], start, numel, flats[group], offset)
+            offset += share
+
+
+def find_muon_momentum(optimizer: Any, module: nn.Module) -> Iterator[tuple[str, tuple[Tensor, int, int]]]:
+    """(parameter, (its partition, first element in that partition's momentum, elements)), under ZeRO 1 and 2.
+
+    Muon keeps the momentum of whole matrices, all that its partition touches: it orthogonalises matrices, not slices.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    flats = private(optimizer, "single_partition_of_fp32_groups")
+    for flat, parameters in zip(flats, private(optimizer, "params_in_partition"), strict=True):
+        offset = 0
+        for parameter in parameters:
+            if getattr(parameter, "use_muon", False):
+                yield names[id(parameter)], (flat, offset, parameter.numel())
+            offset += parameter.numel()
+
+
+def drop_nonfinite_gradients(optimizer: Any, stage: int) -> None:
+    """Makes the optimiser look for non-finite gradients in every precision: a bad batch must not reach the weights.
+
+    By itself stage 3 looks for them in fp16 alone.
+    """
+    if stage != 3:
+        if hasattr(optimizer, "check_grad_overflow"):
+            optimizer.check_grad_overflow = True
+        return
+    update_and_clean_up = private(optimizer, "_loss_scale_update_and_overflow_cleanup")
+    check_overflow = private(optimizer, "check_overflow")
+    private(optimizer, "_overflow_check_and_loss_scale_update")
+
+    def check(update_scale: bool = True) -> bool:
+        optimizer.overflow = False
+        check_overflow()
+        return update_and_clean_up() if update_scale else optimizer.overflow
+
+    optimizer._overflow_check_and_loss_scale_update = check
+
+
+def loss_scale(optimizer: Any) -> dict[str, float]:
+    """State of the dynamic loss scale; empty where nothing is scaled."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {name: private(scaler, name) for name in SCALER} if getattr(scaler, "dynamic", False) else {}
+
+
+def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
+    """Restores what `loss_scale` returned, where losses are scaled."""
+    for name, value in state.items() if loss_scale(optimizer) else ():
+        setattr(optimizer.loss_scaler, name, value)
+
+
+def without_compiled_collectives() -> None:
+    """On a CPU DeepSpeed would compile a shared-memory collective with the machine's C++ compiler, behind a lock that a killed
+    process never gives back. Training never calls it: gloo does the reductions."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
