@@ -1,12 +1,14 @@
 """Builders of run folders, checkpoints and configs of runs for the tests of every room."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline import logs, storage
 from pipeline.training.config import PretrainConfig, RuntimeConfig
 from pipeline.weights import checkpoints
 
@@ -42,3 +44,15 @@ def changed(config: PretrainConfig, **fields: Any) -> PretrainConfig:
 
 def pretrain_config(**fields: Any) -> PretrainConfig:
     return changed(PretrainConfig(), **fields)
+
+
+@contextlib.contextmanager
+def lines_of_log() -> Iterator[list[str]]:
+    """What is logged meanwhile, there when it ends: the message, "warning: " before that of a warning."""
+    lines: list[str] = []
+    with logs.captured() as records:
+        try:
+            yield lines
+        finally:
+            for record in records:
+                lines.append(("warning: " if record.levelname == "WARNING" else "") + record.getMessage())

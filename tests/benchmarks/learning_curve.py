@@ -26,7 +26,7 @@ SHOWN = (
     "image_size",
     "engine.precision",
     "engine.zero",
-    "keep_tokens",
+    "patch_keep_rate",
     "workers",
 )
 

@@ -40,8 +40,8 @@ def worker(rank: int, world: int, port: int, stage: int, queue) -> None:
     import torch.distributed as dist
 
     from models import create_model
-    from pipeline.training.engine import Engine
     from pipeline.training.config import EngineConfig, OptimizerConfig
+    from pipeline.training.engine import Engine
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

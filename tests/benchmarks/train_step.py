@@ -79,15 +79,18 @@ def step_function(
     labels = torch.randint(0, CLASSES, (batch_size,), generator=generator).to(device)
     torch.manual_seed(0)
     if row in ("ours", "one", "two"):
-        from pipeline.training.engine import Engine, micro_losses
         from pipeline.training.config import EngineConfig, OptimizerConfig
+        from pipeline.training.engine import Engine, micro_losses
 
         micro = min(options.micro or batch_size, batch_size)
         engine = Engine(
             create_model(variant, CLASSES, SIZE),
             OptimizerConfig(lr=1e-3, clip=1.0),
             EngineConfig(
-                zero=options.zero, precision=options.precision, compile=options.compile, activation_checkpointing=options.recompute
+                zero=options.zero,
+                precision=options.precision,
+                compile=options.compile,
+                activation_checkpointing=options.recompute,
             ),
             accumulation=batch_size // micro,
             micro_batch=micro,

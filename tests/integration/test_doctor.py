@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import free_port
 from faultproxy import FaultProxy
+from runs import changed
 
 from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
@@ -47,7 +48,6 @@ def dataset(tmp_path_factory) -> str:
 
 
 def config(dataset, output, **changes) -> PretrainConfig:
-    from dataclasses import replace
 
     return changed(RECIPES["demo"](), data=dataset, validation=None, output=str(output), **changes)
 

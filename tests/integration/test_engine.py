@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
-from pipeline.training.advice import data_wait_advice
-from pipeline.training.spikes import LossSpikeGuard
+from runs import changed, lines_of_log, pretrain_config
 from safetensors.torch import load_file
 
 from pipeline.data.format import open_dataset, write_dataset
@@ -22,8 +21,10 @@ from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.training import checkpoint, loop
 from pipeline.training import engine as engine_module
+from pipeline.training.advice import data_wait_advice
 from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.schedule import ScheduleConfig
+from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
 
 
@@ -101,10 +102,10 @@ def bad_steps(monkeypatch, factors: dict[int, float]) -> None:
 
 
 def train(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, dict, list[str], Recorded]:
-    lines: list[str] = []
     config, record = changed(config, output=str(folder)), Recorded()
-    device = torch.device("cpu")
-    result = loop.train(config, rank=0, world=1, local_rank=0, device=device, say=lines.append, run=record)  # type: ignore[arg-type]
+    worker = engine_module.Worker(rank=0, world=1, device=torch.device("cpu"))
+    with lines_of_log() as lines:
+        result = loop.train(config, worker, record)  # type: ignore[arg-type]
     return config, result, lines, record
 
 
@@ -196,7 +197,9 @@ def eager():
         yield
 
 
-@pytest.mark.parametrize("option", [{"activation_checkpointing": True}, {"offload": True}, slow({"zero": 2, "offload": True})])
+@pytest.mark.parametrize(
+    "option", [{"activation_checkpointing": True}, {"offload": True}, slow({"zero": 2, "offload": True})]
+)
 def test_recomputation_and_offload_change_no_loss(base, alone, tmp_path, option):
     _, _, plain, _ = train(changed(base, steps="4steps"), tmp_path / "plain")
     engine = replace(base.engine, **option)

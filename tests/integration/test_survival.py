@@ -23,15 +23,18 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+from runs import changed, lines_of_log, pretrain_config
 
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
-from pipeline.training import checkpoint, survival
-from pipeline.training.plan import make_plan
+from pipeline.training import build_locks, checkpoint, watchdog
+from pipeline.training.advice import out_of_memory
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.plan import make_plan
+from pipeline.training.preemption import Preempted
 from pipeline.training.run import check_run, sizes
 from pipeline.training.schedule import ScheduleConfig
 
@@ -93,7 +96,7 @@ class Job:
         raise AssertionError(f"no {pattern!r} in {timeout} s:\n{self.output}")
 
     def step(self, step: int) -> None:
-        self.until(rf"^step {step}/")
+        self.until(rf"^\S+ INFO +step {step}/")
 
     def end(self, code: int = 0, timeout: float = 600) -> str:
         assert self.process.wait(timeout) == code, self.output
@@ -304,7 +307,7 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     text = job.end()
     assert f"step-{saved:08d} on 2 workers" in text
     assert "starting again" not in text
-    steps = [int(step) for step in re.findall(r"^step (\d+)/\d+  epoch", text, re.M)]
+    steps = [int(step) for step in re.findall(r"INFO +step (\d+)/\d+  epoch", text)]
     assert steps == list(range(1, 201))  # none was done twice
     assert curve(job) == curve(undisturbed)
 
@@ -343,7 +346,7 @@ BROKEN_STEP = """
         import ray.train
         from pipeline.errors import UserError
         from pipeline.training.engine import Engine
-        from pipeline.training.loop import train_worker
+        from pipeline.training.worker import train_worker
 
         mark, rank, right, calls = {mark!r}, ray.train.get_context().get_world_rank(), Engine.train_step, []
 
@@ -386,7 +389,9 @@ def test_memory_that_others_took_for_a_while(base, reference, jobs, tmp_path):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=0, step=10, what=OUT_OF_MEMORY)
     job = Job(changed(base, output=str(tmp_path / "run")), before=before)
     jobs.append(job)
-    assert re.search(r"warning: worker 0: .*out of device memory; try .*activation-checkpointing.*; starting again", job.end())
+    assert re.search(
+        r"WARNING worker 0: .*out of device memory; try .*activation-checkpointing.*; starting again", job.end()
+    )
     assert curve(job) == reference
 
 
@@ -396,9 +401,9 @@ def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_pa
     job = Job(changed(base, output=str(tmp_path / "run"), stalled_after=30.0), before=before)
     jobs.append(job)
     text = job.end()
-    assert re.search(r"warning: worker 1 has not moved for 1[5-9] s, in step 10: .*train_step.*", text)
-    assert re.search(r"warning: worker 0 has not moved for 1[5-9] s, in step 10: ", text)
-    assert "and is ended to be started again from the last checkpoint" in text
+    assert re.search(r"WARNING worker 1 has not moved for 1[5-9] s, in step 10: .*train_step.*", text)
+    assert re.search(r"WARNING worker 0 has not moved for 1[5-9] s, in step 10: ", text)
+    assert "it is ended and restarted from the last checkpoint" in text
     assert curve(job) == reference
 
 
@@ -418,32 +423,33 @@ def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
 
 
 def test_stalled_thread_says_where_it_is_and_ends_its_process(monkeypatch):
-    lines, ended, let_go = [], threading.Event(), threading.Event()
+    codes, ended, let_go = [], threading.Event(), threading.Event()
 
     def end(code: int) -> None:
-        lines.append(f"exit {code}")
+        codes.append(code)
         ended.set()
         raise SystemExit
 
-    monkeypatch.setattr(survival.os, "_exit", end)
-    monkeypatch.setattr(survival, "SPEAK", 0.0)
+    monkeypatch.setattr(watchdog.os, "_exit", end)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.0)
 
     def work() -> None:
-        with survival.Stall(0.6, 3, lines.append) as stall:
-            stall.now("in step", 7)
+        with watchdog.Watchdog(0.6, 3) as dog:
+            dog.heartbeat("in step", 7)
             let_go.wait(60)
-            assert (stall.first, stall.step) == (7, 7)
+            assert (dog.first, dog.step) == (7, 7)
 
     thread = threading.Thread(target=work)
-    thread.start()
-    assert ended.wait(60)
-    let_go.set()
-    thread.join()
+    with lines_of_log() as lines:
+        thread.start()
+        assert ended.wait(60)
+        let_go.set()
+        thread.join()
     assert re.match(
         r"warning: worker 3 has not moved for \d+ s, in step 7: .*let_go.wait\(60\), in wait \(thread", lines[0]
     )
-    assert re.search(r"worker 3 has not moved for \d+ s, in step 7, and is ended", lines[1])
-    assert lines[2] == "exit 1"
+    assert re.search(r"worker 3 has not moved for \d+ s, in step 7: it is ended", lines[1])
+    assert codes == [1]
 
 
 def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp_path):
@@ -455,25 +461,31 @@ def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp
     code = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(600)"
     builder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     builder.stdout.readline()
-    assert survival.clear_stale_locks(str(tmp_path)) == []
+    assert build_locks.clear_stale_locks(str(tmp_path)) == []
     assert not FileBaton(str(lock)).try_acquire()
     builder.kill()
     builder.wait()
     assert lock.exists()
-    assert survival.clear_stale_locks(str(tmp_path)) == [str(lock)]
+    assert build_locks.clear_stale_locks(str(tmp_path)) == [str(lock)]
     assert FileBaton(str(lock)).try_acquire()
 
 
 def test_what_to_turn_when_memory_is_short(base):
     config = changed(base, workers=2, engine=EngineConfig(zero=1, precision="fp32"))
-    text = survival.out_of_memory(config, 2, host=False)
-    for knob in ("micro-batch 8 (now 16", "activation-checkpointing", "zero 2 with more workers", "offload", "precision bf16"):
+    text = out_of_memory(config, 2, host=False)
+    for knob in (
+        "micro-batch 8 (now 16",
+        "activation-checkpointing",
+        "zero 2 with more workers",
+        "offload",
+        "precision bf16",
+    ):
         assert knob in text
-    turned = changed(config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, activation_checkpointing=True))
-    assert survival.out_of_memory(turned, 2, host=False).endswith(
-        "try --engine.offload (optimiser states in host memory)"
+    turned = changed(
+        config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, activation_checkpointing=True)
     )
-    assert "fewer workers on a node" in survival.out_of_memory(turned, 2, host=True)
+    assert out_of_memory(turned, 2, host=False).endswith("try --engine.offload (optimiser states in host memory)")
+    assert "fewer workers on a node" in out_of_memory(turned, 2, host=True)
 
 
 def test_failures_are_told_apart(base, tmp_path):
@@ -483,11 +495,10 @@ def test_failures_are_told_apart(base, tmp_path):
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    from pipeline.training.launch import Failures
+    from pipeline.training.failures import Failures
 
-    lines: list[str] = []
     config = changed(base, output=str(tmp_path), max_failures=1)
-    policy = Failures(FailureConfig(max_failures=1), config, lines.append)
+    policy = Failures(FailureConfig(max_failures=1), config)
     collateral = RuntimeError("[pair.cc:534] gloo: Connection closed by peer")
     dead = WorkerHealthCheckFailedError("", RayActorError(error_msg="died\n\tip: 10.0.0.7\n"))
     full = WorkerHealthCheckFailedError(
@@ -495,24 +506,31 @@ def test_failures_are_told_apart(base, tmp_path):
     )
 
     def decide(*failures: Exception) -> FailureDecision:
-        return policy.make_decision(WorkerGroupError("", dict(enumerate(failures))))
+        with lines_of_log() as logged:
+            decision = policy.make_decision(WorkerGroupError("", dict(enumerate(failures))))
+        lines.extend(logged)
+        return decision
+
+    lines: list[str] = []
 
     assert decide(collateral, UserError("no such class")) == FailureDecision.RAISE
-    assert decide(survival.Leave("saved at step 3"), collateral) == FailureDecision.RETRY
-    assert decide(survival.Leave("saved at step 5"), survival.Leave("saved at step 5")) == FailureDecision.RETRY
+    assert decide(Preempted("saved at step 3"), collateral) == FailureDecision.RETRY
+    assert decide(Preempted("saved at step 5"), Preempted("saved at step 5")) == FailureDecision.RETRY
     assert lines == []
     assert decide(collateral, dead) == FailureDecision.RETRY
     assert lines[0].startswith(
         "warning: worker 1: its process ended on 10.0.0.7 (killed, its node gone, or out of host memory)"
     )
     assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
-    storage.write_json(storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}})
+    storage.write_json(
+        storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}}
+    )
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE
     lines.clear()
-    again = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3), lines.append)
-    again.make_decision(WorkerGroupError("", {0: collateral, 1: storage.StorageError("no answer")}))
-    again.make_decision(WorkerGroupError("", {0: collateral, 1: full}))
+    policy = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3))
+    decide(collateral, storage.StorageError("no answer"))
+    decide(collateral, full)
     assert lines[0] == (
         "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3 in a row)"
     )
@@ -533,13 +551,13 @@ def test_elastic_takes_what_fits_on_nodes_that_stay(monkeypatch):
     import ray
     from ray.train.v2.api.config import ScalingConfig
 
-    from pipeline.training.launch import Elastic
+    from pipeline.training.failures import Elastic
 
-    policy = Elastic(ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}), [1, 2, 4], print)
+    policy = Elastic(ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}), [1, 2, 4])
     nodes = {f"node-{i}": {"CPU": 1.0} for i in range(4)}
     gone, draining = {"node-9"}, {}
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": node not in gone} for node in nodes])
-    monkeypatch.setattr("ray._private.state.state.get_draining_nodes", lambda: draining)
+    monkeypatch.setattr("pipeline.ray_state.draining_nodes", lambda: set(draining))
     assert policy._count_possible_workers(nodes) == 4
     gone.add("node-0")
     assert policy._count_possible_workers(nodes) == 2

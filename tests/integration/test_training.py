@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
-from runs import changed, pretrain_config
+from runs import changed, lines_of_log, pretrain_config
 from safetensors.torch import load_file
 
 from models import create_model
@@ -26,8 +26,8 @@ from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
-from pipeline.training.plan import make_plan
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,14 +46,14 @@ def _worker(rank: int, world: int, port: int, jobs: list) -> None:
     from pipeline.training.loop import train
 
     for config in jobs:
-        lines: list[str] = []
-        result = train(
-            config, rank=rank, world=world, local_rank=rank, device=torch.device("cpu"), say=lines.append, run=None
-        )
+        with lines_of_log() as lines:
+            result = train(config, Worker(rank=rank, world=world, device=torch.device("cpu")))
         if rank == 0:
             steps = [line.split() for line in lines if line.startswith("step") and "loss" in line and "lr" in line]
             losses = {words[1].split("/")[0]: words[words.index("loss") + 1] for words in steps}
-            Path(config.runtime.output, "result.json").write_text(json.dumps({"losses": losses, "lines": lines, **result}))
+            Path(config.runtime.output, "result.json").write_text(
+                json.dumps({"losses": losses, "lines": lines, **result})
+            )
     torch.distributed.destroy_process_group()
 
 
@@ -202,8 +202,8 @@ def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None
 
     right = loop._batches
 
-    def batches(plan, first, rank, world):
-        for step, batch in enumerate(right(plan, first, rank, world), start=first + 1):
+    def batches(plan, first, worker):
+        for step, batch in enumerate(right(plan, first, worker), start=first + 1):
             if step == dies_at and rank == world - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             with open(Path(plan.config.runtime.output, f"keys-{world}-{rank}"), "a") as file:
@@ -255,7 +255,7 @@ def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_worker
 def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
     """Checkpoints of a small model as one worker writes them."""
     model = create_model("mu/8", num_classes=3, image_size=16, depth=1)
-    writer = checkpoint.Writer(str(run), model, keep=10, **options)
+    writer = checkpoint.Writer(str(run), model, **{"keep_last": 10, **options})
     writer.start()
     for step in steps:
         tensors = {
@@ -301,23 +301,22 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_p
     assert commit.exists()
 
 
-def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path, capsys):
+def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
     written(tmp_path, 1, 2, 3, 4)
     one, two, three, four = (Path(checkpoint.folder(str(tmp_path), step)) for step in (1, 2, 3, 4))
-    assert checkpoint.repair(str(tmp_path))
+    assert checkpoint.repair(str(tmp_path))[1]
     (four / "COMMIT.json").unlink()
     (three / "config.json").write_bytes(b"")
     (two / "COMMIT.json").write_text('{"step": 2}')
-    capsys.readouterr()
-    assert not checkpoint.repair(str(tmp_path))
-    lines = capsys.readouterr().out.splitlines()
+    lines, is_sound = checkpoint.repair(str(tmp_path))
+    assert not is_sound
     assert lines[0].startswith(f"complete     {one}: step 1, 5 files")
     assert lines[1].startswith(f"damaged      {two}: its COMMIT.json is not one of ours")
     assert lines[2].startswith(f"damaged      {three}: config.json has 0 bytes")
     assert lines[3].startswith(f"uncommitted  {four}: ")
     assert lines[4] == f"continues from {one}"
     assert four.exists()
-    assert checkpoint.repair(str(tmp_path), delete=True)
+    assert checkpoint.repair(str(tmp_path), delete=True)[1]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
     with pytest.raises(UserError, match="no checkpoints here"):
         checkpoint.repair(str(tmp_path / "elsewhere"))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from runs import changed
 
 from models import create_model
 from models.losses import training_loss

@@ -75,6 +75,3 @@ def test_the_figure_and_the_table(rows, tmp_path):
     assert "strong, ZeRO-3" in scaling.table(rows)
     with pytest.raises(UserError, match=r"is a \.png"):
         scaling.draw(rows, str(tmp_path / "scaling.pdf"))
-
-
-def test_every_gpu_that_can_be_planned_has_links():

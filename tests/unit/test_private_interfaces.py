@@ -1,0 +1,74 @@
+"""What this project takes from inside Ray and DeepSpeed, and the versions that it was written against.
+
+When one of these fails after an upgrade: read what changed behind the names, run the slow tests of tests/integration, then
+change the number in the file that the test names.
+"""
+
+import importlib
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from pipeline import ray_state
+from pipeline.training import zero_layout
+
+
+def test_ray_is_the_version_that_ray_state_and_ray_compat_were_written_against():
+    assert version("ray") == ray_state.WRITTEN_FOR, "see pipeline/ray_state.py and pipeline/training/ray_compat.py"
+
+
+def test_deepspeed_is_the_version_that_zero_layout_was_written_against():
+    assert version("deepspeed") == zero_layout.WRITTEN_FOR, "see pipeline/training/zero_layout.py"
+
+
+def test_ray_train_has_the_names_that_are_replaced():
+    from pipeline.training import ray_compat
+
+    for name in ray_compat.__all__:
+        assert hasattr(ray_compat, name)
+    trainer = ray_compat.Trainer.__mro__[1]
+    assert "_initialize_and_run_controller" in vars(trainer) or hasattr(trainer, "_initialize_and_run_controller")
+    assert hasattr(ray_compat.ElasticScalingPolicy, "_count_possible_workers")
+    policy = ray_compat.DefaultFailurePolicy(ray_compat.FailureConfig(max_failures=1))
+    assert ray_compat.count_failures(policy) == 0
+
+
+def test_ray_core_has_the_names_that_are_read():
+    state = importlib.import_module("ray._private.state").state
+    assert callable(state.available_resources_per_node)
+    assert callable(state.get_draining_nodes)
+    assert hasattr(importlib.import_module("ray._private.worker"), "global_worker")
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (
+            "deepspeed.runtime.zero.stage_1_and_2",
+            ("single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "check_grad_overflow"),
+        ),
+        (
+            "deepspeed.runtime.zero.stage3",
+            (
+                "fp32_partitioned_groups_flat",
+                "fp16_groups",
+                "_overflow_check_and_loss_scale_update",
+                "_loss_scale_update_and_overflow_cleanup",
+                "check_overflow",
+            ),
+        ),
+        ("deepspeed.runtime.zero.partition_parameters", ("partition_numel", "ds_numel")),
+        ("deepspeed.runtime.fp16.loss_scaler", zero_layout.SCALER),
+        ("deepspeed.utils.mixed_precision_linkage", ("_hp_mapping",)),
+    ],
+)
+def test_deepspeed_has_the_names_that_are_read(module, names):
+    source = inspect.getsource(importlib.import_module(module))
+    assert [name for name in names if name not in source] == []
+
+
+def test_a_deepspeed_without_such_a_name_is_named():
+    with pytest.raises(RuntimeError, match=r"has no Linear\._hp_mapping; .* written against 0\.19\.8"):
+        zero_layout.private(torch.nn.Linear(1, 1), "_hp_mapping")
