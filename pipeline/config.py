@@ -148,8 +148,8 @@ def _leave(code: int) -> typing.NoReturn:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values (tuples become lists), ready for YAML or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Plain values (tuples become lists) of a dataclass or mapping, ready for YAML or JSON."""
+    return json.loads(json.dumps(dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)))
 
 
 def to_yaml(config: Any) -> str:

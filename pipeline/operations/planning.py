@@ -22,6 +22,7 @@ from pipeline.training.config import PretrainConfig
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
+    from pipeline.training.plan import TrainPlan
 
 GB = 1e9
 
@@ -422,9 +423,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
     where it is not, the published corpus of the recipe stands in. Raises UserError for what could not work.
     """
-    from models.cost import flops
     from pipeline.data import open_dataset
-    from pipeline.hardware import peak_flops
     from pipeline.training import run
     from pipeline.training.plan import make_plan
 
@@ -441,9 +440,20 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         about = PlanConfig(
             training=training, gpus=training.runtime.workers, images=resolved.samples, classes=len(resolved.classes)
         )
-        return text + table(plan(about, recipe))
+        text += table(plan(about, recipe))
+    else:
+        text += _cost_on_cpu(resolved)
+    derived = configuration.to_yaml(resolved.derived)
+    return f"{text}\n\n# every value (a file for --config)\n{configuration.to_yaml(training)}\n# derived from them and from the data\n{derived}"
+
+
+def _cost_on_cpu(resolved: "TrainPlan") -> str:
     import torch
 
+    from models.cost import flops
+    from pipeline.hardware import peak_flops
+
+    training = resolved.config
     work = (
         3
         * flops(resolved.model_options, patch_keep_rate=training.patch_keep_rate)
@@ -451,7 +461,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         * training.batch_size
     )
     peak = peak_flops(torch.device("cpu"), training.engine.precision)
-    return text + (
+    return (
         f"  cost      {work / 1e12:,.3g} teraFLOPs: about {_hours(work / (CPU_UTILISATION * peak) / 3600)} at "
         f"{CPU_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s of this machine's matrix products"
     )

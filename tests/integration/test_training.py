@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
-from runs import changed, lines_of_log, pretrain_config
+from runs import changed, flip_bit, lines_of_log, pretrain_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models import create_model
 from models.cost import parameters
-from pipeline import storage
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
@@ -258,14 +259,19 @@ def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
     writer = checkpoint.Writer(str(run), model, **{"keep_last": 10, **options})
     writer.start()
     for step in steps:
-        tensors = {
-            f"{kind}:{name}:0": torch.full((parameter.numel(),), float(step))
-            for kind in ("param", "exp_avg", "exp_avg_sq")
-            for name, parameter in model.named_parameters()
-        }
-        writer.save(step, lambda tensors=tensors: tensors, {"metrics": {}})
+        writer.save(step, tensors_of(writer, step), {"metrics": {}})
     writer.wait()
     return writer
+
+
+def tensors_of(writer: checkpoint.Writer, value: float) -> Callable[[], dict[str, torch.Tensor]]:
+    """A snapshot that is `value` everywhere."""
+    tensors = {
+        f"{kind}:{name}:0": torch.full((shape.numel(),), float(value))
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+        for name, shape in writer.shapes.items()
+    }
+    return lambda: tensors
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
@@ -333,18 +339,59 @@ def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
     new.close()
 
 
-def test_store_that_is_away_costs_one_checkpoint(tmp_path, monkeypatch):
-    lines: list[str] = []
-    writer = written(tmp_path, 2, say=lines.append)
-    tensors = {"param:head.bias:0": torch.zeros(3)}
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        writer.save(4, lambda: tensors, {})
-        writer.save(6, lambda: tensors, {})
-        assert "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left" in lines[0]
-        with pytest.raises(storage.StorageError, match="No space left"):
-            writer.wait()
-    assert checkpoint.latest(str(tmp_path)).step == 2
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, monkeypatch, error):
+    def refuse(*arguments):
+        raise error
+
+    with lines_of_log() as lines:
+        writer = written(tmp_path, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", refuse)
+            writer.save(4, tensors_of(writer, 4), {})
+            writer.save(6, tensors_of(writer, 6), {})
+            with pytest.raises(checkpoint.NoRoom, match="No space left"):
+                writer.wait()
+        writer.save(8, tensors_of(writer, 8), {})
+        writer.wait()
+    assert "warning: a checkpoint could not be written, training goes on: " in lines[0]
+    assert checkpoint.latest(str(tmp_path)).step == 8
+
+
+def test_damaged_checkpoints_do_not_count_and_nothing_valid_goes_before_its_time(tmp_path):
+    """Once the newest ones are damaged, training goes on below them: what it saves is kept, the damaged ones go in the end."""
+    writer = written(tmp_path, 2, 10, 12, keep_last=2)
+    for step in (10, 12):
+        flip_bit(Path(checkpoint.folder(str(tmp_path), step), "model.safetensors"))
+    assert checkpoint.latest(str(tmp_path)) is None
+    resumed = written(tmp_path, 4, keep_last=2)
+    assert checkpoint.latest(str(tmp_path)).step == 4
+    resumed.save(6, tensors_of(writer, 6), {"metrics": {}})
+    resumed.wait()
+    assert [found.step for found in checkpoint.find(str(tmp_path))] == [4, 6]
+
+
+def test_damaged_checkpoint_is_written_again_when_training_reaches_its_step(tmp_path):
+    written(tmp_path, 2, 4)
+    flip_bit(Path(checkpoint.folder(str(tmp_path), 4), "model.safetensors"))
+    (Path(checkpoint.folder(str(tmp_path), 4)) / "state" / "param-00000-of-00002.safetensors").write_bytes(b"left over")
+    written(tmp_path, 4)
+    found = checkpoint.latest(str(tmp_path))
+    assert found.step == 4
+    assert len(list((Path(found.uri) / "state").iterdir())) == 3
+
+
+def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
+    old = written(tmp_path, 2)
+    written(tmp_path, 4)
+    committed = {path: path.read_bytes() for path in Path(checkpoint.folder(str(tmp_path), 4)).rglob("*.*")}
+    old.save(4, tensors_of(old, 99), {})
+    with pytest.raises(UserError, match="was taken over by another start"):
+        old.wait()
+    assert {path: path.read_bytes() for path in committed} == committed
 
 
 def test_worker_reads_only_the_files_it_needs(tmp_path, s3):

@@ -1,0 +1,123 @@
+"""Who is training in an output: a second launch into it is refused by the name of the first.
+
+    with Lease(output, "b16_imagenet"):
+        ...
+
+<run>/launch.json names the process that holds the run folder, and is renewed while it lives. A process that was killed
+holds nothing: on the same machine that is seen at once, from another one after `2 * RENEW_EVERY` seconds without renewal.
+`checkpoint.Writer` has the second line of defence: an attempt that was taken over commits nothing.
+"""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+import psutil
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+LAUNCH = "launch.json"
+RENEW_EVERY = 20.0
+SETTLE = 0.5
+"""Seconds between writing the claim and reading it again: of two launches at the same time the last writer wins."""
+
+logger = logging.getLogger(__name__)
+
+
+class Lease:
+    """Holds an output while training goes on; see the module's docstring. Raises UserError when somebody else holds it."""
+
+    def __init__(self, output: str, name: str):
+        self.output, self.uri = output, storage.join(output, LAUNCH)
+        me = psutil.Process()
+        self.mine: dict[str, Any] = {
+            "id": uuid.uuid4().hex[:12],
+            "name": name,
+            "host": socket.gethostname(),
+            "pid": me.pid,
+            "started": me.create_time(),
+        }
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        holder = self._read()
+        if holder is not None and _is_alive(holder, self.uri):
+            raise self._refusal(holder)
+        self._write()
+        time.sleep(SETTLE)
+        holder = self._read()
+        if holder is not None and holder["id"] != self.mine["id"]:
+            raise self._refusal(holder)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(5)
+        with contextlib.suppress(UserError, OSError):  # a store that is away: the lease runs out
+            holder = self._read()
+            if holder is not None and holder["id"] == self.mine["id"]:
+                storage.remove(self.uri)
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
+        return UserError(
+            f"{self.output} is being trained in by {holder['name']}, process {holder['pid']} on {holder['host']}, started "
+            f"{since}; stop that one first, or choose another --output"
+        )
+
+    def _write(self) -> None:
+        storage.write_json(self.uri, {**self.mine, "renewed": time.time()})
+
+    def _read(self) -> dict[str, Any] | None:
+        return _read_holder(self.uri)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_EVERY):
+            with contextlib.suppress(UserError, OSError):  # a store that is away: the next renewal may succeed
+                holder = self._read()
+                if holder is not None and holder["id"] == self.mine["id"]:
+                    self._write()
+
+
+def _read_holder(uri: str) -> dict[str, Any] | None:
+    """launch.json; None when there is none, or it is not one of ours (it is overwritten then)."""
+    if not storage.exists(uri):
+        return None
+    with contextlib.suppress(UserError):
+        holder = storage.read_json(uri)
+        types = {"id": str, "name": str, "host": str, "pid": int, "started": (int, float), "renewed": (int, float)}
+        if isinstance(holder, dict) and all(isinstance(holder.get(key), kind) for key, kind in types.items()):
+            return holder
+    return None
+
+
+def _is_alive(holder: dict[str, Any], uri: str) -> bool:
+    """Whether the process that wrote launch.json still runs."""
+    if holder["host"] == socket.gethostname():
+        with contextlib.suppress(psutil.Error, OverflowError):
+            return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
+        return False
+    if time.time() - holder["renewed"] > 30 * RENEW_EVERY:  # clocks of two machines may differ by minutes
+        return False
+    logger.info(
+        "%s on %s may still be running in this output; looking for %.0f s",
+        holder["name"],
+        holder["host"],
+        2 * RENEW_EVERY,
+    )
+    until = time.monotonic() + 2 * RENEW_EVERY
+    while time.monotonic() < until:
+        time.sleep(min(1.0, RENEW_EVERY / 4))
+        now = _read_holder(uri)
+        if now is None:
+            return False
+        if (now["id"], now["renewed"]) != (holder["id"], holder["renewed"]):
+            return True
+    return False

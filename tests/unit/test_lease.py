@@ -1,0 +1,69 @@
+"""A run folder has one launch at a time, whoever started it and wherever."""
+
+import json
+import time
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.training import lease
+from pipeline.training.lease import Lease
+
+
+def written(path, **changes):
+    holder = {**Lease(str(path), "first").mine, "renewed": time.time(), **changes}
+    storage.write_json(str(path / lease.LAUNCH), holder)
+
+
+def test_second_launch_is_refused_by_the_name_of_the_first(tmp_path):
+    with Lease(str(tmp_path), "b16"):
+        with pytest.raises(UserError, match=r"is being trained in by b16, process \d+ on .*; stop that one first"):
+            Lease(str(tmp_path), "other").__enter__()
+    assert not (tmp_path / lease.LAUNCH).exists()
+    with Lease(str(tmp_path), "other"):
+        assert json.loads((tmp_path / lease.LAUNCH).read_text())["name"] == "other"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pid": 2**22 + 1}, {"started": 1.0}, {"host": "elsewhere", "renewed": 1.0}, {"pid": "many"}, {"id": None}],
+    ids=["process gone", "number used again", "not renewed for long", "no number", "no id"],
+)
+def test_launch_that_ended_holds_nothing(tmp_path, changes):
+    written(tmp_path, **changes)
+    with Lease(str(tmp_path), "next"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '"x"'])
+def test_launch_json_of_any_content_is_replaced(tmp_path, text):
+    (tmp_path / lease.LAUNCH).write_text(text)
+    with Lease(str(tmp_path), "next"):
+        assert json.loads((tmp_path / lease.LAUNCH).read_text())["name"] == "next"
+
+
+@pytest.mark.parametrize("renews", [True, False])
+def test_launch_on_another_machine_is_alive_while_it_renews(tmp_path, monkeypatch, renews):
+    monkeypatch.setattr(lease, "RENEW_EVERY", 0.2)
+    written(tmp_path, host="elsewhere")
+    looks = lease.time.sleep
+
+    def sleep(seconds):
+        looks(seconds)
+        if renews:
+            written(tmp_path, host="elsewhere", renewed=time.time() + 1)
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    if renews:
+        with pytest.raises(UserError, match="on elsewhere"):
+            Lease(str(tmp_path), "next").__enter__()
+    else:
+        with Lease(str(tmp_path), "next"):
+            pass
+
+
+def test_of_two_launches_at_once_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: written(tmp_path))
+    with pytest.raises(UserError, match="by first"):
+        Lease(str(tmp_path), "second").__enter__()
