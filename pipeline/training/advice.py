@@ -1,7 +1,7 @@
 """Which settings help a run that is short of memory or waits for its data."""
 
 from pipeline import storage
-from pipeline.data.format.shards import Dataset
+from pipeline.data.format import Dataset
 from pipeline.training.config import PretrainConfig
 
 

@@ -92,7 +92,14 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
         return None
     with contextlib.suppress(UserError):
         holder = storage.read_json(uri)
-        types = {"id": str, "name": str, "host": str, "pid": int, "started": (int, float), "renewed": (int, float)}
+        types: dict[str, Any] = {
+            "id": str,
+            "name": str,
+            "host": str,
+            "pid": int,
+            "started": (int, float),
+            "renewed": (int, float),
+        }
         if isinstance(holder, dict) and all(isinstance(holder.get(key), kind) for key, kind in types.items()):
             return holder
     return None

@@ -10,7 +10,7 @@ from typing import Any
 
 from models.variants import parse_variant
 from pipeline import config as configuration
-from pipeline.data.format.shards import Dataset
+from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.errors import UserError
 from pipeline.training.config import PretrainConfig

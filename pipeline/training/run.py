@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names, registry
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
+from pipeline.training.lease import LAUNCH, Lease
 from pipeline.training.plan import TrainPlan, check_values, make_plan
 from pipeline.training.validation import check_fewshot, check_validation
 from pipeline.weights import load_weights
@@ -37,7 +38,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     (`cluster.configure` says how) before everything is checked. Raises UserError when the data, the batch, the workers or
     the output folder do not fit; JobFailed when training failed for good.
     """
-    from pipeline.training.launch import check_room, launch  # Ray Train takes seconds to import: after the checks
+    from pipeline.training.launch import check_room  # Ray Train takes seconds to import
 
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
@@ -51,6 +52,16 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         return _finished(config, newest, record.get("run_id"))
     cluster.connect()
     check_room(config, sizes(plan)[0])
+    with Lease(output, config.runtime.name or recipe or config.model.variant):
+        result = _train(plan, record, recipe)
+    return {**result, "registered": _register(config, result["run_id"])}
+
+
+def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[str, Any]:
+    """Launches the workers, between the start and the end of the MLflow run. record: run.json, of a run that continues."""
+    from pipeline.training.launch import launch
+
+    config, output = plan.config, plan.config.runtime.output
     record = record or _claim(plan, output)
     run = tracking.start_run(
         names.PRETRAIN,
@@ -78,7 +89,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         raise
     finally:
         run.finish(status)
-    return {**result, "run_id": run.id, "seconds": seconds, "registered": _register(config, run.id)}
+    return {**result, "run_id": run.id, "seconds": seconds}
 
 
 def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, run_id: str | None) -> dict[str, Any]:
@@ -151,7 +162,8 @@ def check_run(config: PretrainConfig) -> TrainPlan:
     if config.runtime.fewshot.train:
         check_fewshot(config)
     output = storage.normalise(config.runtime.output)
-    if not storage.exists(storage.join(output, "run.json")) and storage.list_files(output, recursive=False):
+    present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
+    if present and "run.json" not in present:
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
     return plan
 
