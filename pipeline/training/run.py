@@ -71,9 +71,8 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         run_id=record.get("run_id"),
         tracking_uri=tracking.resolve_tracking_uri(config.runtime.tracking_uri),
     )
-    status = "FAILED"
     start = time.perf_counter()
-    try:
+    with run:  # its status, and the reason when it is stopped or fails
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
         run.log_dataset(config.runtime.data, _about_data(config.runtime.data), role="train")
@@ -83,12 +82,6 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
         run.log_energy()
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        run.finish(status)
     return {**result, "run_id": run.id, "seconds": seconds}
 
 

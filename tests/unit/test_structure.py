@@ -33,9 +33,7 @@ FORBIDDEN = {
     "pipeline/transfer": ("operations",),
     "pipeline/tracking": ("training", "transfer", "vtab", "operations"),
 }
-CIRCLES_LEFT = (
-    {"pipeline.data.prepare", "pipeline.data.prepare.mix"},
-)
+CIRCLES_LEFT = ({"pipeline.data.prepare", "pipeline.data.prepare.mix"},)
 
 
 def place(path: Path) -> str:
