@@ -17,14 +17,21 @@ from pipeline.data.loading.augment import decode
 SIDE = 64  # pictures are compared at 64x64, or at 32x32 when either is smaller than 64
 BLOCKS = 4  # blocks to a side
 STEPS = 60  # of the alignment, at most
-# Chosen on half of the photographs of docs/decontamination.md, and measured on the other half.
-LEAST_OVERLAP, LEAST_DETAIL, LEAST_WORST, MOST_COLOUR = 0.6, 0.6, 0.15, 14.0
+# Chosen on half of the photographs of docs/decontamination.md, and measured on the other half: the least correlation of detail,
+# and that in the worst block but one. Pictures of 32x32 have less detail to differ in.
+LEAST_DETAIL = {SIDE: 0.75, SIDE // 2: 0.8}
+LEAST_WORST = {SIDE: 0.45, SIDE // 2: 0.5}
+LEAST_OVERLAP, MOST_COLOUR = 0.6, 14.0
 
 
 class Agreement(NamedTuple):
-    """How far two aligned pictures agree. `overlap`: part of the second that lies in the first; `detail`: correlation of the
-    fine structure; `worst`: correlation in the block that agrees least but one; `colour`: mean difference of chroma, of 255."""
+    """How far two aligned pictures agree, compared at `side` x `side`.
 
+    overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the same in
+    the block that agrees least but one. colour: mean difference of chroma, of 255.
+    """
+
+    side: int
     overlap: float
     detail: float
     worst: float
@@ -35,8 +42,8 @@ class Agreement(NamedTuple):
         """Whether the two show the same photograph."""
         return (
             self.overlap >= LEAST_OVERLAP
-            and self.detail >= LEAST_DETAIL
-            and self.worst >= LEAST_WORST
+            and self.detail >= LEAST_DETAIL[self.side]
+            and self.worst >= LEAST_WORST[self.side]
             and self.colour <= MOST_COLOUR
         )
 
@@ -91,15 +98,15 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
         # `warp` maps places of b to places of a
         _, warp = cv2.findTransformECC(grey_b, grey_a, warp, cv2.MOTION_AFFINE, stop, everywhere, 3)
     except cv2.error:  # the search for an alignment diverges
-        return Agreement(0.0, 0.0, 0.0, 255.0)
+        return Agreement(side, 0.0, 0.0, 0.0, 255.0)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     aligned: Any = cv2.warpAffine(a, warp, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     inside = cv2.warpAffine(np.ones((side, side), np.float32), warp, (side, side), flags=flags) > 0.99
     overlap = float(inside.mean())
     if overlap < 0.3:
-        return Agreement(overlap, 0.0, 0.0, 255.0)
+        return Agreement(side, overlap, 0.0, 0.0, 255.0)
     detail, worst = _structure(aligned, b, inside)
-    return Agreement(overlap, detail, worst, _colour(aligned, b, inside))
+    return Agreement(side, overlap, detail, worst, _colour(aligned, b, inside))
 
 
 def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
