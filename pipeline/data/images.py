@@ -45,6 +45,11 @@ class Picture(NamedTuple):
     intact: bool
 
 
+def is_image_data(data: bytes) -> bool:
+    """Whether a file begins as the common image formats do."""
+    return data.startswith(MAGIC)
+
+
 def decode(data: bytes, max_pixels: int) -> Picture:
     """Decodes an image file of any format that Pillow reads, first frame of an animation.
 

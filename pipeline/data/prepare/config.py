@@ -14,6 +14,7 @@ from pipeline.data.images import Fit
 from pipeline.errors import UserError
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
+FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that take the splits of the source
 DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
 
 
@@ -28,7 +29,15 @@ class PrepareConfig:
     format: str = "auto"
     """What the sources are: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
     labels: str | None = None
-    """Table of file names and labels (CSV, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
+    """Table of file names and labels (CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
+    label_column: str | None = None
+    """Column of labels, in tables and Parquet sources."""
+    file_column: str | None = None
+    """Column of file names, in tables."""
+    split_column: str | None = None
+    """Column of splits, in tables and Parquet sources."""
+    class_level: int | None = None
+    """Which folder names the class: 1 is the first below the source. Found by itself as a rule."""
     label_map: str | None = None
     """Class names in index order (text or JSON list), or a JSON object that renames them; others are refused."""
     include: str | None = None
@@ -48,7 +57,8 @@ class PrepareConfig:
     fit: Fit = "crop"
     """How patches become square: centre crop of the resized image, or squash."""
     splits: tuple[str, ...] = ()
-    """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name."""
+    """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name. from-source: those that the source has
+    (train/ and val/ folders, train-*.parquet, a split column). merge: one dataset of them all."""
     shuffle: bool = True
     """Mix the images over all shards: listed folders as they are read, archives as `--mix` says."""
     mix: Literal["auto", "always", "never"] = "auto"
@@ -130,6 +140,8 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
         raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {shards.MOST_ROW_GROUP_BYTES}")
     if config.quality > 100:
         raise UserError(f"--quality {config.quality}: at most 100")
+    if config.class_level is not None and config.class_level < 1:
+        raise UserError(f"--class-level {config.class_level}: at least 1")
     if config.sample is not None and config.sample < 1:
         raise UserError(f"--sample {config.sample}: at least 1")
     if not 0 <= config.distance < BITS // 4:
@@ -155,7 +167,7 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
 
 def parse_splits(splits: Sequence[str]) -> dict[str, float]:
     """("train=0.9", "test=0.1") as fractions of one. Raises UserError unless they add up to 1."""
-    if not splits:
+    if not splits or tuple(splits) in (FROM_SOURCE, MERGE):
         return {"": 1.0}
     fractions: dict[str, float] = {}
     for text in splits:
@@ -169,6 +181,25 @@ def parse_splits(splits: Sequence[str]) -> dict[str, float]:
     if len(fractions) != len(splits) or not abs(sum(fractions.values()) - 1) <= 1e-6:
         raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
     return fractions
+
+
+def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, float]:
+    """{split: fraction} of the dataset, given the splits that the sources have; fractions are 0 when the source decides.
+
+    Raises UserError when splits of the source would be merged and nobody asked for it, or when there is none to take.
+    """
+    if config.splits == FROM_SOURCE:
+        if not found:
+            raise UserError(
+                "--splits from-source: the source has no splits (train/ and val/ folders, files named train-..., a split column)"
+            )
+        return dict.fromkeys(found, 0.0)
+    if len(found) > 1 and config.splits != MERGE:
+        raise UserError(
+            f"{config.source[0]}: has the splits {', '.join(found)}, which would become one dataset; --splits from-source keeps "
+            f"them apart, --splits merge joins them, --source {config.source[0]}/{found[0]} or --include takes one"
+        )
+    return parse_splits(config.splits)
 
 
 def identity(config: PrepareConfig) -> dict[str, Any]:

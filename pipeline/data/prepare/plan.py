@@ -23,7 +23,7 @@ from pipeline.data import format as shards
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import Manifest, Receipt, ShardWriter
-from pipeline.data.prepare.config import WORK, PrepareConfig, identity, parse_splits
+from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity, parse_splits, resolve_splits
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
 from pipeline.workqueue import Receipts
@@ -47,7 +47,7 @@ class PreparePlan:
     config: PrepareConfig
     sources: list[Source]
     labels: Labels
-    splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits
+    splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits; fractions 0 when the source decides
     slices: list[SourceSlice]
     input_fingerprint: str
     work: str  # URI of the folder of receipts
@@ -59,6 +59,11 @@ class PreparePlan:
         if c.encoding == "jpeg":
             return {"size": c.size, "quality": c.quality}
         return {"height": c.size, "width": c.size, "patch_size": c.patch_size, "channels": 3, "fit": c.fit}
+
+    @property
+    def source_decides(self) -> bool:
+        """Whether the splits are those of the source."""
+        return not any(self.splits.values())
 
     @property
     def receipts(self) -> Receipts:
@@ -141,7 +146,11 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         include=config.include,
         need_names=not config.unlabelled and not isinstance(label_map, list),
         unit_bytes=config.unit_bytes,
+        columns=sources.Columns(file=config.file_column, label=config.label_column, split=config.split_column),
+        class_level=config.class_level,
+        unlabelled=config.unlabelled,
     )
+    splits = resolve_splits(config, sorted({split for source in found for split in source.splits}))
     labels = sources.make_labels(found, label_map, config.unlabelled)
     fingerprint = fingerprint_input(found, labels)
     rng = np.random.Generator(np.random.Philox(config.seed))
@@ -151,7 +160,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         config=config,
         sources=found,
         labels=labels,
-        splits=parse_splits(config.splits),
+        splits=splits,
         slices=cut_slices(found, config),
         input_fingerprint=fingerprint,
         work=storage.join(config.output, WORK),
@@ -162,7 +171,9 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
     """16 hex characters of all listings (paths, sizes, labels) and the class names."""
     digest = hashlib.sha256()
     for source in found:
-        digest.update(json.dumps([source.uri, source.kind, source.table], sort_keys=True).encode())
+        digest.update(
+            json.dumps([source.uri, source.kind, source.table.labels, source.table.splits], sort_keys=True).encode()
+        )
         pieces = source.pieces
         if not source.listed:
             pieces = pieces.sort_by([("path", "ascending"), ("start", "ascending")])
@@ -208,7 +219,12 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
     Raises UserError when the output holds other files.
     """
     done = {}
-    splits = parse_splits(config.splits)
+    splits = list(parse_splits(config.splits))
+    if config.splits == FROM_SOURCE:
+        files = storage.list_files(config.output)
+        splits = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{shards.MANIFEST}")) or splits
+        if storage.exists(storage.join(config.output, WORK, "plan.json")):
+            return None
     for name in splits:
         uri = storage.join(config.output, name) if name else config.output
         if storage.exists(storage.join(uri, shards.MANIFEST)):

@@ -68,9 +68,11 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
         for item in _items(number, plan):
-            split = names[0] if len(names) == 1 else names[_split_of(item.key, thresholds)]
+            split = _split_of_item(item, plan, thresholds)
             counts.inputs[split] += 1
             try:
+                if item.split is None and plan.source_decides:
+                    raise Refused("no split")
                 _prepare_item(item, split, plan, counts, writers[split])
             except Refused as refused:
                 counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
@@ -145,6 +147,14 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
     if config.encoding == "jpeg":
         return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality)
     return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)
+
+
+def _split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> str:
+    """The split of an input; an input that a source with splits puts in none counts for the first."""
+    names = list(plan.splits)
+    if plan.source_decides:
+        return item.split if item.split in plan.splits else names[0]
+    return names[0] if len(names) == 1 else names[_split_of(item.key, thresholds)]
 
 
 def _split_of(key: str, thresholds: list[float]) -> int:

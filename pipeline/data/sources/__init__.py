@@ -19,13 +19,15 @@ from pipeline.data.sources.items import PIECES, Item, ScanOptions, Source, Sourc
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
 from pipeline.data.sources.prefetch import prefetched
-from pipeline.data.sources.tables import read_label_table
+from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 
 __all__ = [
     "FORMATS",
     "PIECES",
     "SPILL_ROWS",
+    "Columns",
     "Item",
+    "LabelTable",
     "Labels",
     "ScanOptions",
     "Source",

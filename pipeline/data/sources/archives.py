@@ -10,15 +10,18 @@ import pyarrow as pa
 
 from pipeline import storage, workqueue
 from pipeline.data.sources.items import PIECES, Item, ScanOptions, Source
+from pipeline.data.sources.layout import splits_of_files
 from pipeline.errors import UserError
+
+Piece = tuple[str, int, int, int, list[str] | None]
 
 
 @dataclass(kw_only=True, slots=True)
 class FileScan:
     """What one archive holds."""
 
-    pieces: list[tuple[str, int, int, int, list[str] | None]]
-    """Rows of schema PIECES."""
+    pieces: list[Piece]
+    """Rows of schema PIECES, without the split."""
     names: Iterable[str] = ()
     """Its label names."""
     ordered_names: tuple[str, ...] = ()
@@ -28,6 +31,8 @@ class FileScan:
     """Of the archive, or of each archive in it: the names of the first members, to recognise repeated numbering."""
     problem: str = ""
     """Why it could not be read to its end."""
+    splits: Iterable[str] = ()
+    """The splits that its rows or members are in."""
 
 
 ScanFile = Callable[[str, str, int, ScanOptions], FileScan]
@@ -47,9 +52,13 @@ def scan_archives(
         for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
     ]
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
-    columns = list(zip(*(row for scan in found for row in scan.pieces), strict=True)) or [()] * len(PIECES)
+    by_file = splits_of_files(files["path"].to_pylist())
+    rows = [(*row, by_file.get(row[0])) for scan in found for row in scan.pieces]
+    columns = list(zip(*rows, strict=True)) or [()] * len(PIECES)
     pieces = pa.table([pa.array(c, f.type) for c, f in zip(columns, PIECES, strict=True)], schema=PIECES)
-    names = {name for scan in found for name in scan.names} | {n for labels in options.table.values() for n in labels}
+    names = {name for scan in found for name in scan.names} | {
+        n for labels in options.table.labels.values() for n in labels
+    }
     ordered = {scan.ordered_names for scan in found if scan.ordered_names}
     first_members = [names for scan in found for names in scan.first_members if names]
     return Source(
@@ -58,11 +67,15 @@ def scan_archives(
         pieces=pieces,
         names=frozenset(names) if names or options.need_names else None,
         ordered_names=ordered.pop() if len(ordered) == 1 else None,
-        multilabel=options.multilabel or any(scan.multilabel for scan in found),
+        multilabel=options.table.multilabel or any(scan.multilabel for scan in found),
         table=options.table,
         by_archive=len(set(first_members)) < len(first_members),
         problem=next((scan.problem for scan in found if scan.problem), ""),
         prefix=options.prefix,
+        splits=tuple(
+            sorted({*by_file.values(), *options.table.splits.values(), *(s for x in found for s in x.splits)})
+        ),
+        columns=options.columns,
     )
 
 
@@ -71,14 +84,14 @@ def _scan(job: tuple[ScanFile, str, str, int, ScanOptions]) -> FileScan:
     return scan_file(uri, path, size, options)
 
 
-def whole(path: str, size: int) -> list[tuple[str, int, int, int, list[str] | None]]:
+def whole(path: str, size: int) -> list[Piece]:
     """A file as one piece."""
     return [(path, size, 0, -1, None)]
 
 
 def names_wanted(options: ScanOptions) -> bool:
     """Whether the labels in the archives matter: not when the user gave a table."""
-    return options.need_names and not options.table
+    return options.need_names and not options.table.labels
 
 
 def read_archives(
@@ -93,7 +106,7 @@ def read_archives(
             archive = re.sub(r"(?i)\.(tar|tar\.gz|tgz)$", "", name)
             prefix += f"{piece['labels'][0] if piece['labels'] else archive}/"
         for item in read_piece(uri, name, piece, source):
-            yield item._replace(key=prefix + item.key)
+            yield item._replace(key=prefix + item.key, split=item.split or piece["split"])
 
 
 def included(items: Iterator[Item], include: str | None) -> Iterator[Item]:

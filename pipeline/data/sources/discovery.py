@@ -14,7 +14,7 @@ from pipeline.data.sources import cifar, folder, parquet, tar, tfrecord
 from pipeline.data.sources.archives import included
 from pipeline.data.sources.items import Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.listing import list_source
-from pipeline.data.sources.tables import read_label_table
+from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
 # One module for each format; a new format is a module with NAME, matches, scan and read, and a place here. The format that
@@ -38,17 +38,22 @@ def discover(
     include: str | None = None,
     need_names: bool = True,
     unit_bytes: int = 1 << 30,
+    columns: Columns | None = None,
+    class_level: int | None = None,
+    unlabelled: bool = False,
 ) -> list[Source]:
     """Scans the sources: their formats, pieces and label names. Archives are scanned by Ray tasks.
 
     labels: a label table for all of them. include: a glob over keys. need_names: False saves opening archives that are no
-    larger than `unit_bytes`. Raises UserError for a source that is missing, empty, unreadable or ambiguous.
+    larger than `unit_bytes`. columns: what the user named in tables and Parquet files. class_level: which folder names the
+    class, 1 the first. unlabelled: images are wanted without labels. Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
         raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
     uris = [storage.normalise(uri) for uri in uris]
     bases = [os.path.splitext(uri.rpartition("/")[2])[0] for uri in uris]
-    table, multilabel = read_label_table(labels) if labels else ({}, False)
+    columns = columns or Columns()
+    table = read_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
     sources = []
     for i, uri in enumerate(uris):
         prefix = "" if len(uris) == 1 else bases[i] + (f"-{i}" if bases.count(bases[i]) > 1 else "") + "/"
@@ -58,7 +63,9 @@ def discover(
         found = _recognise(uri, files) if format == "auto" else formats()[format]
         options = ScanOptions(
             table=table,
-            multilabel=multilabel,
+            columns=columns,
+            class_level=class_level,
+            unlabelled=unlabelled,
             include=include,
             need_names=need_names,
             unit_bytes=unit_bytes,

@@ -1,18 +1,18 @@
 """Folders of image files: the class is the first folder, or a label table says it."""
 
 import fnmatch
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.data.images import Refused
+from pipeline.data.images import Refused, is_image_data
 from pipeline.data.sources import items, listing
 from pipeline.data.sources.items import (
     IMAGE_NAMES,
@@ -23,14 +23,17 @@ from pipeline.data.sources.items import (
     pieces_of_files,
     too_large,
 )
-from pipeline.data.sources.tables import lookup, read_label_table
-from pipeline.errors import UserError
+from pipeline.data.sources.layout import WORDNET, Layout, find_layout, folders_of
+from pipeline.data.sources.tables import LabelTable, NoLabelColumn, merged, read_label_table
+from pipeline.errors import UserError, nearest
 
 NAME = "folder"
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
-TABLE_FILE = re.compile(r"(?i)(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)")  # found by themselves in a folder
+TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for the folder they lie in
+    r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv)"
+)
 REQUESTS = 64  # objects of a store that are fetched at a time
 ATTEMPTS = 5
+logger = logging.getLogger(__name__)
 
 
 def matches(path: str) -> bool:
@@ -40,67 +43,122 @@ def matches(path: str) -> bool:
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     """Every file is a piece. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
-    table, multilabel = options.table, options.multilabel
-    if not table:
-        beside = [path for path in files["path"].to_pylist() if TABLE_FILE.fullmatch(path)]
-        if beside:
-            table, multilabel = read_label_table(storage.join(uri, beside[0]))
-            files = files.filter(pc.invert(pc.is_in(files["path"], pa.array(beside, pa.large_string()))))
+    files, table, folders = _tables(uri, files, options)
     if options.include:
         keep = [fnmatch.fnmatch(options.prefix + path.as_py(), options.include) for path in files["path"]]
         files = files.filter(pa.array(keep, pa.bool_()))
         if not files.num_rows:
             raise UserError(f"{uri}: nothing matches --include {options.include!r}")
-    pieces, names = _labelled_by_table(files, table) if table else _labelled_by_folder(uri, files)
+    layout = _layout(uri, files, table, options)
+    by_folder = not table.labels
+    if table and folders is None:  # a table for everything
+        pieces, names = _labelled_by_table(uri, files, table, layout)
+    else:
+        pieces, names = _labelled_by_folder(files, layout, table, folders or [])
+        by_folder = True
+    splits = tuple(sorted(set(pc.unique(pieces["split"]).drop_null().to_pylist())))
     return Source(
         uri=uri,
         kind=NAME,
         prefix=options.prefix,
         pieces=pieces,
         names=frozenset(names),
-        multilabel=multilabel,
-        by_folder=not table,
+        multilabel=table.multilabel,
+        by_folder=by_folder,
+        splits=splits,
     )
 
 
-def _labelled_by_table(files: pa.Table, table: dict[str, list[str]]) -> tuple[pa.Table, set[str]]:
-    """Pieces and label names. Files that only the table knows become pieces too, so that they are counted as missing."""
+def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, LabelTable, list[str] | None]:
+    """The files that are no tables, the labels, and the folders that tables were found in (None: the table is for all)."""
+    if options.table:
+        return files, options.table, None
+    named = pc.match_substring_regex(files["path"], r"(?i)(?:labels|metadata|annotations|solution)\.[a-z]+$")
+    found = [m for path in files.filter(named)["path"].to_pylist() if (m := TABLE_FILE.fullmatch(path))]
+    if not found:
+        return files, options.table, []
+    beside = pa.array([match[0] for match in found], pa.large_string())
+    files = files.filter(pc.invert(pc.is_in(files["path"], beside)))
+    tables: dict[str, LabelTable] = {}
+    for match in found:
+        folder = match["folder"] or ""
+        if folder in tables:
+            continue
+        try:
+            table = read_label_table(storage.join(uri, match[0]), options.columns, need_labels=not options.unlabelled)
+        except NoLabelColumn as error:
+            if "perhaps" in str(error):  # there may be labels under another name
+                raise
+            logger.warning("%s; the table is ignored", error)
+            continue
+        tables[folder] = table.below(folder)
+    whole = "" in tables
+    return files, merged(tables.values()), None if whole else sorted(tables)
+
+
+def _layout(uri: str, files: pa.Table, table: LabelTable, options: ScanOptions) -> Layout:
+    """Where the images' folders name splits and classes."""
+    folders: set[tuple[str, ...]] = set()
+    for batch in listing.in_batches(files):
+        folders.update({tuple(folders_of(path)) for path in batch["path"].to_pylist() if matches(path)})
+    layout = find_layout(folders, None if options.class_level is None else options.class_level - 1)
+    if layout.class_level and not table.labels and options.class_level is None:
+        example = next(iter(sorted(folders)))
+        logger.info(
+            "%s: the classes are the folders at level %d, such as %s; --class-level chooses another",
+            uri,
+            layout.class_level + 1,
+            "/".join(example[: layout.class_level + 1]),
+        )
+    return layout
+
+
+def _labelled_by_table(uri: str, files: pa.Table, table: LabelTable, layout: Layout) -> tuple[pa.Table, set[str]]:
+    """Pieces and label names. Rows of the table without a file become pieces too, so that they are counted as missing."""
     paths = files["path"].to_pylist()
-    labels = [lookup(table, path) for path in paths]
-    known = {name for path in paths for name in (path, path.rpartition("/")[2])}
-    known |= {os.path.splitext(name)[0] for name in known}
-    absent = sorted(set(table) - known)
+    rows = [table.find(path) for path in paths]
+    labels = [None if row is None else table.labels.get(row) for row in rows]
+    splits = [
+        table.splits.get(row or "") or layout.split(folders_of(path)) for row, path in zip(rows, paths, strict=True)
+    ]
+    absent = sorted(set(table.labels) - set(rows))
+    if table.labels and all(row is None for row in rows):
+        raise UserError(
+            f"{uri}: no file is named in the label table; it has {absent[0]!r}{nearest(absent[0], paths)}, the source has "
+            f"{paths[0]!r}"
+        )
     files = pa.concat_tables([files, pa.table({"path": absent, "size": [0] * len(absent)}, schema=files.schema)])
-    labels += [table[name] for name in absent]
+    labels += [table.labels[name] for name in absent]
+    splits += [table.splits.get(name) for name in absent]
     names = {name for label in labels if label for name in label}
-    return pieces_of_files(files, pa.array(labels, PIECES.field("labels").type)), names
+    label_type = PIECES.field("labels").type
+    return pieces_of_files(files, pa.array(labels, label_type), pa.array(splits, pa.string())), names
 
 
-def _labelled_by_folder(uri: str, files: pa.Table) -> tuple[pa.Table, set[str]]:
-    """Pieces and label names: the first folder, or the WordNet id that the name of a file at the top begins with."""
-    folders: set[str] = set()
+def _labelled_by_folder(
+    files: pa.Table, layout: Layout, table: LabelTable, tables: list[str]
+) -> tuple[pa.Table, set[str]]:
+    """Pieces and label names: of the class folder, or the WordNet id that the name of a file at the top begins with. Files
+    below the folders in `tables` have the labels of `table`."""
     names: set[str] = set()
-    deep = False
+
+    def label_of(path: str, folders: list[str]) -> list[str] | None:
+        if any(path.startswith(f"{folder}/") for folder in tables):
+            return table.lookup(path)
+        label = layout.label(folders)
+        if label is None and not folders and (wordnet := WORDNET.match(path)):
+            label = wordnet[1]
+        return None if label is None else [label]
 
     def labelled(part: pa.Table) -> pa.Table:
-        nonlocal deep
-        folder = pc.struct_field(pc.extract_regex(part["path"], r"(?s)^(?P<folder>[^/]*)/"), "folder")
-        wordnet = pc.struct_field(pc.extract_regex(part["path"], r"(?s)^(?P<id>n\d{8})(?:[^0-9].*)?$"), "id")
-        label = pc.coalesce(folder, wordnet).cast(pa.string()).combine_chunks()
-        folders.update(pc.unique(folder).drop_null().to_pylist())
-        names.update(pc.unique(label).drop_null().to_pylist())
-        deep |= bool(pc.any(pc.greater(pc.count_substring(part["path"], "/"), 1)).as_py())
-        offsets = np.cumsum(np.append(0, label.is_valid())).astype(np.int32)
-        lists = pa.ListArray.from_arrays(pa.array(offsets), label.drop_null(), mask=label.is_null())
-        return pieces_of_files(part, lists)
+        paths = part["path"].to_pylist()
+        folders = [folders_of(path) for path in paths]
+        labels = [label_of(path, inside) for path, inside in zip(paths, folders, strict=True)]
+        names.update(name for label in labels for name in label or ())
+        splits = pa.array([layout.split(inside) for inside in folders], pa.string())
+        return pieces_of_files(part, pa.array(labels, PIECES.field("labels").type), splits)
 
-    pieces = listing.spilled(map(labelled, listing.in_batches(files)), PIECES)
-    if folders and {f.lower() for f in folders} <= SPLIT_FOLDERS and deep:
-        raise UserError(
-            f"{uri}: its folders ({', '.join(sorted(folders))}) are splits, not classes; name one: "
-            f"--source {uri}/{min(folders)}"
-        )
-    return pieces, names
+    return listing.spilled(map(labelled, listing.in_batches(files)), PIECES), names
 
 
 # ---------------------------------------------------------------- reading
@@ -115,16 +173,19 @@ def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
         for row in rows:
             path, names = row["path"], row["labels"]
             key, where = source.prefix + path, storage.join(source.uri, path)
+            item = Item(key, where, b"", names, split=row["split"])
             if row["size"] > items.MAX_FILE_BYTES:
-                yield Item(key, where, b"", names, too_large(row["size"]))
+                yield item._replace(refused=too_large(row["size"]))
                 continue
             data = next(contents)
-            if isinstance(data, bytes):
-                yield Item(key, where, data, names)
-            elif isinstance(data, FileNotFoundError):
-                yield Item(key, where, b"", names, Refused("missing file"))
+            if isinstance(data, FileNotFoundError):
+                yield item._replace(refused=Refused("missing file"))
+            elif isinstance(data, Exception):
+                yield item._replace(refused=Refused("unreadable", str(data)))
+            elif names is None and not matches(path) and not is_image_data(data):
+                yield item._replace(refused=Refused("not an image"))  # which says more than that it has no label
             else:
-                yield Item(key, where, b"", names, Refused("unreadable", str(data)))
+                yield item._replace(image=data)
 
 
 def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.images import Refused
+from pipeline.data.sources.tables import Columns, LabelTable
 
 IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 MAX_FILE_BYTES = 128 << 20  # no image is larger; a larger member of an archive is a decompression bomb
@@ -19,6 +20,7 @@ PIECES = pa.schema(
         ("start", pa.int64()),  # byte offset (tar), first row group (Parquet); else 0
         ("stop", pa.int64()),  # end of the range; -1 for the end of the file
         ("labels", pa.list_(pa.string())),  # label names known without reading the piece, or null
+        ("split", pa.string()),  # the split that the source puts the piece in, or null
     ]
 )
 LISTING = pa.schema([PIECES.field("path"), PIECES.field("size")])
@@ -33,6 +35,7 @@ class Item(NamedTuple):
     image: bytes | np.ndarray
     labels: Sequence[str] | None
     refused: Refused | None = None
+    split: str | None = None  # where the source has splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,9 @@ class Source:
     prefix: str = ""  # goes before every key when there are several sources
     ordered_names: tuple[str, ...] | None = None  # when the source itself says which index has which name
     multilabel: bool = False
-    table: dict[str, list[str]] = field(default_factory=dict)  # file name -> labels, for archives
+    splits: tuple[str, ...] = ()  # the splits that the source itself has
+    table: LabelTable = field(default_factory=LabelTable)  # for archives: what a table says about their members
+    columns: Columns = field(default_factory=Columns)  # that the user named
     by_folder: bool = False  # the names are those of folders
     by_archive: bool = False  # archives repeat each other's keys: the archive's name goes before each key
     problem: str = ""  # why an archive could not be scanned to its end
@@ -61,10 +66,14 @@ class Source:
 class ScanOptions:
     """What the user said about the sources, for every format's `scan`."""
 
-    table: dict[str, list[str]] = field(default_factory=dict)
-    """Labels given by the user: file name -> label names."""
-    multilabel: bool = False
-    """Whether that table gives a file several labels."""
+    table: LabelTable = field(default_factory=LabelTable)
+    """Labels given by the user."""
+    columns: Columns = field(default_factory=Columns)
+    """Columns that the user named."""
+    class_level: int | None = None
+    """Which folder names the class: 1 is the first below the source. None: found."""
+    unlabelled: bool = False
+    """Whether images are wanted without labels."""
     include: str | None = None
     """Glob over keys."""
     need_names: bool = True
@@ -90,10 +99,11 @@ class SourceFormat(Protocol):
         """The items of some pieces, in order. An input that cannot be read is an Item with `refused`."""
 
 
-def pieces_of_files(files: pa.Table, labels: pa.Array) -> pa.Table:
+def pieces_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | None = None) -> pa.Table:
     """Every file of a listing as a piece."""
     starts, stops = (pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1))
-    return pa.table([files["path"], files["size"], starts, stops, labels], schema=PIECES)
+    splits = pa.nulls(files.num_rows, pa.string()) if splits is None else splits
+    return pa.table([files["path"], files["size"], starts, stops, labels, splits], schema=PIECES)
 
 
 def too_large(size: int) -> Refused:

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.data.images import Refused
 from pipeline.data.sources.items import Source
-from pipeline.data.sources.tables import read_text
+from pipeline.data.sources.tables import SYNSET, read_text
 from pipeline.errors import UserError
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -45,12 +46,17 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
     if uri is None:
         return None
     text = read_text(uri)
+    value: Any
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise UserError(f"{uri}: JSON nested too deeply for class names") from error
     except ValueError:
         value = [line.strip() for line in text.splitlines() if line.strip()]
+        if value and all(SYNSET.match(line) for line in value):  # "n01440764 tench, Tinca tinca"
+            value = [line.split()[0] for line in value]
+    if isinstance(value, dict):
+        value = _indexed(value)
     if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -58,6 +64,19 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
             raise UserError(f"{uri}: the class list repeats {sorted(n for n in set(value) if value.count(n) > 1)[0]!r}")
         return value
     raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
+
+
+def _indexed(value: dict[str, Any]) -> Any:
+    """The class list of an object {index: name}, {index: [synset, name]} or {name: index}; any other object as it is."""
+    if not value:
+        return value
+    if all(isinstance(name, list) and name and isinstance(name[0], str) for name in value.values()):
+        value = {index: name[0] for index, name in value.items()}
+    if all(type(index) is int for index in value.values()):
+        value = {str(index): name for name, index in value.items()}
+    if sorted(value) == sorted(map(str, range(len(value)))) and all(isinstance(name, str) for name in value.values()):
+        return [value[str(index)] for index in range(len(value))]
+    return value
 
 
 def make_labels(

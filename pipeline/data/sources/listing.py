@@ -19,8 +19,12 @@ from pipeline.data.sources.items import LISTING
 from pipeline.errors import UserError
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at a time
-# What operating systems leave behind in folders and archives.
-JUNK = r"(?i)(?:^|/)(?:\._[^/]*|\.ds_store|thumbs\.db|desktop\.ini|__macosx/.*)$"
+# What systems leave behind in folders and archives: hidden files and folders (version control, notebooks, trash), Windows'
+# and macOS's own, thumbnails and recycle bins of network storage, caches.
+JUNK = (
+    r"(?i)(?:^|/)(?:\.[^/]+|__macosx|\$recycle\.bin|system volume information|recycler|#recycle|@eadir|@recycle|"
+    r"@recently-snapshot|@tmp|#snapshot|lost\+found|__pycache__|cvs|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r)(?:/|$)"
+)
 
 
 def list_source(uri: str) -> pa.Table:

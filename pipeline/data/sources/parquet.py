@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from typing import IO, Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,15 @@ from pipeline.data.images import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source
-from pipeline.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, label_names, lookup
+from pipeline.data.sources.tables import (
+    FILE_COLUMNS,
+    LABEL_COLUMNS,
+    SPLIT_COLUMNS,
+    Columns,
+    LabelTable,
+    label_names,
+    named_column,
+)
 from pipeline.errors import UserError
 
 NAME = "parquet"
@@ -32,7 +41,8 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """Pieces are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the column."""
     with _ParquetFile(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
-        label = _label_column(file_schema, _image_column(file_schema, uri))
+        columns = _Columns(file_schema, uri, options.columns)
+        label = columns.label
         pieces: list[tuple[str, int, int, int, list[str] | None]] = []
         first, size = 0, 0
         for group in range(metadata.num_row_groups):
@@ -45,7 +55,20 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         names: set[str] = set()
         if archives.names_wanted(options) and label and not ordered:
             names = _distinct_names(file, label, many)
-    return FileScan(pieces=pieces, names=names or ordered, ordered_names=tuple(ordered), multilabel=many)
+        splits = _distinct_names(file, columns.split, False) if columns.split else set()
+    partition = _partition_label(path)
+    if partition and not label:
+        names = {partition}
+    return FileScan(pieces=pieces, names=names or ordered, ordered_names=tuple(ordered), multilabel=many, splits=splits)
+
+
+def _partition_label(path: str) -> str | None:
+    """The label that Hive's folders give to a file: label=cat/part-0.parquet."""
+    for folder in path.split("/")[:-1]:
+        column, equals, value = folder.partition("=")
+        if equals and column.lower() in LABEL_COLUMNS:
+            return unquote(value)
+    return None
 
 
 def _distinct_names(file: pq.ParquetFile, label: str, many: bool) -> set[str]:
@@ -65,14 +88,16 @@ def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
 def _read_piece(uri: str, name: str, piece: dict[str, Any], source: Source) -> Iterator[Item]:
     opened = _ParquetFile(uri)
     with opened as file:
-        columns = _Columns(file.schema_arrow, uri)
+        columns = _Columns(file.schema_arrow, uri, source.columns)
+        partition = _partition_label(piece["path"])
         stop = file.num_row_groups if piece["stop"] < 0 else piece["stop"]
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece["start"]))
         groups = range(piece["start"], stop)
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns.all, use_threads=False):
                 for values in batch.to_pylist():
-                    yield columns.item(values, name, row, source.table)
+                    item = columns.item(values, name, row, source.table)
+                    yield item._replace(labels=[partition]) if partition and not columns.label else item
                     row += 1
         except (pa.ArrowException, OSError) as error:
             opened.check()
@@ -82,16 +107,21 @@ def _read_piece(uri: str, name: str, piece: dict[str, Any], source: Source) -> I
 class _Columns:
     """Which columns hold the image, the label and the key."""
 
-    def __init__(self, file_schema: pa.Schema, uri: str) -> None:
+    def __init__(self, file_schema: pa.Schema, uri: str, named: Columns) -> None:
         self.image = _image_column(file_schema, uri)
-        self.label = _label_column(file_schema, self.image)
+        others = [name for name in file_schema.names if name != self.image]
+        try:
+            self.label = named_column(others, LABEL_COLUMNS, named.label, "--label-column")
+            self.split = named_column(others, SPLIT_COLUMNS, named.split, "--split-column")
+        except UserError as error:
+            raise UserError(f"{uri}: {error}") from error
         texts = {f.name.lower(): f.name for f in file_schema if f.name != self.image and _is_text(f.type)}
         # "name" is as often that of the class
         candidates = [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
         self.key = next((name for name in candidates if name != self.label), None)
-        self.all = list(dict.fromkeys(column for column in (self.key, self.image, self.label) if column))
+        self.all = list(dict.fromkeys(column for column in (self.key, self.image, self.label, self.split) if column))
 
-    def item(self, values: dict[str, Any], name: str, row: int, table: dict[str, list[str]]) -> Item:
+    def item(self, values: dict[str, Any], name: str, row: int, table: LabelTable) -> Item:
         data, where = values[self.image], f"{name}#{row}"
         own = values[self.key] if self.key else None
         key = f"{name}/{own}" if own else where
@@ -100,44 +130,54 @@ class _Columns:
                 own = data["path"]
                 key = f"{where}/{own}"
             data = data.get("bytes")
-        if table and own:
-            labels = lookup(table, own)
+        if isinstance(own, bytes):
+            own = own.decode("utf-8", "backslashreplace")
+        if table.labels and own:
+            labels = table.lookup(own)
         else:
             labels = label_names(values[self.label], False) if self.label else None
+        split = table.splits.get(table.find(own) or "") if table.splits and own else None
+        if self.split and not split:
+            split = next(iter(label_names(values[self.split], False) or ()), None)
         if data is None:
-            return Item(key, where, b"", labels, Refused("empty", "no bytes in the row"))
-        return Item(key, where, data, labels)
+            return Item(key, where, b"", labels, Refused("empty", "no bytes in the row"), split)
+        return Item(key, where, bytes(data), labels, split=split)
 
 
 # ---------------------------------------------------------------- columns
 
 
 def _image_column(file_schema: pa.Schema, uri: str) -> str:
-    def holds_bytes(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-
-    candidates = [f.name for f in file_schema if holds_bytes(f.type)]
-    for name in (*IMAGE_COLUMNS, *candidates):
-        if name in candidates:
-            return name
+    candidates = [f.name for f in file_schema if _holds_bytes(f.type)]
+    lower = {name.lower(): name for name in reversed(candidates)}
+    for name in (*IMAGE_COLUMNS, *(c for c in lower if c not in (*LABEL_COLUMNS, *FILE_COLUMNS, *SPLIT_COLUMNS))):
+        if name in lower:
+            return lower[name]
     found = ", ".join(f"{f.name}: {f.type}" for f in file_schema)
     raise UserError(f"{uri}: no column of image bytes (binary, or a struct with bytes) among {found}")
 
 
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Binary of any form, lists of bytes, and Hugging Face's struct."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if _is_list(kind):
+        return kind.value_type == pa.uint8()
+    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    return any(
+        test(kind)
+        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+    )
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _label_column(file_schema: pa.Schema, image: str) -> str | None:
-    lower = {name.lower(): name for name in file_schema.names if name != image}
-    return next((lower[name] for name in LABEL_COLUMNS if name in lower), None)
 
 
 def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:

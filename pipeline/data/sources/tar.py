@@ -19,12 +19,12 @@ from pipeline.data.images import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import IMAGE_NAMES, Item, ScanOptions, Source, too_large
+from pipeline.data.sources.layout import WORDNET
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.tables import LABEL_COLUMNS, label_names, lookup
+from pipeline.data.sources.tables import LABEL_COLUMNS, LabelTable, label_names
 
 NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
-WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes; tarfile holds it in memory
 EXTENSIONS = (  # kinds of headers that describe the next member
@@ -160,7 +160,7 @@ def _read_members(
     stop: int,
     name: str,
     labels: list[str] | None,
-    table: dict[str, list[str]],
+    table: LabelTable,
     nested: bool = False,
 ) -> Iterator[Item]:
     """Samples: neighbouring members that share a stem (WebDataset), with one image and perhaps a label beside it.
@@ -194,7 +194,7 @@ def _read_members(
 
 
 def _items_of_sample(
-    parts: dict[str, tuple[str, bytes]], name: str, labels: list[str] | None, table: dict[str, list[str]]
+    parts: dict[str, tuple[str, bytes]], name: str, labels: list[str] | None, table: LabelTable
 ) -> Iterator[Item]:
     """The items of one sample, {extension: (member, data)}.
 
@@ -210,11 +210,11 @@ def _items_of_sample(
     pictures = [e for e in rest if e in IMAGE_NAMES] or [e for e in rest if _is_image(e)] or rest
     for extension in pictures[:1] if len(rest) < len(parts) else pictures:
         member, data = parts[extension]
-        if table:
-            found = lookup(table, member)
+        if table.labels:
+            found = table.lookup(member)
         else:  # an empty list is a label too, of a sample that has none of the classes
             found = own if own is not None else labels or _path_label(member)
-        yield Item(member, f"{name}/{member}", data, found)
+        yield Item(member, f"{name}/{member}", data, found, split=table.splits.get(table.find(member) or ""))
 
 
 # ---------------------------------------------------------------- members

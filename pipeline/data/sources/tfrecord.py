@@ -17,7 +17,7 @@ from pipeline.data.images import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source
-from pipeline.data.sources.tables import lookup
+from pipeline.data.sources.tables import LabelTable
 from pipeline.data.varint import read_varint
 from pipeline.errors import UserError
 
@@ -226,7 +226,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     if not archives.names_wanted(options) and size <= 2 * options.unit_bytes:
         return found
     names: set[str] = set()
-    for item in _read_file(uri, path, {}):
+    for item in _read_file(uri, path, LabelTable()):
         names.update(item.labels or ())
         found.multilabel |= item.labels is not None and len(item.labels) > 1
         found.problem = found.problem or (item.refused.detail if item.refused else "")
@@ -238,7 +238,7 @@ def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
     return archives.read_archives(source, pieces, lambda uri, name, _, source: _read_file(uri, name, source.table))
 
 
-def _read_file(uri: str, name: str, table: dict[str, list[str]]) -> Iterator[Item]:
+def _read_file(uri: str, name: str, table: LabelTable) -> Iterator[Item]:
     row = 0
     try:
         for record in _records(uri):
@@ -248,7 +248,7 @@ def _read_file(uri: str, name: str, table: dict[str, list[str]]) -> Iterator[Ite
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
-def _item(record: bytes, name: str, row: int, table: dict[str, list[str]]) -> Item:
+def _item(record: bytes, name: str, row: int, table: LabelTable) -> Item:
     where = f"{name}#{row}"
     try:
         example = parse_example(record)
@@ -257,7 +257,7 @@ def _item(record: bytes, name: str, row: int, table: dict[str, list[str]]) -> It
     image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
     own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
     own = own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else None
-    names = lookup(table, own) if table and own else _class_names(example)
+    names = table.lookup(own) if table.labels and own else _class_names(example)
     key = f"{name}/{own}" if own else where
     if not isinstance(image, bytes):
         return Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
