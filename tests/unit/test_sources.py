@@ -729,9 +729,17 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
 def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
+    shutil.copytree(image_folder, root / "val")
     image_folder.rename(root / "train")
-    with pytest.raises(UserError, match=r"name one: --source .*/train"):
+    with pytest.raises(UserError, match=r"has the splits train, val.*--splits from-source.*--source .*/train"):
         run(tmp_path, source=(str(root),))
+    assert len(run(tmp_path / "merged", source=(str(root),), splits=("merge",))) == 60
+    train = run(tmp_path / "apart", source=(str(root),), splits=("from-source",))
+    val = shards.open_dataset(tmp_path / "apart" / "out" / "val")
+    for split, dataset in (("train", train), ("val", val)):
+        assert dataset.classes == ["ant", "bee", "cat"]
+        assert {key.split("/")[0] for key in contents(dataset)} == {split}
+        assert all(key.split("/")[1] == name for key, name in contents(dataset).items())
 
 
 def test_too_many_rejects(image_folder, tmp_path):

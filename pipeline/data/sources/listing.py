@@ -22,7 +22,7 @@ SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at a time
 # What systems leave behind in folders and archives: hidden files and folders (version control, notebooks, trash), Windows'
 # and macOS's own, thumbnails and recycle bins of network storage, caches.
 JUNK = (
-    r"(?i)(?:^|/)(?:\.[^/]+|__macosx|\$recycle\.bin|system volume information|recycler|#recycle|@eadir|@recycle|"
+    r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|__macosx|\$recycle\.bin|system volume information|recycler|#recycle|@eadir|@recycle|"
     r"@recently-snapshot|@tmp|#snapshot|lost\+found|__pycache__|cvs|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r)(?:/|$)"
 )
 
