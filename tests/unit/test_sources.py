@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import tarfile
 
 import cv2

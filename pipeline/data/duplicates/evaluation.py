@@ -151,7 +151,7 @@ def _parts(uri: str) -> Iterator[Any]:
         folder = manifest.rpartition("/")[0]
         yield from ((folder, group) for group in range(len(shards.open_dataset(folder).row_groups)))
     if not datasets:
-        for source in sources.discover([uri], need_names=False):
+        for source in sources.discover([uri], need_names=False, unlabelled=True):
             step = 512 if source.listed else 1
             yield from ((source, first, step) for first in range(0, source.pieces.num_rows, step))
 

@@ -24,7 +24,7 @@ from pipeline.data.sources.items import (
     too_large,
 )
 from pipeline.data.sources.layout import WORDNET, Layout, find_layout, folders_of
-from pipeline.data.sources.tables import LabelTable, NoLabelColumn, merged, read_label_table
+from pipeline.data.sources.tables import LabelTable, NoLabelColumn, read_label_table
 from pipeline.errors import UserError, nearest
 
 NAME = "folder"
@@ -43,19 +43,17 @@ def matches(path: str) -> bool:
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     """Every file is a piece. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
-    files, table, folders = _tables(uri, files, options)
+    files, table, by_split = _tables(uri, files, options)
     if options.include:
         keep = [fnmatch.fnmatch(options.prefix + path.as_py(), options.include) for path in files["path"]]
         files = files.filter(pa.array(keep, pa.bool_()))
         if not files.num_rows:
             raise UserError(f"{uri}: nothing matches --include {options.include!r}")
     layout = _layout(uri, files, table, options)
-    by_folder = not table.labels
-    if table and folders is None:  # a table for everything
+    if table:
         pieces, names = _labelled_by_table(uri, files, table, layout)
     else:
-        pieces, names = _labelled_by_folder(files, layout, table, folders or [])
-        by_folder = True
+        pieces, names = _labelled_by_folder(files, layout, by_split)
     splits = tuple(sorted(set(pc.unique(pieces["split"]).drop_null().to_pylist())))
     return Source(
         uri=uri,
@@ -63,20 +61,20 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
         prefix=options.prefix,
         pieces=pieces,
         names=frozenset(names),
-        multilabel=table.multilabel,
-        by_folder=by_folder,
+        multilabel=any(found.multilabel for found in (table, *by_split.values())),
+        by_folder=not table,
         splits=splits,
     )
 
 
-def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, LabelTable, list[str] | None]:
-    """The files that are no tables, the labels, and the folders that tables were found in (None: the table is for all)."""
+def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, LabelTable, dict[str, LabelTable]]:
+    """The files that are no tables, the table for all of them, and else the tables of single folders."""
     if options.table:
-        return files, options.table, None
+        return files, options.table, {}
     named = pc.match_substring_regex(files["path"], r"(?i)(?:labels|metadata|annotations|solution)\.[a-z]+$")
     found = [m for path in files.filter(named)["path"].to_pylist() if (m := TABLE_FILE.fullmatch(path))]
     if not found:
-        return files, options.table, []
+        return files, options.table, {}
     beside = pa.array([match[0] for match in found], pa.large_string())
     files = files.filter(pc.invert(pc.is_in(files["path"], beside)))
     tables: dict[str, LabelTable] = {}
@@ -91,9 +89,8 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
                 raise
             logger.warning("%s; the table is ignored", error)
             continue
-        tables[folder] = table.below(folder)
-    whole = "" in tables
-    return files, merged(tables.values()), None if whole else sorted(tables)
+        tables[folder] = table
+    return (files, tables[""], {}) if "" in tables else (files, LabelTable(), tables)
 
 
 def _layout(uri: str, files: pa.Table, table: LabelTable, options: ScanOptions) -> Layout:
@@ -135,16 +132,15 @@ def _labelled_by_table(uri: str, files: pa.Table, table: LabelTable, layout: Lay
     return pieces_of_files(files, pa.array(labels, label_type), pa.array(splits, pa.string())), names
 
 
-def _labelled_by_folder(
-    files: pa.Table, layout: Layout, table: LabelTable, tables: list[str]
-) -> tuple[pa.Table, set[str]]:
+def _labelled_by_folder(files: pa.Table, layout: Layout, tables: dict[str, LabelTable]) -> tuple[pa.Table, set[str]]:
     """Pieces and label names: of the class folder, or the WordNet id that the name of a file at the top begins with. Files
-    below the folders in `tables` have the labels of `table`."""
+    in the folders of `tables` have the labels that the table says."""
     names: set[str] = set()
 
     def label_of(path: str, folders: list[str]) -> list[str] | None:
-        if any(path.startswith(f"{folder}/") for folder in tables):
-            return table.lookup(path)
+        for folder, table in tables.items():
+            if path.startswith(f"{folder}/"):
+                return table.lookup(path[len(folder) + 1 :])
         label = layout.label(folders)
         if label is None and not folders and (wordnet := WORDNET.match(path)):
             label = wordnet[1]

@@ -122,27 +122,6 @@ class LabelTable:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_loose_index"}
 
-    def below(self, folder: str) -> "LabelTable":
-        """The table of a folder as one of the folder above it."""
-        if not folder:
-            return self
-        return LabelTable(
-            labels={f"{folder}/{name}": value for name, value in self.labels.items()},
-            splits={f"{folder}/{name}": value for name, value in self.splits.items()},
-            multilabel=self.multilabel,
-        )
-
-
-def merged(tables: Iterable[LabelTable]) -> LabelTable:
-    labels: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
-    multilabel = False
-    for table in tables:
-        labels |= table.labels
-        splits |= table.splits
-        multilabel |= table.multilabel
-    return LabelTable(labels=labels, splits=splits, multilabel=multilabel)
-
 
 def clean_path(path: str) -> str:
     """One spelling for the paths that tables of different systems hold: /, composed letters, no blanks around it."""
