@@ -21,7 +21,9 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import UserError
 
-MAX_MEMBER_BYTES = 1 << 30
+MAX_MEMBER_BYTES = 64 << 20  # of an image, a label file, a matrix of labels
+MAX_LARGE_BYTES = 256 << 20  # of the few members that hold a whole split: CIFAR-100's rows have 154 MB
+MAX_RATIO = 100  # of a large member of a zip to its compressed bytes; a decompression bomb has 1,000
 MAX_UNPACKED = 16 << 30  # bytes; the largest official .h5 has 7.2 GB
 CHUNK = 4 << 20
 
@@ -107,25 +109,26 @@ class Tree:
                     if info.isfile() and not _is_litter(name) and keep(name):
                         yield name, archive.extractfile(info)  # type: ignore[misc]
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, names: Iterable[str], limit: int | None = None) -> Iterator[tuple[str, bytes]]:
         """(name, bytes) of the named members: in the order of `names`, or of the archive when it is a tar.
 
-        Members that the archive lacks are left out.
+        Members that the archive lacks are left out. Raises UserError for one of more than `limit` bytes, or MAX_MEMBER_BYTES.
         """
+        limit = limit or MAX_MEMBER_BYTES
         if self.kind == "tar":
             wanted = set(names)
             for name, member in self.walk(wanted.__contains__):
-                yield name, _read_member(member, f"{self.uri}: {name}")
+                yield name, _read_member(member, f"{self.uri}: {name}", limit)
             return
         for name in names:
             with contextlib.suppress(KeyError, FileNotFoundError):
                 with self._open(name) as member:
-                    data = _read_member(member, f"{self.uri}: {name}")
+                    data = _read_member(member, f"{self.uri}: {name}", limit)
                 yield name, data
 
-    def texts(self, *names: str) -> list[str]:
-        """The contents of small text members. Raises UserError when one is missing."""
-        contents = dict(self.read(names))
+    def texts(self, *names: str, limit: int | None = None) -> list[str]:
+        """The contents of text members; `limit` as for `read`. Raises UserError when one is missing."""
+        contents = dict(self.read(names, limit))
         for name in names:
             if name not in contents:
                 raise UserError(f"{self.uri}: {name} is missing; not the official archive")
@@ -143,6 +146,12 @@ class Tree:
     def _open(self, name: str) -> Iterator[IO[bytes]]:
         if self.kind == "zip":
             with self._zip() as archive, damaged(f"{self.uri}: {name}"), archive.open(name) as member:
+                info = archive.getinfo(name)
+                if info.file_size > max(1 << 20, MAX_RATIO * info.compress_size):
+                    raise UserError(
+                        f"{self.uri}: {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes; "
+                        "no file of this data set does"
+                    )
                 yield member
         else:
             inside = name[len(self.prefix) + 1 :] if self.prefix else name
@@ -158,11 +167,11 @@ def _is_litter(name: str) -> bool:
     return "__MACOSX" in folders or file.startswith("._") or file == ".DS_Store"
 
 
-def _read_member(member: IO[bytes], where: str) -> bytes:
+def _read_member(member: IO[bytes], where: str, limit: int) -> bytes:
     with damaged(where):
-        data = member.read(MAX_MEMBER_BYTES + 1)
-    if len(data) > MAX_MEMBER_BYTES:
-        raise UserError(f"{where}: more than {MAX_MEMBER_BYTES:,} bytes; no file of this data set is that large")
+        data = member.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{where}: more than {limit:,} bytes; no file of this data set is that large")
     return data
 
 

@@ -23,6 +23,9 @@ SMALL = (
 )  # held in memory while an archive streams by, written in official order
 SLICE = 1024  # images of a random-access archive in one part
 MAX_PIXELS = 200_000_000
+MAX_HELD_BYTES = (
+    640 << 20
+)  # of the images of a small split, which wait in memory; 800 photographs of SUN397 have 300 MB
 
 Row = tuple[int, Example]  # position in the split, what belongs there
 
@@ -127,6 +130,7 @@ class _SplitWriter:
         self.shards = ShardWriter(split_uri(part, split), f"{part.number:05d}", Schema(classes=classes))
         self.rejects: list[dict[str, str]] = []
         self.held: dict[int, tuple] | None = {} if split in SMALL else None
+        self.held_bytes = 0
 
     def write(self, position: int, example: Example, data: bytes, pixels_HWC: np.ndarray | None) -> None:
         """Takes in an image, or rejects it when it does not decode."""
@@ -139,6 +143,12 @@ class _SplitWriter:
             self.shards.write(*row)
         else:
             self.held[position] = row
+            self.held_bytes += len(data)
+            if self.held_bytes > MAX_HELD_BYTES:
+                raise UserError(
+                    f"{self.part.file.uri}: {len(self.held):,} images of {self.held_bytes:,} bytes together; those of the "
+                    "official data set are smaller"
+                )
 
     def write_held(self) -> None:
         for _, row in sorted((self.held or {}).items()):

@@ -11,7 +11,7 @@ import pytest
 from pipeline.data import Loader, open_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
-from pipeline.vtab import Incomplete, archives, counts_table, open_split, prepare
+from pipeline.vtab import Incomplete, archives, counts_table, open_split, parts, prepare
 from tests.vtab import rows
 
 PROJECT = Path(__file__).parents[2]
@@ -210,3 +210,9 @@ def test_the_command_ends_with_exit_code_1_and_the_list(vtab_raw, tmp_path, caps
     assert command(["vtab", "dtd", *arguments]) == 0
     with pytest.raises(UserError, match="pets: 2 files are missing"):  # nothing can be done: wrong input, exit code 2
         command(["vtab", "pets", *arguments])
+
+
+def test_the_images_that_wait_in_memory_are_limited_together(vtab_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "MAX_HELD_BYTES", 10_000)
+    with pytest.raises(Incomplete, match=r"dtd-r1\.0\.1\.tar\.gz: .* images of .* bytes together"):
+        prepare(["dtd"], vtab_raw, str(tmp_path))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.vtab.containers import png
+from pipeline.vtab.containers import MAX_LARGE_BYTES, png
 from pipeline.vtab.datasets.base import ArchiveFile, DataSet, FoundFile, Listing, Member, OfficialFile
 
 ROW_BYTES = 3074  # coarse label, fine label, 32 x 32 planes of red, green and blue
@@ -45,7 +45,7 @@ def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member,
 def _rows(file: ArchiveFile) -> np.ndarray:
     """The bytes of one split, uint8 (N, 3074)."""
     name = f"cifar-100-binary/{file.part}"
-    data = dict(file.tree.read([name])).get(name, b"")
+    data = dict(file.tree.read([name], MAX_LARGE_BYTES)).get(name, b"")
     if not data or len(data) % ROW_BYTES:
         raise UserError(
             f"{file.uri}: {name} has {len(data):,} bytes, not a multiple of {ROW_BYTES:,}; truncated or another file"

@@ -8,6 +8,8 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.vtab.datasets.base import DataSet, FoundFile, Listing, OfficialFile, image_files
 
+MAX_SCENES_BYTES = 1 << 30
+
 
 def clevr_count(objects: int) -> int:
     """The label of a scene of 3 to 10 objects."""
@@ -27,7 +29,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
     listings = []
     for split, folder in (("train", "train"), ("validation", "val")):
         members = [name for name in names if f"/images/{folder}/" in f"/{name}"]
-        (text,) = tree.texts(f"CLEVR_v1.0/scenes/CLEVR_{folder}_scenes.json")
+        (text,) = tree.texts(f"CLEVR_v1.0/scenes/CLEVR_{folder}_scenes.json", limit=MAX_SCENES_BYTES)
         scenes = json.loads(text)["scenes"]
         if len(scenes) != len(members):
             raise UserError(f"{tree.uri}: {len(members):,} {folder} images, but {len(scenes):,} scenes")

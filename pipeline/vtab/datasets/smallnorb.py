@@ -29,11 +29,11 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
             dtype, shape = _read_header(stream, uri)
             if len(shape) != 2 or shape[1] != 4 or dtype != "<i4":
                 raise UserError(f"{uri}: {shape} {dtype}, not the info matrix of smallNORB")
-            data = stream.read(MAX_MEMBER_BYTES)
-        size = shape[0] * 4 * dtype.itemsize
+            size = shape[0] * 4 * dtype.itemsize
+            data = stream.read(min(size, MAX_MEMBER_BYTES))
         if len(data) < size:
             raise UserError(f"{uri}: truncated: {len(data):,} bytes for {shape[0]:,} rows; fetch it again")
-        info = np.frombuffer(data[:size], dtype).reshape(shape)
+        info = np.frombuffer(data, dtype).reshape(shape)
         numbers = range(len(info))
         listings.append(
             Listing(
