@@ -6,12 +6,17 @@ no secret passes through a config, a log or a run.
 """
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import stat
+import threading
+import time
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -23,6 +28,12 @@ from pipeline.errors import UserError
 # understood by all of them. Set before any client exists; an explicit setting of the user's wins.
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 180.0  # seconds for which a read of a byte range is tried again: a store restarts in minutes
+LONGEST_PAUSE = 10.0  # seconds between two attempts; the first pauses are 0.1, 0.2, 0.4, ...
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds, of one attempt
 
 
 class StorageError(UserError):
@@ -118,6 +129,131 @@ def read_bytes(uri: str | os.PathLike, start: int | None = None, end: int | None
     refuse_special(path)
     with _explained(uri):
         return bytes(fs.cat_file(path, start=start, end=end))
+
+
+def read_range(uri: str | os.PathLike, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file, tried again for `PATIENCE` seconds while the store is away.
+
+    Raises FileNotFoundError, UserError for what trying again cannot change, StorageError for an outage.
+    """
+    if is_remote(os.fspath(uri)):
+        return _shared_reader().read(normalise(uri), start, end)
+    with open(normalise(uri), "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def read_many(uris: Iterable[str], threads: int = 64) -> Iterator[bytes | FileNotFoundError]:
+    """Whole s3:// files in the order given, `threads` at a time and at most twice as many held; the error for one that does
+    not exist. Raises UserError or StorageError as `read_range` does: what is missing is one matter, an outage another."""
+    waiting: deque[Future[bytes | FileNotFoundError]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for uri in uris:
+            waiting.append(pool.submit(_read_or_missing, uri))
+            if len(waiting) >= 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read_or_missing(uri: str) -> bytes | FileNotFoundError:
+    try:
+        return _shared_reader().read(normalise(uri))
+    except FileNotFoundError as error:
+        return error
+
+
+_S3_SETTINGS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_DEFAULT_REGION",
+)
+
+
+def _shared_reader() -> "RangeReader":
+    """The reader of this process for the settings that the environment has now."""
+    with _making_reader:
+        return _make_reader(os.getpid(), *map(os.environ.get, _S3_SETTINGS))
+
+
+_making_reader = threading.Lock()  # botocore's sessions are not made by two threads at once
+
+
+@functools.lru_cache(maxsize=4)
+def _make_reader(*settings: Any) -> "RangeReader":
+    return RangeReader()
+
+
+class RangeReader:
+    """Reads s3:// files and byte ranges of them by blocking requests, from any number of threads.
+
+    This is the retry policy of the pipeline: what may pass (500, 503, 429, time-outs, resets, short bodies) is tried again
+    with growing pauses for `PATIENCE` seconds, whole attempts only; the client itself never repeats anything, so that all
+    repetitions are counted in `retries`.
+
+    botocore's blocking client and not fsspec: 5-11 ms of CPU time per 16 MiB, against 9-13 for pyarrow's S3 filesystem and
+    19-34 for s3fs, which moves every body through one event loop.
+    """
+
+    def __init__(self) -> None:
+        import botocore.config
+        import botocore.session
+
+        timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, max_pool_connections=64, **timeouts)
+        self._s3 = botocore.session.get_session().create_client("s3", config=config)
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self.retries = 0
+
+    def close(self) -> None:
+        """Ends the pauses of reads that wait for the store."""
+        self._closing.set()
+
+    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes [start, end) of `uri`, the whole file without an end. Raises as `read_range` does."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        given_up = time.monotonic() + PATIENCE
+        attempt = 0
+        while True:
+            problem = self._attempt(uri, bucket, key, start, end)
+            if isinstance(problem, bytes):
+                return problem
+            pause = min(0.1 * 2**attempt, LONGEST_PAUSE)
+            attempt += 1
+            with self._lock:
+                self.retries += 1
+            logger.warning("%s: attempt %d to read failed: %s", uri, attempt, problem)
+            if time.monotonic() + pause > given_up or self._closing.wait(pause):
+                raise StorageError(
+                    f"{uri}: unreadable after {attempt} attempts in {PATIENCE:g} s; the last one: {problem}; check that "
+                    "the store is up and AWS_ENDPOINT_URL"
+                ) from problem
+
+    def _attempt(self, uri: str, bucket: str, key: str, start: int, end: int | None) -> bytes | Exception:
+        """The bytes, or what went wrong when another attempt may do better."""
+        from botocore.exceptions import ClientError, NoCredentialsError
+
+        try:
+            part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
+            body = self._s3.get_object(Bucket=bucket, Key=key, **part)["Body"]
+            with contextlib.closing(body):
+                data = body.read()
+            if end is None or len(data) == end - start:
+                return data
+            return OSError(f"{len(data)} of {end - start} bytes at {start}")
+        except NoCredentialsError as error:
+            raise UserError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)") from error
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status in (401, 403):
+                raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials") from error
+            if status in (404, 416):
+                raise FileNotFoundError(f"{uri}: missing, or shorter than expected ({error})") from error
+            return error
+        except Exception as error:  # botocore, urllib3 and the socket layer each have their own
+            return error
 
 
 def write_bytes(uri: str | os.PathLike, data: bytes) -> None:

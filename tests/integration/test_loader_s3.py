@@ -13,9 +13,9 @@ import pytest
 import simplejpeg
 import torch
 
+from pipeline import storage
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
-from pipeline.data.loading import reader
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 
@@ -82,7 +82,7 @@ def test_one_range_request_per_row_group_and_the_same_batches_as_from_disk(datas
 
 def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk, monkeypatch):
     data, proxy = dataset
-    monkeypatch.setattr(reader, "READ_TIMEOUT", 2)
+    monkeypatch.setattr(storage, "READ_TIMEOUT", 2)
     proxy.stall = 4.0
     kinds, lock = itertools.cycle(["500", "503", "reset", "cut", "short", "stall", "slow"]), threading.Lock()
 
@@ -102,15 +102,24 @@ def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk,
 @pytest.mark.parametrize("kind", ["503", "reset", "cut"])
 def test_a_shard_that_stays_unreadable_is_named(dataset, monkeypatch, kind):
     data, proxy = dataset
-    monkeypatch.setattr(reader, "ATTEMPTS", 3)
+    monkeypatch.setattr(storage, "PATIENCE", 1.0)
     shard = data.manifest.shards[1].name
     proxy.fault = lambda method, path, n: kind if path.endswith(shard) else None
-    with pytest.raises(UserError, match=f"{shard}: unreadable after 3 attempts"):
+    with pytest.raises(storage.StorageError, match=rf"{shard}: unreadable after \d attempts in 1 s"):
         epoch(data)
 
 
+def test_an_outage_is_waited_for(dataset, on_disk):
+    data, proxy = dataset
+    back = time.monotonic() + 4
+    proxy.fault = lambda method, path, n: "reset" if time.monotonic() < back else None
+    batches, counters = epoch(data)
+    assert same(batches, on_disk)
+    assert counters["retries"] >= 5
+
+
 @pytest.mark.parametrize(("kind", "message"), [("403", "access denied"), ("404", "missing, or shorter")])
-def test_what_no_retry_can_mend_fails_at_once(dataset, kind, message):
+def test_what_no_retry_can_fix_fails_at_once(dataset, kind, message):
     data, proxy = dataset
     proxy.fault = lambda method, path, n: kind
     start = time.monotonic()

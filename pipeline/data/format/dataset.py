@@ -103,7 +103,7 @@ class Dataset:
         shard, uri = self.manifest.shards[number], self.shard_uri(number)
         try:
             if storage.is_remote(uri):
-                data = memoryview(storage.read_bytes(uri, start, end))
+                data = memoryview(storage.read_range(uri, start, end))
             else:
                 data = _map(uri, shard.sha256)[start:end]
         except FileNotFoundError as error:

@@ -1,11 +1,10 @@
 """Row groups of a dataset, read ahead of need: local shards are memory-mapped, s3:// ones take one range request each.
 
-Requests that fail for a passing reason (500, 503, time-outs, resets, short bodies) are repeated with growing pauses and counted;
-`counters` says how often. With `cache_dir` (fast local disk), row groups of s3:// datasets are kept there up to `cache_bytes`.
+Requests that fail for a passing reason are repeated (`storage.RangeReader`) and counted. With `cache_dir` (fast local
+disk), row groups of s3:// datasets are kept there up to `cache_bytes`.
 """
 
 import contextlib
-import logging
 import mmap
 import os
 import threading
@@ -17,11 +16,6 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.errors import UserError
-
-logger = logging.getLogger(__name__)
-
-ATTEMPTS = 8  # pauses of 0.1, 0.2, ... 6.4 s between them: a store may be away for a dozen seconds
-CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds
 
 
 class Reader:
@@ -37,11 +31,11 @@ class Reader:
         self.remote = storage.is_remote(dataset.uri)
         self.cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir and self.remote else None
         self.cache_bytes = cache_bytes
-        self.counters = dict.fromkeys(("reads", "read_bytes", "cache_hits", "retries"), 0)
-        self._lock, self._cache_lock, self._closing = threading.Lock(), threading.Lock(), threading.Event()
+        self._counters = dict.fromkeys(("reads", "read_bytes", "cache_hits"), 0)
+        self._lock, self._cache_lock = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         if self.remote:
-            self._s3 = _s3_client()
+            self._ranges = storage.RangeReader()
         if self.cache_dir:
             os.makedirs(self.cache_dir, exist_ok=True)
 
@@ -50,12 +44,17 @@ class Reader:
 
     def close(self) -> None:
         """Cancels what has not begun, ends the pauses of what is being retried, and waits for the threads."""
-        self._closing.set()
+        if self.remote:
+            self._ranges.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {**self._counters, "retries": self._ranges.retries if self.remote else 0}
 
     def _count(self, name: str, by: int = 1) -> None:
         with self._lock:
-            self.counters[name] += by
+            self._counters[name] += by
 
     def _read(self, i: int) -> RowGroup:
         data = self._remote_bytes(i) if self.remote else self._local_bytes(i)
@@ -89,35 +88,11 @@ class Reader:
         return data
 
     def _fetch(self, uri: str, start: int, end: int) -> bytes:
-        """The bytes [start, end) of an s3:// file, however often it takes, up to ATTEMPTS."""
-        from botocore.exceptions import ClientError
-
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        problem: BaseException
-        for attempt in range(ATTEMPTS):
-            try:
-                body = self._s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
-                with contextlib.closing(body):
-                    data = body.read()
-                if len(data) == end - start:
-                    return data
-                problem = OSError(f"{len(data)} of {end - start} bytes at {start}")
-            except Exception as error:  # botocore, urllib3 and the socket layer each have their own
-                # only an answer that the store meant has a status; a torn connection has none
-                status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 0
-                if status in (401, 403):
-                    raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials") from error
-                if status in (404, 416):
-                    raise UserError(
-                        f"{uri}: missing, or shorter than the manifest says ({error}); "
-                        f"`jobs/prepare.py verify {self.dataset.uri}` lists what is"
-                    ) from error
-                problem = error
-            self._count("retries")
-            logger.warning("%s: read %d of %d failed: %s", uri, attempt + 1, ATTEMPTS, problem)
-            if self._closing.wait(0.1 * 2**attempt):
-                break
-        raise UserError(f"{uri}: unreadable after {attempt + 1} attempts; the last one: {problem}") from problem
+        """The bytes [start, end) of an s3:// shard."""
+        try:
+            return self._ranges.read(uri, start, end)
+        except FileNotFoundError as error:
+            raise UserError(f"{error}; `jobs/prepare.py verify {self.dataset.uri}` lists what is wrong") from error
 
     def _keep(self, path: str, data: memoryview) -> None:
         """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
@@ -142,17 +117,3 @@ def _folder_bytes(folder: str) -> int:
         with contextlib.suppress(FileNotFoundError):
             total += entry.stat().st_size
     return total
-
-
-def _s3_client():
-    """A botocore client without retries of its own, so that ours are all there are and all are counted.
-
-    Blocking calls from a few threads: 5-11 ms of CPU time per 16 MiB, measured beside 9-13 for pyarrow's S3 filesystem and
-    19-34 for s3fs, which moves every body through one event loop.
-    """
-    import botocore.config
-    import botocore.session
-
-    timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
-    config = botocore.config.Config(retries={"total_max_attempts": 1}, max_pool_connections=32, **timeouts)
-    return botocore.session.get_session().create_client("s3", config=config)

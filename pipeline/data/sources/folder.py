@@ -4,9 +4,7 @@ import fnmatch
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,8 +29,6 @@ NAME = "folder"
 TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for the folder they lie in
     r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv)"
 )
-REQUESTS = 64  # objects of a store that are fetched at a time
-ATTEMPTS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -198,21 +194,6 @@ def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
 
 
 def _fetch(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
-    """Objects of a store, REQUESTS at a time. An object that is not there is an input's fault and is returned; a store that
-    still fails after ATTEMPTS is not: StorageError, since images must not become rejects because a server was busy."""
-
-    def fetch(uri: str) -> bytes | Exception:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return storage.read_bytes(uri)
-            except FileNotFoundError as error:
-                return error
-            except UserError as error:
-                if attempt == ATTEMPTS:
-                    raise storage.StorageError(f"{uri}: cannot be read after {ATTEMPTS} attempts ({error})") from error
-                time.sleep(attempt)
-        raise AssertionError
-
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        for i in range(0, len(paths), REQUESTS):
-            yield from pool.map(fetch, [f"{folder}/{path}" for path in paths[i : i + REQUESTS]])
+    """Objects of a store. One that is not there is an input's fault and is returned; an outage is not, and raises
+    StorageError: images must not become rejects because a server was busy."""
+    return storage.read_many(f"{folder}/{path}" for path in paths)
