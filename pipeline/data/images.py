@@ -24,6 +24,7 @@ FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"
 # First bytes of common formats: what begins like an image and does not open is damaged, the rest never was one.
 MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cjP")
 PNG = b"\x89PNG\r\n\x1a\n"
+MAX_ASPECT = 100  # a sliver is no photograph, and resizing its shorter side would make gigabytes
 ORIENTATION = 0x0112  # EXIF tag
 
 Fit = Literal["crop", "squash"]
@@ -92,8 +93,16 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Picture:
 
 def _orientation(data: bytes) -> int:
     try:
-        return int(Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]).getexif().get(ORIENTATION, 1))
+        return _orientation_of(Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]))
     except Exception:  # Pillow's parser on a damaged tag block: a picture without orientation
+        return 1
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """1 (upright) where the EXIF block cannot be read: damaged tags lose no pixels."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's parser raises anything at all over damaged tags
         return 1
 
 
@@ -115,7 +124,7 @@ def _decode_any(data: bytes, max_pixels: int) -> Picture:
         with open_image(data) as image:
             _check_size(image.width, image.height, max_pixels)
             image.load()
-            orientation = int(image.getexif().get(ORIENTATION, 1))
+            orientation = _orientation_of(image)
             opaque = image.mode in ("L", "RGB") and "transparency" not in image.info
             still = not getattr(image, "is_animated", False)
             intact = image.format in ("JPEG", "PNG") and opaque and still and orientation == 1
@@ -166,6 +175,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise Refused("too many pixels", f"{width}x{height}, the limit is {max_pixels}")
     if not width or not height:
         raise Refused("empty", f"{width}x{height}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise Refused("too narrow", f"{width}x{height}, the limit is {MAX_ASPECT}:1")
 
 
 # ---------------------------------------------------------------- stored forms

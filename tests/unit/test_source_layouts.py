@@ -1,6 +1,8 @@
 """Corpora as people have them: what is no input, where classes and splits are, and what tables say."""
 
+import io
 import json
+import tarfile
 import unicodedata
 
 import cv2
@@ -8,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from pipeline.data import sources
+from pipeline.data import images, sources
 from pipeline.data.sources import Columns
 from pipeline.errors import UserError
 
@@ -217,3 +220,50 @@ def test_columns_of_parquet_files(tmp_path, columns):
 def test_published_forms_of_class_lists(tmp_path, text):
     (tmp_path / "map.txt").write_text(text)
     assert sources.read_label_map(str(tmp_path / "map.txt")) == ["n00000001", "n00000002"]
+
+
+# ---------------------------------------------------------------- archives and images
+
+
+def tar(path, mode, **members):
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name.replace("__", "/").replace("_", "."))
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.parametrize("end", ["bz2", "xz", "gz"])
+def test_compressed_tars(tmp_path, end):
+    uri = tar(tmp_path / f"a.tar.{end}", f"w:{end}", ant__0_jpg=JPEG, bee__0_jpg=JPEG)
+    assert labels(uri) == {"ant/0.jpg": ["ant"], "bee/0.jpg": ["bee"]}
+
+
+def test_captions_in_archives_are_no_labels(tmp_path):
+    caption = json.dumps({"caption": "a bird", "key": "0"}).encode()
+    uri = tar(tmp_path / "a.tar", "w", **{"0_jpg": JPEG, "0_json": caption, "0_txt": b"a bird"})
+    [source] = sources.discover([uri])
+    assert (labels(uri), source.names) == ({"0.jpg": None}, frozenset())
+
+
+def test_an_archive_that_is_not_read_is_named(tmp_path):
+    write(tmp_path, "photos.zip", data=b"PK")
+    with pytest.raises(UserError, match=r"photos.zip is not read; unpack it"):
+        sources.discover([str(tmp_path)])
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_an_unreadable_orientation_loses_no_pixels(format):
+    sink = io.BytesIO()
+    image = Image.fromarray(np.full((12, 16, 3), 90, np.uint8))
+    image.save(sink, format, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert images.decode(sink.getvalue(), 10**6).pixels.shape == (12, 16, 3)
+
+
+def test_slivers_are_refused():
+    for size in ((1000, 1), (1, 1000)):
+        sink = io.BytesIO()
+        Image.new("RGB", size).save(sink, "PNG")
+        with pytest.raises(images.Refused, match="too narrow"):
+            images.decode(sink.getvalue(), 10**6)

@@ -197,7 +197,7 @@ def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, flo
     if len(found) > 1 and config.splits != MERGE:
         raise UserError(
             f"{config.source[0]}: has the splits {', '.join(found)}, which would become one dataset; --splits from-source keeps "
-            f"them apart, --splits merge joins them, --source {config.source[0]}/{found[0]} or --include takes one"
+            f"them apart, --splits merge joins them, --include (or naming its folder with --source) takes one"
         )
     return parse_splits(config.splits)
 

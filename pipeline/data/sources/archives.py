@@ -103,7 +103,7 @@ def read_archives(
         name = piece["path"] or source.uri.rpartition("/")[2]
         prefix = source.prefix
         if source.by_archive:
-            archive = re.sub(r"(?i)\.(tar|tar\.gz|tgz)$", "", name)
+            archive = re.sub(r"(?i)\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)$", "", name)
             prefix += f"{piece['labels'][0] if piece['labels'] else archive}/"
         for item in read_piece(uri, name, piece, source):
             yield item._replace(key=prefix + item.key, split=item.split or piece["split"])

@@ -21,6 +21,7 @@ from pipeline.errors import UserError, nearest
 # most files match is chosen, the first of the list when several match equally many: images win over archives beside them.
 FORMATS: list[ModuleType] = [folder, cifar, tar, parquet, tfrecord]
 
+UNREAD = (".zip", ".7z", ".rar")  # archives that people have and that no format reads
 SNIFFED_FILES = 1000  # files of a listing that decide about its format
 SNIFFED_ITEMS = 256  # items that decide whether an archive is multi-label when its labels were not scanned
 
@@ -88,6 +89,9 @@ def _recognise(uri: str, files: pa.Table) -> SourceFormat:
     if files["path"][0].as_py() == "" and (best == folder.NAME or not counts[best]):
         archives = ", ".join(name for name in formats() if name != folder.NAME)
         raise UserError(f"{uri}: a single file that is no archive ({archives}); give a folder or an archive")
+    packed = next((name for name in names if name.lower().endswith(UNREAD)), None)
+    if packed and not counts[best]:
+        raise UserError(f"{uri}: {packed} is not read; unpack it, or pack the images as .tar")
     return formats()[best if counts[best] else folder.NAME]
 
 

@@ -5,6 +5,7 @@ Nothing is ever extracted to disk, so names of members are only names.
 
 import itertools
 import json
+import lzma
 import os
 import re
 import tarfile
@@ -21,10 +22,11 @@ from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import IMAGE_NAMES, Item, ScanOptions, Source, too_large
 from pipeline.data.sources.layout import WORDNET
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.tables import LABEL_COLUMNS, LabelTable, label_names
+from pipeline.data.sources.tables import CAPTION_COLUMNS, LABEL_COLUMNS, LabelTable, label_names
 
 NAME = "tar"
-SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)$", re.IGNORECASE)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # first bytes of gzip, bzip2 and xz
 SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes; tarfile holds it in memory
 EXTENSIONS = (  # kinds of headers that describe the next member
@@ -34,7 +36,7 @@ EXTENSIONS = (  # kinds of headers that describe the next member
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a damaged archive raises
+DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # what reading a damaged archive raises
 
 
 def matches(path: str) -> bool:
@@ -52,7 +54,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """
     first = _first_members(uri)
     names_wanted = archives.names_wanted(options)
-    cut = size > 2 * options.unit_bytes and not path.lower().endswith(("gz", "tgz"))
+    cut = size > 2 * options.unit_bytes and path.lower().endswith(".tar")
     if not (names_wanted or cut or any(name.lower().endswith(".tar") for name in first)):
         return FileScan(pieces=archives.whole(path, size), first_members=[first])
     found = _Scan(uri, path, size, options.unit_bytes, names_wanted)
@@ -82,6 +84,7 @@ class _Scan:
         self.problem = ""
         self.sample = ""  # the stem of the current sample,
         self.sidecars: dict[str, list[str]] = {}  # its labels by sidecar,
+        self.captioned = False  # whether its text is a caption,
         self.from_paths: list[list[str]] = []  # and those that the paths of its images give
 
     def read(self, file: IO[bytes]) -> None:
@@ -101,7 +104,9 @@ class _Scan:
             self.sample = stem
             if self.names_wanted and extension in SIDECARS:
                 handle = archive.extractfile(member)
-                found, many = _sidecar(extension, handle.read(1 << 20) if handle else b"")
+                data = handle.read(1 << 20) if handle else b""
+                self.captioned |= extension == "json" and _has_caption(data)
+                found, many = _sidecar(extension, data)
                 self.multilabel |= many
                 if found is not None:
                     self.sidecars[extension] = found
@@ -118,6 +123,9 @@ class _Scan:
             self.inner_first.append(_first_members(self.uri, start))
 
     def end_sample(self) -> None:
+        if self.captioned:
+            self.sidecars.pop("txt", None)
+        self.captioned = False
         own = next((self.sidecars[extension] for extension in SIDECARS if extension in self.sidecars), None)
         for label in self.from_paths[:1] if own is None else [own] if self.from_paths else []:
             self.names.update(label)
@@ -201,7 +209,8 @@ def _items_of_sample(
     Images that share a stem without a label beside them (a.1.jpg and a.2.jpg, a.jpg and a.png) are inputs of their own.
     """
     rest = [extension for extension in parts if extension not in SIDECARS]
-    beside = (_sidecar(e, parts[e][1])[0] for e in SIDECARS if e in parts)
+    captioned = "json" in parts and _has_caption(parts["json"][1])
+    beside = (_sidecar(e, parts[e][1])[0] for e in SIDECARS if e in parts and not (captioned and e == "txt"))
     own = next((names for names in beside if names is not None), None)
     if not rest:
         member = next(iter(parts.values()))[0]
@@ -267,9 +276,9 @@ def _first_members(uri: str, start: int = 0) -> tuple[str, ...]:
 
 def _is_compressed(file: IO[bytes]) -> bool:
     """Whether an open archive is compressed, whatever its name says."""
-    head = file.read(2)
+    head = file.read(6)
     file.seek(0)
-    return head == b"\x1f\x8b"
+    return head.startswith(COMPRESSED)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -282,6 +291,15 @@ def _split_name(name: str) -> tuple[str, str]:
 def _is_image(extension: str) -> bool:
     """`extension` in WebDataset's sense: jpg, or seg.png."""
     return extension.rpartition(".")[2] in IMAGE_NAMES
+
+
+def _has_caption(data: bytes) -> bool:
+    """Whether a sample's JSON says that its text is a caption, as img2dataset's does: captions are no classes."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and any(str(key).lower() in CAPTION_COLUMNS for key in value)
 
 
 def _sidecar(extension: str, data: bytes) -> tuple[list[str] | None, bool]:
