@@ -229,7 +229,7 @@ def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_
         s3fs.S3FileSystem.clear_instance_cache()
         proxy.fault = lambda method, path, n: "403" if method == "GET" else None
         with pytest.raises(UserError, match=f"s3://.*a.{kind}: "):
-            list(sources.read(source, source.pieces))
+            list(sources.read(source, source.fragments))
 
 
 def test_bad_commands_fail_at_once(image_folder, tmp_path):

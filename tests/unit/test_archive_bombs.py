@@ -49,7 +49,7 @@ def write_giant_header(path: Path) -> None:
 def read_all(path: Path) -> list[Item]:
     files = pa.table({"path": [""], "size": [path.stat().st_size]}, schema=items.LISTING)
     source = tar.scan(str(path), files, ScanOptions())
-    return list(tar.read(source, source.pieces))
+    return list(tar.read(source, source.fragments))
 
 
 MEASURE = """
@@ -59,7 +59,7 @@ from pipeline.data.sources import items, tar
 from pipeline.data.sources.prefetch import prefetched
 files = pa.table({"path": [""], "size": [0]}, schema=items.LISTING)
 source = tar.scan(sys.argv[1], files, items.ScanOptions())
-for item in prefetched(tar.read(source, source.pieces)):
+for item in prefetched(tar.read(source, source.fragments)):
     pass
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """

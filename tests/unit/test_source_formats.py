@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline.data import sources
 from pipeline.data.sources import discovery
-from pipeline.data.sources.items import PIECES, Item, Source, pieces_of_files
+from pipeline.data.sources.items import FRAGMENTS, Item, Source, fragments_of_files
 
 
 def hex_lines() -> types.ModuleType:
@@ -21,12 +21,12 @@ def hex_lines() -> types.ModuleType:
             return [line.split() for line in file]
 
     def scan(uri, files, options):
-        labels = pa.nulls(files.num_rows, PIECES.field("labels").type)
+        labels = pa.nulls(files.num_rows, FRAGMENTS.field("labels").type)
         names = {label for path in files["path"].to_pylist() for label, _ in lines(uri, path)}
-        return Source(uri=uri, kind="hex", pieces=pieces_of_files(files, labels), names=frozenset(names))
+        return Source(uri=uri, kind="hex", fragments=fragments_of_files(files, labels), names=frozenset(names))
 
-    def read(source, pieces):
-        for path in pieces["path"].to_pylist():
+    def read(source, fragments):
+        for path in fragments["path"].to_pylist():
             for number, (label, data) in enumerate(lines(source.uri, path)):
                 yield Item(f"{path}#{number}", path, bytes.fromhex(data), [label])
 
@@ -39,7 +39,7 @@ def test_a_format_is_one_module_and_one_place_in_the_list(tmp_path, monkeypatch)
     (tmp_path / "a.hex").write_text("cat 00ff\ndog 01\n")
     for format in ("auto", "hex"):
         [source] = sources.discover([str(tmp_path)], format=format)
-        items = list(sources.read(source, source.pieces))
+        items = list(sources.read(source, source.fragments))
         assert [(item.key, item.image, item.labels) for item in items] == [
             ("a.hex#0", b"\x00\xff", ["cat"]),
             ("a.hex#1", b"\x01", ["dog"]),

@@ -34,7 +34,7 @@ def labels(uri, **options):
 def rows(uri, **options):
     """{key: (label names, split)} of a source, without refused inputs."""
     [source] = sources.discover([uri], **options)
-    items = sources.read(source, source.pieces)
+    items = sources.read(source, source.fragments)
     return {item.key: (item.labels and list(item.labels), item.split) for item in items if not item.refused}
 
 
@@ -53,7 +53,7 @@ def test_a_file_that_is_no_image_is_counted_as_such(tmp_path):
     write(tmp_path, "ant/a.jpg", "bee/b.jpg")
     write(tmp_path, "readme.md", data=b"# photos")
     [source] = sources.discover([str(tmp_path)])
-    refused = {item.key: item.refused.reason for item in sources.read(source, source.pieces) if item.refused}
+    refused = {item.key: item.refused.reason for item in sources.read(source, source.fragments) if item.refused}
     assert refused == {"readme.md": "not an image"}
 
 
@@ -202,7 +202,7 @@ def test_captions_are_no_labels(tmp_path):
 def test_columns_of_parquet_files(tmp_path, columns):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     [source] = sources.discover([str(tmp_path / "x.parquet")])
-    items = list(sources.read(source, source.pieces))
+    items = list(sources.read(source, source.fragments))
     assert [(item.image, item.labels) for item in items] == [(JPEG, ["a"]), (JPEG, None)]
     assert source.names == {"a"}
 

@@ -358,7 +358,7 @@ def test_imagenet_tar_of_tars(tmp_path):
                     add(archive, f"{wordnet}_{i}.JPEG", jpeg(i))
             add(outer, f"{wordnet}.tar", inner.getvalue())
     source = sources.discover([str(tmp_path / "ILSVRC2012_img_train.tar")])[0]
-    assert source.pieces.num_rows == 2  # each class can be read on its own
+    assert source.fragments.num_rows == 2  # each class can be read on its own
     dataset = run(tmp_path, source=(source.uri,))
     assert contents(dataset) == {f"{w}_{i}.JPEG": w for w in ("n01440764", "n01443537") for i in range(3)}
 
@@ -370,8 +370,12 @@ def test_a_large_tar_is_cut_between_samples(tmp_path, monkeypatch):
             add(archive, f"{i:03d}.jpg", jpeg(i))
             add(archive, f"{i:03d}.cls", b"1")
     source = sources.discover([str(path)], unit_bytes=10_000)[0]
-    assert source.pieces.num_rows > 3
-    keys = [item.key for i in range(source.pieces.num_rows) for item in sources.read(source, source.pieces.slice(i, 1))]
+    assert source.fragments.num_rows > 3
+    keys = [
+        item.key
+        for i in range(source.fragments.num_rows)
+        for item in sources.read(source, source.fragments.slice(i, 1))
+    ]
     assert keys == [f"{i:03d}.jpg" for i in range(40)]
 
 
@@ -891,7 +895,7 @@ def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monk
     whole = make_plan(config)
     monkeypatch.setattr(listing, "SPILL_ROWS", 7)
     parts = make_plan(config)
-    assert parts.sources[0].pieces.equals(whole.sources[0].pieces)
+    assert parts.sources[0].fragments.equals(whole.sources[0].fragments)
     assert parts.labels == whole.labels
     assert parts.slices == whole.slices
 

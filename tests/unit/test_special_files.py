@@ -35,7 +35,7 @@ def test_files_without_end_are_refused(endless):
     parent, _, name = endless.rpartition("/")
     files = pa.table({"path": [name], "size": [0]}, schema=items.LISTING)
     source = folder.scan(parent, files, ScanOptions(need_names=False))
-    (item,) = folder.read(source, source.pieces)
+    (item,) = folder.read(source, source.fragments)
     assert item.refused
     assert item.refused.reason == "unreadable"
 
@@ -58,8 +58,8 @@ def test_a_link_that_leads_to_itself_is_a_reject(tmp_path):
     (source / "a" / "pong").symlink_to(source / "a" / "ping")
     found = listing.list_source(str(source))
     assert found["path"].to_pylist() == ["a/one.png", "a/ping", "a/pong", "a/self.png"]
-    pieces = folder.scan(str(source), found, ScanOptions()).pieces
-    refused = {i.key: bool(i.refused) for i in folder.read(folder.scan(str(source), found, ScanOptions()), pieces)}
+    fragments = folder.scan(str(source), found, ScanOptions()).fragments
+    refused = {i.key: bool(i.refused) for i in folder.read(folder.scan(str(source), found, ScanOptions()), fragments)}
     assert refused == {"a/one.png": False, "a/ping": True, "a/pong": True, "a/self.png": True}
     assert Tree(str(source)).names() == ["a/one.png"]
     with pytest.raises(UserError, match=r"self\.png"):
@@ -71,4 +71,4 @@ def test_a_tar_without_a_member_is_no_endless_read(tmp_path):
         pass
     files = pa.table({"path": [""], "size": [10240]}, schema=items.LISTING)
     source = tar.scan(str(tmp_path / "empty.tar"), files, ScanOptions())
-    assert not list(tar.read(source, source.pieces))
+    assert not list(tar.read(source, source.fragments))

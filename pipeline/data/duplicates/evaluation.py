@@ -153,7 +153,7 @@ def _parts(uri: str) -> Iterator[Any]:
     if not datasets:
         for source in sources.discover([uri], need_names=False, unlabelled=True):
             step = 512 if source.listed else 1
-            yield from ((source, first, step) for first in range(0, source.pieces.num_rows, step))
+            yield from ((source, first, step) for first in range(0, source.fragments.num_rows, step))
 
 
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
@@ -168,7 +168,7 @@ def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | No
             yield key, thumbnail(dataset, image), ""
         return
     source, first, count = part
-    for item in sources.read(source, source.pieces.slice(first, count)):
+    for item in sources.read(source, source.fragments.slice(first, count)):
         if isinstance(item.image, np.ndarray):
             yield item.key, item.image, ""
         elif item.refused:

@@ -155,7 +155,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     fingerprint = fingerprint_input(found, labels)
     rng = np.random.Generator(np.random.Philox(config.seed))
     if config.shuffle:
-        found = [dataclasses.replace(s, pieces=sources.shuffled(s.pieces, rng)) if s.listed else s for s in found]
+        found = [dataclasses.replace(s, fragments=sources.shuffled(s.fragments, rng)) if s.listed else s for s in found]
     return PreparePlan(
         config=config,
         sources=found,
@@ -174,11 +174,11 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
         digest.update(
             json.dumps([source.uri, source.kind, source.table.labels, source.table.splits], sort_keys=True).encode()
         )
-        pieces = source.pieces
+        fragments = source.fragments
         if not source.listed:
-            pieces = pieces.sort_by([("path", "ascending"), ("start", "ascending")])
-        for first in range(0, pieces.num_rows, sources.SPILL_ROWS):
-            part = pieces.slice(first, sources.SPILL_ROWS)
+            fragments = fragments.sort_by([("path", "ascending"), ("start", "ascending")])
+        for first in range(0, fragments.num_rows, sources.SPILL_ROWS):
+            part = fragments.slice(first, sources.SPILL_ROWS)
             for name in part.column_names:  # one column after the other: fewer Python objects at a time
                 digest.update(json.dumps([name, part[name].to_pylist()]).encode())
     digest.update(json.dumps(labels.classes).encode())
@@ -187,15 +187,15 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
 
 def cut_slices(found: Sequence[Source], config: PrepareConfig) -> list[SourceSlice]:
     """Slices of about a 32nd of the corpus each, of at most `unit_bytes` and 16,384 files, and of at least 8 MB or 256 files."""
-    total = sum(pc.sum(source.pieces["size"]).as_py() or 0 for source in found)
-    count = sum(source.pieces.num_rows for source in found)
+    total = sum(pc.sum(source.fragments["size"]).as_py() or 0 for source in found)
+    count = sum(source.fragments.num_rows for source in found)
     most_bytes = min(config.unit_bytes, max(8 << 20, total // 32))
     most_files = min(16_384, max(256, math.ceil(count / 32)))
     slices = []
     for i, source in enumerate(found):
         first = 0
-        while first < source.pieces.num_rows:
-            ends = np.cumsum(source.pieces["size"].slice(first, most_files).to_numpy())
+        while first < source.fragments.num_rows:
+            ends = np.cumsum(source.fragments["size"].slice(first, most_files).to_numpy())
             taken = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
             slices.append(SourceSlice(i, first, taken, int(ends[taken - 1])))
             first += taken
@@ -279,12 +279,12 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
         for number, part in enumerate(plan.slices):
             if os.path.basename(plan.fragments_uri(number)) not in there:
                 sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, sources.PIECES) as stream:
-                    stream.write_table(plan.sources[part.source].pieces.slice(part.first, part.fragments))
+                with pa.ipc.new_stream(sink, sources.FRAGMENTS) as stream:
+                    stream.write_table(plan.sources[part.source].fragments.slice(part.first, part.fragments))
                 storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
     except OSError as error:
         raise UserError(f"--output {plan.config.output}: cannot be written ({error}); choose another place") from error
-    without = [dataclasses.replace(source, pieces=source.pieces.slice(0, 0)) for source in plan.sources]
+    without = [dataclasses.replace(source, fragments=source.fragments.slice(0, 0)) for source in plan.sources]
     return dataclasses.replace(plan, sources=without)
 
 

@@ -6,8 +6,8 @@
     tfrecord   tf.train.Example with image/encoded and image/class/label or image/class/text
     cifar      the published archives of CIFAR-10 and CIFAR-100, binary or Python version
 
-`discover` scans a source once, on the driver, and returns a `Source`: a table of *pieces*, each an independent range of the
-input (one image file, a stretch of a tar, some row groups) with its size. `read` turns pieces into `Item`s, anywhere.
+`discover` scans a source once, on the driver, and returns a `Source`: a table of *fragments*, each an independent range of the
+input (one image file, a stretch of a tar, some row groups) with its size. `read` turns fragments into `Item`s, anywhere.
 Label names are text throughout; `Labels` turns them into class indices. What operating systems leave in folders and archives
 (.DS_Store, Thumbs.db, desktop.ini, ._* and __MACOSX) is no input.
 
@@ -15,7 +15,7 @@ Each format is one module with `matches`, `scan` and `read` (`items.SourceFormat
 """
 
 from pipeline.data.sources.discovery import FORMATS, discover, read
-from pipeline.data.sources.items import PIECES, Item, ScanOptions, Source, SourceFormat
+from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
 from pipeline.data.sources.prefetch import prefetched
@@ -23,7 +23,7 @@ from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 
 __all__ = [
     "FORMATS",
-    "PIECES",
+    "FRAGMENTS",
     "SPILL_ROWS",
     "Columns",
     "Item",

@@ -1,4 +1,4 @@
-"""What formats with many images in one file share: every file is scanned by a task of its own, then read piece by piece."""
+"""What formats with many images in one file share: every file is scanned by a task of its own, then read fragment by fragment."""
 
 import fnmatch
 import re
@@ -9,19 +9,19 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage, workqueue
-from pipeline.data.sources.items import PIECES, Item, ScanOptions, Source
+from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
 from pipeline.data.sources.layout import splits_of_files
 from pipeline.errors import UserError
 
-Piece = tuple[str, int, int, int, list[str] | None]
+Fragment = tuple[str, int, int, int, list[str] | None]
 
 
 @dataclass(kw_only=True, slots=True)
 class FileScan:
     """What one archive holds."""
 
-    pieces: list[Piece]
-    """Rows of schema PIECES, without the split."""
+    fragments: list[Fragment]
+    """Rows of schema FRAGMENTS, without the split."""
     names: Iterable[str] = ()
     """Its label names."""
     ordered_names: tuple[str, ...] = ()
@@ -53,9 +53,9 @@ def scan_archives(
     ]
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
     by_file = splits_of_files(files["path"].to_pylist())
-    rows = [(*row, by_file.get(row[0])) for scan in found for row in scan.pieces]
-    columns = list(zip(*rows, strict=True)) or [()] * len(PIECES)
-    pieces = pa.table([pa.array(c, f.type) for c, f in zip(columns, PIECES, strict=True)], schema=PIECES)
+    rows = [(*row, by_file.get(row[0])) for scan in found for row in scan.fragments]
+    columns = list(zip(*rows, strict=True)) or [()] * len(FRAGMENTS)
+    fragments = pa.table([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
     names = {name for scan in found for name in scan.names} | {
         n for labels in options.table.labels.values() for n in labels
     }
@@ -64,7 +64,7 @@ def scan_archives(
     return Source(
         uri=uri,
         kind=name,
-        pieces=pieces,
+        fragments=fragments,
         names=frozenset(names) if names or options.need_names else None,
         ordered_names=ordered.pop() if len(ordered) == 1 else None,
         multilabel=options.table.multilabel or any(scan.multilabel for scan in found),
@@ -84,8 +84,8 @@ def _scan(job: tuple[ScanFile, str, str, int, ScanOptions]) -> FileScan:
     return scan_file(uri, path, size, options)
 
 
-def whole(path: str, size: int) -> list[Piece]:
-    """A file as one piece."""
+def whole(path: str, size: int) -> list[Fragment]:
+    """A file as one fragment."""
     return [(path, size, 0, -1, None)]
 
 
@@ -95,18 +95,18 @@ def names_wanted(options: ScanOptions) -> bool:
 
 
 def read_archives(
-    source: Source, pieces: pa.Table, read_piece: Callable[[str, str, dict[str, Any], Source], Iterator[Item]]
+    source: Source, fragments: pa.Table, read_fragment: Callable[[str, str, dict[str, Any], Source], Iterator[Item]]
 ) -> Iterator[Item]:
-    """The items of some pieces; `read_piece` gets the file's URI, its name in keys, the piece and the source."""
-    for piece in pieces.to_pylist():
-        uri = storage.join(source.uri, piece["path"]) if piece["path"] else source.uri
-        name = piece["path"] or source.uri.rpartition("/")[2]
+    """The items of some fragments; `read_fragment` gets the file's URI, its name in keys, the fragment and the source."""
+    for fragment in fragments.to_pylist():
+        uri = storage.join(source.uri, fragment["path"]) if fragment["path"] else source.uri
+        name = fragment["path"] or source.uri.rpartition("/")[2]
         prefix = source.prefix
         if source.by_archive:
             archive = re.sub(r"(?i)\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)$", "", name)
-            prefix += f"{piece['labels'][0] if piece['labels'] else archive}/"
-        for item in read_piece(uri, name, piece, source):
-            yield item._replace(key=prefix + item.key, split=item.split or piece["split"])
+            prefix += f"{fragment['labels'][0] if fragment['labels'] else archive}/"
+        for item in read_fragment(uri, name, fragment, source):
+            yield item._replace(key=prefix + item.key, split=item.split or fragment["split"])
 
 
 def included(items: Iterator[Item], include: str | None) -> Iterator[Item]:

@@ -151,11 +151,11 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         names = class_names(_members(uri))
     except (*DAMAGE, ValueError) as error:
         raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
-    return FileScan(pieces=archives.whole(path, size), names=names, ordered_names=tuple(names))
+    return FileScan(fragments=archives.whole(path, size), names=names, ordered_names=tuple(names))
 
 
-def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    return archives.read_archives(source, pieces, lambda uri, name, *_: _read_file(uri, name))
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, fragments, lambda uri, name, *_: _read_file(uri, name))
 
 
 def _members(uri: str) -> Iterator[tuple[str, bytes]]:

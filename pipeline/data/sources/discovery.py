@@ -43,7 +43,7 @@ def discover(
     class_level: int | None = None,
     unlabelled: bool = False,
 ) -> list[Source]:
-    """Scans the sources: their formats, pieces and label names. Archives are scanned by Ray tasks.
+    """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
     labels: a label table for all of them. include: a glob over keys. need_names: False saves opening archives that are no
     larger than `unit_bytes`. columns: what the user named in tables and Parquet files. class_level: which folder names the
@@ -74,7 +74,7 @@ def discover(
         )
         source = found.scan(uri, files, options)
         if source.names is None:  # the labels were not scanned: a few samples tell whether there are several each
-            some = itertools.islice(read(source, source.pieces.slice(0, 1)), SNIFFED_ITEMS)
+            some = itertools.islice(read(source, source.fragments.slice(0, 1)), SNIFFED_ITEMS)
             several = any(item.labels is not None and len(item.labels) > 1 for item in some)
             source = replace(source, multilabel=source.multilabel or several)
         sources.append(source)
@@ -95,9 +95,9 @@ def _recognise(uri: str, files: pa.Table) -> SourceFormat:
     return formats()[best if counts[best] else folder.NAME]
 
 
-def read(source: Source, pieces: pa.Table, include: str | None = None) -> Iterator[Item]:
-    """The items of some pieces, in order. An input that cannot be read never raises: it is an Item with `refused`.
+def read(source: Source, fragments: pa.Table, include: str | None = None) -> Iterator[Item]:
+    """The items of some fragments, in order. An input that cannot be read never raises: it is an Item with `refused`.
 
     include: a glob over keys. Raises StorageError when the store fails.
     """
-    return included(formats()[source.kind].read(source, pieces), include)
+    return included(formats()[source.kind].read(source, fragments), include)

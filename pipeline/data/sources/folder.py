@@ -13,12 +13,12 @@ from pipeline import storage
 from pipeline.data.images import Refused, is_image_data
 from pipeline.data.sources import items, listing
 from pipeline.data.sources.items import (
+    FRAGMENTS,
     IMAGE_NAMES,
-    PIECES,
     Item,
     ScanOptions,
     Source,
-    pieces_of_files,
+    fragments_of_files,
     too_large,
 )
 from pipeline.data.sources.layout import WORDNET, Layout, find_layout, folders_of
@@ -38,7 +38,7 @@ def matches(path: str) -> bool:
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """Every file is a piece. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
+    """Every file is a fragment. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
     files, table, by_split = _tables(uri, files, options)
     if options.include:
         keep = [fnmatch.fnmatch(options.prefix + path.as_py(), options.include) for path in files["path"]]
@@ -47,15 +47,15 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
             raise UserError(f"{uri}: nothing matches --include {options.include!r}")
     layout = _layout(uri, files, table, options)
     if table:
-        pieces, names = _labelled_by_table(uri, files, table, layout)
+        fragments, names = _labelled_by_table(uri, files, table, layout)
     else:
-        pieces, names = _labelled_by_folder(files, layout, by_split)
-    splits = tuple(sorted(set(pc.unique(pieces["split"]).drop_null().to_pylist())))
+        fragments, names = _labelled_by_folder(files, layout, by_split)
+    splits = tuple(sorted(set(pc.unique(fragments["split"]).drop_null().to_pylist())))
     return Source(
         uri=uri,
         kind=NAME,
         prefix=options.prefix,
-        pieces=pieces,
+        fragments=fragments,
         names=frozenset(names),
         multilabel=any(found.multilabel for found in (table, *by_split.values())),
         by_folder=not table,
@@ -107,7 +107,7 @@ def _layout(uri: str, files: pa.Table, table: LabelTable, options: ScanOptions) 
 
 
 def _labelled_by_table(uri: str, files: pa.Table, table: LabelTable, layout: Layout) -> tuple[pa.Table, set[str]]:
-    """Pieces and label names. Rows of the table without a file become pieces too, so that they are counted as missing."""
+    """Fragments and label names. Rows of the table without a file become fragments too, so that they are counted as missing."""
     paths = files["path"].to_pylist()
     rows = [table.find(path) for path in paths]
     labels = [None if row is None else table.labels.get(row) for row in rows]
@@ -124,12 +124,12 @@ def _labelled_by_table(uri: str, files: pa.Table, table: LabelTable, layout: Lay
     labels += [table.labels[name] for name in absent]
     splits += [table.splits.get(name) for name in absent]
     names = {name for label in labels if label for name in label}
-    label_type = PIECES.field("labels").type
-    return pieces_of_files(files, pa.array(labels, label_type), pa.array(splits, pa.string())), names
+    label_type = FRAGMENTS.field("labels").type
+    return fragments_of_files(files, pa.array(labels, label_type), pa.array(splits, pa.string())), names
 
 
 def _labelled_by_folder(files: pa.Table, layout: Layout, tables: dict[str, LabelTable]) -> tuple[pa.Table, set[str]]:
-    """Pieces and label names: of the class folder, or the WordNet id that the name of a file at the top begins with. Files
+    """Fragments and label names: of the class folder, or the WordNet id that the name of a file at the top begins with. Files
     in the folders of `tables` have the labels that the table says."""
     names: set[str] = set()
 
@@ -148,18 +148,18 @@ def _labelled_by_folder(files: pa.Table, layout: Layout, tables: dict[str, Label
         labels = [label_of(path, inside) for path, inside in zip(paths, folders, strict=True)]
         names.update(name for label in labels for name in label or ())
         splits = pa.array([layout.split(inside) for inside in folders], pa.string())
-        return pieces_of_files(part, pa.array(labels, PIECES.field("labels").type), splits)
+        return fragments_of_files(part, pa.array(labels, FRAGMENTS.field("labels").type), splits)
 
-    return listing.spilled(map(labelled, listing.in_batches(files)), PIECES), names
+    return listing.spilled(map(labelled, listing.in_batches(files)), FRAGMENTS), names
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
     """The files, in order."""
     read_files = _fetch if storage.is_remote(source.uri) else _load
-    for batch in listing.in_batches(pieces):
+    for batch in listing.in_batches(fragments):
         rows = batch.to_pylist()
         contents = read_files(source.uri, [row["path"] for row in rows if row["size"] <= items.MAX_FILE_BYTES])
         for row in rows:

@@ -1,4 +1,4 @@
-"""The vocabulary of this package: a Source is a table of pieces, and reading a piece yields Items."""
+"""The vocabulary of this package: a Source is a table of fragments, and reading a fragment yields Items."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ from pipeline.data.sources.tables import Columns, LabelTable
 IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 MAX_FILE_BYTES = 128 << 20  # no image is larger; a larger member of an archive is a decompression bomb
 
-PIECES = pa.schema(
+FRAGMENTS = pa.schema(
     [
         ("path", pa.large_string()),  # relative to the source; "" when the source is one file
         ("size", pa.int64()),  # bytes of input, so that units of even work can be cut
         ("start", pa.int64()),  # byte offset (tar), first row group (Parquet); else 0
         ("stop", pa.int64()),  # end of the range; -1 for the end of the file
-        ("labels", pa.list_(pa.string())),  # label names known without reading the piece, or null
-        ("split", pa.string()),  # the split that the source puts the piece in, or null
+        ("labels", pa.list_(pa.string())),  # label names known without reading the fragment, or null
+        ("split", pa.string()),  # the split that the source puts the fragment in, or null
     ]
 )
-LISTING = pa.schema([PIECES.field("path"), PIECES.field("size")])
+LISTING = pa.schema([FRAGMENTS.field("path"), FRAGMENTS.field("size")])
 
 
 class Item(NamedTuple):
@@ -44,7 +44,7 @@ class Source:
 
     uri: str
     kind: str  # NAME of the format
-    pieces: pa.Table
+    fragments: pa.Table
     names: frozenset[str] | None
     prefix: str = ""  # goes before every key when there are several sources
     ordered_names: tuple[str, ...] | None = None  # when the source itself says which index has which name
@@ -58,7 +58,7 @@ class Source:
 
     @property
     def listed(self) -> bool:
-        """Every piece is one file, so any order of pieces is a shuffle of the images."""
+        """Every fragment is one file, so any order of fragments is a shuffle of the images."""
         return self.kind == "folder"
 
 
@@ -79,7 +79,7 @@ class ScanOptions:
     need_names: bool = True
     """Whether the label names are needed, which for archives means reading them."""
     unit_bytes: int = 1 << 30
-    """Files larger than this are cut into several pieces where the format allows it."""
+    """Files larger than this are cut into several fragments where the format allows it."""
     prefix: str = ""
     """Goes before every key of the source."""
 
@@ -93,17 +93,17 @@ class SourceFormat(Protocol):
         """Whether a file of this name belongs to the format."""
 
     def scan(self, uri: str, files: pa.Table, options: ScanOptions) -> Source:
-        """Finds pieces and label names. `files` is the listing of `uri`; raises UserError for unusable input."""
+        """Finds fragments and label names. `files` is the listing of `uri`; raises UserError for unusable input."""
 
-    def read(self, source: Source, pieces: pa.Table) -> Iterator[Item]:
-        """The items of some pieces, in order. An input that cannot be read is an Item with `refused`."""
+    def read(self, source: Source, fragments: pa.Table) -> Iterator[Item]:
+        """The items of some fragments, in order. An input that cannot be read is an Item with `refused`."""
 
 
-def pieces_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | None = None) -> pa.Table:
-    """Every file of a listing as a piece."""
+def fragments_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | None = None) -> pa.Table:
+    """Every file of a listing as a fragment."""
     starts, stops = (pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1))
     splits = pa.nulls(files.num_rows, pa.string()) if splits is None else splits
-    return pa.table([files["path"], files["size"], starts, stops, labels, splits], schema=PIECES)
+    return pa.table([files["path"], files["size"], starts, stops, labels, splits], schema=FRAGMENTS)
 
 
 def too_large(size: int) -> Refused:

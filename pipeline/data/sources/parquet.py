@@ -38,17 +38,17 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Pieces are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the column."""
+    """Fragments are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the column."""
     with _ParquetFile(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
         columns = _Columns(file_schema, uri, options.columns)
         label = columns.label
-        pieces: list[tuple[str, int, int, int, list[str] | None]] = []
+        fragments: list[tuple[str, int, int, int, list[str] | None]] = []
         first, size = 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= options.unit_bytes or group == metadata.num_row_groups - 1:
-                pieces.append((path, size, first, group + 1, None))
+                fragments.append((path, size, first, group + 1, None))
                 first, size = group + 1, 0
         ordered = _huggingface_names(file_schema, label)
         many = label is not None and _is_list(file_schema.field(label).type)
@@ -59,7 +59,9 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     partition = _partition_label(path)
     if partition and not label:
         names = {partition}
-    return FileScan(pieces=pieces, names=names or ordered, ordered_names=tuple(ordered), multilabel=many, splits=splits)
+    return FileScan(
+        fragments=fragments, names=names or ordered, ordered_names=tuple(ordered), multilabel=many, splits=splits
+    )
 
 
 def _partition_label(path: str) -> str | None:
@@ -81,18 +83,18 @@ def _distinct_names(file: pq.ParquetFile, label: str, many: bool) -> set[str]:
     return names
 
 
-def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    return archives.read_archives(source, pieces, _read_piece)
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, fragments, _read_fragment)
 
 
-def _read_piece(uri: str, name: str, piece: dict[str, Any], source: Source) -> Iterator[Item]:
+def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
     opened = _ParquetFile(uri)
     with opened as file:
         columns = _Columns(file.schema_arrow, uri, source.columns)
-        partition = _partition_label(piece["path"])
-        stop = file.num_row_groups if piece["stop"] < 0 else piece["stop"]
-        row = sum(file.metadata.row_group(group).num_rows for group in range(piece["start"]))
-        groups = range(piece["start"], stop)
+        partition = _partition_label(fragment["path"])
+        stop = file.num_row_groups if fragment["stop"] < 0 else fragment["stop"]
+        row = sum(file.metadata.row_group(group).num_rows for group in range(fragment["start"]))
+        groups = range(fragment["start"], stop)
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns.all, use_threads=False):
                 for values in batch.to_pylist():

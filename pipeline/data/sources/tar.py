@@ -48,7 +48,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Label names of a tar, and pieces that end between samples; a tar of tars is cut at its inner archives.
+    """Label names of a tar, and fragments that end between samples; a tar of tars is cut at its inner archives.
 
     A tar whose label names nobody needs is read only when it is large enough to be cut, or when it holds archives.
     """
@@ -56,7 +56,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     names_wanted = archives.names_wanted(options)
     cut = size > 2 * options.unit_bytes and path.lower().endswith(".tar")
     if not (names_wanted or cut or any(name.lower().endswith(".tar") for name in first)):
-        return FileScan(pieces=archives.whole(path, size), first_members=[first])
+        return FileScan(fragments=archives.whole(path, size), first_members=[first])
     found = _Scan(uri, path, size, options.unit_bytes, names_wanted)
     try:
         with storage.open_file(uri) as file:
@@ -77,7 +77,7 @@ class _Scan:
         self.unit_bytes, self.names_wanted = unit_bytes, names_wanted
         self.names: set[str] = set()
         self.cuts = [0]
-        self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # pieces that are inner archives
+        self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments that are inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
         self.only_inner = True
         self.multilabel = False
@@ -135,29 +135,29 @@ class _Scan:
     def result(self, first: tuple[str, ...]) -> FileScan:
         names = sorted(self.names)
         if self.inner and self.only_inner:
-            return FileScan(pieces=self.inner, names=names, first_members=self.inner_first, problem=self.problem)
+            return FileScan(fragments=self.inner, names=names, first_members=self.inner_first, problem=self.problem)
         ends = [*self.cuts[1:], -1]
-        pieces: list[tuple[str, int, int, int, list[str] | None]] = [
+        fragments: list[tuple[str, int, int, int, list[str] | None]] = [
             (self.path, (end if end > 0 else self.size) - start, start, end, None)
             for start, end in zip(self.cuts, ends, strict=True)
         ]
         return FileScan(
-            pieces=pieces, names=names, multilabel=self.multilabel, first_members=[first], problem=self.problem
+            fragments=fragments, names=names, multilabel=self.multilabel, first_members=[first], problem=self.problem
         )
 
 
-def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    return archives.read_archives(source, pieces, _read_piece)
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, fragments, _read_fragment)
 
 
-def _read_piece(uri: str, name: str, piece: dict[str, Any], source: Source) -> Iterator[Item]:
-    start = piece["start"]
+def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
+    start = fragment["start"]
     try:
         with storage.open_file(uri) as file:
             packed = _is_compressed(file)
             if start:
                 file.seek(start)
-            yield from _read_members(file, packed, piece["stop"], name, piece["labels"], source.table)
+            yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source.table)
     except DAMAGE as error:
         yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
 

@@ -221,8 +221,8 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """One piece a file. Label names cost a pass over the file, which is saved when nobody needs them."""
-    found = FileScan(pieces=archives.whole(path, size))
+    """One fragment a file. Label names cost a pass over the file, which is saved when nobody needs them."""
+    found = FileScan(fragments=archives.whole(path, size))
     if not archives.names_wanted(options) and size <= 2 * options.unit_bytes:
         return found
     names: set[str] = set()
@@ -234,8 +234,8 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     return found
 
 
-def read(source: Source, pieces: pa.Table) -> Iterator[Item]:
-    return archives.read_archives(source, pieces, lambda uri, name, _, source: _read_file(uri, name, source.table))
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, fragments, lambda uri, name, _, source: _read_file(uri, name, source.table))
 
 
 def _read_file(uri: str, name: str, table: LabelTable) -> Iterator[Item]:
