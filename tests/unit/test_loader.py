@@ -208,7 +208,7 @@ def test_patches_pass_through_untouched(datasets):
 
 def test_dropped_tokens_carry_their_positions(datasets):
     whole = take(datasets["patches"], augment=None)
-    for kept, full in zip(take(datasets["patches"], augment=None, keep_tokens=0.5), whole, strict=True):
+    for kept, full in zip(take(datasets["patches"], augment=None, patch_keep_rate=0.5), whole, strict=True):
         assert kept["patches"].shape[1:] == (6, 192)
         assert kept["positions"].dtype == torch.int64
         expected = full["patches"].gather(1, kept["positions"][:, :, None].expand(-1, -1, 192))
@@ -221,7 +221,7 @@ def test_images_become_patches_on_demand(datasets):
     images, patches = take(datasets["jpeg"], 2), take(datasets["jpeg"], 2, patch_size=4)
     for a, b in zip(images, patches, strict=True):
         assert np.array_equal(patchify(a["image"].numpy(), 4), b["patches"].numpy())
-    kept = take(datasets["jpeg"], 1, patch_size=4, keep_tokens=0.25)[0]
+    kept = take(datasets["jpeg"], 1, patch_size=4, patch_keep_rate=0.25)[0]
     expected = patches[0]["patches"].gather(1, kept["positions"][:, :, None].expand(-1, -1, 48))
     assert torch.equal(kept["patches"], expected)
 
@@ -270,6 +270,12 @@ def test_rows_that_do_not_decode_are_replaced_the_same_way_everywhere(datasets, 
     assert "k090 does not decode" in caplog.text
     good = [key for batch in take(datasets["jpeg"]) for key in batch["key"]]
     assert sum(a != b for a, b in zip(keys, good, strict=True)) == len(loader.replaced)
+
+
+def test_more_replaced_images_than_allowed_stop_the_loader(datasets):
+    take(datasets["bad"], max_replaced=len(BAD))
+    with pytest.raises(UserError, match=r"2 images do not decode, max_replaced allows 1.*k\d\d\d"):
+        take(datasets["bad"], max_replaced=1)
 
 
 def test_evaluation_refuses_rows_that_do_not_decode(datasets):
@@ -325,12 +331,12 @@ def test_missing_truncated_and_damaged_shards_are_named(tmp_path):
         ({"batch_size": 512, "lanes": 256}, "203 samples cannot fill 256 lanes"),
         ({"batch_size": 512, "lanes": 64, "drop_last": True}, "0 steps of 512.*drop_last"),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"lanes": 0}, "lanes 0 must be at least 1"),
+        ({"lanes": 0}, "lanes 0 .*at least 1"),
         ({"lanes": 16, "augment": Augment(mixup=0.2)}, "mixup pairs samples of one lane.*lanes to 8 or fewer"),
-        ({"keep_tokens": 0.5}, "set patch_size"),
-        ({"keep_tokens": 0.5, "patch_size": 4, "augment": Augment(size=16, mixup=0.2)}, "mixup blends whole images"),
+        ({"patch_keep_rate": 0.5}, "set patch_size"),
+        ({"patch_keep_rate": 0.5, "patch_size": 4, "augment": Augment(size=16, mixup=0.2)}, "mixup blends whole images"),
         ({"patch_size": 5}, "patch_size 5 does not divide the image size 16"),
-        ({"keep_tokens": 0.0}, "keep_tokens"),
+        ({"patch_keep_rate": 0.0}, "patch_keep_rate"),
         ({"train": False}, "crop 'inception' is random"),
         ({"train": False, "world_size": 3, "augment": Augment(crop="squash")}, "batch_size 16 is not divisible by world_size 3"),
     ],

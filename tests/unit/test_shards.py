@@ -183,6 +183,65 @@ def dataset(tmp_path):
     return open_dataset(str(tmp_path))
 
 
+def test_a_dataset_is_a_sequence(dataset):
+    rows = dataset.read(range(300))
+    assert dataset[7] == rows[7]
+    assert dataset[-1] == rows[299]
+    assert dataset[295:400:2] == rows[295::2]
+    assert list(dataset) == rows
+    for outside in (300, -301):
+        with pytest.raises(IndexError):
+            dataset[outside]
+
+
+def test_one_flipped_bit_is_found_at_the_first_read(dataset):
+    path, group = Path(dataset.shard_uri(0)), dataset.row_groups[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[int(group["end"]) - 5] ^= 1  # in an image
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=f"{path.name}: row group 0 is damaged .*checksum"):
+        open_dataset(dataset.uri)[0]
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_labels_outside_the_classes_are_an_error(tmp_path, multilabel):
+    rows = list(make_rows(50, "jpeg", multilabel))
+    write_dataset(str(tmp_path), rows, classes=list("abcde"), multilabel=multilabel)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": list("abc")}))
+    with pytest.raises(UserError, match="label 4 is outside the 3 classes"):
+        open_dataset(tmp_path).read_row_group(0)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"version": 2}', "1e400", '{"a":' * 5000])
+def test_a_manifest_of_any_json_is_one_line(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json") as error:
+        open_dataset(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rows", -5), ("rows", "x"), ("rows", None), ("image", None), ("encoding", "bogus"), ("mean", [1])],
+)
+def test_a_manifest_with_a_wrong_field_names_it(dataset, tmp_path, field, value):
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=r"manifest\.json: not a dataset manifest"):
+        open_dataset(tmp_path)
+
+
+def test_row_groups_that_cannot_lie_where_the_manifest_says(dataset, tmp_path):
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1]["row_groups"][0][3] = 10**15
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"row group 0 of .* rows cannot lie at"):
+        open_dataset(tmp_path)
+    assert any("cannot lie at" in problem for problem in verify_dataset(str(tmp_path)))
+
+
 def test_verify_finds_damage(dataset, tmp_path):
     path = tmp_path / dataset.manifest.shards[0].name
     whole = path.read_bytes()

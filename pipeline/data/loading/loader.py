@@ -51,7 +51,7 @@ class Loader:
     A batch is a dict, where b is this rank's share:
         image      uint8 (b, H, W, C), for encoding jpeg; or
         patches    uint8 (b, N, P*P*C), for encoding patches, or when `patch_size` asks for them
-        positions  int64 (b, n), the patches present, when keep_tokens < 1
+        positions  int64 (b, n), the patches present, when patch_keep_rate < 1
         label      int64 (b,), -1 unlabelled; multi-label (b, M): class indices padded with -1
         key        list of b strings
         label_b, lam   with mixup: the partner's label, and the weight of `label`, float32 (b,)
@@ -62,8 +62,9 @@ class Loader:
     shuffle_window  samples shuffled together, over all lanes: each lane permutes windows of shuffle_window/lanes
     threads       decoding threads; default: the CPUs of this process, shared between the ranks of this machine
     prefetch      batches made ahead of the one in use
-    keep_tokens   fraction of patches kept, drawn anew for each sample
+    patch_keep_rate   fraction of patches kept, drawn anew for each sample
     pin_memory    default: when CUDA is there
+    max_replaced  how many different images may be replaced before the loader raises UserError; None is no limit
     cache_dir     keeps row groups of s3:// datasets on a local disk, up to cache_bytes
 
     Iterating again continues with the next epoch, or after a `break`, with the next batch. `counters` has reads, read_bytes,
@@ -86,12 +87,13 @@ class Loader:
         shuffle_window: int = 16_384,
         threads: int | None = None,
         prefetch: int = 2,
-        keep_tokens: float = 1.0,
+        patch_keep_rate: float = 1.0,
         patch_size: int | None = None,
         drop_last: bool = False,
         pin_memory: bool | None = None,
         cache_dir: str | None = None,
         cache_bytes: int = 100 << 30,
+        max_replaced: int | None = None,
     ) -> None:
         if augment is None and dataset.encoding == "jpeg":
             augment = Augment() if train else Augment(crop="squash")
@@ -100,7 +102,7 @@ class Loader:
         self.dataset, self.augment, self.train = dataset, augment, train
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.lanes, self.shuffle_window, self.drop_last, self.prefetch = lanes, shuffle_window, drop_last, prefetch
-        self.keep_tokens, self.mixup = keep_tokens, augment.mixup if augment and train else 0.0
+        self.patch_keep_rate, self.mixup = patch_keep_rate, augment.mixup if augment and train else 0.0
         self.patch_size = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else patch_size
         if patch_size not in (None, self.patch_size):
             raise UserError(
@@ -121,6 +123,7 @@ class Loader:
         self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
         self._queue: deque[_Batch] = deque()
         self._memory = _Memory((self._share, *self.shape), keep=prefetch + 3)
+        self.max_replaced = max_replaced
         self.replaced: dict[str, str] = {}  # key -> what was wrong with it
 
         cv2.setNumThreads(1)  # parallel over images, not inside one
@@ -144,20 +147,20 @@ class Loader:
             raise UserError(f"patch_size {self.patch_size} does not divide the image size {self.augment.size}")
         else:
             self._tokens, size = (self.augment.size // self.patch_size) ** 2, self.patch_size**2 * 3
-        return (max(1, round(self.keep_tokens * self._tokens)), size)
+        return (max(1, round(self.patch_keep_rate * self._tokens)), size)
 
     def _check(self, epoch: int, step: int) -> None:
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank {self.rank} is outside a world of {self.world_size}")
-        if epoch < 0 or step < 0 or self.prefetch < 0 or self.shuffle_window < 1 or not 0 < self.keep_tokens <= 1:
-            raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, keep_tokens in (0, 1]")
-        if self.keep_tokens < 1 and self.patch_size is None:
+        if epoch < 0 or step < 0 or self.prefetch < 0 or self.shuffle_window < 1 or not 0 < self.patch_keep_rate <= 1:
+            raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, patch_keep_rate in (0, 1]")
+        if self.patch_keep_rate < 1 and self.patch_size is None:
             raise UserError(
-                "keep_tokens < 1 drops patches: set patch_size, so that the loader makes patches of the images"
+                "patch_keep_rate < 1 drops patches: set patch_size, so that the loader makes patches of the images"
             )
-        if self.keep_tokens < 1 and self.mixup:
+        if self.patch_keep_rate < 1 and self.mixup:
             raise UserError(
-                "mixup blends whole images, keep_tokens < 1 leaves different patches of each: choose one of them"
+                "mixup blends whole images, patch_keep_rate < 1 leaves different patches of each: choose one of them"
             )
         if not self.train:
             if self.batch_size % self.world_size:
@@ -300,7 +303,7 @@ class Loader:
             sources={group: future for group, (future, _) in self._open.items()},
             images=images,
             pixels=pixels,
-            kept=np.empty((n, self.shape[0]), np.int64) if self.keep_tokens < 1 else None,
+            kept=np.empty((n, self.shape[0]), np.int64) if self.patch_keep_rate < 1 else None,
             lam=max(lam, 1 - lam),
             labels=[None] * n,
             keys=[""] * n,
@@ -312,7 +315,7 @@ class Loader:
         """Makes the rows [begin, end) of a batch."""
         if batch.kept is not None:
             tokens, samples = self._tokens, batch.samples[begin:end]
-            batch.kept[begin:end] = kept_tokens(self.seed, batch.order.epoch, samples, tokens, self.keep_tokens)
+            batch.kept[begin:end] = kept_tokens(self.seed, batch.order.epoch, samples, tokens, self.patch_keep_rate)
         draws = self._draws(batch, batch.samples[begin:end])
         for i in range(begin, end):
             source, row = batch.sources[batch.groups[i]].result(), batch.rows[i]
@@ -375,6 +378,11 @@ class Loader:
                     "%s: %s does not decode (%s): replaced by %s", self.dataset.uri, key, error, source.keys[row]
                 )
             self.replaced[key] = str(error)
+            if self.max_replaced is not None and len(self.replaced) > self.max_replaced:
+                raise UserError(
+                    f"{self.dataset.uri}: {len(self.replaced)} images do not decode, max_replaced allows {self.max_replaced}; "
+                    f"the last one is {key} ({error}); prepare the data again"
+                )
             return source, row
         raise UserError(
             f"{self.dataset.uri}: {key} does not decode ({error}), nor does any other image of its shuffle window"
