@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import credentials, logs, storage
+from pipeline import credentials, help, logs, storage
 from pipeline.errors import JobFailed, UserError, nearest
 
 Config = TypeVar("Config")
@@ -50,30 +50,35 @@ def parse_recipe(
 ) -> tuple[Config, Config, str]:
     """The config that a command line asks for, the recipe it started from, and that recipe's name.
 
-    Raises SystemExit(2) for an unknown flag or a value of the wrong type (tyro prints the nearest flag), UserError for
-    an unknown recipe or a bad --config file.
+    --help, --help-all and --list-recipes print their page and end the process with SystemExit(0). Raises UserError for an
+    unknown flag or recipe, with the nearest one, and for a bad --config file; SystemExit(2) for a value of the wrong type.
     """
-    import tyro
-
     base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     base.add_argument("--recipe", default=None)
     base.add_argument("--config", default=None)
+    base.add_argument("-h", "--help", action="store_true")
+    base.add_argument("--help-all", action="store_true")
+    base.add_argument("--list-recipes", action="store_true")
     chosen, flags = base.parse_known_args(credentials.take_from_arguments(argv))
+    if chosen.list_recipes:
+        print(help.list_recipes(recipes, default), end="")
+        raise SystemExit(0)
     if chosen.recipe and chosen.config:
         raise UserError("--recipe and --config both say where to start from; give one of them")
     name = chosen.recipe or default
     if name not in recipes:
-        raise UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; recipes: {", ".join(recipes)}')
+        raise help.unknown_recipe(name, recipes)
     start = recipe_config = recipes[name]()
     if chosen.config:
         start = from_yaml(type(start), _read_config(chosen.config), where=chosen.config)
-    lines = [f"  {key:22s}{summary(recipe)}" for key, recipe in recipes.items()]
-    about = (
-        f"{inspect.cleandoc(description)}\n\n--recipe NAME starts from one of these (default {default}), "
-        "--config FILE.yaml from a saved config:\n" + "\n".join(lines)
-    )
-    config = tyro.cli(type(start), prog=prog, description=about, args=flags, default=start)
-    return config, recipe_config, name
+    if chosen.help or chosen.help_all:
+        about: dict[str, Any] = {"recipes": list(recipes), "recipe": name, "everything": chosen.help_all}
+        print(help.help_text(start, prog=prog, description=description, **about), end="")
+        raise SystemExit(0)
+    help.check_flags(flags, start)
+    import tyro  # here, because it takes longer to import than --help may take
+
+    return tyro.cli(type(start), prog=prog, description=description, args=flags, default=start), recipe_config, name
 
 
 def _read_config(uri: str) -> str:

@@ -48,7 +48,7 @@ class FineTune:
     momentum: float = 0.9
     clip: float = 1.0
     ema_decay: float = 0.0
-    """Decay of the running average of the weights that is evaluated instead of the last weights; 0: none."""
+    """Decay per step of the averaged weights that are evaluated; 0 evaluates the last weights."""
 
 
 ProbeKind = Literal["fewshot", "linear", "knn"]
@@ -109,9 +109,11 @@ class TransferConfig:
     """Transfer of one checkpoint to the tasks of a suite."""
 
     suite: str = "demo"
+    """Which tasks, by which protocol; --list-recipes describes the suites."""
     checkpoint: str | None = None
     """Checkpoint folder, folder of checkpoints (the latest complete one), weights (.npz, .safetensors, a Hugging Face or timm
-    folder; with --variant), or what MLflow keeps (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
+    folder; with --variant), a model of another library (timm:NAME, timm:NAME@FILE, hf:FOLDER), or what MLflow keeps
+    (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
     data: str | None = None
     """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py vtab all` and `--splits` write them."""
     output: str | None = None
@@ -125,10 +127,15 @@ class TransferConfig:
     lrs: tuple[float, ...] = ()
     """Learning rates; more than one are compared on the dev split (VTAB: train800 / val200) before the final training."""
     steps: int | None = None
+    """Optimiser steps of a fine-tuning. Default: the suite's; so for the next four."""
     batch_size: int | None = None
+    """Images per step."""
     resolution: int | None = None
+    """Side of the model's input in pixels."""
     warmup: int | None = None
+    """Steps over which the learning rate rises from 0."""
     ema_decay: float | None = None
+    """Decay per step of the averaged weights that are evaluated; 0 evaluates the last weights."""
 
     l2: float = 1024.0
     """Few-shot regularisation, a power of two; 0: the one with the best mean rank over the tasks, as in the paper."""
@@ -147,12 +154,15 @@ class TransferConfig:
     gpus_per_worker: float = 1.0
     """0.5 puts two tasks on each GPU. Without GPUs workers run on CPUs."""
     cpus_per_worker: int = 1
+    """CPU cores of a process; as many threads decode images."""
     retries: int = 2
     """Times a task is started again after its process died."""
     address: str | None = None
     """Ray cluster to join: auto or host:port. Default: embedded Ray, or the submitted job's cluster."""
     experiment: str = "transfer"
+    """Experiment in MLflow."""
     tracking_uri: str | None = None
+    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
 
     def fine_tune(self, **suite: Any) -> FineTune:
         """The suite's protocol with this config's replacements. Fewer steps shorten the warm-up in proportion."""
@@ -252,7 +262,7 @@ def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """The paper's Table 2 without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
 
     Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px (518 for /14) with
-    the averaged weights (EMA decay) 0.9999; `--resolution 384 --ema-decay 0` gives Table 5. DATA/<name>/{train,test}.
+    averaged weights (decay 0.9999); `--resolution 384 --ema-decay 0` gives Table 5. DATA/<name>/{train,test}.
     """
     low, high = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.06)
     root = _data(config)
@@ -268,7 +278,8 @@ def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
             protocol=config.fine_tune(**protocol),
         )
 
-    resolution = 518 if model["variant"].endswith("/14") else 512  # section 4.1: a multiple of the patch
+    by_14 = model["variant"].endswith("/14") or model.get("patch_size") == 14
+    resolution = 518 if by_14 else 512  # section 4.1: a multiple of the patch
     real = config.real_labels or storage.join(root, "imagenet", "real.json")
     imagenet = task("imagenet", 0.01, steps=20_000, lrs=high, warmup=500, resolution=resolution, ema_decay=0.9999)
     if config.real_labels or storage.exists(real):

@@ -20,6 +20,8 @@ import tyro
 import yaml
 from conftest import code_blocks
 
+from pipeline.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 RAY_UP = sorted((INFRA / "ray-up").glob("*.yaml"))
@@ -154,7 +156,7 @@ def test_the_watcher_is_started_with_options_it_has():
 
 
 def test_a_wrong_command_line_is_noticed(monkeypatch):
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--workers"):
         parse("pretrain", ["--recipe", "b16_imagenet", "--wokers", "8"], monkeypatch)
 
 

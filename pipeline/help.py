@@ -1,0 +1,219 @@
+"""--help, --help-all, --list-recipes and the answer to an unknown flag, for every job. Imports neither tyro nor torch.
+
+The text after a field of a config, a string below it, is the help of its flag.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import UserError, nearest
+
+WIDTH = 80
+COMMON = (
+    *("suite", "checkpoint", "data", "validation", "source", "output", "tasks", "seeds", "runs", "model"),
+    *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "runtime.workers", "sample"),
+)
+"""Flags that stand first in --help, where a job has them; the first fields of its config fill up to ten."""
+MOST_COMMON = 10
+# what people type -> flags of ours that mean it, the first that a job has; {} is the value that was given
+SYNONYMS = {
+    "epochs": ("steps {}epochs",),
+    "examples": ("steps {}examples",),
+    "max-steps": ("steps {}",),
+    "lr": ("optimizer.lr {}", "lrs {}"),
+    "learning-rate": ("optimizer.lr {}", "lrs {}"),
+    "weight-decay": ("optimizer.weight-decay {}",),
+    "batch": ("batch-size {}",),
+    "bs": ("batch-size {}",),
+    "size": ("image-size {}", "resolution {}"),
+    "input": ("source {}", "data {}"),
+    "train": ("data {}",),
+    "val": ("validation {}",),
+    "out": ("output {}",),
+    "output-dir": ("output {}",),
+    "arch": ("model.variant {}", "variant {}"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """A flag: its dotted field, its value in the recipe, and what it means."""
+
+    name: str
+    value: Any
+    kind: str
+    """What stands for its value in the page: N, X (a number with a fraction), TEXT."""
+    choices: tuple[Any, ...]
+    text: str
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def options_of(config: Any, prefix: str = "") -> list[Option]:
+    """Every flag of a config, nested ones after their parent's place."""
+    hints, texts = typing.get_type_hints(type(config)), field_texts(type(config))
+    found = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found += options_of(value, f"{name}.")
+        else:
+            hint = hints[field.name]
+            found.append(Option(name, value, _kind(hint), _choices(hint), texts.get(field.name, "")))
+    return found
+
+
+def _kind(hint: Any) -> str:
+    if typing.get_origin(hint) in (tuple, list):
+        first, *more = typing.get_args(hint)
+        return f"{_kind(first)} ..." if Ellipsis in more or not more else " ".join(map(_kind, (first, *more)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(_kind(argument) for argument in typing.get_args(hint) if argument is not type(None))
+    return {int: "N", float: "X", bool: "yes|no"}.get(hint, "TEXT")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(choice for argument in typing.get_args(hint) for choice in _choices(argument))
+    return ()
+
+
+@functools.cache
+def field_texts(cls: Any) -> dict[str, str]:
+    """{field: the string below it} of a dataclass and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError, SyntaxError, ValueError):  # a class without a source file
+            continue
+        statements = getattr(body, "body", [])
+        for field, text in itertools.pairwise(statements):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    texts[name] = " ".join(words.split())
+    return texts
+
+
+def help_text(
+    config: Any, *, prog: str, description: str, recipes: Sequence[str], recipe: str, everything: bool
+) -> str:
+    """The page of --help (the common flags) or --help-all (all of them, in groups), at most 80 columns wide.
+
+    recipe: the one whose values stand as defaults.
+    """
+    options = options_of(config)
+    by_name = {option.name: option for option in options}
+    names = [name for name in COMMON if name in by_name][:MOST_COMMON]
+    others = sorted((option.name for option in options if option.name not in names), key=lambda name: "." in name)
+    names += others[: MOST_COMMON - len(names)]
+    lines = [f"usage: python {prog} [--flag value ...]", ""]
+    for paragraph in inspect.cleandoc(description).split("\n\n"):
+        lines += [*_paragraph(paragraph), ""]
+    lines.pop()
+    lines += ["", "common:"]
+    for name in names:
+        lines += _option_lines(by_name[name])
+    rest = [option for option in options if option.name not in names]
+    if everything:
+        groups: dict[str, list[Option]] = {}
+        for option in rest:
+            groups.setdefault(option.name.rpartition(".")[0], []).append(option)
+        for group, members in groups.items():
+            lines += ["", f"{group or 'more'}:"]
+            for option in members:
+                lines += _option_lines(option)
+    lines += ["", "where the values come from:"]
+    if len(recipes) > 1:
+        lines += _entry("--recipe NAME", f"One of {len(recipes)} sets of values; --list-recipes. Here: {recipe}.")
+    lines += _entry("--config FILE.yaml", "Values saved by an earlier run.")
+    if not everything and rest:
+        lines += _entry("--help-all", f"The other {len(rest)} flags.")
+    return "\n".join(lines) + "\n"
+
+
+def _paragraph(text: str) -> list[str]:
+    """Prose filled to the width; examples, which are indented, line by line."""
+    if not text.startswith(" "):
+        return textwrap.wrap(text, WIDTH)
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 8)]
+
+
+def _option_lines(option: Option) -> list[str]:
+    value = option.value
+    if isinstance(value, bool):
+        return _entry(option.flag, f"{option.text} (default: {'yes' if value else 'no'})".strip())
+    shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+    default = "" if value in (None, (), [], {}) else f" (default: {shown})"
+    kind = "|".join(map(str, option.choices)) or option.kind
+    return _entry(f"{option.flag} {kind}", f"{option.text}{default}".strip())
+
+
+def _entry(left: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, WIDTH - 26, break_on_hyphens=False)
+    first = textwrap.wrap(f"  {left}", WIDTH, subsequent_indent="      ", break_on_hyphens=False)
+    if wrapped and len(first) == 1 and len(first[0]) < 25:
+        first[0] = f"{first[0]:26s}{wrapped.pop(0)}"
+    return [*first, *(" " * 26 + line for line in wrapped)]
+
+
+def list_recipes(recipes: Mapping[str, Callable[[], Any]], default: str) -> str:
+    """The recipes by family, each with the first sentence of its docstring."""
+    families: dict[str, list[str]] = {}
+    for name in recipes:
+        families.setdefault((name + "_").split("_")[1] or name.partition("-")[0], []).append(name)
+    alone = [name for names in families.values() if len(names) == 1 for name in names]
+    groups = [("", alone), *((family, names) for family, names in families.items() if len(names) > 1)]
+    lines = [f"recipes (--recipe NAME; default {default}):"]
+    for family, names in groups:
+        lines += ["", f"{family}:"] if family else []
+        for name in names:
+            doc = " ".join((inspect.getdoc(recipes[name]) or "").partition("\n\n")[0].split())
+            lines += _entry(name, doc.partition(". ")[0].rstrip("."))
+    return "\n".join(lines) + "\n"
+
+
+def check_flags(arguments: Iterable[str], config: Any) -> None:
+    """Raises UserError for the first flag that the config has no field for, with the flag that was probably meant."""
+    options = {option.name.replace("_", "-"): option for option in options_of(config)}
+    nested = tuple(f"{name}." for name, option in options.items() if isinstance(option.value, dict))
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.removeprefix("--").replace("_", "-").partition("=")
+        if not argument.startswith("--") or argument == "--":
+            continue
+        group, dot, last = name.rpartition(".")
+        plain = group + dot + last.removeprefix("no-")
+        if name in options or plain in options or name.startswith(nested):
+            continue
+        following = arguments[i + 1] if i + 1 < len(arguments) and not arguments[i + 1].startswith("--") else ""
+        raise UserError(f"unknown flag --{name}{_meant(name, value or following, options)}; --help-all lists them")
+
+
+def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
+    for synonym in SYNONYMS.get(name, ()):
+        if synonym.partition(" ")[0] in options:
+            return f" (did you mean --{synonym.format(value).strip()}?)"
+    # the last part of a dotted name is what people remember
+    inside = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = inside or difflib.get_close_matches(name, options, 1)
+    return f" (did you mean --{close[0]}?)" if close else ""
+
+
+def unknown_recipe(name: str, recipes: Iterable[str]) -> UserError:
+    return UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; --list-recipes shows them all')
