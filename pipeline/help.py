@@ -20,7 +20,7 @@ from pipeline.errors import UserError, nearest
 WIDTH = 80
 COMMON = (
     *("suite", "checkpoint", "data", "validation", "source", "output", "tasks", "seeds", "runs", "model"),
-    *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "runtime.workers", "sample"),
+    *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "sample"),
 )
 """Flags that stand first in --help, where a job has them; the first fields of its config fill up to ten."""
 MOST_COMMON = 10
@@ -62,12 +62,18 @@ class Option:
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
     """Every flag of a config, nested ones after their parent's place."""
-    hints, texts = typing.get_type_hints(type(config)), field_texts(type(config))
+    cls: Any = type(config)
+    hints, texts = typing.get_type_hints(cls), field_texts(cls)
+    annotated = typing.get_type_hints(cls, include_extras=True)
     found = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            found += options_of(value, f"{name}.")
+            # tyro.conf.arg(name="") puts the fields of a nested config among those of its parent
+            plain = any(
+                getattr(note, "name", None) == "" for note in getattr(annotated[field.name], "__metadata__", ())
+            )
+            found += options_of(value, prefix if plain else f"{name}.")
         else:
             hint = hints[field.name]
             found.append(Option(name, value, _kind(hint), _choices(hint), texts.get(field.name, "")))
@@ -95,6 +101,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 def field_texts(cls: Any) -> dict[str, str]:
     """{field: the string below it} of a dataclass and its bases."""
     texts: dict[str, str] = {}
+    base: Any
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
