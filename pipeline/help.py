@@ -106,7 +106,7 @@ def field_texts(cls: Any) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(typing.cast(Any, base)))).body
         except (OSError, TypeError, SyntaxError, ValueError):  # a class without a source file
             continue
         statements = getattr(body, "body", [])
