@@ -101,7 +101,8 @@ def _orientation(data: bytes) -> int:
 def _orientation_of(image: Image.Image) -> int:
     """1 (upright) where the EXIF block cannot be read: damaged tags lose no pixels."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        value = image.getexif().get(ORIENTATION, 1)
+        return value if isinstance(value, int) else 1  # text is not what the standard has there
     except Exception:  # Pillow's parser raises anything at all over damaged tags
         return 1
 

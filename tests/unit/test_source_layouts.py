@@ -1,5 +1,6 @@
 """Corpora as people have them: what is no input, where classes and splits are, and what tables say."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import images, sources
-from pipeline.data.sources import Columns
+from pipeline.data.sources import Columns, tfrecord
 from pipeline.errors import UserError
 
 JPEG = cv2.imencode(".jpg", np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))[1].tobytes()
@@ -267,3 +268,17 @@ def test_slivers_are_refused():
         Image.new("RGB", size).save(sink, "PNG")
         with pytest.raises(images.Refused, match="too narrow"):
             images.decode(sink.getvalue(), 10**6)
+
+
+def test_gzipped_tfrecords(tmp_path):
+    with gzip.open(tmp_path / "a.tfrecord.gz", "wb") as file:
+        tfrecord.write_record(file, tfrecord.encode_example({"image/encoded": JPEG, "image/class/label": 3}))
+    assert list(labels(str(tmp_path)).values()) == [["3"]]
+
+
+def test_a_parquet_file_without_rows_is_one_error(tmp_path):
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(UserError, match="no rows"):
+        sources.discover([str(tmp_path)])

@@ -54,7 +54,9 @@ def scan_archives(
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
     by_file = splits_of_files(files["path"].to_pylist())
     rows = [(*row, by_file.get(row[0])) for scan in found for row in scan.fragments]
-    columns = list(zip(*rows, strict=True)) or [()] * len(FRAGMENTS)
+    if not rows:
+        raise UserError(f"{uri}: its {name} files have no rows")
+    columns = list(zip(*rows, strict=True))
     fragments = pa.table([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
     names = {name for scan in found for name in scan.names} | {
         n for labels in options.table.labels.values() for n in labels

@@ -45,7 +45,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         label = columns.label
         fragments: list[tuple[str, int, int, int, list[str] | None]] = []
         first, size = 0, 0
-        for group in range(metadata.num_row_groups):
+        for group in range(metadata.num_row_groups if metadata.num_rows else 0):
             size += metadata.row_group(group).total_byte_size
             if size >= options.unit_bytes or group == metadata.num_row_groups - 1:
                 fragments.append((path, size, first, group + 1, None))

@@ -4,8 +4,10 @@ A TFRecord file is a sequence of records: uint64 length, masked CRC-32C of those
 data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64.
 """
 
+import gzip
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -23,7 +25,7 @@ from pipeline.errors import UserError
 
 NAME = "tfrecord"
 
-SUFFIX = re.compile(r"(\.tfrecords?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
+SUFFIX = re.compile(r"(\.tfrecords?(\.gz)?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
 # A record longer than this is a damaged length (or an attack on memory), not an image.
 MAX_RECORD_BYTES = 1 << 30
 
@@ -244,7 +246,7 @@ def _read_file(uri: str, name: str, table: LabelTable) -> Iterator[Item]:
         for record in _records(uri):
             yield _item(record, name, row, table)
             row += 1
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
@@ -267,7 +269,9 @@ def _item(record: bytes, name: str, row: int, table: LabelTable) -> Item:
 def _records(uri: str) -> Iterator[bytes]:
     with storage.open_file(uri) as file:
         try:
-            yield from read_records(file, uri)
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            yield from read_records(gzip.GzipFile(fileobj=file) if packed else file, uri)
         except UserError as error:  # a damaged file, unlike the errors of a store that fails
             raise ValueError(str(error)) from error
 
