@@ -271,7 +271,8 @@ def _records(uri: str) -> Iterator[bytes]:
         try:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            yield from read_records(gzip.GzipFile(fileobj=file) if packed else file, uri)
+            records: Any = gzip.GzipFile(fileobj=file) if packed else file
+            yield from read_records(records, uri)
         except UserError as error:  # a damaged file, unlike the errors of a store that fails
             raise ValueError(str(error)) from error
 
