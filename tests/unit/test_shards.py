@@ -242,6 +242,15 @@ def test_row_groups_that_cannot_lie_where_the_manifest_says(dataset, tmp_path):
     assert any("cannot lie at" in problem for problem in verify_dataset(str(tmp_path)))
 
 
+@pytest.mark.parametrize(("column", "complaint"), [(1, "does not lie at"), (4, "checksum of row group 0 differs")])
+def test_verify_checks_what_the_loader_relies_on(dataset, tmp_path, column, complaint):
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["row_groups"][0][column] -= 1
+    path.write_text(json.dumps(manifest))
+    assert any(complaint in problem for problem in verify_dataset(str(tmp_path)))
+
+
 def test_verify_finds_damage(dataset, tmp_path):
     path = tmp_path / dataset.manifest.shards[0].name
     whole = path.read_bytes()

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
-from pipeline.data.format.manifest import MANIFEST, REJECTS
+from pipeline.data.format.manifest import MANIFEST, REJECTS, Shard
 
 CHUNK = 16 << 20
 
@@ -61,10 +63,25 @@ def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
             groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
             if groups != [group[0] for group in shard.row_groups]:
                 yield f"{shard.name}: {len(groups)} row groups of {sum(groups)} rows, the manifest says {shard.rows} rows"
+            else:
+                yield from _verify_ranges(shard, file, parquet.metadata)
     except FileNotFoundError:
         yield f"{shard.name}: missing"
     except (pa.ArrowException, OSError) as error:
         yield f"{shard.name}: not a readable Parquet file ({error})"
+
+
+def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> Iterator[str]:
+    """The byte ranges and checksums in the manifest, against the footer and the bytes of the shard."""
+    for number, (_, start, _, end, checksum) in enumerate(shard.row_groups):
+        group = metadata.row_group(number)
+        first, last = group.column(0), group.column(group.num_columns - 1)
+        if (start, end) != (first.data_page_offset, last.data_page_offset + last.total_compressed_size):
+            yield f"{shard.name}: row group {number} does not lie at {start}, {end} as the manifest says"
+            continue
+        file.seek(start)
+        if zlib.crc32(file.read(end - start)) != checksum:
+            yield f"{shard.name}: the checksum of row group {number} differs from the manifest's"
 
 
 def _verify_rejects(dataset: Dataset) -> Iterator[str]:
