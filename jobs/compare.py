@@ -40,10 +40,11 @@ def main(argv: list[str]) -> int:
 
     from pipeline.operations import comparison
     from pipeline.tracking import names, resolve_tracking_uri, start_run
+    from pipeline.tracking.leaderboard import leaderboard
     from pipeline.tracking.views import page
 
     uri = resolve_tracking_uri(options.tracking_uri)
-    rows = comparison.leaderboard(suite=options.suite, uri=uri)
+    rows = leaderboard(suite=options.suite, uri=uri)
     markdown, values = comparison.to_markdown(rows), comparison.to_json(rows)
     figure = comparison.figure(rows)
     pictures: dict[str, bytes] = {}

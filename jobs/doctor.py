@@ -24,7 +24,7 @@ class Command(PretrainConfig):
     """jobs/doctor.py"""
 
     json: bool = False
-    """Print the findings as JSON, and nothing else, on stdout."""
+    """Print the results as JSON, and nothing else, on stdout."""
 
 
 def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:
@@ -44,12 +44,12 @@ def main(argv: list[str]) -> int:
     settings = PretrainConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PretrainConfig)}
     )
-    findings = doctor.examine(settings)
-    errors = sum(finding.status == "error" for finding in findings)
+    results = doctor.examine(settings)
+    errors = sum(result.status == "error" for result in results)
     if options.json:
-        print(json.dumps({"ok": not errors, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+        print(json.dumps({"ok": not errors, "findings": [dataclasses.asdict(result) for result in results]}))
     else:
-        print(doctor.table(findings))
+        print(doctor.results_table(results))
     return 1 if errors else 0
 
 

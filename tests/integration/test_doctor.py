@@ -23,6 +23,7 @@ from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.operations import doctor
+from pipeline.operations.doctor import authentication, machine, run, store, tracking
 from pipeline.training.config import PretrainConfig
 from pipeline.training.recipes import RECIPES
 
@@ -78,7 +79,7 @@ def test_authentication(home, monkeypatch, mode, address, token, status):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     if token:
         write_token(home)
-    found = doctor.authentication(address)
+    found = authentication.authentication(address)
     assert found.status == status
     assert bool(found.remedy) == (status != "ok")
 
@@ -86,17 +87,17 @@ def test_authentication(home, monkeypatch, mode, address, token, status):
 def test_a_token_in_the_environment_counts(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
-    assert doctor.authentication("10.0.0.1:6379").status == "ok"
-    assert doctor.token_file().status == "ok"
+    assert authentication.authentication("10.0.0.1:6379").status == "ok"
+    assert authentication.token_file().status == "ok"
 
 
 def test_a_token_that_others_can_read(home):
-    assert doctor.token_file().status == "ok"
+    assert authentication.token_file().status == "ok"
     write_token(home, 0o644)
-    found = doctor.token_file()
+    found = authentication.token_file()
     assert (found.status, found.remedy) == ("warning", f"chmod 600 {home}/.ray/auth_token")
     cluster._protect_token()  # what every job does once Ray runs
-    assert doctor.token_file().status == "ok"
+    assert authentication.token_file().status == "ok"
 
 
 # ---------------------------------------------------------------- tracking server
@@ -133,7 +134,7 @@ def test_a_tracking_server_that_serves(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-password")
     with server() as (httpd, uri):
-        found = doctor.tracking_server(uri)
+        found = tracking.tracking_server(uri)
     assert found.status == "ok"
     ((path, headers),) = httpd.seen
     assert path == "/api/2.0/mlflow/experiments/get?experiment_id=0"  # data, not /health
@@ -147,8 +148,8 @@ def test_credentials_of_a_file_and_of_the_address(home):
         "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = 50%\n"
     )
     with server() as (httpd, uri):
-        doctor.tracking_server(uri)
-        found = doctor.tracking_server(uri.replace("//", "//you:hidden@"))
+        tracking.tracking_server(uri)
+        found = tracking.tracking_server(uri.replace("//", "//you:hidden@"))
     assert [base64.b64decode(h["Authorization"].split()[1]) for _, h in httpd.seen] == [b"me:50%", b"me:50%"]
     assert "hidden" not in str(found)
 
@@ -165,25 +166,25 @@ def test_credentials_of_a_file_and_of_the_address(home):
 )
 def test_a_tracking_server_that_does_not(home, code, body, message, remedy):
     with server(code, body) as (_, uri):
-        found = doctor.tracking_server(uri)
+        found = tracking.tracking_server(uri)
     assert found.status == "error"
     assert message in found.message
     assert remedy in found.remedy
 
 
 def test_a_tracking_server_that_is_away_or_asleep(home):
-    found = doctor.tracking_server(f"http://127.0.0.1:{free_port()}")
+    found = tracking.tracking_server(f"http://127.0.0.1:{free_port()}")
     assert found.status == "error"
     assert "refused" in found.message
     with server(delay=1.0) as (_, uri):
-        assert "did not answer in 0.2 s" in doctor.tracking_server(uri, patience=0.2).message
-    assert doctor.tracking_server("sqlite:////tmp/mlflow.db").status == "ok"
+        assert "did not answer in 0.2 s" in tracking.tracking_server(uri, patience=0.2).message
+    assert tracking.tracking_server("sqlite:////tmp/mlflow.db").status == "ok"
 
 
 # ---------------------------------------------------------------- cheap checks of every job
 
 
-def test_preflight_is_quick_and_never_wrong(home, capsys):
+def test_preflight_is_quick_and_never_wrong(home, caplog):
     with server(delay=3.0) as (_, uri):
         start = time.perf_counter()
         doctor.preflight(None, uri)
@@ -191,13 +192,13 @@ def test_preflight_is_quick_and_never_wrong(home, capsys):
     with server() as (_, uri):
         doctor.preflight(None, uri)
     doctor.preflight(None, None)
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
-def test_preflight_warns_of_a_server_and_stops_at_a_missing_token(home, monkeypatch, capsys):
+def test_preflight_warns_of_a_server_and_stops_at_a_missing_token(home, monkeypatch, caplog):
     with server(403) as (_, uri):
         doctor.preflight(None, uri)
-    assert "answers 403; add 127.0.0.1" in capsys.readouterr().err
+    assert "answers 403; add 127.0.0.1" in caplog.text
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(UserError, match="no token here; copy the head's token"):
         doctor.preflight("10.0.0.1:6379", None)
@@ -211,12 +212,12 @@ def statuses(findings) -> dict[str, str]:
 
 
 def test_a_store_that_works(s3):
-    found = statuses(doctor.writable(f"{s3}/run"))
+    found = statuses(store.writable(f"{s3}/run"))
     assert found == dict.fromkeys(("output", "multipart upload", "conditional write", "checksum mode"), "ok")
     assert storage.list_files(s3) == []  # nothing is left behind
     storage.write_bytes(f"{s3}/set/manifest.json", b"{}")
-    assert doctor.readable(f"{s3}/set").status == "ok"
-    assert "no finished dataset" in doctor.readable(f"{s3}/other").message
+    assert store.readable(f"{s3}/set").status == "ok"
+    assert "no finished dataset" in store.readable(f"{s3}/other").message
 
 
 def broken(s3_server, monkeypatch, fault):
@@ -231,7 +232,7 @@ def broken(s3_server, monkeypatch, fault):
 
 def test_a_store_that_may_not_be_written(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "403" if method == "PUT" else None):
-        (found,) = doctor.writable(f"{s3}/run")
+        (found,) = store.writable(f"{s3}/run")
     assert (found.check, found.status) == ("output", "error")
     assert "access denied" in found.message
     assert "bucket policy" in found.remedy
@@ -239,52 +240,52 @@ def test_a_store_that_may_not_be_written(s3, s3_server, monkeypatch):
 
 def test_a_store_that_may_not_be_tidied(s3, monkeypatch):
     monkeypatch.setattr(storage, "remove", lambda uri: None)
-    assert statuses(doctor.writable(f"{s3}/run"))["removal"] == "warning"
+    assert statuses(store.writable(f"{s3}/run"))["removal"] == "warning"
 
 
 def test_a_store_that_wants_lengths(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "411" if method == "PUT" else None):
-        (found,) = doctor.writable(f"{s3}/run")
+        (found,) = store.writable(f"{s3}/run")
     assert (found.check, found.status) == ("checksum mode", "error"), found
     assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in found.remedy
 
 
 def test_a_store_without_multipart(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "403" if "uploads" in path else None):
-        found = statuses(doctor.writable(f"{s3}/run"))
+        found = statuses(store.writable(f"{s3}/run"))
     assert found["multipart upload"] == "error"
     assert found["output"] == "ok"
 
 
 def test_a_store_that_ignores_conditions(s3, monkeypatch):
     monkeypatch.setattr(storage, "create_bytes", lambda uri, data: True)
-    assert statuses(doctor.writable(f"{s3}/run"))["conditional write"] == "warning"
+    assert statuses(store.writable(f"{s3}/run"))["conditional write"] == "warning"
 
 
 def test_checksums_that_other_stores_refuse(s3, monkeypatch):
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
-    assert doctor.checksums().status == "warning"
+    assert store.checksums().status == "warning"
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    assert doctor.checksums().status == "ok"  # AWS itself
+    assert store.checksums().status == "ok"  # AWS itself
 
 
 def test_an_endpoint_where_nobody_listens(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     start = time.perf_counter()
-    assert "nothing answers at AWS_ENDPOINT_URL" in doctor.readable(f"{s3}/set").message
+    assert "nothing answers at AWS_ENDPOINT_URL" in store.readable(f"{s3}/set").message
     assert time.perf_counter() - start < 5
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
-    assert doctor.readable(f"{s3}/set").message.endswith("is no address")
+    assert store.readable(f"{s3}/set").message.endswith("is no address")
 
 
 def test_local_folders(tmp_path):
-    (finding,) = doctor.writable(str(tmp_path / "run"))
+    (finding,) = store.writable(str(tmp_path / "run"))
     assert finding.status == "ok"
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    (finding,) = doctor.writable(str(tmp_path / "file"))
+    (finding,) = store.writable(str(tmp_path / "file"))
     assert finding.status == "error"
-    assert doctor.readable(str(tmp_path / "none")).status == "error"
+    assert store.readable(str(tmp_path / "none")).status == "error"
 
 
 # ---------------------------------------------------------------- the machine
@@ -294,33 +295,33 @@ def test_shared_memory(tmp_path, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage(64 << 20, 0, 64 << 20))
-    found = doctor.shared_memory()
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: usage(64 << 20, 0, 64 << 20))
+    found = machine.shared_memory()
     assert found.status == "warning"
     assert "--shm-size=2048m" in found.remedy
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage(8 << 30, 0, 8 << 30))
-    assert doctor.shared_memory().status == "ok"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: usage(8 << 30, 0, 8 << 30))
+    assert machine.shared_memory().status == "ok"
     monkeypatch.undo()
-    assert doctor.shared_memory(str(tmp_path / "none")).status == "warning"
+    assert machine.shared_memory(str(tmp_path / "none")).status == "warning"
 
 
 def test_compiler(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.compiler(required=True).status == "error"
-    found = doctor.compiler(required=False)
+    assert machine.compiler(required=True).status == "error"
+    found = machine.compiler(required=False)
     assert found.status == "warning"
     assert found.message.startswith("no C++ compiler and no ninja")
     for name in ("c++", "ninja"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    assert doctor.compiler(required=True).status == "ok"
+    assert machine.compiler(required=True).status == "ok"
 
 
 def test_a_stale_build_lock_is_told_from_one_that_is_held(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert doctor.build_locks().status == "ok"
+    assert machine.build_locks().status == "ok"
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     holder = subprocess.Popen(
@@ -333,10 +334,10 @@ def test_a_stale_build_lock_is_told_from_one_that_is_held(tmp_path, monkeypatch)
         stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
-    assert doctor.build_locks().message == "an operator is being built"
+    assert machine.build_locks().message == "an operator is being built"
     holder.kill()
     holder.communicate()
-    found = doctor.build_locks()
+    found = machine.build_locks()
     assert (found.status, found.remedy) == ("error", f"rm {lock}")
 
 
@@ -345,11 +346,11 @@ def test_ports():
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        assert doctor.ports({port + 1: "something"}, range(0)).status == "ok"
-        found = doctor.ports({port: "Ray's dashboard"}, range(0))
+        assert machine.ports({port + 1: "something"}, range(0)).status == "ok"
+        found = machine.ports({port: "Ray's dashboard"}, range(0))
         assert found.status == "warning"
         assert f"{port} (Ray's dashboard) by " in found.message
-        found = doctor.ports({}, range(port, port + 1))
+        found = machine.ports({}, range(port, port + 1))
         assert f"in the range of Ray's workers: {port} by " in found.message
 
 
@@ -357,8 +358,8 @@ def test_devices_where_there_are_none(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.devices(wanted=False).status == "ok"
-    assert doctor.devices(wanted=True).status == "warning"
+    assert machine.devices(wanted=False).status == "ok"
+    assert machine.devices(wanted=True).status == "warning"
 
 
 def test_gpus_add_up(monkeypatch):
@@ -372,15 +373,15 @@ def test_gpus_add_up(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda count, device: real(count))
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
     monkeypatch.setattr(torch.cuda.nccl, "all_reduce", lambda values: [v.fill_(len(values)) for v in values])
-    assert "NCCL 2.27.3 adds up" in doctor.devices(wanted=True).message
+    assert "NCCL 2.27.3 adds up" in machine.devices(wanted=True).message
     monkeypatch.setattr(torch.cuda.nccl, "all_reduce", lambda values: None)
-    assert doctor.devices(wanted=True).status == "error"
+    assert machine.devices(wanted=True).status == "error"
 
     def fails(values):
         raise RuntimeError("unhandled system error")
 
     monkeypatch.setattr(torch.cuda.nccl, "all_reduce", fails)
-    assert "unhandled system error" in doctor.devices(wanted=True).message
+    assert "unhandled system error" in machine.devices(wanted=True).message
 
 
 # ---------------------------------------------------------------- room, and the name of the run
@@ -395,22 +396,21 @@ def test_gpus_add_up(monkeypatch):
     ],
 )
 def test_room_for_the_workers(free, now, status, message):
-    found = doctor.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Room(free=free, now=now))
+    found = run.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Room(free=free, now=now))
     assert found.status == status
     assert "4 workers of 2 CPU and 1 GPU" in found.message
     assert message in found.message
 
 
-def test_room_on_real_nodes(ray_local, capsys):
+def test_room_on_real_nodes(ray_local, caplog):
     assert cluster.room({"CPU": 1}).now == 2
     assert cluster.room({"CPU": 2}).now == 1
     assert cluster.room({"CPU": 4}).now == 0  # four CPUs do not fit on a node of two, however many nodes
     assert cluster.room({"CPU": 0.5, "GPU": 1}).now == 0
     cluster.announce({"CPU": 1}, 2)
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     cluster.announce({"CPU": 4}, 2)
-    said = "waiting for 2 x (4 CPU): the cluster has room for 0; the job starts when an autoscaler, or you, bring more"
-    assert said in capsys.readouterr().err
+    assert "waiting for 2 x (4 CPU): the cluster has room for 0; the job starts when an autoscaler" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["resource", "gang", "selector"])
@@ -443,24 +443,24 @@ def test_what_the_autoscaler_has_given_up(monkeypatch, form):
 
 def test_room_on_this_machine(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    assert doctor.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
-    assert doctor.own_budget(config(dataset, tmp_path, workers=2, cpus_per_worker=2)).status == "warning"
+    assert run.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
+    assert run.own_budget(config(dataset, tmp_path, workers=2, cpus_per_worker=2)).status == "warning"
 
 
 def test_the_name_of_the_run(dataset, tmp_path):
     from pipeline.training import run
 
     mine = config(dataset, tmp_path / "run")
-    assert doctor.run_name(mine).message.endswith("is free")
+    assert run.run_name(mine).message.endswith("is free")
     run._claim(run.check(mine), mine.output)
-    assert "continues" in doctor.run_name(mine).message
-    found = doctor.run_name(config(dataset, tmp_path / "run", seed=7))
+    assert "continues" in run.run_name(mine).message
+    found = run.run_name(config(dataset, tmp_path / "run", seed=7))
     assert found.status == "error"
     assert "holds another run (seed: 0 -> 7)" in found.message
     assert "choose another --output" in found.remedy
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    assert doctor.run_name(config(dataset, tmp_path / "photos")).status == "error"
+    assert run.run_name(config(dataset, tmp_path / "photos")).status == "error"
 
 
 # ---------------------------------------------------------------- the job

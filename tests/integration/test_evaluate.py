@@ -362,6 +362,7 @@ def test_command_line_exit_codes(tmp_path, database):
 def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, monkeypatch):
     """Checkpoints of one run, another family, a repeated transfer, and one that left tasks out."""
     from pipeline.operations import comparison
+    from pipeline.tracking.leaderboard import leaderboard
 
     monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -392,7 +393,7 @@ def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, m
     transfer(vit, 20, 70.0, pets=80.0, dtd=60.0)
     transfer(hybrid, 20, 60.0, pets=70.0, dtd=50.0)
     transfer(hybrid, 30, None, pets=99.0)
-    rows = comparison.leaderboard(uri=uri)
+    rows = leaderboard(uri=uri)
     assert [(row.suite, row.name, row.mean) for row in rows] == [
         ("vtab1k", "vit", 70.0),
         ("vtab1k", "mixed", 60.0),
@@ -410,4 +411,4 @@ def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, m
     assert {label.get_text() for label in panels[0].get_legend().get_texts()} == {"ViT", "Hybrid"}
     assert all(panel.get_ylim()[1] <= 100 for panel in panels)
     with pytest.raises(UserError, match='of suite "paper"'):
-        comparison.leaderboard(suite="paper", uri=uri)
+        leaderboard(suite="paper", uri=uri)

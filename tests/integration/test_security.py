@@ -21,7 +21,7 @@ from rayhead import ray_head
 
 from pipeline import cluster
 from pipeline.credentials import redacted
-from pipeline.operations import doctor
+from pipeline.operations.doctor import store as store_checks
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -48,6 +48,62 @@ def test_no_secret_travels_in_a_runtime_environment(monkeypatch, ships):
     text = json.dumps(cluster.runtime_env(ship_project=ships))
     assert "http://store:9000" in text
     assert not [name for name, value in SECRETS.items() if value in text]
+
+
+PLANTED = "planted-5f1e7c"
+SHOW = """
+import os, sys
+from pipeline import config, logs
+def main(argv):
+    import logging
+    logging.getLogger("pipeline.test").warning("proxy %s", os.environ.get("HTTPS_PROXY"))
+    print(argv, [os.environ.get(n) for n in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL")], open("/proc/self/cmdline").read())
+    print("found" if os.environ[sys.argv[1]] == os.environ["EXPECTED"] else "lost")
+config.run_job(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "scheme", "variable"),
+    [
+        ("--tracking-uri", "http", "MLFLOW_TRACKING_PASSWORD"),
+        ("--tracking-uri=", "https", "MLFLOW_TRACKING_PASSWORD"),
+        ("--transfer.tracking_uri", "postgresql", "VIT_DATABASE_PASSWORD"),
+        ("MLFLOW_TRACKING_URI", "http", "MLFLOW_TRACKING_PASSWORD"),
+        ("MLFLOW_TRACKING_URI", "postgresql+psycopg", "VIT_DATABASE_PASSWORD"),
+        ("AWS_ENDPOINT_URL", "http", "AWS_SECRET_ACCESS_KEY"),
+        ("HTTPS_PROXY", "http", "HTTPS_PROXY"),
+    ],
+)
+def test_a_password_in_an_address_reaches_neither_output_nor_process_list(tmp_path, where, scheme, variable):
+    address = f"{scheme}://me:{PLANTED}@host:1/x"
+    script = tmp_path / "job.py"
+    script.write_text(SHOW)
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("AWS_", "MLFLOW_", "VIT_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "EXPECTED": address if where == "HTTPS_PROXY" else PLANTED}
+    command = [sys.executable, str(script), variable]
+    if where.endswith("="):
+        command.append(where + address)
+    elif where.startswith("--"):
+        command += [where, address]
+    else:
+        environment[where] = address
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "found" in done.stdout, done.stderr
+    assert PLANTED not in done.stdout + done.stderr
+
+
+def test_a_password_in_a_configuration_file_stays_out_of_the_configuration(tmp_path, monkeypatch):
+    from pipeline import config
+    from pipeline.training.recipes import RECIPES
+
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "c.yaml").write_text(f"runtime:\n  tracking_uri: 'http://me:{PLANTED}@mlflow:5000'\n")
+    read = config.parse(["--config", str(tmp_path / "c.yaml")], RECIPES, "demo", prog="x", description="")
+    assert "http://mlflow:5000" in config.to_yaml(read)
+    assert PLANTED not in config.to_yaml(read)
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == PLANTED
 
 
 def test_a_password_in_an_address_is_not_shown():
@@ -226,13 +282,13 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
         s3fs.S3FileSystem.clear_instance_cache()
-        assert doctor.readable("s3://corpus/raw").status == "ok"
-        found = doctor.writable("s3://bucket/vit/run")
+        assert store_checks.readable("s3://corpus/raw").status == "ok"
+        found = store_checks.writable("s3://bucket/vit/run")
         assert {finding.status for finding in found} == {"ok"}, found
         for place in ("s3://corpus/raw", "s3://bucket/other", "s3://elsewhere/x"):
-            (finding,) = doctor.writable(place)
+            (finding,) = store_checks.writable(place)
             assert "access denied" in finding.message, place
-        assert doctor.readable("s3://elsewhere/raw").status == "error"
+        assert store_checks.readable("s3://elsewhere/raw").status == "error"
     finally:
         server.terminate()
         server.wait(10)

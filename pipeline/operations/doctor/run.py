@@ -1,0 +1,59 @@
+"""The run itself: room for its workers, and whether --output is free."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pipeline import cluster, storage
+from pipeline.errors import UserError
+from pipeline.operations.doctor.finding import CheckResult, ok, refused, warning
+
+if TYPE_CHECKING:
+    from pipeline.training.config import PretrainConfig
+
+
+def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) -> CheckResult:
+    """Whether all workers of a run fit, which is when it starts. What an autoscaler may add, only the autoscaler knows, and
+    says when it is asked (`cluster.announce`)."""
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
+    want = f"{workers} workers of {each}"
+    if room.free >= workers:
+        return ok("room", f"{want} fit now")
+    if room.now >= workers:
+        return warning(
+            "room",
+            f"{want}: other jobs leave room for {room.free}",
+            "the run waits until they end; `ray job list` shows them",
+        )
+    return warning(
+        "room",
+        f"{want}: the nodes that are there have room for {room.now}",
+        "the run waits until an autoscaler brings more, within max_workers (maxReplicas) of its node types; to a cluster of "
+        "fixed size add nodes (ray start --address), or ask for less",
+    )
+
+
+def own_budget(config: "PretrainConfig") -> CheckResult:
+    """The same on one machine, where an embedded Ray has as many CPUs as the workers ask for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    want = config.runtime.workers * config.runtime.cpus_per_worker
+    if want > cores:
+        return warning(
+            "room",
+            f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU share {cores} cores",
+            "fewer --workers or --cpus-per-worker are faster",
+        )
+    return ok("room", f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU on {cores} cores")
+
+
+def run_name(config: "PretrainConfig") -> CheckResult:
+    """Whether --output is free, this run's own, or somebody else's."""
+    from pipeline.training import run
+
+    try:
+        held = run.held_by(run.check_run(config), storage.normalise(config.runtime.output))
+    except UserError as cause:
+        return refused("run", cause)
+    if held is None:
+        return ok("run", f"{config.runtime.output} is free")
+    return ok("run", f"{config.runtime.output} holds this run, which continues")

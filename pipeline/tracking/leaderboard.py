@@ -1,0 +1,121 @@
+"""Transfer results beside the pre-training runs that they come from: score, images seen and compute (paper, Figure 5)."""
+
+import statistics
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.tracking import names
+from pipeline.tracking.search import RunInfo, search_runs
+
+GROUPS = ("natural", "specialized", "structured")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One transfer result with the pre-training run behind it. Scores are top-1 in percent; None is unknown."""
+
+    suite: str
+    name: str
+    variant: str | None
+    checkpoint: str
+    images_seen: float | None
+    train_flops: float | None
+    gpu_hours: float | None
+    mean: float
+    groups: dict[str, float]
+    tasks: dict[str, float]
+    data: str | None
+    pretrain_run: str | None
+    pretrain_url: str | None
+    pretrain_path: str | None
+    transfer_run: str
+    transfer_url: str
+    transfer_path: str
+
+
+def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row]:
+    """Every finished transfer result, best first within its suite; of repeated ones (same checkpoint and suite) the newest.
+
+    Raises UserError when nothing has been transferred yet.
+    """
+    pretrained = {run.id: run for run in search_runs(names.PRETRAIN, uri=uri)}
+    rows: dict[tuple[str, str], Row] = {}
+    for run in search_runs(names.TRANSFER, uri=uri):  # newest first
+        if names.PARENT in run.tags or not any(key.startswith(names.SCORE) for key in run.metrics):
+            continue
+        row = _row(run, _source(run, pretrained))
+        if suite in (None, run.params.get("suite")):
+            rows.setdefault((row.suite, row.checkpoint), row)
+    if not rows:
+        what = f'of suite "{suite}" ' if suite else ""
+        raise UserError(f"no transfer run {what}with scores yet; run jobs/transfer.py first, or set --tracking-uri")
+    return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
+
+
+def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
+    """The pre-training run of a transfer run: by its lineage tag, else the one whose output holds the checkpoint."""
+    linked = pretrained.get(run.tags.get(names.LINEAGE + "pretrain", ""))
+    if linked:
+        return linked
+    checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
+    for candidate in pretrained.values():
+        output = candidate.params.get("runtime.output")
+        if output and (storage.normalise(checkpoint) + "/").startswith(storage.normalise(output) + "/"):
+            return candidate
+    return None
+
+
+def _row(run: RunInfo, source: RunInfo | None) -> Row:
+    checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
+    images = _images_seen(checkpoint, source)
+    tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
+    suite = run.params.get("suite", "unknown")
+    if names.MEAN_SCORE not in run.metrics:  # only some of its tasks: no rival for those that have all
+        suite = f"{suite}, some tasks"
+    return Row(
+        suite=suite,
+        name=source.name if source else checkpoint.rstrip("/").rpartition("/")[2] or run.name,
+        variant=source.params.get("model.variant") if source else run.params.get("variant"),
+        checkpoint=checkpoint,
+        images_seen=images,
+        train_flops=_train_flops(source, images),
+        gpu_hours=source.metrics.get(names.GPU_HOURS) if source else None,
+        mean=run.metrics.get(names.MEAN_SCORE, statistics.fmean(tasks.values())),
+        groups={g: run.metrics[names.GROUP_SCORE + g] for g in GROUPS if names.GROUP_SCORE + g in run.metrics},
+        tasks=tasks,
+        data=source.tags.get(f"{names.DATA_FINGERPRINT}.train") if source else None,
+        pretrain_run=source.id if source else None,
+        pretrain_url=source.url if source else None,
+        pretrain_path=source.path if source else None,
+        transfer_run=run.id,
+        transfer_url=run.url,
+        transfer_path=run.path,
+    )
+
+
+def _images_seen(checkpoint: str, source: RunInfo | None) -> float | None:
+    """Of the checkpoint itself (an early one of a long run cost less), else of the whole run."""
+    try:
+        return float(storage.read_json(storage.join(checkpoint, "COMMIT.json"))["images_seen"])
+    except (OSError, UserError, KeyError, TypeError):  # moved, another machine's disk, or not ours
+        return source.metrics.get(names.IMAGES_SEEN) if source else None
+
+
+def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
+    """3 x forward x images: what was computed for these weights. Restarts repeat steps; that is not the model's cost."""
+    if source is None or images is None:
+        return None
+    try:
+        from models.cost import flops
+
+        config = {
+            "variant": source.params["model.variant"],
+            "num_classes": 1000,
+            "image_size": int(source.params["image_size"]),
+        }
+        if source.params.get("model.depth", "None") != "None":
+            config["depth"] = int(source.params["model.depth"])
+        return 3.0 * flops(config, patch_keep_rate=float(source.params.get("patch_keep_rate", 1.0))) * images
+    except (KeyError, ValueError, UserError):
+        return source.metrics.get(names.TRAIN_FLOPS)
