@@ -23,7 +23,7 @@ from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.operations import doctor
-from pipeline.operations.doctor import authentication, machine, run, store, tracking
+from pipeline.operations.doctor import authentication, machine, pretraining, store, tracking
 from pipeline.training.config import PretrainConfig
 from pipeline.training.recipes import RECIPES
 
@@ -396,7 +396,7 @@ def test_gpus_add_up(monkeypatch):
     ],
 )
 def test_room_for_the_workers(free, now, status, message):
-    found = run.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Room(free=free, now=now))
+    found = pretraining.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Room(free=free, now=now))
     assert found.status == status
     assert "4 workers of 2 CPU and 1 GPU" in found.message
     assert message in found.message
@@ -442,25 +442,25 @@ def test_what_the_autoscaler_has_given_up(monkeypatch, form):
 
 
 def test_room_on_this_machine(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    assert run.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
-    assert run.own_budget(config(dataset, tmp_path, workers=2, cpus_per_worker=2)).status == "warning"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert pretraining.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
+    assert pretraining.own_budget(config(dataset, tmp_path, workers=2, cpus_per_worker=2)).status == "warning"
 
 
 def test_the_name_of_the_run(dataset, tmp_path):
     from pipeline.training import run
 
     mine = config(dataset, tmp_path / "run")
-    assert run.run_name(mine).message.endswith("is free")
+    assert pretraining.run_name(mine).message.endswith("is free")
     run._claim(run.check(mine), mine.output)
-    assert "continues" in run.run_name(mine).message
-    found = run.run_name(config(dataset, tmp_path / "run", seed=7))
+    assert "continues" in pretraining.run_name(mine).message
+    found = pretraining.run_name(config(dataset, tmp_path / "run", seed=7))
     assert found.status == "error"
     assert "holds another run (seed: 0 -> 7)" in found.message
     assert "choose another --output" in found.remedy
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    assert run.run_name(config(dataset, tmp_path / "photos")).status == "error"
+    assert pretraining.run_name(config(dataset, tmp_path / "photos")).status == "error"
 
 
 # ---------------------------------------------------------------- the job

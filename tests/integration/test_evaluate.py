@@ -18,6 +18,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
+from pipeline.operations import ledger as ledger_module
 from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
 from pipeline.tracking import names, registry, search, start_run
 from pipeline.weights import checkpoints
@@ -138,10 +139,11 @@ def test_two_schedulers_share_the_work_without_repeating_it(config, tmp_path):
 DIES = """
 import os, sys
 from pipeline.operations import evaluation
+from pipeline.operations import ledger as ledger_module
 def die(config, target, output, uri):
     os.kill(os.getpid(), int(sys.argv[4]))
     import time; time.sleep(60)
-evaluation.LEASE = 600
+
 import signal
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 evaluation.evaluate_once(
@@ -161,7 +163,7 @@ def test_a_dead_evaluator_is_succeeded(config, tmp_path, monkeypatch, number, wa
     done = evaluate_once(config, evaluate=scored(40.0, calls))
     if waits:  # killed without a word: only the lease tells
         assert (calls, done.claimed_elsewhere) == ([], [folder])
-        monkeypatch.setattr(evaluation.Ledger.__init__, "__defaults__", (0.0,))
+        monkeypatch.setattr(ledger_module.Ledger.__init__, "__defaults__", (0.0,))
         done = evaluate_once(config, evaluate=scored(40.0, calls))
     assert calls == [folder]
     assert done.evaluated == [folder]
@@ -179,7 +181,7 @@ def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(conf
         return scored(50.0)(config, target, output, uri)
 
     rounds = [evaluate_once(config, evaluate=failing) for _ in range(5)]
-    assert calls.count(10) == evaluation.ATTEMPTS
+    assert calls.count(10) == ledger_module.ATTEMPTS
     assert calls.count(20) == 1  # the other checkpoint does not suffer
     assert "out of memory" in rounds[0].failed[0]
     assert "failed 3 times" in rounds[4].failed[0]

@@ -12,7 +12,7 @@ checked.
     tracking         the MLflow server
     store            data and output
     machine          shared memory, compiler, locks, ports, GPUs
-    run              room for the workers, whether --output is free
+    pretraining      room for the workers, whether --output is free
     nodes            checks on every node of a cluster
 """
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import cluster, storage
 from pipeline.errors import UserError
-from pipeline.operations.doctor import authentication, machine, run, store, tracking
+from pipeline.operations.doctor import authentication, machine, pretraining, store, tracking
 from pipeline.operations.doctor.finding import CheckResult, refused
 from pipeline.operations.doctor.nodes import everywhere
 from pipeline.operations.doctor.tracking import tracking_server as check_server
@@ -51,7 +51,7 @@ class NodeSettings:
 OF_THE_LAUNCH: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
     lambda config: authentication.authentication(config.runtime.address),
     lambda config: authentication.token_file(),
-    lambda config: run.run_name(config),
+    lambda config: pretraining.run_name(config),
 )
 # What may differ from node to node.
 OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
@@ -65,7 +65,7 @@ OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
 )
 # What matters when the run starts a Ray of its own here.
 OF_THIS_MACHINE: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
-    lambda config: run.own_budget(config),
+    lambda config: pretraining.own_budget(config),
     lambda config: machine.ports(),
 )
 
@@ -108,7 +108,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
         except UserError as cause:
             return [*results, refused("cluster", cause)]
         results += store.places(config, uri)
-        results.append(run.cpu_budget(config.runtime.workers, needed, cluster.room(needed)))
+        results.append(pretraining.cpu_budget(config.runtime.workers, needed, cluster.room(needed)))
         results += everywhere(on_node)
     else:
         results += [check(config) for check in OF_THIS_MACHINE]
