@@ -101,7 +101,6 @@ def connect() -> None:
             )
             what = f"the cluster at {address}"
         else:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen to every address
             ray.init(
                 address="local",  # never whatever cluster an earlier session left in /tmp
