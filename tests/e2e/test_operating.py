@@ -100,7 +100,7 @@ SHOWN = {
     ),
     "the store was away": (
         "integration/test_training.py::test_uploads_go_side_by_side_and_are_repeated",
-        "integration/test_training.py::test_store_that_is_away_costs_one_checkpoint",
+        "integration/test_training.py::test_full_disk_costs_one_checkpoint_and_the_next_one_is_written",
         "integration/test_loader_s3.py::test_passing_faults_are_retried_counted_and_change_nothing",
         "integration/test_loader_s3.py::test_a_shard_that_stays_unreadable_is_named",
     ),
@@ -134,7 +134,7 @@ SHOWN = {
         "integration/test_mlflow_server.py::test_wrong_password_and_wrong_host_are_errors_that_say_what_to_do",
     ),
     "the disk is full": (
-        "integration/test_training.py::test_store_that_is_away_costs_one_checkpoint",
+        "integration/test_training.py::test_full_disk_costs_one_checkpoint_and_the_next_one_is_written",
         "integration/test_evaluate.py::test_pruning_lists_first_and_deletes_when_told",
     ),
 }

@@ -452,7 +452,7 @@ def test_the_name_of_the_run(dataset, tmp_path):
 
     mine = config(dataset, tmp_path / "run")
     assert pretraining.run_name(mine).message.endswith("is free")
-    run._claim(run.check_run(mine), mine.output)
+    run._claim(run.check_run(mine), mine.runtime.output)
     assert "continues" in pretraining.run_name(mine).message
     found = pretraining.run_name(config(dataset, tmp_path / "run", seed=7))
     assert found.status == "error"
