@@ -16,6 +16,7 @@ from pipeline import cluster, storage
 from pipeline.config import fingerprint, parse, run_job
 from pipeline.data.format import Manifest
 from pipeline.data.prepare import RECIPES as PREPARE
+from pipeline.training.config import PretrainConfig
 from pipeline.training.recipes import RECIPES as PRETRAIN
 
 
@@ -63,20 +64,7 @@ def main(argv: list[str]) -> int:
         )
 
     _title("pretrain")
-    training = PRETRAIN["demo"]()
-    runtime = replace(
-        training.runtime,
-        data=storage.join(data, "train"),
-        validation=storage.join(data, "test"),
-        output=storage.join(output, "pretrain"),
-    )
-    training = replace(training, runtime=runtime)
-    if config.data:
-        augment = replace(training.augment, flip=True, area=(0.3, 1.0))
-        batch = min(training.batch_size, 2 ** (manifests["train"].rows.bit_length() - 1))
-        training = replace(training, validation_resize=None, augment=augment, steps="400steps", batch_size=batch)
-    if config.steps:
-        training = replace(training, steps=f"{config.steps}steps")
+    training = _training(config, data, output, manifests["train"].rows)
     trained = run.pretrain(training, recipe="demo")
     if "images" in trained:
         print(run.summarize(trained))
@@ -125,6 +113,19 @@ def _prepare(config: DemoConfig, output: str) -> dict[str, Manifest]:
         part = replace(images, source=(storage.join(source, folder),), output=storage.join(output, split), splits=())
         (manifests[split],) = prepare(replace(part, sample=sample)).values()
     return manifests
+
+
+def _training(config: DemoConfig, data: str, output: str, rows: int) -> PretrainConfig:
+    """The demo recipe on what was prepared; for the user's own images with flips, larger crops and 400 steps."""
+    training = PRETRAIN["demo"]()
+    places = {"data": storage.join(data, "train"), "validation": storage.join(data, "test")}
+    runtime = replace(training.runtime, **places, output=storage.join(output, "pretrain"))
+    training = replace(training, runtime=runtime)
+    if config.data:
+        augment = replace(training.augment, flip=True, area=(0.3, 1.0))
+        batch = min(training.batch_size, 2 ** (rows.bit_length() - 1))
+        training = replace(training, validation_resize=None, augment=augment, steps="400steps", batch_size=batch)
+    return replace(training, steps=f"{config.steps}steps") if config.steps else training
 
 
 def _default_output(data: str | None) -> str:

@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
             print(f"{f'mean {group}':24s}{mean:7.2f}")
         if result.mean is not None:
             print(f"{f'mean of {len(result.scores)}':24s}{result.mean:7.2f}")
+        print(f"report: {result.output}/report.md")
     for job, error in result.failures.items():
         print(f"failed: {job}: {error}", file=sys.stderr)
     return 1 if result.failures else 0

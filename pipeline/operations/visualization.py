@@ -37,7 +37,8 @@ class Inspection:
 def sample_uri(config: Mapping[str, Any]) -> str | None:
     """The validation set of the run that trained a checkpoint, when its config.json names one that is still there."""
     pretrain = config.get("pretrain")
-    validation = pretrain.get("validation") if isinstance(pretrain, dict) else None
+    runtime = pretrain.get("runtime") if isinstance(pretrain, dict) else None
+    validation = runtime.get("validation") if isinstance(runtime, dict) else None
     if isinstance(validation, str) and storage.exists(storage.join(validation, "manifest.json")):
         return validation
     return None

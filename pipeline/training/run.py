@@ -259,7 +259,7 @@ def _read_record(uri: str) -> dict[str, Any]:
     record = storage.read_json(uri)
     if isinstance(record, dict) and record.get("format", 1) != checkpoint.FORMAT:
         raise UserError(
-            f"{uri}: its format is {record['format']}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
+            f"{uri}: its format is {record.get('format', 1)}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
         )
     if (
         not isinstance(record, dict)

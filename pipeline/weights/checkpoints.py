@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 
 COMMIT = "COMMIT.json"
-FORMAT = 1  # of checkpoints and run.json; without one they are the first
+FORMAT = 2  # of checkpoints and run.json; a file without the field has version 1
 THREADS = 8
 """Files that are read at a time."""
 
@@ -66,7 +66,7 @@ def read_commit(uri: str) -> Checkpoint:
         raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
     if commit.get("format", 1) != FORMAT:
         raise OtherFormat(
-            f"{uri}: its format is {commit['format']}, this program reads {FORMAT}: use the version that wrote it"
+            f"{uri}: its format is {commit.get('format', 1)}, this program reads {FORMAT}: use the version that wrote it"
         )
     return Checkpoint(uri, step, commit)
 

@@ -75,18 +75,18 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
 def test_the_same_command_again_continues_and_another_is_refused(digits):
     same = job("pretrain", "--steps", "160steps", cwd=digits)
     assert same.returncode == 0, same.stdout + same.stderr
-    assert "nothing left to do" in same.stdout
+    assert "nothing left to do" in same.stderr
     other = job("pretrain", "--steps", "160steps", "--optimizer.lr", "0.5", cwd=digits)
     assert other.returncode == 2
     assert "holds another run (optimizer.lr" in other.stderr
     assert job("pretrain", "--steps", "160steps", "--resume", "never", cwd=digits).returncode == 2
     (record,) = digits.rglob("pretrain/run.json")
     mine = record.read_text()
-    record.write_text(mine.replace('"format": 1', '"format": 2'))
+    record.write_text(mine.replace('"format": 2', '"format": 3'))
     newer = job("pretrain", "--steps", "160steps", cwd=digits)
     record.write_text(mine)
     assert newer.returncode == 2
-    assert "run.json: its format is 2, this program reads 1" in newer.stderr
+    assert "run.json: its format is 3, this program reads 2" in newer.stderr
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_the_same_command_again_continues_and_another_is_refused(digits):
         ("pretrain", ["--recipe", "dmeo"], 'did you mean "demo"'),
         ("pretrain", ["--batch-sise", "3"], "--batch-size"),
         ("pretrain", ["--data", "nowhere"], "no dataset here"),
-        ("pretrain", ["--batch-size", "63"], "workers do not divide"),
+        ("pretrain", ["--batch-size", "63"], "lanes 21 is not divisible by 2 workers"),
         ("pretrain", ["--model.variant", "Ti/15"], "15"),
-        ("pretrain", ["--resume", "must", "--output", "empty"], "holds no run"),
+        ("pretrain", ["--resume", "must", "--output", "empty"], "holds no checkpoint to continue"),
         ("prepare", ["--source", "nowhere", "--output", "out"], "nowhere"),
         ("prepare", ["--source", "runs", "--output", "s3://no-such-bucket-here/x"], "s3://"),
         ("transfer", ["--checkpoint", "nowhere"], "nowhere"),

@@ -54,7 +54,8 @@ def commit(run, step, content=None):
     storage.write_bytes(storage.join(folder, "model.safetensors"), weights)
     files = {"model.safetensors": {"size": len(weights), "sha256": weights.hex()}}
     storage.write_json(
-        storage.join(folder, "COMMIT.json"), {"step": step, "images_seen": step * 64, "metrics": {}, "files": files}
+        storage.join(folder, "COMMIT.json"),
+        {"format": 2, "step": step, "images_seen": step * 64, "metrics": {}, "files": files},
     )
     return folder
 
@@ -73,7 +74,7 @@ def scored(table, calls=None):
 
 def test_every_checkpoint_is_evaluated_once_and_becomes_a_learning_curve(config, tmp_path):
     with start_run(
-        "pretrain", "run", config={"output": str(tmp_path / "run")}, tracking_uri=config.tracking_uri
+        "pretrain", "run", config={"runtime": {"output": str(tmp_path / "run")}}, tracking_uri=config.tracking_uri
     ) as training:
         pass
     calls: list = []

@@ -62,7 +62,7 @@ def test_the_scheduled_evaluation_starts(head):
     assert command[:3] == ["ray", "job", "submit"]
     done = submit(head, [*command[command.index("--") + 1 :], "--help"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "usage: evaluate.py" in done.stdout
+    assert "evaluate.py [--flag value ...]" in done.stdout
 
 
 def test_a_command_in_one_word_does_not(head):

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
-from runs import changed, flip_bit, lines_of_log, pretrain_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,6 +29,7 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
+from runs import changed, flip_bit, lines_of_log, pretrain_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faultproxy import FaultProxy
@@ -300,9 +300,9 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_path):
     written(tmp_path, 1, 2)
     commit = Path(checkpoint.folder(str(tmp_path), 2)) / "COMMIT.json"
-    commit.write_text(commit.read_text().replace('"format": 1', '"format": 2'))
+    commit.write_text(commit.read_text().replace('"format": 2', '"format": 3'))
     for look in (checkpoint.find, checkpoint.resolve, lambda run: checkpoint.repair(run, delete=True)):
-        with pytest.raises(UserError, match="step-00000002: its format is 2, this program reads 1"):
+        with pytest.raises(UserError, match="step-00000002: its format is 3, this program reads 2"):
             look(str(tmp_path))
     assert commit.exists()
 

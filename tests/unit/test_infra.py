@@ -174,10 +174,10 @@ def test_pretrain_commands_ask_for_what_the_clusters_have(monkeypatch):
         for place, (gpus, cpus) in offered.items():
             if job == "pretrain" and where.startswith(place):
                 config = parse(job, argv, monkeypatch)
-                assert config.gpus
-                assert config.lanes % config.workers == 0
-                assert config.workers <= gpus
-                assert 8 * config.cpus_per_worker <= cpus
+                assert config.runtime.gpus
+                assert config.lanes % config.runtime.workers == 0
+                assert config.runtime.workers <= gpus
+                assert 8 * config.runtime.cpus_per_worker <= cpus
                 checked += 1
     assert checked >= 2
 

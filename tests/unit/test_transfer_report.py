@@ -127,9 +127,9 @@ def test_seen_images_come_from_the_report_of_prepare(tmp_path):
     """The very table that prepare writes: only matches with a task's test set count, and the key is that set's."""
     tasks = [task("pets"), dataclasses.replace(task("dtd"), test=Split(uri="/other"))]
     records = [
-        {"key": "mine1", "reason": "near", "set": "/e", "match": "theirs1", "distance": 3},
-        {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", "distance": 0},
-        {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", "distance": 0},
+        {"key": "mine1", "reason": "near", "set": "/e", "match": "theirs1", "distance": 3, "detail": 0.9},
+        {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", "distance": 0, "detail": 0.9},
+        {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", "distance": 0, "detail": 0.9},
     ]
     (tmp_path / "duplicates.parquet").write_bytes(duplicates_table(records))
     expected = {"pets": frozenset({"theirs1", "theirs2"})}
