@@ -126,6 +126,8 @@ class RuntimeConfig:
     """Restarts in a row, with no new checkpoint between them, before the run gives up."""
     stalled_after: float = 1800.0
     """Seconds without a step after which a worker counts as hung and is restarted; 0 waits for ever."""
+    stop_grace: float = 30.0
+    """Seconds that a stopped run (Ctrl-C, SIGTERM, ray job stop) gets to finish the step in hand and save it."""
     stop_after_skipped: int = 50
     """Give up after so many consecutive skipped steps: loss spikes, or gradients that are not finite."""
 

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import PretrainConfig
-from pipeline.training.preemption import Preempted
+from pipeline.training.preemption import Preempted, Stopped
 from pipeline.training.ray_compat import (
     ControllerError,
     DefaultFailurePolicy,
@@ -127,8 +127,10 @@ class Elastic(ElasticScalingPolicy):
 
 
 def is_final(failure: BaseException) -> bool:
-    """Whether the same would happen again: wrong input, and not a store that is away."""
-    return isinstance(failure, UserError) and not isinstance(failure, storage.StorageError)
+    """Whether trying again is wrong: for wrong input (not a store that is away), and when the driver was told to stop."""
+    return isinstance(failure, Stopped) or (
+        isinstance(failure, UserError) and not isinstance(failure, storage.StorageError)
+    )
 
 
 def root_cause(error: Exception) -> tuple[int | None, BaseException]:

@@ -23,6 +23,7 @@ from pipeline.errors import JobFailed, UserError
 from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
+from pipeline.training.preemption import StopSignal
 from pipeline.training.ray_compat import FailureConfig, RunConfig, ScalingConfig, Trainer, TrainingFailedError
 from pipeline.training.worker import train_worker
 
@@ -50,6 +51,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     output = config.runtime.output
     check_room(config, sizes[0])
     collector = logs.Collector()
+    stop: Any = ray.remote(num_cpus=0)(StopSignal).remote()  # type: ignore[attr-defined]
     trainer = Trainer(
         train_worker,
         train_loop_config={
@@ -57,6 +59,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             "run_id": run_id,
             "tracking_uri": tracking_uri,
             "records": collector.handle,
+            "stop": stop,
         },
         torch_config=TorchConfig(backend="nccl" if config.runtime.gpus else "gloo"),
         scaling_config=_scaling(config, sizes),
@@ -70,7 +73,11 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             # Off the main thread Ray leaves Ctrl-C to us; the workers end with this process.
             fitted: Future = Future()
             threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
-            return fitted.result().return_value
+            try:
+                return fitted.result().return_value
+            except (KeyboardInterrupt, SystemExit):
+                _stop(stop, fitted, config.runtime.stop_grace)
+                raise
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         rank, cause = root_cause(error)
         if isinstance(cause, UserError):
@@ -80,6 +87,19 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     finally:
         with contextlib.suppress(storage.StorageError):  # the next launch removes it too
             storage.remove(storage.join(output, "ray"), recursive=True)
+
+
+def _stop(stop: Any, fitted: Future, grace: float) -> None:
+    """Lets the workers finish the step in hand and save it, for at most `grace` seconds; another signal ends the waiting."""
+    if not ray.get(stop.stop.remote(), timeout=10):
+        return  # no worker has started
+    logger.info("stopping: the workers finish their step and save it (--stop-grace %g seconds)", grace)
+    try:
+        fitted.result(timeout=grace)
+    except TimeoutError:
+        logger.warning("not saved within %g seconds: the next start continues from the last checkpoint", grace)
+    except Exception as ended:
+        logger.debug("the workers ended", exc_info=ended)
 
 
 def _fit(trainer: Trainer, fitted: Future) -> None:

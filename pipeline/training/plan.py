@@ -173,6 +173,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         "keep_last": (runtime.keep_last, 1),
         "max_failures": (runtime.max_failures, 0),
         "stop_after_skipped": (runtime.stop_after_skipped, 1),
+        "stop_grace": (runtime.stop_grace, 0),
         "stalled_after": (runtime.stalled_after, 0),
         "wait_warning": (runtime.wait_warning, 0),
         "optimizer.weight_decay": (optimizer.weight_decay, 0),

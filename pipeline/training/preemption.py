@@ -2,9 +2,14 @@
 
 vote = PreemptionVote(is_preempted, world)
 if vote.poll(): ...save...; raise Preempted(...)       # once a step, on every worker
+
+A node that goes away tells them through Ray; a driver that is stopped (Ctrl-C, SIGTERM) through a `StopSignal`.
 """
 
+import asyncio
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -12,6 +17,45 @@ from torch import distributed as dist
 
 class Preempted(RuntimeError):
     """A worker has saved its state and ends, because its node goes away or the number of workers changes."""
+
+
+class Stopped(Preempted):
+    """A worker has saved its state and ends, because its driver was told to stop: it is not started again."""
+
+
+class StopSignal:
+    """An actor beside the driver that workers listen to: `ray.remote(num_cpus=0)(StopSignal).remote()`."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+        self.listeners = 0
+
+    async def wait(self) -> None:
+        """Until `stop` is called."""
+        self.listeners += 1
+        await self.stopped.wait()
+
+    async def stop(self) -> int:
+        """Tells all listeners; their number."""
+        self.stopped.set()
+        return self.listeners
+
+
+def listen(signal: Any) -> threading.Event:
+    """In a worker: an event that is set when the driver's StopSignal is given. signal: the actor's handle."""
+    import ray
+
+    event = threading.Event()
+
+    def wait() -> None:
+        try:
+            ray.get(signal.wait.remote())
+        except Exception:  # the driver is gone, and this process with it
+            return
+        event.set()
+
+    threading.Thread(target=wait, name="stop-signal", daemon=True).start()
+    return event
 
 
 class PreemptionVote:

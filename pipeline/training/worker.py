@@ -18,6 +18,7 @@ from pipeline.training.build_locks import clear_stale_locks
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Worker
 from pipeline.training.loop import train
+from pipeline.training.preemption import Preempted, Stopped, listen
 from pipeline.training.ray_compat import is_preempted
 from pipeline.training.watchdog import Watchdog
 
@@ -25,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_worker(task: dict[str, Any]) -> dict[str, Any]:
-    """task: config (plain), run_id, tracking_uri, and records: the handle of the driver's `logs.Collector`."""
+    """task: config (plain), run_id, tracking_uri, and two handles: records of the driver's `logs.Collector`, stop of its
+    `StopSignal`."""
     logs.send_to(task["records"])
+    stop, preempted = listen(task["stop"]), is_preempted()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = configuration.from_dict(PretrainConfig, task["config"])
@@ -40,7 +43,17 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
             if context.get_local_rank() == 0:
                 node = f"node-{context.get_node_rank()}"
                 stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))
-            return train(config, worker, run, is_preempted=is_preempted(), heartbeat=watchdog.heartbeat)
+            return train(
+                config,
+                worker,
+                run,
+                is_preempted=lambda: preempted() or stop.is_set(),
+                heartbeat=watchdog.heartbeat,
+            )
+    except Preempted as saved:
+        if stop.is_set():
+            raise Stopped(str(saved)) from None
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         text = out_of_memory(config, world, host=isinstance(error, MemoryError))
         # In the first step it would happen again; later something else may have taken the memory.

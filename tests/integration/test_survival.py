@@ -242,6 +242,26 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_run_saves_its_step_and_continues_from_it(base, reference, jobs, tmp_path, number, code):
+    config = changed(base, output=str(tmp_path / "run"), checkpoint_every="1000steps")
+    first = Job(config)
+    jobs.append(first)
+    first.step(12)
+    first.process.send_signal(number)
+    text = first.end(code)
+    saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", text)[1])
+    assert checkpoint.latest(config.runtime.output).step == saved
+    client = mlflow.MlflowClient(first.tracking)
+    (run,) = client.search_runs([client.get_experiment_by_name("pretrain").experiment_id])
+    assert run.info.status == "KILLED"
+    second = Job(config)
+    jobs.append(second)
+    assert f"step-{saved:08d} on 2 workers" in second.end()
+    assert curve(second) == reference
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_node_killed(base, reference, jobs, cluster, tmp_path, seed):
     draw = random.Random(seed)
