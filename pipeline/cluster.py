@@ -43,6 +43,19 @@ def submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def refuse_package_folder(**uris: str | None) -> None:
+    """Raises UserError when a Ray job would write into the temporary copy of its working directory, which is lost with it.
+
+    uris: absolute addresses by the name of their flag.
+    """
+    for flag, uri in uris.items():
+        if submitted() and uri and "/runtime_resources/working_dir_files/" in uri:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {uri} lies in Ray's temporary copy of this folder, which is removed after the job; give "
+                "an absolute path that the nodes share, or an s3:// address"
+            )
+
+
 def runtime_env(ship_project: bool) -> dict:
     """Ray runtime_env of our workers; ships the project folder when they run on other machines."""
     env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}

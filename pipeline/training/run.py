@@ -9,7 +9,9 @@ continues it, another command on the same folder is refused.
 import contextlib
 import dataclasses
 import logging
+import os
 import time
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -155,10 +157,33 @@ def check_run(config: PretrainConfig) -> TrainPlan:
     if config.runtime.fewshot.train:
         check_fewshot(config)
     output = storage.normalise(config.runtime.output)
+    cluster.refuse_package_folder(output=output)
+    check_writable(output)
     present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
     if present and "run.json" not in present:
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
     return plan
+
+
+def check_writable(output: str) -> None:
+    """Raises UserError when the run folder could not be written. Leaves nothing behind."""
+    if storage.is_remote(output):
+        probe = storage.join(output, f".probe-{uuid.uuid4().hex[:12]}")
+        try:
+            storage.write_bytes(probe, b"")
+            storage.remove(probe)
+        except (UserError, OSError) as error:
+            raise UserError(f"--output {output} cannot be written: {error}") from error
+        return
+    folder = output
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {output}: {folder} is not a folder; choose another --output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output {output}: {folder} cannot be written (read-only, or another user's); choose another --output"
+        )
 
 
 def sizes(plan: TrainPlan) -> list[int]:
