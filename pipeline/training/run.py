@@ -40,8 +40,6 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     (`cluster.configure` says how) before everything is checked. Raises UserError when the data, the batch, the workers or
     the output folder do not fit; JobFailed when training failed for good.
     """
-    from pipeline.training.launch import check_room  # Ray Train takes seconds to import
-
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
     plan = check_run(config)
@@ -53,6 +51,9 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
         logger.info("nothing left to do: %s is at step %d of %d", newest.uri, newest.step, plan.total)
         return _finished(config, newest, record.get("run_id"))
     cluster.connect()
+    # Ray Train takes seconds to import, and reads Ray's settings then: `connect` has made them.
+    from pipeline.training.launch import check_room
+
     check_room(config, sizes(plan)[0])
     with Lease(output, config.runtime.name or recipe or config.model.variant):
         result = _train(plan, record, recipe)
