@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import free_port
 from faultproxy import FaultProxy
+from runs import changed
 
 from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
@@ -25,7 +26,6 @@ from pipeline.operations import doctor
 from pipeline.operations.doctor import authentication, machine, pretraining, store, tracking
 from pipeline.training.config import PretrainConfig
 from pipeline.training.recipes import RECIPES
-from runs import changed
 
 ROOT = Path(__file__).parents[2]
 

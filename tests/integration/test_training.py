@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
+from runs import changed, flip_bit, lines_of_log, pretrain_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -29,7 +30,6 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
-from runs import changed, flip_bit, lines_of_log, pretrain_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faultproxy import FaultProxy
