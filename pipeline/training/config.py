@@ -113,6 +113,8 @@ class RuntimeConfig:
     """Decoding threads per worker; None: the CPUs of the worker."""
     cache: str | None = None
     """Local folder for shards read from s3://."""
+    max_replaced: int | None = None
+    """Stop when one worker has met more than this many images that do not decode and were replaced; None: no limit."""
 
     log_every: str = "50steps"
     validate_every: str = "1epochs"

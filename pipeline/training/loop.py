@@ -276,6 +276,7 @@ def _batches(plan: TrainPlan, first: int, worker: Worker) -> Generator[dict[str,
         threads=runtime.threads or max(1, int(runtime.cpus_per_worker)),
         drop_last=True,
         cache_dir=runtime.cache,
+        max_replaced=runtime.max_replaced,
     ) as loader:
         while True:
             yield from loader
