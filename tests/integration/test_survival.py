@@ -543,7 +543,8 @@ def test_failures_are_told_apart(base, tmp_path):
     )
     assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
     storage.write_json(
-        storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT), {"step": 8, "files": {}}
+        storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT),
+        {"format": 2, "step": 8, "files": {}},
     )
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE

@@ -61,7 +61,7 @@ def checkpoint(folder, seed=0):
         file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in target.iterdir()
     }
-    (target / "COMMIT.json").write_text(json.dumps({"step": 1, "files": files, "metrics": {}}))
+    (target / "COMMIT.json").write_text(json.dumps({"format": 2, "step": 1, "files": files, "metrics": {}}))
     return str(folder)
 
 

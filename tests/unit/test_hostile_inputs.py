@@ -524,7 +524,9 @@ def files(tmp_path_factory) -> dict[str, bytes]:
         "config.yaml": configuration.to_yaml(PretrainConfig()).encode(),
         "manifest.json": (folder / "set" / "manifest.json").read_bytes(),
         "part-00000-0000.parquet": next((folder / "set").glob("*.parquet")).read_bytes(),
-        "COMMIT.json": json.dumps({"files": {"model.safetensors": {"bytes": 4, "sha256": "x"}}, "step": 3}).encode(),
+        "COMMIT.json": json.dumps(
+            {"files": {"model.safetensors": {"bytes": 4, "sha256": "x"}}, "step": 3, "format": 2}
+        ).encode(),
         "_set": str(folder / "set").encode(),
     }
 

@@ -138,7 +138,7 @@ def test_a_checkpoint_is_shown_the_validation_images_of_its_run(tmp_path):
     ]
     write_dataset(str(tmp_path / "validation"), rows, classes=["a", "b", "c"])
     for validation, expected in ((tmp_path / "validation", 5), (tmp_path / "gone", 8), (None, 8)):
-        config = {"pretrain": {"validation": validation and str(validation)}}
+        config = {"pretrain": {"runtime": {"validation": validation and str(validation)}}}
         save_checkpoint_weights(model(), config, str(tmp_path / "checkpoint"))
         done = run(
             "visualize", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--no-log", "--json"
