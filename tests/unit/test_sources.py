@@ -275,13 +275,13 @@ def test_label_tables(tmp_path):
             for i, labels in enumerate([["a", "b"], [], ["b"], ["a"]])
         )
     )
-    dataset = run(tmp_path / "b", source=(str(folder),), labels=str(many), include="*.jpg")
+    dataset = run(tmp_path / "b", source=(str(folder),), labels=str(many), include=("*.jpg",))
     assert dataset.multilabel
     assert contents(dataset) == {"0.jpg": ["a", "b"], "1.jpg": [], "2.jpg": ["b"], "3.jpg": ["a"]}
 
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"path": ["0.jpg", "1.jpg", "2.jpg", "3.jpg"], "labels": ["a;b", "b", "", "a|b"]}), table)
-    dataset = run(tmp_path / "c", source=(str(folder),), labels=str(table), include="*.jpg")
+    dataset = run(tmp_path / "c", source=(str(folder),), labels=str(table), include=("*.jpg",))
     assert contents(dataset) == {"0.jpg": ["a", "b"], "1.jpg": ["b"], "2.jpg": [], "3.jpg": ["a", "b"]}
 
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")

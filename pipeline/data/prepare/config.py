@@ -40,8 +40,8 @@ class PrepareConfig:
     """Which folder names the class: 1 is the first below the source. Found by itself as a rule."""
     label_map: str | None = None
     """Class names in index order (text or JSON list), or a JSON object that renames them; others are refused."""
-    include: str | None = None
-    """Glob over keys: everything else is no input."""
+    include: tuple[str, ...] = ()
+    """Globs over keys (class/name.jpg): what matches none of them is no input."""
     unlabelled: bool = False
     """Take images without labels."""
     sample: int | None = None

@@ -1,6 +1,5 @@
 """What formats with many images in one file share: every file is scanned by a task of its own, then read fragment by fragment."""
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage, workqueue
-from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
+from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, is_included
 from pipeline.data.sources.layout import splits_of_files
 from pipeline.errors import UserError
 
@@ -111,6 +110,6 @@ def read_archives(
             yield item._replace(key=prefix + item.key, split=item.split or fragment["split"])
 
 
-def included(items: Iterator[Item], include: str | None) -> Iterator[Item]:
-    """The items whose keys match a glob."""
-    return items if include is None else (item for item in items if fnmatch.fnmatch(item.key, include))
+def included(items: Iterator[Item], include: tuple[str, ...]) -> Iterator[Item]:
+    """The items whose keys match one of the globs; all when there are none."""
+    return (item for item in items if is_included(item.key, include)) if include else items

@@ -36,7 +36,7 @@ def discover(
     *,
     format: str = "auto",
     labels: str | None = None,
-    include: str | None = None,
+    include: tuple[str, ...] = (),
     need_names: bool = True,
     unit_bytes: int = 1 << 30,
     columns: Columns | None = None,
@@ -45,7 +45,7 @@ def discover(
 ) -> list[Source]:
     """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
-    labels: a label table for all of them. include: a glob over keys. need_names: False saves opening archives that are no
+    labels: a label table for all of them. include: globs over keys. need_names: False saves opening archives that are no
     larger than `unit_bytes`. columns: what the user named in tables and Parquet files. class_level: which folder names the
     class, 1 the first. unlabelled: images are wanted without labels. Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
@@ -95,9 +95,9 @@ def _recognise(uri: str, files: pa.Table) -> SourceFormat:
     return formats()[best if counts[best] else folder.NAME]
 
 
-def read(source: Source, fragments: pa.Table, include: str | None = None) -> Iterator[Item]:
+def read(source: Source, fragments: pa.Table, include: tuple[str, ...] = ()) -> Iterator[Item]:
     """The items of some fragments, in order. An input that cannot be read never raises: it is an Item with `refused`.
 
-    include: a glob over keys. Raises StorageError when the store fails.
+    include: globs over keys. Raises StorageError when the store fails.
     """
     return included(formats()[source.kind].read(source, fragments), include)

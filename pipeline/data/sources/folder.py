@@ -1,6 +1,5 @@
 """Folders of image files: the class is the first folder, or a label table says it."""
 
-import fnmatch
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from pipeline.data.sources.items import (
     ScanOptions,
     Source,
     fragments_of_files,
+    is_included,
     too_large,
 )
 from pipeline.data.sources.layout import WORDNET, Layout, find_layout, folders_of
@@ -41,10 +41,10 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     """Every file is a fragment. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
     files, table, by_split = _tables(uri, files, options)
     if options.include:
-        keep = [fnmatch.fnmatch(options.prefix + path.as_py(), options.include) for path in files["path"]]
+        keep = [is_included(options.prefix + path.as_py(), options.include) for path in files["path"]]
         files = files.filter(pa.array(keep, pa.bool_()))
         if not files.num_rows:
-            raise UserError(f"{uri}: nothing matches --include {options.include!r}")
+            raise UserError(f"{uri}: nothing matches --include {' '.join(options.include)}")
     layout = _layout(uri, files, table, options)
     if table:
         fragments, names = _labelled_by_table(uri, files, table, layout)

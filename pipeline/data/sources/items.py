@@ -1,5 +1,6 @@
 """The vocabulary of this package: a Source is a table of fragments, and reading a fragment yields Items."""
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -74,8 +75,8 @@ class ScanOptions:
     """Which folder names the class: 1 is the first below the source. None: found."""
     unlabelled: bool = False
     """Whether images are wanted without labels."""
-    include: str | None = None
-    """Glob over keys."""
+    include: tuple[str, ...] = ()
+    """Globs over keys, of which one must match; none takes every key."""
     need_names: bool = True
     """Whether the label names are needed, which for archives means reading them."""
     unit_bytes: int = 1 << 30
@@ -104,6 +105,11 @@ def fragments_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | Non
     starts, stops = (pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1))
     splits = pa.nulls(files.num_rows, pa.string()) if splits is None else splits
     return pa.table([files["path"], files["size"], starts, stops, labels, splits], schema=FRAGMENTS)
+
+
+def is_included(key: str, include: tuple[str, ...]) -> bool:
+    """Whether a key matches one of the globs, or there are none."""
+    return not include or any(fnmatch.fnmatch(key, glob) for glob in include)
 
 
 def too_large(size: int) -> Refused:
