@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on small real data     (DATA=folder or s3://prefix for your own images)
 # make test    what CI runs: lint, types, tests
+# make docs    the documentation site in build/site
 # make ui      MLflow on http://127.0.0.1:5000, on the database that the demo and the jobs write
 
 # Python 3.11, 3.12 or 3.13
@@ -7,25 +8,35 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?=
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test lint hooks slow ui clean
+.PHONY: install demo test lint hooks slow docs ui clean
 
-# One constraints file for every install: another resolution would bring another torch.
-$(BIN)/.installed: pyproject.toml constraints.txt
+# Every install uses the same constraints: without them pip may replace torch. The file .demo says that .venv can run the demo,
+# the file .installed that it can also run the tests.
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+
+$(BIN)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
 	@touch $@
+
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test]'
+	@touch $(BIN)/.demo $@
 
 install: $(BIN)/.installed
 
-demo: install
+# s3:// needs the libraries of the extra `cloud`.
+demo: $(BIN)/.demo
+	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
 	$(BIN)/python jobs/demo.py $(if $(DATA),--data '$(DATA)')
 
-# A process per core, a file of tests stays in one of them.
+# Two processes; each takes whole test files.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Once: checks each commit as `make lint` does.
+# Run once: from then on each commit is checked as `make lint` does.
 hooks: install
 	$(BIN)/pre-commit install
 
@@ -37,8 +48,8 @@ lint: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
-ui: install
+ui: $(BIN)/.demo
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean:
-	rm -rf runs mlruns mlflow.db
+	rm -rf runs mlruns mlflow.db build

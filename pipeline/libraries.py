@@ -1,4 +1,7 @@
-"""Imports of optional libraries, with the remedy when one is missing or does not load."""
+"""Imports of libraries that only some jobs need, with the install command when one is missing.
+
+The extras of pyproject.toml say which library belongs to which use.
+"""
 
 import functools
 import importlib
@@ -6,31 +9,41 @@ import importlib.metadata
 import logging
 import sys
 from types import ModuleType
-
-import torch
+from typing import Any
 
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+EXTRAS = {
+    "cloud": ("s3fs", "boto3"),
+    "vtab": ("h5py",),
+    "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
+}
+"""Extra of pyproject.toml -> the libraries that it installs."""
+
 
 def import_library(package: str) -> ModuleType:
-    """A library of the `export` extra. Raises UserError when it is not installed."""
+    """A library of one of the EXTRAS. Raises UserError with the install command when it is not installed."""
     if package in ("timm", "transformers"):
         load_torchvision()
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package} is not installed; pip install 'vit-pipeline[export]'") from error
+        extra = next(name for name, packages in EXTRAS.items() if package in packages)
+        raise UserError(
+            f"{package} is not installed or does not load ({error}): pip install -c constraints.txt -e '.[{extra}]'"
+        ) from error
 
 
 @functools.cache
-def load_torchvision() -> torch.library.Library | None:
-    """Imports torchvision, which timm and transformers need; without its operators where these do not load.
+def load_torchvision() -> Any:
+    """Imports torchvision, which timm and transformers need. Declares its operators itself when torchvision does not load.
 
-    torchvision may be a CUDA build beside a CPU build of torch: its compiled part then does not load, and its Python part
-    fails on two operators that neither library calls for a classifier. They are declared here, for this process alone, and
-    live as long as the returned object.
+    An index may offer torchvision only as a CUDA build. Next to a CPU build of torch, torchvision's compiled part does not
+    load, and its Python part then fails on two operators that neither timm nor transformers calls for a classifier. This
+    function declares the two operators in this process. Returns the torch.library.Library that holds the declarations, and
+    that must stay alive, or None when torchvision loads by itself or is not installed.
     """
     try:
         importlib.import_module("torchvision")
@@ -38,6 +51,8 @@ def load_torchvision() -> torch.library.Library | None:
     except ImportError:  # not installed: the library that needs it says so
         return None
     except RuntimeError:
+        import torch  # here, because storage imports this module and --help must not import torch
+
         logger.warning(
             "torchvision %s does not load with torch %s, so `import timm` fails outside this command; install the build of "
             "torchvision that belongs to this torch (%s)",

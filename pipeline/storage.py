@@ -23,6 +23,7 @@ from typing import IO, Any
 import fsspec
 
 from pipeline.errors import UserError
+from pipeline.libraries import import_library
 
 # Third-party S3 servers answer 411 to the SDK's newer default of checksummed, chunked bodies; "when required" is
 # understood by all of them. Set before any client exists; an explicit setting of the user's wins.
@@ -65,7 +66,7 @@ def normalise(uri: str | os.PathLike) -> str:
 def filesystem(uri: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec filesystem of `uri` and the path on it. Directory listings are never cached.
 
-    Raises UserError for a scheme other than a local path or s3://.
+    Raises UserError for a scheme other than a local path or s3://, and for s3:// without the library for it.
     """
     uri = normalise(uri)
     if not is_remote(uri):
@@ -77,6 +78,7 @@ def filesystem(uri: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"{uri}: no bucket; use s3://bucket/prefix")
     # connect and read time-outs in seconds; botocore's own retries cover single requests, callers retry whole reads
     attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", 5))
+    import_library("s3fs")
     config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": attempts, "mode": "standard"}}
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config), path
 

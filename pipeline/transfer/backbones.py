@@ -7,7 +7,7 @@
 
 Each is a module with `features(x)`, `replace_head(classes)`, `set_image_size(side)`, `config`, and `mean` and `std`, which
 it applies itself to uint8 images. `build_model(config, arrays)` builds it again in another process. timm and transformers
-are optional: pip install 'vit-pipeline[export]'.
+are optional: pip install -c constraints.txt -e '.[export]'.
 """
 
 import inspect

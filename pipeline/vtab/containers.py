@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.libraries import import_library
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image, a label file, a matrix of labels
 MAX_LARGE_BYTES = 256 << 20  # of the few members that hold a whole split: CIFAR-100's rows have 154 MB
@@ -208,7 +209,7 @@ def unzipped(uri: str) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def open_h5(uri: str) -> Iterator[Any]:
     """An h5py.File. Inside .gz it is unpacked to a temporary file first, because HDF5 needs random access."""
-    import h5py  # imported where it is used: two data sets of sixteen need it
+    h5py: Any = import_library("h5py")  # two of the sixteen data sets need it
 
     with tempfile.TemporaryFile() as scratch:
         if uri.endswith(".gz"):

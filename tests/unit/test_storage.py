@@ -1,8 +1,12 @@
 """Local paths and s3:// through the same calls."""
 
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 
-from pipeline import storage
+from pipeline import libraries, storage
 from pipeline.errors import UserError
 
 
@@ -74,3 +78,15 @@ def test_listing_page_by_page_finds_what_a_whole_listing_finds(s3):
     assert {file.path: file.size for file in found} == {name: len(name.encode()) for name in names}
     assert storage.read_bytes(found[-1].uri) == found[-1].path.encode()
     assert list(storage.iter_files(f"{s3}/nothing")) == list(storage.iter_files("s3://no-such-bucket-at-all")) == []
+
+
+def test_a_missing_library_of_an_extra_is_one_line_with_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # what `import s3fs` then meets is an ImportError
+    with pytest.raises(UserError, match=r"s3fs is not installed.*pip install -c constraints.txt -e '.\[cloud\]'"):
+        storage.exists("s3://bucket/photos")
+
+
+def test_extras_and_the_errors_that_name_them_agree():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra, packages in libraries.EXTRAS.items():
+        assert set(project["optional-dependencies"][extra]) == set(packages)
