@@ -17,8 +17,9 @@ from models.losses import correct, training_loss
 from models.probes import ridge, select_shots
 from models.variants import parse_variant
 from pipeline.data import Loader, open_dataset
+from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
-from pipeline.data.loading.augment import Augment, decode
+from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 from pipeline.tracking import names
@@ -100,7 +101,7 @@ class FewShot:
         images = np.empty((len(rows), size, size, 3), np.uint8)
         for target, row in zip(images, self.train.read(rows), strict=True):
             if self.train.encoding == "jpeg":
-                picture = decode(row["image"])
+                picture = decode_stored(row["image"])
             else:
                 picture = unpatchify(row["image"], kind["height"], kind["width"], kind["patch_size"])
             augment.apply(picture, [0.5] * augment.draws, target, False)

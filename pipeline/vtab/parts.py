@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import fingerprint
-from pipeline.data import images
+from pipeline.data import codecs
 from pipeline.data.format import Reject, Schema, ShardWriter
 from pipeline.errors import UserError
 from pipeline.vtab import tasks
@@ -185,8 +185,8 @@ def decode_pixels(data: bytes) -> np.ndarray | None:
     The official sets hold JPEGs with faults that every common decoder forgives, so an image that OpenCV decodes counts.
     """
     try:
-        return images.decode(data, MAX_PIXELS).pixels
-    except images.Refused as refused:
+        return codecs.decode(data, MAX_PIXELS).pixels
+    except codecs.Refused as refused:
         if refused.reason not in ("corrupt", "truncated"):
             return None
     shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 
 from pipeline import workqueue
-from pipeline.data import images
+from pipeline.data import codecs
 from pipeline.data.duplicates.candidates import LOOK, MIRRORED, candidate_keys, match_rows, unique_pairs
 from pipeline.data.duplicates.evaluation import EvaluationIndex, index_evaluation_sets
 from pipeline.data.duplicates.hashes import ROW, Hashes, hash_image
@@ -81,8 +81,8 @@ def photographs(folders: list[str], everything: bool) -> list[np.ndarray]:
     found = []
     for path in names if everything else names[1::2]:
         try:
-            found.append(images.decode(path.read_bytes(), 10**8).pixels.copy())
-        except images.Refused:
+            found.append(codecs.decode(path.read_bytes(), 10**8).pixels.copy())
+        except codecs.Refused:
             continue
     return found
 

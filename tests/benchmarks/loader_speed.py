@@ -41,7 +41,8 @@ sys.path.insert(0, str(ROOT))
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pipeline.data.loading.augment import Augment, decode  # noqa: E402
+from pipeline.data.codecs import decode_stored  # noqa: E402
+from pipeline.data.loading.augment import Augment  # noqa: E402
 
 BATCH, SIZE, THREADS = 256, 224, 2
 AUGMENT = Augment(size=SIZE)
@@ -57,7 +58,7 @@ def photos(source: str | None) -> Iterator[np.ndarray]:
         with tarfile.open(source) as archive:
             for member in archive:
                 if member.isfile() and member.name.lower().endswith((".jpg", ".jpeg")):
-                    yield decode(archive.extractfile(member).read()).copy()
+                    yield decode_stored(archive.extractfile(member).read()).copy()
         return
     generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(384)[:, None], np.fft.rfftfreq(512)[None])
@@ -112,7 +113,7 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
 
 def one(data: bytes) -> np.ndarray:
     out = np.empty((SIZE, SIZE, 3), np.uint8)
-    AUGMENT.apply(decode(data), [random.random() for _ in range(5)], out)
+    AUGMENT.apply(decode_stored(data), [random.random() for _ in range(5)], out)
     return out
 
 
@@ -123,7 +124,7 @@ def limit(work: Path, workers: int) -> Iterator[np.ndarray]:
 
     def fill(buffer: np.ndarray, chosen: np.ndarray, draws: list) -> None:
         for out, i, u in zip(buffer, chosen, draws, strict=True):
-            AUGMENT.apply(decode(images[i]), u, out)
+            AUGMENT.apply(decode_stored(images[i]), u, out)
 
     with ThreadPoolExecutor(THREADS) as pool:
         queue, step = [], 0

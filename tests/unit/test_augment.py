@@ -1,100 +1,16 @@
-"""Decoding of every kind of file, crops against a reference, RandAugment against Pillow."""
+"""Crops against a reference, RandAugment against Pillow."""
 
-import io
 import math
 
-import cv2
 import numpy as np
 import pytest
-import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.data.loading.augment import OPERATIONS, Augment, BadImage, decode, inception_box, rand_augment
+from pipeline.data.loading.augment import OPERATIONS, Augment, inception_box, rand_augment
 from pipeline.errors import UserError
-
-
-def photo(height=120, width=160, seed=0):
-    """Smooth colours with edges and noise: uint8 (H, W, 3)."""
-    generator = np.random.default_rng(seed)
-    coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 60)
-    return np.clip(image.astype(int) + generator.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
-
-
-def encoded(image, kind, **options):
-    stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-# ---------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (encoded(photo(), "PNG"), photo()),
-        (encoded(photo(), "BMP"), photo()),
-        (encoded(photo(), "TIFF"), photo()),
-        (encoded(photo(), "WEBP", lossless=True), photo()),
-        (encoded(photo()[:, :, 0], "PNG"), photo()[:, :, [0, 0, 0]]),
-        (encoded(Image.fromarray(photo()).convert("P"), "PNG"), np.array(Image.fromarray(photo()).convert("P").convert("RGB"))),
-        (encoded(np.dstack([photo(), photo()[:, :, 0]]), "PNG"), photo()),
-        (encoded(photo()[:, :, 0].astype(np.uint16) * 257, "PNG"), photo()[:, :, [0, 0, 0]]),
-        (encoded(photo()[:, :, 0].astype(np.uint16) * 257, "TIFF"), photo()[:, :, [0, 0, 0]]),
-        (encoded(photo()[:, :, 0] > 99, "PNG"), np.where(photo()[:, :, [0, 0, 0]] > 99, 255, 0)),
-        (encoded(Image.fromarray(photo()).convert("P"), "GIF", save_all=True, append_images=[Image.new("P", (160, 120))]),
-         np.array(Image.fromarray(photo()).convert("P").convert("RGB"))),
-    ],
-    ids=["png", "bmp", "tiff", "webp", "grey", "palette", "alpha", "png16", "tiff16", "bilevel", "animation"],
-)  # fmt: skip
-def test_lossless_formats_decode_exactly(data, expected):
-    assert np.array_equal(decode(data), expected)
-    assert np.array_equal(decode(memoryview(data)), expected)
-
-
-def test_jpeg_kinds():
-    rgb = encoded(photo(), "JPEG", quality=95)
-    assert np.array_equal(decode(rgb), simplejpeg.decode_jpeg(rgb))
-    assert np.abs(decode(rgb).astype(int) - photo()).mean() < 4
-    grey = decode(encoded(photo()[:, :, 0], "JPEG", quality=95))
-    assert np.array_equal(grey[:, :, 0], grey[:, :, 2])
-    cmyk = decode(encoded(Image.fromarray(photo()).convert("CMYK"), "JPEG", quality=95))
-    assert np.abs(cmyk.astype(int) - photo()).mean() < 6
-    progressive = encoded(photo(), "JPEG", quality=95, progressive=True)
-    assert np.abs(decode(progressive).astype(int) - photo()).mean() < 4
-    tagged = Image.Exif()
-    tagged[0x0112] = 6
-    assert decode(encoded(photo(), "JPEG", exif=tagged)).shape == (120, 160, 3)  # as stored, not turned
-
-
-def test_stray_bytes_between_jpeg_markers_are_no_damage():
-    data = encoded(photo(), "JPEG", quality=95)
-    assert np.array_equal(decode(data[:-2] + b"\x00\x00\x00" + data[-2:]).shape, (120, 160, 3))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"not an image",
-        b"\xff\xd8",
-        encoded(photo(), "JPEG")[:2000],
-        encoded(photo(), "PNG")[:9000],
-        b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
-        encoded(photo(), "PNG")[:16] + (1 << 20).to_bytes(4, "big") * 2 + encoded(photo(), "PNG")[24:],
-        encoded(photo(), "JPEG")[:1000] + bytes(3000) + encoded(photo(), "JPEG")[4000:],
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-    ],
-    ids=["empty", "text", "two-bytes", "cut-jpeg", "cut-png", "hollow-png", "bomb", "corrupt-jpeg", "postscript"],
-)
-def test_damaged_files_are_bad_images(data):
-    with pytest.raises(BadImage):
-        decode(data)
-
+from tests.images import photo
 
 # ---------------------------------------------------------------- crops
 

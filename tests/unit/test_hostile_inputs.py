@@ -32,9 +32,9 @@ from safetensors.torch import save
 from models import create_model
 from pipeline import config as configuration
 from pipeline import workqueue
-from pipeline.data import images
+from pipeline.data import codecs
+from pipeline.data.codecs import Refused
 from pipeline.data.format import Manifest, open_dataset, write_dataset
-from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig, check_config
 from pipeline.data.prepare.finish import receipt_names
 from pipeline.data.prepare.plan import claim_output, make_plan
@@ -110,14 +110,14 @@ def png_header(width: int, height: int) -> bytes:
 )
 def test_an_image_that_claims_a_giant_size_is_refused_before_it_is_decoded(data):
     with pytest.raises(Refused):
-        images.decode(data, LIMIT)
+        codecs.decode(data, LIMIT)
 
 
 def test_an_animation_costs_one_frame():
     sink = io.BytesIO()
     frames = [Image.new("P", (300, 300), i) for i in range(200)]
     frames[0].save(sink, "GIF", save_all=True, append_images=frames[1:])
-    assert images.decode(sink.getvalue(), LIMIT).pixels.shape == (300, 300, 3)
+    assert codecs.decode(sink.getvalue(), LIMIT).pixels.shape == (300, 300, 3)
 
 
 def test_text_in_a_png_does_not_unfold():
@@ -129,7 +129,7 @@ def test_text_in_a_png_does_not_unfold():
 
     bomb = PNG[:33] + chunk(b"zTXt", b"Comment\0\0" + text) + PNG[33:]
     with contextlib.suppress(Refused):
-        images.decode(bomb, LIMIT)
+        codecs.decode(bomb, LIMIT)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import Loader, open_dataset
+from pipeline.data.codecs import decode_stored
 from pipeline.data.format import write_dataset
-from pipeline.data.loading.augment import Augment, decode
+from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.order import AUGMENT, Order, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify
 from pipeline.errors import UserError
@@ -98,7 +99,7 @@ def test_batches_are_what_order_and_augment_say(datasets):
         draws = uniform(3, AUGMENT, 2, samples[:, None], np.arange(SMALL.draws)).tolist()
         expected = np.empty((len(samples), 16, 16, 3), np.uint8)
         for out, row, u in zip(expected, dataset.read(samples), draws, strict=True):
-            SMALL.apply(decode(row["image"]), u, out)
+            SMALL.apply(decode_stored(row["image"]), u, out)
         assert np.array_equal(batch["image"].numpy(), expected)
         assert batch["label"].tolist() == [int(i) % 7 for i in samples]
         assert batch["key"] == [f"k{i:03d}" for i in samples]
@@ -165,7 +166,7 @@ def test_evaluation_reads_every_sample_once_in_order(datasets, world_size):
     keys = [key for batches in ranks for batch in batches for key in batch["key"]]
     assert keys == [f"k{i:03d}" for i in range(203)]
     rows = torch.cat([batch["image"] for batches in ranks for batch in batches])
-    expected = cv2.resize(decode(datasets["jpeg"].read([77])[0]["image"]), (16, 16))
+    expected = cv2.resize(decode_stored(datasets["jpeg"].read([77])[0]["image"]), (16, 16))
     assert np.array_equal(rows[77].numpy(), expected)
 
 

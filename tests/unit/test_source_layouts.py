@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from pipeline.data import images, sources
+from pipeline.data import sources
 from pipeline.data.sources import Columns, tfrecord
 from pipeline.errors import UserError
 
@@ -252,22 +251,6 @@ def test_an_archive_that_is_not_read_is_named(tmp_path):
     write(tmp_path, "photos.zip", data=b"PK")
     with pytest.raises(UserError, match=r"photos.zip is not read; unpack it"):
         sources.discover([str(tmp_path)])
-
-
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_an_unreadable_orientation_loses_no_pixels(format):
-    sink = io.BytesIO()
-    image = Image.fromarray(np.full((12, 16, 3), 90, np.uint8))
-    image.save(sink, format, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert images.decode(sink.getvalue(), 10**6).pixels.shape == (12, 16, 3)
-
-
-def test_slivers_are_refused():
-    for size in ((1000, 1), (1, 1000)):
-        sink = io.BytesIO()
-        Image.new("RGB", size).save(sink, "PNG")
-        with pytest.raises(images.Refused, match="too narrow"):
-            images.decode(sink.getvalue(), 10**6)
 
 
 def test_gzipped_tfrecords(tmp_path):

@@ -2,49 +2,31 @@
 
 import io
 import json
-import math
 import os
 import pickle
 import shutil
 import tarfile
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import simplejpeg
 from PIL import Image
 
 from pipeline import workqueue
 from pipeline.data import format as shards
-from pipeline.data import images, sources
+from pipeline.data import sources
+from pipeline.data.codecs import decode
 from pipeline.data.format.describe import describe_dataset
 from pipeline.data.format.verify import verify_dataset
-from pipeline.data.images import Refused, decode
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.prepare.config import check_config
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.sources import listing, tfrecord
 from pipeline.errors import UserError
+from tests.images import encoded, jpeg, picture
 
 LIMIT = 10_000_000
-
-
-def picture(height=40, width=60, seed=0):
-    """A smooth picture, which JPEG keeps nearly as it is."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def jpeg(seed=0, height=40, width=60, quality=95):
-    return simplejpeg.encode_jpeg(picture(height, width, seed), quality, "RGB", "444")
-
-
-def saved(image, format, **options):
-    sink = io.BytesIO()
-    image.save(sink, format, **options)
-    return sink.getvalue()
 
 
 def run(tmp_path, **options):
@@ -68,171 +50,6 @@ def contents(dataset):
 
 def refusals(dataset):
     return {row["key"]: row["reason"] for row in pq.read_table(f"{dataset.uri}/rejects.parquet").to_pylist()}
-
-
-# ---------------------------------------------------------------- formats
-
-
-def test_common_formats_decode_to_the_same_pixels():
-    pixels = picture()
-    image = Image.fromarray(pixels)
-    for data in [
-        saved(image, "PNG"),
-        saved(image, "BMP"),
-        saved(image, "TIFF"),
-        saved(image, "WEBP", lossless=True),
-        saved(image, "PPM"),
-    ]:
-        assert np.array_equal(decode(data, LIMIT).pixels, pixels)
-    for data in [
-        jpeg(),
-        saved(image, "JPEG", quality=95, progressive=True),
-        saved(image, "JPEG", quality=95, subsampling=1),
-    ]:
-        assert np.abs(decode(data, LIMIT).pixels.astype(int) - pixels).mean() < 3
-
-
-def test_unusual_pixels():
-    pixels = picture()
-    image = Image.fromarray(pixels)
-    grey = image.convert("L")
-    assert np.array_equal(decode(saved(grey, "PNG"), LIMIT).pixels, np.asarray(grey)[:, :, None].repeat(3, 2))
-    found = decode(saved(grey, "JPEG", quality=95), LIMIT)
-    assert found.intact
-    assert np.abs(found.pixels[:, :, 0].astype(int) - np.asarray(grey)).mean() < 3
-    palette = image.quantize(16)
-    assert np.array_equal(decode(saved(palette, "PNG"), LIMIT).pixels, np.asarray(palette.convert("RGB")))
-    assert np.array_equal(decode(saved(palette, "GIF"), LIMIT).pixels, np.asarray(palette.convert("RGB")))
-    assert decode(saved(image.convert("1"), "PNG"), LIMIT).pixels.max() == 255
-    cmyk = decode(saved(image.convert("CMYK"), "JPEG", quality=95), LIMIT)
-    assert not cmyk.intact
-    assert np.abs(cmyk.pixels.astype(int) - pixels).mean() < 4
-    deep = Image.fromarray(np.full((5, 6), 40_000, np.uint16))
-    for format in ("PNG", "TIFF"):
-        assert (decode(saved(deep, format), LIMIT).pixels == 40_000 >> 8).all()
-    with pytest.raises(Refused, match="unsupported pixels"):
-        decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), LIMIT)
-
-
-def test_alpha_lies_over_white():
-    rgba = np.zeros((2, 3, 4), np.uint8)
-    rgba[0] = (200, 100, 0, 255)
-    found = decode(saved(Image.fromarray(rgba), "PNG"), LIMIT)
-    assert not found.intact
-    assert (found.pixels[0] == (200, 100, 0)).all()
-    assert (found.pixels[1] == 255).all()
-
-
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for format in ("GIF", "PNG", "WEBP"):
-        data = saved(
-            frames[0],
-            format,
-            save_all=True,
-            append_images=frames[1:],
-            **({} if format == "GIF" else {"lossless": True}),
-        )
-        assert Image.open(io.BytesIO(data)).n_frames == 2
-        found = decode(data, LIMIT)
-        assert (found.pixels == (255, 0, 0)).all()
-        assert not found.intact
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_exif_orientation(orientation, format):
-    from PIL import ImageOps
-
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = saved(Image.fromarray(picture()), format, exif=exif)
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    found = decode(data, LIMIT)
-    assert found.intact == (orientation == 1)
-    assert found.pixels.shape == upright.shape
-    assert np.abs(found.pixels.astype(int) - upright).mean() < 2
-
-
-def test_bad_images_have_reasons():
-    good, png = jpeg(height=200, width=300), saved(Image.fromarray(picture()), "PNG")
-    broken = bytearray(png)
-    broken[60:80] = bytes(20)
-    tangled = bytearray(good)
-    tangled[len(good) // 2 : len(good) // 2 + 4] = b"\xff\xd4\xff\xd5"
-    for data, reason in [
-        (b"", "empty"),
-        (b"hello, this is text" * 10, "not an image"),
-        (bytes(1000), "not an image"),
-        (good[:-2], "truncated"),  # every pixel is there, only the end marker is not: decoders say nothing
-        (good[: len(good) // 2], "truncated"),
-        (png[: len(png) // 2], "truncated"),
-        (bytes(broken), "corrupt"),
-        (bytes(tangled), "corrupt"),
-        (b"\xff\xd8\xff\xe0 nothing more", "corrupt"),
-        (saved(Image.new("L", (5000, 5000)), "PNG"), "too many pixels"),
-        (jpeg(height=4000, width=4000), "too many pixels"),
-    ]:
-        with pytest.raises(Refused) as refused:
-            decode(data, LIMIT)
-        assert refused.value.reason == reason
-    assert decode(good + b"\0" * 100, LIMIT).intact  # padding after the end marker is harmless
-
-
-def test_stray_bytes_between_markers_are_harmless():
-    data = jpeg()
-    cut = data.index(b"\xff\xdb")
-    found = decode(data[:cut] + b"\0\0\0" + data[cut:], LIMIT)
-    assert np.abs(found.pixels.astype(int) - picture()).mean() < 3
-
-
-def test_bombs_are_refused_by_their_header():
-    head = bytearray(saved(Image.new("L", (8, 8)), "PNG"))
-    head[16:24] = (60_000).to_bytes(4, "big") * 2
-    import zlib
-
-    head[29:33] = zlib.crc32(head[12:29]).to_bytes(4, "big")
-    with pytest.raises(Refused, match="too many pixels"):
-        decode(bytes(head), 100_000_000)
-
-
-def test_the_limit_on_pixels_is_that_of_the_call():
-    """Pillow's own limit, which holds for the whole process, is neither changed nor in the way of a larger one."""
-    limit = Image.MAX_IMAGE_PIXELS
-    assert limit is not None
-    side = math.isqrt(2 * limit) + 1
-    data = saved(Image.new("1", (side, side)), "PNG")
-    with pytest.raises(Refused, match="too many pixels"):
-        decode(data, 2 * limit)
-    with Image.open(io.BytesIO(saved(Image.new("1", (9, 9)), "PNG"))) as image:
-        assert image.size == (9, 9)
-    assert images.open_image(data).size == (side, side)
-
-
-# ---------------------------------------------------------------- stored forms
-
-
-def test_small_images_pass_through_and_large_ones_shrink():
-    for data in (jpeg(), saved(Image.fromarray(picture()), "PNG")):
-        assert images.as_jpeg(decode(data, LIMIT), data, 256, 90)[0] is data
-    data = jpeg(height=600, width=400)
-    stored, _ = images.as_jpeg(decode(data, LIMIT), data, 256, 90)
-    assert simplejpeg.decode_jpeg_header(stored) == (384, 256, "YCbCr", "420")
-    reference = cv2.resize(picture(600, 400), (256, 384), interpolation=cv2.INTER_AREA)
-    assert np.abs(simplejpeg.decode_jpeg(stored).astype(int) - reference).mean() < 2
-    palette = saved(Image.fromarray(picture()).quantize(16), "GIF")
-    assert images.as_jpeg(decode(palette, LIMIT), palette, 256, 90)[0][:2] == b"\xff\xd8"
-
-
-def test_patches_hold_the_centre_crop():
-    pixels = picture(64, 96)
-    data = saved(Image.fromarray(pixels), "PNG")
-    patches, square = images.as_patches(decode(data, LIMIT), 64, 16, "crop")
-    assert np.array_equal(square, pixels[:, 16:80])
-    assert patches.shape == (16, 768)
-    assert np.array_equal(patches[5].reshape(16, 16, 3), square[16:32, 16:32])  # row 1, column 1 of a 4 x 4 grid
-    _, squashed = images.as_patches(decode(data, LIMIT), 32, 16, "squash")
-    assert np.array_equal(squashed, cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA))
 
 
 # ---------------------------------------------------------------- sources
@@ -340,7 +157,7 @@ def test_archives_that_count_each_for_itself(tmp_path, layout):
 
 def test_json_and_text_labels_in_a_tar(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        add(archive, "x/1.png", saved(Image.fromarray(picture()), "PNG"))
+        add(archive, "x/1.png", encoded(Image.fromarray(picture()), "PNG"))
         add(archive, "x/1.json", b'{"label": "owl", "other": 1}')
         add(archive, "x/2.jpg", jpeg())
         add(archive, "x/2.txt", b"finch\n")
@@ -776,7 +593,7 @@ def test_read_ahead_passes_errors_on_and_stops():
 
 def test_tars_as_strangers_pack_them(tmp_path):
     """Dots in names, captions beside labels, links, what macOS adds, a name that says .tar of a .tar.gz."""
-    png = saved(Image.fromarray(picture()), "PNG")
+    png = encoded(Image.fromarray(picture()), "PNG")
     with tarfile.open(tmp_path / "odd.tar", "w:gz") as archive:
         for name in ("./cat/a.1.jpg", "./cat/a.2.jpg", "./cat/b.jpg", "./._cat", "./cat/._b.jpg", "./cat/.DS_Store"):
             add(archive, name, jpeg(len(name)))
@@ -866,18 +683,6 @@ def test_one_bad_example_of_a_tfrecord_is_one_reject(tmp_path):
     (tmp_path / "b.tfrecord").write_bytes(b"junk" * 9)
     with pytest.raises(UserError, match=r"b.tfrecord.*wrong checksum of the length"):
         run(tmp_path / "b", source=(str(tmp_path / "b.tfrecord"),))
-
-
-def test_orientation_behind_other_segments_and_a_png_without_its_end():
-    exif = Image.Exif()
-    exif[images.ORIENTATION] = 6
-    turned = saved(Image.fromarray(picture()), "JPEG", exif=exif)
-    late = turned[:2] + b"\xff\xed\x80\x00" + bytes(0x8000 - 2) + turned[2:]
-    assert decode(late, LIMIT).pixels.shape == (60, 40, 3)
-    png = saved(Image.fromarray(picture()), "PNG")
-    for cut in (png[:-1], png[:-12]):  # every pixel is there: Pillow says nothing
-        with pytest.raises(Refused, match="truncated"):
-            decode(cut, LIMIT)
 
 
 def test_names_that_are_formulas_or_have_no_glyph_are_drawn(image_folder, tmp_path, recwarn):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from pipeline.data.images import decode
+from pipeline.data.codecs import decode
 from pipeline.errors import UserError
 from pipeline.vtab import TASKS, datasets, get, miniature, open_split, prepare, split_keys
 from pipeline.vtab.tasks import TABLE, Task

@@ -12,15 +12,15 @@ import pyarrow as pa
 import simplejpeg
 
 from pipeline import storage, workqueue
+from pipeline.data import codecs, sources
 from pipeline.data import format as shards
-from pipeline.data import images, sources
 from pipeline.data.duplicates.hashes import BANDS, MIRROR, VIEWS, Hashes, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_views, small_copy
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 
 MOST_PROPOSALS = 8
-DAMAGED = ("corrupt", "truncated")  # reasons of images.decode for which lenient decoders may still give a picture
+DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still give a picture
 logger = logging.getLogger(__name__)
 
 
@@ -179,8 +179,8 @@ def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | No
 
 def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
     try:
-        return images.decode(data, max_pixels).pixels, ""
-    except images.Refused as refused:
+        return codecs.decode(data, max_pixels).pixels, ""
+    except codecs.Refused as refused:
         if refused.reason not in DAMAGED:
             return None, refused.reason
         pixels = _decode_leniently(data)

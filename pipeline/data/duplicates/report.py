@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.loading.augment import decode
+from pipeline.data.codecs import decode_stored
 
 DUPLICATES, PAIRS = "duplicates.parquet", "duplicates.png"
 SHEET_PAIRS = 24
@@ -44,7 +44,7 @@ def contact_sheet(records: Sequence[dict[str, Any]]) -> bytes | None:
     shown = sorted((r for r in records if "pictures" in r), key=lambda r: r["detail"])[:SHEET_PAIRS]
     pairs = []
     for record in shown:
-        mine, other = (decode(base64.b64decode(text)).copy() for text in record["pictures"])
+        mine, other = (decode_stored(base64.b64decode(text)).copy() for text in record["pictures"])
         pairs.append((mine, other, f"{record['detail']:.2f}: {record['key'][-18:]} | {record['match'][-18:]}"))
     return pair_sheet(pairs) if pairs else None
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import CROPS
-from pipeline.data.loading.augment import decode
 
 SIDE = 64  # pictures are compared at 64x64, or at 32x32 when either is smaller than 64
 BLOCKS = 4  # blocks to a side
@@ -65,7 +65,7 @@ def compare_views(mine: bytes, other: bytes, view: int = 0, other_view: int = 0,
 
     View 0 is the whole image, as in `hashes.hash_image`; one of the two views is 0.
     """
-    first, second = decode(other).copy(), decode(mine).copy()
+    first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     if mirrored:
         first = np.ascontiguousarray(first[:, ::-1])
     if view:

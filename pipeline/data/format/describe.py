@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
+from pipeline.data.codecs import decode_stored
 from pipeline.data.format.dataset import Dataset, open_dataset
-from pipeline.data.loading.augment import decode
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
 
@@ -93,7 +93,7 @@ def class_names(dataset: Dataset, label: Any) -> str:
 def thumbnail(dataset: Dataset, image: Any) -> np.ndarray:
     """A stored image as RGB pixels."""
     if dataset.encoding == "jpeg":
-        return decode(image).copy()
+        return decode_stored(image).copy()
     geometry = dataset.manifest.image
     return unpatchify(image, geometry["height"], geometry["width"], geometry["patch_size"])
 

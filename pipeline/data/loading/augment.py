@@ -1,90 +1,24 @@
-"""Bytes of an image file -> the uint8 pixels a model trains on, and the augmentations of the paper's recipes.
+"""Decoded images -> the uint8 pixels that a model trains on: the augmentations of the paper's recipes.
 
-Everything is uint8, height x width x RGB, and runs outside Python's interpreter lock (libjpeg-turbo, OpenCV), so threads
-scale. One filter everywhere: bilinear with half-pixel centres and no antialiasing, what the paper's code and big_vision's
-inception crop use; `filter="area"` averages where an image shrinks and stays bilinear where it grows.
+Everything is uint8, height x width x RGB, and runs outside Python's interpreter lock (OpenCV), so threads scale.
+One filter everywhere: bilinear with half-pixel centres and no antialiasing, what the paper's code and big_vision's inception
+crop use; `filter="area"` averages where an image shrinks and stays bilinear where it grows.
 
 Randomness comes in as numbers: `Augment.apply` takes a vector of uniform draws and is otherwise a pure function.
 """
 
-import io
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import cv2
 import numpy as np
-import simplejpeg
 
+from pipeline.data.scratch import scratch
 from pipeline.errors import UserError, nearest
 
-MAX_PIXELS = 1 << 27  # a header that promises more is refused before anything is decoded (a decompression bomb)
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # none that runs an interpreter
 GREY = 128  # what geometric operations and cutout fill with
-
-_memory = threading.local()
-
-
-def scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 memory of this thread, reused: valid until the same thread asks for the same name again."""
-    size, flat = math.prod(shape), getattr(_memory, name, None)
-    if flat is None or flat.size < size:
-        flat = np.empty(size, np.uint8)
-        setattr(_memory, name, flat)
-    return flat[:size].reshape(shape)
-
-
-# ---------------------------------------------------------------- decoding
-
-
-class BadImage(ValueError):
-    """Bytes that are not an image, are damaged, or decode to too many pixels."""
-
-
-def decode(data: bytes | memoryview) -> np.ndarray:
-    """The first frame of an image file as uint8 (H, W, 3) RGB; valid until this thread decodes the next one.
-
-    Alpha is dropped, palettes and greyscale are expanded, 16 bits become 8, CMYK is converted, and orientation tags
-    are ignored: the pixels as stored, as TensorFlow's decoders give them. Raises BadImage.
-    """
-    if data[:2] == b"\xff\xd8":
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK"):
-                return simplejpeg.decode_jpeg(data, "RGB", buffer=scratch("decode", (height, width, 3)))
-        except ValueError:
-            pass  # perhaps only a warning, such as stray bytes between markers: Pillow tells that from missing data
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and 0 < _png_pixels(data) <= MAX_PIXELS:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is not None:
-            return image
-    return _decode_with_pillow(data)
-
-
-def _png_pixels(data: bytes | memoryview) -> int:
-    return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
-
-
-def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
-    from PIL import Image
-
-    Image.init()  # all plugins, once: a list of formats does not load them
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            image.load()
-            if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            return np.array(image.convert("RGB"))
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's plugins raise anything at all over damaged files
-        raise BadImage(f"not a readable image ({error})") from error
-
 
 # ---------------------------------------------------------------- the recipe
 

@@ -23,11 +23,13 @@ import cv2
 import numpy as np
 import torch
 
+from pipeline.data.codecs import BadImage, decode_stored
 from pipeline.data.format import Dataset, RowGroup
-from pipeline.data.loading.augment import Augment, BadImage, decode, scratch
+from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.order import AUGMENT, MIXUP, Order, check_layout, default_lanes, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
 from pipeline.data.loading.reader import Reader
+from pipeline.data.scratch import scratch
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -342,7 +344,7 @@ class Loader:
             patches = stored
         else:
             if self.dataset.encoding == "jpeg":
-                image = decode(stored)
+                image = decode_stored(stored)
             else:
                 kind = self.dataset.manifest.image
                 image = unpatchify(stored, kind["height"], kind["width"], kind["patch_size"])

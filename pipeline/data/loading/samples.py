@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.loading.augment import Augment, BadImage, decode
+from pipeline.data.codecs import BadImage, decode_stored, extensions, is_image_name
+from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> np.ndarray:
@@ -49,11 +48,11 @@ def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
                 picture = unpatchify(row["image"], about["height"], about["width"], about["patch_size"])
                 yield np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
     else:
-        files = [file.uri for file in storage.list_files(uri) if file.path.lower().endswith(SUFFIXES)]
-        if not files and uri.lower().endswith(SUFFIXES) and storage.exists(uri):
+        files = [file.uri for file in storage.list_files(uri) if is_image_name(file.path)]
+        if not files and is_image_name(uri) and storage.exists(uri):
             files = [uri]
         if not files:
-            raise UserError(f"{uri}: no images here ({', '.join(SUFFIXES)})")
+            raise UserError(f"{uri}: no images here ({', '.join(sorted(extensions()))})")
         for i in _spread(len(files), limit):
             yield _decode(storage.read_bytes(files[i]), files[i])
 
@@ -64,6 +63,6 @@ def _spread(count: int, limit: int) -> list[int]:
 
 def _decode(data: bytes, name: str) -> np.ndarray:
     try:
-        return decode(data)
+        return decode_stored(data)
     except BadImage as error:
         raise UserError(f"{name}: not a readable image ({error})") from error

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data import images, sources
+from pipeline.data import codecs, images, sources
+from pipeline.data.codecs import Refused
 from pipeline.data.duplicates.hashes import ROW, hash_image
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
-from pipeline.data.images import Refused
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.sources import Item
@@ -140,10 +140,10 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
     Raises Refused for an image that cannot be used.
     """
     if isinstance(image, np.ndarray):  # raw pixels of an archive: stored losslessly
-        picture = images.Picture(image, True)
+        picture = codecs.Picture(image, True)
         data = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes() if config.encoding == "jpeg" else b""
     else:
-        picture, data = images.decode(image, config.max_pixels), image
+        picture, data = codecs.decode(image, config.max_pixels), image
     if config.encoding == "jpeg":
         return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality)
     return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)

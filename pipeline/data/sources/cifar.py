@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.images import Refused
+from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source

@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.data.images import Refused, is_image_data
+from pipeline.data.codecs import Refused, is_image_data, is_image_name
 from pipeline.data.sources import items, listing
 from pipeline.data.sources.items import (
     FRAGMENTS,
-    IMAGE_NAMES,
     Item,
     ScanOptions,
     Source,
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def matches(path: str) -> bool:
     """Image files, by the ends of their names."""
-    return path.lower().endswith(tuple(f".{end}" for end in IMAGE_NAMES))
+    return is_image_name(path)
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:

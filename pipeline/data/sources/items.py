@@ -8,10 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.images import Refused
+from pipeline.data.codecs import Refused
 from pipeline.data.sources.tables import Columns, LabelTable
 
-IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
 MAX_FILE_BYTES = 128 << 20  # no image is larger; a larger member of an archive is a decompression bomb
 
 FRAGMENTS = pa.schema(

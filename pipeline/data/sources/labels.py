@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.images import Refused
+from pipeline.data.codecs import Refused
 from pipeline.data.sources.items import Source
 from pipeline.data.sources.tables import SYNSET, read_text
 from pipeline.errors import UserError

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.images import Refused
+from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.codecs import is_image_name
 from pipeline.errors import UserError, nearest
 
 # In order of preference, without regard to case.
@@ -60,7 +61,6 @@ MISSING = frozenset({"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N
 SEPARATORS = re.compile(r"[;|]")  # between the labels of a column named in the plural
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0*)?")
 SYNSET = re.compile(r"n\d{8}\b")
-IMAGE_FILE = re.compile(r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|jp2|avif)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ def _read_delimited(uri: str, columns: Columns) -> list[Any]:
 
 def _is_header(first: Sequence[str], columns: Columns) -> bool:
     known = {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS} | {c.lower() for c in (columns.file, columns.label) if c}
-    return any(cell.strip().lower() in known for cell in first) or not any(IMAGE_FILE.search(cell) for cell in first)
+    return any(cell.strip().lower() in known for cell in first) or not any(map(is_image_name, first))
 
 
 def _read_json_lines(uri: str, columns: Columns) -> list[Any]:

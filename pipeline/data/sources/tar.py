@@ -16,10 +16,11 @@ from typing import IO, Any, Self
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.images import Refused
+from pipeline.data import codecs
+from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.items import IMAGE_NAMES, Item, ScanOptions, Source, too_large
+from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.layout import WORDNET
 from pipeline.data.sources.listing import JUNK
 from pipeline.data.sources.tables import CAPTION_COLUMNS, LABEL_COLUMNS, LabelTable, label_names
@@ -216,7 +217,7 @@ def _items_of_sample(
         member = next(iter(parts.values()))[0]
         yield Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
         return
-    pictures = [e for e in rest if e in IMAGE_NAMES] or [e for e in rest if _is_image(e)] or rest
+    pictures = [e for e in rest if e in codecs.extensions()] or [e for e in rest if _is_image(e)] or rest
     for extension in pictures[:1] if len(rest) < len(parts) else pictures:
         member, data = parts[extension]
         if table.labels:
@@ -290,7 +291,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _is_image(extension: str) -> bool:
     """`extension` in WebDataset's sense: jpg, or seg.png."""
-    return extension.rpartition(".")[2] in IMAGE_NAMES
+    return extension.rpartition(".")[2] in codecs.extensions()
 
 
 def _has_caption(data: bytes) -> bool:

@@ -1,0 +1,80 @@
+"""Image files -> pixels. `CODECS` is the one list of formats: what a file is called, how it begins and how it is decoded.
+
+A new format is one entry of the list. An entry with `name`, `extensions` and `signature` is enough where Pillow has the
+format or a plugin of Pillow adds it; a subclass of `Codec` overrides `open` or both ways of decoding.
+"""
+
+import numpy as np
+
+from pipeline.data.codecs.base import AnyOther, BadImage, Codec, Picture, Refused
+from pipeline.data.codecs.jpeg import JPEG
+from pipeline.data.codecs.png import PNG
+
+__all__ = [
+    "CODECS",
+    "OTHER",
+    "BadImage",
+    "Codec",
+    "Picture",
+    "Refused",
+    "decode",
+    "decode_stored",
+    "extensions",
+    "find",
+    "is_image_data",
+    "is_image_name",
+]
+
+MAX_PIXELS = 1 << 27  # a header that promises more is refused before anything is decoded (a decompression bomb)
+
+CODECS: list[Codec] = [
+    JPEG,
+    PNG,
+    Codec(name="WEBP", extensions=("webp",), signature=rb"RIFF....WEBP"),
+    Codec(name="GIF", extensions=("gif",), signature=rb"GIF8"),
+    Codec(name="BMP", extensions=("bmp",), signature=rb"BM"),
+    Codec(name="TIFF", extensions=("tif", "tiff"), signature=rb"II\*\0|MM\0\*"),
+    Codec(name="PPM", extensions=("ppm", "pgm"), signature=rb"P[1-6]\s+[\d#]"),
+    Codec(name="JPEG2000", extensions=("jp2",), signature=rb"\0\0\0\x0cjP|\xff\x4f\xff\x51"),
+    Codec(name="AVIF", extensions=("avif",), signature=rb"....ftypavi[fs]"),
+]
+OTHER = AnyOther(name="other")
+
+
+def find(data: bytes | memoryview) -> Codec:
+    """The codec whose signature a file begins with, else OTHER, whatever the file is called."""
+    return next((codec for codec in CODECS if codec.recognizes(data)), OTHER)
+
+
+def is_image_data(data: bytes) -> bool:
+    """Whether a file begins as an image of one of CODECS does."""
+    return find(data) is not OTHER
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is called as images are."""
+    _, dot, end = path.rpartition(".")
+    return bool(dot) and end.lower() in extensions()
+
+
+def extensions() -> set[str]:
+    """Ends of the names of image files, in lower case, without the dot."""
+    return {extension for codec in CODECS for extension in codec.extensions}
+
+
+def decode(data: bytes, max_pixels: int) -> Picture:
+    """Decodes an image file of any format, first frame of an animation, as a viewer shows it; see `Codec.decode`.
+
+    Raises Refused: empty, not an image, truncated, corrupt, too many pixels, too narrow, unsupported pixels.
+    """
+    if not data:
+        raise Refused("empty")
+    return find(data).decode(data, max_pixels)
+
+
+def decode_stored(data: bytes | memoryview) -> np.ndarray:
+    """The first frame of an image file as stored: uint8 (H, W, 3) RGB, valid until this thread decodes the next one.
+
+    See `Codec.decode_stored`. Raises BadImage.
+    """
+    return find(data).decode_stored(data, MAX_PIXELS)

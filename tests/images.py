@@ -1,0 +1,35 @@
+"""Pictures that tests make on the spot, and files of them."""
+
+import io
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+
+def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
+    """A smooth picture, which JPEG keeps nearly as it is: uint8 (H, W, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def photo(height: int = 120, width: int = 160, seed: int = 0) -> np.ndarray:
+    """Smooth colours with edges and noise: uint8 (H, W, 3)."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 60)
+    return np.clip(image.astype(int) + generator.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
+
+
+def jpeg(seed: int = 0, height: int = 40, width: int = 60, quality: int = 95) -> bytes:
+    """`picture` as a JPEG file, colours at full resolution."""
+    return simplejpeg.encode_jpeg(picture(height, width, seed), quality, "RGB", "444")
+
+
+def encoded(image: np.ndarray | Image.Image, format: str, **options) -> bytes:
+    """An image file of a format that Pillow writes."""
+    sink = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(sink, format, **options)
+    return sink.getvalue()
