@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import cluster, logs, storage
+from pipeline import cluster, logs, metrics, storage
 from pipeline.errors import UserError
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
@@ -112,8 +112,13 @@ def run(
         return
     sizes = [size(unit) for unit in todo.values()] if size else [TASK_SIZE] * len(todo)
     resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    done, failed = len(units) - len(todo), 0
+    where = receipts.folder if receipts is not None else work.__name__
     for outcome in _run_on_ray(todo, sizes, job, context, resources, workers or len(todo)):
         logs.replay(outcome.records)
+        done, failed = (done, failed + 1) if outcome.error else (done + 1, failed)
+        counts = {metrics.UNITS: len(units), metrics.UNITS_DONE: done, metrics.UNITS_FAILED: failed}
+        metrics.publish(counts, run=where)
         yield outcome
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import storage
+from pipeline import metrics, storage
 from pipeline.errors import UserError
 from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
 from pipeline.tracking import names, registry, resolve_tracking_uri, search, start_run
@@ -180,6 +180,7 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
             done.failed.append(f"{target.checkpoint}: {error}")
     if dry_run:
         return done
+    metrics.publish({metrics.EVALUATIONS_FAILED: len(done.failed)}, run=config.output)
     if config.model:
         done.promoted = promote(config, version, uri)
     for target, message in regressions(config, ledger, fresh, version, uri):

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from pipeline import metrics as live
 from pipeline.config import flatten, to_dict
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
@@ -247,6 +248,7 @@ class Run:
                 delay = min(RETRY_AT_MOST, delay * 2 or SEND_EVERY)
                 self.error = first_line(error)
                 self._attempts += 1
+            live.publish({live.UNDELIVERED: self._spool.pending}, run=self._spool.header["name"])
             with self._progress:
                 self._progress.notify_all()
             if closing:

@@ -20,6 +20,7 @@ from models import create_model
 from models.cost import flops
 from models.variants import parse_variant
 from pipeline import config as configuration
+from pipeline import metrics as live
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
 from pipeline.data.loading.order import DROPOUT, bits
@@ -162,6 +163,16 @@ class Trainer:
         left = self.meter.remaining((self.plan.total - done) * self.config.batch_size)
         self.info("%s", describe_step(done, self.plan, metrics, left), step=done)
         self.record(metrics, done)
+        self.publish(
+            {
+                live.TRAIN_STEP: done,
+                live.TRAIN_LAST_STEP_TIME: time.time(),
+                live.TRAIN_LOSS: value,
+                live.TRAIN_IMAGES_PER_SECOND: metrics[names.IMAGES_PER_SECOND],
+                live.TRAIN_DATA_WAIT: metrics[names.DATA_WAIT],
+                live.TRAIN_GOODPUT: self.meter.goodput(),
+            }
+        )
         waited = metrics[names.DATA_WAIT]
         if waited > self.config.runtime.wait_warning and done > self.first + 1:  # the first batch is always waited for
             self.warn(data_wait_advice(self.config, self.dataset, waited))
@@ -183,6 +194,8 @@ class Trainer:
         self.losses |= scores
         self.info("step %d/%d  validation  %s", done, self.plan.total, describe_scores(scores))
         self.record({**scores, names.IMAGES_SEEN: done * self.config.batch_size}, done)
+        if names.VAL_TOP1 in scores:
+            self.publish({live.VALIDATION_TOP1: 100 * scores[names.VAL_TOP1]})
 
     def save(self, done: int) -> None:
         """Starts writing a checkpoint of the state after `done` steps."""
@@ -249,6 +262,10 @@ class Trainer:
     def record(self, metrics: dict[str, float], done: int) -> None:
         if self.run is not None:
             self.run.log(metrics, done)
+
+    def publish(self, values: dict[str, float]) -> None:
+        if self.worker.rank == 0:
+            live.publish(values, run=self.config.runtime.output)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -19,7 +19,8 @@ class Meter:
         self.device, self.train_flops = device, train_flops
         self.peak = hardware.peak_flops(device, precision) * world
         self.images, self.waited = 0, 0.0
-        self.since = time.perf_counter()
+        self.since = self.began = time.perf_counter()
+        self.trained = 0.0  # seconds in steps, up to the last read
         self.rate = 0.0
 
     def wait(self, batches: Iterator[dict]) -> dict:
@@ -50,8 +51,13 @@ class Meter:
             names.DATA_WAIT: min(self.waited / seconds, 1.0),
             names.MEMORY_GB: memory_gb(self.device),
         }
+        self.trained += seconds - min(self.waited, seconds)
         self.images, self.waited, self.since = 0, 0.0, now
         return values
+
+    def goodput(self) -> float:
+        """Share of the time since this meter was made that went into steps: without data wait, validation and checkpoints."""
+        return self.trained / max(time.perf_counter() - self.began, 1e-9)
 
     def remaining(self, images: float) -> float:
         """Seconds left for so many images at the last rate."""

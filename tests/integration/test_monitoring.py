@@ -1,0 +1,132 @@
+"""infra/monitoring against what is really exported: alarms and dashboards name metrics that a Ray node serves."""
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import free_port
+
+from pipeline import metrics
+
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "infra" / "monitoring"
+RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+DASHBOARD = json.loads((MONITORING / "grafana" / "vit.json").read_text())
+EXPRESSIONS = [rule["expr"] for group in RULES for rule in group["rules"]]
+EXPRESSIONS += [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+NAME = re.compile(r"\b(?:ray|autoscaler)_\w+")
+
+PUBLISHER = """
+import sys, time
+import pipeline, ray
+from pipeline import metrics, workqueue
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+         _metrics_export_port=int(sys.argv[1]), _system_config={"metrics_report_interval_ms": 500})
+metrics.publish({name: 1.5 for name in metrics.DESCRIPTIONS}, run="s3://bucket/runs/b16/_work")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """What the exporter of a node serves while a job publishes every live number."""
+    port = free_port()
+    command = [sys.executable, "-c", PUBLISHER, str(port)]
+    environment = {"PYTHONPATH": str(ROOT), "RAY_enable_metrics_collection": "1", "PATH": "/usr/bin:/bin"}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            assert job.stdout.readline() == "ready\n"
+            yield wait_for(f"http://127.0.0.1:{port}/metrics", "ray_vit_train_loss{", "ray_node_disk_free{")
+        finally:
+            job.stdin.close()
+
+
+def wait_for(url, *wanted):
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        time.sleep(0.5)
+        try:
+            text = urllib.request.urlopen(url, timeout=5).read().decode()
+        except OSError:
+            continue
+        if all(name in text for name in wanted):
+            return text
+    raise AssertionError(f"{url} serves no {wanted}")
+
+
+def test_every_live_number_is_exported_under_the_runs_name(exported):
+    for name, description in metrics.DESCRIPTIONS.items():
+        (line,) = [line for line in exported.splitlines() if line.startswith(f"ray_vit_{name}{{")]
+        assert 'run="b16"' in line
+        assert line.endswith(" 1.5")
+        assert f"# HELP ray_vit_{name} {description}" in exported
+
+
+def test_alarms_and_dashboards_name_metrics_that_exist(exported):
+    from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
+
+    # A machine without GPUs and autoscaler serves no metric of theirs; Ray's own dashboards name those.
+    known = exported + inspect.getsource(default_dashboard_panels)
+    names = {name for expression in EXPRESSIONS for name in NAME.findall(expression)} - {"ray_node_type"}
+    assert len(names) > 15
+    for name in names:
+        assert re.search(rf"\b{name}\b", known), f"nothing exports {name}"
+
+
+def test_alarms_use_labels_that_are_exported(exported):
+    for group in RULES:
+        for rule in group["rules"]:
+            (name, *_) = NAME.findall(rule["expr"])
+            line = next(line for line in exported.splitlines() if line.startswith(f"{name}{{"))
+            for label in re.findall(r"\$labels\.(\w+)", str(rule["annotations"])):
+                assert f'{label}="' in line, f"{rule['alert']}: {name} has no label {label}"
+
+
+def test_nothing_is_published_outside_ray():
+    metrics.publish({metrics.TRAIN_LOSS: 1.0}, run="here")
+    with pytest.raises(KeyError, match="train_los"):
+        metrics.publish({"train_los": 1.0}, run="here")
+
+
+def test_each_alarm_has_a_story():
+    stories = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
+    raised = {case["alertname"] for story in stories for case in story["alert_rule_test"] if case["exp_alerts"]}
+    assert raised == {rule["alert"] for group in RULES for rule in group["rules"]}
+
+
+def test_kubernetes_loads_the_same_alarms():
+    kinds = {d["kind"]: d for d in yaml.safe_load_all((MONITORING / "kubernetes.yaml").read_text())}
+    assert kinds["PrometheusRule"]["spec"]["groups"] == RULES
+    cluster = yaml.safe_load((ROOT / "infra" / "kuberay" / "cluster.yaml").read_text())["spec"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "metrics", "containerPort": 8080} in container["ports"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("check", "config", "prometheus.yml"), ("test", "rules", "alerts_test.yml")], ids=" ".join
+)
+def test_promtool_agrees(arguments):
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not here (Debian: apt-get install prometheus)")
+    done = subprocess.run(["promtool", *arguments], cwd=MONITORING, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_is_complete():
+    """What Grafana needs of a panel: a number of its own, a place on the 24 columns, a data source, a unit."""
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] in range(25 - place["w"])
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
