@@ -25,8 +25,8 @@ MEMORY_GB = "train/memory_gb"  # peak of the device (or of the process on CPU), 
 SKIPPED = "train/skipped"  # steps not taken so far, for any reason
 SPIKES = "train/spikes"  # those of them whose loss was a spike
 VAL_LOSS = "val/loss"
-VAL_TOP1 = "val/top1"
-FEWSHOT_TOP1 = "val/fewshot_top1"  # linear probe on frozen features of a few images per class, 0..1
+VAL_TOP1 = "val/top1"  # percent, as every accuracy here
+FEWSHOT_TOP1 = "val/fewshot_top1"  # linear probe on frozen features of a few images per class, percent
 FEWSHOT_SECONDS = "val/fewshot_seconds"  # what the probe cost
 
 # A preparation, over all splits; `step` is the number of inputs so far. The rate is that of one attempt.

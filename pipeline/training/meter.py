@@ -75,9 +75,9 @@ def memory_gb(device: torch.device) -> float:
 def describe_scores(scores: dict[str, float]) -> str:
     """Validation scores as text: "top-1 97.54%  loss 0.1234"."""
     shown = {
-        names.VAL_TOP1: "top-1 {:.2%}",
+        names.VAL_TOP1: "top-1 {:.2f}%",
         names.VAL_LOSS: "loss {:.4f}",
-        names.FEWSHOT_TOP1: "few-shot top-1 {:.2%}",
+        names.FEWSHOT_TOP1: "few-shot top-1 {:.2f}%",
         names.FEWSHOT_SECONDS: "in {:.1f} s",
     }
     return "  ".join(text.format(scores[name]) for name, text in shown.items() if name in scores)

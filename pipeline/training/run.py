@@ -231,7 +231,7 @@ def summarize(result: dict[str, Any]) -> str:
         "seconds": f"{result['seconds']:.1f}",
         "loss_first": f"{result.get('loss_first', float('nan')):.4f}",
         "loss_last": f"{result.get('loss_last', float('nan')):.4f}",
-        "top1": f"{result[names.VAL_TOP1]:.4f}" if names.VAL_TOP1 in result else "none",
+        "top1": f"{result[names.VAL_TOP1]:.2f}" if names.VAL_TOP1 in result else "none",
         "skipped": result["skipped"],
         "checkpoint_wait_seconds": f"{result['checkpoint_wait_seconds']:.2f}",
         "checkpoint_wait_share": f"{result['checkpoint_wait_share']:.2%}",

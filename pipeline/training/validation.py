@@ -30,7 +30,7 @@ from pipeline.training.plan import TrainPlan
 
 @torch.no_grad()
 def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[str, float]:
-    """Top-1 (0..1) and mean loss over a whole dataset, each image once.
+    """Top-1 in percent and mean loss over a whole dataset, each image once.
 
     Masked patch prediction has no classes: its loss alone.
     """
@@ -49,7 +49,7 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
                 sums[1] += correct(output, labels).sum()
     if worker.world > 1:
         dist.all_reduce(sums)
-    loss, top1 = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+    loss, top1 = float(sums[0] / sums[2]), 100.0 * float(sums[1] / sums[2])
     return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
 
 
@@ -69,7 +69,7 @@ class FewShot:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> dict[str, float]:
-        """{top-1 (0..1), seconds that it took}"""
+        """{top-1 in percent, seconds that it took}"""
         start = time.perf_counter()
         rank, world, device = self.worker.rank, self.worker.world, self.worker.device
         share = -(-len(self.chosen) // world)
@@ -92,7 +92,7 @@ class FewShot:
         counts = torch.tensor([right, total], device=device)
         if world > 1:
             dist.all_reduce(counts)
-        top1 = float(counts[0] / counts[1])
+        top1 = 100.0 * float(counts[0] / counts[1])
         return {names.FEWSHOT_TOP1: top1, names.FEWSHOT_SECONDS: time.perf_counter() - start}
 
     def _features(self, engine: Engine, rows: np.ndarray, device: torch.device) -> Tensor:

@@ -49,8 +49,8 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot([step * batch / 1000 for step, _ in loss], [value for _, value in loss], lw=1)
     left.set(title="Training loss", xlabel="thousand images seen", ylabel="cross-entropy")
-    right.plot([step * batch / 1000 for step, _ in top1], [100 * value for _, value in top1], "o-", ms=3)
-    right.set(title=f"Top-1 on held-out images: {100 * top1[-1][1]:.2f}% at the end", xlabel="thousand images seen")
+    right.plot([step * batch / 1000 for step, _ in top1], [value for _, value in top1], "o-", ms=3)
+    right.set(title=f"Top-1 on held-out images: {top1[-1][1]:.2f}% at the end", xlabel="thousand images seen")
     right.set_ylabel("%")
     for panel in (left, right):
         panel.grid(alpha=0.3)
@@ -63,7 +63,7 @@ def main() -> None:
         "images_per_second_fastest": round(max(rates), 1),
         "images_per_second_median": round(sorted(rates)[len(rates) // 2], 1),
         "params": {name: run.data.params[name] for name in SHOWN},
-        "top1_by_step": dict(top1),
+        "top1_percent_by_step": dict(top1),
         "loss_by_step": dict(loss),
     }
     (PROJECT / f"tests/benchmarks/results/{options.name}.json").write_text(json.dumps(about, indent=1) + "\n")
