@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.tracking import names, server
+from pipeline.tracking.description import replace_paragraph
 from pipeline.tracking.server import RunUnavailableError
 from pipeline.tracking.spool import Spool, look_up, offline_id
 
@@ -108,9 +109,11 @@ class Delivery:
             return found
         header["tried"] = True
         self.spool.save_header()
-        return self.client.create_run(
-            self.experiment, header["start_time"], tags=tags, run_name=header["name"]
-        ).info.run_id
+        made = self.client.create_run(self.experiment, header["start_time"], tags=tags, run_name=header["name"])
+        run_id = made.info.run_id
+        if header.get("described"):
+            self.client.set_tag(run_id, names.RUN_NAME, f"{header['name']} · {run_id[:4]}")
+        return run_id
 
     def _require_run(self) -> None:
         """Raises RunUnavailableError when the run was deleted: then it is no single record that the server refuses."""
@@ -225,6 +228,8 @@ class Delivery:
             self._end(record["status"], record["time"], record.get("reason", ""))
         elif kind == "resume":
             self._resume(record["params"])
+        elif kind == "paragraph":
+            self._set_tags({names.NOTE: self._note(record["markers"], record["text"])})
         elif kind == "dataset":
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -241,14 +246,13 @@ class Delivery:
         run_id = self.resolve()
         if reason:
             word = ENDED[1] if status == "KILLED" else ENDED[0]
-            self._set_tags({names.REASON: reason, names.NOTE: self._note(ENDED, f"{word} {reason}")})
+            self._set_tags({names.REASON: reason, names.NOTE: self._note(ENDED, f"{word} {reason}", first=True)})
         self.client.set_terminated(run_id, status, time_ms)
 
-    def _note(self, markers: Sequence[str], paragraph: str) -> str:
-        """The run's description with one paragraph, known by what it begins with, replaced; an empty one is removed."""
+    def _note(self, markers: Sequence[str], paragraph: str, first: bool = False) -> str:
+        """The run's description with one paragraph replaced (`description.replace_paragraph`)."""
         text = self.client.get_run(self.resolve()).data.tags.get(names.NOTE, "")
-        others = [part for part in text.split("\n\n") if part and not part.startswith(tuple(markers))]
-        return "\n\n".join([part for part in (paragraph, *others) if part])[: names.MAX_VALUE]
+        return replace_paragraph(text, markers, paragraph, first)
 
     def _resume(self, params: dict[str, str]) -> None:
         """Marks another attempt: the run is running again; parameters that MLflow will not change become a tag."""

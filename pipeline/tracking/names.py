@@ -65,6 +65,7 @@ DIRTY = "commit.dirty"  # "true": code/diff.patch among the artifacts holds the 
 DATA_URI = "data.uri"  # + "." + role
 DATA_FINGERPRINT = "data.fingerprint"  # + "." + role
 CHECKPOINT = "checkpoint"  # URI that was read (transfer) or last written (pretrain)
+PLACE = "place."  # + key of the configuration that holds a path or an address: tags, since equal runs differ in them
 RAY_JOB = "ray.job"
 LINEAGE = "lineage."  # + prepare | pretrain | transfer: run id of the run that this one was made from
 SPOOL = "spool"  # id given before the server knew the run: makes its creation safe to repeat
@@ -74,12 +75,29 @@ REASON = "reason"  # why a run failed or was stopped; absent while it runs and a
 NONFINITE_TAG = "nonfinite"  # which metrics had non-finite values, how many, since which step
 
 # MLflow's own tag names.
+RUN_NAME = "mlflow.runName"
 PARENT = "mlflow.parentRunId"
 SOURCE_NAME = "mlflow.source.name"
 SOURCE_TYPE = "mlflow.source.type"
 SOURCE_COMMIT = "mlflow.source.git.commit"
 NOTE = "mlflow.note.content"
 USER = "mlflow.user"
+
+# What of a configuration names a path, an address or a run.
+_PLACES = frozenset(
+    (
+        *("data", "validation", "output", "cache", "checkpoint", "init_from", "source", "labels", "label_map", "raw"),
+        *("decontaminate", "decontamination", "real_labels", "runs", "hook", "address", "tracking_uri", "register"),
+        *("fewshot.train", "fewshot.test", "runtime.name"),
+    )
+)
+
+
+def is_place(key: str) -> bool:
+    """Whether a key of a flat configuration names a path, an address or a run: equal runs differ in them."""
+    parts = key.split(".")
+    return parts[-1] in _PLACES or ".".join(parts[-2:]) in _PLACES
+
 
 # What MLflow's stores accept.
 MAX_NAME, MAX_VALUE = 250, 5000  # characters of a name, and of the value of a tag or parameter

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -27,7 +27,7 @@ from pipeline import metrics as live
 from pipeline.config import flatten, to_dict
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
-from pipeline.tracking import environment, names, server
+from pipeline.tracking import description, environment, names, server
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.server import first_line, resolve_tracking_uri, run_url
 from pipeline.tracking.spool import Queue, Spool, offline_id, spool_root
@@ -49,6 +49,7 @@ class Run:
         self._owner = owner  # only the owner ends the run
         self._nonfinite: dict[str, tuple[int, int]] = {}  # metric: (count, first step)
         self._last: dict[str, tuple[int, float]] = {}  # metric: the point logged last
+        self._costs: dict[str, float] = {}  # over all attempts, as logged
         self._started = time.monotonic()
         self._finished = False
         self._closing = threading.Event()
@@ -105,7 +106,9 @@ class Run:
 
     def log_cost(self, costs: Mapping[str, float]) -> None:
         """Costs of this attempt (names `cost/...`); those of earlier attempts of the run are added to them."""
-        self.log({name: value + self._delivery.costs.get(name, 0.0) for name, value in costs.items()})
+        totals = {name: value + self._delivery.costs.get(name, 0.0) for name, value in costs.items()}
+        self._costs |= totals
+        self.log(totals)
 
     def log_energy(self) -> None:
         """The energy that the GPUs of all nodes have used, as far as it could be read and the server has it."""
@@ -113,6 +116,7 @@ class Run:
             metrics = self.metrics().items()
             nodes = [v for name, v in metrics if name.startswith(names.SYSTEM) and name.endswith(names.NODE_ENERGY)]
             if nodes:
+                self._costs[names.ENERGY_KWH] = sum(nodes)
                 self.log({names.ENERGY_KWH: sum(nodes)})
 
     def metrics(self) -> dict[str, float]:
@@ -124,11 +128,20 @@ class Run:
         if values:
             self._spool.metrics.append({"kind": "tags", "values": values})
 
+    def describe(self, markers: Sequence[str], paragraph: str) -> None:
+        """Replaces the paragraph of the description that begins with one of the markers, or adds it."""
+        text = redacted(names.valid_value(paragraph))
+        self._spool.metrics.append({"kind": "paragraph", "markers": list(markers), "text": text})
+
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Parameters beyond the configuration that `start_run` logged; nested ones are flattened to a.b.c."""
-        values = _texts(flatten(params))
+        """Parameters beyond the configuration that `start_run` logged; nested ones are flattened to a.b.c.
+
+        Paths and addresses become tags: they differ between runs that are the same.
+        """
+        values, places = _split_places(flatten(params))
         if values:
             self._spool.metrics.append({"kind": "params", "values": values})
+        self.set_tags(places)
 
     def log_bytes(self, data: bytes, path: str) -> None:
         self._spool.add_artifact(names.valid_path(path), data)
@@ -147,16 +160,19 @@ class Run:
         figure.savefig(buffer, format=os.path.splitext(path)[1][1:] or "png", bbox_inches="tight")
         self.log_bytes(buffer.getvalue(), path)
 
-    def log_dataset(self, uri: str, manifest: Mapping[str, Any], role: str = "train", made: bool = False) -> None:
+    def log_dataset(
+        self, uri: str, manifest: Mapping[str, Any], role: str = "train", made: bool = False, linked: bool = True
+    ) -> None:
         """A dataset that the run reads: an MLflow input, fingerprint tags, its manifest, and a link to its prepare run.
 
         made: the run is that prepare run. Others find it by the fingerprint, wherever the dataset has been copied to.
+        linked: False leaves out the manifest and the link, of a run that reads dozens.
         """
         text = json.dumps(manifest, sort_keys=True, default=str)
         digest = str(manifest.get("fingerprint") or hashlib.sha256(text.encode()).hexdigest()[:12])
         rows = manifest.get("rows") or manifest.get("num_rows") or (manifest.get("totals") or {}).get("rows")
         dataset = {
-            "name": names.valid_value(os.path.basename(uri.rstrip("/")) or uri)[: names.MAX_NAME],
+            "name": names.valid_value("/".join(uri.rstrip("/").rsplit("/", 2)[-2:]))[: names.MAX_NAME],
             "digest": digest[:36],
             "source_type": "s3" if uri.startswith("s3://") else "local",
             "source": json.dumps({"uri": names.valid_value(uri)}),
@@ -164,8 +180,9 @@ class Run:
         }
         self._spool.metrics.append({"kind": "dataset", "role": names.valid_value(role), "dataset": dataset})
         self.set_tags({f"{names.DATA_URI}.{role}": uri, f"{names.DATA_FINGERPRINT}.{role}": digest})
-        self.log_text(text, f"data/{role.replace('/', '_')}-manifest.json")
-        if not made:
+        if linked or made:
+            self.log_text(text, f"data/{role.replace('/', '_')}-manifest.json")
+        if linked and not made:
             self._spool.metrics.append({"kind": "link", "role": "prepare", "digest": digest[:36]})
 
     def link(self, role: str, run_id: str) -> None:
@@ -196,7 +213,12 @@ class Run:
         if timeout is None:
             timeout = LAST_DELIVERY_OF_A_STOP if status == "KILLED" else LAST_DELIVERY
         if self._owner:
-            self.log_cost({names.SECONDS: time.monotonic() - self._started})
+            if not self._spool.header[
+                "parent_id"
+            ]:  # a child is written when its work is done: its owner knows the time
+                self.log_cost({names.SECONDS: time.monotonic() - self._started})
+            if self._spool.header.get("described"):
+                self.describe((description.COST,), description.cost_paragraph(self._costs))
             lost = self._spool.metrics.lost + self._spool.artifacts.lost
             if lost:
                 self.set_tags({"lost": f"{lost} records found no room in the buffer"})
@@ -287,6 +309,13 @@ def _status_of(error: BaseException | None) -> tuple[str, str]:
     return "FAILED", first_line(error)
 
 
+def _split_places(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """(parameters, tags `place.<key>`) of a flat config: what names a path, an address or a run is no parameter."""
+    parameters = {key: value for key, value in values.items() if not names.is_place(key)}
+    places = {names.PLACE + key: value for key, value in values.items() if key not in parameters and value is not None}
+    return _texts(parameters), _texts(places)
+
+
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Tags or parameters as MLflow accepts them; an address in them shows no password."""
     return {names.valid_name(key): redacted(names.valid_value(value)) for key, value in values.items()}
@@ -298,13 +327,15 @@ def start_run(
     *,
     config: Any = None,
     tags: Mapping[str, Any] | None = None,
+    about: description.Description | None = None,
     run_id: str | None = None,
     parent_id: str | None = None,
     tracking_uri: str | None = None,
 ) -> Run:
     """Starts a run, or continues `run_id` (its points are not repeated: a step it already has is dropped).
 
-    config: a dataclass or mapping; becomes flat parameters and the artifact config.yaml.
+    config: a dataclass or mapping; becomes flat parameters, tags (paths and addresses) and the artifact config.yaml.
+    about: the description; with one, the run's name ends in the first digits of its id, and the cost joins at the end.
     The commit, an uncommitted diff and the environment are recorded too, except for children (`parent_id`).
     Raises UserError when the server refuses us (credentials, host name): that needs a person. A server that cannot be
     reached raises nothing: the run starts under an offline id and is delivered later.
@@ -316,7 +347,8 @@ def start_run(
             "uri": resolve_tracking_uri(tracking_uri),
             "experiment": experiment,
             "name": names.valid_value(name),
-            "tags": {**_origin(), **code, **own_tags},
+            "tags": {**_origin(), **code, **own_tags, **({names.NOTE: about.text()} if about else {})},
+            "described": about is not None,
             "run_id": run_id,
             "parent_id": parent_id,
             "start_time": int(time.time() * 1000),
@@ -325,8 +357,11 @@ def start_run(
     run = Run(spool, fill_gaps=run_id is not None, owner=True)
     plain = to_dict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else dict(config or {})
     if run_id:
-        spool.metrics.append({"kind": "resume", "params": _texts(flatten(plain))})
-        run.set_tags({**code, **own_tags})
+        values, places = _split_places(flatten(plain))
+        spool.metrics.append({"kind": "resume", "params": values})
+        run.set_tags({**code, **own_tags, **places})
+        if about:
+            run.describe((description.COMMAND,), description.command_paragraph())
     else:
         run.log_params(plain)
     if plain:

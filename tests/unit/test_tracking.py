@@ -14,6 +14,7 @@ from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.tracking import environment, names, resolve_tracking_uri, server, start_run
 from pipeline.tracking import run as run_module
+from pipeline.tracking.description import Description, checkpoint_name, data_name, model_name
 from pipeline.tracking.spool import Queue, spool_root
 from pipeline.tracking.system import SystemMetrics
 
@@ -111,7 +112,7 @@ def test_a_run_carries_config_data_code_and_metrics(uri):
     assert history(uri, run.id, names.LOSS) == [(step, 1 / step) for step in range(1, 2501)]
     dataset = stored.inputs.dataset_inputs[0].dataset
     assert (dataset.name, dataset.digest, json.loads(dataset.source)["uri"]) == (
-        "shards",
+        "bucket/shards",
         "0a1b2c",
         "s3://bucket/shards/",
     )
@@ -669,3 +670,42 @@ def test_a_password_leaves_the_address(monkeypatch, address, clean, variable):
     assert os.environ[variable] == "p@ss"
     if address.startswith("postgresql"):
         assert server.mlflow_address(clean) == address
+
+
+# ---------------------------------------------------------------- what a person reads first
+
+
+def test_a_run_has_a_name_of_its_own_a_description_and_tags_for_its_places(uri):
+    about = Description(what="Pre-training of Ti/16.", data=("s3://bucket/pets: 7 images",))
+    config = {"optimizer": {"name": "adamw"}, "runtime": {"output": "s3://bucket/run", "name": "mine", "workers": 2}}
+    with start_run("pretrain", "demo · pets", config=config, about=about, tracking_uri=uri) as run:
+        run.log_cost({names.TRAIN_FLOPS: 3.9e12, names.GPU_HOURS: 0.0})
+    stored = server.client(uri).get_run(run.id)
+    assert stored.info.run_name == f"demo · pets · {run.id[:4]}"
+    assert stored.data.params == {"optimizer.name": "adamw", "runtime.workers": "2"}
+    assert stored.data.tags["place.runtime.output"] == "s3://bucket/run"
+    paragraphs = stored.data.tags[names.NOTE].split("\n\n")
+    assert paragraphs[:2] == ["Pre-training of Ti/16.", "**Data:** s3://bucket/pets: 7 images"]
+    assert [part.partition(" ")[0] for part in paragraphs[2:]] == ["**Command:**", "**To", "**Cost:**"]
+    assert paragraphs[-1].endswith("3.9 teraFLOPs of training")
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("s3://bucket/imagenet/train", "imagenet"),
+        ("runs/demo/data/train", "demo"),
+        ("photos", "photos"),
+        ("/data/train", "train"),
+    ],
+)
+def test_data_sets_are_called_by_the_part_of_the_address_that_says_something(uri, name):
+    assert data_name(uri) == name
+
+
+def test_checkpoints_and_models_have_names():
+    assert checkpoint_name("s3://bucket/b16/checkpoints/step-00000528") == "b16 step 528"
+    assert checkpoint_name("/tmp/runs/demo/pretrain/checkpoints/step-00000012") == "demo step 12"
+    assert checkpoint_name("timm:vit_tiny") == "timm:vit_tiny"
+    assert model_name("demo", "runs/demo/data/train") == "demo"
+    assert model_name("demo", "s3://bucket/photos/train") == "demo-photos"
