@@ -381,10 +381,7 @@ def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Che
     of any registered version, not what a transfer run names."""
     if keep < 1:
         raise UserError("--keep must be at least 1: a run without its last checkpoint cannot be continued")
-    referred = {
-        run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint")
-        for run in search.search_runs(names.TRANSFER, uri=uri)
-    }
+    referred = {run.tags.get(names.CHECKPOINT) for run in search.search_runs(names.TRANSFER, uri=uri)}
     referred |= {version.checkpoint for model in registry.model_names(uri) for version in registry.versions(model, uri)}
     spared = {storage.normalise(address) for address in referred if address}
     found = []

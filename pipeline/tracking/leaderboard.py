@@ -58,16 +58,16 @@ def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
     linked = pretrained.get(run.tags.get(names.LINEAGE + "pretrain", ""))
     if linked:
         return linked
-    checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
+    checkpoint = run.tags.get(names.CHECKPOINT, "")
     for candidate in pretrained.values():
-        output = candidate.params.get("runtime.output")
+        output = candidate.tags.get(names.PLACE + "runtime.output")
         if output and (storage.normalise(checkpoint) + "/").startswith(storage.normalise(output) + "/"):
             return candidate
     return None
 
 
 def _row(run: RunInfo, source: RunInfo | None) -> Row:
-    checkpoint = run.tags.get(names.CHECKPOINT) or run.params.get("checkpoint", "")
+    checkpoint = run.tags.get(names.CHECKPOINT, "")
     images = _images_seen(checkpoint, source)
     tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
     suite = run.params.get("suite", "unknown")

@@ -139,7 +139,7 @@ def _ensure_model(name: str, uri: str) -> None:
 def run_of(checkpoint: str, uri: str) -> str | None:
     """The pretrain run whose output folder holds the checkpoint."""
     for run in search_runs(names.PRETRAIN, uri=uri):
-        output = run.params.get("runtime.output", "")
+        output = run.tags.get(names.PLACE + "runtime.output", "")
         if output and checkpoint.startswith(storage.normalise(output) + "/"):
             return run.id
     return None

@@ -23,6 +23,7 @@ from pipeline import config as configuration
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names, registry
+from pipeline.tracking.description import Description, data_name, model_name, run_name
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.training.lease import LAUNCH, Lease
@@ -68,8 +69,9 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     record = record or _claim(plan, output)
     run = tracking.start_run(
         names.PRETRAIN,
-        config.runtime.name or recipe or config.model.variant,
+        config.runtime.name or run_name(recipe or config.model.variant, data_name(config.runtime.data)),
         config=config,
+        about=_about_run(plan, recipe),
         tags={names.RECIPE: recipe, names.DATA_FINGERPRINT: plan.data_fingerprint, names.CHECKPOINT: output},
         run_id=record.get("run_id"),
         tracking_uri=tracking.resolve_tracking_uri(config.runtime.tracking_uri),
@@ -78,7 +80,8 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     with run:  # its status, and the reason when it is stopped or fails
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
-        run.log_dataset(config.runtime.data, _about_data(config.runtime.data), role="train")
+        for role, uri in _datasets(config).items():
+            run.log_dataset(uri, _about_data(uri), role=role)
         result = launch(plan, run.id, run.uri, sizes(plan))
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.runtime.gpus else 0
@@ -238,6 +241,33 @@ def summarize(result: dict[str, Any]) -> str:
         "checkpoint": result["checkpoint"],
     }
     return "\n".join(f"pretrain: {key}={value}" for key, value in shown.items())
+
+
+def _datasets(config: PretrainConfig) -> dict[str, str]:
+    """{role: address} of every data set that a run reads."""
+    runtime = config.runtime
+    fewshot = {"fewshot-train": runtime.fewshot.train, "fewshot-test": runtime.fewshot.test}
+    found = {"train": runtime.data, "validation": runtime.validation, **fewshot}
+    return {role: uri for role, uri in found.items() if uri}
+
+
+def _about_run(plan: TrainPlan, recipe: str) -> Description:
+    """What the run's page in MLflow says first."""
+    config, options = plan.config, plan.model_options
+    what = (
+        f"Pre-training of {config.model.variant} ({parameters(options) / 1e6:.1f}M parameters) "
+        f"{f'by the recipe {recipe} ' if recipe else ''}at {config.image_size} px: {plan.total:,} steps of "
+        f"{config.batch_size}, {plan.total / plan.steps_per_epoch:.1f} epochs."
+    )
+    data = []
+    for role, uri in _datasets(config).items():
+        manifest = open_dataset(uri).manifest
+        data.append(f"{role} {uri} ({manifest.rows:,} images, {len(manifest.classes)} classes)")
+    again = (
+        f"the same command again continues from the newest checkpoint in {config.runtime.output}; so does "
+        "`python jobs/pretrain.py --config config.yaml` with the config.yaml among the artifacts."
+    )
+    return Description(what=what, data=data, to_continue=again)
 
 
 def _about_data(uri: str) -> dict[str, Any]:

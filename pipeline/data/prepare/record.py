@@ -6,7 +6,6 @@ still gives the same bytes; a training run finds the run that made its data by t
 """
 
 import io
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pipeline.data import format as shards
 from pipeline.data.duplicates.report import PAIRS
 from pipeline.data.format import Manifest
 from pipeline.tracking import Run, names, start_run
+from pipeline.tracking.description import Description, data_name
 
 EVERY = 10.0  # seconds between two points of progress
 MOST_REJECTS = 10_000  # rows of rejects.parquet that are copied into the run, as a table that MLflow shows
@@ -44,8 +44,12 @@ class Record:
         known = storage.read_json(self._where)["run_id"] if storage.exists(self._where) else None
         run = start_run(
             names.PREPARE,
-            os.path.basename(config.output),
+            data_name(config.output),
             config=config,
+            about=Description(
+                what=f"Images of {', '.join(config.source)} as {config.encoding} shards at {config.size} px.",
+                data=(f"output {config.output}",),
+            ),
             tags={f"{names.DATA_FINGERPRINT}.input": input_fingerprint},
             run_id=known,
             tracking_uri=server,
@@ -100,12 +104,11 @@ class Record:
     def __enter__(self) -> "Record":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._pool.shutdown(wait=True)
         if self._started.exception():
             return
         run = self._started.result()
         if kind is not None and self._newest:  # it may have failed before the run had started
             run.log(self._newest, step=int(self._newest[names.INPUTS]))
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        run.finish("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+        run.__exit__(kind, error, trace)
