@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -68,3 +70,30 @@ def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
         a @ b
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+MOST_FOREIGN = 0.1
+"""Share of the machine's CPU time that others may take before a rate of this process says nothing about its efficiency."""
+
+
+class CpuShare:
+    """How much of the machine's CPU time went to others since the last look."""
+
+    def __init__(self, processes: int = 1):
+        """processes: how many like this one run on the machine."""
+        self.processes = processes
+        self._last = self._read()
+
+    def is_quiet(self) -> bool:
+        """Whether others, or a hypervisor, took at most a tenth of the CPU time since the last call."""
+        now = self._read()
+        busy, mine, seconds = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        return busy - mine * self.processes <= MOST_FOREIGN * seconds
+
+    def _read(self) -> tuple[float, float, float]:
+        """CPU seconds of all processes (with those that a hypervisor took), of this one, and of the machine."""
+        times = psutil.cpu_times()
+        mine = psutil.Process().cpu_times()
+        total, idle = sum(times), times.idle + getattr(times, "iowait", 0.0)
+        return total - idle, mine.user + mine.system, total

@@ -23,7 +23,8 @@ from pipeline import config as configuration
 from pipeline import metrics, storage
 from pipeline.errors import UserError
 from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
-from pipeline.tracking import names, registry, resolve_tracking_uri, search, start_run
+from pipeline.tracking import Run, names, registry, resolve_tracking_uri, search, start_run
+from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.transfer import TransferConfig, suites
 from pipeline.weights import checkpoints
 
@@ -232,12 +233,17 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
         return
     series = storage.join(ledger.output, f"series-{configuration.fingerprint(target.run)}.json")
     known = read_record(series).get("run_id") if storage.exists(series) else None
-    name = f"{target.run.rpartition('/')[2]} / {config.suite}"
+    name = run_name(config.suite, checkpoint_name(target.run))
     tags = {"suite": config.suite, "suite.version": version, names.CHECKPOINT: target.checkpoint}
     if known is not None and not isinstance(known, str):
         raise LedgerError(f"{series}: names no run; remove it")
+    about = Description(
+        what=f"Learning curve of transfer: the suite {config.suite} on the checkpoints of {target.run}.",
+        data=(f"data sets of {config.data or 'the suite'}, among the inputs of the transfer runs",),
+        to_continue="the same command again evaluates the checkpoints that are new.",
+    )
     with start_run(
-        names.EVALUATE, name, config=None if known else config, tags=tags, run_id=known, tracking_uri=uri
+        names.EVALUATE, name, config=None if known else config, tags=tags, about=about, run_id=known, tracking_uri=uri
     ) as run:
         points = {names.SCORE + task: value for task, value in outcome.scores.items()}
         points |= {names.MEAN_SCORE: outcome.mean, names.MEAN_SCORE + "/spread": outcome.spread}
@@ -247,10 +253,19 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
         if not known:
             if trained_by := registry.run_of(target.checkpoint, uri):
                 run.link("pretrain", trained_by)
+            _log_datasets(run, config)
             storage.create_bytes(series, json.dumps({"run_id": run.id}).encode())
     if target.version is not None and not versioned:
         registry.record_evaluation(target.version, evaluation, dataclasses.asdict(outcome), run.id, uri)
     storage.write_json(marker, {"run_id": run.id, "time": time.time()})
+
+
+def _log_datasets(run: Run, config: EvaluateConfig) -> None:
+    """The suite's data sets as inputs of the run, as far as they can be read from here."""
+    settings = dataclasses.replace(config.transfer, suite=config.suite, data=config.data)
+    for role, uri, manifest in suites.find_datasets(settings):
+        about = {"fingerprint": manifest["fingerprint"], "rows": manifest.get("rows")}
+        run.log_dataset(uri, about, role=role, linked=False)
 
 
 # ---------------------------------------------------------------- champion and regressions

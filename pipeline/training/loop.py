@@ -158,6 +158,7 @@ class Trainer:
         rate = self.learning_rate(done - 1)
         metrics = {names.LOSS: value, names.GRAD_NORM: self.engine.grad_norm(), names.LEARNING_RATE: rate}
         metrics |= self.meter.read() | {names.IMAGES_SEEN: done * self.config.batch_size}
+        metrics[names.GOODPUT] = self.meter.goodput()
         self.losses.setdefault("loss_first", value)
         self.losses["loss_last"] = value
         left = self.meter.remaining((self.plan.total - done) * self.config.batch_size)
@@ -170,7 +171,7 @@ class Trainer:
                 live.TRAIN_LOSS: value,
                 live.TRAIN_IMAGES_PER_SECOND: metrics[names.IMAGES_PER_SECOND],
                 live.TRAIN_DATA_WAIT: metrics[names.DATA_WAIT],
-                live.TRAIN_GOODPUT: self.meter.goodput(),
+                live.TRAIN_GOODPUT: metrics[names.GOODPUT],
             }
         )
         waited = metrics[names.DATA_WAIT]
@@ -195,7 +196,7 @@ class Trainer:
         self.info("step %d/%d  validation  %s", done, self.plan.total, describe_scores(scores))
         self.record({**scores, names.IMAGES_SEEN: done * self.config.batch_size}, done)
         if names.VAL_TOP1 in scores:
-            self.publish({live.VALIDATION_TOP1: 100 * scores[names.VAL_TOP1]})
+            self.publish({live.VALIDATION_TOP1: scores[names.VAL_TOP1]})
 
     def save(self, done: int) -> None:
         """Starts writing a checkpoint of the state after `done` steps."""

@@ -18,6 +18,7 @@ class Meter:
     def __init__(self, device: torch.device, train_flops: int, world: int, precision: str):
         self.device, self.train_flops = device, train_flops
         self.peak = hardware.peak_flops(device, precision) * world
+        self.machine = hardware.CpuShare(world) if device.type == "cpu" else None
         self.images, self.waited = 0, 0.0
         self.since = self.began = time.perf_counter()
         self.trained = 0.0  # seconds in steps, up to the last read
@@ -47,10 +48,12 @@ class Meter:
         self.rate = self.images / seconds
         values = {
             names.IMAGES_PER_SECOND: self.rate,
-            names.MFU: self.rate * self.train_flops / self.peak,
             names.DATA_WAIT: min(self.waited / seconds, 1.0),
             names.MEMORY_GB: memory_gb(self.device),
         }
+        # On CPUs that others use, too, the rate is theirs as much as ours.
+        if self.machine is None or self.machine.is_quiet():
+            values[names.MFU] = self.rate * self.train_flops / self.peak
         self.trained += seconds - min(self.waited, seconds)
         self.images, self.waited, self.since = 0, 0.0, now
         return values
@@ -88,9 +91,10 @@ def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds
     minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    mfu = f"mfu {metrics[names.MFU]:.1%}  " if names.MFU in metrics else ""
     return (
         f"step {step}/{plan.total}  epoch {step / plan.steps_per_epoch:.2f}  loss {metrics[names.LOSS]:.4f}  "
         f"grad {metrics[names.GRAD_NORM]:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  "
-        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s  mfu {metrics[names.MFU]:.1%}  wait {metrics[names.DATA_WAIT]:.1%}  "
+        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s  {mfu}wait {metrics[names.DATA_WAIT]:.1%}  "
         f"{metrics[names.MEMORY_GB]:.1f} GB  eta {eta}"
     )

@@ -23,7 +23,7 @@ from pipeline import config as configuration
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names, registry
-from pipeline.tracking.description import Description, data_name, model_name, run_name
+from pipeline.tracking.description import Description, data_name, run_name
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.training.lease import LAUNCH, Lease

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.config import to_dict
-from pipeline.tracking import Run, names, registry, start_run
+from pipeline.tracking import Run, description, names, registry, start_run
 from pipeline.tracking.views import page
 from pipeline.transfer import figures
 from pipeline.transfer.jobs import Result
 from pipeline.transfer.scores import SCORES, Score, standard_error
 from pipeline.transfer.store import SuiteState
-from pipeline.transfer.suites import Split, TransferConfig, TransferTask, suite_version
+from pipeline.transfer.suites import FineTune, Split, TransferConfig, TransferTask, suite_version
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
@@ -42,6 +42,7 @@ class Recorder:
             self.config.experiment,
             task.name,
             config={"task": task.name, "group": task.group, **to_dict(task.protocol)},
+            tags={names.NOTE: self._about_task(task)},
             run_id=self.state.children.get(task.name),
             parent_id=self.parent.id,
             tracking_uri=self.config.tracking_uri,
@@ -50,11 +51,25 @@ class Recorder:
         self.state.save()
         for role, split in (("train", task.train), ("test", task.test)):
             manifest = self.datasets[split].manifest
-            child.log_dataset(split.uri, {"fingerprint": manifest.fingerprint, "rows": manifest.rows}, role=role)
+            about = {"fingerprint": manifest.fingerprint, "rows": manifest.rows}
+            child.log_dataset(split.uri, about, role=role)
+            self.parent.log_dataset(split.uri, about, role=f"{task.name}.{role}", linked=False)
+        child.log_cost({names.SECONDS: sum(result.seconds for result in results)})
         self._results(child, task, results)
         child.finish()
         self.state.recorded[task.name] = len(results)
         self.state.save()
+
+    def _about_task(self, task: TransferTask) -> str:
+        train, test = (self.datasets[split].manifest.rows for split in (task.train, task.test))
+        group = f" ({task.group})" if task.group else ""
+        kind = (
+            f"fine-tuned for {task.protocol.steps} steps" if isinstance(task.protocol, FineTune) else "frozen features"
+        )
+        return (
+            f"Task {task.name}{group}: {kind} at {task.protocol.resolution} px.\n\n"
+            f"{description.DATA} {train:,} training images of {task.train.uri}, {test:,} test images of {task.test.uri}"
+        )
 
     def _results(self, child: Run, task: TransferTask, results: Sequence[Result]) -> None:
         for result in results:

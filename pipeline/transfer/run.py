@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import ray
 
 from pipeline import cluster, logs, storage
 from pipeline.tracking import names, start_run
+from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.transfer import corrections, features, report, scores
 from pipeline.transfer.checkpoint import Checkpoint, load_checkpoint
 from pipeline.transfer.jobs import Result, estimate_flops, next_jobs
@@ -99,14 +99,14 @@ def record_suite(suite: "Suite", left: list[TransferTask], pool: Pool | None, st
     config = suite.config
     parent = start_run(
         config.experiment,
-        f"{config.suite} {os.path.basename(suite.checkpoint.uri)}",
+        run_name(config.suite, checkpoint_name(suite.checkpoint.uri)),
         config=config,
+        about=_about_suite(suite),
         tags={names.RECIPE: config.suite, names.CHECKPOINT: suite.checkpoint.uri, "output": suite.store.output},
         run_id=suite.state.run_id,
         tracking_uri=config.tracking_uri,
     )
-    status = "KILLED"  # unless we get to the end
-    try:
+    with parent:  # its status, and the reason when it is stopped or fails
         if suite.checkpoint.run_id:
             parent.link("pretrain", suite.checkpoint.run_id)
         suite.state.run_id = parent.id
@@ -117,13 +117,23 @@ def record_suite(suite: "Suite", left: list[TransferTask], pool: Pool | None, st
                 recorder.task(task, suite.results)
         failures = run_jobs(suite, left, pool, recorder) if pool else {}
         result = report_suite(suite, failures, recorder, started)
-        status = "FAILED" if failures else "FINISHED"
+        if failures:
+            job, error = next(iter(failures.items()))
+            tasks = {name.partition("/")[0] for name in failures}
+            parent.finish("FAILED", reason=f"{len(tasks)} of {len(suite.tasks)} tasks failed, such as {job}: {error}")
         return result
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        parent.finish(status)
+
+
+def _about_suite(suite: "Suite") -> Description:
+    """What the parent run's page in MLflow says first."""
+    config, tasks = suite.config, suite.tasks
+    what = (
+        f"Transfer of {suite.checkpoint.config['variant']} ({checkpoint_name(suite.checkpoint.uri)}) to "
+        f"{len(tasks)} tasks of the suite {config.suite}, {config.seeds} seed{'s' if config.seeds > 1 else ''} each."
+    )
+    data = [f"checkpoint {suite.checkpoint.uri}", f"data sets of {config.data or 'the suite'}, among the inputs"]
+    again = f"the same command again continues from the results in {suite.store.output}; more tasks and seeds may join."
+    return Description(what=what, data=data, to_continue=again)
 
 
 def open_suite(config: TransferConfig) -> Suite:

@@ -4,9 +4,10 @@ A suite is a function from a TransferConfig to tasks; its docstring says what it
 (arXiv 2010.11929, Table 4 and appendix B.1.1; BiT is arXiv 1912.11370, VTAB arXiv 1910.04867).
 """
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -378,12 +379,47 @@ def check_config(config: TransferConfig) -> None:
 
 
 def suite_version(config: TransferConfig) -> str:
-    """Identifies what is measured: the settings of the suite without where and how fast it runs."""
-    operational = {
+    """Identifies what is measured: settings and content of the data, without where they are and how fast it runs.
+
+    A data set counts by its fingerprint, a file by its checksum; by its address where it cannot be read now.
+    """
+    elsewhere = {
         *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
-        *("address", "experiment", "tracking_uri"),
+        *("address", "experiment", "tracking_uri", "data", "real_labels", "decontamination", "variant"),
     }
-    return fingerprint({key: value for key, value in to_dict(config).items() if key not in operational})
+    settings = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
+    files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination")}
+    nominal = {"variant": "B/16", "image_size": 224}  # which data sets a suite reads does not depend on the model
+    try:
+        content: object = {
+            task.name: [_content(split.uri) for split in (task.train, task.test, *(task.tune or ()))]
+            for task in build_tasks(config, nominal)
+        }
+    except (UserError, OSError):
+        content = config.data
+    return fingerprint([settings, files, content])
+
+
+def find_datasets(config: TransferConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(task.role, address, manifest) of the data sets of a suite that can be read now."""
+    with contextlib.suppress(UserError, OSError):
+        for task in build_tasks(config, {"variant": "B/16", "image_size": 224}):
+            for role, split in (("train", task.train), ("test", task.test)):
+                with contextlib.suppress(UserError, OSError):
+                    yield f"{task.name}.{role}", split.uri, storage.read_json(storage.join(split.uri, "manifest.json"))
+
+
+def _content(uri: str | None) -> str | None:
+    """The fingerprint of a data set, the checksum of a file, or the address of what cannot be read now."""
+    if not uri:
+        return None
+    try:
+        manifest = storage.join(uri, "manifest.json")
+        if storage.exists(manifest):
+            return str(storage.read_json(manifest)["fingerprint"])
+        return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    except (UserError, OSError, KeyError, TypeError):
+        return storage.normalise(uri)
 
 
 def build_tasks(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
