@@ -1,22 +1,20 @@
 """Compare pre-training runs by their transfer scores: a leaderboard, and score against compute.
 
-    python jobs/compare.py                        every suite that has results
+    python jobs/compare.py                    every suite that has results
     python jobs/compare.py --suite vtab1k --output reports/vtab
     python jobs/compare.py --json | jq '.[0].name'
 
-Prints the leaderboard (Markdown, or JSON), writes leaderboard.md, leaderboard.json and compute.png to --output when given,
-and logs them, with a page that MLflow shows, to the experiment "compare" unless --no-log is given. Exit code 2 when there
-is nothing to compare.
+Prints the leaderboard as Markdown or JSON. With --output it also writes leaderboard.md, leaderboard.json and compute.png there.
+It logs the same, with a page that MLflow shows, to the experiment "compare", unless --no-log is given. The exit code is 2 when
+there is nothing to compare.
 """
 
 import dataclasses
 import io
 import json
 
-import tyro
-
 from pipeline import storage
-from pipeline.config import run_job
+from pipeline.config import parse_command, run_job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,19 +22,19 @@ class Command:
     """jobs/compare.py"""
 
     suite: str | None = None
-    """Only results of this transfer suite."""
+    """Transfer suite to compare on. None: all suites."""
     output: str | None = None
-    """Folder, local or s3://, for leaderboard.md, leaderboard.json and compute.png."""
+    """Folder or s3:// prefix for leaderboard.md, leaderboard.json and compute.png."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     log: bool = True
-    """Keep the comparison as a run of MLflow's experiment "compare"."""
+    """Log the comparison to MLflow's experiment "compare"."""
     json: bool = False
-    """Print JSON, and nothing else, on stdout."""
+    """Print only the leaderboard, as JSON."""
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Command, prog="compare.py", description=__doc__, args=argv)
+    options = parse_command(argv, Command, prog="jobs/compare.py", description=__doc__ or "")
 
     from pipeline.operations import comparison
     from pipeline.tracking import names, resolve_tracking_uri, start_run

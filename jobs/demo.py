@@ -1,11 +1,11 @@
-"""The whole pipeline on small data, in a few minutes on a laptop: prepare -> pretrain -> transfer.
+"""Run the whole pipeline on small data, in a few minutes on a laptop: prepare, pretrain, transfer.
 
-    python jobs/demo.py                            scikit-learn's handwritten digits
-    python jobs/demo.py --data photos/             your own class folders, local or s3://
-    python jobs/demo.py --data photos/ --fresh     again from the start
+    python jobs/demo.py                          scikit-learn's digits
+    python jobs/demo.py --data photos/           your own class folders
+    python jobs/demo.py --data photos/ --fresh   the same from the start
 
-Calls what jobs/prepare.py, jobs/pretrain.py and jobs/transfer.py call, with two training workers, embedded Ray, ZeRO-1 on
-gloo and MLflow on SQLite. Stopped in the middle, it continues when it is started again.
+Calls the same functions as jobs/prepare.py, jobs/pretrain.py and jobs/transfer.py, with two training workers, an embedded Ray,
+ZeRO-1 on gloo, and MLflow on SQLite. A demo that was stopped continues when it is started again.
 """
 
 import re
@@ -23,15 +23,15 @@ from pipeline.training.recipes import RECIPES as PRETRAIN
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     data: str | None = None
-    """Folder of class folders, local or s3://; default: handwritten digits."""
+    """Your own images: a folder of class folders, local or s3://. None: handwritten digits."""
     output: str | None = None
-    """Where everything goes; default runs/demo, or runs/demo-<name> for your own data."""
+    """Folder for everything that the demo makes. None: runs/demo, or runs/demo-NAME for your own images."""
     sample: int = 3000
-    """At most so many of your images."""
+    """Largest number of your images to use."""
     steps: int | None = None
-    """Pre-training steps; default: the demo recipe's."""
+    """Number of pre-training steps. None: as the demo recipe says."""
     fresh: bool = False
-    """Remove what an earlier demo left in the output first."""
+    """First remove what an earlier demo left in the output folder."""
 
 
 def demo() -> DemoConfig:

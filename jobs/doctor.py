@@ -1,13 +1,16 @@
-"""What would stop a run, looked for before its launch. The flags are those of jobs/pretrain.py.
+r"""Look for everything that would stop a run, before its launch. Takes the flags of jobs/pretrain.py.
 
-    python jobs/doctor.py                                                       this machine, the demo
-    python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data --output s3://bucket/runs/b16
-    python jobs/doctor.py --address auto --workers 16 --gpus --data s3://bucket/data --output s3://bucket/runs/b16
-    ray job submit --working-dir . -- python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data --output s3://bucket/runs/b16
+    python jobs/doctor.py                      this machine, for the demo
+    python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data/train \
+        --output s3://bucket/runs/b16
+    python jobs/doctor.py --address auto --workers 16 --gpus \
+        --data s3://bucket/data/train --output s3://bucket/runs/b16
+    ray job submit --working-dir . -- python jobs/doctor.py \
+        --recipe b16_imagenet --data s3://bucket/data/train
 
-Checked: token authentication, the tracking server, reading and writing of the store, shared memory, compiler and stale build
-locks, room for the workers, ports, whether --output is free, GPUs and NCCL. With --address, or as a Ray job, on every node
-of the cluster. Nothing is left behind. Exit code: 0 no error, 1 errors, 2 a wrong command line.
+Checks token authentication, the tracking server, reading and writing on the store, shared memory, the compiler, stale build
+locks, room for the workers, ports, whether --output is free, GPUs and NCCL. With --address, or as a Ray job, it checks every
+node of the cluster. It leaves nothing behind. Exit code: 0 no error, 1 errors found, 2 wrong input.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ class Command(PretrainConfig):
     """jobs/doctor.py"""
 
     json: bool = False
-    """Print the results as JSON, and nothing else, on stdout."""
+    """Print only the findings, as JSON."""
 
 
 def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:

@@ -1,15 +1,18 @@
-"""Evaluate checkpoints on a schedule: each one once, recorded in MLflow, the best one champion.
+r"""Evaluate checkpoints on a schedule: each one once, with the best one as champion.
 
-    python jobs/evaluate.py --runs runs/demo/pretrain                    what lacks an evaluation, now
-    python jobs/evaluate.py --runs s3://bucket/run --suite vtab1k --data s3://bucket/vtab --output s3://bucket/evaluate --every 30m
-    python jobs/evaluate.py --model vit --suite vtab1k ... --once --fail-on-regression      from cron
-    python jobs/evaluate.py --runs runs/demo/pretrain --dry-run          only says what it would evaluate
-    python jobs/evaluate.py --runs runs/demo/pretrain --prune --keep 2   lists checkpoints that nothing refers to; --delete
+    python jobs/evaluate.py --runs runs/x                what has no scores yet
+    python jobs/evaluate.py --runs s3://bucket/runs/x --suite vtab1k \
+        --data s3://bucket/vtab --output s3://bucket/evaluate --every 30m
+    python jobs/evaluate.py --model vit --suite vtab1k --data s3://bucket/vtab \
+        --once --fail-on-regression                      for cron
+    python jobs/evaluate.py --runs runs/x --dry-run      only lists the work
+    python jobs/evaluate.py --runs runs/x --prune --keep 2
+        lists the checkpoints that nothing refers to; --delete removes them
 
-A run may still be training: its checkpoints are only read, and their scores become its learning curve of transfer in the
-experiment "evaluate". Any number of schedulers may share --output; one that dies is succeeded by another.
+The runs may still be training: this job only reads their checkpoints. The scores of a run form a learning curve in MLflow's
+experiment "evaluate". Several schedulers may share one --output; when one dies, another takes over its work.
 
-Exit code: 0 done, 1 an evaluation failed, 2 bad input, 3 a regression (with --fail-on-regression).
+Exit code: 0 done, 1 an evaluation failed, 2 wrong input, 3 a regression (with --fail-on-regression).
 """
 
 import dataclasses
@@ -28,25 +31,25 @@ class Command(evaluation.EvaluateConfig):
     """Whatever of --runs and --model lacks an evaluation of --suite."""
 
     once: bool = False
-    """One pass, then exit (the default without --every)."""
+    """Make one pass and exit. This is the default without --every."""
     every: str | None = None
-    """Run for ever, one pass each 90s, 30m, 2h, 1d; times missed by a long pass are skipped."""
+    """Interval between passes, with its unit: 90s, 30m, 2h or 1d. A pass that takes longer skips the passes it misses."""
     dry_run: bool = False
-    """Say what would be evaluated or deleted; change nothing."""
+    """List what would be evaluated or deleted, and change nothing."""
     fail_on_regression: bool = False
-    """Exit with 3 when a new score is worse by more than noise."""
+    """Exit with code 3 when a new score is worse by more than --margin."""
     prune: bool = False
-    """Instead of evaluating: list checkpoints of --runs that nothing refers to."""
+    """List checkpoints of --runs that nothing refers to, instead of evaluating."""
     keep: int = 3
-    """--prune spares the last so many of each run."""
+    """Number of newest checkpoints of each run that --prune spares."""
     delete: bool = False
     """Delete what --prune lists."""
     json: bool = False
-    """Print each pass as JSON, and nothing else, on stdout."""
+    """Print only JSON, one document per pass."""
 
 
 def main(argv: list[str]) -> int:
-    command = config.parse(argv, {"default": Command}, "default", prog="evaluate.py", description=__doc__ or "")
+    command = config.parse(argv, {"default": Command}, "default", prog="jobs/evaluate.py", description=__doc__ or "")
     if command.once and command.every:
         raise UserError("--once and --every contradict each other; give one of them")
     if command.register and not command.model:

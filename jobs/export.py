@@ -1,17 +1,19 @@
-"""Export a checkpoint for other libraries, and prove it: the artefact is loaded by that library and its logits compared.
+"""Export a checkpoint for another library, and check that the library computes the same logits.
 
     python jobs/export.py --checkpoint runs/x --to timm --output exported/x
-        timm             timm.create_model("local-dir:exported/x", pretrained=True)
-        huggingface      ViTForImageClassification.from_pretrained("exported/x"), with its image processor
-        onnx             onnxruntime.InferenceSession("exported/x/model.onnx"), any batch size
-        torch-export     torch.export.load("exported/x/model.pt2"), any batch size
-        safetensors      pipeline.weights.load_model("exported/x")
 
-Every artefact takes float images (B,C,H,W) in [-1, 1], that is pixels / 127.5 - 1. A checkpoint of pre-training with the
-tanh layer goes to timm and Hugging Face as an encoder (Hugging Face's pooler is that layer). Hugging Face's ViT has a class
-token: models that pool in another way, such as the demo's, go to the other formats. --checkpoint is a checkpoint or run
-folder, local or s3://, or an MLflow URI (models:/NAME/VERSION, runs:/ID/PATH); checkpoints of any ZeRO stage work without
-a GPU. Nothing is written when the parity check fails (exit code 1).
+    --to timm           timm.create_model("local-dir:exported/x",
+                        pretrained=True)
+    --to huggingface    ViTForImageClassification.from_pretrained("exported/x")
+    --to onnx           onnxruntime.InferenceSession("exported/x/model.onnx")
+    --to torch-export   torch.export.load("exported/x/model.pt2")
+    --to safetensors    pipeline.weights.load_model("exported/x")
+
+The exported model takes float images (B, C, H, W) in [-1, 1], which is pixels / 127.5 - 1. ONNX and torch-export accept any
+batch size. A checkpoint with the tanh layer of pre-training becomes an encoder in timm and Hugging Face (Hugging Face's pooler
+is that layer). Hugging Face's ViT always has a class token, so it cannot hold a model that pools in another way, such as the
+demo's. Checkpoints of every ZeRO stage can be exported without a GPU. When the logits differ by more than --tolerance, nothing
+is written and the exit code is 1.
 """
 
 import dataclasses
@@ -19,11 +21,9 @@ import json
 import tempfile
 from typing import Literal
 
-import tyro
-
 from models.compatibility import check_huggingface, check_timm
 from pipeline import storage
-from pipeline.config import run_job
+from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
 
 
@@ -32,23 +32,23 @@ class Command:
     """jobs/export.py"""
 
     checkpoint: str
-    """Checkpoint or run folder, or an MLflow URI."""
+    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
     to: Literal["timm", "huggingface", "onnx", "torch-export", "safetensors"]
-    """Format of the artefact."""
+    """Format of the exported model."""
     output: str
-    """New folder, local or s3://."""
+    """New folder or s3:// prefix for the exported model."""
     images: str | None = None
-    """Folder of images or dataset to compare on; default: photographs that scikit-learn installs."""
+    """Folder of images, or dataset, on which the logits are compared. None: photographs that come with scikit-learn."""
     tolerance: float = 1e-4
-    """Largest difference allowed, relative to the largest logit (at least 1)."""
+    """Largest difference of logits, relative to the largest logit (at least 1)."""
     tracking_uri: str | None = None
-    """MLflow server that models:/ and runs:/ refer to."""
+    """MLflow server for models:/ and runs:/. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Command, prog="jobs/export.py", description=__doc__, args=argv)
+    options = parse_command(argv, Command, prog="jobs/export.py", description=__doc__ or "")
     if storage.exists(options.output) and storage.list_files(options.output):
         raise UserError(f"{options.output}: already holds files; give a new folder")
     # Imports that take seconds (torch, MLflow, the libraries) come after the checks that need none of them.

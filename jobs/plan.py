@@ -1,12 +1,15 @@
-"""What a pre-training run will take: memory per GPU, time, cost, data rate, storage, checkpoints. Starts nothing.
+r"""Estimate a pre-training run: memory per GPU, time, cost, data rate, storage, checkpoints. Starts nothing.
 
-    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --gpu h100 --price 2.5
-    python jobs/plan.py --recipe b16_imagenet --gpus 8 --gpu a100 --mfu 0.35 --training.engine.zero 2
-    python jobs/plan.py --recipe l16_imagenet21k_90ep --images 5e6 --classes 9000 --json
-    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --corpus-images 300e6 --cores 256
-    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --scaling scaling.png
+    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --gpu h100
+    python jobs/plan.py --recipe b16_imagenet --gpus 8 --gpu a100 --mfu 0.35 \
+        --training.engine.zero 2
+    python jobs/plan.py --recipe l16_imagenet21k_90ep --images 5e6 \
+        --classes 9000 --json
+    python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --cores 256 \
+        --corpus-images 300e6 --scaling scaling.png
 
-Sizes of the published corpora are known by recipe; no data is needed. Exit code 2 when the plan cannot be made.
+The recipes of published corpora know the size of their corpus, so a plan needs no data. The exit code is 2 when no plan can be
+made.
 """
 
 import dataclasses
@@ -23,11 +26,11 @@ class Command(PlanConfig):
     """jobs/plan.py"""
 
     scaling: str | None = None
-    """Also simulate weak and strong scaling, and draw it into this .png."""
+    """PNG file for a figure of the simulated weak and strong scaling."""
     network: float | None = None
-    """GB/s of a node to others; default: of the usual cloud machine with this GPU."""
+    """Network speed of a node in GB/s. None: that of the usual cloud machine with this GPU."""
     json: bool = False
-    """Print the plan as JSON, and nothing else, on stdout."""
+    """Print only the plan, as JSON."""
 
 
 def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:

@@ -1,15 +1,16 @@
-"""Images in, shards out: class folders, archives or a bucket become a verified dataset that any loader reads.
+r"""Turn images into shards: class folders, archives or a bucket become a checksummed dataset.
 
-    python jobs/prepare.py --source photos/ --output s3://bucket/photos        JPEG shards, for pre-training
+    python jobs/prepare.py --source photos/ --output runs/photos/data \
+        --splits train=0.9 val=0.1
     python jobs/prepare.py --recipe patches224 --source eval/ --output sets/eval
-    python jobs/prepare.py vtab all --raw vtab-raw/ --output sets/vtab         the nineteen tasks of VTAB-1k
-    python jobs/prepare.py verify s3://bucket/photos                           checksums, counts, schema
-    python jobs/prepare.py describe s3://bucket/photos                         numbers, contact sheet, histogram
-    python jobs/prepare.py                                                     the demo: scikit-learn's digits
+    python jobs/prepare.py vtab all --raw archives/ --output sets/vtab
+    python jobs/prepare.py verify s3://bucket/photos     checksums and counts
+    python jobs/prepare.py describe s3://bucket/photos   numbers and pictures
+    python jobs/prepare.py                               the demo's digits
 
-vtab, verify and describe have a --help of their own. A job that is stopped continues when the same command is given again.
-Inputs that are no usable images are listed with a reason in rejects.parquet. S3 credentials and endpoint come from the AWS_*
-environment.
+vtab (the nineteen tasks of VTAB-1k), verify and describe have their own --help. A job that was stopped continues when the
+same command is given again. Files that are not usable images are listed with a reason in rejects.parquet. The AWS_*
+environment variables give the credentials and the endpoint for s3://.
 """
 
 import contextlib
@@ -34,15 +35,15 @@ class Command(PrepareConfig):
     """jobs/prepare.py"""
 
     address: str | None = None
-    """Ray cluster to use: auto or host:port; without it Ray starts inside this process."""
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     num_cpus: int | None = None
-    """CPUs of an embedded Ray."""
+    """CPU cores for an embedded Ray. None: all."""
     tracking: bool = True
     """Record the preparation in MLflow."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,27 +51,27 @@ class VtabCommand:
     """Builds VTAB-1k's tasks from the archives as their authors publish them."""
 
     tasks: tyro.conf.Positional[tuple[str, ...]]
-    """Tasks to build, or all."""
+    """Names of the tasks to build, or all."""
     raw: str
-    """Folder of the published archives."""
+    """Folder or s3:// prefix of the published archives."""
     output: str
-    """Where the datasets go: OUTPUT/<task>/<split>."""
+    """Folder or s3:// prefix for the datasets OUTPUT/<task>/<split>."""
     splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
-    """Splits to build; train, val and trainval are the full pools."""
+    """Splits to build. train, val and trainval are the full pools of images."""
     download: bool = False
-    """Fetch the archives that are missing in --raw and can be had by URL."""
+    """Fetch archives that --raw lacks and that have a public address."""
     no_verify: bool = False
-    """Take the archives as they are: no checksums, no official counts."""
+    """Accept archives without comparing checksums and official counts."""
     address: str | None = None
-    """Ray cluster to use: auto or host:port; without it Ray starts inside this process."""
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     num_cpus: int | None = None
-    """CPUs of an embedded Ray."""
+    """CPU cores for an embedded Ray. None: all."""
     tracking: bool = True
     """Record the preparation in MLflow."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +79,9 @@ class VerifyCommand:
     """Checks a finished dataset against its manifest. Exit code 1 when anything is wrong."""
 
     uri: tyro.conf.Positional[str]
-    """The dataset: a folder or an s3:// prefix with a manifest.json."""
+    """Dataset to check: a folder or an s3:// prefix with a manifest.json."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +89,11 @@ class DescribeCommand:
     """Prints what is in a finished dataset, and draws a contact sheet and a histogram of its classes."""
 
     uri: tyro.conf.Positional[str]
-    """The dataset: a folder or an s3:// prefix with a manifest.json."""
+    """Dataset to describe: a folder or an s3:// prefix with a manifest.json."""
     output: str | None = None
-    """Folder for the pictures; default runs/describe/<name>."""
+    """Folder for the pictures. None: runs/describe/NAME."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 def command(recipe: Callable[[], PrepareConfig]) -> Callable[[], Command]:
@@ -112,7 +113,9 @@ def main(argv: list[str]) -> int:
     }
     if argv and argv[0] in commands:
         kind, run = commands[argv[0]]
-        return run(tyro.cli(kind, prog=f"jobs/prepare.py {argv[0]}", args=argv[1:]))
+        return run(
+            config.parse_command(argv[1:], kind, prog=f"jobs/prepare.py {argv[0]}", description=kind.__doc__ or "")
+        )
     return prepare(argv)
 
 

@@ -1,11 +1,14 @@
-"""Pre-train a Vision Transformer on a prepared dataset.
+r"""Pre-train a Vision Transformer on a dataset that jobs/prepare.py wrote.
 
-    python jobs/pretrain.py --recipe NAME --data URI --output URI [--workers 8] [any field below]
-    ray job submit --working-dir . -- python jobs/pretrain.py --recipe NAME ...
-    python jobs/pretrain.py --repair URI [--delete]     what each checkpoint of a run folder is; removes the broken ones
+    python jobs/pretrain.py                            the demo recipe
+    python jobs/pretrain.py --recipe b16_imagenet --workers 16 --dry-run \
+        --data s3://bucket/data/train --output s3://bucket/runs/b16
+    python jobs/pretrain.py --repair runs/x            checks every checkpoint
+    python jobs/pretrain.py --repair runs/x --delete   removes the broken ones
 
-Every line below is a field of the recipe and a flag over it. The same command again continues the run in --output, from
-its last complete checkpoint, on the same or another number of workers. With no arguments: the demo recipe.
+A recipe is a set of values, and a flag changes one of them. Without --dry-run
+the job trains; with it, the job prints the plan and stops. Repeating a command
+continues its run from the last complete checkpoint, on any number of workers.
 """
 
 import argparse

@@ -1,14 +1,16 @@
-"""One checkpoint in, a table of transfer scores out: many fine-tunings and probes side by side on Ray.
+r"""Score one checkpoint on many tasks: fine-tunings and probes run side by side on Ray.
 
-    python jobs/transfer.py                                                     the demo, after jobs/pretrain.py
-    python jobs/transfer.py --suite vtab1k --checkpoint runs/x --data s3://bucket/vtab --seeds 3
-    python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz --variant B/16 --data vtab --tasks pets dtd
-    python jobs/transfer.py --suite frozen --checkpoint runs/x --data sets --tasks birds-linear
-    python jobs/transfer.py --compare runs/vtab1k/transfer-3f9a01c2 runs/vtab1k/transfer-77aa10e4
+    python jobs/transfer.py                    the demo, after jobs/pretrain.py
+    python jobs/transfer.py --suite folder --checkpoint runs/x --data sets/
+    python jobs/transfer.py --suite vtab1k --checkpoint s3://bucket/runs/x \
+        --data s3://bucket/vtab --seeds 3
+    python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz \
+        --variant B/16 --data sets/vtab --tasks pets dtd
+    python jobs/transfer.py --compare runs/a/transfer runs/b/transfer
 
-A run that is stopped continues when the same command is given again; more --seeds or --tasks join it. A task that fails
-does not stop the others; the exit code is then 1. Scores are top-1 accuracies in percent; the VTAB score is the flat mean
-over the nineteen tasks. Report, figures and every single result are in --output and in MLflow.
+Scores are top-1 accuracies in percent. The VTAB score is the plain mean over the nineteen tasks. The report, the figures and
+every single result go to --output and to MLflow. A job that was stopped continues when the same command is given again;
+further --seeds or --tasks are added to it. A task that fails does not stop the others, and the exit code is then 1.
 """
 
 import dataclasses
@@ -26,9 +28,9 @@ class Command(TransferConfig):
     """jobs/transfer.py"""
 
     compare: tuple[str, ...] = ()
-    """Two earlier runs, by output folder or MLflow id: print the differences with their standard errors, nothing else."""
+    """Two earlier runs, as output folders or MLflow ids. Only prints the differences and their standard errors."""
     json: bool = False
-    """Print the result as JSON, and nothing else, on stdout."""
+    """Print only the result, as JSON."""
 
 
 def command(name: str) -> Callable[[], Command]:

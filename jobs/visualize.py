@@ -1,11 +1,12 @@
-"""What a model learned, as pictures: embedding filters, position similarity, attention distance, attention rollout.
+r"""Draw what a model learned: embedding filters, position similarity, attention distance, attention rollout.
 
-    python jobs/visualize.py --checkpoint runs/x --images photos/ --output figures/x
+    python jobs/visualize.py --checkpoint runs/x --output figures/x
+    python jobs/visualize.py --checkpoint runs/x --images photos/ \
+        --output figures/x
 
-Writes filters.png, positions.png, distance.png, rollout.png and numbers.json (the figures of the paper, 7, 6 and 14) and
-logs them to a run of the MLflow experiment "visualize". --checkpoint is a checkpoint or run folder, local or s3://, or an
-MLflow URI; --images a folder of images or a dataset. By default the images are those of the run's validation set, or
-photographs that scikit-learn installs where the run had none (the paper averages attention distance over 128 images).
+Writes filters.png, positions.png, distance.png, rollout.png (figures 7, 6 and 14 of the paper) and numbers.json, and logs them
+to MLflow's experiment "visualize". The images are those of the run's validation set unless --images names others. A run
+without a validation set uses photographs that come with scikit-learn. The paper averages attention distance over 128 images.
 """
 
 import dataclasses
@@ -15,10 +16,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from pipeline import storage
-from pipeline.config import run_job
+from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,23 +31,23 @@ class Command:
     """jobs/visualize.py"""
 
     checkpoint: str
-    """Checkpoint or run folder, or an MLflow URI."""
+    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
     output: str
-    """Folder for the figures, local or s3://."""
+    """Folder or s3:// prefix for the figures."""
     images: str | None = None
-    """Folder of images, or a prepared dataset; default: the run's validation set."""
+    """Folder of images, or dataset. None: the run's validation set."""
     limit: int = 128
-    """Images at most."""
+    """Largest number of images."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     log: bool = True
     """Log the figures to MLflow."""
     json: bool = False
-    """Print numbers.json, and nothing else, on stdout."""
+    """Print only numbers.json."""
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Command, prog="jobs/visualize.py", description=__doc__, args=argv)
+    options = parse_command(argv, Command, prog="jobs/visualize.py", description=__doc__ or "")
     if options.limit < 1:
         raise UserError(f"--limit {options.limit} must be at least 1")
     # Imports that take seconds (torch, matplotlib, MLflow) come here, so that --help does not wait for them.

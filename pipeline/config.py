@@ -81,6 +81,22 @@ def parse_recipe(
     return tyro.cli(type(start), prog=prog, description=description, args=flags, default=start), recipe_config, name
 
 
+def parse_command(argv: list[str], command: type[Config], *, prog: str, description: str) -> Config:
+    """The flags of a job that has no recipes, as an instance of the dataclass `command`.
+
+    --help prints its page and ends the process with SystemExit(0). Raises UserError for an unknown or missing flag;
+    SystemExit(2) for a value of the wrong type.
+    """
+    flags = credentials.take_from_arguments(argv)
+    if {"-h", "--help", "--help-all"} & set(flags):
+        print(help.help_text(command, prog=prog, description=description, everything="--help-all" in flags), end="")
+        raise SystemExit(0)
+    help.check_flags(flags, command)
+    import tyro  # here, because it takes longer to import than --help may take
+
+    return tyro.cli(command, prog=prog, description=description, args=flags)
+
+
 def _read_config(uri: str) -> str:
     """The text of a --config file; passwords in its addresses go into the environment."""
     return credentials.take_from_yaml(storage.read_bytes(uri).decode())

@@ -1,6 +1,6 @@
 """--help, --help-all, --list-recipes and the answer to an unknown flag, for every job. Imports neither tyro nor torch.
 
-The text after a field of a config, a string below it, is the help of its flag.
+The help of a flag is the string below the field in its config class.
 """
 
 import ast
@@ -19,11 +19,29 @@ from pipeline.errors import UserError, nearest
 
 WIDTH = 80
 COMMON = (
-    *("suite", "checkpoint", "data", "validation", "source", "output", "tasks", "seeds", "runs", "model"),
-    *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "sample"),
+    *(
+        "checkpoint",
+        "to",
+        "source",
+        "suite",
+        "runs",
+        "model",
+        "data",
+        "validation",
+        "output",
+        "splits",
+        "labels",
+        "tasks",
+    ),
+    *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "gpus", "gpu", "price", "mfu"),
+    *("seeds", "lrs", "resolution", "every", "once", "fail_on_regression", "prune", "delete"),
+    *("size", "sample", "encoding", "deduplicate", "decontaminate"),
+    *("images", "classes", "corpus_images", "cores", "scaling", "dry_run", "json"),
 )
-"""Flags that stand first in --help, where a job has them; the first fields of its config fill up to ten."""
+"""The flags that --help shows where a job has them, most common first."""
 MOST_COMMON = 10
+SHORT = 12
+"""A job with no more flags than this shows all of them in --help."""
 # what people type -> flags of ours that mean it, the first that a job has; {} is the value that was given
 SYNONYMS = {
     "epochs": ("steps {}epochs",),
@@ -51,33 +69,47 @@ class Option:
     name: str
     value: Any
     kind: str
-    """What stands for its value in the page: N, X (a number with a fraction), TEXT."""
+    """What the page shows in place of a value: N, X (a number with a fraction), TEXT."""
     choices: tuple[Any, ...]
     text: str
+    required: bool = False
+    positional: bool = False
 
     @property
     def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
 
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
-    """Every flag of a config, nested ones after their parent's place."""
-    cls: Any = type(config)
+    """Every flag of a config, or of a config class and its defaults. Nested flags follow in the place of their parent."""
+    cls: Any = config if isinstance(config, type) else type(config)
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     annotated = typing.get_type_hints(cls, include_extras=True)
     found = []
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name
+        value, name = _value(config, field), prefix + field.name
+        notes = getattr(annotated[field.name], "__metadata__", ())
         if dataclasses.is_dataclass(value):
             # tyro.conf.arg(name="") puts the fields of a nested config among those of its parent
-            plain = any(
-                getattr(note, "name", None) == "" for note in getattr(annotated[field.name], "__metadata__", ())
-            )
+            plain = any(getattr(note, "name", None) == "" for note in notes)
             found += options_of(value, prefix if plain else f"{name}.")
         else:
             hint = hints[field.name]
-            found.append(Option(name, value, _kind(hint), _choices(hint), texts.get(field.name, "")))
+            required, positional = (
+                value is dataclasses.MISSING,
+                any("positional" in str(note).lower() for note in notes),
+            )
+            value = None if required else value
+            text = texts.get(field.name, "")
+            found.append(Option(name, value, _kind(hint), _choices(hint), text, required, positional))
     return found
+
+
+def _value(config: Any, field: dataclasses.Field) -> Any:
+    """The value of a field; the default where `config` is a class, MISSING where it has none."""
+    if not isinstance(config, type):
+        return getattr(config, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _kind(hint: Any) -> str:
@@ -118,22 +150,26 @@ def field_texts(cls: Any) -> dict[str, str]:
 
 
 def help_text(
-    config: Any, *, prog: str, description: str, recipes: Sequence[str], recipe: str, everything: bool
+    config: Any, *, prog: str, description: str, recipes: Sequence[str] = (), recipe: str = "", everything: bool = False
 ) -> str:
     """The page of --help (the common flags) or --help-all (all of them, in groups), at most 80 columns wide.
 
-    recipe: the one whose values stand as defaults.
+    recipes: names of all recipes; none for a job that has no recipes. recipe: the one whose values are the defaults.
     """
     options = options_of(config)
+    everything = everything or len(options) <= SHORT
     by_name = {option.name: option for option in options}
-    names = [name for name in COMMON if name in by_name][:MOST_COMMON]
+    names = [option.name for option in options if option.positional]
+    names += [option.name for option in options if option.required and not option.positional]
+    names += [name for name in COMMON if name in by_name and name not in names][: MOST_COMMON - len(names)]
     others = sorted((option.name for option in options if option.name not in names), key=lambda name: "." in name)
     names += others[: MOST_COMMON - len(names)]
-    lines = [f"usage: python {prog} [--flag value ...]", ""]
+    taken = "".join(f" {by_name[name].flag}" for name in names if by_name[name].positional)
+    lines = [f"usage: python {prog}{taken} [--flag value ...]", ""]
     for paragraph in inspect.cleandoc(description).split("\n\n"):
         lines += [*_paragraph(paragraph), ""]
     lines.pop()
-    lines += ["", "common:"]
+    lines += ["", "flags:" if len(options) <= MOST_COMMON else "common flags:"]
     for name in names:
         lines += _option_lines(by_name[name])
     rest = [option for option in options if option.name not in names]
@@ -145,12 +181,16 @@ def help_text(
             lines += ["", f"{group or 'more'}:"]
             for option in members:
                 lines += _option_lines(option)
-    lines += ["", "where the values come from:"]
-    if len(recipes) > 1:
-        lines += _entry("--recipe NAME", f"One of {len(recipes)} sets of values; --list-recipes. Here: {recipe}.")
-    lines += _entry("--config FILE.yaml", "Values saved by an earlier run.")
+    if recipes:
+        lines += ["", "defaults:"]
+        if len(recipes) > 1:
+            text = (
+                f"Set all values that a recipe sets. --list-recipes shows the {len(recipes)} recipes. (here: {recipe})"
+            )
+            lines += _entry("--recipe NAME", text)
+        lines += _entry("--config FILE.yaml", "Set all values that an earlier run saved in its config.yaml.")
     if not everything and rest:
-        lines += _entry("--help-all", f"The other {len(rest)} flags.")
+        lines += ["", *_entry("--help-all", f"Show the other {len(rest)} flags, too.")]
     return "\n".join(lines) + "\n"
 
 
@@ -164,11 +204,16 @@ def _paragraph(text: str) -> list[str]:
 def _option_lines(option: Option) -> list[str]:
     value = option.value
     if isinstance(value, bool):
-        return _entry(option.flag, f"{option.text} (default: {'yes' if value else 'no'})".strip())
+        return _entry(option.flag, f"{option.text} {_switch(option)}".strip())
     shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-    default = "" if value in (None, (), [], {}) else f" (default: {shown})"
+    default = " (required)" if option.required else "" if value in (None, "", (), [], {}) else f" (default: {shown})"
     kind = "|".join(map(str, option.choices)) or option.kind
-    return _entry(f"{option.flag} {kind}", f"{option.text}{default}".strip())
+    left = option.flag if option.positional else f"{option.flag} {kind}"
+    return _entry(left, f"{option.text}{default}".strip())
+
+
+def _switch(option: Option) -> str:
+    return f"(default: yes; --no-{option.flag.removeprefix('--')} turns it off)" if option.value else ""
 
 
 def _entry(left: str, text: str) -> list[str]:
@@ -196,7 +241,10 @@ def list_recipes(recipes: Mapping[str, Callable[[], Any]], default: str) -> str:
 
 
 def check_flags(arguments: Iterable[str], config: Any) -> None:
-    """Raises UserError for the first flag that the config has no field for, with the flag that was probably meant."""
+    """Raises UserError for the first flag that the config has no field for, with the flag that was probably meant.
+
+    A required flag that is missing is an error, too.
+    """
     options = {option.name.replace("_", "-"): option for option in options_of(config)}
     nested = tuple(f"{name}." for name, option in options.items() if isinstance(option.value, dict))
     arguments = list(arguments)
@@ -210,6 +258,10 @@ def check_flags(arguments: Iterable[str], config: Any) -> None:
             continue
         following = arguments[i + 1] if i + 1 < len(arguments) and not arguments[i + 1].startswith("--") else ""
         raise UserError(f"unknown flag --{name}{_meant(name, value or following, options)}; --help-all lists them")
+    for name, option in options.items():
+        given = any(argument.partition("=")[0].replace("_", "-") == f"--{name}" for argument in arguments)
+        if option.required and not option.positional and not given:
+            raise UserError(f"--{name} is required ({option.text.rstrip('.')}); --help shows the command")
 
 
 def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:

@@ -36,26 +36,27 @@ class EvaluateConfig:
     """Which checkpoints are evaluated on which suite, and what follows from the scores."""
 
     suite: str = "demo"
-    """Transfer suite; its settings are under --transfer."""
+    """Transfer suite to run. Its settings are the flags --transfer.NAME."""
     runs: tuple[str, ...] = ()
-    """Run folders of jobs/pretrain.py (running or finished), or single checkpoint folders."""
+    """Run folders of jobs/pretrain.py, finished or not, or single checkpoint folders."""
     model: str | None = None
-    """Registered MLflow model whose versions are evaluated; its alias `champion` follows the best."""
+    """Registered MLflow model whose versions are evaluated. Its alias `champion` follows the best version."""
     register: bool = False
-    """First make the newest checkpoint of each of --runs a version of --model."""
+    """First register the newest checkpoint of each of --runs as a version of --model."""
     data: str | None = None
     """Data of the suite, as for jobs/transfer.py."""
     output: str = "runs/evaluate"
-    """Ledger and results; give all schedulers the same one (s3:// when they are on several machines)."""
+    """Folder or s3:// prefix for the ledger and the results. Give all schedulers the same one; several machines need
+    s3://."""
     every_step: int = 1
-    """Of the checkpoints of a run only those at a multiple of so many steps."""
+    """Evaluate only checkpoints at multiples of this number of steps."""
     margin: float = 1.0
-    """How many standard errors of the difference make a better or worse score more than noise."""
+    """Difference, in standard errors, above which a score counts as better or worse."""
     hook: str | None = None
-    """Command that gets each event (evaluated, failed, promoted, regression) as JSON on its standard input. A web address in
-    the environment variable VIT_WEBHOOK gets it by POST."""
+    """Command that receives each event (evaluated, failed, promoted, regression) as JSON on standard input. The
+    environment variable VIT_WEBHOOK names a web address that receives it by POST."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
     """Settings of the suite: steps, seeds, workers, address, ..."""
 

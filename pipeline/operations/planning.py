@@ -63,27 +63,30 @@ class PlanConfig:
 
     training: PretrainConfig = field(default_factory=PretrainConfig)
     gpus: int = 8
+    """Number of GPUs."""
     gpu: str = "h100"
-    """h100 h200 gh200 b200 a100 a100-40gb l40s a10g l4 v100"""
+    """GPU model: h100, h200, gh200, b200, a100, a100-40gb, l40s, a10g, l4 or v100."""
     gpus_per_node: int = 8
+    """GPUs per machine."""
     price: float = 2.5
-    """$ per GPU and hour."""
+    """Price in $ per GPU-hour."""
     mfu: float = 0.4
-    """Model FLOPs that are reached, as a share of the device's dense bf16 peak, without activation recomputation."""
+    """Model FLOPs utilisation, 0 to 1: the share of the GPU's dense bf16 peak that training reaches, without
+    recomputed activations."""
     images: float | None = None
-    """Images of the corpus; known for the published recipes, read from --training.data otherwise."""
+    """Images in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
     classes: int | None = None
-    """Classes of the corpus, likewise."""
+    """Classes in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
     storage_price: float = 0.023
-    """$ per GB and month of object storage."""
+    """Price of object storage in $ per GB and month."""
     failure_hours: float = 50_000
-    """GPU-hours between failures that stop the run (Llama 3 reports 419 in 54 days of 16,384 GPUs)."""
+    """GPU-hours between failures that stop the run. Llama 3 reports 419 failures in 54 days on 16,384 GPUs."""
     write_gbps: float = 1.0
-    """GB/s at which one node writes a checkpoint."""
+    """Speed at which one node writes a checkpoint, in GB/s."""
     corpus_images: float | None = None
-    """Plan jobs/prepare.py for so many original images, too."""
+    """Also plan jobs/prepare.py for this number of original images."""
     cores: int = 64
-    """CPU cores of that job."""
+    """CPU cores for jobs/prepare.py."""
 
 
 def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:

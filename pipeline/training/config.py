@@ -19,19 +19,22 @@ class ModelConfig:
     """Architecture; `models.create_model` explains each option."""
 
     variant: str = "B/16"
-    """Ti/16 S/32 S/16 B/32 B/16 L/32 L/16 H/14 g/14 G/14, any width with any patch (Ti/4), R50+B/16 ..., R50x1 ..."""
+    """Ti/16, S/32, S/16, B/32, B/16, L/32, L/16, H/14, g/14, G/14; any width with any patch size in pixels (Ti/4);
+    hybrids (R50+B/16); ResNets (R50x1)."""
     pool: Literal["token", "gap", "map"] = "token"
-    """What the head sees: class token (the paper), mean of tokens, attention pooling."""
+    """What the head reads: the class token (as in the paper), the mean of all tokens, or attention pooling."""
     pre_logits: bool = True
-    """Hidden tanh layer in the pre-training head (section 3.1); dropped for fine-tuning."""
+    """Hidden tanh layer in the pre-training head (section 3.1 of the paper). Fine-tuning drops it."""
     posemb: Literal["learn", "sincos2d", "none"] = "learn"
+    """Position embedding: learned, fixed 2D sines and cosines, or none."""
     dropout: float = 0.0
+    """Probability of dropout, 0 to 1."""
     drop_path: float = 0.0
-    """Stochastic depth of the last block; earlier blocks linearly less."""
+    """Probability, 0 to 1, with which stochastic depth drops the last block. It grows linearly over the blocks."""
     head_bias: float = 0.0
-    """Initial bias of the head; -10 for sigmoid losses over many classes."""
+    """Initial bias of the head, in logits; -10 suits sigmoid losses over many classes."""
     depth: int | None = None
-    """Number of blocks, when it is not the variant's own."""
+    """Number of blocks, where it differs from the variant's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,22 +42,24 @@ class OptimizerConfig:
     """The paper trains with Adam (b1 0.9, b2 0.999) and decoupled weight decay on every parameter (section 4.1, table 3)."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """adamw; sgd with momentum (weight decay is then an L2 penalty); or muon for the matrices of the blocks and adamw for
-    the rest. Muon is not clipped, and the gradient norm it logs is that of its update."""
+    """adamw; sgd with momentum, where weight decay is an L2 penalty; or muon for the matrices of the blocks and adamw
+    for everything else. Muon's gradient is not clipped, and the gradient norm in its log is the norm of its update."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled, multiplied by the learning rate."""
+    """Decoupled weight decay, a factor per step that is multiplied by the learning rate."""
     decay_filter: Literal["all", "kernels"] = "all"
-    """Which parameters decay: all (the paper) or only matrices (big_vision)."""
+    """Parameters that decay: all (the paper), or matrices only (big_vision)."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment, each 0 to 1 per step."""
     eps: float = 1e-8
+    """Adam's epsilon, added to the root of the second moment."""
     momentum: float = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd, 0 to 1."""
     muon_lr: float = 0.02
     """Peak learning rate of the matrices that muon trains."""
     clip: float | None = 1.0
-    """Largest global gradient norm; None does not clip."""
+    """Largest global gradient norm. None: no clipping."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,17 +68,19 @@ class EngineConfig:
     and which units dropout drops."""
 
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
+    """ZeRO stage. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of parameters and activations; optimiser states stay float32."""
+    """Number format of parameters and activations. Optimiser states are always fp32."""
     micro_batch: int | None = None
-    """Images per worker and forward pass; the rest of a worker's share is accumulated. None: all at once."""
+    """Images per worker in one forward pass; gradients accumulate over the rest of the worker's batch. None: all
+    images at once."""
     offload: bool = False
-    """Keep optimiser states in host memory."""
+    """Keep the optimiser states in host memory."""
     compile: bool = False
-    """torch.compile of every transformer block."""
+    """Compile every transformer block with torch.compile."""
     activation_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass instead of keeping them."""
+    """Recompute the activations of each block in the backward pass instead of storing them: less memory, a third more
+    compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +88,13 @@ class FewShotConfig:
     """A linear probe on frozen features of a few images per class, at every validation (section 4.1). Off unless `train` is given."""
 
     train: str | None = None
-    """Labelled dataset whose images it learns from."""
+    """Labelled dataset from which the probe takes its training images."""
     test: str | None = None
-    """Dataset that it is scored on, of the same classes; None: the run's `validation`."""
+    """Dataset on which the probe is scored, with the same classes. None: the run's --validation."""
     shots: int = 5
-    """Images per class."""
+    """Training images per class."""
     l2: float = 1024.0
-    """Regularisation."""
+    """Strength of the L2 regularisation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,56 +102,64 @@ class RuntimeConfig:
     """Where and how a run is executed. Nothing here changes which numbers are computed: all of it may differ between attempts."""
 
     data: str = "runs/demo/data/train"
-    """Dataset to train on (written by jobs/prepare.py), local or s3://. Its content is part of the identity, its place is not."""
+    """Dataset to train on, written by jobs/prepare.py: a folder or s3:// prefix. A run continues when the dataset has
+    moved, and is refused when its content has changed."""
     validation: str | None = None
-    """Dataset to validate on; none by default."""
+    """Dataset to validate on, and so to report top-1. None: no validation."""
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     output: str = "runs/demo/pretrain"
-    """Run folder: checkpoints, config, identity. The same command again continues the run in it."""
+    """Folder or s3:// prefix of the run, for its checkpoints and its identity. The same command continues the run in
+    it."""
     workers: int = 1
-    """Training workers (one per GPU)."""
+    """Number of training workers, one per GPU."""
     min_workers: int | None = None
-    """Continue with as few workers as this when nodes are lost, and with up to `workers` when they come back. None: always
-    `workers`."""
+    """Continue with as few workers as this after losing nodes, and with up to --workers when nodes return. None:
+    always --workers."""
     cpus_per_worker: float = 1
+    """CPU cores per worker."""
     gpus: bool = False
-    """One GPU per worker."""
+    """Give each worker one GPU."""
     threads: int | None = None
-    """Decoding threads per worker; None: the CPUs of the worker."""
+    """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None
-    """Local folder for shards read from s3://."""
+    """Local folder in which to keep shards that are read from s3://."""
     max_replaced: int | None = None
-    """Stop when one worker has met more than this many images that do not decode and were replaced; None: no limit."""
+    """Stop when one worker has replaced more images than this because they could not be decoded. None: no limit."""
 
     log_every: str = "50steps"
+    """Interval between log lines: steps, epochs, examples or percent of the run."""
     validate_every: str = "1epochs"
+    """Interval between validations: steps, epochs, examples or percent of the run."""
     checkpoint_every: str = "1epochs"
+    """Interval between checkpoints: steps, epochs, examples or percent of the run."""
     keep_last: int = 3
-    """Checkpoints kept, besides the best by validation."""
+    """Number of newest checkpoints to keep. The best one by validation is kept as well."""
     wait_warning: float = 0.1
-    """Warn when more than this share of the time is spent waiting for data."""
+    """Warn when a larger share of the time than this, 0 to 1, passes waiting for data."""
 
     max_failures: int = 3
-    """Restarts in a row, with no new checkpoint between them, before the run gives up."""
+    """Number of restarts in a row, without a new checkpoint between them, after which the run fails."""
     stalled_after: float = 1800.0
-    """Seconds without a step after which a worker counts as hung and is restarted; 0 waits for ever."""
+    """Seconds without a step after which a worker counts as hung and is restarted. 0: wait for ever."""
     stop_grace: float = 30.0
-    """Seconds that a stopped run (Ctrl-C, SIGTERM, ray job stop) gets to finish the step in hand and save it."""
+    """Seconds in which a stopped run (Ctrl-C, SIGTERM, ray job stop) may finish its step and save it."""
     stop_after_skipped: int = 50
-    """Give up after so many consecutive skipped steps: loss spikes, or gradients that are not finite."""
+    """Number of skipped steps in a row after which the run fails. A step is skipped when its loss is a spike or its
+    gradients are not finite."""
 
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue the run in `output`, or start one; never: refuse an output that holds a run; must: refuse one without."""
+    """auto: continue the run in --output, or start one. never: refuse an --output that holds a run. must: refuse an
+    --output without one."""
     name: str | None = None
-    """Name of the MLflow run; default: recipe or variant."""
+    """Name of the run in MLflow. None: the recipe or the variant."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     register: str | None = "vit"
-    """Registered MLflow model whose versions the best and the last checkpoint become at the end; None: register nothing."""
+    """Registered MLflow model of which the best and the last checkpoint become versions at the end. None: none."""
     address: str | None = None
-    """Ray cluster to join (auto, host:port); default: the surrounding job's, or an embedded Ray."""
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     dry_run: bool = False
-    """Check everything, print the plan and every value, start nothing."""
+    """Check everything, print the plan and every value, and start nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,38 +167,44 @@ class PretrainConfig:
     """One pre-training run. Every field but `runtime` (whose flags have no prefix: --data, --workers) decides the numbers."""
 
     steps: str = "90epochs"
-    """Length of the run: steps, epochs or examples."""
+    """Length of the run, with its unit: 10000steps, 90epochs or 5e8examples."""
     batch_size: int = 4096
-    """Global batch, whatever the number of workers."""
+    """Images per step over all workers together."""
     image_size: int = 224
+    """Side of the model's input, in pixels."""
     validation_resize: int | None = None
-    """Shorter side before the centre crop of validation images; None: 8/7 of image_size (256 for 224)."""
+    """Shorter side, in pixels, to which validation images are resized before the centre crop. None: 8/7 of
+    --image-size (256 for 224)."""
     seed: int = 0
+    """Seed of the weights, the order of the images, the augmentation and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: Literal["softmax", "sigmoid", "masked"] = "softmax"
-    """softmax; sigmoid summed over classes (multi-label, JFT and ImageNet-21k); masked patch prediction (section 4.6)."""
+    """softmax; sigmoid summed over the classes (multi-label data, JFT and ImageNet-21k); or masked patch prediction
+    (section 4.6 of the paper)."""
     target: Literal["mean", "downsized", "full"] = "mean"
-    """What masked patch prediction predicts: the 3-bit mean colour (512 classes), a 4x4 version of the patch in such
-    colours, or all its pixels by regression (appendix B.1.2)."""
+    """What masked patch prediction predicts: the mean colour in 3 bits per channel (512 classes), a 4x4 version of the
+    patch in such colours, or all its pixels by regression (appendix B.1.2)."""
     label_smoothing: float = 0.0
+    """Share of the label's weight, 0 to 1, that is spread over all classes."""
     augment: Augment = field(default_factory=Augment)
     patch_keep_rate: float = 1.0
-    """Share of patches kept in training (the rest is dropped at random); validation sees all."""
+    """Share of the patches, 0 to 1, that training keeps, chosen at random. Validation sees all patches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema_decay: float = 0.0
-    """Decay per step of the exponential moving average of the weights (Polyak averaging); 0 keeps no average."""
+    """Decay per step, 0 to 1, of the exponential moving average of the weights (Polyak averaging). 0: no average."""
     spike: float | None = None
-    """Skip a step whose loss is more than so many times the median of the last `spike_window` losses; None skips none.
-    For runs of thousands of steps with large batches, whose loss does not come near zero."""
+    """Skip a step whose loss exceeds the median of the last --spike-window losses by more than this factor. None: skip
+    none. Meant for long runs with large batches, whose loss stays well above zero."""
     spike_window: int = 64
+    """Number of past steps whose median loss --spike compares with."""
     lanes: int | None = None
-    """Independent sample streams. `lanes` must divide the batch, and the number of workers must divide `lanes`. None: chosen
-    from the batch."""
+    """Number of independent sample streams. It must divide the batch, and --workers must divide it. None: chosen from
+    the batch."""
     shuffle_window: int = 16_384
-    """Images that are mixed at a time, over all workers."""
+    """Images that are shuffled together at a time, over all workers."""
     init_from: str | None = None
-    """Weights to start from: .npz, .safetensors or a checkpoint of ours."""
+    """Weights to start from: .npz, .safetensors, or a checkpoint of this project."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     runtime: Annotated[RuntimeConfig, tyro.conf.arg(name="")] = field(default_factory=RuntimeConfig)
 

@@ -10,14 +10,15 @@ class ScheduleConfig:
     """The paper: 10,000 warm-up steps, then linear or cosine decay (table 3)."""
 
     kind: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
     warmup: str = "10000steps"
-    """Linear warm-up: steps, epochs, examples or percent of the run."""
+    """Length of the linear warm-up: steps, epochs, examples or percent of the run."""
     end: float = 0.0
-    """Learning rate at the last step of linear and cosine (the paper's code ends its linear decay at 1e-5)."""
+    """Learning rate at the last step of linear and cosine. The paper's code ends its linear decay at 1e-5."""
     cooldown: str = "0steps"
-    """Linear decay to zero at the end of rsqrt or constant."""
+    """Length of the linear decay to zero that ends rsqrt and constant: steps, epochs, examples or percent of the run."""
     timescale: int = 10_000
-    """Of rsqrt, in steps."""
+    """Steps after the warm-up in which rsqrt falls to 1/sqrt(2) of the peak."""
 
 
 def learning_rate(

@@ -110,60 +110,64 @@ class TransferConfig:
     """Transfer of one checkpoint to the tasks of a suite."""
 
     suite: str = "demo"
-    """Which tasks, by which protocol; --list-recipes describes the suites."""
+    """Tasks and protocol; --list-recipes describes the suites."""
     checkpoint: str | None = None
-    """Checkpoint folder, folder of checkpoints (the latest complete one), weights (.npz, .safetensors, a Hugging Face or timm
-    folder; with --variant), a model of another library (timm:NAME, timm:NAME@FILE, hf:FOLDER), or what MLflow keeps
+    """Checkpoint folder; run folder (its last complete checkpoint); weights (.npz, .safetensors, a Hugging Face or
+    timm folder) with --variant; another library's model (timm:NAME, timm:NAME@FILE, hf:FOLDER); or MLflow's
     (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
     data: str | None = None
-    """Folder of prepared datasets: DATA/<task>, as `jobs/prepare.py vtab all` and `--splits` write them."""
+    """Folder or s3:// prefix with a prepared dataset DATA/TASK for each task, as `jobs/prepare.py vtab all` or
+    `--splits` writes them."""
     output: str | None = None
-    """Results, figures and report. The same command continues there. Default: runs/<suite>/transfer-<fingerprint>."""
+    """Folder or s3:// prefix for results, figures and report. The same command continues there. None:
+    runs/SUITE/transfer-FINGERPRINT."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks."""
+    """Tasks to run. None: all tasks of the suite."""
     seeds: int = 1
-    """Fine-tunings per task; the table gives mean and deviation."""
+    """Fine-tunings per task; the table shows their mean and standard deviation."""
 
     # What the suite's protocol says is replaced by:
     lrs: tuple[float, ...] = ()
-    """Learning rates; more than one are compared on the dev split (VTAB: train800 / val200) before the final training."""
+    """Learning rates. Several are compared on the development split (VTAB: train800 and val200) before the final
+    training."""
     steps: int | None = None
-    """Optimiser steps of a fine-tuning. Default: the suite's; so for the next four."""
+    """Optimiser steps per fine-tuning. None: as the suite says; so for batch size, resolution, warm-up and EMA decay."""
     batch_size: int | None = None
     """Images per step."""
     resolution: int | None = None
-    """Side of the model's input in pixels."""
+    """Side of the model's input, in pixels."""
     warmup: int | None = None
     """Steps over which the learning rate rises from 0."""
     ema_decay: float | None = None
-    """Decay per step of the averaged weights that are evaluated; 0 evaluates the last weights."""
+    """Decay per step, 0 to 1, of the averaged weights that are scored. 0: score the last weights."""
 
     l2: float = 1024.0
-    """Few-shot regularisation, a power of two; 0: the one with the best mean rank over the tasks, as in the paper."""
+    """L2 strength of few-shot regression, a power of two. 0: the strength with the best mean rank over the tasks, as
+    in the paper."""
     real_labels: str | None = None
-    """ImageNet's real.json, for suite paper. Default: DATA/imagenet/real.json, if it is there."""
+    """ImageNet's real.json, for the suite `paper`. None: DATA/imagenet/real.json, where it exists."""
     decontamination: str | None = None
-    """Pre-training data prepared with --decontaminate (or its duplicates.parquet, or JSON {task: [keys]}): adds the accuracy
-    without the test images that were seen."""
+    """Pre-training dataset prepared with --decontaminate, its duplicates.parquet, or JSON {task: [keys]}. Adds the
+    accuracy without the test images that pre-training has seen."""
     variant: str | None = None
-    """Architecture of bare weights ("B/16"); a checkpoint folder says it itself."""
+    """Architecture of weights without a configuration, such as B/16."""
 
     micro_batch: int = 64
-    """Images per forward pass; gradients accumulate to the batch. Halved by itself when GPU memory runs out."""
+    """Images per forward pass; gradients accumulate to the batch. It is halved when GPU memory runs out."""
     workers: int | None = None
-    """Processes that train tasks. Default: as many as the GPUs (or CPUs) allow."""
+    """Processes that train tasks. None: as many as the GPUs (or the CPU cores) allow."""
     gpus_per_worker: float = 1.0
-    """0.5 puts two tasks on each GPU. Without GPUs workers run on CPUs."""
+    """GPUs per process; 0.5 puts two tasks on each GPU. On machines without GPUs the processes use CPU cores."""
     cpus_per_worker: int = 1
-    """CPU cores of a process; as many threads decode images."""
+    """CPU cores, and so decoding threads, per process."""
     retries: int = 2
-    """Times a task is started again after its process died."""
+    """Number of times a task is started again after its process has died."""
     address: str | None = None
-    """Ray cluster to join: auto or host:port. Default: embedded Ray, or the submitted job's cluster."""
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     experiment: str = "transfer"
-    """Experiment in MLflow."""
+    """Name of the MLflow experiment."""
     tracking_uri: str | None = None
-    """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
 
     def fine_tune(self, **suite: Any) -> FineTune:
         """The suite's protocol with this config's replacements. Fewer steps shorten the warm-up in proportion."""

@@ -39,16 +39,28 @@ class Augment:
     """
 
     size: int = 224
+    """Side of the output, in pixels."""
     crop: Literal["inception", "random", "center", "squash"] = "inception"
+    """How a square is cut from the image: inception (a random box, resized), random, center, or squash (the whole
+    image, aspect ratio lost)."""
     resize: int | None = None
+    """Shorter side, in pixels, before a random or center crop. None: the image's own size."""
     squash: bool = False
+    """Let --resize set both sides, so that the aspect ratio is lost."""
     area: tuple[float, float] = (0.05, 1.0)
+    """Smallest and largest share of the image's area, 0 to 1, of an inception crop."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of an inception crop."""
     flip: bool = True
+    """Mirror half of the images, left to right."""
     randaug_layers: int = 0
+    """RandAugment: number of operations per image. 0: off."""
     randaug_magnitude: int = 0
+    """RandAugment: strength of the operations, 0 to 30; 10 is big_vision's full scale."""
     mixup: float = 0.0
+    """Mixup: parameter p of Beta(p, p), from which the blend of two images is drawn. 0: off."""
     filter: Literal["linear", "area"] = "linear"
+    """Resize filter: bilinear without antialiasing (the paper), or area averaging where an image shrinks."""
 
     def __post_init__(self) -> None:
         crops = ("inception", "random", "center", "squash")

@@ -23,64 +23,70 @@ class PrepareConfig:
     """Everything that decides the bytes of a dataset, and where it goes."""
 
     source: tuple[str, ...] = ()
-    """Folders, archives or s3:// prefixes to read; several become one dataset."""
+    """Folders, archives or s3:// prefixes of images. Several sources become one dataset."""
     output: str = ""
-    """Where the dataset goes: an empty or new folder, or an unfinished run of the same command."""
+    """Folder or s3:// prefix for the dataset: new or empty, or left unfinished by the same command."""
     format: str = "auto"
-    """What the sources are: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
+    """Format of the sources: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
     labels: str | None = None
-    """Table of file names and labels (CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive)."""
+    """Table of file names and labels: CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive."""
     label_column: str | None = None
-    """Column of labels, in tables and Parquet sources."""
+    """Column that holds the label, in --labels and in Parquet sources."""
     file_column: str | None = None
-    """Column of file names, in tables."""
+    """Column that holds the file name, in --labels."""
     split_column: str | None = None
-    """Column of splits, in tables and Parquet sources."""
+    """Column that holds the split, in --labels and in Parquet sources."""
     class_level: int | None = None
-    """Which folder names the class: 1 is the first below the source. Found by itself as a rule."""
+    """Level of the folder that names the class; 1 is the first below the source. None: found automatically."""
     label_map: str | None = None
-    """Class names in index order (text or JSON list), or a JSON object that renames them; others are refused."""
+    """Class names in index order (text or a JSON list), or a JSON object that renames classes. Other labels are
+    refused."""
     include: tuple[str, ...] = ()
-    """Globs over keys (class/name.jpg): what matches none of them is no input."""
+    """Globs over keys such as class/name.jpg. Files that match none of them are left out."""
     unlabelled: bool = False
-    """Take images without labels."""
+    """Accept images without labels."""
     sample: int | None = None
-    """At most N inputs, drawn evenly from the sources."""
+    """Largest number of images to take, drawn evenly from the sources."""
     encoding: Encoding = "jpeg"
-    """jpeg: shorter side `size`, crops happen at load time. patches: the N x (P*P*C) matrix, nothing to decode."""
+    """jpeg: JPEG with the shorter side at --size; crops are made when loading. patches: the N x (P*P*C) matrix of
+    pixels, with nothing to decode."""
     size: int = 256
-    """Shorter side (jpeg), or side of the square (patches)."""
+    """In pixels: shorter side of a jpeg, side of the square for patches."""
     quality: int = 90
-    """JPEG quality of images that are re-encoded (4:2:0)."""
+    """JPEG quality, 1 to 100, of images that are encoded again (4:2:0)."""
     patch_size: int = 16
-    """P of encoding patches."""
+    """Side of a patch, in pixels."""
     fit: Fit = "crop"
-    """How patches become square: centre crop of the resized image, or squash."""
+    """How an image becomes a square for patches: centre crop, or squash."""
     splits: tuple[str, ...] = ()
-    """Such as train=0.9 test=0.1: by hash of the key, each a dataset under its name. from-source: those that the source has
-    (train/ and val/ folders, train-*.parquet, a split column). merge: one dataset of them all."""
+    """Shares such as train=0.9 val=0.1: a hash of the key decides, and each split becomes a dataset OUTPUT/NAME.
+    from-source: the source's own splits (folders train/ and val/, train-*.parquet, a split column). merge: one
+    dataset of all splits."""
     shuffle: bool = True
-    """Mix the images over all shards: listed folders as they are read, archives as `--mix` says."""
+    """Shuffle the images over all shards: files while they are read, archives as --mix says."""
     mix: Literal["auto", "always", "never"] = "auto"
-    """Archives keep the order in which they were written, unless they are sorted by class (auto) or in any case (always):
-    then a second pass over the shards mixes them."""
+    """Archives: auto shuffles those that are sorted by class, always shuffles every archive, never keeps their order.
+    The shuffle is a second pass over the shards."""
     seed: int = 0
-    """Of the shuffle and of --sample."""
+    """Seed of the shuffle and of --sample."""
     deduplicate: Literal["off", "exact", "near", "report"] = "off"
-    """Remove images that repeat another of the corpus: the same pixels, or nearly the same (re-encoded, resized, mirrored);
-    report lists near duplicates in duplicates.parquet and removes none."""
+    """Remove images that repeat another image of the corpus: exact (equal pixels) or near (encoded again, resized,
+    mirrored). report lists near duplicates in duplicates.parquet and removes none."""
     decontaminate: tuple[str, ...] = ()
-    """Evaluation sets (datasets, or anything that --source takes): images that are in them are removed."""
+    """Evaluation sets, as datasets or as anything that --source accepts. Images that occur in them are removed."""
     distance: int = 30
-    """Images whose hashes differ in at most this many of 128 bits are compared in detail (docs/decontamination.md)."""
+    """Largest number of differing hash bits, of 128, at which two images are compared in detail
+    (docs/decontamination.md)."""
     max_pixels: int = 100_000_000
-    """Larger images are refused before they are decoded."""
+    """Largest image to decode, in pixels; larger ones are rejects."""
     max_reject_fraction: float = 0.05
-    """More rejects than this fraction of the inputs fail the job, at the end."""
+    """Share of rejects, 0 to 1, above which the job fails at its end."""
     row_group_bytes: int = shards.ROW_GROUP_BYTES
+    """Size of a row group, in bytes: what the loader reads at a time."""
     shard_bytes: int = shards.SHARD_BYTES
+    """Size of a shard file, in bytes."""
     unit_bytes: int = 1 << 30
-    """Input bytes of one unit of work, at most; small corpora are cut finer."""
+    """Largest input of one unit of work, in bytes. Small corpora are cut into smaller units."""
 
 
 def demo() -> PrepareConfig:
