@@ -97,3 +97,8 @@ class CpuShare:
         mine = psutil.Process().cpu_times()
         total, idle = sum(times), times.idle + getattr(times, "iowait", 0.0)
         return total - idle, mine.user + mine.system, total
+
+
+# The oldest NVIDIA driver that runs programs of a CUDA release, by its major version (NVIDIA, "CUDA Compatibility").
+# infra/ and docs/ name the number for the pinned PyTorch; a test compares them.
+MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}

@@ -4,7 +4,10 @@ Written against Ray 2.60.0 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py
 `pipeline.training.ray_compat` has the names of Ray Train.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 WRITTEN_FOR = "2.60.0"
@@ -36,3 +39,30 @@ def infeasible_requests() -> Iterator[Mapping[str, float]]:
     requests += [r for gang in gangs for selector in gang.bundle_selectors for r in selector.resource_requests]
     for request in requests:
         yield request.resources_bundle
+
+
+def packaged_files(folder: str, excludes: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """(path below `folder`, bytes) of every file that Ray would upload as a job's working directory.
+
+    Ray leaves out what .gitignore and .rayignore name, its default list (.git, .venv, venv, __pycache__) and `excludes`.
+    """
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env import packaging
+
+    root, found = Path(folder).absolute(), []
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            found.append((str(path.relative_to(root)), os.path.getsize(path)))
+
+    silent = logging.Logger("packaging", logging.ERROR)
+    left_out = [packaging._get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
+    packaging._dir_travel(root, left_out, note, include_gitignore=True, logger=silent)
+    yield from found
+
+
+def upload_limit() -> int:
+    """Bytes that the job server accepts as a working directory (`ray job submit --working-dir`)."""
+    from ray._private import ray_constants
+
+    return ray_constants.DASHBOARD_CLIENT_MAX_SIZE

@@ -42,6 +42,16 @@ def test_ray_core_has_the_names_that_are_read():
     assert hasattr(importlib.import_module("ray._private.worker"), "global_worker")
 
 
+def test_ray_packages_a_folder_as_ray_state_says(tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name in (".git/HEAD", "code.py", "big.bin", "left.out"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    (tmp_path / ".rayignore").write_text("left.out\n")
+    found = dict(ray_state.packaged_files(str(tmp_path), ["*.bin"]))
+    assert found == {"code.py": 100, ".rayignore": 9}
+    assert ray_state.upload_limit() == 100 << 20
+
+
 @pytest.mark.parametrize(
     ("module", "names"),
     [

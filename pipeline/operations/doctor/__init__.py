@@ -12,11 +12,14 @@ checked.
     tracking         the MLflow server
     store            data and output
     machine          shared memory, compiler, locks, ports, GPUs
+    system           GPU driver, clock, limits, RDMA devices
+    upload           size of the working directory that Ray ships
     pretraining      room for the workers, whether --output is free
     nodes            checks on every node of a cluster
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import cluster, storage
 from pipeline.errors import UserError
-from pipeline.operations.doctor import authentication, machine, pretraining, store, tracking
+from pipeline.operations.doctor import authentication, machine, pretraining, store, system, tracking, upload
 from pipeline.operations.doctor.finding import CheckResult, refused
 from pipeline.operations.doctor.nodes import everywhere
 from pipeline.operations.doctor.tracking import tracking_server as check_server
@@ -52,13 +55,18 @@ OF_THE_LAUNCH: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
     lambda config: authentication.authentication(config.runtime.address),
     lambda config: authentication.token_file(),
     lambda config: pretraining.run_name(config),
+    lambda config: upload.working_folder(),
 )
 # What may differ from node to node.
 OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
     lambda node: [machine.shared_memory()],
     lambda node: [machine.compiler(node.compile)],
     lambda node: [machine.build_locks()],
+    lambda node: [system.driver(node.gpus)],
     lambda node: [machine.devices(node.gpus)],
+    lambda node: [system.network(node.gpus)],
+    lambda node: [system.limits()],
+    lambda node: [system.clock(_time_server(node.tracking_uri))],
     lambda node: [tracking.tracking_server(node.tracking_uri)] if node.tracking_uri else [],
     lambda node: [store.readable(node.data)],
     lambda node: store.writable(node.output),
@@ -68,6 +76,11 @@ OF_THIS_MACHINE: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
     lambda config: pretraining.own_budget(config),
     lambda config: machine.ports(),
 )
+
+
+def _time_server(tracking_uri: str) -> str:
+    """An HTTP server whose clock matters: the S3 endpoint, or else MLflow's."""
+    return os.environ.get("AWS_ENDPOINT_URL") or tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
