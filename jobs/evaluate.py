@@ -3,7 +3,7 @@ r"""Evaluate checkpoints on a schedule: each one once, with the best one as cham
     python jobs/evaluate.py --runs runs/x                what has no scores yet
     python jobs/evaluate.py --runs s3://bucket/runs/x --suite vtab1k \
         --data s3://bucket/vtab --output s3://bucket/evaluate --every 30m
-    python jobs/evaluate.py --model vit --suite vtab1k --data s3://bucket/vtab \
+    python jobs/evaluate.py --model b16_imagenet --suite vtab1k --data s3://bucket/vtab \
         --once --fail-on-regression                      for cron
     python jobs/evaluate.py --runs runs/x --dry-run      only lists the work
     python jobs/evaluate.py --runs runs/x --prune --keep 2

@@ -122,7 +122,7 @@ def checkpoint_name(uri: str) -> str:
 def _folder_name(folder: str) -> str:
     """The last part of a path, with the one before it where the last is `pretrain`."""
     head, _, name = folder.rpartition("/")
-    return f"{head.rpartition('/')[2]}" if name in ("pretrain", "run") and head else name
+    return head.rpartition("/")[2] if name == "pretrain" and head else name
 
 
 def run_name(*parts: str) -> str:

@@ -1,13 +1,16 @@
 """Registered models: versions, aliases and scores.
 
 A model version stands for one checkpoint that is worth keeping. Its weights are copied into MLflow with the code to run
-them; its scores are tags here and metrics of the LoggedModel behind it. Alias `candidate` is the newest version,
-`champion` the one that scheduled evaluation has found best.
+them; its scores are tags here and metrics of the LoggedModel behind it, and its description is a model card. A recipe on
+a data set is one registered model, since versions of one model are compared. Alias `candidate` is the version with the best
+validation, `champion` the one that scheduled evaluation has found best.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
+import logging
 import os
 import re
 import tempfile
@@ -19,10 +22,12 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names
+from pipeline.tracking.card import CardFacts, collect_facts, model_card
 from pipeline.tracking.environment import PROJECT
 from pipeline.tracking.search import search_runs
 from pipeline.tracking.server import client, experiment_id, process_wide, resolve_tracking_uri
 
+logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
 # What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
 SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "scipy")
@@ -39,11 +44,15 @@ class Version:
     model_id: str
     step: int
     aliases: tuple[str, ...]
+    top1: float | None = None
+    """Top-1 of the checkpoint on its run's validation set, in percent."""
+    validation: str = ""
+    """Fingerprint of that validation set."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, uri: str | None = None) -> Version:
-    """Makes a committed checkpoint folder a new version of the model `name`, alias `candidate`.
+    """Makes a committed checkpoint folder a new version of the model `name`; alias `candidate` goes to it when it is better.
 
     A checkpoint that is registered already is returned as it is. Raises UserError when it has no COMMIT.json.
     """
@@ -61,14 +70,15 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         experiment = mlflow.get_run(run_id).info.experiment_id
     else:  # weights that no run of this server made
         experiment = experiment_id(uri, names.PRETRAIN)
-    tags = {names.CHECKPOINT: checkpoint, "step": str(commit["step"])}
-    if "images_seen" in commit:
-        tags[names.IMAGES_SEEN] = str(commit["images_seen"])
+    trained = mlflow.get_run(run_id).data.tags if run_id else {}
+    facts = collect_facts(checkpoint, commit, trained.get(names.RECIPE, ""), run_id or "")
+    tags = _version_tags(facts, trained)
     step = f"step-{commit['step']}"
     model = mlflow.create_logged_model(experiment, step, run_id, tags, {"checkpoint": checkpoint}, "vit")
     try:
         with tempfile.TemporaryDirectory(prefix="register-") as scratch:
             _save_classifier(checkpoint, os.path.join(scratch, "model"))
+            storage.write_bytes(os.path.join(scratch, "model", "README.md"), model_card(facts).encode())
             mlflow.log_model_artifacts(model.model_id, os.path.join(scratch, "model"))
     except BaseException:
         mlflow.finalize_logged_model(model.model_id, "FAILED")
@@ -77,10 +87,59 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     _ensure_model(name, uri)
     with process_wide(uri):  # MLflow looks the logged model up there, whatever the client's own address
         made = mlflow.create_model_version(
-            name, f"models:/{model.model_id}", run_id, {**tags, "model_id": model.model_id}, model_id=model.model_id
+            name,
+            f"models:/{model.model_id}",
+            run_id,
+            {**tags, "model_id": model.model_id},
+            description=model_card(facts),
+            model_id=model.model_id,
         )
-    mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
-    return next(version for version in versions(name, uri) if version.version == int(made.version))
+    everything = versions(name, uri)
+    version = next(version for version in everything if version.version == int(made.version))
+    present = next((other for other in everything if CANDIDATE in other.aliases), None)
+    if present is None or _is_better(version, present):
+        mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
+        return dataclasses.replace(version, aliases=(*version.aliases, CANDIDATE))
+    logger.info(
+        "%s@%s stays version %d: version %d is not better on the same validation data",
+        name,
+        CANDIDATE,
+        present.version,
+        version.version,
+    )
+    return version
+
+
+def _version_tags(facts: CardFacts, trained: Mapping[str, str]) -> dict[str, str]:
+    """Tags of a version. trained: tags of the run that trained it."""
+    commit = facts.commit
+    tags = {names.CHECKPOINT: facts.checkpoint, "step": str(commit["step"])}
+    if "images_seen" in commit:
+        tags[names.IMAGES_SEEN] = str(commit["images_seen"])
+    if facts.recipe:
+        tags[names.RECIPE] = facts.recipe
+    if (top1 := commit.get("metrics", {}).get(names.VAL_TOP1)) is not None:
+        tags[names.VAL_TOP1] = f"{top1:.4f}"
+    for role, manifest in (("train", facts.data), ("validation", facts.validation)):
+        key = f"{names.DATA_FINGERPRINT}.{role}"
+        if fingerprint := manifest.get("fingerprint") or trained.get(key):
+            tags[key] = str(fingerprint)
+    return tags
+
+
+def _is_better(new: Version, present: Version) -> bool:
+    """Whether a new version takes the alias `candidate` from the present one.
+
+    By top-1 on the same validation data. Versions without validation are comparable only within one run: the later step.
+    """
+    if new.top1 is None or present.top1 is None:
+        same_run = _run_folder(new.checkpoint) == _run_folder(present.checkpoint)
+        return new.top1 is not None or (present.top1 is None and same_run and new.step > present.step)
+    return new.validation == present.validation and new.top1 >= present.top1
+
+
+def _run_folder(checkpoint: str) -> str:
+    return checkpoint.rpartition("/checkpoints/")[0] or checkpoint
 
 
 def _save_classifier(checkpoint: str, folder: str) -> None:
@@ -130,7 +189,10 @@ def _ensure_model(name: str, uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client(uri).create_registered_model(name, description="Vision Transformers and their transfer scores.")
+        client(uri).create_registered_model(
+            name,
+            description="Checkpoints of one recipe on one data set; `candidate` is the best by validation, `champion` the best by transfer scores.",
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -184,6 +246,8 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
                 model_id=item.tags.get("model_id", ""),
                 step=int(item.tags.get("step", 0)),
                 aliases=tuple(by_version.get(int(item.version), [])),
+                top1=float(item.tags[names.VAL_TOP1]) if names.VAL_TOP1 in item.tags else None,
+                validation=item.tags.get(f"{names.DATA_FINGERPRINT}.validation", ""),
                 evaluations=evaluations,
             )
         )
@@ -241,6 +305,7 @@ def record_evaluation(
     mlflow.set_model_version_tag(version.name, number, f"{names.MEAN_SCORE}.{suite}", f"{result['mean']:.2f}")
     for task, score in result["scores"].items():
         mlflow.set_model_version_tag(version.name, number, f"{names.SCORE}{task}", f"{score:.2f}")
+    _renew_card(version, {key: dict(result)}, uri)
     scores = {names.MEAN_SCORE: result["mean"]}
     scores |= {names.SCORE + task: score for task, score in result["scores"].items()}
     for metric, score in scores.items():
@@ -248,6 +313,18 @@ def record_evaluation(
         points = [point for point in mlflow.get_metric_history(run_id, metric) if point.value == score]
         time_ms, step = (points[-1].timestamp, points[-1].step) if points else (int(time.time() * 1000), version.step)
         mlflow.log_metric(run_id, metric, score, time_ms, step, model_id=version.model_id)
+
+
+def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], uri: str | None) -> None:
+    """The model card with new scores, where the checkpoint can still be read."""
+    try:
+        commit = storage.read_json(storage.join(version.checkpoint, "COMMIT.json"))
+    except (OSError, UserError):
+        return
+    mlflow, number = client(resolve_tracking_uri(uri)), str(version.version)
+    recipe = mlflow.get_model_version(version.name, number).tags.get(names.RECIPE, "")
+    facts = collect_facts(version.checkpoint, commit, recipe, version.run_id)
+    mlflow.update_model_version(version.name, number, model_card(facts, {**version.evaluations, **evaluations}))
 
 
 def set_alias(version: Version, alias: str, uri: str | None = None) -> None:

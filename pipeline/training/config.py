@@ -154,8 +154,11 @@ class RuntimeConfig:
     """Name of the run in MLflow. None: the recipe or the variant."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
-    register: str | None = "vit"
-    """Registered MLflow model of which the best and the last checkpoint become versions at the end. None: none."""
+    register: str | None = "auto"
+    """Registered MLflow model of which the best and the last checkpoint become versions at the end. auto: one named after
+    the recipe and the data set. None: none."""
+    licence: str | None = None
+    """Licence of the weights, for the model card."""
     address: str | None = None
     """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     dry_run: bool = False

@@ -23,7 +23,7 @@ from pipeline import config as configuration
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, names, registry
-from pipeline.tracking.description import Description, data_name, run_name
+from pipeline.tracking.description import Description, data_name, model_name, run_name
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.training.lease import LAUNCH, Lease
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     newest = checkpoint.latest(output, checksums=False)
     if record is not None and newest is not None and newest.step >= plan.total:
         logger.info("nothing left to do: %s is at step %d of %d", newest.uri, newest.step, plan.total)
-        return _finished(config, newest, record.get("run_id"))
+        return _finished(config, newest, recipe, record.get("run_id"))
     cluster.connect()
     # Ray Train takes seconds to import, and reads Ray's settings then: `connect` has made them.
     from pipeline.training.launch import check_room
@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     check_room(config, sizes(plan)[0])
     with Lease(output, config.runtime.name or recipe or config.model.variant):
         result = _train(plan, record, recipe)
-    return {**result, "registered": _register(config, result["run_id"])}
+    return {**result, "registered": _register(config, recipe, result["run_id"])}
 
 
 def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     return {**result, "run_id": run.id, "seconds": seconds}
 
 
-def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, run_id: str | None) -> dict[str, Any]:
+def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, recipe: str, run_id: str | None) -> dict[str, Any]:
     """The result of a run that had reached its end before."""
     return {
         **newest.commit["metrics"],
@@ -99,14 +99,14 @@ def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, run_id: str
         "steps": newest.step,
         "run_id": run_id,
         "seconds": 0.0,
-        "registered": _register(config, run_id),
+        "registered": _register(config, recipe, run_id),
     }
 
 
-def _register(config: PretrainConfig, run_id: str | None) -> dict[str, str]:
+def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[str, str]:
     """Makes the checkpoints worth keeping, the best by validation and the last, versions of a registered model.
 
-    Returns {"vit/3": checkpoint}. Never fails a run that has succeeded: the same command again tries again.
+    Returns {"b16_imagenet/3": checkpoint}. Never fails a run that has succeeded: the same command again tries again.
     """
     if not config.runtime.register or config.loss == "masked":  # an encoder alone classifies nothing
         return {}
@@ -114,10 +114,13 @@ def _register(config: PretrainConfig, run_id: str | None) -> dict[str, str]:
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
     best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
     uri = tracking.resolve_tracking_uri(config.runtime.tracking_uri)
+    name = config.runtime.register
+    if name == "auto":
+        name = model_name(recipe or config.model.variant, config.runtime.data)
     registered = {}
     try:
         for worth_keeping in dict.fromkeys((best.uri, here[-1].uri)):
-            version = registry.register(worth_keeping, name=config.runtime.register, run_id=run_id, uri=uri)
+            version = registry.register(worth_keeping, name=name, run_id=run_id, uri=uri)
             registered[f"{version.name}/{version.version}"] = worth_keeping
     except Exception as error:
         logger.warning("not registered in MLflow (%s); the same command again tries again", error)

@@ -2,7 +2,7 @@
 
     report = load_weights(model, "ViT-B_16.npz")       # or .safetensors, .pth, a folder, a run, s3://..., models:/...
     model = load_model("runs/x/checkpoints/step-00001000")
-    model, config = open_model("models:/vit@candidate")
+    model, config = open_model("models:/b16_imagenet@candidate")
     save_checkpoint_weights(model, {"classes": [...]}, "out")
 
 `locate` turns addresses into places, `checkpoints` finds and verifies committed checkpoints, `description` reads what stands

@@ -21,6 +21,7 @@ from pipeline.operations import evaluation
 from pipeline.operations import ledger as ledger_module
 from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
 from pipeline.tracking import names, registry, search, start_run
+from pipeline.tracking.server import client
 from pipeline.weights import checkpoints
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,8 +29,6 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    from pipeline.tracking.server import client
-
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
     client(uri)
     return uri
@@ -85,7 +84,9 @@ def test_every_checkpoint_is_evaluated_once_and_becomes_a_learning_curve(config,
     third = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
     assert [len(done.evaluated) for done in (first, second, third)] == [1, 1, 0]
     assert len(calls) == 2
-    curves = [run for run in search.search_runs("evaluate", uri=config.tracking_uri) if run.name == "run / demo"]
+    curves = [
+        run for run in search.search_runs("evaluate", uri=config.tracking_uri) if run.name.startswith("demo · run · ")
+    ]
     assert len(curves) == 1
     assert search.metric_history(curves[0].id, names.MEAN_SCORE, config.tracking_uri) == [(10, 40.0), (20, 50.0)]
     assert search.metric_history(curves[0].id, names.IMAGES_SEEN, config.tracking_uri) == [(10, 640.0), (20, 1280.0)]
@@ -230,6 +231,17 @@ def test_dry_run_changes_nothing(config, tmp_path):
     assert not os.path.exists(config.output)
 
 
+def test_a_suites_version_is_that_of_the_content_of_its_data_wherever_it_lies(config, tmp_path):
+    for place, fingerprint in (("a", "one"), ("moved", "one"), ("other", "two")):
+        for split in ("train", "test"):
+            storage.write_json(str(tmp_path / place / split / "manifest.json"), {"fingerprint": fingerprint + split})
+    version, moved, other = (
+        evaluation.suite_version(dataclasses.replace(config, data=str(tmp_path / place)))
+        for place in ("a", "moved", "other")
+    )
+    assert version == moved != other
+
+
 @pytest.fixture
 def model(config, tmp_path, monkeypatch):
     """A registered model whose versions need no real weights."""
@@ -258,6 +270,35 @@ def test_champion_moves_only_for_more_than_noise(model, tmp_path):
     assert registry.CANDIDATE in versions[-1].aliases
     key = f"demo:{evaluation.suite_version(model)}"
     assert versions[2].evaluations[key]["mean"] == 52.0
+
+
+def test_candidate_is_the_best_by_validation_and_each_version_has_a_card(model, tmp_path):
+    validation = str(tmp_path / "validation")
+    storage.write_json(validation + "/manifest.json", {"fingerprint": "v1", "rows": 100, "config": {}})
+    config = {
+        "model": {"variant": "Ti/8", "image_size": 32, "num_classes": 2},
+        "classes": ["cat", "dog"],
+        "pretrain": {"runtime": {"validation": validation, "licence": "MIT"}},
+    }
+    candidates = []
+    for run, step, top1 in (("first", 10, 97.5), ("second", 20, 81.4), ("third", 30, 98.0)):
+        folder = commit(tmp_path / run, step)
+        storage.write_json(folder + "/config.json", config)
+        about = storage.read_json(folder + "/COMMIT.json") | {"metrics": {names.VAL_TOP1: top1}}
+        storage.write_json(folder + "/COMMIT.json", about)
+        registry.register(folder, name=model.model, uri=model.tracking_uri)
+        versions = registry.versions(model.model, model.tracking_uri)
+        candidates += [version.step for version in versions if registry.CANDIDATE in version.aliases]
+    assert candidates == [10, 10, 30]
+    result = {"mean": 61.5, "spread": 0.4, "scores": {"pets": 61.5}}
+    with start_run(names.TRANSFER, "scores", tracking_uri=model.tracking_uri) as run:
+        run.log({names.MEAN_SCORE: 61.5, names.SCORE + "pets": 61.5})
+    registry.record_evaluation(versions[0], "demo:1", result, run.id, model.tracking_uri)
+    card = client(model.tracking_uri).get_model_version(model.model, "1").description
+    assert "top-1 97.50% on" in card
+    assert "mean 61.50% ± 0.40 (standard error): pets 61.50" in card
+    assert "**Licence of the weights:** MIT." in card
+    assert "cat, dog" in card
 
 
 def test_hook_and_webhook_hear_of_events_and_cannot_break_anything(config, tmp_path, monkeypatch, caplog):

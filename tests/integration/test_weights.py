@@ -158,8 +158,8 @@ def test_google_files_and_registered_models_through_the_jobs(tmp_path):
         return said
 
     said = pretrain("vit.npz", "run1")
-    assert "registered=vit/1" in said
-    assert "registered=vit/2" in pretrain("models:/vit/1", "run2")
+    assert "registered=demo-own/1" in said
+    assert "registered=demo-own/2" in pretrain("models:/demo-own/1", "run2")
 
     def transfer(output, *arguments):
         quick = [
@@ -179,7 +179,7 @@ def test_google_files_and_registered_models_through_the_jobs(tmp_path):
         return json.loads(job("transfer.py", *quick, "--output", output, "--json", *arguments).splitlines()[-1])
 
     from_npz = transfer("out1", "--checkpoint", "vit.npz", "--variant", "mu/8")
-    from_registry = transfer("out2", "--checkpoint", "models:/vit@candidate")
+    from_registry = transfer("out2", "--checkpoint", "models:/demo-own@candidate")
     assert from_npz["scores"] == from_registry["scores"]
     _, version = registry.versions("vit", uri)
     ((key, evaluation),) = version.evaluations.items()  # the scores came back to it

@@ -43,6 +43,8 @@ class PrepareConfig:
     refused."""
     include: tuple[str, ...] = ()
     """Globs over keys such as class/name.jpg. Files that match none of them are left out."""
+    licence: str | None = None
+    """Licence of the images, for the manifest and for model cards."""
     unlabelled: bool = False
     """Accept images without labels."""
     sample: int | None = None

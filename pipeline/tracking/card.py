@@ -1,0 +1,124 @@
+"""The model card of a registered version: what it is, on which data, how good, under which licences.
+
+It is the description of the version in MLflow, and README.md among its files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.tracking import names
+
+NOT_STATED = "not stated"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What a card is made of. Dataset manifests are those that can be read now, else empty."""
+
+    checkpoint: str
+    commit: Mapping[str, Any]
+    config: Mapping[str, Any]
+    """config.json of the checkpoint."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    run_id: str = ""
+
+
+def collect_facts(checkpoint: str, commit: Mapping[str, Any], recipe: str = "", run_id: str = "") -> CardFacts:
+    """Reads config.json of a checkpoint and the manifests of the data that it was trained and validated on."""
+    config = _read(storage.join(checkpoint, "config.json"))
+    runtime = _runtime(config)
+    manifests = {
+        role: _read(storage.join(str(runtime[key]), "manifest.json")) if runtime.get(key) else {}
+        for role, key in (("data", "data"), ("validation", "validation"))
+    }
+    return CardFacts(checkpoint=checkpoint, commit=commit, config=config, recipe=recipe, run_id=run_id, **manifests)
+
+
+def _read(uri: str) -> dict[str, Any]:
+    try:
+        values = storage.read_json(uri)
+    except (OSError, UserError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _runtime(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    pretrain = config.get("pretrain")
+    runtime = pretrain.get("runtime") if isinstance(pretrain, dict) else None
+    return runtime if isinstance(runtime, dict) else {}
+
+
+def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Markdown. evaluations: {suite:suite version: {mean, spread, scores}}, accuracies in percent."""
+    model, commit, runtime = facts.config.get("model", {}), facts.commit, _runtime(facts.config)
+    step, images = commit.get("step"), commit.get("images_seen")
+    lines = [
+        f"**Model:** {model.get('variant', 'unknown')} at {model.get('image_size', '?')} px, "
+        f"{model.get('num_classes', '?')} classes; step {step}{f', {images:,} images seen' if images else ''}"
+        f"{f', recipe {facts.recipe}' if facts.recipe else ''}.",
+        f"**Input:** RGB images, shorter side to 8/7 of {model.get('image_size', '?')} px, centre crop; "
+        "the pixels are normalised inside.",
+        _data_line("Training data", runtime.get("data"), facts.data),
+        _decontamination_line(facts.data),
+        _validation_line(commit.get("metrics", {}), runtime.get("validation"), facts.validation),
+        *_score_lines(evaluations or {}),
+        f"**Licence of the weights:** {runtime.get('licence') or NOT_STATED}.",
+        f"**Licence of the training data:** {_manifest_config(facts.data).get('licence') or NOT_STATED}.",
+        f"**Classes:** {_classes(facts.config.get('classes') or [])}",
+        f"**Checkpoint:** `{facts.checkpoint}`{f', MLflow run {facts.run_id}' if facts.run_id else ''}.",
+    ]
+    return "\n\n".join(line for line in lines if line)[: names.MAX_VALUE]
+
+
+def _manifest_config(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = manifest.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _data_line(title: str, uri: Any, manifest: Mapping[str, Any]) -> str:
+    if not manifest:
+        return f"**{title}:** {uri or NOT_STATED}; its manifest cannot be read from here."
+    sources = ", ".join(map(str, _manifest_config(manifest).get("source") or ())) or NOT_STATED
+    return (
+        f"**{title}:** {uri}, fingerprint {manifest.get('fingerprint')}: {manifest.get('rows', 0):,} images of "
+        f"{len(manifest.get('classes') or ())} classes, made from {sources}."
+    )
+
+
+def _decontamination_line(manifest: Mapping[str, Any]) -> str:
+    if not manifest:
+        return "**Decontamination:** unknown."
+    sets = _manifest_config(manifest).get("decontaminate") or ()
+    duplicates = manifest.get("duplicates")
+    removed = f" {duplicates:,} images were removed in all." if isinstance(duplicates, int) and duplicates else ""
+    if not sets:
+        return f"**Decontamination:** none; the training data may hold images of evaluation sets.{removed}"
+    return f"**Decontamination:** without the images of {', '.join(map(str, sets))}.{removed}"
+
+
+def _validation_line(metrics: Mapping[str, float], uri: Any, manifest: Mapping[str, Any]) -> str:
+    if names.VAL_TOP1 not in metrics:
+        return "**Validation:** none."
+    rows = f" ({manifest['rows']:,} images)" if manifest.get("rows") else ""
+    return f"**Validation:** top-1 {metrics[names.VAL_TOP1]:.2f}% on {uri}{rows}."
+
+
+def _score_lines(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for key, summary in sorted(evaluations.items()):
+        tasks = ", ".join(f"{task} {score:.2f}" for task, score in (summary.get("scores") or {}).items())
+        lines.append(
+            f"**Transfer, {key.partition(':')[0]}:** mean {summary['mean']:.2f}% ± {summary['spread']:.2f} "
+            f"(standard error){f': {tasks}' if tasks else ''}."
+        )
+    return lines or ["**Transfer:** not evaluated yet."]
+
+
+def _classes(classes: list[Any]) -> str:
+    shown = ", ".join(map(str, classes[:50]))
+    return f"{shown}, ... ({len(classes)} in all)" if len(classes) > 50 else shown or NOT_STATED
