@@ -19,10 +19,13 @@ BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def ray_head(home: Path, token: str) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
-    """(address of the job server, environment without the token, environment with it); `home` is HOME in both."""
+def ray_head(home: Path, token: str, port: int | None = None) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+    """(address of the job server, environment without the token, environment with it); `home` is HOME in both.
+
+    port: of Ray's control store, for who joins it by address.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ray"))
-    port, dashboard = free_port(), free_port()
+    port, dashboard = port or free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with_token = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
@@ -38,7 +41,7 @@ def ray_head(home: Path, token: str) -> Iterator[tuple[str, dict[str, str], dict
         yield address, environment, with_token
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
         for left in psutil.process_iter(["cmdline"]):
             if str(folder) in " ".join(left.info["cmdline"] or []):
                 with contextlib.suppress(psutil.Error):

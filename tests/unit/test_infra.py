@@ -83,7 +83,7 @@ def command_lines():
         for text in texts:
             for job, rest in COMMAND.findall(text):
                 rest = re.sub(r"\$\(\(.*?\)\)", "16", rest)
-                rest = re.sub(r"\$\{?(\w+)\}?", lambda match: SHELL[match[1]], rest)
+                rest = re.sub(r"\$\{?(\w+)\}?", lambda match: SHELL[match[1]], rest.replace('"$@"', ""))
                 yield f"{path.relative_to(ROOT)}: {job}{rest}", job, shlex.split(rest, comments=True)
 
 
@@ -500,7 +500,7 @@ def test_slurm_starts_ray_with_options_it_has():
 
     text = (INFRA / "slurm" / "pretrain.sbatch").read_text().replace("\\\n", " ")
     (options,) = re.findall(r"ray symmetric-run (.*?) -- ", text)
-    values = {"address": "10.0.0.1", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "96"}
+    values = {"address": "10.0.0.1", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "96", "SLURM_GPUS_ON_NODE": "8"}
     options = shlex.split(re.sub(r"\$(\w+)", lambda match: values[match[1]], options))
     kept = curate_and_validate_ray_start_args(options)
     assert kept == ["--num-cpus", "96", "--num-gpus", "8", "--dashboard-host", "127.0.0.1"]
