@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from pipeline import cluster, config, storage
+from pipeline import cluster, config, logs, storage
 from pipeline.data.format import Manifest
 from pipeline.data.prepare.config import RECIPES, PrepareConfig
 from pipeline.errors import UserError
@@ -126,7 +126,7 @@ def prepare(argv: list[str]) -> int:
         gather(argv, "--source"), recipes, default, prog="jobs/prepare.py", description=__doc__ or ""
     )
     from pipeline.data.prepare import prepare
-    from pipeline.operations import doctor
+    from pipeline.operations import doctor, next_steps
     from pipeline.tracking import resolve_tracking_uri
 
     settings = PrepareConfig(
@@ -147,6 +147,7 @@ def prepare(argv: list[str]) -> int:
             f"duplicates={result['duplicates']} classes={result['classes']} "
             f"fingerprint={result['fingerprint']}  {result['uri']}"
         )
+    logs.show(next_steps.after_preparing({name: storage.join(options.output, name or "") for name in manifests}))
     return 0
 
 

@@ -13,7 +13,7 @@ continues its run from the last complete checkpoint, on any number of workers.
 
 import argparse
 
-from pipeline import cluster
+from pipeline import cluster, logs
 from pipeline.config import diff, parse_recipe, run_job
 from pipeline.errors import UserError
 from pipeline.training.recipes import RECIPES
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(lines))
         return 0 if is_sound else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
-    from pipeline.operations import doctor
+    from pipeline.operations import doctor, next_steps
     from pipeline.training import run
 
     runtime = config.runtime
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         print(run.summarize(result))
     for version, checkpoint in result["registered"].items():
         print(f"pretrain: registered={version} {checkpoint}")
+    logs.show(next_steps.after_pretraining(config))
     return 0
 
 

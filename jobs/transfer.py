@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from pipeline import config
+from pipeline import config, logs
 from pipeline.errors import UserError
 from pipeline.transfer.suites import SUITES, TransferConfig, check_config
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         return compare(options)
     settings = TransferConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TransferConfig)})
     check_config(settings)  # before torch and Ray are imported
-    from pipeline.operations import doctor
+    from pipeline.operations import doctor, next_steps
     from pipeline.transfer import run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
         print(f"report: {result.output}/report.md")
     for job, error in result.failures.items():
         print(f"failed: {job}: {error}", file=sys.stderr)
+    logs.show(next_steps.after_transfer(settings.suite, settings.tracking_uri))
     return 1 if result.failures else 0
 
 

@@ -5,16 +5,20 @@ logger = logging.getLogger(__name__)
 with Collector() as collector:     on the driver: workers that hold `collector.handle` log through it
 send_to(handle)                    in such a worker, once
 with captured() as records:        in a worker whose result carries its records back; `replay(records)` on the driver
-with Progress("prepare", total=n, unit="images") as progress:
+with Progress("prepare", total=n) as progress:
     progress.advance(1)            a bar on a terminal, a line every ten seconds elsewhere
+logger.info("a  b  c", extra={"parts": ["a", "b", "c"]})
+                                   a terminal shows as many parts as fit on one line, the most important first
 """
 
 import contextlib
 import logging
 import logging.handlers
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +41,18 @@ class _WithoutPasswords(logging.Formatter):
         return redacted(super().format(record))
 
 
+class _OneLine(_WithoutPasswords):
+    """For a terminal: a record with `parts` is cut to one line by leaving out its last parts."""
+
+    TAKEN = 18  # columns of the time and the level
+
+    def format(self, record: logging.LogRecord) -> str:
+        parts: Sequence[str] = getattr(record, "parts", ())
+        while len(parts) > 1 and len("  ".join(parts)) > console.width - self.TAKEN:
+            parts = parts[:-1]
+        return redacted("  ".join(parts)) if parts else super().format(record)
+
+
 def setup(level: int = logging.INFO) -> None:
     """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is harmless."""
     handler: logging.Handler
@@ -44,7 +60,7 @@ def setup(level: int = logging.INFO) -> None:
         handler = RichHandler(
             console=console, show_path=False, markup=False, omit_repeated_times=False, log_time_format="%H:%M:%S"
         )
-        handler.setFormatter(_WithoutPasswords("%(message)s"))
+        handler.setFormatter(_OneLine("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_WithoutPasswords("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
@@ -53,6 +69,11 @@ def setup(level: int = logging.INFO) -> None:
         ours.handlers[:] = [handler]
         ours.setLevel(level)
         ours.propagate = False
+
+
+def show(text: str) -> None:
+    """Text for the person at the terminal, on standard error: without a time, and without line breaks inside commands."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 # ---------------------------------------------------------------- records of workers
@@ -161,11 +182,25 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
 # ---------------------------------------------------------------- progress
 
 
-class Progress:
-    """How far a long piece of work is: a bar with percentage and remaining time on a terminal, a log line every ten seconds
-    elsewhere.
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 20
+WIDE = 110  # columns from which a bar has room for a sparkline
 
-    total: in whatever `advance` counts. lines: False for work that logs lines of its own: then there is a bar, or nothing. `note` is free text after it, such as "1,234 images, 3 rejects".
+
+def sparkline(values: Sequence[float]) -> str:
+    """The finite values as one character each, the lowest as ▁ and the highest as █."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1)) if span else 0] for value in finite)
+
+
+class Progress:
+    """Progress of a long piece of work: a bar with percentage and remaining time on a terminal, else a line every ten seconds.
+
+    total: in the unit that `advance` counts. lines: False for work that logs lines of its own, so that there is a bar on a
+    terminal and nothing elsewhere.
     """
 
     EVERY = 10.0  # seconds between lines in a log
@@ -173,6 +208,7 @@ class Progress:
     def __init__(self, name: str, total: float, *, lines: bool = True) -> None:
         self.name, self.total, self.lines = name, max(total, 1e-9), lines
         self.done, self.note = 0.0, ""
+        self._values: deque[float] = deque(maxlen=SPARK_WIDTH)
         self._begin = self._shown = time.monotonic()
         self._bar: RichProgress | None = None
 
@@ -183,7 +219,7 @@ class Progress:
                 BarColumn(bar_width=None),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
             )
             self._bar = RichProgress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(self.name, total=self.total, note="")
@@ -196,10 +232,14 @@ class Progress:
         if self.done and self.lines:
             logger.info("%s", self.line())
 
-    def advance(self, amount: float, note: str = "") -> None:
+    def advance(self, amount: float, note: str = "", value: float | None = None) -> None:
+        """note: text beside the bar, such as "1,234 images, 3 rejects". value: the last point of a sparkline, such as a loss."""
         self.done, self.note = self.done + amount, note
+        if value is not None:
+            self._values.append(value)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            curve = f"  {sparkline(self._values)}" if self._values and console.width >= WIDE else ""
+            self._bar.update(self._task, completed=self.done, note=note + curve)
         elif self.lines and time.monotonic() - self._shown >= self.EVERY:
             self._shown = time.monotonic()
             logger.info("%s", self.line())

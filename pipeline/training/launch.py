@@ -137,14 +137,18 @@ def _run_config(config: PretrainConfig) -> RunConfig:
 
 @contextlib.contextmanager
 def _progress(plan: TrainPlan) -> Iterator[None]:
-    """A bar on a terminal, moved by the records of logged steps; they stay readable above it."""
+    """A bar on a terminal, which the records of logged steps advance. The records themselves stay above the bar."""
     steps = logging.getLogger("pipeline.training.loop")
     with logs.Progress("pretrain", total=plan.total, lines=False) as progress:
+        top1 = ""
 
         def follow(record: logging.LogRecord) -> bool:
-            step = getattr(record, "step", None)
-            if step is not None:
-                progress.advance(step - progress.done, f"step {step}/{plan.total}")
+            nonlocal top1
+            if (score := getattr(record, "top1", None)) is not None:
+                top1 = f"  top-1 {score:.1f}%"
+            if (step := getattr(record, "step", None)) is not None:
+                loss = getattr(record, "loss", float("nan"))
+                progress.advance(step - progress.done, f"loss {loss:.3f}{top1}", loss)
             return True
 
         steps.addFilter(follow)

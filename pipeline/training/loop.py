@@ -162,7 +162,8 @@ class Trainer:
         self.losses.setdefault("loss_first", value)
         self.losses["loss_last"] = value
         left = self.meter.remaining((self.plan.total - done) * self.config.batch_size)
-        self.info("%s", describe_step(done, self.plan, metrics, left), step=done)
+        parts = describe_step(done, self.plan, metrics, left)
+        self.info("%s", "  ".join(parts), parts=parts, step=done, loss=value)
         self.record(metrics, done)
         self.publish(
             {
@@ -193,7 +194,8 @@ class Trainer:
             if self.few_shot:
                 scores |= self.few_shot(self.engine)
         self.losses |= scores
-        self.info("step %d/%d  validation  %s", done, self.plan.total, describe_scores(scores))
+        text = describe_scores(scores)
+        self.info("step %d/%d  validation  %s", done, self.plan.total, text, top1=scores.get(names.VAL_TOP1))
         self.record({**scores, names.IMAGES_SEEN: done * self.config.batch_size}, done)
         if names.VAL_TOP1 in scores:
             self.publish({live.VALIDATION_TOP1: scores[names.VAL_TOP1]})
@@ -251,10 +253,10 @@ class Trainer:
 
     # ------------------------------------------------------------ rank 0 speaks for all
 
-    def info(self, text: str, *values: Any, step: int | None = None) -> None:
-        """step: the record says that so many steps are done (`launch` shows them as progress)."""
+    def info(self, text: str, *values: Any, **about: Any) -> None:
+        """about: attributes of the record. `launch` shows `step`, `loss` and `top1` as progress; `logs` shortens `parts`."""
         if self.worker.rank == 0:
-            logger.info(text, *values, extra={} if step is None else {"step": step})
+            logger.info(text, *values, extra=about)
 
     def warn(self, text: str) -> None:
         if self.worker.rank == 0:

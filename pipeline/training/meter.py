@@ -86,15 +86,20 @@ def describe_scores(scores: dict[str, float]) -> str:
     return "  ".join(text.format(scores[name]) for name, text in shown.items() if name in scores)
 
 
-def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds: float) -> str:
-    """The line of one logging step. seconds: the time left."""
+def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds: float) -> list[str]:
+    """The numbers of one logging step as text, the most important first. seconds: the time left."""
     minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-    mfu = f"mfu {metrics[names.MFU]:.1%}  " if names.MFU in metrics else ""
-    return (
-        f"step {step}/{plan.total}  epoch {step / plan.steps_per_epoch:.2f}  loss {metrics[names.LOSS]:.4f}  "
-        f"grad {metrics[names.GRAD_NORM]:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  "
-        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s  {mfu}wait {metrics[names.DATA_WAIT]:.1%}  "
-        f"{metrics[names.MEMORY_GB]:.1f} GB  eta {eta}"
-    )
+    return [
+        f"step {step}/{plan.total}",
+        f"loss {metrics[names.LOSS]:.4f}",
+        f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s",
+        f"lr {metrics[names.LEARNING_RATE]:.2e}",
+        f"grad {metrics[names.GRAD_NORM]:.3f}",
+        f"wait {metrics[names.DATA_WAIT]:.1%}",
+        f"epoch {step / plan.steps_per_epoch:.2f}",
+        *([f"mfu {metrics[names.MFU]:.1%}"] if names.MFU in metrics else []),
+        f"{metrics[names.MEMORY_GB]:.1f} GB",
+        f"eta {eta}",
+    ]

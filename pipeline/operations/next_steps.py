@@ -1,0 +1,63 @@
+"""What to do after a job, as commands to copy. The jobs show it when they have finished: `logs.show(after_pretraining(config))`."""
+
+import os
+import shlex
+from collections.abc import Mapping
+
+from pipeline import storage
+from pipeline.credentials import redacted
+from pipeline.tracking import resolve_tracking_uri
+from pipeline.training.config import PretrainConfig
+
+
+def after_preparing(datasets: Mapping[str, str]) -> str:
+    """datasets: {split: address} of what was prepared."""
+    train = datasets.get("train") or next(iter(datasets.values()))
+    held_out = next((datasets[name] for name in ("val", "validation", "test") if name in datasets), None)
+    folder = os.path.dirname(train)
+    beside = (
+        os.path.dirname(folder) if os.path.basename(folder) == "data" else f"runs/{os.path.basename(folder) or 'run'}"
+    )
+    run = storage.join(beside or "runs", "pretrain")
+    words = ["python", "jobs/pretrain.py", "--data", train, *(["--validation", held_out] if held_out else [])]
+    return _listed(
+        {
+            "look": f"python jobs/prepare.py describe {shlex.quote(train)}",
+            "train": f"{shlex.join(words)} --output {shlex.quote(run)}   (--list-recipes shows the models)",
+        }
+    )
+
+
+def after_pretraining(config: PretrainConfig) -> str:
+    """Addresses stay as the user gave them."""
+    output = config.runtime.output.rstrip("/")
+    sets = os.path.dirname(config.runtime.data.rstrip("/")) or "."
+    words = ["python", "jobs/transfer.py", "--checkpoint", output]
+    if all(storage.exists(storage.join(sets, split, "manifest.json")) for split in ("train", "test")):
+        words += ["--suite", "folder", "--data", sets]
+    else:
+        words += ["--suite", "vtab1k", "--data", "sets/vtab"]
+    steps = {"look": look_at(config.runtime.tracking_uri), "transfer": shlex.join(words)}
+    if config.loss != "masked":
+        export = ["python", "jobs/export.py", "--checkpoint", output, "--to", "timm", "--output", f"{output}-timm"]
+        steps["export"] = f"{shlex.join(export)}   (needs the extra .[export])"
+    return _listed(steps)
+
+
+def after_transfer(suite: str, tracking_uri: str | None) -> str:
+    """suite: the name of the suite that was scored."""
+    return _listed({"look": look_at(tracking_uri), "compare": f"python jobs/compare.py --suite {suite}"})
+
+
+def look_at(tracking_uri: str | None) -> str:
+    """How a person opens MLflow on the runs of this job."""
+    uri = resolve_tracking_uri(tracking_uri)
+    if uri.startswith("http"):
+        return f"open {redacted(uri)}"
+    if uri == f"sqlite:///{os.path.abspath('mlflow.db')}" and os.path.exists("Makefile"):
+        return "make ui, then open http://127.0.0.1:5000"
+    return f"mlflow ui --backend-store-uri {shlex.quote(redacted(uri))}, then open http://127.0.0.1:5000"
+
+
+def _listed(steps: Mapping[str, str]) -> str:
+    return "\n".join(["next:", *(f"  {name:9s} {command}" for name, command in steps.items())])
