@@ -268,7 +268,7 @@ def test_cifar(tmp_path):
         add(archive, "cifar-10-batches-bin/batches.meta.txt", "\n".join("abcdefghij").encode())
         add(archive, "cifar-10-batches-bin/data_batch_1.bin", records.tobytes())
         add(archive, "cifar-10-batches-bin/test_batch.bin", records[:1].tobytes() + b"half a record")
-    dataset = run(tmp_path, source=(str(path),))
+    dataset = run(tmp_path, source=(str(path),), splits=("merge",))
     assert dataset.classes == list("abcdefghij")
     rows = dataset.read(range(len(dataset)))
     assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 9, 0]
@@ -318,7 +318,8 @@ def test_cifar_for_python_is_cifar_in_binary(tmp_path, hundred):
         for part in parts:
             add(archive, f"{stem}-binary/{part}.bin", records.tobytes())
     datasets = [
-        run(tmp_path / form, source=(str(tmp_path / f"{stem}-{form}.tar.gz"),)) for form in ("python", "binary")
+        run(tmp_path / form, source=(str(tmp_path / f"{stem}-{form}.tar.gz"),), splits=("merge",))
+        for form in ("python", "binary")
     ]
     assert datasets[0].classes == datasets[1].classes == names
     rows = [dataset.read(range(len(dataset))) for dataset in datasets]
@@ -339,7 +340,7 @@ def test_a_pickle_that_is_a_program_does_not_run(tmp_path):
         add(archive, "c/data_batch_3", pickled({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}))
         add(archive, "c/data_batch_4", pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}))
         add(archive, "c/test_batch", pickled({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}))
-    dataset = run(tmp_path, source=(str(path),))
+    dataset = run(tmp_path, source=(str(path),), splits=("merge",))
     assert not (tmp_path / "ran").exists()
     assert len(dataset) == 2
     assert refusals(dataset) == {f"data_batch_{i}": "corrupt" for i in range(1, 5)}

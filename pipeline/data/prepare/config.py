@@ -1,6 +1,7 @@
 """What decides a dataset: the configuration of `prepare`, its recipes and its checks."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pipeline.data.images import Fit
 from pipeline.errors import UserError
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
+MOST_SPLITS = 64  # of a source: a column with more values says something else
 FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that take the splits of the source
 DIGITS = "demo:digits"  # the built-in source: scikit-learn's handwritten digits, written as class folders of PNG
 
@@ -27,15 +29,16 @@ class PrepareConfig:
     output: str = ""
     """Folder or s3:// prefix for the dataset: new or empty, or left unfinished by the same command."""
     format: str = "auto"
-    """Format of the sources: auto (recognised by file names), folder, tar, parquet, tfrecord or cifar."""
+    """Format of the sources: auto (recognised by file names), folder, tar, zip, parquet, arrow, tfrecord or cifar."""
     labels: str | None = None
     """Table of file names and labels: CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive."""
     label_column: str | None = None
-    """Column that holds the label, in --labels and in Parquet sources."""
+    """Column, JSON field or TFRecord feature that holds the label, in --labels and in the sources. Several, separated by
+    commas, are one-hot columns; txt and cls name the members of an archive with that ending."""
     file_column: str | None = None
-    """Column that holds the file name, in --labels."""
+    """Column or feature that holds the file name, in --labels and in the sources."""
     split_column: str | None = None
-    """Column that holds the split, in --labels and in Parquet sources."""
+    """Column, field or feature that holds the split, in --labels and in the sources."""
     class_level: int | None = None
     """Level of the folder that names the class; 1 is the first below the source. None: found automatically."""
     label_map: str | None = None
@@ -201,10 +204,17 @@ def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, flo
             raise UserError(
                 "--splits from-source: the source has no splits (train/ and val/ folders, files named train-..., a split column)"
             )
+        odd = [name for name in found if not re.fullmatch(r"[\w-][\w .=-]*", name) or name == WORK]
+        if odd or len(found) > MOST_SPLITS:
+            raise UserError(
+                f"--splits from-source: {f'{odd[0]!r} is no name for a folder' if odd else f'{len(found)} splits'}; name the "
+                "column of the splits with --split-column, or say the splits (train=0.9 val=0.1)"
+            )
         return dict.fromkeys(found, 0.0)
     if len(found) > 1 and config.splits != MERGE:
+        shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
         raise UserError(
-            f"{config.source[0]}: has the splits {', '.join(found)}, which would become one dataset; --splits from-source keeps "
+            f"{config.source[0]}: has the splits {shown}, which would become one dataset; --splits from-source keeps "
             f"them apart, --splits merge joins them, --include (or naming its folder with --source) takes one"
         )
     return parse_splits(config.splits)

@@ -1,5 +1,6 @@
 """Receipts of slices -> finished datasets: too many rejects, reports, manifests, and what is removed at the end."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from pipeline.data.format import Manifest, Receipt, Reject
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.deduplicate import deduplicated_name
 from pipeline.data.prepare.plan import PreparePlan, slice_name
+from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def receipt_names(plan: PreparePlan) -> list[str]:
@@ -29,9 +33,12 @@ def finish_datasets(
     mixed: receipts of the shards that replace those of the slices. Raises UserError when more inputs were refused than
     `max_reject_fraction` allows.
     """
-    _check_rejects(plan, receipts)
+    without_labels = _splits_without_labels(plan, receipts)
+    _check_rejects(plan, receipts, without_labels)
     manifests = {}
     for name in plan.splits:
+        if name in without_labels:
+            continue
         duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
             reported = [record for receipt in receipts for record in receipt.get("reported", {}).get(name, [])]
@@ -50,13 +57,55 @@ def finish_datasets(
             config=identity(plan.config),
             input_fingerprint=plan.input_fingerprint,
         )
+    _warn_about_classes(plan, manifests)
     tidy_output(plan, manifests)
     return manifests
 
 
-def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
-    inputs = sum(sum(receipt["inputs"].values()) for receipt in receipts)
-    refused = [Reject(*row) for receipt in receipts for rows in receipt["rejects"].values() for row in rows]
+def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> set[str]:
+    """The splits of the source whose every input was refused for want of a label, when others have rows."""
+    if not plan.source_decides:
+        return set()
+    found = set()
+    for name in plan.splits:
+        reasons = {row[2] for receipt in receipts for row in receipt["rejects"][name]}
+        if reasons == {"no label"} and not any(receipt["splits"][name]["rows"] for receipt in receipts):
+            found.add(name)
+    if len(found) == len(plan.splits):
+        return set()
+    for name in sorted(found):
+        count = sum(receipt["inputs"][name] for receipt in receipts)
+        logger.warning("the split %s (%d images) has no labels and is left out; --unlabelled takes it", name, count)
+    return found
+
+
+def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
+    """Says which classes have no image, and that one class is no classification."""
+    classes = plan.labels.classes
+    if len(classes) == 1 and not plan.labels.multilabel:
+        logger.warning(
+            "%s: one class (%s); a model cannot learn to classify from it. If the classes lie elsewhere, name their place "
+            "(--class-level, --label-column, --labels)",
+            plan.config.output,
+            classes[0],
+        )
+    for name, manifest in manifests.items():
+        empty = [label for label, count in zip(classes, manifest.class_counts, strict=True) if not count]
+        if empty and (name.lower() not in HELD_OUT or len(manifests) == 1):
+            logger.warning(
+                "%s: %d of %d classes have no image, such as %s%s",
+                plan.split_uri(name),
+                len(empty),
+                len(classes),
+                ", ".join(empty[:5]),
+                f"; see {shards.REJECTS}" if manifest.rejects else "",
+            )
+
+
+def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_out: set[str]) -> None:
+    kept = [name for name in plan.splits if name not in left_out]
+    inputs = sum(receipt["inputs"][name] for receipt in receipts for name in kept)
+    refused = [Reject(*row) for receipt in receipts for name in kept for row in receipt["rejects"][name]]
     if not inputs or len(refused) <= plan.config.max_reject_fraction * inputs:
         return
     reasons = Counter(reject.reason for reject in refused)

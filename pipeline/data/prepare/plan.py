@@ -7,6 +7,7 @@ same shards.
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, ident
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
 from pipeline.workqueue import Receipts
+
+logger = logging.getLogger(__name__)
 
 
 class SourceSlice(NamedTuple):
@@ -150,6 +153,8 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         class_level=config.class_level,
         unlabelled=config.unlabelled,
     )
+    if config.splits == FROM_SOURCE and not config.unlabelled:
+        found = [_without_unlabelled_splits(source) for source in found]
     splits = resolve_splits(config, sorted({split for source in found for split in source.splits}))
     labels = sources.make_labels(found, label_map, config.unlabelled)
     fingerprint = fingerprint_input(found, labels)
@@ -167,13 +172,31 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     )
 
 
+def _without_unlabelled_splits(source: Source) -> Source:
+    """The source without those of its splits in which no file has a label, such as the test set of a competition."""
+    if not source.listed:
+        return source  # what an archive has is known once it is read; `finish` leaves such splits out
+    labelled = source.fragments.filter(pc.is_valid(source.fragments["labels"]))["split"]
+    without = set(source.splits) - set(pc.unique(labelled).to_pylist())
+    if not without or len(without) == len(source.splits):
+        return source
+    gone = pc.is_in(source.fragments["split"], pa.array(sorted(without)))
+    for split in sorted(without):
+        count = pc.sum(pc.equal(source.fragments["split"], split)).as_py()
+        logger.warning(
+            "%s: the split %s (%d files) has no labels and is left out; --unlabelled takes it", source.uri, split, count
+        )
+    kept = source.fragments.filter(pc.invert(pc.fill_null(gone, False)))
+    return dataclasses.replace(source, fragments=kept, splits=tuple(s for s in source.splits if s not in without))
+
+
 def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
     """16 hex characters of all listings (paths, sizes, labels) and the class names."""
     digest = hashlib.sha256()
     for source in found:
-        digest.update(
-            json.dumps([source.uri, source.kind, source.table.labels, source.table.splits], sort_keys=True).encode()
-        )
+        tables = [source.naming.table, *source.naming.tables.values()]
+        said = [source.uri, source.kind, *([table.labels, table.splits] for table in tables)]
+        digest.update(json.dumps(said, sort_keys=True).encode())
         fragments = source.fragments
         if not source.listed:
             fragments = fragments.sort_by([("path", "ascending"), ("start", "ascending")])

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.codecs import Refused
-from pipeline.data.sources import archives
+from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
 from pipeline.errors import UserError
 
 NAME = "cifar"
@@ -32,6 +32,7 @@ MAX_BATCH_BYTES = 256 << 20  # the largest, of CIFAR-100 in Python, has 155 MB
 TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 HUNDRED = ("train", "test")
 PARTS = frozenset(TEN + HUNDRED)
+META = frozenset({"batches.meta", "meta", "batches.meta.txt", "fine_label_names.txt"})  # files of class names
 
 
 def class_names(members: Iterable[tuple[str, bytes]]) -> list[str]:
@@ -139,19 +140,76 @@ def _latin1(value: str, encoding: Any) -> bytes:
 
 
 def matches(path: str) -> bool:
-    return bool(ARCHIVE.search(path))
+    """The published archives, and the files in them."""
+    return bool(ARCHIVE.search(path)) or part_of(path) is not None
+
+
+def part_of(path: str) -> str | None:
+    """The part that an unpacked file is: data_batch_1, test_batch.bin, and of CIFAR-100 the files train and test."""
+    name = path.rpartition("/")[2]
+    return name.removesuffix(".bin") if name.removesuffix(".bin") in PARTS else None
+
+
+def split_of_part(part: str) -> str:
+    return "test" if part in ("test", "test_batch") else "train"
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    return archives.scan_archives(NAME, uri, files, options, lambda path: path.endswith((".tar", "gz")), scan_file)
+    """An archive is one fragment; of an unpacked one, every part is. Raises UserError for a damaged archive, or for both
+    data sets, or both versions, in one folder."""
+    paths = files["path"].to_pylist()
+    unpacked = [path for path in paths if part_of(path)]
+    if not unpacked:
+        return archives.scan_archives(
+            NAME, uri, files, options, lambda path: path.lower().endswith((".tar", "gz")), scan_file
+        )
+    folders = {path.rpartition("/")[0] for path in unpacked}
+    if len(folders) > 1 or {path.endswith(".bin") for path in unpacked} == {True, False}:
+        raise UserError(
+            f"{uri}: holds several versions of CIFAR ({', '.join(sorted(folders))}); name one with --source"
+        )
+    folder = folders.pop()
+    beside = [path for path in paths if path.rpartition("/")[0] == folder]
+    meta = [path for path in beside if path.rpartition("/")[2] in META]
+    try:
+        members = [(path.rpartition("/")[2], storage.read_bytes(storage.join(uri, path))) for path in meta]
+        names = tuple(class_names([*members, *((path.rpartition("/")[2], b"") for path in unpacked)]))
+    except ValueError as error:
+        raise UserError(f"{uri}: not CIFAR, or damaged ({error}); fetch it again") from error
+    files = files.filter(pa.array([path in set(unpacked) for path in paths], pa.bool_()))
+    splits = [split_of_part(part_of(path) or "") for path in files["path"].to_pylist()]
+    return Source(
+        uri=uri,
+        kind=NAME,
+        prefix=options.prefix,
+        fragments=items.fragments_of_files(
+            files, pa.nulls(files.num_rows, FRAGMENTS.field("labels").type), pa.array(splits, pa.string())
+        ),
+        names=frozenset(names),
+        ordered_names=names,
+        splits=tuple(sorted(set(splits))),
+    )
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
+    parts: set[str] = set()
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for member, data in _members(uri):
+            if (part := member.removesuffix(".bin")) in PARTS:
+                parts.add(part)
+            yield member, data
+
     try:
-        names = class_names(_members(uri))
+        names = class_names(members())
     except (*DAMAGE, ValueError) as error:
         raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
-    return FileScan(fragments=archives.whole(path, size), names=names, ordered_names=tuple(names))
+    return FileScan(
+        fragments=archives.whole(path, size),
+        names=names,
+        ordered_names=tuple(names),
+        splits=set(map(split_of_part, parts)),
+    )
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
@@ -159,7 +217,11 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _members(uri: str) -> Iterator[tuple[str, bytes]]:
-    """(base name, content) of the members."""
+    """(base name, content) of the members; of an unpacked part, itself."""
+    if part_of(uri):
+        with storage.open_file(uri) as file:
+            yield uri.rpartition("/")[2], file.read(MAX_BATCH_BYTES)
+        return
     with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             if member.isfile():
@@ -174,16 +236,16 @@ def _read_file(uri: str, name: str) -> Iterator[Item]:
             part, where = member.removesuffix(".bin"), f"{name}/{member}"
             if part not in PARTS:
                 continue
+            split = split_of_part(part)
             try:
                 pixels_NHWC, labels, left_over = parse(member, data)
             except ValueError as error:
-                yield Item(part, where, b"", None, Refused("corrupt", str(error)))
+                yield Item(part, where, b"", None, Refused("corrupt", str(error)), split)
                 continue
             if left_over:
-                yield Item(
-                    part, where, b"", None, Refused("truncated", f"{left_over} bytes after the last whole record")
-                )
+                detail = f"{left_over} bytes after the last whole record"
+                yield Item(part, where, b"", None, Refused("truncated", detail), split)
             for i, (pixels, label) in enumerate(zip(pixels_NHWC, labels, strict=True)):
-                yield Item(f"{part}/{i:05d}", where, np.ascontiguousarray(pixels), [str(label)])
+                yield Item(f"{part}/{i:05d}", where, np.ascontiguousarray(pixels), [str(label)], split=split)
     except DAMAGE as error:
         yield Item(name, uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))

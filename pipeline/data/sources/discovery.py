@@ -1,6 +1,7 @@
 """Finds out what a source is, and reads it: the list of formats and the two functions that use it."""
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,18 +11,34 @@ from typing import cast
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.sources import cifar, folder, parquet, tar, tfrecord
+from pipeline.data.sources import arrow, cifar, folder, parquet, tar, tfrecord, zip
 from pipeline.data.sources.archives import included
 from pipeline.data.sources.items import Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.listing import list_source
+from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
 # One module for each format; a new format is a module with NAME, matches, scan and read, and a place here. The format that
 # most files match is chosen, the first of the list when several match equally many: images win over archives beside them.
-FORMATS: list[ModuleType] = [folder, cifar, tar, parquet, tfrecord]
+FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord]
 
-UNREAD = (".zip", ".7z", ".rar")  # archives that people have and that no format reads
+UNREAD = (
+    ".7z",
+    ".rar",
+    ".z01",
+    ".lzma",
+    ".tar.lz4",
+    ".h5",
+    ".hdf5",
+    ".lmdb",
+    ".mdb",
+    ".mat",
+    ".npz",
+    ".npy",
+    ".rec",
+)  # archives and containers that people have and that no format reads
+logger = logging.getLogger(__name__)
 SNIFFED_FILES = 1000  # files of a listing that decide about its format
 SNIFFED_ITEMS = 256  # items that decide whether an archive is multi-label when its labels were not scanned
 
@@ -72,6 +89,8 @@ def discover(
             unit_bytes=unit_bytes,
             prefix=prefix,
         )
+        if format == "auto":
+            _warn_about_others(uri, files, found)
         source = found.scan(uri, files, options)
         if source.names is None:  # the labels were not scanned: a few samples tell whether there are several each
             some = itertools.islice(read(source, source.fragments.slice(0, 1)), SNIFFED_ITEMS)
@@ -91,8 +110,29 @@ def _recognise(uri: str, files: pa.Table) -> SourceFormat:
         raise UserError(f"{uri}: a single file that is no archive ({archives}); give a folder or an archive")
     packed = next((name for name in names if name.lower().endswith(UNREAD)), None)
     if packed and not counts[best]:
-        raise UserError(f"{uri}: {packed} is not read; unpack it, or pack the images as .tar")
+        raise UserError(f"{uri}: {packed} is not read; unpack it, or pack the images as .tar or .zip")
     return formats()[best if counts[best] else folder.NAME]
+
+
+def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:
+    """Says which of the first files another format would read: a source is read as one format."""
+    names = files["path"][:SNIFFED_FILES].to_pylist()
+    mine = {os.path.splitext(name)[0] for name in names if chosen.matches(name)}
+    for name, other in formats().items():
+        # img2dataset writes a table of the same name beside every archive, and label tables are read as such
+        beside = [
+            path
+            for path in names
+            if other.matches(path)
+            and not chosen.matches(path)
+            and os.path.splitext(path)[0] not in mine
+            and not TABLE_FILE.fullmatch(path)
+        ]
+        if beside:
+            logger.warning(
+                "%s: read as %s; %d files of format %s, such as %s, are not read; name them with a --source of their own",
+                uri, chosen.NAME, len(beside), name, beside[0],
+            )  # fmt: skip
 
 
 def read(source: Source, fragments: pa.Table, include: tuple[str, ...] = ()) -> Iterator[Item]:

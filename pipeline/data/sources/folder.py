@@ -1,8 +1,9 @@
 """Folders of image files: the class is the first folder, or a label table says it."""
 
+import dataclasses
 import logging
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -20,14 +21,20 @@ from pipeline.data.sources.items import (
     is_included,
     too_large,
 )
-from pipeline.data.sources.layout import WORDNET, Layout, find_layout, folders_of
-from pipeline.data.sources.tables import LabelTable, NoLabelColumn, read_label_table
-from pipeline.errors import UserError, nearest
+from pipeline.data.sources.layout import Layout, find_layout, folders_of, in_names_say_splits, split_in_name
+from pipeline.data.sources.naming import Naming, Rows, find_tables, read_tables
+from pipeline.data.sources.tables import LabelTable, read_label_table
+from pipeline.errors import UserError
 
 NAME = "folder"
-TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for the folder they lie in
-    r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv)"
-)
+BESIDE = (
+    ".txt",
+    ".json",
+    ".cls",
+    ".xml",
+    ".caption",
+    ".npy",
+)  # ends of files that say something about the image of their name
 logger = logging.getLogger(__name__)
 
 
@@ -37,18 +44,19 @@ def matches(path: str) -> bool:
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """Every file is a fragment. Labels are those of a table (given, or found as labels.* or metadata.*), else the folders."""
-    files, table, by_split = _tables(uri, files, options)
+    """Every file is a fragment. Labels are those of a table (given, or found as labels.*, metadata.*, train.csv, ...), else
+    the folders."""
+    files, tables = _tables(uri, files, options)
     if options.include:
         keep = [is_included(options.prefix + path.as_py(), options.include) for path in files["path"]]
         files = files.filter(pa.array(keep, pa.bool_()))
         if not files.num_rows:
             raise UserError(f"{uri}: nothing matches --include {' '.join(options.include)}")
-    layout = _layout(uri, files, table, options)
-    if table:
-        fragments, names = _labelled_by_table(uri, files, table, layout)
-    else:
-        fragments, names = _labelled_by_folder(files, layout, by_split)
+    hint = _hint(files)
+    files, captioned = _without_sidecars(uri, files)
+    naming = Naming(table=options.table, tables=tables)
+    naming = dataclasses.replace(naming, layout=_layout(uri, files, naming, options, captioned))
+    fragments, names = _labelled(uri, files, naming)
     splits = tuple(sorted(set(pc.unique(fragments["split"]).drop_null().to_pylist())))
     return Source(
         uri=uri,
@@ -56,100 +64,121 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
         prefix=options.prefix,
         fragments=fragments,
         names=frozenset(names),
-        multilabel=any(found.multilabel for found in (table, *by_split.values())),
-        by_folder=not table,
+        multilabel=naming.multilabel,
+        by_folder=naming.by_folder,
         splits=splits,
+        hint=hint,
     )
 
 
-def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, LabelTable, dict[str, LabelTable]]:
-    """The files that are no tables, the table for all of them, and else the tables of single folders."""
+def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, dict[str, LabelTable]]:
+    """The files that are no tables, and the tables by folder."""
     if options.table:
-        return files, options.table, {}
-    named = pc.match_substring_regex(files["path"], r"(?i)(?:labels|metadata|annotations|solution)\.[a-z]+$")
-    found = [m for path in files.filter(named)["path"].to_pylist() if (m := TABLE_FILE.fullmatch(path))]
+        return files, {}
+    ends = pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|txt|lst|jsonl|json|parquet)$")
+    found = find_tables(files.filter(ends)["path"].to_pylist())
     if not found:
-        return files, options.table, {}
-    beside = pa.array([match[0] for match in found], pa.large_string())
-    files = files.filter(pc.invert(pc.is_in(files["path"], beside)))
-    tables: dict[str, LabelTable] = {}
-    for match in found:
-        folder = match["folder"] or ""
-        if folder in tables:
-            continue
-        try:
-            table = read_label_table(storage.join(uri, match[0]), options.columns, need_labels=not options.unlabelled)
-        except NoLabelColumn as error:
-            if "perhaps" in str(error):  # there may be labels under another name
-                raise
-            logger.warning("%s; the table is ignored", error)
-            continue
-        tables[folder] = table
-    return (files, tables[""], {}) if "" in tables else (files, LabelTable(), tables)
+        return files, {}
+
+    def read(path: str) -> LabelTable:
+        return read_label_table(storage.join(uri, path), options.columns, need_labels=not options.unlabelled)
+
+    tables = read_tables(found, read, not options.unlabelled)
+    paths = [path for path, _, _ in found]
+    files = files.filter(pc.invert(pc.is_in(files["path"], pa.array(paths, pa.large_string()))))
+    named = {split: folder for _, folder, split in found if split is not None}
+    for folder in set(named.values()) & tables.keys():  # train.txt may be a list of something else
+        naming = Naming(tables={folder: tables[folder]})
+        row = (naming.row(path) for path in files["path"].to_pylist())
+        if not any(found is not None and found[2] is not None for found in row):
+            logger.warning("%s: no file is named in %s; the table is ignored", uri, tables.pop(folder).uri)
+    return files, tables
 
 
-def _layout(uri: str, files: pa.Table, table: LabelTable, options: ScanOptions) -> Layout:
+def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
+    """The files without those that stand beside an image of the same name (0.jpg, 0.txt, 0.json), and whether there are any."""
+    paths = files["path"].to_pylist()
+    beside = [path.lower().endswith(BESIDE) for path in paths]
+    if not any(beside):
+        return files, False
+    stems = {os.path.splitext(path)[0] for path in paths if matches(path)}
+    keep = [not (other and os.path.splitext(path)[0] in stems) for path, other in zip(paths, beside, strict=True)]
+    count = len(keep) - sum(keep)
+    if count:
+        example = paths[keep.index(False)]
+        logger.info("%s: %d files beside images, such as %s, are no input", uri, count, example)
+    return files.filter(pa.array(keep, pa.bool_())), count > 0
+
+
+def _hint(files: pa.Table) -> str:
+    """The first file that may be a label table under another name."""
+    named = files.filter(
+        pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|jsonl|parquet|lst|xlsx?|txt|json|mat)$")
+    )
+    return f"{named['path'][0].as_py()} may be a label table: name it with --labels" if named.num_rows else ""
+
+
+def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Layout:
     """Where the images' folders name splits and classes."""
-    folders: set[tuple[str, ...]] = set()
+    folders: Counter[tuple[str, ...]] = Counter()
+    in_names: set[str | None] = set()
+    open_folders = False  # whether the folders of some images have to say the classes
     for batch in listing.in_batches(files):
-        folders.update({tuple(folders_of(path)) for path in batch["path"].to_pylist() if matches(path)})
-    layout = find_layout(folders, None if options.class_level is None else options.class_level - 1)
-    if layout.class_level and not table.labels and options.class_level is None:
-        example = next(iter(sorted(folders)))
-        logger.info(
-            "%s: the classes are the folders at level %d, such as %s; --class-level chooses another",
-            uri,
-            layout.class_level + 1,
-            "/".join(example[: layout.class_level + 1]),
+        for path in batch["path"].to_pylist():
+            if matches(path):
+                folders[tuple(folders_of(path))] += 1
+                if None not in in_names:
+                    in_names.add(split_in_name(path))
+                if not open_folders:
+                    found = naming.row(path)
+                    open_folders = found is None or not found[0].labels
+    wanted = None if options.class_level is None else options.class_level - 1
+    if options.unlabelled or not open_folders:
+        wanted = 0  # nothing to look for
+    try:
+        layout = find_layout(folders, wanted)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
+    if layout.uncertain:
+        logger.warning("%s: %s", uri, layout.uncertain)
+    names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
+    if captioned and wanted is None and names and all(map(str.isdigit, map(str, names))):
+        raise UserError(
+            f"{uri}: folders such as {min(map(str, names))} look like the shards of img2dataset, whose captions are no classes; "
+            "--unlabelled takes the images, --labels FILE names their classes, --class-level 1 makes classes of the folders"
         )
+    if layout.split_level is None and in_names_say_splits(in_names):
+        return dataclasses.replace(layout, in_names=True)
     return layout
 
 
-def _labelled_by_table(uri: str, files: pa.Table, table: LabelTable, layout: Layout) -> tuple[pa.Table, set[str]]:
-    """Fragments and label names. Rows of the table without a file become fragments too, so that they are counted as missing."""
-    paths = files["path"].to_pylist()
-    rows = [table.find(path) for path in paths]
-    labels = [None if row is None else table.labels.get(row) for row in rows]
-    splits = [
-        table.splits.get(row or "") or layout.split(folders_of(path)) for row, path in zip(rows, paths, strict=True)
-    ]
-    absent = sorted(set(table.labels) - set(rows))
-    if table.labels and all(row is None for row in rows):
-        raise UserError(
-            f"{uri}: no file is named in the label table; it has {absent[0]!r}{nearest(absent[0], paths)}, the source has "
-            f"{paths[0]!r}"
-        )
-    files = pa.concat_tables([files, pa.table({"path": absent, "size": [0] * len(absent)}, schema=files.schema)])
-    labels += [table.labels[name] for name in absent]
-    splits += [table.splits.get(name) for name in absent]
-    names = {name for label in labels if label for name in label}
-    label_type = FRAGMENTS.field("labels").type
-    return fragments_of_files(files, pa.array(labels, label_type), pa.array(splits, pa.string())), names
-
-
-def _labelled_by_folder(files: pa.Table, layout: Layout, tables: dict[str, LabelTable]) -> tuple[pa.Table, set[str]]:
-    """Fragments and label names: of the class folder, or the WordNet id that the name of a file at the top begins with. Files
-    in the folders of `tables` have the labels that the table says."""
+def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[str]]:
+    """Fragments and label names. Rows of tables without a file become fragments too, so that they are counted as missing."""
     names: set[str] = set()
-
-    def label_of(path: str, folders: list[str]) -> list[str] | None:
-        for folder, table in tables.items():
-            if path.startswith(f"{folder}/"):
-                return table.lookup(path[len(folder) + 1 :])
-        label = layout.label(folders)
-        if label is None and not folders and (wordnet := WORDNET.match(path)):
-            label = wordnet[1]
-        return None if label is None else [label]
+    tabled = bool(naming.table or naming.tables)
+    rows = Rows(naming)
 
     def labelled(part: pa.Table) -> pa.Table:
         paths = part["path"].to_pylist()
-        folders = [folders_of(path) for path in paths]
-        labels = [label_of(path, inside) for path, inside in zip(paths, folders, strict=True)]
-        names.update(name for label in labels for name in label or ())
-        splits = pa.array([layout.split(inside) for inside in folders], pa.string())
-        return fragments_of_files(part, pa.array(labels, FRAGMENTS.field("labels").type), splits)
+        found = [naming.of(path) for path in paths]
+        if tabled:
+            for path in paths:
+                rows.add(path)
+        return fragments(part, [label for label, _ in found], [split for _, split in found])
 
-    return listing.spilled(map(labelled, listing.in_batches(files)), FRAGMENTS), names
+    def fragments(part: pa.Table, labels: list[list[str] | None], splits: list[str | None]) -> pa.Table:
+        names.update(name for label in labels for name in label or ())
+        return fragments_of_files(part, pa.array(labels, FRAGMENTS.field("labels").type), pa.array(splits, pa.string()))
+
+    parts = map(labelled, listing.in_batches(files))
+    if not tabled:
+        return listing.spilled(parts, FRAGMENTS), names
+    there = listing.spilled(parts, FRAGMENTS)
+    rows.check(uri, files["path"].to_pylist())
+    missing = list(rows.missing())
+    absent = pa.table({"path": [path for path, _, _ in missing], "size": [0] * len(missing)}, schema=listing.LISTING)
+    gone = fragments(absent, [label for _, label, _ in missing], [split for _, _, split in missing])
+    return pa.concat_tables([there, gone]), names
 
 
 # ---------------------------------------------------------------- reading

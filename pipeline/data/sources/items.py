@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.codecs import Refused
-from pipeline.data.sources.tables import Columns, LabelTable
+from pipeline.data.sources.columns import Columns
+from pipeline.data.sources.naming import Naming
+from pipeline.data.sources.tables import LabelTable
 
 MAX_FILE_BYTES = 128 << 20  # no image is larger; a larger member of an archive is a decompression bomb
 
@@ -50,11 +52,13 @@ class Source:
     ordered_names: tuple[str, ...] | None = None  # when the source itself says which index has which name
     multilabel: bool = False
     splits: tuple[str, ...] = ()  # the splits that the source itself has
-    table: LabelTable = field(default_factory=LabelTable)  # for archives: what a table says about their members
+    naming: Naming = field(default_factory=Naming)  # for archives: what tables and folders say about their members
     columns: Columns = field(default_factory=Columns)  # that the user named
     by_folder: bool = False  # the names are those of folders
     by_archive: bool = False  # archives repeat each other's keys: the archive's name goes before each key
+    apart: bool = False  # members of one sample lie apart in an archive
     problem: str = ""  # why an archive could not be scanned to its end
+    hint: str = ""  # where labels may be, when there are none
 
     @property
     def listed(self) -> bool:

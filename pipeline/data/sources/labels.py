@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.codecs import Refused
+from pipeline.data.sources.columns import SYNSET
 from pipeline.data.sources.items import Source
-from pipeline.data.sources.tables import SYNSET, read_text
+from pipeline.data.sources.rows import decode_text, read_data
 from pipeline.errors import UserError
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -28,8 +29,8 @@ class Labels:
         """Raises Refused for an input without a label or with one that is no class."""
         if self.unlabelled:
             return -1
-        if names is None or (not names and not self.multilabel):
-            raise Refused("no label")
+        if names is None or (not names and not self.multilabel) or (list(names) == ["-1"] and "-1" not in self.index):
+            raise Refused("no label")  # -1 is how Hugging Face writes it
         try:
             indices = [self.index[name] for name in names]
         except KeyError as error:
@@ -45,7 +46,7 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
     """`--label-map`: a text file or JSON list of class names in index order, or a JSON object {name: new name}."""
     if uri is None:
         return None
-    text = read_text(uri)
+    text = decode_text(read_data(uri), uri)
     value: Any
     try:
         value = json.loads(text)
@@ -107,10 +108,16 @@ def make_labels(
     problem = next((source.problem for source in sources if source.problem), "")
     if not classes and problem:
         raise UserError(f"{problem}; no label was found")
+    hint = next((f" ({source.hint})" for source in sources if source.hint), "")
     if not classes:
         raise UserError(
-            f"{sources[0].uri}: zero classes; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
+            f"{sources[0].uri}: zero classes{hint}; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
             "(or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled takes images without labels"
+        )
+    if isinstance(label_map, list) and names and not any(n in classes or INTEGER.fullmatch(n) for n in names):
+        raise UserError(
+            f"--label-map: none of the labels in {sources[0].uri}, such as {min(names)!r}, is among its {len(classes):,} classes, "
+            f"such as {classes[0]!r}"
         )
     by_number = isinstance(label_map, list) or bool(own)  # 7 may stand for the name of class 7
     index = {str(i): i for i in range(len(classes))} if by_number else {}

@@ -6,6 +6,7 @@ over buckets on disk, each small enough to be finished in memory, and concatenat
 
 import contextlib
 import itertools
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,11 +21,14 @@ from pipeline.errors import UserError
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at a time
 # What systems leave behind in folders and archives: hidden files and folders (version control, notebooks, trash), Windows'
-# and macOS's own, thumbnails and recycle bins of network storage, caches.
+# and macOS's own, thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads and copies of editors.
 JUNK = (
-    r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|__macosx|\$recycle\.bin|system volume information|recycler|#recycle|@eadir|@recycle|"
-    r"@recently-snapshot|@tmp|#snapshot|lost\+found|__pycache__|cvs|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r)(?:/|$)"
+    r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|recycler|recycled|found\.\d{3}|"
+    r"#recycle|@eadir|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|network trash folder|"
+    r"temporary items|lost\+found|__pycache__|node_modules|(?-i:CVS)|thumbs\.db|ehthumbs\.db|desktop\.ini|picasa\.ini|icon\r|"
+    r"zbthumbnail\.info|~\$[^/]*)(?:/|$)|(?:~|\.part|\.partial|\.crdownload|\.download|\.tmp|\.swp|\.bak)$"
 )
+logger = logging.getLogger(__name__)
 
 
 def list_source(uri: str) -> pa.Table:
@@ -37,21 +41,40 @@ def list_source(uri: str) -> pa.Table:
     else:
         files = ((file.path, file.size) for file in storage.iter_files(uri))
     parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])
-    found = in_order(spilled((_without_junk(listing(part)) for part in parts), LISTING))
+    left_out = LeftOut()
+    found = in_order(spilled((left_out.sift(listing(part)) for part in parts), LISTING))
     if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
         fs, path = storage.filesystem(uri)
         return listing([("", int(fs.size(path)))])
+    if left_out.count and not found.num_rows:
+        raise UserError(
+            f"{uri}: nothing but {left_out.count:,} hidden or system files, such as {left_out.example}, which are no input; name "
+            "a hidden folder itself with --source to read it"
+        )
+    if left_out.count:
+        logger.info("%s: %d hidden or system files, such as %s, are no input", uri, left_out.count, left_out.example)
     return found
+
+
+class LeftOut:
+    """Counts the files that are no input."""
+
+    def __init__(self) -> None:
+        self.count, self.example = 0, ""
+
+    def sift(self, files: pa.Table) -> pa.Table:
+        """The files that are input."""
+        junk = pc.match_substring_regex(files["path"], JUNK)
+        if pc.any(junk).as_py():
+            gone = files.filter(junk)["path"]
+            self.count, self.example = self.count + len(gone), self.example or gone[0].as_py()
+        return files.filter(pc.invert(junk))
 
 
 def listing(files: Sequence[tuple[str, int]]) -> pa.Table:
     """(path, size) pairs as a table of schema LISTING."""
     paths, sizes = zip(*files, strict=True) if files else ((), ())
     return pa.table([pa.array(paths, pa.large_string()), pa.array(sizes, pa.int64())], schema=LISTING)
-
-
-def _without_junk(files: pa.Table) -> pa.Table:
-    return files.filter(pc.invert(pc.match_substring_regex(files["path"], JUNK)))
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:

@@ -1,9 +1,7 @@
 """Parquet files: a column of image bytes (or Hugging Face's struct of bytes and path) and a label column."""
 
-import json
 from collections.abc import Iterator
 from typing import IO, Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,25 +10,16 @@ from pipeline import storage
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.columnar import RowColumns, distinct_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
-from pipeline.data.sources.tables import (
-    FILE_COLUMNS,
-    LABEL_COLUMNS,
-    SPLIT_COLUMNS,
-    Columns,
-    LabelTable,
-    label_names,
-    named_column,
-)
 from pipeline.errors import UserError
 
 NAME = "parquet"
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content")
 BATCH_ROWS = 64  # rows that are decoded at a time
 
 
 def matches(path: str) -> bool:
-    return path.endswith(".parquet")
+    return path.lower().endswith((".parquet", ".parq", ".pq"))
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
@@ -41,8 +30,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """Fragments are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the column."""
     with _ParquetFile(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
-        columns = _Columns(file_schema, uri, options.columns)
-        label = columns.label
+        columns = RowColumns(file_schema, uri, path, options.columns, lambda column: _distinct(file, column))
         fragments: list[tuple[str, int, int, int, list[str] | None]] = []
         first, size = 0, 0
         for group in range(metadata.num_row_groups if metadata.num_rows else 0):
@@ -50,37 +38,36 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
             if size >= options.unit_bytes or group == metadata.num_row_groups - 1:
                 fragments.append((path, size, first, group + 1, None))
                 first, size = group + 1, 0
-        ordered = _huggingface_names(file_schema, label)
-        many = label is not None and _is_list(file_schema.field(label).type)
-        names: set[str] = set()
-        if archives.names_wanted(options) and label and not ordered:
-            names = _distinct_names(file, label, many)
-        splits = _distinct_names(file, columns.split, False) if columns.split else set()
-    partition = _partition_label(path)
-    if partition and not label:
-        names = {partition}
-    return FileScan(
-        fragments=fragments, names=names or ordered, ordered_names=tuple(ordered), multilabel=many, splits=splits
-    )
+        ordered = huggingface_names(file_schema, columns.label)
+        found = FileScan(
+            fragments=fragments, names=ordered, ordered_names=tuple(ordered), multilabel=columns.multilabel
+        )
+        names, splits = set(), set()
+        wanted = archives.names_wanted(options) and not ordered
+        reading = columns.labelling if wanted else [columns.split] if columns.split else []
+        for batch in file.iter_batches(columns=reading, batch_size=1 << 16) if reading else ():
+            labels, some, many = columns.names_and_splits(batch)
+            names.update(labels)
+            splits.update(some)
+            found.multilabel |= many
+    if columns.split_of_file:
+        splits.add(columns.split_of_file)
+    if wanted and not columns.label and columns.label_of_file:
+        names = {columns.label_of_file}
+    found.names, found.splits, found.fields = names or ordered, splits, columns.fields
+    if wanted and columns.label and not options.columns.label and is_text(file_schema.field(columns.label).type):
+        found.texts, found.text_samples = names, metadata.num_rows
+    return found
 
 
-def _partition_label(path: str) -> str | None:
-    """The label that Hive's folders give to a file: label=cat/part-0.parquet."""
-    for folder in path.split("/")[:-1]:
-        column, equals, value = folder.partition("=")
-        if equals and column.lower() in LABEL_COLUMNS:
-            return unquote(value)
-    return None
-
-
-def _distinct_names(file: pq.ParquetFile, label: str, many: bool) -> set[str]:
-    names: set[str] = set()
-    for batch in file.iter_batches(columns=[label], batch_size=1 << 16):
-        values = batch.column(0).flatten() if many else batch.column(0)
-        if pa.types.is_string_view(values.type):  # Arrow has no `unique` for it
-            values = values.cast(pa.large_string())
-        names.update(name for v in values.unique().to_pylist() for name in label_names(v, False) or ())
-    return names
+def _distinct(file: pq.ParquetFile, column: str) -> set[Any]:
+    """The different values of a column, of its first rows only when there are many: for what its name leaves open."""
+    found: set[Any] = set()
+    for batch in file.iter_batches(columns=[column], batch_size=1 << 16):
+        found.update(value for value in distinct_values(batch.column(0)) if not isinstance(value, list))
+        if len(found) > 100:
+            break
+    return found
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
@@ -90,107 +77,28 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
     opened = _ParquetFile(uri)
     with opened as file:
-        columns = _Columns(file.schema_arrow, uri, source.columns)
-        partition = _partition_label(fragment["path"])
+        columns = RowColumns(
+            file.schema_arrow, uri, fragment["path"], source.columns, lambda column: _distinct(file, column)
+        )
         stop = file.num_row_groups if fragment["stop"] < 0 else fragment["stop"]
         row = sum(file.metadata.row_group(group).num_rows for group in range(fragment["start"]))
         groups = range(fragment["start"], stop)
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns.all, use_threads=False):
                 for values in batch.to_pylist():
-                    item = columns.item(values, name, row, source.table)
-                    yield item._replace(labels=[partition]) if partition and not columns.label else item
+                    item = columns.item(values, name, row, source)
+                    yield (
+                        item
+                        if item.labels is not None or not fragment["labels"]
+                        else item._replace(labels=fragment["labels"])
+                    )
                     row += 1
         except (pa.ArrowException, OSError) as error:
             opened.check()
             yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
-class _Columns:
-    """Which columns hold the image, the label and the key."""
-
-    def __init__(self, file_schema: pa.Schema, uri: str, named: Columns) -> None:
-        self.image = _image_column(file_schema, uri)
-        others = [name for name in file_schema.names if name != self.image]
-        try:
-            self.label = named_column(others, LABEL_COLUMNS, named.label, "--label-column")
-            self.split = named_column(others, SPLIT_COLUMNS, named.split, "--split-column")
-        except UserError as error:
-            raise UserError(f"{uri}: {error}") from error
-        texts = {f.name.lower(): f.name for f in file_schema if f.name != self.image and _is_text(f.type)}
-        # "name" is as often that of the class
-        candidates = [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
-        self.key = next((name for name in candidates if name != self.label), None)
-        self.all = list(dict.fromkeys(column for column in (self.key, self.image, self.label, self.split) if column))
-
-    def item(self, values: dict[str, Any], name: str, row: int, table: LabelTable) -> Item:
-        data, where = values[self.image], f"{name}#{row}"
-        own = values[self.key] if self.key else None
-        key = f"{name}/{own}" if own else where
-        if isinstance(data, dict):
-            if not own and data.get("path"):  # Hugging Face drops the folders: other rows may have the same name
-                own = data["path"]
-                key = f"{where}/{own}"
-            data = data.get("bytes")
-        if isinstance(own, bytes):
-            own = own.decode("utf-8", "backslashreplace")
-        if table.labels and own:
-            labels = table.lookup(own)
-        else:
-            labels = label_names(values[self.label], False) if self.label else None
-        split = table.splits.get(table.find(own) or "") if table.splits and own else None
-        if self.split and not split:
-            split = next(iter(label_names(values[self.split], False) or ()), None)
-        if data is None:
-            return Item(key, where, b"", labels, Refused("empty", "no bytes in the row"), split)
-        return Item(key, where, bytes(data), labels, split=split)
-
-
-# ---------------------------------------------------------------- columns
-
-
-def _image_column(file_schema: pa.Schema, uri: str) -> str:
-    candidates = [f.name for f in file_schema if _holds_bytes(f.type)]
-    lower = {name.lower(): name for name in reversed(candidates)}
-    for name in (*IMAGE_COLUMNS, *(c for c in lower if c not in (*LABEL_COLUMNS, *FILE_COLUMNS, *SPLIT_COLUMNS))):
-        if name in lower:
-            return lower[name]
-    found = ", ".join(f"{f.name}: {f.type}" for f in file_schema)
-    raise UserError(f"{uri}: no column of image bytes (binary, or a struct with bytes) among {found}")
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """Binary of any form, lists of bytes, and Hugging Face's struct."""
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if _is_list(kind):
-        return kind.value_type == pa.uint8()
-    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        test(kind)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
-    )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _huggingface_names(file_schema: pa.Schema, label: str | None) -> list[str]:
-    """Class names in index order, where the Hugging Face metadata has them."""
-    try:
-        feature = json.loads(file_schema.metadata[b"huggingface"])["info"]["features"][label]
-        if isinstance(feature, list):  # multi-label; newer: a feature of type List or Sequence
-            feature = feature[0]
-        return list(feature["feature"]["names"] if "feature" in feature else feature["names"])
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
-        return []
+# ---------------------------------------------------------------- files
 
 
 class _StoreFile:

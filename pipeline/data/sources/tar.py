@@ -3,32 +3,34 @@
 Nothing is ever extracted to disk, so names of members are only names.
 """
 
+import bz2
+import functools
+import gzip
 import itertools
-import json
 import lzma
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, Self
 
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
-from pipeline.data.sources.layout import WORDNET
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.tables import CAPTION_COLUMNS, LABEL_COLUMNS, LabelTable, label_names
+from pipeline.data.sources.samples import Beside, Members, items_of_sample, split_extension
 
 NAME = "tar"
-SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)$", re.IGNORECASE)
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # first bytes of gzip, bzip2 and xz
-SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
+SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+FIRST_MEMBERS = 64  # members that decide whether a tar has to be scanned
+NUMBERING = 8  # first members in which archives agree that number their samples each for itself
+MAX_PADDING_BYTES = 16 << 20  # of zeros after the end of an archive
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes; tarfile holds it in memory
 EXTENSIONS = (  # kinds of headers that describe the next member
     tarfile.XHDTYPE,
@@ -37,7 +39,14 @@ EXTENSIONS = (  # kinds of headers that describe the next member
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # what reading a damaged archive raises
+DAMAGE = (
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+    pa.ArrowException,
+)  # what reading a damaged archive raises
 
 
 def matches(path: str) -> bool:
@@ -49,47 +58,43 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Label names of a tar, and fragments that end between samples; a tar of tars is cut at its inner archives.
+    """Labels, folders and tables in a tar, and fragments that end between samples; a tar of tars is cut at its inner archives.
 
-    A tar whose label names nobody needs is read only when it is large enough to be cut, or when it holds archives.
+    A tar whose labels nobody needs is read only when it is large enough to be cut, or when its first members lie in folders
+    or are archives.
     """
     first = _first_members(uri)
-    names_wanted = archives.names_wanted(options)
     cut = size > 2 * options.unit_bytes and path.lower().endswith(".tar")
-    if not (names_wanted or cut or any(name.lower().endswith(".tar") for name in first)):
-        return FileScan(fragments=archives.whole(path, size), first_members=[first])
-    found = _Scan(uri, path, size, options.unit_bytes, names_wanted)
+    if not (
+        archives.names_wanted(options) or cut or any("/" in name or name.lower().endswith(".tar") for name in first)
+    ):
+        return FileScan(fragments=archives.whole(path, size), first_members=[first[:NUMBERING]])
+    found = _Scan(uri, path, size, options)
     try:
         with storage.open_file(uri) as file:
             found.read(file)
     except FileNotFoundError:
         raise
     except DAMAGE as error:  # still read as far as possible; reading it again records why it stops there
-        found.end_sample()
         found.problem = f"{uri}: the archive breaks off: {error}"
-    return found.result(first)
+    return found.result(first[:NUMBERING])
 
 
 class _Scan:
     """The state of scanning one tar."""
 
-    def __init__(self, uri: str, path: str, size: int, unit_bytes: int, names_wanted: bool) -> None:
+    def __init__(self, uri: str, path: str, size: int, options: ScanOptions) -> None:
         self.uri, self.path, self.size = uri, path, size
-        self.unit_bytes, self.names_wanted = unit_bytes, names_wanted
-        self.names: set[str] = set()
+        self.unit_bytes = options.unit_bytes
+        self.members = Members.new(options.columns, archives.member_filter(path, options))
         self.cuts = [0]
         self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments that are inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
         self.only_inner = True
-        self.multilabel = False
         self.problem = ""
-        self.sample = ""  # the stem of the current sample,
-        self.sidecars: dict[str, list[str]] = {}  # its labels by sidecar,
-        self.captioned = False  # whether its text is a caption,
-        self.from_paths: list[list[str]] = []  # and those that the paths of its images give
 
     def read(self, file: IO[bytes]) -> None:
-        packed = _is_compressed(file)
+        packed = compression(file)
         for archive, member in _members(file, packed):
             if not member.isfile():
                 continue
@@ -97,54 +102,34 @@ class _Scan:
                 self.add_inner(member, packed)
                 continue
             self.only_inner = False
-            stem, extension = _split_name(member.name)
-            if stem != self.sample:
-                self.end_sample()
-                if member.offset - self.cuts[-1] >= self.unit_bytes and not packed:
-                    self.cuts.append(member.offset)
-            self.sample = stem
-            if self.names_wanted and extension in SIDECARS:
-                handle = archive.extractfile(member)
-                data = handle.read(1 << 20) if handle else b""
-                self.captioned |= extension == "json" and _has_caption(data)
-                found, many = _sidecar(extension, data)
-                self.multilabel |= many
-                if found is not None:
-                    self.sidecars[extension] = found
-            elif _is_image(extension):
-                self.from_paths.append(_path_label(member.name) or [])
-        self.end_sample()
+            large = not packed and member.offset - self.cuts[-1] >= self.unit_bytes
+            if self.members.starts_sample(member.name) and large:
+                self.cuts.append(member.offset)
+            self.members.add(member.name, member.size, functools.partial(_read_member, archive, member))
 
-    def add_inner(self, member: tarfile.TarInfo, packed: bool) -> None:
+    def add_inner(self, member: tarfile.TarInfo, packed: str) -> None:
         label = os.path.basename(member.name)[:-4]
-        self.names.add(label)
+        self.members.names.add(label)
         if not packed:
             start = member.offset_data
             self.inner.append((self.path, member.size, start, start + member.size, [label]))
-            self.inner_first.append(_first_members(self.uri, start))
-
-    def end_sample(self) -> None:
-        if self.captioned:
-            self.sidecars.pop("txt", None)
-        self.captioned = False
-        own = next((self.sidecars[extension] for extension in SIDECARS if extension in self.sidecars), None)
-        for label in self.from_paths[:1] if own is None else [own] if self.from_paths else []:
-            self.names.update(label)
-        self.sidecars.clear()
-        self.from_paths.clear()
+            self.inner_first.append(_first_members(self.uri, start, start + member.size)[:NUMBERING])
 
     def result(self, first: tuple[str, ...]) -> FileScan:
-        names = sorted(self.names)
+        self.members.finish()
         if self.inner and self.only_inner:
-            return FileScan(fragments=self.inner, names=names, first_members=self.inner_first, problem=self.problem)
+            return self.members.scan(self.inner, self.inner_first, self.problem)
         ends = [*self.cuts[1:], -1]
         fragments: list[tuple[str, int, int, int, list[str] | None]] = [
             (self.path, (end if end > 0 else self.size) - start, start, end, None)
             for start, end in zip(self.cuts, ends, strict=True)
         ]
-        return FileScan(
-            fragments=fragments, names=names, multilabel=self.multilabel, first_members=[first], problem=self.problem
-        )
+        return self.members.scan(fragments, [first], self.problem)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
+    handle = archive.extractfile(member)
+    return handle.read(limit) if handle else b""
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
@@ -152,24 +137,42 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
-    start = fragment["start"]
+    start, apart = fragment["start"], None
     try:
+        if source.apart:
+            with storage.open_file(uri) as file:
+                apart = _sidecars_apart(file, source)
         with storage.open_file(uri) as file:
-            packed = _is_compressed(file)
+            packed = compression(file)
             if start:
                 file.seek(start)
-            yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source.table)
+            yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source, apart)
     except DAMAGE as error:
         yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
 
 
+def _sidecars_apart(file: IO[bytes], source: Source) -> dict[str, Beside]:
+    """What the sidecars of a whole archive say, by stem, where members of one sample lie apart."""
+    members = Members.new(source.columns, lambda name: True)
+    try:
+        for archive, member in _members(file, compression(file)):
+            if member.isfile():
+                members.starts_sample(member.name)
+                members.add(member.name, member.size, functools.partial(_read_member, archive, member))
+    except DAMAGE:
+        pass  # reading the images says so
+    members.end_sample()
+    return members.lone_sidecars
+
+
 def _read_members(
     file: IO[bytes],
-    stream: bool,
+    packed: str,
     stop: int,
     name: str,
     labels: list[str] | None,
-    table: LabelTable,
+    source: Source,
+    apart: dict[str, Beside] | None = None,
     nested: bool = False,
 ) -> Iterator[Item]:
     """Samples: neighbouring members that share a stem (WebDataset), with one image and perhaps a label beside it.
@@ -178,19 +181,20 @@ def _read_members(
     """
     parts: dict[str, tuple[str, bytes]] = {}
     current = ""
-    for archive, member in _members(file, stream, stop):
+    for archive, member in _members(file, packed, stop):
         if not member.isfile():
             detail = f"to {member.linkname}: pack what it points to (tar --dereference --hard-dereference)"
             yield Item(member.name, f"{name}/{member.name}", b"", None, Refused("link", detail))
             continue
-        stem, extension = _split_name(member.name)
+        stem, extension = split_extension(member.name)
         if parts and (stem != current or extension in parts):
-            yield from _items_of_sample(parts, name, labels, table)
+            yield from items_of_sample(parts, name, labels, source, apart)
             parts = {}
         current = stem
         handle = archive.extractfile(member)
         if extension == "tar" and not nested and handle:
-            yield from _read_members(handle, True, -1, name, [os.path.basename(stem)], table, nested=True)
+            inner = [os.path.basename(stem)]
+            yield from _read_members(handle, "", -1, name, inner, source, nested=True)
             continue
         held = sum(len(data) for _, data in parts.values())
         if held + member.size > items.MAX_FILE_BYTES:
@@ -199,32 +203,7 @@ def _read_members(
         parts[extension] = (member.name, handle.read() if handle else b"")
         del handle
     if parts:
-        yield from _items_of_sample(parts, name, labels, table)
-
-
-def _items_of_sample(
-    parts: dict[str, tuple[str, bytes]], name: str, labels: list[str] | None, table: LabelTable
-) -> Iterator[Item]:
-    """The items of one sample, {extension: (member, data)}.
-
-    Images that share a stem without a label beside them (a.1.jpg and a.2.jpg, a.jpg and a.png) are inputs of their own.
-    """
-    rest = [extension for extension in parts if extension not in SIDECARS]
-    captioned = "json" in parts and _has_caption(parts["json"][1])
-    beside = (_sidecar(e, parts[e][1])[0] for e in SIDECARS if e in parts and not (captioned and e == "txt"))
-    own = next((names for names in beside if names is not None), None)
-    if not rest:
-        member = next(iter(parts.values()))[0]
-        yield Item(member, f"{name}/{member}", b"", own, Refused("not an image"))
-        return
-    pictures = [e for e in rest if e in codecs.extensions()] or [e for e in rest if _is_image(e)] or rest
-    for extension in pictures[:1] if len(rest) < len(parts) else pictures:
-        member, data = parts[extension]
-        if table.labels:
-            found = table.lookup(member)
-        else:  # an empty list is a label too, of a sample that has none of the classes
-            found = own if own is not None else labels or _path_label(member)
-        yield Item(member, f"{name}/{member}", data, found, split=table.splits.get(table.find(member) or ""))
+        yield from items_of_sample(parts, name, labels, source, apart)
 
 
 # ---------------------------------------------------------------- members
@@ -241,79 +220,115 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(file: IO[bytes], stream: bool, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Files and links from the current position to `stop`. A tar that ends early raises tarfile.ReadError."""
-    # "r|" never seeks, for gzip; "r:" skips over data. Nothing is ever extracted to disk, so member names are only names.
-    with tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header) as archive:
-        for member in archive:
-            if 0 <= stop <= member.offset:
-                return
-            member.name = member.name.removeprefix("./")
-            if (member.isfile() or member.islnk() or member.issym()) and not re.search(JUNK, member.name):
-                yield archive, member
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Files and links from the current position to `stop`, of one tar or several joined ones (cat a.tar b.tar).
+
+    A tar that ends early, or has a damaged header, raises tarfile.ReadError; tarfile itself takes the latter for the end.
+    """
+    unpacked: Any = _Forward(_unpacked(file, packed)) if packed else file
+    while True:
+        # "r:" seeks over data. Nothing is ever extracted to disk, so member names are only names.
+        with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
+            for member in archive:
+                if 0 <= stop <= member.offset:
+                    return
+                member.name = member.name.removeprefix("./").replace("\\", "/")
+                if (member.isfile() or member.islnk() or member.issym()) and not re.search(JUNK, member.name):
+                    yield archive, member
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+            end = archive.offset  # type: ignore[attr-defined]
+        if not _at_next_archive(unpacked, end, stop):
+            return
 
 
-def _path_label(path: str) -> list[str] | None:
-    """The class that a path in an archive names: the WordNet id its file name begins with, else its last folder."""
-    folders, _, base = path.rpartition("/")
-    wordnet = WORDNET.match(base)
-    if wordnet:
-        return [wordnet[1]]
-    return [folders.rpartition("/")[2]] if folders else None
+def _at_next_archive(file: Any, end: int, stop: int) -> bool:
+    """Goes to the archive that follows the end of another one; False without one. Raises tarfile.ReadError for a header that
+    is damaged."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"damaged header at byte {end:,}")
+    position = end + len(block)
+    while len(block) == tarfile.BLOCKSIZE and position - end < MAX_PADDING_BYTES and not 0 <= stop <= position:
+        block = file.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):
+            try:
+                _Header.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return False  # what follows the end of an archive is padding, and may be anything
+            file.seek(position)
+            return True
+        position += len(block)
+    return False
 
 
-def _first_members(uri: str, start: int = 0) -> tuple[str, ...]:
-    """The first eight names in a tar that begins at byte `start`: two archives that agree in them number their samples
-    each for itself, and are not two halves of one numbering with a duplicate."""
-    with storage.open_file(uri) as file:
-        packed = _is_compressed(file)
-        file.seek(start)
-        try:
-            return tuple(member.name for _, member in itertools.islice(_members(file, packed), 8))
-        except DAMAGE as error:
-            return (str(error), uri)  # damaged in its first files: reading it will tell
-
-
-def _is_compressed(file: IO[bytes]) -> bool:
-    """Whether an open archive is compressed, whatever its name says."""
+def compression(file: IO[bytes]) -> str:
+    """How an open file is compressed, whatever its name says; empty when it is not."""
     head = file.read(6)
     file.seek(0)
-    return head.startswith(COMPRESSED)
+    return next((name for start, name in COMPRESSED.items() if head.startswith(start)), "")
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+def _unpacked(file: IO[bytes], packed: str) -> Any:
+    """The contents of a compressed file, of all its streams when several are joined."""
+    openers: dict[str, Callable[[IO[bytes]], Any]] = {
+        "gzip": lambda handle: gzip.GzipFile(fileobj=handle),
+        "bzip2": bz2.BZ2File,
+        "xz": lzma.LZMAFile,
+        "zstd": lambda handle: pa.CompressedInputStream(pa.PythonFile(handle, "r"), "zstd"),
+    }
+    return openers[packed](file)
 
 
-def _is_image(extension: str) -> bool:
-    """`extension` in WebDataset's sense: jpg, or seg.png."""
-    return extension.rpartition(".")[2] in codecs.extensions()
+class _Forward:
+    """A stream that is read once, with the seeks that tarfile makes: forward by reading, back by at most a block."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.position, self.last = stream, 0, b""
+        self.back = 0  # bytes of `last` that are to be given again
+
+    def tell(self) -> int:
+        return self.position - self.back
+
+    def read(self, size: int = -1) -> bytes:
+        again = self.last[len(self.last) - self.back :] if self.back else b""
+        again = again if size < 0 else again[:size]
+        self.back -= len(again)
+        parts = [again]
+        missing = -1 if size < 0 else size - len(again)
+        while missing:
+            data = self.stream.read(missing)
+            if not data:
+                break
+            self.position += len(data)
+            missing -= len(data) if missing > 0 else 0
+            self.last = (self.last + data)[-tarfile.BLOCKSIZE :]
+            parts.append(data)
+        return b"".join(parts)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        if position < self.tell():
+            if self.position - position > len(self.last):
+                raise tarfile.StreamError("seeking backwards is not allowed")
+            self.back = self.position - position
+        while self.tell() < position and self.read(min(1 << 20, position - self.tell())):
+            pass
+        return self.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
 
 
-def _has_caption(data: bytes) -> bool:
-    """Whether a sample's JSON says that its text is a caption, as img2dataset's does: captions are no classes."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and any(str(key).lower() in CAPTION_COLUMNS for key in value)
-
-
-def _sidecar(extension: str, data: bytes) -> tuple[list[str] | None, bool]:
-    """(label names, multi-label) of a .cls, .txt or .json member."""
-    try:
-        text = data.decode().strip()
-        if extension != "json":
-            return ([text] if text else None), False
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, False
-    if isinstance(value, dict):
-        lower = {str(key).lower(): item for key, item in value.items()}
-        value = next((lower[column] for column in LABEL_COLUMNS if column in lower), None)
-    many = isinstance(value, list)
-    return label_names(value, many), many
+def _first_members(uri: str, start: int = 0, stop: int = -1) -> tuple[str, ...]:
+    """The first names in a tar between two bytes of a file. Two archives that agree in NUMBERING of them number their samples
+    each for itself, and are not two halves of one numbering with a duplicate."""
+    with storage.open_file(uri) as file:
+        packed = compression(file)
+        file.seek(start)
+        try:
+            return tuple(member.name for _, member in itertools.islice(_members(file, packed, stop), FIRST_MEMBERS))
+        except DAMAGE as error:
+            return (str(error), uri)  # damaged in its first files: reading it will tell

@@ -8,7 +8,7 @@ import gzip
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -18,14 +18,27 @@ from pipeline import storage
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.items import Item, ScanOptions, Source
-from pipeline.data.sources.tables import LabelTable
+from pipeline.data.sources.columns import label_names, split_name
+from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
+from pipeline.data.sources.words import SPLIT_COLUMNS
 from pipeline.data.varint import read_varint
 from pipeline.errors import UserError
 
 NAME = "tfrecord"
 
 SUFFIX = re.compile(r"(\.tfrecords?(\.gz)?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
+LABEL_FEATURES = (  # in order of preference
+    "image/class/synset",
+    "image/class/text",
+    "class",
+    "label_name",
+    "class_name",
+    "image/class/label",
+    "label",
+    "labels",
+    "category",
+    "target",
+)
 # A record longer than this is a damaged length (or an attack on memory), not an image.
 MAX_RECORD_BYTES = 1 << 30
 
@@ -225,45 +238,58 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """One fragment a file. Label names cost a pass over the file, which is saved when nobody needs them."""
     found = FileScan(fragments=archives.whole(path, size))
-    if not archives.names_wanted(options) and size <= 2 * options.unit_bytes:
+    if not archives.names_wanted(options) and size <= 2 * options.unit_bytes and not options.columns.split:
         return found
     names: set[str] = set()
-    for item in _read_file(uri, path, LabelTable()):
+    splits: set[str] = set()
+    source = Source(uri=uri, kind=NAME, fragments=FRAGMENTS.empty_table(), names=None, columns=options.columns)
+    for item, fields in _read_file(uri, path, source):
         names.update(item.labels or ())
+        splits.update([item.split] if item.split else ())
+        found.fields.update(fields)
         found.multilabel |= item.labels is not None and len(item.labels) > 1
         found.problem = found.problem or (item.refused.detail if item.refused else "")
-    found.names = sorted(names)
+    found.names, found.splits = sorted(names), sorted(splits)
     return found
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
-    return archives.read_archives(source, fragments, lambda uri, name, _, source: _read_file(uri, name, source.table))
+    return archives.read_archives(
+        source, fragments, lambda uri, name, _, source: (item for item, _ in _read_file(uri, name, source))
+    )
 
 
-def _read_file(uri: str, name: str, table: LabelTable) -> Iterator[Item]:
+def _read_file(uri: str, name: str, source: Source) -> Iterator[tuple[Item, Iterable[str]]]:
+    """Items, with the names of the features in each example."""
     row = 0
     try:
         for record in _records(uri):
-            yield _item(record, name, row, table)
+            yield _item(record, name, row, source)
             row += 1
     except (ValueError, EOFError, OSError, zlib.error) as error:
-        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}")), ()
 
 
-def _item(record: bytes, name: str, row: int, table: LabelTable) -> Item:
+def _item(record: bytes, name: str, row: int, source: Source) -> tuple[Item, Iterable[str]]:
     where = f"{name}#{row}"
     try:
         example = parse_example(record)
     except UserError as error:
-        return Item(where, where, b"", None, Refused("corrupt", str(error)))
-    image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg")
-    own = _first(example, "image/filename", "filename", "file_name", "image/key/sha256", "key")
+        return Item(where, where, b"", None, Refused("corrupt", str(error))), ()
+    columns, table = source.columns, source.naming.table
+    image = _first(example, "image/encoded", "image", "image_raw", "jpg", "jpeg", "png", "image_bytes")
+    files = (columns.file,) if columns.file else ("image/filename", "filename", "file_name", "image/key/sha256", "key")
+    own = _first(example, *files)
     own = own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else None
-    names = table.lookup(own) if table.labels and own else _class_names(example)
+    names = table.lookup(own) if table.labels and own else _class_names(example, columns.label)
+    split = table.splits.get(table.find(own) or "") if table.splits and own else None
+    if split is None:
+        value = _first(example, *((columns.split,) if columns.split else SPLIT_COLUMNS))
+        split = split_name(value, columns.split or "split") if value is not None else None
     key = f"{name}/{own}" if own else where
     if not isinstance(image, bytes):
-        return Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"))
-    return Item(key, where, image, names)
+        return Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"), split), example
+    return Item(key, where, image, names, split=split), example
 
 
 def _records(uri: str) -> Iterator[bytes]:
@@ -277,23 +303,19 @@ def _records(uri: str) -> Iterator[bytes]:
             raise ValueError(str(error)) from error
 
 
-def _class_names(example: dict[str, Any]) -> list[str] | None:
+def _class_names(example: dict[str, Any], wanted: str | None) -> list[str] | None:
     """The labels of an example, several when it is multi-label; names where it has them, else numbers."""
-    for feature in (
-        "image/class/synset",
-        "image/class/text",
-        "class",
-        "label_name",
-        "image/class/label",
-        "label",
-        "labels",
-    ):
+    for feature in (wanted,) if wanted else LABEL_FEATURES:
         values = example.get(feature)
         if values is not None and len(values):
-            return [
-                value.decode("utf-8", "replace") if isinstance(value, bytes) else str(int(value)) for value in values
-            ]
+            found = [name for value in list(values) for name in label_names(_plain(value)) or ()]
+            return found or None
     return None
+
+
+def _plain(value: Any) -> Any:
+    """An int of a numpy integer, a float of a numpy float, bytes as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _first(example: dict[str, Any], *names: str) -> Any:

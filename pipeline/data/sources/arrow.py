@@ -1,0 +1,119 @@
+"""Arrow files: what Hugging Face's `save_to_disk` and cache hold, and Feather; columns as in Parquet files."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.codecs import Refused
+from pipeline.data.sources import archives
+from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.columnar import RowColumns, distinct_values, huggingface_names, is_text
+from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.errors import UserError
+
+NAME = "arrow"
+MAGIC = b"ARROW1"  # of the file format; without it, it is a stream
+DAMAGE = (pa.ArrowException, OSError, ValueError)
+
+
+def matches(path: str) -> bool:
+    return path.lower().endswith((".arrow", ".feather", ".ipc"))
+
+
+def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
+    """As for every archive. Raises UserError for a saved data set whose rows are a selection kept in another file."""
+    for path in files["path"].to_pylist():
+        if path.rpartition("/")[2] == "state.json":
+            with contextlib.suppress(ValueError, RecursionError, AttributeError):
+                if json.loads(storage.read_bytes(storage.join(uri, path))).get("_indices_data_files"):
+                    raise UserError(
+                        f"{uri}/{path}: the data set is a selection of rows kept in another file; save it again after "
+                        "flatten_indices()"
+                    )
+    # beside the data, Hugging Face's cache keeps what `map` and `filter` made of it
+    kept = [not path.rpartition("/")[2].startswith("cache-") for path in files["path"].to_pylist()]
+    files = files.filter(pa.array(kept, pa.bool_()))
+    return archives.scan_archives(NAME, uri, files, options, matches, scan_file)
+
+
+def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
+    """One fragment a file; label names come from the metadata, else from a pass over the labels."""
+    try:
+        with _batches(uri) as (schema, batches):
+            columns = RowColumns(schema, uri, path, options.columns, lambda column: _distinct(uri, column))
+            ordered = huggingface_names(schema, columns.label)
+            found = FileScan(fragments=archives.whole(path, size), names=ordered, ordered_names=tuple(ordered))
+            found.multilabel, found.fields = columns.multilabel, columns.fields
+            names: set[str] = set()
+            splits = {columns.split_of_file} - {None}
+            count = 0
+            for batch in batches:
+                count += batch.num_rows
+                labels, some, many = columns.names_and_splits(batch)
+                names.update(labels)
+                splits.update(some)
+                found.multilabel |= many
+    except DAMAGE as error:
+        raise UserError(f"{uri}: not an Arrow file, or damaged ({error})") from error
+    if columns.label_of_file and not columns.label:
+        names = {columns.label_of_file}
+    found.names, found.splits = ordered or names, {split for split in splits if split}
+    if columns.label and not ordered and not options.columns.label and is_text(schema.field(columns.label).type):
+        found.texts, found.text_samples = names, count
+    return found if count else FileScan(fragments=[])
+
+
+def _distinct(uri: str, column: str) -> set[Any]:
+    found: set[Any] = set()
+    with _batches(uri) as (_, batches):
+        for batch in batches:
+            found.update(value for value in distinct_values(batch.column(column)) if not isinstance(value, list))
+            if len(found) > 100:
+                break
+    return found
+
+
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    return archives.read_archives(source, fragments, _read_fragment)
+
+
+def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
+    row = 0
+    try:
+        with _batches(uri) as (schema, batches):
+            columns = RowColumns(schema, uri, fragment["path"], source.columns, lambda column: _distinct(uri, column))
+            for batch in batches:
+                for first in range(0, batch.num_rows, 64):
+                    for values in batch.slice(first, 64).select(columns.all).to_pylist():
+                        item = columns.item(values, name, row, source)
+                        yield (
+                            item
+                            if item.labels is not None or not fragment["labels"]
+                            else item._replace(labels=fragment["labels"])
+                        )
+                        row += 1
+    except DAMAGE as error:
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+
+
+@contextlib.contextmanager
+def _batches(uri: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """(schema, record batches) of an Arrow stream or file, read batch by batch; a local one is mapped."""
+    with contextlib.ExitStack() as stack:
+        if storage.is_remote(uri):
+            handle: Any = pa.PythonFile(stack.enter_context(storage.open_file(uri)), "r")
+        else:
+            storage.refuse_special(uri)
+            handle = stack.enter_context(pa.memory_map(uri))
+        is_file = handle.read(len(MAGIC)) == MAGIC
+        handle.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(handle)
+            yield reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(handle)
+            yield stream.schema, iter(stream)

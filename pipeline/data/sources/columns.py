@@ -1,0 +1,215 @@
+"""Columns of tables and of Parquet, JSON and TFRecord samples: which of them holds what, and its values as label names."""
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.sources.rows import parse_list
+from pipeline.data.sources.words import (
+    CAPTION_COLUMNS,
+    LIKELY_SPLIT_COLUMNS,
+    MISSING,
+    SPLIT_COLUMNS,
+    TRAINING_COLUMNS,
+    split_of_name,
+)
+from pipeline.errors import UserError, nearest
+
+SEPARATORS = re.compile(r"[;|]")  # between several labels in one cell
+PLURAL = re.compile(r"(?i)(?:^|[^a-z])(labels|classes|tags|categories|targets)$")
+WHOLE_NUMBER = re.compile(r"-?\d+(\.0*)?")
+NUMBERS = re.compile(r"\d+(\s+\d+)*")
+SYNSET = re.compile(r"n\d{8}\b")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Columns that the user named, in tables and in sources whose samples have columns."""
+
+    file: str | None = None
+    label: str | None = None
+    """Or several, separated by commas: one-hot columns."""
+    split: str | None = None
+
+
+class NoLabelColumn(UserError):
+    """A table that names files but holds nothing known to be a label."""
+
+
+def named_column(names: Sequence[str], known: Sequence[str], wanted: str | None, flag: str) -> str | None:
+    """The column the user named, else the first known name among `names`."""
+    if wanted is not None:
+        if wanted not in names:
+            raise UserError(f"{flag} {wanted}: no such column{nearest(wanted, names)}; there are: {', '.join(names)}")
+        return wanted
+    lower = {plain_name(name): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower), None)
+
+
+def plain_name(name: str) -> str:
+    """The name of a column in small letters, with _ for blanks and hyphens."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower().lstrip("#\ufeff"))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def label_values(
+    rows: Sequence[dict[Any, Any]], names: Sequence[str], label: str | None, wanted: str | None
+) -> tuple[list[list[str] | None], bool] | None:
+    """(label names of every row, whether they are multi-label), from the column `label`, or from one-hot columns among
+    `names` or those that the user named. None when there is neither."""
+    one_hot = [name.strip() for name in wanted.split(",")] if wanted and wanted not in names and "," in wanted else []
+    if missing := next((name for name in one_hot if name not in names), None):
+        raise UserError(f"--label-column {wanted}: no column {missing}{nearest(missing, names)}")
+    if label:
+        return column_labels([row.get(label) for row in rows], label)
+    one_hot = one_hot or one_hot_columns(rows, names)
+    if not one_hot:
+        return None
+    values: list[list[str] | None] = [[name for name in one_hot if _is_one(row.get(name))] for row in rows]
+    return values, any(value is None or len(value) != 1 for value in values)
+
+
+def one_hot_columns(rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> list[str]:
+    """The columns that hold 0 and 1 alone, when they are all columns, or at least three of which each row has one 1."""
+    flags = [name for name in names if all(_is_flag(row.get(name)) for row in rows)]
+    if len(flags) == len(names) > 1:
+        return flags
+    alone = len(flags) > 2 and all(sum(_is_one(row.get(name)) for name in flags) == 1 for row in rows)
+    return flags if alone else []
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_) or str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false")
+
+
+def _is_one(value: Any) -> bool:
+    return str(value).strip().lower() in ("1", "1.0", "true")
+
+
+def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | None], bool]:
+    """The label names of every value of a column called `name`, and whether it is multi-label."""
+    if name.lower() == "predictionstring":  # Kaggle's ImageNet: a synset and four coordinates for each object
+        found = [SYNSET.search(as_text(value)) for value in values]
+        return [[match[0]] if match else None for match in found], False
+    values = [parse_list(as_text(value) if isinstance(value, bytes) else value) for value in values]
+    plural = bool(PLURAL.search(name))
+    lists = any(isinstance(value, list) for value in values)
+    multilabel = any(isinstance(value, list) and len(value) != 1 for value in values) or (lists and plural)
+    texts = {value for value in values if isinstance(value, str)}
+    separator = _separator(texts, plural)
+    labels = [label_names(value, separator) for value in values]
+    return whole_numbers(labels), multilabel or separator is not None
+
+
+def _separator(texts: Iterable[str], plural: bool) -> re.Pattern | None:
+    """What separates several labels in the cells of a column. ; and | do in a column named in the plural, and elsewhere where
+    the parts occur again in other cells; so do commas; blanks do between numbers."""
+    texts = {text.strip() for text in texts} - MISSING
+    for pattern in (SEPARATORS, re.compile(",")):
+        several = [text for text in texts if pattern.search(text)]
+        if not several:
+            continue
+        if plural and pattern is SEPARATORS:
+            return pattern
+        parts = {text: {part.strip() for part in pattern.split(text)} for text in texts}
+        count: dict[str, int] = {}
+        for found in parts.values():
+            for part in found:
+                count[part] = count.get(part, 0) + 1
+        if all(any(count[part] > 1 for part in parts[text]) for text in several):
+            return pattern
+    if texts and all(NUMBERS.fullmatch(text) for text in texts) and any(" " in text for text in texts):
+        return re.compile(r"\s+")
+    return None
+
+
+def whole_numbers(labels: list[list[str] | None]) -> list[list[str] | None]:
+    """The names as they are, or as whole numbers when all are: pandas makes 2.0 of 2 where one value is missing."""
+    texts = [name for names in labels for name in names or ()]
+    if any("." in text for text in texts) and all(map(WHOLE_NUMBER.fullmatch, texts)):
+        return [names and [str(int(float(text))) for text in names] for names in labels]
+    return labels
+
+
+def label_names(value: Any, separator: re.Pattern | None = None) -> list[str] | None:
+    """A raw label (integer, text, bytes, list, missing) as names; None when it is missing."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return [name for part in value for name in label_names(part) or ()]
+    if separator is not None and value == "":
+        return []  # none of the classes
+    if is_missing(value):
+        return None
+    if separator is not None and isinstance(value, str):
+        return [part.strip() for part in separator.split(value) if part.strip()]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return [as_text(value).strip()]
+
+
+def is_missing(value: Any) -> bool:
+    """None, NaN, and what stands for them in text."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, str | bytes) and as_text(value).strip() in MISSING
+
+
+def as_text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def look_like_captions(names: Iterable[str], inputs: int) -> bool:
+    """Whether labels are texts of several words of which most occur once: sentences, no classes."""
+    found = list(names)
+    words = sum(len(name.split()) for name in found)
+    return inputs > 2 and len(found) > 0.5 * inputs and words >= 3 * len(found)
+
+
+def captions_error(where: str, names: Iterable[str], inputs: int, flag: str) -> UserError:
+    found = sorted(names)
+    return UserError(
+        f"{where}: its labels look like captions ({len(found):,} different texts for {inputs:,} images, such as "
+        f"{found[0][:60]!r}), and captions are no classes; --unlabelled takes the images without them, {flag} makes them classes"
+    )
+
+
+def no_label_column(uri: str, rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> NoLabelColumn:
+    """The error, with the column that looks most like a label: of few distinct values, none a caption."""
+    distinct = {n: len({str(row.get(n)) for row in rows}) for n in names if plain_name(n) not in CAPTION_COLUMNS}
+    guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
+    advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
+    listed = ", ".join(names) or "no other column"
+    return NoLabelColumn(f"{uri}: no column with a label among: {listed}; {advice}")
+
+
+# ---------------------------------------------------------------- splits
+
+
+def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str | None:
+    """The column of splits. `values(name)` gives the values of a column, looked at where the name alone says too little."""
+    found = named_column(names, SPLIT_COLUMNS, wanted, "--split-column")
+    if found is not None:
+        return found
+    for name in names:
+        if plain_name(name) in LIKELY_SPLIT_COLUMNS:
+            texts = {as_text(value).strip() for value in values(name) if not is_missing(value)}
+            if len(texts) > 1 and all(map(split_of_name, texts)):
+                return name
+        elif plain_name(name) in TRAINING_COLUMNS and all(_is_flag(value) for value in values(name)):
+            return name
+    return None
+
+
+def split_name(value: Any, column: str) -> str | None:
+    """The split that a value of the split column names; a column such as is_train holds 1 and 0."""
+    if is_missing(value):
+        return None
+    if plain_name(column) in TRAINING_COLUMNS and _is_flag(value):
+        return "train" if _is_one(value) else "test"
+    return as_text(value).strip()

@@ -1,0 +1,179 @@
+"""What tables and folders say about the images of a source: the label and the split of every path."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.data.sources.columns import NoLabelColumn
+from pipeline.data.sources.layout import Layout
+from pipeline.data.sources.tables import LabelTable, clean_path
+from pipeline.data.sources.words import SPLITS
+from pipeline.errors import UserError, nearest
+
+_SPLIT_WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
+TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for the folder they lie in
+    r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv"
+    rf"|(?P<split>{_SPLIT_WORDS})(?:[-_](?:labels?|metadata|annotations?|list|set))?\.(?:csv|tsv|txt|lst|jsonl|json))"
+)
+MOST_COMPARED = 1000  # file names among which the nearest is looked for
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Naming:
+    """The label and the split of every path of a source: of the table for all of them, the tables of single folders, and
+    last the folders' names. Images that a table with labels leaves out have none."""
+
+    table: LabelTable = field(default_factory=LabelTable)
+    tables: dict[str, LabelTable] = field(default_factory=dict)
+    """By folder."""
+    layout: Layout = field(default_factory=Layout)
+
+    @property
+    def multilabel(self) -> bool:
+        return any(found.multilabel for found in (self.table, *self.tables.values()))
+
+    @property
+    def by_folder(self) -> bool:
+        """Whether no table has labels."""
+        return not self.table.labels and not any(found.labels for found in self.tables.values())
+
+    def row(self, path: str) -> tuple[LabelTable, str, str | None] | None:
+        """(table, its folder, row) that is responsible for a path; None without one."""
+        if self.table:
+            return self.table, "", self.table.find(path)
+        for folder in sorted(self.tables, key=len, reverse=True):
+            if not folder or path.startswith(f"{folder}/"):
+                return (
+                    self.tables[folder],
+                    folder,
+                    self.tables[folder].find(path[len(folder) + 1 :] if folder else path),
+                )
+        return None
+
+    def of(self, path: str) -> tuple[list[str] | None, str | None]:
+        """(label names, split) of a path."""
+        found = self.row(path)
+        if found is None:
+            label = self.layout.label(path)
+            return None if label is None else [label], self.layout.split(path)
+        table, _, row = found
+        split = (table.splits.get(row) if row is not None else None) or self.layout.split(path)
+        if table.labels:
+            return None if row is None else table.labels.get(row), split
+        label = self.layout.label(path)
+        return None if label is None else [label], split
+
+    def names(self) -> set[str]:
+        """The label names in tables."""
+        return {
+            name for found in (self.table, *self.tables.values()) for names in found.labels.values() for name in names
+        }
+
+
+def find_tables(paths: Iterable[str]) -> list[tuple[str, str, str | None]]:
+    """(path, folder, split in its name) of the files that are label tables by their names."""
+    found = [(path, match) for path in paths if (match := TABLE_FILE.fullmatch(path))]
+    return [(path, match["folder"] or "", match["split"]) for path, match in found]
+
+
+def read_tables(
+    found: Iterable[tuple[str, str, str | None]], read: Callable[[str], LabelTable], need_labels: bool
+) -> dict[str, LabelTable]:
+    """Tables by the folder for which they hold; `read` gives the table of a path.
+
+    train.csv and test.csv in one folder are one table with splits. A table without labels or splits is left out with a
+    warning. Raises UserError for a table that cannot be read, or whose column of labels the user has to name.
+    """
+    tables: dict[str, LabelTable] = {}
+    by_split: dict[str, dict[str, LabelTable]] = {}
+    doubtful: dict[str, NoLabelColumn] = {}
+    for path, folder, split in found:
+        if folder in tables:
+            continue
+        try:
+            table = read(path)
+        except NoLabelColumn as error:
+            if "perhaps" in str(error) and need_labels:  # there may be labels under another name
+                if split is None:
+                    raise
+                doubtful.setdefault(folder, error)
+            logger.warning("%s; the table is ignored", error)
+        except UserError as error:
+            if split is None:
+                raise
+            logger.warning("%s; the file is ignored", error)  # train.txt may be anything
+        else:
+            if split is not None:
+                by_split.setdefault(folder, {})[split] = table
+            elif table:
+                tables[folder] = table
+    for folder, doubt in doubtful.items():
+        if folder not in tables and folder not in by_split:
+            raise doubt
+    return {folder: joined(parts) for folder, parts in by_split.items()} | tables
+
+
+def joined(parts: dict[str, LabelTable]) -> LabelTable:
+    """The tables of several splits as one; where two of them have the same file names, each has its split for a folder."""
+    keys = [key for table in parts.values() for key in table.keys]
+    prefixes = {split: f"{split}/" if len(set(keys)) < len(keys) else "" for split in parts}
+    prefixed = [(prefixes[split], split, table) for split, table in parts.items()]
+    labels = {prefix + key: names for prefix, _, table in prefixed for key, names in table.labels.items()}
+    return LabelTable(
+        labels=labels,
+        splits={prefix + key: split for prefix, split, table in prefixed for key in table.keys},
+        multilabel=any(table.multilabel for table in parts.values()),
+        unlabelled=frozenset(prefix + key for prefix, _, table in prefixed for key in table.unlabelled) - labels.keys(),
+        uri=next(table.uri for table in parts.values()),
+    )
+
+
+class Rows:
+    """Which rows of the tables have a file: rows without one are inputs that are missing."""
+
+    def __init__(self, naming: Naming) -> None:
+        self.naming = naming
+        self.files: dict[tuple[str, str], str] = {}  # (folder, row) -> the file that it is about
+
+    def add(self, path: str) -> None:
+        """Raises UserError when a row is about two files."""
+        found = self.naming.row(path)
+        if found is None or found[2] is None:
+            return
+        table, folder, row = found[0], found[1], found[2]
+        other = self.files.setdefault((folder, row), path)
+        if other != path:
+            raise UserError(
+                f"{table.uri}: the row {row} fits several files, {other} and {path}; write their paths into the table, or "
+                "choose the files with --include"
+            )
+
+    def missing(self) -> Iterator[tuple[str, list[str] | None, str | None]]:
+        """(path, label names, split) of the rows without a file."""
+        tables = {"": self.naming.table} if self.naming.table else self.naming.tables
+        for folder, table in tables.items():
+            for row in table.keys:
+                if (folder, row) not in self.files:
+                    path = f"{folder}/{row}" if folder else row
+                    yield path, table.labels.get(row), table.splits.get(row) or self.naming.layout.split(path)
+
+    def check(self, uri: str, paths: Sequence[str]) -> None:
+        """Raises UserError when no row of a table has one of the files `paths`; warns about rows without a file."""
+        tables = {"": self.naming.table} if self.naming.table else self.naming.tables
+        for folder, table in tables.items():
+            gone = [row for row in table.keys if (folder, row) not in self.files]
+            if not gone:
+                continue
+            inside = [clean_path(path) for path in paths[:MOST_COMPARED] if path.startswith(folder)]
+            close = nearest(gone[0], inside) or nearest(gone[0], [path.rpartition("/")[2] for path in inside])
+            if len(gone) == len(list(table.keys)):
+                raise UserError(
+                    f"{uri}: no file is named in the label table {table.uri}; it has {gone[0]!r}{close}, the source has "
+                    f"{next(iter(inside or paths), '')!r}"
+                )
+            logger.warning(
+                "%s: %d of %d rows of %s have no file, such as %r%s",
+                uri, len(gone), len(list(table.keys)), table.uri, gone[0], close,
+            )  # fmt: skip

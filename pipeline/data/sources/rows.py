@@ -1,0 +1,199 @@
+"""Files of tables -> rows, dictionaries of column name and value: CSV, TSV, text, JSON, JSON lines, Parquet."""
+
+import ast
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.codecs import is_image_name
+from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
+from pipeline.errors import UserError
+
+INDEX = re.compile(r"\d+")
+ENDS = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
+MAX_TABLE_BYTES = 8 << 30  # of a compressed table, unpacked
+
+
+def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = None) -> list[dict[Any, Any]]:
+    """The rows of a table, by the end of its name. named: columns that the user named; one of them in the first line makes
+    it a header. data: the contents, where they do not lie at `uri`.
+
+    Raises UserError for a table that cannot be read, has no rows, or has rows that are no objects.
+    """
+    name = uri.lower().removesuffix(".gz")
+    reader = next((read for ends, read in _READERS.items() if name.endswith(ends)), None)
+    if reader is None:
+        raise UserError(f"{uri}: labels are read from {', '.join(ENDS)}")
+    try:
+        rows = reader(read_data(uri) if data is None else data, uri, [column for column in named if column])
+    except (ValueError, csv.Error, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{uri}: cannot read the label table ({error})") from error
+    if not rows or not isinstance(rows, list):
+        raise UserError(f"{uri}: the label table has no rows")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{uri}: row {number} of the label table is no object of file name and label, but {row!r:.80}"
+            )
+    return rows
+
+
+def read_data(uri: str) -> bytes:
+    """The bytes of a small file, unpacked when it is gzipped. Raises UserError when it is missing."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: no such file") from error
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TABLE_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{uri}: not a gzipped file, or damaged ({error})") from error
+
+
+def decode_text(data: bytes, uri: str) -> str:
+    """UTF-8, with or without a byte-order mark, or UTF-16 with one. Raises UserError for other encodings."""
+    try:
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return data.decode("utf-16")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+# ---------------------------------------------------------------- delimited text
+
+
+def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
+    """Rows of CSV, TSV or plain text, with a header or without."""
+    text = decode_text(data, uri)
+    lines = [line for line in text.splitlines() if line.strip()]
+    head = lines[0] if lines else ""
+    delimiter = max(",;\t|", key=head.count)  # the first of them when none is there
+    if not head.count(delimiter) and not uri.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return _read_list(lines)
+    first = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
+    if _is_header(first, named):
+        file = io.StringIO("\n".join(lines), newline="")
+        return list(csv.DictReader(file, delimiter=delimiter, skipinitialspace=True))
+    return _without_header(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)))
+
+
+def _read_list(lines: Sequence[str]) -> list[Any]:
+    """Caffe's lists: a path, which may hold blanks, and a label; or the other way round."""
+    label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
+    rows = [line.split(None, 1)[::-1] if label_first else line.strip().rsplit(None, 1) for line in lines]
+    return [dict(zip(("file_name", "label"), row, strict=False)) for row in rows]
+
+
+def _is_header(first: Sequence[str], named: Sequence[str]) -> bool:
+    known = {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *(column.lower() for column in named)}
+    return any(cell.strip().lower() in known for cell in first) or not any(is_image_name(cell) for cell in first)
+
+
+def _without_header(rows: list[list[str]]) -> list[dict[str, str]]:
+    """Rows with the names file_name and label: the column of image files, and the first other one that is no running number
+    (MXNet's lists begin with one)."""
+    width = max(map(len, rows))
+    columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
+    file = max(range(width), key=lambda i: sum(bool(is_image_name(cell)) for cell in columns[i]))
+    others = [i for i in range(width) if i != file]
+    counted = [i for i in others if len({*columns[i]}) == len(rows) and all(map(INDEX.fullmatch, columns[i]))]
+    label = next((i for i in others if i not in counted), others[0] if others else None)
+    names = {i: f"column {i + 1}" for i in range(width)} | {file: "file_name"}
+    if label is not None:
+        names[label] = "label"
+    return [{names[i]: columns[i][number] for i in range(width)} for number in range(len(rows))]
+
+
+# ---------------------------------------------------------------- JSON and Parquet
+
+
+def _read_json_lines(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
+    return [json.loads(line) for line in decode_text(data, uri).splitlines() if line.strip()]
+
+
+def _read_json(data: bytes, uri: str, named: Sequence[str]) -> Any:
+    text = decode_text(data, uri)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        if "\n" in text.strip():  # JSON lines under another name
+            return _read_json_lines(data, uri, named)
+        raise
+    return _rows_of_object(value) if isinstance(value, dict) else value
+
+
+def _rows_of_object(value: dict[str, Any]) -> Any:
+    """Rows of {file: label}, {"labels": [[file, label], ...]}, COCO's {"images", "annotations", "categories"}, {class: [files]}, a
+    table by columns, or an object around a list of rows."""
+    lists = [part for part in value.values() if isinstance(part, list)]
+    if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
+        return _rows_of_coco(value)
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    if len(lists) == len(value) and value:
+        if set(value) == {"labels"} and all(isinstance(row, list) and len(row) == 2 for row in value["labels"]):
+            return [{"file": file, "label": label} for file, label in value["labels"]]
+        if all(isinstance(file, str) and is_image_name(file) for files in lists for file in files):
+            return [{"file": file, "label": name} for name, files in value.items() for file in files]
+        known = {*FILE_COLUMNS, *LABEL_COLUMNS}
+        if {name.lower() for name in value} & known and len(set(map(len, lists))) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+    rows = next((part for part in lists if part and all(isinstance(row, dict) for row in part)), None)
+    if rows is not None and not any(
+        isinstance(part, str | int) and is_image_name(name) for name, part in value.items()
+    ):
+        return rows
+    if value and all(isinstance(part, dict) for part in value.values()):
+        if all(is_image_name(name) for name in value):  # {file: {label: ..., ...}}
+            return [{"file": name, **part} for name, part in value.items()]
+        keys = next(iter(value.values())).keys()  # {column: {row number: value}}
+        if all(part.keys() == keys for part in value.values()):
+            return [{name: part[key] for name, part in value.items()} for key in keys]
+    return [{"file": name, "label": label} for name, label in value.items()]
+
+
+def _rows_of_coco(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """COCO's form, which iNaturalist has too: a row for each annotation."""
+    files = {image.get("id"): image.get("file_name") for image in value["images"]}
+    names = {part.get("id"): part.get("name", part.get("id")) for part in value.get("categories") or ()}
+    rows = []
+    for annotation in value["annotations"]:
+        category = annotation.get("category_id")
+        rows.append({"file_name": files.get(annotation.get("image_id")), "label": names.get(category, category)})
+    return [row for row in rows if row["file_name"]]
+
+
+def _read_parquet(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
+    return pq.read_table(io.BytesIO(data)).to_pylist()
+
+
+_READERS: dict[tuple[str, ...], Callable[[bytes, str, Sequence[str]], Any]] = {
+    (".csv", ".tsv", ".txt", ".lst", ".list"): _read_delimited,
+    (".jsonl", ".ndjson"): _read_json_lines,
+    (".json",): _read_json,
+    (".parquet",): _read_parquet,
+}
+
+
+def parse_list(value: Any) -> Any:
+    """A list that was written as text, as a list; anything else as it is."""
+    if not isinstance(value, str) or not (value.startswith(("[", "(", "{")) and value.endswith(("]", ")", "}"))):
+        return value
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        numbers = value[1:-1].split()  # as numpy prints an array
+        return numbers if value.startswith("[") and numbers and all(map(INDEX.fullmatch, numbers)) else value
+    return list(parsed) if isinstance(parsed, list | tuple | set) else value

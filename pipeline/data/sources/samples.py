@@ -1,0 +1,273 @@
+"""Samples in archives: members that share a stem, an image and perhaps a label beside it (WebDataset). Shared by tar and zip."""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.data import codecs
+from pipeline.data.codecs import Refused
+from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.columns import Columns, as_text, is_missing, label_names, plain_name, split_name
+from pipeline.data.sources.items import Item, Source
+from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
+from pipeline.data.sources.naming import TABLE_FILE
+from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
+
+SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
+MAX_SIDECAR_BYTES = 1 << 20
+MAX_TABLE_BYTES = 1 << 30
+
+
+class Beside(NamedTuple):
+    """What the members beside an image say."""
+
+    labels: list[str] | None = None
+    split: str | None = None
+    multilabel: bool = False
+    from_text: bool = False  # the label is the whole text of a .txt member, which may be a caption
+    keys: tuple[str, ...] = ()  # of its JSON
+
+
+def split_extension(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def is_image(extension: str) -> bool:
+    """`extension` in WebDataset's sense: jpg, or seg.png."""
+    return extension.rpartition(".")[2] in codecs.extensions()
+
+
+def read_beside(parts: dict[str, bytes], columns: Columns) -> Beside:
+    """The label and the split of one sample from its sidecars, {extension: data}. Captions are no labels."""
+    value = _json(parts["json"]) if "json" in parts else None
+    fields = {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+    plain = {plain_name(key): item for key, item in reversed(fields.items())}
+    captioned = not CAPTION_COLUMNS.isdisjoint(plain)
+    split = _field(fields, plain, columns.split, SPLIT_COLUMNS)
+    found: dict[str, list[str] | None] = {}
+    many = False
+    for extension in ("cls", "txt"):
+        if extension in parts and not (captioned and extension == "txt" and columns.label != "txt"):
+            text = _text(parts[extension])
+            found[extension] = [text] if text else None
+    if "json" in parts:
+        label = _field(fields, plain, columns.label, LABEL_COLUMNS) if isinstance(value, dict) else value
+        many = isinstance(label, list)
+        found["json"] = label_names(label)
+    if columns.label in ("cls", "txt"):
+        found = {columns.label: found.get(columns.label)}
+    elif columns.label is not None:
+        found = {"json": found.get("json")}
+    extension = next((e for e in SIDECARS if found.get(e) is not None), "")
+    return Beside(
+        labels=found.get(extension),
+        split=split_name(split, columns.split or "split") if isinstance(split, str | int | bool) else None,
+        multilabel=many and extension == "json",
+        from_text=extension == "txt" and columns.label != "txt",
+        keys=tuple(fields),
+    )
+
+
+def _field(fields: dict[str, Any], plain: dict[str, Any], wanted: str | None, known: tuple[str, ...]) -> Any:
+    if wanted is not None:
+        return fields.get(wanted)
+    return next((plain[name] for name in known if name in plain), None)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(data: bytes) -> str | None:
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return None
+
+
+# ---------------------------------------------------------------- scanning
+
+
+@dataclass(kw_only=True, slots=True)
+class Members:
+    """What scanning the members of one archive has found so far."""
+
+    columns: Columns
+    wanted: Callable[[str], bool]
+    """Whether a member may be an input."""
+    names: set[str]
+    folders: Counter[tuple[str, ...]]
+    """Of images without a label beside them."""
+    wordnet: set[str]
+    """WordNet ids at the beginning of their names."""
+    splits: set[str]
+    tables: list[tuple[str, bytes]]
+    in_names: set[str | None]
+    """The splits that the names of images say, None when one says none."""
+    texts: set[str]
+    """Labels that are the text of a .txt member, and may be captions."""
+    text_samples: int = 0
+    multilabel: bool = False
+    keys: set[str]
+    """Fields of JSON members."""
+    lone_images: "array[int]"
+    """Hashes of the stems of images with nothing beside them, to be matched with those of sidecars without an image."""
+    lone_sidecars: dict[str, Beside]
+    apart: bool = False
+    _stem: str = ""
+    _parts: dict[str, bytes]
+    _images: list[str]
+
+    @classmethod
+    def new(cls, columns: Columns, wanted: Callable[[str], bool]) -> "Members":
+        return cls(
+            columns=columns,
+            wanted=wanted,
+            names=set(),
+            folders=Counter(),
+            wordnet=set(),
+            splits=set(),
+            tables=[],
+            in_names=set(),
+            texts=set(),
+            keys=set(),
+            lone_images=array("q"),
+            lone_sidecars={},
+            _parts={},
+            _images=[],
+        )
+
+    def starts_sample(self, name: str) -> bool:
+        """Whether a member begins another sample; what came before is counted then."""
+        stem, _ = split_extension(name)
+        if stem == self._stem:
+            return False
+        self.end_sample()
+        self._stem = stem
+        return True
+
+    def add(self, name: str, size: int, read: Callable[[int], bytes]) -> None:
+        """The next member; `read(limit)` gives its first bytes, which only some members need."""
+        _, extension = split_extension(name)
+        if size <= MAX_TABLE_BYTES and TABLE_FILE.fullmatch(name):
+            self.tables.append((name, read(MAX_TABLE_BYTES)))
+        elif extension in SIDECARS:
+            self._parts[extension] = read(MAX_SIDECAR_BYTES)
+        elif is_image(extension) and self.wanted(name):
+            self._images.append(name)
+
+    def end_sample(self) -> None:
+        beside = read_beside(self._parts, self.columns)
+        if self._images:
+            self._count(beside)
+            if not self._parts:
+                self.lone_images.append(hash(self._stem))
+            if beside.labels is None:
+                for name in self._images:
+                    self.folders[tuple(folders_of(name))] += 1
+                    if wordnet := WORDNET.match(name.rpartition("/")[2]):
+                        self.wordnet.add(wordnet[1])
+            for name in self._images:
+                if None not in self.in_names:
+                    self.in_names.add(split_in_name(name))
+        elif self._parts:
+            self.lone_sidecars[self._stem] = beside
+        self._parts, self._images = {}, []
+
+    def _count(self, beside: Beside) -> None:
+        self.keys.update(beside.keys)
+        self.names.update(beside.labels or ())
+        self.multilabel |= beside.multilabel
+        if beside.split:
+            self.splits.add(beside.split)
+        if beside.from_text:
+            self.texts.update(beside.labels or ())
+            self.text_samples += 1
+
+    def scan(self, fragments: list[Any], first: list[tuple[str, ...]], problem: str = "") -> FileScan:
+        """What has been found, as the scan of a file."""
+        return FileScan(
+            fragments=fragments,
+            names=sorted(self.names),
+            multilabel=self.multilabel,
+            first_members=first,
+            problem=problem,
+            splits=sorted(self.splits),
+            folders=dict(self.folders),
+            wordnet=sorted(self.wordnet),
+            in_names=self.in_names,
+            tables=self.tables,
+            apart=self.apart,
+            texts=self.texts,
+            text_samples=self.text_samples,
+            fields=self.keys,
+        )
+
+    def finish(self) -> None:
+        """After the last member: the samples whose members lie apart are put together."""
+        self.end_sample()
+        stems = np.unique(np.array([hash(stem) for stem in self.lone_sidecars], np.int64))
+        matched = np.isin(np.array(self.lone_images, np.int64), stems)
+        self.apart = bool(matched.any())
+        if not self.apart:
+            return
+        if matched.all():
+            self.folders.clear()
+        lone = set(np.array(self.lone_images, np.int64)[matched].tolist())
+        for stem, beside in self.lone_sidecars.items():
+            if hash(stem) in lone:
+                self._count(beside)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def items_of_sample(
+    parts: dict[str, tuple[str, bytes]],
+    name: str,
+    labels: list[str] | None,
+    source: Source,
+    apart: dict[str, Beside] | None = None,
+) -> Iterator[Item]:
+    """The items of one sample, {extension: (member, data)}, of the archive `name`. labels: those of the archive itself.
+    apart: what members elsewhere in the archive say about a stem.
+
+    Images that share a stem without a label beside them (a.1.jpg and a.2.jpg, a.jpg and a.png) are inputs of their own.
+    """
+    rest = [extension for extension in parts if extension not in SIDECARS]
+    beside = read_beside({e: parts[e][1] for e in SIDECARS if e in parts}, source.columns)
+    if not rest:
+        member = next(iter(parts.values()))[0]
+        if apart is None or split_extension(member)[0] not in apart:
+            yield Item(member, f"{name}/{member}", b"", beside.labels, Refused("not an image"))
+        return
+    alone = len(rest) == len(parts)
+    if apart and alone:
+        beside = apart.get(split_extension(parts[rest[0]][0])[0], beside)
+    pictures = [e for e in rest if e in codecs.extensions()] or [e for e in rest if is_image(e)]
+    for extension in pictures[:1] if not alone else pictures or rest:
+        member, data = parts[extension]
+        if not pictures and TABLE_FILE.fullmatch(member):
+            return
+        own, split = source.naming.of(member)
+        if source.naming.table.labels:
+            found = own
+        else:  # an empty list is a label too, of a sample that has none of the classes
+            found = next((value for value in (beside.labels, labels, own) if value is not None), None)
+        yield Item(member, f"{name}/{member}", data, found, split=beside.split or split)
+
+
+def key_text(value: Any) -> str | None:
+    """A key or file name in a sample's fields, as text."""
+    return None if is_missing(value) else as_text(value)

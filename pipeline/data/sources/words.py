@@ -1,0 +1,89 @@
+"""The words by which people name columns, splits and files of tables."""
+
+import re
+
+# In order of preference, without regard to case.
+FILE_COLUMNS = (
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "image_path",
+    "img_path",
+    "image_file",
+    "image_name",
+    "img_name",
+    "filepath",
+    "file_path",
+    "image",
+    "img",
+    "key",
+    "image_id",
+    "imageid",
+    "img_id",
+    "id",
+    "id_code",
+    "uuid",
+    "name",
+)
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "classname",
+    "label_name",
+    "labelname",
+    "class_label",
+    "class_id",
+    "classid",
+    "label_id",
+    "category",
+    "category_name",
+    "category_id",
+    "target",
+    "cls",
+    "fine_label",
+    "wnid",
+    "synset",
+    "predictionstring",
+)
+SPLIT_COLUMNS = ("split", "subset", "partition")
+LIKELY_SPLIT_COLUMNS = (
+    "usage",
+    "set",
+    "data_set",
+    "dataset",
+    "phase",
+    "mode",
+    "fold",
+    "type",
+    "group",
+)  # by their values
+TRAINING_COLUMNS = (
+    "is_train",
+    "is_training",
+    "is_training_image",
+    "train",
+    "training",
+)  # hold 1 for training, 0 for test
+CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
+MISSING = frozenset({"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"})  # that stand for no label
+
+TRAIN = frozenset({"train", "training", "trn", "trainval"})
+HELD_OUT = frozenset(
+    {"val", "valid", "validation", "test", "testing", "tst", "dev", "eval", "evaluation", "holdout", "heldout"}
+)
+SPLITS = TRAIN | HELD_OUT
+WORDS = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]*|[^A-Za-z]+")  # of a name such as PublicTest or train_images2017
+
+
+def split_of_name(name: str) -> tuple[str, str] | None:
+    """(split, what is left of the name) of a name with one word for a split in it, such as train_images or PublicTest."""
+    words = WORDS.findall(name)
+    places = [i for i, word in enumerate(words) if word.lower() in SPLITS]
+    if len(places) != 1:
+        return None
+    rest = "".join(words[: places[0]] + words[places[0] + 1 :])
+    return words[places[0]], "".join(filter(str.isalnum, rest)).lower()
