@@ -44,7 +44,11 @@ def main(argv: list[str]) -> int:
         return 0
     doctor.preflight(runtime.address, runtime.tracking_uri)
     cluster.configure(runtime.address, num_cpus=max(2, round(runtime.workers * runtime.cpus_per_worker)))
-    result = run.pretrain(config, base, recipe=recipe)
+    try:
+        result = run.pretrain(config, base, recipe=recipe)
+    except run.Incomplete as error:
+        print(run.summarize(error.result))
+        raise
     if "images" in result:
         print(run.summarize(result))
     for version, checkpoint in result["registered"].items():

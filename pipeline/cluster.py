@@ -35,6 +35,8 @@ FORWARDED = (
     "MLFLOW_TRACKING_URI",
     "TORCH_EXTENSIONS_DIR",
 )
+STOP_RECORDS = 20
+"""Seconds that a stopped job needs after its step is saved: for MLflow to hear why it ended."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
 
 
@@ -54,6 +56,21 @@ def refuse_package_folder(**uris: str | None) -> None:
                 f"--{flag.replace('_', '-')} {uri} lies in Ray's temporary copy of this folder, which is removed after the job; give "
                 "an absolute path that the nodes share, or an s3:// address"
             )
+
+
+def warn_of_short_stop(grace: float) -> None:
+    """Warns when `ray job stop` would kill this job before it has saved its step, which may take `grace` seconds."""
+    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")  # of Ray's job supervisor, whose environment a job inherits
+    wanted = round(grace) + STOP_RECORDS
+    if submitted() and wait.isdigit() and int(wait) < wanted:
+        logger.warning(
+            "`ray job stop` kills this job after %s s, perhaps before its step is saved: start the head with "
+            'RAY_JOB_STOP_WAIT_TIME_S=%d, or submit with --runtime-env-json \'{"env_vars": '
+            '{"RAY_JOB_STOP_WAIT_TIME_S": "%d"}}\'',
+            wait,
+            wanted,
+            wanted,
+        )
 
 
 def runtime_env(ship_project: bool) -> dict:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,14 +19,16 @@ BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def ray_head(home: Path, token: str, port: int | None = None) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+def ray_head(
+    home: Path, token: str, port: int | None = None, keep: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(address of the job server, environment without the token, environment with it); `home` is HOME in both.
 
-    port: of Ray's control store, for who joins it by address.
+    port: of Ray's control store, for who joins it by address. keep: RAY_ variables of this process that the head gets, too.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     port, dashboard = port or free_port(), free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {name: value for name, value in os.environ.items() if name in keep or not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with_token = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--temp-dir={folder}"]

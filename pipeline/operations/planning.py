@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
+from pipeline import storage
 from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
@@ -438,6 +439,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
     else:
         resolved = run.check_run(training)
+        run.held_by(resolved, storage.normalise(training.runtime.output))
     text = run.describe_run(resolved, changes) + "\n" + note
     if training.runtime.gpus:
         about = PlanConfig(

@@ -24,6 +24,7 @@ GOODPUT = "train/goodput"  # share of the time since the workers started that we
 DATA_WAIT = "train/data_wait"  # share of the step spent waiting for the loader, 0..1
 MEMORY_GB = "train/memory_gb"  # peak of the device (or of the process on CPU), 1e9 bytes
 SKIPPED = "train/skipped"  # steps not taken so far, for any reason
+REPLACED = "train/replaced"  # images so far that did not decode and were replaced by others
 SPIKES = "train/spikes"  # those of them whose loss was a spike
 VAL_LOSS = "val/loss"
 VAL_TOP1 = "val/top1"  # percent, as every accuracy here

@@ -9,9 +9,12 @@
 
 A worker writes only what it owns, in the background (`Writer`); the model file is put together from the slices. A reader
 takes the slices it needs, whatever the number of workers or ZeRO stage that wrote them (`StateReader`).
-<run>/attempt.json says who may write: the attempt that started last. An attempt looks there before it writes anything.
+<run>/attempt.json says who may write: the attempt that started last. An attempt looks there before it writes anything, and
+every attempt after the first has folders of its own (step-00001000-3f9a01c2b4d5): one that was suspended after it looked,
+and wakes up when others have committed, writes into no folder of theirs.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -175,28 +178,45 @@ class Writer:
         # A group of its own: its collectives run in this thread, beside those of training.
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
         self.attempt = uuid.uuid4().hex[:12]
+        self.suffix = f"-{self.attempt}"
+        """What sets this attempt's folders apart; empty for the first attempt of a run."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Exception | None] | None = None
         self.verified: dict[str, bool] = {}
         """Checkpoint -> whether its files are as written. What this attempt wrote is, older ones are read once."""
+        self.failed: list[int] = []
+        """Steps whose checkpoint could not be written."""
         self.waited = 0.0
         """Seconds the training loop has stood still for checkpoints: for copies of the state, and for one still being written."""
 
     def start(self) -> Checkpoint | None:
         """Takes the run over from any earlier attempt; the checkpoint to continue from, the same on every worker."""
-        if self.rank == 0:
-            about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
-            storage.write_json(storage.join(self.run, ATTEMPT), about)
-            for name in remove_orphans(self.run):
-                logger.info("removed %s: it was never committed", name)
-            return self._from_rank_0(latest(self.run))
-        return self._from_rank_0(None)
+        self.suffix = self._from_rank_0(self._take_over() if self.rank == 0 else None)
+        return self._from_rank_0(latest(self.run) if self.rank == 0 else None)
+
+    def _take_over(self) -> str:
+        """Makes this attempt the owner of the run; what its folders are called after their step."""
+        about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
+        place = storage.join(self.run, ATTEMPT)
+        others = bool(storage.list_files(storage.join(self.run, "checkpoints")))
+        if storage.create_bytes(place, json.dumps(about).encode()) and not others:
+            return ""
+        storage.write_json(place, about)
+        for name in remove_orphans(self.run):
+            logger.info("removed %s: it was never committed", name)
+        return f"-{self.attempt}"
+
+    def folder(self, step: int) -> str:
+        """Where this attempt writes the checkpoint of a step."""
+        return folder(self.run, step) + self.suffix
 
     def save(self, step: int, snapshot: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> None:
         """Starts writing a snapshot (`Engine.snapshot`). Waits first for the one before, if that is still under way."""
         problem = self._wait_for_pending()
         if problem is not None and self.rank == 0:
-            logger.warning("a checkpoint could not be written, training goes on: %s", problem)
+            logger.warning(
+                "the checkpoint of step %d could not be written, training goes on: %s", self.failed[-1], problem
+            )
         start = time.perf_counter()
         tensors = snapshot()
         self.waited += time.perf_counter() - start
@@ -231,15 +251,20 @@ class Writer:
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Exception | None:
         """A save is over for all workers or for none. Returns what kept it from being written, the same on every worker;
         raises UserError when another attempt owns the run."""
-        target = folder(self.run, step)
+        target = self.folder(step)
         problem: Exception | None = None
         if self.rank == 0:
-            problem = self._attempt(lambda: self._clear(target, step))
+            problem = self._attempt(lambda: self._check_owner(step))
         problem = self._from_rank_0(problem)
         if problem is None:
             problem = self._write_parts(target, step, tensors, about)
         if isinstance(problem, UserError) and not isinstance(problem, (storage.StorageError, NoRoom)):
             raise problem
+        if problem is not None:
+            self.failed.append(step)
+            if self.rank == 0:
+                with contextlib.suppress(UserError, OSError):  # what was half written needs the room of the next one
+                    storage.remove(target, recursive=True)
         return problem
 
     def _write_parts(
@@ -269,20 +294,15 @@ class Writer:
             return error
         return None
 
-    def _clear(self, target: str, step: int) -> None:
-        """Makes room for a checkpoint that this attempt will write; a damaged one may be in its place."""
-        self._check_owner(step)
-        if storage.list_files(target):
-            storage.remove(storage.join(target, COMMIT))
-            storage.remove(target, recursive=True)
-        self.verified.pop(target, None)
-
     def _check_owner(self, step: int) -> None:
-        owner = storage.read_json(storage.join(self.run, ATTEMPT))
+        place = storage.join(self.run, ATTEMPT)
+        owner = storage.read_json(place)
+        if not isinstance(owner, dict) or "attempt" not in owner:
+            raise UserError(f"{place} does not say which start of this run may write; the same command again continues")
         if owner["attempt"] != self.attempt:
             raise UserError(
-                f"{self.run} was taken over by another start of this run (process {owner['pid']} on {owner['host']}); "
-                f"this one ends without its checkpoint at step {step}"
+                f"{self.run} was taken over by another start of this run (process {owner.get('pid')} on "
+                f"{owner.get('host')}); this one ends without its checkpoint at step {step}"
             )
 
     def _put_state(self, target: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
@@ -316,15 +336,20 @@ class Writer:
             {"format": FORMAT, "step": step, "created": created, "workers": self.world, **commit, "files": files},
         )
         self.verified[target] = True
-        self._remove_old()
+        self._remove_old(step)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, step: int) -> None:
         """Keeps the newest `keep_last` valid checkpoints and the valid one that is best by metric `best`.
 
-        Nothing is removed before there are `keep_last` valid ones; then damaged ones go too.
+        Nothing is removed before there are `keep_last` valid ones; then damaged ones go too. A damaged one of the step that
+        was just written goes at once.
         """
         spared: list[Checkpoint] = []
         checkpoints = find(self.run)
+        for checkpoint in checkpoints:
+            if checkpoint.step == step and not self._is_valid(checkpoint):
+                remove(checkpoint)
+        checkpoints = [c for c in checkpoints if c.step != step or self._is_valid(c)]
         for checkpoint in reversed(checkpoints):
             if len(spared) < self.keep_last and self._is_valid(checkpoint):
                 spared.append(checkpoint)

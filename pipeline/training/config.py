@@ -124,7 +124,7 @@ class RuntimeConfig:
     cache: str | None = None
     """Local folder in which to keep shards that are read from s3://."""
     max_replaced: int | None = None
-    """Stop when one worker has replaced more images than this because they could not be decoded. None: no limit."""
+    """Stop when more images than this could not be decoded and were replaced. None: no limit."""
 
     log_every: str = "50steps"
     """Interval between log lines: steps, epochs, examples or percent of the run."""

@@ -50,6 +50,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     config = plan.config
     output = config.runtime.output
     check_room(config, sizes[0])
+    cluster.warn_of_short_stop(config.runtime.stop_grace)
     collector = logs.Collector()
     stop: Any = ray.remote(num_cpus=0)(StopSignal).remote()  # type: ignore[attr-defined]
     trainer = Trainer(

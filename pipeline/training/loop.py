@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ from pipeline.data.loading.order import DROPOUT, bits
 from pipeline.tracking import Run, names
 from pipeline.training import checkpoint
 from pipeline.training.advice import data_wait_advice
+from pipeline.training.checkpoint import WRITE_ERRORS, NoRoom
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
 from pipeline.training.meter import Meter, describe_scores, describe_step
 from pipeline.training.plan import TrainPlan, make_plan
 from pipeline.training.preemption import Preempted, PreemptionVote
+from pipeline.training.replacements import Replacements
 from pipeline.training.schedule import learning_rate
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import FewShot, validate
@@ -101,11 +103,17 @@ class Trainer:
             world=worker.world,
             state=start.commit.get("spikes") if start is not None else None,
         )
+        self.replacements = Replacements(
+            limit=config.runtime.max_replaced,
+            world=worker.world,
+            state=start.commit.get("replaced") if start is not None else None,
+        )
         self.losses: dict[str, float] = dict(start.commit["metrics"]) if start is not None else {}
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
-        self.batches = _batches(plan, self.first, worker)
+        self.loader = _open_loader(plan, self.first, worker)
+        self.batches = _endless(self.loader)
         self.began = time.perf_counter()
         self.meter = Meter(worker.device, computed, worker.world, config.engine.precision)
 
@@ -128,12 +136,23 @@ class Trainer:
             if done % plan.checkpoint_every == 0 or is_last or leaves:
                 self.save(done)
             if leaves:
-                self.writer.wait()
-                self.info("step %d/%d  saved, and the workers leave", done, plan.total)
-                raise Preempted(f"saved at step {done}")
+                self.leave(done)
         self.heartbeat("writing the last checkpoint")
-        self.writer.wait()
+        try:
+            self.writer.wait()
+        except NoRoom as error:  # trying again is of no use before somebody makes room
+            return self.result(missing=str(error))
         return self.result()
+
+    def leave(self, done: int) -> NoReturn:
+        """Ends this worker after step `done`, whose checkpoint is being written. Raises Preempted."""
+        try:
+            self.writer.wait()
+        except (NoRoom, *WRITE_ERRORS) as error:
+            self.warn(f"step {done} could not be saved, the next start continues from the last checkpoint: {error}")
+            raise Preempted(f"left at step {done} without a checkpoint: {error}") from error
+        self.info("step %d/%d  saved, and the workers leave", done, self.plan.total)
+        raise Preempted(f"saved at step {done}")
 
     def train_step(self, step: int, batch: dict[str, Any]) -> Tensor:
         """One optimiser step; this worker's mean loss, on the device."""
@@ -159,6 +178,7 @@ class Trainer:
         metrics = {names.LOSS: value, names.GRAD_NORM: self.engine.grad_norm(), names.LEARNING_RATE: rate}
         metrics |= self.meter.read() | {names.IMAGES_SEEN: done * self.config.batch_size}
         metrics[names.GOODPUT] = self.meter.goodput()
+        metrics[names.REPLACED] = self.replacements.update(self.loader.replaced)
         self.losses.setdefault("loss_first", value)
         self.losses["loss_last"] = value
         left = self.meter.remaining((self.plan.total - done) * self.config.batch_size)
@@ -212,20 +232,24 @@ class Trainer:
             "identity": configuration.fingerprint(self.plan.identity),
             "metrics": {name: value for name, value in self.losses.items() if math.isfinite(value)},
             "spikes": self.guard.state(),
+            "replaced": self.replacements.state(),
             "loss_scale": self.engine.loss_scale,
             "config": {"classes": list(self.plan.classes), "pretrain": configuration.to_dict(self.config)},
         }
         with self.meter.paused():
             self.writer.save(done, self.engine.snapshot, about)
 
-    def result(self) -> dict[str, Any]:
-        """The final numbers of a finished run."""
+    def result(self, missing: str = "") -> dict[str, Any]:
+        """The final numbers of a run that has reached its last step. missing: why its last checkpoint could not be written."""
         total, batch_size = self.plan.total, self.config.batch_size
         return {
             "steps": total,
             "images": total * batch_size,
-            "checkpoint": checkpoint.folder(self.writer.run, total),
+            "checkpoint": self.writer.folder(total),
+            "missing": missing,
+            "unsaved": self.writer.failed,
             "skipped": self.guard.skipped,
+            "replaced": self.replacements.count,
             "train_flops": self.flops_per_image * (total - self.first) * batch_size,
             "checkpoint_wait_seconds": self.writer.waited,
             "checkpoint_wait_share": self.writer.waited / (time.perf_counter() - self.began),
@@ -234,6 +258,7 @@ class Trainer:
 
     def close(self) -> None:
         self.batches.close()
+        self.loader.close()
         self.writer.close()
 
     def _load_weights(self, model: nn.Module, start: checkpoint.Checkpoint | None) -> None:
@@ -276,11 +301,11 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(bits(seed, DROPOUT, step, rank)) >> 1
 
 
-def _batches(plan: TrainPlan, first: int, worker: Worker) -> Generator[dict[str, Any], None, None]:
-    """This worker's share of global step `first` and all that follow, epoch after epoch."""
+def _open_loader(plan: TrainPlan, first: int, worker: Worker) -> Loader:
+    """The loader of this worker's share of global step `first` and all that follow."""
     config, runtime = plan.config, plan.config.runtime
     epoch, step = divmod(first, plan.steps_per_epoch)
-    with Loader(
+    return Loader(
         open_dataset(runtime.data),
         batch_size=config.batch_size,
         seed=config.seed,
@@ -297,6 +322,10 @@ def _batches(plan: TrainPlan, first: int, worker: Worker) -> Generator[dict[str,
         drop_last=True,
         cache_dir=runtime.cache,
         max_replaced=runtime.max_replaced,
-    ) as loader:
-        while True:
-            yield from loader
+    )
+
+
+def _endless(loader: Loader) -> Generator[dict[str, Any], None, None]:
+    """Batches, epoch after epoch."""
+    while True:
+        yield from loader

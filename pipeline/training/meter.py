@@ -95,6 +95,7 @@ def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds
         f"step {step}/{plan.total}",
         f"loss {metrics[names.LOSS]:.4f}",
         f"{metrics[names.IMAGES_PER_SECOND]:.0f} img/s",
+        *([f"replaced {metrics[names.REPLACED]:.0f}"] if metrics.get(names.REPLACED) else []),
         f"lr {metrics[names.LEARNING_RATE]:.2e}",
         f"grad {metrics[names.GRAD_NORM]:.3f}",
         f"wait {metrics[names.DATA_WAIT]:.1%}",

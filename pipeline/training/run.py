@@ -16,12 +16,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from models import create_model
 from models.cost import flops, parameters
 from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
 from pipeline.data import open_dataset
-from pipeline.errors import UserError
+from pipeline.errors import JobFailed, UserError
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, data_name, model_name, run_name
 from pipeline.training import checkpoint
@@ -34,12 +36,23 @@ from pipeline.weights import load_weights
 logger = logging.getLogger(__name__)
 
 
+class Incomplete(JobFailed):
+    """Every step was done, but the last checkpoint could not be written. result: the final numbers."""
+
+    def __init__(self, result: dict[str, Any]):
+        super().__init__(
+            f"the checkpoint of step {result['steps']} could not be written ({result['missing']}); make room, then the same "
+            "command continues from the checkpoint before it"
+        )
+        self.result = result
+
+
 def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
     """Runs (or continues) pre-training and returns its final numbers.
 
     base: the recipe that the config came from, to log what differs. Nothing is written and Ray is not joined
     (`cluster.configure` says how) before everything is checked. Raises UserError when the data, the batch, the workers or
-    the output folder do not fit; JobFailed when training failed for good.
+    the output folder do not fit; JobFailed when training failed for good, Incomplete when its last checkpoint is missing.
     """
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
@@ -87,8 +100,11 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         gpus = plan.workers if config.runtime.gpus else 0
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
         run.log_energy()
+        result |= {"run_id": run.id, "seconds": seconds}
+        if result["missing"]:
+            raise Incomplete(result)
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
-    return {**result, "run_id": run.id, "seconds": seconds}
+    return result
 
 
 def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, recipe: str, run_id: str | None) -> dict[str, Any]:
@@ -169,7 +185,20 @@ def check_run(config: PretrainConfig) -> TrainPlan:
     present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
     if present and "run.json" not in present:
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
+    check_devices(config)
     return plan
+
+
+def check_devices(config: PretrainConfig) -> None:
+    """Raises UserError when the run wants GPUs of this machine that are not there. Those of a cluster its nodes know."""
+    if not config.runtime.gpus or config.runtime.address is not None or cluster.submitted():
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < config.runtime.workers:
+        raise UserError(
+            f"--gpus: this machine has {count} of the {config.runtime.workers} GPUs that the workers need; use fewer "
+            "--workers, --no-gpus, or --address of a cluster that has them"
+        )
 
 
 def check_writable(output: str) -> None:
@@ -230,7 +259,8 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 def summarize(result: dict[str, Any]) -> str:
-    """The greppable block at the end of a run."""
+    """The greppable block at the end of a run. What is missing has lines of its own."""
+    unsaved = ", ".join(map(str, result["unsaved"]))
     shown = {
         "steps": result["steps"],
         "images": result["images"],
@@ -239,9 +269,11 @@ def summarize(result: dict[str, Any]) -> str:
         "loss_last": f"{result.get('loss_last', float('nan')):.4f}",
         "top1": f"{result[names.VAL_TOP1]:.2f}" if names.VAL_TOP1 in result else "none",
         "skipped": result["skipped"],
+        "replaced": result["replaced"],
         "checkpoint_wait_seconds": f"{result['checkpoint_wait_seconds']:.2f}",
         "checkpoint_wait_share": f"{result['checkpoint_wait_share']:.2%}",
-        "checkpoint": result["checkpoint"],
+        "checkpoint": "none" if result["missing"] else result["checkpoint"],
+        **({"missing": f"checkpoints of steps {unsaved}"} if unsaved else {}),
     }
     return "\n".join(f"pretrain: {key}={value}" for key, value in shown.items())
 

@@ -1,0 +1,59 @@
+"""Images that do not decode and are replaced by others: counted over all workers and attempts of a run, with a limit.
+
+replacements = Replacements(limit=100, world=world, state=checkpoint's)
+count = replacements.update(loader.replaced)     # at the same steps on every worker; raises UserError above the limit
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import distributed as dist
+
+from pipeline.errors import UserError
+
+NAMED = 1000
+"""Images that a checkpoint names; of more it knows their number."""
+
+
+class Replacements:
+    """Which images of a run were replaced; the same on every worker, each image counted once."""
+
+    def __init__(self, *, limit: int | None, world: int, state: Any = None):
+        """limit: the most images that may be replaced; None is no limit. state: what `state()` returned when the checkpoint
+        was made."""
+        state = state or {}
+        self.limit = limit
+        self.images: dict[str, str] = dict(state.get("images", {}))
+        """{key: what is wrong with the image}"""
+        self.unnamed = int(state.get("count", 0)) - len(self.images)
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self._sent = 0
+
+    @property
+    def count(self) -> int:
+        return self.unnamed + len(self.images)
+
+    def update(self, replaced: Mapping[str, str]) -> int:
+        """The number of images replaced so far, with what this worker's loader has replaced until now.
+
+        A collective of all workers. Raises UserError, on every worker, when there are more than the limit.
+        """
+        new = dict(list(replaced.items())[self._sent :])
+        self._sent += len(new)
+        parts = [new]
+        if self.group is not None:
+            parts = [new] * dist.get_world_size()
+            dist.all_gather_object(parts, new, group=self.group)
+        for part in parts:
+            self.images |= part
+        if self.limit is not None and self.count > self.limit:
+            key, why = next(reversed(self.images.items()))
+            raise UserError(
+                f"{self.count} images did not decode and were replaced, --max-replaced allows {self.limit}; the last one is "
+                f"{key} ({why}); `jobs/prepare.py verify` finds changed shards, otherwise prepare the data again"
+            )
+        return self.count
+
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"count": self.count, "images": dict(list(self.images.items())[:NAMED])}

@@ -1,0 +1,131 @@
+"""Every way in which a run is told to stop: its step is saved, MLflow knows why it ended, the next start goes on from there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from rayhead import ray_head
+from runs import pretrain_config
+
+from pipeline import config as configuration
+from pipeline.data.format import write_dataset
+from pipeline.data.loading.augment import Augment
+from pipeline.training import checkpoint
+from pipeline.training.config import EngineConfig, ModelConfig, PretrainConfig
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture
+def run(tmp_path) -> PretrainConfig:
+    """A run of thousands of short steps that saves nothing by itself; config.yaml in its folder."""
+    import cv2
+
+    pictures = np.random.default_rng(0).integers(0, 255, (64, 20, 20, 3), dtype=np.uint8)
+    rows = ((f"{i}", cv2.imencode(".png", picture)[1].tobytes(), i % 4, 20, 20) for i, picture in enumerate(pictures))
+    write_dataset(str(tmp_path / "data"), rows, classes=["a", "b", "c", "d"])
+    config = pretrain_config(
+        data=str(tmp_path / "data"),
+        output=str(tmp_path / "run"),
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        steps="4000steps",
+        batch_size=8,
+        image_size=16,
+        model=ModelConfig(variant="mu/8", depth=1),
+        augment=Augment(size=16),
+        engine=EngineConfig(precision="fp32"),
+        lanes=4,
+        log_every="1steps",
+        checkpoint_every="100000steps",
+        cpus_per_worker=0.5,
+        register=None,
+    )
+    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config))
+    return config
+
+
+def record(config: PretrainConfig) -> mlflow.entities.Run:
+    """The one MLflow run."""
+    client = mlflow.MlflowClient(config.runtime.tracking_uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("pretrain").experiment_id])
+    return found
+
+
+def until(log: Path, pattern: str, seconds: float = 300) -> re.Match:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := re.search(pattern, log.read_text(errors="replace")):
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"no {pattern} in {seconds} s:\n{log.read_text()}")
+
+
+def check_stopped(config: PretrainConfig, log: str, reason: str) -> int:
+    """What a stopped run leaves behind; the step it continues from."""
+    saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", log)[1])
+    assert checkpoint.latest(config.runtime.output).step == saved
+    steps = [int(step) for step in re.findall(r"step (\d+)/\d+  epoch", log)]
+    assert steps[-1] == saved
+    tags = record(config).data.tags
+    assert record(config).info.status == "KILLED"
+    assert tags["reason"] == reason
+    assert f"**Stopped:** {reason}" in tags["mlflow.note.content"]
+    assert not os.path.exists(os.path.join(config.runtime.output, "launch.json"))
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [(signal.SIGINT, 130, "stopped with Ctrl-C"), (signal.SIGTERM, 143, "stopped with SIGTERM")],
+)
+def test_signal_to_the_whole_group_as_a_terminal_and_slurm_send_it(run, tmp_path, number, code, reason):
+    log = tmp_path / "log"
+    command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
+    with open(log, "w") as out:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        until(log, r"step 30/")
+        os.killpg(first.pid, number)
+        assert first.wait(120) == code, log.read_text()
+    saved = check_stopped(run, log.read_text(), reason)
+    again = tmp_path / "again"
+    with open(again, "w") as out:
+        second = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        until(again, rf"resumed from .*step-{saved:08d}")
+        until(again, rf"step {saved + 1}/")
+        assert "reason" not in record(run).data.tags
+        second.terminate()
+        assert second.wait(120) == 143
+    assert check_stopped(run, again.read_text(), "stopped with SIGTERM") > saved
+
+
+@pytest.mark.parametrize("wait", ["60", None], ids=["head as infra/ starts it", "Ray's own 3 s"])
+def test_ray_job_stop(run, tmp_path, monkeypatch, wait):
+    if wait:
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", wait)
+    (tmp_path / "home").mkdir()
+    log = tmp_path / "log"
+    with ray_head(tmp_path / "home", "4a1c" * 16, keep=("RAY_JOB_STOP_WAIT_TIME_S",)) as (address, _, environment):
+        runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        options = [f"--address={address}", "--submission-id=stopped", f"--runtime-env-json={runtime}"]
+        job = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--config", str(tmp_path / "config.yaml")]
+        with open(log, "w") as out:
+            submitted = subprocess.Popen(
+                ["ray", "job", "submit", *options, "--", *job], env=environment, stdout=out, stderr=out
+            )
+            until(log, r"step 30/")
+            stop = ["ray", "job", "stop", f"--address={address}", "stopped"]
+            subprocess.run(stop, env=environment, check=True, timeout=120)
+            submitted.wait(120)
+    warned = "`ray job stop` kills this job after 3 s" in log.read_text()
+    assert warned == (wait is None), log.read_text()
+    if wait:
+        check_stopped(run, log.read_text(), "stopped with SIGTERM")
