@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import mlflow
 import numpy as np
@@ -45,6 +46,7 @@ def run(tmp_path) -> PretrainConfig:
         engine=EngineConfig(precision="fp32"),
         lanes=4,
         log_every="1steps",
+        wait_warning=1.0,
         checkpoint_every="100000steps",
         cpus_per_worker=0.5,
         register=None,
@@ -69,11 +71,19 @@ def until(log: Path, pattern: str, seconds: float = 300) -> re.Match:
     raise AssertionError(f"no {pattern} in {seconds} s:\n{log.read_text()}")
 
 
+def start(command: list[str], out: IO) -> subprocess.Popen:
+    """A process group of its own, which hears Ctrl-C even when the tests run in a background that ignores it."""
+    heard = (
+        f"import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
+    )
+    return subprocess.Popen([sys.executable, "-c", heard], cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+
+
 def check_stopped(config: PretrainConfig, log: str, reason: str) -> int:
     """What a stopped run leaves behind; the step it continues from."""
     saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", log)[1])
     assert checkpoint.latest(config.runtime.output).step == saved
-    steps = [int(step) for step in re.findall(r"step (\d+)/\d+  epoch", log)]
+    steps = [int(step) for step in re.findall(r"step (\d+)/\d+  loss", log)]
     assert steps[-1] == saved
     tags = record(config).data.tags
     assert record(config).info.status == "KILLED"
@@ -91,14 +101,14 @@ def test_signal_to_the_whole_group_as_a_terminal_and_slurm_send_it(run, tmp_path
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     with open(log, "w") as out:
-        first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        first = start(command, out)
         until(log, r"step 30/")
         os.killpg(first.pid, number)
         assert first.wait(120) == code, log.read_text()
     saved = check_stopped(run, log.read_text(), reason)
     again = tmp_path / "again"
     with open(again, "w") as out:
-        second = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        second = start(command, out)
         until(again, rf"resumed from .*step-{saved:08d}")
         until(again, rf"step {saved + 1}/")
         assert "reason" not in record(run).data.tags
