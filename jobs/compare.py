@@ -15,20 +15,13 @@ import json
 
 from pipeline import storage
 from pipeline.config import parse_command, run_job
+from pipeline.operations.options import CompareConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
+class Command(CompareConfig):
     """jobs/compare.py"""
 
-    suite: str | None = None
-    """Transfer suite to compare on. None: all suites."""
-    output: str | None = None
-    """Folder or s3:// prefix for leaderboard.md, leaderboard.json and compute.png."""
-    tracking_uri: str | None = None
-    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
-    log: bool = True
-    """Log the comparison to MLflow's experiment "compare"."""
     json: bool = False
     """Print only the leaderboard, as JSON."""
 

@@ -19,30 +19,18 @@ is written and the exit code is 1.
 import dataclasses
 import json
 import tempfile
-from typing import Literal
 
 from models.compatibility import check_huggingface, check_timm
 from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
+from pipeline.operations.options import ExportConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
+class Command(ExportConfig):
     """jobs/export.py"""
 
-    checkpoint: str
-    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
-    to: Literal["timm", "huggingface", "onnx", "torch-export", "safetensors"]
-    """Format of the exported model."""
-    output: str
-    """New folder or s3:// prefix for the exported model."""
-    images: str | None = None
-    """Folder of images, or dataset, on which the logits are compared. None: photographs that come with scikit-learn."""
-    tolerance: float = 1e-4
-    """Largest difference of logits, relative to the largest logit (at least 1)."""
-    tracking_uri: str | None = None
-    """MLflow server for models:/ and runs:/. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
     """Print only the result, as JSON."""
 

@@ -24,52 +24,25 @@ import tyro
 
 from pipeline import cluster, config, logs, storage
 from pipeline.data.format import Manifest
-from pipeline.data.prepare.config import RECIPES, PrepareConfig
+from pipeline.data.prepare.config import RECIPES, PrepareConfig, PrepareJob
 from pipeline.errors import UserError
+from pipeline.vtab.config import VtabConfig
 
 logger = logging.getLogger("jobs.prepare")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Command(PrepareConfig):
+class Command(PrepareJob):
     """jobs/prepare.py"""
 
-    address: str | None = None
-    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
-    num_cpus: int | None = None
-    """CPU cores for an embedded Ray. None: all."""
-    tracking: bool = True
-    """Record the preparation in MLflow."""
-    tracking_uri: str | None = None
-    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
     """Print only the result, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class VtabCommand:
+class VtabCommand(VtabConfig):
     """Builds VTAB-1k's tasks from the archives as their authors publish them."""
 
-    tasks: tyro.conf.Positional[tuple[str, ...]]
-    """Names of the tasks to build, or all."""
-    raw: str
-    """Folder or s3:// prefix of the published archives."""
-    output: str
-    """Folder or s3:// prefix for the datasets OUTPUT/<task>/<split>."""
-    splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
-    """Splits to build. train, val and trainval are the full pools of images."""
-    download: bool = False
-    """Fetch archives that --raw lacks and that have a public address."""
-    no_verify: bool = False
-    """Accept archives without comparing checksums and official counts."""
-    address: str | None = None
-    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
-    num_cpus: int | None = None
-    """CPU cores for an embedded Ray. None: all."""
-    tracking: bool = True
-    """Record the preparation in MLflow."""
-    tracking_uri: str | None = None
-    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     json: bool = False
     """Print only the result, as JSON."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
+from pipeline.operations.options import VisualizeConfig
 
 if TYPE_CHECKING:
     from pipeline.operations.visualization import Inspection
@@ -27,21 +28,9 @@ logger = logging.getLogger("jobs.visualize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
+class Command(VisualizeConfig):
     """jobs/visualize.py"""
 
-    checkpoint: str
-    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
-    output: str
-    """Folder or s3:// prefix for the figures."""
-    images: str | None = None
-    """Folder of images, or dataset. None: the run's validation set."""
-    limit: int = 128
-    """Largest number of images."""
-    tracking_uri: str | None = None
-    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
-    log: bool = True
-    """Log the figures to MLflow."""
     json: bool = False
     """Print only numbers.json."""
 

@@ -94,6 +94,20 @@ class PrepareConfig:
     """Largest input of one unit of work, in bytes. Small corpora are cut into smaller units."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareJob(PrepareConfig):
+    """A preparation with where it runs and what records it; neither decides the dataset."""
+
+    address: str | None = None
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
+    num_cpus: int | None = None
+    """CPU cores for an embedded Ray. None: all."""
+    tracking: bool = True
+    """Record the preparation in MLflow."""
+    tracking_uri: str | None = None
+    """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
+
+
 def demo() -> PrepareConfig:
     """Scikit-learn's handwritten digits, 1,797 images in two splits; about 5 s on two cores.
 
