@@ -60,7 +60,7 @@ def with_values(config: Any, values: Mapping[str, Any], where: str) -> Any:
     tree: dict[str, Any] = {}
     for name, value in values.items():
         path, hint = known[name]
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and _takes_many(hint):
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and takes_many(hint):
             value = [value]  # one source, one learning rate
         if isinstance(value, int) and hint is str and not isinstance(value, bool):
             value = str(value)  # steps: 400
@@ -72,7 +72,8 @@ def with_values(config: Any, values: Mapping[str, Any], where: str) -> Any:
     return _replace(config, tree)
 
 
-def _takes_many(hint: Any) -> bool:
+def takes_many(hint: Any) -> bool:
+    """Whether a field of this type is a list of values."""
     return typing.get_origin(hint) in (tuple, list)
 
 
