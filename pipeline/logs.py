@@ -15,6 +15,7 @@ import contextlib
 import logging
 import logging.handlers
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pipeline import storage
 from pipeline.credentials import redacted
 
 ROOTS = ("pipeline", "models", "jobs")  # our loggers; other libraries keep their own levels
@@ -237,6 +239,7 @@ class Progress:
         self.done, self.note = self.done + amount, note
         if value is not None:
             self._values.append(value)
+        report_share(self.done / self.total, note)
         if self._bar is not None:
             curve = f"  {sparkline(self._values)}" if self._values and console.width >= WIDE else ""
             self._bar.update(self._task, completed=self.done, note=note + curve)
@@ -256,3 +259,26 @@ class Progress:
             f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if share < 1 else f" in {self.seconds:.1f} s"
         )
         return f"{self.name}: {share:.0%}{', ' if self.note else ''}{self.note}{remaining}"
+
+
+# ---------------------------------------------------------------- for who watches from outside
+
+PROGRESS = "VIT_PROGRESS"
+"""Environment variable: the address of a small JSON file that says how far this job is."""
+REPORT_EVERY = 2.0
+_reported: dict[str, float] = {}
+
+
+def report_share(share: float, note: str = "") -> None:
+    """Writes how far the whole job is (0 to 1) to the file that `VIT_PROGRESS` names, at most every two seconds; without it,
+    nothing. A store that is away is no reason to stop."""
+    place = os.environ.get(PROGRESS)
+    now = time.time()
+    if not place or now - _reported.get("time", 0.0) < REPORT_EVERY:
+        return
+    _reported.setdefault("began", now)
+    _reported.setdefault("first", share)
+    _reported["time"] = now
+    values = {"share": share, "note": note, **_reported}
+    with contextlib.suppress(Exception):
+        storage.write_json(place, values)

@@ -4,6 +4,7 @@ An instance of `transfer` that reads `${pretrain.output}` exists once for every 
 stands for all of them, in a field that takes several values.
 """
 
+import graphlib
 import itertools
 import math
 import re
@@ -31,6 +32,8 @@ class Address:
     text: str
     instance: str | None = None
     below: str = ""
+    covers: tuple[str, ...] = ()
+    """Instances whose outputs, which the file names, lie in the folder of this address."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,7 +82,7 @@ def expand(pipeline: Pipeline, where: str = "pipeline") -> dict[str, Instance]:
         found[PROMOTE] = [_promotion(pipeline, found, where)]
     instances = {instance.name: instance for group in found.values() for instance in group}
     _check_outputs(pipeline, instances, where)
-    return instances
+    return _connect(instances, where)
 
 
 # ---------------------------------------------------------------- order
@@ -380,6 +383,42 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
     )
 
 
+def _connect(instances: dict[str, Instance], where: str) -> dict[str, Instance]:
+    """The instances, in order, once addresses that are written out but lie in another's output are references, too."""
+    outputs = {instance.output: name for name, instance in instances.items() if instance.output is not None}
+    changed = False
+    for name, instance in instances.items() if outputs else ():
+        for group in (instance.reads, instance.observes):
+            for field_name, addresses in group.items():
+                group[field_name] = tuple(_linked(address, name, outputs) for address in addresses)
+        found = [n for g in (instance.reads, instance.observes) for many in g.values() for a in many for n in _named(a)]
+        needs = tuple(dict.fromkeys([*instance.needs, *found]))
+        changed = changed or needs != instance.needs
+        instance.needs = needs
+    if not changed:
+        return instances
+    try:
+        order = list(graphlib.TopologicalSorter({n: i.needs for n, i in instances.items()}).static_order())
+    except graphlib.CycleError as error:
+        raise UserError(f"{where}: the stages need one another in a circle: {' -> '.join(error.args[1])}") from error
+    return {name: instances[name] for name in order}
+
+
+def _linked(address: Address, reader: str, outputs: Mapping[str, str]) -> Address:
+    if address.instance is not None or re.match(r"[a-z]+:(?!//)", address.text):
+        return address
+    uri = storage.normalise(address.text)
+    for output, name in outputs.items():
+        if name != reader and (uri == output or uri.startswith(output + "/")):
+            return Address(address.text, name, uri.removeprefix(output).strip("/"))
+    covered = tuple(name for output, name in outputs.items() if name != reader and output.startswith(uri + "/"))
+    return Address(address.text, covers=covered)
+
+
+def _named(address: Address) -> tuple[str, ...]:
+    return address.covers or ((address.instance,) if address.instance else ())
+
+
 def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where: str) -> None:
     """Raises UserError for two outputs of which one is the other or lies in it, and for one that lies in an input."""
     root = pipeline.root
@@ -388,11 +427,15 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
         if instance.output is None:
             continue
         if _INSTANCE.search(instance.output):
-            raise UserError(f"{where}: stage {instance.stage}: its output lies in another stage's; give a folder of its own")
+            raise UserError(
+                f"{where}: stage {instance.stage}: its output lies in another stage's; give a folder of its own"
+            )
         instance.output = storage.normalise(instance.output)
         given[instance.name] = instance.output
         if instance.output == root or root.startswith(instance.output + "/"):
-            raise UserError(f"{where}: stage {instance.stage}: its output {instance.output} holds the pipeline's own folder")
+            raise UserError(
+                f"{where}: stage {instance.stage}: its output {instance.output} holds the pipeline's own folder"
+            )
     ordered = sorted((f"{uri}/", name) for name, uri in given.items())
     for (uri, name), (other, second) in itertools.pairwise(ordered):
         if other.startswith(uri):
@@ -407,4 +450,6 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
             source = storage.normalise(address.text) + "/"
             for uri, other in ordered:
                 if uri.startswith(source) and instance.kind.name in ("prepare", "vtab"):
-                    raise UserError(f"{where}: the output of {other} ({uri.rstrip('/')}) lies in what {name} reads ({source.rstrip('/')})")
+                    raise UserError(
+                        f"{where}: the output of {other} ({uri.rstrip('/')}) lies in what {name} reads ({source.rstrip('/')})"
+                    )

@@ -38,6 +38,8 @@ class Kind:
     """Fields that are addresses of inputs whose content decides the output."""
     observes: tuple[str, ...] = ()
     """Fields that are addresses of inputs which change nothing of the output, such as a validation set."""
+    required: tuple[str, ...] = ()
+    """Fields that a stage has to give although the job does without."""
     ignores: tuple[str, ...] = ()
     """Fields that do not change what the job makes."""
     joins: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ KINDS: dict[str, Kind] = {
             recipes="pipeline.data.prepare.config:RECIPES",
             default="jpeg256",
             reads=("source", "labels", "label_map", "decontaminate"),
+            required=("source",),
             ignores=(*WHERE, "num_cpus", "max_reject_fraction"),
             formats=(SHARDS,),
             marker=("manifest.json", "*/manifest.json"),
@@ -116,6 +119,7 @@ KINDS: dict[str, Kind] = {
             default="demo",
             recipe_flag="suite",
             reads=("checkpoint", "data", "decontamination", "real_labels"),
+            required=("checkpoint", "data"),
             ignores=(*WHERE, "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries", "experiment"),
             joins=("tasks", "seeds"),
             formats=(SHARDS, CHECKPOINTS),
@@ -245,6 +249,9 @@ def check(kind: Kind, config: Any, where: str) -> None:
     try:
         if place := checks.get(kind.name):
             _load(place)(config)
+        for field in kind.required:
+            if not getattr(config, field):
+                raise UserError(f"the field {field} is missing: {kind.name} needs it")
         if kind.name == "prepare":
             _load("pipeline.data.prepare.config:parse_splits")(config.splits)
     except UserError as error:

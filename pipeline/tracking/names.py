@@ -11,6 +11,7 @@ from typing import Any
 # Experiments, one per purpose.
 PREPARE, PRETRAIN, TRANSFER, EVALUATE = "prepare", "pretrain", "transfer", "evaluate"
 COMPARE, VISUALIZE = "compare", "visualize"
+PIPELINE = "pipeline"
 
 # Metrics of a training step. MLflow's `step` is the optimiser step; IMAGES_SEEN is logged beside every point, because
 # only images are comparable between batch sizes.
@@ -70,6 +71,9 @@ CHECKPOINT = "checkpoint"  # URI that was read (transfer) or last written (pretr
 PLACE = "place."  # + key of the configuration that holds a path or an address: tags, since equal runs differ in them
 RAY_JOB = "ray.job"
 LINEAGE = "lineage."  # + prepare | pretrain | transfer: run id of the run that this one was made from
+PIPELINE_NAME = "pipeline"  # of the pipeline whose stage the run is
+PIPELINE_STAGE = "pipeline.stage"
+PIPELINE_RUN = "pipeline.run"  # id of the pipeline's own run, the same for all of its stages
 SPOOL = "spool"  # id given before the server knew the run: makes its creation safe to repeat
 RESUMED = "resumed"  # how many times the run was continued
 CHANGED = "resumed.changed"  # configuration that differs from the first attempt

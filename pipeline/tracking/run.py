@@ -382,6 +382,12 @@ def _origin() -> dict[str, str]:
         names.SOURCE_NAME: os.path.basename(sys.argv[0] or "python"),
         names.SOURCE_TYPE: "LOCAL",
     }
+    stage = {  # set by pipeline.graph.runner for each of its stages
+        names.PIPELINE_NAME: os.environ.get("VIT_PIPELINE"),
+        names.PIPELINE_STAGE: os.environ.get("VIT_PIPELINE_STAGE"),
+        names.PIPELINE_RUN: os.environ.get("VIT_PIPELINE_RUN"),
+    }
+    tags |= {name: value for name, value in stage.items() if value}
     job = os.environ.get("RAY_JOB_SUBMISSION_ID") or os.environ.get("RAY_JOB_ID")
     return tags | ({names.RAY_JOB: job} if job else {})
 

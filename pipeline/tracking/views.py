@@ -19,6 +19,7 @@ TITLES = {
     names.PRETRAIN: "Pre-training runs.",
     names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
     names.EVALUATE: "Transfer score of every checkpoint of a run: its learning curve of transfer.",
+    names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py): their stages, costs and graphs are in their artifacts.",
     names.COMPARE: "Leaderboards across pre-training runs (jobs/compare.py): see their descriptions and artifacts.",
     names.VISUALIZE: "What checkpoints have learned (jobs/visualize.py): see their artifacts.",
 }

@@ -24,11 +24,11 @@ from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
 from pipeline.data import open_dataset
 from pipeline.errors import JobFailed, UserError
+from pipeline.lease import LAUNCH, Lease
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, data_name, model_name, run_name
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
-from pipeline.training.lease import LAUNCH, Lease
 from pipeline.training.plan import TrainPlan, check_values, make_plan
 from pipeline.training.validation import check_fewshot, check_validation
 from pipeline.weights import load_weights

@@ -46,12 +46,21 @@ class SuiteProgress:
         logger.error("transfer: %s failed: %s", job.name, error)
 
     def update(self, running: list[RunningJob]) -> None:
+        logs.report_share(*self._whole(running))
         if self.live is not None:
             self.live.update(self._table(running))
         elif time.monotonic() - self.shown > EVERY and running:
             self.shown = time.monotonic()
             parts = ", ".join(f"{entry.job.name} {_share(entry)}" for entry in running)
             logger.info("transfer: %.0f s, running %s", time.monotonic() - self.started, parts)
+
+    def _whole(self, running: list[RunningJob]) -> tuple[float, str]:
+        """How far the suite is, by jobs and the shares of those that run, and in words."""
+        total = max(1, sum(count_jobs(task, self.seeds) for task in self.tasks))
+        names = {task.name for task in self.tasks}
+        done = sum(result.task in names for result in self.results.values())
+        parts = sum(entry.progress[0] / entry.progress[1] for entry in running if entry.progress[1])
+        return min(1.0, (done + parts) / total), f"{done} of {total} jobs"
 
     def _table(self, running: list[RunningJob]) -> Table:
         table = Table("task", "jobs", "now", "loss", "top-1 %", box=None)

@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from pipeline import storage
+from pipeline import lease, storage
 from pipeline.errors import UserError
-from pipeline.training import lease
-from pipeline.training.lease import Lease
+from pipeline.lease import Lease
 
 
 def written(path, **changes):

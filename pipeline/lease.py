@@ -1,11 +1,11 @@
-"""Who is training in an output: a second launch into it is refused by the name of the first.
+"""Who works in an output: a second launch into it is refused by the name of the first.
 
     with Lease(output, "b16_imagenet"):
         ...
 
-<run>/launch.json names the process that holds the run folder, and is renewed while it lives. A process that was killed
+<output>/launch.json names the process that holds the folder, and is renewed while it lives. A process that was killed
 holds nothing: on the same machine that is seen at once, from another one after `2 * RENEW_EVERY` seconds without renewal.
-`checkpoint.Writer` has the second line of defence: an attempt that was taken over commits nothing.
+`training.checkpoint.Writer` has the second line of defence: an attempt that was taken over commits nothing.
 """
 
 import contextlib
@@ -30,9 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """Holds an output while training goes on; see the module's docstring. Raises UserError when somebody else holds it."""
+    """Holds an output while work in it goes on; see the module's docstring. Raises UserError when somebody else holds it."""
 
-    def __init__(self, output: str, name: str):
+    def __init__(
+        self,
+        output: str,
+        name: str,
+        *,
+        doing: str = "being trained in",
+        remedy: str = "stop that one first, or choose another --output",
+    ):
+        """name: of the work. doing, remedy: for the error that a second launch gets."""
+        self.doing, self.remedy = doing, remedy
         self.output, self.uri = output, storage.join(output, LAUNCH)
         me = psutil.Process()
         self.mine: dict[str, Any] = {
@@ -68,8 +77,8 @@ class Lease:
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
         return UserError(
-            f"{self.output} is being trained in by {holder['name']}, process {holder['pid']} on {holder['host']}, started "
-            f"{since}; stop that one first, or choose another --output"
+            f"{self.output} is {self.doing} by {holder['name']}, process {holder['pid']} on {holder['host']}, started "
+            f"{since}; {self.remedy}"
         )
 
     def _write(self) -> None:
@@ -128,3 +137,14 @@ def _is_alive(holder: dict[str, Any], uri: str) -> bool:
         if (now["id"], now["renewed"]) != (holder["id"], holder["renewed"]):
             return True
     return False
+
+
+def held_by(output: str) -> dict[str, Any] | None:
+    """Who holds an output now, as far as its file says without waiting: {"name", "host", "pid", "started", ...}; else None."""
+    uri = storage.join(output, LAUNCH)
+    holder = _read_holder(uri)
+    if holder is None:
+        return None
+    if holder["host"] == socket.gethostname():
+        return holder if _is_alive(holder, uri) else None
+    return holder if time.time() - holder["renewed"] < 6 * RENEW_EVERY else None

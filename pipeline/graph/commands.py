@@ -1,0 +1,295 @@
+"""The commands of jobs/pipeline.py: command lines -> plans and runs."""
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline import cluster, credentials, lease, storage
+from pipeline.config import fingerprint
+from pipeline.errors import JobFailed, UserError, nearest
+from pipeline.graph import estimate, file, instances, rayjobs, report, runner, state
+from pipeline.graph.executor import Executor
+from pipeline.graph.plan import DONE, RUNNING, Plan, Status
+from pipeline.graph.recipes import RECIPES
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = ("run", "status", "stop", "export", "schema", "promote")
+Show = Callable[[str], None]
+
+
+def main(argv: list[str], description: str, show: Show) -> int:
+    """Runs a command line; its exit code. show: prints a result. Raises UserError for wrong input."""
+    argv = credentials.take_from_arguments(argv)
+    command = argv[0] if argv and argv[0] in COMMANDS else "run"
+    words = argv[1:] if argv and argv[0] in COMMANDS else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        show(inspect.cleandoc(description))
+        return 0
+    if command == "promote":
+        from pipeline.graph import promotion  # MLflow's registry
+
+        return promotion.main(words, show)
+    if command == "schema":
+        from pipeline.graph import schema
+
+        show(json.dumps(schema.schema(), indent=1))
+        return 0
+    options, rest = _parser(command).parse_known_args(words)
+    pipeline, where = _pipeline(options, rest)
+    if command == "status":
+        return status(pipeline, where, options, show)
+    if command == "stop":
+        return stop(pipeline, where, options, show)
+    if command == "export":
+        from pipeline.graph import export
+
+        plan = _plan(pipeline, where)
+        show(export.export(plan, options.to, options.image))
+        return 0
+    return run(pipeline, where, options, show)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False)
+    parser.add_argument("file", nargs="?", help="pipeline file: .yaml, or .py with a function `pipeline`")
+    parser.add_argument("--recipe", help=f"instead of a file: {', '.join(RECIPES)}; its parameters are flags")
+    if command in ("run", "stop"):
+        parser.add_argument("--address", help="job server of a Ray cluster (http://HEAD:8265, or auto)")
+    if command in ("run", "status"):
+        parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+    if command == "stop":
+        parser.add_argument("stages", nargs="*", help="default: all that run")
+    if command == "export":
+        parser.add_argument("--to", required=True, choices=("commands", "argo", "airflow", "yaml"))
+        parser.add_argument("--image", default="vit-pipeline", help="container image of argo's steps")
+    if command == "run":
+        parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages")
+        parser.add_argument(
+            "--from", nargs="+", default=[], dest="first", metavar="STAGE", help="these and what needs them"
+        )
+        parser.add_argument("--until", nargs="+", default=[], metavar="STAGE", help="these and what they need")
+        parser.add_argument(
+            "--force", nargs="*", metavar="STAGE", help="run again, from nothing (default: all selected)"
+        )
+        parser.add_argument("--dry-run", action="store_true", help="say what would run, and what it will take")
+        parser.add_argument("--parallel", type=int, help="stages at the same time, at most")
+        parser.add_argument("--every", help="for ever, one pass each 30m, 1h, 1d")
+        parser.add_argument("--skip-if-running", action="store_true", help="exit code 0 when another run goes on")
+    return parser
+
+
+# ---------------------------------------------------------------- what is meant
+
+
+def _pipeline(options: Any, rest: Sequence[str]) -> tuple[file.Pipeline, str]:
+    """The pipeline of a command line, and what to call it in errors."""
+    if options.recipe is None:
+        if rest:
+            raise UserError(f"unknown flag {rest[0]}; --help lists them")
+        if options.file is None:
+            raise UserError("which pipeline? give a file, or --recipe NAME (recipes: " + ", ".join(RECIPES) + ")")
+        return file.load(options.file), options.file
+    if options.file is not None:
+        raise UserError(f"{options.file} and --recipe {options.recipe} are two pipelines; give one of them")
+    if options.recipe not in RECIPES:
+        raise UserError(
+            f'unknown recipe "{options.recipe}"{nearest(options.recipe, RECIPES)}; recipes: {", ".join(RECIPES)}'
+        )
+    function = RECIPES[options.recipe]
+    made = function(**_parameters(function, rest, options.recipe))
+    return file.check(made, f"recipe {options.recipe}"), f"recipe {options.recipe}"
+
+
+def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str], recipe: str) -> dict[str, Any]:
+    """Flags as the parameters of a recipe."""
+    hints = typing.get_type_hints(function)
+    parser = argparse.ArgumentParser(prog=f"--recipe {recipe}", allow_abbrev=False, add_help=False)
+    for name in inspect.signature(function).parameters:
+        kinds = [k for k in typing.get_args(hints[name]) or (hints[name],) if k is not types.NoneType]
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kinds[0], default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(words)
+    if unknown:
+        flag = unknown[0].removeprefix("--").replace("-", "_")
+        raise UserError(
+            f"unknown flag {unknown[0]}{nearest(flag, hints)}; the recipe {recipe} takes its parameters as flags"
+        )
+    return vars(known)
+
+
+def _plan(pipeline: file.Pipeline, where: str) -> Plan:
+    """Everything that can be checked before work. Raises UserError."""
+    found = instances.expand(pipeline, where)
+    cluster.refuse_package_folder(output=pipeline.root)
+    plan = Plan(pipeline, found, state.load(pipeline.root), where)
+    plan.check_inputs()
+    return plan
+
+
+# ---------------------------------------------------------------- run
+
+
+def run(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
+    """One pass, or one each `--every`."""
+    if options.parallel is not None and options.parallel < 1:
+        raise UserError(f"--parallel {options.parallel} must be at least 1")
+    if options.every is None:
+        return run_once(pipeline, where, options, show)
+    from pipeline.operations.evaluation import seconds, ticks
+
+    for _ in ticks(seconds(options.every)):
+        try:
+            current, _ = _pipeline(options, []) if options.file else (pipeline, where)  # the file may have changed
+            run_once(current, where, options, show)
+        except (
+            UserError,
+            JobFailed,
+            OSError,
+        ) as error:  # a store or a server that is away may be back at the next time
+            logger.error("%s", error)
+    return 0
+
+
+def run_once(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
+    """Runs what is not done; its exit code."""
+    plan = _plan(pipeline, where)
+    selected = _select(plan, options)
+    states = plan.survey()
+    if options.dry_run:
+        cpus = float(len(os.sched_getaffinity(0)))
+        todo = [name for name in selected if states[name].state != DONE or name in plan.forced]
+        estimates = {name: estimate.estimate(plan, name, cpus) for name in todo}
+        show(report.dry_run(plan, states, selected, estimates))
+        return 0
+    if not plan.forced and all(states[name].state == DONE for name in selected):
+        _show_end(plan, states, {}, 0.0, options, show)
+        return 0
+    executor = _executor(plan, options.address)
+    holder = lease.Lease(
+        storage.join(plan.state.root, state.FOLDER),
+        pipeline.name,
+        doing="being run",
+        remedy="wait for that run, or stop it with `jobs/pipeline.py stop`",
+    )
+    try:
+        held = holder.__enter__()
+    except UserError:
+        if options.skip_if_running:
+            logger.info("%s is being run already; this run is skipped", pipeline.name)
+            return 0
+        raise
+    try:
+        return _run_held(_plan(pipeline, where), executor, options, show)
+    finally:
+        held.__exit__(None, None, None)
+
+
+def _select(plan: Plan, options: Any) -> list[str]:
+    selected = plan.select(options.only, options.first, options.until)
+    if options.force is not None:
+        plan.forced = set(plan.named(options.force, "--force")) & set(selected) if options.force else set(selected)
+    return selected
+
+
+def _run_held(plan: Plan, executor: Executor, options: Any, show: Show) -> int:
+    """The run itself, by the one who holds the pipeline."""
+    selected = _select(plan, options)
+    states = plan.survey()
+    cpus = executor.cpus if executor.cpus != float("inf") else 1.0
+    guesses = {name: estimate.estimate(plan, name, cpus) for name in selected if states[name].state != DONE}
+    runner.about_run(plan)
+    from pipeline.graph.record import PipelineRecord  # MLflow
+
+    record = PipelineRecord(plan)
+    plan.done.clear()
+    plan.outputs.clear()
+    running = runner.Runner(plan, selected, executor, parallel=options.parallel)
+    try:
+        outcome = running.run()
+    except BaseException:
+        record.finish(plan.survey(), [], {}, "KILLED")
+        plan.state.save()
+        raise
+    states = plan.survey()
+    fresh = set(outcome.done)
+    estimates = {name: e.seconds for name, e in guesses.items() if e is not None and name in fresh}
+    rows = report.cost_rows(plan, states, estimates)
+    failed = bool(outcome.failed or outcome.blocked)
+    address = record.finish(states, rows, estimates, "FAILED" if failed else "FINISHED")
+    if not failed:
+        plan.state.run = {}
+    plan.state.save()
+    text = report.page(plan, states, rows, {})
+    storage.write_bytes(storage.join(plan.state.root, state.FOLDER, "report.md"), text.encode())
+    _show_end(plan, states, estimates, outcome.seconds, options, show)
+    if address and not options.json:
+        logger.info("MLflow: %s", address)
+    for name in outcome.failed:
+        failure = plan.state.record(name).failed
+        if failure is not None:
+            logger.error("%s %s: %s", name, "stopped" if failure.stopped else "failed", failure.reason)
+    return 1 if failed else 0
+
+
+def _show_end(
+    plan: Plan, states: dict[str, Status], estimates: dict[str, float], seconds: float, options: Any, show: Show
+) -> None:
+    if options.json:
+        show(json.dumps({**report.status_json(plan, states), "seconds": seconds}))
+        return
+    show(report.status_table(plan, states) + "\n")
+    if rows := report.cost_rows(plan, states, estimates):
+        show(report.cost_table(rows) + "\n")
+    show(report.result_text(plan, states, seconds))
+
+
+def _executor(plan: Plan, address: str | None) -> Executor:
+    if rayjobs.is_wanted(address):
+        return rayjobs.RayJobs(address)
+    from pipeline.graph.processes import Processes
+
+    root = plan.state.root
+    if storage.is_remote(root):
+        return Processes(os.path.expanduser(f"~/.cache/vit-pipeline/pipelines/{fingerprint(root)}"))
+    return Processes(storage.join(root, state.FOLDER, "processes"))
+
+
+# ---------------------------------------------------------------- status, stop
+
+
+def status(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
+    """Where each stage stands."""
+    plan = _plan(pipeline, where)
+    states = plan.survey()
+    if options.json:
+        show(json.dumps(report.status_json(plan, states)))
+        return 0
+    holder = lease.held_by(storage.join(plan.state.root, state.FOLDER))
+    text = f"run by process {holder['pid']} on {holder['host']}" if holder else None
+    if text is None and any(s.state == RUNNING for s in states.values()):
+        text = "no runner: the next `run` takes over what runs"
+    show(report.status_table(plan, states, text))
+    return 0
+
+
+def stop(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
+    """Asks stages that run to save themselves and end."""
+    plan = _plan(pipeline, where)
+    wanted = plan.named(options.stages, "stop") if options.stages else list(plan.instances)
+    executor = _executor(plan, options.address)
+    stopped = 0
+    for name in wanted:
+        record = plan.state.records.get(name)
+        if record is not None and record.running is not None:
+            executor.stop(record.running.job)
+            show(f"{name}: asked to stop ({record.running.job})")
+            stopped += 1
+    if not stopped:
+        show("nothing runs")
+    return 0

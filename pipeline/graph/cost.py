@@ -1,0 +1,92 @@
+"""What stages took: seconds, CPU- and GPU-hours that they occupied, bytes, dollars."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.graph import places
+from pipeline.graph.executor import Ended, Executor
+from pipeline.graph.file import Prices
+from pipeline.graph.instances import Instance
+from pipeline.graph.plan import Plan
+from pipeline.graph.state import Running
+
+COLUMNS = ("seconds", "cpu_hours", "gpu_hours", "read", "written", "dollars")
+
+
+def of_attempt(instance: Instance, executor: Executor, running: Running, ended: Ended) -> dict[str, float]:
+    """What one attempt took. Hours are those of the CPUs and GPUs that it occupied; `used_cpu_hours` is what was measured."""
+    seconds = ended.seconds if ended.seconds is not None else max(0.0, time.time() - running.started)
+    cpus = executor.cpus if instance.cpus is None else instance.cpus
+    taken = {"seconds": seconds, "attempts": 1.0, "gpu_hours": instance.gpus * seconds / 3600}
+    if math.isfinite(cpus):
+        taken["cpu_hours"] = cpus * seconds / 3600
+    for name, value in ended.spent.items():
+        taken["used_cpu_hours" if name == "cpu_hours" else name] = value
+    return taken
+
+
+def add(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The sum of what two attempts took."""
+    return {key: first.get(key, 0.0) + second.get(key, 0.0) for key in {**first, **second}}
+
+
+def finished(
+    plan: Plan, instance: Instance, running: Running, spent: Mapping[str, float], output: str
+) -> dict[str, Any]:
+    """What a finished instance took in all of its attempts. Where its processes cannot be seen, on a cluster, the bytes are
+    those of its inputs inside the pipeline and of its output."""
+    total = dict(spent)
+    if "written" not in total:
+        total["written"] = float(places.size(output))
+        total["read"] = float(
+            sum(
+                places.size(plan.outputs[up])
+                for up in instance.needs
+                if up in plan.outputs and up not in instance.after
+            )
+        )
+    money = dollars(plan.pipeline.prices, total)
+    return total if money is None else {**total, "dollars": money}
+
+
+def dollars(prices: Prices, hours: Mapping[str, float]) -> float | None:
+    """The price of CPU- and GPU-hours; None when the file gives none."""
+    if prices.cpu_hour is None and prices.gpu_hour is None:
+        return None
+    return hours.get("cpu_hours", 0.0) * (prices.cpu_hour or 0.0) + hours.get("gpu_hours", 0.0) * (
+        prices.gpu_hour or 0.0
+    )
+
+
+def total(costs: list[Mapping[str, float]]) -> dict[str, float]:
+    """The sum over stages."""
+    found: dict[str, float] = {}
+    for one in costs:
+        found = add(found, {key: value for key, value in one.items() if isinstance(value, int | float)})
+    return found
+
+
+# ---------------------------------------------------------------- as text
+
+
+def duration(seconds: float) -> str:
+    """48 s, 3 min, 2.1 h, 4.0 d."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} d"
+
+
+def size(count: float | None) -> str:
+    """12 MB."""
+    if count is None:
+        return ""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,165 @@
+"""What a stage will take, before it runs: from its last run where there is one, else from the numbers of jobs/plan.py.
+
+Nothing here imports torch: the arithmetic of a transformer is a formula, and thousand stages are estimated in a moment.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.variants import parse_variant
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.graph import cost
+from pipeline.graph.file import Prices
+from pipeline.graph.instances import Instance
+from pipeline.graph.plan import Plan
+from pipeline.hardware import find_gpu
+
+START_SECONDS = {"prepare": 8.0, "vtab": 8.0, "pretrain": 20.0, "transfer": 12.0, "promote": 6.0}
+"""Of a job from its command to its work, on two cores; 5 s for the others."""
+CPU_FLOPS = 2e10  # a second and core, of training on a CPU: the demo's pre-training on two cores
+MFU = 0.4  # as jobs/plan.py assumes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What an instance will take. source: "last run" or "plan"."""
+
+    seconds: float
+    cpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+    dollars: float | None = None
+    source: str = "plan"
+
+
+def estimate(plan: Plan, name: str, cpus: float) -> Estimate | None:
+    """Of one instance; None when nothing is known about it. cpus: of the executor, for a job that takes all there are."""
+    instance = plan.instances[name]
+    record = plan.state.records.get(name)
+    if record is not None and record.versions:
+        seconds, source = float(record.versions[-1].cost.get("seconds", 0.0)), "last run"
+    else:
+        try:
+            work = _SECONDS.get(instance.kind.name, lambda plan, instance, cpus: 0.0)(
+                plan, instance, _cpus(instance, cpus)
+            )
+        except (UserError, OSError, ZeroDivisionError):
+            return None
+        if work is None:
+            return None
+        seconds, source = START_SECONDS.get(instance.kind.name, 5.0) + work, "plan"
+    hours = {"cpu_hours": _cpus(instance, cpus) * seconds / 3600, "gpu_hours": instance.gpus * seconds / 3600}
+    return Estimate(seconds=seconds, source=source, dollars=cost.dollars(plan.pipeline.prices, hours), **hours)
+
+
+def _cpus(instance: Instance, cpus: float) -> float:
+    mine = cpus if instance.cpus is None else instance.cpus
+    return mine if mine != float("inf") else 1.0
+
+
+def _prepare(plan: Plan, instance: Instance, cpus: float) -> float | None:
+    from pipeline.operations.planning import PREPARE_SECONDS
+
+    images = _images(plan, instance)
+    return None if images is None else images * PREPARE_SECONDS / cpus
+
+
+def _images(plan: Plan, instance: Instance) -> int | None:
+    """About how many images a preparation reads."""
+    total = 0
+    for address in instance.reads["source"]:
+        if address.instance is not None:
+            return None
+        if address.text.startswith("demo:"):
+            total += 1797
+        else:
+            total += _files(storage.normalise(address.text))
+    return min(total, instance.config.sample or total)
+
+
+@functools.cache
+def _files(uri: str) -> int:
+    return len(storage.list_files(uri))
+
+
+def _pretrain(plan: Plan, instance: Instance, cpus: float) -> float | None:
+    config = instance.config
+    found = _size(plan, instance, "data")
+    images = found[0] if found else None
+    steps = configuration.steps(config.steps, batch_size=config.batch_size, examples_per_epoch=images)
+    work = 3 * forward_flops(config.model, config.image_size, config.patch_keep_rate) * steps * config.batch_size
+    return work / _rate(plan.pipeline.prices, instance, cpus)
+
+
+def _transfer(plan: Plan, instance: Instance, cpus: float) -> float | None:
+    from pipeline.transfer.suites import FineTune, build_tasks
+
+    trained = next((plan.instances[a.instance] for a in instance.reads["checkpoint"] if a.instance), None)
+    if trained is None or trained.kind.name != "pretrain":
+        return None
+    training = trained.config
+    model = {"variant": training.model.variant, "image_size": training.image_size}
+    config = dataclasses.replace(instance.config, data=instance.config.data or "-")
+    work = 0.0
+    for task in build_tasks(config, model):
+        if isinstance(task.protocol, FineTune):
+            lrs = len(task.protocol.lrs)
+            jobs = config.seeds + (lrs if lrs > 1 else 0)
+            flops = forward_flops(training.model, task.protocol.resolution, 1.0)
+            work += jobs * 3 * flops * task.protocol.steps * task.protocol.batch_size
+    return work / _rate(plan.pipeline.prices, instance, cpus)
+
+
+def _rate(prices: Prices, instance: Instance, cpus: float) -> float:
+    if instance.gpus:
+        return instance.gpus * find_gpu(prices.gpu).peak_flops * MFU
+    return cpus * CPU_FLOPS
+
+
+def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
+    """(images, classes) of what a stage reads: of the dataset that is there, or of the published corpus of its recipe."""
+    from pipeline.operations.planning import CORPORA
+
+    for address in instance.reads.get(field, ()):
+        place = (
+            storage.join(plan.outputs.get(address.instance or "", ""), address.below)
+            if address.instance
+            else address.text
+        )
+        is_there = address.instance is None or address.instance in plan.outputs
+        if is_there and (found := _dataset(place)) is not None:
+            return found
+    return next((size for key, size in CORPORA.items() if key in (instance.recipe or "")), None)
+
+
+@functools.cache
+def _dataset(place: str) -> tuple[int, int] | None:
+    from pipeline.data import open_dataset
+
+    try:
+        dataset = open_dataset(place)
+    except (UserError, OSError):
+        return None
+    return len(dataset), len(dataset.classes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _transformer_flops(variant: str, depth: int | None, side: int, keep: float) -> float:
+    shape = parse_variant(variant)
+    blocks = shape.depth if depth is None else depth
+    if blocks == 0 or shape.stem is not None:  # convolutions: the table of models.variants, by area
+        return 20e9 * (side / 224) ** 2
+    tokens, width = (side / shape.patch) ** 2 * keep, shape.width
+    return blocks * (8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * shape.mlp)
+
+
+def forward_flops(model: Any, side: int, keep: float) -> float:
+    """About the FLOPs of one image forward (2 x multiply-accumulates), by formula."""
+    return _transformer_flops(model.variant, model.depth, side, keep)
+
+
+_SECONDS: Mapping[str, Any] = {"prepare": _prepare, "pretrain": _pretrain, "transfer": _transfer}

@@ -1,0 +1,238 @@
+"""Fingerprints of what stands at an address: the content counts, not the place, the time or the name of the folder.
+
+a dataset, or a folder of datasets     the fingerprints of their manifests
+a checkpoint, or a run                 the checksum of the weights
+a transfer's output                    its scores
+a registered model                     the checkpoint of the version
+any other file or folder               names, sizes and bytes; beyond `MOST_READ` bytes names and sizes (on S3 also ETags)
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.weights import checkpoints
+
+MOST_READ = 256 << 20
+"""Bytes of a folder of raw files that are read to compare their content."""
+THREADS = 32
+MANIFEST, SCORES = "manifest.json", "scores.json"
+ELSEWHERE = re.compile(r"(timm|hf|demo):")
+"""Addresses of other libraries' models and of built-in data: their text says what they are."""
+_FINGERPRINT = re.compile(rb'"fingerprint": "([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What stands at an address. parts: {path below it: fingerprint}, of the datasets in a folder."""
+
+    fingerprint: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def below(self, path: str) -> str:
+        """The fingerprint of what stands at a path below the address."""
+        if not path:
+            return self.fingerprint
+        if path in self.parts:
+            return self.parts[path]
+        inside = {name: value for name, value in self.parts.items() if name.startswith(path + "/")}
+        return configuration.fingerprint(inside) if inside else configuration.fingerprint([self.fingerprint, path])
+
+
+class Missing(UserError):
+    """Nothing stands at the address."""
+
+
+class Places:
+    """Fingerprints of addresses outside the pipeline, each looked at once. memory: what an earlier look found, by address:
+    files whose sizes and times are as they were are not read again."""
+
+    def __init__(self, memory: dict[str, Any] | None = None, tracking_uri: str | None = None) -> None:
+        self.memory = memory if memory is not None else {}
+        self.tracking_uri = tracking_uri
+        self._seen: dict[str, str] = {}
+
+    def fingerprint(self, text: str) -> str:
+        """Of what stands at an address. Raises Missing when there is nothing."""
+        if text not in self._seen:
+            self._seen[text] = self._look(text)
+        return self._seen[text]
+
+    def _look(self, text: str) -> str:
+        if ELSEWHERE.match(text):
+            return text
+        if text.startswith(("models:/", "runs:/")):
+            return self._registered(text)
+        uri = storage.normalise(text)
+        content = describe(uri)
+        if content is not None:
+            return content.fingerprint
+        return self._raw(uri)
+
+    def _registered(self, text: str) -> str:
+        from pipeline.tracking import registry  # MLflow takes seconds to import
+
+        version = registry.version_at(text, self.tracking_uri)
+        if version is None:
+            if text.startswith("models:/"):
+                raise Missing(f"{text}: no such version of a registered model")
+            return text
+        try:
+            return checkpoints.resolve(version.checkpoint).commit["files"]["model.safetensors"]["sha256"]
+        except (UserError, KeyError):  # on another machine's disk: the version says what it is
+            return f"{version.name}/{version.version}"
+
+    def _raw(self, uri: str) -> str:
+        files = list(_files(uri))
+        if not files:
+            raise Missing(f"{uri}: nothing is there")
+        listing = configuration.fingerprint(sorted([path, size] for path, size, _ in files))
+        stamps = configuration.fingerprint(sorted([path, size, stamp] for path, size, stamp in files))
+        known = self.memory.get(uri)
+        if isinstance(known, dict) and known.get("stamps") == stamps:
+            return known["content"]
+        if sum(size for _, size, _ in files) <= MOST_READ:
+            content = _content(uri, [path for path, _, _ in files])
+        else:  # on S3 the stamps are ETags, which follow the content
+            content = stamps if storage.is_remote(uri) else listing
+        self.memory[uri] = {"stamps": stamps, "content": content}
+        return content
+
+
+def describe(uri: str) -> Content | None:
+    """What one of our jobs has made at an address; None for anything else.
+
+    Raises Missing for an address where nothing is, and UserError for a damaged manifest or checkpoint.
+    """
+    fs, path = storage.filesystem(uri)
+    if not storage.is_remote(uri) and os.path.isfile(path):
+        return None
+    here = {name.rstrip("/").rpartition("/")[2] for name in _names(uri)}
+    if not here:
+        if storage.is_remote(uri) and fs.exists(path):
+            return None
+        raise Missing(f"{uri}: nothing is there")
+    if MANIFEST in here:
+        return Content(_dataset(uri))
+    if checkpoints.COMMIT in here:
+        return Content(_weights(checkpoints.read_commit(uri)))
+    if "checkpoints" in here:
+        newest = checkpoints.latest(uri, checksums=False)
+        return Content(_weights(newest)) if newest else None
+    if SCORES in here:
+        scores = storage.read_json(storage.join(uri, SCORES)).get("scores", {})
+        return Content(configuration.fingerprint({name: score.get("values") for name, score in scores.items()}))
+    parts = dict(_datasets_below(uri, sorted(here)))
+    return Content(configuration.fingerprint(parts), parts) if parts else None
+
+
+def _names(uri: str) -> list[str]:
+    fs, path = storage.filesystem(uri)
+    try:
+        return fs.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
+    """(path, fingerprint) of datasets in the folder or in its folders: the splits of prepare, VTAB's tasks and splits."""
+
+    def look(name: str) -> list[tuple[str, str]]:
+        below = [inner.rstrip("/").rpartition("/")[2] for inner in _names(storage.join(uri, name))]
+        if MANIFEST in below:
+            return [(name, _dataset(storage.join(uri, name)))]
+        deeper = [f"{name}/{inner}" for inner in below if "." not in inner]
+        return [
+            (path, _dataset(storage.join(uri, path)))
+            for path in deeper
+            if storage.exists(storage.join(uri, path, MANIFEST))
+        ]
+
+    folders = [name for name in names if "." not in name and not name.startswith("_")][:64]
+    if not storage.is_remote(uri):
+        folders = [name for name in folders if os.path.isdir(storage.join(uri, name))]
+        for name in folders:
+            yield from look(name)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(look, folders):
+            yield from found
+
+
+def _dataset(uri: str) -> str:
+    """The fingerprint in a manifest, which stands near its beginning: the manifest of a large corpus has hundreds of MB."""
+    place = storage.join(uri, MANIFEST)
+    match = _FINGERPRINT.search(storage.read_bytes(place, 0, 1 << 16))
+    if match is None:
+        match = _FINGERPRINT.search(storage.read_bytes(place))
+    if match is None:
+        raise UserError(f"{place}: has no fingerprint; verify the dataset with `jobs/prepare.py verify {uri}`")
+    return match[1].decode()
+
+
+def _weights(checkpoint: checkpoints.Checkpoint) -> str:
+    files = checkpoint.commit["files"]
+    return files.get("model.safetensors", {}).get("sha256") or configuration.fingerprint(files)
+
+
+# ---------------------------------------------------------------- raw files
+
+
+def _files(uri: str) -> Iterator[tuple[str, int, Any]]:
+    """(path, bytes, stamp) of every file under an address; the stamp changes when the file is written: its time, or its ETag."""
+    if storage.is_remote(uri):
+        fs, path = storage.filesystem(uri)
+        for name, info in fs.find(path, detail=True).items():
+            yield name.removeprefix(path).strip("/"), int(info["size"] or 0), info.get("ETag", "")
+        return
+    if os.path.isfile(uri):
+        status = os.stat(uri)
+        yield "", status.st_size, status.st_mtime_ns
+        return
+    stack = [uri]
+    while stack:
+        folder = stack.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    stack.append(entry.path)
+                elif entry.is_file():
+                    status = entry.stat()
+                    yield os.path.relpath(entry.path, uri), status.st_size, status.st_mtime_ns
+
+
+def _content(uri: str, paths: list[str]) -> str:
+    def digest(path: str) -> list[str]:
+        place = storage.join(uri, path) if path else uri
+        return [path, hashlib.sha256(storage.read_bytes(place)).hexdigest()]
+
+    with ThreadPoolExecutor(THREADS if storage.is_remote(uri) else 1) as pool:
+        return configuration.fingerprint(sorted(pool.map(digest, paths)))
+
+
+def complete(uri: str, markers: tuple[str, ...]) -> str | None:
+    """The path of the file that says that an output is complete; None when there is none."""
+    fs, root = storage.filesystem(uri)
+    for marker in markers:
+        if "*" not in marker:
+            found = [marker] if fs.exists(f"{root}/{marker}") else []
+        else:
+            found = sorted(name.removeprefix(root).strip("/") for name in fs.glob(f"{root}/{marker}"))
+        if found:
+            return found[-1]
+    return None
+
+
+def size(uri: str) -> int:
+    """Bytes of all files under an address; 0 when nothing is there."""
+    try:
+        return sum(size for _, size, _ in _files(storage.normalise(uri)))
+    except (OSError, UserError):
+        return 0

@@ -1,0 +1,286 @@
+"""What is done, stale or waiting, and why; which instances a command runs, and by which command lines."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.errors import UserError, nearest
+from pipeline.graph import fields, kinds, places
+from pipeline.graph.file import Pipeline
+from pipeline.graph.instances import Address, Instance, fill
+from pipeline.graph.places import Content, Missing, Places
+from pipeline.graph.state import State, Version
+
+DONE, RUNNING, FAILED, STOPPED, STALE, WAITING = "done", "running", "failed", "stopped", "stale", "waiting"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What decides the output of an instance whose inputs are all there."""
+
+    id: str
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """Where an instance stands, and why."""
+
+    state: str
+    why: str = ""
+    version: Version | None = None
+
+
+class Plan:
+    """The instances of a pipeline beside what its state knows. Nothing here writes."""
+
+    def __init__(self, pipeline: Pipeline, instances: Mapping[str, Instance], state: State, where: str = "pipeline"):
+        self.pipeline, self.instances, self.state, self.where = pipeline, instances, state, where
+        self.places = Places(state.sources, pipeline.tracking_uri)
+        self.forced: set[str] = set()
+        """Instances that run again although they are done."""
+        self._folders: dict[str, str] = {}
+        self._trees: dict[str, str] = {}
+        self._complete: dict[str, bool] = {}
+        self._by_identity: dict[str, list[Version]] = {}
+        self.done: dict[str, Version] = {}
+        """Of the instances found done so far."""
+        self.outputs: dict[str, str] = {}
+        """Their absolute addresses."""
+
+    # ------------------------------------------------------------ before anything starts
+
+    def check_inputs(self) -> None:
+        """Raises UserError for an input outside the pipeline where nothing stands."""
+        for instance in self.instances.values():
+            for field, addresses in {**instance.reads, **instance.observes}.items():
+                for address in addresses:
+                    if address.instance is None and not address.covers:
+                        self._outside(instance, field, address)
+
+    def _outside(self, instance: Instance, field: str, address: Address) -> str:
+        try:
+            return self.places.fingerprint(address.text)
+        except Missing as error:
+            raise UserError(f"{self.where}: stage {instance.stage}: {field}: {error}") from error
+
+    # ------------------------------------------------------------ identities
+
+    def identity(self, instance: Instance) -> Identity:
+        """Of an instance whose needs are all in `done`."""
+        inputs: dict[str, str] = {}
+        for field, addresses in instance.reads.items():
+            for i, address in enumerate(addresses):
+                key = field if len(addresses) == 1 else f"{field}.{i}"
+                if address.covers:
+                    inputs[key] = configuration.fingerprint([self.done[up].fingerprint for up in address.covers])
+                elif address.instance is None:
+                    inputs[key] = self._outside(instance, field, address)
+                else:
+                    inputs[key] = self.done[address.instance].content.below(address.below)
+        if len(instance.reads.get("scores", ())) > 1:  # a promotion compares them: their order says nothing
+            inputs = {"scores": configuration.fingerprint(sorted(inputs.values()))}
+        inputs |= {f"after {name}": self.done[name].fingerprint for name in instance.after}
+        about = {
+            "job": instance.kind.name,
+            "config": instance.decides,
+            "inputs": inputs,
+            "formats": kinds.versions(instance.kind.formats),
+        }
+        return Identity(id=configuration.fingerprint(about), about=about)
+
+    def tree(self, name: str) -> str:
+        """The identity of an instance as it is known before anything has run: its config and those of all before it."""
+        if name not in self._trees:
+            instance = self.instances[name]
+            inputs = {
+                field: [self._known_before(instance, field, address) for address in addresses]
+                for field, addresses in instance.reads.items()
+            }
+            config = {key: value for key, value in instance.decides.items() if key not in instance.kind.joins}
+            about = [instance.kind.name, config, inputs, [self.tree(up) for up in instance.after]]
+            self._trees[name] = configuration.fingerprint([about, kinds.versions(instance.kind.formats)])
+        return self._trees[name]
+
+    def _known_before(self, instance: Instance, field: str, address: Address) -> Any:
+        if address.covers:
+            return [self.tree(up) for up in address.covers]
+        if address.instance is not None:
+            return [self.tree(address.instance), address.below]
+        return self._outside(instance, field, address)
+
+    def folder(self, name: str) -> str:
+        """Where an instance writes: what the file says, or a folder of its own for this version of it."""
+        if name not in self._folders:
+            instance = self.instances[name]
+            own = "-".join(filter(None, [instance.label, self.tree(name)[:8]]))
+            self._folders[name] = instance.output or storage.join(self.state.root, instance.stage, own)
+        return self._folders[name]
+
+    # ------------------------------------------------------------ states
+
+    def find(self, name: str, identity: Identity) -> Version | None:
+        """A finished run with this identity whose output is still there, whichever stage it was made under."""
+        if not self._by_identity:
+            for record in self.state.records.values():
+                for version in record.versions:
+                    self._by_identity.setdefault(version.identity, []).append(version)
+        instance = self.instances[name]
+        for version in reversed(self._by_identity.get(identity.id, [])):
+            output = self.state.address(version.output)
+            if instance.output is not None and instance.output != output:
+                moved = dataclasses.replace(version, output=self.state.relative(instance.output))
+                if self.is_complete(moved) and _content(instance.output).fingerprint == version.fingerprint:
+                    return moved
+            elif self.is_complete(version):
+                return version
+        return None
+
+    def is_complete(self, version: Version) -> bool:
+        """Whether the output of a finished run is still there."""
+        place = storage.join(self.state.address(version.output), version.marker)
+        if place not in self._complete:
+            self._complete[place] = not version.marker or storage.exists(place)
+        return self._complete[place]
+
+    def settle(self, name: str, version: Version) -> None:
+        """Takes an instance for done."""
+        self.done[name] = version
+        self.outputs[name] = self.state.address(version.output)
+
+    def forget(self) -> None:
+        """Looks at storage and state anew from now on."""
+        self._by_identity = {}
+        self._complete.clear()
+
+    def survey(self) -> dict[str, Status]:
+        """{instance: where it stands}, in the pipeline's order."""
+        self.forget()
+        self.done.clear()
+        self.outputs.clear()
+        found: dict[str, Status] = {}
+        for name, instance in self.instances.items():
+            found[name] = self._status(name, instance)
+            version = found[name].version
+            if found[name].state == DONE and version is not None:
+                self.settle(name, version)
+        return found
+
+    def _status(self, name: str, instance: Instance) -> Status:
+        record = self.state.records.get(name)
+        if record is not None and record.running is not None:
+            return Status(state=RUNNING)
+        before = record.versions[-1] if record is not None and record.versions else None
+        lacking = [up for up in instance.needs if up not in self.done]
+        failed = record.failed if record is not None else None
+        if lacking:
+            if failed is not None and not before:
+                return Status(state=STOPPED if failed.stopped else FAILED, why=failed.reason)
+            after = lacking[0] + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+            return Status(state=STALE if before else WAITING, why=f"after {after}")
+        identity = self.identity(instance)
+        if (version := self.find(name, identity)) is not None:
+            return Status(state=DONE, version=version)
+        if failed is not None and failed.identity == identity.id:
+            return Status(state=STOPPED if failed.stopped else FAILED, why=failed.reason)
+        if before is not None:
+            return Status(state=STALE, why=why_stale(before, identity))
+        return Status(state=WAITING, why="ready")
+
+    # ------------------------------------------------------------ which ones
+
+    def select(self, only: Sequence[str] = (), first: Sequence[str] = (), last: Sequence[str] = ()) -> list[str]:
+        """Names of the instances that a command runs, in order. only: these. first: these and all that need them. last:
+        these and all that they need. Raises UserError for a name that is none."""
+        chosen = set(self.instances)
+        if only:
+            chosen &= set(self.named(only, "--only"))
+        if first:
+            reached = set(self.named(first, "--from"))
+            for name, instance in self.instances.items():
+                if reached & set(instance.needs):
+                    reached.add(name)
+            chosen &= reached
+        if last:
+            reached = set(self.named(last, "--until"))
+            for name in reversed(self.instances):
+                if name in reached:
+                    reached |= set(self.instances[name].needs)
+            chosen &= reached
+        return [name for name in self.instances if name in chosen]
+
+    def named(self, names: Iterable[str], flag: str) -> list[str]:
+        """The instances that names of stages or instances mean. Raises UserError for another name."""
+        found = []
+        for name in names:
+            mine = [one for one, instance in self.instances.items() if name in (one, instance.stage)]
+            if not mine:
+                options = {one.stage for one in self.instances.values()} | set(self.instances)
+                raise UserError(f'{flag}: no stage "{name}"{nearest(name, options)}')
+            found += mine
+        return found
+
+    # ------------------------------------------------------------ command lines
+
+    def command(self, name: str, outputs: Mapping[str, str] | None = None, output: str | None = None) -> list[str]:
+        """The words of an instance's command, from the script on. outputs: addresses of what it needs."""
+        instance = self.instances[name]
+        outputs = self.outputs if outputs is None else outputs
+        kind, cls = instance.kind, kinds.config_class(instance.kind)
+        values: dict[str, Any] = {}
+        for key in instance.given:
+            value = fill(fields.get(instance.config, key), outputs)
+            if key in kind.reads or key in kind.observes:
+                value = [_absolute(v) for v in value] if isinstance(value, list | tuple) else value and _absolute(value)
+            values[key] = value
+        known = fields.paths(cls)
+        if "register" in known and "register" not in values:
+            values["register"] = None  # the promotion registers what is worth it
+        if "tracking_uri" in known and "tracking_uri" not in values and self.pipeline.tracking_uri:
+            values["tracking_uri"] = self.pipeline.tracking_uri
+        if "output" in known:
+            values["output"] = output or self.folder(name)
+        first = values.pop(kind.positional, ()) if kind.positional else ()
+        recipe = [f"--{kind.recipe_flag}", instance.recipe] if instance.recipe else []
+        return [kind.script, *kind.words, *map(str, first), *recipe, *fields.flags(values), *kind.extra]
+
+
+def why_stale(before: Version, now: Identity) -> str:
+    """What differs from the last finished run, in a few words."""
+    if before.identity == now.id:
+        return f"its output {before.output} is gone"
+    reasons = []
+    old, new = before.about, now.about
+    for key, value in new["config"].items():
+        if key not in old["config"] or old["config"][key] != value:
+            reasons.append(f"{key}: {_brief(old['config'].get(key))} -> {_brief(value)}")
+    reasons += [f"{key} is new" for key in new["inputs"] if key not in old["inputs"]]
+    reasons += [f"{key} has changed" for key, value in new["inputs"].items() if old["inputs"].get(key, value) != value]
+    reasons += [f"{key} is gone" for key in old["inputs"] if key not in new["inputs"]]
+    reasons += [
+        f"format of {key}: {old['formats'].get(key)} -> {value}"
+        for key, value in new["formats"].items()
+        if old["formats"].get(key) != value
+    ]
+    return "; ".join(reasons) or "another job"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:21] + "..."
+
+
+def _content(uri: str) -> Content:
+    try:
+        return places.describe(uri) or Content("")
+    except UserError:
+        return Content("")
+
+
+def _absolute(text: str) -> str:
+    if places.ELSEWHERE.match(text) or text.startswith(("models:/", "runs:/")):
+        return text
+    return storage.normalise(text)

@@ -1,0 +1,197 @@
+"""Stages as processes of this machine. They outlive the runner, and a new runner finds them again.
+
+<folder>/<attempt>/lock       held by the process as long as it lives, whoever started it: nothing is started twice
+<folder>/<attempt>/pid        of its process group
+<folder>/<attempt>/code       its exit code, written last
+<folder>/<attempt>/spent.json what it has used so far
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import psutil
+
+from pipeline import storage
+from pipeline.cluster import PROJECT
+from pipeline.errors import UserError
+from pipeline.graph.executor import Attempt, Ended, last_error
+
+# The shell waits for the job whatever signal comes, and leaves its exit code behind when nobody else is left to see it.
+_WAIT = 'trap : TERM INT HUP; "$@"; code=$?; echo $code > "$STAGE_FOLDER/code.tmp"; mv "$STAGE_FOLDER/code.tmp" "$STAGE_FOLDER/code"'
+SAMPLE = 1.0
+"""Seconds between two looks at what the processes have used."""
+
+
+class Processes:
+    """Executor on this machine."""
+
+    pause = 0.1
+
+    def __init__(self, folder: str) -> None:
+        """folder: local folder for what the attempts leave; it is made."""
+        self.folder = folder
+        self.cpus: float = float(len(os.sched_getaffinity(0)))
+        self.gpus = float(_gpus())
+        self._meters: dict[str, _Meter] = {}
+        self._children: dict[str, subprocess.Popen] = {}
+
+    def start(self, attempt: Attempt) -> None:
+        """Starts an attempt in a session of its own, unless it runs already."""
+        place = os.path.join(self.folder, attempt.job)
+        os.makedirs(place, exist_ok=True)
+        log = attempt.log if not storage.is_remote(attempt.log) else os.path.join(place, "log")
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        environment = {**os.environ, **attempt.environment, "STAGE_FOLDER": place}
+        script = os.path.join(PROJECT, attempt.words[0])
+        command = ["/bin/sh", "-c", _WAIT, "stage", sys.executable, script, *attempt.words[1:]]
+        with open(os.path.join(place, "lock"), "a") as lock, open(log, "ab") as output:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            # The lock goes with the open file to the process, so there is no moment in which nobody holds it.
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+            )
+        with open(os.path.join(place, "pid"), "w") as file:
+            file.write(str(process.pid))
+        self._children[attempt.job] = process
+
+    def look(self, job: str, log: str) -> Ended | None:
+        """How an attempt ended; None while its process lives."""
+        place = os.path.join(self.folder, job)
+        if job in self._children:
+            self._children[job].poll()  # takes it from the process table
+        if _held(os.path.join(place, "lock")):
+            if job not in self._meters:
+                self._meters[job] = _Meter(place)
+            return None
+        if meter := self._meters.pop(job, None):
+            meter.close()
+        self._children.pop(job, None)
+        local = os.path.join(place, "log")
+        if storage.is_remote(log) and os.path.exists(local):
+            with contextlib.suppress(UserError, OSError):
+                storage.copy_file(local, log)
+        else:
+            local = log
+        return Ended(code=_code(place), reason=_tail_error(local), spent=_spent(place))
+
+    def stop(self, job: str) -> None:
+        """SIGTERM to the attempt's processes: a job finishes its step and saves it."""
+        if not _held(os.path.join(self.folder, job, "lock")):
+            return
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            with open(os.path.join(self.folder, job, "pid")) as file:
+                for process in psutil.Process(int(file.read())).children():
+                    process.send_signal(signal.SIGTERM)
+
+    def forget(self, job: str) -> None:
+        """Removes what an attempt has left beside its log."""
+        shutil.rmtree(os.path.join(self.folder, job), ignore_errors=True)
+
+    def describe(self, job: str) -> dict[str, Any]:
+        """The process of an attempt."""
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(self.folder, job, "pid")) as file:
+            return {"pid": int(file.read())}
+        return {}
+
+
+def _held(lock: str) -> bool:
+    """Whether some process holds a lock file."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _code(place: str) -> int | None:
+    try:
+        with open(os.path.join(place, "code")) as file:
+            code = int(file.read())
+    except (OSError, ValueError):
+        return None
+    return None if code == 128 + signal.SIGKILL else code
+
+
+def _tail_error(log: str) -> str:
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.path.getsize(log) - 16_384))
+            return last_error(file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
+
+
+# ---------------------------------------------------------------- what it uses
+
+
+class _Meter:
+    """Adds up CPU time and bytes of an attempt's processes while they live, those of its Ray among them."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self._seen: dict[tuple[int, float], tuple[float, float, float]] = {}
+        self._before = _spent(place)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.wait(SAMPLE if self._seen else 0.05):
+            with contextlib.suppress(psutil.Error, OSError, ValueError):
+                self._look()
+
+    def _look(self) -> None:
+        with open(os.path.join(self.place, "pid")) as file:
+            root = psutil.Process(int(file.read()))
+        for process in root.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                times, io = process.cpu_times(), process.io_counters()
+                used = (times.user + times.system, float(io.read_chars), float(io.write_chars))
+                self._seen[process.pid, process.create_time()] = used
+
+    def close(self) -> None:
+        """Writes what was used."""
+        self._closing.set()
+        self._thread.join(5)
+        cpu, read, written = (
+            (sum(values) for values in zip(*self._seen.values(), strict=True)) if self._seen else (0, 0, 0)
+        )
+        total = {"cpu_hours": cpu / 3600, "read": read, "written": written}
+        total = {key: value + self._before.get(key, 0.0) for key, value in total.items()}
+        with contextlib.suppress(OSError), open(os.path.join(self.place, "spent.json"), "w") as file:
+            json.dump(total, file)
+
+
+def _spent(place: str) -> dict[str, float]:
+    try:
+        with open(os.path.join(place, "spent.json")) as file:
+            return {key: float(value) for key, value in json.load(file).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,168 @@
+"""Stages as Ray jobs of a cluster: each with its name, its log and its entry point, and each can be stopped alone.
+
+ray job list                      every stage by pipeline and name (submission id and metadata)
+ray job logs --follow ID
+ray job stop ID
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import time
+from typing import Any
+
+from pipeline import cluster, storage
+from pipeline.errors import JobFailed, UserError
+from pipeline.graph.executor import Attempt, Ended, last_error
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 900.0
+"""Seconds for which a job server may be away: a head starts again in minutes."""
+GB = 1 << 30
+
+
+class RayJobs:
+    """Executor on a Ray cluster, through its job server."""
+
+    pause = 1.0
+    cpus = float("inf")
+    gpus = float("inf")
+
+    def __init__(self, address: str | None) -> None:
+        """address: http(s)://host:port of the job server; auto, or None inside a submitted job: what RAY_ADDRESS says.
+
+        Raises UserError when the server cannot be reached, or refuses us.
+        """
+        from ray.job_submission import JobSubmissionClient  # seconds to import, and only a cluster needs it
+
+        try:
+            if address not in (None, "auto"):  # Ray lets RAY_ADDRESS win over what it is given
+                os.environ["RAY_API_SERVER_ADDRESS"] = address
+            self._client = JobSubmissionClient()
+            self._client.list_jobs()
+        except Exception as error:  # Ray raises bare RuntimeError, ConnectionError and its own
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"no Ray job server at {address or 'this cluster'}: {first}; check the address (http://HEAD:8265), and "
+                "export RAY_AUTH_MODE=token with the cluster's token when it uses token authentication"
+            ) from error
+        self._away_since: float | None = None
+        self._environment: dict[str, Any] | None = None
+
+    def start(self, attempt: Attempt) -> None:
+        """Submits an attempt, unless a job of its name exists. Its entry point may stand on any node."""
+        if self._environment is None:
+            self._environment = _runtime_env()
+        environment = {**self._environment}
+        environment["env_vars"] = {**environment.get("env_vars", {}), **attempt.environment}
+        in_package = "working_dir" in environment
+        script = attempt.words[0] if in_package else os.path.join(cluster.PROJECT, attempt.words[0])
+        pipeline, _, stage = attempt.title.partition("/")
+        try:
+            self._client.submit_job(
+                entrypoint=shlex.join(["python", script, *attempt.words[1:]]),
+                submission_id=attempt.job,
+                runtime_env=environment,
+                metadata={"name": attempt.title, "job_name": attempt.title, "pipeline": pipeline, "stage": stage},
+                # Memory and not CPUs: a part of a CPU that the entry point held would be missing to its own tasks.
+                entrypoint_memory=round(attempt.memory * GB),
+            )
+        except Exception as error:
+            if not self._exists(attempt.job):
+                if isinstance(error, OSError):
+                    self._is_away(error)  # the next look finds no such job, and it is started again
+                    return
+                raise UserError(f"the cluster does not take the stage {attempt.title}: {error}") from error
+
+    def _exists(self, job: str) -> bool:
+        try:
+            self._client.get_job_status(job)
+            return True
+        except Exception:
+            return False
+
+    def look(self, job: str, log: str) -> Ended | None:
+        """How an attempt ended; None while it runs, or while the server is away. Raises JobFailed when it stays away."""
+        from ray.job_submission import JobStatus
+
+        try:
+            info = self._client.get_job_info(job)
+        except RuntimeError as error:
+            if "does not exist" in str(error) or "404" in str(error):
+                return Ended(code=None, reason="the cluster knows no such job: its head has started anew")
+            self._is_away(error)
+            return None
+        except OSError as error:
+            self._is_away(error)
+            return None
+        self._away_since = None
+        if info.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+            return None
+        text = self._log(job)
+        with contextlib.suppress(UserError, OSError):
+            storage.write_bytes(log, text.encode())
+        seconds = (info.end_time - info.start_time) / 1000 if info.end_time and info.start_time else None
+        if info.status == JobStatus.SUCCEEDED:
+            return Ended(code=0, seconds=seconds)
+        if info.status == JobStatus.STOPPED:
+            return Ended(code=143, reason="stopped", seconds=seconds)
+        code = info.driver_exit_code
+        reason = last_error(text) if code is not None else _first(info.message)
+        return Ended(
+            code=None if code in (None, -9, 137) else code, reason=reason or _first(info.message), seconds=seconds
+        )
+
+    def _log(self, job: str) -> str:
+        try:
+            return self._client.get_job_logs(job)
+        except Exception as error:  # it stood on a node that is gone
+            return f"the log of this attempt is lost: {_first(error)}\n"
+
+    def _is_away(self, error: Exception) -> None:
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+            logger.warning("the job server does not answer (%s); waiting for it", _first(error))
+        if now - self._away_since > PATIENCE:
+            raise JobFailed(
+                f"the job server has not answered for {PATIENCE / 60:.0f} minutes ({_first(error)}); the same command "
+                "continues when it is back"
+            )
+
+    def stop(self, job: str) -> None:
+        """Asks Ray to stop the job: SIGTERM, and SIGKILL some seconds later."""
+        with contextlib.suppress(Exception):
+            self._client.stop_job(job)
+
+    def forget(self, job: str) -> None:
+        """Nothing: the cluster keeps its own list."""
+
+    def describe(self, job: str) -> dict[str, Any]:
+        """The id that `ray job` commands take."""
+        return {"ray_job": job}
+
+
+def _first(error: Any) -> str:
+    return next(iter(str(error or "").strip().splitlines()), "")[:300]
+
+
+def _runtime_env() -> dict[str, Any]:
+    """That of the stages: the package of the job that we are, the folder of the project, or (in an image) nothing to ship."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    if cluster.submitted():
+        kept = ("working_dir", "py_modules", "pip", "uv", "conda", "container", "image_uri")
+        environment = {key: submitted[key] for key in kept if submitted.get(key)}
+        return {**environment, "env_vars": {**submitted.get("env_vars", {}), **_forwarded()}}
+    return {"working_dir": cluster.PROJECT, "excludes": cluster.EXCLUDES, "env_vars": _forwarded()}
+
+
+def _forwarded() -> dict[str, str]:
+    return {name: os.environ[name] for name in cluster.FORWARDED if name in os.environ}
+
+
+def is_wanted(address: str | None) -> bool:
+    """Whether stages are jobs of a cluster: with an address, or when this process is itself a job of one."""
+    return address is not None or cluster.submitted()

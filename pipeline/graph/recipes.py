@@ -1,0 +1,73 @@
+"""Pipelines as Python functions, each a recipe of `jobs/pipeline.py --recipe NAME`; their parameters are flags."""
+
+import re
+from collections.abc import Callable
+
+from pipeline import storage
+from pipeline.config import fingerprint
+from pipeline.graph.file import Pipeline, Stage
+
+HELD_OUT = ("test", "val", "validation")
+
+
+def demo(data: str | None = None, output: str | None = None, sample: int = 3000, steps: int | None = None) -> Pipeline:
+    """The whole way on small data, a few minutes on two cores: handwritten digits, or your own class folders.
+
+    data: folder of class folders, local or s3://. output: default runs/demo, or a folder for each data. sample: at most so
+    many of your images. steps: of pre-training.
+    """
+    root = storage.normalise(output or _default_output(data))
+    train, test = "${data.output}/train", "${data.output}/test"
+    stages: dict[str, Stage] = {}
+    training: dict[str, object] = {}
+    folder = "${data.output}"
+    if data is None:
+        stages["data"] = Stage(job="prepare", recipe="demo", fields={"output": f"{root}/data"})
+    else:
+        source = storage.normalise(data)
+        fields = {"source": [source], "size": 40, "sample": sample}
+        splits = _splits(source)
+        if splits is None:
+            stages["data"] = Stage(job="prepare", recipe="demo", fields={**fields, "output": f"{root}/data"})
+        else:
+            folder = f"{root}/data"
+            for split, name, share in (("train", "train", 4 * sample // 5), ("test", splits, sample // 5)):
+                own = {"source": [f"{source}/{name}"], "sample": share, "splits": [], "output": f"{root}/data/{split}"}
+                stages[split] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
+            train, test = "${train.output}", "${test.output}"
+        files = len(storage.list_files(source)) or sample  # an archive holds who knows how many
+        rows = max(2, int(0.7 * min(sample, files)))
+        training = {
+            "validation_resize": None,
+            "augment.flip": True,
+            "augment.area": [0.3, 1.0],
+            "steps": "400steps",
+            "batch_size": min(64, 2 ** (rows.bit_length() - 1)),
+        }
+    if steps:
+        training["steps"] = f"{steps}steps"
+    places = {"data": train, "validation": test, "output": f"{root}/pretrain"}
+    stages["pretrain"] = Stage(job="pretrain", recipe="demo", fields={**places, **training})
+    tasks = {"checkpoint": "${pretrain.output}", "data": folder, "workers": 2, "output": f"{root}/transfer"}
+    stages["transfer"] = Stage(job="transfer", recipe="demo", fields=tasks)
+    return Pipeline(name="demo", output=root, stages=stages)
+
+
+def _default_output(data: str | None) -> str:
+    """runs/demo, or a folder of its own for each source."""
+    if data is None:
+        return "runs/demo"
+    name = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2]) or "data"
+    return f"runs/demo-{name}-{fingerprint(storage.normalise(data))[:6]}"
+
+
+def _splits(source: str) -> str | None:
+    """The name of the held-out folder beside train/; None when the folders of the source are its classes."""
+    filesystem, path = storage.filesystem(source)
+    if not filesystem.isdir(path):
+        return None
+    folders = {name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)}
+    return next((name for name in HELD_OUT if name in folders), None) if "train" in folders else None
+
+
+RECIPES: dict[str, Callable[..., Pipeline]] = {"demo": demo}

@@ -1,0 +1,111 @@
+"""The run of a whole pipeline in MLflow: its stages linked, its costs, the graph as a picture, a report page.
+
+Stages find it by an id in their environment and in its tags, so that none waits for MLflow: the run is made in the
+background, and is linked with those of the stages when they are there.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import tracking
+from pipeline.graph import cost, report
+from pipeline.graph.plan import Plan, Status
+from pipeline.tracking import names, search, server
+from pipeline.tracking.views import page
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENTS = {
+    "prepare": names.PREPARE,
+    "vtab": names.PREPARE,
+    "pretrain": names.PRETRAIN,
+    "transfer": names.TRANSFER,
+    "evaluate": names.EVALUATE,
+    "visualize": names.VISUALIZE,
+    "compare": names.COMPARE,
+}
+
+
+class PipelineRecord:
+    """Made at the start of a run; `finish` at its end. MLflow's troubles are warnings: no stage depends on them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.uri = tracking.resolve_tracking_uri(plan.pipeline.tracking_uri)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pipeline-record")
+        known = plan.state.run.get("run_id")
+        self._run: Future[tracking.Run] = self._pool.submit(self._start, known)
+
+    def _start(self, known: str | None) -> tracking.Run:
+        pipeline, run = self.plan.pipeline, self.plan.state.run
+        made = tracking.start_run(
+            names.PIPELINE,
+            pipeline.name,
+            config=configuration.to_dict(pipeline),
+            tags={names.PIPELINE_NAME: pipeline.name, names.PIPELINE_RUN: run["id"], "output": self.plan.state.root},
+            run_id=known,
+            tracking_uri=self.uri,
+        )
+        run["run_id"] = made.id
+        return made
+
+    def finish(
+        self, states: Mapping[str, Status], rows: Sequence[Sequence[str]], estimates: Mapping[str, float], status: str
+    ) -> str:
+        """Links the stages, logs costs, picture and page, and ends the run. Its address; empty when MLflow failed."""
+        try:
+            run = self._run.result()
+            found = self._stages(run, states)
+            links = {name: info.path for name, info in found.items()}
+            run.log(_costs(states, estimates))
+            run.set_tags({f"stage.{name}": info.id for name, info in found.items()})
+            picture = report.picture(self.plan, states)
+            markdown = report.page(self.plan, states, rows, links)
+            run.log_bytes(picture, "graph.png")
+            run.log_text(markdown, "report.md")
+            run.log_text(page(markdown, {"graph": picture}), "report.html")
+            run.set_tags({names.NOTE: markdown[: names.MAX_VALUE]})
+            run.finish(status)
+            return run.url
+        except Exception as error:
+            logger.warning("the pipeline's run in MLflow is incomplete: %s", server.first_line(error))
+            return ""
+        finally:
+            self._pool.shutdown(wait=False)
+
+    def _stages(self, run: tracking.Run, states: Mapping[str, Status]) -> dict[str, search.RunInfo]:
+        """{stage: its newest run}; those runs are linked with the pipeline's."""
+        pipeline = self.plan.pipeline.name
+        kinds = {self.plan.instances[name].kind.name for name in states}
+        found: dict[str, search.RunInfo] = {}
+        for experiment in dict.fromkeys(EXPERIMENTS[kind] for kind in sorted(kinds) if kind in EXPERIMENTS):
+            wanted = f"tags.`{names.PIPELINE_NAME}` = '{pipeline}'"
+            for info in search.search_runs(experiment, filter=wanted, uri=self.uri):
+                stage = info.tags.get(names.PIPELINE_STAGE, "")
+                if stage in states and stage not in found and names.PARENT not in info.tags:
+                    found[stage] = info
+        client = server.client(self.uri)
+        for name, info in found.items():
+            version = states[name].version
+            if version is not None:
+                version.run_id = info.id
+            if info.tags.get(names.PIPELINE_RUN) == self.plan.state.run.get("id"):
+                client.set_tag(info.id, f"{names.LINEAGE}pipeline", run.id)
+        return found
+
+
+def _costs(states: Mapping[str, Status], estimates: Mapping[str, float]) -> dict[str, float]:
+    spent: dict[str, Any] = {name: status.version.cost for name, status in states.items() if status.version is not None}
+    values = {
+        f"stage/{name}/{key}": float(v)
+        for name, one in spent.items()
+        for key, v in one.items()
+        if isinstance(v, int | float)
+    }
+    values |= {f"stage/{name}/estimated_seconds": value for name, value in estimates.items()}
+    return values | {
+        f"{names.COST}{key}": value for key, value in cost.total(list(spent.values())).items() if key != "seconds"
+    }

@@ -1,0 +1,283 @@
+"""A pipeline as text and as a picture: `status`, what a command would run, the table at the end, the results, the graph."""
+
+import io
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pipeline.graph import cost, results
+from pipeline.graph.estimate import Estimate
+from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
+
+WIDTH = 80
+COLOURS = {
+    DONE: "#cfe8cf",
+    RUNNING: "#cfe0f7",
+    FAILED: "#f6cccc",
+    STOPPED: "#f3dfc1",
+    STALE: "#fff2b8",
+    WAITING: "#eeeeee",
+}
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most so many columns."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# ---------------------------------------------------------------- status
+
+
+def status_table(plan: Plan, states: Mapping[str, Status], runner: str | None = None) -> str:
+    """One line a stage, at most 80 columns."""
+    counts = {state: sum(s.state == state for s in states.values()) for state in COLOURS}
+    head = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    width = min(36, max(len(name) for name in states))
+    lines = [cut(f"{plan.pipeline.name}: {head}", WIDTH), cut(f"  in {plan.state.root}", WIDTH)]
+    if runner:
+        lines.append(cut(f"  {runner}", WIDTH))
+    lines.append("")
+    for name, status in states.items():
+        lines.append(
+            f"{cut(name, width):{width}s}  {status.state:7s}  {cut(detail(plan, name, status), WIDTH - width - 11)}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def detail(plan: Plan, name: str, status: Status) -> str:
+    """What a person wants to know about a stage in its state."""
+    record = plan.state.records.get(name)
+    if status.state == DONE and status.version is not None:
+        found = [cost.duration(status.version.cost.get("seconds", 0.0)), brief(status.version.result)]
+        return "  ".join(filter(None, found))
+    if status.state == RUNNING and record is not None and record.running is not None:
+        progress = results.read_progress(plan.state.root, record.running.job)
+        if progress is None:
+            return f"for {cost.duration(max(0.0, time.time() - record.running.started))}"
+        left = f", {cost.duration(progress.left)} left" if progress.left is not None else ""
+        return f"{progress.share:.0%}{left}{': ' if progress.note else ''}{progress.note}"
+    return status.why
+
+
+def brief(result: Mapping[str, Any]) -> str:
+    """What a job reports, in a few words."""
+    if "prepared" in result:
+        return f"{result['prepared']:,} images, {result['rejects']:,} rejects"
+    if "steps" in result:
+        top1 = f", top-1 {result['top1']:.2%}" if "top1" in result else ""
+        return f"{result['steps']:,} steps{top1}"
+    if "promoted" in result:
+        return str(result.get("why", ""))
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    if not numbers:
+        return ""
+    return f"mean {sum(numbers.values()) / len(numbers):.2f} of {len(numbers)}"
+
+
+def status_json(plan: Plan, states: Mapping[str, Status]) -> dict[str, Any]:
+    """The same for programs."""
+    stages = {}
+    for name, status in states.items():
+        instance, record = plan.instances[name], plan.state.records.get(name)
+        running = record.running if record is not None else None
+        progress = results.read_progress(plan.state.root, running.job) if running else None
+        stages[name] = {
+            "job": instance.kind.name,
+            "state": status.state,
+            "why": status.why,
+            "needs": list(instance.needs),
+            "output": plan.state.address(status.version.output) if status.version else plan.folder(name),
+            "cost": status.version.cost if status.version else None,
+            "result": status.version.result if status.version else None,
+            "progress": {"share": progress.share, "seconds_left": progress.left, "note": progress.note}
+            if progress
+            else None,
+            "attempt": {"job": running.job, "log": plan.state.address(running.log)} if running else None,
+        }
+    return {"pipeline": plan.pipeline.name, "output": plan.state.root, "stages": stages}
+
+
+# ---------------------------------------------------------------- before and after a run
+
+
+def dry_run(
+    plan: Plan, states: Mapping[str, Status], selected: Collection[str], estimates: Mapping[str, Estimate | None]
+) -> str:
+    """What would run, why, and what it will take."""
+    todo = [name for name in selected if states[name].state != DONE or name in plan.forced]
+    lines = [f"{plan.pipeline.name}: {len(todo)} of {len(states)} stages would run, in {plan.state.root}", ""]
+    if not todo:
+        return lines[0]
+    width = min(36, max(len(name) for name in todo))
+    lines.append(f"{'stage':{width}s} {'time':>7s} {'CPU-h':>7s} {'GPU-h':>7s} {'$':>7s}  why")
+    for name in todo:
+        why = "forced" if name in plan.forced else states[name].why
+        lines.append(
+            f"{cut(name, width):{width}s} {_numbers(estimates.get(name))}  {cut(why, max(12, WIDTH - width - 36))}"
+        )
+    known = [e for name in todo if (e := estimates.get(name)) is not None]
+    whole = Estimate(
+        seconds=sum(e.seconds for e in known),
+        cpu_hours=sum(e.cpu_hours for e in known),
+        gpu_hours=sum(e.gpu_hours for e in known),
+        dollars=sum(e.dollars for e in known if e.dollars is not None)
+        if any(e.dollars is not None for e in known)
+        else None,
+    )
+    note = "one after the other" if len(known) == len(todo) else f"of the {len(known)} that can be estimated"
+    lines.append(f"{'in all':{width}s} {_numbers(whole)}  {note}")
+    return "\n".join(lines)
+
+
+def _numbers(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return f"{'?':>7s} {'?':>7s} {'?':>7s} {'':>7s}"
+    money = "" if estimate.dollars is None else f"{estimate.dollars:,.2f}"
+    gpu = f"{estimate.gpu_hours:,.2f}" if estimate.gpu_hours else ""
+    return f"{cost.duration(estimate.seconds):>7s} {estimate.cpu_hours:>7,.2f} {gpu:>7s} {money:>7s}"
+
+
+def cost_rows(plan: Plan, states: Mapping[str, Status], estimates: Mapping[str, float]) -> list[list[str]]:
+    """[stage, time, estimate, CPU-h, GPU-h, read, written, $] of every finished stage, and the sum."""
+    rows = []
+    done = {name: status.version for name, status in states.items() if status.version is not None}
+    for name, version in done.items():
+        rows.append(_cost_row(name, version.cost, estimates.get(name)))
+    if rows:
+        rows.append(_cost_row("in all", cost.total([version.cost for version in done.values()]), None))
+    return rows
+
+
+def _cost_row(name: str, spent: Mapping[str, Any], estimate: float | None) -> list[str]:
+    return [
+        name,
+        cost.duration(spent.get("seconds", 0.0)),
+        "" if estimate is None else cost.duration(estimate),
+        f"{spent['cpu_hours']:.3f}" if "cpu_hours" in spent else "",
+        f"{spent['gpu_hours']:.2f}" if spent.get("gpu_hours") else "",
+        cost.size(spent.get("read")),
+        cost.size(spent.get("written")),
+        f"{spent['dollars']:.2f}" if spent.get("dollars") is not None else "",
+    ]
+
+
+HEADER = ["stage", "time", "est.", "CPU-h", "GPU-h", "read", "written", "$"]
+
+
+def cost_table(rows: Sequence[Sequence[str]]) -> str:
+    """The table at the end of a run, at most 80 columns; columns without a number are left out."""
+    kept = [i for i in range(len(HEADER)) if i == 0 or any(row[i] for row in rows)]
+    table = [[HEADER[i] for i in kept], *([row[i] for i in kept] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(kept))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - len(widths) + 1)
+    lines = []
+    for row in table:
+        cells = [
+            f"{cut(row[0], widths[0]):{widths[0]}s}",
+            *(f"{cell:>{w}s}" for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append(" ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str:
+    """What the pipeline found: a table of accuracies in percent, then one line a stage that a program can read."""
+    pipeline = plan.pipeline.name
+    alone = {
+        kind: sum(i.kind.name == kind for i in plan.instances.values()) == 1
+        for kind in ("prepare", "pretrain", "transfer")
+    }
+    rows: list[tuple[str, float]] = []
+    lines: list[str] = []
+    for name, status in states.items():
+        if status.version is None:
+            continue
+        kind, found = plan.instances[name].kind.name, status.version.result
+        only = alone.get(kind, False)
+        prefix = f"{pipeline}: " if only else f"{pipeline}: {name} "
+        if kind in ("prepare", "vtab") and found:
+            lines.append(f"{prefix}prepared={found['prepared']} shards={found['shards']} rejects={found['rejects']}")
+        elif kind == "pretrain" and found:
+            if "top1" in found:
+                rows.append(("pre-trained, held-out images" if only else name, 100 * found["top1"]))
+            shown = [f"{key}={found[key]:.4f}" for key in ("loss_first", "loss_last", "top1") if key in found]
+            lines.append(prefix + " ".join(shown))
+        elif kind == "transfer" and found:
+            rows += [(f"{'transfer' if only else name} {task}", score) for task, score in found.items()]
+            scores = " ".join(f"{task}={score / 100:.4f}" for task, score in found.items())
+            lines.append(f"{pipeline}: {'transfer' if only else name} {scores}")
+        elif kind == "promote" and found:
+            lines.append(f"{pipeline}: promote {found['why']}")
+    width = max((len(label) for label, _ in rows), default=0)
+    table = [f"{label:{max(32, width)}s}{score:7.2f}" for label, score in rows]
+    if table:
+        table += ["(top-1 accuracy, %)", ""]
+    return "\n".join([*table, *lines, f"{pipeline}: seconds={seconds:.1f}"])
+
+
+# ---------------------------------------------------------------- the graph
+
+
+def layers(plan: Plan) -> list[list[str]]:
+    """The instances by how many others stand before them in a row."""
+    depth: dict[str, int] = {}
+    for name, instance in plan.instances.items():
+        depth[name] = max((depth[up] + 1 for up in instance.needs), default=0)
+    return [[name for name in depth if depth[name] == level] for level in range(max(depth.values()) + 1)]
+
+
+def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
+    """The graph as a PNG: a box a stage in the colour of its state, left to right."""
+    from matplotlib.figure import Figure
+
+    columns = [column[:40] for column in layers(plan)]
+    rows = max(map(len, columns))
+    figure = Figure(figsize=(3.3 * len(columns) + 0.4, 0.75 * rows + 0.8), dpi=110)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(-rows, 0.6)
+    axes.axis("off")
+    place = {
+        name: (x + 0.5, -(y + 0.5) - (rows - len(column)) / 2)
+        for x, column in enumerate(columns)
+        for y, name in enumerate(column)
+    }
+    for name, (x, y) in place.items():
+        for up in plan.instances[name].needs:
+            if up in place:
+                start, end = (place[up][0] + 0.44, place[up][1]), (x - 0.44, y)
+                axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8})
+    for name, (x, y) in place.items():
+        status = states[name]
+        text = f"{cut(name, 34)}\n{cut(detail(plan, name, status) or status.state, 38)}"
+        box = {
+            "boxstyle": "round,pad=0.35",
+            "facecolor": COLOURS[status.state],
+            "edgecolor": "#666666",
+            "linewidth": 0.7,
+        }
+        axes.text(x, y, text, ha="center", va="center", fontsize=7.5, bbox=box)
+    for i, (state, colour) in enumerate(COLOURS.items()):
+        box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "#666666", "linewidth": 0.5}
+        axes.text(0.1 + i * 0.28 * max(1, len(columns) / 3), 0.3, state, fontsize=7, va="center", bbox=box)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def page(plan: Plan, states: Mapping[str, Status], rows: Sequence[Sequence[str]], links: Mapping[str, str]) -> str:
+    """The report as Markdown: what each stage is, where it stands, what it took. links: {stage: address of its MLflow run}."""
+    lines = [f"# Pipeline {plan.pipeline.name}", "", f"State and outputs: `{plan.state.root}`", ""]
+    lines += ["| stage | job | state | | output |", "| --- | --- | --- | --- | --- |"]
+    for name, status in states.items():
+        title = f"[{name}]({links[name]})" if name in links else name
+        output = plan.state.address(status.version.output) if status.version else ""
+        lines.append(
+            f"| {title} | {plan.instances[name].kind.name} | {status.state} | {detail(plan, name, status).replace('|', '/')} | `{output}` |"
+        )
+    if rows:
+        lines += ["", "## Costs", "", "| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", "CPU- and GPU-hours are those of what a stage occupied."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,369 @@
+"""Runs what is not done, independent stages side by side; a runner that was killed and started again goes on.
+
+The runner alone writes state.json, and holds the pipeline by a lease meanwhile. An attempt is written down before it is
+started; its name is its own, so that a second start of it finds the first.
+"""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.graph import cost, places, results
+from pipeline.graph.executor import Attempt, Ended, Executor
+from pipeline.graph.instances import Instance
+from pipeline.graph.plan import DONE, Identity, Plan
+from pipeline.graph.state import FOLDER, Failed, Running, Version
+
+logger = logging.getLogger(__name__)
+
+LOST_AT_MOST = 5
+"""Attempts that may be lost with their node or by a signal before a stage counts as failed."""
+WRONG_INPUT = 2
+STOP_CODES = (130, 143)
+STOP_GRACE = 90.0
+"""Seconds that stages get to save themselves when the runner is stopped."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What a run of the pipeline did."""
+
+    done: list[str] = field(default_factory=list)
+    """Finished in this run."""
+    kept: list[str] = field(default_factory=list)
+    """Done before."""
+    failed: list[str] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)
+    """Not started, because something before them is not done."""
+    seconds: float = 0.0
+
+
+class Runner:
+    """One run of the selected instances. `watch` is called after every change, with the instances that run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        selected: Sequence[str],
+        executor: Executor,
+        *,
+        parallel: int | None = None,
+        watch: Callable[[Plan, Collection[str]], None] = lambda plan, running: None,
+    ) -> None:
+        self.plan, self.selected, self.executor, self.watch = plan, list(selected), executor, watch
+        self.parallel = parallel or plan.pipeline.parallel
+        self.outcome = Outcome()
+        self.running: dict[str, Running] = {}
+        self._tries: dict[str, int] = {}
+        self._lost: dict[str, int] = {}
+        self._outdated: set[str] = set()
+        self._stopping = False
+        self._dirty = False
+
+    def run(self) -> Outcome:
+        """Until nothing runs and nothing more can be started."""
+        began = time.monotonic()
+        self._adopt()
+        left = [name for name in self.plan.instances if name in self.selected]
+        try:
+            while True:
+                left = self._start_what_is_ready(left)
+                self._save()
+                if not self.running:
+                    break
+                time.sleep(self.executor.pause)
+                for name in list(self.running):
+                    left += self._look(name)
+        except BaseException:
+            self._stop_all()
+            raise
+        finally:
+            self.outcome.blocked = [name for name in left if name not in self.outcome.failed]
+            self.outcome.seconds = time.monotonic() - began
+        return self.outcome
+
+    # ------------------------------------------------------------ what runs already
+
+    def _adopt(self) -> None:
+        """Takes over the attempts that an earlier runner started and whose end nobody has seen."""
+        for name, record in self.plan.state.records.items():
+            if record.running is None:
+                continue
+            if name not in self.plan.instances:  # its stage is no longer in the file
+                self.executor.stop(record.running.job)
+                record.running = None
+                continue
+            self.running[name] = record.running
+            instance = self.plan.instances[name]
+            if self._settle_needs(instance) and self.plan.identity(instance).id == record.running.identity:
+                self._tries[name] = record.running.attempt
+                logger.info("%s: there from an earlier run (%s)", name, record.running.job)
+            else:  # the file, or something before it, has changed since
+                logger.warning("%s: what runs there has other settings or inputs; stopping it", name)
+                self._outdated.add(name)
+                self.executor.stop(record.running.job)
+
+    # ------------------------------------------------------------ starting
+
+    def _start_what_is_ready(self, left: list[str]) -> list[str]:
+        """Starts instances whose needs are done, as resources allow; those that are left."""
+        still = []
+        for name in left:
+            if name in self.running or name in self.outcome.failed:
+                continue
+            instance = self.plan.instances[name]
+            if not self._settle_needs(instance):
+                still.append(name)
+                continue
+            identity = self.plan.identity(instance)
+            if name not in self.plan.forced and (version := self.plan.find(name, identity)) is not None:
+                self.plan.settle(name, version)
+                self.outcome.kept.append(name)
+                self._clear_failure(name)
+            elif self._has_room(instance) and not self._is_made_elsewhere(identity):
+                try:
+                    self._start(name, instance, identity)
+                except UserError as error:
+                    self._refuse(name, identity, str(error))
+            else:
+                still.append(name)
+        return still
+
+    def _settle_needs(self, instance: Instance) -> bool:
+        """Whether all that an instance needs is done; what is not selected counts when it was done before."""
+        for up in instance.needs:
+            if up in self.plan.done:
+                continue
+            if up in self.selected or up in self.running:
+                return False
+            needed = self.plan.instances[up]
+            if not self._settle_needs(needed):
+                return False
+            version = self.plan.find(up, self.plan.identity(needed))
+            if version is None:
+                return False
+            self.plan.settle(up, version)
+        return True
+
+    def _clear_failure(self, name: str) -> None:
+        record = self.plan.state.records.get(name)
+        if record is not None and record.failed is not None:
+            record.failed = None
+            self._dirty = True
+
+    def _has_room(self, instance: Instance) -> bool:
+        if self._stopping or len(self.running) >= self.parallel:
+            return False
+        if not self.running:
+            return True
+        cpus = gpus = 0.0
+        for name in [*self.running, instance.name]:
+            other = self.plan.instances[name]
+            cpus += self.executor.cpus if other.cpus is None else other.cpus
+            gpus += other.gpus
+        return cpus <= self.executor.cpus and gpus <= self.executor.gpus
+
+    def _is_made_elsewhere(self, identity: Identity) -> bool:
+        return any(running.identity == identity.id for running in self.running.values())
+
+    def _start(self, name: str, instance: Instance, identity: Identity) -> None:
+        record = self.plan.state.record(name)
+        output = self.plan.folder(name)
+        if name in self.plan.forced and name not in self._tries:
+            storage.remove(output, recursive=True)
+            record.versions = [version for version in record.versions if version.identity != identity.id]
+            self.plan.forget()
+        else:
+            self._check_free(name, output, identity)
+        before = record.failed.spent if record.failed is not None and record.failed.identity == identity.id else {}
+        spent = record.running.spent if record.running is not None else before
+        self._tries[name] = self._tries.get(name, 0) + 1
+        job = job_name(self.plan.pipeline.name, name, identity.id, self._tries[name])
+        log = storage.join(self.plan.state.root, FOLDER, "logs", f"{job}.log")
+        record.failed = None
+        record.running = Running(
+            identity=identity.id,
+            about=identity.about,
+            output=self.plan.state.relative(output),
+            job=job,
+            attempt=self._tries[name],
+            started=time.time(),
+            spent=spent,
+            log=self.plan.state.relative(log),
+        )
+        self.plan.state.save()  # before the start: an attempt that runs is never unknown
+        self.executor.start(
+            Attempt(
+                job=job,
+                title=f"{self.plan.pipeline.name}/{name}",
+                words=self.plan.command(name, output=output),
+                environment=self._environment(name, job),
+                log=log,
+                memory=instance.memory,
+            )
+        )
+        self.running[name] = record.running
+        logger.info("%s: started%s", name, f" (attempt {self._tries[name]})" if self._tries[name] > 1 else "")
+        self.watch(self.plan, self.running)
+
+    def _refuse(self, name: str, identity: Identity, reason: str) -> None:
+        """Writes down an instance that could not be started."""
+        record = self.plan.state.record(name)
+        record.running = None
+        record.failed = Failed(identity=identity.id, reason=reason, code=WRONG_INPUT, at=time.time())
+        self.outcome.failed.append(name)
+        self._dirty = True
+        logger.error("%s: %s", name, reason)
+
+    def _environment(self, name: str, job: str) -> dict[str, str]:
+        return {
+            "VIT_PIPELINE": self.plan.pipeline.name,
+            "VIT_PIPELINE_STAGE": name,
+            "VIT_PIPELINE_RUN": str(self.plan.state.run.get("id", "")),
+            "VIT_PROGRESS": results.progress_place(self.plan.state.root, job),
+        }
+
+    def _check_free(self, name: str, output: str, identity: Identity) -> None:
+        """Raises UserError for a folder of the file's own choice that holds what other settings made."""
+        if self.plan.instances[name].output is None:
+            return
+        for version in (v for record in self.plan.state.records.values() for v in record.versions):
+            is_here = self.plan.state.address(version.output) == output and self.plan.is_complete(version)
+            if is_here and version.identity != identity.id:
+                raise UserError(
+                    f"stage {name}: {output} holds what other settings made; give `--force {name}` to replace it, or leave "
+                    "`output` out of the stage, so that each version has a folder of its own"
+                )
+
+    # ------------------------------------------------------------ ending
+
+    def _look(self, name: str) -> list[str]:
+        """Whether an attempt has ended; [name] when it is to be started again."""
+        running = self.running[name]
+        ended = self.executor.look(running.job, self.plan.state.address(running.log))
+        if ended is None:
+            return []
+        del self.running[name]
+        record = self.plan.state.record(name)
+        spent = cost.add(running.spent, cost.of_attempt(self.plan.instances[name], self.executor, running, ended))
+        again: list[str] = []
+        if name in self._outdated:
+            self._outdated.discard(name)
+            record.running = None
+            again = [name] if name in self.selected else []
+        elif ended.code == 0:
+            self._finish(name, running, spent)
+        elif self._stopping or ended.code in STOP_CODES:
+            self._fail(name, running, ended, spent, "stopped; the same command continues", stopped=True)
+        elif self._may_try_again(name, ended):
+            logger.warning("%s: %s; trying again", name, ended.reason or f"exit code {ended.code}")
+            record.running = None
+            record.failed = Failed(identity=running.identity, reason=ended.reason, code=ended.code, spent=spent)
+            again = [name]
+        else:
+            self._fail(name, running, ended, spent, ended.reason or f"exit code {ended.code}")
+        self.executor.forget(running.job)
+        self._dirty = True
+        self.watch(self.plan, self.running)
+        return again
+
+    def _may_try_again(self, name: str, ended: Ended) -> bool:
+        if ended.code is None:
+            self._lost[name] = self._lost.get(name, 0) + 1
+            return self._lost[name] <= LOST_AT_MOST
+        failures = self._tries.get(name, 1) - self._lost.get(name, 0)
+        return ended.code != WRONG_INPUT and failures <= self.plan.instances[name].retries
+
+    def _finish(self, name: str, running: Running, spent: dict[str, float]) -> None:
+        """Writes down a finished run; one whose output is not there has failed."""
+        instance = self.plan.instances[name]
+        output = self.plan.state.address(running.output)
+        try:
+            marker = places.complete(output, instance.kind.marker) if instance.kind.marker else ""
+            if marker is None:
+                raise UserError(f"ended well, but left nothing complete in {output}")
+            content = places.describe(output) or places.Content(places.Places().fingerprint(output))
+        except UserError as error:
+            self._fail(name, running, Ended(code=1), spent, str(error))
+            return
+        result = results.read(instance.kind.name, output)
+        version = Version(
+            identity=running.identity,
+            about=running.about,
+            output=running.output,
+            marker=marker,
+            fingerprint=content.fingerprint,
+            parts=content.parts,
+            cost=cost.finished(self.plan, instance, running, spent, output),
+            finished=time.time(),
+            result=result,
+        )
+        self.plan.state.record(name).add(version)
+        self.plan.forget()
+        self.plan.forced.discard(name)
+        self.plan.settle(name, version)
+        self.outcome.done.append(name)
+        logger.info("%s: done in %.1f s", name, version.cost["seconds"])
+
+    def _fail(
+        self, name: str, running: Running, ended: Ended, spent: dict[str, float], reason: str, stopped: bool = False
+    ) -> None:
+        record = self.plan.state.record(name)
+        record.running = None
+        record.failed = Failed(
+            identity=running.identity,
+            reason=reason,
+            code=ended.code,
+            stopped=stopped,
+            attempts=self._tries.get(name, 1),
+            at=time.time(),
+            log=running.log,
+            spent=spent,
+        )
+        self.outcome.failed.append(name)
+        logger.error("%s: %s: %s (log: %s)", name, "stopped" if stopped else "failed", reason, running.log)
+
+    def _stop_all(self) -> None:
+        """Asks the stages to save themselves, waits, and writes down how they ended."""
+        self._stopping = True
+        if self.running:
+            logger.info("stopping %d stages; they save what they have", len(self.running))
+        for running in self.running.values():
+            self.executor.stop(running.job)
+        until = time.monotonic() + STOP_GRACE
+        while self.running and time.monotonic() < until:
+            for name in list(self.running):
+                self._look(name)
+            self._save()
+            time.sleep(self.executor.pause)
+        self._dirty = True
+        self._save()
+
+    def _save(self) -> None:
+        if self._dirty:
+            self.plan.state.save()
+            self._dirty = False
+
+
+def job_name(pipeline: str, instance: str, identity: str, attempt: int) -> str:
+    """The name of an attempt, in letters that Ray, file systems and stores take: pipeline, instance, and what makes it unique."""
+    readable = re.sub(r"[^A-Za-z0-9_.=,-]+", "-", f"{pipeline}-{instance}").strip("-")[:80].rstrip("-")
+    return f"{readable}-{identity[:6]}-{uuid.uuid4().hex[:4]}-{attempt}"
+
+
+def is_finished(plan: Plan, selected: Collection[str]) -> bool:
+    """Whether all selected instances are done already, and nothing runs."""
+    return all(status.state == DONE for name, status in plan.survey().items() if name in selected)
+
+
+def about_run(plan: Plan) -> dict[str, Any]:
+    """The run of the pipeline that goes on, or a new one."""
+    if not plan.state.run.get("id"):
+        plan.state.run = {"id": uuid.uuid4().hex[:12], "started": time.time()}
+    return plan.state.run
