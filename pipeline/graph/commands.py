@@ -41,8 +41,7 @@ def main(argv: list[str], description: str, show: Show) -> int:
 
         show(json.dumps(schema.schema(), indent=1))
         return 0
-    options, rest = _parser(command).parse_known_args(words)
-    pipeline, where = _pipeline(options, rest)
+    options, pipeline, where = _read(command, words)
     if command == "status":
         return status(pipeline, where, options, show)
     if command == "stop":
@@ -56,9 +55,10 @@ def main(argv: list[str], description: str, show: Show) -> int:
     return run(pipeline, where, options, show)
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False)
-    parser.add_argument("file", nargs="?", help="pipeline file: .yaml, or .py with a function `pipeline`")
+    if with_file:
+        parser.add_argument("file", help="pipeline file: .yaml, or .py with a function `pipeline`")
     parser.add_argument("--recipe", help=f"instead of a file: {', '.join(RECIPES)}; its parameters are flags")
     if command in ("run", "stop"):
         parser.add_argument("--address", help="job server of a Ray cluster (http://HEAD:8265, or auto)")
@@ -88,39 +88,45 @@ def _parser(command: str) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- what is meant
 
 
-def _pipeline(options: Any, rest: Sequence[str]) -> tuple[file.Pipeline, str]:
-    """The pipeline of a command line, and what to call it in errors."""
-    if options.recipe is None:
-        if rest:
-            raise UserError(f"unknown flag {rest[0]}; --help lists them")
-        if options.file is None:
-            raise UserError("which pipeline? give a file, or --recipe NAME (recipes: " + ", ".join(RECIPES) + ")")
-        return file.load(options.file), options.file
-    if options.file is not None:
-        raise UserError(f"{options.file} and --recipe {options.recipe} are two pipelines; give one of them")
-    if options.recipe not in RECIPES:
-        raise UserError(
-            f'unknown recipe "{options.recipe}"{nearest(options.recipe, RECIPES)}; recipes: {", ".join(RECIPES)}'
-        )
-    function = RECIPES[options.recipe]
-    made = function(**_parameters(function, rest, options.recipe))
-    return file.check(made, f"recipe {options.recipe}"), f"recipe {options.recipe}"
+def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.Pipeline, str]:
+    """The options of a command line, its pipeline, and what to call the pipeline in errors."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    recipe = first.parse_known_args(words)[0].recipe
+    asks_for_help = any(word in ("-h", "--help") for word in words)
+    if recipe is None:
+        parser = _parser(command, with_file=True)
+        if not asks_for_help and all(word.startswith("-") for word in words):
+            raise UserError(f"which pipeline? give a file, or --recipe NAME (recipes: {', '.join(RECIPES)})")
+        options = _known(parser, words)
+        return options, file.load(options.file), options.file
+    if recipe not in RECIPES:
+        raise UserError(f'unknown recipe "{recipe}"{nearest(recipe, RECIPES)}; recipes: {", ".join(RECIPES)}')
+    parameters, words = _parameters(RECIPES[recipe], words)
+    options = _known(_parser(command, with_file=False), words)
+    options.file = None
+    where = f"recipe {recipe}"
+    return options, file.check(RECIPES[recipe](**parameters), where), where
 
 
-def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str], recipe: str) -> dict[str, Any]:
-    """Flags as the parameters of a recipe."""
+def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The options of the words. Raises UserError for a flag that there is not, with the nearest one."""
+    options, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise UserError(f"unknown flag {unknown[0]}{nearest(unknown[0], flags)}; --help lists them")
+    return options
+
+
+def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Flags as the parameters of a recipe, and the other words."""
     hints = typing.get_type_hints(function)
-    parser = argparse.ArgumentParser(prog=f"--recipe {recipe}", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in inspect.signature(function).parameters:
         kinds = [k for k in typing.get_args(hints[name]) or (hints[name],) if k is not types.NoneType]
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kinds[0], default=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(words)
-    if unknown:
-        flag = unknown[0].removeprefix("--").replace("-", "_")
-        raise UserError(
-            f"unknown flag {unknown[0]}{nearest(flag, hints)}; the recipe {recipe} takes its parameters as flags"
-        )
-    return vars(known)
+    known, others = parser.parse_known_args(list(words))
+    return vars(known), others
 
 
 def _plan(pipeline: file.Pipeline, where: str) -> Plan:
@@ -145,7 +151,7 @@ def run(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
 
     for _ in ticks(seconds(options.every)):
         try:
-            current, _ = _pipeline(options, []) if options.file else (pipeline, where)  # the file may have changed
+            current = file.load(options.file) if options.file else pipeline  # the file may have changed
             run_once(current, where, options, show)
         except (
             UserError,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +50,8 @@ class Executor(Protocol):
     def stop(self, job: str) -> None:
         """Asks an attempt to stop, as Ctrl-C does."""
 
-    def describe(self, job: str) -> dict[str, Any]:
-        """For `status`: what stops it, and where it runs."""
-        ...
+    def forget(self, job: str) -> None:
+        """Removes what an attempt that has ended left behind, beside its log."""
 
 
 def last_error(text: str) -> str:

@@ -12,9 +12,13 @@ from pipeline.errors import UserError, nearest
 Path = tuple[str, ...]
 
 
-@functools.cache
 def paths(cls: Any) -> dict[str, tuple[Path, Any]]:
     """{flag name without dashes: (names of the fields down to it, its type)}; nested configs without a prefix as in tyro."""
+    return _paths(cls)
+
+
+@functools.cache
+def _paths(cls: Any) -> dict[str, tuple[Path, Any]]:
     found: dict[str, tuple[Path, Any]] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):

@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -131,7 +130,7 @@ def _load_python(place: str) -> Pipeline:
         raise
     except Exception as error:
         raise UserError(f"{place}: fails as a Python file ({type(error).__name__}: {error})") from error
-    made = made() if isinstance(made, Callable) else made  # type: ignore[arg-type]
+    made = made() if callable(made) else made
     if not isinstance(made, Pipeline):
         raise UserError(f"{place}: has no function `pipeline` that returns a pipeline.graph.file.Pipeline")
     return check(made, place)

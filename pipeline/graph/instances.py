@@ -362,8 +362,8 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
             raise UserError(f"{place}.over: {stage} is a {found[stage][0].kind.name}; only transfer stages have scores")
     scores = [f"$<{instance.name}>" for stage in rule.over for instance in found[stage]]
     kind = kinds.KINDS[PROMOTE]
-    given: dict[str, Any] = {"model": pipeline.name, "scores": scores, "metric": rule.metric, "margin": rule.margin}
-    given |= {"at_least": rule.at_least, "no_worse_than": rule.no_worse_than}
+    given: dict[str, Any] = {"model": pipeline.name, "scores": scores, "metric": rule.metric}
+    given |= {"at_least": rule.at_least, "no_worse_than": rule.no_worse_than, "margin": rule.margin or None}
     given = {key: value for key, value in given.items() if value is not None}
     config = fields.with_values(kinds.start(kind, None, given, place), given, place)
     return Instance(

@@ -206,7 +206,7 @@ class Plan:
             chosen &= reached
         if last:
             reached = set(self.named(last, "--until"))
-            for name in reversed(self.instances):
+            for name in reversed(list(self.instances)):
                 if name in reached:
                     reached |= set(self.instances[name].needs)
             chosen &= reached

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
 
 import psutil
 
@@ -103,12 +102,6 @@ class Processes:
     def forget(self, job: str) -> None:
         """Removes what an attempt has left beside its log."""
         shutil.rmtree(os.path.join(self.folder, job), ignore_errors=True)
-
-    def describe(self, job: str) -> dict[str, Any]:
-        """The process of an attempt."""
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(self.folder, job, "pid")) as file:
-            return {"pid": int(file.read())}
-        return {}
 
 
 def _held(lock: str) -> bool:

@@ -140,10 +140,6 @@ class RayJobs:
     def forget(self, job: str) -> None:
         """Nothing: the cluster keeps its own list."""
 
-    def describe(self, job: str) -> dict[str, Any]:
-        """The id that `ray job` commands take."""
-        return {"ray_job": job}
-
 
 def _first(error: Any) -> str:
     return next(iter(str(error or "").strip().splitlines()), "")[:300]

@@ -292,7 +292,8 @@ def promote(config: EvaluateConfig, version: str, uri: str) -> list[str]:
         present, other = champion.evaluations[key], best.evaluations[key]
         if other["mean"] - present["mean"] <= noise(config.margin, present["spread"], other["spread"]):
             return []
-    registry.set_alias(best, registry.CHAMPION, uri)
+    registry.promote(best, uri)
+    registry.name_candidate(config.model, key, uri)
     before = f", before {champion.evaluations[key]['mean']:.2f} (version {champion.version})" if champion else ""
     message = f"{best.name} version {best.version} is champion: {best.evaluations[key]['mean']:.2f}{before}"
     notify(config, "promoted", None, model=best.name, version=best.version, checkpoint=best.checkpoint, reason=message)

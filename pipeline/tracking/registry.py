@@ -2,8 +2,9 @@
 
 A model version stands for one checkpoint that is worth keeping. Its weights are copied into MLflow with the code to run
 them; its scores are tags here and metrics of the LoggedModel behind it, and its description is a model card. A recipe on
-a data set is one registered model, since versions of one model are compared. Alias `candidate` is the version with the best
-validation, `champion` the one that scheduled evaluation has found best.
+a data set is one registered model, and so is a pipeline, since versions of one model are compared. Alias `candidate` is the
+version with the best validation, and once versions have scores the best one that was never promoted; `champion` is the
+version that was promoted last, by scheduled evaluation or by the rule of a pipeline.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from pipeline.tracking.server import client, experiment_id, process_wide, resolv
 
 logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
+PROMOTED = "promoted"  # tag of a version: when it became the champion
 # What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
 SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "scipy")
 
@@ -49,6 +51,8 @@ class Version:
     validation: str = ""
     """Fingerprint of that validation set."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    was_promoted: bool = False
+    """Whether it is, or has been, the champion."""
 
 
 def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, uri: str | None = None) -> Version:
@@ -249,6 +253,7 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
                 top1=float(item.tags[names.VAL_TOP1]) if names.VAL_TOP1 in item.tags else None,
                 validation=item.tags.get(f"{names.DATA_FINGERPRINT}.validation", ""),
                 evaluations=evaluations,
+                was_promoted=PROMOTED in item.tags or CHAMPION in by_version.get(int(item.version), []),
             )
         )
     return sorted(made, key=lambda version: version.version)
@@ -329,3 +334,26 @@ def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], 
 
 def set_alias(version: Version, alias: str, uri: str | None = None) -> None:
     client(resolve_tracking_uri(uri)).set_registered_model_alias(version.name, alias, str(version.version))
+
+
+def promote(version: Version, uri: str | None = None) -> None:
+    """Makes a version the champion, and remembers that it was."""
+    client(resolve_tracking_uri(uri)).set_model_version_tag(
+        version.name, str(version.version), PROMOTED, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
+    set_alias(version, CHAMPION, uri)
+
+
+def name_candidate(name: str, key: str, uri: str | None = None) -> int | None:
+    """Moves `candidate` to the version with the best mean of the evaluation `key` that was never promoted; its number.
+
+    Without such a version the alias goes, and the answer is None.
+    """
+    waiting = [v for v in versions(name, uri) if not v.was_promoted and key in v.evaluations]
+    if waiting:
+        best = max(waiting, key=lambda version: (version.evaluations[key]["mean"], version.version))
+        set_alias(best, CANDIDATE, uri)
+        return best.version
+    if any(CANDIDATE in version.aliases for version in versions(name, uri)):
+        client(resolve_tracking_uri(uri)).delete_registered_model_alias(name, CANDIDATE)
+    return None
