@@ -27,11 +27,12 @@ MATHS = {"models", "torch", "numpy"} | sys.stdlib_module_names
 """All that models/ imports."""
 # room -> rooms of pipeline/ that it must not import: arrows never go up
 FORBIDDEN = {
-    "pipeline/data": ("training", "transfer", "vtab", "operations"),
-    "pipeline/weights": ("training", "transfer", "vtab", "operations"),
-    "pipeline/training": ("transfer", "vtab", "operations"),
-    "pipeline/transfer": ("operations",),
-    "pipeline/tracking": ("training", "transfer", "vtab", "operations"),
+    "pipeline/data": ("training", "transfer", "vtab", "operations", "graph"),
+    "pipeline/weights": ("training", "transfer", "vtab", "operations", "graph"),
+    "pipeline/training": ("transfer", "vtab", "operations", "graph"),
+    "pipeline/transfer": ("operations", "graph"),
+    "pipeline/tracking": ("training", "transfer", "vtab", "operations", "graph"),
+    "pipeline/operations": ("graph",),
 }
 CIRCLES_LEFT = ({"pipeline.data.prepare", "pipeline.data.prepare.mix"},)
 
@@ -120,5 +121,6 @@ def test_circles_are_found():
 
 def test_no_job_hides_a_module_of_another_name():
     """`python jobs/NAME.py` puts jobs/ first on the path: a file there must not be named like anything that is imported."""
-    taken = sys.stdlib_module_names | {"models", "pipeline", "tests"} | set(DOORS)
-    assert not {path.stem for path in (ROOT / "jobs").glob("*.py")} & taken
+    taken = sys.stdlib_module_names | {"models", "tests"} | set(DOORS)
+    found = {path.stem for path in (ROOT / "jobs").glob("*.py")} & taken
+    assert found <= {"pipeline"}, found  # jobs/pipeline.py hands out the package: tests/unit/test_pipeline_name.py
