@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline import storage
 from pipeline.graph import places
 from pipeline.graph.executor import Ended, Executor
 from pipeline.graph.file import Prices
@@ -35,18 +36,18 @@ def add(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, fl
 def finished(
     plan: Plan, instance: Instance, running: Running, spent: Mapping[str, float], output: str
 ) -> dict[str, Any]:
-    """What a finished instance took in all of its attempts. Where its processes cannot be seen, on a cluster, the bytes are
-    those of its inputs inside the pipeline and of its output."""
-    total = dict(spent)
-    if "written" not in total:
-        total["written"] = float(places.size(output))
-        total["read"] = float(
-            sum(
-                places.size(plan.outputs[up])
-                for up in instance.needs
-                if up in plan.outputs and up not in instance.after
-            )
-        )
+    """What a finished instance took in all of its attempts. The bytes are those of its inputs, each once, and of its output."""
+    read = 0.0
+    for address in (
+        address for group in (instance.reads, instance.observes) for many in group.values() for address in many
+    ):
+        if address.instance is not None:
+            read += places.size(storage.join(plan.outputs[address.instance], address.below))
+        elif address.covers:
+            read += sum(places.size(plan.outputs[up]) for up in address.covers)
+        else:
+            read += plan.places.size(address.text)
+    total = {**spent, "read": read, "written": float(places.size(output))}
     money = dollars(plan.pipeline.prices, total)
     return total if money is None else {**total, "dollars": money}
 

@@ -13,7 +13,7 @@ class Ended:
     reason: str = ""
     seconds: float | None = None
     spent: dict[str, float] = field(default_factory=dict)
-    """What was measured: cpu_hours, read, written."""
+    """What was measured: cpu_hours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

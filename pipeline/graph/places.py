@@ -102,8 +102,15 @@ class Places:
             content = _content(uri, [path for path, _, _ in files])
         else:  # on S3 the stamps are ETags, which follow the content
             content = stamps if storage.is_remote(uri) else listing
-        self.memory[uri] = {"stamps": stamps, "content": content}
+        self.memory[uri] = {"stamps": stamps, "content": content, "bytes": sum(size for _, size, _ in files)}
         return content
+
+    def size(self, text: str) -> int:
+        """Bytes at an address outside the pipeline; 0 for one that is no place."""
+        if ELSEWHERE.match(text) or text.startswith(("models:/", "runs:/")):
+            return 0
+        known = self.memory.get(storage.normalise(text), {}).get("bytes")
+        return size(text) if known is None else known
 
 
 def describe(uri: str) -> Content | None:

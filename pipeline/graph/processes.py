@@ -145,11 +145,11 @@ def _gpus() -> int:
 
 
 class _Meter:
-    """Adds up CPU time and bytes of an attempt's processes while they live, those of its Ray among them."""
+    """Adds up the CPU time of an attempt's processes while they live, those of its Ray among them."""
 
     def __init__(self, place: str) -> None:
         self.place = place
-        self._seen: dict[tuple[int, float], tuple[float, float, float]] = {}
+        self._seen: dict[tuple[int, float], float] = {}
         self._before = _spent(place)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
@@ -165,19 +165,14 @@ class _Meter:
             root = psutil.Process(int(file.read()))
         for process in root.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                times, io = process.cpu_times(), process.io_counters()
-                used = (times.user + times.system, float(io.read_chars), float(io.write_chars))
-                self._seen[process.pid, process.create_time()] = used
+                times = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = times.user + times.system
 
     def close(self) -> None:
         """Writes what was used."""
         self._closing.set()
         self._thread.join(5)
-        cpu, read, written = (
-            (sum(values) for values in zip(*self._seen.values(), strict=True)) if self._seen else (0, 0, 0)
-        )
-        total = {"cpu_hours": cpu / 3600, "read": read, "written": written}
-        total = {key: value + self._before.get(key, 0.0) for key, value in total.items()}
+        total = {"cpu_hours": sum(self._seen.values()) / 3600 + self._before.get("cpu_hours", 0.0)}
         with contextlib.suppress(OSError), open(os.path.join(self.place, "spent.json"), "w") as file:
             json.dump(total, file)
 
