@@ -65,7 +65,7 @@ def brief(result: Mapping[str, Any]) -> str:
     if "prepared" in result:
         return f"{result['prepared']:,} images, {result['rejects']:,} rejects"
     if "steps" in result:
-        top1 = f", top-1 {result['top1']:.2%}" if "top1" in result else ""
+        top1 = f", top-1 {result['top1']:.2f}%" if "top1" in result else ""
         return f"{result['steps']:,} steps{top1}"
     if "promoted" in result:
         return str(result.get("why", ""))
@@ -200,8 +200,9 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
             lines.append(f"{prefix}prepared={found['prepared']} shards={found['shards']} rejects={found['rejects']}")
         elif kind == "pretrain" and found:
             if "top1" in found:
-                rows.append(("pre-trained, held-out images" if only else name, 100 * found["top1"]))
-            shown = [f"{key}={found[key]:.4f}" for key in ("loss_first", "loss_last", "top1") if key in found]
+                rows.append(("pre-trained, held-out images" if only else name, found["top1"]))
+            shown = [f"{key}={found[key]:.4f}" for key in ("loss_first", "loss_last") if key in found]
+            shown += [f"top1={found['top1'] / 100:.4f}"] if "top1" in found else []
             lines.append(prefix + " ".join(shown))
         elif kind == "transfer" and found:
             rows += [(f"{'transfer' if only else name} {task}", score) for task, score in found.items()]

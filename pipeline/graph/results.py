@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.graph.state import FOLDER
+from pipeline.tracking import names
 from pipeline.weights import checkpoints
 
 
@@ -50,8 +51,8 @@ def _trained(output: str) -> dict[str, Any]:
     metrics = newest.commit.get("metrics", {})
     found = {"steps": newest.step}
     found |= {key: metrics[key] for key in ("loss_first", "loss_last") if key in metrics}
-    if "val/top1" in metrics:
-        found["top1"] = metrics["val/top1"]
+    if names.VAL_TOP1 in metrics:
+        found["top1"] = metrics[names.VAL_TOP1]  # in percent
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
