@@ -1,17 +1,17 @@
 """A whole pipeline in one file and one command: from raw images to scores and a promoted model (docs/pipeline.md).
 
-    python jobs/pipeline.py run FILE.yaml            what is not done, side by side; again after a failure: the rest
-    python jobs/pipeline.py run --recipe demo        the demo: prepare, pretrain, transfer on small data
-    python jobs/pipeline.py run FILE.yaml --dry-run  what would run and why, with hours and cost
-    python jobs/pipeline.py run FILE.yaml --every 1h
-    python jobs/pipeline.py status FILE.yaml         each stage: done, running with the time left, stale and why
+    python jobs/pipeline.py run FILE.yaml            what is not done yet
+    python jobs/pipeline.py run --recipe demo        prepare, pretrain, transfer
+    python jobs/pipeline.py run FILE.yaml --dry-run  what would run, its cost
+    python jobs/pipeline.py status FILE.yaml         done, running, stale and why
     python jobs/pipeline.py stop FILE.yaml [STAGE]   what runs saves itself
     python jobs/pipeline.py export FILE.yaml --to argo|airflow|commands|yaml
-    python jobs/pipeline.py schema                   JSON schema of the file, for editors
-    ray job submit --working-dir . -- python jobs/pipeline.py run FILE.yaml      each stage is a Ray job
-    python jobs/pipeline.py run FILE.yaml --address http://HEAD:8265             the same from outside the cluster
+    python jobs/pipeline.py schema                   JSON schema, for editors
+    python jobs/pipeline.py promote --help           the rule for the champion
 
-`run` may be left out. Exit codes: 0 all done, 1 a stage failed, 2 wrong input, 130 and 143 stopped.
+The word run may be left out. As a Ray job (ray job submit --working-dir . -- python jobs/pipeline.py run FILE.yaml), or
+with --address from outside the cluster, each stage is a Ray job. Exit codes: 0 all done, 1 a stage failed, 2 wrong input,
+130 and 143 stopped.
 """
 
 # The name of this file is that of the project's package, and the folder of a started script leads Python's search path. So
@@ -32,5 +32,8 @@ else:
     from pipeline import config
     from pipeline.graph import commands
 
+    def main(argv: list[str]) -> int:
+        return commands.main(argv, __doc__ or "", print)
+
     if __name__ == "__main__":
-        config.run_job(lambda argv: commands.main(argv, __doc__ or "", print))
+        config.run_job(main)

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -29,9 +30,9 @@ def main(argv: list[str], description: str, show: Show) -> int:
     argv = credentials.take_from_arguments(argv)
     command = argv[0] if argv and argv[0] in COMMANDS else "run"
     words = argv[1:] if argv and argv[0] in COMMANDS else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        show(inspect.cleandoc(description))
-        return 0
+    if not argv or ({"-h", "--help", "--help-all"} & set(argv) and command != "promote"):
+        show(_page(command, description))
+        raise SystemExit(0)
     if command == "promote":
         from pipeline.graph import promotion  # MLflow's registry
 
@@ -55,33 +56,71 @@ def main(argv: list[str], description: str, show: Show) -> int:
     return run(pipeline, where, options, show)
 
 
+def _page(command: str, description: str) -> str:
+    """The page of --help, 80 columns wide."""
+    lines = []
+    for paragraph in inspect.cleandoc(description).split("\n\n"):
+        filled = paragraph.splitlines() if paragraph.startswith(" ") else textwrap.wrap(paragraph, report.WIDTH)
+        lines += [*filled, ""]
+    if command == "schema":
+        return "\n".join(lines)
+    lines.append(f"flags of {command}:")
+    for action in _parser(command, with_file=False)._actions:
+        flag = action.option_strings[-1] if action.option_strings else action.dest.upper()
+        value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or 'VALUE'}"
+        text = textwrap.wrap(action.help or "", report.WIDTH - 26)
+        lines.append(f"  {flag + value:23s} {text[0] if text else ''}")
+        lines += [" " * 26 + line for line in text[1:]]
+    return "\n".join(lines)
+
+
 def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False, add_help=False)
     if with_file:
-        parser.add_argument("file", help="pipeline file: .yaml, or .py with a function `pipeline`")
-    parser.add_argument("--recipe", help=f"instead of a file: {', '.join(RECIPES)}; its parameters are flags")
+        parser.add_argument("file", help="Pipeline file: .yaml, or .py with a function `pipeline`.")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"Instead of a file, one of: {', '.join(RECIPES)}. Its parameters are flags."
+    )
     if command in ("run", "stop"):
-        parser.add_argument("--address", help="job server of a Ray cluster (http://HEAD:8265, or auto)")
+        parser.add_argument("--address", metavar="URL", help="Job server of a Ray cluster, http://HEAD:8265 or auto.")
     if command in ("run", "status"):
-        parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
+        parser.add_argument("--json", action="store_true", help="Print only the result, as JSON.")
     if command == "stop":
-        parser.add_argument("stages", nargs="*", help="default: all that run")
+        parser.add_argument("stages", nargs="*", help="Default: all that run.")
     if command == "export":
-        parser.add_argument("--to", required=True, choices=("commands", "argo", "airflow", "yaml"))
-        parser.add_argument("--image", default="vit-pipeline", help="container image of argo's steps")
+        parser.add_argument(
+            "--to",
+            required=True,
+            choices=("commands", "argo", "airflow", "yaml"),
+            metavar="FORMAT",
+            help="commands, argo, airflow or yaml.",
+        )
+        parser.add_argument("--image", default="vit-pipeline", metavar="IMAGE", help="Container image of argo's steps.")
     if command == "run":
-        parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages")
+        parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="Run these stages.")
         parser.add_argument(
-            "--from", nargs="+", default=[], dest="first", metavar="STAGE", help="these and what needs them"
+            "--from",
+            nargs="+",
+            default=[],
+            dest="first",
+            metavar="STAGE",
+            help="Run these stages and all that need them.",
         )
-        parser.add_argument("--until", nargs="+", default=[], metavar="STAGE", help="these and what they need")
         parser.add_argument(
-            "--force", nargs="*", metavar="STAGE", help="run again, from nothing (default: all selected)"
+            "--until", nargs="+", default=[], metavar="STAGE", help="Run these stages and all that they need."
         )
-        parser.add_argument("--dry-run", action="store_true", help="say what would run, and what it will take")
-        parser.add_argument("--parallel", type=int, help="stages at the same time, at most")
-        parser.add_argument("--every", help="for ever, one pass each 30m, 1h, 1d")
-        parser.add_argument("--skip-if-running", action="store_true", help="exit code 0 when another run goes on")
+        parser.add_argument(
+            "--force",
+            nargs="*",
+            metavar="STAGE",
+            help="Run these stages again, from nothing; without a name all selected ones.",
+        )
+        parser.add_argument("--dry-run", action="store_true", help="Say what would run and what it will take.")
+        parser.add_argument("--parallel", type=int, metavar="N", help="Largest number of stages at the same time.")
+        parser.add_argument("--every", metavar="T", help="Run for ever, one pass each 30m, 1h or 1d.")
+        parser.add_argument(
+            "--skip-if-running", action="store_true", help="End with exit code 0 when another run goes on."
+        )
     return parser
 
 
@@ -93,10 +132,9 @@ def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     recipe = first.parse_known_args(words)[0].recipe
-    asks_for_help = any(word in ("-h", "--help") for word in words)
     if recipe is None:
         parser = _parser(command, with_file=True)
-        if not asks_for_help and all(word.startswith("-") for word in words):
+        if all(word.startswith("-") for word in words):
             raise UserError(f"which pipeline? give a file, or --recipe NAME (recipes: {', '.join(RECIPES)})")
         options = _known(parser, words)
         return options, file.load(options.file), options.file

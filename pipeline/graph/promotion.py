@@ -4,6 +4,7 @@ Every checkpoint whose scores count becomes a version of the model, with its sco
 promoted last; `candidate` is the best version that was never promoted.
 """
 
+import inspect
 import json
 import logging
 import math
@@ -12,8 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import tyro
 
 from pipeline import config as configuration
 from pipeline import storage
@@ -72,13 +71,8 @@ class Measured:
 
 def main(argv: Sequence[str], show: Callable[[str], None]) -> int:
     """`jobs/pipeline.py promote`: 0 whether or not the rule promotes; what it did is in promotion.json."""
-    config = tyro.cli(
-        PromoteConfig,
-        prog="jobs/pipeline.py promote",
-        description=__doc__,
-        args=list(argv),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    about = inspect.cleandoc(__doc__ or "")
+    config = configuration.parse_command(list(argv), PromoteConfig, prog="jobs/pipeline.py promote", description=about)
     result = promote(config)
     storage.write_json(storage.join(config.output, PROMOTION), result)
     show(f"promote: {result['why']}")
