@@ -34,7 +34,7 @@ def after_pretraining(config: PretrainConfig) -> str:
     sets = os.path.dirname(config.runtime.data.rstrip("/")) or "."
     words = ["python", "jobs/transfer.py", "--checkpoint", output]
     if all(storage.exists(storage.join(sets, split, "manifest.json")) for split in ("train", "test")):
-        words += ["--suite", "folder", "--data", sets]
+        words += ["--suite", "folder" if config.runtime.gpus else "frozen", "--data", sets]
     else:
         words += ["--suite", "vtab1k", "--data", "sets/vtab"]
     steps = {"look": look_at(config.runtime.tracking_uri), "transfer": shlex.join(words)}
