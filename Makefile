@@ -48,6 +48,10 @@ lint: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Fails on a link or an anchor that leads nowhere.
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
 ui: $(BIN)/.demo
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 

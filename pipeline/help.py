@@ -224,19 +224,28 @@ def _entry(left: str, text: str) -> list[str]:
     return [*first, *(" " * 26 + line for line in wrapped)]
 
 
+def families(recipes: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """[(family, names)]: recipes that share the second part of their name; the family "" holds those that share it with none."""
+    found: dict[str, list[str]] = {}
+    for name in recipes:
+        found.setdefault((name + "_").split("_")[1] or name.partition("-")[0], []).append(name)
+    alone = [name for names in found.values() if len(names) == 1 for name in names]
+    return [("", alone), *((family, names) for family, names in found.items() if len(names) > 1)]
+
+
+def first_sentence(function: Callable) -> str:
+    """The first sentence of a docstring, without its full stop."""
+    doc = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+    return doc.partition(". ")[0].rstrip(".")
+
+
 def list_recipes(recipes: Mapping[str, Callable[[], Any]], default: str) -> str:
     """The recipes by family, each with the first sentence of its docstring."""
-    families: dict[str, list[str]] = {}
-    for name in recipes:
-        families.setdefault((name + "_").split("_")[1] or name.partition("-")[0], []).append(name)
-    alone = [name for names in families.values() if len(names) == 1 for name in names]
-    groups = [("", alone), *((family, names) for family, names in families.items() if len(names) > 1)]
     lines = [f"recipes (--recipe NAME; default {default}):"]
-    for family, names in groups:
+    for family, names in families(recipes):
         lines += ["", f"{family}:"] if family else []
         for name in names:
-            doc = " ".join((inspect.getdoc(recipes[name]) or "").partition("\n\n")[0].split())
-            lines += _entry(name, doc.partition(". ")[0].rstrip("."))
+            lines += _entry(name, first_sentence(recipes[name]))
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,52 @@
+"""MkDocs hooks: pages that live outside docs/, lists of flags from the jobs' own help, and links to source files."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+ELSEWHERE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "infra/README.md": "clusters.md"}
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?://|#)([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_files(files, config):
+    for source, page in ELSEWHERE.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    markdown = re.sub(r"^<!-- flags: (\w+) -->$", lambda match: flags(match[1]), markdown, flags=re.MULTILINE)
+    generated = {page: source for source, page in ELSEWHERE.items()}
+    folder = (ROOT / generated.get(page.file.src_path, f"docs/{page.file.src_path}")).parent
+    return LINK.sub(lambda match: relinked(match, folder, files), markdown)
+
+
+def relinked(match, folder, files):
+    """The link to the page of a file; the bare text where the file is no page of the site but exists."""
+    text, target, anchor = match[1], match[2], match[3] or ""
+    path = (folder / target).resolve()
+    if not path.is_relative_to(ROOT):
+        return match[0]
+    place = path.relative_to(ROOT).as_posix()
+    page = ELSEWHERE.get(place, place.removeprefix("docs/"))
+    if files.get_file_from_path(page) is not None:
+        return f"[{text}]({page}{anchor})"
+    return text if path.exists() else match[0]
+
+
+def flags(job):
+    """The page of `jobs/JOB.py --help-all` as a code block."""
+    spec = importlib.util.spec_from_file_location(f"docs_{job}", ROOT / "jobs" / f"{job}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        module.main(["--help-all"])
+    return f"```text\n{text.getvalue()}```"

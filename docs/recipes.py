@@ -1,0 +1,49 @@
+"""Writes docs/recipes.md: every recipe with its model, data, length and estimated cost.
+
+    python docs/recipes.py
+
+The numbers are those of `python jobs/plan.py --recipe NAME --gpus N --gpu h100`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pipeline.help import families, first_sentence
+from pipeline.operations.planning import PlanConfig, plan
+from pipeline.training.recipes import RECIPES
+
+GPUS, GPU = 8, "h100"
+ON_A_LAPTOP = ("demo", "masked_demo", "cifar10")
+HEAD = f"""# Recipes
+
+`python jobs/pretrain.py --recipe NAME` starts one; each value is a flag. `python docs/recipes.py` writes this page. GPU-hours and cost are
+the estimates of `jobs/plan.py` for {GPUS} {GPU.upper()} GPUs at the default price and utilisation, not measurements.
+"""
+
+
+def row(name: str) -> str:
+    training = RECIPES[name]()
+    about = first_sentence(RECIPES[name])
+    if name in ON_A_LAPTOP:
+        return f"| `{name}` | {training.model.variant} | {training.steps} | on a laptop | | {about} |"
+    result = plan(PlanConfig(training=training, gpus=GPUS, gpu=GPU), name)
+    run = result["run"]
+    return f"| `{name}` | {training.model.variant} | {training.steps} | {run['gpu_hours']:,.0f} | {run['cost']:,.0f} | {about} |"
+
+
+def page() -> str:
+    lines = [HEAD]
+    for family, members in families(RECIPES):
+        lines += [
+            f"## {family or 'Alone'}\n",
+            "| recipe | model | length | GPU-hours | cost, $ | what |",
+            "| --- | --- | --- | ---: | ---: | --- |",
+        ]
+        lines += [*(row(name) for name in members), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page())

@@ -1,0 +1,82 @@
+"""README and docs/: links lead somewhere, generated pages are complete, the Python examples and the notebook run."""
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from models import create_model
+from pipeline.data.format import write_dataset
+from pipeline.training.recipes import RECIPES
+from pipeline.weights import save_checkpoint_weights
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "infra" / "README.md"]
+LINK = re.compile(r"\[[^\]]+\]\((?!https?://)([^)#\s]*)(#[^)]*)?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """What a heading is called in a link, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name} links to {target}{anchor}"
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
+    listed = set(re.findall(r"[\w-]+\.md", nav))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
+    assert {"changelog.md", "contributing.md", "clusters.md"} <= listed
+
+
+def test_the_page_of_recipes_has_every_recipe():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    missing = [name for name in RECIPES if f"| `{name}` |" not in text]
+    assert not missing, f"python docs/recipes.py writes the page anew: {missing}"
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """(folder with train and test of 80 images of 32 pixels and ten classes each, checkpoint of a small model)"""
+    picture = cv2.imencode(".jpg", np.full((32, 32, 3), 100, np.uint8))[1].tobytes()
+    classes = [str(i) for i in range(10)]
+    for split in ("train", "test"):
+        rows = [(f"{i:03d}.jpg", picture, i % 10, 32, 32) for i in range(80)]
+        write_dataset(str(tmp_path / "data" / split), rows, classes=classes)
+    model = create_model("Ti/8", num_classes=10, image_size=32, depth=1, pool="gap")
+    save_checkpoint_weights(model, {"classes": classes}, str(tmp_path / "checkpoint"))
+    return tmp_path / "data", tmp_path / "checkpoint"
+
+
+def test_the_python_example_runs(digits):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert "runs/demo/data/train" in code
+    names = {}
+    exec(code.replace("runs/demo/data", str(digits[0])), names)
+    assert names["batch"]["image"].shape == (64, 32, 32, 3)
+    assert names["batch"]["label"].shape == (64,)
+    assert names["logits"].shape == (64, 10)
+
+
+def test_the_notebook_runs(digits, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert cells[0] == 'DATA = "runs/demo/data"\nCHECKPOINT = "runs/demo/pretrain"'
+    names = {"DATA": str(digits[0]), "CHECKPOINT": str(digits[1])}
+    for cell in cells[1:]:
+        exec(cell, names)
+    assert names["probabilities"].shape == (16, 10)
+    assert names["shares"].shape == (8, 4, 4)
