@@ -3,8 +3,8 @@ r"""Evaluate checkpoints on a schedule: each one once, with the best one as cham
     python jobs/evaluate.py --runs runs/x                what has no scores yet
     python jobs/evaluate.py --runs s3://bucket/runs/x --suite vtab1k \
         --data s3://bucket/vtab --output s3://bucket/evaluate --every 30m
-    python jobs/evaluate.py --model b16_imagenet --suite vtab1k --data s3://bucket/vtab \
-        --once --fail-on-regression                      for cron
+    python jobs/evaluate.py --model b16_imagenet --suite vtab1k --once \
+        --data s3://bucket/vtab --fail-on-regression     for cron
     python jobs/evaluate.py --runs runs/x --dry-run      only lists the work
     python jobs/evaluate.py --runs runs/x --prune --keep 2
         lists the checkpoints that nothing refers to; --delete removes them

@@ -66,7 +66,7 @@ def test_the_next_commands_name_the_run_and_its_data(tmp_path, monkeypatch):
     runtime = dataclasses.replace(base.runtime, data="photos data/train", output="runs/x/")
     text = next_steps.after_pretraining(dataclasses.replace(base, runtime=runtime))
     transfer = next(line for line in text.splitlines() if "transfer" in line)
-    command = ["python", "jobs/transfer.py", "--checkpoint", "runs/x", "--suite", "folder", "--data"]
+    command = ["python", "jobs/transfer.py", "--checkpoint", "runs/x", "--suite", "frozen", "--data"]
     assert shlex.split(transfer)[1:] == [*command, "photos data"]
     assert "mlflow ui --backend-store-uri sqlite:///" in text
 
