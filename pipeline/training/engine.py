@@ -17,6 +17,7 @@ from models import weight_decay_groups
 from models.losses import training_loss
 from pipeline.training import zero_layout
 from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.zero_step import DeviceStep, PlainStep, install_step
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -68,10 +69,15 @@ class Engine:
         self.config = config
         self.accumulation = accumulation
         self.clip = _clip(optimizer)
-        self._dropped = 0
-        self._plain_norm: Tensor | None = None
         inner.state.clear()  # stage 0 in bf16 has stepped once to make its states: Adam would count one step too many
-        zero_layout.drop_nonfinite_gradients(self.engine.optimizer, config.zero)
+        self.step_on_device: DeviceStep | None = None
+        if isinstance(inner, torch.optim.AdamW) and config.zero < 3 and config.precision != "fp16" and not config.offload:
+            self.step_on_device = install_step(self.engine.optimizer, self.module, inner, self.clip)
+        else:
+            zero_layout.drop_nonfinite_gradients(self.engine.optimizer, config.zero)
+        self.dropped = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether the last step was not taken because a gradient was not finite on some worker."""
+        self._plain_norm: Tensor | None = None
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self._fragments = list(zero_layout.find_fragments(self.engine.optimizer, self.module, config.zero, rank))
         parameters = model.named_parameters()
@@ -96,8 +102,10 @@ class Engine:
 
         micro_losses: one function per micro-batch, from the model to its mean loss. skip_step: from this worker's mean loss
         to a bool scalar, the same on all workers: whether the weights must stay as they are.
-        Returns this worker's mean loss, a detached scalar on the device (no host synchronisation).
+        Returns this worker's mean loss, a detached scalar on the device. Nothing waits for the device where
+        `step_on_device` is set (AdamW, ZeRO 0 to 2, no offload, not fp16); elsewhere DeepSpeed's own step does.
         """
+        skipped_before = self.engine.skipped_steps
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         total = torch.zeros((), device=self.device)
@@ -108,17 +116,16 @@ class Engine:
                 # The gradients become NaN, which every stage knows how to drop; known on the device alone, without a wait.
                 loss = loss * torch.where(skip_step(total / self.accumulation), float("nan"), 1.0)
             self.engine.backward(loss)
-            if self.engine.optimizer is self.inner and count == self.accumulation:
-                self._clip_plain()
+            if count == self.accumulation:
+                self._before_plain_step()
             self.engine.step()
+        if self.step_on_device is not None:
+            self.dropped = self.step_on_device.dropped
+        elif self._plain_norm is None:
+            self.dropped = torch.full_like(self.dropped, self.engine.skipped_steps > skipped_before)
         if self.ema_decay:
             self._update_averages()
         return total / self.accumulation
-
-    @property
-    def skipped(self) -> int:
-        """Steps so far that were not taken because a gradient was not finite on some worker."""
-        return self.engine.skipped_steps + self._dropped
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -129,18 +136,25 @@ class Engine:
     def loss_scale(self, state: Mapping[str, float]) -> None:
         zero_layout.set_loss_scale(self.engine.optimizer, state)
 
-    def _clip_plain(self) -> None:
+    def _before_plain_step(self) -> None:
         """Stage 0 in float32 is a plain optimiser: clips here, and drops gradients that are not finite (reduced
         gradients are alike on all workers; a parameter without a gradient is left alone by the step)."""
+        if self.engine.optimizer is not self.inner:
+            return
+        if isinstance(self.step_on_device, PlainStep):
+            self.step_on_device()
+            return
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         self._plain_norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-        if not self._plain_norm.isfinite():
-            self._dropped += 1
+        self.dropped = ~self._plain_norm.isfinite()
+        if self.dropped:  # SGD and Muon have no kernel that takes the flag: this waits for the device
             for parameter in parameters:
                 parameter.grad = None
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping. Waits for the device."""
+        if self.step_on_device is not None:
+            return float(self.step_on_device.norm)
         norm = self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
         return float(norm) if norm is not None else float("nan")
 
@@ -309,4 +323,5 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulat
         "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0},  # 0: dynamic
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice in each micro-batch
     }

@@ -127,9 +127,10 @@ class Trainer:
             batch = self.meter.wait(self.batches)
             self.heartbeat("in step", done)
             loss = self.train_step(step, batch)
-            if done % plan.log_every == 0 or done == self.first + 1 or is_last:
+            logs = done % plan.log_every == 0 or done == self.first + 1 or is_last
+            if logs:
                 self.log(done, loss)
-            self.count_skipped(done)
+            self.count_skipped(newest=logs)
             if validates and (done % plan.validate_every == 0 or is_last):
                 self.validate(done)
             leaves = vote.poll() and not is_last
@@ -160,6 +161,7 @@ class Trainer:
         torch.manual_seed(dropout_seed(config.seed, step, self.worker.rank))
         functions = micro_losses(batch, self.plan.micro_batch, self.worker.device, config.loss, config.label_smoothing)
         loss = self.engine.train_step(functions, self.learning_rate(step), self.guard.skip_step)
+        self.guard.note(step + 1, self.engine.dropped)
         self.meter.images += config.batch_size
         return loss
 
@@ -199,11 +201,11 @@ class Trainer:
         if waited > self.config.runtime.wait_warning and done > self.first + 1:  # the first batch is always waited for
             self.warn(data_wait_advice(self.config, self.dataset, waited))
 
-    def count_skipped(self, done: int) -> None:
-        warning = self.guard.count(done, self.engine.skipped)
-        if warning:
+    def count_skipped(self, newest: bool) -> None:
+        """Says which steps were skipped; the newest only where the device is waited for anyway."""
+        for step, warning in self.guard.read(newest):
             self.warn(warning)
-            self.record({names.SPIKES: self.guard.spikes, names.SKIPPED: self.guard.skipped}, done)
+            self.record({names.SPIKES: self.guard.spikes, names.SKIPPED: self.guard.skipped}, step)
 
     def validate(self, done: int) -> None:
         self.heartbeat("validating")
@@ -222,6 +224,7 @@ class Trainer:
 
     def save(self, done: int) -> None:
         """Starts writing a checkpoint of the state after `done` steps."""
+        self.count_skipped(newest=True)
         self.heartbeat("waiting for the checkpoint before this one")
         epoch, position = divmod(done, self.plan.steps_per_epoch)
         about = {

@@ -43,8 +43,8 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
             output = engine.engine(images.to(device))
             if count == 0:
                 continue
-            loss = float(training_loss(output, {"label": labels}, config.loss))
-            sums += torch.tensor([loss * count, 0.0, count], device=device)
+            sums[0] += training_loss(output, {"label": labels}, config.loss) * count  # on the device: no wait a batch
+            sums[2] += count
             if isinstance(output, Tensor):
                 sums[1] += correct(output, labels).sum()
     if worker.world > 1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 WRITTEN_FOR = "0.19.8"
@@ -118,6 +119,56 @@ def drop_nonfinite_gradients(optimizer: Any, stage: int) -> None:
         return update_and_clean_up() if update_scale else optimizer.overflow
 
     optimizer._overflow_check_and_loss_scale_update = check
+
+
+class Partitions:
+    """What a step needs of the optimiser of ZeRO 1 and 2 (without offload): gradients in, weights out.
+
+    One entry for each parameter group; each is this worker's share, one flat tensor.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.masters: list[Tensor] = private(optimizer, "single_partition_of_fp32_groups")
+        self.process_group = private(optimizer, "dp_process_group")
+        for name in ("averaged_gradients", "all_grad_tensors", "parallel_partitioned_bit16_groups", "micro_step_id"):
+            private(optimizer, name)
+
+    def take_gradients(self) -> list[Tensor]:
+        """The reduced gradients, float32, in the order of `masters`; the model's own are released."""
+        optimizer, taken = self.optimizer, []
+        for group in range(len(self.masters)):
+            parts = optimizer.averaged_gradients[group]
+            flat = getattr(parts, "flat_partition", None)  # accumulated in float32
+            if flat is None:
+                flat = torch.cat([part.reshape(-1) for part in parts])
+            taken.append(flat.to(torch.float32))
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+            optimizer.free_grad_in_param_list(optimizer.bit16_groups[group])
+        optimizer.micro_step_id = -1
+        return taken
+
+    def publish(self) -> None:
+        """Gives the stepped weights to the model, on every worker."""
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self.optimizer
+        for group, master in enumerate(self.masters):
+            parts, members = optimizer.parallel_partitioned_bit16_groups[group], optimizer.real_dp_process_group[group]
+            parts[torch.distributed.get_rank(members)].data.copy_(master.data)
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+
+
+def master_copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
+    """(parameter of the model, its float32 master) under stage 0 in low precision."""
+    parameters, masters = private(optimizer, "fp16_groups"), private(optimizer, "fp32_groups")
+    return list(zip(chain(*parameters), chain(*masters), strict=True))
 
 
 def loss_scale(optimizer: Any) -> dict[str, float]:
