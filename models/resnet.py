@@ -167,10 +167,18 @@ class Stages(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.stages(self.stem(x))
 
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each unit in the backward pass instead of keeping its activations."""
-        for stage in self.blocks:
-            stage.grad_checkpointing = enabled
+    def set_grad_checkpointing(
+        self, enabled: bool = True, blocks: int | None = None, keep_products: bool = False
+    ) -> None:
+        """Recompute each unit of the first `blocks` stages (all by default) in the backward pass instead of keeping its
+        activations. keep_products is of transformer blocks alone."""
+        for number, stage in enumerate(self.blocks):
+            stage.grad_checkpointing = enabled and (blocks is None or number < blocks)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What torch.compile takes one at a time. Inside a compiled stage GroupNorm keeps the layout that the convolutions choose
+        (channels last on a GPU); torch's own kernel would go back to NCHW after each."""
+        return [*self.blocks]
 
 
 class ResNet(Stages):

@@ -5,11 +5,12 @@ patches row by row), D width, K classes. Parameter names are timm's, so that wei
 """
 
 import inspect
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models import posemb
 from models.errors import UserError
@@ -81,6 +82,18 @@ class HybridEmbed(nn.Module):
 
 # ---------------------------------------------------------------- the encoder
 
+# What selective recomputation keeps: the operations that cost more than the memory of their results.
+_ATEN = torch.ops.aten
+PRODUCTS: list = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, eq. 6 to 8 of the paper's appendix A, with q, k and v fused into one matrix product."""
@@ -132,12 +145,19 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.width, shape.mlp, options["gelu"], dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
+        self.keep_products = False
         # The rate differs from block to block. As a tensor it is an input of the compiled block, which serves all blocks;
         # as a number it would be compiled into one version per block, until torch gives up after eight.
         self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """(B,T,D) -> (B,T,D), or only its first `queries` tokens."""
+        if self.keep_products and self.training:  # inside the block, so that a compiled block has it in its graph
+            keep = partial(create_selective_checkpoint_contexts, PRODUCTS)
+            return checkpoint(self.compute, x, queries, use_reentrant=False, context_fn=keep)
+        return self.compute(x, queries)
+
+    def compute(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         x = x[:, :queries] + self.stochastic_depth(self.dropout(self.attn(self.norm1(x), queries)))
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
 
@@ -199,7 +219,7 @@ class VisionTransformer(nn.Module):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         shape = self.shape = override_sizes(parse_variant(variant), width, depth, heads, mlp)
         _check_options(self.config, shape)
-        self.grad_checkpointing = False
+        self.checkpointed_blocks = 0
         self.patch_embed: PatchEmbed | HybridEmbed
         if shape.stem is None:
             self.patch_embed = PatchEmbed(channels, shape.width, shape.patch)
@@ -272,7 +292,7 @@ class VisionTransformer(nn.Module):
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             wanted = queries if i == last else None
-            if self.grad_checkpointing and self.training:
+            if i < self.checkpointed_blocks and self.training and not block.keep_products:
                 x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
                 x = block(x, wanted)
@@ -325,11 +345,24 @@ class VisionTransformer(nn.Module):
                 resized = posemb.resize(self.pos_embed, grid, prefix=int(self.cls_token is not None))
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enabled
+    def set_grad_checkpointing(
+        self, enabled: bool = True, blocks: int | None = None, keep_products: bool = False
+    ) -> None:
+        """Recompute each of the first `blocks` blocks (all by default) in the backward pass instead of keeping its activations.
+
+        keep_products: results of matrix products and attention are kept and the rest recomputed: norms, GELU, dropout. A hybrid's
+        stem is recomputed, too, unless `blocks` says otherwise.
+        """
+        self.checkpointed_blocks = (len(self.blocks) if blocks is None else blocks) if enabled else 0
+        for number, block in enumerate(self.blocks):
+            block.keep_products = keep_products and number < self.checkpointed_blocks
         if isinstance(self.patch_embed, HybridEmbed):
-            self.patch_embed.backbone.set_grad_checkpointing(enabled)
+            self.patch_embed.backbone.set_grad_checkpointing(enabled and blocks is None)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What torch.compile takes one at a time: blocks, which share one compilation, and the stages of a hybrid's stem."""
+        stem = self.patch_embed.backbone.compiled_parts() if isinstance(self.patch_embed, HybridEmbed) else []
+        return [*stem, *self.blocks]
 
     def _fix_positions(self) -> None:
         # a buffer outside the state dict: it follows from the configuration

@@ -41,6 +41,25 @@ def code_blocks(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def process_group():
+    """A process group of this process alone. One for the session: DeepSpeed keeps the first that it sees."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(process_group):
+    """What a worker that is alone finds: its process group, and its environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(key, value)
+        patch.setenv("MASTER_PORT", str(free_port()))
+        yield
+
+
+@pytest.fixture(scope="session")
 def ray_local():
     """Embedded Ray with two CPUs, shared by every test of the session that needs one."""
     import ray

@@ -65,7 +65,7 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How the model is placed and computed. Only `precision` is part of a run's identity: the other options change rounding alone,
-    and which units dropout drops."""
+    and which units dropout drops. docs/gpu.md argues each default."""
 
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters."""
@@ -77,10 +77,28 @@ class EngineConfig:
     offload: bool = False
     """Keep the optimiser states in host memory."""
     compile: bool = False
-    """Compile every transformer block with torch.compile."""
+    """Compile every transformer block and every convolutional stage with torch.compile."""
+    compile_scope: Literal["blocks", "model"] = "blocks"
+    """What is compiled together: each block alone (a short warm-up), or the whole model (one graph)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of torch.compile. reduce-overhead records CUDA graphs, for steps that the host cannot launch fast enough."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass instead of storing them: less memory, a third more
     compute."""
+    checkpointed_blocks: int | None = None
+    """Number of blocks, from the first, whose activations are recomputed. None: all blocks."""
+    checkpoint_keeps: Literal["nothing", "products"] = "nothing"
+    """What a recomputed block stores: nothing, or the results of matrix products and attention."""
+    overlap_comm: bool = False
+    """Reduce gradients during the backward pass (ZeRO 1 and 2; ZeRO-3 always does). DeepSpeed then waits for the device once
+    in each backward pass, which pays between nodes and not over NVLink."""
+    gradient_precision: Literal["model", "fp32"] = "model"
+    """Number format in which gradients are reduced and accumulated. fp32 needs ZeRO-2 and 4 bytes for each parameter of a
+    worker's share."""
+    tf32: bool = False
+    """Round the inputs of fp32 matrix products to 10 bits of mantissa (Ampere and later GPUs)."""
+    deterministic: bool = False
+    """Use kernels that compute the same bits in every run on a GPU. They are slower. CPU kernels always do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

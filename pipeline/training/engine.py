@@ -17,6 +17,7 @@ from models import weight_decay_groups
 from models.losses import training_loss
 from pipeline.training import zero_layout
 from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.kernels import choose_kernels, compile_model
 from pipeline.training.zero_step import DeviceStep, PlainStep, install_step
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -53,17 +54,18 @@ class Engine:
 
         if device.type == "cpu":
             zero_layout.without_compiled_collectives()
+        choose_kernels(model, config, device)
         if config.activation_checkpointing:
-            cast(Any, model).set_grad_checkpointing(True)
-        inner = make_optimizer(model, optimizer, config, device)
+            keeps_products = config.checkpoint_keeps == "products"
+            cast(Any, model).set_grad_checkpointing(True, config.checkpointed_blocks, keeps_products)
+        inner = make_optimizer(model, optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=inner,
             config=deepspeed_config(optimizer, config, accumulation, micro_batch),
         )
         if config.compile:
-            for block in cast(Any, model).blocks:
-                block.compile()
+            compile_model(self.engine.module, config)
         self.inner = inner
         self.device = device
         self.config = config
@@ -71,7 +73,12 @@ class Engine:
         self.clip = _clip(optimizer)
         inner.state.clear()  # stage 0 in bf16 has stepped once to make its states: Adam would count one step too many
         self.step_on_device: DeviceStep | None = None
-        if isinstance(inner, torch.optim.AdamW) and config.zero < 3 and config.precision != "fp16" and not config.offload:
+        if (
+            isinstance(inner, torch.optim.AdamW)
+            and config.zero < 3
+            and config.precision != "fp16"
+            and not config.offload
+        ):
             self.step_on_device = install_step(self.engine.optimizer, self.module, inner, self.clip)
         else:
             zero_layout.drop_nonfinite_gradients(self.engine.optimizer, config.zero)
@@ -257,15 +264,13 @@ def micro_losses(
         yield micro_loss
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, engine: EngineConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser, its learning rate 0 until the first step sets it. A group's `lr_scale` multiplies that rate."""
     groups = weight_decay_groups(model, config.decay_filter)
     if config.name == "adamw":
-        fused = not engine.offload  # one pass over memory instead of eight, on a CPU too
+        # fused: one pass over memory instead of eight, on a CPU (and so under offload) too
         return torch.optim.AdamW(
-            groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+            groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -303,8 +308,9 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulat
     """DeepSpeed's own configuration."""
     zero: dict = {
         "stage": config.zero,
-        # Overlapping reductions with contiguous gradients has a long history of races; stage 3 needs it for speed.
-        "overlap_comm": config.zero == 3 and torch.cuda.is_available(),
+        # Stage 3 needs the overlap for speed. Stages 1 and 2 have had races with compiled blocks (DeepSpeed #8061, mended
+        # in 0.19.8), and their overlap waits for the device after each backward pass.
+        "overlap_comm": torch.cuda.is_available() and (config.zero == 3 or config.overlap_comm),
         # Against fragmentation of a GPU's memory; on a CPU a copy of every gradient for nothing (docs/journal.md).
         "contiguous_gradients": torch.cuda.is_available() or config.zero > 1,
     }
@@ -312,7 +318,9 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulat
         zero["reduce_scatter"] = False  # it needs whole gradients; stage 3 refuses otherwise
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    in_float32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     return {
+        **(in_float32 if config.gradient_precision == "fp32" else {}),
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if config.zero == 0 and config.precision == "fp32" else _clip(optimizer) or 0.0,

@@ -13,7 +13,7 @@ from pipeline import config as configuration
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.errors import UserError
-from pipeline.training.config import PretrainConfig
+from pipeline.training.config import EngineConfig, PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,8 +138,7 @@ def check_values(config: PretrainConfig) -> None:
     variant = parse_variant(config.model.variant)
     if engine.precision == "fp16" and not runtime.gpus:
         raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    if engine.offload and engine.zero == 0:
-        raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    _check_engine(engine)
     if optimizer.name == "muon":
         if engine.offload or (engine.zero == 0 and engine.precision != "fp32"):
             raise UserError(
@@ -159,6 +158,30 @@ def check_values(config: PretrainConfig) -> None:
         raise UserError("patch_keep_rate leaves different patches of each image, mixup blends whole images: choose one")
 
 
+def _check_engine(engine: EngineConfig) -> None:
+    """Options of the engine that do not go together. Raises UserError naming both."""
+    if engine.offload and engine.zero == 0:
+        raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    if engine.compile and engine.zero == 3:
+        raise UserError(
+            "engine.compile with engine.zero 3 would run eagerly: ZeRO-3's hooks cut every block's graph; use engine.zero 2, or "
+            "--engine.no-compile"
+        )
+    if engine.gradient_precision == "fp32" and (engine.zero != 2 or engine.precision != "bf16" or engine.offload):
+        raise UserError(
+            "engine.gradient_precision fp32 needs engine.zero 2 and engine.precision bf16, without engine.offload"
+        )
+    if engine.overlap_comm and engine.zero == 0:
+        raise UserError("engine.overlap_comm needs engine.zero 1, 2 or 3")
+    partial = engine.checkpointed_blocks is not None or engine.checkpoint_keeps != "nothing"
+    if partial and not engine.activation_checkpointing:
+        raise UserError(
+            "engine.checkpointed_blocks and engine.checkpoint_keeps choose what engine.activation_checkpointing recomputes: give it, too"
+        )
+    if engine.tf32 and engine.precision != "fp32":
+        raise UserError(f"engine.tf32 is for engine.precision fp32, not {engine.precision}")
+
+
 def _check_ranges(config: PretrainConfig) -> None:
     """Numbers that make no sense whatever the rest: negative counts, infinite rates, shares above one."""
     runtime, optimizer = config.runtime, config.optimizer
@@ -169,6 +192,8 @@ def _check_ranges(config: PretrainConfig) -> None:
         "spike_window": (config.spike_window, 1),
         "seed": (config.seed, 0),
         "workers": (runtime.workers, 1),
+        "engine.micro_batch": (config.engine.micro_batch, 1),
+        "engine.checkpointed_blocks": (config.engine.checkpointed_blocks, 1),
         "threads": (runtime.threads, 1),
         "keep_last": (runtime.keep_last, 1),
         "max_failures": (runtime.max_failures, 0),

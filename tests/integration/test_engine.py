@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
 from runs import changed, lines_of_log, pretrain_config
 from safetensors.torch import load_file
 
@@ -31,18 +30,6 @@ from pipeline.training.validation import check_fewshot
 def slow(*values):
     """A parameter of the slow tests alone."""
     return pytest.param(values if len(values) > 1 else values[0], marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """A process group of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(key, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +185,20 @@ def eager():
 
 
 @pytest.mark.parametrize(
-    "option", [{"activation_checkpointing": True}, {"offload": True}, slow({"zero": 2, "offload": True})]
+    "option",
+    [
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "checkpoint_keeps": "products"},
+        {"offload": True},
+        {"deterministic": True},
+        slow({"zero": 2, "offload": True}),
+        {"zero": 2, "precision": "bf16", "gradient_precision": "fp32"},
+    ],
 )
-def test_recomputation_and_offload_change_no_loss(base, alone, tmp_path, option):
-    _, _, plain, _ = train(changed(base, steps="4steps"), tmp_path / "plain")
+def test_options_of_the_engine_change_no_loss(base, alone, tmp_path, option):
+    precision = {"precision": option.get("precision", base.engine.precision)}
+    plainly = changed(base, steps="4steps", engine=replace(base.engine, **precision))
+    _, _, plain, _ = train(plainly, tmp_path / "plain")
     engine = replace(base.engine, **option)
     _, _, other, _ = train(changed(base, steps="4steps", engine=engine), tmp_path / "other")
     assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
@@ -211,6 +208,16 @@ def test_recomputation_and_offload_change_no_loss(base, alone, tmp_path, option)
 def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
     refused = {
         "fp16 needs a GPU": changed(base, engine=EngineConfig(precision="fp16")),
+        "engine.compile with engine.zero 3 would run eagerly": changed(
+            base, engine=EngineConfig(zero=3, compile=True, precision="fp32")
+        ),
+        "gradient_precision fp32 needs engine.zero 2": changed(base, engine=EngineConfig(gradient_precision="fp32")),
+        "engine.overlap_comm needs engine.zero": changed(base, engine=EngineConfig(zero=0, overlap_comm=True)),
+        "choose what engine.activation_checkpointing": changed(base, engine=EngineConfig(checkpointed_blocks=1)),
+        "engine.tf32 is for": changed(base, engine=EngineConfig(tf32=True)),
+        "engine.checkpointed_blocks 0": changed(
+            base, engine=EngineConfig(checkpointed_blocks=0, activation_checkpointing=True)
+        ),
         "engine.offload needs engine.zero": changed(base, engine=EngineConfig(zero=0, offload=True, precision="fp32")),
         "muon needs engine.zero 1": changed(
             base, engine=EngineConfig(zero=0, precision="bf16"), optimizer=OptimizerConfig(name="muon")
@@ -244,6 +251,9 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
             consecutive_hysteresis=False, raise_error_at_min_scale=True, dtype=torch.float32,
         )  # fmt: skip
         self.engine.optimizer.loss_scaler = scaler
+        del self.engine.optimizer.step  # as in fp16, DeepSpeed's own step: it moves the scale
+        self.step_on_device = None
+        engine_module.zero_layout.drop_nonfinite_gradients(self.engine.optimizer, self.config.zero)
 
     monkeypatch.setattr(engine_module.Engine, "__init__", scaled)
     config = changed(base, spike=None)
@@ -284,9 +294,7 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
     from models import create_model
 
     model = create_model("mu/8", 3, 16)
-    optimizer = engine_module.make_optimizer(
-        model, OptimizerConfig(name="muon", lr=1e-3), EngineConfig(), torch.device("cpu")
-    )
+    optimizer = engine_module.make_optimizer(model, OptimizerConfig(name="muon", lr=1e-3))
     (muon,) = [group for group in optimizer.param_groups if group["use_muon"]]
     names_of = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names_of[id(parameter)] for parameter in muon["params"]} == {

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
@@ -16,19 +15,8 @@ from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.zero_layout import drop_nonfinite_gradients
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("alone")
 BATCH, MICRO, STEPS, BAD = 8, 4, 6, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """A process group of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(key, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 class HostReads(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The models against an independent float64 forward pass, timm and transformers, and against the paper's tables."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import reference_vit
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model, weight_decay_groups
 from models.cost import flops, parameters
 from models.errors import UserError
 from models.pixels import patchify
-from models.resnet import Flavour, Stages
+from models.resnet import Flavour, Stage, Stages
 from models.variants import VARIANTS
+from models.vit import PRODUCTS
 
 TINY = {"width": 32, "depth": 2, "heads": 4, "mlp": 48}
 
@@ -436,6 +439,59 @@ def test_checkpointing_changes_no_gradient(kind):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and attentions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function in PRODUCTS
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_selective_recomputation_repeats_no_product_and_changes_no_gradient(compiled):
+    """What a step computes with blocks recomputed in whole, in part (the first two of four), and but for their products."""
+    batch, counts, gradients = images(2, 24), {}, {}
+    for name, arguments in {
+        "plain": (False,),
+        "whole": (True,),
+        "half": (True, 2),
+        "products": (True, None, True),
+    }.items():
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = create_model("mu/8", 7, image_size=24, depth=4, dropout=0.1)
+        model = randomise(model, std=0.05).train()
+        model.set_grad_checkpointing(*arguments)
+        if compiled:
+            for part in model.compiled_parts():
+                part.compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(1)
+        loss = model(batch).square().sum()
+        products = Products()
+        with contextlib.nullcontext() if compiled else products:  # under the mode, compiled blocks would run eagerly
+            loss.backward()
+        counts[name] = products.count
+        gradients[name] = [p.grad.clone() for p in model.parameters()]
+    for name in ("whole", "half", "products"):
+        for a, b in zip(gradients[name], gradients["plain"], strict=True):
+            torch.testing.assert_close(a, b)
+    if not compiled:
+        assert counts["products"] == counts["plain"] < counts["half"] < counts["whole"]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("variant", ["R50+B/32", "R50x1"])
+def test_convolutional_stages_are_compiled_parts_too(variant):
+    model = create_model(variant, 3, image_size=64, **({"depth": 1} if "+" in variant else {}))
+    parts = model.compiled_parts()
+    assert sum(isinstance(part, Stage) for part in parts) == 4
+    x = torch.randn(1, 64, 16, 16)
+    torch.testing.assert_close(torch.compile(parts[0], backend="aot_eager", fullgraph=True)(x), parts[0](x))
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

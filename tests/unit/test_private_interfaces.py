@@ -57,7 +57,17 @@ def test_ray_packages_a_folder_as_ray_state_says(tmp_path):
     [
         (
             "deepspeed.runtime.zero.stage_1_and_2",
-            ("single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "check_grad_overflow"),
+            (
+                "single_partition_of_fp32_groups",
+                "bit16_groups",
+                "params_in_partition",
+                "check_grad_overflow",
+                "averaged_gradients",
+                "all_grad_tensors",
+                "parallel_partitioned_bit16_groups",
+                "free_grad_in_param_list",
+                "micro_step_id",
+            ),
         ),
         (
             "deepspeed.runtime.zero.stage3",

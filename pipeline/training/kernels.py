@@ -1,0 +1,39 @@
+"""Which kernels compute the model: compilation, autotuned convolutions, TF32, determinism. Settings of the whole process."""
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from models.resnet import Stages
+from pipeline.training.config import EngineConfig
+
+# Every shape and mode of a block is compiled once: training, evaluation, the last block, each stage of a stem, a short batch.
+# torch stops at 8 and goes on eagerly.
+COMPILATIONS = 64
+
+
+def choose_kernels(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    """Sets what the config asks for before anything is computed on the device.
+
+    On GPUs cuDNN times its convolution algorithms once for each shape, where there are convolutions and the results may differ.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its workspace is made
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    if device.type != "cuda":
+        return
+    convolves = any(isinstance(part, Stages) for part in model.modules())
+    torch.backends.cudnn.benchmark = convolves and not config.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+
+
+def compile_model(model: nn.Module, config: EngineConfig) -> None:
+    """torch.compile of each of `model.compiled_parts()`, or of the model as a whole."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
+    options = {} if config.compile_mode == "default" else {"mode": config.compile_mode}
+    parts = [model] if config.compile_scope == "model" else cast(Any, model).compiled_parts()
+    for part in parts:
+        part.compile(**options)
