@@ -135,6 +135,7 @@ class Block(nn.Module):
     """Pre-norm encoder block, eqs. 2 and 3."""
 
     keep: torch.Tensor
+    keep_products: bool
 
     def __init__(self, shape: Variant, dropout: float, attention_dropout: float, drop_path: float, **options):
         super().__init__()
@@ -355,7 +356,7 @@ class VisionTransformer(nn.Module):
         """
         self.checkpointed_blocks = (len(self.blocks) if blocks is None else blocks) if enabled else 0
         for number, block in enumerate(self.blocks):
-            block.keep_products = keep_products and number < self.checkpointed_blocks
+            setattr(block, "keep_products", keep_products and number < self.checkpointed_blocks)  # noqa: B010
         if isinstance(self.patch_embed, HybridEmbed):
             self.patch_embed.backbone.set_grad_checkpointing(enabled and blocks is None)
 
