@@ -1,7 +1,10 @@
 """README and docs/: links lead somewhere, generated pages are complete, the Python examples and the notebook run."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -38,6 +41,15 @@ def test_the_site_has_every_page():
     listed = set(re.findall(r"[\w-]+\.md", nav))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
     assert {"changelog.md", "contributing.md", "clusters.md"} <= listed
+
+
+def test_the_site_builds_without_a_dead_link(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "--engine.zero" in (tmp_path / "jobs.html").read_text()
+    assert "A freshly initialised model" in (tmp_path / "api.html").read_text()
 
 
 def test_the_page_of_recipes_has_every_recipe():

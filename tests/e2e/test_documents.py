@@ -1,0 +1,95 @@
+"""The commands of README and docs/ that need one machine only, word for word, on small data.
+
+Commands of `tests/e2e/test_operating.py` (docs/operating.md) and `tests/unit/test_infra.py` (the flags of every command) are
+tested there.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md"]
+# what cannot be run here, and why
+REASONS = {
+    r"s3://": "needs a bucket",
+    r"^ray job submit": "needs a cluster",
+    r"\bvtab all\b": "needs the published archives",
+    r"sets/vtab/pets": "needs a VTAB task",
+    r"^source ": "activates an environment",
+    r"recipe b16_imagenet": "needs ImageNet",
+}
+
+
+def commands(page):
+    """[(language, text)] of a page in its order: each line of a bash block, and each python block as a whole."""
+    found = []
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            found += [("bash", line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+        elif language == "python":
+            found.append(("python", block))
+    return found
+
+
+def reason(text):
+    """Why a command cannot be run here; None when it can."""
+    return next((why for pattern, why in REASONS.items() if re.search(pattern, text)), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder like the project's, with photos/, images/ with labels.csv, and the runs of a short demo."""
+    root = tmp_path_factory.mktemp("documents")
+    for name in ("jobs", "pipeline", "models"):
+        (root / name).symlink_to(ROOT / name)
+    generator = np.random.default_rng(0)
+    (root / "images").mkdir()
+    table = ["file,species"]
+    for number in range(360):
+        name = ("ant", "bee", "cat")[number % 3]
+        picture = generator.integers(0, 60, (48, 56, 3), dtype=np.uint8)
+        picture[:, :, number % 3] += 180
+        (root / "photos" / name).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "photos" / name / f"{number:03d}.jpg"), picture)
+        if number < 30:
+            cv2.imwrite(str(root / "images" / f"{number:03d}.jpg"), picture)
+            table.append(f"{number:03d}.jpg,{name}")
+    (root / "images" / "labels.csv").write_text("\n".join(table))
+    (root / "labels.csv").write_text("\n".join(table))
+    run(root, "bash", "python jobs/prepare.py")
+    run(root, "bash", "python jobs/pretrain.py --steps 8steps")
+    return root
+
+
+def run(folder, language, text):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = ["bash", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_most_commands_can_be_run():
+    every = [text for page in PAGES for _, text in commands(page)]
+    assert sum(reason(text) is None for text in every) > len(every) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run_in_its_order(folder, page):
+    written = ""
+    for language, text in commands(page):
+        if reason(text) is None:
+            written += run(folder, language, text)
+    if page == "README.md":
+        assert re.search(r"pretrain: top1=\d+\.\d+", written)
+        assert re.search(r"data-linear +\d+\.\d+", written)
