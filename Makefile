@@ -30,7 +30,7 @@ install: $(BIN)/.installed
 # s3:// needs the libraries of the extra `cloud`.
 demo: $(BIN)/.demo
 	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
-	$(BIN)/python jobs/demo.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python jobs/pipeline.py run --recipe demo $(if $(DATA),--data '$(DATA)')
 
 # Two processes; each takes whole test files.
 test: lint

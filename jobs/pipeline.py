@@ -3,7 +3,7 @@
     python jobs/pipeline.py run FILE.yaml            what is not done yet
     python jobs/pipeline.py run --recipe demo        prepare, pretrain, transfer
     python jobs/pipeline.py run FILE.yaml --dry-run  what would run, its cost
-    python jobs/pipeline.py status FILE.yaml         done, running, stale and why
+    python jobs/pipeline.py status FILE.yaml         done, running, or stale
     python jobs/pipeline.py stop FILE.yaml [STAGE]   what runs saves itself
     python jobs/pipeline.py export FILE.yaml --to argo|airflow|commands|yaml
     python jobs/pipeline.py schema                   JSON schema, for editors

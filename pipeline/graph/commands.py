@@ -64,7 +64,7 @@ def _page(command: str, description: str) -> str:
         lines += [*filled, ""]
     if command == "schema":
         return "\n".join(lines)
-    lines.append(f"flags of {command}:")
+    lines.append("flags:" if command == "run" else f"flags of {command}:")
     for action in _parser(command, with_file=False)._actions:
         flag = action.option_strings[-1] if action.option_strings else action.dest.upper()
         value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or 'VALUE'}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import fingerprint
-from pipeline.graph.file import Pipeline, Stage
+from pipeline.graph.file import Pipeline, Promotion, Stage
 
 HELD_OUT = ("test", "val", "validation")
 
@@ -50,7 +50,9 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
     stages["pretrain"] = Stage(job="pretrain", recipe="demo", fields={**places, **training})
     tasks = {"checkpoint": "${pretrain.output}", "data": folder, "workers": 2, "output": f"{root}/transfer"}
     stages["transfer"] = Stage(job="transfer", recipe="demo", fields=tasks)
-    return Pipeline(name="demo", output=root, stages=stages)
+    return Pipeline(
+        name="demo", output=root, stages=stages, promote=Promotion(over=["transfer"], no_worse_than="champion")
+    )
 
 
 def _default_output(data: str | None) -> str:

@@ -94,7 +94,7 @@ def test_near_misses_get_one_line(argv, answer):
     assert len(str(caught.value)) < 120
 
 
-@pytest.mark.parametrize("job", ["pretrain", "transfer", "evaluate", "demo"])
+@pytest.mark.parametrize("job", ["pretrain", "transfer", "evaluate", "pipeline"])
 def test_help_of_jobs_is_quick(job):
     """The target is half a second on a machine that is not busy; the CPU time is what counts here."""
     command = [sys.executable, str(JOBS / f"{job}.py"), "--help"]

@@ -1,0 +1,253 @@
+"""The pipeline file: what it may say, one error for each thing that cannot be, and the instances that follow from it."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.graph import commands, export, file, instances, schema, state
+from pipeline.graph.plan import Plan
+from pipeline.graph.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+SWEEP = """
+name: sweep
+stages:
+  data: {job: prepare, recipe: demo}
+  pretrain:
+    job: pretrain
+    recipe: demo
+    fields: {data: "${data.output}/train", validation: "${data.output}/test", optimizer: {weight-decay: 0.1}}
+    matrix: {optimizer.lr: [1e-3, 3e-4]}
+  transfer:
+    job: transfer
+    recipe: demo
+    fields: {checkpoint: "${pretrain.output}", data: "${data.output}"}
+    matrix: {tasks: [highres, parity, [linear, knn]]}
+promote: {over: transfer, at_least: 50, no_worse_than: champion}
+"""
+
+
+def values(**changes):
+    return {**yaml.safe_load(SWEEP), **changes}
+
+
+def plan_of(pipeline, root):
+    pipeline = dataclasses.replace(pipeline, output=str(root))
+    return Plan(pipeline, instances.expand(pipeline), state.load(pipeline.root))
+
+
+def test_a_sweep_and_its_transfers(tmp_path):
+    plan = plan_of(file.from_dict(values()), tmp_path)
+    assert list(plan.instances) == [
+        "data",
+        "pretrain[lr=1e-3]",
+        "pretrain[lr=3e-4]",
+        *(
+            f"transfer[lr={lr},tasks={tasks}]"
+            for lr in ("1e-3", "3e-4")
+            for tasks in ("highres", "parity", "linear+knn")
+        ),
+        "promote",
+    ]
+    transfer = plan.instances["transfer[lr=3e-4,tasks=linear+knn]"]
+    assert set(transfer.needs) == {"data", "pretrain[lr=3e-4]"}
+    assert transfer.config.tasks == ("linear", "knn")
+    pretrain = plan.instances["pretrain[lr=1e-3]"].config
+    assert (pretrain.optimizer.lr, pretrain.optimizer.weight_decay) == (0.001, 0.1)
+    words = plan.command(transfer.name, {name: plan.folder(name) for name in plan.instances})
+    assert words[:3] == ["jobs/transfer.py", "--suite", "demo"]
+    assert words[words.index("--checkpoint") + 1] == plan.folder("pretrain[lr=3e-4]")
+    assert words[words.index("--tasks") + 1 : words.index("--tasks") + 3] == ["linear", "knn"]
+
+
+def test_all_instances_of_a_stage_in_one_field(tmp_path):
+    more = {"job": "prepare", "fields": {"source": "${parts.*.output}"}}
+    parts = {"job": "prepare", "recipe": "demo", "matrix": {"seed": [0, 1, 2]}}
+    plan = plan_of(file.from_dict({"name": "all", "stages": {"parts": parts, "more": more}}), tmp_path)
+    assert plan.instances["more"].needs == ("parts[seed=0]", "parts[seed=1]", "parts[seed=2]")
+
+
+def test_an_address_that_is_written_out_is_a_reference_too(tmp_path):
+    data = {"job": "prepare", "recipe": "demo", "fields": {"output": str(tmp_path / "data")}}
+    pretrain = {
+        "job": "pretrain",
+        "recipe": "demo",
+        "fields": {"data": str(tmp_path / "data" / "train"), "validation": None},
+    }
+    found = instances.expand(file.from_dict({"name": "out", "stages": {"pretrain": pretrain, "data": data}}))
+    assert found["pretrain"].needs == ("data",)
+    assert list(found) == ["data", "pretrain"]
+
+
+STAGES = {
+    "unknown key": ({"x": {"job": "prepare", "matrx": {}}}, 'unknown key "matrx" (did you mean "matrix"?)'),
+    "no job": ({"x": {"recipe": "demo"}}, "stages.x: the key job is missing"),
+    "unknown job": ({"x": {"job": "pretain"}}, 'no job "pretain" (did you mean "pretrain"?)'),
+    "unknown recipe": (
+        {"x": {"job": "prepare", "recipe": "dmeo"}},
+        'prepare has no recipe "dmeo" (did you mean "demo"?)',
+    ),
+    "unknown field": (
+        {"x": {"job": "pretrain", "fields": {"optimizer": {"lrr": 1}}}},
+        'stage x: unknown field "optimizer.lrr" (did you mean "optimizer.lr"?)',
+    ),
+    "wrong type": (
+        {"x": {"job": "pretrain", "fields": {"batch_size": "many"}}},
+        "batch_size: expected int, found 'many'",
+    ),
+    "wrong value": (
+        {"x": {"job": "pretrain", "recipe": "demo", "fields": {"batch_size": -1}}},
+        "batch_size -1 must be",
+    ),
+    "unknown stage": (
+        {"data": {"job": "prepare", "recipe": "demo"}, "x": {"job": "pretrain", "fields": {"data": "${dta.output}"}}},
+        '${dta.output}: no stage "dta" (did you mean "data"?)',
+    ),
+    "unknown output": (
+        {"data": {"job": "prepare", "recipe": "demo"}, "x": {"job": "pretrain", "fields": {"data": "${data.train}"}}},
+        "a stage has only its output",
+    ),
+    "circle": (
+        {
+            "a": {"job": "prepare", "fields": {"source": "${b.output}"}},
+            "b": {"job": "prepare", "fields": {"source": "${c.output}"}},
+            "c": {"job": "prepare", "fields": {"source": "${a.output}"}},
+        },
+        "in a circle: a -> b -> c -> a",
+    ),
+    "itself": ({"a": {"job": "prepare", "fields": {"source": "${a.output}"}}}, "in a circle: a -> a"),
+    "output inside another's": (
+        {
+            "a": {"job": "prepare", "recipe": "demo", "fields": {"output": "/x/data"}},
+            "b": {"job": "prepare", "recipe": "demo", "fields": {"output": "/x/data/more"}},
+        },
+        "the output of b (/x/data/more) lies in that of a (/x/data)",
+    ),
+    "one output for all": (
+        {"a": {"job": "prepare", "recipe": "demo", "fields": {"output": "/x/data"}, "matrix": {"seed": [0, 1]}}},
+        "lies in that of a[seed=0]",
+    ),
+    "output inside its input": (
+        {"a": {"job": "prepare", "fields": {"source": "/x", "output": "/x/data"}}},
+        "the output of a (/x/data) lies in what a reads (/x)",
+    ),
+    "many for one": (
+        {
+            "p": {"job": "pretrain", "recipe": "demo", "matrix": {"seed": [0, 1]}},
+            "t": {"job": "transfer", "fields": {"checkpoint": "${p.*.output}", "data": "/x"}},
+        },
+        "stands for 2 outputs; this field takes one",
+    ),
+    "matrix of an unknown field": ({"x": {"job": "pretrain", "matrix": {"lr": [1]}}}, 'matrix: unknown field "lr"'),
+    "empty matrix": ({"x": {"job": "pretrain", "matrix": {"seed": []}}}, "matrix.seed has no values"),
+    "twice the same": (
+        {"x": {"job": "pretrain", "matrix": {"seed": [1, 1]}}},
+        "two combinations of the matrix are the same",
+    ),
+    "in both places": (
+        {"x": {"job": "pretrain", "fields": {"seed": 1}, "matrix": {"seed": [1]}}},
+        "seed stands in the matrix and beside it",
+    ),
+    "missing field": ({"x": {"job": "transfer", "fields": {"data": "/x"}}}, "the field checkpoint is missing"),
+    "bad name": ({"x y": {"job": "prepare"}}, 'the name "x y" is not letters'),
+    "reserved name": ({"promote": {"job": "prepare"}}, 'no stage may be called "promote"'),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, name):
+    stages, message = STAGES[name]
+    place = tmp_path / "pipeline.yaml"
+    place.write_text(yaml.safe_dump({"name": "wrong", "output": str(tmp_path / "out"), "stages": stages}))
+    with pytest.raises(UserError) as error:
+        commands.main(["run", str(place)], "", print)
+    assert message in str(error.value)
+    assert str(place) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nstages: {a: {job: prepare}\n", "not valid YAML"),
+        ("name: x\nstages:\n  a: {job: prepare}\n  a: {job: pretrain}\n", 'the key "a" stands twice'),
+        ("- a\n", "has the keys name, output and stages"),
+        ("name: x\n", "the key stages is missing"),
+        (
+            "name: x\nstages: {a: {job: prepare, recipe: demo}}\npromote: {over: a}\n",
+            "only transfer stages have scores",
+        ),
+        ("name: x\nstages: {a: {job: prepare, recipe: demo}}\npromote: {metric: mean}\n", "the key over is missing"),
+        (
+            "name: x\nstages: {a: {job: prepare, fields: {source: /nowhere/at/all}}}\n",
+            "source: /nowhere/at/all: nothing is there",
+        ),
+    ],
+)
+def test_files_that_are_none(tmp_path, text, message):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        commands.main(["status", str(tmp_path / "p.yaml")], "", print)
+
+
+def test_yaml_and_python_are_the_same(tmp_path):
+    made = RECIPES["demo"](output=str(tmp_path))
+    (tmp_path / "p.yaml").write_text(file.to_yaml(made))
+    assert file.load(str(tmp_path / "p.yaml")) == made
+    (tmp_path / "p.py").write_text("from pipeline.graph.recipes import demo\n\ndef pipeline():\n    return demo()\n")
+    assert file.load(str(tmp_path / "p.py")) == RECIPES["demo"]()
+
+
+def test_a_thousand_stages_are_planned_in_two_seconds(tmp_path):
+    given = values()
+    given["stages"]["pretrain"]["matrix"] = {"seed": list(range(250))}
+    pipeline = file.from_dict(given)
+    began = time.process_time()
+    plan = plan_of(pipeline, tmp_path)
+    plan.check_inputs()
+    states = plan.survey()
+    assert len(states) == 1002
+    assert len({plan.folder(name) for name in states}) == 1002
+    assert time.process_time() - began < 2.0
+
+
+def test_the_schema_takes_what_the_program_takes_and_knows_the_fields():
+    jsonschema = pytest.importorskip("jsonschema")
+    checker = jsonschema.Draft202012Validator(schema.schema())
+    assert not list(checker.iter_errors(values()))
+    wrong = values()
+    wrong["stages"]["pretrain"]["fields"]["batch_sise"] = 3
+    wrong["stages"]["transfer"]["matrx"] = {}
+    assert len(list(checker.iter_errors(wrong))) == 2
+
+
+def test_the_exported_commands_are_those_of_the_jobs(tmp_path):
+    plan = plan_of(file.from_dict(values()), tmp_path)
+    script = export.export(plan, "commands", "image")
+    lines = [line for line in script.splitlines() if line.startswith("python ")]
+    assert len(lines) == len(plan.instances)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    workflow = yaml.safe_load(export.export(plan, "argo", "image"))
+    tasks = {task["name"]: task["dependencies"] for task in workflow["spec"]["templates"][0]["dag"]["tasks"]}
+    assert set(tasks["transfer-lr-1e-3-tasks-parity"]) == {"pretrain-lr-1e-3", "data"}
+    compile(export.export(plan, "airflow", "image"), "dag.py", "exec")
+
+
+def test_everything_the_command_line_says_it_takes(tmp_path):
+    shown = []
+    assert commands.main(["schema"], "", shown.append) == 0
+    assert json.loads(shown[0])["title"]
+    with pytest.raises(UserError, match=r'unknown flag --onyl \(did you mean "--only"\?\)'):
+        commands.main(["run", "--recipe", "demo", "--onyl", "data"], "", print)
+    with pytest.raises(UserError, match="which pipeline"):
+        commands.main(["status", "--json"], "", print)
+    assert sys.modules["pipeline"].__file__ == str(ROOT / "pipeline" / "__init__.py")
