@@ -1,0 +1,250 @@
+"""What is done, what is stale and why; and the runner, with an executor that needs no processes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.graph import file, instances, places, state
+from pipeline.graph.executor import Ended
+from pipeline.graph.file import Pipeline, Stage
+from pipeline.graph.plan import Plan
+from pipeline.graph.runner import Runner
+
+
+def chain(root, source, **more):
+    """prepare -> pretrain -> two transfers."""
+    data = {"source": str(source), "size": 32, **more.get("data", {})}
+    pretrain = {"data": "${data.output}", "validation": None, **more.get("pretrain", {})}
+    transfer = {"checkpoint": "${pretrain.output}", "data": "${data.output}", **more.get("transfer", {})}
+    stages = {
+        "data": Stage(job="prepare", fields=data),
+        "pretrain": Stage(job="pretrain", recipe="demo", fields=pretrain),
+        "transfer": Stage(job="transfer", recipe="demo", fields=transfer, matrix={"tasks": ["linear", "knn"]}),
+    }
+    return file.check(Pipeline(name="chain", output=str(root), stages=stages, retries=1), "test")
+
+
+class Fake:
+    """Executor whose attempts end at the next look; `plot` says how: {job's stage: [codes]}."""
+
+    pause, cpus, gpus = 0.0, 4.0, 0.0
+
+    def __init__(self, plot=None):
+        self.plot, self.started, self.running, self.most = plot or {}, [], {}, 0
+
+    def start(self, attempt):
+        stage = attempt.title.partition("/")[2]
+        self.started.append(stage)
+        self.running[attempt.job] = (stage, attempt.words)
+        self.most = max(self.most, len(self.running))
+
+    def look(self, job, log):
+        stage, words = self.running.pop(job)
+        code = self.plot.get(stage, [0]).pop(0) if self.plot.get(stage) else 0
+        if code == 0:
+            self._make(words[0], words[words.index("--output") + 1], words)
+        return Ended(code=code, reason="told to", seconds=1.0)
+
+    def _make(self, script, output, words):
+        if script == "jobs/prepare.py":
+            content = "-".join(words[words.index("--size") + 1 :][:1])
+            storage.write_bytes(f"{output}/manifest.json", f'{{"fingerprint": "data-{content}"}}'.encode())
+        elif script == "jobs/pretrain.py":
+            commit = {"step": 1, "format": 2, "files": {"model.safetensors": {"sha256": output, "size": 1}}}
+            storage.write_json(f"{output}/checkpoints/step-00000001/COMMIT.json", commit)
+            storage.write_bytes(f"{output}/checkpoints/step-00000001/model.safetensors", b"x")
+        else:
+            storage.write_json(f"{output}/scores.json", {"scores": {"linear": {"mean": 90.0, "values": [90.0]}}})
+
+    def stop(self, job):
+        pass
+
+    def forget(self, job):
+        pass
+
+
+@pytest.fixture
+def source(tmp_path):
+    for name in ("ant/1.png", "bee/2.png"):
+        storage.write_bytes(str(tmp_path / "source" / name), name.encode())
+    return tmp_path / "source"
+
+
+def plan_of(pipeline):
+    plan = Plan(pipeline, instances.expand(pipeline), state.load(pipeline.root))
+    plan.check_inputs()
+    return plan
+
+
+def go(pipeline, executor=None, **options):
+    plan = plan_of(pipeline)
+    selected = plan.select(**options)
+    outcome = Runner(plan, selected, executor or Fake()).run()
+    plan.state.save()
+    return outcome
+
+
+def states(pipeline):
+    return {name: (status.state, status.why) for name, status in plan_of(pipeline).survey().items()}
+
+
+ALL = ["data", "pretrain", "transfer[tasks=linear]", "transfer[tasks=knn]"]
+
+
+def test_done_stages_are_not_repeated(tmp_path, source):
+    executor = Fake()
+    assert sorted(go(chain(tmp_path / "out", source), executor).done) == sorted(ALL)
+    again = go(chain(tmp_path / "out", source))
+    assert (again.done, sorted(again.kept)) == ([], sorted(ALL))
+    assert {state for state, _ in states(chain(tmp_path / "out", source)).values()} == {"done"}
+
+
+def test_a_changed_crop_makes_the_transfers_stale_and_a_changed_worker_nothing(tmp_path, source):
+    go(chain(tmp_path / "out", source))
+    runtime = chain(
+        tmp_path / "out", source, pretrain={"workers": 1, "validate_every": "1steps"}, transfer={"workers": 2}
+    )
+    assert {state for state, _ in states(runtime).values()} == {"done"}
+    crop = chain(tmp_path / "out", source, pretrain={"augment.area": [0.5, 1.0]})
+    found = states(crop)
+    assert found["data"][0] == "done"
+    assert found["pretrain"] == ("stale", "augment.area: [0.9, 1.0] -> [0.5, 1.0]")
+    assert found["transfer[tasks=knn]"] == ("stale", "after pretrain")
+    assert go(crop).kept == ["data"]
+    assert {state for state, _ in states(chain(tmp_path / "out", source)).values()} == {
+        "done"
+    }  # both versions are kept
+
+
+def test_only_descendants_run_and_equal_output_ends_it(tmp_path, source):
+    go(chain(tmp_path / "out", source))
+    storage.write_bytes(str(source / "ant" / "3.png"), b"new data")
+    assert states(chain(tmp_path / "out", source))["data"] == ("stale", "source has changed")
+    outcome = go(chain(tmp_path / "out", source))
+    assert outcome.done == ["data"]  # prepare found the same content: nothing after it is done again
+    assert len(outcome.kept) == 3
+
+
+@pytest.mark.parametrize("what", ["output", "source", "both"])
+def test_a_folder_that_was_moved_or_touched_changes_nothing(tmp_path, source, what):
+    go(chain(tmp_path / "out", source))
+    out = tmp_path / "out"
+    if what != "source":
+        out = Path(shutil.move(tmp_path / "out", tmp_path / "elsewhere"))
+    if what != "output":
+        source = Path(shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert {state for state, _ in states(chain(out, source)).values()} == {"done"}
+
+
+def test_other_bytes_of_the_same_size_are_new_data(tmp_path, source):
+    go(chain(tmp_path / "out", source))
+    storage.write_bytes(str(source / "ant" / "1.png"), b"ANT/1.png")
+    assert states(chain(tmp_path / "out", source))["data"][0] == "stale"
+
+
+def test_a_lost_output_is_made_again(tmp_path, source):
+    go(chain(tmp_path / "out", source))
+    (scores,) = (tmp_path / "out" / "transfer").glob("tasks=knn-*/scores.json")
+    scores.unlink()
+    assert states(chain(tmp_path / "out", source))["transfer[tasks=knn]"][1].endswith("is gone")
+    assert go(chain(tmp_path / "out", source)).done == ["transfer[tasks=knn]"]
+
+
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(tmp_path, source):
+    executor = Fake({"transfer[tasks=linear]": [1, 1]})
+    outcome = go(chain(tmp_path / "out", source), executor)
+    assert executor.started.count("transfer[tasks=linear]") == 2  # retries: 1
+    assert outcome.failed == ["transfer[tasks=linear]"]
+    assert "transfer[tasks=knn]" in outcome.done
+    assert states(chain(tmp_path / "out", source))["transfer[tasks=linear]"] == ("failed", "told to")
+    assert go(chain(tmp_path / "out", source)).done == ["transfer[tasks=linear]"]
+    early = go(chain(tmp_path / "other", source), Fake({"pretrain": [2]}))
+    assert early.failed == ["pretrain"]
+    assert sorted(early.blocked) == ["transfer[tasks=knn]", "transfer[tasks=linear]"]
+
+
+def test_attempts_that_are_lost_do_not_count_as_failures(tmp_path, source):
+    executor = Fake({"pretrain": [None, None, None, 1, 0]})
+    assert go(chain(tmp_path / "out", source), executor).failed == []
+    assert executor.started.count("pretrain") == 5
+    cost = state.load(str(tmp_path / "out")).records["pretrain"].versions[-1].cost
+    assert (cost["attempts"], cost["seconds"]) == (5, 5.0)
+
+
+def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, source):
+    one = {"transfer": {"workers": 1}}
+    executor = Fake()
+    go(chain(tmp_path / "out", source, **one), executor)
+    assert executor.most == 2
+    narrow = Fake()
+    narrow.cpus = 1.0
+    go(chain(tmp_path / "narrow", source, **one), narrow)
+    assert narrow.most == 1
+
+
+def test_parts_of_a_pipeline(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    assert go(pipeline, last=["pretrain"]).done == ["data", "pretrain"]
+    assert go(pipeline, only=["transfer[tasks=knn]"]).done == ["transfer[tasks=knn]"]
+    assert sorted(go(pipeline, first=["pretrain"]).kept) == ["pretrain", "transfer[tasks=knn]"]
+    with pytest.raises(UserError, match=r'--only: no stage "pretain" \(did you mean "pretrain"\?\)'):
+        plan_of(pipeline).select(only=["pretain"])
+    alone = go(chain(tmp_path / "empty", source), only=["pretrain"])
+    assert alone.blocked == ["pretrain"]
+
+
+def test_forced_stages_run_again_in_an_empty_folder(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    go(pipeline)
+    plan = plan_of(pipeline)
+    plan.forced = {"data"}
+    left = Path(plan.folder("data")) / "left"
+    left.write_text("of the first run")
+    outcome = Runner(plan, plan.select(), Fake()).run()
+    assert outcome.done == ["data"]
+    assert not left.exists()
+
+
+def test_another_setting_does_not_write_over_an_output_of_the_files_own_choice(tmp_path, source):
+    fixed = {"output": str(tmp_path / "data")}
+    go(chain(tmp_path / "out", source, data=fixed))
+    outcome = go(chain(tmp_path / "out", source, data={**fixed, "quality": 50}))
+    assert outcome.failed == ["data"]
+    assert "holds what other settings made" in state.load(str(tmp_path / "out")).records["data"].failed.reason
+
+
+def test_the_state_of_another_program_is_refused(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    go(pipeline)
+    place = Path(state.load(pipeline.root).uri)
+    place.write_text(json.dumps({**json.loads(place.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="its format is 99, this program reads 1"):
+        plan_of(pipeline)
+    place.write_text("{}")
+    with pytest.raises(UserError, match="is not the state of a pipeline"):
+        plan_of(pipeline)
+    place.unlink()
+    assert states(pipeline)["data"][0] == "waiting"
+
+
+def test_state_and_outputs_on_a_store(s3, source):
+    pipeline = dataclasses.replace(chain("x", source), output=f"{s3}/runs/chain")
+    assert len(go(pipeline).done) == 4
+    assert {state for state, _ in states(pipeline).values()} == {"done"}
+
+
+def test_fingerprints_are_those_of_the_content(tmp_path):
+    storage.write_bytes(str(tmp_path / "vtab/pets/train/manifest.json"), b'{"fingerprint": "p"}')
+    storage.write_bytes(str(tmp_path / "vtab/dtd/test/manifest.json"), b'{"fingerprint": "d"}')
+    content = places.describe(str(tmp_path / "vtab"))
+    assert content.parts == {"pets/train": "p", "dtd/test": "d"}
+    assert content.below("pets/train") == "p"
+    assert content.below("pets") != content.below("dtd")
+    shutil.copytree(tmp_path / "vtab", tmp_path / "copy")
+    assert places.describe(str(tmp_path / "copy")) == content
+    assert places.Places().fingerprint("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
