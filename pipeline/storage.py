@@ -1,53 +1,41 @@
 """One way to open local paths and s3:// addresses.
 
-A URI is a local path or `s3://bucket/prefix`; every function here takes either. S3 endpoint, region and credentials come
-from the usual AWS_* environment variables (AWS_ENDPOINT_URL for any S3-compatible store), never from arguments, so that
-no secret passes through a config, a log or a run.
+A URI is a local path or `s3://bucket/prefix`; every function here takes either. `pipeline.objectstore` speaks to S3 and has
+the only retry policy: it holds for every function alike.
 """
 
 import contextlib
-import functools
+import errno
 import json
-import logging
 import os
+import shutil
 import stat
-import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any
-
-import fsspec
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
+from pipeline.objectstore import BLOCK, Entry, shared_store
 
-# Third-party S3 servers answer 411 to the SDK's newer default of checksummed, chunked bodies; "when required" is
-# understood by all of them. Set before any client exists; an explicit setting of the user's wins.
-os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
-logger = logging.getLogger(__name__)
-
-PATIENCE = 180.0  # seconds for which a read of a byte range is tried again: a store restarts in minutes
-LONGEST_PAUSE = 10.0  # seconds between two attempts; the first pauses are 0.1, 0.2, 0.4, ...
-CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds, of one attempt
-
-
-class StorageError(UserError):
-    """The store cannot be reached or does not answer as it should: another attempt may succeed, unlike with other wrong input."""
+COPY_BYTES = 16 << 20  # that a download reads at a time
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One file under a listed folder: path relative to the folder, size in bytes, full URI."""
+    """One file under a listed folder: path relative to the folder, size in bytes, full URI. `stamp` changes when the file is
+    written: its time, or its ETag."""
 
     path: str
     size: int
     uri: str
+    stamp: str = ""
 
 
 def is_remote(uri: str) -> bool:
@@ -63,48 +51,31 @@ def normalise(uri: str | os.PathLike) -> str:
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
-def filesystem(uri: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of `uri` and the path on it. Directory listings are never cached.
+def join(uri: str | os.PathLike, *parts: str) -> str:
+    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
 
-    Raises UserError for a scheme other than a local path or s3://, and for s3:// without the library for it.
-    """
+
+def _place(uri: str | os.PathLike) -> tuple[str, bool]:
+    """(normalised URI, whether it is on S3). Raises UserError for an address that is neither."""
     uri = normalise(uri)
     if not is_remote(uri):
-        return fsspec.filesystem("file"), uri
+        return uri, False
     scheme, _, path = uri.partition("://")
     if scheme != "s3":
         raise UserError(f"{uri}: {scheme}:// is not supported; use a local path or s3://bucket/prefix")
     if not path.strip("/"):
         raise UserError(f"{uri}: no bucket; use s3://bucket/prefix")
-    # connect and read time-outs in seconds; botocore's own retries cover single requests, callers retry whole reads
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", 5))
-    import_library("s3fs")
-    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": attempts, "mode": "standard"}}
-    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config), path
-
-
-def join(uri: str | os.PathLike, *parts: str) -> str:
-    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+    return uri, True
 
 
 @contextlib.contextmanager
-def _explained(uri: str | os.PathLike) -> Iterator[None]:
-    """Turns what S3 clients raise for wrong names and credentials into a UserError that names the URI."""
+def _rights(path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials and the bucket policy") from error
-    except OSError as error:
-        if is_remote(os.fspath(uri)) and not isinstance(error, FileNotFoundError):
-            raise StorageError(f"{uri}: {error}; check the bucket name and AWS_ENDPOINT_URL") from error
-        raise
-    except Exception as error:  # botocore's own classes (NoCredentialsError, EndpointConnectionError, ...)
-        if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise StorageError(
-                f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), and AWS_ENDPOINT_URL "
-                "for a store other than AWS"
-            ) from error
-        raise
+        raise UserError(
+            f"{path}: access denied ({error.strerror}); correct the rights of the file or folder"
+        ) from error
 
 
 def refuse_special(path: str) -> None:
@@ -119,35 +90,48 @@ def refuse_special(path: str) -> None:
         raise UserError(f"{path}: a file of the kernel, not of data")
 
 
+# ---------------------------------------------------------------- reading
+
+
 def exists(uri: str | os.PathLike) -> bool:
-    fs, path = filesystem(uri)
-    with _explained(uri):
-        return bool(fs.exists(path))
+    """Whether there is a file or a folder of this name."""
+    place, remote = _place(uri)
+    return shared_store().exists(place) if remote else os.path.exists(place)
 
 
-def read_bytes(uri: str | os.PathLike, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes [start, end) of a file. Raises FileNotFoundError, or UserError when the store refuses."""
-    fs, path = filesystem(uri)
-    refuse_special(path)
-    with _explained(uri):
-        return bytes(fs.cat_file(path, start=start, end=end))
+def file_size(uri: str | os.PathLike) -> int:
+    """The bytes of a file. Raises FileNotFoundError."""
+    return file_info(uri).size
 
 
-def read_range(uri: str | os.PathLike, start: int, end: int) -> bytes:
-    """The bytes [start, end) of a file, tried again for `PATIENCE` seconds while the store is away.
+def read_bytes(uri: str | os.PathLike, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes [start, end) of a file; fewer where the file ends before.
 
     Raises FileNotFoundError, UserError for what trying again cannot change, StorageError for an outage.
     """
-    if is_remote(os.fspath(uri)):
-        return _shared_reader().read(normalise(uri), start, end)
-    with open(normalise(uri), "rb") as file:
+    place, remote = _place(uri)
+    if remote:
+        return shared_store().read(place, start, end)
+    refuse_special(place)
+    with _rights(place), open(place, "rb") as file:
         file.seek(start)
-        return file.read(end - start)
+        return file.read() if end is None else file.read(end - start)
+
+
+def read_range(uri: str | os.PathLike, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file that has them all. Raises as `read_bytes` does, FileNotFoundError when it is shorter."""
+    place, remote = _place(uri)
+    if remote:
+        return shared_store().read(place, start, end, exact=True)
+    data = read_bytes(place, start, end)
+    if len(data) != end - start:
+        raise FileNotFoundError(f"{place}: shorter than expected: {len(data)} of {end - start} bytes at {start}")
+    return data
 
 
 def read_many(uris: Iterable[str], threads: int = 64) -> Iterator[bytes | FileNotFoundError]:
-    """Whole s3:// files in the order given, `threads` at a time and at most twice as many held; the error for one that does
-    not exist. Raises UserError or StorageError as `read_range` does: what is missing is one matter, an outage another."""
+    """Whole files in the order given, `threads` at a time and at most twice as many held; the error for one that does not
+    exist. Raises UserError or StorageError as `read_bytes` does: what is missing is one matter, an outage another."""
     waiting: deque[Future[bytes | FileNotFoundError]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for uri in uris:
@@ -160,116 +144,125 @@ def read_many(uris: Iterable[str], threads: int = 64) -> Iterator[bytes | FileNo
 
 def _read_or_missing(uri: str) -> bytes | FileNotFoundError:
     try:
-        return _shared_reader().read(normalise(uri))
+        return read_bytes(uri)
     except FileNotFoundError as error:
         return error
 
 
-_S3_SETTINGS = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_DEFAULT_REGION",
-)
+def read_json(uri: str | os.PathLike) -> Any:
+    """Raises UserError for what is not JSON, else as `read_bytes` does."""
+    try:
+        return json.loads(read_bytes(uri))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{uri}: not valid JSON ({error})") from error
 
 
-def _shared_reader() -> "RangeReader":
-    """The reader of this process for the settings that the environment has now."""
-    with _making_reader:
-        return _make_reader(os.getpid(), *map(os.environ.get, _S3_SETTINGS))
+@contextlib.contextmanager
+def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]:
+    """A file to read, seekable. On S3 it reads `block` bytes at a time, each as `read_bytes` does."""
+    place, remote = _place(uri)
+    if remote:
+        with shared_store().open(place, block) as file:
+            yield file
+        return
+    refuse_special(place)
+    with _rights(place), open(place, "rb") as file:
+        yield file
 
 
-_making_reader = threading.Lock()  # botocore's sessions are not made by two threads at once
+# ---------------------------------------------------------------- listing
 
 
-@functools.lru_cache(maxsize=4)
-def _make_reader(*settings: Any) -> "RangeReader":
-    return RangeReader()
+def list_files(uri: str | os.PathLike, recursive: bool = True) -> list[FileInfo]:
+    """Every file under a folder, sorted by path; empty when the folder is empty or does not exist."""
+    place, remote = _place(uri)
+    found: Iterable[FileInfo] = _local_files(place, "", recursive)
+    if remote:
+        found = (_file_info(place, entry) for entry in shared_store().list(place, recursive) if not entry.is_folder)
+    return sorted(found, key=lambda file: file.path)
 
 
-class RangeReader:
-    """Reads s3:// files and byte ranges of them by blocking requests, from any number of threads.
+def _file_info(folder: str, entry: Entry) -> FileInfo:
+    return FileInfo(entry.path, entry.size, join(folder, entry.path), entry.etag)
 
-    This is the retry policy of the pipeline: what may pass (500, 503, 429, time-outs, resets, short bodies) is tried again
-    with growing pauses for `PATIENCE` seconds, whole attempts only; the client itself never repeats anything, so that all
-    repetitions are counted in `retries`.
 
-    botocore's blocking client and not fsspec: 5-11 ms of CPU time per 16 MiB, against 9-13 for pyarrow's S3 filesystem and
-    19-34 for s3fs, which moves every body through one event loop.
-    """
+def iter_files(uri: str | os.PathLike) -> Iterator[FileInfo]:
+    """Every file under an s3:// prefix, in the order of the store, a page of a thousand at a time; none in a bucket that does
+    not exist."""
+    place, _ = _place(uri)
+    for entry in shared_store().list(place):
+        yield _file_info(place, entry)
 
-    def __init__(self) -> None:
-        import botocore.config
-        import botocore.session
 
-        timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
-        config = botocore.config.Config(retries={"total_max_attempts": 1}, max_pool_connections=64, **timeouts)
-        self._s3 = botocore.session.get_session().create_client("s3", config=config)
-        self._lock, self._closing = threading.Lock(), threading.Event()
-        self.retries = 0
+def list_folders(uri: str | os.PathLike) -> list[str]:
+    """Names of the folders directly in a folder, sorted; none when it does not exist."""
+    place, remote = _place(uri)
+    if remote:
+        return sorted(entry.path for entry in shared_store().list(place, recursive=False) if entry.is_folder)
+    with _rights(place), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+    return []
 
-    def close(self) -> None:
-        """Ends the pauses of reads that wait for the store."""
-        self._closing.set()
 
-    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes [start, end) of `uri`, the whole file without an end. Raises as `read_range` does."""
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        given_up = time.monotonic() + PATIENCE
-        attempt = 0
-        while True:
-            problem = self._attempt(uri, bucket, key, start, end)
-            if isinstance(problem, bytes):
-                return problem
-            pause = min(0.1 * 2**attempt, LONGEST_PAUSE)
-            attempt += 1
-            with self._lock:
-                self.retries += 1
-            logger.warning("%s: attempt %d to read failed: %s", uri, attempt, problem)
-            if time.monotonic() + pause > given_up or self._closing.wait(pause):
-                raise StorageError(
-                    f"{uri}: unreadable after {attempt} attempts in {PATIENCE:g} s; the last one: {problem}; check that "
-                    "the store is up and AWS_ENDPOINT_URL"
-                ) from problem
+def list_names(uri: str | os.PathLike) -> list[str]:
+    """Names of the files and folders directly in a folder, sorted; none when it does not exist."""
+    return sorted([*list_folders(uri), *(file.path for file in list_files(uri, recursive=False))])
 
-    def _attempt(self, uri: str, bucket: str, key: str, start: int, end: int | None) -> bytes | Exception:
-        """The bytes, or what went wrong when another attempt may do better."""
-        from botocore.exceptions import ClientError, NoCredentialsError
 
-        try:
-            part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
-            body = self._s3.get_object(Bucket=bucket, Key=key, **part)["Body"]
-            with contextlib.closing(body):
-                data = body.read()
-            if end is None or len(data) == end - start:
-                return data
-            return OSError(f"{len(data)} of {end - start} bytes at {start}")
-        except NoCredentialsError as error:
-            raise UserError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)") from error
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status in (401, 403):
-                raise UserError(f"{uri}: access denied ({error}); check the AWS_* credentials") from error
-            if status in (404, 416):
-                raise FileNotFoundError(f"{uri}: missing, or shorter than expected ({error})") from error
-            return error
-        except Exception as error:  # botocore, urllib3 and the socket layer each have their own
-            return error
+def file_info(uri: str | os.PathLike) -> FileInfo:
+    """What there is to know of one file, under the path "". Raises FileNotFoundError."""
+    place, remote = _place(uri)
+    if remote:
+        entry = shared_store().head(place)
+        return FileInfo("", entry.size, place, entry.etag)
+    status = os.stat(place)
+    return FileInfo("", status.st_size, place, str(status.st_mtime_ns))
+
+
+def _local_files(
+    folder: str, prefix: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[FileInfo]:
+    """Regular files. Links are followed, except to a folder in `above` (device, inode): that would never end.
+    What is removed meanwhile is left out."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _rights(folder):
+        status = os.stat(folder)
+        above = (*above, (status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):  # removed meanwhile, or a link to nothing
+                        continue
+                    raise
+                if stat.S_ISREG(status.st_mode):
+                    yield FileInfo(prefix + entry.name, status.st_size, entry.path, str(status.st_mtime_ns))
+                elif recursive and stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
+                    yield from _local_files(entry.path, f"{prefix}{entry.name}/", recursive, above)
+
+
+# ---------------------------------------------------------------- writing
 
 
 def write_bytes(uri: str | os.PathLike, data: bytes) -> None:
     """Writes a whole file so that readers see all of it or none: temp + rename locally, one PUT on S3."""
-    fs, path = filesystem(uri)
-    with _explained(uri):
-        if is_remote(os.fspath(uri)):
-            fs.pipe_file(path, data)
-            return
+    place, remote = _place(uri)
+    if remote:
+        shared_store().write(place, data)
+        return
+    with _replacing(place) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` once it is written whole and on the disk."""
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    with _rights(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -282,111 +275,51 @@ def write_bytes(uri: str | os.PathLike, data: bytes) -> None:
 def create_bytes(uri: str | os.PathLike, data: bytes) -> bool:
     """Writes a whole file unless it exists already; True for the one caller of many who made it.
 
-    A hard link locally, a conditional PUT (If-None-Match: *) on S3: the store decides, whatever the number of callers.
+    A hard link locally, a conditional PUT (If-None-Match: *) on S3: the store decides, whatever the number of callers. Callers
+    write different bytes each: that tells a caller whose answer was lost that it was the one.
     """
-    fs, path = filesystem(uri)
-    with _explained(uri):
-        try:
-            if is_remote(os.fspath(uri)):
-                fs.pipe_file(path, data, mode="create")
-                return True
-            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-            write_bytes(temporary, data)
-            try:
-                os.link(temporary, path)
-            finally:
-                os.remove(temporary)
-            return True
-        except FileExistsError:
-            return False
-
-
-def read_json(uri: str | os.PathLike) -> Any:
+    place, remote = _place(uri)
+    if remote:
+        return shared_store().create(place, data)
+    temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
+    write_bytes(temporary, data)
     try:
-        return json.loads(read_bytes(uri))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri}: not valid JSON ({error})") from error
+        os.link(temporary, place)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        os.remove(temporary)
 
 
 def write_json(uri: str | os.PathLike, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, sort_keys=False) + "\n").encode())
 
 
-@contextlib.contextmanager
-def open_file(uri: str | os.PathLike, mode: str = "rb") -> Iterator[IO]:
-    """A plain file object. A local file opened for writing has its folder made; use `write_bytes` where atomicity matters."""
-    fs, path = filesystem(uri)
-    refuse_special(path)
-    with _explained(uri):
-        if "w" in mode and not is_remote(os.fspath(uri)):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        with fs.open(path, mode) as file:
-            yield file
-
-
-def list_files(uri: str | os.PathLike, recursive: bool = True) -> list[FileInfo]:
-    """Every file under a folder, sorted by path; empty when the folder is empty or does not exist."""
-    fs, root = filesystem(uri)
-    base = normalise(uri)
-    with _explained(uri):
-        try:
-            found = fs.find(root, withdirs=False, detail=True, maxdepth=None if recursive else 1)
-        except FileNotFoundError:
-            return []
-    prefix = root.rstrip("/") + "/"
-    files = [
-        FileInfo(path=name[len(prefix) :], size=int(info["size"] or 0), uri=join(base, name[len(prefix) :]))
-        for name, info in found.items()
-        if name.startswith(prefix) and info["type"] == "file" and not name.endswith("/")
-    ]
-    return sorted(files, key=lambda file: file.path)
-
-
-def iter_files(uri: str) -> Iterator[FileInfo]:
-    """Every object under an s3:// prefix, in the order of the store, a page of a thousand at a time; none in a bucket that
-    does not exist."""
-    fs, root = filesystem(uri)
-    bucket, _, key = root.partition("/")
-    prefix = f"{key}/" if key else ""
-    more: dict[str, str] = {}
-    with _explained(uri), contextlib.suppress(FileNotFoundError):
-        while True:
-            page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            for found in page.get("Contents", ()):
-                if not found["Key"].endswith("/"):
-                    path = found["Key"].removeprefix(prefix)
-                    yield FileInfo(path=path, size=int(found["Size"]), uri=join(uri, path))
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-
 def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
     """Removes a file, or a folder when recursive; one that is not there is no error."""
-    fs, path = filesystem(uri)
-    with _explained(uri), contextlib.suppress(FileNotFoundError):
-        if is_remote(os.fspath(uri)):
-            # One by one: the SDK's bulk request comes without the Content-MD5 that Swift and older Ceph insist on.
-            with ThreadPoolExecutor(16) as pool:
-                list(pool.map(fs.rm_file, fs.find(path) if recursive else [path]))
-            return
-        fs.rm(path, recursive=recursive)
+    place, remote = _place(uri)
+    if remote:
+        # One by one: the SDK's bulk request comes without the Content-MD5 that Swift and older Ceph insist on.
+        files = [file.uri for file in list_files(place)] if recursive else []
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(shared_store().remove, [*files, place]))
+        return
+    with _rights(place), contextlib.suppress(FileNotFoundError):
+        if recursive and os.path.isdir(place) and not os.path.islink(place):
+            shutil.rmtree(place)
+        else:
+            os.remove(place)
 
 
 def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Streams one file between any two places, in multipart chunks on S3."""
-    (from_fs, from_path), (to_fs, to_path) = filesystem(source), filesystem(target)
-    with _explained(source), _explained(target):
-        if not is_remote(os.fspath(target)):
-            os.makedirs(os.path.dirname(to_path), exist_ok=True)
-        if not is_remote(os.fspath(source)):
-            to_fs.put_file(from_path, to_path)
-        elif not is_remote(os.fspath(target)):
-            from_fs.get_file(from_path, to_path)
-        else:
-            with from_fs.open(from_path, "rb") as reader, to_fs.open(to_path, "wb") as writer:
-                while chunk := reader.read(16 << 20):
-                    writer.write(chunk)
+    """Copies one file between any two places; readers see the whole file or none. Large uploads go up in parts."""
+    (begin, _), (end, upload) = _place(source), _place(target)
+    if upload:
+        shared_store().upload(end, lambda: open_file(begin, COPY_BYTES))
+        return
+    with open_file(begin, COPY_BYTES) as reader, _replacing(end) as writer:
+        shutil.copyfileobj(reader, writer, COPY_BYTES)
 
 
 def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int = 8) -> list[FileInfo]:
@@ -395,3 +328,17 @@ def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda file: copy_file(file.uri, join(target, file.path)), files))
     return files
+
+
+def arrow_filesystem(uri: str | os.PathLike) -> tuple[str, "FileSystem | None"]:
+    """(path, filesystem) as Ray Train wants them for its own few files; None stands for local files.
+
+    s3fs and not Arrow's own S3 filesystem, which knows nothing of AWS_REQUEST_CHECKSUM_CALCULATION and profiles.
+    """
+    place, remote = _place(uri)
+    if not remote:
+        return place, None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    s3fs: Any = import_library("s3fs")
+    return place.removeprefix("s3://"), PyFileSystem(FSSpecHandler(s3fs.S3FileSystem(use_listings_cache=False)))

@@ -1,8 +1,6 @@
 """Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small images made on the spot."""
 
 import os
-import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
+from tests.objectstore import make_bucket
+from tests.ports import free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
@@ -26,18 +27,6 @@ if torch.version.cuda is None:
     _TORCHVISION = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def code_blocks(path: Path) -> list[str]:
-    """What stands between ``` in a Markdown file, continued lines joined."""
-    text = path.read_text().replace("\\\n", " ")
-    return re.findall(r"^ *```[a-z]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +88,6 @@ def s3_server():
 @pytest.fixture
 def s3(s3_server, monkeypatch):
     """`s3://<fresh bucket>`, with the AWS_* environment that reaches it."""
-    import s3fs
-
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "test-access-key",
@@ -108,11 +95,9 @@ def s3(s3_server, monkeypatch):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
     bucket = f"bucket-{time.time_ns()}"
-    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
-    yield f"s3://{bucket}"
-    s3fs.S3FileSystem.clear_instance_cache()
+    make_bucket(bucket)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
 
 Faults: "411", "500", "503", "403", "404" (a status with an S3 error body), "reset" (the connection is torn down before an answer), "cut"
 (half of the promised body, then the connection is torn down), "short" (an answer with fewer bytes than asked, correctly framed),
+"lost" (the store gets the request, the connection is torn down before its answer),
 "stall" (no answer for `stall` seconds), "slow" (the body in ten pieces over `slow` seconds).
 """
 
@@ -84,6 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
         response = connection.getresponse()
         payload, headers = response.read(), dict(response.getheaders())
         connection.close()
+        if fault == "lost":
+            self._tear_down()
+            return
         if fault == "short":
             payload = payload[: len(payload) // 2]
         self._answer(response.status, headers, payload, fault)

@@ -1,4 +1,4 @@
-"""A real object store for tests: OpenStack Swift with its S3 interface, as processes of this user on loopback.
+"""Buckets, and a real object store for tests: OpenStack Swift with its S3 interface, as processes of this user on loopback.
 
     apt-get install --no-install-recommends swift-proxy swift-account swift-container swift-object memcached
     with swift(folder) as endpoint: ...         # AWS_ENDPOINT_URL; ACCESS_KEY and SECRET_KEY are its credentials
@@ -19,6 +19,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import boto3
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing-secret"
 
@@ -75,6 +77,11 @@ pipeline = {kind}-server
 [app:{kind}-server]
 use = egg:swift#{kind}
 """
+
+
+def make_bucket(name: str) -> None:
+    """A bucket in the store that the AWS_* environment names."""
+    boto3.client("s3").create_bucket(Bucket=name)
 
 
 @contextlib.contextmanager

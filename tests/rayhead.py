@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
-from conftest import free_port
+
+from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 

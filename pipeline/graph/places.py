@@ -7,6 +7,7 @@ a registered model                     the checkpoint of the version
 any other file or folder               names, sizes and bytes; beyond `MOST_READ` bytes names and sizes (on S3 also ETags)
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -118,12 +119,9 @@ def describe(uri: str) -> Content | None:
 
     Raises Missing for an address where nothing is, and UserError for a damaged manifest or checkpoint.
     """
-    fs, path = storage.filesystem(uri)
-    if not storage.is_remote(uri) and os.path.isfile(path):
-        return None
-    here = {name.rstrip("/").rpartition("/")[2] for name in _names(uri)}
+    here = set(storage.list_names(uri))
     if not here:
-        if storage.is_remote(uri) and fs.exists(path):
+        if storage.exists(uri) and not os.path.isdir(storage.normalise(uri)):  # a single file
             return None
         raise Missing(f"{uri}: nothing is there")
     if MANIFEST in here:
@@ -140,19 +138,11 @@ def describe(uri: str) -> Content | None:
     return Content(configuration.fingerprint(parts), parts) if parts else None
 
 
-def _names(uri: str) -> list[str]:
-    fs, path = storage.filesystem(uri)
-    try:
-        return fs.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
     """(path, fingerprint) of datasets in the folder or in its folders: the splits of prepare, VTAB's tasks and splits."""
 
     def look(name: str) -> list[tuple[str, str]]:
-        below = [inner.rstrip("/").rpartition("/")[2] for inner in _names(storage.join(uri, name))]
+        below = storage.list_names(storage.join(uri, name))
         if MANIFEST in below:
             return [(name, _dataset(storage.join(uri, name)))]
         deeper = [f"{name}/{inner}" for inner in below if "." not in inner]
@@ -192,27 +182,14 @@ def _weights(checkpoint: checkpoints.Checkpoint) -> str:
 # ---------------------------------------------------------------- raw files
 
 
-def _files(uri: str) -> Iterator[tuple[str, int, Any]]:
-    """(path, bytes, stamp) of every file under an address; the stamp changes when the file is written: its time, or its ETag."""
-    if storage.is_remote(uri):
-        fs, path = storage.filesystem(uri)
-        for name, info in fs.find(path, detail=True).items():
-            yield name.removeprefix(path).strip("/"), int(info["size"] or 0), info.get("ETag", "")
-        return
-    if os.path.isfile(uri):
-        status = os.stat(uri)
-        yield "", status.st_size, status.st_mtime_ns
-        return
-    stack = [uri]
-    while stack:
-        folder = stack.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    stack.append(entry.path)
-                elif entry.is_file():
-                    status = entry.stat()
-                    yield os.path.relpath(entry.path, uri), status.st_size, status.st_mtime_ns
+def _files(uri: str) -> Iterator[tuple[str, int, str]]:
+    """(path, bytes, stamp) of every file under an address; the stamp changes when the file is written."""
+    files = storage.list_files(uri)
+    if not files and not os.path.isdir(uri):  # a single file
+        with contextlib.suppress(FileNotFoundError):
+            files = [storage.file_info(uri)]
+    for file in files:
+        yield file.path, file.size, file.stamp
 
 
 def _content(uri: str, paths: list[str]) -> str:
@@ -225,16 +202,19 @@ def _content(uri: str, paths: list[str]) -> str:
 
 
 def complete(uri: str, markers: tuple[str, ...]) -> str | None:
-    """The path of the file that says that an output is complete; None when there is none."""
-    fs, root = storage.filesystem(uri)
+    """The path of the file that says that an output is complete; None when there is none. `*` stands for a folder."""
     for marker in markers:
-        if "*" not in marker:
-            found = [marker] if fs.exists(f"{root}/{marker}") else []
-        else:
-            found = sorted(name.removeprefix(root).strip("/") for name in fs.glob(f"{root}/{marker}"))
-        if found:
-            return found[-1]
+        if found := _find(uri, marker):
+            return found
     return None
+
+
+def _find(uri: str, marker: str) -> str | None:
+    first, _, rest = marker.partition("/")
+    if first != "*":
+        return marker if storage.exists(storage.join(uri, marker)) else None
+    below = ((folder, _find(storage.join(uri, folder), rest)) for folder in reversed(storage.list_folders(uri)))
+    return next((f"{folder}/{found}" for folder, found in below if found), None)
 
 
 def size(uri: str) -> int:

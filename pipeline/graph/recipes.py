@@ -65,10 +65,7 @@ def _default_output(data: str | None) -> str:
 
 def _splits(source: str) -> str | None:
     """The name of the held-out folder beside train/; None when the folders of the source are its classes."""
-    filesystem, path = storage.filesystem(source)
-    if not filesystem.isdir(path):
-        return None
-    folders = {name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)}
+    folders = storage.list_folders(source)
     return next((name for name in HELD_OUT if name in folders), None) if "train" in folders else None
 
 

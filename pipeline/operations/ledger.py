@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.tracking import registry
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def read_record(uri: str) -> dict[str, Any]:
     """A JSON object of the ledger. Raises LedgerError for anything else."""
     try:
         values = storage.read_json(uri)
-    except storage.StorageError:
+    except StorageError:
         raise
     except (UserError, ValueError, RecursionError) as error:
         raise LedgerError(f"{uri}: cannot be read ({error}); remove it") from error

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.weights.checkpoints import (
     COMMIT,
     FORMAT,
@@ -55,7 +55,7 @@ from pipeline.weights.checkpoints import (
 from pipeline.weights.checkpoints import resolve as resolve  # for callers of this module
 
 ATTEMPT = "attempt.json"
-WRITE_ERRORS = (storage.StorageError, OSError, SafetensorError)
+WRITE_ERRORS = (StorageError, OSError, SafetensorError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the same attempt cannot get over: somebody has to make room, or give the right to write."""
 
@@ -258,7 +258,7 @@ class Writer:
         problem = self._from_rank_0(problem)
         if problem is None:
             problem = self._write_parts(target, step, tensors, about)
-        if isinstance(problem, UserError) and not isinstance(problem, (storage.StorageError, NoRoom)):
+        if isinstance(problem, UserError) and not isinstance(problem, (StorageError, NoRoom)):
             raise problem
         if problem is not None:
             self.failed.append(step)
@@ -373,7 +373,7 @@ def _plain(error: Exception) -> UserError:
     """What a store did, as an exception that can be sent to other workers."""
     text = str(error)
     full = getattr(error, "errno", None) in FULL or any(f"os error {code})" in text for code in FULL)
-    return NoRoom(text) if full else storage.StorageError(text)
+    return NoRoom(text) if full else StorageError(text)
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
-from pipeline import logs, ray_state, storage
-from pipeline.errors import UserError
+from pipeline import logs, ray_state
+from pipeline.errors import StorageError, UserError
 from pipeline.training import checkpoint
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import PretrainConfig
@@ -128,9 +128,7 @@ class Elastic(ElasticScalingPolicy):
 
 def is_final(failure: BaseException) -> bool:
     """Whether trying again is wrong: for wrong input (not a store that is away), and when the driver was told to stop."""
-    return isinstance(failure, Stopped) or (
-        isinstance(failure, UserError) and not isinstance(failure, storage.StorageError)
-    )
+    return isinstance(failure, Stopped) or (isinstance(failure, UserError) and not isinstance(failure, StorageError))
 
 
 def root_cause(error: Exception) -> tuple[int | None, BaseException]:

@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 import ray
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train.torch import TorchConfig
 
 from pipeline import cluster, logs, storage
 from pipeline import config as configuration
-from pipeline.errors import JobFailed, UserError
+from pipeline.errors import JobFailed, StorageError, UserError
 from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
@@ -86,7 +85,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
         logger.debug("training failed", exc_info=error)
         raise JobFailed(f"training failed: {describe_failure(rank, cause, config)}") from None
     finally:
-        with contextlib.suppress(storage.StorageError):  # the next launch removes it too
+        with contextlib.suppress(StorageError):  # the next launch removes it too
             storage.remove(storage.join(output, "ray"), recursive=True)
 
 
@@ -124,13 +123,13 @@ def _scaling(config: PretrainConfig, sizes: list[int]) -> ScalingConfig:
 
 def _run_config(config: PretrainConfig) -> RunConfig:
     output = config.runtime.output
-    fs, path = storage.filesystem(storage.join(output, "ray"))
+    path, filesystem = storage.arrow_filesystem(storage.join(output, "ray"))
     threads = str(max(1, int(config.runtime.cpus_per_worker)))
     environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cuda" if config.runtime.gpus else "cpu", **HEAP}
     return RunConfig(
         name=uuid.uuid4().hex[:12],
         storage_path=path,
-        storage_filesystem=PyFileSystem(FSSpecHandler(fs)) if storage.is_remote(output) else None,
+        storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=config.runtime.max_failures),
         worker_runtime_env={"env_vars": environment},
     )

@@ -108,11 +108,8 @@ def _native_size(variant: str, state: Mapping[str, Any]) -> int:
 
 def _file_identity(uri: str) -> list[Any]:
     """Size and ends of a weights file, or of those in a folder: enough to tell two apart without reading gigabytes."""
-    fs, path = storage.filesystem(uri)
-    if fs.isdir(path):
-        return [
-            [file.path, *_file_identity(file.uri)] for file in storage.list_files(uri) if file.path.endswith(SUFFIXES)
-        ]
-    size = int(fs.size(path))
+    if files := storage.list_files(uri):
+        return [[file.path, *_file_identity(file.uri)] for file in files if file.path.endswith(SUFFIXES)]
+    size = storage.file_size(uri)
     edges = storage.read_bytes(uri, 0, 1 << 20), storage.read_bytes(uri, max(0, size - (1 << 20)), size)
     return [size, *(fingerprint(edge.hex()) for edge in edges)]

@@ -342,11 +342,9 @@ def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
     root = _data(config)
     if _train_and_test(root):
         return [(root.rsplit("/", 1)[-1], root)]
-    fs, path = storage.filesystem(root)
-    names = sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)) if fs.isdir(path) else []
     found = [
         (name, storage.join(root, name))
-        for name in names
+        for name in storage.list_folders(root)
         if _train_and_test(storage.join(root, name)) or (config.suite == "frozen" and name in VTAB)
     ]
     if not found:

@@ -9,13 +9,13 @@ import hashlib
 import http.client
 import logging
 import os
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.retry import retry
 from pipeline.vtab import tasks
 from pipeline.vtab.containers import open_nested
 from pipeline.vtab.datasets import get_dataset
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MINIATURE = "MINIATURE.json"  # marks a folder of made-up archives and takes the place of the official checksums
 CHUNK = 4 << 20  # bytes
+GO_ON = "run the command again to go on"
 
 
 def requirements(task: str) -> list[OfficialFile]:
@@ -130,32 +131,35 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
     partial = target + ".part"
     os.makedirs(os.path.dirname(target), exist_ok=True)
     logger.info("fetching %s", describe_file(file))
-    for attempt in range(5):
-        time.sleep(attempt)
-        have = os.path.getsize(partial) if os.path.exists(partial) else 0
-        if file.bytes and have >= file.bytes:
-            break
-        request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-", "User-Agent": "vit-pipeline"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                # a server without ranges answers 200 and starts from the first byte
-                with open(partial, "ab" if response.status == 206 else "wb") as sink:
-                    while chunk := response.read(CHUNK):
-                        sink.write(chunk)
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                other = f" or get {file.by_hand}" if file.by_hand else ""
-                raise UserError(
-                    f"{file.url}: the server answers {error}; fetch it by hand to {target}{other}"
-                ) from error
-            if attempt == 4:
-                raise UserError(f"{file.url}: {error}; run the command again to go on from byte {have:,}") from error
+    retry(file.url, lambda: _fetch_rest(file, partial), lambda error: _refused(file, target, error), GO_ON)
     with open(partial, "rb") as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
     if digest != file.sha256:
         size = os.path.getsize(partial)
         if file.bytes and size < file.bytes:
-            raise UserError(f"{file.url}: only {size:,} of {file.bytes:,} bytes came; run the command again to go on")
+            raise UserError(f"{file.url}: only {size:,} of {file.bytes:,} bytes came; {GO_ON}")
         os.remove(partial)
         raise UserError(f"{file.url}: the server's file has SHA-256 {digest}, not the official {file.sha256}")
     os.replace(partial, target)
+
+
+def _fetch_rest(file: OfficialFile, partial: str) -> None:
+    """Adds to `partial` what it lacks."""
+    have = os.path.getsize(partial) if os.path.exists(partial) else 0
+    if file.bytes and have >= file.bytes:
+        return
+    assert file.url is not None
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-", "User-Agent": "vit-pipeline"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        # a server without ranges answers 200 and starts from the first byte
+        with open(partial, "ab" if response.status == 206 else "wb") as sink:
+            while chunk := response.read(CHUNK):
+                sink.write(chunk)
+
+
+def _refused(file: OfficialFile, target: str, error: Exception) -> Exception | None:
+    """The error for an answer that another attempt would not change."""
+    if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+        other = f" or get {file.by_hand}" if file.by_hand else ""
+        return UserError(f"{file.url}: the server answers {error}; fetch it by hand to {target}{other}")
+    return None if isinstance(error, (OSError, http.client.HTTPException)) else error

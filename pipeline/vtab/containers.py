@@ -68,6 +68,7 @@ class Tree:
 
     def __init__(self, uri: str, prefix: str = "", nested: str = "") -> None:
         self.uri, self.prefix, self.nested = uri, prefix, nested
+        self._files = contextlib.ExitStack()  # open as long as this object lives
         name = (nested or uri).lower()
         self.kind = (
             "zip" if name.endswith(".zip") else "tar" if name.endswith((".tar", ".tgz", ".tar.gz")) else "folder"
@@ -139,8 +140,9 @@ class Tree:
         # One open archive per Tree: the directory of CLEVR_v1.0.zip lists 100,000 members.
         if not hasattr(self, "_archive"):
             with damaged(self.uri):
-                fs, path = storage.filesystem(self.uri)
-                self._archive = zipfile.ZipFile(fs.open(path, "rb"))
+                # members are read one by one: small blocks
+                file = self._files.enter_context(storage.open_file(self.uri, block=1 << 20))
+                self._archive = zipfile.ZipFile(file)
         return contextlib.nullcontext(self._archive)
 
     @contextlib.contextmanager
@@ -219,13 +221,13 @@ def open_h5(uri: str) -> Iterator[Any]:
                         raise UserError(f"{uri}: unpacks to more than {MAX_UNPACKED:,} bytes; no official file does")
                     scratch.write(chunk)
             scratch.seek(0)
-        fs, path = storage.filesystem(uri)
-        try:
-            file = h5py.File(scratch if uri.endswith(".gz") else fs.open(path, "rb"), "r")
-        except (OSError, KeyError) as error:
-            raise UserError(f"{uri}: truncated, or not an HDF5 file ({error})") from error
-        with file:
-            yield file
+        with contextlib.nullcontext(scratch) if uri.endswith(".gz") else storage.open_file(uri) as opened:
+            try:
+                file = h5py.File(opened, "r")
+            except (OSError, KeyError) as error:
+                raise UserError(f"{uri}: truncated, or not an HDF5 file ({error})") from error
+            with file:
+                yield file
 
 
 def read_mat(uri: str, field: str) -> np.ndarray:

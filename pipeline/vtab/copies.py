@@ -2,6 +2,7 @@
 parameter-efficient fine-tuning repositories. Both are in the splits' order already; nothing is recomputed.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,14 +27,20 @@ CONFIGS = {"sun397": "tfds", "eurosat": "rgb", "diabetic_retinopathy_detection":
 def tfds_folder(raw: str, dataset: str) -> str | None:
     """RAW/<data set>/[config/]<version>, the newest version, when TFDS prepared the data set there."""
     parent = storage.join(raw, dataset, *([CONFIGS[dataset]] if dataset in CONFIGS else []))
-    fs, path = storage.filesystem(parent)
     # dataset_info.json may have got lost on the way: names of shards tell as much
-    shards = [p for pattern in ("dataset_info.json", f"{dataset}-*-of-*") for p in fs.glob(f"{path}/*/{pattern}")]
-    return storage.join(parent, max(shards, key=_version).split("/")[-2]) if shards else None
+    wanted = re.compile(rf"dataset_info\.json|{re.escape(dataset)}-.*-of-.*")
+    versions = [
+        version
+        for version in storage.list_folders(parent)
+        if any(
+            wanted.fullmatch(file.path) for file in storage.list_files(storage.join(parent, version), recursive=False)
+        )
+    ]
+    return storage.join(parent, max(versions, key=_numbers)) if versions else None
 
 
-def _version(path: str) -> list[int]:
-    return [int(part) if part.isdigit() else 0 for part in path.split("/")[-2].split(".")]
+def _numbers(version: str) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in version.split(".")]
 
 
 def tfds_label(task: Task, example: dict[str, Any]) -> int:

@@ -81,8 +81,7 @@ def identify(request: Request) -> dict[str, Any]:
     files: list[str] = []
     if layout == "archives":
         for found in archives.locate(request.raw, request.entry.dataset)[0]:
-            fs, path = storage.filesystem(found.uri)
-            files.append(f"{found.file.name} {fs.size(path) if found.packed else 'unpacked'}")
+            files.append(f"{found.file.name} {storage.file_size(found.uri) if found.packed else 'unpacked'}")
     return {
         "task": request.task,
         "origin": layout,

@@ -109,7 +109,6 @@ def test_bad_input_is_one_clear_line(digits, name, arguments, message):
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "y",
-        "AWS_MAX_ATTEMPTS": "1",
     }
     done = job(name, *arguments, cwd=digits, timeout=120, **environment)
     assert done.returncode == 2, done.stdout + done.stderr

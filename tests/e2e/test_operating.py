@@ -22,11 +22,12 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
-from conftest import code_blocks
 
 from pipeline import storage
 from pipeline.training import checkpoint
 from pipeline.vtab import miniature
+from tests.documents import code_blocks
+from tests.objectstore import make_bucket
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -197,9 +198,8 @@ class Command:
 @pytest.fixture
 def store(s3, tmp_path, monkeypatch) -> None:
     """The guide's two buckets, one with 300 pictures and the archives of VTAB in miniature; MLflow beside the commands."""
-    filesystem, _ = storage.filesystem(s3)
     for bucket in ("bucket", "corpus"):
-        filesystem.mkdir(bucket)
+        make_bucket(bucket)
     generator = np.random.default_rng(0)
     for i in range(300):
         picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)

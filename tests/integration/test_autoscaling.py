@@ -22,7 +22,8 @@ import cv2
 import numpy as np
 import psutil
 import pytest
-from conftest import free_port
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 WATCHER = ROOT / "infra" / "preemption.py"

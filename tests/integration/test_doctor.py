@@ -15,9 +15,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import free_port
-from faultproxy import FaultProxy
-from runs import changed
 
 from pipeline import cluster, storage
 from pipeline.data.format import write_dataset
@@ -26,6 +23,9 @@ from pipeline.operations import doctor
 from pipeline.operations.doctor import authentication, machine, pretraining, store, tracking
 from pipeline.training.config import PretrainConfig
 from pipeline.training.recipes import RECIPES
+from tests.faultproxy import FaultProxy
+from tests.ports import free_port
+from tests.runs import changed
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,12 +221,9 @@ def test_a_store_that_works(s3):
 
 
 def broken(s3_server, monkeypatch, fault):
-    import s3fs
-
     proxy = FaultProxy(s3_server)
     proxy.fault = fault
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    s3fs.S3FileSystem.clear_instance_cache()
     return proxy
 
 

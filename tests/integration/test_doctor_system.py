@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from rayhead import ray_head
 
 from pipeline.hardware import MINIMUM_DRIVER
 from pipeline.operations.doctor import system, upload
+from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build\nGCC version: gcc 12.2.0\n"

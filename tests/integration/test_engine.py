@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from runs import changed, lines_of_log, pretrain_config
 from safetensors.torch import load_file
 
 from pipeline.data.format import open_dataset, write_dataset
@@ -25,6 +24,7 @@ from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, O
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
+from tests.runs import changed, lines_of_log, pretrain_config
 
 
 def slow(*values):

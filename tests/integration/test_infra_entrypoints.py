@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rayhead import ray_head
+
+from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"

@@ -2,10 +2,8 @@
 
 import itertools
 import os
-import sys
 import threading
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,14 +11,12 @@ import pytest
 import simplejpeg
 import torch
 
-from pipeline import storage
+from pipeline import objectstore, retry
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from faultproxy import FaultProxy
+from pipeline.errors import StorageError, UserError
+from tests.faultproxy import FaultProxy
 
 OPTIONS = {"batch_size": 16, "lanes": 4, "augment": Augment(size=16), "shuffle_window": 32, "threads": 2}
 
@@ -82,7 +78,7 @@ def test_one_range_request_per_row_group_and_the_same_batches_as_from_disk(datas
 
 def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk, monkeypatch):
     data, proxy = dataset
-    monkeypatch.setattr(storage, "READ_TIMEOUT", 2)
+    monkeypatch.setattr(objectstore, "READ_TIMEOUT", 2)
     proxy.stall = 4.0
     kinds, lock = itertools.cycle(["500", "503", "reset", "cut", "short", "stall", "slow"]), threading.Lock()
 
@@ -102,10 +98,10 @@ def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk,
 @pytest.mark.parametrize("kind", ["503", "reset", "cut"])
 def test_a_shard_that_stays_unreadable_is_named(dataset, monkeypatch, kind):
     data, proxy = dataset
-    monkeypatch.setattr(storage, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
     shard = data.manifest.shards[1].name
     proxy.fault = lambda method, path, n: kind if path.endswith(shard) else None
-    with pytest.raises(storage.StorageError, match=rf"{shard}: unreadable after \d attempts in 1 s"):
+    with pytest.raises(StorageError, match=rf"{shard}: no answer after \d attempts in 1 s"):
         epoch(data)
 
 

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import free_port
+
+from tests.ports import free_port
 
 RUN = """
 import os, sys, time

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import free_port
 
 from pipeline import metrics
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "infra" / "monitoring"

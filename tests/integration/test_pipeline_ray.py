@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from rayhead import BIN, ray_head
+
+from tests.rayhead import BIN, ray_head
 
 ROOT = Path(__file__).parents[2]
 

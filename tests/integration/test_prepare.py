@@ -15,7 +15,6 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 
 from pipeline import storage, workqueue
 from pipeline.data import format as shards
@@ -32,9 +31,9 @@ from pipeline.tracking import start_run
 from pipeline.tracking.server import client as tracking_client
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from faultproxy import FaultProxy
 from test_dedup import crop, photo
+
+from tests.faultproxy import FaultProxy
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
 
@@ -188,9 +187,8 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
 
 def test_s3_in_and_out_through_the_job(image_folder, s3):
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    store = s3fs.S3FileSystem(use_listings_cache=False)
-    store.put(str(image_folder), f"{s3}/raw", recursive=True)
-    store.pipe_file(f"{s3}/raw/ant/a [1]*?#%20é.jpg", (image_folder / "ant" / "001.jpg").read_bytes())
+    storage.copy_tree(image_folder, f"{s3}/raw")
+    storage.copy_file(image_folder / "ant" / "001.jpg", f"{s3}/raw/ant/a [1]*?#%20é.jpg")
     command = ["--source", f"{s3}/raw", "--output", f"{s3}/set", "--recipe", "patches32", "--json"]
     result = job(*command)
     assert result.returncode == 0, result.stderr
@@ -226,7 +224,6 @@ def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_
     [source] = sources.discover([f"{s3}/{path.name}"])
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        s3fs.S3FileSystem.clear_instance_cache()
         proxy.fault = lambda method, path, n: "403" if method == "GET" else None
         with pytest.raises(UserError, match=f"s3://.*a.{kind}: "):
             list(sources.read(source, source.fragments))

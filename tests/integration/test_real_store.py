@@ -1,7 +1,7 @@
 """Prepare, load, checkpoint and resume on OpenStack Swift's S3 interface: a store that was not written to test clients.
 
 Needs its Debian packages (tests/objectstore.py says which); run with `-m slow`. Requests pass through a plain HTTP proxy as they
-would through a load balancer: by itself Swift's web server ends answers to HEAD with a stray chunk, which aiohttp refuses.
+would through a load balancer: by itself Swift's web server ends answers to HEAD with a stray chunk, which HTTP clients refuse.
 """
 
 import json
@@ -19,18 +19,14 @@ from pipeline.data import Loader, open_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.training import checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from faultproxy import FaultProxy
-from objectstore import ACCESS_KEY, SECRET_KEY, swift
+from tests.faultproxy import FaultProxy
+from tests.objectstore import ACCESS_KEY, SECRET_KEY, make_bucket, swift
 
 PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    import s3fs
-
     with swift(tmp_path / "swift") as store, FaultProxy(store) as proxy:
         for name, value in {
             "AWS_ENDPOINT_URL": proxy.endpoint,
@@ -40,10 +36,8 @@ def bucket(tmp_path, monkeypatch):
             "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
         }.items():
             monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(use_listings_cache=False).mkdir("bucket")
+        make_bucket("bucket")
         yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def run(job, *arguments):

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port
-from rayhead import ray_head
 
-from pipeline import cluster
+from pipeline import cluster, storage
 from pipeline.credentials import redacted
 from pipeline.operations.doctor import store as store_checks
+from tests.ports import free_port
+from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -225,12 +225,9 @@ def test_credentials_appear_nowhere(s3_server, s3, image_folder, tmp_path):
         assert files_with(tmp_path, SECRETS) == {}
         assert any(ray_folder.rglob("*.log"))
         assert files_with(ray_folder, SECRETS) == {}
-        import s3fs
-
-        fs = s3fs.S3FileSystem(use_listings_cache=False)
-        for name in fs.find(s3):
-            content = fs.cat_file(name)
-            assert not [secret for secret, value in SECRETS.items() if value.encode() in content], name
+        for file in storage.list_files(s3):
+            content = storage.read_bytes(file.uri)
+            assert not [secret for secret, value in SECRETS.items() if value.encode() in content], file
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
 
@@ -246,7 +243,6 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
     objects at once on the bucket itself.
     """
     import boto3
-    import s3fs
 
     port = free_port()
     server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=-3, stderr=-3)
@@ -281,7 +277,6 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        s3fs.S3FileSystem.clear_instance_cache()
         assert store_checks.readable("s3://corpus/raw").status == "ok"
         found = store_checks.writable("s3://bucket/vit/run")
         assert {finding.status for finding in found} == {"ok"}, found
@@ -292,4 +287,3 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
     finally:
         server.terminate()
         server.wait(10)
-        s3fs.S3FileSystem.clear_instance_cache()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import free_port
-from rayhead import ray_head
 
 from pipeline.data.format import write_dataset
+from tests.ports import free_port
+from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "pretrain.sbatch"

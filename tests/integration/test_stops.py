@@ -13,14 +13,14 @@ from typing import IO
 import mlflow
 import numpy as np
 import pytest
-from rayhead import ray_head
-from runs import pretrain_config
 
 from pipeline import config as configuration
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, PretrainConfig
+from tests.rayhead import ray_head
+from tests.runs import pretrain_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faultproxy import FaultProxy
 
 from models import create_model
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.weights.checkpoints import damage
+from tests.faultproxy import FaultProxy
 
 ROOT = Path(__file__).parents[2]
 ATTEMPT = """
@@ -96,11 +96,8 @@ def test_suspended_attempt_wakes_up_after_another_has_committed(tmp_path, event,
 
 @pytest.mark.parametrize("name", ["state/param", "model.safetensors", "COMMIT.json"])
 def test_upload_that_hangs_until_another_attempt_has_committed(s3, s3_server, monkeypatch, name):
-    import s3fs
-
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        s3fs.S3FileSystem.clear_instance_cache()
         hangs, go_on = threading.Event(), threading.Event()
 
         def fault(method: str, path: str, n: int) -> None:

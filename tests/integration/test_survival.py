@@ -23,13 +23,12 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
-from runs import changed, lines_of_log, pretrain_config
 
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.training import build_locks, checkpoint, watchdog
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
@@ -37,6 +36,7 @@ from pipeline.training.plan import make_plan
 from pipeline.training.preemption import Preempted
 from pipeline.training.run import check_run, sizes
 from pipeline.training.schedule import ScheduleConfig
+from tests.runs import changed, lines_of_log, pretrain_config
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -364,7 +364,7 @@ BROKEN_STEP = """
     def broken(task):
         import os, time, torch
         import ray.train
-        from pipeline.errors import UserError
+        from pipeline.errors import StorageError, UserError
         from pipeline.training.engine import Engine
         from pipeline.training.worker import train_worker
 
@@ -541,7 +541,7 @@ def test_failures_are_told_apart(base, tmp_path):
     assert lines[0].startswith(
         "warning: worker 1: its process ended on 10.0.0.7 (killed, its node gone, or out of host memory)"
     )
-    assert decide(collateral, storage.StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
+    assert decide(collateral, StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
     storage.write_json(
         storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT),
         {"format": 2, "step": 8, "files": {}},
@@ -550,7 +550,7 @@ def test_failures_are_told_apart(base, tmp_path):
     assert decide(collateral, dead) == FailureDecision.RAISE
     lines.clear()
     policy = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3))
-    decide(collateral, storage.StorageError("no answer"))
+    decide(collateral, StorageError("no answer"))
     decide(collateral, full)
     assert lines[0] == (
         "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3 in a row)"

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +15,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
-from runs import changed, flip_bit, lines_of_log, pretrain_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,9 +27,9 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from faultproxy import FaultProxy
+from tests.faultproxy import FaultProxy
+from tests.ports import free_port
+from tests.runs import changed, flip_bit, lines_of_log, pretrain_config
 
 STEPS = 6
 
@@ -411,11 +408,8 @@ def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
 @pytest.mark.slow
 def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
     """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for another."""
-    import s3fs
-
     with FaultProxy(s3_server, stall=4.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        s3fs.S3FileSystem.clear_instance_cache()
         arrived: dict[str, float] = {}
 
         def fault(method: str, path: str, n: int) -> str | None:

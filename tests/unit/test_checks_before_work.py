@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from runs import changed
 
 from pipeline import cluster
 from pipeline.errors import UserError
 from pipeline.training.plan import check_values
 from pipeline.training.recipes import RECIPES
 from pipeline.training.run import check_writable
+from tests.runs import changed
 
 DEMO = RECIPES["demo"]()
 

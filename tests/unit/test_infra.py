@@ -18,9 +18,9 @@ import jsonschema
 import pytest
 import tyro
 import yaml
-from conftest import code_blocks
 
 from pipeline.errors import UserError
+from tests.documents import code_blocks
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from runs import changed
 
 from models import create_model
 from models.losses import training_loss
@@ -15,6 +14,7 @@ from pipeline.operations import planning
 from pipeline.operations.planning import GB, PlanConfig
 from pipeline.training.config import EngineConfig
 from pipeline.training.recipes import RECIPES
+from tests.runs import changed
 
 # Table 6 of the paper: recipe -> exaFLOPs of pre-training. (Of its ResNets, the paper counts 4 to 5% less than we do.)
 TABLE_6 = {

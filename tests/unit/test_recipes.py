@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import changed
 
 from models.cost import flops, parameters
 from pipeline.config import from_yaml, to_yaml
@@ -16,6 +15,7 @@ from pipeline.operations import planning
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import make_plan, model_options
 from pipeline.training.recipes import RECIPES
+from tests.runs import changed
 
 NOWHERE = UserError("no dataset here")
 EPOCHS = {"s16_imagenet_90ep": 90, "demo": 20, "masked_demo": 20, "cifar10": 20}

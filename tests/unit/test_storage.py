@@ -1,13 +1,18 @@
 """Local paths and s3:// through the same calls."""
 
+import random
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
-from pipeline import libraries, storage
-from pipeline.errors import UserError
+from pipeline import libraries, objectstore, retry, storage
+from pipeline.errors import StorageError, UserError
+from tests.faultproxy import FaultProxy
+from tests.ports import free_port
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -51,28 +56,26 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("uri", ["gopher://x/y", "s3://"])
 def test_addresses_that_cannot_be(uri):
     with pytest.raises(UserError, match="s3://bucket/prefix"):
-        storage.filesystem(uri)
+        storage.exists(uri)
 
 
 def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
-    import s3fs
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match="AWS_"):
         storage.read_bytes("s3://some-bucket/file")
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_listing_page_by_page_finds_what_a_whole_listing_finds(s3):
     """More objects than fit on a page; names that URLs and patterns would trip over; no folder marker, no neighbour."""
-    fs, root = storage.filesystem(s3)
     names = [f"{i % 7}/{i:04d}.jpg" for i in range(1005)] + ["日本 [1]*?#%20+&.jpg", "a b/<ü>.png"]
-    bodies = {f"{root}/images/{name}": name.encode() for name in names}
-    fs.pipe(bodies | {f"{root}/images/folder/": b"", f"{root}/images-too/1.jpg": b"x", f"{root}/other.jpg": b"x"})
+    bodies = {f"images/{name}": name.encode() for name in names}
+    bodies |= {"images/folder/": b"", "images-too/1.jpg": b"x", "other.jpg": b"x"}
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: client.put_object(Bucket=bucket, Key=item[0], Body=item[1]), bodies.items()))
     found = sorted(storage.iter_files(f"{s3}/images"), key=lambda file: file.path)
     assert found == storage.list_files(f"{s3}/images")
     assert {file.path: file.size for file in found} == {name: len(name.encode()) for name in names}
@@ -80,9 +83,125 @@ def test_listing_page_by_page_finds_what_a_whole_listing_finds(s3):
     assert list(storage.iter_files(f"{s3}/nothing")) == list(storage.iter_files("s3://no-such-bucket-at-all")) == []
 
 
+def in_place(s3):
+    """{operation: what it should give} on a bucket that holds folder/one.json = [1, 2]."""
+    return {
+        "read_bytes": (lambda: storage.read_bytes(f"{s3}/folder/one.json", 3, 4), b"1"),
+        "read_range": (lambda: storage.read_range(f"{s3}/folder/one.json", 3, 4), b"1"),
+        "read_json": (lambda: storage.read_json(f"{s3}/folder/one.json"), [1, 2]),
+        "read_many": (lambda: [len(data) for data in storage.read_many([f"{s3}/folder/one.json"])], [11]),
+        "open_file": (lambda: opened(f"{s3}/folder/one.json"), b"2"),
+        "exists": (lambda: (storage.exists(f"{s3}/folder"), storage.exists(f"{s3}/fold")), (True, False)),
+        "file_size": (lambda: storage.file_size(f"{s3}/folder/one.json"), 11),
+        "list_files": (lambda: [file.path for file in storage.list_files(s3)], ["folder/one.json"]),
+        "list_folders": (lambda: storage.list_folders(s3), ["folder"]),
+        "write_bytes": (lambda: storage.write_bytes(f"{s3}/b", b"b"), None),
+        "create_bytes": (lambda: storage.create_bytes(f"{s3}/c", b"c"), True),
+        "copy_file": (lambda: storage.copy_file(f"{s3}/folder/one.json", f"{s3}/d"), None),
+        "remove": (lambda: storage.remove(f"{s3}/folder", recursive=True), None),
+    }
+
+
+def opened(uri):
+    with storage.open_file(uri) as file:
+        file.seek(-4, 2)
+        return file.read(1)
+
+
+@pytest.mark.parametrize("name", list(in_place("")))
+def test_one_retry_policy_holds_for_every_function(name, s3, s3_server, monkeypatch):
+    """Each request is refused, then torn down, then answered; a store that stays away is one error that names the address."""
+    storage.write_json(f"{s3}/folder/one.json", [1, 2])
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.fault = lambda method, path, n: {1: "503", 2: "reset"}.get(n)
+        work, expected = in_place(s3)[name]
+        assert work() == expected
+        faults = [fault for _, _, fault in proxy.log]
+        assert {"503", "reset"} <= set(faults)
+        monkeypatch.setattr(retry, "PATIENCE", 0.5)
+        proxy.fault = lambda method, path, n: "503"
+        with pytest.raises(StorageError, match=rf"{s3}.*no answer after \d attempts in 0.5 s"):
+            work()
+
+
+def test_a_file_made_by_an_attempt_whose_answer_was_lost_is_ours(s3, s3_server, monkeypatch):
+    """A conditional write that is repeated meets its own file; another caller's file is told from it."""
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.fault = lambda method, path, n: "lost" if method == "PUT" and n == 1 else None
+        assert storage.create_bytes(f"{s3}/claim", b"mine")
+        assert len(proxy.log) == 3
+        assert not storage.create_bytes(f"{s3}/claim", b"yours")
+
+
+def test_an_open_file_reads_as_a_local_one_does(s3, tmp_path):
+    data = bytes(range(256)) * 40
+    storage.write_bytes(f"{s3}/x", data)
+    (tmp_path / "x").write_bytes(data)
+    draws = random.Random(0)
+    with storage.open_file(f"{s3}/x", block=999) as there, storage.open_file(tmp_path / "x") as here:
+        for _ in range(60):
+            place, size = draws.randrange(11_000), draws.choice((1, 100, 3000, 20_000))
+            assert there.seek(place) == here.seek(place)
+            assert there.read(size) == here.read(size)
+            assert there.tell() == here.tell()
+    with pytest.raises(FileNotFoundError, match=r"s3://.*nothing"), storage.open_file(f"{s3}/nothing"):
+        pass
+    assert storage.read_bytes(f"{s3}/x", 10_000, 99_999) == data[10_000:]
+    assert storage.read_bytes(f"{s3}/x", 99_999, 999_999) == b""
+    for place in (f"{s3}/x", str(tmp_path / "x")):
+        with pytest.raises(FileNotFoundError, match="shorter"):
+            storage.read_range(place, 10_000, 99_999)
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_back(s3, tmp_path):
+    data = random.Random(1).randbytes((16 << 20) + 5)
+    (tmp_path / "large").write_bytes(data)
+    storage.copy_file(tmp_path / "large", f"{s3}/large")
+    storage.copy_file(f"{s3}/large", f"{s3}/again")
+    storage.copy_file(f"{s3}/again", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_listing_follows_links_and_ends(kind, tmp_path, s3):
+    root = tmp_path if kind == "local" else s3
+    storage.write_bytes(f"{root}/a/one", b"1")
+    storage.write_bytes(f"{root}/two", b"22")
+    if kind == "local":
+        (tmp_path / "a" / "loop").symlink_to(tmp_path)
+        (tmp_path / "a" / "nothing").symlink_to(tmp_path / "gone")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+    linked = ["b/one"] if kind == "local" else []
+    assert [file.path for file in storage.list_files(root)] == ["a/one", *linked, "two"]
+    assert storage.list_folders(root) == ["a", *(["b"] if linked else [])]
+    assert (
+        storage.list_files(f"{root}/two")
+        == storage.list_files(f"{root}/none")
+        == storage.list_folders(f"{root}/none")
+        == []
+    )
+
+
+def test_an_address_that_never_answered_is_given_up_soon(monkeypatch, s3):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(objectstore, "FIRST_PATIENCE", 0.3)
+    with pytest.raises(
+        StorageError, match=r"no answer after .* in 0.3 s.*check that the store is up and AWS_ENDPOINT_URL"
+    ):
+        storage.exists(f"{s3}/x")
+
+
+def test_writing_into_a_bucket_that_is_not_there(s3):
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket-at-all/x: no such bucket"):
+        storage.write_bytes("s3://no-such-bucket-at-all/x", b"")
+
+
 def test_a_missing_library_of_an_extra_is_one_line_with_the_install_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # what `import s3fs` then meets is an ImportError
-    with pytest.raises(UserError, match=r"s3fs is not installed.*pip install -c constraints.txt -e '.\[cloud\]'"):
+    monkeypatch.setitem(sys.modules, "boto3", None)  # what `import boto3` then meets is an ImportError
+    with pytest.raises(UserError, match=r"boto3 is not installed.*pip install -c constraints.txt -e '.\[cloud\]'"):
         storage.exists("s3://bucket/photos")
 
 

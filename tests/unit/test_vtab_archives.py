@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from pipeline import retry
 from pipeline.errors import UserError
 from pipeline.vtab import TASKS, archives, get, prepare, requirements
 from pipeline.vtab.datasets.base import OfficialFile
@@ -107,7 +108,6 @@ def test_a_download_goes_on_where_it_broke_off(ranges, tmp_path, monkeypatch):
     body = os.urandom(5000)
     server = Server(body, ranges)
     monkeypatch.setattr(archives.urllib.request, "urlopen", server)
-    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
     file = OfficialFile(
         name="a.bin", bytes=5000, sha256=hashlib.sha256(body).hexdigest(), url="http://example.org/a.bin"
     )
@@ -118,7 +118,6 @@ def test_a_download_goes_on_where_it_broke_off(ranges, tmp_path, monkeypatch):
 
 def test_a_download_of_another_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives.urllib.request, "urlopen", Server(os.urandom(5000)))
-    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
     file = OfficialFile(name="a.bin", bytes=5000, sha256="0" * 64, url="http://example.org/a.bin")
     with pytest.raises(UserError, match="not the official"):
         archives.download(str(tmp_path), "dtd", file)
@@ -126,7 +125,7 @@ def test_a_download_of_another_file_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "tries"), [(404, "fetch it by hand", 1), (503, "run the command again", 5)]
+    ("code", "message", "tries"), [(404, "fetch it by hand", 1), (503, "run the command again", 3)]
 )
 def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
     calls = []
@@ -136,7 +135,7 @@ def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
         raise urllib.error.HTTPError(request.full_url, code, "no", {}, None)
 
     monkeypatch.setattr(archives.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(archives.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "PATIENCE", 0.5)
     file = OfficialFile(name="a.bin", bytes=5, sha256="0" * 64, url="http://example.org/a.bin")
     with pytest.raises(UserError, match=message):
         archives.download(str(tmp_path), "dtd", file)

@@ -1,6 +1,6 @@
 """Row groups of a dataset, read ahead of need: local shards are memory-mapped, s3:// ones take one range request each.
 
-Requests that fail for a passing reason are repeated (`storage.RangeReader`) and counted. With `cache_dir` (fast local
+Requests that fail for a passing reason are repeated (`pipeline.objectstore`) and counted. With `cache_dir` (fast local
 disk), row groups of s3:// datasets are kept there up to `cache_bytes`.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.errors import UserError
+from pipeline.objectstore import ObjectStore
 
 
 class Reader:
@@ -35,7 +36,7 @@ class Reader:
         self._lock, self._cache_lock = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         if self.remote:
-            self._ranges = storage.RangeReader()
+            self._store = ObjectStore()
         if self.cache_dir:
             os.makedirs(self.cache_dir, exist_ok=True)
 
@@ -45,12 +46,12 @@ class Reader:
     def close(self) -> None:
         """Cancels what has not begun, ends the pauses of what is being retried, and waits for the threads."""
         if self.remote:
-            self._ranges.close()
+            self._store.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     @property
     def counters(self) -> dict[str, int]:
-        return {**self._counters, "retries": self._ranges.retries if self.remote else 0}
+        return {**self._counters, "retries": self._store.retries if self.remote else 0}
 
     def _count(self, name: str, by: int = 1) -> None:
         with self._lock:
@@ -90,7 +91,7 @@ class Reader:
     def _fetch(self, uri: str, start: int, end: int) -> bytes:
         """The bytes [start, end) of an s3:// shard."""
         try:
-            return self._ranges.read(uri, start, end)
+            return self._store.read(uri, start, end, exact=True)
         except FileNotFoundError as error:
             raise UserError(f"{error}; `jobs/prepare.py verify {self.dataset.uri}` lists what is wrong") from error
 

@@ -44,8 +44,7 @@ def list_source(uri: str) -> pa.Table:
     left_out = LeftOut()
     found = in_order(spilled((left_out.sift(listing(part)) for part in parts), LISTING))
     if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
-        fs, path = storage.filesystem(uri)
-        return listing([("", int(fs.size(path)))])
+        return listing([("", storage.file_size(uri))])
     if left_out.count and not found.num_rows:
         raise UserError(
             f"{uri}: nothing but {left_out.count:,} hidden or system files, such as {left_out.example}, which are no input; name "

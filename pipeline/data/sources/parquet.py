@@ -1,7 +1,8 @@
 """Parquet files: a column of image bytes (or Hugging Face's struct of bytes and path) and a label column."""
 
+import contextlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,8 +76,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
-    opened = _ParquetFile(uri)
-    with opened as file:
+    with _ParquetFile(uri) as file:
         columns = RowColumns(
             file.schema_arrow, uri, fragment["path"], source.columns, lambda column: _distinct(file, column)
         )
@@ -94,29 +94,10 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
                     )
                     row += 1
         except (pa.ArrowException, OSError) as error:
-            opened.check()
             yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
 
 
 # ---------------------------------------------------------------- files
-
-
-class _StoreFile:
-    """A file on a store that remembers whether reading it failed: Arrow makes the same exceptions of that and of damage."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self.handle = handle
-        self.problem: Exception | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self.handle.read(size)
-        except Exception as error:  # botocore, aiohttp and the socket layer each have their own
-            self.problem = error
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.handle, name)
 
 
 class _ParquetFile:
@@ -127,32 +108,17 @@ class _ParquetFile:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> pq.ParquetFile:
-        self.handle: Any = None
         try:
             if storage.is_remote(self.uri):
-                fs, path = storage.filesystem(self.uri)
-                self.handle = _StoreFile(fs.open(path, "rb", block_size=16 << 20))
-                return pq.ParquetFile(self.handle, pre_buffer=False)
-            self.handle = pa.memory_map(self.uri)
-            return pq.ParquetFile(self.handle)
+                return pq.ParquetFile(self._open.enter_context(storage.open_file(self.uri)), pre_buffer=False)
+            return pq.ParquetFile(self._open.enter_context(pa.memory_map(self.uri)))
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:
-            self.check()
             raise UserError(f"{self.uri}: not a Parquet file, or damaged ({error})") from error
-        except Exception:
-            self.check()
-            raise
-
-    def check(self) -> None:
-        problem = getattr(self.handle, "problem", None)
-        if problem is not None:
-            raise storage.StorageError(
-                f"{self.uri}: cannot be read ({problem}); run the same command again"
-            ) from problem
 
     def __exit__(self, *_: object) -> None:
-        self.handle.close()
-        self.check()
+        self._open.close()

@@ -99,26 +99,32 @@ def _masked(data: bytes) -> int:
 # ---------------------------------------------------------------- records
 
 
+class DamagedRecord(UserError):
+    """A TFRecord file that cannot be read on. The errors of a store that fails are others."""
+
+
 def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[bytes]:
     """The records of an open TFRecord file. `check=False` skips the checksum of the data (never that of the length).
 
-    Raises UserError, naming `name` and the record, where the file is cut short or a checksum differs.
+    Raises DamagedRecord, naming `name` and the record, where the file is cut short or a checksum differs.
     """
     number = 0
     while head := file.read(12):
         where = f"{name}: record {number}"
         if len(head) < 12:
-            raise UserError(f"{where}: the file is cut short inside a record's length; fetch it again")
+            raise DamagedRecord(f"{where}: the file is cut short inside a record's length; fetch it again")
         length, length_crc = struct.unpack("<QI", head)
         if _masked(head[:8]) != length_crc:
-            raise UserError(f"{where}: wrong checksum of the length; not a TFRecord file, or damaged (or compressed)")
+            raise DamagedRecord(
+                f"{where}: wrong checksum of the length; not a TFRecord file, or damaged (or compressed)"
+            )
         if length > MAX_RECORD_BYTES:
-            raise UserError(f"{where}: {length:,} bytes long, more than the limit of {MAX_RECORD_BYTES:,}")
+            raise DamagedRecord(f"{where}: {length:,} bytes long, more than the limit of {MAX_RECORD_BYTES:,}")
         data, tail = file.read(length), file.read(4)
         if len(data) < length or len(tail) < 4:
-            raise UserError(f"{where}: the file is cut short ({len(data):,} of {length:,} bytes); fetch it again")
+            raise DamagedRecord(f"{where}: the file is cut short ({len(data):,} of {length:,} bytes); fetch it again")
         if check and _masked(data) != struct.unpack("<I", tail)[0]:
-            raise UserError(f"{where}: wrong checksum of the data; the file is damaged, fetch it again")
+            raise DamagedRecord(f"{where}: wrong checksum of the data; the file is damaged, fetch it again")
         yield data
         number += 1
 
@@ -266,7 +272,7 @@ def _read_file(uri: str, name: str, source: Source) -> Iterator[tuple[Item, Iter
         for record in _records(uri):
             yield _item(record, name, row, source)
             row += 1
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+    except (DamagedRecord, EOFError, OSError, zlib.error) as error:
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}")), ()
 
 
@@ -294,13 +300,10 @@ def _item(record: bytes, name: str, row: int, source: Source) -> tuple[Item, Ite
 
 def _records(uri: str) -> Iterator[bytes]:
     with storage.open_file(uri) as file:
-        try:
-            packed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            records: Any = gzip.GzipFile(fileobj=file) if packed else file
-            yield from read_records(records, uri)
-        except UserError as error:  # a damaged file, unlike the errors of a store that fails
-            raise ValueError(str(error)) from error
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        records: Any = gzip.GzipFile(fileobj=file) if packed else file
+        yield from read_records(records, uri)
 
 
 def _class_names(example: dict[str, Any], wanted: str | None) -> list[str] | None:

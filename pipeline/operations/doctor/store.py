@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import tempfile
 import urllib.parse
 import uuid
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, 
 if TYPE_CHECKING:
     from pipeline.training.config import PretrainConfig
 
-PART = 5 << 20  # the smallest part of a multipart upload that S3 accepts
+IN_PARTS = (16 << 20) + 1  # bytes that go up in three parts
 _CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
 
 
@@ -58,7 +59,7 @@ def writable(uri: str) -> list[CheckResult]:
             findings.append(conditional(probe))
         return findings
     except UserError as cause:
-        if "MissingContentLength" in _chain(cause):
+        if "MissingContentLength" in str(cause):
             return [error("checksum mode", f"{uri} wants uploads of a stated length, which checksums hide", _CHECKSUMS)]
         return [refused("output", cause)]
     except OSError as cause:
@@ -70,22 +71,18 @@ def writable(uri: str) -> list[CheckResult]:
                 os.rmdir(storage.normalise(uri))  # when the probe was all that it held
 
 
-def _chain(cause: BaseException | None) -> str:
-    """What an exception and its causes say; s3fs keeps S3's error code only in the last of them."""
-    return f"{cause}: {_chain(cause.__cause__)}" if cause else ""
-
-
 def multipart(uri: str) -> CheckResult:
-    """Files beyond 50 MB go up in parts."""
-    fs, path = storage.filesystem(uri)
-    content = os.urandom(2 * PART + 1)
+    """Large files go up in parts."""
+    content = os.urandom(IN_PARTS)
     try:
-        with fs.open(path, "wb", block_size=PART) as file:
+        with tempfile.NamedTemporaryFile() as file:
             file.write(content)
-        if fs.cat_file(path) == content:
+            file.flush()
+            storage.copy_file(file.name, uri)
+        if storage.read_bytes(uri) == content:
             return ok("multipart upload", "works")
         reason = "other bytes came back"
-    except Exception as cause:
+    except (UserError, OSError) as cause:
         reason = str(cause)
     return error("multipart upload", f"fails ({reason})", "checkpoints and shards need it: use another store")
 
