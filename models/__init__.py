@@ -1,12 +1,12 @@
-"""The maths: Vision Transformers, hybrids and ResNets of arXiv 2010.11929, their losses, weights and inspection.
+"""Vision Transformers, hybrids and ResNets of arXiv 2010.11929, with their losses, weights and inspection.
 
     from models import create_model
     model = create_model("B/16", num_classes=1000, image_size=224)
     logits = model(images)          # uint8 (B,H,W,C), or float (B,C,H,W) in [-1, 1], or patches (B,N,P*P*C)
 
 Files: `variants` (the table of names), `pixels`, `vit`, `resnet`, `heads`, `posemb`, `mpp` (masked patch prediction),
-`losses`, `cost` (parameters and FLOPs), `weights` (state dicts of other namings), `compatibility` (of other libraries),
-`probes` (classifiers on frozen features), `inspect` (what a model learned). All of it is torch and NumPy alone.
+`losses`, `cost` (parameters and FLOPs), `weights` (translation of other projects' state dicts), `compatibility` (with other
+libraries), `probes` (classifiers on frozen features), `inspect` (what a model learned). Only torch and NumPy are imported.
 """
 
 from typing import Any

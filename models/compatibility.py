@@ -1,6 +1,6 @@
-"""Which models other libraries can express. Nothing here imports torch: a job asks before it waits for the libraries.
+"""Which models other libraries can express. Does not import torch, so a job can check before it loads the libraries.
 
-Every `config` is a model's: `model.config`, or "model" in a checkpoint's config.json.
+`config` is always `model.config`, or the entry "model" of a checkpoint's config.json.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ TIMM_REGISTERED = (
 
 
 def timm_architecture(variant: str) -> str:
-    """The registered timm model closest to a variant; for a common variant, its own name. Raises UserError for none."""
+    """The registered timm model closest to a variant; for a common variant, its own name. Raises UserError when there is none."""
     if variant in TIMM_ARCHITECTURES:
         return TIMM_ARCHITECTURES[variant]
     if "R" in variant:

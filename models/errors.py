@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right. The message names the file, key, flag or task and says what to do.
+    """An error that the user can fix. The message names the file, key, flag or task and says what to do.
 
-    Jobs print it as one line and exit with status 2 (`pipeline.config.run_job`); libraries let it through.
+    Jobs print it as one line and exit with status 2 (`pipeline.config.run_job`); other code does not catch it.
     """
 
 

@@ -1,7 +1,7 @@
 """Losses over logits (B,K) and labels in the form of the loader's batches.
 
-Labels: int64 (B,) class indices, or (B,M) several classes of each sample, padded with -1. A sample with -1 alone is
-unlabelled and does not count. Mixup: `label_b` are the labels of the other image, `lam` (B,) is the share of the first.
+Labels: int64 (B,) class indices, or (B,M) several classes of each sample, padded with -1. A sample whose labels are all -1
+is unlabelled and does not count. Mixup: `label_b` are the labels of the other image, `lam` (B,) is the share of the first.
 """
 
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ TARGETS = ("mean", "downsized", "full")
 
 
 class MaskedPrediction(NamedTuple):
-    """The model's prediction of the corrupted patches, and the patches as they were; `models.losses` compares the two.
+    """The model's prediction of the corrupted patches, and the original patches; `models.losses` compares the two.
 
     prediction: (B,n,512) for "mean", (B,n,16,512) for "downsized", (B,n,P*P*C) for "full".
     target: int64 (B,n) or (B,n,16) colour classes, or float (B,n,P*P*C) pixels in [-1, 1].

@@ -7,7 +7,7 @@ import torch
 
 
 def normalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 pixels to [-1, 1]; floats are taken as normalised already. Computed in float32: bfloat16 would round pixels."""
+    """uint8 pixels to [-1, 1]; floats are expected to be normalised. Computed in float32: bfloat16 would round pixels."""
     if x.dtype == torch.uint8:
         x = x.float() / 127.5 - 1.0
     return x.to(dtype)

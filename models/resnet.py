@@ -171,7 +171,7 @@ class Stages(nn.Module):
         self, enabled: bool = True, blocks: int | None = None, keep_products: bool = False
     ) -> None:
         """Recompute each unit of the first `blocks` stages (all by default) in the backward pass instead of keeping its
-        activations. keep_products is of transformer blocks alone."""
+        activations. keep_products has no effect here: it concerns transformer blocks."""
         for number, stage in enumerate(self.blocks):
             stage.grad_checkpointing = enabled and (blocks is None or number < blocks)
 

@@ -1,6 +1,6 @@
 """Every model by name, in one table, with its size and cost.
 
-A name is `width/patch` ("B/16"; any width goes with any patch size), `stem+width/stride` for a hybrid ("R50+B/16": the
+A name is `width/patch` ("B/16"; any width can have any patch size), `stem+width/stride` for a hybrid ("R50+B/16": the
 number is the total downsampling, the transformer sees 1x1 patches of the feature map), or `RdepthxWidth` for a ResNet
 ("R50x1"). Parameters and GFLOPs (2 x multiply-accumulates, one image forward) at 224 pixels, class token, no head:
 

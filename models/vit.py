@@ -173,12 +173,12 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT and hybrid. `forward` gives logits, `features` the representation below the head, `encode` all tokens.
 
-    The parameters are this project's public options of a model: flags, recipes and config.json name them one by one.
+    The parameters are the options of `create_model`; flags, recipes and config.json use the same names.
 
     pool: "token" (class token), "gap" (mean of the patch tokens) or "map" (attention pooling); the last two have no
         class token.
     posemb: "learn" (1-D, of the paper), "sincos2d" (fixed) or "none".
-    pre_logits: the tanh layer that the paper's head has during pre-training.
+    pre_logits: the tanh layer that the paper's head has in pre-training.
     registers: extra learned tokens without position (arXiv 2309.16588). qk_norm: LayerNorm on queries and keys
         (arXiv 2302.05442). fc_norm: the final LayerNorm after the mean and not before, timm's default for "gap".
     dropout: after every dense layer but q, k, v, and after adding positions. drop_path: stochastic depth, rising

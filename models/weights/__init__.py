@@ -1,10 +1,10 @@
-"""Weights of every naming, as mappings: a state dict in, a state dict out. No file, no URI, no network.
+"""Translates weights between naming schemes: a state dict in, a state dict out, without files or network.
 
-    named = translate(tensors, config)                 # any naming -> this project's names (timm's)
-    report = load_tensors(model, named, "ViT-B_16")    # fitted to the model and put into it
-    state, config = timm.to_timm(model)                # the way back; huggingface.to_huggingface
+    named = translate(tensors, config)                 # any naming scheme -> this project's names (timm's)
+    report = load_tensors(model, named, "ViT-B_16")    # fits them to the model and loads them
+    state, config = timm.to_timm(model)                # the reverse; also huggingface.to_huggingface
 
-One file is one naming. A new one is a new file here, with what `tensors.Naming` lists, and a line in NAMINGS.
+Each naming scheme is one file. To add one, write a file with what `tensors.Naming` lists, and add a line to NAMINGS.
 `pipeline.weights` reads the files.
 """
 
@@ -41,10 +41,10 @@ NAMINGS: tuple[Naming, ...] = (bit, google, huggingface, siglip, torchvision, ow
 
 
 def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> NamedWeights:
-    """Tensors of any naming under this project's names.
+    """Renames the tensors of any naming scheme to this project's names.
 
-    config: what stands beside the tensors, such as a config.json. Raises UserError for tensors of no known naming, for
-    several models in one, and for values that are not finite.
+    config: the description that came with the tensors, such as a config.json. Raises UserError for an unknown naming scheme,
+    for tensors of several models, and for values that are not finite.
     """
     config = config or {}
     anchors = list(dict.fromkeys(anchor for naming in NAMINGS for anchor in naming.ANCHORS))
@@ -73,7 +73,7 @@ def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> Name
 
 
 def load_tensors(model: nn.Module, named: NamedWeights, source: str, strict_head: bool = False) -> LoadReport:
-    """Fits weights to a model and puts them into it; on an error the model is untouched. Arguments: `fit_weights`."""
+    """Fits weights to a model and loads them. The model does not change when there is an error. Arguments: `fit_weights`."""
     fitted, report = fit_weights(model, named, source, strict_head)
     model.load_state_dict(fitted, strict=False)
     return report

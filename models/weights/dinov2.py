@@ -1,4 +1,4 @@
-"""DINO's and DINOv2's own files: timm's names, with registers and blocks in chunks, and the heads of self-distillation."""
+"""Files of DINO and DINOv2: timm's names, with registers, blocks in chunks, and the heads of self-distillation."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Fits translated weights to a model: positions to its grid, heads of another task left out, the rest exactly or not at all."""
+"""Fits translated weights to a model: resizes position embeddings, leaves out heads of another task, and requires all other shapes to match."""
 
 import math
 import re
@@ -52,9 +52,9 @@ def fit_weights(
 ) -> tuple[Weights, LoadReport]:
     """(weights in the model's shapes and precision, report); the model itself is not changed.
 
-    source: what messages call the weights. strict_head: a head for other classes, or with or without the tanh layer, is
-    an error and not left out. Raises UserError that lists missing, unknown and misshapen tensors, or that says which
-    convention of the source gives its numbers another meaning.
+    source: the name of the weights in messages. strict_head: a head for other classes, or one that differs in the tanh layer,
+    is an error instead of being left out. Raises UserError that lists missing, unknown and misshapen tensors, or names
+    a convention in which the source differs.
     """
     target = model.state_dict()
     weights = dict(named.weights)
@@ -78,9 +78,9 @@ def fit_weights(
 
 
 def _drop_other_head(weights: Weights, ours: Mapping[str, torch.Size]) -> list[str]:
-    """Removes the source's head where the model's is another; the names removed.
+    """Removes the source's head where it differs from the model's. Returns the names removed.
 
-    A linear head is worth keeping only on the representation that it was trained on: with or without the tanh layer.
+    A linear head is useful only on the representation it was trained on, with or without the tanh layer.
     ours: shapes of the model's head.
     """
     theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(TASK_PARTS)}
@@ -120,7 +120,7 @@ def _check_fit(
 
 
 def _fold_layer_scale(weights: Weights) -> list[str]:
-    """Multiplies LayerScale (timm's init_values) into the matrix before it, which gives the same function; the notes."""
+    """Multiplies LayerScale (timm's init_values) into the matrix before it, which gives the same function. Returns notes."""
     scales = [name for name in weights if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]
     for name in scales:
         layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -203,7 +203,7 @@ def _find_grid(
 def _drop_positions(
     weights: Weights, cls_row: torch.Tensor, prefix: int, old: tuple[int, int], posemb_kind: str
 ) -> None:
-    """Takes positions out for a model with fixed ones or none; learned ones stay under a name that the error lists."""
+    """Removes position embeddings for a model with fixed ones or none. Learned ones stay, so that the error lists them."""
     table = weights.pop("pos_embed")
     if posemb_kind == "none":
         weights["pos_embed (learned position embeddings; the model has none)"] = table
@@ -217,9 +217,9 @@ def _drop_positions(
 
 
 def _check_conventions(model: nn.Module, source_says: Conventions, source: str) -> list[str]:
-    """Notes where the source computes with other conventions than the model.
+    """Returns notes on conventions in which the source differs from the model.
 
-    Raises UserError where its numbers would mean something else: another number of heads, another activation.
+    Raises UserError where the model would compute something else: another number of heads, another activation.
     """
     config: Any = model.config
     if "gelu" not in config:  # a ResNet

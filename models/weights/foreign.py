@@ -1,4 +1,4 @@
-"""What a state dict is when this project's models cannot hold it, so that the error can say it."""
+"""Recognises state dicts that no model of this project can hold, so that the error can name them."""
 
 from collections.abc import Iterable
 
@@ -27,7 +27,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def recognize(names: Iterable[str]) -> str | None:
-    """What the file is, for the names of its tensors; None when nothing gives it away."""
+    """What the file is, judged by the names of its tensors; None when they do not show it."""
     names = list(names)
     for signs, what in SIGNS:
         if any(sign in name for name in names for sign in signs):

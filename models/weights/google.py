@@ -1,6 +1,6 @@
 """Google's ViT and hybrid .npz: the published pre-Linen files, Linen, and big_vision (also with blocks stacked by scan).
 
-Kernels are (in, out) or (height, width, in, out) there, and attention kernels carry an axis of heads.
+Google's kernels are (in, out) or (height, width, in, out), and attention kernels have an axis of heads.
 """
 
 import re
@@ -25,7 +25,7 @@ def matches(tensors: Weights, config: Mapping[str, Any]) -> bool:
 
 
 def translate(tensors: Weights) -> Weights:
-    """Raises UserError for arrays that are no Vision Transformer, or that have the wrong number of axes."""
+    """Raises UserError for arrays that are not a Vision Transformer, or that have the wrong number of axes."""
     weights: Weights = {}
     misshapen = []
 
@@ -70,7 +70,7 @@ def convolution(array: np.ndarray) -> np.ndarray:
 
 
 def _image_tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The image encoder's parameters without their prefix, with blocks that scan stacked taken apart."""
+    """The image encoder's parameters without their prefix, with the blocks that scan stacked separated."""
     for prefix in PREFIXES:
         if f"{prefix}embedding/kernel" in arrays:
             break

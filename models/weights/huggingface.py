@@ -1,4 +1,4 @@
-"""Hugging Face's ViT family: ViT, ViT-MAE, ViT-MSN, DINOv2 (with or without registers), and the way back to ViT.
+"""Hugging Face's ViT family: reads ViT, ViT-MAE, ViT-MSN and DINOv2 (with or without registers), and writes ViT.
 
 Each module has two names: the one of the files, unchanged since 2021, and the one that transformers 5 gives its modules.
 """

@@ -1,4 +1,4 @@
-"""The files of masked autoencoders (arXiv 2111.06377): timm's names, with a decoder beside the encoder."""
+"""The files of masked autoencoders (arXiv 2111.06377): timm's names, with a decoder in addition to the encoder."""
 
 from collections.abc import Mapping
 from dataclasses import replace

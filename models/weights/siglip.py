@@ -25,7 +25,7 @@ MODULES |= {f"self_attn.{part}_proj": f"attn.{part}" for part in "qkv"}
 
 
 def matches(tensors: Weights, config: Mapping[str, Any]) -> bool:
-    """CLIP's image tower in the same names has a class token, which SigLIP has not."""
+    """CLIP's image tower has the same names and a class token; SigLIP has no class token."""
     names = [name for name in tensors if not name.startswith("text_model.")]
     anchored = any(name.endswith(ANCHORS) for name in names)
     return anchored and not any(name.endswith("embeddings.class_embedding") for name in names)

@@ -1,4 +1,4 @@
-"""What every file of this package speaks of: a state dict by this project's names, and what its tensors do not show."""
+"""Types and helpers of all naming schemes: a state dict under this project's names, and the facts that tensors do not show."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conventions:
-    """How the source computes with its tensors, as far as it is known. The tensors alone show none of this."""
+    """How the source computes with its tensors, as far as known. The tensors alone do not show it."""
 
     heads: int | None = None
     """Attention heads."""
@@ -42,7 +42,7 @@ class NamedWeights:
 
 
 class Naming(Protocol):
-    """What a module of this package offers to be an entry of `models.weights.NAMINGS`.
+    """The interface of a module that `models.weights.NAMINGS` lists.
 
     Two more names are optional: BASES, prefixes that belong to the naming itself and not to a wrapper, and OTHER_PARTS,
     the beginnings (by this project's names) of tensors that belong to other networks in the same file.
@@ -62,7 +62,7 @@ class Naming(Protocol):
         """The tensors under this project's names; unknown ones keep theirs, so that the fit lists them."""
 
     def conventions(self, tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-        """How the source computes, from its config.json, its tensors, or what is always so in this naming."""
+        """How the source computes, from its config.json, its tensors, or the rules of this naming scheme."""
 
 
 def fuse_qkv(weights: Weights) -> Weights:
@@ -76,7 +76,7 @@ def fuse_qkv(weights: Weights) -> Weights:
 def fuse(weights: Weights, parts: list[str], whole: str) -> None:
     """Replaces tensors by their concatenation along axis 0.
 
-    Parts that do not fit together, or of which one is missing, stay: the fit lists them as unknown.
+    Parts that do not fit together or are incomplete stay, and the fit lists them as unknown.
     """
     if all(part in weights for part in parts) and len({weights[part].shape[1:] for part in parts}) == 1:
         weights[whole] = torch.cat([weights.pop(part) for part in parts])
@@ -106,6 +106,6 @@ def patch_grid(image_size: Any, kernel: torch.Tensor) -> tuple[int, int] | None:
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part of a configuration; empty when it is missing or no dictionary."""
+    """A part of a configuration; empty when it is missing or not a dictionary."""
     part = config.get(name)
     return part if isinstance(part, dict) else {}

@@ -1,4 +1,4 @@
-"""timm's names, which are this project's but for a few modules, and the way back to timm."""
+"""Reads and writes timm's names, which equal this project's except for a few modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -82,7 +82,7 @@ def to_timm(model: nn.Module) -> tuple[Weights, dict[str, Any]]:
 
 
 def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm knows of the data: size and normalisation of the images, number of classes."""
+    """timm's description of the data: size and normalisation of the images, number of classes."""
     return {
         "input_size": [config["channels"], config["image_size"], config["image_size"]],
         "mean": [0.5] * config["channels"],

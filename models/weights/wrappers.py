@@ -1,4 +1,4 @@
-"""What training frameworks and scripts put before the names of a model's tensors, and which model of several is read."""
+"""Removes the prefixes that training frameworks put before tensor names, and chooses among several models in one file."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ OTHER_HALVES = (
 
 
 def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tuple[Weights, list[str], list[str]]:
-    """(the tensors of one encoder without what stands before its names, names of tensors left out, notes).
+    """(the tensors of one encoder without prefixes, names of tensors left out, notes).
 
     anchors: names of the patch embedding's weight in every naming; what stands before one of them is the prefix. bases:
     prefixes that belong to a naming and stay. Raises UserError when the file holds several models and none is preferred.
