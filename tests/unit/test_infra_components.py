@@ -1,0 +1,62 @@
+"""Each option of the Kubernetes cluster, built with kustomize and checked against KubeRay's definitions."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from test_infra import ROOT, definitions
+
+COMPONENTS = sorted(path.parent.name for path in (ROOT / "infra" / "components").glob("*/kustomization.yaml"))
+__all__ = ["definitions"]  # a fixture
+
+
+def cluster_with(names, folder: Path) -> dict:
+    """The RayCluster that `kubectl apply -k` would send with these components."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not here to build with")
+    shutil.copytree(ROOT / "infra", folder / "infra", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "infra" / "kuberay" / "kustomization.yaml"
+    file.write_text(file.read_text() + "components:\n" + "".join(f"  - ../components/{name}\n" for name in names))
+    done = subprocess.run(["kubectl", "kustomize", file.parent], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (cluster,) = [d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "RayCluster"]
+    return cluster
+
+
+@pytest.mark.parametrize("names", [*([name] for name in COMPONENTS), ["efa", "nvme", "logs"]], ids="+".join)
+def test_components_make_a_cluster_that_kuberay_knows(names, tmp_path, definitions):
+    cluster = cluster_with(names, tmp_path)
+    definitions["RayCluster"].validate(cluster)
+    gpu = cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]
+    assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    for container in gpu["containers"]:
+        assert container["image"] == "registry.example.com/vit-pipeline:0.1.0"
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+
+
+def test_what_each_component_adds(tmp_path):
+    def gpu_pod(name):
+        spec = cluster_with([name], tmp_path / name)["spec"]["workerGroupSpecs"][1]["template"]
+        return spec, spec["spec"]["containers"][0]
+
+    _, container = gpu_pod("efa")
+    assert container["resources"]["limits"]["vpc.amazonaws.com/efa"] == "32"
+    assert {"name": "FI_PROVIDER", "value": "efa"} in container["env"]
+    pod, container = gpu_pod("rdma")
+    assert pod["spec"]["hostNetwork"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    pod, _ = gpu_pod("gke-rdma")
+    interfaces = yaml.safe_load(pod["metadata"]["annotations"]["networking.gke.io/interfaces"])
+    assert [row["network"] for row in interfaces] == ["default", *(f"rdma-{i}" for i in range(8))]
+    pod, _ = gpu_pod("nvme")
+    assert {v["name"]: v for v in pod["spec"]["volumes"]}["scratch"]["hostPath"]["path"] == "/mnt/disks/ssd0"
+    pod, _ = gpu_pod("logs")
+    assert pod["spec"]["containers"][1]["command"][1] == "/opt/vit/infra/ship_logs.py"
+
+
+def test_the_table_names_every_component():
+    table = (ROOT / "infra" / "components" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == COMPONENTS
