@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from models import create_model
@@ -17,6 +18,9 @@ from pipeline.transfer.backbones import LIBRARIES, open_backbone
 from pipeline.transfer.suites import TransferConfig
 from pipeline.weights import checkpoints, load_model, load_weights, read_config, read_weights
 from pipeline.weights.description import SUFFIXES
+
+RANDOM = "random:"
+"""Before the address of a checkpoint: its architecture with random weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
             f"suite {config.suite} needs --checkpoint: a checkpoint or run folder, timm:NAME, hf:FOLDER, or weights with "
             "--variant"
         )
+    if uri.startswith(RANDOM):
+        return _random_encoder(load_checkpoint(replace(config, checkpoint=uri.removeprefix(RANDOM))))
     if uri.startswith(LIBRARIES):
         if config.variant:
             raise UserError(f"--variant is for bare weights; {uri} says its architecture itself")
@@ -68,6 +74,15 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
     return Checkpoint(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id)
+
+
+def _random_encoder(trained: Checkpoint) -> Checkpoint:
+    """The same architecture with the weights that training would have begun with. Raises UserError for another library's."""
+    if "library" in trained.config:
+        raise UserError(f"{RANDOM}{trained.uri}: only models of this project can be initialised anew")
+    torch.manual_seed(0)
+    arrays = _arrays(create_model(**trained.config))
+    return Checkpoint(f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config]), trained.config, arrays)
 
 
 def _arrays(model: nn.Module) -> dict[str, np.ndarray]:

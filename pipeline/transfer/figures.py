@@ -1,42 +1,58 @@
 """Figures of a suite, drawn by matplotlib without pyplot: no global state, no display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from pipeline.transfer.jobs import Result
+from pipeline.transfer.mistakes import Pair
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import GROUPS
 
+MARKS = "ovs^D*"
+Others = Mapping[str, Mapping[str, float | None]]
+"""More scores, {title: {row: top-1 in percent}}."""
 
-def score_bars(scores: Sequence[Score]) -> Figure:
-    """One bar per row, coloured by group, with the deviation between seeds and, for VTAB, the paper's models as marks."""
-    figure, axes = _figure(max(5.0, 0.45 * len(scores) + 2), 4.2)
+
+def score_bars(scores: Sequence[Score], others: Others) -> Figure:
+    """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as marks."""
+    figure, axes = _figure(max(6.0, 0.45 * len(scores) + 2.5), 4.4)
     colours = dict(zip(["", *GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
     x = np.arange(len(scores))
-    axes.bar(x, [score.mean for score in scores], color=[colours[score.group] for score in scores])
+    bars = axes.bar(x, [score.mean for score in scores], color=[colours[score.group] for score in scores])
+    axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
     if any(score.std for score in scores):
         deviations = [score.std for score in scores]
         axes.errorbar(
             x, [s.mean for s in scores], yerr=deviations, fmt="none", ecolor="black", elinewidth=0.8, capsize=2
         )
-    for (model, row), marker in zip(published_scores(scores).items(), "ovs^D*", strict=False):
+    for (model, row), marker in zip({**others, **published_scores(scores)}.items(), MARKS, strict=False):
         points = [(i, row[score.name]) for i, score in enumerate(scores) if row.get(score.name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, color="black", markersize=3.5, label=model, linestyle="")
-    axes.set_xticks(x, [score.name for score in scores], rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("top-1 (%)")
-    axes.set_ylim(0, 100)
-    for spine in ("top", "right"):
-        axes.spines[spine].set_visible(False)
-    groups = {score.group for score in scores if score.group}
-    for group in (g for g in GROUPS if g in groups):
-        axes.bar([0], [0], color=colours[group], label=group)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(fontsize=7, ncols=6, loc="outside upper center", frameon=False)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker,
+                color="black",
+                mfc="white",
+                ms=5,
+                label=model,
+                linestyle="",
+                zorder=3,
+            )
+    axes.set_xticks(x, [score.name for score in scores], rotation=45, ha="right", fontsize=8)
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylim(0, 105)
+    axes.set_yticks(range(0, 101, 20))
+    axes.spines[["top", "right"]].set_visible(False)
+    groups = {score.group for score in scores}
+    handles = [Patch(color=colours[group], label=group or "this model") for group in ("", *GROUPS) if group in groups]
+    handles += axes.get_legend_handles_labels()[0]
+    if len(handles) > 1:
+        figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside upper center", frameon=False)
     return figure
 
 
@@ -46,39 +62,94 @@ def loss_curves(results: Sequence[Result]) -> Figure | None:
     names = list(dict.fromkeys(result.task for result in drawn))
     if not names:
         return None
-    figure, grid = _grid(len(names))
+    figure, grid = _grid(len(names), 2.8, 2.3)
     for axes, name in zip(grid, names, strict=False):
         for result in (r for r in drawn if r.task == name):
             steps, losses, _ = zip(*result.curve, strict=True)
             style = "--" if result.phase == "tune" else "-"
             axes.plot(steps, losses, style, linewidth=1, label=f"lr {result.lr:g} seed {result.seed}")
-        axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=6)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
         if 1 < len(axes.lines) <= 6:
-            axes.legend(fontsize=5)
-    figure.supxlabel("step", fontsize=8)
-    figure.supylabel("training loss", fontsize=8)
+            axes.legend(fontsize=6, frameon=False)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("training loss (cross-entropy)", fontsize=9)
     return figure
 
 
-def confusion_matrices(results: Sequence[Result]) -> Figure | None:
-    """Confusion matrices (rows: label) of the tasks with few classes, added up over seeds."""
+def confusion_matrices(
+    results: Sequence[Result], classes: Mapping[str, Sequence[str]], drawn: Sequence[str] | None = None
+) -> Figure | None:
+    """Confusion matrices (rows: label, columns: prediction) of the tasks with few classes, added up over seeds.
+
+    classes: {task: class names}. drawn: only these tasks. Colours are shares of a label's images; numbers are images.
+    """
     matrices: dict[str, np.ndarray] = {}
     for result in results:
-        if result.confusion and result.phase == "final":
+        if result.confusion and result.phase == "final" and (drawn is None or result.task in drawn):
             matrices[result.task] = matrices.get(result.task, 0) + np.array(result.confusion)
     if not matrices:
         return None
-    figure, grid = _grid(len(matrices))
+    side = 0.28 * max(len(counts) for counts in matrices.values()) + 1.6
+    figure, grid = _grid(len(matrices), max(2.6, side), max(2.4, side - 0.2), columns=3)
+    image = None
     for axes, (name, counts) in zip(grid, matrices.items(), strict=False):
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        axes.set_title(name, fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_xlabel("prediction", fontsize=6)
-        axes.set_ylabel("label", fontsize=6)
+        image = _confusion(axes, counts, list(classes.get(name, ())))
+        axes.set_title(name, fontsize=9)
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.02)
+        bar.set_label("share of the label's images", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _confusion(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    names = [name if len(name) <= 14 else name[:13] + "…" for name in names] or [str(i) for i in range(len(counts))]
+    axes.set_xticks(
+        range(len(counts)), names[: len(counts)], fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0
+    )
+    axes.set_yticks(range(len(counts)), names[: len(counts)], fontsize=7)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        colour = "white" if shares[row, column] > 0.55 else "black"
+        axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=6, color=colour)
+    axes.set_xlabel("prediction", fontsize=8)
+    axes.set_ylabel("label", fontsize=8)
+    axes.tick_params(length=0)
+    return image
+
+
+def confused_pairs(pairs: Sequence[Pair]) -> Figure | None:
+    """The most confused pairs of classes, as bars: which share of a label's images got that prediction."""
+    if not pairs:
+        return None
+    figure, axes = _figure(6.4, 0.32 * len(pairs) + 1.1)
+    y = np.arange(len(pairs))[::-1]
+    bars = axes.barh(y, [100 * pair.share for pair in pairs], color="#4c72b0")
+    axes.bar_label(bars, [f"{pair.count} of {pair.images}" for pair in pairs], fontsize=7, padding=3)
+    axes.set_yticks(y, [f"{pair.label} → {pair.prediction}" for pair in pairs], fontsize=8)
+    axes.set_xlabel("share of the label's images (%)", fontsize=8)
+    axes.set_title("Most confused: label → prediction", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.15)
+    return figure
+
+
+def pictures(images: Sequence[np.ndarray], titles: Sequence[str], heading: str) -> Figure:
+    """uint8 pictures (H,W,3) with a title each, eight in a row."""
+    columns = min(8, max(4, len(images)))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.35 * columns, 1.7 * rows + 0.45), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(title, fontsize=7, pad=2)
+    figure.suptitle(heading, fontsize=9)
     return figure
 
 
@@ -87,10 +158,10 @@ def _figure(width: float, height: float) -> Any:
     return figure, figure.add_subplot()
 
 
-def _grid(count: int) -> Any:
-    columns = min(5, count)
+def _grid(count: int, width: float, height: float, columns: int = 5) -> Any:
+    columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.1 * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(width * columns + 0.4, height * rows), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[count:]:
         unused.set_axis_off()

@@ -6,15 +6,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.config import to_dict
+from pipeline.data.loading.samples import stored_pictures
+from pipeline.errors import UserError
 from pipeline.tracking import Run, description, names, registry, start_run
 from pipeline.tracking.views import page
-from pipeline.transfer import figures
-from pipeline.transfer.jobs import Result
+from pipeline.transfer import figures, mistakes
+from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.scores import SCORES, Score, standard_error
-from pipeline.transfer.store import SuiteState
-from pipeline.transfer.suites import FineTune, Split, TransferConfig, TransferTask, suite_version
+from pipeline.transfer.store import Store, SuiteState
+from pipeline.transfer.suites import FineTune, Probe, Split, TransferConfig, TransferTask, suite_version
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
@@ -29,12 +33,14 @@ class Recorder:
         self, config: TransferConfig, parent: Run, state: SuiteState, datasets: Mapping[Split, "Dataset"]
     ) -> None:
         self.config, self.parent, self.state, self.datasets = config, parent, state, datasets
+        self._tasks: dict[str, TransferTask] = {}
 
     def task(self, task: TransferTask, known: Mapping[str, Result]) -> None:
         """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix.
 
         A driver that died may have left it unwritten, or half of it; the number of results in it tells.
         """
+        self._tasks[task.name] = task
         results = [result for result in known.values() if result.task == task.name]
         if self.state.recorded.get(task.name) == len(results):
             return
@@ -83,11 +89,50 @@ class Recorder:
             mean = sum(result.accuracy[""] for result in finals) / len(finals)
             child.log({names.MEAN_SCORE: mean})
             self.parent.log({names.SCORE + task.name: mean})
-        if figure := figures.confusion_matrices(finals):
+        classes = {task.name: self._classes(task)}
+        if figure := figures.confusion_matrices(finals, classes):
             child.log_figure(figure, "confusion.png")
+        self._mistakes(child, task, finals)
 
-    def suite(self, text: str, summary: dict[str, Any], scores: Sequence[Score], results: Sequence[Result]) -> None:
-        """Scores, means and the report (`text`, Markdown) in the parent run; figures there and in the output folder."""
+    def _classes(self, task: TransferTask) -> list[str]:
+        return ["even", "odd"] if task.parity else list(self.datasets[task.test].classes)
+
+    def _mistakes(self, child: Run, task: TransferTask, finals: Sequence[Result]) -> None:
+        """The most confused pairs of classes, and test images that were misclassified, of the first seed."""
+        if not finals or (isinstance(task.protocol, Probe) and task.protocol.kind == "fewshot"):
+            return
+        try:
+            found = Store(self.state.output).predictions(Job(task=task, lr=finals[0].lr, seed=finals[0].seed))
+            dataset, classes = self.datasets[task.test], self._classes(task)
+            if figure := figures.confused_pairs(mistakes.most_confused(found, classes)):
+                child.log_figure(figure, "confused-pairs.png")
+            wrong = mistakes.misclassified(found)
+            if not len(wrong):
+                return
+            rows = {key: row for row, key in enumerate(dataset.table(["key"])["key"].to_pylist())}
+            shown = [np.array(p) for p in stored_pictures(dataset, [rows[found.keys[i]] for i in wrong])]
+        except (UserError, OSError, KeyError) as error:  # the scores do not depend on it
+            logger.warning("no picture of the mistakes of %s: %s", task.name, error)
+            return
+        titles = [mistakes.describe_mistake(found, int(i), classes) for i in wrong]
+        share = f"{len(found.keys) - int(found.correct().sum()):,} of {len(found.keys):,} test images"
+        child.log_figure(
+            figures.pictures(shown, titles, f"Misclassified by {task.name}: label → prediction ({share})"),
+            "misclassified.png",
+        )
+
+    def suite(
+        self,
+        text: str,
+        summary: dict[str, Any],
+        scores: Sequence[Score],
+        results: Sequence[Result],
+        others: Mapping[str, Mapping[str, float | None]],
+    ) -> None:
+        """Scores, means and the report (`text`, Markdown) in the parent run; figures there and in the output folder.
+
+        others: scores to draw beside them, {title: {row: top-1}}.
+        """
         parent = self.parent
         parent.log({names.SCORE + score.name: score.mean for score in scores})
         if summary["mean"] is not None:
@@ -99,9 +144,11 @@ class Recorder:
         parent.log_text(text, "report.md")
         parent.log_dict(summary, SCORES)
         drawn = {
-            "scores.png": figures.score_bars(scores) if scores else None,
+            "scores.png": figures.score_bars(scores, others) if scores else None,
             "curves.png": figures.loss_curves(results),
-            "confusion.png": figures.confusion_matrices(results),
+            "confusion.png": figures.confusion_matrices(
+                results, {name: self._classes(task) for name, task in self._tasks.items()}
+            ),
         }
         pictures: dict[str, bytes] = {}
         for name, figure in drawn.items():

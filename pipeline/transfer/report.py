@@ -23,25 +23,33 @@ def plus_minus(score: Score) -> str:
 
 
 def suite_report(
-    about: Mapping[str, Any], tasks: Sequence[TransferTask], scores: Sequence[Score], failures: Mapping[str, str]
+    about: Mapping[str, Any],
+    tasks: Sequence[TransferTask],
+    scores: Sequence[Score],
+    failures: Mapping[str, str],
+    others: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> str:
     """Markdown: what was run, the table beside published numbers, means, failures.
 
-    about: what the head lists, `suite` among it. failures: {job: error}.
+    about: what the head lists, `suite` among it. failures: {job: error}. others: more columns, {title: {row: top-1}}; `mean`
+    and `mean <group>` are rows, too.
     """
     lines = [f"# Transfer: {about['suite']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "suite" and value is not None]
     protocols = sorted((repr(task.protocol), task.name) for task in tasks)
     for protocol, names in itertools.groupby(protocols, key=lambda pair: pair[0]):
         lines.append(f"- protocol of {', '.join(name for _, name in names)}: `{protocol}`")
-    references = published_scores(scores)
+    published = published_scores(scores)
+    complete_vtab, _ = vtab_means({score.name: score.mean for score in scores})
+    if complete_vtab is None:  # their means are over all tasks, not over those at hand
+        published = {model: {k: v for k, v in row.items() if k != "mean"} for model, row in published.items()}
+    references = {**(others or {}), **published}
     clean = any(score.clean is not None for score in scores)
-    flat, _ = vtab_means({score.name: score.mean for score in scores})
     rows = [_score_row(score, clean, references) for score in scores]
     rows += _mean_rows(scores, clean, references, complete=not failures)
     corrected = ["without seen images", "removed"] if clean else []
     lines += ["", *_table(["task", "group", "top-1 %", *corrected, "images", "lr", *references], rows)]
-    if references and flat is not None:
+    if published and complete_vtab is not None:
         lines += ["", FLAT_MEAN]
     if clean:
         lines += ["", SEEN_IMAGES]
@@ -70,7 +78,7 @@ def _mean_rows(
         corrected = [f"{clean_groups[group]:.2f}", ""] if clean else []
         rows.append([f"mean {group}", group, f"{value:.2f}", *corrected, "", "", *theirs])
     if scores and (flat is not None or complete):
-        theirs = [_cell(reference.get("mean")) if flat is not None else "" for reference in references.values()]
+        theirs = [_cell(reference.get("mean")) for reference in references.values()]
         corrected = [f"{statistics.fmean(without_seen(scores).values()):.2f}", ""] if clean else []
         mean = statistics.fmean(score.mean for score in scores)
         rows.append([f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", *corrected, "", "", *theirs])

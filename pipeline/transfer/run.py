@@ -15,7 +15,7 @@ from pipeline import cluster, logs, storage
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.transfer import corrections, features, report, scores
-from pipeline.transfer.checkpoint import Checkpoint, load_checkpoint
+from pipeline.transfer.checkpoint import RANDOM, Checkpoint, load_checkpoint
 from pipeline.transfer.jobs import Result, estimate_flops, next_jobs
 from pipeline.transfer.progress import SuiteProgress
 from pipeline.transfer.record import Recorder, attach_scores
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.data.format import Dataset
 
 logger = logging.getLogger(__name__)
+RANDOM_ENCODER = "random encoder"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,8 @@ class SuiteResult:
     run_id: str
     """MLflow's parent run."""
     seconds: float
+    random: dict[str, float]
+    """Scores of the same architecture with random weights, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,29 @@ def run_suite(config: TransferConfig) -> SuiteResult:
     """
     started = time.monotonic()
     suite = open_suite(config)
+    random: dict[str, float] = {}
+    if _wants_random_encoder(config, suite.checkpoint):
+        uri, output = RANDOM + suite.checkpoint.uri, f"{suite.store.output}-random"
+        random = run_suite(dataclasses.replace(config, checkpoint=uri, output=output, random_encoder=False)).scores
     left = suite.unfinished()
     with open_pool(suite, left) as pool:  # its processes come up while MLflow does
-        return record_suite(suite, left, pool, started)
+        return record_suite(suite, left, pool, started, random)
 
 
-def record_suite(suite: "Suite", left: list[TransferTask], pool: Pool | None, started: float) -> SuiteResult:
-    """Works inside an MLflow run. left: the tasks that are not finished; with none there is no pool."""
+def _wants_random_encoder(config: TransferConfig, checkpoint: Checkpoint) -> bool:
+    if config.random_encoder is None:
+        own = "library" not in checkpoint.config and not checkpoint.uri.startswith(RANDOM)
+        return config.suite == "demo" and own
+    return config.random_encoder
+
+
+def record_suite(
+    suite: "Suite", left: list[TransferTask], pool: Pool | None, started: float, random: Mapping[str, float]
+) -> SuiteResult:
+    """Works inside an MLflow run. left: the tasks that are not finished; with none there is no pool.
+
+    random: scores of the architecture with random weights, for the report.
+    """
     config = suite.config
     parent = start_run(
         config.experiment,
@@ -116,7 +135,7 @@ def record_suite(suite: "Suite", left: list[TransferTask], pool: Pool | None, st
             if task not in left:
                 recorder.task(task, suite.results)
         failures = run_jobs(suite, left, pool, recorder) if pool else {}
-        result = report_suite(suite, failures, recorder, started)
+        result = report_suite(suite, failures, recorder, started, random)
         if failures:
             job, error = next(iter(failures.items()))
             tasks = {name.partition("/")[0] for name in failures}
@@ -265,7 +284,9 @@ def compute_features(
 # ---------------------------------------------------------------- at the end
 
 
-def report_suite(suite: Suite, failures: dict[str, str], recorder: Recorder, started: float) -> SuiteResult:
+def report_suite(
+    suite: Suite, failures: dict[str, str], recorder: Recorder, started: float, random: Mapping[str, float]
+) -> SuiteResult:
     """Scores of all finished tasks: in the output folder, in MLflow, at registered versions of the checkpoint."""
     config, tasks, parent = suite.config, suite.tasks, recorder.parent
     output = suite.store.output
@@ -280,10 +301,11 @@ def report_suite(suite: Suite, failures: dict[str, str], recorder: Recorder, sta
     }
     partial = len(tasks) < len(build_tasks(dataclasses.replace(config, tasks=()), suite.checkpoint.config))
     summary = scores.write_scores(output, about, found, failures, partial)
-    text = report.suite_report(about, tasks, found, failures)
+    references = {RANDOM_ENCODER: _as_reference(random, found)} if random else {}
+    text = report.suite_report(about, tasks, found, failures, references)
     storage.write_bytes(storage.join(output, "report.md"), text.encode())
     by_task = [result for task in tasks for _, result in sorted(suite.results.items()) if result.task == task.name]
-    recorder.suite(text, summary, found, by_task)
+    recorder.suite(text, summary, found, by_task, references)
     attach_scores(config, suite.checkpoint.uri, summary, found, parent)
     return SuiteResult(
         suite=config.suite,
@@ -297,4 +319,14 @@ def report_suite(suite: Suite, failures: dict[str, str], recorder: Recorder, sta
         failures=failures,
         run_id=parent.id,
         seconds=time.monotonic() - started,
+        random=dict(random),
     )
+
+
+def _as_reference(random: Mapping[str, float], found: list[scores.Score]) -> dict[str, float | None]:
+    """A column of the report: the rows, their flat mean and VTAB's groups."""
+    rows = {score.name: random.get(score.name) for score in found}
+    known = [value for value in rows.values() if value is not None]
+    mean = {"mean": statistics.fmean(known)} if known and len(known) == len(rows) else {}
+    groups = {f"mean {group}": value for group, value in scores.vtab_means(random)[1].items()}
+    return {**rows, **mean, **groups}

@@ -149,6 +149,9 @@ class TransferConfig:
     decontamination: str | None = None
     """Pre-training dataset prepared with --decontaminate, its duplicates.parquet, or JSON {task: [keys]}. Adds the
     accuracy without the test images that pre-training has seen."""
+    random_encoder: bool | None = None
+    """Also run the suite on the same architecture with random weights: what the tasks give without pre-training. None:
+    in suite demo."""
     variant: str | None = None
     """Architecture of weights without a configuration, such as B/16."""
 
@@ -207,9 +210,9 @@ def _train_and_test(uri: str) -> bool:
 
 
 def demo(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """Small tasks on the demo's own data (runs/demo): fine-tuning at 1.5x resolution and on odd/even labels, few-shot,
-    linear probe and nearest neighbours. One minute on two cores."""
-    root = storage.normalise(config.data or "runs/demo/data")
+    """Small tasks on images and labels that the demo's pre-training has not seen (runs/demo/digits): fine-tuning at 1.5x
+    resolution and on odd/even labels, few-shot, linear probe and nearest neighbours. One minute on two cores."""
+    root = storage.normalise(config.data or "runs/demo/digits")
     train, test = Split(uri=storage.join(root, "train")), Split(uri=storage.join(root, "test"))
     tune, image_size = _dev_split(train, 0.2), model["image_size"]
     tuned = {"steps": 60, "batch_size": 64, "lrs": (0.03,), "warmup": 6, "crop": "squash", "flip": False}
@@ -387,7 +390,16 @@ def suite_version(config: TransferConfig) -> str:
     """
     elsewhere = {
         *("checkpoint", "output", "micro_batch", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
-        *("address", "experiment", "tracking_uri", "data", "real_labels", "decontamination", "variant"),
+        *(
+            "address",
+            "experiment",
+            "tracking_uri",
+            "data",
+            "real_labels",
+            "decontamination",
+            "variant",
+            "random_encoder",
+        ),
     }
     settings = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
     files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination")}

@@ -1,6 +1,7 @@
 """A few whole images for looking at a model: from a folder, a prepared dataset, or two photographs that come installed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from pipeline.data.codecs import BadImage, decode_stored, extensions, is_image_n
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.format import Dataset
 
 
 def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> np.ndarray:
@@ -40,13 +44,7 @@ def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
         from pipeline.data import open_dataset
 
         dataset = open_dataset(uri)
-        for row in dataset.read(_spread(len(dataset), limit)):
-            if dataset.encoding == "jpeg":
-                yield _decode(row["image"], f"{uri} ({row['key']})")
-            else:
-                about = dataset.manifest.image
-                picture = unpatchify(row["image"], about["height"], about["width"], about["patch_size"])
-                yield np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+        yield from stored_pictures(dataset, _spread(len(dataset), limit))
     else:
         files = [file.uri for file in storage.list_files(uri) if is_image_name(file.path)]
         if not files and is_image_name(uri) and storage.exists(uri):
@@ -55,6 +53,17 @@ def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
             raise UserError(f"{uri}: no images here ({', '.join(sorted(extensions()))})")
         for i in _spread(len(files), limit):
             yield _decode(storage.read_bytes(files[i]), files[i])
+
+
+def stored_pictures(dataset: "Dataset", rows: Sequence[int]) -> Iterator[np.ndarray]:
+    """uint8 (H,W,3) of some rows of a dataset as they are stored, each valid until the next."""
+    for row in dataset.read(rows):
+        if dataset.encoding == "jpeg":
+            yield _decode(row["image"], f"{dataset.uri} ({row['key']})")
+        else:
+            about = dataset.manifest.image
+            picture = unpatchify(row["image"], about["height"], about["width"], about["patch_size"])
+            yield np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
 
 
 def _spread(count: int, limit: int) -> list[int]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.format import Manifest
-from pipeline.data.prepare.config import DIGITS, PrepareConfig, check_config
+from pipeline.data.prepare.builtin import BUILTIN, write_builtin
+from pipeline.data.prepare.config import PrepareConfig, check_config
 from pipeline.data.prepare.deduplicate import find_duplicates, remove_duplicates
-from pipeline.data.prepare.digits import write_digits
 from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
 from pipeline.data.prepare.mix import mix_rows, wants_mixing
 from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output, find_finished, make_plan, slice_name
@@ -35,9 +35,9 @@ def prepare(
     """
     config = check_config(config)
     finished = find_finished(config)
-    if DIGITS in config.source:
-        raw = write_digits(storage.join(os.path.dirname(config.output), "raw"))
-        config = dataclasses.replace(config, source=tuple(raw if uri == DIGITS else uri for uri in config.source))
+    raw = storage.join(os.path.dirname(config.output), "raw")
+    sources = tuple(write_builtin(uri, raw) if uri in BUILTIN else uri for uri in config.source)
+    config = dataclasses.replace(config, source=sources)
     plan = make_plan(config)
     if finished is not None:
         check_finished(plan, finished)

@@ -1,0 +1,98 @@
+"""Small images that come with installed libraries, as class folders of PNG: what the demo learns from and is tested on.
+
+    demo:letters   printed letters in the typefaces that matplotlib installs: 41 classes, 21 images each
+    demo:digits    scikit-learn's handwritten digits: 10 classes, 1,797 images
+
+Both are 8x8 grey, light on dark. They share no image and no label, so that what a model learns on the letters and shows on
+the digits is transfer.
+"""
+
+import os
+import string
+from collections.abc import Callable, Iterator
+
+import cv2
+import numpy as np
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+LETTERS, DIGITS = "demo:letters", "demo:digits"
+SMALL = "abdefghjmnqrtuy"  # small letters whose form is not that of their capital, or of another letter
+TYPEFACES = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
+    *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
+    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    *("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10"),
+)
+
+
+def write_builtin(uri: str, folder: str) -> str:
+    """Writes the images of a built-in source as `folder/<name>/<class>/<file>.png`, unless they are there; that folder."""
+    name = uri.partition(":")[2]
+    place = storage.join(folder, name)
+    images = list(BUILTIN[uri]())
+    if not storage.exists(storage.join(place, images[-1][0])):
+        for path, pixels in images:
+            storage.write_bytes(storage.join(place, path), cv2.imencode(".png", pixels)[1].tobytes())
+    return place
+
+
+def digits() -> Iterator[tuple[str, np.ndarray]]:
+    """(path, uint8 (8,8)) of 1,797 handwritten digits."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for i, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
+        yield f"{label}/{i:04d}.png", np.minimum(image * 16, 255).astype(np.uint8)  # 17 levels of grey
+
+
+def letters() -> Iterator[tuple[str, np.ndarray]]:
+    """(path, uint8 (8,8)) of 861 printed letters, each filling its square as the digits do.
+
+    Folders of small letters are called small-a, since a file system may not tell a from A.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
+    for typeface in TYPEFACES:
+        try:
+            font = ImageFont.truetype(os.path.join(fonts, f"{typeface}.ttf"), 48)
+        except OSError as error:
+            raise UserError(
+                f"{fonts}: matplotlib's typeface {typeface} is missing; install matplotlib again"
+            ) from error
+        for letter in string.ascii_uppercase + SMALL:
+            page = Image.new("L", (96, 96))
+            ImageDraw.Draw(page).text((24, 16), letter, font=font, fill=255)
+            glyph = page.crop(page.getbbox())
+            side = max(glyph.size)
+            square = Image.new("L", (side, side))
+            square.paste(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
+            name = letter if letter.isupper() else f"small-{letter}"
+            yield f"{name}/{typeface}.png", np.asarray(square.resize((8, 8), Image.Resampling.BOX))
+
+
+BUILTIN: dict[str, Callable[[], Iterator[tuple[str, np.ndarray]]]] = {LETTERS: letters, DIGITS: digits}
+
+
+# ---------------------------------------------------------------- images that somebody brings
+
+
+def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
+    """(classes to pre-train on, two fifths to transfer to) of a folder of class folders, as globs for `--include`.
+
+    None when the source is no such folder, or has fewer than five classes.
+    """
+    filesystem, path = storage.filesystem(source)
+    if not filesystem.isdir(path):
+        return None
+    entries = filesystem.ls(path, detail=True)
+    names = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+    if len(names) < 5:
+        return None
+    globs = ["".join(f"[{c}]" if c in "*?[" else c for c in name) + "/*" for name in names]
+    unseen = [glob for i, glob in enumerate(globs) if i % 5 in (2, 4)]
+    return [glob for glob in globs if glob not in unseen], unseen
