@@ -5,13 +5,16 @@ from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import fingerprint
+from pipeline.data.prepare.builtin import hold_out_classes
 from pipeline.graph.file import Pipeline, Promotion, Stage
 
 HELD_OUT = ("test", "val", "validation")
 
 
 def demo(data: str | None = None, output: str | None = None, sample: int = 3000, steps: int | None = None) -> Pipeline:
-    """The whole way on small data, a few minutes on two cores: handwritten digits, or your own class folders.
+    """The whole way on small data, a few minutes on two cores: printed letters, or your own class folders.
+
+    The transfer tasks use what the pre-training does not see: handwritten digits, or two fifths of your classes.
 
     data: folder of class folders, local or s3://. output: default runs/demo, or a folder for each data. sample: at most so
     many of your images. steps: of pre-training.
@@ -23,17 +26,27 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
     folder = "${data.output}"
     if data is None:
         stages["data"] = Stage(job="prepare", recipe="demo", fields={"output": f"{root}/data"})
+        stages["digits"] = Stage(job="prepare", recipe="demo_digits", fields={"output": f"{root}/digits"})
+        folder = "${digits.output}"
     else:
         source = storage.normalise(data)
         fields = {"source": [source], "size": 40, "sample": sample}
         splits = _splits(source)
+        seen, unseen = hold_out_classes(f"{source}/train" if splits else source) or ([], [])
+        parts = {"data": seen, **({"unseen": unseen} if unseen else {})}
         if splits is None:
-            stages["data"] = Stage(job="prepare", recipe="demo", fields={**fields, "output": f"{root}/data"})
+            for part, classes in parts.items():
+                own: dict[str, object] = {"include": classes, "output": f"{root}/{part}"}
+                stages[part] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
+            folder = f"${{{list(parts)[-1]}.output}}"
         else:
-            folder = f"{root}/data"
-            for split, name, share in (("train", "train", 4 * sample // 5), ("test", splits, sample // 5)):
-                own = {"source": [f"{source}/{name}"], "sample": share, "splits": [], "output": f"{root}/data/{split}"}
-                stages[split] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
+            folder = f"{root}/{list(parts)[-1]}"
+            for part, classes in parts.items():
+                for split, name, share in (("train", "train", 4 * sample // 5), ("test", splits, sample // 5)):
+                    own = {"source": [f"{source}/{name}"], "sample": share, "splits": [], "include": classes}
+                    stage = split if part == "data" else f"{part}_{split}"
+                    own["output"] = f"{root}/{part}/{split}"
+                    stages[stage] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
             train, test = "${train.output}", "${test.output}"
         files = len(storage.list_files(source)) or sample  # an archive holds who knows how many
         rows = max(2, int(0.7 * min(sample, files)))
