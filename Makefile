@@ -53,7 +53,7 @@ docs: install
 	$(BIN)/mkdocs build --strict --quiet
 
 ui: $(BIN)/.demo
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	$(BIN)/python -m pipeline.tracking ui --tracking-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean:
 	rm -rf runs mlruns mlflow.db build

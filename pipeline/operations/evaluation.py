@@ -247,7 +247,7 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
         names.EVALUATE, name, config=None if known else config, tags=tags, about=about, run_id=known, tracking_uri=uri
     ) as run:
         points = {names.SCORE + task: value for task, value in outcome.scores.items()}
-        points |= {names.MEAN_SCORE: outcome.mean, names.MEAN_SCORE + "/spread": outcome.spread}
+        points |= {names.MEAN_SCORE: outcome.mean, names.MEAN_ERROR: outcome.spread}
         if target.images_seen is not None:
             points[names.IMAGES_SEEN] = target.images_seen
         run.log(points, target.step)

@@ -1,4 +1,8 @@
-"""`python -m pipeline.tracking upload` delivers what runs could not; `list` shows what is waiting.
+"""MLflow's UI, and records that are still to be delivered.
+
+    python -m pipeline.tracking ui       the UI and a leaderboard, on the database that the jobs write
+    python -m pipeline.tracking upload   delivers what runs could not
+    python -m pipeline.tracking list     shows what is waiting
 
 Exit code of upload: 0 nothing is left, 1 some records are still here (each with the reason).
 """
@@ -8,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from pipeline.credentials import redacted
+from pipeline.errors import UserError
 from pipeline.tracking.delivery import deliver_all
 from pipeline.tracking.spool import Spool, Waiting, look_up, spool_root
 
@@ -18,8 +23,23 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["list", "upload"])
-    command = parser.parse_args().command
+    parser.add_argument("command", choices=["ui", "list", "upload"])
+    parser.add_argument("--host", default="127.0.0.1", help="ui: address to listen on")
+    parser.add_argument("--port", type=int, default=5000, help="ui: port to listen on")
+    parser.add_argument(
+        "--tracking-uri", help="ui: database to show; default MLFLOW_TRACKING_URI, or SQLite in this folder"
+    )
+    options = parser.parse_args()
+    command = options.command
+    if command == "ui":
+        from pipeline.tracking.ui import serve  # MLflow's server takes seconds to import
+
+        try:
+            serve(options.host, options.port, options.tracking_uri)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(0)
     waiting = look_up()
     if not waiting.abandoned and not waiting.unreadable:
         print(f"nothing is waiting in {spool_root()}")

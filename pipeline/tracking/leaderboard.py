@@ -1,11 +1,13 @@
 """Transfer results beside the pre-training runs that they come from: score, images seen and compute (paper, Figure 5)."""
 
+import functools
 import statistics
 from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names
+from pipeline.tracking.description import checkpoint_name, data_name
 from pipeline.tracking.search import RunInfo, search_runs
 
 GROUPS = ("natural", "specialized", "structured")
@@ -26,6 +28,12 @@ class Row:
     groups: dict[str, float]
     tasks: dict[str, float]
     data: str | None
+    """Fingerprint of the data that the pre-training read."""
+    data_name: str | None
+    spread: float | None
+    """Standard error of the mean, in points."""
+    config: dict[str, str]
+    """What decides the numbers of the pre-training: its parameters without the runtime's."""
     pretrain_run: str | None
     pretrain_url: str | None
     pretrain_path: str | None
@@ -41,8 +49,8 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
     """
     pretrained = {run.id: run for run in search_runs(names.PRETRAIN, uri=uri)}
     rows: dict[tuple[str, str], Row] = {}
-    for run in search_runs(names.TRANSFER, uri=uri):  # newest first
-        if names.PARENT in run.tags or not any(key.startswith(names.SCORE) for key in run.metrics):
+    for run in search_runs(names.TRANSFER, filter="params.suite LIKE '%'", uri=uri):  # parents, newest first
+        if not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
         row = _row(run, _source(run, pretrained))
         if suite in (None, run.params.get("suite")):
@@ -68,15 +76,15 @@ def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
 
 def _row(run: RunInfo, source: RunInfo | None) -> Row:
     checkpoint = run.tags.get(names.CHECKPOINT, "")
-    images = _images_seen(checkpoint, source)
+    images = _images_seen(run, checkpoint, source)
     tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
     suite = run.params.get("suite", "unknown")
     if names.MEAN_SCORE not in run.metrics:  # only some of its tasks: no rival for those that have all
         suite = f"{suite}, some tasks"
     return Row(
         suite=suite,
-        name=source.name if source else checkpoint.rstrip("/").rpartition("/")[2] or run.name,
-        variant=source.params.get("model.variant") if source else run.params.get("variant"),
+        name=source.name if source else _name(run, checkpoint),
+        variant=source.params.get("model.variant") if source else run.tags.get(names.VARIANT),
         checkpoint=checkpoint,
         images_seen=images,
         train_flops=_train_flops(source, images),
@@ -85,6 +93,9 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         groups={g: run.metrics[names.GROUP_SCORE + g] for g in GROUPS if names.GROUP_SCORE + g in run.metrics},
         tasks=tasks,
         data=source.tags.get(f"{names.DATA_FINGERPRINT}.train") if source else None,
+        data_name=data_name(source.tags.get(f"{names.DATA_URI}.train", "")) if source else None,
+        spread=run.metrics.get(names.MEAN_ERROR),
+        config={k: v for k, v in source.params.items() if not k.startswith("runtime.")} if source else {},
         pretrain_run=source.id if source else None,
         pretrain_url=source.url if source else None,
         pretrain_path=source.path if source else None,
@@ -94,12 +105,18 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
     )
 
 
-def _images_seen(checkpoint: str, source: RunInfo | None) -> float | None:
+def _name(run: RunInfo, checkpoint: str) -> str:
+    """What a model is called whose pre-training is not on this server."""
+    if checkpoint.startswith(names.RANDOM):
+        return f"random encoder {run.tags.get(names.VARIANT, '')}".strip()
+    return checkpoint_name(checkpoint) or run.name
+
+
+def _images_seen(run: RunInfo, checkpoint: str, source: RunInfo | None) -> float | None:
     """Of the checkpoint itself (an early one of a long run cost less), else of the whole run."""
-    try:
-        return float(storage.read_json(storage.join(checkpoint, "COMMIT.json"))["images_seen"])
-    except (OSError, UserError, KeyError, TypeError):  # moved, another machine's disk, or not ours
-        return source.metrics.get(names.IMAGES_SEEN) if source else None
+    if names.IMAGES_SEEN in run.tags:
+        return float(run.tags[names.IMAGES_SEEN])
+    return source.metrics.get(names.IMAGES_SEEN) if source else None
 
 
 def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
@@ -107,15 +124,21 @@ def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
     if source is None or images is None:
         return None
     try:
-        from models.cost import flops
-
-        config = {
-            "variant": source.params["model.variant"],
-            "num_classes": 1000,
-            "image_size": int(source.params["image_size"]),
-        }
-        if source.params.get("model.depth", "None") != "None":
-            config["depth"] = int(source.params["model.depth"])
-        return 3.0 * flops(config, patch_keep_rate=float(source.params.get("patch_keep_rate", 1.0))) * images
+        depth = source.params.get("model.depth", "None")
+        forward = _forward_flops(
+            source.params["model.variant"],
+            int(source.params["image_size"]),
+            None if depth == "None" else int(depth),
+            float(source.params.get("patch_keep_rate", 1.0)),
+        )
+        return 3.0 * forward * images
     except (KeyError, ValueError, UserError):
         return source.metrics.get(names.TRAIN_FLOPS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_flops(variant: str, image_size: int, depth: int | None, patch_keep_rate: float) -> float:
+    from models.cost import flops
+
+    config = {"variant": variant, "num_classes": 1000, "image_size": image_size} | ({"depth": depth} if depth else {})
+    return flops(config, patch_keep_rate=patch_keep_rate)

@@ -51,6 +51,7 @@ ENERGY_KWH = "cost/energy_kwh"
 # Scores of a transfer suite: top-1 in percent, per task and aggregated (paper, Table 2: the flat mean of 19 tasks).
 SCORE = "score/"  # + task
 MEAN_SCORE = "score_mean"
+MEAN_ERROR = "score_mean/std_error"  # standard error of MEAN_SCORE, in points
 PARTIAL_MEAN = "score_mean/partial"  # the mean when only some of the suite's tasks were asked for
 GROUP_SCORE = "score_mean/"  # + natural | specialized | structured
 CLEAN_SCORE = "score_clean/"  # + task: without the test images that are in the pre-training data
@@ -75,6 +76,7 @@ PIPELINE_NAME = "pipeline"  # of the pipeline whose stage the run is
 PIPELINE_STAGE = "pipeline.stage"
 PIPELINE_RUN = "pipeline.run"  # id of the pipeline's own run, the same for all of its stages
 SPOOL = "spool"  # id given before the server knew the run: makes its creation safe to repeat
+VARIANT = "model.variant"  # architecture that a transfer run used
 RESUMED = "resumed"  # how many times the run was continued
 CHANGED = "resumed.changed"  # configuration that differs from the first attempt
 REASON = "reason"  # why a run failed or was stopped; absent while it runs and after success
@@ -104,6 +106,9 @@ def is_place(key: str) -> bool:
     parts = key.split(".")
     return parts[-1] in _PLACES or ".".join(parts[-2:]) in _PLACES
 
+
+RANDOM = "random:"
+"""Before the address of a checkpoint: its architecture with random weights."""
 
 # What MLflow's stores accept.
 MAX_NAME, MAX_VALUE = 250, 5000  # characters of a name, and of the value of a tag or parameter

@@ -1,6 +1,6 @@
 """What a person sees first in MLflow's UI: each experiment opens as training runs and links to a prepared view.
 
-The view is MLflow's own "shared view", a tag on the experiment: columns that answer "which run, how far, how good, how much",
+The view is MLflow's own "shared view", a tag on the experiment, which the UI of `make ui` opens by itself: columns that answer "which run, how far, how good, how much",
 and charts over images seen, which compare runs of different batch sizes as steps do not.
 """
 
@@ -27,36 +27,55 @@ COLUMNS = {
     names.PREPARE: [
         "params.`encoding`",
         "params.`size`",
-        *(f"metrics.`{name}`" for name in (names.INPUTS, names.ROWS, names.REJECTS, names.DUPLICATES, names.BYTES)),
+        *(f"metrics.`{name}`" for name in (names.ROWS, names.INPUTS, names.REJECTS, names.DUPLICATES, names.BYTES)),
         f"metrics.`{names.PREPARED_PER_SECOND}`",
         f"metrics.`{names.SECONDS}`",
+        f"tags.`{names.REASON}`",
     ],
     names.PRETRAIN: [
-        "params.`model.variant`",
-        f"tags.`{names.RECIPE}`",
-        f"metrics.`{names.IMAGES_SEEN}`",
-        f"metrics.`{names.LOSS}`",
         f"metrics.`{names.VAL_TOP1}`",
+        f"metrics.`{names.LOSS}`",
+        f"metrics.`{names.IMAGES_SEEN}`",
         f"metrics.`{names.IMAGES_PER_SECOND}`",
-        f"metrics.`{names.MFU}`",
+        f"metrics.`{names.GOODPUT}`",
+        f"tags.`{names.RECIPE}`",
+        "params.`model.variant`",
+        "attributes.`Dataset`",
         f"metrics.`{names.SECONDS}`",
+        f"tags.`{names.REASON}`",
     ],
     names.TRANSFER: [
-        "params.`suite`",
         f"metrics.`{names.MEAN_SCORE}`",
+        f"metrics.`{names.MEAN_ERROR}`",
         *(f"metrics.`{names.GROUP_SCORE}{group}`" for group in ("natural", "specialized", "structured")),
+        "params.`suite`",
+        f"tags.`{names.VARIANT}`",
+        f"tags.`{names.IMAGES_SEEN}`",
+        f"tags.`{names.CHECKPOINT}`",
+        f"tags.`{names.REASON}`",
+    ],
+    names.EVALUATE: [
+        f"metrics.`{names.MEAN_SCORE}`",
+        f"metrics.`{names.MEAN_ERROR}`",
+        f"metrics.`{names.IMAGES_SEEN}`",
+        "params.`suite`",
         f"tags.`{names.CHECKPOINT}`",
     ],
-    names.EVALUATE: [f"metrics.`{names.IMAGES_SEEN}`", f"metrics.`{names.MEAN_SCORE}`", "tags.`suite`"],
 }
+QUALITY = {
+    names.PRETRAIN: f"metrics.`{names.VAL_TOP1}`",
+    names.TRANSFER: f"metrics.`{names.MEAN_SCORE}`",
+    names.EVALUATE: f"metrics.`{names.MEAN_SCORE}`",
+}
+"""What the runs of an experiment are sorted by, best first; the others by time."""
 CHARTS = {
     names.PRETRAIN: [
         names.LOSS,
         names.VAL_TOP1,
         names.IMAGES_PER_SECOND,
+        names.GOODPUT,
         names.LEARNING_RATE,
         names.GRAD_NORM,
-        names.DATA_WAIT,
     ],
     names.EVALUATE: [names.MEAN_SCORE],
 }
@@ -68,15 +87,17 @@ def experiment_tags(name: str, identifier: str) -> dict[str, str]:
     if name in COLUMNS:
         mode = "&compareRunsMode=CHART" if name in CHARTS else ""
         link = f"#/experiments/{identifier}/runs?viewStateShareKey={VIEW}{mode}"
-        what = "Curves over images seen" if name in CHARTS else "Scores"
+        what = "Curves by images seen" if name in CHARTS else "Scores"
         tags[names.NOTE] += f" [{what}]({link})"
+        if name == names.TRANSFER:
+            tags[names.NOTE] += " [Leaderboard](/leaderboard), with `make ui`."
         tags[SHARE + VIEW] = json.dumps(_view(name))
     return tags
 
 
 def _view(name: str) -> dict[str, Any]:
     view: dict[str, Any] = {
-        "orderByKey": f"metrics.`{names.MEAN_SCORE}`" if name == names.TRANSFER else "attributes.start_time",
+        "orderByKey": QUALITY.get(name, "attributes.start_time"),
         "orderByAsc": False,
         "startTime": "ALL",
         # Only parents have a suite: sorted by score, children would stand among them.

@@ -14,13 +14,11 @@ from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.errors import UserError
 from pipeline.tracking import artifacts, registry
+from pipeline.tracking.names import RANDOM
 from pipeline.transfer.backbones import LIBRARIES, open_backbone
 from pipeline.transfer.suites import TransferConfig
 from pipeline.weights import checkpoints, load_model, load_weights, read_config, read_weights
 from pipeline.weights.description import SUFFIXES
-
-RANDOM = "random:"
-"""Before the address of a checkpoint: its architecture with random weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,8 @@ class Checkpoint:
     arrays: dict[str, np.ndarray]
     run_id: str | None = None
     """MLflow run of the pre-training."""
+    images_seen: int | None = None
+    """Images that the weights have been trained on, where the checkpoint says it."""
 
 
 def load_checkpoint(config: TransferConfig) -> Checkpoint:
@@ -53,7 +53,7 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         model = open_backbone(uri)
         arrays = _arrays(model)
         return Checkpoint(uri, fingerprint([model.config["variant"], _content(arrays)]), dict(model.config), arrays)
-    run_id = None
+    run_id = images_seen = None
     if uri.startswith(artifacts.SCHEMES):
         place = artifacts.fetch(uri, config.tracking_uri)
         if registered := registry.version_at(uri, config.tracking_uri):
@@ -73,7 +73,8 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # its encoder is what transfers
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
-    return Checkpoint(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id)
+        images_seen = found.commit.get("images_seen")
+    return Checkpoint(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id, images_seen)
 
 
 def _random_encoder(trained: Checkpoint) -> Checkpoint:

@@ -137,6 +137,7 @@ class Recorder:
         parent.log({names.SCORE + score.name: score.mean for score in scores})
         if summary["mean"] is not None:
             parent.log({names.PARTIAL_MEAN if summary["partial"] else names.MEAN_SCORE: summary["mean"]})
+            parent.log({names.MEAN_ERROR: standard_error(scores)})
         if summary["mean_clean"] is not None:
             parent.log({names.CLEAN_MEAN: summary["mean_clean"]})
         parent.log({names.CLEAN_SCORE + s.name: statistics.fmean(s.clean) for s in scores if s.clean})

@@ -14,8 +14,9 @@ import ray
 from pipeline import cluster, logs, storage
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
+from pipeline.tracking.names import RANDOM
 from pipeline.transfer import corrections, features, report, scores
-from pipeline.transfer.checkpoint import RANDOM, Checkpoint, load_checkpoint
+from pipeline.transfer.checkpoint import Checkpoint, load_checkpoint
 from pipeline.transfer.jobs import Result, estimate_flops, next_jobs
 from pipeline.transfer.progress import SuiteProgress
 from pipeline.transfer.record import Recorder, attach_scores
@@ -121,7 +122,7 @@ def record_suite(
         run_name(config.suite, checkpoint_name(suite.checkpoint.uri)),
         config=config,
         about=_about_suite(suite),
-        tags={names.RECIPE: config.suite, names.CHECKPOINT: suite.checkpoint.uri, "output": suite.store.output},
+        tags=_tags(suite),
         run_id=suite.state.run_id,
         tracking_uri=config.tracking_uri,
     )
@@ -141,6 +142,18 @@ def record_suite(
             tasks = {name.partition("/")[0] for name in failures}
             parent.finish("FAILED", reason=f"{len(tasks)} of {len(suite.tasks)} tasks failed, such as {job}: {error}")
         return result
+
+
+def _tags(suite: "Suite") -> dict[str, Any]:
+    checkpoint = suite.checkpoint
+    seen = {} if checkpoint.images_seen is None else {names.IMAGES_SEEN: checkpoint.images_seen}
+    return {
+        names.RECIPE: suite.config.suite,
+        names.CHECKPOINT: checkpoint.uri,
+        names.VARIANT: checkpoint.config["variant"],
+        names.PLACE + "output": suite.store.output,
+        **seen,
+    }
 
 
 def _about_suite(suite: "Suite") -> Description:

@@ -1,0 +1,120 @@
+"""MLflow's UI on this machine, opened where the answers are: `python -m pipeline.tracking ui`, or `make ui`.
+
+It is MLflow's own server with two additions. An experiment opens with the columns and charts of its prepared view
+(`pipeline.tracking.views`), in the mode for training and not for language models; any other choice of the user stays. And
+/leaderboard compares all transferred models on one page.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from pipeline.credentials import redacted
+from pipeline.errors import UserError
+from pipeline.tracking.leaderboard import leaderboard
+from pipeline.tracking.pages import leaderboard_page, text_page
+from pipeline.tracking.server import mlflow_address, resolve_tracking_uri
+from pipeline.tracking.views import SHARE, VIEW
+
+logger = logging.getLogger(__name__)
+Message = MutableMapping[str, Any]
+App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+FRESH = 10.0  # seconds for which a computed leaderboard is served again
+
+# MLflow keeps columns and charts in the browser; the state that an experiment shares is asked for in the address.
+SCRIPT = """<script>(() => {
+  if (!localStorage.getItem("mlflow.workflowType_v1")) localStorage.setItem("mlflow.workflowType_v1", '"machine_learning"');
+  const open = async () => {
+    const [, id, query] = location.hash.match(/^#\\/experiments\\/(\\d+)(?:\\/runs)?\\/?(?:\\?(.*))?$/) || [];
+    const asked = new URLSearchParams(query || "");
+    if (!id || ["viewStateShareKey", "orderByKey", "searchFilter", "isComparingRuns"].some(key => asked.has(key))) return;
+    const answer = await fetch(`ajax-api/2.0/mlflow/experiments/get?experiment_id=${id}`);
+    if (!answer.ok) return;
+    const tags = (await answer.json()).experiment.tags || [];
+    if (!tags.some(tag => tag.key === "SHARE_TAG")) return;
+    if (!new RegExp(`^#/experiments/${id}(/runs)?/?([?].*)?$`).test(location.hash)) return;
+    asked.set("viewStateShareKey", "VIEW");
+    location.replace(`#/experiments/${id}/runs?${asked}`);
+  };
+  addEventListener("hashchange", open);
+  const push = history.pushState, replace = history.replaceState;
+  history.pushState = function (...all) { push.apply(this, all); open(); };
+  history.replaceState = function (...all) { replace.apply(this, all); open(); };
+  open();
+})();</script>""".replace("SHARE_TAG", SHARE + VIEW).replace('"VIEW"', f'"{VIEW}"')
+
+
+def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = None) -> None:
+    """Serves until it is stopped. Raises UserError for the address of another MLflow server: that one has its own UI."""
+    uri = resolve_tracking_uri(tracking_uri)
+    if uri.startswith("http"):
+        raise UserError(f"{redacted(uri)} is an MLflow server and has a UI itself: open it in a browser")
+    os.environ["_MLFLOW_SERVER_FILE_STORE"] = mlflow_address(uri)
+    os.environ["_MLFLOW_SERVER_SERVE_ARTIFACTS"] = "true"
+    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = "mlflow-artifacts:/"
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import uvicorn
+    from mlflow.server.fastapi_app import app
+
+    print(f"MLflow: http://{host}:{port}  leaderboard: http://{host}:{port}/leaderboard  ({redacted(uri)})", flush=True)
+    uvicorn.run(with_pages(app, uri), host=host, port=port, log_level="warning")
+
+
+def with_pages(app: App, uri: str) -> App:
+    """MLflow's application with the script in its page, and with /leaderboard; MLflow's own checks come before both."""
+    page = functools.partial(_cached_leaderboard, uri, {}, threading.Lock())
+
+    async def serve_request(scope: Message, receive: Any, send: Any) -> None:
+        path = scope.get("path", "").rstrip("/")
+        if scope["type"] != "http" or scope.get("method") != "GET" or path not in ("", "/index.html", "/leaderboard"):
+            await app(scope, receive, send)
+            return
+        # The compressed or cached page could not be changed.
+        headers = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name not in (b"accept-encoding", b"if-none-match", b"if-modified-since", b"range")
+        ]
+        status, sent, body = await _call(app, {**scope, "headers": headers, "path": "/", "raw_path": b"/"}, receive)
+        if status == 200 and path == "/leaderboard":
+            sent, body = [(b"content-type", b"text/html; charset=utf-8")], await asyncio.to_thread(page)
+        elif status == 200:
+            body = body.replace(b"<head>", b"<head>" + SCRIPT.encode(), 1)
+        kept = [(n, v) for n, v in sent if n.lower() not in (b"content-length", b"etag", b"last-modified")]
+        kept += [(b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": status, "headers": kept})
+        await send({"type": "http.response.body", "body": body})
+
+    return serve_request
+
+
+async def _call(app: App, scope: Message, receive: Any) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of the application's answer."""
+    start: Message = {}
+    parts: list[bytes] = []
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, collect)
+    return start["status"], list(start.get("headers", [])), b"".join(parts)
+
+
+def _cached_leaderboard(uri: str, kept: dict[str, Any], lock: threading.Lock) -> bytes:
+    with lock:
+        if time.monotonic() - kept.get("made", -FRESH) >= FRESH:
+            try:
+                kept["page"] = leaderboard_page(leaderboard(uri=uri), inside="/").encode()
+            except UserError as error:
+                kept["page"] = text_page("Leaderboard", str(error)).encode()
+            kept["made"] = time.monotonic()
+        return kept["page"]
