@@ -31,7 +31,7 @@ def digits(tmp_path_factory) -> Path:
 def test_demo_learns_digits_and_prints_its_lines(digits):
     log = (digits / "demo.log").read_text()
     prepared = re.search(r"^demo: prepared=(\d+) shards=(\d+) rejects=(\d+)$", log, re.M)
-    assert prepared.groups()[0] == "1797"
+    assert prepared.groups()[0] == "861"
     assert prepared.groups()[2] == "0"
     trained = re.search(r"^demo: loss_first=([\d.]+) loss_last=([\d.]+) top1=([\d.]+)$", log, re.M)
     assert float(trained[2]) < 0.7 * float(trained[1])

@@ -86,11 +86,7 @@ def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
 
     None when the source is no such folder, or has fewer than five classes.
     """
-    filesystem, path = storage.filesystem(source)
-    if not filesystem.isdir(path):
-        return None
-    entries = filesystem.ls(path, detail=True)
-    names = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+    names = sorted(storage.list_folders(source))
     if len(names) < 5:
         return None
     globs = ["".join(f"[{c}]" if c in "*?[" else c for c in name) + "/*" for name in names]
