@@ -58,7 +58,8 @@ def main(argv: list[str], description: str, show: Show) -> int:
 
 def _page(command: str, description: str) -> str:
     """The page of --help, 80 columns wide."""
-    lines = []
+    taken = "" if command == "schema" else " FILE"
+    lines = [f"usage: python jobs/pipeline.py {command}{taken} [--flag value ...]", ""]
     for paragraph in inspect.cleandoc(description).split("\n\n"):
         filled = paragraph.splitlines() if paragraph.startswith(" ") else textwrap.wrap(paragraph, report.WIDTH)
         lines += [*filled, ""]
@@ -127,24 +128,30 @@ def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- what is meant
 
 
-def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.Pipeline, str]:
-    """The options of a command line, its pipeline, and what to call the pipeline in errors."""
+def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options of a command line, and the parameters of its recipe. Raises UserError for what cannot be meant."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     recipe = first.parse_known_args(words)[0].recipe
     if recipe is None:
-        parser = _parser(command, with_file=True)
         if all(word.startswith("-") for word in words):
             raise UserError(f"which pipeline? give a file, or --recipe NAME (recipes: {', '.join(RECIPES)})")
-        options = _known(parser, words)
-        return options, file.load(options.file), options.file
+        return _known(_parser(command, with_file=True), words), {}
     if recipe not in RECIPES:
         raise UserError(f'unknown recipe "{recipe}"{nearest(recipe, RECIPES)}; recipes: {", ".join(RECIPES)}')
-    parameters, words = _parameters(RECIPES[recipe], words)
-    options = _known(_parser(command, with_file=False), words)
+    parameters, others = _parameters(RECIPES[recipe], words)
+    options = _known(_parser(command, with_file=False), others)
     options.file = None
-    where = f"recipe {recipe}"
-    return options, file.check(RECIPES[recipe](**parameters), where), where
+    return options, parameters
+
+
+def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.Pipeline, str]:
+    """The options of a command line, its pipeline, and what to call the pipeline in errors."""
+    options, parameters = parse(command, words)
+    if options.file is not None:
+        return options, file.load(options.file), options.file
+    where = f"recipe {options.recipe}"
+    return options, file.check(RECIPES[options.recipe](**parameters), where), where
 
 
 def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -21,8 +21,8 @@ def documents(name):
     return [document for document in yaml.safe_load_all((KUBERAY / name).read_text()) if document]
 
 
-def cron_command():
-    (cron,) = documents("evaluate.yaml")
+def cron_command(name="evaluate.yaml"):
+    (cron,) = documents(name)
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     return container["command"]
 
@@ -32,13 +32,14 @@ def entrypoints():
     jobs = {
         name: documents(name)[0]["spec"]["entrypoint"] for name in ("prepare.yaml", "pretrain.yaml", "transfer.yaml")
     }
-    (ray_cron,) = documents("evaluate-raycronjob.yaml")
-    return jobs | {"evaluate-raycronjob.yaml": ray_cron["spec"]["jobTemplate"]["entrypoint"]}
+    schedules = ("evaluate-raycronjob.yaml", "pipeline-raycronjob.yaml")
+    return jobs | {name: documents(name)[0]["spec"]["jobTemplate"]["entrypoint"] for name in schedules}
 
 
-def test_the_two_schedules_start_one_command():
-    command = cron_command()
-    words = [part for word in shlex.split(entrypoints()["evaluate-raycronjob.yaml"]) for part in word.split("=")]
+@pytest.mark.parametrize("name", ["evaluate", "pipeline"])
+def test_the_two_schedules_start_one_command(name):
+    command = cron_command(f"{name}.yaml")
+    words = [part for word in shlex.split(entrypoints()[f"{name}-raycronjob.yaml"]) for part in word.split("=")]
     assert [part for word in command[command.index("--") + 1 :] for part in word.split("=")] == words
 
 
@@ -64,6 +65,26 @@ def test_the_scheduled_evaluation_starts(head):
     done = submit(head, [*command[command.index("--") + 1 :], "--help"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluate.py [--flag value ...]" in done.stdout
+
+
+def test_the_scheduled_pipeline_runs(head, tmp_path):
+    """The CronJob's command on a file of this test's own: its stage is a job of the cluster; a second run has nothing to do."""
+    command = cron_command("pipeline.yaml")
+    data = {"job": "prepare", "recipe": "demo", "fields": {"tracking": False}}
+    place = tmp_path / "pipeline.yaml"
+    place.write_text(yaml.safe_dump({"name": "nightly", "output": str(tmp_path / "out"), "stages": {"data": data}}))
+    assert command[-2] == "s3://bucket/vit/pipeline.yaml"
+    words = [str(place) if word == command[-2] else word for word in command[command.index("--") + 1 :]]
+    address, environment = head
+    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    for _ in range(2):
+        done = submit(head, words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "nightly: prepared=1797" in done.stdout
+    listed = subprocess.run(
+        ["ray", "job", "list", f"--address={address}"], env=environment, capture_output=True, text=True
+    )
+    assert listed.stdout.count("'job_name': 'nightly/data'") == 1
 
 
 def test_a_command_in_one_word_does_not(head):

@@ -20,6 +20,7 @@ import tyro
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.graph import commands, file, instances
 from tests.documents import code_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,9 @@ class Parsed(Exception):
 
 def parse(job, argv, monkeypatch):
     """The config that jobs/<job>.py reads from argv, by its own main()."""
+    if job == "pipeline":
+        command = argv[0] if argv[0] in commands.COMMANDS else "run"
+        return commands.parse(command, argv[argv[0] == command :])[0]
     name = f"jobs_{job}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "jobs" / f"{job}.py")
@@ -129,6 +133,8 @@ def test_commands_are_found_everywhere():
         *("infra/README.md", "infra/ray-up/aws.yaml", "infra/slurm/pretrain.sbatch", "infra/kuberay/evaluate.yaml"),
         *("infra/kuberay/prepare.yaml", "infra/kuberay/pretrain.yaml", "infra/kuberay/transfer.yaml"),
         *("infra/kuberay/evaluate-raycronjob.yaml", "infra/skypilot/pretrain.yaml"),
+        *("infra/kuberay/pipeline.yaml", "infra/kuberay/pipeline-raycronjob.yaml"),
+        *("infra/cron/pipeline.cron", "infra/slurm/pipeline.scron", "infra/pipelines/b16-imagenet.yaml"),
     ):
         assert place in places, f"no command found in {place}"
 
@@ -192,8 +198,8 @@ def test_ray_up_files_pass_rays_own_validation(path):
     config = yaml.safe_load(path.read_text())
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
-    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
-        assert prepared[commands] == [], "ray up fills these with installations of its own"
+    for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert prepared[key] == [], "ray up fills these with installations of its own"
     types = config["available_node_types"]
     assert types["head"]["resources"]["CPU"] == 0
     assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
@@ -255,15 +261,15 @@ def test_ray_resources_match_kuberays_definitions(definitions):
             if document["apiVersion"] == "ray.io/v1":
                 definitions[document["kind"]].validate(document)
                 validated.append(document["kind"])
-    assert sorted(validated) == ["RayCluster", "RayCronJob", "RayJob", "RayJob", "RayJob"]
+    assert sorted(validated) == ["RayCluster", "RayCronJob", "RayCronJob", "RayJob", "RayJob", "RayJob"]
 
 
 def test_the_scheduled_pod_is_a_pod(definitions):
     """The CronJob's pod against the pod schema that KubeRay's definitions carry."""
-    (cron,) = of_kind("CronJob")
     head = definitions["RayCluster"].schema["properties"]["spec"]["properties"]["headGroupSpec"]
     pod = jsonschema.Draft202012Validator(head["properties"]["template"])
-    pod.validate(cron["spec"]["jobTemplate"]["spec"]["template"])
+    for cron in of_kind("CronJob"):
+        pod.validate(cron["spec"]["jobTemplate"]["spec"]["template"])
 
 
 @pytest.mark.parametrize(
@@ -294,8 +300,7 @@ def test_the_ray_cluster_is_closed_and_scales():
     assert spec["rayVersion"] == pinned()["ray"]
     assert {group["groupName"] for group in spec["workerGroupSpecs"]} == {"cpu", "gpu"}
     pods = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
-    (cron,) = of_kind("CronJob")
-    for pod in [*pods, cron["spec"]["jobTemplate"]["spec"]["template"]]:
+    for pod in [*pods, *(cron["spec"]["jobTemplate"]["spec"]["template"] for cron in of_kind("CronJob"))]:
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         for container in pod["spec"]["containers"]:
             assert container["image"] == "vit-pipeline"  # kustomization.yaml says which
@@ -313,8 +318,12 @@ def test_jobs_run_on_the_cluster_there_is():
 
 
 def test_the_two_schedules_are_at_one_time():
-    (cron,), (ray_cron,) = of_kind("CronJob"), of_kind("RayCronJob")
-    assert cron["spec"]["schedule"] == ray_cron["spec"]["schedule"]
+    schedules = [
+        {cron["metadata"]["name"]: cron["spec"]["schedule"] for cron in of_kind(kind)}
+        for kind in ("CronJob", "RayCronJob")
+    ]
+    assert schedules[0] == schedules[1]
+    assert set(schedules[0]) == {"evaluate", "pipeline"}
 
 
 def test_kustomization_names_files_and_images_that_exist():
@@ -389,7 +398,7 @@ def linted(tool, *arguments):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(INFRA.glob("slurm/*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(INFRA.glob("slurm/*.sbatch")), ids=lambda path: path.name)
 def test_shellcheck_is_content(path, tmp_path):
     assert linted("shellcheck", path) == ""
     (tmp_path / "bad.sh").write_text("#!/bin/bash\ncd $1\n")
@@ -556,3 +565,23 @@ def test_every_cluster_knows_its_mlflow_and_brings_a_password():
     for container in (container for group in groups for container in group["template"]["spec"]["containers"]):
         assert {"secretRef": {"name": "vit-mlflow", "optional": True}} in container["envFrom"]
     assert "MLFLOW_TRACKING_URI" in (INFRA / "slurm" / "pretrain.sbatch").read_text()
+
+
+# ---------------------------------------------------------------- pipelines and their schedules
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "pipelines").glob("*.yaml")), ids=lambda path: path.name)
+def test_pipeline_files_say_what_their_jobs_know(path):
+    found = instances.expand(file.load(str(path)), str(path))
+    assert set(found) == {"images", "tasks", "pretrain", "transfer", "promote"}
+    assert {"images", "tasks", "pretrain", "transfer"} == {up for one in found.values() for up in one.needs}
+
+
+def test_all_schedules_start_one_command():
+    commands_of = {where.partition(":")[0]: argv for where, job, argv in COMMAND_LINES if job == "pipeline"}
+    places = ("kuberay/pipeline.yaml", "kuberay/pipeline-raycronjob.yaml", "slurm/pipeline.scron", "cron/pipeline.cron")
+    started = [
+        [word for word in commands_of[f"infra/{place}"] if "http" not in word and word != "--address"]
+        for place in places
+    ]
+    assert started == [["run", "s3://bucket/vit/pipeline.yaml", "--skip-if-running"]] * 4
