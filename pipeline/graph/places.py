@@ -202,7 +202,7 @@ def _content(uri: str, paths: list[str]) -> str:
 
 
 def complete(uri: str, markers: tuple[str, ...]) -> str | None:
-    """The path of the file that says that an output is complete; None when there is none. `*` stands for a folder."""
+    """The path of the file that says that an output is complete; None when there is none. `*` stands for any one name."""
     for marker in markers:
         if found := _find(uri, marker):
             return found
@@ -210,11 +210,17 @@ def complete(uri: str, markers: tuple[str, ...]) -> str | None:
 
 
 def _find(uri: str, marker: str) -> str | None:
-    first, _, rest = marker.partition("/")
-    if first != "*":
+    """The last path, by name, that a marker describes."""
+    before, star, after = marker.partition("*")
+    if not star:
         return marker if storage.exists(storage.join(uri, marker)) else None
-    below = ((folder, _find(storage.join(uri, folder), rest)) for folder in reversed(storage.list_folders(uri)))
-    return next((f"{folder}/{found}" for folder, found in below if found), None)
+    folder = storage.join(uri, before) if before else uri
+    if not after:
+        return next((before + name for name in reversed(storage.list_names(folder))), None)
+    for name in reversed(storage.list_folders(folder)):
+        if found := _find(storage.join(folder, name), after.strip("/")):
+            return f"{before}{name}/{found}"
+    return None
 
 
 def size(uri: str) -> int:
