@@ -24,6 +24,7 @@ REASONS = {
     r"sets/vtab/pets": "needs a VTAB task",
     r"^source ": "activates an environment",
     r"recipe b16_imagenet": "needs ImageNet",
+    r"infra/pipelines/": "needs a bucket",
 }
 
 

@@ -14,6 +14,7 @@ from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
 from pipeline.graph.runner import Runner
+from pipeline.training.recipes import RECIPES
 
 
 def chain(root, source, **more):
@@ -110,10 +111,10 @@ def test_a_changed_crop_makes_the_transfers_stale_and_a_changed_worker_nothing(t
         tmp_path / "out", source, pretrain={"workers": 1, "validate_every": "1steps"}, transfer={"workers": 2}
     )
     assert {state for state, _ in states(runtime).values()} == {"done"}
-    crop = chain(tmp_path / "out", source, pretrain={"augment.area": [0.5, 1.0]})
-    found = states(crop)
+    crop = chain(tmp_path / "out", source, pretrain={"augment.area": [0.21, 1.0]})
+    found, area = states(crop), list(RECIPES["demo"]().augment.area)
     assert found["data"][0] == "done"
-    assert found["pretrain"] == ("stale", "augment.area: [0.9, 1.0] -> [0.5, 1.0]")
+    assert found["pretrain"] == ("stale", f"augment.area: {area} -> [0.21, 1.0]")
     assert found["transfer[tasks=knn]"] == ("stale", "after pretrain")
     assert go(crop).kept == ["data"]
     assert {state for state, _ in states(chain(tmp_path / "out", source)).values()} == {
