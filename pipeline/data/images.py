@@ -18,10 +18,11 @@ def shrink(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.resize(pixels_HWC, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
-def as_jpeg(picture: Picture, data: bytes, size: int, quality: int) -> tuple[bytes, np.ndarray]:
+def as_jpeg(picture: Picture, data: bytes, size: int, quality: int, lossless: bool = True) -> tuple[bytes, np.ndarray]:
     """The bytes to store for encoding `jpeg`, and their pixels before compression.
 
-    The shorter side becomes `size`; an image that is no larger is stored as it came when it is intact.
+    The shorter side becomes `size`; an image that is no larger is stored as it came when it is intact, and with `lossless`
+    as PNG when its format lost nothing (a palette, BMP, GIF).
     """
     pixels = picture.pixels
     height, width = pixels.shape[:2]
@@ -30,6 +31,8 @@ def as_jpeg(picture: Picture, data: bytes, size: int, quality: int) -> tuple[byt
         pixels = shrink(pixels, max(size, round(width * scale)), max(size, round(height * scale)))
     elif picture.intact:
         return data, pixels
+    elif lossless and picture.lossless:
+        return cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes(), pixels
     return simplejpeg.encode_jpeg(pixels, quality, "RGB", "420"), pixels
 
 

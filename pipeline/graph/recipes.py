@@ -1,11 +1,13 @@
 """Pipelines as Python functions, each a recipe of `jobs/pipeline.py --recipe NAME`; their parameters are flags."""
 
+import contextlib
 import re
 from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import fingerprint
 from pipeline.data.prepare.builtin import hold_out_classes
+from pipeline.errors import UserError
 from pipeline.graph.file import Pipeline, Promotion, Stage
 
 HELD_OUT = ("test", "val", "validation")
@@ -77,9 +79,19 @@ def _default_output(data: str | None) -> str:
 
 
 def _splits(source: str) -> str | None:
-    """The name of the held-out folder beside train/; None when the folders of the source are its classes."""
+    """The name of the held-out folder with labels beside train/; None when the folders of the source are its classes."""
     folders = storage.list_folders(source)
-    return next((name for name in HELD_OUT if name in folders), None) if "train" in folders else None
+    held_out = [name for name in HELD_OUT if name in folders]
+    if "train" not in folders or len(held_out) < 2:
+        return held_out[0] if held_out and "train" in folders else None
+    from pipeline.data import sources  # here: --help must not wait for its libraries
+
+    for name in held_out:
+        with contextlib.suppress(UserError):  # a set without labels, such as Tiny-ImageNet's test
+            [found] = sources.discover([storage.join(source, name)])
+            if found.names:
+                return name
+    return held_out[0]
 
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {"demo": demo}

@@ -141,6 +141,8 @@ class RuntimeConfig:
     """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None
     """Local folder in which to keep shards that are read from s3://."""
+    one_class: bool = False
+    """Train although the data set has one class."""
     max_replaced: int | None = None
     """Stop when more images than this could not be decoded and were replaced. None: no limit."""
 

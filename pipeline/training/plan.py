@@ -3,6 +3,7 @@
 `make_plan` is where a run that cannot work is refused; `TrainPlan` is the same on the driver and on every worker.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.errors import UserError
 from pipeline.training.config import EngineConfig, PretrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +236,17 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
     uri, image, augment = config.runtime.data, dataset.manifest.image, config.augment
     if config.loss != "masked" and not dataset.classes:
         raise UserError(f"{uri} has no classes; train on labelled data, or with --loss masked")
+    if len(dataset.classes) == 1 and config.loss == "softmax" and not config.runtime.one_class:
+        raise UserError(
+            f"{uri} has one class ({dataset.classes[0]}), from which a model learns nothing while its accuracy is 100%; prepare it "
+            "so that its classes are found (--class-level, --label-column, --labels), or train with --one-class"
+        )
+    patch = parse_variant(config.model.variant).patch
+    if config.image_size % patch:
+        logger.warning(
+            "--image-size %d is no multiple of %s's patch size %d: the last %d rows and columns of each image are not seen",
+            config.image_size, config.model.variant, patch, config.image_size % patch,
+        )  # fmt: skip
     if dataset.multilabel and config.loss == "softmax":
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
@@ -240,7 +254,6 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
             f"batch_size {config.batch_size} is larger than {uri} with its {len(dataset)} images; use a smaller batch"
         )
     if dataset.encoding == "patches":
-        patch = parse_variant(config.model.variant).patch
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
             raise UserError(
                 f"{uri} holds {image['height']}x{image['width']} images cut into patches of {image['patch_size']}, but the "

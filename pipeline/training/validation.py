@@ -4,7 +4,7 @@ Every worker takes its part of the images; all take part in every forward pass, 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
@@ -38,7 +38,10 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
     device = worker.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with _evaluating(engine):
-        for images, labels in _batches(open_dataset(uri), plan, worker):
+        validation = open_dataset(uri)
+        places = places_of_classes(validation, plan.classes) if config.loss != "masked" else None
+        for images, labels in _batches(validation, plan, worker):
+            labels = labels if places is None else places[labels]
             count, labels = len(labels), labels.to(device)
             output = engine.engine(images.to(device))
             if count == 0:
@@ -112,8 +115,7 @@ def check_validation(config: PretrainConfig, data: Dataset) -> None:
     """Whether the validation set fits the data that the run trains on. Raises UserError naming the flag."""
     uri = config.runtime.validation or ""
     validation = open_dataset(uri)
-    if list(validation.classes) != list(data.classes):
-        raise UserError(f"{uri} has other classes than {config.runtime.data}; prepare both from one source")
+    places_of_classes(validation, data.classes)
     if not len(validation):
         raise UserError(f"--validation {uri} has no images")
     if validation.encoding == "patches":
@@ -124,6 +126,27 @@ def check_validation(config: PretrainConfig, data: Dataset) -> None:
                 f"--validation {uri} holds {image['height']}x{image['width']} images cut into patches of "
                 f"{image['patch_size']}, but the run has image_size {size} and {config.model.variant}; prepare it to match"
             )
+
+
+def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | None:
+    """(K,) int64: the index in `classes` of each class of a validation set that was prepared apart from the training set; None
+    when both have one class list. Raises UserError when the set has images of a class that is not among `classes`."""
+    if list(validation.classes) == list(classes):
+        return None
+    index = {name: i for i, name in enumerate(classes)}
+    counts = validation.manifest.class_counts
+    unknown = [n for n, count in zip(validation.classes, counts, strict=True) if count and n not in index]
+    if unknown or validation.multilabel or not validation.classes:
+        missing = (
+            f": {len(unknown)} of its classes are not among the run's {len(index)}, such as {shorten(unknown, 3)}"
+            if unknown
+            else ""
+        )
+        raise UserError(
+            f"--validation {validation.uri} has other classes than the training data{missing}; prepare both with one command "
+            "(--splits from-source), or the validation set with --label-map and the training set's classes"
+        )
+    return torch.tensor([index.get(name, 0) for name in validation.classes])
 
 
 def check_fewshot(config: PretrainConfig) -> tuple[Dataset, Dataset]:

@@ -1,5 +1,6 @@
 """The units of work: parts of archives, whose images one worker reads and writes to the splits that they belong to."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -185,7 +186,9 @@ def decode_pixels(data: bytes) -> np.ndarray | None:
     The official sets hold JPEGs with faults that every common decoder forgives, so an image that OpenCV decodes counts.
     """
     try:
-        return codecs.decode(data, MAX_PIXELS).pixels
+        return codecs.decode(
+            data, MAX_PIXELS, math.inf
+        ).pixels  # the official sets are what they are: no limit on slivers
     except codecs.Refused as refused:
         if refused.reason not in ("corrupt", "truncated"):
             return None

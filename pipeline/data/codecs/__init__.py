@@ -6,7 +6,8 @@ format or a plugin of Pillow adds it; a subclass of `Codec` overrides `open` or 
 
 import numpy as np
 
-from pipeline.data.codecs.base import AnyOther, BadImage, Codec, Picture, Refused
+from pipeline.data.codecs.base import MAX_ASPECT, AnyOther, BadImage, Codec, Picture, Refused
+from pipeline.data.codecs.heif import HEIF
 from pipeline.data.codecs.jpeg import JPEG
 from pipeline.data.codecs.png import PNG
 
@@ -31,12 +32,13 @@ CODECS: list[Codec] = [
     JPEG,
     PNG,
     Codec(name="WEBP", extensions=("webp",), signature=rb"RIFF....WEBP"),
-    Codec(name="GIF", extensions=("gif",), signature=rb"GIF8"),
-    Codec(name="BMP", extensions=("bmp",), signature=rb"BM"),
-    Codec(name="TIFF", extensions=("tif", "tiff"), signature=rb"II\*\0|MM\0\*"),
-    Codec(name="PPM", extensions=("ppm", "pgm"), signature=rb"P[1-6]\s+[\d#]"),
+    Codec(name="GIF", extensions=("gif",), signature=rb"GIF8", lossless=True),
+    Codec(name="BMP", extensions=("bmp",), signature=rb"BM", lossless=True),
+    Codec(name="TIFF", extensions=("tif", "tiff"), signature=rb"II\*\0|MM\0\*", lossless=True),
+    Codec(name="PPM", extensions=("ppm", "pgm"), signature=rb"P[1-6]\s+[\d#]", lossless=True),
     Codec(name="JPEG2000", extensions=("jp2",), signature=rb"\0\0\0\x0cjP|\xff\x4f\xff\x51"),
     Codec(name="AVIF", extensions=("avif",), signature=rb"....ftypavi[fs]"),
+    HEIF,
 ]
 OTHER = AnyOther(name="other")
 
@@ -62,14 +64,14 @@ def extensions() -> set[str]:
     return {extension for codec in CODECS for extension in codec.extensions}
 
 
-def decode(data: bytes, max_pixels: int) -> Picture:
+def decode(data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
     """Decodes an image file of any format, first frame of an animation, as a viewer shows it; see `Codec.decode`.
 
     Raises Refused: empty, not an image, truncated, corrupt, too many pixels, too narrow, unsupported pixels.
     """
     if not data:
         raise Refused("empty")
-    return find(data).decode(data, max_pixels)
+    return find(data).decode(data, max_pixels, max_aspect)
 
 
 def decode_stored(data: bytes | memoryview) -> np.ndarray:

@@ -32,10 +32,12 @@ class BadImage(ValueError):
 
 class Picture(NamedTuple):
     """A decoded image: `pixels` uint8 RGB (H, W, 3), upright, valid until this thread decodes the next. `intact` says that
-    the file itself shows the same pixels to any reader (a storable format, grey or RGB, no rotation), so it may be stored."""
+    the file itself shows the same pixels to any reader (a storable format, grey or RGB, no rotation), so it may be stored.
+    `lossless` says that the file's format loses nothing, so that JPEG would be the first to change its pixels."""
 
     pixels: np.ndarray
     intact: bool
+    lossless: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,25 +54,29 @@ class Codec:
     storable: bool = False
     """Whether `prepare` stores a file as it came when no pixel has to change: the format must be one that every reader has."""
 
+    lossless: bool = False
+    """Whether the format keeps every pixel as it was."""
+
     def open(self, data: bytes | memoryview) -> Image.Image:
         """The image with its header read and no pixel decoded. Raises whatever Pillow's plugin raises over damaged files."""
         return open_with_pillow(data, [self.name])
 
-    def decode(self, data: bytes, max_pixels: int) -> Picture:
-        """The first frame as a viewer shows it.
+    def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
+        """The first frame as a viewer shows it. `max_aspect` limits the longer side, in shorter sides.
 
         Palettes, greyscale and CMYK are converted; 16-bit grey keeps its upper 8 bits; alpha is laid over white; EXIF
         orientation is applied. Raises Refused: not an image, truncated, corrupt, too many pixels, unsupported pixels.
         """
         try:
             with self.open(data) as image:
-                check_size(image.width, image.height, max_pixels)
+                check_size(image.width, image.height, max_pixels, max_aspect)
                 image.load()
                 orientation = orientation_of(image)
                 opaque = image.mode in ("L", "RGB") and "transparency" not in image.info
                 still = not getattr(image, "is_animated", False)
                 intact = self.storable and image.format == self.name and opaque and still and orientation == 1
-                return Picture(upright(_rgb(image), orientation), intact)
+                lossless = self.lossless and image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+                return Picture(upright(_rgb(image), orientation), intact, lossless)
         except Refused:
             raise
         except Image.DecompressionBombError as error:  # a tile or frame beyond Pillow's own limit
@@ -133,14 +139,14 @@ def open_with_pillow(data: bytes | memoryview, names: list[str]) -> Image.Image:
     raise UnidentifiedImageError("cannot identify image file")
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int, max_aspect: float = MAX_ASPECT) -> None:
     """Raises Refused for an image that is empty, too large or too narrow."""
     if width * height > max_pixels:
         raise Refused("too many pixels", f"{width}x{height}, the limit is {max_pixels}")
     if not width or not height:
         raise Refused("empty", f"{width}x{height}")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Refused("too narrow", f"{width}x{height}, the limit is {MAX_ASPECT}:1")
+    if max(width, height) > max_aspect * min(width, height):
+        raise Refused("too narrow", f"{width}x{height}, the limit is {max_aspect:g}:1")
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -3,7 +3,7 @@
 import numpy as np
 import simplejpeg
 
-from pipeline.data.codecs.base import Codec, Picture, Refused, check_size, orientation_of, upright
+from pipeline.data.codecs.base import MAX_ASPECT, Codec, Picture, Refused, check_size, orientation_of, upright
 from pipeline.data.scratch import scratch
 
 INKS = ("CMYK", "YCCK")  # Pillow knows Adobe's inverted inks
@@ -12,15 +12,17 @@ INKS = ("CMYK", "YCCK")  # Pillow knows Adobe's inverted inks
 class Jpeg(Codec):
     """`decode` wants the end marker: libjpeg fills what is missing with grey and only warns."""
 
-    def decode(self, data: bytes, max_pixels: int) -> Picture:
+    def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            check_size(width, height, max_pixels)
+            check_size(width, height, max_pixels, max_aspect)
             if colorspace not in INKS:
                 return self._decode_fast(data, height, width)
         except ValueError:
-            pass  # an unusual but legal JPEG (odd subsampling, 12 bits), or not one: Pillow says which
-        return super().decode(data, max_pixels)
+            pass  # an unusual but legal JPEG (odd subsampling), or not one: Pillow says which
+        if kind := uncommon_kind(data):
+            raise Refused("unsupported pixels", kind)
+        return super().decode(data, max_pixels, max_aspect)
 
     def _decode_fast(self, data: bytes, height: int, width: int) -> Picture:
         buffer = scratch("prepare", (height, width, 3))
@@ -52,6 +54,25 @@ class Jpeg(Codec):
         except ValueError:
             pass  # perhaps only a warning, such as stray bytes between markers: Pillow tells that from missing data
         return super().decode_stored(data, max_pixels)
+
+
+def uncommon_kind(data: bytes) -> str:
+    """What no decoder here reads: "12-bit JPEG" or "lossless JPEG", from the header of the frame; empty otherwise."""
+    position = 2
+    while position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill bytes
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without contents
+            position += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits = data[position + 4]
+            if marker in (0xC3, 0xC7, 0xCB, 0xCF):
+                return "lossless JPEG"
+            return "" if bits == 8 else f"{bits}-bit JPEG"
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return ""
 
 
 JPEG = Jpeg(name="JPEG", extensions=("jpg", "jpeg", "jpe", "jfif"), signature=rb"\xff\xd8", storable=True)

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from pipeline.data.codecs.base import Codec, Picture, Refused
+from pipeline.data.codecs.base import MAX_ASPECT, Codec, Picture, Refused
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"IEND\xaeB`\x82"
@@ -12,14 +12,14 @@ END = b"IEND\xaeB`\x82"
 class Png(Codec):
     """`decode` wants the end marker: Pillow stops at the last pixel."""
 
-    def decode(self, data: bytes, max_pixels: int) -> Picture:
+    def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
         if data.startswith(SIGNATURE) and END not in data:
             raise (
                 Refused("truncated", "no end marker")
                 if len(data) > len(SIGNATURE)
                 else Refused("corrupt", "only a signature")
             )
-        return super().decode(data, max_pixels)
+        return super().decode(data, max_pixels, max_aspect)
 
     def decode_stored(self, data: bytes | memoryview, max_pixels: int) -> np.ndarray:
         width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
@@ -31,4 +31,4 @@ class Png(Codec):
         return super().decode_stored(data, max_pixels)
 
 
-PNG = Png(name="PNG", extensions=("png",), signature=rb"\x89PNG", storable=True)
+PNG = Png(name="PNG", extensions=("png",), signature=rb"\x89PNG", storable=True, lossless=True)

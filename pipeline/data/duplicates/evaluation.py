@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | No
 
 def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
     try:
-        return codecs.decode(data, max_pixels).pixels, ""
+        return codecs.decode(data, max_pixels, math.inf).pixels, ""
     except codecs.Refused as refused:
         if refused.reason not in DAMAGED:
             return None, refused.reason

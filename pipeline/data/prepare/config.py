@@ -57,6 +57,9 @@ class PrepareConfig:
     pixels, with nothing to decode."""
     size: int = 256
     """In pixels: shorter side of a jpeg, side of the square for patches."""
+    small: Literal["lossless", "jpeg"] = "lossless"
+    """Images of lossless formats that need no resizing: lossless keeps their pixels as PNG, jpeg compresses them unless
+    they are PNG already (docs/data.md has the cost)."""
     quality: int = 90
     """JPEG quality, 1 to 100, of images that are encoded again (4:2:0)."""
     patch_size: int = 16

@@ -145,7 +145,7 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
     else:
         picture, data = codecs.decode(image, config.max_pixels), image
     if config.encoding == "jpeg":
-        return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality)
+        return picture.pixels, *images.as_jpeg(picture, data, config.size, config.quality, config.small == "lossless")
     return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)
 
 

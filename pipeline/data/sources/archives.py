@@ -54,6 +54,8 @@ class FileScan:
     texts: set[str] = field(default_factory=set)
     """Labels that may be captions, of so many samples:"""
     text_samples: int = 0
+    text_column: str = "txt"
+    """Column, or ending of the members, that holds them."""
     fields: set[str] = field(default_factory=set)
     """Names of fields or columns in which a label was looked for."""
 
@@ -205,6 +207,8 @@ def _labelled_by_archive(uri: str, rows: list[tuple], options: ScanOptions) -> t
     except UserError:
         return rows, set()
     labels = {path: layout.label(f"{stem}/") for path, stem in stems.items()}
+    if len({label.partition("=")[0] for label in labels.values() if label}) == 1:  # species=ant, a partition
+        labels = {path: label and label.partition("=")[2] for path, label in labels.items()}
     names = {label for label in labels.values() if label}
     sure = level is not None or any("=" in path for path in stems) or all(map(WORDNET.match, names))
     if len(names) < 2:
@@ -226,7 +230,8 @@ def _check_labels(uri: str, found: Sequence[FileScan], names: set[str], options:
         return
     texts, samples = {text for scan in found for text in scan.texts}, sum(scan.text_samples for scan in found)
     if look_like_captions(texts, samples):
-        raise captions_error(uri, texts, samples, "--label-column txt")
+        flag = next(scan.text_column for scan in found if scan.texts)
+        raise captions_error(uri, texts, samples, f"--label-column {flag}")
     fields = sorted({name for scan in found for name in scan.fields})
     wanted = options.columns.label
     if wanted and fields and wanted not in (*fields, "cls", "txt"):

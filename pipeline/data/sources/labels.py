@@ -96,6 +96,8 @@ def make_labels(
         classes = next(iter(own))
     elif names and all(INTEGER.fullmatch(name) for name in names) and not any(s.by_folder for s in sources):
         numbers = sorted(names, key=int)
+        if numbers[0] == "-1" and len(numbers) > 2:  # how many corpora write "no label"; with 1 alone it is a class
+            numbers = numbers[1:]
         plain = int(numbers[0]) >= 0 and int(numbers[-1]) < MAX_INDEX and all(str(int(n)) == n for n in numbers)
         classes = tuple(str(i) for i in range(int(numbers[-1]) + 1)) if plain else tuple(numbers)
     else:

@@ -57,7 +57,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         names = {columns.label_of_file}
     found.names, found.splits, found.fields = names or ordered, splits, columns.fields
     if wanted and columns.label and not options.columns.label and is_text(file_schema.field(columns.label).type):
-        found.texts, found.text_samples = names, metadata.num_rows
+        found.texts, found.text_samples, found.text_column = names, metadata.num_rows, columns.label
     return found
 
 

@@ -1,0 +1,25 @@
+"""HEIC and HEIF, as telephones take them, through pillow-heif."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from pipeline.data.codecs.base import Codec, Refused, open_with_pillow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heif(Codec):
+    """The library is loaded with the first such file: it takes 60 ms. It gives pictures upright."""
+
+    def open(self, data: bytes | memoryview) -> Image.Image:
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise Refused(
+                "unsupported format", "HEIC needs pillow-heif (pip install -c constraints.txt -e .)"
+            ) from error
+        pillow_heif.register_heif_opener(thumbnails=False)
+        return open_with_pillow(data, [self.name])
+
+
+HEIF = Heif(name="HEIF", extensions=("heic", "heif", "hif"), signature=rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)")
