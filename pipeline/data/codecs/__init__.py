@@ -6,6 +6,7 @@ format or a plugin of Pillow adds it; a subclass of `Codec` overrides `open` or 
 
 import numpy as np
 
+from pipeline.data.codecs.avif import AVIF
 from pipeline.data.codecs.base import MAX_ASPECT, AnyOther, BadImage, Codec, Picture, Refused
 from pipeline.data.codecs.heif import HEIF
 from pipeline.data.codecs.jpeg import JPEG
@@ -37,7 +38,7 @@ CODECS: list[Codec] = [
     Codec(name="TIFF", extensions=("tif", "tiff"), signature=rb"II\*\0|MM\0\*", lossless=True),
     Codec(name="PPM", extensions=("ppm", "pgm"), signature=rb"P[1-6]\s+[\d#]", lossless=True),
     Codec(name="JPEG2000", extensions=("jp2",), signature=rb"\0\0\0\x0cjP|\xff\x4f\xff\x51"),
-    Codec(name="AVIF", extensions=("avif",), signature=rb"....ftypavi[fs]"),
+    AVIF,
     HEIF,
 ]
 OTHER = AnyOther(name="other")

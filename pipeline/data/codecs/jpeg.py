@@ -30,6 +30,8 @@ class Jpeg(Codec):
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
         except ValueError as error:
             message = str(error)
+            if kind := uncommon_kind(data):
+                raise Refused("unsupported pixels", kind) from error
             if "Premature end of JPEG file" in message:  # without an end marker the file is cut short
                 raise Refused("truncated", message) from error
             if "extraneous bytes" not in message:  # stray bytes between markers lose nothing; every other warning does
