@@ -21,7 +21,8 @@ def test_small_images_pass_through_and_large_ones_shrink():
     reference = cv2.resize(picture(600, 400), (256, 384), interpolation=cv2.INTER_AREA)
     assert np.abs(simplejpeg.decode_jpeg(stored).astype(int) - reference).mean() < 2
     palette = encoded(Image.fromarray(picture()).quantize(16), "GIF")
-    assert images.as_jpeg(decode(palette, LIMIT), palette, 256, 90)[0][:2] == b"\xff\xd8"
+    assert images.as_jpeg(decode(palette, LIMIT), palette, 256, 90)[0][:4] == b"\x89PNG"
+    assert images.as_jpeg(decode(palette, LIMIT), palette, 256, 90, lossless=False)[0][:2] == b"\xff\xd8"
 
 
 def test_patches_hold_the_centre_crop():

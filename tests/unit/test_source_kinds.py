@@ -423,13 +423,10 @@ def test_a_row_that_fits_two_files_is_an_error(tmp_path):
         table_labels(tmp_path, "t.csv", "file,label\n0.jpg,a\n", ("ant/0.jpg", "bee/0.jpg"))
 
 
-def test_minus_one_is_no_label_but_one_of_two(tmp_path):
-    def classes(*numbers):
-        pq.write_table(pa.table({"image": [JPEG] * len(numbers), "label": numbers}), tmp_path / "x.parquet")
-        return sources.make_labels(sources.discover([str(tmp_path)])).classes
-
-    assert classes(0, 1, -1) == ("0", "1")
-    assert classes(-1, 1) == ("-1", "1")
+def test_minus_one_is_said_to_be_a_class(tmp_path, caplog):
+    pq.write_table(pa.table({"image": [JPEG] * 3, "label": [0, 1, -1]}), tmp_path / "x.parquet")
+    assert sources.make_labels(sources.discover([str(tmp_path)])).classes == ("-1", "0", "1")
+    assert "the label -1 is a class of its own" in caplog.text
 
 
 def test_a_label_map_of_other_names_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """Label names -> class indices: the class list of all sources together, and `--label-map`."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pipeline.data.sources.items import Source
 from pipeline.data.sources.rows import decode_text, read_data
 from pipeline.errors import UserError
 
+logger = logging.getLogger(__name__)
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 MAX_INDEX = 1_000_000  # integers up to here are class indices; larger ones are names like any other
 
@@ -96,8 +98,11 @@ def make_labels(
         classes = next(iter(own))
     elif names and all(INTEGER.fullmatch(name) for name in names) and not any(s.by_folder for s in sources):
         numbers = sorted(names, key=int)
-        if numbers[0] == "-1" and len(numbers) > 2:  # how many corpora write "no label"; with 1 alone it is a class
-            numbers = numbers[1:]
+        if numbers[0] == "-1" and len(numbers) > 2:
+            logger.warning(
+                "%s: the label -1 is a class of its own; where it means that there is no label, leave it out of --label-map",
+                sources[0].uri,
+            )
         plain = int(numbers[0]) >= 0 and int(numbers[-1]) < MAX_INDEX and all(str(int(n)) == n for n in numbers)
         classes = tuple(str(i) for i in range(int(numbers[-1]) + 1)) if plain else tuple(numbers)
     else:
