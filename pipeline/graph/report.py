@@ -50,7 +50,7 @@ def detail(plan: Plan, name: str, status: Status) -> str:
     record = plan.state.records.get(name)
     if status.state == DONE and status.version is not None:
         found = [cost.duration(status.version.cost.get("seconds", 0.0)), brief(status.version.result)]
-        return "  ".join(filter(None, found))
+        return ": ".join(filter(None, found))
     if status.state == RUNNING and record is not None and record.running is not None:
         progress = results.read_progress(plan.state.root, record.running.job)
         if progress is None:
@@ -72,6 +72,8 @@ def brief(result: Mapping[str, Any]) -> str:
     numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
     if not numbers:
         return ""
+    if len(numbers) == 1:
+        return " ".join(f"{name} {value:.2f}" for name, value in numbers.items())
     return f"mean {sum(numbers.values()) / len(numbers):.2f} of {len(numbers)}"
 
 
@@ -197,6 +199,7 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
         only = alone.get(kind, False)
         prefix = f"{pipeline}: " if only else f"{pipeline}: {name} "
         if kind in ("prepare", "vtab") and found:
+            prefix = f"{pipeline}: " if name == "data" else prefix
             lines.append(f"{prefix}prepared={found['prepared']} shards={found['shards']} rejects={found['rejects']}")
         elif kind == "pretrain" and found:
             if "top1" in found:
@@ -228,16 +231,34 @@ def layers(plan: Plan) -> list[list[str]]:
     return [[name for name in depth if depth[name] == level] for level in range(max(depth.values()) + 1)]
 
 
+def direct_needs(plan: Plan, name: str) -> list[str]:
+    """What an instance needs and does not get through another one: fewer arrows say the same."""
+    needs = plan.instances[name].needs
+    through: set[str] = set()
+    left = list(needs)
+    while left:
+        for up in plan.instances[left.pop()].needs:
+            if up not in through:
+                through.add(up)
+                left.append(up)
+    return [up for up in needs if up not in through]
+
+
+HALF = 0.43
+"""Half the width of a box, in columns."""
+
+
 def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
     """The graph as a PNG: a box a stage in the colour of its state, left to right."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     columns = [column[:40] for column in layers(plan)]
     rows = max(map(len, columns))
-    figure = Figure(figsize=(3.3 * len(columns) + 0.4, 0.75 * rows + 0.8), dpi=110)
+    figure = Figure(figsize=(3.4 * len(columns) + 0.3, 0.72 * rows + 0.7), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, len(columns))
-    axes.set_ylim(-rows, 0.6)
+    axes.set_ylim(-rows, 0.8)
     axes.axis("off")
     place = {
         name: (x + 0.5, -(y + 0.5) - (rows - len(column)) / 2)
@@ -245,23 +266,19 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
         for y, name in enumerate(column)
     }
     for name, (x, y) in place.items():
-        for up in plan.instances[name].needs:
+        for up in direct_needs(plan, name):
             if up in place:
-                start, end = (place[up][0] + 0.44, place[up][1]), (x - 0.44, y)
-                axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8})
+                ends = {"xy": (x - HALF, y), "xytext": (place[up][0] + HALF, place[up][1])}
+                axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8})
     for name, (x, y) in place.items():
         status = states[name]
-        text = f"{cut(name, 34)}\n{cut(detail(plan, name, status) or status.state, 38)}"
-        box = {
-            "boxstyle": "round,pad=0.35",
-            "facecolor": COLOURS[status.state],
-            "edgecolor": "#666666",
-            "linewidth": 0.7,
-        }
-        axes.text(x, y, text, ha="center", va="center", fontsize=7.5, bbox=box)
+        style = {"facecolor": COLOURS[status.state], "edgecolor": "#666666", "linewidth": 0.7}
+        axes.add_patch(Rectangle((x - HALF, y - 0.33), 2 * HALF, 0.66, **style))
+        text = f"{cut(name, 40)}\n{cut(detail(plan, name, status) or status.state, 44)}"
+        axes.text(x, y, text, ha="center", va="center", fontsize=7.5)
     for i, (state, colour) in enumerate(COLOURS.items()):
         box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "#666666", "linewidth": 0.5}
-        axes.text(0.1 + i * 0.28 * max(1, len(columns) / 3), 0.3, state, fontsize=7, va="center", bbox=box)
+        axes.text(0.08 + i * 0.22, 0.4, state, fontsize=7, va="center", bbox=box)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()

@@ -35,7 +35,7 @@ def test_demo_learns_digits_and_prints_its_lines(digits):
     assert prepared.groups()[2] == "0"
     trained = re.search(r"^demo: loss_first=([\d.]+) loss_last=([\d.]+) top1=([\d.]+)$", log, re.M)
     assert float(trained[2]) < 0.7 * float(trained[1])
-    assert float(trained[3]) > 0.8  # chance is 0.1
+    assert float(trained[3]) > 0.2  # a share; chance is 0.02
     scores = dict(part.split("=") for part in re.search(r"^demo: transfer (.*)$", log, re.M)[1].split())
     assert len(scores) >= 4
     assert float(scores["linear"]) > 0.7
