@@ -268,11 +268,11 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
     for name, (x, y) in place.items():
         for up in direct_needs(plan, name):
             if up in place:
-                ends = {"xy": (x - HALF, y), "xytext": (place[up][0] + HALF, place[up][1])}
+                ends: dict[str, Any] = {"xy": (x - HALF, y), "xytext": (place[up][0] + HALF, place[up][1])}
                 axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8})
     for name, (x, y) in place.items():
         status = states[name]
-        style = {"facecolor": COLOURS[status.state], "edgecolor": "#666666", "linewidth": 0.7}
+        style: dict[str, Any] = {"facecolor": COLOURS[status.state], "edgecolor": "#666666", "linewidth": 0.7}
         axes.add_patch(Rectangle((x - HALF, y - 0.33), 2 * HALF, 0.66, **style))
         text = f"{cut(name, 40)}\n{cut(detail(plan, name, status) or status.state, 44)}"
         axes.text(x, y, text, ha="center", va="center", fontsize=7.5)

@@ -1,0 +1,122 @@
+"""Pipelines as processes of this machine, killed while they run: the runner, its stages, or both."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.graph import state
+
+ROOT = Path(__file__).parents[2]
+DATA = {"job": "prepare", "recipe": "demo_digits", "fields": {"tracking": False, "num_cpus": 1}}
+
+
+def sweep():
+    """Two pre-trainings and 2 x 3 transfers."""
+    places = {"data": "${data.output}/train", "validation": "${data.output}/test"}
+    training = {**places, "steps": 60, "workers": 1, "checkpoint_every": "10steps", "augment.area": [0.9, 1.0]}
+    tasks = {"checkpoint": "${pretrain.output}", "data": "${data.output}", "workers": 1, "steps": 10}
+    return {
+        "data": DATA,
+        "pretrain": {"job": "pretrain", "recipe": "demo", "fields": training, "matrix": {"optimizer.lr": [1e-3, 3e-4]}},
+        "transfer": {
+            "job": "transfer",
+            "recipe": "demo",
+            "fields": tasks,
+            "matrix": {"tasks": ["parity", "linear", "knn"]},
+        },
+    }
+
+
+def start(folder, name, stages):
+    place = folder / f"{name}.yaml"
+    place.write_text(yaml.safe_dump({"name": name, "output": str(folder / name), "stages": stages}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/{name}.db"}
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "run", str(place)]
+    with open(folder / f"{name}.log", "a") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def stages_of(folder, name):
+    """The jobs of a pipeline that run now."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        is_job = len(words) > 1 and words[1].startswith(str(ROOT / "jobs")) and "pipeline.py" not in words[1]
+        if is_job and any(word.startswith(str(folder / name) + "/") for word in words):
+            found.append(process)
+    return found
+
+
+def wait_for(condition, seconds=240):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def results(folder, name):
+    return {stage: record.versions[-1].result for stage, record in state.load(str(folder / name)).records.items()}
+
+
+def test_a_killed_runner_finds_its_process_again(tmp_path):
+    process = start(tmp_path, "one", {"data": DATA})
+    wait_for(lambda: stages_of(tmp_path, "one"))
+    process.kill()
+    process.wait()
+    (stage,) = stages_of(tmp_path, "one")  # it outlives its runner
+    assert start(tmp_path, "one", {"data": DATA}).wait(timeout=240) == 0
+    assert not stage.is_running()
+    log = (tmp_path / "one.log").read_text()
+    assert "data: there from an earlier run" in log
+    assert log.count("data: started") == 1
+    assert state.load(str(tmp_path / "one")).records["data"].versions[-1].cost["attempts"] == 1
+
+
+def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path):
+    process = start(tmp_path, "two", {"data": DATA})
+    wait_for(lambda: stages_of(tmp_path, "two"))
+    second = start(tmp_path, "two", {"data": DATA})
+    assert second.wait(timeout=120) == 2
+    assert "is being run by two, process" in (tmp_path / "two.log").read_text()
+    stages_of(tmp_path, "two")[0].kill()
+    assert process.wait(timeout=240) == 0
+    assert state.load(str(tmp_path / "two")).records["data"].versions[-1].cost["attempts"] == 2
+
+
+def test_ctrl_c_stops_the_stages(tmp_path):
+    process = start(tmp_path, "three", {"data": DATA})
+    wait_for(lambda: stages_of(tmp_path, "three"))
+    time.sleep(2)  # the job has to be as far as its own handler of signals
+    process.send_signal(2)
+    assert process.wait(timeout=240) == 130
+    assert not stages_of(tmp_path, "three")
+    plain = json.loads((tmp_path / "three" / "_pipeline" / "state.json").read_text())
+    assert plain["stages"]["data"]["running"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
+    assert start(tmp_path, "calm", sweep()).wait(timeout=1200) == 0
+    dice = random.Random(7)
+    process = start(tmp_path, "wild", sweep())
+    for victim in ("runner", "stage", "both", "stage", "runner"):
+        time.sleep(dice.uniform(5, 30))
+        here = stages_of(tmp_path, "wild")
+        for stage in here if victim == "both" else here[:1] if victim == "stage" else []:
+            stage.kill()
+        if victim != "stage":
+            process.kill()
+            process.wait()
+            process = start(tmp_path, "wild", sweep())
+    assert process.wait(timeout=1200) == 0
+    assert results(tmp_path, "wild") == results(tmp_path, "calm")
+    assert len(results(tmp_path, "wild")) == 9
