@@ -1,15 +1,21 @@
 """Where images come from: every supported layout read as one stream of (key, bytes, label names).
 
-    folder     class folders root/<class>/**/*, or any files with a table of file names and labels
-    tar        WebDataset samples (.jpg + .cls/.txt/.json), class folders in a tar, ImageNet's tar of tars
+    folder     class folders at any level, or any files with a table of file names and labels
+    tar        WebDataset samples (.jpg + .cls/.txt/.json), class folders in a tar, ImageNet's tar of tars; compressed or joined
+    zip        the same in zip archives
     parquet    an image column (bytes, or Hugging Face's struct of bytes and path) and a label column
+    arrow      the same in Arrow files, such as those of Hugging Face's save_to_disk
     tfrecord   tf.train.Example with image/encoded and image/class/label or image/class/text
-    cifar      the published archives of CIFAR-10 and CIFAR-100, binary or Python version
+    cifar      CIFAR-10 and CIFAR-100, binary or Python version, as archives or unpacked
 
 `discover` scans a source once, on the driver, and returns a `Source`: a table of *fragments*, each an independent range of the
 input (one image file, a stretch of a tar, some row groups) with its size. `read` turns fragments into `Item`s, anywhere.
-Label names are text throughout; `Labels` turns them into class indices. What operating systems leave in folders and archives
-(.DS_Store, Thumbs.db, desktop.ini, ._* and __MACOSX) is no input.
+Label names are text throughout; `Labels` turns them into class indices. What systems leave in folders and archives (`listing.JUNK`)
+is no input.
+
+    layout     which folders name the classes and the splits        naming     tables and folders together, for every path
+    rows       files of tables -> rows                              columns    which column holds what, cells -> label names
+    tables     rows -> labels and splits by file name               samples    members of an archive that belong together
 
 Each format is one module with `matches`, `scan` and `read` (`items.SourceFormat`), listed in `discovery.FORMATS`.
 """

@@ -1,0 +1,56 @@
+"""What training says about the classes of its data: one class alone, and a validation set prepared apart."""
+
+import dataclasses
+
+import pytest
+
+from pipeline import workqueue
+from pipeline.data import open_dataset
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.errors import UserError
+from pipeline.training.plan import check_data
+from pipeline.training.recipes import RECIPES
+from pipeline.training.validation import places_of_classes
+from tests.images import jpeg
+
+
+def prepared(root, *classes):
+    for i, name in enumerate(classes):
+        for k in range(4):
+            (root / "in" / name).mkdir(parents=True, exist_ok=True)
+            (root / "in" / name / f"{k}.jpg").write_bytes(jpeg(10 * i + k))
+    with workqueue.without_ray():
+        prepare(PrepareConfig(source=(str(root / "in"),), output=str(root / "out")))
+    return open_dataset(root / "out")
+
+
+def config(**runtime):
+    demo = dataclasses.replace(RECIPES["demo"](), batch_size=4)
+    return dataclasses.replace(demo, runtime=dataclasses.replace(demo.runtime, **runtime))
+
+
+def test_one_class_is_a_warning_in_prepare_and_an_error_in_training(tmp_path, caplog):
+    dataset = prepared(tmp_path, "ant")
+    assert "one class (ant)" in caplog.text
+    with pytest.raises(UserError, match=r"has one class \(ant\).*--one-class"):
+        check_data(config(), dataset)
+    check_data(config(one_class=True), dataset)
+
+
+def test_classes_of_a_validation_set_are_matched_by_name(tmp_path):
+    validation = prepared(tmp_path, "bee", "cow")
+    assert places_of_classes(validation, ("bee", "cow")) is None
+    assert places_of_classes(validation, ("ant", "bee", "cow")).tolist() == [1, 2]
+    with pytest.raises(UserError, match="1 of its classes are not among the run's 2, such as cow"):
+        places_of_classes(validation, ("ant", "bee"))
+
+
+def test_a_class_that_lost_all_its_images_is_said(tmp_path, caplog):
+    (tmp_path / "in" / "empty").mkdir(parents=True)
+    (tmp_path / "in" / "empty" / "0.jpg").write_bytes(b"no image")
+    for name in ("ant", "bee"):
+        (tmp_path / "in" / name).mkdir()
+        (tmp_path / "in" / name / "0.jpg").write_bytes(jpeg(len(name)))
+    with workqueue.without_ray():
+        prepare(PrepareConfig(source=(str(tmp_path / "in"),), output=str(tmp_path / "out"), max_reject_fraction=1.0))
+    assert "1 of 3 classes have no image, such as empty" in caplog.text
