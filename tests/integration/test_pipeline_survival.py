@@ -91,12 +91,12 @@ def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path
     assert state.load(str(tmp_path / "two")).records["data"].versions[-1].cost["attempts"] == 2
 
 
-def test_ctrl_c_stops_the_stages(tmp_path):
+def test_a_stopped_runner_stops_its_stages(tmp_path):
     process = start(tmp_path, "three", {"data": DATA})
     wait_for(lambda: stages_of(tmp_path, "three"))
     time.sleep(2)  # the job has to be as far as its own handler of signals
-    process.send_signal(2)
-    assert process.wait(timeout=240) == 130
+    process.terminate()
+    assert process.wait(timeout=240) == 143
     assert not stages_of(tmp_path, "three")
     plain = json.loads((tmp_path / "three" / "_pipeline" / "state.json").read_text())
     assert plain["stages"]["data"]["running"] is None
