@@ -86,11 +86,10 @@ def _splits(source: str) -> str | None:
         return held_out[0] if held_out and "train" in folders else None
     from pipeline.data import sources  # here: --help must not wait for its libraries
 
-    for name in held_out:
-        with contextlib.suppress(UserError):  # a set without labels, such as Tiny-ImageNet's test
-            [found] = sources.discover([storage.join(source, name)])
-            if found.names:
-                return name
+    with contextlib.suppress(UserError):
+        [found] = sources.discover([source])
+        labelled = {row["split"] for row in found.fragments.to_pylist() if row["labels"]}
+        held_out.sort(key=lambda name: name not in labelled)  # those without labels last, such as Tiny-ImageNet's test
     return held_out[0]
 
 

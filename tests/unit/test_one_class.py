@@ -8,6 +8,7 @@ from pipeline import workqueue
 from pipeline.data import open_dataset
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.errors import UserError
+from pipeline.graph.recipes import demo
 from pipeline.training.plan import check_data
 from pipeline.training.recipes import RECIPES
 from pipeline.training.validation import places_of_classes
@@ -25,8 +26,8 @@ def prepared(root, *classes):
 
 
 def config(**runtime):
-    demo = dataclasses.replace(RECIPES["demo"](), batch_size=4)
-    return dataclasses.replace(demo, runtime=dataclasses.replace(demo.runtime, **runtime))
+    plain = dataclasses.replace(RECIPES["demo"](), batch_size=4)
+    return dataclasses.replace(plain, runtime=dataclasses.replace(plain.runtime, **runtime))
 
 
 def test_one_class_is_a_warning_in_prepare_and_an_error_in_training(tmp_path, caplog):
@@ -43,6 +44,30 @@ def test_classes_of_a_validation_set_are_matched_by_name(tmp_path):
     assert places_of_classes(validation, ("ant", "bee", "cow")).tolist() == [1, 2]
     with pytest.raises(UserError, match="1 of its classes are not among the run's 2, such as cow"):
         places_of_classes(validation, ("ant", "bee"))
+
+
+def test_tiny_imagenet_in_one_command(tmp_path, caplog):
+    """Two labelled splits with one class list; the unlabelled one is left out and said, and the demo takes the labelled ones."""
+    names = ("n00000001", "n00000002")
+    paths = [f"train/{name}/images/{name}_{i}.JPEG" for name in names for i in range(2)]
+    paths += ["val/images/val_0.JPEG", "test/images/test_0.JPEG"]
+    for i, path in enumerate(paths):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / path).write_bytes(jpeg(i))
+    (tmp_path / "in/val/val_annotations.txt").write_text("val_0.JPEG\tn00000002\t0\t0\t9\t9\n")
+    (tmp_path / "in/words.txt").write_text("n00000001\tdog\n")
+    source = str(tmp_path / "in")
+    with workqueue.without_ray():
+        made = prepare(
+            PrepareConfig(
+                source=(source,), output=str(tmp_path / "out"), splits=("from-source",), max_reject_fraction=0.5
+            )
+        )
+    assert {split: manifest.class_counts for split, manifest in made.items()} == {"train": [2, 2], "val": [0, 1]}
+    assert made["train"].rejects == {"not an image": 1}
+    assert "the split test (1 files) has no labels and is left out" in caplog.text
+    stages = demo(data=source).stages
+    assert stages["test"].fields["source"] == [f"{source}/val"]
 
 
 def test_a_class_that_lost_all_its_images_is_said(tmp_path, caplog):

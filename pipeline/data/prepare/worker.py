@@ -72,7 +72,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
             counts.inputs[split] += 1
             try:
                 if item.split is None and plan.source_decides:
-                    raise Refused("no split")
+                    raise item.refused or Refused("no split")
                 _prepare_item(item, split, plan, counts, writers[split])
             except Refused as refused:
                 counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
