@@ -4,6 +4,8 @@ An instance of `transfer` that reads `${pretrain.output}` exists once for every 
 stands for all of them, in a field that takes several values.
 """
 
+import dataclasses
+import functools
 import graphlib
 import itertools
 import math
@@ -327,6 +329,14 @@ def _decides(kind: Kind, config: Any) -> dict[str, Any]:
     flat = configuration.flatten(plain)
     left_out = {*kind.reads, *kind.observes, *kind.ignores, "output"}
     return {key: value for key, value in flat.items() if key not in left_out}
+
+
+@functools.cache
+def defaults(kind: Kind) -> dict[str, Any]:
+    """What decides the output of a job all of whose fields have their defaults."""
+    given = dict.fromkeys((f.name for f in dataclasses.fields(kinds.config_class(kind))), "")
+    base = kinds.config_class(kind)() if kind.recipes else kinds.start(kind, None, given, kind.name)
+    return _decides(kind, base)
 
 
 # ---------------------------------------------------------------- names

@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.errors import UserError, nearest
 from pipeline.graph import fields, kinds, places
 from pipeline.graph.file import Pipeline
-from pipeline.graph.instances import Address, Instance, fill
+from pipeline.graph.instances import Address, Instance, defaults, fill
 from pipeline.graph.places import Content, Missing, Places
 from pipeline.graph.state import State, Version
 
@@ -46,6 +46,7 @@ class Plan:
         self._trees: dict[str, str] = {}
         self._complete: dict[str, bool] = {}
         self._by_identity: dict[str, list[Version]] = {}
+        self._by_inputs: dict[str, list[Version]] = {}
         self.done: dict[str, Version] = {}
         """Of the instances found done so far."""
         self.outputs: dict[str, str] = {}
@@ -128,8 +129,14 @@ class Plan:
             for record in self.state.records.values():
                 for version in record.versions:
                     self._by_identity.setdefault(version.identity, []).append(version)
+                    self._by_inputs.setdefault(_inputs(version.about), []).append(version)
         instance = self.instances[name]
-        for version in reversed(self._by_identity.get(identity.id, [])):
+        same = self._by_identity.get(identity.id, [])
+        if not same:  # an option that did not exist when a stage was run had its default
+            before = self._by_inputs.get(_inputs(identity.about), [])
+            now = identity.about["config"]
+            same = [v for v in before if {**defaults(instance.kind), **v.about["config"]} == now]
+        for version in reversed(same):
             output = self.state.address(version.output)
             if instance.output is not None and instance.output != output:
                 moved = dataclasses.replace(version, output=self.state.relative(instance.output))
@@ -154,6 +161,7 @@ class Plan:
     def forget(self) -> None:
         """Looks at storage and state anew from now on."""
         self._by_identity = {}
+        self._by_inputs = {}
         self._complete.clear()
 
     def survey(self) -> dict[str, Status]:
@@ -246,6 +254,11 @@ class Plan:
         first = values.pop(kind.positional, ()) if kind.positional else ()
         recipe = [f"--{kind.recipe_flag}", instance.recipe] if instance.recipe else []
         return [kind.script, *kind.words, *map(str, first), *recipe, *fields.flags(values), *kind.extra]
+
+
+def _inputs(about: Mapping[str, Any]) -> str:
+    """Of what an identity is about, all but the config."""
+    return configuration.fingerprint([about["job"], about["inputs"], about["formats"]])
 
 
 def why_stale(before: Version, now: Identity) -> str:

@@ -148,6 +148,22 @@ def test_other_bytes_of_the_same_size_are_new_data(tmp_path, source):
     assert states(chain(tmp_path / "out", source))["data"][0] == "stale"
 
 
+def test_an_option_that_did_not_exist_had_its_default(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    go(pipeline)
+    place = Path(state.load(pipeline.root).uri)
+    plain = json.loads(place.read_text())
+    for record in plain["stages"].values():
+        (version,) = record["versions"]
+        version["identity"] = "of an earlier program"
+        for option in ("deduplicate", "label_smoothing", "l2"):
+            version["about"]["config"].pop(option, None)
+    place.write_text(json.dumps(plain))
+    assert {state for state, _ in states(pipeline).values()} == {"done"}
+    other = chain(tmp_path / "out", source, pretrain={"label_smoothing": 0.1})
+    assert states(other)["pretrain"][0] == "stale"
+
+
 def test_a_lost_output_is_made_again(tmp_path, source):
     go(chain(tmp_path / "out", source))
     (scores,) = (tmp_path / "out" / "transfer").glob("tasks=knn-*/scores.json")
