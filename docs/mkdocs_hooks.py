@@ -18,6 +18,8 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!https?://|#)([^)#\s]+)(#[^)]*)?\)")
 def on_files(files, config):
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    listed = set(re.findall(r"[\w-]+\.md", str(config["nav"])))
+    config["nav"] += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in listed]
     return files
 
 

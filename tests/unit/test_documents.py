@@ -36,18 +36,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name} links to {target}{anchor}"
 
 
-def test_the_site_has_every_page():
-    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
-    listed = set(re.findall(r"[\w-]+\.md", nav))
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
-    assert {"changelog.md", "contributing.md", "clusters.md"} <= listed
-
-
 def test_the_site_builds_without_a_dead_link(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / page.with_suffix(".html").name).exists()
     assert "--engine.zero" in (tmp_path / "jobs.html").read_text()
     assert "A freshly initialised model" in (tmp_path / "api.html").read_text()
 
