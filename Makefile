@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 DATA   ?=
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test lint hooks slow docs ui clean
+.PHONY: install demo test lint hooks slow docs ui pictures clean
 
 # Every install uses the same constraints: without them pip may replace torch. The file .demo says that .venv can run the demo,
 # the file .installed that it can also run the tests.
@@ -54,6 +54,10 @@ docs: install
 
 ui: $(BIN)/.demo
 	$(BIN)/python -m pipeline.tracking ui --tracking-uri sqlite:///$(CURDIR)/mlflow.db
+
+# The pictures of README, from the database of `make demo`; takes an installed Chromium.
+pictures: $(BIN)/.demo
+	PYTHONPATH=. $(BIN)/python docs/pictures.py --tracking-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean:
 	rm -rf runs mlruns mlflow.db build

@@ -69,7 +69,11 @@ def brief(result: Mapping[str, Any]) -> str:
         return f"{result['steps']:,} steps{top1}"
     if "promoted" in result:
         return str(result.get("why", ""))
-    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    numbers = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, int | float) and not key.startswith(results.RANDOM)
+    }
     if not numbers:
         return ""
     if len(numbers) == 1:
@@ -191,6 +195,7 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
         for kind in ("prepare", "pretrain", "transfer")
     }
     rows: list[tuple[str, float]] = []
+    others: dict[str, float] = {}
     lines: list[str] = []
     for name, status in states.items():
         if status.version is None:
@@ -205,18 +210,28 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
             if "top1" in found:
                 rows.append(("pre-trained, held-out images" if only else name, found["top1"]))
             shown = [f"{key}={found[key]:.4f}" for key in ("loss_first", "loss_last") if key in found]
-            shown += [f"top1={found['top1'] / 100:.4f}"] if "top1" in found else []
+            shown += [f"top1={found['top1']:.2f}"] if "top1" in found else []
             lines.append(prefix + " ".join(shown))
         elif kind == "transfer" and found:
-            rows += [(f"{'transfer' if only else name} {task}", score) for task, score in found.items()]
-            scores = " ".join(f"{task}={score / 100:.4f}" for task, score in found.items())
-            lines.append(f"{pipeline}: {'transfer' if only else name} {scores}")
+            title = "transfer" if only else name
+            random = {k.removeprefix(results.RANDOM): v for k, v in found.items() if k.startswith(results.RANDOM)}
+            found = {task: score for task, score in found.items() if not task.startswith(results.RANDOM)}
+            rows += [(f"{title} {task}", score) for task, score in found.items()]
+            others |= {f"{title} {task}": score for task, score in random.items()}
+            lines.append(f"{pipeline}: {title} " + " ".join(f"{task}={score:.2f}" for task, score in found.items()))
+            if random:
+                scores = " ".join(f"{task}={score:.2f}" for task, score in random.items())
+                lines.append(f"{pipeline}: {'random' if only else f'{name} random'} {scores}")
         elif kind == "promote" and found:
             lines.append(f"{pipeline}: promote {found['why']}")
     width = max((len(label) for label, _ in rows), default=0)
-    table = [f"{label:{max(32, width)}s}{score:7.2f}" for label, score in rows]
+    width = max(32, width)
+    table = [
+        f"{label:{width}s}{score:7.2f}" + (f"{others[label]:16.2f}" if label in others else "") for label, score in rows
+    ]
     if table:
-        table += ["(top-1 accuracy, %)", ""]
+        head = [f"{'top-1 accuracy in %':{width}s}{'':7s}{'random encoder':>16s}"] if others else []
+        table = [*head, *table, *([] if others else ["(top-1 accuracy, %)"]), ""]
     return "\n".join([*table, *lines, f"{pipeline}: seconds={seconds:.1f}"])
 
 

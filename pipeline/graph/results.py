@@ -12,6 +12,9 @@ from pipeline.graph.state import FOLDER
 from pipeline.tracking import names
 from pipeline.weights import checkpoints
 
+RANDOM = "random/"
+"""Before the name of a task: the score of an encoder with random weights."""
+
 
 def read(kind: str, output: str) -> dict[str, Any]:
     """What the job of that kind reports of a finished output; empty when it says nothing."""
@@ -58,7 +61,8 @@ def _trained(output: str) -> dict[str, Any]:
 
 def _transferred(output: str) -> dict[str, Any]:
     summary = storage.read_json(storage.join(output, "scores.json"))
-    return {name: score["mean"] for name, score in summary["scores"].items()}
+    random = {RANDOM + name: score for name, score in summary.get("random_encoder", {}).items()}
+    return {name: score["mean"] for name, score in summary["scores"].items()} | random
 
 
 def _promoted(output: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A page is one file without links to elsewhere: it is an artifact, a file beside 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -16,11 +16,14 @@ from pipeline.tracking.leaderboard import Row
 def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
     """The page. inside: what goes before a run's path under a server, to link to it; "" takes the runs' own addresses."""
     template = resources.files("pipeline.tracking").joinpath("leaderboard.html").read_text()
-    values = json.dumps([_values(row, inside) for row in rows], separators=(",", ":"), allow_nan=False)
+    common = set(rows[0].config.items()).intersection(*(row.config.items() for row in rows[1:])) if rows else set()
+    values = json.dumps([_values(row, inside, common) for row in rows], separators=(",", ":"), allow_nan=False)
     return template.replace("/*ROWS*/[]", values.replace("</", "<\\/"))
 
 
-def _values(row: Row, inside: str) -> dict[str, Any]:
+def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, Any]:
+    """common: fields that all rows share, which say nothing about a difference."""
+
     def address(url: str | None, path: str | None) -> str:
         if inside:
             return f"{inside}{path}" if path else ""
@@ -39,16 +42,10 @@ def _values(row: Row, inside: str) -> dict[str, Any]:
         "tasks": {name: round(value, 3) for name, value in row.tasks.items()},
         "error": None if row.spread is None else round(row.spread, 3),
         "data": row.data_name or "",
-        "config": dict(row.config),
+        "config": dict(row.config.items() - common),
         "pretrain": address(row.pretrain_url, row.pretrain_path),
         "transfer": address(row.transfer_url, row.transfer_path),
     }
-
-
-def changed_fields(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """{field: (first, second)} of the fields that differ."""
-    keys = sorted({**first, **second})
-    return {key: (first.get(key, ""), second.get(key, "")) for key in keys if first.get(key) != second.get(key)}
 
 
 def text_page(title: str, text: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.credentials import redacted, take_password, with_password
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.tracking.views import experiment_tags
+from pipeline.tracking.views import SHARE, experiment_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -187,6 +187,10 @@ def experiment_id(uri: str, name: str) -> str:
                 raise
     if found.lifecycle_stage == "deleted":
         raise UserError(f'MLflow experiment "{name}" was deleted; restore it or use another name')
+    view = {key: value for key, value in experiment_tags(name, found.experiment_id).items() if key.startswith(SHARE)}
+    for key, value in view.items():
+        if found.tags.get(key) != value:  # of an earlier version of this program
+            mlflow.set_experiment_tag(found.experiment_id, key, value)
     return found.experiment_id
 
 

@@ -26,9 +26,11 @@ Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 FRESH = 10.0  # seconds for which a computed leaderboard is served again
 
-# MLflow keeps columns and charts in the browser; the state that an experiment shares is asked for in the address.
+# The toolbar of a chart covers its data: only under the pointer. MLflow keeps columns and charts in the browser; the state that an experiment shares is asked for in the address.
 SCRIPT = """<script>(() => {
   if (!localStorage.getItem("mlflow.workflowType_v1")) localStorage.setItem("mlflow.workflowType_v1", '"machine_learning"');
+  if (!localStorage.getItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"))
+    localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
   const open = async () => {
     const [, id, query] = location.hash.match(/^#\\/experiments\\/(\\d+)(?:\\/runs)?\\/?(?:\\?(.*))?$/) || [];
     const asked = new URLSearchParams(query || "");
@@ -46,7 +48,10 @@ SCRIPT = """<script>(() => {
   history.pushState = function (...all) { push.apply(this, all); open(); };
   history.replaceState = function (...all) { replace.apply(this, all); open(); };
   open();
-})();</script>""".replace("SHARE_TAG", SHARE + VIEW).replace('"VIEW"', f'"{VIEW}"')
+})();</script>
+<style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}</style>""".replace(
+    "SHARE_TAG", SHARE + VIEW
+).replace('"VIEW"', f'"{VIEW}"')
 
 
 def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = None) -> None:

@@ -105,7 +105,8 @@ def _view(name: str) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": ["attributes.`Created`", "attributes.`Duration`", *COLUMNS[name]],
+        "selectedColumns": ["attributes.`Created`", *COLUMNS[name], "attributes.`Duration`"],
+        "columnOrder": ["attributes.`Created`", *COLUMNS[name], "attributes.`Duration`"],
         "globalLineChartConfig": {
             "xAxisKey": "metric",
             "lineSmoothness": 0,

@@ -25,7 +25,7 @@ def demo() -> PretrainConfig:
     Command: `python jobs/pretrain.py` after `python jobs/prepare.py`.
     Hardware: two cores.
     Cost: 3 teraFLOPs, two minutes.
-    Result: top-1 of 90% on the held-out fifth.
+    Result: top-1 of 69% on the held-out fifth, of 41 letters.
     """
     return PretrainConfig(
         steps="40epochs",

@@ -18,19 +18,19 @@ Others = Mapping[str, Mapping[str, float | None]]
 """More scores, {title: {row: top-1 in percent}}."""
 
 
-def score_bars(scores: Sequence[Score], others: Others) -> Figure:
+def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
     """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as marks."""
     figure, axes = _figure(max(6.0, 0.45 * len(scores) + 2.5), 4.4)
     colours = dict(zip(["", *GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
     x = np.arange(len(scores))
     bars = axes.bar(x, [score.mean for score in scores], color=[colours[score.group] for score in scores])
-    axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+    axes.bar_label(bars, [f"{score.mean:.0f}" for score in scores], label_type="center", fontsize=7, color="white")
     if any(score.std for score in scores):
         deviations = [score.std for score in scores]
         axes.errorbar(
             x, [s.mean for s in scores], yerr=deviations, fmt="none", ecolor="black", elinewidth=0.8, capsize=2
         )
-    for (model, row), marker in zip({**others, **published_scores(scores)}.items(), MARKS, strict=False):
+    for (model, row), marker in zip({**(others or {}), **published_scores(scores)}.items(), MARKS, strict=False):
         points = [(i, row[score.name]) for i, score in enumerate(scores) if row.get(score.name) is not None]
         if points:
             axes.plot(

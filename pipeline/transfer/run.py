@@ -313,7 +313,7 @@ def report_suite(
         "run_id": parent.id,
     }
     partial = len(tasks) < len(build_tasks(dataclasses.replace(config, tasks=()), suite.checkpoint.config))
-    summary = scores.write_scores(output, about, found, failures, partial)
+    summary = scores.write_scores(output, {**about, "random_encoder": dict(random)}, found, failures, partial)
     references = {RANDOM_ENCODER: _as_reference(random, found)} if random else {}
     text = report.suite_report(about, tasks, found, failures, references)
     storage.write_bytes(storage.join(output, "report.md"), text.encode())

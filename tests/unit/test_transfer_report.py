@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.duplicates.report import duplicates_table
 from pipeline.errors import UserError
-from pipeline.transfer import corrections, figures, references, report, scores
+from pipeline.transfer import corrections, figures, mistakes, references, report, scores
 from pipeline.transfer.corrections import read_seen_images
 from pipeline.transfer.jobs import Result, final_jobs, next_jobs
 from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_predictions
@@ -208,10 +208,12 @@ def test_figures_of_curves_and_confusions():
         result("b", curve=[[1, 2.0, 0.1]]),
     ]
     assert [axes.get_title() for axes in figures.loss_curves(results).axes] == ["a", "b"]
-    (axes,) = figures.confusion_matrices(results).axes
+    axes, scale = figures.confusion_matrices(results, {"a": ["cat", "dog"]}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
+    assert scale.get_ylabel() == "share of the label's images"
     assert np.allclose(axes.images[0].get_array(), [[7 / 8, 1 / 8], [0, 1]])
     assert figures.loss_curves([result()]) is None
-    assert figures.confusion_matrices([result()]) is None
+    assert figures.confusion_matrices([result()], {}) is None
 
 
 def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
@@ -234,3 +236,16 @@ def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
     assert json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]["far"]["mean"] == 50.5
     with pytest.raises(UserError, match="no transfer results"):
         report.compare_runs(first, str(tmp_path / "nowhere"))
+
+
+def test_mistakes_name_the_most_confused_pairs_and_show_one_image_of_each_first():
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, -1])
+    found = Predictions([f"k{i}" for i in range(8)], labels, np.array([0, 1, 1, 2, 1, 0, 2, 0]))
+    pairs = mistakes.most_confused(found, ["cat", "dog", "owl"])
+    assert [(pair.label, pair.prediction, pair.count, pair.images) for pair in pairs] == [
+        ("cat", "dog", 2, 4),
+        ("cat", "owl", 1, 4),
+        ("dog", "cat", 1, 2),
+    ]
+    assert mistakes.misclassified(found).tolist() == [1, 3, 5, 2]
+    assert mistakes.describe_mistake(found, 3, ["cat", "dog", "owl"]) == "cat → owl"
