@@ -4,6 +4,7 @@ The runner alone writes state.json, and holds the pipeline by a lease meanwhile.
 started; its name is its own, so that a second start of it finds the first.
 """
 
+import contextlib
 import logging
 import re
 import time
@@ -269,6 +270,8 @@ class Runner:
         else:
             self._fail(name, running, ended, spent, ended.reason or f"exit code {ended.code}")
         self.executor.forget(running.job)
+        with contextlib.suppress(UserError, OSError):
+            storage.remove(results.progress_place(self.plan.state.root, running.job))
         self._dirty = True
         self.watch(self.plan, self.running)
         return again
