@@ -25,7 +25,6 @@ REASONS = {
     r"^source ": "activates an environment",
     r"recipe b16_imagenet": "needs ImageNet",
     r"infra/pipelines/": "needs a bucket",
-    r"infra/pipelines/": "needs a bucket",
 }
 
 
