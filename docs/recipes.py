@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.help import families, first_sentence
-from pipeline.operations.planning import PlanConfig, plan
+from pipeline.operations.planning.config import PlanConfig
+from pipeline.operations.planning.estimate import plan
 from pipeline.training.recipes import RECIPES
 
 GPUS, GPU = 8, "h100"

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable
 
 from pipeline import config
-from pipeline.operations.planning import PlanConfig
+from pipeline.operations.planning.config import PlanConfig
 from pipeline.training.recipes import RECIPES, PretrainConfig
 
 
@@ -46,9 +46,10 @@ def main(argv: list[str]) -> None:
     options, _, recipe = config.parse_recipe(
         argv, recipes, "h14_jft300m_14ep", prog="jobs/plan.py", description=__doc__ or ""
     )
-    from pipeline.operations import planning
+    from pipeline.operations.planning.estimate import plan
+    from pipeline.operations.planning.table import table
 
-    result = planning.plan(options, recipe)
+    result = plan(options, recipe)
     if options.scaling:
         from pipeline.operations import scaling
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(planning.table(result))
+    print(table(result))
     if options.scaling:
         print(f"\n{scaling.table(result['scaling'])}\n    drawn into {options.scaling}")
 

@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
 
     runtime = config.runtime
     if runtime.dry_run:
-        from pipeline.operations import planning
+        from pipeline.operations.planning.preview import dry_run
 
-        print(planning.dry_run(config, recipe, diff(config, base)))
+        print(dry_run(config, recipe, diff(config, base)))
         return 0
     doctor.preflight(runtime.address, runtime.tracking_uri)
     cluster.configure(runtime.address, num_cpus=max(2, round(runtime.workers * runtime.cpus_per_worker)))

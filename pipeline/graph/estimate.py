@@ -62,7 +62,7 @@ def _cpus(instance: Instance, cpus: float) -> float:
 
 
 def _prepare(plan: Plan, instance: Instance, cpus: float) -> float | None:
-    from pipeline.operations.planning import PREPARE_SECONDS
+    from pipeline.operations.planning.costs import PREPARE_SECONDS
 
     images = _images(plan, instance)
     return None if images is None else images * PREPARE_SECONDS / cpus
@@ -122,7 +122,7 @@ def _rate(prices: Prices, instance: Instance, cpus: float) -> float:
 
 def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
     """(images, classes) of what a stage reads: of the dataset that is there, or of the published corpus of its recipe."""
-    from pipeline.operations.planning import CORPORA
+    from pipeline.operations.planning.config import CORPORA
 
     for address in instance.reads.get(field, ()):
         place = (

@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from models import create_model
 from models.losses import training_loss
-from pipeline.operations import planning
+from pipeline.operations.planning.memory import BUCKET_ELEMENTS
+from pipeline.operations.planning.memory import activations
+from pipeline.operations.planning.memory import model_states
 from pipeline.training import engine as module
 from pipeline.training.engine import Engine
 from pipeline.training.config import EngineConfig, OptimizerConfig
@@ -44,9 +46,9 @@ used = peak = 0
 for _, size in sorted(events):
     used += size
     peak = max(peak, used)
-each, largest = planning.activations(options, precision=precision)
-buffers = planning.BUCKET_ELEMENTS * dtype.itemsize
-planned = planning.model_states(count, stage, 1, precision=precision) + buffers + batch * (each + 3 * largest)
+each, largest = activations(options, precision=precision)
+buffers = BUCKET_ELEMENTS * dtype.itemsize
+planned = model_states(count, stage, 1, precision=precision) + buffers + batch * (each + 3 * largest)
 print(planned, peak)
 """
 

@@ -10,8 +10,12 @@ import torch
 from models import create_model
 from models.losses import training_loss
 from pipeline.errors import UserError
-from pipeline.operations import planning
-from pipeline.operations.planning import GB, PlanConfig
+from pipeline.operations.planning import estimate
+from pipeline.operations.planning.config import GB, PlanConfig
+from pipeline.operations.planning.costs import checkpoint_bytes, checkpoint_interval
+from pipeline.operations.planning.estimate import plan
+from pipeline.operations.planning.memory import activations, model_states
+from pipeline.operations.planning.table import table
 from pipeline.training.config import EngineConfig
 from pipeline.training.recipes import RECIPES
 from tests.runs import changed
@@ -27,13 +31,13 @@ TABLE_6 = {
 
 
 def planned(recipe="b16_imagenet", **changes):
-    return planning.plan(PlanConfig(training=RECIPES[recipe](), **changes), recipe)
+    return plan(PlanConfig(training=RECIPES[recipe](), **changes), recipe)
 
 
 @pytest.mark.parametrize("recipe", TABLE_6)
 def test_training_compute_is_the_papers(recipe, monkeypatch):
-    monkeypatch.setattr(planning, "memory", lambda *_: {})
-    monkeypatch.setattr(planning, "paper_costs", lambda *_: [])
+    monkeypatch.setattr(estimate, "memory", lambda *_: {})
+    monkeypatch.setattr(estimate, "paper_costs", lambda *_: [])
     assert planned(recipe=recipe)["run"]["train_exaflops"] == pytest.approx(TABLE_6[recipe], rel=0.03)
 
 
@@ -52,7 +56,7 @@ def test_the_papers_largest_run():
     paper = {row["recipe"]: row for row in result["paper"]}
     assert paper["h14_jft300m_14ep"]["cost"] == pytest.approx(run["cost"])
     assert paper["l16_imagenet21k_90ep"]["tpu_v3_core_days"] == 230
-    text = planning.table(result)
+    text = table(result)
     assert "46.7 hours" in text
     assert "ZeRO-1" in text
     assert "<- recipe" in text
@@ -68,19 +72,19 @@ def test_model_states_agree_with_deepspeeds_estimators(gpus):
     nodes = max(1, gpus // 8)
     about = {"num_gpus_per_node": gpus // nodes, "num_nodes": nodes}
     two = estimate_zero2_model_states_mem_needs(count, **about, cpu_offload=False)[1]
-    assert planning.model_states(count, 2, gpus) == pytest.approx(two, rel=0.1)
+    assert model_states(count, 2, gpus) == pytest.approx(two, rel=0.1)
     offloaded = estimate_zero2_model_states_mem_needs(count, **about, cpu_offload=True)[1]
-    assert planning.model_states(count, 2, gpus, offload=True) == pytest.approx(offloaded, rel=0.1)
+    assert model_states(count, 2, gpus, offload=True) == pytest.approx(offloaded, rel=0.1)
     three = estimate_zero3_model_states_mem_needs(count, layer, **about, cpu_offload=False, cpu_offload_params=False)[1]
-    assert planning.model_states(count, 3, gpus, largest_layer=layer) == pytest.approx(three, rel=0.1)
+    assert model_states(count, 3, gpus, largest_layer=layer) == pytest.approx(three, rel=0.1)
 
 
 def test_model_states_by_stage():
-    states = [planning.model_states(1000, stage, 4) for stage in range(4)]
+    states = [model_states(1000, stage, 4) for stage in range(4)]
     assert states == [20_000, 8_000, 6_500, 4_500]
-    assert planning.model_states(1000, 0, 4, precision="fp32") == 16_000  # weights, gradients, two moments
-    assert planning.model_states(1000, 1, 4, average=True) == 9_000
-    assert planning.model_states(1000, 1, 4, optimizer="sgd") == 7_000
+    assert model_states(1000, 0, 4, precision="fp32") == 16_000  # weights, gradients, two moments
+    assert model_states(1000, 1, 4, average=True) == 9_000
+    assert model_states(1000, 1, 4, optimizer="sgd") == 7_000
 
 
 @pytest.mark.parametrize(
@@ -109,15 +113,15 @@ def test_activations_are_what_a_real_backward_pass_keeps(options, precision):
             training_loss(model(images), {"label": torch.zeros(batch, dtype=torch.long)})
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
-    each, largest = planning.activations(options, precision=precision)
+    each, largest = activations(options, precision=precision)
     assert each == pytest.approx((kept(4) - kept(2)) / 2, rel=0.01)
     assert 0 < largest < each
 
 
 def test_recomputation_keeps_block_inputs_only():
     options = {"variant": "Ti/16", "image_size": 224, "num_classes": 10}
-    full, _ = planning.activations(options)
-    less, _ = planning.activations(options, activation_checkpointing=True)
+    full, _ = activations(options)
+    less, _ = activations(options, activation_checkpointing=True)
     assert full / 12 < less < full / 4
 
 
@@ -134,10 +138,10 @@ def test_micro_batch_is_the_largest_that_fits():
 def test_a_model_that_cannot_fit_says_so():
     training = RECIPES["b16_imagenet"]()
     training = dataclasses.replace(training, model=dataclasses.replace(training.model, variant="e/14", depth=20))
-    result = planning.plan(PlanConfig(training=training, gpu="l4"), "b16_imagenet")
+    result = plan(PlanConfig(training=training, gpu="l4"), "b16_imagenet")
     stages = result["memory"]["stages"]
     assert stages["0"]["micro_batch"] == 0 < stages["1"]["micro_batch"]
-    assert "none fits" in planning.table(result)
+    assert "none fits" in table(result)
 
 
 def test_a_masked_run_has_no_classes():
@@ -151,25 +155,24 @@ def test_a_recomputing_run_is_slower():
     base = RECIPES["b16_imagenet"]()
     slow = dataclasses.replace(base, engine=EngineConfig(activation_checkpointing=True))
     rates = [
-        planning.plan(PlanConfig(training=training), "b16_imagenet")["run"]["images_per_second"]
-        for training in (base, slow)
+        plan(PlanConfig(training=training), "b16_imagenet")["run"]["images_per_second"] for training in (base, slow)
     ]
     assert rates[1] == pytest.approx(rates[0] * 3 / 4)
 
 
 def test_checkpoint_interval_follows_young_and_daly():
     young = math.sqrt(2 * 10 * 36_000)
-    assert planning.checkpoint_interval(10, 36_000) == pytest.approx(young, rel=0.03)
-    assert planning.checkpoint_interval(100, 40) == 40  # it cannot be written between failures
+    assert checkpoint_interval(10, 36_000) == pytest.approx(young, rel=0.03)
+    assert checkpoint_interval(100, 40) == 40  # it cannot be written between failures
     losses = {}  # expected share of time lost, first order: writing, and half an interval repeated per failure
     for seconds in range(100, 3000, 50):
         losses[seconds] = 10 / seconds + seconds / 2 / 36_000
-    assert min(losses, key=losses.get) == pytest.approx(planning.checkpoint_interval(10, 36_000), abs=50)
+    assert min(losses, key=losses.get) == pytest.approx(checkpoint_interval(10, 36_000), abs=50)
 
 
 def test_checkpoint_size():
-    assert planning.checkpoint_bytes(100) == {"weights": 400, "state": 1200, "total": 1600}
-    assert planning.checkpoint_bytes(100, average=True)["total"] == 2400
+    assert checkpoint_bytes(100) == {"weights": 400, "state": 1200, "total": 1600}
+    assert checkpoint_bytes(100, average=True)["total"] == 2400
 
 
 @pytest.mark.parametrize(
@@ -190,5 +193,5 @@ def test_impossible_plans_are_refused(changes, message):
 def test_an_unknown_corpus_is_asked_for(tmp_path):
     training = changed(RECIPES["b16_imagenet"](), data=str(tmp_path / "none"))
     with pytest.raises(UserError, match="--images and --classes"):
-        planning.plan(PlanConfig(training=training), "mine")
-    assert planning.plan(PlanConfig(training=training, images=1e6, classes=7), "mine")["run"]["classes"] == 7
+        plan(PlanConfig(training=training), "mine")
+    assert plan(PlanConfig(training=training, images=1e6, classes=7), "mine")["run"]["classes"] == 7

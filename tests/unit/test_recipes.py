@@ -11,7 +11,7 @@ import pytest
 from models.cost import flops, parameters
 from pipeline.config import from_yaml, to_yaml
 from pipeline.errors import UserError
-from pipeline.operations import planning
+from pipeline.operations.planning.preview import dry_run, stand_in
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import make_plan, model_options
 from pipeline.training.recipes import RECIPES
@@ -37,7 +37,7 @@ def test_recipe_resolves_and_its_docstring_says_what_it_takes(name):
         "Result",
     ]
     assert re.search(rf"--recipe {name}\b", text) or name == "demo"
-    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.runtime.workers)
+    plan = make_plan(config, stand_in(config, name, NOWHERE), config.runtime.workers)
     assert plan.steps_per_epoch == plan.samples // plan.lanes // (config.batch_size // plan.lanes)
     assert plan.warmup < plan.total
     assert 0 < plan.checkpoint_every <= plan.total
@@ -49,7 +49,7 @@ def test_recipe_resolves_and_its_docstring_says_what_it_takes(name):
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe().runtime.gpus])
 def test_docstring_tells_the_cost(name):
     config, text = RECIPES[name](), inspect.getdoc(RECIPES[name])
-    plan = make_plan(config, planning.stand_in(config, name, NOWHERE), config.runtime.workers)
+    plan = make_plan(config, stand_in(config, name, NOWHERE), config.runtime.workers)
     exaflops = float(re.search(r"Cost: ([\d.]+) exaFLOPs", text)[1])
     # Without heads: less than 0.1%. The paper counts its ResNets at 4 to 5% less than they take.
     forward = flops({"variant": config.model.variant, "num_classes": 0, "image_size": config.image_size})
@@ -61,7 +61,7 @@ def test_docstring_tells_the_cost(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run_of_every_recipe(name, tmp_path):
-    text = planning.dry_run(RECIPES[name](), name, {})
+    text = dry_run(RECIPES[name](), name, {})
     assert "parameters" in text
     assert "steps of" in text
     assert ("GPU-hours" in text) == RECIPES[name]().runtime.gpus
@@ -70,9 +70,9 @@ def test_dry_run_of_every_recipe(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "masked_demo"])
 def test_dry_run_prints_the_plan_and_starts_nothing(name, tmp_path):
-    text = planning.dry_run(RECIPES[name](), name, {"optimizer.lr": (1e-3, 2e-3)})
+    text = dry_run(RECIPES[name](), name, {"optimizer.lr": (1e-3, 2e-3)})
     config = RECIPES[name]()
-    count = parameters(model_options(config, len(planning.stand_in(config, name, NOWHERE).classes)))
+    count = parameters(model_options(config, len(stand_in(config, name, NOWHERE).classes)))
     assert f"{count / 1e6:.1f}M parameters" in text
     assert "GFLOPs per image" in text
     assert " steps of " in text
@@ -84,7 +84,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(name, tmp_path):
 
 def test_dry_run_of_another_config_needs_its_data():
     with pytest.raises(UserError, match="no dataset"):
-        planning.dry_run(RECIPES["demo"](), "mine", {})
+        dry_run(RECIPES["demo"](), "mine", {})
 
 
 def test_dry_run_counts_the_data_that_is_there(tmp_path):
@@ -93,11 +93,11 @@ def test_dry_run_counts_the_data_that_is_there(tmp_path):
     rows = ((f"{i}", b"not decoded", i % 2, 9, 9) for i in range(640))
     write_dataset(str(tmp_path / "mine"), rows, classes=["a", "b"])
     config = changed(RECIPES["demo"](), data=str(tmp_path / "mine"), validation=None)
-    text = planning.dry_run(config, "demo", {})
+    text = dry_run(config, "demo", {})
     assert "640 images, 2 classes" in text
     assert "no dataset" not in text
     with pytest.raises(UserError, match="batch_size 10000 is larger"):
-        planning.dry_run(dataclasses.replace(config, batch_size=10_000), "demo", {})
+        dry_run(dataclasses.replace(config, batch_size=10_000), "demo", {})
 
 
 def test_paper_table_3():

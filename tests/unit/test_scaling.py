@@ -3,8 +3,9 @@
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.operations import planning, scaling
-from pipeline.operations.planning import PlanConfig
+from pipeline.operations import scaling
+from pipeline.operations.planning.config import PlanConfig
+from pipeline.operations.planning.estimate import plan
 from pipeline.operations.scaling import Link, sent_bytes, step_seconds
 from pipeline.training.recipes import RECIPES
 
@@ -43,8 +44,8 @@ def test_communication_hides_behind_the_backward_pass_only():
 
 @pytest.fixture(scope="module")
 def rows():
-    plan = planning.plan(PlanConfig(training=RECIPES["b16_imagenet"](), gpus=8), "b16_imagenet")
-    return scaling.simulate(plan, counts=(1, 8, 64, 512)), plan
+    planned = plan(PlanConfig(training=RECIPES["b16_imagenet"](), gpus=8), "b16_imagenet")
+    return scaling.simulate(planned, counts=(1, 8, 64, 512)), planned
 
 
 def test_weak_scaling_keeps_the_work_and_strong_the_batch(rows):

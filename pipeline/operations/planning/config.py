@@ -1,0 +1,68 @@
+"""What is planned for: a recipe, GPUs, prices, and a corpus."""
+
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError
+from pipeline.training.config import PretrainConfig
+
+GB = 1e9
+
+# Images and classes of the corpora that recipes are named after (arXiv 2010.11929, section 4.1; torchvision for ImageNet).
+CORPORA = {
+    "jft": (303_000_000, 18_291),
+    "imagenet21k": (14_000_000, 21_843),
+    "imagenet": (1_281_167, 1_000),
+    "augreg21k": (14_000_000, 21_843),
+    "augreg": (1_281_167, 1_000),
+    "cifar10": (50_000, 10),
+    "demo": (1_437, 10),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """What the plan is made for. Fields of the recipe are flags under --training."""
+
+    training: PretrainConfig = field(default_factory=PretrainConfig)
+    gpus: int = 8
+    """Number of GPUs."""
+    gpu: str = "h100"
+    """GPU model: h100, h200, gh200, b200, a100, a100-40gb, l40s, a10g, l4 or v100."""
+    gpus_per_node: int = 8
+    """GPUs per machine."""
+    price: float = 2.5
+    """Price in $ per GPU-hour."""
+    mfu: float = 0.4
+    """Model FLOPs utilisation, 0 to 1: the share of the GPU's dense bf16 peak that training reaches, without
+    recomputed activations."""
+    images: float | None = None
+    """Images in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
+    classes: int | None = None
+    """Classes in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
+    storage_price: float = 0.023
+    """Price of object storage in $ per GB and month."""
+    failure_hours: float = 50_000
+    """GPU-hours between failures that stop the run. Llama 3 reports 419 failures in 54 days on 16,384 GPUs."""
+    write_gbps: float = 1.0
+    """Speed at which one node writes a checkpoint, in GB/s."""
+    corpus_images: float | None = None
+    """Also plan jobs/prepare.py for this number of original images."""
+    cores: int = 64
+    """CPU cores for jobs/prepare.py."""
+
+
+def find_corpus(config: PlanConfig, recipe: str) -> tuple[int, int]:
+    """(images, classes): as given, as published, or as in the dataset that the config names."""
+    images, classes = next((size for key, size in CORPORA.items() if key in recipe), (None, None))
+    if images is None and config.images is None:
+        from pipeline.data import open_dataset
+
+        try:
+            dataset = open_dataset(config.training.runtime.data)
+        except UserError as error:
+            raise UserError(f"how large is the corpus? give --images and --classes ({error})") from error
+        images, classes = len(dataset), len(dataset.classes)
+    given = images if config.images is None else round(config.images)
+    if not given or given < config.training.batch_size:
+        raise UserError(f"--images {given} is less than one batch of {config.training.batch_size}")
+    return given, classes or 1_000 if config.classes is None else config.classes

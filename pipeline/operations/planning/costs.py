@@ -1,0 +1,115 @@
+"""What storage and CPUs must deliver, what checkpoints cost, and what the paper's runs would cost on another GPU."""
+
+import math
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
+from pipeline.hardware import find_gpu
+from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
+
+# A stored image of side 256 (jpeg) or 224 (patches), and the CPU time to hand it to the device, cropped and flipped
+# (tests/benchmarks/results/loader_speed.json, one core). Both grow with the area. "originals" are ImageNet's own files.
+JPEG_BYTES, JPEG_SECONDS = 24_000, 0.58e-3
+PATCH_SECONDS = 0.024e-3
+ORIGINAL_BYTES, ORIGINAL_SECONDS = 110_000, 1.4e-3
+PREPARE_SECONDS = 2.0e-3  # decode an original, shrink to 256, encode
+
+GET_PRICE = 0.4e-6  # $ per request of S3 standard, one for each row group
+
+# Table 2 of the paper: recipe -> TPUv3 core-days of pre-training.
+PAPER_CORE_DAYS = {"h14_jft300m_14ep": 2500, "l16_jft300m_14ep": 680, "l16_imagenet21k_90ep": 230}
+
+
+def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[str, Any]:
+    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored."""
+    side = config.training.image_size
+    channels, area = 3, (side / 224) ** 2
+    forms = {
+        "jpeg": (JPEG_BYTES * area, JPEG_SECONDS * area),
+        "patches": (side * side * channels, PATCH_SECONDS * area),
+        "originals": (ORIGINAL_BYTES, ORIGINAL_SECONDS),
+    }
+    return {
+        name: {
+            "bytes_per_image": round(size),
+            "stored": round(images * size),
+            "storage_cost_per_month": images * size / GB * config.storage_price,
+            "read_bytes_per_second": rate * size,
+            "cores": rate * seconds,
+            "read": round(seen * size),
+            "request_cost": seen * size / ROW_GROUP_BYTES * GET_PRICE if name != "originals" else seen * GET_PRICE,
+        }
+        for name, (size, seconds) in forms.items()
+    }
+
+
+def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", average: bool = False) -> dict[str, int]:
+    """Bytes of one checkpoint, all in float32: model.safetensors, and the state that training continues from."""
+    copies = {"adamw": 3, "sgd": 2, "muon": 2}[optimizer] + average
+    weights = 4 * parameters * (1 + average)  # the average has a file of its own
+    return {"weights": weights, "state": 4 * parameters * copies, "total": weights + 4 * parameters * copies}
+
+
+def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -> float:
+    """Seconds between checkpoints that lose the least time to writing and to repeated work.
+
+    Daly, "A higher order estimate of the optimum checkpoint interval" (2006), eq. 37; its first term is Young's (1974).
+    """
+    if write_seconds >= 2 * seconds_between_failures:
+        return seconds_between_failures
+    x = write_seconds / (2 * seconds_between_failures)
+    young = math.sqrt(2 * write_seconds * seconds_between_failures)
+    return young * (1 + math.sqrt(x) / 3 + x / 9) - write_seconds
+
+
+def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
+    """The paper's own pre-training runs (Table 2) on the planned GPU, beside the TPUs' time."""
+    from models.cost import flops
+    from pipeline.training.plan import model_options
+    from pipeline.training.recipes import RECIPES
+
+    peak = find_gpu(config.gpu).peak_flops
+    rows = []
+    for recipe, core_days in PAPER_CORE_DAYS.items():
+        training = RECIPES[recipe]()
+        images, classes = next(size for key, size in CORPORA.items() if key in recipe)
+        steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
+        total = (
+            3
+            * flops(model_options(training, classes), patch_keep_rate=training.patch_keep_rate)
+            * steps
+            * training.batch_size
+        )
+        hours = total / (peak * config.mfu) / 3600
+        rows.append(
+            {
+                "recipe": recipe,
+                "train_exaflops": total / 1e18,
+                "tpu_v3_core_days": core_days,
+                "gpu_days": hours / 24,
+                "cost": hours * config.price,
+            }
+        )
+    return rows
+
+
+def prepare_plan(config: PlanConfig, images: int) -> dict[str, Any]:
+    """jobs/prepare.py over so many original images (110 KB each, shrunk to a shorter side of 256)."""
+    core_hours = images * PREPARE_SECONDS / 3600
+    forms = {"jpeg": JPEG_BYTES, "patches": 224 * 224 * 3}
+    return {
+        "images": images,
+        "input_bytes": images * ORIGINAL_BYTES,
+        "core_hours": core_hours,
+        "cores": config.cores,
+        "hours": core_hours / config.cores,
+        "output": {
+            name: {
+                "bytes": images * size,
+                "shards": math.ceil(images * size / SHARD_BYTES),
+                "storage_cost_per_month": images * size / GB * config.storage_price,
+            }
+            for name, size in forms.items()
+        },
+    }

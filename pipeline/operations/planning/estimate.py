@@ -1,0 +1,103 @@
+"""The whole plan: each estimate in its place."""
+
+import math
+from typing import Any
+
+from models.cost import flops, parameters
+from pipeline import config as configuration
+from pipeline.data.loading.order import check_layout, default_lanes
+from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
+from pipeline.operations.planning.config import GB, PlanConfig, find_corpus
+from pipeline.operations.planning.costs import (
+    checkpoint_bytes,
+    checkpoint_interval,
+    data_plane,
+    paper_costs,
+    prepare_plan,
+)
+from pipeline.operations.planning.memory import memory
+from pipeline.training.plan import model_options
+
+
+def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
+    """The plan as plain values. Sizes in bytes, times in seconds or hours as named, money in dollars.
+
+    Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
+    """
+    training, gpu = config.training, find_gpu(config.gpu)
+    for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores"):
+        if getattr(config, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
+    images, classes = find_corpus(config, recipe)
+    check_layout(training.batch_size, training.lanes or default_lanes(training.batch_size, images), config.gpus)
+
+    options = model_options(training, classes)
+    count, nodes = parameters(options), math.ceil(config.gpus / config.gpus_per_node)
+    run = run_costs(config, options, images)
+    result: dict[str, Any] = {
+        "recipe": recipe,
+        "model": {
+            "variant": training.model.variant,
+            "parameters": count,
+            "forward_gflops_per_image": flops(options) / 1e9,
+            "image_size": training.image_size,
+        },
+        "hardware": {
+            "gpus": config.gpus,
+            "gpu": config.gpu.lower(),
+            "nodes": nodes,
+            "memory": gpu.memory,
+            "mfu": config.mfu,
+        },
+        "memory": memory(config, options, count),
+        "run": {"images": images, "classes": classes, **run},
+        "data": data_plane(config, images, run["images_seen"], run["images_per_second"]),
+        "checkpoint": checkpoint_costs(config, count, nodes, images, run),
+        "paper": paper_costs(config),
+    }
+    if config.corpus_images:
+        result["prepare"] = prepare_plan(config, round(config.corpus_images))
+    return result
+
+
+def run_costs(config: PlanConfig, options: dict[str, Any], images: int) -> dict[str, Any]:
+    """Steps, images, FLOPs, speed, hours and dollars of a run over a corpus of `images`."""
+    training = config.training
+    train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
+    peak = find_gpu(config.gpu).peak_flops
+    rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.activation_checkpointing else 1)
+    steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
+    seen = steps * training.batch_size
+    hours = seen / rate / 3600
+    return {
+        "steps": steps,
+        "images_seen": seen,
+        "train_exaflops": seen * train_flops / 1e18,
+        "images_per_second": rate,
+        "step_seconds": training.batch_size / rate,
+        "hours": hours,
+        "gpu_hours": hours * config.gpus,
+        "cost": hours * config.gpus * config.price,
+    }
+
+
+def checkpoint_costs(
+    config: PlanConfig, parameters: int, nodes: int, images: int, run: dict[str, Any]
+) -> dict[str, Any]:
+    """Size of a checkpoint, the time to write it, and how often it pays to write one. `run` is that of `run_costs`."""
+    training = config.training
+    size = checkpoint_bytes(parameters, optimizer=training.optimizer.name, average=bool(training.ema_decay))
+    write_seconds = size["total"] / (nodes * config.write_gbps * GB)
+    interval = checkpoint_interval(write_seconds, config.failure_hours / config.gpus * 3600)
+    units = {"batch_size": training.batch_size, "examples_per_epoch": images}
+    return {
+        **size,
+        "write_seconds": write_seconds,
+        "interval_seconds": interval,
+        "interval_steps": max(1, round(interval / run["step_seconds"])),
+        "recipe_interval_steps": configuration.steps(
+            training.runtime.checkpoint_every, **units, total_steps=run["steps"]
+        ),
+        "expected_failures": run["gpu_hours"] / config.failure_hours,
+    }

@@ -1,0 +1,88 @@
+"""The plan of one pre-training run, before it starts."""
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.operations.planning.config import CORPORA, PlanConfig
+from pipeline.operations.planning.estimate import plan
+from pipeline.operations.planning.table import hours_text, table
+from pipeline.training.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.format import Dataset
+    from pipeline.training.plan import TrainPlan
+
+CPU_UTILISATION = 0.4  # of the rate of large matrix products, by small models on two cores
+
+
+def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
+    """The whole plan of a pre-training run as text; nothing is started, and nothing but a manifest is read.
+
+    changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
+    where it is not, the published corpus of the recipe stands in. Raises UserError for what could not work.
+    """
+    from pipeline.data import open_dataset
+    from pipeline.training import run
+    from pipeline.training.plan import make_plan
+
+    note = ""
+    try:
+        open_dataset(training.runtime.data)
+    except UserError as error:
+        resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
+        note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
+    else:
+        resolved = run.check_run(training)
+        run.held_by(resolved, storage.normalise(training.runtime.output))
+    text = run.describe_run(resolved, changes) + "\n" + note
+    if training.runtime.gpus:
+        about = PlanConfig(
+            training=training, gpus=training.runtime.workers, images=resolved.samples, classes=len(resolved.classes)
+        )
+        text += table(plan(about, recipe))
+    else:
+        text += _cost_on_cpu(resolved)
+    derived = configuration.to_yaml(resolved.derived)
+    return f"{text}\n\n# every value (a file for --config)\n{configuration.to_yaml(training)}\n# derived from them and from the data\n{derived}"
+
+
+def _cost_on_cpu(resolved: "TrainPlan") -> str:
+    import torch
+
+    from models.cost import flops
+    from pipeline.hardware import peak_flops
+
+    training = resolved.config
+    work = (
+        3
+        * flops(resolved.model_options, patch_keep_rate=training.patch_keep_rate)
+        * resolved.total
+        * training.batch_size
+    )
+    peak = peak_flops(torch.device("cpu"), training.engine.precision)
+    return (
+        f"  cost      {work / 1e12:,.3g} teraFLOPs: about {hours_text(work / (CPU_UTILISATION * peak) / 3600)} at "
+        f"{CPU_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s of this machine's matrix products"
+    )
+
+
+def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Dataset":
+    """A dataset of the size of the recipe's published corpus. Raises `missing` when there is none."""
+    from pipeline.data.format import Dataset, Manifest
+
+    size = next((size for key, size in CORPORA.items() if key in recipe), None)
+    if size is None:
+        raise missing
+    images, classes = size
+    manifest = Manifest(
+        encoding="jpeg",
+        image={"size": max(256, training.image_size)},
+        multilabel=training.loss == "sigmoid",
+        rows=images,
+        inputs=images,
+        fingerprint="none yet",
+        classes=[str(number) for number in range(classes)],
+    )
+    return Dataset(training.runtime.data, manifest)
