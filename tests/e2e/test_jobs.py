@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # the demo is five jobs, one after the other
 
 
 def job(name: str, *arguments: str, cwd: Path, timeout: int = 280, **environment: str) -> subprocess.CompletedProcess:
@@ -22,7 +23,7 @@ def job(name: str, *arguments: str, cwd: Path, timeout: int = 280, **environment
 def digits(tmp_path_factory) -> Path:
     """The demo, shortened: prepared digits, a pre-training run of two workers, transfer scores."""
     root = tmp_path_factory.mktemp("demo")
-    done = job("pipeline", "run", "--recipe", "demo", "--steps", "160", cwd=root)
+    done = job("pipeline", "run", "--recipe", "demo", "--steps", "160", cwd=root, timeout=800)
     (root / "demo.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
