@@ -16,6 +16,7 @@ import json
 from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.operations.options import CompareConfig
+from pipeline.outputs import check_output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
     from pipeline.tracking.leaderboard import leaderboard
     from pipeline.tracking.views import page
 
+    if options.output:
+        check_output(options.output)
     uri = resolve_tracking_uri(options.tracking_uri)
     rows = leaderboard(suite=options.suite, uri=uri)
     markdown, values = comparison.to_markdown(rows), comparison.to_json(rows)

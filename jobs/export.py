@@ -25,6 +25,7 @@ from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
 from pipeline.operations.options import ExportConfig
+from pipeline.outputs import check_output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,7 @@ class Command(ExportConfig):
 
 def main(argv: list[str]) -> int:
     options = parse_command(argv, Command, prog="jobs/export.py", description=__doc__ or "")
+    check_output(options.output)
     if storage.exists(options.output) and storage.list_files(options.output):
         raise UserError(f"{options.output}: already holds files; give a new folder")
     # Imports that take seconds (torch, MLflow, the libraries) come after the checks that need none of them.

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError
 from pipeline.operations.options import VisualizeConfig
+from pipeline.outputs import check_output
 
 if TYPE_CHECKING:
     from pipeline.operations.visualization import Inspection
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     options = parse_command(argv, Command, prog="jobs/visualize.py", description=__doc__ or "")
     if options.limit < 1:
         raise UserError(f"--limit {options.limit} must be at least 1")
+    check_output(options.output)
     # Imports that take seconds (torch, matplotlib, MLflow) come here, so that --help does not wait for them.
     import torch
 

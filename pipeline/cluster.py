@@ -45,19 +45,6 @@ def submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def refuse_package_folder(**uris: str | None) -> None:
-    """Raises UserError when a Ray job would write into the temporary copy of its working directory, which is lost with it.
-
-    uris: absolute addresses by the name of their flag.
-    """
-    for flag, uri in uris.items():
-        if submitted() and uri and "/runtime_resources/working_dir_files/" in uri:
-            raise UserError(
-                f"--{flag.replace('_', '-')} {uri} lies in Ray's temporary copy of this folder, which is removed after the job; give "
-                "an absolute path that the nodes share, or an s3:// address"
-            )
-
-
 def warn_of_short_stop(grace: float) -> None:
     """Warns when `ray job stop` would kill this job before it has saved its step, which may take `grace` seconds."""
     wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")  # of Ray's job supervisor, whose environment a job inherits

@@ -23,6 +23,7 @@ from pipeline import config as configuration
 from pipeline import metrics, storage
 from pipeline.errors import UserError
 from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
+from pipeline.outputs import check_output
 from pipeline.tracking import Run, names, registry, resolve_tracking_uri, search, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.transfer import TransferConfig, suites
@@ -162,6 +163,7 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
     What fails for one checkpoint (its evaluation, a damaged file of its ledger) is listed in `failed` and stops no other.
     """
     uri = resolve_tracking_uri(config.tracking_uri)
+    check_output(config.output)
     version = suite_version(config)
     ledger = Ledger(storage.join(storage.normalise(config.output), f"{config.suite}-{version}"))
     done = Round()

@@ -28,6 +28,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from pipeline.outputs import refuse_package_folder
+
 MAX_BYTES = 1 << 30  # of one spool folder: past it, records are counted as lost rather than filling the disk
 MAX_IN_MEMORY = 20_000  # records kept in memory when the disk refuses them
 # of one delivery, a thousand metrics or so: taking more apart at once would keep the interpreter from those who log
@@ -36,7 +38,9 @@ READ_BYTES = 1 << 15
 
 def spool_root() -> str:
     """VIT_SPOOL, or a folder in the user's cache: never the working directory, which on Ray workers is temporary."""
-    return os.environ.get("VIT_SPOOL") or os.path.expanduser("~/.cache/vit-pipeline/spool")
+    folder = os.environ.get("VIT_SPOOL") or os.path.expanduser("~/.cache/vit-pipeline/spool")
+    refuse_package_folder(folder, "VIT_SPOOL")
+    return os.path.abspath(folder)
 
 
 class Queue:

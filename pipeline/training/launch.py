@@ -91,8 +91,15 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
 
 def _stop(stop: Any, fitted: Future, grace: float) -> None:
     """Lets the workers finish the step in hand and save it, for at most `grace` seconds; another signal ends the waiting."""
-    if not ray.get(stop.stop.remote(), timeout=10):
-        return  # no worker has started
+    try:
+        if not ray.get(stop.stop.remote(), timeout=10):
+            return  # no worker has started
+    except (ray.exceptions.RayError, TimeoutError) as error:  # a signal to all processes of a job ends Ray as well
+        logger.warning(
+            "the workers are gone, nothing could be saved: the next start continues from the last checkpoint"
+        )
+        logger.debug("the workers do not answer", exc_info=error)
+        return
     logger.info("stopping: the workers finish their step and save it (--stop-grace %g seconds)", grace)
     try:
         fitted.result(timeout=grace)

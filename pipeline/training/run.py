@@ -9,9 +9,7 @@ continues it, another command on the same folder is refused.
 import contextlib
 import dataclasses
 import logging
-import os
 import time
-import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -25,6 +23,7 @@ from pipeline import config as configuration
 from pipeline.data import open_dataset
 from pipeline.errors import JobFailed, UserError
 from pipeline.lease import LAUNCH, Lease
+from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, data_name, model_name, run_name
 from pipeline.training import checkpoint
@@ -169,6 +168,7 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
 def check_run(config: PretrainConfig) -> TrainPlan:
     """Everything that can be known before a worker starts. Raises UserError."""
     check_values(config)
+    check_output(config.runtime.output)
     dataset = open_dataset(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
@@ -180,8 +180,6 @@ def check_run(config: PretrainConfig) -> TrainPlan:
     if config.runtime.fewshot.train:
         check_fewshot(config)
     output = storage.normalise(config.runtime.output)
-    cluster.refuse_package_folder(output=output)
-    check_writable(output)
     present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
     if present and "run.json" not in present:
         raise UserError(f"{output} is not empty and holds no run; choose another --output")
@@ -198,27 +196,6 @@ def check_devices(config: PretrainConfig) -> None:
         raise UserError(
             f"--gpus: this machine has {count} of the {config.runtime.workers} GPUs that the workers need; use fewer "
             "--workers, --no-gpus, or --address of a cluster that has them"
-        )
-
-
-def check_writable(output: str) -> None:
-    """Raises UserError when the run folder could not be written. Leaves nothing behind."""
-    if storage.is_remote(output):
-        probe = storage.join(output, f".probe-{uuid.uuid4().hex[:12]}")
-        try:
-            storage.write_bytes(probe, b"")
-            storage.remove(probe)
-        except (UserError, OSError) as error:
-            raise UserError(f"--output {output} cannot be written: {error}") from error
-        return
-    folder = output
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder):
-        raise UserError(f"--output {output}: {folder} is not a folder; choose another --output")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--output {output}: {folder} cannot be written (read-only, or another user's); choose another --output"
         )
 
 

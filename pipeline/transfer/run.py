@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pipeline import cluster, logs, storage
+from pipeline.outputs import check_output
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.tracking.names import RANDOM
@@ -171,6 +172,7 @@ def _about_suite(suite: "Suite") -> Description:
 def open_suite(config: TransferConfig) -> Suite:
     """Raises UserError for anything wrong that can be known before work."""
     check_config(config)
+    check_output(config.output or "runs")
     checkpoint = load_checkpoint(config)
     tasks = build_tasks(config, checkpoint.config)
     datasets = open_datasets(tasks)

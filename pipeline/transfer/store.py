@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.config import fingerprint, to_dict
 from pipeline.errors import UserError
+from pipeline.outputs import check_output
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack_predictions
 from pipeline.transfer.suites import Split, TransferTask
@@ -136,6 +137,7 @@ def open_state(
     }
     default = f"runs/{identity['suite']}/transfer-{fingerprint([dict(identity), described])[:8]}"
     output = storage.normalise(output or default)
+    check_output(output)
     uri = storage.join(output, IDENTITY)
     if not storage.exists(uri):
         if storage.list_files(output):

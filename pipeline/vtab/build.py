@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pipeline import storage, workqueue
 from pipeline.errors import UserError
 from pipeline.logs import Progress
+from pipeline.outputs import check_output
 from pipeline.vtab import archives
 from pipeline.vtab.finish import Counts, finish_task, finished_counts
 from pipeline.vtab.parts import ArchivePart, build_part, count_rows, cut_parts
@@ -86,6 +87,7 @@ def check_requests(
     Raises UserError for a wrong name, for an output that holds other data, and when every unfinished task lacks files.
     """
     raw, output = storage.normalise(raw), storage.normalise(output)
+    check_output(output)
     for split in splits:
         check_split(split)
     requests = [Request(task=name, raw=raw, output=output, splits=tuple(splits), verify=verify) for name in names]

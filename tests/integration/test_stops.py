@@ -94,16 +94,17 @@ def check_stopped(config: PretrainConfig, log: str, reason: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "reason"),
-    [(signal.SIGINT, 130, "stopped with Ctrl-C"), (signal.SIGTERM, 143, "stopped with SIGTERM")],
+    ("send", "number", "code", "reason"),
+    [(os.killpg, signal.SIGINT, 130, "stopped with Ctrl-C"), (os.kill, signal.SIGTERM, 143, "stopped with SIGTERM")],
+    ids=["Ctrl-C in a terminal, to the whole group", "SIGTERM to the driver"],
 )
-def test_signal_to_the_whole_group_as_a_terminal_and_slurm_send_it(run, tmp_path, number, code, reason):
+def test_stopped_run_continues_from_its_very_step(run, tmp_path, send, number, code, reason):
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     with open(log, "w") as out:
         first = start(command, out)
         until(log, r"step 30/")
-        os.killpg(first.pid, number)
+        send(first.pid, number)
         assert first.wait(120) == code, log.read_text()
     saved = check_stopped(run, log.read_text(), reason)
     again = tmp_path / "again"
@@ -115,6 +116,21 @@ def test_signal_to_the_whole_group_as_a_terminal_and_slurm_send_it(run, tmp_path
         second.terminate()
         assert second.wait(120) == 143
     assert check_stopped(run, again.read_text(), "stopped with SIGTERM") > saved
+
+
+def test_sigterm_to_all_processes_is_a_stop_though_ray_ends_before_it_can_save(run, tmp_path):
+    """As Slurm's scancel sends it: embedded Ray ends by itself, so that no step can be saved. It is said, and no failure."""
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        job = start([sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")], out)
+        until(log, r"step 30/")
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(120) == 143, log.read_text()
+    text = log.read_text()
+    assert "the next start continues from the last checkpoint" in text or "saved, and the workers leave" in text
+    assert "Traceback" not in text
+    assert record(run).info.status == "KILLED"
+    assert record(run).data.tags["reason"] == "stopped with SIGTERM"
 
 
 @pytest.mark.parametrize("wait", ["60", None], ids=["head as infra/ starts it", "Ray's own 3 s"])

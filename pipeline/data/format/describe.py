@@ -12,10 +12,12 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.loading.patches import unpatchify
 from pipeline.errors import UserError
+from pipeline.outputs import check_output
 
 
 def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, Any]:
     """Facts about a dataset, with "text" for people; writes contact-sheet.png and classes.png into `out_dir`."""
+    check_output(out_dir)
     dataset = open_dataset(uri)
     manifest = dataset.manifest
     size = sum(shard.bytes for shard in manifest.shards)

@@ -17,6 +17,7 @@ from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output
 from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.worker import prepare_slice, summarize
 from pipeline.logs import Progress
+from pipeline.outputs import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def prepare(
     at the end: no usable image, too many rejects.
     """
     config = check_config(config)
+    check_output(config.output)
     finished = find_finished(config)
     raw = storage.join(os.path.dirname(config.output), "raw")
     sources = tuple(write_builtin(uri, raw) if uri in BUILTIN else uri for uri in config.source)

@@ -1,0 +1,47 @@
+"""Where a job writes: checked before its work, so that nobody finds out at the end.
+
+check_output(storage.normalise(options.output))        # raises UserError, and leaves nothing behind
+"""
+
+import os
+import uuid
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+PACKAGES = "/runtime_resources/working_dir_files/"
+"""Part of every path in the copy of a working directory that `ray job submit` unpacks on a node."""
+
+
+def refuse_package_folder(uri: str, flag: str = "output") -> None:
+    """Raises UserError when a Ray job would write into the temporary copy of its working directory, which is lost with it."""
+    if PACKAGES in storage.normalise(uri) + "/":
+        name = flag if flag.isupper() else f"--{flag}"
+        raise UserError(
+            f"{name} {storage.normalise(uri)} lies in Ray's temporary copy of this folder, which is removed after the job; "
+            "give an absolute path that the nodes share, or an s3:// address"
+        )
+
+
+def check_output(uri: str, flag: str = "output") -> None:
+    """Raises UserError, naming the flag, for an output folder that would be lost or cannot be written: in Ray's package
+    folder, below a file, read-only, another user's, in a bucket that is missing or closed."""
+    output = storage.normalise(uri)
+    refuse_package_folder(output, flag)
+    if storage.is_remote(output):
+        probe = storage.join(output, f".probe-{uuid.uuid4().hex[:12]}")
+        try:
+            storage.write_bytes(probe, b"")
+            storage.remove(probe)
+        except (UserError, OSError) as error:
+            raise UserError(f"--{flag} {output} cannot be written: {error}") from error
+        return
+    folder = output
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"--{flag} {output}: {folder} is not a folder; choose another --{flag}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--{flag} {output}: {folder} cannot be written (read-only, or another user's); choose another --{flag}"
+        )
