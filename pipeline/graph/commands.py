@@ -11,13 +11,14 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline import cluster, credentials, lease, storage
+from pipeline import credentials, lease, storage
 from pipeline.config import fingerprint
 from pipeline.errors import JobFailed, UserError, nearest
 from pipeline.graph import estimate, file, instances, rayjobs, report, runner, state
 from pipeline.graph.executor import Executor
 from pipeline.graph.plan import DONE, RUNNING, Plan, Status
 from pipeline.graph.recipes import RECIPES
+from pipeline.outputs import refuse_package_folder
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) ->
 def _plan(pipeline: file.Pipeline, where: str) -> Plan:
     """Everything that can be checked before work. Raises UserError."""
     found = instances.expand(pipeline, where)
-    cluster.refuse_package_folder(output=pipeline.root)
+    refuse_package_folder(pipeline.root)
     plan = Plan(pipeline, found, state.load(pipeline.root), where)
     plan.check_inputs()
     return plan
