@@ -118,6 +118,14 @@ def test_files_beside_images_are_no_inputs(tmp_path):
     assert refused(tmp_path) == {}
 
 
+def test_a_folder_of_documents_is_no_class(tmp_path):
+    write(tmp_path, *ANT_BEE)
+    write(tmp_path, "meta/classes.txt", data="ant")
+    [source] = sources.discover([str(tmp_path)])
+    assert source.names == {"ant", "bee"}
+    assert refused(tmp_path) == {"meta/classes.txt": "not an image"}
+
+
 def test_folders_of_img2dataset_are_shards_and_no_classes(tmp_path):
     write(tmp_path, "00000/000000000.jpg", "00001/000010000.jpg")
     write(tmp_path, "00000/000000000.json", "00001/000010000.json", data='{"caption": "a dog"}')

@@ -43,6 +43,13 @@ def matches(path: str) -> bool:
     return is_image_name(path)
 
 
+def is_document(path: str) -> bool:
+    """Whether the end of a name says that the file is text: a folder of documents is no class."""
+    return path.lower().endswith(
+        (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".pdf", ".yaml", ".yml")
+    )
+
+
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     """Every file is a fragment. Labels are those of a table (given, or found as labels.*, metadata.*, train.csv, ...), else
     the folders."""
@@ -160,7 +167,7 @@ def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[
 
     def labelled(part: pa.Table) -> pa.Table:
         paths = part["path"].to_pylist()
-        found = [naming.of(path) for path in paths]
+        found = [(None, naming.layout.split(path)) if is_document(path) else naming.of(path) for path in paths]
         if tabled:
             for path in paths:
                 rows.add(path)
