@@ -123,7 +123,7 @@ SHOWN = {
     ),
     "out of memory": (
         "integration/test_survival.py::test_what_would_fail_again_is_not_tried_again",
-        "integration/test_engine.py::test_recomputation_and_offload_change_no_loss",
+        "integration/test_engine.py::test_options_of_the_engine_change_no_loss",
         "integration/test_training.py::test_other_number_of_workers_and_stage_see_the_same_samples",
     ),
     "workers wait for ever at 0% CPU": (

@@ -201,7 +201,8 @@ def test_options_of_the_engine_change_no_loss(base, alone, tmp_path, option):
     _, _, plain, _ = train(plainly, tmp_path / "plain")
     engine = replace(base.engine, **option)
     _, _, other, _ = train(changed(base, steps="4steps", engine=engine), tmp_path / "other")
-    assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
+    # Sums of gradients in float32 are other numbers than sums in bf16, and better ones.
+    assert losses(other) == pytest.approx(losses(plain), abs=1e-3 if "gradient_precision" in option else 2e-4)
     assert len(losses(plain)) == 4
 
 

@@ -117,7 +117,8 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
     mlflow = tracking_client(server)
     experiment = mlflow.get_experiment_by_name("prepare").experiment_id
     (run,) = mlflow.search_runs([experiment])
-    assert (run.info.run_id, run.info.status, run.info.run_name) == (first, "FINISHED", "out")
+    assert (run.info.run_id, run.info.status) == (first, "FINISHED")
+    assert run.info.run_name == f"out · {first[:4]}"
     expected = {"data/inputs": 31, "data/rows": 30, "data/rejects": 1, "data/rejected/corrupt": 1, "data/duplicates": 0}
     assert {name: run.data.metrics[name] for name in expected} == expected
     assert run.data.metrics["data/inputs_per_second"] > 0
