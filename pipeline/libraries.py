@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 EXTRAS = {
-    "cloud": ("s3fs", "boto3"),
+    "cloud": ("boto3",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

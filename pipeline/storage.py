@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.libraries import import_library
 from pipeline.objectstore import BLOCK, Entry, shared_store
 
 if TYPE_CHECKING:
@@ -338,7 +337,7 @@ def arrow_filesystem(uri: str | os.PathLike) -> tuple[str, "FileSystem | None"]:
     place, remote = _place(uri)
     if not remote:
         return place, None
+    import s3fs
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    s3fs: Any = import_library("s3fs")
     return place.removeprefix("s3://"), PyFileSystem(FSSpecHandler(s3fs.S3FileSystem(use_listings_cache=False)))

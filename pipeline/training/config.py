@@ -65,7 +65,7 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How the model is placed and computed. Only `precision` is part of a run's identity: the other options change rounding alone,
-    and which units dropout drops. docs/gpu.md argues each default."""
+    and which units dropout drops."""
 
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters."""
