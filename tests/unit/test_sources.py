@@ -545,7 +545,7 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"already holds other files \(thesis.tex\)"):
         prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
     assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
-    with pytest.raises(UserError, match=r"thesis.tex: cannot be written"):
+    with pytest.raises(UserError, match=r"thesis.tex is not a folder; choose another --output"):
         prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied / "thesis.tex")))
 
 
