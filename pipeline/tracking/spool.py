@@ -25,6 +25,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ from pipeline.outputs import refuse_package_folder
 
 MAX_BYTES = 1 << 30  # of one spool folder: past it, records are counted as lost rather than filling the disk
 MAX_IN_MEMORY = 20_000  # records kept in memory when the disk refuses them
+LOCK_PATIENCE = 0.1  # seconds; whoever holds the lock of a queue holds it for microseconds
 # of one delivery, a thousand metrics or so: taking more apart at once would keep the interpreter from those who log
 READ_BYTES = 1 << 15
 
@@ -64,13 +66,28 @@ class Queue:
             self._records = data.count(b"\n")
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._holding():
             return len(self._inbox) + self._records + len(self._memory)
 
     def append(self, record: dict) -> None:
-        """Never waits for the lock: a record that finds it taken is written by whoever takes it next."""
+        """Writes a record, so that a killed process has left it on disk.
+
+        Waits for the lock no longer than LOCK_PATIENCE: a signal handler may log while the code that it interrupted holds the
+        lock. Such a record is written when the lock is given back.
+        """
         self._inbox.append((record, _line(record)))
-        if self._lock.acquire(blocking=False):
+        if self._lock.acquire(timeout=LOCK_PATIENCE):
+            try:
+                self._write_inbox()
+            finally:
+                self._lock.release()
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Holds the lock, then writes what was appended meanwhile."""
+        with self._lock:
+            yield
+        while self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._write_inbox()
             finally:
@@ -99,7 +116,7 @@ class Queue:
 
     def read(self, limit: int) -> list[dict]:
         """Up to `limit` records from the read position; the same ones again until `commit`."""
-        with self._lock:
+        with self._holding():
             self._write_inbox()
             if self._records == 0:
                 records = list(itertools.islice(self._memory, limit))
@@ -118,7 +135,7 @@ class Queue:
 
     def commit(self) -> None:
         """Forgets the records of the last `read`; a file with none left is cut back to nothing."""
-        with self._lock:
+        with self._holding():
             count, end = self._read
             if end == 0:
                 for _ in range(count):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -326,6 +327,58 @@ def test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_t
     assert stored.data.params["variant"] == "Ti/16"
     assert outage.real(uri).list_artifacts(run_id, "notes")[0].path == "notes/hello.txt"
     assert not os.listdir(spool_root())
+
+
+KILLED_WHILE_OTHERS_READ = """
+import os, signal, sys, threading
+from pipeline.tracking.spool import Queue
+sys.setswitchinterval(1e-5)
+queue = Queue(sys.argv[1])
+def look():
+    while True:
+        len(queue)
+        queue.read(10)
+for _ in range(3):
+    threading.Thread(target=look, daemon=True).start()
+for step in range(300):
+    queue.append({"kind": "metrics", "step": step, "values": {}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_record_is_on_disk_when_append_returns(tmp_path):
+    """However often other threads hold the queue's lock: what a process logged before kill -9 is there."""
+    environment = {**os.environ, "PYTHONPATH": PROJECT}
+    for attempt in range(3):
+        place = tmp_path / str(attempt)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_WHILE_OTHERS_READ, str(place)], env=environment, timeout=120
+        )
+        assert killed.returncode == -9
+        assert [json.loads(line)["step"] for line in place.read_text().splitlines()] == list(range(300))
+
+
+def test_a_signal_handler_logs_into_the_queue_that_it_interrupted(tmp_path):
+    """The handler may find the lock taken by the very code that waits for it to return: no deadlock, nothing lost."""
+    queue = Queue(str(tmp_path / "queue"))
+    signals = []
+
+    def handler(*_):
+        queue.append({"kind": "tags", "values": {"reason": "stopped"}})
+        signals.append(1)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.15)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            queue.append({"kind": "metrics", "step": 0, "values": {}})
+            queue.read(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(signals) > 2
+    assert (tmp_path / "queue").read_text().count("stopped") == len(signals)
 
 
 KILLED = """
