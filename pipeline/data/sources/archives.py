@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline import storage, workqueue
 from pipeline.data.sources.columns import captions_error, look_like_captions
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, is_included
-from pipeline.data.sources.layout import WORDNET, find_layout, in_names_say_splits, splits_of_files
+from pipeline.data.sources.layout import WORDNET, find_layout, in_names_say_splits, layout_of_source, splits_of_files
 from pipeline.data.sources.naming import Naming, find_tables, read_tables
 from pipeline.data.sources.tables import LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
@@ -171,15 +171,8 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
     folders: Counter[tuple[str, ...]] = Counter()
     for scan in found:
         folders.update(scan.folders)
-    wanted = None if options.class_level is None else options.class_level - 1
-    if options.unlabelled or options.table.labels or "" in tables:
-        wanted = 0  # nothing to look for
-    try:
-        layout = find_layout(folders, wanted)
-    except UserError as error:
-        raise UserError(f"{uri}: {error}") from error
-    if layout.uncertain:
-        logger.warning("%s: %s", uri, layout.uncertain)
+    named = options.unlabelled or bool(options.table.labels) or "" in tables
+    layout = layout_of_source(uri, folders, options.class_level, classes_wanted=not named)
     if layout.split_level is None and in_names_say_splits(set().union(*(scan.in_names for scan in found))):
         layout = dataclasses.replace(layout, in_names=True)
     return Naming(table=options.table, tables=tables, layout=layout)

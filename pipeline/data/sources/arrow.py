@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columnar import RowColumns, distinct_values, huggingface_names, is_text
+from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
 from pipeline.errors import UserError
 
@@ -68,13 +68,8 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
 
 
 def _distinct(uri: str, column: str) -> set[Any]:
-    found: set[Any] = set()
     with _batches(uri) as (_, batches):
-        for batch in batches:
-            found.update(value for value in distinct_values(batch.column(column)) if not isinstance(value, list))
-            if len(found) > 100:
-                break
-    return found
+        return first_values(batch.column(column) for batch in batches)
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:

@@ -141,6 +141,20 @@ def distinct_values(column: pa.Array) -> Iterable[Any]:
     return column.unique().to_pylist()
 
 
+ENOUGH_VALUES = 100
+"""Different values of a column after which its kind is clear."""
+
+
+def first_values(columns: Iterable[pa.Array]) -> set[Any]:
+    """The different values of a column that comes in batches, of its first batches only when there are many."""
+    found: set[Any] = set()
+    for column in columns:
+        found.update(value for value in distinct_values(column) if not isinstance(value, list))
+        if len(found) > ENOUGH_VALUES:
+            break
+    return found
+
+
 def _partitions(path: str) -> dict[str, str]:
     """Hive's folders: {column: folder} of label=cat/part-0.parquet."""
     return {folder.partition("=")[0]: folder for folder in path.split("/")[:-1] if "=" in folder}

@@ -21,7 +21,7 @@ from pipeline.data.sources.items import (
     is_included,
     too_large,
 )
-from pipeline.data.sources.layout import Layout, find_layout, folders_of, in_names_say_splits, split_in_name
+from pipeline.data.sources.layout import Layout, folders_of, in_names_say_splits, layout_of_source, split_in_name
 from pipeline.data.sources.naming import Naming, Rows, find_tables, read_tables
 from pipeline.data.sources.tables import LabelTable, read_label_table
 from pipeline.errors import UserError
@@ -139,17 +139,16 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
                 if not open_folders:
                     found = naming.row(path)
                     open_folders = found is None or not found[0].labels
-    wanted = None if options.class_level is None else options.class_level - 1
-    if options.unlabelled or not open_folders:
-        wanted = 0  # nothing to look for
-    try:
-        layout = find_layout(folders, wanted)
-    except UserError as error:
-        raise UserError(f"{uri}: {error}") from error
-    if layout.uncertain:
-        logger.warning("%s: %s", uri, layout.uncertain)
+    classes_wanted = open_folders and not options.unlabelled
+    layout = layout_of_source(uri, folders, options.class_level, classes_wanted=classes_wanted)
     names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
-    if captioned and wanted is None and names and all(map(str.isdigit, map(str, names))):
+    if (
+        captioned
+        and classes_wanted
+        and options.class_level is None
+        and names
+        and all(map(str.isdigit, map(str, names)))
+    ):
         raise UserError(
             f"{uri}: folders such as {min(map(str, names))} look like the shards of img2dataset, whose captions are no classes; "
             "--unlabelled takes the images, --labels FILE names their classes, --class-level 1 makes classes of the folders"

@@ -1,5 +1,6 @@
 """Which folders of a path name its split and its class, found from the folders that hold images."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,8 @@ from urllib.parse import unquote
 
 from pipeline.data.sources.words import HELD_OUT, LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS, TRAIN, split_of_name
 from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 # Folders that group files and say nothing about what the images show: parts and years ...
@@ -102,6 +105,23 @@ def partition_value(folder: str, columns: Iterable[str]) -> str | None:
     if not equals or column.lower() not in columns:
         return folder
     return None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+
+
+def layout_of_source(
+    uri: str, folders: Mapping[tuple[str, ...], int], class_level: int | None, *, classes_wanted: bool
+) -> Layout:
+    """`find_layout` for the source at `uri`: errors and a warning about what is uncertain name it.
+
+    class_level: --class-level, which counts from 1. classes_wanted: False where no folder has to say a class.
+    """
+    level = None if class_level is None else class_level - 1
+    try:
+        layout = find_layout(folders, level if classes_wanted else 0)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
+    if layout.uncertain:
+        logger.warning("%s: %s", uri, layout.uncertain)
+    return layout
 
 
 def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None = None) -> Layout:

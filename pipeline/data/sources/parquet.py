@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columnar import RowColumns, distinct_values, huggingface_names, is_text
+from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
 from pipeline.errors import UserError
 
@@ -62,13 +62,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
 
 
 def _distinct(file: pq.ParquetFile, column: str) -> set[Any]:
-    """The different values of a column, of its first rows only when there are many: for what its name leaves open."""
-    found: set[Any] = set()
-    for batch in file.iter_batches(columns=[column], batch_size=1 << 16):
-        found.update(value for value in distinct_values(batch.column(0)) if not isinstance(value, list))
-        if len(found) > 100:
-            break
-    return found
+    return first_values(batch.column(0) for batch in file.iter_batches(columns=[column], batch_size=1 << 16))
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
