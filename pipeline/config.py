@@ -15,6 +15,7 @@ import errno
 import hashlib
 import inspect
 import json
+import math
 import logging
 import os
 import re
@@ -261,7 +262,9 @@ def fingerprint(value: Any) -> str:
 
 # ---------------------------------------------------------------- horizons
 
-_HORIZON = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)?\s*", re.IGNORECASE)
+_HORIZON = re.compile(
+    r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)?\s*", re.IGNORECASE
+)
 
 
 def steps(
@@ -276,6 +279,8 @@ def steps(
     if not match:
         raise UserError(f'cannot read the horizon "{horizon}"; write 10000steps, 7epochs, 5e6examples or 10%')
     amount, unit = float(match[1]), (match[2] or "steps").lower().rstrip("s")
+    if not math.isfinite(amount * (examples_per_epoch or 1)):
+        raise UserError(f'the horizon "{horizon}" is too large')
     if unit == "step":
         return round(amount)
     if unit == "example":

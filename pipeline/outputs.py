@@ -4,6 +4,7 @@ check_output(storage.normalise(options.output))        # raises UserError, and l
 """
 
 import os
+import tempfile
 import uuid
 
 from pipeline import storage
@@ -41,7 +42,10 @@ def check_output(uri: str, flag: str = "output") -> None:
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
         raise UserError(f"--{flag} {output}: {folder} is not a folder; choose another --{flag}")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+    except OSError as error:
         raise UserError(
-            f"--{flag} {output}: {folder} cannot be written (read-only, or another user's); choose another --{flag}"
-        )
+            f"--{flag} {output}: {folder} cannot be written ({error.strerror}); make it writable or choose another --{flag}"
+        ) from error

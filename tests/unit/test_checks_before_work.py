@@ -67,6 +67,12 @@ def test_output_that_is_a_file_or_below_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_output_on_a_file_system_that_takes_no_files():
+    """/proc looks writable to root, and is not: only writing tells."""
+    with pytest.raises(UserError, match="--output /proc/run: /proc cannot be written"):
+        check_output("/proc/run")
+
+
 def test_output_in_a_bucket_that_does_not_exist(s3):
     with pytest.raises(UserError, match="--output s3://no-such-bucket-here/run cannot be written"):
         check_output("s3://no-such-bucket-here/run")

@@ -98,7 +98,7 @@ def test_horizons(text, expected):
     assert config.steps(text, batch_size=100, examples_per_epoch=1000, total_steps=200) == expected
 
 
-@pytest.mark.parametrize("text", ["fast", "10 parsecs", "-5", ""])
+@pytest.mark.parametrize("text", ["fast", "10 parsecs", "-5", "", "1.2.3", ".", "1e400steps", "1e400%"])
 def test_unreadable_horizons(text):
     with pytest.raises(UserError, match="horizon"):
         config.steps(text, batch_size=100)
