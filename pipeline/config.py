@@ -15,8 +15,8 @@ import errno
 import hashlib
 import inspect
 import json
-import math
 import logging
+import math
 import os
 import re
 import signal
