@@ -43,8 +43,8 @@ def check_output(uri: str, flag: str = "output") -> None:
     if not os.path.isdir(folder):
         raise UserError(f"--{flag} {output}: {folder} is not a folder; choose another --{flag}")
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"probe")
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b"probe")
     except OSError as error:
         raise UserError(
             f"--{flag} {output}: {folder} cannot be written ({error.strerror}); make it writable or choose another --{flag}"

@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     uri = resolve_tracking_uri(config.tracking_uri)
     for one in found:
         version = registry.register(one.checkpoint, name=config.model, uri=uri)
-        outcome = {"mean": one.mean, "spread": one.spread, "scores": one.values}
+        outcome = {"mean": one.mean, "spread": one.spread, "scores": _as_in_the_run(one.values)}
         registry.record_evaluation(version, _key(one), outcome, one.run_id, uri)
     versions = registry.versions(config.model, uri)
     champion = next((v for v in versions if registry.CHAMPION in v.aliases), None)
@@ -132,6 +132,16 @@ def _refusal(config: PromoteConfig, best: Measured, mine: Any, champion: Any) ->
     if best.mean < present["mean"] - allowed:
         return f"the champion, version {champion.version}, has {present['mean']:.2f}"
     return None
+
+
+def _as_in_the_run(values: Mapping[str, float]) -> dict[str, float]:
+    """Scores "suite/task" under the names that the transfer's run has: tasks alone, where all are of one suite.
+
+    A second name for the same number would be a row of its own in every comparison.
+    """
+    if len({name.partition("/")[0] for name in values}) > 1:
+        return dict(values)
+    return {name.partition("/")[2] or name: value for name, value in values.items()}
 
 
 def _key(one: Measured) -> str:

@@ -83,3 +83,13 @@ def test_scores_of_one_checkpoint_are_averaged_and_a_metric_is_one_task(tmp_path
         rule(*both, transferred(tmp_path, "b", 60.0))
     with pytest.raises(UserError, match="no transfer results here"):
         rule(str(tmp_path / "nowhere"))
+
+
+def test_scores_keep_the_names_that_their_run_has(tmp_path, rule):
+    """A task under a second name ("demo/linear") would be a row of its own on the leaderboard."""
+    rule(transferred(tmp_path, "a", 80.0))
+    client = registry.client(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("transfer").experiment_id])
+    assert set(run.data.metrics) == {"score_mean", "score/linear"}
+    (version,) = client.search_model_versions("name = 'letters'")
+    assert version.tags["score/linear"] == "80.00"
