@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columns import Columns, as_text, is_missing, label_names, plain_name, split_name
+from pipeline.data.sources.columns import Columns, label_names, plain_name, split_name
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
 from pipeline.data.sources.naming import TABLE_FILE
@@ -266,8 +266,3 @@ def items_of_sample(
         else:  # an empty list is a label too, of a sample that has none of the classes
             found = next((value for value in (beside.labels, labels, own) if value is not None), None)
         yield Item(member, f"{name}/{member}", data, found, split=beside.split or split)
-
-
-def key_text(value: Any) -> str | None:
-    """A key or file name in a sample's fields, as text."""
-    return None if is_missing(value) else as_text(value)
