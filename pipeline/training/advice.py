@@ -3,6 +3,7 @@
 from pipeline import storage
 from pipeline.data.format import Dataset
 from pipeline.training.config import PretrainConfig
+from pipeline.training.plan import loading_threads
 
 
 def out_of_memory(config: PretrainConfig, workers: int, *, host: bool) -> str:
@@ -26,7 +27,7 @@ def out_of_memory(config: PretrainConfig, workers: int, *, host: bool) -> str:
 
 def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> str:
     """Says that training waits for its data, with the settings that could help this run."""
-    threads = config.runtime.threads or max(1, int(config.runtime.cpus_per_worker))
+    threads = loading_threads(config)
     settings = []
     if storage.is_remote(config.runtime.data) and config.runtime.cache is None:
         settings.append("keep the shards on a local disk (--cache FOLDER)")

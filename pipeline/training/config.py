@@ -7,11 +7,16 @@ stopped run may continue with other workers, paths or intervals, and with nothin
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from pipeline import config as configuration
 from pipeline.data.loading.augment import Augment
 from pipeline.training.schedule import ScheduleConfig
+
+try:
+    import tyro
+except ModuleNotFoundError:  # a machine that only computes (tests/benchmarks/gpu.py) parses no flags
+    WITHOUT_PREFIX: Any = None
+else:
+    WITHOUT_PREFIX = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +234,7 @@ class PretrainConfig:
     init_from: str | None = None
     """Weights to start from: .npz, .safetensors, or a checkpoint of this project."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    runtime: Annotated[RuntimeConfig, tyro.conf.arg(name="")] = field(default_factory=RuntimeConfig)
+    runtime: Annotated[RuntimeConfig, WITHOUT_PREFIX] = field(default_factory=RuntimeConfig)
 
     @property
     def identity(self) -> dict[str, Any]:

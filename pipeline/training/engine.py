@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models import weight_decay_groups
 from models.losses import training_loss
+from pipeline.data.loading.upload import Upload
 from pipeline.training import zero_layout
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.kernels import choose_kernels, compile_model
@@ -68,6 +69,7 @@ class Engine:
             compile_model(self.engine.module, config)
         self.inner = inner
         self.device = device
+        self.upload = Upload(device)
         self.config = config
         self.accumulation = accumulation
         self.clip = _clip(optimizer)

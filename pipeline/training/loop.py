@@ -31,7 +31,7 @@ from pipeline.training.checkpoint import WRITE_ERRORS, NoRoom
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
 from pipeline.training.meter import Meter, describe_scores, describe_step
-from pipeline.training.plan import TrainPlan, make_plan
+from pipeline.training.plan import TrainPlan, loading_threads, make_plan
 from pipeline.training.preemption import Preempted, PreemptionVote
 from pipeline.training.replacements import Replacements
 from pipeline.training.schedule import learning_rate
@@ -159,7 +159,9 @@ class Trainer:
         """One optimiser step; this worker's mean loss, on the device."""
         config = self.config
         torch.manual_seed(dropout_seed(config.seed, step, self.worker.rank))
-        functions = micro_losses(batch, self.plan.micro_batch, self.worker.device, config.loss, config.label_smoothing)
+        functions = micro_losses(
+            self.engine.upload(batch), self.plan.micro_batch, self.worker.device, config.loss, config.label_smoothing
+        )
         loss = self.engine.train_step(functions, self.learning_rate(step), self.guard.skip_step)
         self.guard.note(step + 1, self.engine.dropped)
         self.meter.images += config.batch_size
@@ -321,7 +323,7 @@ def _open_loader(plan: TrainPlan, first: int, worker: Worker) -> Loader:
         shuffle_window=config.shuffle_window,
         patch_keep_rate=config.patch_keep_rate,
         patch_size=parse_variant(config.model.variant).patch if config.patch_keep_rate < 1 else None,
-        threads=runtime.threads or max(1, int(runtime.cpus_per_worker)),
+        threads=loading_threads(config),
         drop_last=True,
         cache_dir=runtime.cache,
         max_replaced=runtime.max_replaced,

@@ -61,6 +61,11 @@ class TrainPlan:
         return {**plain, "classes": len(self.classes), "validation_resize": resize, "model": self.model_options}
 
 
+def loading_threads(config: PretrainConfig) -> int:
+    """Threads that read and decode images in each worker."""
+    return config.runtime.threads or max(1, int(config.runtime.cpus_per_worker))
+
+
 def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -> dict[str, Any]:
     """Arguments of `create_model` for a run on so many classes."""
     options: dict[str, Any] = {k: v for k, v in configuration.to_dict(config.model).items() if v is not None}

@@ -5,6 +5,7 @@ Every worker takes its part of the images; all take part in every forward pass, 
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
-from pipeline.training.plan import TrainPlan
+from pipeline.training.plan import TrainPlan, loading_threads
 
 
 @torch.no_grad()
@@ -42,8 +43,8 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
         places = places_of_classes(validation, plan.classes) if config.loss != "masked" else None
         for images, labels in _batches(validation, plan, worker):
             labels = labels if places is None else places[labels]
-            count, labels = len(labels), labels.to(device)
-            output = engine.engine(images.to(device))
+            count, batch = len(labels), engine.upload({"image": images, "label": labels})
+            labels, output = batch["label"], engine.engine(batch["image"])
             if count == 0:
                 continue
             sums[0] += training_loss(output, {"label": labels}, config.loss) * count  # on the device: no wait a batch
@@ -83,7 +84,7 @@ class FewShot:
             features = _gather(torch.cat(parts), world)[: len(self.chosen)]
             right, total = 0, 0
             tests = [
-                (engine.engine(images.to(device)).float()[: len(labels)], labels)
+                (engine.engine(engine.upload({"image": images})["image"]).float()[: len(labels)], labels)
                 for images, labels in _batches(self.test, self.plan, self.worker)
             ]
         examples = torch.cat([x for x, _ in tests])
@@ -102,13 +103,19 @@ class FewShot:
         augment = evaluation_view(self.plan.config)
         size, kind = augment.size, self.train.manifest.image
         images = np.empty((len(rows), size, size, 3), np.uint8)
-        for target, row in zip(images, self.train.read(rows), strict=True):
+
+        def fill(target: np.ndarray, row: dict) -> None:
             if self.train.encoding == "jpeg":
                 picture = decode_stored(row["image"])
             else:
                 picture = unpatchify(row["image"], kind["height"], kind["width"], kind["patch_size"])
             augment.apply(picture, [0.5] * augment.draws, target, False)
-        return engine.engine(torch.from_numpy(images).to(device)).float()
+
+        with ThreadPoolExecutor(loading_threads(self.plan.config)) as pool:
+            pairs = zip(images, self.train.read(rows), strict=True)
+            for filled in [pool.submit(fill, target, row) for target, row in pairs]:
+                filled.result()  # raises what a thread raised
+        return engine.engine(engine.upload({"image": torch.from_numpy(images)})["image"]).float()
 
 
 def check_validation(config: PretrainConfig, data: Dataset) -> None:
@@ -192,7 +199,14 @@ def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tupl
     batch_size = max(world, plan.micro_batch * world)
     view = evaluation_view(plan.config)
     with Loader(
-        dataset, batch_size=batch_size, rank=rank, world_size=world, lanes=world, train=False, augment=view
+        dataset,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world,
+        lanes=world,
+        train=False,
+        augment=view,
+        threads=loading_threads(plan.config),
     ) as loader:
         for batch in loader:
             images = batch["image"] if "image" in batch else batch["patches"]

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -481,7 +482,8 @@ def _label_tensor(labels: list[Any], multilabel: bool) -> torch.Tensor:
     """int64 (b,), or for multi-label (b, M) padded with -1, M >= 1 the most labels of one row."""
     if not multilabel:
         return torch.tensor(labels, dtype=torch.int64)
-    padded = torch.full((len(labels), max([1, *map(len, labels)])), -1, dtype=torch.int64)
-    for row, classes in zip(padded, labels, strict=True):
-        row[: len(classes)] = torch.tensor(classes, dtype=torch.int64)
-    return padded
+    lengths = np.fromiter(map(len, labels), np.int64, len(labels))
+    padded = np.full((len(labels), max(1, int(lengths.max(initial=1)))), -1, np.int64)
+    # One assignment for the batch: this runs in the thread that launches the training step.
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(labels), np.int64)
+    return torch.from_numpy(padded)
