@@ -1,5 +1,7 @@
 """The pipeline file as data: YAML, or a Python function that returns a `Pipeline`."""
 
+import json
+import math
 import os
 import re
 import runpy
@@ -11,8 +13,10 @@ import yaml
 from pipeline import config as configuration
 from pipeline import credentials, storage
 from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
 
 MOST_BYTES = 1 << 20  # of a pipeline file: larger ones are refused before they are parsed
+MOST_VALUES = 100_000  # of a pipeline file, aliases written out
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 RESERVED = ("pipeline", "matrix", "promote")
 PROMOTE = "promote"
@@ -113,12 +117,19 @@ def load(place: str) -> Pipeline:
         raise UserError(f"{place}: no such pipeline file") from error
     if len(data) > MOST_BYTES:
         raise UserError(f"{place}: {len(data)} bytes are too many for a pipeline file (at most {MOST_BYTES})")
+    return from_dict(_read_yaml(data, place), place)
+
+
+def _read_yaml(data: bytes, place: str) -> Any:
+    """The plain values of a YAML document. Raises UserError, one line with the number of the line in the file."""
     try:
-        text = data.decode()
-        values = yaml.load(credentials.take_from_yaml(text), Loader=_UniqueKeys)
+        return yaml.load(credentials.take_from_yaml(data.decode("utf-8-sig")), Loader=_Strict)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "not valid YAML: "
+        raise UserError(f"{place}{line}: {what}{' '.join(str(error.problem).split())}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{place}: not valid YAML ({' '.join(str(error).split())})") from error
-    return from_dict(values, place)
+        raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _load_python(place: str) -> Pipeline:
@@ -133,7 +144,7 @@ def _load_python(place: str) -> Pipeline:
     made = made() if callable(made) else made
     if not isinstance(made, Pipeline):
         raise UserError(f"{place}: has no function `pipeline` that returns a pipeline.graph.file.Pipeline")
-    return check(made, place)
+    return from_dict(configuration.to_dict(made), place)  # Python checks no types of dataclasses
 
 
 def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
@@ -158,19 +169,37 @@ def check(pipeline: Pipeline, where: str) -> Pipeline:
     """The pipeline itself. Raises UserError for names and numbers that cannot be."""
     for name in (pipeline.name, *pipeline.stages):
         if not NAME.fullmatch(name):
-            raise UserError(f'{where}: the name "{name}" is not letters, digits, - and _ (at most 63, a letter first)')
+            raise UserError(
+                f"{where}: the name {json.dumps(name)} is not letters, digits, - and _ (at most 63, a letter first)"
+            )
     for name in RESERVED:
         if name in pipeline.stages:
             raise UserError(f'{where}: no stage may be called "{name}", which has a meaning in references')
     if not pipeline.stages:
         raise UserError(f"{where}: has no stages")
-    counts = {"retries": pipeline.retries} | {f"stages.{n}.retries": s.retries for n, s in pipeline.stages.items()}
-    for key, value in counts.items():
-        if value is not None and value < 0:
-            raise UserError(f"{where}: {key} {value} must be at least 0")
     if pipeline.parallel < 1:
         raise UserError(f"{where}: parallel {pipeline.parallel} must be at least 1")
+    for key, value in _numbers(pipeline).items():
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{where}: {key} {value} must be a number of at least 0")
+    try:
+        find_gpu(pipeline.prices.gpu)
+    except UserError as error:
+        raise UserError(f"{where}: prices.gpu: {error}") from error
     return pipeline
+
+
+def _numbers(pipeline: Pipeline) -> dict[str, float | None]:
+    """{key: value} of what may be 0 or more."""
+    found: dict[str, float | None] = {"retries": pipeline.retries}
+    found |= {"prices.cpu_hour": pipeline.prices.cpu_hour, "prices.gpu_hour": pipeline.prices.gpu_hour}
+    for name, stage in pipeline.stages.items():
+        found[f"stages.{name}.retries"] = stage.retries
+        for key in ("cpus", "gpus", "memory"):
+            found[f"stages.{name}.resources.{key}"] = getattr(stage.resources, key)
+    if pipeline.promote is not None:
+        found |= {"promote.margin": pipeline.promote.margin, "promote.at_least": pipeline.promote.at_least}
+    return found
 
 
 def to_yaml(pipeline: Pipeline) -> str:
@@ -186,17 +215,56 @@ def to_yaml(pipeline: Pipeline) -> str:
     return yaml.safe_dump(kept, sort_keys=False, width=110)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML with an error for a key that stands twice: the first stage of that name would be lost in silence."""
+class _Strict(yaml.SafeLoader):
+    """YAML as a pipeline file may use it.
+
+    A key that stands twice is an error, since the first stage of that name would be lost in silence; so is a key that YAML
+    does not read as text (yes, 1, 2026-01-01). Aliases count as what they stand for: a few lines can mean billions of values.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                name = self.construct_object(key, deep=True)
-                if isinstance(name, str) and name in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f'the key "{name}" stands twice', key.start_mark
-                    )
-                seen.add(name if isinstance(name, str) else repr(name))
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                text = f'"{key.value}"' if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                remedy = "; put it in quotes" if isinstance(key, yaml.ScalarNode) else ""
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key has to be text, and YAML reads {text} as something else{remedy}", key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'the key "{key.value}" stands twice', key.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, aliases written out. known: counts by id; 0 while a node is being counted.
+
+    Raises ConstructorError above `MOST_VALUES`, and for a node that holds itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.constructor.ConstructorError(None, None, "an alias stands for what holds it", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0
+    children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    count = 1
+    for child in children:
+        count += _count(child, known)
+        if count > MOST_VALUES:
+            problem = f"more than {MOST_VALUES:,} values, aliases written out"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    known[id(node)] = count
+    return count

@@ -20,6 +20,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.graph import fields, kinds
 from pipeline.graph.file import PROMOTE, Pipeline, Stage
 from pipeline.graph.kinds import Kind
+from pipeline.graph.state import FOLDER
 
 MOST = 10_000  # instances of one pipeline
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -123,6 +124,10 @@ def _needed(name: str, stage: Stage, pipeline: Pipeline, where: str) -> list[str
         if other not in pipeline.stages:
             raise UserError(f'{place}: after: no stage "{other}"{nearest(other, pipeline.stages)}')
     for text in _texts([stage.fields, stage.matrix]):
+        if "${" in REFERENCE.sub("", text):
+            raise UserError(f"{place}: {text}: a reference begins with ${{ and ends with }}")
+        if "$<" in text:
+            raise UserError(f"{place}: {text}: no value may have $< in it")
         for reference in REFERENCE.findall(text):
             head, _, rest = reference.partition(".")
             if head in ("matrix", "pipeline"):
@@ -370,6 +375,7 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
             raise UserError(f'{place}.over: no stage "{stage}"{nearest(stage, found)}')
         if found[stage][0].kind.name != "transfer":
             raise UserError(f"{place}.over: {stage} is a {found[stage][0].kind.name}; only transfer stages have scores")
+        _check_metric(rule.metric, stage, found[stage], place)
     scores = [f"$<{instance.name}>" for stage in rule.over for instance in found[stage]]
     kind = kinds.KINDS[PROMOTE]
     given: dict[str, Any] = {"model": pipeline.name, "scores": scores, "metric": rule.metric}
@@ -391,6 +397,14 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
         cpus=1.0,
         decides=_decides(kind, config),
     )
+
+
+def _check_metric(metric: str, stage: str, transfers: Sequence[Instance], place: str) -> None:
+    """Raises UserError for a metric that no score of the stage has, as far as that is known before the transfers."""
+    known = [kinds.task_names(instance.config) for instance in transfers]
+    names = {name for tasks in known for name in tasks or ()}
+    if metric != "mean" and None not in known and metric.rpartition("/")[2] not in names:
+        raise UserError(f'{place}.metric: {stage} has no score "{metric}"{nearest(metric, ["mean", *names])}')
 
 
 def _connect(instances: dict[str, Instance], where: str) -> dict[str, Instance]:
@@ -433,6 +447,8 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
     """Raises UserError for two outputs of which one is the other or lies in it, and for one that lies in an input."""
     root = pipeline.root
     given = {}
+    taken = {f"{root}/{FOLDER}": "the pipeline keeps its state"}
+    taken |= {f"{root}/{one.stage}": f"stage {one.stage} writes" for one in instances.values() if one.output is None}
     for instance in instances.values():
         if instance.output is None:
             continue
@@ -446,6 +462,12 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
             raise UserError(
                 f"{where}: stage {instance.stage}: its output {instance.output} holds the pipeline's own folder"
             )
+        for folder, what in taken.items():
+            if f"{instance.output}/".startswith(f"{folder}/"):
+                raise UserError(
+                    f"{where}: stage {instance.stage}: its output {instance.output} lies in {folder}, where {what}; give "
+                    "a folder of its own"
+                )
     ordered = sorted((f"{uri}/", name) for name, uri in given.items())
     for (uri, name), (other, second) in itertools.pairwise(ordered):
         if other.startswith(uri):

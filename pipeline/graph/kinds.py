@@ -243,6 +243,11 @@ def versions(formats: tuple[str, ...]) -> dict[str, int]:
     return {name: _load(places[name]) for name in formats}
 
 
+def task_names(config: Any) -> list[str] | None:
+    """Tasks of a transfer's config; None when they are the data sets that will be there."""
+    return _load("pipeline.transfer.suites:task_names")(config)
+
+
 def check(kind: Kind, config: Any, where: str) -> None:
     """Values that cannot work, as far as the job's own checks know without its data. Raises UserError."""
     checks = {"pretrain": "pipeline.training.plan:check_values", "transfer": "pipeline.transfer.suites:check_config"}
@@ -254,5 +259,7 @@ def check(kind: Kind, config: Any, where: str) -> None:
                 raise UserError(f"the field {field} is missing: {kind.name} needs it")
         if kind.name == "prepare":
             _load("pipeline.data.prepare.config:parse_splits")(config.splits)
+        if kind.name == "evaluate" and not config.runs and not config.model:
+            raise UserError("nothing to evaluate: give the field runs or model")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

@@ -66,7 +66,8 @@ class Plan:
         try:
             return self.places.fingerprint(address.text)
         except Missing as error:
-            raise UserError(f"{self.where}: stage {instance.stage}: {field}: {error}") from error
+            default = "" if field in instance.given else f" (the default of {field}; give the field)"
+            raise UserError(f"{self.where}: stage {instance.stage}: {field}: {error}{default}") from error
 
     # ------------------------------------------------------------ identities
 

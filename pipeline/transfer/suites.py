@@ -363,6 +363,8 @@ SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[TransferTask]]
     "folder": folder,
     "frozen": frozen,
 }
+NAMED_TASKS = ("demo", "vtab1k", "vtab1k-224", "paper")
+"""Suites whose tasks have the same names whatever data are there."""
 
 
 def check_config(config: TransferConfig) -> None:
@@ -381,6 +383,16 @@ def check_config(config: TransferConfig) -> None:
         raise UserError(f"--ema-decay must be in [0, 1), not {config.ema_decay:g}")
     if config.l2 and config.l2 not in L2_GRID:
         raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
+    if config.tasks and config.suite in NAMED_TASKS:
+        build_tasks(dataclasses.replace(config, data="-", real_labels="-"), {"variant": "B/16", "image_size": 224})
+
+
+def task_names(config: TransferConfig) -> list[str] | None:
+    """Names of the tasks that a config asks for; None for a suite whose tasks are the data sets that are there."""
+    if config.tasks or config.suite not in NAMED_TASKS:
+        return list(config.tasks) or None
+    nominal = {"variant": "B/16", "image_size": 224}
+    return [task.name for task in build_tasks(dataclasses.replace(config, data="-", real_labels="-"), nominal)]
 
 
 def suite_version(config: TransferConfig) -> str:

@@ -157,6 +157,50 @@ STAGES = {
         "seed stands in the matrix and beside it",
     ),
     "missing field": ({"x": {"job": "transfer", "fields": {"data": "/x"}}}, "the field checkpoint is missing"),
+    "output in the state": (
+        {"a": {"job": "prepare", "recipe": "demo", "fields": {"output": "${pipeline.output}/_pipeline/logs"}}},
+        "where the pipeline keeps its state",
+    ),
+    "output where another stage writes": (
+        {
+            "a": {"job": "prepare", "recipe": "demo"},
+            "b": {"job": "prepare", "recipe": "demo", "fields": {"output": "${pipeline.output}/a/more"}},
+        },
+        "where stage a writes",
+    ),
+    "output in another's by reference": (
+        {
+            "a": {"job": "prepare", "recipe": "demo"},
+            "b": {"job": "prepare", "recipe": "demo", "fields": {"output": "${a.output}/more"}},
+        },
+        "its output lies in another stage's",
+    ),
+    "reference without end": (
+        {"x": {"job": "pretrain", "fields": {"data": "${data.output/train"}}},
+        "a reference begins with ${ and ends with }",
+    ),
+    "text that means an instance": (
+        {"x": {"job": "pretrain", "fields": {"data": "$<data>/train"}}},
+        "no value may have $< in it",
+    ),
+    "unknown task": (
+        {"x": {"job": "transfer", "recipe": "vtab1k", "fields": {"checkpoint": "/x", "data": "/x", "tasks": ["petz"]}}},
+        'suite vtab1k has no task "petz" (did you mean "pets"?)',
+    ),
+    "nothing to evaluate": ({"x": {"job": "evaluate"}}, "give the field runs or model"),
+    "resources below nothing": (
+        {"x": {"job": "prepare", "recipe": "demo", "resources": {"cpus": -1}}},
+        "stages.x.resources.cpus -1.0 must be a number of at least 0",
+    ),
+    "resources that are no number": (
+        {"x": {"job": "prepare", "recipe": "demo", "resources": {"memory": float("nan")}}},
+        "resources.memory nan must be",
+    ),
+    "name of two lines": ({"x\ny": {"job": "prepare"}}, r'the name "x\ny" is not letters'),
+    "default input that is not there": (
+        {"x": {"job": "pretrain", "recipe": "demo", "fields": {"data": "demo:digits"}}},
+        "nothing is there (the default of validation; give the field)",
+    ),
     "bad name": ({"x y": {"job": "prepare"}}, 'the name "x y" is not letters'),
     "reserved name": ({"promote": {"job": "prepare"}}, 'no stage may be called "promote"'),
 }
@@ -175,18 +219,38 @@ def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+STAGE = "stages: {a: {job: prepare, recipe: demo}}\n"
+BOMB = "".join(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in ("ab", "bc", "cd", "de", "ef", "fg"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("name: x\nstages: {a: {job: prepare}\n", "not valid YAML"),
-        ("name: x\nstages:\n  a: {job: prepare}\n  a: {job: pretrain}\n", 'the key "a" stands twice'),
+        ("name: x\nstages:\n  a: {job: prepare}\n  a: {job: pretrain}\n", 'line 4: the key "a" stands twice'),
         ("- a\n", "has the keys name, output and stages"),
+        ("", "has the keys name, output and stages"),
         ("name: x\n", "the key stages is missing"),
-        (
-            "name: x\nstages: {a: {job: prepare, recipe: demo}}\npromote: {over: a}\n",
-            "only transfer stages have scores",
-        ),
-        ("name: x\nstages: {a: {job: prepare, recipe: demo}}\npromote: {metric: mean}\n", "the key over is missing"),
+        (f"name: x\n{STAGE}---\nname: y\n", "found another document"),
+        (f"x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\nfields:\n{BOMB}", "more than 100,000 values, aliases written out"),
+        ("name: x\nstages: &s {a: *s}\n", "line 2: an alias stands for what holds it"),
+        ("name: x\nstages: {a: {job: prepare, fields: {source: &s [*s]}}}\n", "an alias stands for what holds it"),
+        (f"1: x\nname: x\n{STAGE}", 'a key has to be text, and YAML reads "1" as something else; put it in quotes'),
+        ("name: x\nstages: {on: {job: prepare}}\n", 'YAML reads "on" as something else'),
+        ("name: x\nstages: {2026-01-01: {job: prepare}}\n", 'YAML reads "2026-01-01" as something else'),
+        ("name: x\nstages: {[a, b]: {job: prepare}}\n", "YAML reads a list or mapping as something else"),
+        ("name: x\nstages: [a]\n", "stages: expected dict, found"),
+        ("name: x\nstages: {a: prepare}\n", "stages.a: expected keys of Stage, found"),
+        ("name: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("[" * 5000, "not valid YAML"),
+        ("#" * (2 << 20), "bytes are too many for a pipeline file"),
+        (f"name: x\nparallel: 0\n{STAGE}", "parallel 0 must be at least 1"),
+        (f"name: x\nprices: {{cpu_hour: -1}}\n{STAGE}", "prices.cpu_hour -1.0 must be a number of at least 0"),
+        (f"name: x\nprices: {{gpu: h1000}}\n{STAGE}", 'prices.gpu: unknown GPU "h1000" (did you mean "h100"?)'),
+        (f"name: x\n{STAGE}promote: {{over: a}}\n", "only transfer stages have scores"),
+        (f"name: x\n{STAGE}promote: {{metric: mean}}\n", "the key over is missing"),
+        (f"name: x\n{STAGE}promote: {{over: a, atleast: 3}}\n", 'unknown key "atleast" (did you mean "at_least"?)'),
+        (SWEEP.replace("at_least: 50", "metric: linaer"), 'transfer has no score "linaer" (did you mean "linear"?)'),
         (
             "name: x\nstages: {a: {job: prepare, fields: {source: /nowhere/at/all}}}\n",
             "source: /nowhere/at/all: nothing is there",
@@ -194,9 +258,30 @@ def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, name):
     ],
 )
 def test_files_that_are_none(tmp_path, text, message):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(UserError, match=re.escape(message)):
-        commands.main(["status", str(tmp_path / "p.yaml")], "", print)
+    place = tmp_path / "p.yaml"
+    place.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        commands.main(["run", str(place)], "", print)
+    assert str(place) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_python_is_checked_as_yaml_is(tmp_path):
+    place = tmp_path / "p.py"
+    made = "from pipeline.graph.file import Pipeline, Stage\npipeline = Pipeline(name='x', stages={{'a': {stage}}}, {more})\n"
+    for stage, more, message in (
+        (
+            "Stage(job='prepare', fields={'source': 'demo:digits'})",
+            "retries='many'",
+            "retries: expected int, found 'many'",
+        ),
+        ("Stage(job='prepare', matrix={'seed': 3})", "", "stages.a.matrix.seed: expected list, found 3"),
+        ("'prepare'", "", "stages.a: expected keys of Stage, found 'prepare'"),
+    ):
+        place.write_text(made.format(stage=stage, more=more))
+        with pytest.raises(UserError, match=re.escape(message)):
+            file.load(str(place))
 
 
 def test_yaml_and_python_are_the_same(tmp_path):
