@@ -17,27 +17,37 @@ import psutil
 from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
+MARK = "VIT_TEST_NODE"
+"""In the environment of all processes of one node: those of one machine share the session's folder."""
 
 
 @contextlib.contextmanager
 def ray_head(
-    home: Path, token: str, port: int | None = None, keep: Collection[str] = ()
+    home: Path,
+    token: str,
+    port: int | None = None,
+    keep: Collection[str] = (),
+    more: Collection[str] = (),
+    dashboard: int | None = None,
+    mark: str = "head",
 ) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(address of the job server, environment without the token, environment with it); `home` is HOME in both.
 
-    port: of Ray's control store, for who joins it by address. keep: RAY_ variables of this process that the head gets, too.
+    port: of Ray's control store, for who joins it by address. dashboard: of the job server. keep: RAY_ variables of this
+    process that the head gets, too. more: options of `ray start`, the last of a name counts.
+    mark: for `kill_marked`.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray"))
-    port, dashboard = port or free_port(), free_port()
+    port, dashboard = port or free_port(), dashboard or free_port()
     environment = {name: value for name, value in os.environ.items() if name in keep or not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with_token = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--temp-dir={folder}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    command += [f"--ray-client-server-port={free_port()}"]
+    command += [f"--ray-client-server-port={free_port()}", *more]
     with open(folder / "head.log", "w") as log:
-        process = subprocess.Popen(command, env=with_token, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=with_token | {MARK: mark}, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait(address, process, folder / "head.log")
@@ -45,11 +55,44 @@ def ray_head(
     finally:
         process.terminate()
         process.wait(120)
-        for left in psutil.process_iter(["cmdline"]):
-            if str(folder) in " ".join(left.info["cmdline"] or []):
-                with contextlib.suppress(psutil.Error):
-                    left.kill()
+        _kill(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_node(port: int, environment: dict[str, str], mark: str, more: Collection[str] = ()) -> Iterator[None]:
+    """Another node of the cluster whose control store listens at `port`.
+
+    environment: with the token. mark: for `kill_marked`. more: options of `ray start`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    command = [BIN / "ray", "start", f"--address=127.0.0.1:{port}", "--block", "--disable-usage-stats", *more]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    with open(folder / "node.log", "w") as log:
+        process = subprocess.Popen(command, env=environment | {MARK: mark}, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(120)
+        kill_marked(mark)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_marked(mark: str) -> None:
+    """Kills a head or node with all that runs on it, at once: what a machine that is lost does."""
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(MARK) == mark:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _kill(folder: Path) -> None:
+    """Ends at once whatever has the folder of a head in its command line."""
+    for left in psutil.process_iter(["cmdline"]):
+        if str(folder) in " ".join(left.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                left.kill()
 
 
 def _wait(address: str, process: subprocess.Popen, log: Path) -> None:

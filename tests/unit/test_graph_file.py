@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.graph import commands, export, file, instances, schema, state
+from pipeline.graph import commands, file, instances, schema, state
 from pipeline.graph.plan import Plan
 from pipeline.graph.recipes import RECIPES
 
@@ -313,18 +312,6 @@ def test_the_schema_takes_what_the_program_takes_and_knows_the_fields():
     wrong["stages"]["pretrain"]["fields"]["batch_sise"] = 3
     wrong["stages"]["transfer"]["matrx"] = {}
     assert len(list(checker.iter_errors(wrong))) == 2
-
-
-def test_the_exported_commands_are_those_of_the_jobs(tmp_path):
-    plan = plan_of(file.from_dict(values()), tmp_path)
-    script = export.export(plan, "commands", "image")
-    lines = [line for line in script.splitlines() if line.startswith("python ")]
-    assert len(lines) == len(plan.instances)
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    workflow = yaml.safe_load(export.export(plan, "argo", "image"))
-    tasks = {task["name"]: task["dependencies"] for task in workflow["spec"]["templates"][0]["dag"]["tasks"]}
-    assert set(tasks["transfer-lr-1e-3-tasks-parity"]) == {"pretrain-lr-1e-3", "data"}
-    compile(export.export(plan, "airflow", "image"), "dag.py", "exec")
 
 
 def test_everything_the_command_line_says_it_takes(tmp_path):

@@ -21,6 +21,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.graph import commands, file, instances
+from tests.definitions import validator
 from tests.documents import code_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -224,33 +225,13 @@ def test_ray_up_clusters_are_closed(path):
 # ---------------------------------------------------------------- Kubernetes
 
 
-def strict(schema):
-    """A resource definition's schema as JSON Schema that also refuses unknown keys, as the API server does."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if schema.get("x-kubernetes-int-or-string"):
-        return {"type": ["integer", "string"]}
-    result = {key: strict(value) for key, value in schema.items() if key not in ("description", "default", "format")}
-    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        # properties is a map of names to schemas: a field may itself be named "format" or "default"
-        result["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
-        result["additionalProperties"] = False
-    return result
-
-
 @pytest.fixture(scope="module")
 def definitions(real_data):
     """{kind: validator of ray.io/v1}."""
     found = {}
     for kind in ("rayclusters", "rayjobs", "raycronjobs"):
-        path = real_data / "kuberay-crds" / f"ray.io_{kind}.yaml"
-        spec = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
-        (version,) = [version for version in spec["versions"] if version["name"] == "v1"]
-        schema = strict(version["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object"}
-        found[spec["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
+        name, checker = validator(real_data / "kuberay-crds" / f"ray.io_{kind}.yaml", "v1")
+        found[name] = checker
     return found
 
 

@@ -1,0 +1,122 @@
+"""A pipeline on a Ray cluster of several nodes that loses the runner, a stage, the node of a stage, and its head."""
+
+import contextlib
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.graph import state
+from tests.ports import free_port
+from tests.rayhead import kill_marked, ray_head, ray_node
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--object-store-memory=200000000",)
+STAGES = {
+    "data": {"job": "prepare", "recipe": "demo_digits", "fields": {"tracking": False, "num_cpus": 1}},
+    "pretrain": {
+        "job": "pretrain",
+        "recipe": "demo",
+        "fields": {
+            "data": "${data.output}/train",
+            "validation": None,
+            "steps": 60,
+            "workers": 1,
+            "checkpoint_every": "10steps",
+        },
+    },
+}
+
+
+class Cluster:
+    """A head without memory for entry points, and nodes that have some: stages stand on nodes that may be lost."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.token = home, uuid.uuid4().hex * 2
+        self.port, self.dashboard = free_port(), free_port()
+        self.stack = contextlib.ExitStack()
+        self.marks: dict[str, str] = {}
+
+    def start_head(self) -> None:
+        self.marks["head"] = uuid.uuid4().hex
+        more = ("--memory=100000000", "--num-cpus=0", *SMALL)
+        options = {"port": self.port, "dashboard": self.dashboard, "more": more, "mark": self.marks["head"]}
+        head = self.stack.enter_context(ray_head(self.home, self.token, **options))
+        self.address, _, self.environment = head
+
+    def start_node(self) -> None:
+        self.marks["node"] = uuid.uuid4().hex
+        more = ("--num-cpus=2", "--memory=4000000000", *SMALL)
+        self.stack.enter_context(ray_node(self.port, self.environment, self.marks["node"], more))
+
+    def run(self, place: Path) -> subprocess.Popen:
+        """The runner, outside the cluster."""
+        command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "run", str(place), "--address", self.address]
+        database = f"sqlite:///{self.home}/mlflow.db"
+        environment = {**self.environment, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": database}
+        with open(f"{place}.log", "a") as log:
+            return subprocess.Popen(command, cwd=place.parent, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    made = Cluster(tmp_path)
+    with made.stack:
+        made.start_head()
+        made.start_node()
+        yield made
+
+
+def written(folder, name):
+    place = folder / f"{name}.yaml"
+    place.write_text(yaml.safe_dump({"name": name, "output": str(folder / name), "stages": STAGES}))
+    return place
+
+
+def drivers(folder, name, job):
+    """The entry points of a stage that run now, on any node."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if len(words) > 1 and words[1].endswith(f"jobs/{job}.py") and any(str(folder / name) in w for w in words):
+            found.append(process)
+    return found
+
+
+def wait_for(condition, seconds=400):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def committed(folder, name):
+    return list((folder / name / "pretrain").glob("*/checkpoints/*/COMMIT.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
+    place = written(tmp_path, "lost")
+    process = cluster.run(place)
+    wait_for(lambda: committed(tmp_path, "lost"))
+    node = cluster.marks["node"]
+    assert {one.environ().get("VIT_TEST_NODE") for one in drivers(tmp_path, "lost", "pretrain")} == {node}
+    kill_marked(node)
+    assert not drivers(tmp_path, "lost", "pretrain")
+    cluster.start_node()
+    wait_for(lambda: drivers(tmp_path, "lost", "pretrain"))
+    kill_marked(cluster.marks["head"])
+    cluster.start_head()
+    cluster.start_node()
+    assert process.wait(timeout=900) == 0, Path(f"{place}.log").read_text()
+    versions = {name: record.versions for name, record in state.load(str(tmp_path / "lost")).records.items()}
+    assert [len(found) for found in versions.values()] == [1, 1]
+    assert versions["data"][0].cost["attempts"] == 1
+    assert versions["pretrain"][0].result["steps"] == 60
+    assert versions["pretrain"][0].cost["attempts"] >= 3
