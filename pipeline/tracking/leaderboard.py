@@ -2,13 +2,14 @@
 
 import functools
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.tracking.description import checkpoint_name, data_name
-from pipeline.tracking.search import RunInfo, search_runs
+from pipeline.tracking.search import RunInfo, read_runs
 
 GROUPS = ("natural", "specialized", "structured")
 
@@ -47,12 +48,12 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
 
     Raises UserError when nothing has been transferred yet.
     """
-    pretrained = {run.id: run for run in search_runs(names.PRETRAIN, uri=uri)}
+    pretrained = _Pretrained(read_runs(names.PRETRAIN, uri=uri))
     rows: dict[tuple[str, str], Row] = {}
-    for run in search_runs(names.TRANSFER, filter="params.suite LIKE '%'", uri=uri):  # parents, newest first
+    for run in read_runs(names.TRANSFER, with_param="suite", uri=uri):  # parents, newest first
         if not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
-        row = _row(run, _source(run, pretrained))
+        row = _row(run, pretrained.source(run))
         if suite in (None, run.params.get("suite")):
             rows.setdefault((row.suite, row.checkpoint), row)
     if not rows:
@@ -61,17 +62,26 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
     return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
 
 
-def _source(run: RunInfo, pretrained: dict[str, RunInfo]) -> RunInfo | None:
-    """The pre-training run of a transfer run: by its lineage tag, else the one whose output holds the checkpoint."""
-    linked = pretrained.get(run.tags.get(names.LINEAGE + "pretrain", ""))
-    if linked:
-        return linked
-    checkpoint = run.tags.get(names.CHECKPOINT, "")
-    for candidate in pretrained.values():
-        output = candidate.tags.get(names.PLACE + "runtime.output")
-        if output and (storage.normalise(checkpoint) + "/").startswith(storage.normalise(output) + "/"):
-            return candidate
-    return None
+class _Pretrained:
+    """The pre-training runs of a server, by id and by the folder that they write."""
+
+    def __init__(self, runs: Iterable[RunInfo]):
+        self.by_id: dict[str, RunInfo] = {}
+        self.by_output: dict[str, RunInfo] = {}
+        for run in runs:  # newest first: of several runs in one folder the newest counts
+            self.by_id[run.id] = run
+            if output := run.tags.get(names.PLACE + "runtime.output"):
+                self.by_output.setdefault(storage.normalise(output), run)
+
+    def source(self, transfer: RunInfo) -> RunInfo | None:
+        """The run that made what a transfer run read: by its lineage tag, else the one whose folder holds the checkpoint."""
+        linked = self.by_id.get(transfer.tags.get(names.LINEAGE + "pretrain", ""))
+        if linked:
+            return linked
+        folder = storage.normalise(transfer.tags.get(names.CHECKPOINT, ""))
+        while folder not in self.by_output and "/" in folder:
+            folder = folder.rpartition("/")[0]
+        return self.by_output.get(folder)
 
 
 def _row(run: RunInfo, source: RunInfo | None) -> Row:

@@ -1,14 +1,15 @@
 """MLflow's UI on this machine, opened where the answers are: `python -m pipeline.tracking ui`, or `make ui`.
 
-It is MLflow's own server with two additions. An experiment opens with the columns and charts of its prepared view
+It is MLflow's own server with two additions. The address itself opens the pre-training runs. An experiment opens with the columns and charts of its prepared view
 (`pipeline.tracking.views`), in the mode for training and not for language models; any other choice of the user stays. And
 /leaderboard compares all transferred models on one page.
 """
 
 import asyncio
 import functools
+import json
 import logging
-import os
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -16,9 +17,10 @@ from typing import Any
 
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
+from pipeline.tracking import mlflow_private, names
 from pipeline.tracking.leaderboard import leaderboard
 from pipeline.tracking.pages import leaderboard_page, text_page
-from pipeline.tracking.server import mlflow_address, resolve_tracking_uri
+from pipeline.tracking.server import resolve_tracking_uri
 from pipeline.tracking.views import SHARE, VIEW
 
 logger = logging.getLogger(__name__)
@@ -26,16 +28,28 @@ Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 FRESH = 10.0  # seconds for which a computed leaderboard is served again
 
-# The toolbar of a chart covers its data: only under the pointer. MLflow keeps columns and charts in the browser; the state that an experiment shares is asked for in the address.
+# MLflow keeps columns and charts in the browser; the view that an experiment shares is asked for in the address. The
+# address without a page goes to the first of our experiments that has runs. The toolbar of a chart covers its data: it
+# shows under the pointer only.
 SCRIPT = """<script>(() => {
-  if (!localStorage.getItem("mlflow.workflowType_v1")) localStorage.setItem("mlflow.workflowType_v1", '"machine_learning"');
-  if (!localStorage.getItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"))
-    localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+  if (!localStorage.getItem("WORKFLOW")) localStorage.setItem("WORKFLOW", '"machine_learning"');
+  if (!localStorage.getItem("ASSISTANT")) localStorage.setItem("ASSISTANT", "true");
+  const api = path => fetch(`ajax-api/2.0/mlflow/${path}`);
+  const isStart = () => ["", "#", "#/"].includes(location.hash);
+  const start = async () => {
+    for (const name of START) {
+      const answer = await api(`experiments/get-by-name?experiment_name=${name}`);
+      if (!answer.ok) continue;
+      const id = (await answer.json()).experiment.experiment_id;
+      if (isStart()) location.replace(`#/experiments/${id}/runs?viewStateShareKey=VIEW`);
+      return;
+    }
+  };
   const open = async () => {
     const [, id, query] = location.hash.match(/^#\\/experiments\\/(\\d+)(?:\\/runs)?\\/?(?:\\?(.*))?$/) || [];
     const asked = new URLSearchParams(query || "");
     if (!id || ["viewStateShareKey", "orderByKey", "searchFilter", "isComparingRuns"].some(key => asked.has(key))) return;
-    const answer = await fetch(`ajax-api/2.0/mlflow/experiments/get?experiment_id=${id}`);
+    const answer = await api(`experiments/get?experiment_id=${id}`);
     if (!answer.ok) return;
     const tags = (await answer.json()).experiment.tags || [];
     if (!tags.some(tag => tag.key === "SHARE_TAG")) return;
@@ -47,11 +61,17 @@ SCRIPT = """<script>(() => {
   const push = history.pushState, replace = history.replaceState;
   history.pushState = function (...all) { push.apply(this, all); open(); };
   history.replaceState = function (...all) { replace.apply(this, all); open(); };
-  open();
+  if (isStart()) start(); else open();
 })();</script>
-<style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}</style>""".replace(
-    "SHARE_TAG", SHARE + VIEW
-).replace('"VIEW"', f'"{VIEW}"')
+<style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}</style>"""
+for _name, _value in {
+    "SHARE_TAG": SHARE + VIEW,
+    "VIEW": VIEW,
+    "START": json.dumps([names.PRETRAIN, names.TRANSFER, names.PREPARE]),
+    "WORKFLOW": mlflow_private.WORKFLOW,
+    "ASSISTANT": mlflow_private.ASSISTANT,
+}.items():
+    SCRIPT = re.sub(rf"\b{_name}\b", lambda _, value=_value: value, SCRIPT)  # type: ignore[misc]
 
 
 def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = None) -> None:
@@ -59,11 +79,7 @@ def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = 
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith("http"):
         raise UserError(f"{redacted(uri)} is an MLflow server and has a UI itself: open it in a browser")
-    os.environ["_MLFLOW_SERVER_FILE_STORE"] = mlflow_address(uri)
-    os.environ["_MLFLOW_SERVER_SERVE_ARTIFACTS"] = "true"
-    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = "mlflow-artifacts:/"
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow_private.use_settings(uri)
     import uvicorn
     from mlflow.server.fastapi_app import app
 
@@ -74,6 +90,8 @@ def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = 
 def with_pages(app: App, uri: str) -> App:
     """MLflow's application with the script in its page, and with /leaderboard; MLflow's own checks come before both."""
     page = functools.partial(_cached_leaderboard, uri, {}, threading.Lock())
+    # The first leaderboard waits for PyTorch's import, which counts FLOPs: begin before somebody asks.
+    threading.Thread(target=page, name="leaderboard", daemon=True).start()
 
     async def serve_request(scope: Message, receive: Any, send: Any) -> None:
         path = scope.get("path", "").rstrip("/")

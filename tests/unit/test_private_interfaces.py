@@ -1,17 +1,20 @@
-"""What this project takes from inside Ray and DeepSpeed, and the versions that it was written against.
+"""What this project takes from inside Ray, DeepSpeed and MLflow, and the versions that it was written against.
 
 When one of these fails after an upgrade: read what changed behind the names, run the slow tests of tests/integration, then
 change the number in the file that the test names.
 """
 
+import dataclasses
 import importlib
 import inspect
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline import ray_state
+from pipeline.tracking import mlflow_private, search, server
 from pipeline.training import zero_layout
 
 
@@ -21,6 +24,45 @@ def test_ray_is_the_version_that_ray_state_and_ray_compat_were_written_against()
 
 def test_deepspeed_is_the_version_that_zero_layout_was_written_against():
     assert version("deepspeed") == zero_layout.WRITTEN_FOR, "see pipeline/training/zero_layout.py"
+
+
+def test_mlflow_is_the_version_that_mlflow_private_was_written_against():
+    assert version("mlflow") == mlflow_private.WRITTEN_FOR, "see pipeline/tracking/mlflow_private.py"
+
+
+def test_mlflows_server_knows_the_settings_that_make_ui_sets():
+    constants = importlib.import_module("mlflow.server.constants")
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    assert set(mlflow_private.server_settings("sqlite:///x.db")) <= known
+
+
+def test_mlflows_ui_has_the_keys_of_the_browser_that_make_ui_sets():
+    folder = Path(importlib.import_module("mlflow.server").__file__).parent / "js" / "build" / "static" / "js"
+    pages = [file.read_text(errors="replace") for file in folder.glob("main.*.js")]
+    # the version is joined to the key when the page runs
+    for key in (mlflow_private.WORKFLOW, mlflow_private.ASSISTANT):
+        assert any(key.removesuffix("_v1") in page for page in pages), key
+
+
+def test_mlflows_tables_hold_what_its_own_search_gives(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow, experiment = server.client(uri), server.experiment_id(f"sqlite:///{tmp_path}/mlflow.db", "transfer")
+    made = [mlflow.create_run(experiment, run_name=name).info.run_id for name in ("a", "b", "child", "deleted")]
+    for step, run in enumerate(made):
+        mlflow.log_metric(run, "score/own", 10.0, step=0)
+        mlflow.log_metric(run, "score/own", 20.0 + step, step=1)
+        mlflow.set_tag(run, "checkpoint", f"runs/{step}")
+    mlflow.log_metric(made[0], "loss", float("nan"))
+    for run in (made[0], made[1], made[3]):
+        mlflow.log_param(run, "suite", "demo")
+    mlflow.set_terminated(made[0])
+    mlflow.delete_run(made[3])
+
+    def plain(runs):
+        return {run.id: repr(dataclasses.asdict(run)) for run in runs}
+
+    assert plain(search.read_runs("transfer", uri=uri)) == plain(search.search_runs("transfer", uri=uri))
+    assert {run.id for run in search.read_runs("transfer", with_param="suite", uri=uri)} == set(made[:2])
 
 
 def test_ray_train_has_the_names_that_are_replaced():
