@@ -34,6 +34,7 @@ from pipeline.training.meter import Meter, describe_scores, describe_step
 from pipeline.training.plan import TrainPlan, loading_threads, make_plan
 from pipeline.training.preemption import Preempted, PreemptionVote
 from pipeline.training.replacements import Replacements
+from pipeline.training.samples import log_batch
 from pipeline.training.schedule import learning_rate
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import FewShot, validate
@@ -125,6 +126,8 @@ class Trainer:
             is_last = done == plan.total
             self.heartbeat("waiting for the data of step", done)
             batch = self.meter.wait(self.batches)
+            if step == 0 and self.run is not None:
+                log_batch(self.run, batch, plan)
             self.heartbeat("in step", done)
             loss = self.train_step(step, batch)
             logs = done % plan.log_every == 0 or done == self.first + 1 or is_last

@@ -29,6 +29,7 @@ from pipeline.tracking.description import Description, data_name, model_name, ru
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import TrainPlan, check_values, make_plan
+from pipeline.training.samples import log_attention
 from pipeline.training.validation import check_fewshot, check_validation
 from pipeline.weights import load_weights
 
@@ -103,6 +104,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         if result["missing"]:
             raise Incomplete(result)
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
+        log_attention(run, plan, result["checkpoint"])
     return result
 
 

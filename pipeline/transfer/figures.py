@@ -14,6 +14,7 @@ from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import GROUPS
 
 MARKS = "ovs^D*"
+NAME: dict[str, Any] = {"parse_math": False}  # a dollar in the name of a task or class begins no formula
 Others = Mapping[str, Mapping[str, float | None]]
 """More scores, {title: {row: top-1 in percent}}."""
 
@@ -43,7 +44,7 @@ def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
                 linestyle="",
                 zorder=3,
             )
-    axes.set_xticks(x, [score.name for score in scores], rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(x, [score.name for score in scores], rotation=45, ha="right", fontsize=8, **NAME)
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
@@ -68,7 +69,7 @@ def loss_curves(results: Sequence[Result]) -> Figure | None:
             steps, losses, _ = zip(*result.curve, strict=True)
             style = "--" if result.phase == "tune" else "-"
             axes.plot(steps, losses, style, linewidth=1, label=f"lr {result.lr:g} seed {result.seed}")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=9, **NAME)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -97,7 +98,7 @@ def confusion_matrices(
     image = None
     for axes, (name, counts) in zip(grid, matrices.items(), strict=False):
         image = _confusion(axes, counts, list(classes.get(name, ())))
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=9, **NAME)
     if image is not None:
         bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.02)
         bar.set_label("share of the label's images", fontsize=8)
@@ -110,9 +111,9 @@ def _confusion(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     names = [name if len(name) <= 14 else name[:13] + "…" for name in names] or [str(i) for i in range(len(counts))]
     axes.set_xticks(
-        range(len(counts)), names[: len(counts)], fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0
+        range(len(counts)), names[: len(counts)], fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0, **NAME
     )
-    axes.set_yticks(range(len(counts)), names[: len(counts)], fontsize=7)
+    axes.set_yticks(range(len(counts)), names[: len(counts)], fontsize=7, **NAME)
     for row, column in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=6, color=colour)
@@ -130,26 +131,11 @@ def confused_pairs(pairs: Sequence[Pair]) -> Figure | None:
     y = np.arange(len(pairs))[::-1]
     bars = axes.barh(y, [100 * pair.share for pair in pairs], color="#4c72b0")
     axes.bar_label(bars, [f"{pair.count} of {pair.images}" for pair in pairs], fontsize=7, padding=3)
-    axes.set_yticks(y, [f"{pair.label} → {pair.prediction}" for pair in pairs], fontsize=8)
+    axes.set_yticks(y, [f"{pair.label} → {pair.prediction}" for pair in pairs], fontsize=8, **NAME)
     axes.set_xlabel("share of the label's images (%)", fontsize=8)
     axes.set_title("Most confused: label → prediction", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
-    return figure
-
-
-def pictures(images: Sequence[np.ndarray], titles: Sequence[str], heading: str) -> Figure:
-    """uint8 pictures (H,W,3) with a title each, eight in a row."""
-    columns = min(8, max(4, len(images)))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.7 * rows + 0.45), dpi=130, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, image, title in zip(grid, images, titles, strict=False):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(title, fontsize=7, pad=2)
-    figure.suptitle(heading, fontsize=9)
     return figure
 
 

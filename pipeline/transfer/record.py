@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.config import to_dict
 from pipeline.data.loading.samples import stored_pictures
 from pipeline.errors import UserError
+from pipeline.pictures import sheet
 from pipeline.tracking import Run, description, names, registry, start_run
 from pipeline.tracking.views import page
 from pipeline.transfer import figures, mistakes
@@ -116,10 +117,8 @@ class Recorder:
             return
         titles = [mistakes.describe_mistake(found, int(i), classes) for i in wrong]
         share = f"{len(found.keys) - int(found.correct().sum()):,} of {len(found.keys):,} test images"
-        child.log_figure(
-            figures.pictures(shown, titles, f"Misclassified by {task.name}: label → prediction ({share})"),
-            "misclassified.png",
-        )
+        heading = f"Misclassified by {task.name}: label → prediction ({share})"
+        child.log_bytes(sheet(shown, titles, heading, columns=6, side=168), "misclassified.png")
 
     def suite(
         self,

@@ -68,6 +68,8 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
     steps = [point.step for point in history]
     assert steps == sorted(set(steps))
     assert steps[-1] == 160
+    pictures = {file.path for file in client.list_artifacts(pretrain.info.run_id, "samples")}
+    assert pictures == {"samples/first-batch.png", "samples/attention.png"}
     transfer = client.search_runs([experiments["transfer"]])
     parents = [run for run in transfer if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 2  # the pre-trained encoder, and one with random weights
