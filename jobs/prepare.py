@@ -18,15 +18,17 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pipeline import cluster, config, logs, storage
-from pipeline.data.format import Manifest
 from pipeline.data.prepare.config import RECIPES, PrepareConfig, PrepareJob
 from pipeline.errors import UserError
 from pipeline.vtab.config import VtabConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.format import Manifest
 
 logger = logging.getLogger("jobs.prepare")
 
@@ -124,7 +126,7 @@ def prepare(argv: list[str]) -> int:
     return 0
 
 
-def summary(output: str, split: str, manifest: Manifest) -> dict[str, Any]:
+def summary(output: str, split: str, manifest: "Manifest") -> dict[str, Any]:
     return {
         "uri": storage.normalise(storage.join(output, split) if split else output),
         "prepared": manifest.rows,

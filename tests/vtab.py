@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 
 from pipeline.vtab import archives, open_split
-from pipeline.vtab.datasets import list_examples
 from pipeline.vtab.datasets.base import Listing
+from pipeline.vtab.examples import list_examples
 
 
 def list_raw(raw: str, dataset: str) -> list[Listing]:

@@ -237,7 +237,7 @@ def start(kind: Kind, recipe: str | None, given: Mapping[str, Any], where: str) 
 def versions(formats: tuple[str, ...]) -> dict[str, int]:
     """Versions of the formats of this program."""
     places = {
-        SHARDS: "pipeline.data.format.manifest:VERSION",
+        SHARDS: "pipeline.data.format.constants:VERSION",
         CHECKPOINTS: "pipeline.weights.checkpoints:FORMAT",
     }
     return {name: _load(places[name]) for name in formats}
@@ -258,7 +258,7 @@ def check(kind: Kind, config: Any, where: str) -> None:
             if not getattr(config, field):
                 raise UserError(f"the field {field} is missing: {kind.name} needs it")
         if kind.name == "prepare":
-            _load("pipeline.data.prepare.config:parse_splits")(config.splits)
+            _load("pipeline.data.prepare.checks:parse_splits")(config.splits)
         if kind.name == "evaluate" and not config.runs and not config.model:
             raise UserError("nothing to evaluate: give the field runs or model")
     except UserError as error:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import fingerprint
-from pipeline.data.prepare.builtin import hold_out_classes
 from pipeline.errors import UserError
 from pipeline.graph.file import Pipeline, Promotion, Stage
 
@@ -68,6 +67,19 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
     return Pipeline(
         name="demo", output=root, stages=stages, promote=Promotion(over=["transfer"], no_worse_than="champion")
     )
+
+
+def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
+    """(classes to pre-train on, two fifths to transfer to) of a folder of class folders, as globs for `--include`.
+
+    None when the source is no such folder, or has fewer than five classes.
+    """
+    names = sorted(storage.list_folders(source))
+    if len(names) < 5:
+        return None
+    globs = ["".join(f"[{c}]" if c in "*?[" else c for c in name) + "/*" for name in names]
+    unseen = [glob for i, glob in enumerate(globs) if i % 5 in (2, 4)]
+    return [glob for glob in globs if glob not in unseen], unseen
 
 
 def _default_output(data: str | None) -> str:

@@ -22,6 +22,7 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
+from pipeline.data.loading.transform import augment_image
 from pipeline.errors import UserError, shorten
 from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig
@@ -109,7 +110,7 @@ class FewShot:
                 picture = decode_stored(row["image"])
             else:
                 picture = unpatchify(row["image"], kind["height"], kind["width"], kind["patch_size"])
-            augment.apply(picture, [0.5] * augment.draws, target, False)
+            augment_image(augment, picture, [0.5] * augment.draws, target, False)
 
         with ThreadPoolExecutor(loading_threads(self.plan.config)) as pool:
             pairs = zip(images, self.train.read(rows), strict=True)

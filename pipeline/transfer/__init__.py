@@ -13,8 +13,9 @@ collect_scores, suite_report         scores and their table                     
                                                                                      report.py, figures.py, progress.py
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline import lazy
 from pipeline.transfer.suites import SUITES, TransferConfig
 
 if TYPE_CHECKING:
@@ -23,15 +24,5 @@ if TYPE_CHECKING:
 
 __all__ = ["SUITES", "SuiteResult", "TransferConfig", "open_backbone", "run_suite"]
 
-
-def __getattr__(name: str) -> Any:
-    # On first use: torch and Ray take seconds to import, which --help has no need of.
-    if name in ("SuiteResult", "run_suite"):
-        from pipeline.transfer import run
-
-        return getattr(run, name)
-    if name == "open_backbone":
-        from pipeline.transfer.backbones import open_backbone
-
-        return open_backbone
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# On first use: torch and Ray take seconds to import, which --help has no need of.
+__getattr__ = lazy.exports(__name__, {"run": ("SuiteResult", "run_suite"), "backbones": ("open_backbone",)})

@@ -7,8 +7,9 @@ prepare(tasks, raw, output)        archives -> datasets               build.py
 open_split(uri, split)             a prepared split                   finish.py
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipeline import lazy
 
 if TYPE_CHECKING:
     from pipeline.vtab.archives import requirements
@@ -32,17 +33,14 @@ __all__ = [
     "split_keys",
 ]
 
-_HOMES = {
-    **dict.fromkeys(("Incomplete", "build_datasets", "check_requests", "prepare"), "build"),
-    **dict.fromkeys(("counts_table", "open_split"), "finish"),
-    **dict.fromkeys(("SPLITS", "TASKS", "Task", "get"), "tasks"),
-    "requirements": "archives",
-    "split_keys": "splits",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On first use: building needs image libraries, which --help of a job that only names tasks does not wait for.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"pipeline.vtab.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# On first use: building needs image libraries, which --help of a job that only names tasks does not wait for.
+__getattr__ = lazy.exports(
+    __name__,
+    {
+        "archives": ("requirements",),
+        "build": ("Incomplete", "build_datasets", "check_requests", "prepare"),
+        "finish": ("counts_table", "open_split"),
+        "splits": ("split_keys",),
+        "tasks": ("SPLITS", "TASKS", "Task", "get"),
+    },
+)

@@ -13,8 +13,8 @@ from pipeline.data import codecs
 from pipeline.data.format import Reject, Schema, ShardWriter
 from pipeline.errors import UserError
 from pipeline.vtab import tasks
-from pipeline.vtab.datasets import read_images
 from pipeline.vtab.datasets.base import ArchiveFile
+from pipeline.vtab.examples import read_images
 from pipeline.vtab.plan import Example, TaskPlan
 
 SMALL = (

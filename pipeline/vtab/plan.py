@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.vtab import archives, copies, tasks
-from pipeline.vtab.datasets import list_examples
 from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member
+from pipeline.vtab.examples import list_examples
 from pipeline.vtab.splits import needed, take, tfds_order
 from pipeline.vtab.tasks import Task
 

@@ -9,8 +9,9 @@
 beside weights, `files` and `folders` read tensors through `pipeline.storage`, `load` fills models. Names and shapes are the business of `models.weights`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline import lazy
 from pipeline.weights.locate import locate, read_config
 
 if TYPE_CHECKING:
@@ -32,11 +33,7 @@ __all__ = [
     "save_checkpoint_weights",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # On first use: torch takes seconds to import, and what finds and checks checkpoints has no need of it.
-    if name in __all__:
-        from pipeline.weights import load
-
-        return getattr(load, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# On first use: torch takes seconds to import, and what finds and checks checkpoints has no need of it.
+__getattr__ = lazy.exports(
+    __name__, {"load": ("load_model", "load_weights", "open_model", "read_weights", "save_checkpoint_weights")}
+)

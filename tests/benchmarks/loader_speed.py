@@ -43,6 +43,7 @@ import numpy as np  # noqa: E402
 
 from pipeline.data.codecs import decode_stored  # noqa: E402
 from pipeline.data.loading.augment import Augment  # noqa: E402
+from pipeline.data.loading.transform import augment_image  # noqa: E402
 
 BATCH, SIZE, THREADS = 256, 224, 2
 AUGMENT = Augment(size=SIZE)
@@ -113,7 +114,7 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
 
 def one(data: bytes) -> np.ndarray:
     out = np.empty((SIZE, SIZE, 3), np.uint8)
-    AUGMENT.apply(decode_stored(data), [random.random() for _ in range(5)], out)
+    augment_image(AUGMENT, decode_stored(data), [random.random() for _ in range(5)], out)
     return out
 
 
@@ -124,7 +125,7 @@ def limit(work: Path, workers: int) -> Iterator[np.ndarray]:
 
     def fill(buffer: np.ndarray, chosen: np.ndarray, draws: list) -> None:
         for out, i, u in zip(buffer, chosen, draws, strict=True):
-            AUGMENT.apply(decode_stored(images[i]), u, out)
+            augment_image(AUGMENT, decode_stored(images[i]), u, out)
 
     with ThreadPoolExecutor(THREADS) as pool:
         queue, step = [], 0

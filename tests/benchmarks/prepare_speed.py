@@ -69,7 +69,8 @@ def limit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
 
 def unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
-    from pipeline.data.prepare.config import PrepareConfig, check_config
+    from pipeline.data.prepare.checks import check_config
+    from pipeline.data.prepare.config import PrepareConfig
     from pipeline.data.prepare.plan import claim_output, make_plan
     from pipeline.data.prepare.worker import prepare_slice
 

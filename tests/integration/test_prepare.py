@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage, workqueue
-from pipeline.data import format as shards
 from pipeline.data import sources
+from pipeline.data.format import open_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.data.prepare.config import check_config
+from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.plan import claim_output, make_plan, slice_name
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.prepare.worker import prepare_slice
@@ -175,7 +175,7 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
         "b/003.png": ("near", "x/three.png"),
         "a/004.png": ("near", "x/four.jpg"),
     }
-    kept = set(shards.open_dataset(config.output).table()["key"].to_pylist())
+    kept = set(open_dataset(config.output).table()["key"].to_pylist())
     assert len(kept) == 298
     assert not kept & set(records)
     assert verify_dataset(config.output) == []
@@ -196,7 +196,7 @@ def test_s3_in_and_out_through_the_job(image_folder, s3):
     summary = json.loads(result.stdout)["dataset"]
     assert (summary["prepared"], summary["rejects"], summary["classes"]) == (31, 1, 3)
     assert summary["rejects_by_reason"] == {"corrupt": 1}
-    dataset = shards.open_dataset(f"{s3}/set")
+    dataset = open_dataset(f"{s3}/set")
     assert verify_dataset(dataset.uri) == []
     assert {row["image"].shape for row in dataset.read([29, 0, 7])} == {(64, 48)}
     keys = dataset.table()["key"].to_pylist()

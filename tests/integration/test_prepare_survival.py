@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import format as shards
+from pipeline.data.format import open_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_prepare import content, job, many
@@ -145,7 +145,7 @@ def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
     for _ in range(2):  # to its end, and again
         result = job(*command)
         assert result.returncode == 0, result.stderr
-    train, test = (shards.open_dataset(tmp_path / "out" / split) for split in ("train", "test"))
+    train, test = (open_dataset(tmp_path / "out" / split) for split in ("train", "test"))
     counted = [pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("*/part-*.parquet")]
     assert sum(counted) == len(train) + len(test)
     assert len(counted) == len(train.manifest.shards) + len(test.manifest.shards)

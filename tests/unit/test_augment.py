@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.data.loading.augment import OPERATIONS, Augment, inception_box, rand_augment
+from pipeline.data.loading.augment import Augment
+from pipeline.data.loading.rand_augment import OPERATIONS, rand_augment
+from pipeline.data.loading.transform import augment_image, inception_box
 from pipeline.errors import UserError
 from tests.images import photo
 
@@ -59,7 +61,7 @@ def bilinear(image, height, width):
 def test_inception_crop_is_box_bilinear_flip(flip):
     image, out = photo(), np.empty((64, 64, 3), np.uint8)
     u = [0.3, 0.6, 0.2, 0.7, 0.1 if flip else 0.9]
-    Augment(size=64).apply(image, u, out)
+    augment_image(Augment(size=64), image, u, out)
     top, left, h, w = inception_box(120, 160, (0.05, 1.0), (3 / 4, 4 / 3), u)
     expected = bilinear(image[top : top + h, left : left + w].astype(float), 64, 64)
     assert (
@@ -69,23 +71,23 @@ def test_inception_crop_is_box_bilinear_flip(flip):
 
 def test_evaluation_crops():
     image, out = photo(120, 160), np.empty((48, 48, 3), np.uint8)
-    Augment(size=48, crop="squash").apply(image, [0.0] * 5, out, train=False)
+    augment_image(Augment(size=48, crop="squash"), image, [0.0] * 5, out, train=False)
     assert np.abs(out - bilinear(image.astype(float), 48, 48)).max() <= 1
-    Augment(size=48, crop="center", resize=60).apply(image, [0.0] * 5, out, train=False)
+    augment_image(Augment(size=48, crop="center", resize=60), image, [0.0] * 5, out, train=False)
     assert np.abs(out - bilinear(image.astype(float), 60, 80)[6:54, 16:64]).max() <= 1
-    Augment(size=48, crop="center").apply(image, [0.0] * 5, out, train=False)
+    augment_image(Augment(size=48, crop="center"), image, [0.0] * 5, out, train=False)
     assert np.array_equal(out, image[36:84, 56:104])
-    Augment(size=48, crop="center", resize=60, squash=True).apply(image, [0.0] * 5, out, train=False)
+    augment_image(Augment(size=48, crop="center", resize=60, squash=True), image, [0.0] * 5, out, train=False)
     assert np.abs(out - bilinear(image.astype(float), 60, 60)[6:54, 6:54]).max() <= 1
 
 
 def test_random_crop_after_a_squash_as_bit_does():
     image, out, whole = photo(), np.empty((48, 48, 3), np.uint8), np.empty((60, 60, 3), np.uint8)
-    Augment(size=60, crop="squash").apply(image, [0.9] * 5, whole, train=False)
+    augment_image(Augment(size=60, crop="squash"), image, [0.9] * 5, whole, train=False)
     recipe = Augment(size=48, crop="random", resize=60, squash=True)
     corners = set()
     for u in np.random.default_rng(0).random((300, 5)):
-        recipe.apply(image, [*u[:4], 0.9], out)
+        augment_image(recipe, image, [*u[:4], 0.9], out)
         top, left = int(u[2] * 13), int(u[3] * 13)
         assert np.array_equal(out, whole[top : top + 48, left : left + 48])
         corners |= {("top", top), ("left", left)}
@@ -94,7 +96,7 @@ def test_random_crop_after_a_squash_as_bit_does():
 
 def test_area_filter_averages():
     image, out = photo(96, 96), np.empty((48, 48, 3), np.uint8)
-    Augment(size=48, crop="squash", filter="area").apply(image, [0.0] * 5, out)
+    augment_image(Augment(size=48, crop="squash", filter="area"), image, [0.0] * 5, out)
     expected = image.astype(float).reshape(48, 2, 48, 2, 3).mean(axis=(1, 3))
     assert np.abs((out[:, ::-1]) - expected).max() <= 1  # draws of zero flip
 
@@ -104,7 +106,7 @@ def test_area_filter_averages():
 def test_every_shape_of_image_works(crop, shape):
     image, out = np.full((*shape, 3), 77, np.uint8), np.zeros((32, 32, 3), np.uint8)
     for resize in (None, 40) if crop in ("random", "center") else (None,):
-        Augment(size=32, crop=crop, resize=resize).apply(image, [0.99] * 5, out)
+        augment_image(Augment(size=32, crop=crop, resize=resize), image, [0.99] * 5, out)
         assert (out == 77).all()
 
 
@@ -199,8 +201,8 @@ def test_cutout_blanks_a_square_and_nothing_else():
 def test_any_draw_gives_the_same_image_twice(u, magnitude):
     recipe, image = Augment(size=40, randaug_layers=2, randaug_magnitude=magnitude), photo(50, 70)
     first, second = np.zeros((40, 40, 3), np.uint8), np.ones((40, 40, 3), np.uint8)
-    recipe.apply(image, u, first)
-    recipe.apply(image.copy(), u, second)
+    augment_image(recipe, image, u, first)
+    augment_image(recipe, image.copy(), u, second)
     assert np.array_equal(first, second)
     assert np.array_equal(image, photo(50, 70))
 

@@ -8,7 +8,6 @@ import pytest
 import simplejpeg
 
 from pipeline import workqueue
-from pipeline.data import format as shards
 from pipeline.data.duplicates.candidates import (
     KEY,
     PIXELS,
@@ -21,6 +20,7 @@ from pipeline.data.duplicates.candidates import (
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_views, small_copy
+from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 
 
@@ -58,7 +58,7 @@ CHANGES = {
 def index(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("eval") / "set")
     rows = [(f"test/{i}", simplejpeg.encode_jpeg(photo(i), 92, "RGB", "420"), 0, 320, 240) for i in range(40)]
-    shards.write_dataset(uri, rows, classes=["a"], row_group_bytes=200_000)
+    write_dataset(uri, rows, classes=["a"], row_group_bytes=200_000)
     with workqueue.without_ray():
         return index_evaluation_sets([uri], 10**8)
 
@@ -82,7 +82,7 @@ def test_flat_images_match_only_exactly(tmp_path):
     nearly = flat.copy()
     nearly[3, 3] = 201
     png = cv2.imencode(".png", flat)[1].tobytes()
-    shards.write_dataset(str(tmp_path), [("flat", png, 0, 32, 32)], classes=["a"])
+    write_dataset(str(tmp_path), [("flat", png, 0, 32, 32)], classes=["a"])
     index = index_evaluation_sets([str(tmp_path)], 10**8)
     match = index.find(hash_image(flat, crops=True), flat, 30)
     assert match is not None
@@ -154,7 +154,7 @@ def posed(seed):
 def test_pictures_of_one_pose_hash_alike_and_are_no_copies(tmp_path):
     """A hash proposes them; the second look tells them apart, and still finds what was re-encoded."""
     rows = [("x", simplejpeg.encode_jpeg(posed(0), 92, "RGB", "420"), 0, 320, 240)]
-    shards.write_dataset(str(tmp_path), rows, classes=["a"])
+    write_dataset(str(tmp_path), rows, classes=["a"])
     index = index_evaluation_sets([str(tmp_path)], 10**8)
     others = [(hash_image(pixels, crops=True), pixels) for pixels in map(posed, range(1, 30))]
     assert sum(bool(index.propose(hashed, 30)) for hashed, _ in others) >= 25

@@ -35,7 +35,8 @@ from pipeline import workqueue
 from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.format import Manifest, open_dataset, write_dataset
-from pipeline.data.prepare.config import PrepareConfig, check_config
+from pipeline.data.prepare.checks import check_config
+from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.finish import receipt_names
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.prepare.run import prepare_slices
@@ -44,8 +45,9 @@ from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.vtab.containers import Tree
-from pipeline.vtab.datasets import dsprites, patch_camelyon, read_images, smallnorb, svhn_cropped
+from pipeline.vtab.datasets import dsprites, patch_camelyon, smallnorb, svhn_cropped
 from pipeline.vtab.datasets.base import ArchiveFile
+from pipeline.vtab.examples import read_images
 from pipeline.weights import load_model, load_weights, read_config, read_weights
 
 LIMIT = 10_000_000

@@ -20,6 +20,7 @@ from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.order import AUGMENT, Order, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify
+from pipeline.data.loading.transform import augment_image
 from pipeline.errors import UserError
 
 CLASSES = list("abcdefg")
@@ -99,7 +100,7 @@ def test_batches_are_what_order_and_augment_say(datasets):
         draws = uniform(3, AUGMENT, 2, samples[:, None], np.arange(SMALL.draws)).tolist()
         expected = np.empty((len(samples), 16, 16, 3), np.uint8)
         for out, row, u in zip(expected, dataset.read(samples), draws, strict=True):
-            SMALL.apply(decode_stored(row["image"]), u, out)
+            augment_image(SMALL, decode_stored(row["image"]), u, out)
         assert np.array_equal(batch["image"].numpy(), expected)
         assert batch["label"].tolist() == [int(i) % 7 for i in samples]
         assert batch["key"] == [f"k{i:03d}" for i in samples]
@@ -291,10 +292,10 @@ def test_a_dataset_without_a_good_image_is_an_error(tmp_path):
 
 
 def test_an_exception_in_a_thread_names_its_key(datasets, monkeypatch):
-    def fail(self, image, u, out, train=True):
+    def fail(*_):
         raise ZeroDivisionError("as if a bug")
 
-    monkeypatch.setattr(Augment, "apply", fail)
+    monkeypatch.setattr("pipeline.data.loading.loader.augment_image", fail)
     with Loader(datasets["jpeg"], batch_size=16, lanes=8, augment=SMALL) as loader:
         with pytest.raises(RuntimeError, match=r"jpeg: k\d\d\d: as if a bug"):
             next(iter(loader))

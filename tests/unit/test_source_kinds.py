@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import sources
-from pipeline.data.prepare.config import PrepareConfig, resolve_splits
+from pipeline.data.prepare.checks import resolve_splits
+from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.sources import Columns, tfrecord
 from pipeline.errors import UserError
 from tests.images import jpeg

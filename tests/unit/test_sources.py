@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from pipeline import workqueue
-from pipeline.data import format as shards
 from pipeline.data import sources
 from pipeline.data.codecs import decode
+from pipeline.data.format import open_dataset
 from pipeline.data.format.describe import describe_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.data.prepare.config import check_config
+from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.sources import listing, tfrecord
 from pipeline.errors import UserError
@@ -35,7 +35,7 @@ def run(tmp_path, **options):
     config = PrepareConfig(output=str(tmp_path / "out"), **options)
     with workqueue.without_ray():
         split = next(iter(prepare(config)))
-    return shards.open_dataset(tmp_path / "out" / split)
+    return open_dataset(tmp_path / "out" / split)
 
 
 def contents(dataset):
@@ -445,7 +445,7 @@ def test_archives_sorted_by_class_are_mixed(tmp_path, ray_local, mix, by_class):
     splits = {"a": 0.9, "b": 0.1} if by_class else {}
     fractions = tuple(f"{name}={part}" for name, part in splits.items())
     run(tmp_path, source=(str(tmp_path / "wds"),), mix=mix, unit_bytes=50_000, splits=fractions)
-    found = [shards.open_dataset(tmp_path / "out" / split) for split in splits or [""]]
+    found = [open_dataset(tmp_path / "out" / split) for split in splits or [""]]
     tables = [dataset.table(("key", "label")).to_pydict() for dataset in found]
     keys = [key for table in tables for key in table["key"]]
     assert sorted(keys) == [f"{shard}-{i:02d}.jpg" for shard in range(6) for i in range(40)]
@@ -481,12 +481,12 @@ def test_several_sources_splits_sample(image_folder, tmp_path):
     assert {key.partition("/")[0] for key in contents(dataset)} == {"images-0", "images-1"}
 
     run(tmp_path / "b", source=(str(image_folder),), splits=("train=0.7", "val=0.3"))
-    parts = [contents(shards.open_dataset(tmp_path / "b" / "out" / name)) for name in ("train", "val")]
+    parts = [contents(open_dataset(tmp_path / "b" / "out" / name)) for name in ("train", "val")]
     assert sum(map(len, parts)) == 30
     assert not set(parts[0]) & set(parts[1])
     (image_folder / "ant" / "new.jpg").write_bytes(jpeg())
     run(tmp_path / "c", source=(str(image_folder),), splits=("train=0.7", "val=0.3"))
-    again = contents(shards.open_dataset(tmp_path / "c" / "out" / "train"))
+    again = contents(open_dataset(tmp_path / "c" / "out" / "train"))
     assert set(parts[0]) == set(again) - {"ant/new.jpg"}  # a new image moves no other
 
 
@@ -558,7 +558,7 @@ def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
         run(tmp_path, source=(str(root),))
     assert len(run(tmp_path / "merged", source=(str(root),), splits=("merge",))) == 60
     train = run(tmp_path / "apart", source=(str(root),), splits=("from-source",))
-    val = shards.open_dataset(tmp_path / "apart" / "out" / "val")
+    val = open_dataset(tmp_path / "apart" / "out" / "val")
     for split, dataset in (("train", train), ("val", val)):
         assert dataset.classes == ["ant", "bee", "cat"]
         assert {key.split("/")[0] for key in contents(dataset)} == {split}

@@ -12,7 +12,7 @@ import pytest
 from pipeline.data.sources.tfrecord import encode_example, write_record
 from pipeline.errors import UserError
 from pipeline.vtab import get, prepare
-from pipeline.vtab.datasets import read_images
+from pipeline.vtab.examples import read_images
 from pipeline.vtab.splits import tfds_order
 from tests.vtab import list_raw, pixels, rows
 

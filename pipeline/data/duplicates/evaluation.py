@@ -14,9 +14,9 @@ import simplejpeg
 
 from pipeline import storage, workqueue
 from pipeline.data import codecs, sources
-from pipeline.data import format as shards
 from pipeline.data.duplicates.hashes import BANDS, MIRROR, VIEWS, Hashes, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_views, small_copy
+from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 
@@ -147,10 +147,10 @@ def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationInd
 
 def _parts(uri: str) -> Iterator[Any]:
     """Parts of an evaluation set, for parallel hashing: (dataset URI, row group) or (source, first fragment, fragments)."""
-    datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == shards.MANIFEST]
+    datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
     for manifest in datasets:
         folder = manifest.rpartition("/")[0]
-        yield from ((folder, group) for group in range(len(shards.open_dataset(folder).row_groups)))
+        yield from ((folder, group) for group in range(len(open_dataset(folder).row_groups)))
     if not datasets:
         for source in sources.discover([uri], need_names=False, unlabelled=True):
             step = 512 if source.listed else 1
@@ -163,7 +163,7 @@ def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | No
     An image that is damaged but can be decoded is one: whoever evaluates on the set sees it, too.
     """
     if isinstance(part[0], str):
-        dataset = shards.open_dataset(part[0])
+        dataset = open_dataset(part[0])
         group = dataset.read_row_group(part[1])
         for key, image in zip(group.keys, group.images, strict=True):
             yield key, thumbnail(dataset, image), ""

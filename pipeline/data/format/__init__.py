@@ -10,6 +10,7 @@ them) written so that a row group can be used without a Parquet reader:
 - the manifest holds those byte ranges and their checksums, so a reader makes one range request per row group and never
   reads a footer, and patches can be memory-mapped in place.
 
+constants.py  names of files, default sizes, versions
 manifest.py   Schema, Shard, Manifest, Receipt, Reject
 writer.py     ShardWriter, finish_dataset, write_dataset
 dataset.py    Dataset, open_dataset
@@ -18,29 +19,24 @@ verify.py     verify_dataset: is a dataset what its manifest says?
 describe.py   describe_dataset: numbers, contact sheet, chart of classes
 """
 
-from pipeline.data.format.dataset import Dataset, open_dataset
-from pipeline.data.format.manifest import (
+from typing import TYPE_CHECKING
+
+from pipeline import lazy
+from pipeline.data.format.constants import (
     MANIFEST,
-    REJECTS,
-    UNLABELLED,
-    Encoding,
-    Label,
-    Manifest,
-    Receipt,
-    Reject,
-    Schema,
-    Shard,
-)
-from pipeline.data.format.pages import RowGroup
-from pipeline.data.format.writer import (
     MOST_ROW_GROUP_BYTES,
+    REJECTS,
     ROW_GROUP_BYTES,
     SHARD_BYTES,
-    ShardWriter,
-    finish_dataset,
-    rejects_table,
-    write_dataset,
+    UNLABELLED,
+    Encoding,
 )
+
+if TYPE_CHECKING:
+    from pipeline.data.format.dataset import Dataset, open_dataset
+    from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard
+    from pipeline.data.format.pages import RowGroup
+    from pipeline.data.format.writer import ShardWriter, finish_dataset, rejects_table, write_dataset
 
 __all__ = [
     "MANIFEST",
@@ -64,3 +60,13 @@ __all__ = [
     "rejects_table",
     "write_dataset",
 ]
+
+__getattr__ = lazy.exports(
+    __name__,
+    {
+        "dataset": ("Dataset", "open_dataset"),
+        "manifest": ("Label", "Manifest", "Receipt", "Reject", "Schema", "Shard"),
+        "pages": ("RowGroup",),
+        "writer": ("ShardWriter", "finish_dataset", "rejects_table", "write_dataset"),
+    },
+)

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.format.manifest import MANIFEST, Manifest
+from pipeline.data.format.constants import MANIFEST
+from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup, parse_row_group
 from pipeline.errors import UserError
 

@@ -6,19 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.format.constants import MANIFEST, VERSION, Encoding
 from pipeline.errors import UserError
 
-VERSION = 2
-MANIFEST = "manifest.json"
-REJECTS = "rejects.parquet"
-UNLABELLED = -1
-
-Encoding = Literal["jpeg", "patches"]
 Label = int | Sequence[int]
 
 _SHARD_NAME = re.compile(r"[\w-][\w.-]*")  # names are joined to the dataset's address: no path, no leading dot

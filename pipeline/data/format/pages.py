@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.format.manifest import UNLABELLED, Label, Schema
+from pipeline.data.format.constants import UNLABELLED
+from pipeline.data.format.manifest import Label, Schema
 from pipeline.data.varint import read_varint
 
 

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.format.constants import MANIFEST, REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
-from pipeline.data.format.manifest import MANIFEST, REJECTS, Shard
+from pipeline.data.format.manifest import Shard
 
 CHUNK = 16 << 20
 

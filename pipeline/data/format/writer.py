@@ -17,24 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.format.manifest import (
-    MANIFEST,
-    REJECTS,
-    UNLABELLED,
-    Encoding,
-    Label,
-    Manifest,
-    Receipt,
-    Reject,
-    Schema,
-    Shard,
-)
+from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
+from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard
 from pipeline.errors import UserError
 
 MAX_ROWS_PER_GROUP = 2048  # bounds a writer's memory for tiny images, too: a row costs some KB beside its bytes
-ROW_GROUP_BYTES = 16 << 20
-MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
-SHARD_BYTES = 512 << 20
 
 
 class ShardWriter:

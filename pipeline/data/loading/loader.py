@@ -30,6 +30,7 @@ from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.order import AUGMENT, MIXUP, Order, check_layout, default_lanes, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
 from pipeline.data.loading.reader import Reader
+from pipeline.data.loading.transform import augment_image
 from pipeline.data.scratch import scratch
 from pipeline.errors import UserError
 
@@ -350,10 +351,10 @@ class Loader:
                 kind = self.dataset.manifest.image
                 image = unpatchify(stored, kind["height"], kind["width"], kind["patch_size"])
             if self.patch_size is None:
-                self.augment.apply(image, draws, target, self.train)
+                augment_image(self.augment, image, draws, target, self.train)
                 return
             pixels = scratch("pixels", (self.augment.size, self.augment.size, 3))
-            self.augment.apply(image, draws, pixels, self.train)
+            augment_image(self.augment, image, draws, pixels, self.train)
             patches = patchify(pixels, self.patch_size, out=scratch("patches", (self._tokens, self.shape[1])))
         if batch.kept is None:
             target[:] = patches

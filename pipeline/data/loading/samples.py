@@ -9,6 +9,7 @@ from pipeline import storage
 from pipeline.data.codecs import BadImage, decode_stored, extensions, is_image_name
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
+from pipeline.data.loading.transform import augment_image
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> 
     fitted = []
     for picture in _pictures(uri, limit):
         out = np.empty((size, size, 3), np.uint8)
-        fit.apply(picture, (), out, train=False)
+        augment_image(fit, picture, (), out, train=False)
         fitted.append(out)
     images = np.stack(fitted)
     if channels == 1:

@@ -10,13 +10,20 @@ other slices and ends in the byte-identical dataset, whatever the number of work
     <output>/rejects.parquet
     <output>/_work/                 plan and receipts of an unfinished dataset, removed at the end
 
-    config        PrepareConfig, recipes, checks              deduplicate   rows that repeat another row
+    config        PrepareConfig, recipes; checks: its rules   deduplicate   rows that repeat another row
     plan          sources -> slices, the claim of the output  mix           a global shuffle of archives
     worker        one slice -> shards and a receipt           finish        receipts -> manifests and reports
     run           the phases in order                         record        the MLflow run
 """
 
+from typing import TYPE_CHECKING
+
+from pipeline import lazy
 from pipeline.data.prepare.config import RECIPES, PrepareConfig
-from pipeline.data.prepare.run import prepare
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare.run import prepare
 
 __all__ = ["RECIPES", "PrepareConfig", "prepare"]
+
+__getattr__ = lazy.exports(__name__, {"run": ("prepare",)})

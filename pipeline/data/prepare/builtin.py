@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 
 from pipeline import storage
+from pipeline.data.prepare.config import DIGITS, LETTERS
 from pipeline.errors import UserError
 
-LETTERS, DIGITS = "demo:letters", "demo:digits"
 SMALL = "abdefghjmnqrtuy"  # small letters whose form is not that of their capital, or of another letter
 TYPEFACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
@@ -76,19 +76,3 @@ def letters() -> Iterator[tuple[str, np.ndarray]]:
 
 
 BUILTIN: dict[str, Callable[[], Iterator[tuple[str, np.ndarray]]]] = {LETTERS: letters, DIGITS: digits}
-
-
-# ---------------------------------------------------------------- images that somebody brings
-
-
-def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
-    """(classes to pre-train on, two fifths to transfer to) of a folder of class folders, as globs for `--include`.
-
-    None when the source is no such folder, or has fewer than five classes.
-    """
-    names = sorted(storage.list_folders(source))
-    if len(names) < 5:
-        return None
-    globs = ["".join(f"[{c}]" if c in "*?[" else c for c in name) + "/*" for name in names]
-    unseen = [glob for i, glob in enumerate(globs) if i % 5 in (2, 4)]
-    return [glob for glob in globs if glob not in unseen], unseen

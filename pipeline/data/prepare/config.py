@@ -1,22 +1,14 @@
-"""What decides a dataset: the configuration of `prepare`, its recipes and its checks."""
+"""What decides a dataset: the configuration of `prepare` and its recipes. checks.py has what its values must satisfy."""
 
-import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline import config as configuration
-from pipeline import storage
-from pipeline.data import format as shards
-from pipeline.data.duplicates.hashes import BITS
-from pipeline.data.format import Encoding
-from pipeline.data.images import Fit
-from pipeline.data.prepare.builtin import BUILTIN, DIGITS, LETTERS
-from pipeline.errors import UserError
+from pipeline.data.format.constants import ROW_GROUP_BYTES, SHARD_BYTES, Encoding
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
-MOST_SPLITS = 64  # of a source: a column with more values says something else
+LETTERS, DIGITS = "demo:letters", "demo:digits"  # sources that builtin.py writes
 FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that take the splits of the source
 
 
@@ -64,7 +56,7 @@ class PrepareConfig:
     """JPEG quality, 1 to 100, of images that are encoded again (4:2:0)."""
     patch_size: int = 16
     """Side of a patch, in pixels."""
-    fit: Fit = "crop"
+    fit: Literal["crop", "squash"] = "crop"
     """How an image becomes a square for patches: centre crop, or squash."""
     splits: tuple[str, ...] = ()
     """Shares such as train=0.9 val=0.1: a hash of the key decides, and each split becomes a dataset OUTPUT/NAME.
@@ -74,7 +66,7 @@ class PrepareConfig:
     """Shuffle the images over all shards: files while they are read, archives as --mix says."""
     mix: Literal["auto", "always", "never"] = "auto"
     """Archives: auto shuffles those that are sorted by class, always shuffles every archive, never keeps their order.
-    The shuffle is a second pass over the shards."""
+    The shuffle is a second pass over the """
     seed: int = 0
     """Seed of the shuffle and of --sample."""
     deduplicate: Literal["off", "exact", "near", "report"] = "off"
@@ -89,9 +81,9 @@ class PrepareConfig:
     """Largest image to decode, in pixels; larger ones are rejects."""
     max_reject_fraction: float = 0.05
     """Share of rejects, 0 to 1, above which the job fails at its end."""
-    row_group_bytes: int = shards.ROW_GROUP_BYTES
+    row_group_bytes: int = ROW_GROUP_BYTES
     """Size of a row group, in bytes: what the loader reads at a time."""
-    shard_bytes: int = shards.SHARD_BYTES
+    shard_bytes: int = SHARD_BYTES
     """Size of a shard file, in bytes."""
     unit_bytes: int = 1 << 30
     """Largest input of one unit of work, in bytes. Small corpora are cut into smaller units."""
@@ -160,91 +152,6 @@ RECIPES: dict[str, Callable[[], PrepareConfig]] = {
     "patches224": patches224,
     "patches32": patches32,
 }
-
-
-def check_config(config: PrepareConfig) -> PrepareConfig:
-    """The config with absolute URIs. Raises UserError for values that cannot work."""
-    if not config.source:
-        raise UserError("no --source: name a folder, an archive or an s3:// prefix of images")
-    if not config.output:
-        raise UserError("no --output: name the folder or s3:// prefix for the dataset")
-    limits = {"size": 1, "quality": 1, "patch_size": 1, "max_pixels": 1, "row_group_bytes": 1, "shard_bytes": 1}
-    for name, least in {**limits, "unit_bytes": 1}.items():
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}")
-    if config.encoding == "patches" and config.size % config.patch_size:
-        raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
-    if config.row_group_bytes > shards.MOST_ROW_GROUP_BYTES:
-        raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {shards.MOST_ROW_GROUP_BYTES}")
-    if config.quality > 100:
-        raise UserError(f"--quality {config.quality}: at most 100")
-    if config.class_level is not None and config.class_level < 1:
-        raise UserError(f"--class-level {config.class_level}: at least 1")
-    if config.sample is not None and config.sample < 1:
-        raise UserError(f"--sample {config.sample}: at least 1")
-    if not 0 <= config.distance < BITS // 4:
-        raise UserError(f"--distance {config.distance}: between 0 and {BITS // 4 - 1} bits")
-    if not 0 <= config.max_reject_fraction <= 1:
-        raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
-    parse_splits(config.splits)
-    output = storage.normalise(config.output)
-    inputs = tuple(uri if uri in BUILTIN else storage.normalise(uri) for uri in config.source)
-    for uri in inputs:
-        if output == uri or output.startswith(uri + "/"):
-            raise UserError(f"--output {output} lies inside --source {uri}; choose a place outside it")
-    labels, label_map = (storage.normalise(uri) if uri else None for uri in (config.labels, config.label_map))
-    return dataclasses.replace(
-        config,
-        source=inputs,
-        output=output,
-        labels=labels,
-        label_map=label_map,
-        decontaminate=tuple(map(storage.normalise, config.decontaminate)),
-    )
-
-
-def parse_splits(splits: Sequence[str]) -> dict[str, float]:
-    """("train=0.9", "test=0.1") as fractions of one. Raises UserError unless they add up to 1."""
-    if not splits or tuple(splits) in (FROM_SOURCE, MERGE):
-        return {"": 1.0}
-    fractions: dict[str, float] = {}
-    for text in splits:
-        name, _, value = text.partition("=")
-        try:
-            fractions[name] = float(value)
-        except ValueError:
-            raise UserError(f'--splits {text}: write name=fraction, such as "train=0.9 test=0.1"') from None
-        if not name or not all(c.isalnum() or c in "-_" for c in name) or name == WORK or not fractions[name] > 0:
-            raise UserError(f"--splits {text}: a plain name and a fraction above 0")
-    if len(fractions) != len(splits) or not abs(sum(fractions.values()) - 1) <= 1e-6:
-        raise UserError(f"--splits {' '.join(splits)}: different names, and fractions that add up to 1")
-    return fractions
-
-
-def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, float]:
-    """{split: fraction} of the dataset, given the splits that the sources have; fractions are 0 when the source decides.
-
-    Raises UserError when splits of the source would be merged and nobody asked for it, or when there is none to take.
-    """
-    if config.splits == FROM_SOURCE:
-        if not found:
-            raise UserError(
-                "--splits from-source: the source has no splits (train/ and val/ folders, files named train-..., a split column)"
-            )
-        odd = [name for name in found if not re.fullmatch(r"[\w-][\w .=-]*", name) or name == WORK]
-        if odd or len(found) > MOST_SPLITS:
-            raise UserError(
-                f"--splits from-source: {f'{odd[0]!r} is no name for a folder' if odd else f'{len(found)} splits'}; name the "
-                "column of the splits with --split-column, or say the splits (train=0.9 val=0.1)"
-            )
-        return dict.fromkeys(found, 0.0)
-    if len(found) > 1 and config.splits != MERGE:
-        shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
-        raise UserError(
-            f"{config.source[0]}: has the splits {shown}, which would become one dataset; --splits from-source keeps "
-            f"them apart, --splits merge joins them, --include (or naming its folder with --source) takes one"
-        )
-    return parse_splits(config.splits)
 
 
 def identity(config: PrepareConfig) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.data import format as shards
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
-from pipeline.data.format import Manifest, Receipt, Reject
+from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_dataset, rejects_table
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.deduplicate import deduplicated_name
 from pipeline.data.prepare.plan import PreparePlan, slice_name
@@ -47,7 +46,7 @@ def finish_datasets(
         if mixed is not None:  # mean and deviation were measured by the slices
             written = [Receipt(pixels=receipt.pixels) for receipt in written]
             written += [Receipt.from_dict(receipt[name]) for receipt in mixed]
-        manifests[name] = shards.finish_dataset(
+        manifests[name] = finish_dataset(
             plan.split_uri(name),
             written,
             plan.schema,
@@ -98,7 +97,7 @@ def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> No
                 len(empty),
                 len(classes),
                 ", ".join(empty[:5]),
-                f"; see {shards.REJECTS}" if manifest.rejects else "",
+                f"; see {REJECTS}" if manifest.rejects else "",
             )
 
 
@@ -109,8 +108,8 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     if not inputs or len(refused) <= plan.config.max_reject_fraction * inputs:
         return
     reasons = Counter(reject.reason for reject in refused)
-    where = storage.join(plan.config.output, shards.REJECTS)
-    storage.write_bytes(where, shards.rejects_table(refused))
+    where = storage.join(plan.config.output, REJECTS)
+    storage.write_bytes(where, rejects_table(refused))
     raise UserError(
         f"{len(refused):,} of {inputs:,} inputs were refused, more than --max-reject-fraction "
         f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
@@ -135,5 +134,5 @@ def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
             if file.path.startswith((".part-", "part-")) and file.path not in known:
                 storage.remove(file.uri)
     if "" not in manifests:
-        storage.remove(storage.join(plan.config.output, shards.REJECTS))  # of an attempt with too many rejects
+        storage.remove(storage.join(plan.config.output, REJECTS))  # of an attempt with too many rejects
     storage.remove(plan.work, recursive=True)

@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data import format as shards
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
-from pipeline.data.format import Manifest, Receipt, ShardWriter
-from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity, parse_splits, resolve_splits
+from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, ShardWriter, open_dataset
+from pipeline.data.prepare.checks import parse_splits, resolve_splits
+from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
 from pipeline.workqueue import Receipts
@@ -93,16 +93,16 @@ class PreparePlan:
         )
 
     @property
-    def schema(self) -> shards.Schema:
+    def schema(self) -> Schema:
         """What a row of the datasets holds."""
-        return shards.Schema(
+        return Schema(
             encoding=self.config.encoding,
             image=self.image,
             classes=self.labels.classes,
             multilabel=self.labels.multilabel,
         )
 
-    def open_rows(self, receipt: dict[str, Any], split: str) -> shards.Dataset:
+    def open_rows(self, receipt: dict[str, Any], split: str) -> Dataset:
         """The rows that a writer of `split` wrote, as a dataset."""
         written = Receipt.from_dict(receipt)
         manifest = Manifest(
@@ -115,7 +115,7 @@ class PreparePlan:
             classes=list(self.labels.classes),
             shards=written.shards,
         )
-        return shards.Dataset(self.split_uri(split), manifest)
+        return Dataset(self.split_uri(split), manifest)
 
     @property
     def compares_keys(self) -> bool:
@@ -245,13 +245,13 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
     splits = list(parse_splits(config.splits))
     if config.splits == FROM_SOURCE:
         files = storage.list_files(config.output)
-        splits = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{shards.MANIFEST}")) or splits
+        splits = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{MANIFEST}")) or splits
         if storage.exists(storage.join(config.output, WORK, "plan.json")):
             return None
     for name in splits:
         uri = storage.join(config.output, name) if name else config.output
-        if storage.exists(storage.join(uri, shards.MANIFEST)):
-            done[name] = shards.open_dataset(uri).manifest
+        if storage.exists(storage.join(uri, MANIFEST)):
+            done[name] = open_dataset(uri).manifest
     if len(done) == len(splits):
         return done
     if storage.exists(storage.join(config.output, WORK, "plan.json")):

@@ -16,9 +16,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data import format as shards
 from pipeline.data.duplicates.report import PAIRS
-from pipeline.data.format import Manifest
+from pipeline.data.format import REJECTS, Manifest
 from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description, data_name
 
@@ -94,7 +93,7 @@ class Record:
             about["shards"] = len(manifest.shards)  # names, offsets and checksums of thousands stay in the dataset
             run.log_dataset(uri, about, role=role, made=True)
             if manifest.rejects:
-                table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, shards.REJECTS))))
+                table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, REJECTS))))
                 sink = io.BytesIO()
                 pyarrow.csv.write_csv(table.slice(0, MOST_REJECTS), sink)
                 run.log_text(sink.getvalue().decode(), f"rejects/{role}.csv")

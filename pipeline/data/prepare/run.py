@@ -9,7 +9,8 @@ from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.format import Manifest
 from pipeline.data.prepare.builtin import BUILTIN, write_builtin
-from pipeline.data.prepare.config import PrepareConfig, check_config
+from pipeline.data.prepare.checks import check_config
+from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.deduplicate import find_duplicates, remove_duplicates
 from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
 from pipeline.data.prepare.mix import mix_rows, wants_mixing

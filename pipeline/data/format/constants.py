@@ -1,0 +1,13 @@
+"""Names and sizes that the shard format fixes. Imports no library, so that a config can name them."""
+
+from typing import Literal
+
+VERSION = 2
+MANIFEST = "manifest.json"
+REJECTS = "rejects.parquet"
+UNLABELLED = -1
+ROW_GROUP_BYTES = 16 << 20
+MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
+SHARD_BYTES = 512 << 20
+
+Encoding = Literal["jpeg", "patches"]
