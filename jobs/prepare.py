@@ -140,7 +140,7 @@ def summary(output: str, split: str, manifest: "Manifest") -> dict[str, Any]:
 
 
 def gather(argv: list[str], flag: str) -> list[str]:
-    """`--source a --source b` as `--source a b`."""
+    """`--source a --source b` as `--source a b`. tyro's UseAppendAction would take the first form alone."""
     values, rest, i = [], [], 0
     while i < len(argv):
         if argv[i] == flag or argv[i].startswith(flag + "="):

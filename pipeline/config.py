@@ -192,7 +192,10 @@ def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
-    """`value` from YAML as the annotated type `hint`."""
+    """`value` from YAML as the annotated type `hint`.
+
+    Written here and not taken from a library: pydantic drops the unknown keys of a dataclass and reads `true` as 1.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):

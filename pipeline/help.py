@@ -1,5 +1,6 @@
 """--help, --help-all, --list-recipes and the answer to an unknown flag, for every job. Imports neither tyro nor torch.
 
+Written here and not taken from tyro: its page shows every flag at once and knows no recipes, and `--help` waits for its import.
 The help of a flag is the string below the field in its config class.
 """
 

@@ -1,4 +1,7 @@
-"""The JSON schema of a pipeline file, made from the dataclasses that read it: editors check and complete with it."""
+"""The JSON schema of a pipeline file, made from the dataclasses that read it: editors check and complete with it.
+
+Written here and not taken from pydantic, whose schema of a dataclass has no place for a reference (`${stage.output}`).
+"""
 
 import dataclasses
 import types

@@ -1,5 +1,7 @@
 """The durable buffer between a run and the tracking server: what is logged goes to disk first and to the server later.
 
+Written here, because MLflow's asynchronous logging keeps its records in memory, where the end of the process loses them.
+
 A folder per writer, under `spool_root()`:
 
     <id>/run.json         which run, experiment and server this is for

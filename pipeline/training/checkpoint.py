@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-00001000/
         model.safetensors, config.json     the model, loadable without anything of ours (float32)
-        average.safetensors                its Polyak average, when the run keeps one
+        ema.safetensors                    its exponential moving average, when the run keeps one
         state/param-00000-of-00002.safetensors ...   every worker's slices of one kind (param, exp_avg, ...):
                                            "kind:parameter:start" -> 1-D float32
         COMMIT.json                        written last: sizes and SHA-256 of all of the above; without it, no checkpoint
@@ -52,7 +52,6 @@ from pipeline.weights.checkpoints import (
     read_commit,
     sha256,
 )
-from pipeline.weights.checkpoints import resolve as resolve  # for callers of this module
 
 ATTEMPT = "attempt.json"
 WRITE_ERRORS = (StorageError, OSError, SafetensorError)
@@ -319,7 +318,7 @@ class Writer:
     def _commit(self, target: str, step: int, files: dict[str, dict], about: dict[str, Any]) -> None:
         self._check_owner(step)
         with StateReader(target, list(files)) as reader:
-            for kind, name in (("param", "model.safetensors"), ("average", "average.safetensors")):
+            for kind, name in (("param", "model.safetensors"), ("ema", "ema.safetensors")):
                 if kind in reader.kinds:
                     weights = {k: flat.reshape(self.shapes[k]) for k, flat in reader.assemble(kind).items()}
                     files.update(_put_tensors(target, name, {**weights, **self.buffers}, {"format": "pt"}))

@@ -95,7 +95,7 @@ class Engine:
         if self._muon and config.zero in (1, 2):
             self._momentum = dict(zero_layout.find_muon_momentum(self.engine.optimizer, self.module))
         self.ema_decay = ema_decay
-        self.averages = {id(flat): flat.detach().clone() for flat in self._flats()} if ema_decay else {}
+        self.ema = {id(flat): flat.detach().clone() for flat in self._flats()} if ema_decay else {}
 
     @property
     def module(self) -> nn.Module:
@@ -133,7 +133,7 @@ class Engine:
         elif self._plain_norm is None:
             self.dropped = torch.full_like(self.dropped, self.engine.skipped_steps > skipped_before)
         if self.ema_decay:
-            self._update_averages()
+            self._update_ema()
         return total / self.accumulation
 
     @property
@@ -168,9 +168,9 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     @torch.no_grad()
-    def _update_averages(self) -> None:
+    def _update_ema(self) -> None:
         for flat in self._flats():
-            self.averages[id(flat)].lerp_(flat, 1 - self.ema_decay)
+            self.ema[id(flat)].lerp_(flat, 1 - self.ema_decay)
 
     # ------------------------------------------------------------ state, as named slices
 
@@ -180,7 +180,7 @@ class Engine:
     def snapshot(self) -> dict[str, Tensor]:
         """This worker's part of the training state on the host: {"kind:parameter:start": 1-D float32 slice}.
 
-        Kinds: "param" (float32 master), the optimiser's states ("exp_avg", ...), "average". Copies: training may go on
+        Kinds: "param" (float32 master), the optimiser's states ("exp_avg", ...), "ema". Copies: training may go on
         while they are written. What every worker holds alike (stage 0) is divided among them so that it is written once.
         """
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -192,7 +192,7 @@ class Engine:
                 continue
             kinds = {"param": fragment.flat, **_tensor_states(self.inner, fragment.flat)}
             if self.ema_decay:
-                kinds["average"] = self.averages[id(fragment.flat)]
+                kinds["ema"] = self.ema[id(fragment.flat)]
             window = slice(fragment.offset, fragment.offset + fragment.numel)
             parts = {kind: flat.detach().reshape(-1)[window] for kind, flat in kinds.items()}
             if fragment.name in self._momentum and "momentum_buffer" in self.inner.state[fragment.flat]:
@@ -214,7 +214,7 @@ class Engine:
 
         def states(flat: Tensor) -> set[str]:
             """The optimiser's states of this partition among those stored."""
-            every = kinds - {"param", "average"}
+            every = kinds - {"param", "ema"}
             if not muon:
                 return every
             return every & ({"momentum_buffer"} if id(flat) in muon else {"exp_avg", "exp_avg_sq"})
@@ -239,14 +239,14 @@ class Engine:
             targets = {kind: self.inner.state[fragment.flat][kind] for kind in states(fragment.flat)}
             if fragment.name in self._momentum:
                 targets = {}
-            if self.ema_decay and "average" in kinds:
-                targets["average"] = self.averages[id(fragment.flat)]
+            if self.ema_decay and "ema" in kinds:
+                targets["ema"] = self.ema[id(fragment.flat)]
             for kind, target in {"param": fragment.flat, **targets}.items():
                 value = read(kind, fragment.name, fragment.start, fragment.numel)
                 target.data.reshape(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(value)
-        if self.ema_decay and "average" not in kinds:
+        if self.ema_decay and "ema" not in kinds:
             for flat in self._flats():
-                self.averages[id(flat)].copy_(flat)
+                self.ema[id(flat)].copy_(flat)
 
 
 def micro_losses(

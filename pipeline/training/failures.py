@@ -10,7 +10,6 @@ import ray
 
 from pipeline import logs, ray_state
 from pipeline.errors import StorageError, UserError
-from pipeline.training import checkpoint
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import PretrainConfig
 from pipeline.training.preemption import Preempted, Stopped
@@ -29,6 +28,7 @@ from pipeline.training.ray_compat import (
     notify_workers,
     reset_failures,
 )
+from pipeline.weights import checkpoints
 
 RESIZE_WITHIN = 600.0
 """Seconds that workers get to save their state before a change of their number."""
@@ -55,7 +55,7 @@ class Failures(DefaultFailurePolicy):
         if any(isinstance(failure, Preempted) for failure in failures.values()):
             return FailureDecision.RETRY
         with contextlib.suppress(UserError, OSError):  # a store that is away shows no progress
-            reached = max((found.step for found in checkpoint.find(self.config.runtime.output)), default=0)
+            reached = max((found.step for found in checkpoints.find(self.config.runtime.output)), default=0)
             if reached > self.reached:
                 self.reached = reached
                 reset_failures(self)

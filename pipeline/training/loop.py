@@ -38,7 +38,7 @@ from pipeline.training.samples import log_batch
 from pipeline.training.schedule import learning_rate
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import FewShot, validate
-from pipeline.weights import load_weights
+from pipeline.weights import checkpoints, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class Trainer:
         self.loader.close()
         self.writer.close()
 
-    def _load_weights(self, model: nn.Module, start: checkpoint.Checkpoint | None) -> None:
+    def _load_weights(self, model: nn.Module, start: checkpoints.Checkpoint | None) -> None:
         if start is not None:
             from safetensors.torch import load
 
@@ -278,7 +278,7 @@ class Trainer:
             report = load_weights(model, self.config.init_from, tracking_uri=self.config.runtime.tracking_uri)
             self.info("%s", report)
 
-    def _restore(self, start: checkpoint.Checkpoint) -> None:
+    def _restore(self, start: checkpoints.Checkpoint) -> None:
         with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
             self.engine.restore(reader.read, reader.kinds, start.step - self.guard.skipped)
         self.engine.loss_scale = start.commit.get("loss_scale", {})

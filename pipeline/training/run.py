@@ -26,12 +26,11 @@ from pipeline.lease import LAUNCH, Lease
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, data_name, model_name, run_name
-from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import TrainPlan, check_values, make_plan
 from pipeline.training.samples import log_attention
 from pipeline.training.validation import check_fewshot, check_validation
-from pipeline.weights import load_weights
+from pipeline.weights import checkpoints, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     logger.info("%s", describe_run(plan, changes))
     output = config.runtime.output
     record = held_by(plan, output)
-    newest = checkpoint.latest(output, checksums=False)
+    newest = checkpoints.latest(output, checksums=False)
     if record is not None and newest is not None and newest.step >= plan.total:
         logger.info("nothing left to do: %s is at step %d of %d", newest.uri, newest.step, plan.total)
         return _finished(config, newest, recipe, record.get("run_id"))
@@ -108,7 +107,9 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     return result
 
 
-def _finished(config: PretrainConfig, newest: checkpoint.Checkpoint, recipe: str, run_id: str | None) -> dict[str, Any]:
+def _finished(
+    config: PretrainConfig, newest: checkpoints.Checkpoint, recipe: str, run_id: str | None
+) -> dict[str, Any]:
     """The result of a run that had reached its end before."""
     return {
         **newest.commit["metrics"],
@@ -127,7 +128,7 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
     """
     if not config.runtime.register or config.loss == "masked":  # an encoder alone classifies nothing
         return {}
-    here = checkpoint.find(config.runtime.output)
+    here = checkpoints.find(config.runtime.output)
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
     best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
     uri = tracking.resolve_tracking_uri(config.runtime.tracking_uri)
@@ -300,7 +301,7 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
     A run of other settings that never saved a checkpoint does not hold its folder.
     """
     uri, mode = storage.join(output, "run.json"), plan.config.runtime.resume
-    if mode == "must" and checkpoint.latest(output) is None:
+    if mode == "must" and checkpoints.latest(output) is None:
         raise UserError(f"{output} holds no checkpoint to continue from; check --output, or use --resume auto")
     if not storage.exists(uri):
         return None
@@ -309,7 +310,7 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
         raise UserError(f"{output} already holds a run; choose another --output, or --resume auto to continue it")
     identity = plan.identity
     if record["identity"] != configuration.fingerprint(identity):
-        if not checkpoint.find(output):
+        if not checkpoints.find(output):
             return None
         old, new = configuration.flatten(record["config"]), configuration.flatten(identity)
         # An option that did not exist when the run was made had its default.
@@ -327,9 +328,9 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
 def _read_record(uri: str) -> dict[str, Any]:
     """run.json, with the fields that are relied on. Raises UserError naming the file when it is not one of ours."""
     record = storage.read_json(uri)
-    if isinstance(record, dict) and record.get("format", 1) != checkpoint.FORMAT:
+    if isinstance(record, dict) and record.get("format", 1) != checkpoints.FORMAT:
         raise UserError(
-            f"{uri}: its format is {record.get('format', 1)}, this program reads {checkpoint.FORMAT}: use the version that wrote it"
+            f"{uri}: its format is {record.get('format', 1)}, this program reads {checkpoints.FORMAT}: use the version that wrote it"
         )
     if (
         not isinstance(record, dict)
@@ -344,6 +345,6 @@ def _claim(plan: TrainPlan, output: str) -> dict[str, Any]:
     """Makes the run.json of a free output."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     identity = configuration.fingerprint(plan.identity)
-    record = {"format": checkpoint.FORMAT, "identity": identity, "created": created, "config": plan.identity}
+    record = {"format": checkpoints.FORMAT, "identity": identity, "created": created, "config": plan.identity}
     storage.write_json(storage.join(output, "run.json"), record)
     return record

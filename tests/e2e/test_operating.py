@@ -24,8 +24,8 @@ import psutil
 import pytest
 
 from pipeline import storage
-from pipeline.training import checkpoint
 from pipeline.vtab import miniature
+from pipeline.weights import checkpoints
 from tests.documents import code_blocks
 from tests.objectstore import make_bucket
 
@@ -241,7 +241,7 @@ def start() -> Iterator[Callable[..., Command]]:
 
 def newest() -> int:
     """The step of the run's newest checkpoint; 0 without any."""
-    return max((found.step for found in checkpoint.find(RUN)), default=0)
+    return max((found.step for found in checkpoints.find(RUN)), default=0)
 
 
 def resumed(training: Command, line: str, step: int) -> int:
@@ -285,7 +285,7 @@ def test_every_command_of_the_guide(store, start, request):
             scheduler.stop()
         else:
             if "--repair" in line:
-                weights = storage.join(checkpoint.folder(RUN, step), "model.safetensors")
+                weights = storage.join(checkpoints.folder(RUN, step), "model.safetensors")
                 storage.write_bytes(weights, storage.read_bytes(weights)[:-10])
             elif "upload" in line:
                 subprocess.run([sys.executable, "-c", LEFT_BEHIND], timeout=120)
@@ -294,7 +294,7 @@ def test_every_command_of_the_guide(store, start, request):
             assert re.search(says, text, re.MULTILINE), text
         print(f"{time.monotonic() - began:4.0f} s  {line}", flush=True)
 
-    left = [found.step for found in checkpoint.find(RUN)]
+    left = [found.step for found in checkpoints.find(RUN)]
     assert left == [STEPS - 40, STEPS - 20, STEPS]  # --repair and --prune have only listed
     client = mlflow.MlflowClient()
     experiments = {found.name: found.experiment_id for found in client.search_experiments()}

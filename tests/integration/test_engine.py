@@ -17,13 +17,14 @@ from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.training import checkpoint, loop
 from pipeline.training import engine as engine_module
+from pipeline.training import loop
 from pipeline.training.advice import data_wait_advice
 from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
+from pipeline.weights import checkpoints
 from tests.runs import changed, lines_of_log, pretrain_config
 
 
@@ -111,7 +112,7 @@ def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monk
     bad_steps(monkeypatch, {6: 50.0, 8: math.nan})
     config = changed(base, engine=EngineConfig(zero=zero, precision=precision, micro_batch=4))
     config, result, lines, record = train(config, tmp_path)
-    states = {step: weights(checkpoint.folder(config.runtime.output, step)) for step in range(4, 10)}
+    states = {step: weights(checkpoints.folder(config.runtime.output, step)) for step in range(4, 10)}
     for step in range(5, 10):
         same = all(torch.equal(states[step][name], states[step - 1][name]) for name in states[step])
         assert same == (step in (6, 8)), step
@@ -123,7 +124,7 @@ def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monk
     assert result["skipped"] == 2
     counts = [(step, m[names.SPIKES], m[names.SKIPPED]) for step, m in record.logged if names.SKIPPED in m]
     assert counts == [(6, 1, 1), (8, 1, 2)]
-    commit = json.loads(Path(checkpoint.folder(config.runtime.output, 8), "COMMIT.json").read_text())
+    commit = json.loads(Path(checkpoints.folder(config.runtime.output, 8), "COMMIT.json").read_text())
     assert "loss_last" not in commit["metrics"]  # it was not finite
     assert commit["spikes"]["spikes"] == 1
     assert len(commit["spikes"]["losses"]) == 4
@@ -135,8 +136,8 @@ def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path,
     bad_steps(monkeypatch, {4: math.nan, 7: 50.0})
     whole, expected, lines, _ = train(base, tmp_path / "whole")
     part = changed(base, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, stop)))
-    os.rename(checkpoint.folder(whole.runtime.output, stop), checkpoint.folder(part.runtime.output, stop))
+    os.makedirs(os.path.dirname(checkpoints.folder(part.runtime.output, stop)))
+    os.rename(checkpoints.folder(whole.runtime.output, stop), checkpoints.folder(part.runtime.output, stop))
     _, result, again, _ = train(part, tmp_path / "part")
     later = [line for line in lines if line.startswith("warning") and int(line.split()[2][:-1]) > stop]
     assert [line for line in again if line.startswith("warning")] == later
@@ -149,7 +150,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypa
     bad_steps(monkeypatch, {6: 50.0, 7: 50.0, 8: math.nan})
     with pytest.raises(RuntimeError, match="3 steps in a row were skipped; the last one, 8"):
         train(changed(base, stop_after_skipped=3), tmp_path)
-    assert checkpoint.latest(str(tmp_path)).step == 7
+    assert checkpoints.latest(str(tmp_path)).step == 7
 
 
 def test_a_median_of_few_losses_calls_nothing_a_spike():
@@ -263,8 +264,8 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
     assert expected["skipped"] > 0
     assert commit["loss_scale"]["cur_scale"] < 2.0**128
     part = changed(config, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, 6)))
-    os.rename(checkpoint.folder(whole.runtime.output, 6), checkpoint.folder(part.runtime.output, 6))
+    os.makedirs(os.path.dirname(checkpoints.folder(part.runtime.output, 6)))
+    os.rename(checkpoints.folder(whole.runtime.output, 6), checkpoints.folder(part.runtime.output, 6))
     _, result, again, _ = train(part, tmp_path / "part")
     assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 6}
     assert json.loads(Path(result["checkpoint"], "COMMIT.json").read_text())["loss_scale"] == commit["loss_scale"]
@@ -283,8 +284,8 @@ def test_muon_learns_and_continues_bit_for_bit(base, alone, tmp_path, eager, eng
     whole, expected, lines, _ = train(config, tmp_path / "whole")
     assert losses(lines)[8] < 0.9 * losses(lines)[1]
     part = changed(config, output=str(tmp_path / "part"))
-    os.makedirs(os.path.dirname(checkpoint.folder(part.runtime.output, 5)))
-    os.rename(checkpoint.folder(whole.runtime.output, 5), checkpoint.folder(part.runtime.output, 5))
+    os.makedirs(os.path.dirname(checkpoints.folder(part.runtime.output, 5)))
+    os.rename(checkpoints.folder(whole.runtime.output, 5), checkpoints.folder(part.runtime.output, 5))
     _, result, again, _ = train(part, tmp_path / "part")
     assert losses(again) == {step: loss for step, loss in losses(lines).items() if step > 5}
     ours, theirs = weights(result["checkpoint"]), weights(expected["checkpoint"])

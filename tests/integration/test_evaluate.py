@@ -54,7 +54,7 @@ def commit(run, step, content=None):
     files = {"model.safetensors": {"size": len(weights), "sha256": weights.hex()}}
     storage.write_json(
         storage.join(folder, "COMMIT.json"),
-        {"format": 2, "step": step, "images_seen": step * 64, "metrics": {}, "files": files},
+        {"format": checkpoints.FORMAT, "step": step, "images_seen": step * 64, "metrics": {}, "files": files},
     )
     return folder
 

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.training import checkpoint
+from pipeline.weights import checkpoints
 from tests.faultproxy import FaultProxy
 from tests.objectstore import ACCESS_KEY, SECRET_KEY, make_bucket, swift
 
@@ -75,16 +75,16 @@ def test_prepare_load_checkpoint_resume(bucket, image_folder, tmp_path):
     training += ["--steps", "8", "--batch-size", "8", "--workers", "1", "--model.depth", "1", "--log-every", "1steps"]
     training += ["--checkpoint-every", "2steps", "--validate-every", "8steps"]
     run("pretrain", *training)
-    whole = checkpoint.latest(f"{bucket}/run")
+    whole = checkpoints.latest(f"{bucket}/run")
     assert whole.step == 8
     weights = storage.read_bytes(storage.join(whole.uri, "model.safetensors"))
     storage.remove(
         storage.join(whole.uri, "COMMIT.json")
     )  # as if it had died before its end: the checkpoint does not exist
-    assert checkpoint.latest(f"{bucket}/run").step == 6
+    assert checkpoints.latest(f"{bucket}/run").step == 6
     text = run("pretrain", *training)
     assert re.search(r"step 7\b|step\s+7/8", text), text
-    again = checkpoint.latest(f"{bucket}/run")
+    again = checkpoints.latest(f"{bucket}/run")
     assert again.step == 8
     assert storage.read_bytes(storage.join(again.uri, "model.safetensors")) == weights
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text

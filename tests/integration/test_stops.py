@@ -17,8 +17,8 @@ import pytest
 from pipeline import config as configuration
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, PretrainConfig
+from pipeline.weights import checkpoints
 from tests.rayhead import ray_head
 from tests.runs import pretrain_config
 
@@ -82,7 +82,7 @@ def start(command: list[str], out: IO) -> subprocess.Popen:
 def check_stopped(config: PretrainConfig, log: str, reason: str) -> int:
     """What a stopped run leaves behind; the step it continues from."""
     saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", log)[1])
-    assert checkpoint.latest(config.runtime.output).step == saved
+    assert checkpoints.latest(config.runtime.output).step == saved
     steps = [int(step) for step in re.findall(r"step (\d+)/\d+  loss", log)]
     assert steps[-1] == saved
     tags = record(config).data.tags

@@ -19,6 +19,7 @@ from models import create_model
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
+from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import damage
 from tests.faultproxy import FaultProxy
 
@@ -28,6 +29,7 @@ ATTEMPT = """
     import torch
     from models import create_model
     from pipeline.training import checkpoint
+    from pipeline.weights import checkpoints
 
     run, event, name, before = sys.argv[1:]
     writer = checkpoint.Writer(run, create_model("mu/8", num_classes=3, image_size=16, depth=1), keep_last=2)
@@ -53,7 +55,7 @@ ATTEMPT = """
 """
 
 
-def attempt(run: str, value: float, *steps: int) -> checkpoint.Checkpoint:
+def attempt(run: str, value: float, *steps: int) -> checkpoints.Checkpoint:
     """Another start of the run, which writes these steps; its last checkpoint."""
     writer = checkpoint.Writer(run, create_model("mu/8", num_classes=3, image_size=16, depth=1), keep_last=2)
     tensors = {f"param:{name}:0": torch.full((shape.numel(),), value) for name, shape in writer.shapes.items()}
@@ -62,10 +64,10 @@ def attempt(run: str, value: float, *steps: int) -> checkpoint.Checkpoint:
         writer.save(step, lambda: tensors, {"metrics": {}})
     writer.wait()
     writer.close()
-    return checkpoint.latest(run)
+    return checkpoints.latest(run)
 
 
-def content(found: checkpoint.Checkpoint) -> dict[str, bytes]:
+def content(found: checkpoints.Checkpoint) -> dict[str, bytes]:
     return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(found.uri)}
 
 
@@ -90,8 +92,8 @@ def test_suspended_attempt_wakes_up_after_another_has_committed(tmp_path, event,
         process.kill()
     assert content(theirs) == before_it_woke
     assert damage(theirs) is None
-    assert checkpoint.latest(run).uri == theirs.uri
-    assert [found.step for found in checkpoint.find(run) if damage(found) is None][-2:] == [6, 8]
+    assert checkpoints.latest(run).uri == theirs.uri
+    assert [found.step for found in checkpoints.find(run) if damage(found) is None][-2:] == [6, 8]
 
 
 @pytest.mark.parametrize("name", ["state/param", "model.safetensors", "COMMIT.json"])
@@ -121,4 +123,4 @@ def test_upload_that_hangs_until_another_attempt_has_committed(s3, s3_server, mo
         go_on.set()
         first.join(120)
         assert content(theirs) == before_it_woke
-        assert checkpoint.latest(run).uri == theirs.uri
+        assert checkpoints.latest(run).uri == theirs.uri

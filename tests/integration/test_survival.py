@@ -29,13 +29,14 @@ from pipeline import storage
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import StorageError, UserError
-from pipeline.training import build_locks, checkpoint, watchdog
+from pipeline.training import build_locks, watchdog
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.plan import make_plan
 from pipeline.training.preemption import Preempted
 from pipeline.training.run import check_run, sizes
 from pipeline.training.schedule import ScheduleConfig
+from pipeline.weights import checkpoints
 from tests.runs import changed, lines_of_log, pretrain_config
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def test_stopped_run_saves_its_step_and_continues_from_it(base, reference, jobs,
     first.process.send_signal(number)
     text = first.end(code)
     saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", text)[1])
-    assert checkpoint.latest(config.runtime.output).step == saved
+    assert checkpoints.latest(config.runtime.output).step == saved
     client = mlflow.MlflowClient(first.tracking)
     (run,) = client.search_runs([client.get_experiment_by_name("pretrain").experiment_id])
     assert run.info.status == "KILLED"
@@ -543,8 +544,8 @@ def test_failures_are_told_apart(base, tmp_path):
     )
     assert decide(collateral, StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
     storage.write_json(
-        storage.join(checkpoint.folder(config.runtime.output, 8), checkpoint.COMMIT),
-        {"format": 2, "step": 8, "files": {}},
+        storage.join(checkpoints.folder(config.runtime.output, 8), checkpoints.COMMIT),
+        {"format": checkpoints.FORMAT, "step": 8, "files": {}},
     )
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE

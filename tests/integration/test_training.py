@@ -27,6 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
+from pipeline.weights import checkpoints
 from tests.faultproxy import FaultProxy
 from tests.ports import free_port
 from tests.runs import changed, flip_bit, lines_of_log, pretrain_config
@@ -118,7 +119,7 @@ def runs(base, data, tmp_path_factory) -> dict[str, tuple[PretrainConfig, dict]]
 def continued(job: PretrainConfig, tmp_path: Path, step: int) -> PretrainConfig:
     """A copy of a run as it was right after `step`."""
     copy = changed(job, output=str(tmp_path / f"continued-{Path(job.runtime.output).name}"))
-    shutil.copytree(checkpoint.folder(job.runtime.output, step), checkpoint.folder(copy.runtime.output, step))
+    shutil.copytree(checkpoints.folder(job.runtime.output, step), checkpoints.folder(copy.runtime.output, step))
     return copy
 
 
@@ -139,9 +140,9 @@ def test_model_file_is_what_any_library_reads(runs):
     assert weights.keys() == reference.keys()
     for name in weights:
         torch.testing.assert_close(weights[name], reference[name], atol=1e-3, rtol=1e-2)
-    average = load_file(Path(result["checkpoint"], "average.safetensors"))
-    assert average.keys() == weights.keys()
-    assert any(not torch.equal(average[name], weights[name]) for name in weights)
+    ema = load_file(Path(result["checkpoint"], "ema.safetensors"))
+    assert ema.keys() == weights.keys()
+    assert any(not torch.equal(ema[name], weights[name]) for name in weights)
 
 
 def test_validation_counts_every_image_once(runs):
@@ -157,7 +158,7 @@ def test_continues_bit_for_bit_and_on_another_number_of_workers(runs, tmp_path):
     for name, result in zip(names, run(2, *again), strict=True):
         original = runs[name][1]
         assert result["losses"] == {step: original["losses"][step] for step in ("5", "6")}, name
-        for file in ("model.safetensors", "average.safetensors"):
+        for file in ("model.safetensors", "ema.safetensors"):
             ours = load_file(Path(result["checkpoint"], file))
             for key, value in load_file(Path(original["checkpoint"], file)).items():
                 assert torch.equal(ours[key], value), (name, file, key)
@@ -241,7 +242,7 @@ def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_worker
         killed = changed(whole, output=str(tmp_path / f"killed-{seed}"))
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
             record(2, [killed], dies_at=random.Random(seed).randrange(4, 12))
-        left.append((killed, checkpoint.latest(killed.runtime.output).step))
+        left.append((killed, checkpoints.latest(killed.runtime.output).step))
     for world in (1, 4):
         rest = [changed(job, output=f"{job.runtime.output}-on-{world}") for job, _ in left]
         for (job, _), copy in zip(left, rest, strict=True):
@@ -275,8 +276,8 @@ def tensors_of(writer: checkpoint.Writer, value: float) -> Callable[[], dict[str
 def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     """Another byte, fewer bytes, a commit that is cut off, no commit: each is told apart, with what is used instead."""
     written(tmp_path, 2, 4, 6, 8)
-    two, four, six, eight = (Path(checkpoint.folder(str(tmp_path), step)) for step in (2, 4, 6, 8))
-    assert checkpoint.latest(str(tmp_path)).step == 8
+    two, four, six, eight = (Path(checkpoints.folder(str(tmp_path), step)) for step in (2, 4, 6, 8))
+    assert checkpoints.latest(str(tmp_path)).step == 8
     (eight / "COMMIT.json").unlink()
     (six / "COMMIT.json").write_text((six / "COMMIT.json").read_text()[:-40])
     victim = four / "model.safetensors"
@@ -284,30 +285,30 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     content[-1] ^= 1
     victim.write_bytes(content)
     caplog.clear()
-    assert checkpoint.latest(str(tmp_path)).step == 2
+    assert checkpoints.latest(str(tmp_path)).step == 2
     assert f"{six} is skipped: {six}/COMMIT.json: not valid JSON" in caplog.text
     wrong = "model.safetensors does not have the content that was written"
     assert f"{four} is skipped: {wrong}; going back to {two}" in caplog.text
     victim.write_bytes(content[:-10])
     with pytest.raises(UserError, match=r"damaged checkpoint: model\.safetensors has"):
-        checkpoint.resolve(str(four))
+        checkpoints.resolve(str(four))
     assert checkpoint.remove_orphans(str(tmp_path)) == ["step-00000008"]
-    assert checkpoint.resolve(str(tmp_path)).step == 2
+    assert checkpoints.resolve(str(tmp_path)).step == 2
 
 
 def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_path):
     written(tmp_path, 1, 2)
-    commit = Path(checkpoint.folder(str(tmp_path), 2)) / "COMMIT.json"
-    commit.write_text(commit.read_text().replace('"format": 2', '"format": 3'))
-    for look in (checkpoint.find, checkpoint.resolve, lambda run: checkpoint.repair(run, delete=True)):
-        with pytest.raises(UserError, match="step-00000002: its format is 3, this program reads 2"):
+    commit = Path(checkpoints.folder(str(tmp_path), 2)) / "COMMIT.json"
+    commit.write_text(commit.read_text().replace(f'"format": {checkpoints.FORMAT}', '"format": 99'))
+    for look in (checkpoints.find, checkpoints.resolve, lambda run: checkpoint.repair(run, delete=True)):
+        with pytest.raises(UserError, match=r"step-00000002: its format is 99, this program reads \d+"):
             look(str(tmp_path))
     assert commit.exists()
 
 
 def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
     written(tmp_path, 1, 2, 3, 4)
-    one, two, three, four = (Path(checkpoint.folder(str(tmp_path), step)) for step in (1, 2, 3, 4))
+    one, two, three, four = (Path(checkpoints.folder(str(tmp_path), step)) for step in (1, 2, 3, 4))
     assert checkpoint.repair(str(tmp_path))[1]
     (four / "COMMIT.json").unlink()
     (three / "config.json").write_bytes(b"")
@@ -333,7 +334,7 @@ def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
     old.save(4, dict, {})
     with pytest.raises(UserError, match="was taken over by another start of this run"):
         old.wait()
-    assert checkpoint.latest(str(tmp_path)).step == 2
+    assert checkpoints.latest(str(tmp_path)).step == 2
     new.close()
 
 
@@ -356,28 +357,30 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
         writer.save(8, tensors_of(writer, 8), {})
         writer.wait()
     assert "warning: the checkpoint of step 4 could not be written, training goes on: " in lines[0]
-    assert checkpoint.latest(str(tmp_path)).step == 8
+    assert checkpoints.latest(str(tmp_path)).step == 8
 
 
 def test_damaged_checkpoints_do_not_count_and_nothing_valid_goes_before_its_time(tmp_path):
     """Once the newest ones are damaged, training goes on below them: what it saves is kept, the damaged ones go in the end."""
     writer = written(tmp_path, 2, 10, 12, keep_last=2)
     for step in (10, 12):
-        flip_bit(Path(checkpoint.folder(str(tmp_path), step), "model.safetensors"))
-    assert checkpoint.latest(str(tmp_path)) is None
+        flip_bit(Path(checkpoints.folder(str(tmp_path), step), "model.safetensors"))
+    assert checkpoints.latest(str(tmp_path)) is None
     resumed = written(tmp_path, 4, keep_last=2)
-    assert checkpoint.latest(str(tmp_path)).step == 4
+    assert checkpoints.latest(str(tmp_path)).step == 4
     resumed.save(6, tensors_of(writer, 6), {"metrics": {}})
     resumed.wait()
-    assert [found.step for found in checkpoint.find(str(tmp_path))] == [4, 6]
+    assert [found.step for found in checkpoints.find(str(tmp_path))] == [4, 6]
 
 
 def test_damaged_checkpoint_is_written_again_when_training_reaches_its_step(tmp_path):
     written(tmp_path, 2, 4)
-    flip_bit(Path(checkpoint.folder(str(tmp_path), 4), "model.safetensors"))
-    (Path(checkpoint.folder(str(tmp_path), 4)) / "state" / "param-00000-of-00002.safetensors").write_bytes(b"left over")
+    flip_bit(Path(checkpoints.folder(str(tmp_path), 4), "model.safetensors"))
+    (Path(checkpoints.folder(str(tmp_path), 4)) / "state" / "param-00000-of-00002.safetensors").write_bytes(
+        b"left over"
+    )
     written(tmp_path, 4)
-    found = checkpoint.latest(str(tmp_path))
+    found = checkpoints.latest(str(tmp_path))
     assert found.step == 4
     assert len(list((Path(found.uri) / "state").iterdir())) == 3
 
@@ -385,7 +388,7 @@ def test_damaged_checkpoint_is_written_again_when_training_reaches_its_step(tmp_
 def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
     old = written(tmp_path, 2)
     written(tmp_path, 4)
-    committed = {path: path.read_bytes() for path in Path(checkpoint.folder(str(tmp_path), 4)).rglob("*.*")}
+    committed = {path: path.read_bytes() for path in Path(checkpoints.folder(str(tmp_path), 4)).rglob("*.*")}
     old.save(4, tensors_of(old, 99), {})
     with pytest.raises(UserError, match="was taken over by another start"):
         old.wait()
@@ -395,7 +398,7 @@ def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
 def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
     """Over S3: what a worker of the same number of workers owns lies in files of its own."""
     written(f"{s3}/run", 2).close()
-    start = checkpoint.latest(f"{s3}/run")
+    start = checkpoints.latest(f"{s3}/run")
     with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
         assert reader.kinds == {"param", "exp_avg", "exp_avg_sq"}
         assert torch.equal(reader.read("exp_avg", "head.bias", 1, 2), torch.tensor([2.0, 2.0]))
@@ -424,7 +427,7 @@ def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
         written(f"{s3}/run", 2).close()
         assert len(arrived) == 3
         assert max(arrived.values()) - min(arrived.values()) < 3.5
-        assert checkpoint.latest(f"{s3}/run").step == 2
+        assert checkpoints.latest(f"{s3}/run").step == 2
 
 
 @pytest.mark.parametrize(

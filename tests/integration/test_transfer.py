@@ -33,7 +33,7 @@ from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
 from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
-from pipeline.weights import save_checkpoint_weights
+from pipeline.weights import checkpoints, save_checkpoint_weights
 
 SIZE = 16
 JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")
@@ -61,7 +61,9 @@ def checkpoint(folder, seed=0):
         file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in target.iterdir()
     }
-    (target / "COMMIT.json").write_text(json.dumps({"format": 2, "step": 1, "files": files, "metrics": {}}))
+    (target / "COMMIT.json").write_text(
+        json.dumps({"format": checkpoints.FORMAT, "step": 1, "files": files, "metrics": {}})
+    )
     return str(folder)
 
 

@@ -15,6 +15,7 @@ from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
 from pipeline.graph.runner import Runner
 from pipeline.training.recipes import RECIPES
+from pipeline.weights import checkpoints
 
 
 def chain(root, source, **more):
@@ -56,7 +57,11 @@ class Fake:
             content = "-".join(words[words.index("--size") + 1 :][:1])
             storage.write_bytes(f"{output}/manifest.json", f'{{"fingerprint": "data-{content}"}}'.encode())
         elif script == "jobs/pretrain.py":
-            commit = {"step": 1, "format": 2, "files": {"model.safetensors": {"sha256": output, "size": 1}}}
+            commit = {
+                "step": 1,
+                "format": checkpoints.FORMAT,
+                "files": {"model.safetensors": {"sha256": output, "size": 1}},
+            }
             storage.write_json(f"{output}/checkpoints/step-00000001/COMMIT.json", commit)
             storage.write_bytes(f"{output}/checkpoints/step-00000001/model.safetensors", b"x")
         else:

@@ -48,7 +48,7 @@ from pipeline.vtab.containers import Tree
 from pipeline.vtab.datasets import dsprites, patch_camelyon, smallnorb, svhn_cropped
 from pipeline.vtab.datasets.base import ArchiveFile
 from pipeline.vtab.examples import read_images
-from pipeline.weights import load_model, load_weights, read_config, read_weights
+from pipeline.weights import checkpoints, load_model, load_weights, read_config, read_weights
 
 LIMIT = 10_000_000
 PNG = cv2.imencode(".png", np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))[1].tobytes()
@@ -187,7 +187,7 @@ def test_weights_that_unfold_are_refused(tmp_path, monkeypatch):
 
 def test_a_tfrecord_with_a_giant_record(tmp_path):
     head = struct.pack("<Q", 1 << 40)
-    data = head + struct.pack("<I", tfrecord._masked(head)) + b"\0" * 100
+    data = head + struct.pack("<I", tfrecord.masked_checksum(head)) + b"\0" * 100
     with pytest.raises(UserError, match="more than the limit"):
         list(tfrecord.read_records(io.BytesIO(data), "x.tfrecord"))
 
@@ -527,7 +527,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
         "manifest.json": (folder / "set" / "manifest.json").read_bytes(),
         "part-00000-0000.parquet": next((folder / "set").glob("*.parquet")).read_bytes(),
         "COMMIT.json": json.dumps(
-            {"files": {"model.safetensors": {"bytes": 4, "sha256": "x"}}, "step": 3, "format": 2}
+            {"files": {"model.safetensors": {"bytes": 4, "sha256": "x"}}, "step": 3, "format": checkpoints.FORMAT}
         ).encode(),
         "_set": str(folder / "set").encode(),
     }

@@ -83,7 +83,7 @@ def test_model_states_by_stage():
     states = [model_states(1000, stage, 4) for stage in range(4)]
     assert states == [20_000, 8_000, 6_500, 4_500]
     assert model_states(1000, 0, 4, precision="fp32") == 16_000  # weights, gradients, two moments
-    assert model_states(1000, 1, 4, average=True) == 9_000
+    assert model_states(1000, 1, 4, ema=True) == 9_000
     assert model_states(1000, 1, 4, optimizer="sgd") == 7_000
 
 
@@ -172,7 +172,7 @@ def test_checkpoint_interval_follows_young_and_daly():
 
 def test_checkpoint_size():
     assert checkpoint_bytes(100) == {"weights": 400, "state": 1200, "total": 1600}
-    assert checkpoint_bytes(100, average=True)["total"] == 2400
+    assert checkpoint_bytes(100, ema=True)["total"] == 2400
 
 
 @pytest.mark.parametrize(

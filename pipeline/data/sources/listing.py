@@ -1,7 +1,8 @@
 """The files of a source, sorted or shuffled, in memory that does not grow with the corpus.
 
 A listing of more than SPILL_ROWS files lives in unnamed files that are mapped. Sorting and shuffling distribute its rows
-over buckets on disk, each small enough to be finished in memory, and concatenate the buckets.
+over buckets on disk, each small enough to be finished in memory, and concatenate the buckets. Written here and not taken from a
+library: pyarrow sorts in memory alone, and DuckDB would be a second engine beside it for one sort and one shuffle.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """TFRecord files and tf.train.Example messages, read and written without TensorFlow.
 
 A TFRecord file is a sequence of records: uint64 length, masked CRC-32C of those eight bytes, the data, masked CRC-32C of the
-data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64.
+data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64. It is parsed
+here: protobuf needs generated code for it, and copies each image once more.
 """
 
 import gzip
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 
@@ -42,61 +44,13 @@ LABEL_FEATURES = (  # in order of preference
 # A record longer than this is a damaged length (or an attack on memory), not an image.
 MAX_RECORD_BYTES = 1 << 30
 
-# ---------------------------------------------------------------- CRC-32C
-
-POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed
-BLOCK = 256  # bytes that one lane of the vectorised checksum covers
-
-
-def _byte_table() -> np.ndarray:
-    """table[b]: the CRC register after it has taken in byte b from zero."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(POLYNOMIAL), table >> 1).astype(np.uint32)
-    return table
-
-
-_TABLE = _byte_table()
-
-
-def _through_zeros(register: np.ndarray, count: int) -> np.ndarray:
-    for _ in range(count):
-        register = _TABLE[register & 0xFF] ^ (register >> 8)
-    return register
-
-
-# The CRC register is linear over GF(2), so "push BLOCK zero bytes through" is the XOR of four table look-ups.
-_SKIP = [
-    _through_zeros(np.arange(256, dtype=np.uint32) << np.uint32(shift), BLOCK).tolist() for shift in (0, 8, 16, 24)
-]
-_TABLE_LIST = _TABLE.tolist()
-
-
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC-32C of `data`. Blocks of 256 bytes are lanes that numpy advances side by side, joined afterwards."""
-    values = np.frombuffer(data, np.uint8)
-    whole = len(values) // BLOCK
-    register = 0xFFFFFFFF
-    if whole:
-        columns = np.ascontiguousarray(values[: whole * BLOCK].reshape(whole, BLOCK).T)
-        lanes = np.zeros(whole, np.uint32)
-        for column in columns:
-            lanes = _TABLE[(lanes ^ column) & 0xFF] ^ (lanes >> 8)
-        a, b, c, d = _SKIP
-        for lane in lanes.tolist():
-            register = a[register & 255] ^ b[register >> 8 & 255] ^ c[register >> 16 & 255] ^ d[register >> 24] ^ lane
-    for byte in values[whole * BLOCK :].tolist():
-        register = _TABLE_LIST[(register ^ byte) & 0xFF] ^ (register >> 8)
-    return register ^ 0xFFFFFFFF
-
-
-def _masked(data: bytes) -> int:
-    """TFRecord stores checksums rotated and offset, so that a checksum of data with checksums in it stays useful."""
-    crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 # ---------------------------------------------------------------- records
+
+
+def masked_checksum(data: bytes) -> int:
+    """CRC-32C as TFRecord stores it: rotated and offset, so that a checksum of data with checksums in it stays useful."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 class DamagedRecord(UserError):
@@ -114,7 +68,7 @@ def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[byt
         if len(head) < 12:
             raise DamagedRecord(f"{where}: the file is cut short inside a record's length; fetch it again")
         length, length_crc = struct.unpack("<QI", head)
-        if _masked(head[:8]) != length_crc:
+        if masked_checksum(head[:8]) != length_crc:
             raise DamagedRecord(
                 f"{where}: wrong checksum of the length; not a TFRecord file, or damaged (or compressed)"
             )
@@ -123,7 +77,7 @@ def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[byt
         data, tail = file.read(length), file.read(4)
         if len(data) < length or len(tail) < 4:
             raise DamagedRecord(f"{where}: the file is cut short ({len(data):,} of {length:,} bytes); fetch it again")
-        if check and _masked(data) != struct.unpack("<I", tail)[0]:
+        if check and masked_checksum(data) != struct.unpack("<I", tail)[0]:
             raise DamagedRecord(f"{where}: wrong checksum of the data; the file is damaged, fetch it again")
         yield data
         number += 1
@@ -131,7 +85,7 @@ def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[byt
 
 def write_record(file: IO[bytes], data: bytes) -> None:
     head = struct.pack("<Q", len(data))
-    file.write(head + struct.pack("<I", _masked(head)) + data + struct.pack("<I", _masked(data)))
+    file.write(head + struct.pack("<I", masked_checksum(head)) + data + struct.pack("<I", masked_checksum(data)))
 
 
 # ---------------------------------------------------------------- tf.train.Example

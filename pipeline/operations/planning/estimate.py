@@ -87,7 +87,7 @@ def checkpoint_costs(
 ) -> dict[str, Any]:
     """Size of a checkpoint, the time to write it, and how often it pays to write one. `run` is that of `run_costs`."""
     training = config.training
-    size = checkpoint_bytes(parameters, optimizer=training.optimizer.name, average=bool(training.ema_decay))
+    size = checkpoint_bytes(parameters, optimizer=training.optimizer.name, ema=bool(training.ema_decay))
     write_seconds = size["total"] / (nodes * config.write_gbps * GB)
     interval = checkpoint_interval(write_seconds, config.failure_hours / config.gpus * 3600)
     units = {"batch_size": training.batch_size, "examples_per_epoch": images}

@@ -20,7 +20,7 @@ def model_states(
     precision: str = "bf16",
     optimizer: str = "adamw",
     offload: bool = False,
-    average: bool = False,
+    ema: bool = False,
     largest_layer: int = 0,
 ) -> int:
     """Bytes per GPU of parameters, gradients and optimiser states under DeepSpeed (arXiv 1910.02054, section 3.1).
@@ -34,7 +34,7 @@ def model_states(
     moments = {"adamw": 8, "sgd": 4, "muon": 4}[optimizer]  # Muon: one for matrices, which are nearly everything
     # Stage 0 in float32 is a plain optimiser: no master copy beside the parameters.
     high = moments if precision == "fp32" and stage == 0 else 4 + 4 + moments
-    high += 4 * average
+    high += 4 * ema
     on_gpu = 0 if offload else high / (gpus if stage >= 1 else 1)
     gradients = 0 if stage == 3 or (offload and stage == 2) else low / (gpus if stage == 2 else 1)
     weights = low / (gpus if stage >= 3 else 1)
@@ -114,7 +114,7 @@ def memory(config: PlanConfig, options: Mapping[str, Any], parameters: int) -> d
             precision=engine.precision,
             optimizer=training.optimizer.name,
             offload=engine.offload and stage > 0,
-            average=bool(training.ema_decay),
+            ema=bool(training.ema_decay),
             largest_layer=_largest_layer(options),
         )
         buffers = BUCKET_ELEMENTS * (4 if engine.precision == "fp32" else 2) if stage else 0
