@@ -1,6 +1,6 @@
 """The workers of a run under Ray Train: how many, with which resources, and their records on the driver.
 
-Ray restarts a group of workers; which state they continue from is ours (`checkpoint.latest`), and so are two of Ray's
+Ray restarts a group of workers; which state they continue from is ours (`checkpoints.latest`), and so are two of Ray's
 decisions (`failures`): a wrong input is not tried again, and a group that grows saves its state first.
 """
 

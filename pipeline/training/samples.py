@@ -16,6 +16,7 @@ from pipeline.data import open_dataset
 from pipeline.data.format import Dataset
 from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.samples import stored_pictures
+from pipeline.data.loading.transform import augment_image
 from pipeline.pictures import sheet
 from pipeline.tracking import Run
 from pipeline.training.config import PretrainConfig
@@ -129,7 +130,7 @@ def _validation_images(config: PretrainConfig, validation: Dataset, rows: list[i
     labels = validation.table(["label"])["label"].take(rows).to_pylist()
     for stored, label in zip(stored_pictures(validation, rows), labels, strict=True):
         out = np.empty((view.size, view.size, 3), np.uint8)
-        view.apply(stored, [0.5] * view.draws, out, False)
+        augment_image(view, stored, [0.5] * view.draws, out, False)
         found.append((out, label))
     return found
 
