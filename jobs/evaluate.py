@@ -18,8 +18,10 @@ Exit code: 0 done, 1 an evaluation failed, 2 wrong input, 3 a regression (with -
 import dataclasses
 import json
 import logging
+import sys
+from typing import TextIO
 
-from pipeline import config, storage
+from pipeline import config, logs, storage
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
 
@@ -61,11 +63,12 @@ def main(argv: list[str]) -> int:
     from pipeline.operations import doctor
 
     doctor.preflight(None, what.tracking_uri)
+    stdout = logs.reserve_stdout() if command.json else sys.stdout
     if command.every is None:
-        return report(command, evaluation.evaluate_once(what, dry_run=command.dry_run))
+        return report(command, evaluation.evaluate_once(what, dry_run=command.dry_run), stdout)
     for _ in evaluation.ticks(evaluation.seconds(command.every)):
         try:
-            report(command, evaluation.evaluate_once(what, dry_run=command.dry_run))
+            report(command, evaluation.evaluate_once(what, dry_run=command.dry_run), stdout)
         except UserError as error:  # a server or store that is away now may be back at the next time
             logger.error("%s", error)
         except Exception:
@@ -73,15 +76,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def report(command: Command, done: evaluation.Round) -> int:
+def report(command: Command, done: evaluation.Round, stdout: TextIO) -> int:
     if command.json:
-        print(json.dumps(dataclasses.asdict(done)), flush=True)
+        print(json.dumps(dataclasses.asdict(done)), file=stdout, flush=True)
     else:
         for what in ("pending", "failed", "regressions", "promoted", "claimed_elsewhere"):
             for item in getattr(done, what):
-                print(f"{what.replace('_', ' ')}: {item}", flush=True)
+                print(f"{what.replace('_', ' ')}: {item}", file=stdout, flush=True)
         counts = "  ".join(f"{name}={len(items)}" for name, items in dataclasses.asdict(done).items())
-        print(f"evaluate: {counts}", flush=True)
+        print(f"evaluate: {counts}", file=stdout, flush=True)
     if done.failed:
         return 1
     return 3 if done.regressions and command.fail_on_regression else 0

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +110,12 @@ def prepare(argv: list[str]) -> int:
     )
     cluster.configure(options.address, options.num_cpus, dashboard=False)
     server = resolve_tracking_uri(options.tracking_uri) if options.tracking else None
+    stdout = logs.reserve_stdout() if options.json else sys.stdout
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
     manifests = prepare(settings, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(results), file=stdout)
         return 0
     for name, result in results.items():
         reasons = "".join(f", {count} {reason}" for reason, count in result["rejects_by_reason"].items())
@@ -198,6 +200,7 @@ def vtab(options: VtabCommand) -> int:
         "output": options.output,
     }
     cluster.configure(options.address, options.num_cpus, dashboard=False)
+    stdout = logs.reserve_stdout() if options.json else sys.stdout
     with contextlib.ExitStack() as stack:
         run: Run | None = None
         if options.tracking and preparation.todo:
@@ -213,7 +216,7 @@ def vtab(options: VtabCommand) -> int:
             run.log_text(vtab.counts_table(result), "counts.txt")
             for role, made in splits:
                 run.log_dataset(made["uri"], {**made, "rows": made["images"]}, role=role, made=True)
-    print(json.dumps(result) if options.json else vtab.counts_table(result))
+    print(json.dumps(result) if options.json else vtab.counts_table(result), file=stdout)
     for problem in preparation.problems:
         logger.error("%s", problem)
     return 1 if preparation.problems else 0

@@ -52,9 +52,7 @@ def main(argv: list[str]) -> int:
     from pipeline.transfer import run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)
-    stdout = sys.stdout
-    if options.json:
-        sys.stdout = sys.stderr  # to the end: Ray reports lost processes on stdout, perhaps late
+    stdout = logs.reserve_stdout() if options.json else sys.stdout
     result = run_suite(settings)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)), file=stdout, flush=True)

@@ -16,12 +16,13 @@ import logging
 import logging.handlers
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -76,6 +77,15 @@ def setup(level: int = logging.INFO) -> None:
 def show(text: str) -> None:
     """Text for the person at the terminal, on standard error: without a time, and without line breaks inside commands."""
     console.print(text, soft_wrap=True, markup=False)
+
+
+def reserve_stdout() -> TextIO:
+    """Standard output for results alone, until the process ends: what libraries print from now on goes to standard error.
+
+    Ray prints there that it lost a process, even while it shuts down.
+    """
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    return stdout
 
 
 # ---------------------------------------------------------------- records of workers

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.libraries import load_torchvision
 from tests.objectstore import make_bucket
 from tests.ports import free_port
 
@@ -20,13 +21,7 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes has one core
 
-# torchvision's wheel from the package index is built for CUDA. Beside a CPU build of torch its compiled part does not load
-# and its Python part then fails on two missing operators. timm and transformers import torchvision; nothing here calls the
-# operators. Beside a CUDA build they exist, and a second definition would end the process.
-if torch.version.cuda is None:
-    _TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+load_torchvision()  # timm and transformers import torchvision; the product's own remedy where its build does not fit torch
 
 
 @pytest.fixture(scope="session")

@@ -154,8 +154,8 @@ class Plan:
             self._complete[place] = not version.marker or storage.exists(place)
         return self._complete[place]
 
-    def settle(self, name: str, version: Version) -> None:
-        """Takes an instance for done."""
+    def mark_done(self, name: str, version: Version) -> None:
+        """Counts an instance as done, with the output of that version."""
         self.done[name] = version
         self.outputs[name] = self.state.address(version.output)
 
@@ -175,7 +175,7 @@ class Plan:
             found[name] = self._status(name, instance)
             version = found[name].version
             if found[name].state == DONE and version is not None:
-                self.settle(name, version)
+                self.mark_done(name, version)
         return found
 
     def _status(self, name: str, instance: Instance) -> Status:

@@ -124,7 +124,7 @@ class Runner:
                 continue
             identity = self.plan.identity(instance)
             if name not in self.plan.forced and (version := self.plan.find(name, identity)) is not None:
-                self.plan.settle(name, version)
+                self.plan.mark_done(name, version)
                 self.outcome.kept.append(name)
                 self._clear_failure(name)
             elif self._has_room(instance) and not self._is_made_elsewhere(identity):
@@ -149,7 +149,7 @@ class Runner:
             version = self.plan.find(up, self.plan.identity(needed))
             if version is None:
                 return False
-            self.plan.settle(up, version)
+            self.plan.mark_done(up, version)
         return True
 
     def _clear_failure(self, name: str) -> None:
@@ -310,7 +310,7 @@ class Runner:
         self.plan.state.record(name).add(version)
         self.plan.forget()
         self.plan.forced.discard(name)
-        self.plan.settle(name, version)
+        self.plan.mark_done(name, version)
         self.outcome.done.append(name)
         logger.info("%s: done in %.1f s", name, version.cost["seconds"])
 

@@ -33,7 +33,7 @@ class Pool:
     limit: int
     idle: list[Any] = field(default_factory=list)
     busy: int = 0
-    starved_after: float = 30.0
+    startup_timeout: float = 30.0
     """Seconds after which a process that does not come up may wait for CPUs or GPUs that idle ones hold."""
 
     def start(self, count: int) -> None:
@@ -121,7 +121,7 @@ class Scheduler:
                 self._start_jobs()
                 if not self._running:
                     return
-                if any(self._is_starved(entry) for entry in self._running.values()):
+                if any(self._waits_for_resources(entry) for entry in self._running.values()):
                     self.pool.stop_idle()
                 done, _ = ray.wait(list(self._running), timeout=0.5)
                 for call in done:
@@ -149,8 +149,8 @@ class Scheduler:
         ready = (job for task in tasks for job in next_jobs(task, self.seeds, self.results))
         return sorted((job for job in ready if job.name not in busy), key=lambda job: -self.costs[job.task.name])
 
-    def _is_starved(self, entry: RunningJob) -> bool:
-        return not entry.answered and time.monotonic() - entry.started > self.pool.starved_after
+    def _waits_for_resources(self, entry: RunningJob) -> bool:
+        return not entry.answered and time.monotonic() - entry.started > self.pool.startup_timeout
 
     def _collect(self, call: Any) -> Finished | Failed | None:
         """What came of a call; None when its job starts again."""

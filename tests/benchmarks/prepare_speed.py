@@ -130,12 +130,9 @@ def mds(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
 def write_mds(output: str, done: str, number: int, paths: list[str]) -> None:
     """One process of MDSWriter; a byte is added to `done` for every 64 images."""
-    import torch
+    from pipeline.libraries import load_torchvision
 
-    with contextlib.suppress(RuntimeError):  # it imports torchvision, whose CUDA wheel lacks these beside a CPU torch
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    load_torchvision()  # streaming imports torchvision
     from streaming import MDSWriter
 
     columns = {"key": "str", "image": "bytes", "label": "int"}

@@ -335,7 +335,7 @@ def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path):
         for i in range(3)
     ]
     actor = ray_local.remote(fragile()).options(max_concurrency=2, num_cpus=1)
-    pool = Pool(actor, (str(tmp_path / "mark"),), limit=3, starved_after=1.0)
+    pool = Pool(actor, (str(tmp_path / "mark"),), limit=3, startup_timeout=1.0)
     results = {}
     events = list(Scheduler(tasks, 1, results, pool, costs={task.name: 1.0 for task in tasks}).run())
     assert not [event for event in events if isinstance(event, Failed)]

@@ -116,8 +116,7 @@ class Loader:
         self._check(epoch, step)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
-        self._position = (epoch, step)  # of the next batch to hand out
-        self._next = (epoch, step)  # of the next batch to queue
+        self._position = self._next = (epoch, step)  # of the next batch to hand out, and of the next one to queue
         self._begin(epoch, step)
         if not self.steps_per_epoch or step > self.steps_per_epoch:
             raise UserError(
