@@ -250,7 +250,7 @@ class VisionTransformer(nn.Module):
             rows = self.grid**2 + has_cls  # the class token has a position of its own, registers have none
             self.pos_embed = nn.Parameter(torch.empty(1, rows, width).normal_(std=0.02))
         elif self.config["posemb"] == "sincos2d":
-            self._fix_positions()
+            self.fix_positions()
         else:
             self.pos_embed = None
 
@@ -340,7 +340,7 @@ class VisionTransformer(nn.Module):
             return
         self.grid = grid
         if self.config["posemb"] == "sincos2d":
-            self._fix_positions()
+            self.fix_positions()
         elif self.pos_embed is not None:
             with torch.no_grad():
                 resized = posemb.resize(self.pos_embed, grid, prefix=int(self.cls_token is not None))
@@ -365,7 +365,7 @@ class VisionTransformer(nn.Module):
         stem = self.patch_embed.backbone.compiled_parts() if isinstance(self.patch_embed, HybridEmbed) else []
         return [*stem, *self.blocks]
 
-    def _fix_positions(self) -> None:
+    def fix_positions(self) -> None:
         # a buffer outside the state dict: it follows from the configuration
         table = posemb.sincos2d(self.grid, self.shape.width)
         if self.cls_token is not None:

@@ -143,14 +143,14 @@ def connect() -> None:
     if callable(stop) and threading.current_thread() is threading.main_thread():
         # Ray has put its own in place of the job's, which ends with the honest code.
         signal.signal(signal.SIGTERM, stop)
-    _protect_token()
+    protect_token()
     if address or submitted():
         announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
     resources = ray.cluster_resources()
     logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
-def _protect_token() -> None:
+def protect_token() -> None:
     """Ray writes the cluster's token with the umask it finds; whoever reads it runs code here."""
     path = os.path.expanduser("~/.ray/auth_token")
     if os.path.isfile(path) and os.stat(path).st_uid == os.getuid() and stat.S_IMODE(os.stat(path).st_mode) & 0o077:
@@ -206,7 +206,7 @@ def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
     """Until there is room, asks the autoscaler (v2) whether it has given the request up; says so once."""
     try:
         while room(bundle).now < count:
-            if _infeasible(bundle):
+            if infeasible(bundle):
                 logger.warning(
                     "waiting for %s: the autoscaler can never add them. Raise max_workers of a node type that has them (or "
                     "maxReplicas), or stop this job and ask for less",
@@ -218,7 +218,7 @@ def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
         return
 
 
-def _infeasible(bundle: Mapping[str, float]) -> bool:
+def infeasible(bundle: Mapping[str, float]) -> bool:
     """Whether a request with such a bundle is among those that the autoscaler says it can never serve."""
     return any(
         all(abs(request.get(name, 0) - amount) < 1e-6 for name, amount in bundle.items())

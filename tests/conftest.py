@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.libraries import load_torchvision
+from tests.definitions import validator
 from tests.objectstore import make_bucket
 from tests.ports import free_port
 
@@ -145,3 +146,10 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("VIT_REAL_DATA names no folder of real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def kuberay_definitions(real_data) -> dict:
+    """{kind: validator of ray.io/v1}, from KubeRay's custom resource definitions."""
+    files = (real_data / "kuberay-crds" / f"ray.io_{kind}.yaml" for kind in ("rayclusters", "rayjobs", "raycronjobs"))
+    return dict(validator(file, "v1") for file in files)

@@ -23,6 +23,24 @@ def photo(height: int = 120, width: int = 160, seed: int = 0) -> np.ndarray:
     return np.clip(image.astype(int) + generator.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
 
 
+def textured(seed: int, height: int = 240, width: int = 320) -> np.ndarray:
+    """A picture with structure at every scale, as in photographs (amplitude falls with frequency): uint8 (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        cv2.resize(rng.normal(0, 1, (n, n + 1, 3)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+        * (40 / n**0.5)
+        for n in (2, 4, 8, 16, 32, 64)
+    ]
+    return np.clip(128 + sum(layers), 0, 255).astype(np.uint8)
+
+
+def crop(pixels: np.ndarray, side: float = 0.9, y: float = 0.5, x: float = 0.5) -> np.ndarray:
+    """A box of `side` of both sides, at a position given as a part of the rest."""
+    height, width = (round(side * n) for n in pixels.shape[:2])
+    top, left = round(y * (pixels.shape[0] - height)), round(x * (pixels.shape[1] - width))
+    return pixels[top : top + height, left : left + width]
+
+
 def jpeg(seed: int = 0, height: int = 40, width: int = 60, quality: int = 95) -> bytes:
     """`picture` as a JPEG file, colours at full resolution."""
     return simplejpeg.encode_jpeg(picture(height, width, seed), quality, "RGB", "444")

@@ -15,7 +15,7 @@ def tiny(classes=7, size=24, seed=0, **options):
         model = create_model(num_classes=classes, image_size=size, **options)
     model.to_empty(device="cpu")
     if options.get("posemb") == "sincos2d":
-        model._fix_positions()
+        model.fix_positions()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

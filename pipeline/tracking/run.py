@@ -44,7 +44,7 @@ class Run:
     """One MLflow run, open for writing. Made by `start_run` or `attach_run`; every method returns at once."""
 
     def __init__(self, spool: Spool, *, fill_gaps: bool, owner: bool):
-        self._spool = spool
+        self.spool = spool
         self._delivery = Delivery(spool, fill_gaps=fill_gaps)
         self._owner = owner  # only the owner ends the run
         self._nonfinite: dict[str, tuple[int, int]] = {}  # metric: (count, first step)
@@ -62,7 +62,7 @@ class Run:
     @property
     def id(self) -> str:
         """MLflow's run id, or `offline-…` until the server has been reached; both are good for `run_id=` later."""
-        return self._delivery.run_id or self._spool.header["run_id"] or offline_id(self._spool.id)
+        return self._delivery.run_id or self.spool.header["run_id"] or offline_id(self.spool.id)
 
     @property
     def uri(self) -> str:
@@ -99,7 +99,7 @@ class Run:
             self._nonfinite[name] = (count + 1, first)
             values[names.NONFINITE + name] = count + 1
         now = int(time.time() * 1000)
-        self._spool.metrics.append({"kind": "metrics", "step": int(step), "time": now, "values": values})
+        self.spool.metrics.append({"kind": "metrics", "step": int(step), "time": now, "values": values})
         if bad:
             found = (f"{name}: {count} since step {first}" for name, (count, first) in self._nonfinite.items())
             self.set_tags({names.NONFINITE_TAG: "; ".join(found)})
@@ -126,12 +126,12 @@ class Run:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         values = _texts(tags)
         if values:
-            self._spool.metrics.append({"kind": "tags", "values": values})
+            self.spool.metrics.append({"kind": "tags", "values": values})
 
     def describe(self, markers: Sequence[str], paragraph: str) -> None:
         """Replaces the paragraph of the description that begins with one of the markers, or adds it."""
         text = redacted(names.valid_value(paragraph))
-        self._spool.metrics.append({"kind": "paragraph", "markers": list(markers), "text": text})
+        self.spool.metrics.append({"kind": "paragraph", "markers": list(markers), "text": text})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters beyond the configuration that `start_run` logged; nested ones are flattened to a.b.c.
@@ -140,11 +140,11 @@ class Run:
         """
         values, places = _split_places(flatten(params))
         if values:
-            self._spool.metrics.append({"kind": "params", "values": values})
+            self.spool.metrics.append({"kind": "params", "values": values})
         self.set_tags(places)
 
     def log_bytes(self, data: bytes, path: str) -> None:
-        self._spool.add_artifact(names.valid_path(path), data)
+        self.spool.add_artifact(names.valid_path(path), data)
 
     def log_text(self, text: str, path: str) -> None:
         self.log_bytes(text.encode(), path)
@@ -178,28 +178,28 @@ class Run:
             "source": json.dumps({"uri": names.valid_value(uri)}),
             "profile": json.dumps({"num_rows": rows}),
         }
-        self._spool.metrics.append({"kind": "dataset", "role": names.valid_value(role), "dataset": dataset})
+        self.spool.metrics.append({"kind": "dataset", "role": names.valid_value(role), "dataset": dataset})
         self.set_tags({f"{names.DATA_URI}.{role}": uri, f"{names.DATA_FINGERPRINT}.{role}": digest})
         if linked or made:
             self.log_text(text, f"data/{role.replace('/', '_')}-manifest.json")
         if linked and not made:
-            self._spool.metrics.append({"kind": "link", "role": "prepare", "digest": digest[:36]})
+            self.spool.metrics.append({"kind": "link", "role": "prepare", "digest": digest[:36]})
 
     def link(self, role: str, run_id: str) -> None:
         """Lineage: this run was made from that one (role: prepare, pretrain, transfer), whose own sources come along."""
-        self._spool.metrics.append({"kind": "link", "role": role, "run_id": run_id})
+        self.spool.metrics.append({"kind": "link", "role": role, "run_id": run_id})
 
     # -------- delivery and end
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Waits until everything logged so far is on the server; False when it is unreachable or the time is up."""
         deadline, attempts = time.monotonic() + timeout, self._attempts
-        while self._spool.pending and self._attempts == attempts and time.monotonic() < deadline:
+        while self.spool.pending and self._attempts == attempts and time.monotonic() < deadline:
             with self._wake:
                 self._wake.notify_all()
             with self._progress:
                 self._progress.wait(0.05)
-        return self._spool.pending == 0
+        return self.spool.pending == 0
 
     def finish(self, status: str = "FINISHED", timeout: float | None = None, *, reason: str = "") -> bool:
         """Ends the run as FINISHED, FAILED or KILLED and delivers what is left; True when the server has everything.
@@ -213,17 +213,15 @@ class Run:
         if timeout is None:
             timeout = LAST_DELIVERY_OF_A_STOP if status == "KILLED" else LAST_DELIVERY
         if self._owner:
-            if not self._spool.header[
-                "parent_id"
-            ]:  # a child is written when its work is done: its owner knows the time
+            if not self.spool.header["parent_id"]:  # a child is written when its work is done: its owner knows the time
                 self.log_cost({names.SECONDS: time.monotonic() - self._started})
-            if self._spool.header.get("described"):
+            if self.spool.header.get("described"):
                 self.describe((description.COST,), description.cost_paragraph(self._costs))
-            lost = self._spool.metrics.lost + self._spool.artifacts.lost
+            lost = self.spool.metrics.lost + self.spool.artifacts.lost
             if lost:
                 self.set_tags({"lost": f"{lost} records found no room in the buffer"})
             end = {"kind": "end", "status": status, "time": int(time.time() * 1000)}
-            self._spool.metrics.append(end | {"reason": names.valid_value(redacted(reason))})
+            self.spool.metrics.append(end | {"reason": names.valid_value(redacted(reason))})
         self.flush(timeout)
         self._closing.set()
         with self._wake:
@@ -233,9 +231,9 @@ class Run:
         return self._close()
 
     def _close(self) -> bool:
-        left, rejected = self._spool.pending, self._spool.rejected
-        delivered = self._spool.close()
-        lost = self._spool.metrics.lost + self._spool.artifacts.lost
+        left, rejected = self.spool.pending, self.spool.rejected
+        delivered = self.spool.close()
+        lost = self.spool.metrics.lost + self.spool.artifacts.lost
         if lost:
             logger.warning(
                 "tracking: %d records of run %s were lost: the buffer in %s was full", lost, self.id, spool_root()
@@ -249,7 +247,7 @@ class Run:
                 redacted(self.uri),
                 rejected,
                 self.error or "refused",
-                self._spool.folder,
+                self.spool.folder,
             )
         return delivered and not lost
 
@@ -265,12 +263,12 @@ class Run:
             except Exception as error:  # whatever happens to the server, training goes on
                 if not delay:
                     logger.warning(
-                        "%s: %s; records wait in %s", redacted(self.uri), first_line(error), self._spool.folder
+                        "%s: %s; records wait in %s", redacted(self.uri), first_line(error), self.spool.folder
                     )
                 delay = min(RETRY_AT_MOST, delay * 2 or SEND_EVERY)
                 self.error = first_line(error)
                 self._attempts += 1
-            live.publish({live.UNDELIVERED: self._spool.pending}, run=self._spool.header["name"])
+            live.publish({live.UNDELIVERED: self.spool.pending}, run=self.spool.header["name"])
             with self._progress:
                 self._progress.notify_all()
             if closing:
@@ -284,8 +282,8 @@ class Run:
 
     def _start(self) -> None:
         for queue, send in (
-            (self._spool.metrics, self._delivery.send_metrics),
-            (self._spool.artifacts, self._delivery.send_artifacts),
+            (self.spool.metrics, self._delivery.send_metrics),
+            (self.spool.artifacts, self._delivery.send_artifacts),
         ):
             thread = threading.Thread(target=self._pump, args=(queue, send), name="tracking", daemon=True)
             thread.start()
@@ -397,12 +395,12 @@ def _reach(run: Run, announce: bool) -> None:
     try:
         run._delivery.resolve()
     except UserError:
-        run._spool.discard()
+        run.spool.discard()
         raise
     except Exception as error:
         where = redacted(run.uri)
         if server.is_unauthorised(error):
-            run._spool.discard()
+            run.spool.discard()
             raise UserError(
                 f"MLflow at {where} refuses us: {first_line(error)}; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), and start the server with --allowed-hosts naming "
@@ -412,7 +410,7 @@ def _reach(run: Run, announce: bool) -> None:
         logger.warning("tracking: %s cannot be reached (%s); recording on disk and delivering later", where, run.error)
     else:
         if announce:
-            header = run._spool.header
+            header = run.spool.header
             logger.info("tracking: %s/%s run %s at %s", header["experiment"], header["name"], run.id, run.url)
 
 

@@ -53,7 +53,7 @@ class Queue:
     def __init__(self, path: str):
         self.path = path
         self.lost = 0  # records that neither disk nor memory could keep
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._inbox: deque[tuple[dict, bytes]] = deque()  # appended while the lock was taken
         self._memory: deque[dict] = deque()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -78,22 +78,22 @@ class Queue:
         lock. Such a record is written when the lock is given back.
         """
         self._inbox.append((record, _line(record)))
-        if self._lock.acquire(timeout=LOCK_PATIENCE):
+        if self.lock.acquire(timeout=LOCK_PATIENCE):
             try:
                 self._write_inbox()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[None]:
         """Holds the lock, then writes what was appended meanwhile."""
-        with self._lock:
+        with self.lock:
             yield
-        while self._inbox and self._lock.acquire(blocking=False):
+        while self._inbox and self.lock.acquire(blocking=False):
             try:
                 self._write_inbox()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _write_inbox(self) -> None:
         while self._inbox:
@@ -151,7 +151,7 @@ class Queue:
 
     def close(self) -> None:
         """Writes what only memory holds to the disk, if that takes it now; what it refuses counts as lost."""
-        with self._lock:
+        with self.lock:
             self._inbox.extendleft((record, _line(record)) for record in reversed(self._memory))
             self._memory.clear()
             self._write_inbox()
@@ -190,13 +190,13 @@ class Spool:
         self.folder = folder or os.path.join(spool_root(), uuid.uuid4().hex)
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         os.makedirs(os.path.join(self.folder, "files"), mode=0o700, exist_ok=True)
-        self._lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        self.lock = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.id = os.path.basename(self.folder)
             self.header = _read_header(self.folder) if header is None else header
         except (OSError, ValueError):
-            os.close(self._lock)
+            os.close(self.lock)
             raise
         self.save_header()
         self.metrics = Queue(os.path.join(self.folder, "metrics.jsonl"))
@@ -268,7 +268,7 @@ class Spool:
         self.artifacts.close()
         if delivered:
             shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        os.close(self.lock)
         return delivered
 
     def discard(self) -> None:

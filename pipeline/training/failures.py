@@ -16,7 +16,7 @@ from pipeline.training.preemption import Preempted, Stopped
 from pipeline.training.ray_compat import (
     ControllerError,
     DefaultFailurePolicy,
-    ElasticScalingPolicy,
+    ElasticPolicy,
     FailureConfig,
     FailureDecision,
     NoopDecision,
@@ -76,7 +76,7 @@ class Failures(DefaultFailurePolicy):
         return decision
 
 
-class Elastic(ElasticScalingPolicy):
+class Elastic(ElasticPolicy):
     """As many workers as there are nodes for and as fit the run, which saves its state before it grows.
 
     Ray would stop the workers in the middle of a step and take any number between the two ends. sizes: those that fit.
@@ -103,11 +103,11 @@ class Elastic(ElasticScalingPolicy):
             time.sleep(1)  # Ray asks again at once, for as long as it takes
         return decision
 
-    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+    def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
         # What is reserved is up to 20 s old, and a node that is being drained counts until it is gone.
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - ray_state.draining_nodes()
         usable = {node: amounts for node, amounts in reserved_resources.items() if node in alive}
-        possible = super()._count_possible_workers(usable)
+        possible = super().count_possible_workers(usable)
         return max((size for size in self.sizes if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(

@@ -5,7 +5,7 @@ that is installed and looks for every name). An import that fails here names bot
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import ray
@@ -35,6 +35,7 @@ except ImportError as error:
 __all__ = [
     "ControllerError",
     "DefaultFailurePolicy",
+    "ElasticPolicy",
     "ElasticScalingPolicy",
     "FailureConfig",
     "FailureDecision",
@@ -69,6 +70,17 @@ class Trainer(TorchTrainer):
         if self.failures is not None:
             parts["failure_policy"] = self.failures(cast(FailureConfig, self.run_config.failure_config))
         return super()._initialize_and_run_controller(**parts)
+
+
+class ElasticPolicy(ElasticScalingPolicy):
+    """Ray's elastic policy; how many workers the cluster holds is a method that may be overridden."""
+
+    def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+        """Workers that the resources of the nodes, {node: {resource: amount}}, hold."""
+        return super()._count_possible_workers(reserved_resources)
+
+    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+        return self.count_possible_workers(reserved_resources)
 
 
 def is_preempted() -> Callable[[], bool]:

@@ -78,7 +78,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     from pipeline.training.launch import launch
 
     config, output = plan.config, plan.config.runtime.output
-    record = record or _claim(plan, output)
+    record = record or claim(plan, output)
     run = tracking.start_run(
         names.PRETRAIN,
         config.runtime.name or run_name(recipe or config.model.variant, data_name(config.runtime.data)),
@@ -341,7 +341,7 @@ def _read_record(uri: str) -> dict[str, Any]:
     return record
 
 
-def _claim(plan: TrainPlan, output: str) -> dict[str, Any]:
+def claim(plan: TrainPlan, output: str) -> dict[str, Any]:
     """Makes the run.json of a free output."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     identity = configuration.fingerprint(plan.identity)

@@ -1,22 +1,14 @@
 """The jobs as a user runs them: own processes, embedded Ray, exit codes; the whole way on handwritten digits."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.jobs import job
+
 pytestmark = pytest.mark.timeout(900)  # the demo is five jobs, one after the other
-
-
-def job(name: str, *arguments: str, cwd: Path, timeout: int = 280, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
-    env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{cwd}/mlflow.db", **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_jobs import job
+
+from tests.jobs import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -96,7 +96,7 @@ def test_a_token_that_others_can_read(home):
     write_token(home, 0o644)
     found = authentication.token_file()
     assert (found.status, found.remedy) == ("warning", f"chmod 600 {home}/.ray/auth_token")
-    cluster._protect_token()  # what every job does once Ray runs
+    cluster.protect_token()  # what every job does once Ray runs
     assert authentication.token_file().status == "ok"
 
 
@@ -432,10 +432,10 @@ def test_what_the_autoscaler_has_given_up(monkeypatch, form):
             return reply.SerializeToString()
 
     monkeypatch.setattr(global_worker, "gcs_client", Store(), raising=False)
-    assert cluster._infeasible({"CPU": 1, "GPU": 1})
-    assert not cluster._infeasible({"CPU": 2, "GPU": 1})
+    assert cluster.infeasible({"CPU": 1, "GPU": 1})
+    assert not cluster.infeasible({"CPU": 2, "GPU": 1})
     reply.Clear()
-    assert not cluster._infeasible({"CPU": 1, "GPU": 1})
+    assert not cluster.infeasible({"CPU": 1, "GPU": 1})
 
 
 def test_room_on_this_machine(dataset, tmp_path, monkeypatch):
@@ -449,7 +449,7 @@ def test_the_name_of_the_run(dataset, tmp_path):
 
     mine = config(dataset, tmp_path / "run")
     assert pretraining.run_name(mine).message.endswith("is free")
-    run._claim(run.check_run(mine), mine.runtime.output)
+    run.claim(run.check_run(mine), mine.runtime.output)
     assert "continues" in pretraining.run_name(mine).message
     # a run that has saved no checkpoint does not keep its output from another
     assert pretraining.run_name(config(dataset, tmp_path / "run", seed=7)).status == "ok"

@@ -26,6 +26,7 @@ from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
 from pipeline.weights import checkpoints
 from tests.runs import changed, lines_of_log, pretrain_config
+from tests.workers import continued, run
 
 
 def slow(*values):
@@ -337,8 +338,6 @@ def test_compiled_blocks_compute_the_same(base, alone, tmp_path):
 
 @pytest.mark.slow
 def test_muon_on_two_workers_continues_on_two_and_on_one(base, tmp_path):
-    from test_training import continued, run
-
     stages = {
         zero: changed(
             base,

@@ -152,7 +152,7 @@ def test_closing_does_not_wait_for_a_store_that_is_away(dataset):
     data, proxy = dataset
     proxy.fault = lambda method, path, n: "503"
     loader = Loader(data, **OPTIONS)
-    loader._enqueue()
+    loader.enqueue()
     while loader.counters["retries"] < 12:  # some reads are in pauses of half a second and more
         time.sleep(0.05)
     start = time.monotonic()

@@ -297,7 +297,7 @@ def test_postgresql_restarted_in_mid_run(tracking, room):
         time.sleep(3)
         subprocess.run([*command, *settings, "start"], user=user, cwd="/", stdout=null, stderr=null, check=True)
     log_steps(run, 300, 400)
-    wait_until(lambda: not run._spool.pending)
+    wait_until(lambda: not run.spool.pending)
     assert run.finish()
     assert steps(tracking, run.id) == list(range(1, 400))
 
@@ -339,8 +339,8 @@ def test_object_store_gone_for_a_while_delays_artifacts_only(tracking, store):
     store.stop()
     run.log_text("late", "late.txt")
     log_steps(run, 1, 50)
-    wait_until(lambda: len(run._spool.metrics) == 0)  # metrics do not wait for artifacts
-    assert len(run._spool.artifacts) == 1
+    wait_until(lambda: len(run.spool.metrics) == 0)  # metrics do not wait for artifacts
+    assert len(run.spool.artifacts) == 1
     store.start()
     store.client = store.bucket()
     assert run.finish(timeout=120)

@@ -29,40 +29,11 @@ from pipeline.data.sources import tfrecord
 from pipeline.errors import UserError
 from pipeline.tracking import start_run
 from pipeline.tracking.server import client as tracking_client
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from test_dedup import crop, photo
-
 from tests.faultproxy import FaultProxy
+from tests.images import crop, textured
+from tests.prepared import content, job, many
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
-
-
-def job(*arguments, **environment):
-    quiet = [] if arguments[0] in ("verify", "describe") else ["--no-tracking"]
-    return subprocess.run(
-        [sys.executable, JOB, *map(str, arguments), *quiet],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def content(folder):
-    """Every file of a dataset, byte for byte."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
-    }
-
-
-def many(image_folder, copies=25):
-    """The folder grown to several units."""
-    for path in list(image_folder.rglob("*.*")):
-        for i in range(copies):
-            os.link(path, path.with_name(f"{path.stem}-{i}{path.suffix}"))
-    (image_folder / "ant" / "broken.jpg").write_bytes((image_folder / "ant" / "001.jpg").read_bytes()[:-2])
-    return image_folder
 
 
 def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_path, caplog):
@@ -148,7 +119,7 @@ def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path):
 
 
 def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
-    photos = [photo(seed) for seed in range(300)]
+    photos = [textured(seed) for seed in range(300)]
     corpus, evaluation = tmp_path / "corpus", tmp_path / "evaluation"
     for name in ("a", "b"):
         (corpus / name).mkdir(parents=True)

@@ -12,9 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.format import open_dataset
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_prepare import content, job, many
+from tests.prepared import content, job, many
 
 PROJECT = Path(__file__).parents[2]
 JOB = str(PROJECT / "jobs" / "prepare.py")

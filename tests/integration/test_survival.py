@@ -580,10 +580,10 @@ def test_elastic_takes_what_fits_on_nodes_that_stay(monkeypatch):
     gone, draining = {"node-9"}, {}
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": node not in gone} for node in nodes])
     monkeypatch.setattr("pipeline.ray_state.draining_nodes", lambda: set(draining))
-    assert policy._count_possible_workers(nodes) == 4
+    assert policy.count_possible_workers(nodes) == 4
     gone.add("node-0")
-    assert policy._count_possible_workers(nodes) == 2
+    assert policy.count_possible_workers(nodes) == 2
     draining["node-1"] = 0
-    assert policy._count_possible_workers(nodes) == 2
+    assert policy.count_possible_workers(nodes) == 2
     draining["node-2"] = 0
-    assert policy._count_possible_workers(nodes) == 1
+    assert policy.count_possible_workers(nodes) == 1

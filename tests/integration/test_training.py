@@ -31,34 +31,9 @@ from pipeline.weights import checkpoints
 from tests.faultproxy import FaultProxy
 from tests.ports import free_port
 from tests.runs import changed, flip_bit, lines_of_log, pretrain_config
+from tests.workers import continued, run, work
 
 STEPS = 6
-
-
-def _worker(rank: int, world: int, port: int, jobs: list) -> None:
-    """Runs `jobs` (name, config) one after the other in one process group; losses of every step go to <output>/losses.json."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    from pipeline.training.engine import Worker
-    from pipeline.training.loop import train
-
-    for config in jobs:
-        with lines_of_log() as lines:
-            result = train(config, Worker(rank=rank, world=world, device=torch.device("cpu")))
-        if rank == 0:
-            steps = [line.split() for line in lines if line.startswith("step") and "loss" in line and "lr" in line]
-            losses = {words[1].split("/")[0]: words[words.index("loss") + 1] for words in steps}
-            Path(config.runtime.output, "result.json").write_text(
-                json.dumps({"losses": losses, "lines": lines, **result})
-            )
-    torch.distributed.destroy_process_group()
-
-
-def run(world: int, *jobs: PretrainConfig) -> list[dict]:
-    torch.multiprocessing.spawn(_worker, args=(world, free_port(), jobs), nprocs=world)
-    return [json.loads(Path(job.runtime.output, "result.json").read_text()) for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +89,6 @@ def runs(base, data, tmp_path_factory) -> dict[str, tuple[PretrainConfig, dict]]
     )
     results = run(2, *jobs.values())
     return {name: (job, result) for (name, job), result in zip(jobs.items(), results, strict=True)}
-
-
-def continued(job: PretrainConfig, tmp_path: Path, step: int) -> PretrainConfig:
-    """A copy of a run as it was right after `step`."""
-    copy = changed(job, output=str(tmp_path / f"continued-{Path(job.runtime.output).name}"))
-    shutil.copytree(checkpoints.folder(job.runtime.output, step), checkpoints.folder(copy.runtime.output, step))
-    return copy
 
 
 def test_stages_agree(runs):
@@ -197,10 +165,10 @@ def test_every_stage_goes_on_with_one_and_four_workers(base, tmp_path):
 
 
 def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None) -> None:
-    """`_worker` that notes the keys of every batch, and can be killed by the kernel when it asks for one."""
+    """`work` that notes the keys of every batch, and can be killed by the kernel when it asks for one."""
     from pipeline.training import loop
 
-    right = loop._batches
+    right = loop.training_batches
 
     def batches(plan, first, worker):
         for step, batch in enumerate(right(plan, first, worker), start=first + 1):
@@ -210,8 +178,8 @@ def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None
                 file.write(json.dumps([step, batch["key"]]) + "\n")
             yield batch
 
-    loop._batches = batches
-    _worker(rank, world, port, jobs)
+    loop.training_batches = batches
+    work(rank, world, port, jobs)
 
 
 def record(world: int, jobs: list[PretrainConfig], dies_at: int | None = None) -> None:

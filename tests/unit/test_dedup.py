@@ -22,24 +22,7 @@ from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_views, small_copy
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
-
-
-def photo(seed, height=240, width=320):
-    """Structure at every scale, as in photographs (amplitude falls with frequency)."""
-    rng = np.random.default_rng(seed)
-    layers = [
-        cv2.resize(rng.normal(0, 1, (n, n + 1, 3)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-        * (40 / n**0.5)
-        for n in (2, 4, 8, 16, 32, 64)
-    ]
-    return np.clip(128 + sum(layers), 0, 255).astype(np.uint8)
-
-
-def crop(pixels, side=0.9, y=0.5, x=0.5):
-    height, width = (round(side * n) for n in pixels.shape[:2])
-    top, left = round(y * (pixels.shape[0] - height)), round(x * (pixels.shape[1] - width))
-    return pixels[top : top + height, left : left + width]
-
+from tests.images import crop, textured
 
 CHANGES = {
     "same": lambda p: p,
@@ -57,7 +40,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("eval") / "set")
-    rows = [(f"test/{i}", simplejpeg.encode_jpeg(photo(i), 92, "RGB", "420"), 0, 320, 240) for i in range(40)]
+    rows = [(f"test/{i}", simplejpeg.encode_jpeg(textured(i), 92, "RGB", "420"), 0, 320, 240) for i in range(40)]
     write_dataset(uri, rows, classes=["a"], row_group_bytes=200_000)
     with workqueue.without_ray():
         return index_evaluation_sets([uri], 10**8)
@@ -66,14 +49,14 @@ def index(tmp_path_factory):
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_images_are_found(index, change):
     for i in (0, 7, 39):
-        pixels = CHANGES[change](photo(i))
+        pixels = CHANGES[change](textured(i))
         match = index.find(hash_image(pixels, crops=True), pixels, distance=30)
         assert match is not None
         assert index.name(match.image)[1] == f"test/{i}"
 
 
 def test_other_images_are_not(index):
-    photos = [photo(seed) for seed in range(100, 200)]
+    photos = [textured(seed) for seed in range(100, 200)]
     assert [index.find(hash_image(pixels, crops=True), pixels, 30) for pixels in photos] == [None] * 100
 
 
@@ -91,7 +74,7 @@ def test_flat_images_match_only_exactly(tmp_path):
 
 
 def test_mirroring_inverts_known_bits():
-    pixels = photo(3)
+    pixels = textured(3)
     plain, mirrored = hash_image(pixels), hash_image(pixels[:, ::-1])
     assert hamming(plain.bits ^ MIRROR, mirrored.bits)[0] <= 2
     assert plain.exact != mirrored.exact
@@ -145,7 +128,7 @@ def test_equal_keys_and_only_keys():
 
 def posed(seed):
     """One of many pictures of a pose: the same outline and light, details of its own."""
-    outline = cv2.GaussianBlur(photo(1000), (0, 0), 4).astype(np.float32)
+    outline = cv2.GaussianBlur(textured(1000), (0, 0), 4).astype(np.float32)
     noise = np.random.default_rng(seed).normal(0, 1, (60, 80, 3)).astype(np.float32)
     detail = cv2.resize(noise, (320, 240), interpolation=cv2.INTER_CUBIC)
     return np.clip(outline + 20 * detail, 0, 255).astype(np.uint8)
@@ -165,7 +148,7 @@ def test_pictures_of_one_pose_hash_alike_and_are_no_copies(tmp_path):
 
 
 def test_another_colour_is_another_picture():
-    red, blue = photo(1), photo(1)[:, :, ::-1]
+    red, blue = textured(1), textured(1)[:, :, ::-1]
     assert compare_views(small_copy(red), small_copy(red)).same
     assert not compare_views(small_copy(red), small_copy(blue)).same
 
@@ -173,14 +156,14 @@ def test_another_colour_is_another_picture():
 def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
     """A damaged image that decodes is kept out; one that does not is counted in a warning."""
     (tmp_path / "x").mkdir()
-    data = simplejpeg.encode_jpeg(photo(5), 95, "RGB", "420")
+    data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
     (tmp_path / "x" / "cut.jpg").write_bytes(data[: len(data) * 995 // 1000])
     (tmp_path / "x" / "text.jpg").write_bytes(b"no picture")
     logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
     with caplog.at_level(logging.WARNING, "pipeline"):
         index = index_evaluation_sets([str(tmp_path)], 10**8)
     assert "1 of 2 images cannot be read and are not kept out, such as x/text.jpg" in caplog.text
-    match = index.find(hash_image(photo(5), crops=True), photo(5), 30)
+    match = index.find(hash_image(textured(5), crops=True), textured(5), 30)
     assert match is not None
     assert index.name(match.image)[1] == "x/cut.jpg"
 

@@ -1,4 +1,4 @@
-"""infra/ against what will read it: Ray's schema, KubeRay's and Kubernetes' definitions, kustomize, linters, and each job's
+"""infra/ against what will read it: Ray's schema, KubeRay's and Kubernetes' kuberay_definitions, kustomize, linters, and each job's
 own command line, in docs/ too."""
 
 import copy
@@ -21,7 +21,6 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.graph import commands, file, instances
-from tests.definitions import validator
 from tests.documents import code_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -225,29 +224,19 @@ def test_ray_up_clusters_are_closed(path):
 # ---------------------------------------------------------------- Kubernetes
 
 
-@pytest.fixture(scope="module")
-def definitions(real_data):
-    """{kind: validator of ray.io/v1}."""
-    found = {}
-    for kind in ("rayclusters", "rayjobs", "raycronjobs"):
-        name, checker = validator(real_data / "kuberay-crds" / f"ray.io_{kind}.yaml", "v1")
-        found[name] = checker
-    return found
-
-
-def test_ray_resources_match_kuberays_definitions(definitions):
+def test_ray_resources_match_kuberays_definitions(kuberay_definitions):
     validated = []
     for path in KUBERAY:
         for document in documents(path):
             if document["apiVersion"] == "ray.io/v1":
-                definitions[document["kind"]].validate(document)
+                kuberay_definitions[document["kind"]].validate(document)
                 validated.append(document["kind"])
     assert sorted(validated) == ["RayCluster", "RayCronJob", "RayCronJob", "RayJob", "RayJob", "RayJob"]
 
 
-def test_the_scheduled_pod_is_a_pod(definitions):
+def test_the_scheduled_pod_is_a_pod(kuberay_definitions):
     """The CronJob's pod against the pod schema that KubeRay's definitions carry."""
-    head = definitions["RayCluster"].schema["properties"]["spec"]["properties"]["headGroupSpec"]
+    head = kuberay_definitions["RayCluster"].schema["properties"]["spec"]["properties"]["headGroupSpec"]
     pod = jsonschema.Draft202012Validator(head["properties"]["template"])
     for cron in of_kind("CronJob"):
         pod.validate(cron["spec"]["jobTemplate"]["spec"]["template"])
@@ -262,14 +251,14 @@ def test_the_scheduled_pod_is_a_pod(definitions):
         (("spec", "workerGroupSpecs", 1, "template", "spec", "containers", 0, "imagePullPolciy"), "Always"),
     ],
 )
-def test_mistakes_in_a_cluster_are_noticed(definitions, where, value):
+def test_mistakes_in_a_cluster_are_noticed(kuberay_definitions, where, value):
     (cluster,) = of_kind("RayCluster")
     place = cluster = copy.deepcopy(cluster)
     for key in where[:-1]:
         place = place[key]
     place[where[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
-        definitions["RayCluster"].validate(cluster)
+        kuberay_definitions["RayCluster"].validate(cluster)
 
 
 def test_the_ray_cluster_is_closed_and_scales():
@@ -335,20 +324,20 @@ def built(folder):
     return list(yaml.safe_load_all(done.stdout))
 
 
-def test_kustomize_builds_the_cluster(definitions):
+def test_kustomize_builds_the_cluster(kuberay_definitions):
     documents = built("kuberay")
     assert {document["kind"] for document in documents} >= {"RayCluster", "CronJob", "ConfigMap", "NetworkPolicy"}
     assert {document["metadata"]["namespace"] for document in documents} == {"vit"}
     (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
-    definitions["RayCluster"].validate(cluster)
+    kuberay_definitions["RayCluster"].validate(cluster)
     images = set(re.findall(r"'image': '([^']*)'", str(documents)))
     assert images == {"registry.example.com/vit-pipeline:0.1.0"}  # in containers of resources of KubeRay, too
 
 
-def test_kueue_admits_the_whole_cluster_or_nothing(definitions):
+def test_kueue_admits_the_whole_cluster_or_nothing(kuberay_definitions):
     documents = built("kueue")
     (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
-    definitions["RayCluster"].validate(cluster)
+    kuberay_definitions["RayCluster"].validate(cluster)
     (local,) = [document for document in documents if document["kind"] == "LocalQueue"]
     (queue,) = [document for document in documents if document["kind"] == "ClusterQueue"]
     assert cluster["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]

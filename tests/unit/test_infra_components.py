@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_infra import ROOT, definitions
 
+ROOT = Path(__file__).parents[2]
 COMPONENTS = sorted(path.parent.name for path in (ROOT / "infra" / "components").glob("*/kustomization.yaml"))
-__all__ = ["definitions"]  # a fixture
 
 
 def cluster_with(names, folder: Path) -> dict:
@@ -27,9 +26,9 @@ def cluster_with(names, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("names", [*([name] for name in COMPONENTS), ["efa", "nvme", "logs"]], ids="+".join)
-def test_components_make_a_cluster_that_kuberay_knows(names, tmp_path, definitions):
+def test_components_make_a_cluster_that_kuberay_knows(names, tmp_path, kuberay_definitions):
     cluster = cluster_with(names, tmp_path)
-    definitions["RayCluster"].validate(cluster)
+    kuberay_definitions["RayCluster"].validate(cluster)
     gpu = cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]
     assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
     for container in gpu["containers"]:

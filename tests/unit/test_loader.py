@@ -374,7 +374,7 @@ def test_memory_is_used_again_once_a_batch_is_dropped(datasets):
 def test_row_groups_in_memory_are_bounded_and_read_once(datasets):
     dataset = datasets["jpeg"]
     with Loader(dataset, batch_size=4, lanes=2, augment=SMALL, shuffle_window=8, train=True) as loader:
-        most = max(len(loader._open) for _ in loader)
+        most = max(loader.row_groups_in_memory for _ in loader)
         assert most <= 2 * 2 + 8  # a lane straddles at most two, and eight are read ahead
     reads = loader.counters["reads"]
     assert reads <= len(dataset.row_groups) + 1 + 2 + 8  # a lane's border splits one; the next epoch has begun

@@ -297,7 +297,7 @@ def test_a_lost_answer_neither_doubles_nor_loses(uri, outage):
     run = start_run("pretrain", "lost", tracking_uri=uri)
     for step in range(20):
         run.log({names.LOSS: float(step)}, step=step)
-    wait_until(lambda: outage.lose_answers == 0 and not run._spool.pending)
+    wait_until(lambda: outage.lose_answers == 0 and not run.spool.pending)
     assert run.finish()
     experiment = outage.real(uri).get_experiment_by_name("pretrain").experiment_id
     assert len(outage.real(uri).search_runs([experiment])) == 1
@@ -423,7 +423,7 @@ def test_a_refused_record_does_not_hold_up_the_others(uri, monkeypatch, caplog):
     assert run.finish() is False
     assert [step for step, _ in history(uri, run.id, names.LOSS)] == [0, 1, 2, 3, 4]
     assert "2 of them refused" in caplog.text
-    with open(os.path.join(run._spool.folder, "rejected.jsonl")) as file:
+    with open(os.path.join(run.spool.folder, "rejected.jsonl")) as file:
         assert [json.loads(line)["kind"] for line in file] == ["params", "metrics"]
 
 
@@ -498,7 +498,7 @@ def test_queue_on_a_full_disk_keeps_records_in_memory_and_counts_what_it_loses(t
 def test_queue_does_not_wait_for_the_lock_and_reads_in_portions(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.spool.READ_BYTES", 20)
     queue = Queue(str(tmp_path / "q"))
-    with queue._lock:  # a delivery that is stuck
+    with queue.lock:  # a delivery that is stuck
         queue.append({"n": 0})
         queue.append({"n": 1})
     queue.append({"n": 2})

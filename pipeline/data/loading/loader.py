@@ -233,7 +233,7 @@ class Loader:
         while step < self.steps_per_epoch:
             if self._closed:
                 raise RuntimeError("the loader is closed")
-            while len(self._queue) <= self.prefetch and self._enqueue():
+            while len(self._queue) <= self.prefetch and self.enqueue():
                 pass
             for task in self._queue[0].tasks:
                 task.result()  # raises here what went wrong in a thread
@@ -254,7 +254,11 @@ class Loader:
         self._first_steps = np.ascontiguousarray(self._reads[:, 1])
         self._started = 0  # how many of them are under way or done
 
-    def _enqueue(self) -> bool:
+    @property
+    def row_groups_in_memory(self) -> int:
+        return len(self._open)
+
+    def enqueue(self) -> bool:
         """Queues the next batch: starts the reads that it needs and a few more, then the tasks that fill it."""
         epoch, step = self._next
         if step == self.steps_per_epoch:
