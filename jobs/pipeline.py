@@ -11,7 +11,7 @@
 
 The word run may be left out. As a Ray job (ray job submit --working-dir . -- python jobs/pipeline.py run FILE.yaml), or
 with --address from outside the cluster, each stage is a Ray job. Exit codes: 0 all done, 1 a stage failed, 2 wrong input,
-130 and 143 stopped.
+75 another run goes on or a store is away, 130 and 143 stopped.
 """
 
 # The name of this file is that of the project's package, and the folder of a started script leads Python's search path. So

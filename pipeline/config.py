@@ -109,7 +109,8 @@ def summary(function: Callable) -> str:
 
 
 def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
-    """Runs a job's `main(argv)` and exits honestly: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 stopped."""
+    """Runs a job's `main(argv)` and exits honestly: 0 done, 1 failed, 2 bad input, 75 later, 130 Ctrl-C, 143
+    stopped. 75: a store is away, or somebody else works in the output."""
 
     def stop(signum: int, frame: types.FrameType | None) -> None:
         raise SystemExit(128 + signum)  # unwinds through every `finally`, as Ctrl-C does
@@ -122,8 +123,9 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         # An error raised inside a Ray task arrives wrapped, with the original as its cause.
-        print(f"error: {credentials.redacted(str(getattr(error, 'cause', error)))}", file=sys.stderr)
-        code = 2
+        error = getattr(error, "cause", error)
+        print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
     except JobFailed as error:
         print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
         code = 1

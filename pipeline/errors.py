@@ -2,11 +2,26 @@
 
 from models.errors import UserError, nearest, shorten
 
-__all__ = ["JobFailed", "StorageError", "UserError", "nearest", "shorten"]
+__all__ = ["TRY_LATER", "InUse", "JobFailed", "StorageError", "Unavailable", "UserError", "nearest", "shorten"]
+
+TRY_LATER = 75
+"""Exit code: nothing is wrong with the input, and the same command may succeed later (EX_TEMPFAIL of sysexits.h)."""
 
 
 class StorageError(UserError):
     """The store cannot be reached or does not answer as it should: another attempt may succeed, unlike with other wrong input."""
+
+
+class Unavailable(StorageError):
+    """The store has not answered in all the time that is given to it."""
+
+    exit_code = TRY_LATER
+
+
+class InUse(UserError):
+    """Somebody else works in the same output."""
+
+    exit_code = TRY_LATER
 
 
 class JobFailed(Exception):

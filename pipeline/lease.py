@@ -9,6 +9,7 @@ holds nothing: on the same machine that is seen at once, from another one after 
 """
 
 import contextlib
+import json
 import logging
 import socket
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import InUse, UserError
 
 LAUNCH = "launch.json"
 RENEW_EVERY = 20.0
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """Holds an output while work in it goes on; see the module's docstring. Raises UserError when somebody else holds it."""
+    """Holds an output while work in it goes on; see the module's docstring. Raises InUse when somebody else holds it."""
 
     def __init__(
         self,
@@ -58,7 +59,10 @@ class Lease:
         holder = self._read()
         if holder is not None and _is_alive(holder, self.uri):
             raise self._refusal(holder)
-        self._write()
+        if not storage.exists(self.uri):  # the store lets one of several make it; what a dead one left is written over
+            storage.create_bytes(self.uri, self._text())
+        else:
+            self._write()
         time.sleep(SETTLE)
         holder = self._read()
         if holder is not None and holder["id"] != self.mine["id"]:
@@ -74,15 +78,18 @@ class Lease:
             if holder is not None and holder["id"] == self.mine["id"]:
                 storage.remove(self.uri)
 
-    def _refusal(self, holder: dict[str, Any]) -> UserError:
+    def _refusal(self, holder: dict[str, Any]) -> InUse:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
-        return UserError(
+        return InUse(
             f"{self.output} is {self.doing} by {holder['name']}, process {holder['pid']} on {holder['host']}, started "
             f"{since}; {self.remedy}"
         )
 
+    def _text(self) -> bytes:
+        return json.dumps({**self.mine, "renewed": time.time()}).encode()
+
     def _write(self) -> None:
-        storage.write_json(self.uri, {**self.mine, "renewed": time.time()})
+        storage.write_bytes(self.uri, self._text())
 
     def _read(self) -> dict[str, Any] | None:
         return _read_holder(self.uri)

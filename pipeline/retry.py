@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import StorageError
+from pipeline.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def retry(
 
     permanent: gives what to raise for an exception that another attempt cannot change, else None. patience: seconds, asked
     after each failure. closing: ends a pause, and the attempts with it. on_failure: called for each attempt that is repeated.
-    Raises StorageError that names `name`, the last failure and `remedy`.
+    Raises Unavailable that names `name`, the last failure and `remedy`.
     """
     begin, failed = time.monotonic(), 0
     while True:
@@ -50,6 +50,6 @@ def retry(
         logger.warning("%s: attempt %d failed: %s", name, failed, problem)
         seconds = patience()
         if time.monotonic() + pause > begin + seconds or (closing or threading.Event()).wait(pause):
-            raise StorageError(
+            raise Unavailable(
                 f"{name}: no answer after {failed} attempts in {seconds:g} s; the last one: {problem}; {remedy}"
             ) from problem

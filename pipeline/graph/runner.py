@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import TRY_LATER, UserError
 from pipeline.graph import cost, places, results
 from pipeline.graph.executor import Attempt, Ended, Executor
 from pipeline.graph.instances import Instance
@@ -27,6 +27,10 @@ LOST_AT_MOST = 5
 """Attempts that may be lost with their node or by a signal before a stage counts as failed."""
 WRONG_INPUT = 2
 STOP_CODES = (130, 143)
+LATER_AT_MOST = 30
+LATER_PAUSE = 20.0
+"""A stage that ends with `TRY_LATER` is tried again so often, after so many seconds: its store is away, or what is left of
+its last attempt, on a node that has lost its head, still works in its output."""
 STOP_GRACE = 90.0
 """Seconds that stages get to save themselves when the runner is stopped."""
 
@@ -63,6 +67,8 @@ class Runner:
         self.running: dict[str, Running] = {}
         self._tries: dict[str, int] = {}
         self._lost: dict[str, int] = {}
+        self._later: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
         self._outdated: set[str] = set()
         self._stopping = False
         self._dirty = False
@@ -76,7 +82,7 @@ class Runner:
             while True:
                 left = self._start_what_is_ready(left)
                 self._save()
-                if not self.running:
+                if not self.running and not any(name in self._not_before for name in left):
                     break
                 time.sleep(self.executor.pause)
                 for name in list(self.running):
@@ -122,6 +128,10 @@ class Runner:
             if not self._settle_needs(instance):
                 still.append(name)
                 continue
+            if time.monotonic() < self._not_before.get(name, 0.0):
+                still.append(name)
+                continue
+            self._not_before.pop(name, None)
             identity = self.plan.identity(instance)
             if name not in self.plan.forced and (version := self.plan.find(name, identity)) is not None:
                 self.plan.mark_done(name, version)
@@ -277,10 +287,14 @@ class Runner:
         return again
 
     def _may_try_again(self, name: str, ended: Ended) -> bool:
+        if ended.code == TRY_LATER:
+            self._later[name] = self._later.get(name, 0) + 1
+            self._not_before[name] = time.monotonic() + LATER_PAUSE
+            return self._later[name] <= LATER_AT_MOST
         if ended.code is None:
             self._lost[name] = self._lost.get(name, 0) + 1
             return self._lost[name] <= LOST_AT_MOST
-        failures = self._tries.get(name, 1) - self._lost.get(name, 0)
+        failures = self._tries.get(name, 1) - self._lost.get(name, 0) - self._later.get(name, 0)
         return ended.code != WRONG_INPUT and failures <= self.plan.instances[name].retries
 
     def _finish(self, name: str, running: Running, spent: dict[str, float]) -> None:

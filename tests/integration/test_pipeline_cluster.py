@@ -120,3 +120,5 @@ def test_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
     assert versions["data"][0].cost["attempts"] == 1
     assert versions["pretrain"][0].result["steps"] == 60
     assert versions["pretrain"][0].cost["attempts"] >= 3
+    log = Path(f"{place}.log").read_text()
+    assert "the cluster knows no such job: its head has started anew" in log

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.graph import file, instances, places, state
+from pipeline.graph import file, instances, places, runner, state
 from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
@@ -196,6 +196,15 @@ def test_attempts_that_are_lost_do_not_count_as_failures(tmp_path, source):
     assert executor.started.count("pretrain") == 5
     cost = state.load(str(tmp_path / "out")).records["pretrain"].versions[-1].cost
     assert (cost["attempts"], cost["seconds"]) == (5, 5.0)
+
+
+def test_what_is_in_use_is_tried_again_later_and_is_no_failure(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(runner, "LATER_PAUSE", 0.05)
+    executor = Fake({"pretrain": [75, 75, 75, 1, 75, 0], "transfer[tasks=knn]": [75] * 40})
+    outcome = go(chain(tmp_path / "out", source), executor)
+    assert "pretrain" in outcome.done
+    assert outcome.failed == ["transfer[tasks=knn]"]
+    assert executor.started.count("transfer[tasks=knn]") == runner.LATER_AT_MOST + 1
 
 
 def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, source):
