@@ -54,7 +54,7 @@ def main(argv: list[str], description: str, show: Show) -> int:
         plan = _plan(pipeline, where)
         show(export.export(plan, options.to, options.image))
         return 0
-    return run(pipeline, where, options, show)
+    return run(pipeline, where, options, show, again=lambda: _read(command, words)[1])
 
 
 def _page(command: str, description: str) -> str:
@@ -187,8 +187,10 @@ def _plan(pipeline: file.Pipeline, where: str) -> Plan:
 # ---------------------------------------------------------------- run
 
 
-def run(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
-    """One pass, or one each `--every`."""
+def run(
+    pipeline: file.Pipeline, where: str, options: Any, show: Show, again: Callable[[], file.Pipeline] | None = None
+) -> int:
+    """One pass, or one each `--every`. again: reads the pipeline anew for the next pass: its file or its source may change."""
     if options.parallel is not None and options.parallel < 1:
         raise UserError(f"--parallel {options.parallel} must be at least 1")
     if options.every is None:
@@ -197,8 +199,7 @@ def run(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
 
     for _ in ticks(seconds(options.every)):
         try:
-            current = file.load(options.file) if options.file else pipeline  # the file may have changed
-            run_once(current, where, options, show)
+            run_once(again() if again else pipeline, where, options, show)
         except (
             UserError,
             JobFailed,
