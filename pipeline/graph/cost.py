@@ -83,6 +83,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} d"
 
 
+def money(dollars: float) -> str:
+    """12,345.67, or 0.0123 below a dollar."""
+    return f"{dollars:,.2f}" if dollars >= 1 or not dollars else f"{dollars:.4f}"
+
+
 def size(count: float | None) -> str:
     """12 MB."""
     if count is None:

@@ -5,6 +5,7 @@ background, and is linked with those of the stages when they are there.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import tracking
 from pipeline.graph import cost, report
+from pipeline.graph.file import PROMOTE
 from pipeline.graph.plan import Plan, Status
 from pipeline.tracking import names, search, server
 from pipeline.tracking.views import page
@@ -59,14 +61,15 @@ class PipelineRecord:
         try:
             run = self._run.result()
             found = self._stages(run, states)
-            links = {name: info.path for name, info in found.items()}
+            links = {name: info.path for name, info in found.items()} | _registered(states)
             run.log(_costs(states, estimates))
-            run.set_tags({f"stage.{name}": info.id for name, info in found.items()})
+            run.set_tags({f"stage.{_readable(name)}": info.id for name, info in found.items()})
             picture = report.picture(self.plan, states)
             markdown = report.page(self.plan, states, rows, links)
             run.log_bytes(picture, "graph.png")
             run.log_text(markdown, "report.md")
-            run.log_text(page(markdown, {"graph": picture}), "report.html")
+            # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the links.
+            run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
             run.set_tags({names.NOTE: markdown[: names.MAX_VALUE]})
             run.finish(status)
             return run.url
@@ -100,12 +103,25 @@ class PipelineRecord:
 def _costs(states: Mapping[str, Status], estimates: Mapping[str, float]) -> dict[str, float]:
     spent: dict[str, Any] = {name: status.version.cost for name, status in states.items() if status.version is not None}
     values = {
-        f"stage/{name}/{key}": float(v)
+        f"stage/{_readable(name)}/{key}": float(v)
         for name, one in spent.items()
         for key, v in one.items()
         if isinstance(v, int | float)
     }
-    values |= {f"stage/{name}/estimated_seconds": value for name, value in estimates.items()}
+    values |= {f"stage/{_readable(name)}/estimated_seconds": value for name, value in estimates.items()}
     return values | {
         f"{names.COST}{key}": value for key, value in cost.total(list(spent.values())).items() if key != "seconds"
     }
+
+
+def _registered(states: Mapping[str, Status]) -> dict[str, str]:
+    """{promote: page of the registered version that it promoted, or considered}"""
+    version = states[PROMOTE].version if PROMOTE in states else None
+    if version is None or not version.result.get("champion"):
+        return {}
+    return {PROMOTE: f"#/models/{version.result['model']}/versions/{version.result['champion']}"}
+
+
+def _readable(name: str) -> str:
+    """A stage's name in the letters that MLflow takes: pretrain[lr=1e-3,seed=1] is "pretrain lr 1e-3 seed 1"."""
+    return re.sub(r"[\[\]=,]+", " ", name).strip()

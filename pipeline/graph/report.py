@@ -42,7 +42,20 @@ def status_table(plan: Plan, states: Mapping[str, Status], runner: str | None = 
         lines.append(
             f"{cut(name, width):{width}s}  {status.state:7s}  {cut(detail(plan, name, status), WIDTH - width - 11)}".rstrip()
         )
+    logs = {name: log for name, status in states.items() if (log := _log(plan, name, status))}
+    if logs:
+        lines += ["", "logs, in that folder:", *(f"  {log}" for log in logs.values())]
     return "\n".join(lines)
+
+
+def _log(plan: Plan, name: str, status: Status) -> str:
+    """The log of an attempt that runs, or of the last one that ended badly; relative to the pipeline's output."""
+    record = plan.state.records.get(name)
+    if record is None:
+        return ""
+    if status.state == RUNNING and record.running is not None:
+        return record.running.log
+    return record.failed.log if status.state in (FAILED, STOPPED) and record.failed is not None else ""
 
 
 def detail(plan: Plan, name: str, status: Status) -> str:
@@ -139,7 +152,7 @@ def dry_run(
 def _numbers(estimate: Estimate | None) -> str:
     if estimate is None:
         return f"{'?':>7s} {'?':>7s} {'?':>7s} {'':>7s}"
-    money = "" if estimate.dollars is None else f"{estimate.dollars:,.2f}"
+    money = "" if estimate.dollars is None else cost.money(estimate.dollars)
     gpu = f"{estimate.gpu_hours:,.2f}" if estimate.gpu_hours else ""
     return f"{cost.duration(estimate.seconds):>7s} {estimate.cpu_hours:>7,.2f} {gpu:>7s} {money:>7s}"
 
@@ -151,7 +164,8 @@ def cost_rows(plan: Plan, states: Mapping[str, Status], estimates: Mapping[str, 
     for name, version in done.items():
         rows.append(_cost_row(name, version.cost, estimates.get(name)))
     if rows:
-        rows.append(_cost_row("in all", cost.total([version.cost for version in done.values()]), None))
+        guessed = sum(estimates[name] for name in done) if set(done) <= set(estimates) else None
+        rows.append(_cost_row("in all", cost.total([version.cost for version in done.values()]), guessed))
     return rows
 
 
@@ -164,7 +178,7 @@ def _cost_row(name: str, spent: Mapping[str, Any], estimate: float | None) -> li
         f"{spent['gpu_hours']:.2f}" if spent.get("gpu_hours") else "",
         cost.size(spent.get("read")),
         cost.size(spent.get("written")),
-        f"{spent['dollars']:.2f}" if spent.get("dollars") is not None else "",
+        "" if spent.get("dollars") is None else cost.money(spent["dollars"]),
     ]
 
 
@@ -239,10 +253,17 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
 
 
 def layers(plan: Plan) -> list[list[str]]:
-    """The instances by how many others stand before them in a row."""
+    """The instances by how many others stand before them in a row; one that needs nothing stands right before what needs it."""
     depth: dict[str, int] = {}
     for name, instance in plan.instances.items():
         depth[name] = max((depth[up] + 1 for up in instance.needs), default=0)
+    readers: dict[str, list[int]] = {}
+    for name in plan.instances:
+        for up in direct_needs(plan, name):
+            readers.setdefault(up, []).append(depth[name])
+    for name, levels in readers.items():
+        if not plan.instances[name].needs:
+            depth[name] = min(levels) - 1
     return [[name for name in depth if depth[name] == level] for level in range(max(depth.values()) + 1)]
 
 
@@ -259,7 +280,7 @@ def direct_needs(plan: Plan, name: str) -> list[str]:
     return [up for up in needs if up not in through]
 
 
-HALF = 0.43
+HALF = 0.44
 """Half the width of a box, in columns."""
 
 
@@ -270,10 +291,11 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
 
     columns = [column[:40] for column in layers(plan)]
     rows = max(map(len, columns))
-    figure = Figure(figsize=(3.4 * len(columns) + 0.3, 0.72 * rows + 0.7), dpi=110)
+    # MLflow shows a picture as wide as its page: narrow columns keep the text legible.
+    figure = Figure(figsize=(2.35 * len(columns) + 0.2, 0.62 * rows + 0.5), dpi=144)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, len(columns))
-    axes.set_ylim(-rows, 0.8)
+    axes.set_ylim(-rows - 0.1, 0.7)
     axes.axis("off")
     place = {
         name: (x + 0.5, -(y + 0.5) - (rows - len(column)) / 2)
@@ -284,16 +306,17 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
         for up in direct_needs(plan, name):
             if up in place:
                 ends: dict[str, Any] = {"xy": (x - HALF, y), "xytext": (place[up][0] + HALF, place[up][1])}
-                axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8})
+                axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.8}, zorder=1)
     for name, (x, y) in place.items():
         status = states[name]
         style: dict[str, Any] = {"facecolor": COLOURS[status.state], "edgecolor": "#666666", "linewidth": 0.7}
-        axes.add_patch(Rectangle((x - HALF, y - 0.33), 2 * HALF, 0.66, **style))
-        text = f"{cut(name, 40)}\n{cut(detail(plan, name, status) or status.state, 44)}"
-        axes.text(x, y, text, ha="center", va="center", fontsize=7.5)
-    for i, (state, colour) in enumerate(COLOURS.items()):
-        box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "#666666", "linewidth": 0.5}
-        axes.text(0.08 + i * 0.22, 0.4, state, fontsize=7, va="center", bbox=box)
+        axes.add_patch(Rectangle((x - HALF, y - 0.38), 2 * HALF, 0.76, zorder=2, **style))
+        text = f"{cut(name, 31)}\n{cut(detail(plan, name, status) or status.state, 31)}"
+        axes.text(x, y, text, ha="center", va="center", fontsize=8.5, zorder=3)
+    shown = [state for state in COLOURS if any(status.state == state for status in states.values())]
+    for i, state in enumerate(shown):
+        box = {"boxstyle": "round,pad=0.25", "facecolor": COLOURS[state], "edgecolor": "#666666", "linewidth": 0.5}
+        axes.text(0.5 - HALF + 0.03 + i * 0.3, 0.35, state, fontsize=8.5, va="center", bbox=box)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
@@ -302,13 +325,12 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
 def page(plan: Plan, states: Mapping[str, Status], rows: Sequence[Sequence[str]], links: Mapping[str, str]) -> str:
     """The report as Markdown: what each stage is, where it stands, what it took. links: {stage: address of its MLflow run}."""
     lines = [f"# Pipeline {plan.pipeline.name}", "", f"State and outputs: `{plan.state.root}`", ""]
-    lines += ["| stage | job | state | | output |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| stage | job | state | | output in that folder |", "| --- | --- | --- | --- | --- |"]
     for name, status in states.items():
         title = f"[{name}]({links[name]})" if name in links else name
-        output = plan.state.address(status.version.output) if status.version else ""
-        lines.append(
-            f"| {title} | {plan.instances[name].kind.name} | {status.state} | {detail(plan, name, status).replace('|', '/')} | `{output}` |"
-        )
+        output = f"`{status.version.output}`" if status.version else ""
+        what = detail(plan, name, status).replace("|", "/")
+        lines.append(f"| {title} | {plan.instances[name].kind.name} | {status.state} | {what} | {output} |")
     if rows:
         lines += ["", "## Costs", "", "| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
