@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,8 @@ import psutil
 from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
+STARTS = 8
+"""A node ends when its agent does not start in 15 s, which it may not on a busy machine; then it is started again."""
 MARK = "VIT_TEST_NODE"
 """In the environment of all processes of one node: those of one machine share the session's folder."""
 
@@ -29,7 +31,7 @@ def ray_head(
     keep: Collection[str] = (),
     more: Collection[str] = (),
     dashboard: int | None = None,
-    mark: str = "head",
+    mark: str | None = None,
 ) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(address of the job server, environment without the token, environment with it); `home` is HOME in both.
 
@@ -38,6 +40,7 @@ def ray_head(
     mark: for `kill_marked`.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray"))
+    mark = mark or folder.name
     port, dashboard = port or free_port(), dashboard or free_port()
     environment = {name: value for name, value in os.environ.items() if name in keep or not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -46,15 +49,13 @@ def ray_head(
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
     command += [f"--ray-client-server-port={free_port()}", *more]
-    with open(folder / "head.log", "w") as log:
-        process = subprocess.Popen(command, env=with_token | {MARK: mark}, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
+    process = None
     try:
-        _wait(address, process, folder / "head.log")
+        process = _start(command, with_token | {MARK: mark}, folder / "head.log", lambda: _asks_for_a_token(address))
         yield address, environment, with_token
     finally:
-        process.terminate()
-        process.wait(120)
+        _end(process, mark)
         _kill(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -68,14 +69,12 @@ def ray_node(port: int, environment: dict[str, str], mark: str, more: Collection
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     command = [BIN / "ray", "start", f"--address=127.0.0.1:{port}", "--block", "--disable-usage-stats", *more]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    with open(folder / "node.log", "w") as log:
-        process = subprocess.Popen(command, env=environment | {MARK: mark}, stdout=log, stderr=log)
+    process = None
     try:
+        process = _start(command, environment | {MARK: mark}, folder / "node.log")
         yield
     finally:
-        process.terminate()
-        process.wait(120)
-        kill_marked(mark)
+        _end(process, mark)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -95,17 +94,49 @@ def _kill(folder: Path) -> None:
                 left.kill()
 
 
-def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
-    """Until the job server asks for the token."""
-    deadline = time.time() + 180
-    while time.time() < deadline:
-        try:
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=2).close()
-        except urllib.error.HTTPError as error:
-            if error.code == 401:
-                return
-        except OSError:
-            pass
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.5)
-    raise AssertionError(f"the Ray head does not answer: {log.read_text()}")
+def _start(
+    command: Sequence[str | Path], environment: dict[str, str], log: Path, ready: Callable[[], bool] = lambda: True
+) -> subprocess.Popen:
+    """The process of `ray start`, once its node has come up and `ready` says so."""
+    mark = environment[MARK]
+    for _ in range(STARTS):
+        with open(log, "a") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        deadline = time.time() + 180
+        while process.poll() is None and time.time() < deadline:
+            if _is_up(mark) and ready():
+                return process
+            time.sleep(0.5)
+        _end(process, mark)
+    raise AssertionError(f"the Ray node does not start: {log.read_text()}")
+
+
+def _end(process: subprocess.Popen | None, mark: str) -> None:
+    if process is not None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        kill_marked(mark)
+        process.wait(60)
+
+
+def _is_up(mark: str) -> bool:
+    """Whether the node of that mark has an agent, which is the last of what it waits for."""
+    for process in psutil.process_iter(["name", "cmdline", "environ"]):
+        if process.info["name"] == "raylet" and (process.info["environ"] or {}).get(MARK) == mark:
+            options = dict(
+                word.split("=", 1) for word in process.info["cmdline"] if word.startswith("--") and "=" in word
+            )
+            return (Path(options["--session_dir"]) / f"metrics_agent_port_{options['--node_id']}").exists()
+    return False
+
+
+def _asks_for_a_token(address: str) -> bool:
+    """Whether the job server answers."""
+    try:
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=2).close()
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    except OSError:
+        pass
+    return False

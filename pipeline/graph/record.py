@@ -4,6 +4,7 @@ Stages find it by an id in their environment and in its tags, so that none waits
 background, and is linked with those of the stages when they are there.
 """
 
+import importlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ class PipelineRecord:
             tracking_uri=self.uri,
         )
         run["run_id"] = made.id
+        importlib.import_module("matplotlib.figure")  # a second that the picture at the end saves
         return made
 
     def finish(
@@ -70,7 +72,8 @@ class PipelineRecord:
             run.log_text(markdown, "report.md")
             # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the links.
             run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
-            run.set_tags({names.NOTE: markdown[: names.MAX_VALUE]})
+            whole = len(markdown) <= names.MAX_VALUE
+            run.set_tags({names.NOTE: markdown if whole else markdown[: names.MAX_VALUE].rpartition("\n")[0]})
             run.finish(status)
             return run.url
         except Exception as error:

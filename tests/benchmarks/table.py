@@ -120,6 +120,16 @@ def transfer(result: dict) -> Iterator[Row]:
     )
 
 
+def pipeline(result: dict) -> Iterator[Row]:
+    added, done, planned = (
+        result[key]["cpu_seconds"]
+        for key in ("added to each of 10 stages", "10 stages, all done", "1,000 stages planned")
+    )
+    yield "What a pipeline of ten stages adds to each of its jobs (CPU time)", f"{added:.2f} s", ""
+    yield "Its answer when all are done (CPU time)", f"{done:.2f} s", ""
+    yield "Planning 1,000 stages, with the start of Python (CPU time)", f"{planned:.2f} s", ""
+
+
 SECTIONS = {
     "loader_speed": loader,
     "prepare_speed": prepare,
@@ -127,6 +137,7 @@ SECTIONS = {
     "model_speed": model,
     "train_step_cpu": train_step,
     "transfer_speed": transfer,
+    "pipeline_overhead": pipeline,
 }
 
 
