@@ -33,6 +33,7 @@ def entrypoints():
         name: documents(name)[0]["spec"]["entrypoint"] for name in ("prepare.yaml", "pretrain.yaml", "transfer.yaml")
     }
     schedules = ("evaluate-raycronjob.yaml", "pipeline-raycronjob.yaml")
+    jobs["../rayjob/all/pipeline.yaml"] = documents("../rayjob/all/pipeline.yaml")[0]["spec"]["entrypoint"]
     return jobs | {name: documents(name)[0]["spec"]["jobTemplate"]["entrypoint"] for name in schedules}
 
 

@@ -334,6 +334,19 @@ def test_kustomize_builds_the_cluster(kuberay_definitions):
     assert images == {"registry.example.com/vit-pipeline:0.1.0"}  # in containers of resources of KubeRay, too
 
 
+def test_a_rayjob_brings_the_cluster_with_it(kuberay_definitions):
+    documents = built("rayjob")
+    assert sorted(document["kind"] for document in documents) == [
+        *("ConfigMap", "NetworkPolicy", "RayJob", "ServiceAccount")
+    ]
+    job = next(document for document in documents if document["kind"] == "RayJob")
+    kuberay_definitions["RayJob"].validate(job)
+    (cluster,) = [document for document in built("kuberay") if document["kind"] == "RayCluster"]
+    assert job["spec"]["rayClusterSpec"] == cluster["spec"]
+    assert job["spec"]["backoffLimit"] > 0
+    assert "clusterSelector" not in job["spec"]  # KubeRay refuses it beside backoffLimit
+
+
 def test_kueue_admits_the_whole_cluster_or_nothing(kuberay_definitions):
     documents = built("kueue")
     (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
@@ -375,7 +388,11 @@ def test_shellcheck_is_content(path, tmp_path):
     assert "SC2086" in linted("shellcheck", tmp_path / "bad.sh")
 
 
-@pytest.mark.parametrize("path", sorted(INFRA.rglob("Dockerfile")), ids=lambda path: str(path.relative_to(INFRA)))
+@pytest.mark.parametrize(
+    "path",
+    sorted(set(INFRA.rglob("Dockerfile*")) - set(INFRA.rglob("*.dockerignore"))),
+    ids=lambda path: str(path.relative_to(INFRA)),
+)
 def test_hadolint_is_content(path, tmp_path):
     assert linted("hadolint", path) == ""
     (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp\n")
