@@ -24,16 +24,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-
 from pipeline import storage
 from pipeline.credentials import redacted
 
+console: Any
+"""The terminal; None on a machine without rich, one that only computes (tests/benchmarks/gpu.py)."""
+try:
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+except ModuleNotFoundError:
+    console = None
+else:
+    console = Console(stderr=True, highlight=False)
+
 ROOTS = ("pipeline", "models", "jobs")  # our loggers; other libraries keep their own levels
-console = Console(stderr=True, highlight=False)
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +65,7 @@ class _OneLine(_WithoutPasswords):
 def setup(level: int = logging.INFO) -> None:
     """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is harmless."""
     handler: logging.Handler
-    if console.is_terminal:
+    if on_terminal():
         handler = RichHandler(
             console=console, show_path=False, markup=False, omit_repeated_times=False, log_time_format="%H:%M:%S"
         )
@@ -74,9 +80,15 @@ def setup(level: int = logging.INFO) -> None:
         ours.propagate = False
 
 
+def on_terminal() -> bool:
+    """Whether a person watches."""
+    return console is not None and console.is_terminal
+
+
 def show(text: str) -> None:
     """Text for the person at the terminal, on standard error: without a time, and without line breaks inside commands."""
-    console.print(text, soft_wrap=True, markup=False)
+    if console is not None:
+        console.print(text, soft_wrap=True, markup=False)
 
 
 def reserve_stdout() -> TextIO:
@@ -225,7 +237,7 @@ class Progress:
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
-        if console.is_terminal:
+        if on_terminal():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),

@@ -26,7 +26,7 @@ class SuiteProgress:
         self.live: Live | None = None
 
     def __enter__(self) -> Self:
-        if logs.console.is_terminal:
+        if logs.on_terminal():
             self.live = Live(console=logs.console, refresh_per_second=2, transient=True)
             self.live.start()
         return self
