@@ -29,19 +29,34 @@ class Gpu:
     network: float
     """Bytes per second from a whole node to other nodes (p5, a3, p4d, g6e, g5, g6, p3dn)."""
 
+    names: tuple[str, ...]
+    """What the driver calls the device, exactly: neighbours by name (L4, L40, L40S) differ by a factor of three."""
 
+
+# Peaks and memory are those of the vendor's data sheets, "H100 SXM" and "H100 PCIe" apart.
 GPUS = {
-    "h100": Gpu(80e9, 989.5e12, 450e9, 400e9),
-    "h200": Gpu(141e9, 989.5e12, 450e9, 400e9),
-    "gh200": Gpu(96e9, 989.5e12, 450e9, 50e9),
-    "b200": Gpu(180e9, 2250e12, 900e9, 400e9),
-    "a100": Gpu(80e9, 312e12, 300e9, 50e9),
-    "a100-40gb": Gpu(40e9, 312e12, 300e9, 50e9),
-    "l40s": Gpu(48e9, 362e12, 32e9, 50e9),
-    "a10g": Gpu(24e9, 70e12, 16e9, 12.5e9),
-    "l4": Gpu(24e9, 121e12, 16e9, 12.5e9),
-    "v100": Gpu(32e9, 125e12, 150e9, 12.5e9),
+    "h100": Gpu(80e9, 989.5e12, 450e9, 400e9, ("NVIDIA H100 80GB HBM3",)),
+    "h100-pcie": Gpu(80e9, 756e12, 64e9, 50e9, ("NVIDIA H100 PCIe",)),
+    "h100-nvl": Gpu(94e9, 835.5e12, 64e9, 50e9, ("NVIDIA H100 NVL",)),
+    "h200": Gpu(141e9, 989.5e12, 450e9, 400e9, ("NVIDIA H200",)),
+    "h200-nvl": Gpu(141e9, 835.5e12, 64e9, 50e9, ("NVIDIA H200 NVL",)),
+    "gh200": Gpu(96e9, 989.5e12, 450e9, 50e9, ("NVIDIA GH200 480GB", "NVIDIA GH200 120GB")),
+    "h800": Gpu(80e9, 989.5e12, 200e9, 400e9, ("NVIDIA H800",)),
+    "h20": Gpu(96e9, 148e12, 450e9, 400e9, ("NVIDIA H20",)),
+    "b200": Gpu(180e9, 2250e12, 900e9, 400e9, ("NVIDIA B200",)),
+    "b300": Gpu(270e9, 2250e12, 900e9, 800e9, ("NVIDIA B300 SXM6 AC",)),
+    "a100": Gpu(80e9, 312e12, 300e9, 50e9, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "a100-40gb": Gpu(40e9, 312e12, 300e9, 50e9, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+    "a800": Gpu(80e9, 312e12, 200e9, 50e9, ("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe")),
+    "l40s": Gpu(48e9, 362e12, 32e9, 50e9, ("NVIDIA L40S",)),
+    "l40": Gpu(48e9, 181e12, 32e9, 50e9, ("NVIDIA L40",)),
+    "a10g": Gpu(24e9, 70e12, 16e9, 12.5e9, ("NVIDIA A10G",)),
+    "l4": Gpu(24e9, 121e12, 16e9, 12.5e9, ("NVIDIA L4",)),
+    "v100": Gpu(32e9, 125e12, 150e9, 12.5e9, ("Tesla V100-SXM2-32GB", "Tesla V100-SXM3-32GB")),
+    "v100-16gb": Gpu(16e9, 125e12, 150e9, 12.5e9, ("Tesla V100-SXM2-16GB",)),
 }
+USABLE_MEMORY = 0.92
+"""Share of a GPU's memory that a run may plan with; the rest is for the CUDA context, NCCL, kernels and the allocator's fragments."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -51,15 +66,27 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
+def identify_gpu(name: str) -> str | None:
+    """The key in GPUS of the device that the driver calls `name`; None for one that is not in the table, or a slice of one (MIG)."""
+    return next((key for key, gpu in GPUS.items() if name in gpu.names), None)
+
+
+def device_memory(device: "torch.device") -> float:
+    """Bytes of one GPU: of the table where it is known, so that a run takes what its plan said; else what the driver has."""
+    import torch
+
+    known = identify_gpu(torch.cuda.get_device_name(device))
+    return GPUS[known].memory if known else float(torch.cuda.get_device_properties(device).total_memory)
+
+
 def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
-    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs; on a CPU measured, a matrix product in `precision`."""
+    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs, infinite for one that is not in the table; on a CPU measured,
+    a matrix product in `precision`."""
     import torch  # jobs/plan.py --help does without
 
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).upper()
-        known = [kind for kind in GPUS if kind.upper() in name]
-        # The longest name: "L4" is also in "L40S", "H200" in "GH200". An unknown GPU shows 0% and not a wrong number.
-        return GPUS[max(known, key=len)].peak_flops if known else float("inf")
+        known = identify_gpu(torch.cuda.get_device_name(device))
+        return GPUS[known].peak_flops if known else float("inf")
     size = 1536
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)

@@ -3,26 +3,25 @@
 from pipeline import storage
 from pipeline.data.format import Dataset
 from pipeline.training.config import PretrainConfig
-from pipeline.training.plan import loading_threads
+from pipeline.training.plan import loading_threads, memory_remedies
 
 
-def out_of_memory(config: PretrainConfig, workers: int, *, host: bool) -> str:
-    """The settings that this run still has against running out of memory. host: the node's memory, not the device's."""
-    engine = config.engine
-    micro_batch = engine.micro_batch or config.batch_size // max(workers, config.runtime.workers)
-    settings = []
-    if micro_batch > 1:
-        settings.append(f"--engine.micro-batch {micro_batch // 2} (now {micro_batch}; the batch stays as it is)")
-    if not engine.activation_checkpointing:
-        settings.append("--engine.activation-checkpointing")
-    if engine.zero < 3:
-        settings.append(f"--engine.zero {engine.zero + 1} with more workers (now {engine.zero})")
+def out_of_memory(config: PretrainConfig, micro_batch: int, *, host: bool) -> str:
+    """The settings that this run still has against running out of memory. micro_batch: images of one forward pass.
+
+    host: the node's memory, not the device's.
+    """
+    settings = memory_remedies(config)
     if host:
+        settings = [
+            setting for setting in settings if not setting.startswith(("--engine.offload", "--engine.precision"))
+        ]
         settings.append(f"fewer workers on a node, or a --shuffle-window below {config.shuffle_window}")
-    else:
-        settings += [] if engine.offload or engine.zero == 0 else ["--engine.offload (optimiser states in host memory)"]
-        settings += [] if engine.precision != "fp32" else ["--engine.precision bf16"]
-    return f"out of {'host' if host else 'device'} memory; try {'; '.join(settings)}"
+    if micro_batch > 1:
+        smaller = max(n for n in range(1, micro_batch) if micro_batch % n == 0)
+        settings.insert(0, f"--engine.micro-batch {smaller} (now {micro_batch}; the batch stays as it is)")
+    where = "host" if host else "device"
+    return f"out of {where} memory; try {'; '.join(settings) or 'a GPU with more memory'}"
 
 
 def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> str:

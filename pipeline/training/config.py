@@ -77,8 +77,8 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of parameters and activations. Optimiser states are always fp32."""
     micro_batch: int | None = None
-    """Images per worker in one forward pass; gradients accumulate over the rest of the worker's batch. None: all
-    images at once."""
+    """Images per worker in one forward pass; gradients accumulate over the rest of the worker's batch. None: as many
+    as fit into the GPU's memory by estimate, and on a CPU all of them."""
     offload: bool = False
     """Keep the optimiser states in host memory."""
     compile: bool = False
@@ -142,6 +142,8 @@ class RuntimeConfig:
     """CPU cores per worker."""
     gpus: bool = False
     """Give each worker one GPU."""
+    gpu: str = "h100"
+    """GPU model that plans are made for: the micro-batch, the time, the CPU cores. Workers take the one that they find."""
     threads: int | None = None
     """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None

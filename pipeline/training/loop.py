@@ -23,7 +23,9 @@ from pipeline import config as configuration
 from pipeline import metrics as live
 from pipeline import storage
 from pipeline.data import Loader, open_dataset
+from pipeline.data.format import Dataset
 from pipeline.data.loading.order import DROPOUT, bits
+from pipeline.hardware import device_memory
 from pipeline.tracking import Run, names
 from pipeline.training import checkpoint
 from pipeline.training.advice import data_wait_advice
@@ -70,7 +72,11 @@ class Trainer:
     def __init__(self, config: PretrainConfig, worker: Worker, run: Run | None, heartbeat: Callable[..., None]):
         self.config, self.worker, self.run, self.heartbeat = config, worker, run, heartbeat
         self.dataset = open_dataset(config.runtime.data)
-        self.plan = plan = make_plan(config, self.dataset, worker.world)
+        self.plan = plan = plan_for(config, self.dataset, worker)
+        if config.runtime.gpus and config.engine.micro_batch is None:
+            self.info(
+                "micro-batches of %d images fit this GPU (--engine.micro-batch sets another number)", plan.micro_batch
+            )
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         model = create_model(**plan.model_options)
         self.flops_per_image = 3 * flops(model.config, patch_keep_rate=config.patch_keep_rate)
@@ -302,6 +308,16 @@ class Trainer:
     def publish(self, values: dict[str, float]) -> None:
         if self.worker.rank == 0:
             live.publish(values, run=self.config.runtime.output)
+
+
+def plan_for(config: PretrainConfig, dataset: Dataset, worker: Worker) -> TrainPlan:
+    """The plan of the GPU that this worker has; the worker with the least memory has the say. A collective on GPUs."""
+    if worker.device.type != "cuda":
+        return make_plan(config, dataset, worker.world)
+    memory = torch.tensor(device_memory(worker.device), dtype=torch.float64, device=worker.device)
+    if worker.world > 1:
+        dist.all_reduce(memory, op=dist.ReduceOp.MIN)
+    return make_plan(config, dataset, worker.world, gpu_memory=float(memory))
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

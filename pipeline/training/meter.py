@@ -1,5 +1,6 @@
 """Rates between two log lines: images per second, waiting for data, MFU, memory; and the line itself."""
 
+import math
 import resource
 import sys
 import time
@@ -51,8 +52,8 @@ class Meter:
             names.DATA_WAIT: min(self.waited / seconds, 1.0),
             names.MEMORY_GB: memory_gb(self.device),
         }
-        # On CPUs that others use, too, the rate is theirs as much as ours.
-        if self.machine is None or self.machine.is_quiet():
+        # On CPUs that others use, too, the rate is theirs as much as ours. Of an unknown GPU nothing is said.
+        if math.isfinite(self.peak) and (self.machine is None or self.machine.is_quiet()):
             values[names.MFU] = self.rate * self.train_flops / self.peak
         self.trained += seconds - min(self.waited, seconds)
         self.images, self.waited, self.since = 0, 0.0, now

@@ -14,7 +14,9 @@ from pipeline import config as configuration
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
 from pipeline.training.config import EngineConfig, PretrainConfig
+from pipeline.training.memory import fit_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +81,22 @@ def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -
     return {"num_classes": num_classes, "image_size": config.image_size, **options}
 
 
-def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> TrainPlan:
-    """The plan of `config` on `dataset` with so many workers. Raises UserError for whatever could not work."""
+def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_memory: float | None = None) -> TrainPlan:
+    """The plan of `config` on `dataset` with so many workers. Raises UserError for whatever could not work.
+
+    gpu_memory: bytes of each worker's GPU. None: those of the GPU that `runtime.gpu` names.
+    """
     check_values(config)
     check_data(config, dataset)
     batch = config.batch_size
     lanes = config.lanes or default_lanes(batch, len(dataset))
     check_layout(batch, lanes, workers)
     per_worker = batch // workers
-    # With fewer workers than planned each has more images, and no more memory.
-    micro = config.engine.micro_batch or math.gcd(per_worker, batch // config.runtime.workers)
+    channels = dataset.manifest.image.get("channels", 3)
+    micro = config.engine.micro_batch
+    if micro is None:
+        memory = gpu_memory or find_gpu(config.runtime.gpu).memory
+        micro = _micro_batch(config, model_options(config, len(dataset.classes), channels), workers, memory)
     if micro < 1 or per_worker % micro:
         raise UserError(
             f"engine.micro_batch {micro} does not divide the {per_worker} images of each worker (batch_size {batch} over "
@@ -99,7 +107,7 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> TrainPl
         config=config,
         classes=tuple(dataset.classes),
         samples=len(dataset),
-        channels=dataset.manifest.image.get("channels", 3),
+        channels=channels,
         data_fingerprint=dataset.manifest.fingerprint,
         workers=workers,
         lanes=lanes,
@@ -109,6 +117,44 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int) -> TrainPl
         steps_per_epoch=steps_per_epoch,
         **_horizons(config, steps_per_epoch * batch),
     )
+
+
+def _micro_batch(config: PretrainConfig, options: Mapping[str, Any], workers: int, gpu_memory: float) -> int:
+    """Images of one forward pass where the config names no number: on a CPU all of a worker's, on a GPU as many as fit.
+
+    With fewer workers than planned each has more images, and no more memory. Raises UserError when not even one image fits.
+    """
+    images = math.gcd(config.batch_size // workers, config.batch_size // config.runtime.workers)
+    if not config.runtime.gpus:
+        return images
+    fit = fit_micro_batch(config, options, stage=config.engine.zero, gpus=workers, memory=gpu_memory, images=images)
+    if fit.micro_batch:
+        return fit.micro_batch
+    raise UserError(
+        f"{config.model.variant} needs {(fit.used + fit.per_image) / 1e9:.0f} GB with one image, by estimate, and a GPU has "
+        f"{gpu_memory / 1e9:.0f} GB; try {'; '.join(memory_remedies(config)) or 'a GPU with more memory'}; --engine.micro-batch 1 tries it "
+        "all the same"
+    )
+
+
+def memory_remedies(config: PretrainConfig) -> list[str]:
+    """The settings that still take less memory of the device: flags that go together with the others of the run."""
+    engine, settings = config.engine, []
+    if not engine.activation_checkpointing:
+        settings.append("--engine.activation-checkpointing")
+    elif engine.checkpoint_keeps != "nothing" or engine.checkpointed_blocks is not None:
+        settings.append("--engine.checkpoint-keeps nothing --engine.checkpointed-blocks None (recompute every block)")
+    fp32_gradients = " --engine.gradient-precision model" if engine.gradient_precision == "fp32" else ""
+    if engine.zero < 2:
+        settings.append(f"--engine.zero {engine.zero + 1} (now {engine.zero}; divides among more workers)")
+    elif engine.zero == 2:
+        eager = " --engine.no-compile" if engine.compile else ""  # stage 3 cannot be compiled
+        settings.append(f"--engine.zero 3{eager}{fp32_gradients} (now 2; divides among more workers)")
+    if not engine.offload and engine.zero and config.optimizer.name != "muon":
+        settings.append(f"--engine.offload{fp32_gradients} (optimiser states in host memory)")
+    if engine.precision == "fp32" and not (config.optimizer.name == "muon" and engine.zero == 0):
+        settings.append("--engine.precision bf16" + (" --engine.no-tf32" if engine.tf32 else ""))
+    return settings
 
 
 def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, int]:
@@ -137,6 +183,7 @@ def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, i
 def check_values(config: PretrainConfig) -> None:
     """What can be said of a config without its data. Raises UserError naming the field."""
     _check_ranges(config)
+    find_gpu(config.runtime.gpu)
     engine, optimizer, runtime = config.engine, config.optimizer, config.runtime
     if config.validation_resize is not None and config.validation_resize < config.image_size:
         raise UserError(

@@ -10,7 +10,9 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import logs
+from pipeline.data import open_dataset
 from pipeline.errors import UserError
+from pipeline.hardware import device_memory
 from pipeline.tracking import attach_run
 from pipeline.tracking.system import SystemMetrics
 from pipeline.training.advice import out_of_memory
@@ -18,6 +20,7 @@ from pipeline.training.build_locks import clear_stale_locks
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Worker
 from pipeline.training.loop import train
+from pipeline.training.plan import make_plan
 from pipeline.training.preemption import Preempted, Stopped, listen
 from pipeline.training.ray_compat import is_preempted
 from pipeline.training.watchdog import Watchdog
@@ -55,7 +58,9 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
             raise Stopped(str(saved)) from None
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        text = out_of_memory(config, world, host=isinstance(error, MemoryError))
+        memory = device_memory(worker.device) if worker.device.type == "cuda" else None
+        plan = make_plan(config, open_dataset(config.runtime.data), world, gpu_memory=memory)
+        text = out_of_memory(config, plan.micro_batch, host=isinstance(error, MemoryError))
         # In the first step it would happen again; later something else may have taken the memory.
         raise (UserError if watchdog.step == watchdog.first else RuntimeError)(f"worker {rank}: {text}") from error
     finally:

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.data import Loader
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
+from pipeline.data.loading.upload import Upload
 from pipeline.training.schedule import ScheduleConfig, learning_rate
 from pipeline.transfer.predictions import Predictions
 from pipeline.transfer.suites import FineTune, Split
@@ -48,6 +49,8 @@ class Execution:
     """Images per forward pass of a training step."""
     threads: int = 1
     """That read and decode images."""
+    compile: bool = False
+    """Compile the blocks of this project's models for training."""
 
     def autocast(self) -> torch.autocast:
         """float32 weights; matrix products in bfloat16 where the hardware is made for it."""
@@ -100,6 +103,8 @@ class FineTuning:
         self.model: nn.Module = model.to(execution.device).train()
         decay = protocol.ema_decay
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        if execution.compile:  # after the average was copied from it: weights and names stay those of the model
+            compile_parts(self.model)
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=protocol.momentum)
         self.progress: tuple[int, int, float] = (0, protocol.steps, math.nan)
         """(steps done, steps, loss), set about fifty times."""
@@ -159,6 +164,12 @@ class FineTuning:
         return total
 
 
+def compile_parts(model: nn.Module) -> None:
+    """torch.compile of each part that the model names (`compiled_parts`); models of other libraries stay as they are."""
+    for part in getattr(model, "compiled_parts", list)():
+        part.compile()
+
+
 def rate_at(protocol: FineTune, lr: float, step: int) -> float:
     """Learning rate of step `step` (0-based); linear warm-up multiplies the decayed rate."""
     if protocol.decay == "cosine":
@@ -208,13 +219,17 @@ def _streamed_batches(
     if protocol.crop == "random":
         augment = replace(augment, resize=side, squash=True)
     size, n, device = protocol.resolution, protocol.batch_size, execution.device
-    images, labels = torch.empty((0, size, size, 3), dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    upload = Upload(device)
+    images = torch.empty((0, size, size, 3), dtype=torch.uint8, device=device)
+    labels = torch.empty(0, dtype=torch.int64, device=device)
     batch_size = min(n, len(data.dataset))
     stream = read_examples(data, augment, batch_size=batch_size, threads=execution.threads, shuffle_seed=seed)
     for more_images, more_labels, _ in stream:
-        images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
+        # Joined on the device: a copy joined on the host would be pageable, and the upload would wait for the step before.
+        more = upload({"image": more_images, "label": more_labels})
+        images, labels = torch.cat([images, more["image"]]), torch.cat([labels, more["label"]])
         while len(labels) >= n:
-            yield images[:n].to(device, non_blocking=True), labels[:n].to(device, non_blocking=True)
+            yield images[:n], labels[:n]
             images, labels = images[n:], labels[n:]
 
 

@@ -73,9 +73,9 @@ def step_function(
 
     from models import create_model
 
-    device = torch.device(options.device)
+    device, size = torch.device(options.device), options.size
     generator = torch.Generator().manual_seed(rank)
-    images = torch.randint(0, 256, (batch_size, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8).to(device)
+    images = torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (batch_size,), generator=generator).to(device)
     torch.manual_seed(0)
     if row in ("ours", "one", "two"):
@@ -84,7 +84,7 @@ def step_function(
 
         micro = min(options.micro or batch_size, batch_size)
         engine = Engine(
-            create_model(variant, CLASSES, SIZE),
+            create_model(variant, CLASSES, size),
             OptimizerConfig(lr=1e-3, clip=1.0),
             EngineConfig(
                 zero=options.zero,
@@ -103,10 +103,10 @@ def step_function(
         missing_operators()
         import timm
 
-        model = timm.create_model(TIMM[variant], num_classes=CLASSES).to(device).train()
+        model = timm.create_model(TIMM[variant], num_classes=CLASSES, img_size=size).to(device).train()
         images = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
     else:
-        model = create_model(variant, CLASSES, SIZE).to(device).train()
+        model = create_model(variant, CLASSES, size).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     run = torch.compile(model) if options.compile else model
 
@@ -167,7 +167,7 @@ def measure(rows: list[str], variant: str, options: argparse.Namespace) -> list[
             wait()
             clock[row].append((time.perf_counter() - start) / options.steps)
             processor[row].append((time.process_time() - cpu_start) / options.steps)
-    model = {"variant": variant, "num_classes": CLASSES, "image_size": SIZE}
+    model = {"variant": variant, "num_classes": CLASSES, "image_size": options.size}
     results = []
     for row in rows:
         median = statistics.median(clock[row])
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="default: S/16 on a CPU, S/16 B/16 L/16 H/14 on a GPU")
     parser.add_argument("--rows", nargs="+", help="ours torch timm, and on a CPU one two")
     parser.add_argument("--batch", type=int, help="images per step; default by variant")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--micro", type=int, help="of ours: images per forward pass")
     parser.add_argument("--steps", type=int, default=1, help="per turn")
     parser.add_argument("--repeats", type=int, default=7)
@@ -272,7 +273,7 @@ def about(options: argparse.Namespace) -> dict:
 
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
     return {
-        "what": f"one training step, {SIZE} px, {options.precision}, compile {options.compile}, ZeRO-{options.zero}",
+        "what": f"one training step, {options.size} px, {options.precision}, compile {options.compile}, ZeRO-{options.zero}",
         "command": " ".join(["python", "tests/benchmarks/train_step.py", *sys.argv[1:]]),
         "host": torch.cuda.get_device_name()
         if options.device == "cuda"

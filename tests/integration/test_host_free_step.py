@@ -2,38 +2,20 @@
 DeepSpeed's own step, bit for bit."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.engine import Engine, micro_losses
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.zero_layout import drop_nonfinite_gradients
+from tests.hostreads import HostReads
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("alone")
 BATCH, MICRO, STEPS, BAD = 8, 4, 6, 3
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations that would make the host wait for a GPU: a value becomes a Python number, a shape depends on
-    values, or a tensor is copied to the host."""
-
-    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counted: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        if any(name.startswith(read) for read in self.READS):
-            self.counted[name] += 1
-        return function(*arguments, **(options or {}))
 
 
 def make_engine(zero: int, precision: str, optimizer: OptimizerConfig | None = None, **options) -> Engine:

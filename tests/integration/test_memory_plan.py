@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from models import create_model
 from models.losses import training_loss
-from pipeline.operations.planning.memory import BUCKET_ELEMENTS
-from pipeline.operations.planning.memory import activations
-from pipeline.operations.planning.memory import model_states
+from pipeline.training.memory import BUCKET_ELEMENTS
+from pipeline.training.memory import activations
+from pipeline.training.memory import model_states
 from pipeline.training import engine as module
 from pipeline.training.engine import Engine
 from pipeline.training.config import EngineConfig, OptimizerConfig
@@ -46,7 +46,7 @@ used = peak = 0
 for _, size in sorted(events):
     used += size
     peak = max(peak, used)
-each, largest = activations(options, precision=precision)
+each, largest = activations(options, engine=EngineConfig(precision=precision))
 buffers = BUCKET_ELEMENTS * dtype.itemsize
 planned = model_states(count, stage, 1, precision=precision) + buffers + batch * (each + 3 * largest)
 print(planned, peak)

@@ -14,9 +14,9 @@ from pipeline.operations.planning import estimate
 from pipeline.operations.planning.config import GB, PlanConfig
 from pipeline.operations.planning.costs import checkpoint_bytes, checkpoint_interval
 from pipeline.operations.planning.estimate import plan
-from pipeline.operations.planning.memory import activations, model_states
 from pipeline.operations.planning.table import table
 from pipeline.training.config import EngineConfig
+from pipeline.training.memory import activations, model_states
 from pipeline.training.recipes import RECIPES
 from tests.runs import changed
 
@@ -113,7 +113,7 @@ def test_activations_are_what_a_real_backward_pass_keeps(options, precision):
             training_loss(model(images), {"label": torch.zeros(batch, dtype=torch.long)})
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
-    each, largest = activations(options, precision=precision)
+    each, largest = activations(options, engine=EngineConfig(precision=precision))
     assert each == pytest.approx((kept(4) - kept(2)) / 2, rel=0.01)
     assert 0 < largest < each
 
@@ -121,7 +121,7 @@ def test_activations_are_what_a_real_backward_pass_keeps(options, precision):
 def test_recomputation_keeps_block_inputs_only():
     options = {"variant": "Ti/16", "image_size": 224, "num_classes": 10}
     full, _ = activations(options)
-    less, _ = activations(options, activation_checkpointing=True)
+    less, _ = activations(options, engine=EngineConfig(activation_checkpointing=True))
     assert full / 12 < less < full / 4
 
 

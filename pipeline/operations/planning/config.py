@@ -27,7 +27,7 @@ class PlanConfig:
     gpus: int = 8
     """Number of GPUs."""
     gpu: str = "h100"
-    """GPU model: h100, h200, gh200, b200, a100, a100-40gb, l40s, a10g, l4 or v100."""
+    """GPU model: h100, h100-pcie, h200, b200, a100, a100-40gb, l40s, l4, v100 and others; an unknown name lists all."""
     gpus_per_node: int = 8
     """GPUs per machine."""
     price: float = 2.5

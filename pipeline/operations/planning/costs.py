@@ -12,6 +12,10 @@ from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
 # (tests/benchmarks/results/loader_speed.json, one core). Both grow with the area. "originals" are ImageNet's own files.
 JPEG_BYTES, JPEG_SECONDS = 24_000, 0.58e-3
 PATCH_SECONDS = 0.024e-3
+# More CPU time of an image of 224 px: each layer of RandAugment, and mixup (loader on one core, 512 JPEGs of 256 px).
+RANDAUGMENT_SECONDS, MIXUP_SECONDS = 0.12e-3, 0.03e-3
+LAUNCHING = 1
+"""Cores a GPU for the thread that launches its kernels."""
 ORIGINAL_BYTES, ORIGINAL_SECONDS = 110_000, 1.4e-3
 PREPARE_SECONDS = 2.0e-3  # decode an original, shrink to 256, encode
 
@@ -22,13 +26,15 @@ PAPER_CORE_DAYS = {"h14_jft300m_14ep": 2500, "l16_jft300m_14ep": 680, "l16_image
 
 
 def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[str, Any]:
-    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored."""
-    side = config.training.image_size
+    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored. cores_per_gpu: whole cores, with the
+    one that launches kernels."""
+    side, augment = config.training.image_size, config.training.augment
     channels, area = 3, (side / 224) ** 2
+    strong = augment.randaug_layers * RANDAUGMENT_SECONDS + (MIXUP_SECONDS if augment.mixup else 0.0)
     forms = {
-        "jpeg": (JPEG_BYTES * area, JPEG_SECONDS * area),
+        "jpeg": (JPEG_BYTES * area, (JPEG_SECONDS + strong) * area),
         "patches": (side * side * channels, PATCH_SECONDS * area),
-        "originals": (ORIGINAL_BYTES, ORIGINAL_SECONDS),
+        "originals": (ORIGINAL_BYTES, ORIGINAL_SECONDS + strong * area),
     }
     return {
         name: {
@@ -37,6 +43,7 @@ def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[
             "storage_cost_per_month": images * size / GB * config.storage_price,
             "read_bytes_per_second": rate * size,
             "cores": rate * seconds,
+            "cores_per_gpu": math.ceil(rate * seconds / config.gpus + LAUNCHING),
             "read": round(seen * size),
             "request_cost": seen * size / ROW_GROUP_BYTES * GET_PRICE if name != "originals" else seen * GET_PRICE,
         }

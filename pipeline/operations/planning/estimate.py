@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from models.cost import flops, parameters
+from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.errors import UserError
@@ -17,6 +18,7 @@ from pipeline.operations.planning.costs import (
     prepare_plan,
 )
 from pipeline.operations.planning.memory import memory
+from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
 
@@ -49,8 +51,9 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
             "nodes": nodes,
             "memory": gpu.memory,
             "mfu": config.mfu,
+            "cpus_per_worker": training.runtime.cpus_per_worker,
         },
-        "memory": memory(config, options, count),
+        "memory": memory(config, options),
         "run": {"images": images, "classes": classes, **run},
         "data": data_plane(config, images, run["images_seen"], run["images_per_second"]),
         "checkpoint": checkpoint_costs(config, count, nodes, images, run),
@@ -66,7 +69,7 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int) -> dict[
     training = config.training
     train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
     peak = find_gpu(config.gpu).peak_flops
-    rate = config.gpus * peak * config.mfu / train_flops * (3 / 4 if training.engine.activation_checkpointing else 1)
+    rate = config.gpus * peak * config.mfu / train_flops * 3 / (3 + recomputed_share(training))
     steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
     seen = steps * training.batch_size
     hours = seen / rate / 3600
@@ -80,6 +83,16 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int) -> dict[
         "gpu_hours": hours * config.gpus,
         "cost": hours * config.gpus * config.price,
     }
+
+
+def recomputed_share(training: PretrainConfig) -> float:
+    """Share of the forward pass that runs a second time. Norms, GELU and dropout alone count as nothing."""
+    engine, depth = training.engine, training.model.depth or parse_variant(training.model.variant).depth
+    if not engine.activation_checkpointing or engine.checkpoint_keeps == "products":
+        return 0.0
+    if engine.checkpointed_blocks is None or not depth:
+        return 1.0
+    return min(engine.checkpointed_blocks, depth) / depth
 
 
 def checkpoint_costs(

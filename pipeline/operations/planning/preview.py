@@ -39,7 +39,11 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     text = run.describe_run(resolved, changes) + "\n" + note
     if training.runtime.gpus:
         about = PlanConfig(
-            training=training, gpus=training.runtime.workers, images=resolved.samples, classes=len(resolved.classes)
+            training=training,
+            gpus=training.runtime.workers,
+            gpu=training.runtime.gpu,
+            images=resolved.samples,
+            classes=len(resolved.classes),
         )
         text += table(plan(about, recipe))
     else:

@@ -37,6 +37,7 @@ def table(result: dict[str, Any]) -> str:
             f"    {name:10s}{_size(row['bytes_per_image']):>10s}{_size(row['stored']):>10s}{row['storage_cost_per_month']:>9,.0f}"
             f"{_size(row['read_bytes_per_second']) + '/s':>12s}{row['cores']:>8,.1f}{_size(row['read']):>13s}{row['request_cost']:>8,.0f}"
         )
+    lines += _cores(result)
     lines += [
         "",
         f"  checkpoint   {_size(checkpoint['total'])} ({_size(checkpoint['weights'])} weights), written in "
@@ -63,6 +64,16 @@ def table(result: dict[str, Any]) -> str:
                 f"    {name:10s}{_size(row['bytes']):>10s} in {row['shards']:,} shards, ${row['storage_cost_per_month']:,.0f} a month"
             )
     return "\n".join(lines)
+
+
+def _cores(result: dict[str, Any]) -> list[str]:
+    """CPU cores for each GPU, beside what the recipe asks for."""
+    needed, asked = result["data"]["jpeg"]["cores_per_gpu"], result["hardware"]["cpus_per_worker"]
+    patches = result["data"]["patches"]["cores_per_gpu"]
+    line = f"  CPU cores    {needed} a GPU from jpeg, {patches} from patches; the recipe asks for {asked:g}"
+    if needed > asked:
+        line += f": give --cpus-per-worker {needed}, or the GPU waits for images"
+    return ["", line]
 
 
 def _size(count: float) -> str:
