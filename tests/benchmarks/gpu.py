@@ -7,7 +7,7 @@
 Each section runs in a process of its own with a limit of its own: one that fails, hangs or runs out of memory costs itself alone.
 Every finding is a line of OUT/results.jsonl as soon as it is known; OUT/log.txt has what the sections printed. A table of the
 findings is printed at the end, within --budget seconds whatever happens; what found no time is listed in it. The exit code is 1
-when a section failed or a comparison was wrong. Needs torch, DeepSpeed, OpenCV, simplejpeg, PyArrow, SciPy, PyYAML, psutil and this
+when a section failed or a comparison was wrong. Needs torch, DeepSpeed, OpenCV, simplejpeg, Pillow, PyArrow, SciPy, PyYAML, psutil and this
 project's files, but no Ray, MLflow, tyro, s3fs or rich; timm for its rows. Changes no setting of the card.
 
     facts         versions, the card, what it multiplies and copies      levers       L/16: attention backends, batches, gradients
