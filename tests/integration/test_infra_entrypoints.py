@@ -68,24 +68,61 @@ def test_the_scheduled_evaluation_starts(head):
     assert "evaluate.py [--flag value ...]" in done.stdout
 
 
-def test_the_scheduled_pipeline_runs(head, tmp_path):
-    """The CronJob's command on a file of this test's own: its stage is a job of the cluster; a second run has nothing to do."""
-    command = cron_command("pipeline.yaml")
+FILE = "s3://bucket/vit/pipeline.yaml"
+
+
+def pipeline_file(folder, name):
+    """A pipeline of this test's own, in place of that of the schedules."""
     data = {"job": "prepare", "recipe": "demo", "fields": {"tracking": False}}
-    place = tmp_path / "pipeline.yaml"
-    place.write_text(yaml.safe_dump({"name": "nightly", "output": str(tmp_path / "out"), "stages": {"data": data}}))
-    assert command[-2] == "s3://bucket/vit/pipeline.yaml"
-    words = [str(place) if word == command[-2] else word for word in command[command.index("--") + 1 :]]
+    place = folder / "pipeline.yaml"
+    place.write_text(yaml.safe_dump({"name": name, "output": str(folder / "out"), "stages": {"data": data}}))
+    return place
+
+
+def jobs(head, name):
+    """How many jobs of a stage's name the cluster has had."""
     address, environment = head
-    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
-    for _ in range(2):
-        done = submit(head, words)
+    command = ["ray", "job", "list", f"--address={address}"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return listed.stdout.count(f"'job_name': '{name}'")
+
+
+def test_the_scheduled_pipeline_runs(head, tmp_path):
+    """The commands of CronJob and RayCronJob: the stage is a job of the cluster, and the second command has nothing to do."""
+    cron = cron_command("pipeline.yaml")
+    commands = [cron[cron.index("--") + 1 :], shlex.split(entrypoints()["pipeline-raycronjob.yaml"])]
+    place = pipeline_file(tmp_path, "nightly")
+    head[1]["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    for words in commands:
+        assert words.count(FILE) == 1
+        done = submit(head, [str(place) if word == FILE else word for word in words])
         assert done.returncode == 0, done.stdout + done.stderr
         assert "nightly: prepared=" in done.stdout
-    listed = subprocess.run(
-        ["ray", "job", "list", f"--address={address}"], env=environment, capture_output=True, text=True
-    )
-    assert listed.stdout.count("'job_name': 'nightly/data'") == 1
+    assert jobs(head, "nightly/data") == 1
+
+
+def table_command(path):
+    """The command of the one line of a crontab or scrontab, without its five times."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    (line,) = [line for line in lines if line[0].isdigit()]
+    return line.split(" ", 5)[5]
+
+
+def test_the_tables_of_cron_and_slurm_run(head, tmp_path):
+    """As cron runs them: by a shell in an empty environment but for the table's own. The second has nothing to do."""
+    address, environment = head
+    place = pipeline_file(tmp_path, "tables")
+    (tmp_path / "vit-pipeline").symlink_to(ROOT)
+    kept = {name: environment[name] for name in ("PATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    kept |= {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": str(ROOT)}
+    for path in (ROOT / "infra/cron/pipeline.cron", ROOT / "infra/slurm/pipeline.scron"):
+        command = table_command(path)
+        assert FILE in command
+        command = command.replace(FILE, str(place)).replace("http://127.0.0.1:8265", address)
+        done = subprocess.run(["/bin/bash", "-c", command], env=kept, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "tables: prepared=" in done.stdout
+    assert jobs(head, "tables/data") == 1
 
 
 def test_a_command_in_one_word_does_not(head):

@@ -66,11 +66,23 @@ def test_champion_and_candidate_mean_what_they_say(tmp_path, rule):
     better = transferred(tmp_path, "better", 95.0)
     answer, aliases = rule(better, no_worse_than="champion")
     assert (answer["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
+    again, aliases = rule(better, no_worse_than="champion")  # the champion itself stays, and is no second version
+    assert (again["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
     low, _ = rule(transferred(tmp_path, "low", 99.0), at_least=99.5)
     assert low["why"].endswith("is not promoted: less than 99.5")
+    equal, aliases = rule(transferred(tmp_path, "equal", 95.0), no_worse_than="champion")
+    assert equal["why"] == "letters version 6 with 95.00 is champion, before version 4"
+    assert aliases == {"champion": 6, "candidate": 5}  # version 5 with 99.00 is the best that was never promoted
     other, aliases = rule(transferred(tmp_path, "other", 99.9, protocol="q"), no_worse_than="champion")
     assert other["why"].endswith("has no score of the same measure to compare with")
-    assert aliases["champion"] == 4
+    assert aliases["champion"] == 6
+
+
+def test_a_margin_takes_a_score_that_is_below_by_noise_alone(tmp_path, rule):
+    rule(transferred(tmp_path, "first", 80.0), no_worse_than="champion")
+    below = transferred(tmp_path, "below", 79.0)  # of 400 images: a standard error of 2 points
+    assert rule(below, no_worse_than="champion")[0]["promoted"] is None
+    assert rule(below, no_worse_than="champion", margin=1.0)[0]["promoted"] == 2
 
 
 def test_scores_of_one_checkpoint_are_averaged_and_a_metric_is_one_task(tmp_path, rule):
