@@ -81,7 +81,9 @@ def brief(result: Mapping[str, Any]) -> str:
         top1 = f", top-1 {result['top1']:.2f}%" if "top1" in result else ""
         return f"{result['steps']:,} steps{top1}"
     if "promoted" in result:
-        return str(result.get("why", ""))
+        if result["promoted"]:
+            return f"version {result['promoted']} is champion, {result['score']:.2f}"
+        return str(result.get("why", "")).removeprefix(f"{result.get('model')} ")
     numbers = {
         key: value
         for key, value in result.items()
@@ -311,7 +313,7 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
         status = states[name]
         style: dict[str, Any] = {"facecolor": COLOURS[status.state], "edgecolor": "#666666", "linewidth": 0.7}
         axes.add_patch(Rectangle((x - HALF, y - 0.38), 2 * HALF, 0.76, zorder=2, **style))
-        text = f"{cut(name, 31)}\n{cut(detail(plan, name, status) or status.state, 31)}"
+        text = f"{cut(name, 31)}\n{cut(detail(plan, name, status) or status.state, 34)}"
         axes.text(x, y, text, ha="center", va="center", fontsize=8.5, zorder=3)
     shown = [state for state in COLOURS if any(status.state == state for status in states.values())]
     for i, state in enumerate(shown):
