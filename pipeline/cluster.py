@@ -34,6 +34,7 @@ FORWARDED = (
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
     "MLFLOW_TRACKING_URI",
     "TORCH_EXTENSIONS_DIR",
+    "VIT_STORE_PATIENCE",
 )
 STOP_RECORDS = 20
 """Seconds that a stopped job needs after its step is saved: for MLflow to hear why it ended."""

@@ -99,8 +99,11 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
 
 
 def _read_config(uri: str) -> str:
-    """The text of a --config file; passwords in its addresses go into the environment."""
-    return credentials.take_from_yaml(storage.read_bytes(uri).decode())
+    """The text of a --config file. Raises UserError when it is missing or is no text."""
+    try:
+        return storage.read_bytes(uri).decode()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {uri} cannot be read: {error}") from error
 
 
 def summary(function: Callable) -> str:
@@ -117,9 +120,9 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
 
     signal.signal(signal.SIGTERM, stop)
     logs.setup()
-    _hide_passwords()
     code: str | int | None
     try:
+        hide_passwords()
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         # An error raised inside a Ray task arrives wrapped, with the original as its cause.
@@ -131,9 +134,12 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = 1
     except OSError as error:
         error = getattr(error, "cause", error)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and error.filename is None:
             raise
-        print(f"error: {error}: make room; the same command again continues", file=sys.stderr)
+        logger.debug("the file system refuses", exc_info=error)
+        full = ": make room" if is_full else ""
+        print(f"error: {error}{full}; the same command again continues", file=sys.stderr)
         code = 1
     except (KeyboardInterrupt, SystemExit) as ended:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
@@ -143,7 +149,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     sys.exit(code)
 
 
-def _hide_passwords() -> None:
+def hide_passwords() -> None:
     """Moves passwords out of addresses into environment variables. One on the command line can be seen by everybody on the
     machine: then this process starts anew without it."""
     credentials.take_from_environment()
@@ -183,7 +189,7 @@ def to_yaml(config: Any) -> str:
 def from_yaml(cls: type[Config], text: str, where: str = "config") -> Config:
     """The config that `to_yaml` wrote. Raises UserError naming an unknown key and the nearest valid one."""
     try:
-        values = yaml.safe_load(text)
+        values = credentials.take_from_values(yaml.safe_load(text), where)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date that is none
         raise UserError(f"{where}: not valid YAML ({error})") from error
     return from_dict(cls, values, where)

@@ -1,32 +1,44 @@
 """Passwords in addresses: they move into environment variables before anything can show or store the address.
 
-`http://user:password@host` is accepted for MLflow, S3 endpoints and proxies, as a flag or in the environment. A flag is
-in the process list, and a configuration is written into checkpoints, runs and logs, so `config.run_job` and `config.parse`
-call `take_from_arguments` and `take_from_environment` first:
+`http://user:password@host` is accepted for MLflow as a flag, in a file or in the environment, and for S3 endpoints, proxies and
+the webhook in the environment. A flag is in the process list, and a configuration is written into checkpoints, runs and logs,
+so `config.run_job` and the readers of configurations call `take_from_arguments`, `take_from_environment` and `take_from_values`
+first:
 
     MLflow over HTTP     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
 
-Proxies keep theirs, because HTTP libraries read it there; `redacted` hides it in every message.
+Proxies and the webhook keep theirs, because it is read there; `redacted` hides it in every message. A password in any other
+address (a source, a checkpoint, a hook) is refused.
 """
 
+import base64
 import os
 import re
 import urllib.parse
 from collections.abc import Sequence
+from typing import Any
+
+from pipeline.errors import UserError
 
 DATABASE_PASSWORD = "VIT_DATABASE_PASSWORD"
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 
-_ADDRESS_FIELD = re.compile(r"""(\btracking_uri["']?\s*:\s*["']?)([^\s"',}]+)""")
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#\s\"']*)@")
+# Up to the last @ before the path. A password with an unquoted / in it is not taken for a port and a path.
+_USERINFO = re.compile(
+    r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#\s\"']*|[^/?#\s\"':@]*:(?!\d*[/?#])[^\s\"'@]*)@"
+)
+# The same at the beginning of an address by itself, where quotes end nothing.
+_WHOLE = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#]*|[^/?#:@]*:(?!\d*[/?#])[^@]*)@", re.DOTALL)
+_SECRET_NAMES = r"[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key(?:_?id)?)"
+_QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
-    """The text with whatever stands before the `@` of each address replaced by `***`."""
-    return _USERINFO.sub(lambda found: f"{found['scheme']}://***@", text)
+    """The text with `***` for whatever stands before the `@` of each address, and for secrets among its parameters."""
+    return _QUERY.sub(r"\1***", _USERINFO.sub(lambda found: f"{found['scheme']}://***@", text))
 
 
 def take_password(address: str) -> str:
@@ -34,7 +46,8 @@ def take_password(address: str) -> str:
 
     Credentials that the environment holds already win over those of the address, as in MLflow's own client.
     """
-    found = _USERINFO.match(address)
+    address = _take_database_parameter(address)
+    found = _WHOLE.match(address)
     if not found:
         return address
     scheme, rest = found["scheme"], address[found.end() :]
@@ -49,6 +62,21 @@ def take_password(address: str) -> str:
     return f"{scheme}://{user}@{rest}"
 
 
+def _take_database_parameter(address: str) -> str:
+    """The address of a database without `password=...` among its parameters, which goes into the environment."""
+    if address.partition("://")[0] in ("http", "https") or "?" not in address:
+        return address
+    place, _, query = address.partition("?")
+    kept = []
+    for parameter in query.split("&"):
+        name, _, value = parameter.partition("=")
+        if name.lower() in ("password", "passwd"):
+            os.environ[DATABASE_PASSWORD] = urllib.parse.unquote_plus(value)
+        else:
+            kept.append(parameter)
+    return f"{place}?{'&'.join(kept)}" if kept else place
+
+
 def with_password(address: str) -> str:
     """The address of a database with the password that `take_password` took out of it, for the database's driver alone."""
     found = _USERINFO.match(address)
@@ -59,13 +87,22 @@ def with_password(address: str) -> str:
     return f"{found['scheme']}://{found['userinfo']}:{quoted}@{address[found.end() :]}"
 
 
+def split_login(address: str) -> tuple[str, dict[str, str]]:
+    """(an HTTP address without user and password, the header that sends them)."""
+    found = _WHOLE.match(address)
+    if not found:
+        return address, {}
+    login = base64.b64encode(urllib.parse.unquote(found["userinfo"]).encode()).decode()
+    return f"{found['scheme']}://{address[found.end() :]}", {"Authorization": f"Basic {login}"}
+
+
 def take_from_environment() -> None:
     """Takes the passwords out of the addresses of MLflow and of S3 in this process's environment."""
     for name in MLFLOW_ADDRESSES:
         if os.environ.get(name):
             os.environ[name] = take_password(os.environ[name])
     for name in S3_ADDRESSES:
-        found = _USERINFO.match(os.environ.get(name, ""))
+        found = _WHOLE.match(os.environ.get(name, ""))
         if found:
             key, _, secret = found["userinfo"].partition(":")
             if not os.environ.get("AWS_ACCESS_KEY_ID"):
@@ -75,22 +112,56 @@ def take_from_environment() -> None:
 
 
 def take_from_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line without passwords: those of `--tracking-uri` go into the environment."""
-    cleaned, is_address = [], False
+    """The command line without passwords: those of `--tracking-uri` go into the environment.
+
+    Raises UserError for a password in another flag's address.
+    """
+    cleaned, is_address, last = [], False, "the command line"
     for argument in arguments:
         flag, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            last = flag
         if is_address:
             argument = take_password(argument)
         elif equals and _is_address_flag(flag):
             argument = f"{flag}={take_password(value)}"
+        refuse_password(argument, last)
         is_address = not equals and _is_address_flag(flag)
         cleaned.append(argument)
     return cleaned
 
 
-def take_from_yaml(text: str) -> str:
-    """The text of a configuration, the passwords of whose `tracking_uri` fields go into the environment."""
-    return _ADDRESS_FIELD.sub(lambda found: found[1] + take_password(found[2]), text)
+def take_from_values(values: Any, where: str) -> Any:
+    """The values of a configuration file, changed in place: passwords of its `tracking_uri` fields go into the environment.
+
+    Raises UserError, naming the key, for a password in another address.
+    """
+    seen: set[int] = set()  # a YAML file may refer to one list a billion times
+    waiting: list[tuple[Any, str]] = [(values, where)]
+    while waiting:
+        value, name = waiting.pop()
+        if not isinstance(value, (dict, list)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if isinstance(item, str):
+                if isinstance(key, str) and key.endswith("tracking_uri"):
+                    value[key] = item = take_password(item)
+                refuse_password(item, f"{name}.{key}")
+            else:
+                waiting.append((item, f"{name}.{key}"))
+    return values
+
+
+def refuse_password(text: str, where: str) -> None:
+    """Raises UserError for text that holds an address with a password. where: the flag or key that gave it."""
+    found = _USERINFO.search(text)
+    if found and ":" in found["userinfo"]:
+        raise UserError(
+            f"{where}: a password in the address {redacted(found[0])}... would be seen in process lists and records; "
+            "give the address without it, and the password in an environment variable (S3: AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)"
+        )
 
 
 def _is_address_flag(flag: str) -> bool:

@@ -20,9 +20,10 @@ from typing import Any
 import psutil
 
 from pipeline import storage
-from pipeline.errors import InUse, UserError
+from pipeline.errors import InUse, StorageError, UserError
 
 LAUNCH = "launch.json"
+LAST_TIME = 1e11  # seconds since 1970, in the year 5138: what is later is no time
 RENEW_EVERY = 20.0
 SETTLE = 0.5
 """Seconds between writing the claim and reading it again: of two launches at the same time the last writer wins."""
@@ -106,8 +107,13 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
     """launch.json; None when there is none, or it is not one of ours (it is overwritten then)."""
     if not storage.exists(uri):
         return None
-    with contextlib.suppress(UserError):
+    try:
         holder = storage.read_json(uri)
+    except StorageError:
+        raise
+    except (UserError, FileNotFoundError):
+        return None
+    else:
         types: dict[str, Any] = {
             "id": str,
             "name": str,
@@ -116,7 +122,12 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
             "started": (int, float),
             "renewed": (int, float),
         }
-        if isinstance(holder, dict) and all(isinstance(holder.get(key), kind) for key, kind in types.items()):
+        times = ("started", "renewed")
+        if (
+            isinstance(holder, dict)
+            and all(isinstance(holder.get(key), kind) for key, kind in types.items())
+            and all(0 <= holder[key] < LAST_TIME for key in times)
+        ):
             return holder
     return None
 

@@ -8,7 +8,7 @@ import tempfile
 import uuid
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import Unavailable, UserError
 
 PACKAGES = "/runtime_resources/working_dir_files/"
 """Part of every path in the copy of a working directory that `ray job submit` unpacks on a node."""
@@ -35,7 +35,8 @@ def check_output(uri: str, flag: str = "output") -> None:
             storage.write_bytes(probe, b"")
             storage.remove(probe)
         except (UserError, OSError) as error:
-            raise UserError(f"--{flag} {output} cannot be written: {error}") from error
+            kind = Unavailable if isinstance(error, Unavailable) else UserError
+            raise kind(f"--{flag} {output} cannot be written: {error}") from error
         return
     folder = output
     while not os.path.lexists(folder):

@@ -156,6 +156,16 @@ def read_json(uri: str | os.PathLike) -> Any:
         raise UserError(f"{uri}: not valid JSON ({error})") from error
 
 
+def read_record(uri: str | os.PathLike, keys: Iterable[str] = (), remedy: str = "remove it") -> dict[str, Any]:
+    """A JSON object that has these keys. Raises UserError, naming the file, for any other JSON; else as `read_json` does."""
+    value = read_json(uri)
+    missing = [key for key in keys if key not in value] if isinstance(value, dict) else []
+    if not isinstance(value, dict) or missing:
+        what = f"has no {', '.join(missing)}" if missing else f"holds {value!r:.40} instead of an object"
+        raise UserError(f"{uri}: not what this program writes: {what}; {remedy}")
+    return value
+
+
 @contextlib.contextmanager
 def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]:
     """A file to read, seekable. On S3 it reads `block` bytes at a time, each as `read_bytes` does."""

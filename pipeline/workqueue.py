@@ -14,7 +14,9 @@ data never passes through Ray's object store, since units read and write storage
 """
 
 import contextlib
+import hashlib
 import inspect
+import json
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +26,13 @@ from typing import Any
 
 from pipeline import cluster, logs, metrics, storage
 from pipeline.errors import UserError
+from pipeline.objectstore import expect_answers
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
 TASK_UNITS = 4  # units that one task takes at most
+
+# A receipt is {"sha256": "...", "receipt": ...}, where the checksum is that of the text of the receipt.
+_BEFORE, _BETWEEN, _DIGITS = b'{"sha256": "', b'", "receipt": ', 64
 
 _ray_allowed = True
 
@@ -47,6 +53,10 @@ def uses_ray() -> bool:
     return _ray_allowed
 
 
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
+
+
 class Receipts:
     """The receipts in a folder: one file `NAME.json` for every finished unit."""
 
@@ -62,12 +72,27 @@ class Receipts:
         return {file.path.removesuffix(".json") for file in files if file.path.endswith(".json")}
 
     def write(self, name: str, receipt: Any) -> None:
-        storage.write_json(self.uri(name), receipt)
+        text = json.dumps(receipt).encode()
+        storage.write_bytes(self.uri(name), b"%s%s%s%s}\n" % (_BEFORE, _checksum(text), _BETWEEN, text))
 
     def read(self, names: Sequence[str]) -> list[Any]:
-        """The receipts of `names`, in their order. Raises FileNotFoundError for a unit that is not finished."""
+        """The receipts of `names`, in their order. Raises FileNotFoundError for a unit that is not finished.
+
+        A receipt that is not as it was written is removed and raises UserError: the next run does its unit again.
+        """
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda name: storage.read_json(self.uri(name)), names))
+            return list(pool.map(self._read, names))
+
+    def _read(self, name: str) -> Any:
+        data = storage.read_bytes(self.uri(name))
+        start = len(_BEFORE) + _DIGITS
+        text = data[start + len(_BETWEEN) : -2]
+        if data != b"%s%s%s%s}\n" % (_BEFORE, _checksum(text), _BETWEEN, text):
+            storage.remove(self.uri(name))
+            raise UserError(
+                f"{self.uri(name)}: a damaged receipt, now removed; the same command again does its unit anew"
+            )
+        return json.loads(text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +185,7 @@ class _Job:
         try:
             if self.receipts is not None and storage.exists(self.receipts.uri(name)):
                 # another job with the same output was faster
-                return Outcome(name=name, summary=self.summary(storage.read_json(self.receipts.uri(name))))
+                return Outcome(name=name, summary=self.summary(self.receipts.read([name])[0]))
             receipt = call(unit)
             if self.receipts is not None:
                 self._write(self.receipts, name, receipt)
@@ -240,6 +265,7 @@ class _Actor:
     def __init__(self, job: _Job, context: list[Any]) -> None:
         import ray
 
+        expect_answers()
         self.job, self.call = job, job.bind(ray.get(context[0]))
 
     def __call__(self, batch: Any) -> Any:
@@ -249,6 +275,7 @@ class _Actor:
 def _task(batch: Any, job: _Job, context: list[Any]) -> Any:
     import ray
 
+    expect_answers()
     return _work_through(batch, job, job.bind(ray.get(context[0])))
 
 

@@ -123,7 +123,9 @@ def load(place: str) -> Pipeline:
 def _read_yaml(data: bytes, place: str) -> Any:
     """The plain values of a YAML document. Raises UserError, one line with the number of the line in the file."""
     try:
-        return yaml.load(credentials.take_from_yaml(data.decode("utf-8-sig")), Loader=_Strict)
+        return credentials.take_from_values(yaml.load(data.decode("utf-8-sig"), Loader=_Strict), place)
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         what = "" if isinstance(error, yaml.constructor.ConstructorError) else "not valid YAML: "

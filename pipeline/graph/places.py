@@ -132,8 +132,11 @@ def describe(uri: str) -> Content | None:
         newest = checkpoints.latest(uri, checksums=False)
         return Content(_weights(newest)) if newest else None
     if SCORES in here:
-        scores = storage.read_json(storage.join(uri, SCORES)).get("scores", {})
-        return Content(configuration.fingerprint({name: score.get("values") for name, score in scores.items()}))
+        scores = storage.read_record(storage.join(uri, SCORES), ["scores"], "run the transfer again")["scores"]
+        try:
+            return Content(configuration.fingerprint({name: score.get("values") for name, score in scores.items()}))
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"{storage.join(uri, SCORES)}: not the scores of a transfer run ({error})") from error
     parts = dict(_datasets_below(uri, sorted(here)))
     return Content(configuration.fingerprint(parts), parts) if parts else None
 

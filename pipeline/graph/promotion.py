@@ -175,7 +175,7 @@ def measure(folders: Sequence[str]) -> list[Measured]:
 
 def _protocols(folder: str, tasks: Sequence[str]) -> Any:
     """What was measured there: {task: protocol and fingerprints of its datasets}."""
-    record = storage.read_json(storage.join(folder, "run.json"))
+    record = storage.read_record(storage.join(folder, "run.json"), ["tasks"], "run the transfer again")
     return {task: record["tasks"][task] for task in sorted(set(tasks)) if task in record["tasks"]}
 
 

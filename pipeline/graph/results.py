@@ -60,13 +60,13 @@ def _trained(output: str) -> dict[str, Any]:
 
 
 def _transferred(output: str) -> dict[str, Any]:
-    summary = storage.read_json(storage.join(output, "scores.json"))
+    summary = storage.read_record(storage.join(output, "scores.json"), ["scores"], "run the stage again")
     random = {RANDOM + name: score for name, score in summary.get("random_encoder", {}).items()}
     return {name: score["mean"] for name, score in summary["scores"].items()} | random
 
 
 def _promoted(output: str) -> dict[str, Any]:
-    return storage.read_json(storage.join(output, "promotion.json"))
+    return storage.read_record(storage.join(output, "promotion.json"), remedy="run the stage again")
 
 
 # ---------------------------------------------------------------- progress

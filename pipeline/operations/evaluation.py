@@ -7,6 +7,7 @@ checkpoints are only read, and the learning curve of transfer scores goes to a r
 """
 
 import dataclasses
+import http.client
 import json
 import logging
 import math
@@ -14,14 +15,15 @@ import os
 import shlex
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import metrics, storage
-from pipeline.errors import UserError
+from pipeline import credentials, metrics, storage
+from pipeline.errors import Unavailable, UserError
 from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
 from pipeline.outputs import check_output
 from pipeline.tracking import Run, names, registry, resolve_tracking_uri, search, start_run
@@ -151,6 +153,8 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
             tracking_uri=uri,
         )
     )
+    if result.failures and all(error.startswith(f"{Unavailable.__name__}: ") for error in result.failures.values()):
+        raise Unavailable("; ".join(result.failures.values()))
     if result.mean is None:
         raise RuntimeError("; ".join(f"{job}: {error}" for job, error in result.failures.items()) or "no scores")
     _, scores = read_scores(result.output)
@@ -209,7 +213,7 @@ def _evaluate_target(
         try:
             outcome = evaluate(config, target, storage.join(ledger.folder(target), "transfer"), uri)
         except UserError:
-            raise  # the command is wrong, not the checkpoint
+            raise  # the command is wrong, or the store away, and not the checkpoint
         except Exception as error:
             logger.exception("evaluation of %s failed", target.checkpoint)
             claim.fail(f"{type(error).__name__}: {error}")
@@ -360,12 +364,13 @@ def notify(config: EvaluateConfig, event: str, target: Target | None, **details:
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.warning("hook failed on %s: %s", event, error)
     if address := os.environ.get("VIT_WEBHOOK"):
-        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         try:
+            address, login = credentials.split_login(address)
+            request = urllib.request.Request(address, data, {"Content-Type": "application/json", **login})
             urllib.request.urlopen(request, timeout=10).close()
-        except (OSError, ValueError) as error:  # its address may hold a token: not printed
-            reason = getattr(error, "reason", type(error).__name__)
-            logger.warning("webhook failed on %s: %s", event, reason)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # its address may hold a token: not printed
+            about = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+            logger.warning("webhook failed on %s: %s", event, about)
 
 
 # ---------------------------------------------------------------- time, and what may go

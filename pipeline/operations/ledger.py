@@ -160,4 +160,7 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        storage.write_bytes(self.uri, self.text(alive=0.0))  # released: a successor need not wait for the lease
+        try:
+            storage.write_bytes(self.uri, self.text(alive=0.0))  # released: a successor need not wait for the lease
+        except StorageError as error:
+            logger.warning("%s is not released, it expires after %g s: %s", self.uri, self.ledger.lease, error)

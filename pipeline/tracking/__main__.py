@@ -11,6 +11,7 @@ import argparse
 import sys
 from typing import NoReturn
 
+from pipeline import config
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.tracking.delivery import deliver_all
@@ -29,7 +30,12 @@ def main() -> NoReturn:
     parser.add_argument(
         "--tracking-uri", help="ui: database to show; default MLFLOW_TRACKING_URI, or SQLite in this folder"
     )
-    options = parser.parse_args()
+    try:
+        config.hide_passwords()
+        options = parser.parse_args()
+    except UserError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        sys.exit(2)
     command = options.command
     if command == "ui":
         from pipeline.tracking.ui import serve  # MLflow's server takes seconds to import
@@ -37,7 +43,7 @@ def main() -> NoReturn:
         try:
             serve(options.host, options.port, options.tracking_uri)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
             sys.exit(2)
         sys.exit(0)
     waiting = look_up()

@@ -62,7 +62,9 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     """
     uri, checkpoint = resolve_tracking_uri(uri), storage.normalise(checkpoint)
     try:
-        commit = storage.read_json(storage.join(checkpoint, "COMMIT.json"))
+        commit = storage.read_record(
+            storage.join(checkpoint, "COMMIT.json"), ["step", "files"], "use another checkpoint"
+        )
     except FileNotFoundError as error:
         raise UserError(f"{checkpoint}: no complete checkpoint (COMMIT.json is missing)") from error
     for version in versions(name, uri):

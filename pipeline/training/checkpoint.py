@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline import storage
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import StorageError, Unavailable, UserError
 from pipeline.weights.checkpoints import (
     COMMIT,
     FORMAT,
@@ -109,10 +109,10 @@ def survey(run: str) -> list[FolderState]:
         try:
             checkpoint = read_commit(uri)
             problem = damage(checkpoint)
-        except OtherFormat:
+        except (OtherFormat, StorageError):
             raise
         except UserError as error:
-            problem = str(error)
+            problem = str(error).removeprefix(f"{uri}: ")
         if problem:
             findings.append(FolderState(uri=uri, state="damaged", about=problem))
             continue
@@ -372,7 +372,7 @@ def _plain(error: Exception) -> UserError:
     """What a store did, as an exception that can be sent to other workers."""
     text = str(error)
     full = getattr(error, "errno", None) in FULL or any(f"os error {code})" in text for code in FULL)
-    return NoRoom(text) if full else StorageError(text)
+    return NoRoom(text) if full else Unavailable(text)
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig
 
 from pipeline import cluster, logs, storage
 from pipeline import config as configuration
-from pipeline.errors import JobFailed, StorageError, UserError
+from pipeline.errors import JobFailed, StorageError, Unavailable, UserError
 from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
@@ -80,10 +80,11 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
                 raise
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         rank, cause = root_cause(error)
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError) and not isinstance(cause, StorageError):
             raise cause from None
         logger.debug("training failed", exc_info=error)
-        raise JobFailed(f"training failed: {describe_failure(rank, cause, config)}") from None
+        kind = Unavailable if isinstance(cause, StorageError) else JobFailed
+        raise kind(f"training failed: {describe_failure(rank, cause, config)}") from None
     finally:
         with contextlib.suppress(StorageError):  # the next launch removes it too
             storage.remove(storage.join(output, "ray"), recursive=True)

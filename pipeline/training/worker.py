@@ -13,6 +13,7 @@ from pipeline import logs
 from pipeline.data import open_dataset
 from pipeline.errors import UserError
 from pipeline.hardware import device_memory
+from pipeline.objectstore import expect_answers
 from pipeline.tracking import attach_run
 from pipeline.tracking.system import SystemMetrics
 from pipeline.training.advice import out_of_memory
@@ -32,6 +33,7 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
     """task: config (plain), run_id, tracking_uri, and two handles: records of the driver's `logs.Collector`, stop of its
     `StopSignal`."""
     logs.send_to(task["records"])
+    expect_answers()
     stop, preempted = listen(task["stop"]), is_preempted()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -100,7 +100,8 @@ def _content(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _recorded_run(uri: str) -> str | None:
     record = storage.read_json(uri)
-    return record.get("run_id") if isinstance(record, dict) else None
+    run_id = record.get("run_id") if isinstance(record, dict) else None
+    return run_id if isinstance(run_id, str) else None
 
 
 def _bare_model(variant: str, place: str) -> Any:

@@ -21,7 +21,9 @@ DUPLICATES = "duplicates.parquet"
 def read_real_labels(uri: str) -> list[list[int]]:
     """ImageNet-ReaL's real.json: for each of the 50,000 validation images, in order, its labels (arXiv 2006.07159)."""
     labels = storage.read_json(uri)
-    if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
+    if not isinstance(labels, list) or not all(
+        isinstance(entry, list) and all(type(label) is int and 0 <= label < 1000 for label in entry) for entry in labels
+    ):
         raise UserError(f"{uri}: not ImageNet-ReaL's real.json (a list of label lists)")
     return labels
 
@@ -59,7 +61,9 @@ def read_seen_images(uri: str, tasks: Sequence[TransferTask]) -> dict[str, froze
     uri = storage.normalise(uri)
     if uri.endswith(".json"):
         content = storage.read_json(uri) if storage.exists(uri) else None
-        if not isinstance(content, dict) or not all(isinstance(keys, list) for keys in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in content.values()
+        ):
             raise UserError(f"{uri}: no decontamination report ({{task: [keys]}})")
         by_task = {task.name: content.get(task.name, []) for task in tasks}
         return {name: frozenset(keys) for name, keys in by_task.items() if keys}

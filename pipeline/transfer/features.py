@@ -7,6 +7,7 @@ receipt goes back, so that neither images nor features pass through Ray's object
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.transfer.backbones import build_model
 from pipeline.transfer.finetune import Examples, Execution, pad_labels, read_examples
 from pipeline.transfer.suites import Probe, Split
 
+PART = re.compile(r"part-\d+-of-\d+\.parquet")
 INDEX = "features.json"
 RECEIPTS = "receipts"
 PART_IMAGES = 4096  # images per unit of work: seconds on a GPU, so that the last units end together
@@ -207,7 +209,10 @@ def _read_parts(folder: str) -> Iterator[pa.Table]:
     """The parts that are not empty, in the order of the dataset."""
     index = storage.join(folder, INDEX)
     root, _, name = folder.rpartition("/")
-    for file in storage.read_json(index)["parts"]:
+    parts = storage.read_record(index, ["parts"])["parts"]
+    if not isinstance(parts, list) or not all(isinstance(file, str) and PART.fullmatch(file) for file in parts):
+        raise UserError(f"{index}: names no parts of a feature set; remove it, and they are computed again")
+    for file in parts:
         uri = storage.join(folder, file)
         try:
             table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), page_checksum_verification=True)

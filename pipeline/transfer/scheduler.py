@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from pipeline.errors import StorageError
 from pipeline.transfer.jobs import Job, Result, next_jobs
 from pipeline.transfer.suites import TransferTask
 
@@ -107,7 +108,8 @@ class Scheduler:
     features: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """{task: folders of its train and test features}, for probes."""
     retries: int = 0
-    """Times a job is started again after its process or machine died. A job that raises fails at once: it would again."""
+    """Times a job is started again after its process or machine died, or its store was away. A job that raises anything else fails
+    at once: it would again."""
     _attempts: dict[str, int] = field(default_factory=dict)
     _stopped: set[str] = field(default_factory=set)
     """Tasks with a failed job."""
@@ -167,7 +169,11 @@ class Scheduler:
         except Exception as error:
             # A fresh process for the next job: after a device error this one may not work again.
             self.pool.discard(entry.worker)
-            return self._fail(job, first_line(getattr(error, "cause", None) or error))
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, StorageError) and entry.attempt <= self.retries:
+                logger.warning("%s: %s; starting again", job.name, first_line(cause))
+                return None
+            return self._fail(job, first_line(cause))
         self.pool.give_back(entry.worker)
         self.results[job.name] = result
         return Finished(job, result, predictions)

@@ -204,14 +204,18 @@ def read_scores(run: str, tracking_uri: str | None = None) -> tuple[dict[str, An
     else:
         uri = run if run.endswith(".json") else storage.join(run, SCORES)
     try:
-        summary = storage.read_json(uri)
+        summary = storage.read_record(uri, ["scores"], "run the transfer again")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{run}: no transfer results here ({SCORES} is missing); give the --output of a run, or its id in MLflow"
         ) from error
-    scores = []
-    for entry in summary["scores"].values():
-        kept = {key: value for key, value in entry.items() if key in Score.__dataclass_fields__}
-        kept |= {key: tuple(kept[key]) for key in ("values", "clean") if kept.get(key)}
-        scores.append(Score(**kept))
-    return summary, scores
+    try:
+        return summary, [_score(entry) for entry in summary["scores"].values()]
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{uri}: not the scores of a transfer run ({error}); run the transfer again") from error
+
+
+def _score(entry: dict[str, Any]) -> Score:
+    kept = {key: value for key, value in entry.items() if key in Score.__dataclass_fields__}
+    kept |= {key: tuple(kept[key]) for key in ("values", "clean") if kept.get(key)}
+    return Score(**kept)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.config import fingerprint, to_dict
-from pipeline.errors import UserError, nearest
+from pipeline.errors import StorageError, UserError, nearest
 from pipeline.vtab.tasks import TABLE as VTAB
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class TransferConfig:
     cpus_per_worker: int = 1
     """CPU cores, and so decoding threads, per process."""
     retries: int = 2
-    """Number of times a task is started again after its process has died."""
+    """Number of times a task is started again after its process has died, or its data could not be read in an outage."""
     address: str | None = None
     """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     experiment: str = "transfer"
@@ -421,6 +421,8 @@ def suite_version(config: TransferConfig) -> str:
             task.name: [_content(split.uri) for split in (task.train, task.test, *(task.tune or ()))]
             for task in build_tasks(config, nominal)
         }
+    except StorageError:  # an outage must not make another version of the suite
+        raise
     except (UserError, OSError):
         content = config.data
     return fingerprint([settings, files, content])
@@ -444,6 +446,8 @@ def _content(uri: str | None) -> str | None:
         if storage.exists(manifest):
             return str(storage.read_json(manifest)["fingerprint"])
         return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    except StorageError:
+        raise
     except (UserError, OSError, KeyError, TypeError):
         return storage.normalise(uri)
 
@@ -470,6 +474,8 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
             try:
                 if split not in datasets:
                     datasets[split] = split.open()
+            except StorageError:
+                raise
             except UserError as error:
                 problems.setdefault(task.name, str(error))
         if task.name in problems:

@@ -12,6 +12,7 @@ from torch import nn
 
 from models import probes
 from pipeline import logs
+from pipeline.objectstore import expect_answers
 from pipeline.transfer.backbones import build_model
 from pipeline.transfer.features import load_features
 from pipeline.transfer.finetune import Diverged, Examples, Execution, FineTuning, predict
@@ -32,6 +33,7 @@ class Worker:
         """weights: a Ray reference to the model's arrays. records: handle of a `logs.Collector`."""
         if records is not None:
             logs.send_to(records)
+        expect_answers()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.execution = Execution(device=device, micro_batch=micro_batch, threads=threads)
         self.model: nn.Module = build_model(config, ray.get(weights[0]))

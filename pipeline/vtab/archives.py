@@ -94,8 +94,12 @@ def verify(raw: str, dataset: str, found: Iterable[FoundFile]) -> None:
     expected = {file.name: (file.bytes, file.sha256) for file in get_dataset(dataset).files}
     owner = "the official file"
     if is_miniature(raw):
-        table = storage.read_json(storage.join(raw, MINIATURE))["files"].get(dataset, {})
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in table.items()}
+        marker = storage.join(raw, MINIATURE)
+        try:
+            table = storage.read_record(marker, ["files"])["files"].get(dataset, {})
+            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in table.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{marker}: lists no files of a miniature ({error}); remove it") from error
         owner = "the miniature"
     for place in found:
         size, digest = expected.get(place.file.name, (None, None)) if place.packed else (None, None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 
 COMMIT = "COMMIT.json"
 FORMAT = 3  # of checkpoints and run.json; a file without the field has version 1
@@ -48,10 +48,12 @@ def find(run: str) -> list[Checkpoint]:
             uri = storage.join(root, name)
             try:
                 found.append(read_commit(uri))
-            except OtherFormat:
+            except FileNotFoundError:  # another process removed it meanwhile
+                continue
+            except (OtherFormat, StorageError):
                 raise
             except UserError as error:
-                logger.warning("%s is skipped: %s", uri, error)
+                logger.warning("a checkpoint is skipped: %s", error)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -63,7 +65,7 @@ def read_commit(uri: str) -> Checkpoint:
         for info in commit["files"].values():
             int(info["size"]), str(info["sha256"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
+        raise UserError(f"{uri}: its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
     if commit.get("format", 1) != FORMAT:
         raise OtherFormat(
             f"{uri}: its format is {commit.get('format', 1)}, this program reads {FORMAT}: use the version that wrote it"
@@ -72,7 +74,10 @@ def read_commit(uri: str) -> Checkpoint:
 
 
 def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`."""
+    """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`.
+
+    Raises StorageError for an outage, which says nothing about the checkpoint.
+    """
     present = {file.path: file.size for file in storage.list_files(checkpoint.uri)}
     files = checkpoint.commit["files"]
     for path, expected in files.items():
@@ -82,11 +87,20 @@ def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
             return f"{path} has {present[path]} bytes instead of {expected['size']}"
     if checksums:
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = pool.map(sha256, (storage.join(checkpoint.uri, path) for path in files))
+            digests = pool.map(_digest_or_none, (storage.join(checkpoint.uri, path) for path in files))
             for (path, expected), digest in zip(files.items(), digests, strict=True):
+                if digest is None:
+                    return f"{path} is missing"
                 if digest != expected["sha256"]:
                     return f"{path} does not have the content that was written"
     return None
+
+
+def _digest_or_none(uri: str) -> str | None:
+    try:
+        return sha256(uri)
+    except FileNotFoundError:  # another process removed it meanwhile
+        return None
 
 
 def latest(run: str, checksums: bool = True) -> Checkpoint | None:

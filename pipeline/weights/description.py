@@ -17,12 +17,7 @@ def recorded_checksums(uri: str) -> dict[str, str]:
     """{path: SHA-256} of the files of a checkpoint folder; empty for a folder that no COMMIT.json describes."""
     if not storage.exists(storage.join(uri, checkpoints.COMMIT)):
         return {}
-    try:
-        commit = checkpoints.read_commit(uri)
-    except checkpoints.OtherFormat:
-        raise
-    except UserError as error:
-        raise UserError(f"{uri}: {error}") from error
+    commit = checkpoints.read_commit(uri)
     return {path: str(info["sha256"]) for path, info in commit.commit["files"].items()}
 
 

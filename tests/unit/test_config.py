@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from pipeline import config
-from pipeline.errors import UserError
+from pipeline.errors import Unavailable, UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +122,16 @@ def test_exit_codes(capsys):
     def broken(argv):
         raise OSError(errno.EIO, "Input/output error")
 
+    def away(argv):
+        raise Unavailable("s3://bucket/x: no answer")
+
+    def read_only(argv):
+        raise OSError(errno.EROFS, "Read-only file system", "/mnt/x")
+
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OSError, match="Input/output"):
         config.run_job(broken)
-    for main, code in {bad: 2, full: 1, lambda argv: None: 0, lambda argv: 1: 1}.items():
+    for main, code in {bad: 2, full: 1, away: 75, read_only: 1, lambda argv: None: 0, lambda argv: 1: 1}.items():
         with pytest.raises(SystemExit) as stop:
             config.run_job(main)
         assert stop.value.code == code

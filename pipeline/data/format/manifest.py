@@ -1,6 +1,7 @@
 """The manifest of a dataset, and the parts it is made of: the schema of the rows, the shards, the receipts of writers."""
 
 import gc
+import hashlib
 import json
 import math
 import re
@@ -151,6 +152,12 @@ class Manifest:
         except (UserError, ValueError) as error:
             raise UserError(f"{where}: not a dataset manifest ({error})") from error
         return manifest
+
+
+def content_fingerprint(shards: Sequence[Shard], classes: Sequence[str]) -> str:
+    """Names and checksums of the shards in their order, and the classes in theirs, as 16 hexadecimal digits."""
+    content = [[[shard.name, shard.sha256] for shard in shards], list(classes)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _other_version(where: str, version: Any) -> str:

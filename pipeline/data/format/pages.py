@@ -41,7 +41,7 @@ def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: S
     view = memoryview(buffer)
     position, columns = 0, []
     for _ in range(4):  # key, label, width, height
-        position, length = _page(view, position)
+        position, length = locate_page(view, position)
         columns.append(view[position : position + length])
         position += length
     keys = [str(value, "utf-8") for value in _byte_arrays(columns[0], rows)]
@@ -63,7 +63,7 @@ def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: S
     return RowGroup(keys, labels, widths, heights, patches)
 
 
-def _page(view: memoryview, position: int) -> tuple[int, int]:
+def locate_page(view: memoryview, position: int) -> tuple[int, int]:
     """(start, length) of the values of the page whose header begins at `position`.
 
     The header is Parquet's PageHeader in Thrift's compact protocol: (1) type, (2) uncompressed size, (3) compressed

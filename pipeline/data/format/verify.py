@@ -1,5 +1,6 @@
 """Whether a finished dataset is what its manifest says."""
 
+import contextlib
 import hashlib
 import io
 import zlib
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.format.constants import MANIFEST, REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
-from pipeline.data.format.manifest import Shard
+from pipeline.data.format.manifest import Shard, content_fingerprint
+from pipeline.data.format.pages import locate_page
 
 CHUNK = 16 << 20
 
@@ -39,6 +41,10 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     inputs = manifest.rows + sum(manifest.rejects.values()) + manifest.duplicates
     if manifest.inputs != inputs:
         problems.append(f"{MANIFEST}: inputs is {manifest.inputs}, its parts add up to {inputs}")
+    if sum(manifest.duplicates_by_reason.values()) != manifest.duplicates:
+        problems.append(f"{MANIFEST}: duplicates is {manifest.duplicates}, not the sum of duplicates_by_reason")
+    if manifest.fingerprint != content_fingerprint(manifest.shards, manifest.classes):
+        problems.append(f"{MANIFEST}: the fingerprint is not that of these shards and classes in this order")
     problems.extend(_verify_rejects(dataset))
     if not problems:  # keys and labels are only worth reading from shards that are what they should be
         problems.extend(_verify_rows(dataset))
@@ -74,15 +80,21 @@ def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
 
 def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> Iterator[str]:
     """The byte ranges and checksums in the manifest, against the footer and the bytes of the shard."""
-    for number, (_, start, _, end, checksum) in enumerate(shard.row_groups):
+    for number, (_, start, values, end, checksum) in enumerate(shard.row_groups):
         group = metadata.row_group(number)
         first, last = group.column(0), group.column(group.num_columns - 1)
         if (start, end) != (first.data_page_offset, last.data_page_offset + last.total_compressed_size):
             yield f"{shard.name}: row group {number} does not lie at {start}, {end} as the manifest says"
             continue
         file.seek(start)
-        if zlib.crc32(file.read(end - start)) != checksum:
+        data = file.read(end - start)
+        if zlib.crc32(data) != checksum:
             yield f"{shard.name}: the checksum of row group {number} differs from the manifest's"
+            continue
+        with contextlib.suppress(ValueError, IndexError):  # a damaged page: its checksum told
+            begin, _ = locate_page(memoryview(data), last.data_page_offset - start)
+            if values != start + begin:
+                yield f"{shard.name}: the images of row group {number} do not begin at {values} as the manifest says"
 
 
 def _verify_rejects(dataset: Dataset) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import os
 import struct
 import tempfile
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
-from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard
+from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard, content_fingerprint
 from pipeline.errors import UserError
 
 MAX_ROWS_PER_GROUP = 2048  # bounds a writer's memory for tiny images, too: a row costs some KB beside its bytes
@@ -245,7 +244,6 @@ def finish_dataset(
             f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {repeated} duplicates"
         )
     mean, std = total.moments()
-    content = [[[shard.name, shard.sha256] for shard in total.shards], list(schema.classes)]
     manifest = Manifest(
         encoding=schema.encoding,
         image=schema.image,
@@ -257,7 +255,7 @@ def finish_dataset(
         rejects=reasons,
         mean=mean,
         std=std,
-        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        fingerprint=content_fingerprint(total.shards, schema.classes),
         input_fingerprint=input_fingerprint,
         config=config or {},
         class_counts=[total.class_counts.get(k, 0) for k in range(len(schema.classes))],

@@ -288,7 +288,7 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
     where = storage.join(plan.work, "plan.json")
     mark = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.slices)}
     mark = json.loads(json.dumps(mark))
-    before = storage.read_json(where) if storage.exists(where) else mark
+    before = storage.read_record(where) if storage.exists(where) else mark
     if before != mark:
         changed = _differing(configuration.flatten(before), configuration.flatten(mark))
         raise UserError(

@@ -40,7 +40,7 @@ class Record:
         self._started: Future[Run] = self._pool.submit(self._start, server, config, input_fingerprint)
 
     def _start(self, server: str, config: Any, input_fingerprint: str) -> Run:
-        known = storage.read_json(self._where)["run_id"] if storage.exists(self._where) else None
+        known = storage.read_record(self._where, ["run_id"])["run_id"] if storage.exists(self._where) else None
         run = start_run(
             names.PREPARE,
             data_name(config.output),

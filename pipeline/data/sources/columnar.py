@@ -171,7 +171,8 @@ def huggingface_names(schema: pa.Schema, label: str | None) -> list[str]:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]
         if isinstance(feature, list):  # multi-label; newer: a feature of type List or Sequence
             feature = feature[0]
-        return list(feature["feature"]["names"] if "feature" in feature else feature["names"])
+        names = feature["feature"]["names"] if "feature" in feature else feature["names"]
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
     except (KeyError, TypeError, ValueError, IndexError, RecursionError):
         return []
 
