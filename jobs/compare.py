@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
 
     from pipeline.operations import comparison
     from pipeline.tracking import names, resolve_tracking_uri, start_run
+    from pipeline.tracking.description import Description
     from pipeline.tracking.leaderboard import leaderboard
     from pipeline.tracking.views import page
 
@@ -54,9 +55,12 @@ def main(argv: list[str]) -> int:
             storage.write_bytes(storage.join(options.output, name), data)
     if options.log:
         inside = comparison.to_markdown(rows, limit=10, inside=True)
-        with start_run(
-            names.COMPARE, options.suite or "all suites", tags={names.NOTE: inside}, tracking_uri=uri
-        ) as run:
+        about = Description(
+            what=inside,
+            data=[f"{len(rows)} transfer results of the same MLflow server"],
+            to_continue="the same command again makes a new leaderboard.",
+        )
+        with start_run(names.COMPARE, options.suite or "all suites", about=about, tracking_uri=uri) as run:
             run.log_text(markdown, "leaderboard.md")
             run.log_text(page(markdown, pictures), "leaderboard.html")
             run.log_dict(values, "leaderboard.json")

@@ -183,6 +183,7 @@ def vtab(options: VtabCommand) -> int:
         raise UserError("vtab: name the tasks to build, or all")
     from pipeline import vtab
     from pipeline.tracking import Run, names, resolve_tracking_uri, start_run
+    from pipeline.tracking.description import Description
 
     tasks = vtab.TASKS if "all" in options.tasks else options.tasks
     preparation = vtab.check_requests(
@@ -206,7 +207,12 @@ def vtab(options: VtabCommand) -> int:
         if options.tracking and preparation.todo:
             name = storage.normalise(options.output).rpartition("/")[2]
             server = resolve_tracking_uri(options.tracking_uri)
-            run = stack.enter_context(start_run(names.PREPARE, name, config=about, tracking_uri=server))
+            page = Description(
+                what=f"VTAB-1k: tasks {', '.join(tasks)} from the archives of their owners.",
+                data=[f"archives in {options.raw}", f"data sets in {options.output}"],
+                to_continue="the same command again builds what is missing.",
+            )
+            run = stack.enter_context(start_run(names.PREPARE, name, config=about, about=page, tracking_uri=server))
         vtab.build_datasets(preparation)
         result = preparation.counts
         splits = [(f"{task}.{split}", made) for task, parts in result.items() for split, made in parts.items()]

@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
@@ -101,12 +100,19 @@ def log_inspection(
     """A run in MLflow, linked to the one that trained the checkpoint."""
     from pipeline import tracking
     from pipeline.tracking import artifacts, names, registry
+    from pipeline.tracking.description import Description, checkpoint_name
     from pipeline.weights import locate
 
     server = tracking.resolve_tracking_uri(tracking_uri)
     place = checkpoint if checkpoint.startswith(artifacts.SCHEMES) else locate(checkpoint)
-    title = os.path.basename(place.rstrip("/"))
-    with tracking.start_run(names.VISUALIZE, title, tags={names.CHECKPOINT: place}, tracking_uri=server) as run:
+    title = checkpoint_name(place)
+    about = Description(
+        what=f"What {numbers['variant']} has learned: filters, positions, attention distance and rollout.",
+        data=[f"checkpoint {place}", f"{numbers['images']} images of {numbers['source'] or 'scikit-learn'}"],
+        to_continue="the same command again draws the figures again.",
+    )
+    tags = {names.CHECKPOINT: place}
+    with tracking.start_run(names.VISUALIZE, title, tags=tags, about=about, tracking_uri=server) as run:
         if trained_by := registry.run_of(place, server):
             run.link("pretrain", trained_by)
         for name, figure in inspection.figures.items():

@@ -15,8 +15,9 @@ from pipeline import config as configuration
 from pipeline import tracking
 from pipeline.graph import cost, report
 from pipeline.graph.file import PROMOTE
-from pipeline.graph.plan import Plan, Status
+from pipeline.graph.plan import FAILED, Plan, Status
 from pipeline.tracking import names, search, server
+from pipeline.tracking.description import CONTINUE, command_paragraph
 from pipeline.tracking.views import page
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,11 @@ class PipelineRecord:
             run.log_text(markdown, "report.md")
             # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the links.
             run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
-            whole = len(markdown) <= names.MAX_VALUE
-            run.set_tags({names.NOTE: markdown if whole else markdown[: names.MAX_VALUE].rpartition("\n")[0]})
-            run.finish(status)
+            again = f"{CONTINUE} the same command again runs what is not done."
+            text = f"{command_paragraph()}\n\n{again}\n\n{markdown}"
+            whole = len(text) <= names.MAX_VALUE
+            run.set_tags({names.NOTE: text if whole else text[: names.MAX_VALUE].rpartition("\n")[0]})
+            run.finish(status, reason=_reason(states, status))
             return run.url
         except Exception as error:
             logger.warning("the pipeline's run in MLflow is incomplete: %s", server.first_line(error))
@@ -101,6 +104,13 @@ class PipelineRecord:
             if info.tags.get(names.PIPELINE_RUN) == self.plan.state.run.get("id"):
                 client.set_tag(info.id, f"{names.LINEAGE}pipeline", run.id)
         return found
+
+
+def _reason(states: Mapping[str, Status], status: str) -> str:
+    """Why a pipeline did not finish."""
+    if status == "KILLED":
+        return "stopped; its stages were asked to stop, too"
+    return "; ".join(f"{name}: {one.why}" for name, one in states.items() if one.state == FAILED)
 
 
 def _costs(states: Mapping[str, Status], estimates: Mapping[str, float]) -> dict[str, float]:

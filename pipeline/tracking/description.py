@@ -113,6 +113,8 @@ def model_name(recipe: str, data: str) -> str:
 
 def checkpoint_name(uri: str) -> str:
     """What a checkpoint is called: runs/b16/checkpoints/step-00000528 -> "b16 step 528"."""
+    if uri.startswith(names.RANDOM):
+        return f"random weights like {checkpoint_name(uri.removeprefix(names.RANDOM))}"
     if match := re.fullmatch(r"(.*)/checkpoints/step-0*(\d+)", uri.rstrip("/")):
         folder = match[1].rstrip("/")
         return f"{_folder_name(folder)} step {match[2]}"

@@ -48,7 +48,7 @@ def demo() -> PretrainConfig:
 
 
 def masked_demo() -> PretrainConfig:
-    """Masked patch prediction on the demo's digits at 32 px, two CPU workers, about two minutes.
+    """Masked patch prediction on the demo's letters at 32 px, two CPU workers, about two minutes.
 
     Source: arXiv 2010.11929, section 4.6, on the demo's model and data; `--target downsized` and `--target full` are the
     paper's other two targets.

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md", "docs/pipeline.md", "docs/vtab.md"]
+# pages whose commands are run, or not, for a reason of the whole page
+ELSEWHERE = {
+    "docs/operating.md": "tests/e2e/test_operating.py runs it against an S3 server and a cluster",
+    "docs/install.md": "makes environments: the page says what was run",
+    "docs/benchmarks.md": "the recorded run of 83 minutes",
+    "docs/security.md": "a test of this suite",
+}
 # what cannot be run here, and why
 REASONS = {
     r"s3://": "needs a bucket",
@@ -25,6 +32,7 @@ REASONS = {
     r"^source ": "activates an environment",
     r"recipe b16_imagenet": "needs ImageNet",
     r"infra/pipelines/": "needs a bucket",
+    r"run sweep.yaml$": "trains for minutes: tests/integration/test_pipeline_survival.py runs such a file",
 }
 
 
@@ -64,6 +72,9 @@ def folder(tmp_path_factory):
             table.append(f"{number:03d}.jpg,{name}")
     (root / "images" / "labels.csv").write_text("\n".join(table))
     (root / "labels.csv").write_text("\n".join(table))
+    (root / "sweep.yaml").write_text(
+        re.search(r"```yaml\n(.*?)```", (ROOT / "docs/pipeline.md").read_text(), re.DOTALL)[1]
+    )
     run(root, "bash", "python jobs/prepare.py")
     run(root, "bash", "python jobs/pretrain.py --steps 8steps")
     return root
@@ -76,6 +87,11 @@ def run(folder, language, text):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def test_every_page_with_commands_is_run_or_says_where():
+    pages = ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+    assert {page for page in pages if commands(page)} == {*PAGES, *ELSEWHERE}
 
 
 def test_most_commands_can_be_run():

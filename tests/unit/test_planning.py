@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def planned(recipe="b16_imagenet", **changes):
 
 @pytest.mark.parametrize("recipe", TABLE_6)
 def test_training_compute_is_the_papers(recipe, monkeypatch):
-    monkeypatch.setattr(estimate, "memory", lambda *_: {})
+    stages = {str(stage): {"accumulation": 1} for stage in range(4)}
+    monkeypatch.setattr(estimate, "memory", lambda *_: {"stage": 1, "stages": stages})
     monkeypatch.setattr(estimate, "paper_costs", lambda *_: [])
     assert planned(recipe=recipe)["run"]["train_exaflops"] == pytest.approx(TABLE_6[recipe], rel=0.03)
 
@@ -188,6 +190,54 @@ def test_checkpoint_size():
 def test_impossible_plans_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         planned(**changes)
+
+
+# images/s that others published -> what the plan says at its default MFU of 40%, as docs/benchmarks.md states
+PUBLISHED = [
+    ({"gpus": 8, "gpu": "h100"}, "g/14", 4096, 1428, 1976),
+    ({"gpus": 128, "gpu": "h100"}, "g/14", 4096, 21561, 31621),
+    ({"gpus": 8, "gpu": "a100"}, "g/14", 4096, 693, 623),
+    ({"gpus": 128, "gpu": "a100"}, "g/14", 4096, 10644, 9970),
+    ({"gpus": 1, "gpu": "h100"}, "S/16", 256, 8003, None),
+]
+
+
+@pytest.mark.parametrize(("hardware", "variant", "batch", "measured", "expected"), PUBLISHED)
+def test_published_runs_are_within_the_error_that_the_documents_state(
+    hardware, variant, batch, measured, expected, monkeypatch
+):
+    stages = {str(stage): {"accumulation": 1} for stage in range(4)}
+    monkeypatch.setattr(estimate, "memory", lambda *_: {"stage": 1, "stages": stages})
+    monkeypatch.setattr(estimate, "paper_costs", lambda *_: [])
+    training = RECIPES["b16_imagenet"]()
+    model = dataclasses.replace(training.model, variant=variant)
+    training = dataclasses.replace(training, model=model, batch_size=batch)
+    rate = plan(PlanConfig(training=training, **hardware), "b16_imagenet")["run"]["images_per_second"]
+    assert 0.85 < rate / measured < 1.8
+    if expected:
+        assert rate == pytest.approx(expected, rel=0.01)
+
+
+def test_a_small_model_is_limited_by_launching_and_says_so():
+    """40% of an L4 would be 46,126 img/s of Ti/4 at 32 px."""
+    result = planned(recipe="cifar10", gpus=1, gpu="l4")
+    run = result["run"]
+    assert run["limited_by"] == "launching"
+    assert run["images_per_second"] < 10_000 < run["limits"]["gpus"]
+    text = table(result)
+    assert "limited by launching kernels" in text
+    assert not re.search(r" 0 GPU-hours| \$0$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [({"cores_per_gpu": 0.5}, "decoding"), ({"read_gbps": 0.01}, "reading"), ({"mfu": 0.01}, "gpus")],
+)
+def test_the_slowest_part_decides(changes, limit):
+    run = planned(recipe="s16_imagenet_90ep", **changes)["run"]
+    assert run["limited_by"] == limit
+    assert run["images_per_second"] == min(run["limits"].values()) == run["limits"][limit]
 
 
 def test_an_unknown_corpus_is_asked_for(tmp_path):

@@ -760,5 +760,6 @@ def test_checkpoints_and_models_have_names():
     assert checkpoint_name("s3://bucket/b16/checkpoints/step-00000528") == "b16 step 528"
     assert checkpoint_name("/tmp/runs/demo/pretrain/checkpoints/step-00000012") == "demo step 12"
     assert checkpoint_name("timm:vit_tiny") == "timm:vit_tiny"
+    assert checkpoint_name("random:runs/b16/checkpoints/step-00000528") == "random weights like b16 step 528"
     assert model_name("demo", "runs/demo/data/train") == "demo"
     assert model_name("demo", "s3://bucket/photos/train") == "demo-photos"

@@ -35,6 +35,8 @@ class PlanConfig:
     mfu: float = 0.4
     """Model FLOPs utilisation, 0 to 1: the share of the GPU's dense bf16 peak that training reaches, without
     recomputed activations."""
+    read_gbps: float = 1.0
+    """Speed at which one node reads shards, in GB/s."""
     images: float | None = None
     """Images in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
     classes: int | None = None

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 from pipeline.operations.planning.config import GB, PlanConfig, find_corpus
 from pipeline.operations.planning.costs import (
+    LAUNCHING,
     checkpoint_bytes,
     checkpoint_interval,
     data_plane,
@@ -22,13 +23,17 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
 
+# Host time of one block's forward and backward pass, with its part of the engine: tests/benchmarks/launch_overhead.py.
+BLOCK_LAUNCH_SECONDS = 1.5e-3
+
+
 def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     """The plan as plain values. Sizes in bytes, times in seconds or hours as named, money in dollars.
 
     Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
     """
     training, gpu = config.training, find_gpu(config.gpu)
-    for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores"):
+    for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores", "read_gbps"):
         if getattr(config, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
     images, classes = find_corpus(config, recipe)
@@ -36,7 +41,8 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
 
     options = model_options(training, classes)
     count, nodes = parameters(options), math.ceil(config.gpus / config.gpus_per_node)
-    run = run_costs(config, options, images)
+    needed = memory(config, options)
+    run = run_costs(config, options, images, needed["stages"][str(needed["stage"])])
     result: dict[str, Any] = {
         "recipe": recipe,
         "model": {
@@ -53,9 +59,9 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
             "mfu": config.mfu,
             "cpus_per_worker": training.runtime.cpus_per_worker,
         },
-        "memory": memory(config, options),
+        "memory": needed,
         "run": {"images": images, "classes": classes, **run},
-        "data": data_plane(config, images, run["images_seen"], run["images_per_second"]),
+        "data": data_plane(config, images, run["images_seen"], run["wanted_images_per_second"]),
         "checkpoint": checkpoint_costs(config, count, nodes, images, run),
         "paper": paper_costs(config),
     }
@@ -64,12 +70,16 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     return result
 
 
-def run_costs(config: PlanConfig, options: dict[str, Any], images: int) -> dict[str, Any]:
-    """Steps, images, FLOPs, speed, hours and dollars of a run over a corpus of `images`."""
+def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: dict[str, Any]) -> dict[str, Any]:
+    """Steps, images, FLOPs, speed, hours and dollars of a run over a corpus of `images`.
+
+    split: how a GPU's part of the batch is computed (`memory`): micro_batch and accumulation. The speed is the smallest of
+    `limits`; wanted_images_per_second is that of a run which never waits for data.
+    """
     training = config.training
     train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
-    peak = find_gpu(config.gpu).peak_flops
-    rate = config.gpus * peak * config.mfu / train_flops * 3 / (3 + recomputed_share(training))
+    rates = limits(config, options, train_flops, split)
+    rate = min(rates.values())
     steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
     seen = steps * training.batch_size
     hours = seen / rate / 3600
@@ -78,11 +88,40 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int) -> dict[
         "images_seen": seen,
         "train_exaflops": seen * train_flops / 1e18,
         "images_per_second": rate,
+        "wanted_images_per_second": min(rates["gpus"], rates["launching"]),
+        "limits": rates,
+        "limited_by": min(rates, key=lambda name: rates[name]),
         "step_seconds": training.batch_size / rate,
         "hours": hours,
         "gpu_hours": hours * config.gpus,
         "cost": hours * config.gpus * config.price,
     }
+
+
+def limits(config: PlanConfig, options: dict[str, Any], train_flops: float, split: dict[str, Any]) -> dict[str, float]:
+    """Images per second that each part of the run allows: the GPUs at the given MFU, the launching of their kernels, the
+    decoding of JPEG shards on the CPUs, and reading them.
+
+    Communication between GPUs is not among them (tests/benchmarks/scaling.py models it).
+    """
+    training, nodes = config.training, math.ceil(config.gpus / config.gpus_per_node)
+    again = (3 + recomputed_share(training)) / 3  # blocks are computed and launched once more
+    image = data_plane(config, 1, 1, 1.0)["jpeg"]
+    micro = training.engine.micro_batch
+    parts = training.batch_size // config.gpus // micro if micro else split["accumulation"]
+    cores = max(1, training.runtime.cpus_per_worker - LAUNCHING)
+    return {
+        "gpus": config.gpus * find_gpu(config.gpu).peak_flops * config.mfu / train_flops / again,
+        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * BLOCK_LAUNCH_SECONDS * again),
+        "decoding": config.gpus * cores / image["cores"],
+        "reading": nodes * config.read_gbps * GB / image["read_bytes_per_second"],
+    }
+
+
+def count_blocks(options: dict[str, Any]) -> int:
+    """Number of transformer blocks and of a stem's or ResNet's units."""
+    shape = parse_variant(options["variant"])
+    return int(options.get("depth") or shape.depth) + sum(shape.stem or ())
 
 
 def recomputed_share(training: PretrainConfig) -> float:

@@ -3,6 +3,14 @@
 from typing import Any
 
 
+LIMITS = {
+    "gpus": "the GPUs",
+    "launching": "launching kernels",
+    "decoding": "decoding on the CPUs",
+    "reading": "reading shards",
+}
+
+
 def table(result: dict[str, Any]) -> str:
     """The plan for people."""
     model, hardware, run = result["model"], result["hardware"], result["run"]
@@ -10,40 +18,43 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['recipe']}: {model['variant']} at {model['image_size']} px on {hardware['gpus']} x {hardware['gpu']}, "
         f"{hardware['mfu']:.0%} MFU",
-        f"  model        {model['parameters'] / 1e6:,.1f}M parameters, {model['forward_gflops_per_image']:,.2f} GFLOPs per image forward",
+        f"  model        {model['parameters'] / 1e6:,.1f}M parameters, {model['forward_gflops_per_image']:,.2f} GFLOPs an image forward",
         f"  corpus       {run['images']:,} images, {run['classes']:,} classes",
         f"  run          {run['steps']:,} steps, {run['images_seen']:,} images seen, {run['train_exaflops']:,.4g} exaFLOPs",
-        f"  speed        {run['images_per_second']:,.0f} img/s, {run['step_seconds']:.3g} s a step",
-        f"  time         {hours_text(run['hours'])}, {run['gpu_hours']:,.0f} GPU-hours, ${run['cost']:,.0f}",
+        f"  speed        {run['images_per_second']:,.0f} img/s, {run['step_seconds']:.3g} s a step, limited by "
+        f"{LIMITS[run['limited_by']]}",
+        *_limits(run),
+        f"  time         {hours_text(run['hours'])}, {_few(run['gpu_hours'])} GPU-hours, ${_few(run['cost'])}",
         "",
-        f"  memory per GPU ({_size(memory['usable'])} usable; activations {_size(memory['activations_per_image'])} an image, "
-        f"{memory['images_per_gpu']} images per GPU and step)",
-        f"    {'':10s}{'model states':>14s}{'buffers':>10s}{'micro-batch':>13s}{'accumulate':>12s}{'used':>10s}",
+        f"  memory per GPU ({_size(memory['usable'])} usable; activations {_size(memory['activations_per_image'])} an image;",
+        f"  {memory['images_per_gpu']} images per GPU and step)",
+        f"    {'':7s}{'model states':>13s}{'buffers':>9s}{'micro-batch':>12s}{'accumulate':>11s}{'used':>9s}",
     ]
     for stage, row in memory["stages"].items():
         chosen = "  <- recipe" if int(stage) == memory["stage"] else ""
         micro, accumulation = (row["micro_batch"], row["accumulation"]) if row["micro_batch"] else ("none fits", "")
         lines.append(
-            f"    {f'ZeRO-{stage}':10s}{_size(row['model_states']):>14s}{_size(row['buffers']):>10s}{micro:>13}{accumulation:>12}"
-            f"{_size(row['used']):>10s}{chosen}"
+            f"    {f'ZeRO-{stage}':7s}{_size(row['model_states']):>13s}{_size(row['buffers']):>9s}{micro:>12}{accumulation:>11}"
+            f"{_size(row['used']):>9s}{chosen}"
         )
     lines += [
         "",
-        f"  data plane for {run['images_per_second']:,.0f} img/s",
-        f"    {'':10s}{'an image':>10s}{'stored':>10s}{'$/month':>9s}{'read at':>12s}{'cores':>8s}{'read in all':>13s}{'GETs $':>8s}",
+        f"  data plane for the {run['wanted_images_per_second']:,.0f} img/s of GPUs that do not wait",
+        f"    {'':10s}{'an image':>9s}{'stored':>9s}{'$/month':>9s}{'read at':>11s}{'cores':>9s}{'read in all':>12s}{'GETs $':>7s}",
     ]
     for name, row in result["data"].items():
         lines.append(
-            f"    {name:10s}{_size(row['bytes_per_image']):>10s}{_size(row['stored']):>10s}{row['storage_cost_per_month']:>9,.0f}"
-            f"{_size(row['read_bytes_per_second']) + '/s':>12s}{row['cores']:>8,.1f}{_size(row['read']):>13s}{row['request_cost']:>8,.0f}"
+            f"    {name:10s}{_size(row['bytes_per_image']):>9s}{_size(row['stored']):>9s}{row['storage_cost_per_month']:>9,.0f}"
+            f"{_size(row['read_bytes_per_second']) + '/s':>11s}{row['cores']:>9,.1f}{_size(row['read']):>12s}{row['request_cost']:>7,.0f}"
         )
     lines += _cores(result)
     lines += [
         "",
         f"  checkpoint   {_size(checkpoint['total'])} ({_size(checkpoint['weights'])} weights), written in "
-        f"{checkpoint['write_seconds']:.1f} s; {checkpoint['expected_failures']:.2g} failures expected: best every "
-        f"{checkpoint['interval_steps']:,} steps ({checkpoint['interval_seconds'] / 60:.0f} min), the recipe has "
-        f"{checkpoint['recipe_interval_steps']:,}",
+        f"{checkpoint['write_seconds']:.1f} s",
+        f"               {checkpoint['expected_failures']:.2g} failures expected: best every "
+        f"{checkpoint['interval_steps']:,} steps ({checkpoint['interval_seconds'] / 60:.0f} min),",
+        f"               the recipe has {checkpoint['recipe_interval_steps']:,}",
         "",
         "  the paper's runs (Table 2) on this GPU",
         f"    {'':24s}{'exaFLOPs':>10s}{'TPUv3 core-days':>17s}{'GPU-days':>10s}{'cost':>10s}",
@@ -56,8 +67,9 @@ def table(result: dict[str, Any]) -> str:
     if prepare := result.get("prepare"):
         lines += [
             "",
-            f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: {prepare['core_hours']:,.0f} "
-            f"core-hours, {hours_text(prepare['hours'])} on {prepare['cores']} cores",
+            f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: "
+            f"{_few(prepare['core_hours'])} core-hours,",
+            f"               {hours_text(prepare['hours'])} on {prepare['cores']} cores",
         ]
         for name, row in prepare["output"].items():
             lines.append(
@@ -71,9 +83,19 @@ def _cores(result: dict[str, Any]) -> list[str]:
     needed, asked = result["data"]["jpeg"]["cores_per_gpu"], result["hardware"]["cpus_per_worker"]
     patches = result["data"]["patches"]["cores_per_gpu"]
     line = f"  CPU cores    {needed} a GPU from jpeg, {patches} from patches; the recipe asks for {asked:g}"
-    if needed > asked:
-        line += f": give --cpus-per-worker {needed}, or the GPU waits for images"
-    return ["", line]
+    waits = f"               give --cpus-per-worker {needed}, or the GPU waits for images"
+    return ["", line, *([waits] if needed > asked else [])]
+
+
+def _limits(run: dict[str, Any]) -> list[str]:
+    """What the parts that do not limit the run would allow."""
+    others = [name for name in run["limits"] if name != run["limited_by"]]
+    return [f"               {run['limits'][name]:,.0f} img/s allowed by {LIMITS[name]}" for name in others]
+
+
+def _few(value: float) -> str:
+    """Two digits of a small number, whole ones of a large one: 0.023, 1,204."""
+    return f"{value:,.0f}" if value >= 10 or not value else f"{value:.2g}"
 
 
 def _size(count: float) -> str:
