@@ -48,7 +48,9 @@ class Database:
             "start_time": started,
             "lifecycle_stage": "active",
         }
-        self.rows["runs"].append({**about, "experiment_id": int(self.experiments[experiment]), "source_type": "LOCAL"})
+        self.rows["runs"].append(
+            {**about, "experiment_id": int(self.experiments[experiment]), "source_type": "LOCAL", "user_id": "x"}
+        )
         self.rows["params"] += [{"run_uuid": run, "key": k, "value": str(v)} for k, v in params.items()]
         self.rows["tags"] += [{"run_uuid": run, "key": k, "value": str(v)} for k, v in tags.items()]
         point = {"run_uuid": run, "timestamp": started, "step": 0, "is_nan": False}
