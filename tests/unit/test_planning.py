@@ -230,14 +230,18 @@ def test_a_small_model_is_limited_by_launching_and_says_so():
     assert max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    ("changes", "limit"),
-    [({"cores_per_gpu": 0.5}, "decoding"), ({"read_gbps": 0.01}, "reading"), ({"mfu": 0.01}, "gpus")],
-)
+@pytest.mark.parametrize(("changes", "limit"), [({"read_gbps": 0.01}, "reading"), ({"mfu": 0.01}, "gpus")])
 def test_the_slowest_part_decides(changes, limit):
     run = planned(recipe="s16_imagenet_90ep", **changes)["run"]
     assert run["limited_by"] == limit
     assert run["images_per_second"] == min(run["limits"].values()) == run["limits"][limit]
+
+
+def test_few_cpus_limit_a_run_and_the_plan_says_how_many_it_wants():
+    training = changed(RECIPES["s16_imagenet_90ep"](), cpus_per_worker=2)
+    result = plan(PlanConfig(training=training, read_gbps=100), "s16_imagenet_90ep")
+    assert result["run"]["limited_by"] == "decoding"
+    assert re.search(r"give --cpus-per-worker \d+, or the GPU waits", table(result))
 
 
 def test_an_unknown_corpus_is_asked_for(tmp_path):

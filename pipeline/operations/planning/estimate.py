@@ -22,7 +22,6 @@ from pipeline.operations.planning.memory import memory
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
-
 # Host time of one block's forward and backward pass, with its part of the engine: tests/benchmarks/launch_overhead.py.
 BLOCK_LAUNCH_SECONDS = 1.5e-3
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-
 LIMITS = {
     "gpus": "the GPUs",
     "launching": "launching kernels",
