@@ -119,9 +119,11 @@ def prepare(argv: list[str]) -> int:
         return 0
     for name, result in results.items():
         reasons = "".join(f", {count} {reason}" for reason, count in result["rejects_by_reason"].items())
+        found = "".join(f", {count} {reason}" for reason, count in result["duplicates_by_reason"].items())
+        found += "".join(f", {count} {reason} (reported)" for reason, count in result["reported_by_reason"].items())
         print(
             f"{name}: prepared={result['prepared']} shards={result['shards']} rejects={result['rejects']}{reasons} "
-            f"duplicates={result['duplicates']} classes={result['classes']} "
+            f"duplicates={result['duplicates']}{found} classes={result['classes']} "
             f"fingerprint={result['fingerprint']}  {result['uri']}"
         )
     logs.show(next_steps.after_preparing({name: storage.join(options.output, name or "") for name in manifests}))
@@ -136,6 +138,8 @@ def summary(output: str, split: str, manifest: "Manifest") -> dict[str, Any]:
         "rejects": sum(manifest.rejects.values()),
         "rejects_by_reason": manifest.rejects,
         "duplicates": manifest.duplicates,
+        "duplicates_by_reason": manifest.duplicates_by_reason,
+        "reported_by_reason": manifest.reported_by_reason,
         "classes": len(manifest.classes),
         "fingerprint": manifest.fingerprint,
     }

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 EXTRAS = {
     "cloud": ("boto3",),
+    "descriptor": ("faiss",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

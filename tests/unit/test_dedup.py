@@ -1,5 +1,6 @@
 """Duplicate search: what is the same is found, what is not is left alone, and the banded join agrees with all pairs."""
 
+import itertools
 import logging
 
 import cv2
@@ -12,17 +13,20 @@ from pipeline.data.duplicates.candidates import (
     KEY,
     PIXELS,
     Removal,
-    candidate_keys,
+    boxes,
+    candidate_lines,
+    concatenate_pairs,
     match_rows,
     select_removals,
     unique_pairs,
 )
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
-from pipeline.data.duplicates.hashes import MIRROR, ROW, hamming, hash_image
-from pipeline.data.duplicates.verification import compare_views, small_copy
+from pipeline.data.duplicates.hashes import MIRROR, ROW, VIEW, hamming, hash_image
+from pipeline.data.duplicates.verification import compare_unaligned, compare_views, small_copy
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from tests.images import crop, textured
+from tests.posed import POSES
 
 CHANGES = {
     "same": lambda p: p,
@@ -50,14 +54,14 @@ def index(tmp_path_factory):
 def test_changed_images_are_found(index, change):
     for i in (0, 7, 39):
         pixels = CHANGES[change](textured(i))
-        match = index.find(hash_image(pixels, crops=True), pixels, distance=30)
+        match = index.find(hash_image(pixels), pixels, distance=30)
         assert match is not None
         assert index.name(match.image)[1] == f"test/{i}"
 
 
 def test_other_images_are_not(index):
     photos = [textured(seed) for seed in range(100, 200)]
-    assert [index.find(hash_image(pixels, crops=True), pixels, 30) for pixels in photos] == [None] * 100
+    assert [index.find(hash_image(pixels), pixels, 30) for pixels in photos] == [None] * 100
 
 
 def test_flat_images_match_only_exactly(tmp_path):
@@ -67,35 +71,36 @@ def test_flat_images_match_only_exactly(tmp_path):
     png = cv2.imencode(".png", flat)[1].tobytes()
     write_dataset(str(tmp_path), [("flat", png, 0, 32, 32)], classes=["a"])
     index = index_evaluation_sets([str(tmp_path)], 10**8)
-    match = index.find(hash_image(flat, crops=True), flat, 30)
+    match = index.find(hash_image(flat), flat, 30)
     assert match is not None
     assert (match.image, match.distance, match.exact) == (0, 0, True)
-    assert index.find(hash_image(nearly, crops=True), nearly, 30) is None
+    assert index.find(hash_image(nearly), nearly, 30) is None
 
 
 def test_mirroring_inverts_known_bits():
     pixels = textured(3)
     plain, mirrored = hash_image(pixels), hash_image(pixels[:, ::-1])
-    assert hamming(plain.bits ^ MIRROR, mirrored.bits)[0] <= 2
+    assert hamming(plain.views["bits"][0] ^ MIRROR, mirrored.views["bits"][0]) <= 2
     assert plain.exact != mirrored.exact
 
 
 def table(bits, exact=None, keys=None):
-    rows = np.zeros(len(bits), ROW)
-    rows["bits"] = bits
+    """(rows, views): one view each, the whole image."""
+    rows, views = np.zeros(len(bits), ROW), np.zeros(len(bits), VIEW)
     rows["exact"] = np.arange(len(bits)) + 1 if exact is None else exact
     rows["key"] = np.arange(len(bits)) + 1 if keys is None else keys
-    return rows
+    views["image"], views["bits"], views["whole"] = np.arange(len(bits)), bits, True
+    return rows, views
 
 
 def join(tables, keys=False, exact=True, near=True, distance=12, buckets=3):
     """The Ray Data job of `prepare`, by hand."""
-    parts = [candidate_keys(rows, unit, keys, exact, near) for unit, rows in enumerate(tables)]
+    parts = [candidate_lines(*hashed, unit, keys, exact, near) for unit, hashed in enumerate(tables)]
     lines = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     bucket = (lines["join"] >> np.uint64(40)) % np.uint64(buckets)
     found = [match_rows({k: v[bucket == b] for k, v in lines.items()}, distance) for b in range(buckets)]
-    pairs = unique_pairs({name: np.concatenate([pairs[name] for pairs in found]) for name in found[0]})
-    return pairs | {"detail": np.ones(len(pairs["first"]))}
+    pairs = unique_pairs(concatenate_pairs(found))
+    return pairs | {"detail": np.ones(len(pairs["first"])), "difference": np.zeros(len(pairs["first"]))}
 
 
 def test_the_join_finds_what_all_pairs_find():
@@ -123,28 +128,78 @@ def test_many_copies_leave_the_first():
 def test_equal_keys_and_only_keys():
     bits = np.random.default_rng(0).integers(0, 2**63, (6, 2), dtype=np.uint64)
     tables = [table(bits[:3], keys=[1, 2, 3]), table(bits[3:], keys=[3, 4, 5], exact=[10, 11, 12])]
-    assert select_removals(join(tables, keys=True, exact=False, near=False)) == {1 << 32: Removal(2, KEY, 0, 1.0)}
+    assert select_removals(join(tables, keys=True, exact=False, near=False)) == {
+        1 << 32: Removal(2, KEY, 0, 0.0, 1.0, 0.0)
+    }
 
 
-def posed(seed):
-    """One of many pictures of a pose: the same outline and light, details of its own."""
-    outline = cv2.GaussianBlur(textured(1000), (0, 0), 4).astype(np.float32)
-    noise = np.random.default_rng(seed).normal(0, 1, (60, 80, 3)).astype(np.float32)
-    detail = cv2.resize(noise, (320, 240), interpolation=cv2.INTER_CUBIC)
-    return np.clip(outline + 20 * detail, 0, 255).astype(np.uint8)
+def hashes_of(pictures):
+    """(rows, views) of pictures, as a slice has them."""
+    hashed = [hash_image(pixels) for pixels in pictures]
+    rows = np.zeros(len(hashed), ROW)
+    rows["exact"] = [h.exact for h in hashed]
+    for i, one in enumerate(hashed):
+        one.views["image"] = i
+    return rows, np.concatenate([h.views for h in hashed])
 
 
-def test_pictures_of_one_pose_hash_alike_and_are_no_copies(tmp_path):
-    """A hash proposes them; the second look tells them apart, and still finds what was re-encoded."""
-    rows = [("x", simplejpeg.encode_jpeg(posed(0), 92, "RGB", "420"), 0, 320, 240)]
-    write_dataset(str(tmp_path), rows, classes=["a"])
-    index = index_evaluation_sets([str(tmp_path)], 10**8)
-    others = [(hash_image(pixels, crops=True), pixels) for pixels in map(posed, range(1, 30))]
-    assert sum(bool(index.propose(hashed, 30)) for hashed, _ in others) >= 25
-    assert [index.find(hashed, pixels, 30) for hashed, pixels in others] == [None] * 29
-    for change in ("JPEG quality 50", "mirrored", "centre 90%"):
-        pixels = CHANGES[change](posed(0))
-        assert index.find(hash_image(pixels, crops=True), pixels, 30) is not None, change
+def proposed_and_confirmed(pictures):
+    """(pairs of pictures that hash alike, pairs that the second look confirms)."""
+    copies = [small_copy(pixels) for pixels in pictures]
+    pairs = join([hashes_of(pictures)], distance=30)
+    first, second, mirrored = (pairs[name].tolist() for name in ("first", "second", "mirrored"))
+    boxes_of = boxes(pairs["first_box"]), boxes(pairs["second_box"])
+    confirmed = {
+        (a, b)
+        for a, b, box, other_box, flip in zip(first, second, *boxes_of, mirrored, strict=True)
+        if compare_views(copies[b], copies[a], other_box, box, flip).same
+    }
+    return set(zip(first, second, strict=True)), confirmed
+
+
+INSIDE = {name: change for name, change in CHANGES.items() if name != "same"}
+INSIDE["80% of it, JPEG quality 50"] = lambda p: CHANGES["JPEG quality 50"](np.ascontiguousarray(crop(p, 0.8, 0.3)))
+INSIDE["turned by 2 degrees"] = lambda p: cv2.warpAffine(
+    p, cv2.getRotationMatrix2D((160, 120), 2, 1.05), p.shape[1::-1]
+)
+
+
+@pytest.mark.parametrize("change", INSIDE)
+def test_a_changed_copy_is_found_inside_a_corpus(change):
+    photos = [textured(seed) for seed in range(6)]
+    _, confirmed = proposed_and_confirmed([*photos, *(np.ascontiguousarray(INSIDE[change](p)) for p in photos)])
+    assert confirmed == {(i, i + 6) for i in range(6)}
+
+
+@pytest.mark.parametrize("pose", POSES)
+def test_pictures_that_are_posed_alike_are_no_copies(pose):
+    """Whatever hashing proposes, and whichever pairs one compares."""
+    pictures = [POSES[pose](seed) for seed in range(12)]
+    _, confirmed = proposed_and_confirmed(pictures)
+    assert confirmed == set()
+    copies = [small_copy(pixels) for pixels in pictures[:6]]
+    pairs = list(itertools.combinations(copies, 2))
+    assert not any(compare_views(b, a, mirrored=mirrored).same for a, b in pairs for mirrored in (False, True))
+
+
+def test_hashing_alone_would_take_poses_for_copies():
+    proposed, _ = proposed_and_confirmed([POSES["outlines"](seed) for seed in range(12)])
+    assert len(proposed) >= 20
+
+
+def test_what_is_posed_alike_is_found_when_it_is_copied():
+    pictures = [POSES[pose](0) for pose in ("outlines", "documents", "bicycles", "portraits")]
+    changes = [CHANGES["JPEG quality 50"], CHANGES["mirrored"], CHANGES["brighter"]]
+    for change in changes:
+        _, confirmed = proposed_and_confirmed([*pictures, *(np.ascontiguousarray(change(p)) for p in pictures)])
+        assert confirmed == {(i, i + 4) for i in range(4)}
+
+
+def test_alignment_without_a_hint():
+    pixels, other = POSES["documents"](1), POSES["documents"](2)
+    part = np.ascontiguousarray(crop(pixels, 0.6, 0.2, 0.9)[:, ::-1])
+    assert compare_unaligned(small_copy(part), small_copy(pixels)).same
+    assert not compare_unaligned(small_copy(part), small_copy(other)).same
 
 
 def test_another_colour_is_another_picture():
@@ -163,9 +218,33 @@ def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "pipeline"):
         index = index_evaluation_sets([str(tmp_path)], 10**8)
     assert "1 of 2 images cannot be read and are not kept out, such as x/text.jpg" in caplog.text
-    match = index.find(hash_image(textured(5), crops=True), textured(5), 30)
+    match = index.find(hash_image(textured(5)), textured(5), 30)
     assert match is not None
     assert index.name(match.image)[1] == "x/cut.jpg"
+
+
+@pytest.mark.parametrize("spared", [0.995, 0.9, 0.7])
+def test_a_damaged_evaluation_image_keeps_its_whole_copy_out(tmp_path, spared):
+    """Cut at the end, or overwritten from somewhere on."""
+    data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
+    end = int(len(data) * spared)
+    noise = np.random.default_rng(0).integers(0, 255, len(data) - end, dtype=np.uint8).tobytes()
+    for name, content in (("cut", data[:end]), ("overwritten", data[:end] + noise)):
+        folder = tmp_path / name / "x"
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(content)
+        index = index_evaluation_sets([str(tmp_path / name)], 10**8)
+        assert index.count == 1
+        match = index.find(hash_image(textured(5)), textured(5), 30)
+        assert match is not None, name
+        assert index.name(match.image)[1] == "x/a.jpg"
+        assert index.find(hash_image(textured(6)), textured(6), 30) is None
+
+
+def test_another_light_on_the_same_things_is_another_picture():
+    turned = POSES["turned"]
+    lit = [(small_copy(turned(seed)), small_copy(turned(seed + 18))) for seed in range(0, 18, 3)]
+    assert not any(compare_views(a, b).same for a, b in lit)
 
 
 def test_an_evaluation_set_without_images(tmp_path):

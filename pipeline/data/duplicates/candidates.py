@@ -1,111 +1,140 @@
 """Near and exact duplicates inside a corpus: which rows to compare, which pairs match, which rows to remove.
 
-Rows of equal pixels or equal keys share one hash. Of rows that look alike, two of the eight 16-bit bands of the look agree: a
-shuffle brings together the rows that share any pair of bands, and these are compared bit by bit.
+Rows of equal pixels or equal keys share one hash. Rows of which a view looks alike have a join key in common
+(`hashes.join_keys`): a shuffle brings the views with a common key together, and these are compared bit by bit.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.duplicates.hashes import BANDS, MIRROR, hamming
+from pipeline.data.duplicates.hashes import compare_bits, join_keys
 
-KEY, PIXELS, LOOK, MIRRORED = range(4)  # kinds of agreement
+KEY, PIXELS, LOOK, DESCRIPTOR = range(4)  # kinds of agreement
 Pairs = dict[str, np.ndarray]
-"""Columns `first`, `second` (rows), `kind`, `apart` (bits that differ) and, once verified, `detail`."""
-# Two bands are 32 bits, few enough rows to compare at any size of corpus. Any two of the eight bands find images that differ
-# in three times as many bits as four fixed bands of 32 bits would.
-BAND_PAIRS = list(itertools.combinations(range(BANDS), 2))
+"""A line for each agreement: columns of PAIR, and once verified `detail` and `difference`."""
+PAIR = np.dtype(
+    [
+        ("first", "i8"),  # rows, first < second
+        ("second", "i8"),
+        ("kind", "i1"),
+        ("apart", "i4"),  # bits that differ, of the views that look alike
+        ("similarity", "f4"),  # of descriptors
+        ("mirrored", "?"),  # the views look alike as mirror images
+        ("first_box", "u8"),  # where the views are: hashes.VIEW's box, packed
+        ("second_box", "u8"),
+    ]
+)
+ALIGNMENTS = 3  # view pairs of one pair of rows that the second look starts from, at most
 
 
-def candidate_keys(table: np.ndarray, number: int, keys: bool, exact: bool, near: bool) -> dict[str, np.ndarray]:
-    """Rows of one slice (dtype ROW) -> lines to join on: rows with a line of equal `join` may be duplicates.
+def as_pairs(columns: dict[str, Any]) -> Pairs:
+    """The columns of PAIR; those that are not given are zero."""
+    size = len(columns["first"])
+    return {name: np.asarray(columns.get(name, np.zeros(size)), PAIR[name]) for name in PAIR.names or ()}
 
-    `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS, LOOK or MIRRORED.
+
+def concatenate_pairs(parts: list[Pairs]) -> Pairs:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else no_pairs()
+
+
+def no_pairs() -> Pairs:
+    return as_pairs({"first": ()})
+
+
+def candidate_lines(
+    rows: np.ndarray, views: np.ndarray, number: int, keys: bool, exact: bool, near: bool
+) -> dict[str, np.ndarray]:
+    """Rows (dtype ROW) and views (VIEW) of one slice -> lines to join on: rows with a line of equal `join` may be duplicates.
+
+    `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS or LOOK.
     """
-    rows = (np.int64(number) << 32) | np.arange(len(table), dtype=np.int64)
-    joins, numbers, bits, kinds = [], [], [], []
-
-    def add(join: np.ndarray, which: np.ndarray, look: np.ndarray, kind: int) -> None:
-        joins.append(join)
-        numbers.append(rows[which])
-        bits.append(look)
-        kinds.append(np.full(len(join), kind, np.int8))
-
-    everything = np.arange(len(table))
+    names = (np.int64(number) << 32) | np.arange(len(rows), dtype=np.int64)
+    nothing = np.zeros((len(rows), 2), np.uint64), np.zeros(len(rows), np.uint64)
+    parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.uint64), names[:0], nothing[0][:0], nothing[1][:0])]
+    kinds = [np.empty(0, np.int8)]
     if keys:
-        add(table["key"], everything, table["bits"], KEY)
+        parts.append((rows["key"], names, *nothing))
+        kinds.append(np.full(len(rows), KEY, np.int8))
     if exact or near:
-        add(table["exact"], everything, table["bits"], PIXELS)
+        parts.append((rows["exact"], names, *nothing))
+        kinds.append(np.full(len(rows), PIXELS, np.int8))
     if near:
-        which = np.flatnonzero(~table["flat"])
-        for kind, look in ((LOOK, table["bits"][which]), (MIRRORED, table["bits"][which] ^ MIRROR)):
-            bands = np.ascontiguousarray(look).view(np.uint16).reshape(-1, BANDS).astype(np.uint64)
-            for pair, (i, j) in enumerate(BAND_PAIRS):
-                both = bands[:, i] | bands[:, j] << np.uint64(16) | np.uint64(pair + 1) << np.uint64(32)
-                add(both * np.uint64(0x9E3779B97F4A7C15), which, look, kind)  # spread: buckets by remainder are even
-    look = np.concatenate(bits)
-    return {
-        "join": np.concatenate(joins),
-        "row": np.concatenate(numbers),
-        "kind": np.concatenate(kinds),
-        "low": look[:, 0],
-        "high": look[:, 1],
-    }
+        which, joins = join_keys(views)
+        boxes = np.ascontiguousarray(views["box"]).view(np.uint64).ravel()
+        parts.append((joins, names[views["image"][which]], views["bits"][which], boxes[which]))
+        kinds.append(np.full(len(joins), LOOK, np.int8))
+    join, row, bits, box = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return {"join": join, "row": row, "kind": np.concatenate(kinds), "low": bits[:, 0], "high": bits[:, 1], "box": box}
 
 
 def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> Pairs:
-    """Lines of one bucket -> pairs of rows (first < second) that may be duplicates: KEY, PIXELS, LOOK or, when the two are
-    alike as mirror images, MIRRORED.
+    """Lines of one bucket -> pairs of rows that may be duplicates.
 
     Among many lines with one value of `join`, each is compared with the `most` lines before it.
     """
-    # The kind groups (key, pixels, look) join only within themselves; look and mirrored look join with each other.
-    family = np.minimum(lines["kind"], LOOK)
-    order = np.lexsort((lines["row"], lines["join"], family))
-    join, row, kind, family = (a[order] for a in (lines["join"], lines["row"], lines["kind"], family))
+    order = np.lexsort((lines["row"], lines["join"], lines["kind"]))
+    join, row, kind, box = (lines[name][order] for name in ("join", "row", "kind", "box"))
     bits = np.stack([lines["low"], lines["high"]], axis=1)[order]
-    first, second, kinds, apart = [], [], [], []
-
-    def add(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> None:
-        first.append(np.minimum(row[a], row[b]))
-        second.append(np.maximum(row[a], row[b]))
-        kinds.append(np.maximum(kind[a], kind[b]))
-        apart.append(d)
-
     # Being the same is transitive: every line of a run is compared with the run's first.
-    changes = np.flatnonzero((join[1:] != join[:-1]) | (family[1:] != family[:-1])) + 1
+    changes = np.flatnonzero((join[1:] != join[:-1]) | (kind[1:] != kind[:-1])) + 1
     begins = np.zeros(len(join), np.int64)
     begins[changes] = changes
     begins = np.maximum.accumulate(begins)
-    rest = np.flatnonzero((family < LOOK) & (begins != np.arange(len(join))))
-    add(begins[rest], rest, np.zeros(len(rest), np.int64))
+    rest = np.flatnonzero((kind < LOOK) & (begins != np.arange(len(join))))
+    found = [as_pairs({"first": row[begins[rest]], "second": row[rest], "kind": kind[rest]})]
     # Looking alike is not.
-    looks = np.flatnonzero(family == LOOK)
+    looks = np.flatnonzero(kind == LOOK)
     for step in range(1, most + 1):
         a, b = looks[:-step], looks[step:]
         same = join[a] == join[b]
         if not same.any():
             break
         a, b = a[same], b[same]
-        d = hamming(bits[a], bits[b])
-        good = (d <= distance) & (row[a] != row[b]) & ~((kind[a] == MIRRORED) & (kind[b] == MIRRORED))
-        add(a[good], b[good], d[good])
-    return {
-        "first": np.concatenate(first),
-        "second": np.concatenate(second),
-        "kind": np.concatenate(kinds),
-        "apart": np.concatenate(apart),
-    }
+        apart, mirrored = compare_bits(bits[a], bits[b])
+        good = (apart <= distance) & (row[a] != row[b])  # lines are in the order of rows
+        a, b = a[good], b[good]
+        found.append(
+            as_pairs(
+                {
+                    "first": row[a],
+                    "second": row[b],
+                    "kind": kind[a],
+                    "apart": apart[good],
+                    "mirrored": mirrored[good],
+                    "first_box": box[a],
+                    "second_box": box[b],
+                }
+            )
+        )
+    return concatenate_pairs(found)
 
 
 def unique_pairs(pairs: Pairs) -> Pairs:
-    """Each pair of rows once, by its strongest agreement: two rows may share several bands."""
-    order = np.lexsort((pairs["apart"], pairs["kind"], pairs["second"], pairs["first"]))
-    first, second = pairs["first"][order], pairs["second"][order]
-    new = np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1]))[: len(order)]
-    return {name: column[order][new] for name, column in pairs.items()}
+    """Of each pair of rows its strongest agreements: one when keys or pixels are the same, else at most ALIGNMENTS."""
+    names = ("second_box", "first_box", "mirrored", "apart", "similarity", "kind", "second", "first")
+    order = np.lexsort([-pairs[name] if name == "similarity" else pairs[name] for name in names])
+    sorted_pairs = {name: column[order] for name, column in pairs.items()}
+    same = np.ones(max(0, len(order) - 1), bool)
+    for name in ("first", "second"):
+        same &= sorted_pairs[name][1:] == sorted_pairs[name][:-1]
+    repeated = same.copy()
+    for name in ("kind", "mirrored", "first_box", "second_box"):  # views may share several keys
+        repeated &= sorted_pairs[name][1:] == sorted_pairs[name][:-1]
+    keep = np.append(True, ~repeated)[: len(order)]
+    sorted_pairs = {name: column[keep] for name, column in sorted_pairs.items()}
+    first, second = sorted_pairs["first"], sorted_pairs["second"]
+    place = np.arange(len(first))
+    begins = np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1]))[: len(first)]
+    begin = np.maximum.accumulate(np.where(begins, place, 0))
+    keep = begins | ((sorted_pairs["kind"][begin] >= LOOK) & (place - begin < ALIGNMENTS))
+    keep |= (sorted_pairs["kind"] == DESCRIPTOR) & (sorted_pairs["kind"][begin] == LOOK)
+    return {name: column[keep] for name, column in sorted_pairs.items()}
+
+
+def boxes(packed: np.ndarray) -> np.ndarray:
+    """Packed boxes (n,) -> (n, 4) float16."""
+    return np.ascontiguousarray(packed).view(np.float16).reshape(-1, 4)
 
 
 class Removal(NamedTuple):
@@ -114,20 +143,34 @@ class Removal(NamedTuple):
     first: int
     kind: int
     distance: int  # bits
+    similarity: float  # of descriptors; 0.0 where they were not compared
     detail: float  # correlation of detail; 1.0 when keys or pixels are the same
+    difference: float  # largest local difference, of 255
 
-    def record(self, key: str, match: str) -> dict[str, Any]:
+    @property
+    def reason(self) -> str:
+        return {PIXELS: "exact", LOOK: "near", DESCRIPTOR: "descriptor"}[self.kind]
+
+    def record(self, key: str, match: str, of_set: str = "") -> dict[str, Any]:
         """The line of duplicates.parquet about the row `key`, which repeats the row `match`."""
-        reason, detail = "exact" if self.kind == PIXELS else "near", round(self.detail, 3)
-        return {"key": key, "reason": reason, "set": "", "match": match, "distance": self.distance, "detail": detail}
+        return {
+            "key": key,
+            "reason": self.reason,
+            "set": of_set,
+            "match": match,
+            "distance": self.distance,
+            "similarity": round(self.similarity, 4),
+            "detail": round(self.detail, 3),
+            "difference": round(self.difference, 1),
+        }
 
 
 def select_removals(pairs: Pairs) -> dict[int, Removal]:
     """Which rows to remove. The first row of a group stays, and a row is removed only as a repeat of a row that stays."""
-    order = np.lexsort((pairs["apart"], pairs["kind"], pairs["first"], pairs["second"]))
+    order = np.lexsort((-pairs["detail"], pairs["kind"], pairs["first"], pairs["second"]))
+    names = ("first", "second", "kind", "apart", "similarity", "detail", "difference")
     removals: dict[int, Removal] = {}
-    columns = (pairs[name][order].tolist() for name in ("first", "second", "kind", "apart", "detail"))
-    for first, second, *why in zip(*columns, strict=True):
+    for first, second, *why in zip(*(pairs[name][order].tolist() for name in names), strict=True):
         if second not in removals and first not in removals:
             removals[second] = Removal(first, *why)
     return removals

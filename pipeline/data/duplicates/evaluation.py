@@ -14,77 +14,86 @@ import simplejpeg
 
 from pipeline import storage, workqueue
 from pipeline.data import codecs, sources
-from pipeline.data.duplicates.hashes import BANDS, MIRROR, VIEWS, Hashes, hamming, hash_image
-from pipeline.data.duplicates.verification import compare_views, small_copy
+from pipeline.data.duplicates.candidates import ALIGNMENTS, LOOK, PIXELS, Removal
+from pipeline.data.duplicates.hashes import VIEW, Hashes, compare_bits, hash_image, join_keys
+from pipeline.data.duplicates.verification import Agreement, compare_views, small_copy
 from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 
-MOST_PROPOSALS = 8
+MOST_PROPOSALS = 8  # images that are compared in detail with one that is looked up
+MOST_ENTRIES = 256  # views with one join key that are looked at
+BLOCK = 16  # rows that a JPEG decodes together, at most
 DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still give a picture
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationIndex:
-    """The hashes of evaluation sets, to look images up in. An entry is one view of an image, mirrored or not."""
+    """The hashes of evaluation sets, to look images up in."""
 
     sets: list[str]
-    keys: pa.Array
+    count: int  # images that were read
+    keys: pa.Array  # of each entry: an image, or a part of a damaged one
     pictures: pa.Array  # small copies, encoded
     set_of: np.ndarray  # (images,)
     exact: np.ndarray  # (images,) sorted
     exact_image: np.ndarray
-    bits: np.ndarray  # (entries, 2)
-    image: np.ndarray  # (entries,)
-    whole: np.ndarray  # (entries,) bool: not a crop
-    starts: np.ndarray  # (BANDS, 65537): where the entries of each band value begin in `order`
-    order: np.ndarray  # (BANDS, entries)
+    views: np.ndarray  # dtype VIEW
+    joins: np.ndarray  # join keys of all views, sorted
+    view_of: np.ndarray  # of each join key
 
     def find(self, hashed: Hashes, pixels_HWC: np.ndarray, distance: int) -> "EvaluationMatch | None":
-        """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those whose hashes differ
-        in at most `distance` bits and that the second look confirms. None without one."""
+        """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those of which a view
+        differs in at most `distance` bits and that the second look confirms. None without one."""
         at = int(np.searchsorted(self.exact, np.uint64(hashed.exact)))
         if at < len(self.exact) and int(self.exact[at]) == hashed.exact:
-            return EvaluationMatch(int(self.exact_image[at]), 0, 1.0, True, b"")
+            return EvaluationMatch(int(self.exact_image[at]), 0, True, Agreement(0, detail=1.0, difference=0.0), b"")
         proposals = self.propose(hashed, distance)
         mine = small_copy(pixels_HWC) if proposals else b""
-        for image, view, other_view, mirrored, apart in proposals:
-            agreement = compare_views(mine, self.pictures[image].as_py(), view, other_view, mirrored)
+        for proposal in proposals:
+            box, other_box = hashed.views["box"][proposal.view], self.views["box"][proposal.other_view]
+            picture = self.pictures[proposal.image].as_py()
+            agreement = compare_views(mine, picture, box, other_box, proposal.mirrored)
             if agreement.same:
-                return EvaluationMatch(image, apart, agreement.detail, False, mine)
+                return EvaluationMatch(proposal.image, proposal.apart, False, agreement, mine)
         return None
 
-    def propose(self, hashed: Hashes, distance: int) -> list[tuple[int, int, int, bool, int]]:
-        """At most MOST_PROPOSALS images whose hashes are near, nearest first: (image, view of ours, view of its, mirrored, bits).
-
-        A whole image is compared with whole images and with crops; crops are not compared with crops.
-        """
-        if hashed.flat or not len(self.bits):
+    def propose(self, hashed: Hashes, distance: int) -> list["Proposal"]:
+        """The nearest pairs of views: of at most MOST_PROPOSALS images, at most ALIGNMENTS of each."""
+        if not len(hashed.views) or not len(self.joins):
             return []
-        bands = hashed.bits.view(np.uint16)  # (views, BANDS)
-        entries, views = [], []
-        for values in bands.tolist():
-            for band, value in enumerate(values):
-                part = self.order[band, self.starts[band, value] : self.starts[band, value + 1]]
-                entries.append(part)
-                views.append(len(part))
-        entry = np.concatenate(entries)
-        view: np.ndarray = np.repeat(np.arange(len(hashed.bits)), np.reshape(views, (-1, BANDS)).sum(1))
-        apart = hamming(self.bits[entry], hashed.bits[view])
-        good = np.flatnonzero((apart <= distance) & ((view == 0) | self.whole[entry]))
-        found: dict[int, tuple[int, int, int, bool, int]] = {}
+        views, joins = join_keys(hashed.views)
+        begins = np.searchsorted(self.joins, joins, side="left")
+        counts = np.minimum(np.searchsorted(self.joins, joins, side="right") - begins, MOST_ENTRIES)
+        entries = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        pairs = np.unique(np.stack([np.repeat(views, counts), self.view_of[entries]]), axis=1)
+        apart, mirrored = compare_bits(hashed.views["bits"][pairs[0]], self.views["bits"][pairs[1]])
+        images = self.views["image"][pairs[1]]
+        good = np.flatnonzero(apart <= distance)
+        found: dict[int, list[Proposal]] = {}
         for i in good[np.argsort(apart[good], kind="stable")].tolist():
-            image, place = int(self.image[entry[i]]), int(entry[i]) % (2 * VIEWS)
-            if image not in found:
-                found[image] = (image, int(view[i]), place // 2, bool(place % 2), int(apart[i]))
-                if len(found) == MOST_PROPOSALS:
-                    break
-        return list(found.values())
+            image = int(images[i])
+            if image in found or len(found) < MOST_PROPOSALS:
+                alignments = found.setdefault(image, [])
+                if len(alignments) < ALIGNMENTS:
+                    view, other = int(pairs[0, i]), int(pairs[1, i])
+                    alignments.append(Proposal(image, view, other, bool(mirrored[i]), int(apart[i])))
+        return [proposal for alignments in found.values() for proposal in alignments]
 
     def name(self, image: int) -> tuple[str, str]:
         """(set, key) of an image."""
         return self.sets[self.set_of[image]], self.keys[image].as_py()
+
+
+class Proposal(NamedTuple):
+    """A view of an image that looks like a view of an evaluation image."""
+
+    image: int
+    view: int
+    other_view: int
+    mirrored: bool
+    apart: int  # bits
 
 
 class EvaluationMatch(NamedTuple):
@@ -92,16 +101,16 @@ class EvaluationMatch(NamedTuple):
 
     image: int
     distance: int  # bits
-    detail: float  # correlation of detail, 1.0 when the pixels are the same
     exact: bool
+    agreement: Agreement
     picture: bytes  # small copy of the image that was looked up; empty when exact
 
     def record(self, key: str, index: EvaluationIndex) -> dict[str, Any]:
         """The line of duplicates.parquet about the image `key`."""
         uri, name = index.name(self.image)
-        reason = "exact" if self.exact else "near"
-        detail = round(self.detail, 3)
-        return {"key": key, "reason": reason, "set": uri, "match": name, "distance": self.distance, "detail": detail}
+        kind, agreement = PIXELS if self.exact else LOOK, self.agreement
+        why = Removal(self.image, kind, self.distance, 0.0, agreement.detail, agreement.difference)
+        return why.record(key, name, uri)
 
 
 def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationIndex:
@@ -111,7 +120,7 @@ def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationInd
     """
     jobs: list[tuple[int, Any, int]] = []
     for number, uri in enumerate(uris):
-        jobs.extend((number, part, max_pixels) for part in _parts(uri))
+        jobs.extend((number, part, max_pixels) for part in parts_of_set(uri))
     parts = workqueue.map_tasks(_hash_part, jobs)
     set_of = np.concatenate(
         [np.full(len(part.keys), job[0], np.int32) for job, part in zip(jobs, parts, strict=True)]
@@ -121,31 +130,27 @@ def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationInd
         _check_readable(uri, [part for job, part in zip(jobs, parts, strict=True) if job[0] == number])
     keys = [key for part in parts for key in part.keys]
     exact = np.concatenate([part.exact for part in parts])
-    bits = np.concatenate([part.bits for part in parts])  # (images, VIEWS, 2)
-    flat = np.concatenate([part.flat for part in parts])
-    entries = np.stack([bits, bits ^ MIRROR], axis=2)[~flat]  # (images, VIEWS, 2 mirrored, 2)
-    rows = np.ascontiguousarray(entries.reshape(-1, 2))
-    values = rows.view(np.uint16).reshape(-1, BANDS)
-    order = np.stack([np.argsort(values[:, band], kind="stable").astype(np.int32) for band in range(BANDS)])
-    edges = np.arange(65_537)
-    starts = np.stack([np.searchsorted(values[order[band], band], edges) for band in range(BANDS)])
-    ranks = np.argsort(exact, kind="stable")
+    starts = np.cumsum([0, *(len(part.keys) for part in parts)])
+    for part, start in zip(parts, starts.tolist(), strict=False):
+        part.views["image"] += start
+    views = np.concatenate([part.views for part in parts])
+    view_of, joins = join_keys(views)
+    order, ranks = np.argsort(joins, kind="stable"), np.argsort(exact, kind="stable")
     return EvaluationIndex(
         sets=list(uris),
+        count=sum(part.images for part in parts),
         keys=pa.array(keys, pa.large_string()),
         pictures=pa.array([picture for part in parts for picture in part.pictures], pa.large_binary()),
         set_of=set_of,
         exact=exact[ranks],
         exact_image=ranks,
-        bits=rows,
-        image=np.repeat(np.flatnonzero(~flat).astype(np.int32), VIEWS * 2),
-        whole=np.tile(np.arange(VIEWS * 2) < 2, len(entries)),
-        starts=starts.astype(np.int32),
-        order=order,
+        views=views,
+        joins=joins[order],
+        view_of=view_of[order].astype(np.int32),
     )
 
 
-def _parts(uri: str) -> Iterator[Any]:
+def parts_of_set(uri: str) -> Iterator[Any]:
     """Parts of an evaluation set, for parallel hashing: (dataset URI, row group) or (source, first fragment, fragments)."""
     datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
     for manifest in datasets:
@@ -160,7 +165,8 @@ def _parts(uri: str) -> Iterator[Any]:
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
     """(key, RGB pixels, "") of every image of one part, or (key, None, why it cannot be read).
 
-    An image that is damaged but can be decoded is one: whoever evaluates on the set sees it, too.
+    An image that is damaged but can be decoded comes once whole and once for each of its `undamaged_parts`, under one key:
+    whoever evaluates on the set sees it, too.
     """
     if isinstance(part[0], str):
         dataset = open_dataset(part[0])
@@ -175,17 +181,33 @@ def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | No
         elif item.refused:
             yield item.key, None, item.refused.reason
         else:
-            yield item.key, *_decode(item.image, max_pixels)
+            yield from ((item.key, *decoded) for decoded in _decode(item.image, max_pixels))
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
+def _decode(data: bytes, max_pixels: int) -> Iterator[tuple[np.ndarray | None, str]]:
     try:
-        return codecs.decode(data, max_pixels, math.inf).pixels, ""
+        yield codecs.decode(data, max_pixels, math.inf).pixels, ""
     except codecs.Refused as refused:
-        if refused.reason not in DAMAGED:
-            return None, refused.reason
-        pixels = _decode_leniently(data)
-        return (None, refused.reason) if pixels is None else (pixels, "")
+        pixels = _decode_leniently(data) if refused.reason in DAMAGED else None
+        if pixels is None:
+            yield None, refused.reason
+            return
+        yield pixels, ""
+        yield from ((part, "") for part in undamaged_parts(pixels))
+
+
+def undamaged_parts(pixels_HWC: np.ndarray) -> list[np.ndarray]:
+    """Upper parts of a damaged image, which the damage may have spared: files hold an image from top to bottom.
+
+    The first part ends above the rows of one colour that decoders put in the place of missing data, the second is the upper
+    half of the image. A part is left out when it has fewer than BLOCK rows.
+    """
+    height = len(pixels_HWC)
+    values = pixels_HWC.astype(np.int16)
+    filled = int(np.argmin((np.ptp(values, axis=1) <= 2).all(axis=1)[::-1]))  # rows of one colour at the bottom
+    cut = filled > 0 or bool((np.ptp(values[-1, -8:], axis=0) <= 2).all())
+    ends = {height - filled - BLOCK if cut else height, height // 2}
+    return [pixels_HWC[:end] for end in sorted(ends, reverse=True) if BLOCK <= end < height]
 
 
 def _decode_leniently(data: bytes) -> np.ndarray | None:
@@ -200,10 +222,10 @@ def _decode_leniently(data: bytes) -> np.ndarray | None:
 class _Part(NamedTuple):
     """The hashed images of one part of an evaluation set."""
 
+    images: int  # that were read
     keys: list[str]
     exact: np.ndarray
-    bits: np.ndarray
-    flat: np.ndarray
+    views: np.ndarray  # `image` is a position in the part
     pictures: list[bytes]
     unreadable: list[str]  # "key (reason)"
 
@@ -211,22 +233,24 @@ class _Part(NamedTuple):
 def _hash_part(job: tuple[int, Any, int]) -> _Part:
     _, part, max_pixels = job
     cv2.setNumThreads(1)
-    keys, found, pictures, unreadable = [], [], [], []
+    keys: list[str] = []
+    found, pictures, unreadable = [], [], []
     for key, pixels, problem in read_part(part, max_pixels):
         if pixels is None:
             unreadable.append(f"{key} ({problem})")
             continue
+        found.append(hash_image(pixels))
+        found[-1].views["image"] = len(keys)
         keys.append(key)
-        found.append(hash_image(pixels, crops=True))
         pictures.append(small_copy(pixels))
     exact = np.array([h.exact for h in found], np.uint64)
-    bits = np.array([h.bits for h in found], np.uint64).reshape(-1, VIEWS, 2)
-    return _Part(keys, exact, bits, np.array([h.flat for h in found], bool), pictures, unreadable)
+    views = np.concatenate([np.empty(0, VIEW), *(h.views for h in found)])
+    return _Part(len(set(keys)), keys, exact, views, pictures, unreadable)
 
 
 def _check_readable(uri: str, parts: Sequence[_Part]) -> None:
     """Raises UserError for a set without a readable image; warns with the number of images that cannot be kept out."""
-    readable = sum(len(part.keys) for part in parts)
+    readable = sum(part.images for part in parts)
     unreadable = [text for part in parts for text in part.unreadable]
     if not readable:
         raise UserError(

@@ -1,67 +1,195 @@
-"""Hashes of one image: of its pixels, and of how it looks.
+"""Hashes of one image: of its pixels, and of views of it.
 
-Two images are the same when their decoded pixels hash to the same value, and nearly the same when few of 128 bits differ: the
-signs of the 128 lowest frequencies (without the constant one) of the discrete cosine transform of the image, in grey, squashed
-to 32x32 by area averaging. Everything is compared at 32x32, so a CIFAR or SVHN image is compared at its own resolution. The
-bits of a mirrored image are known: those of odd horizontal frequency are inverted.
+Two images are the same when their decoded pixels hash to the same value. Whether they may be nearly the same is asked of their
+views: the whole image, and squares around blobs of its content (SIFT's keypoints: Lowe, "Distinctive image features from
+scale-invariant keypoints", 2004). A crop, a resize or a mirror image moves the squares with the content, so two versions of a
+photograph have views in common wherever they overlap.
+
+Of each view 128 bits are kept: the signs of the lowest frequencies (without the constant one) of the discrete cosine transform
+of the view, in grey, at 32x32. The bits of a mirrored view are known: those of odd horizontal frequency are inverted.
 """
 
 import hashlib
-from typing import NamedTuple
+import io
+import itertools
+import math
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 SIDE, BITS, BANDS = 32, 128, 8
-_CORNERS = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5)]
-_THIRDS, _QUARTERS = (0.0, 1 / 3, 2 / 3, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
-# Crops hashed beside the whole image, which is view 0: (part of each side, position as a part of the rest: y, x)
-CROPS = [(0.95, y, x) for y, x in _CORNERS] + [(0.9, y, x) for y in _THIRDS for x in _THIRDS]
-CROPS += [(0.8, y, x) for y in _QUARTERS for x in _QUARTERS]
-VIEWS = 1 + len(CROPS)
+LOW = 16  # frequencies to a side among which the bits are
+SHORT_SIDE, MOST_ASPECT = 96, 4  # keypoints are sought at this size
+SQUARES = 32  # squares of an image at most, those of the strongest keypoints first
+LEAST_SQUARE, MOST_SQUARE = 0.24, 0.9  # side of a square, as a part of the image's shorter side
+SAME = 0.1  # of the half side: keypoints nearer than that, and of a size as near, have one square
+SQUARE_OF_KEYPOINT = 10.0  # side of the square, in diameters of the keypoint
+FLAT, FLAT_SQUARE = 2.0, 4.0  # standard deviations (of 255) below which a view has no structure to compare
 # Frequencies by rising order (diagonals of the transform), without the constant one.
-_V, _U = np.divmod(np.arange(SIDE * SIDE), SIDE)
+_V, _U = np.divmod(np.arange(LOW * LOW), LOW)
 _ORDER = np.lexsort((_U, _U + _V))[1 : BITS + 1]
-MIRROR = np.packbits(_U[_ORDER] % 2 == 1).view(np.uint64)
-"""The bits that differ between an image and its mirror image: (2,) uint64."""
-FLAT = 2.0  # standard deviation (of 255) below which an image has no structure to compare: only exact copies match
+_ODD = _U[_ORDER] % 2 == 1
+MIRROR = np.packbits(_ODD).view(np.uint64)
+"""The bits that differ between a view and its mirror image: (2,) uint64."""
+_COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5)).astype(np.float32)
+# Rows of views that look alike agree in some bands of 16 bits. The whole image, the only view that any resize leaves in place,
+# is joined on each pair of its eight bands; a square on two pairs, since an image has many squares.
+WHOLE_KEYS = list(itertools.combinations(range(BANDS), 2))
+SQUARE_KEYS = [(0, 1), (2, 3)]
 
-ROW = np.dtype([("key", "u8"), ("exact", "u8"), ("bits", "u8", 2), ("flat", "?"), ("split", "i4")])
-"""One hashed row of a dataset. `split` is a position in the plan's splits; `flat` rows take no part in near matching."""
+keypoints: Any = cv2.SIFT_create  # type: ignore[attr-defined]  # OpenCV's stubs do not know it
+
+ROW = np.dtype([("key", "u8"), ("exact", "u8"), ("split", "i4")])
+"""One hashed row of a dataset. `split` is a position in the plan's splits."""
+VIEW = np.dtype([("image", "i4"), ("bits", "u8", 2), ("box", "f2", 4), ("whole", "?")])
+"""One view. `image` is a row; `box` is left, top, width, height as parts of the image's width and height."""
 
 
 class Hashes(NamedTuple):
-    """Of one image: 64 bits of its pixels, and (views, 2) uint64 of its look, which means nothing when it is `flat`."""
+    """Of one image: 64 bits of its pixels, and its views (dtype VIEW), none when it has no structure."""
 
     exact: int
-    bits: np.ndarray
-    flat: bool
+    views: np.ndarray
 
 
-def hash_image(pixels_HWC: np.ndarray, crops: bool = False) -> Hashes:
-    """The hashes of an upright RGB image; with `crops`, of its CROPS too (views 1 and later)."""
+def hash_image(pixels_HWC: np.ndarray, views: bool = True) -> Hashes:
+    """The hashes of an upright RGB image; without `views`, only those of its pixels."""
     pixels = np.ascontiguousarray(pixels_HWC)
     exact = hashlib.sha256(pixels.data)
     exact.update(repr(pixels.shape).encode())
-    height, width = min(160, pixels.shape[0]), min(160, pixels.shape[1])
-    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    boxes = [(0, 0, height, width)]
-    if crops:
-        for side, y, x in CROPS:
-            h, w = max(1, round(height * side)), max(1, round(width * side))
-            boxes.append((round(y * (height - h)), round(x * (width - w)), h, w))
-    bits = np.empty((len(boxes), BITS), bool)
-    flat = False
-    for i, (y, x, h, w) in enumerate(boxes):
-        square = cv2.resize(grey[y : y + h, x : x + w], (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
-        if i == 0:
-            flat = float(square.std()) < FLAT
-        bits[i] = cv2.dct(square).ravel()[_ORDER] > 0
     value = int.from_bytes(exact.digest()[:8], "little")
-    return Hashes(value, np.packbits(bits, axis=1).view(np.uint64), flat)
+    return Hashes(value, find_views(pixels) if views else np.empty(0, VIEW))
+
+
+def find_views(pixels_HWC: np.ndarray) -> np.ndarray:
+    """The views of an RGB image: the whole, then squares around its keypoints. None of an image without structure."""
+    height, width = pixels_HWC.shape[:2]
+    size = min(160, width), min(160, height)
+    small = cv2.cvtColor(cv2.resize(pixels_HWC, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    whole = cv2.resize(small, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    if float(whole.std()) < FLAT:
+        return np.empty(0, VIEW)
+    squares, boxes = _squares(_grey(pixels_HWC))
+    views = np.zeros(1 + len(squares), VIEW)
+    views["bits"] = _bits(np.stack([whole.astype(np.float32), *squares]))
+    views["box"] = [(0, 0, 1, 1), *boxes]
+    views["whole"][0] = True
+    return views
+
+
+def _grey(pixels_HWC: np.ndarray) -> np.ndarray:
+    """The image in grey with its shorter side at SHORT_SIDE, its longer side at most MOST_ASPECT times that."""
+    height, width = pixels_HWC.shape[:2]
+    scale = min(SHORT_SIDE / min(height, width), SHORT_SIDE * MOST_ASPECT / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(pixels_HWC, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+
+
+def _squares(grey: np.ndarray) -> tuple[list[np.ndarray], list[tuple[float, float, float, float]]]:
+    """(squares at SIDE x SIDE, boxes) around the strongest keypoints, no two of them nearly the same."""
+    height, width = grey.shape
+    points = keypoints(0, 3, 0.01, 10, 1.6, True).detect(grey)
+    if not points:
+        return [], []
+    table = np.array([(-p.response, *p.pt, p.size * SQUARE_OF_KEYPOINT / 2) for p in points])
+    _, x, y, r = table[np.lexsort(table.T[::-1])].T
+    least, most = (part * min(height, width) / 2 for part in (LEAST_SQUARE, MOST_SQUARE))
+    good = (r >= least) & (r <= most) & (x >= r) & (y >= r) & (x + r <= width) & (y + r <= height)
+    x, y, r = x[good], y[good], r[good]
+    levels = [grey, cv2.pyrDown(grey)]
+    squares: list[np.ndarray] = []
+    chosen: list[int] = []
+    for i in range(len(x)):
+        if chosen:
+            near = np.hypot(x[chosen] - x[i], y[chosen] - y[i]) < SAME * r[i]
+            if (near & (np.abs(np.log(r[chosen] / r[i])) < 0.15)).any():
+                continue
+        level = int(r[i] > SIDE * 0.75)  # larger squares are cut from the halved image: less aliasing
+        step = 2 * r[i] / SIDE / 2**level
+        left, top = ((c - r[i]) / 2**level + 0.5 * step for c in (x[i], y[i]))
+        square = cv2.warpAffine(
+            levels[level],
+            np.array([[step, 0, left], [0, step, top]]),
+            (SIDE, SIDE),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        if float(square.std()) < FLAT_SQUARE:
+            continue
+        chosen.append(i)
+        squares.append(square.astype(np.float32))
+        if len(chosen) == SQUARES:
+            break
+    boxes = [
+        ((x[i] - r[i] + 0.5) / width, (y[i] - r[i] + 0.5) / height, 2 * r[i] / width, 2 * r[i] / height) for i in chosen
+    ]
+    return squares, boxes
+
+
+def _bits(squares: np.ndarray) -> np.ndarray:
+    """(n, SIDE, SIDE) -> (n, 2) uint64."""
+    low = _COSINES @ squares @ _COSINES.T
+    signs = low.reshape(len(squares), -1)[:, _ORDER] > 0
+    return np.ascontiguousarray(np.packbits(signs, axis=1)).view(np.uint64)
+
+
+def join_keys(views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(positions in `views`, uint64 keys): views that look alike, mirrored or not, are likely to have a key in common."""
+    bands = np.ascontiguousarray(views["bits"]).view(np.uint16).reshape(-1, BANDS).astype(np.uint64)
+    mirror = MIRROR.view(np.uint16).astype(np.uint64)
+    places, keys = [], []
+    for whole, pairs in ((True, WHOLE_KEYS), (False, SQUARE_KEYS)):
+        which = np.flatnonzero(views["whole"] == whole)
+        for i, j in pairs:
+            # a view and its mirror image have the same two keys, and the smaller stands for both
+            plain = bands[which, i] | bands[which, j] << np.uint64(16)
+            mirrored = (bands[which, i] ^ mirror[i]) | (bands[which, j] ^ mirror[j]) << np.uint64(16)
+            kind = np.uint64((1 + i * BANDS + j + 64 * whole) << 32)
+            places.append(which)
+            # spread over all 64 bits: buckets by remainder are even
+            keys.append((np.minimum(plain, mirrored) | kind) * np.uint64(0x9E3779B97F4A7C15))
+    return np.concatenate(places), np.concatenate(keys)
+
+
+def compare_bits(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(bits that differ, whether they are fewer with one of the two mirrored), over the last axis of two uint64."""
+    plain, mirrored = hamming(a, b), hamming(a ^ MIRROR, b)
+    return np.minimum(plain, mirrored), mirrored < plain
 
 
 def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Bits that differ, over the last axis of two uint64."""
     return np.bitwise_count(a ^ b).sum(-1).astype(np.int64)
+
+
+def alignment(first: np.ndarray, second: np.ndarray, mirrored: bool) -> np.ndarray:
+    """The map (2x3) from the unit square of the second image to that of the first under which two boxes are the same view.
+
+    With `mirrored`, the first image is flipped from left to right before.
+    """
+    left, top, width, height = (float(v) for v in first)
+    if mirrored:
+        left = 1 - left - width
+    x, y = width / float(second[2]), height / float(second[3])
+    return np.array([[x, 0, left - float(second[0]) * x], [0, y, top - float(second[1]) * y]], np.float64)
+
+
+def scale_of(map_23: np.ndarray) -> float:
+    """Square root of the area of the unit square's image under a map."""
+    return math.sqrt(abs(map_23[0, 0] * map_23[1, 1] - map_23[0, 1] * map_23[1, 0]))
+
+
+def pack_hashes(rows: np.ndarray, views: np.ndarray) -> bytes:
+    """Rows (dtype ROW) and their views (VIEW) as one file."""
+    sink = io.BytesIO()
+    np.save(sink, rows)
+    np.save(sink, views)
+    return sink.getvalue()
+
+
+def unpack_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, views) of a file of `pack_hashes`."""
+    source = io.BytesIO(data)
+    return np.load(source), np.load(source)

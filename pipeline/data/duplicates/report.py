@@ -16,15 +16,18 @@ SHEET_PAIRS = 24
 
 
 def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
-    """`duplicates.parquet`: key, reason (exact, near), the set and key it matches, distance in bits, and the
-    correlation of detail after alignment (1.0 when exact)."""
+    """`duplicates.parquet`: key, reason (exact, near, descriptor), the set and key it matches, the bits that
+    differ, the similarity of descriptors, and after alignment the correlation of detail (1.0 when exact) and the largest
+    difference."""
     fields = {
         "key": pa.string(),
         "reason": pa.string(),
         "set": pa.string(),
         "match": pa.string(),
         "distance": pa.int32(),
+        "similarity": pa.float32(),
         "detail": pa.float32(),
+        "difference": pa.float32(),
     }
     columns = {name: pa.array([record[name] for record in records], kind) for name, kind in fields.items()}
     sink = pa.BufferOutputStream()
@@ -34,7 +37,7 @@ def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
 
 def attach_pictures(records: Sequence[dict[str, Any]], pictures: Sequence[tuple[bytes, bytes]]) -> None:
     """Gives the least certain near matches among `records` their two pictures (encoded images), for the contact sheet."""
-    near = [i for i, record in enumerate(records) if record["reason"] == "near"]
+    near = [i for i, record in enumerate(records) if record["reason"] != "exact"]
     for i in sorted(near, key=lambda i: records[i]["detail"])[:SHEET_PAIRS]:
         records[i]["pictures"] = [base64.b64encode(data).decode() for data in pictures[i]]
 

@@ -2,84 +2,135 @@
 
 A hash of 128 bits cannot tell photographs that are posed alike (aeroplanes side-on, motorbikes on white) from copies, so a match
 of hashes only proposes a pair. Here its pixels decide: the two small pictures are aligned (crop, mirror, shift, a slight
-rotation), and then compared in detail, block by block, and in colour. A copy agrees everywhere; two photographs of one pose
-agree in outline and differ in detail.
+rotation), and then compared in detail, block by block, in brightness and in colour. A copy agrees everywhere; two photographs
+of one pose agree in outline and differ in detail.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from pipeline.data.codecs import decode_stored
-from pipeline.data.duplicates.hashes import CROPS
+from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
-SIDE = 64  # pictures are compared at 64x64, or at 32x32 when either is smaller than 64
-BLOCKS = 4  # blocks to a side
-STEPS = 60  # of the alignment, at most
-# Chosen on half of the photographs of docs/decontamination.md, and measured on the other half: the least correlation of detail,
-# and that in the worst block but one. Pictures of 32x32 have less detail to differ in.
-LEAST_DETAIL = {SIDE: 0.75, SIDE // 2: 0.8}
-LEAST_WORST = {SIDE: 0.45, SIDE // 2: 0.5}
-LEAST_OVERLAP, MOST_COLOUR = 0.6, 14.0
+SIDE, COARSE, MOST_SIDE = 32, 64, 128  # sides at which pictures are compared: least, of a first alignment, most
+COPY = 160  # shorter side of the small copies: a crop of 80% still has MOST_SIDE
+STEPS, FINE_STEPS = 60, 20  # of the alignment, at most
+BLOCKS, FINE_BLOCKS = 4, 8  # blocks to a side, up to COARSE and above
+STRUCTURE = 3.0  # standard deviation (of 255) of the fine structure of a block above which it is no noise
+LEAST_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # part of the blocks with structure, for an alignment to say anything
+LEAST_MATCHES = 6
+GIVE_UP = 0.6  # correlation of detail at COARSE below which no finer look is taken
+# What two pictures must reach to show the same photograph; docs/decontamination.md says how the numbers were chosen.
+LEAST_OVERLAP, LEAST_DETAIL, LEAST_WORST, MOST_COLOUR = 0.7, 0.85, 0.6, 14.0
+SPOT, MOST_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
+MOST_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; JPEG halves the chroma of small pictures, too
+PATCH, MOST_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the side: another light, another shape
 
 
 class Agreement(NamedTuple):
     """How far two aligned pictures agree, compared at `side` x `side`.
 
     overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the same in
-    the block that agrees least but one. colour: mean difference of chroma, of 255.
+    the block that agrees least but a sixteenth of them. structure: part of the blocks that have any. difference: the largest
+    difference of luma over SPOT x SPOT pixels that no change of tone explains, of 255. colour_difference: the same of red, green
+    and blue. patch_difference: the same of luma over patches, without what is clipped. colour: mean difference of chroma, of 255.
     """
 
     side: int
-    overlap: float
-    detail: float
-    worst: float
-    colour: float
+    overlap: float = 0.0
+    detail: float = 0.0
+    worst: float = 0.0
+    structure: float = 0.0
+    difference: float = 255.0
+    colour_difference: float = 255.0
+    patch_difference: float = 255.0
+    colour: float = 255.0
 
     @property
     def same(self) -> bool:
         """Whether the two show the same photograph."""
         return (
             self.overlap >= LEAST_OVERLAP
-            and self.detail >= LEAST_DETAIL[self.side]
-            and self.worst >= LEAST_WORST[self.side]
+            and self.detail >= LEAST_DETAIL
+            and self.worst >= LEAST_WORST
+            and self.difference <= MOST_DIFFERENCE
+            and self.colour_difference <= MOST_COLOUR_DIFFERENCE[_blocks(self.side)]
+            and self.patch_difference <= MOST_PATCH_DIFFERENCE
             and self.colour <= MOST_COLOUR
         )
 
 
 def small_copy(pixels_HWC: np.ndarray) -> bytes:
-    """What is kept of an image for the second look and the contact sheet: a JPEG with the shorter side at 96 at most, or a
+    """What is kept of an image for the second look and the contact sheet: a JPEG with the shorter side at COPY at most, or a
     PNG when it is smaller than 64."""
     height, width = pixels_HWC.shape[:2]
-    scale = min(1.0, 96 / min(height, width), 384 / max(height, width))
+    scale = min(1.0, COPY / min(height, width), 4 * COPY / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = cv2.resize(pixels_HWC, size, interpolation=cv2.INTER_AREA)[:, :, ::-1]
     if min(size) < 64:
         return cv2.imencode(".png", small)[1].tobytes()
-    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
-def compare_views(mine: bytes, other: bytes, view: int = 0, other_view: int = 0, mirrored: bool = False) -> Agreement:
-    """Compares two small copies of which `view` of one looked like `other_view` of the other, mirrored or not.
+WHOLE = np.array([0, 0, 1, 1], np.float16)
 
-    View 0 is the whole image, as in `hashes.hash_image`; one of the two views is 0.
-    """
+
+def compare_views(
+    mine: bytes, other: bytes, box: np.ndarray = WHOLE, other_box: np.ndarray = WHOLE, mirrored: bool = False
+) -> Agreement:
+    """Compares two small copies of which the view `box` of one looked like `other_box` of the other, mirrored or not."""
     first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     if mirrored:
         first = np.ascontiguousarray(first[:, ::-1])
-    if view:
-        return compare_pictures(second, first, _start(view, False))
-    return compare_pictures(first, second, _start(other_view, mirrored))
+    start = alignment(other_box, box, mirrored)
+    if scale_of(start) > 1:  # the picture that shows more is the first
+        first, second, start = second, first, cv2.invertAffineTransform(start)
+    return compare_pictures(first, second, start)
 
 
-def _start(view: int, mirrored: bool) -> np.ndarray | None:
-    """The map from the unit square to the box of a view, where the alignment begins."""
-    if not view:
+def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
+    """Compares two small copies of which nothing is known but that they may show one photograph: as they are, and from the
+    alignments that their keypoints suggest, mirrored and not. Returns the best agreement."""
+    first, second = decode_stored(other).copy(), decode_stored(mine).copy()
+    best = Agreement(0)
+    for mirrored in (False, True):
+        flipped = np.ascontiguousarray(first[:, ::-1]) if mirrored else first
+        for start in (match_keypoints(flipped, second), np.array(np.eye(2, 3))):
+            if start is None:
+                continue
+            wider = scale_of(start) <= 1  # the picture that shows more is the first
+            pair = (flipped, second, start) if wider else (second, flipped, cv2.invertAffineTransform(start))
+            agreement = compare_pictures(*pair)
+            best = max(best, agreement, key=lambda a: (a.same, a.detail))
+            if best.same:
+                return best
+    return best
+
+
+def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
+    """The map from the unit square of `second` to that of `first` on which their SIFT keypoints agree (RANSAC: Fischler and
+    Bolles, 1981); None with fewer than LEAST_MATCHES that do."""
+    sift = keypoints(400)
+    (points, one), (other_points, other) = (
+        sift.detectAndCompute(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), None) for p in (second, first)
+    )
+    if one is None or other is None or len(one) < LEAST_MATCHES or len(other) < 2:
         return None
-    side, y, x = CROPS[view - 1]
-    x = 1 - x if mirrored else x
-    return np.array([[side, 0, x * (1 - side)], [0, side, y * (1 - side)]], np.float32)
+    nearest = cv2.BFMatcher().knnMatch(one, other, k=2)
+    good = [pair[0] for pair in nearest if len(pair) == 2 and pair[0].distance < 0.8 * pair[1].distance]
+    if len(good) < LEAST_MATCHES:
+        return None
+    size, other_size = (np.array(p.shape[1::-1], np.float64) for p in (second, first))
+    here = (np.array([points[m.queryIdx].pt for m in good]) + 0.5) / size
+    there = (np.array([other_points[m.trainIdx].pt for m in good]) + 0.5) / other_size
+    cv2.setRNGSeed(0)  # RANSAC draws: the same pair gives the same answer
+    found, inliers = cv2.estimateAffine2D(here, there, method=cv2.RANSAC, ransacReprojThreshold=0.02)
+    if found is None or inliers.sum() < LEAST_MATCHES or not 0.2 < scale_of(found) < 5:
+        return None
+    return found
 
 
 def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | None = None) -> Agreement:
@@ -87,29 +138,84 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
 
     start: 2x3 affine map from the unit square of `second` to that of `first`, where the alignment begins; None: the same place.
     """
-    side = SIDE if min(*first.shape[:2], *second.shape[:2]) >= SIDE else SIDE // 2
-    a, b = (cv2.resize(p, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) for p in (first, second))
-    warp: Any = np.array(np.eye(2, 3) if start is None else start, np.float32)
-    warp[:, 2] = warp[:, 2] * side + (warp[:, :2].sum(1) - 1) * 0.5  # from the unit square to pixel centres
+    warp = np.array(np.eye(2, 3) if start is None else start, np.float64)
+    # the resolution at which both have pixels of what they have in common
+    most = int(min(MOST_SIDE, *second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
+    side = max(SIDE, most)
+    for step in (min(COARSE, side), side) if side > COARSE else (side,):
+        begin = warp
+        found = _align(first, second, warp, step)
+        warp = warp if found is None else found
+        agreement = _compare(first, second, warp, step)
+        if found is not None and agreement.detail < LEAST_DETAIL:  # the search may have left the right place
+            unmoved = _compare(first, second, begin, step)
+            if unmoved.detail > agreement.detail:
+                warp, agreement = begin, unmoved
+        if agreement.detail < GIVE_UP:
+            return agreement
+    if agreement.structure < LEAST_STRUCTURE[_blocks(side)]:
+        # too little to align by: a few edges on an even ground fit others of their kind
+        agreement = _compare(first, second, np.array(np.eye(2, 3)), side)
+    return agreement
+
+
+def _align(first: np.ndarray, second: np.ndarray, start: np.ndarray, side: int) -> np.ndarray | None:
+    """The map between unit squares near `start` under which the two agree best; None when the search diverges."""
+    a, b, larger = _at_side(first, second, start, side)
     grey_a, grey_b = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b))
-    everywhere = np.full((side, side), 255, np.uint8)
-    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS, 1e-5)
+    warp: Any = _to_pixels(start, side, larger).astype(np.float32)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS if side <= COARSE else FINE_STEPS, 1e-5)
     try:
-        # `warp` maps places of b to places of a
+        everywhere = np.full((larger, larger), 255, np.uint8)
         _, warp = cv2.findTransformECC(grey_b, grey_a, warp, cv2.MOTION_AFFINE, stop, everywhere, 3)
-    except cv2.error:  # the search for an alignment diverges
-        return Agreement(side, 0.0, 0.0, 0.0, 255.0)
+    except cv2.error:
+        return None
+    return _to_unit(warp.astype(np.float64), side, larger)
+
+
+def _at_side(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The second picture at `side`, and the first so large that what they have in common is about as large in both."""
+    larger = max(side, min(round(side / max(scale_of(warp), 0.1)), max(side, *first.shape[:2])))
+    a = cv2.resize(first, (larger, larger), interpolation=cv2.INTER_AREA).astype(np.float32)
+    b = cv2.resize(second, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
+    return a, b, larger
+
+
+def _compare(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> Agreement:
+    a, b, larger = _at_side(first, second, warp, side)
+    pixel_map = _to_pixels(warp, side, larger)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    aligned: Any = cv2.warpAffine(a, warp, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    inside = cv2.warpAffine(np.ones((side, side), np.float32), warp, (side, side), flags=flags) > 0.99
+    aligned: Any = cv2.warpAffine(a, pixel_map, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = cv2.warpAffine(np.ones((larger, larger), np.float32), pixel_map, (side, side), flags=flags) > 0.99
     overlap = float(inside.mean())
     if overlap < 0.3:
-        return Agreement(side, overlap, 0.0, 0.0, 255.0)
-    detail, worst = _structure(aligned, b, inside)
-    return Agreement(side, overlap, detail, worst, _colour(aligned, b, inside))
+        return Agreement(side, overlap)
+    detail, worst, structure = _structure(aligned, b, inside)
+    chroma = _chroma(aligned), _chroma(b)
+    grey = min(float(np.abs(c).mean()) for c in chroma) < 1.0  # a grey copy of a colour image is a copy
+    colour = 0.0 if grey else float(np.abs(chroma[0] - chroma[1])[inside].mean())
+    return Agreement(side, overlap, detail, worst, structure, *_differences(aligned, b, inside, grey), colour)
 
 
-def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+def _blocks(side: int) -> int:
+    return BLOCKS if side <= COARSE else FINE_BLOCKS
+
+
+def _to_pixels(unit_map: np.ndarray, side: int, larger: int) -> np.ndarray:
+    """A map between unit squares as one between the pixel centres of a picture of `side` and one of `larger`."""
+    linear = unit_map[:, :2] * larger / side
+    shift = unit_map[:, 2] * larger + linear.sum(1) * 0.5 - 0.5
+    return np.concatenate([linear, shift[:, None]], axis=1)
+
+
+def _to_unit(pixel_map: np.ndarray, side: int, larger: int) -> np.ndarray:
+    """The inverse of _to_pixels."""
+    linear = pixel_map[:, :2] * side / larger
+    shift = (pixel_map[:, 2] + 0.5 - pixel_map[:, :2].sum(1) * 0.5) / larger
+    return np.concatenate([linear, shift[:, None]], axis=1)
+
+
+def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float, float]:
     grey = [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b)]
     fine = [g - cv2.GaussianBlur(g, (0, 0), 2.5) for g in grey]
     clipped = (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)  # brightened pictures lose these places
@@ -117,17 +223,19 @@ def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float,
     if use.sum() < 0.15 * use.size:
         use = inside
     detail = _correlation(fine[0][use], fine[1][use])
-    step = len(a) // BLOCKS
-    blocks = []
-    for y in range(0, len(a), step):
-        for x in range(0, len(a), step):
-            part = use[y : y + step, x : x + step]
+    edges = np.linspace(0, len(a), _blocks(len(a)) + 1).astype(int)
+    blocks, places = [], 0
+    for top, bottom in itertools.pairwise(edges):
+        for left, right in itertools.pairwise(edges):
+            part = use[top:bottom, left:right]
             if part.mean() < 0.5:
                 continue
-            p, q = (f[y : y + step, x : x + step][part] for f in fine)
-            if max(p.std(), q.std()) > 3.0:  # of 255: less is noise
+            places += 1
+            p, q = (f[top:bottom, left:right][part] for f in fine)
+            if max(p.std(), q.std()) > STRUCTURE:
                 blocks.append(_correlation(p, q))
-    return detail, sorted(blocks)[min(1, len(blocks) - 1)] if blocks else detail
+    worst = sorted(blocks)[min(len(blocks) // 16, len(blocks) - 1)] if blocks else detail
+    return detail, worst, len(blocks) / max(1, places)
 
 
 def _correlation(p: np.ndarray, q: np.ndarray) -> float:
@@ -136,12 +244,55 @@ def _correlation(p: np.ndarray, q: np.ndarray) -> float:
     return float((p * q).sum()) / scale if scale > 0 else 0.0
 
 
-def _colour(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> float:
-    """Mean difference of chroma; 0 when one of the two is grey."""
-    chroma = [
-        cv2.cvtColor(np.clip(p, 0, 255).astype(np.uint8), cv2.COLOR_RGB2YCrCb)[:, :, 1:].astype(np.float32)
-        for p in (a, b)
-    ]
-    if min(float(np.abs(c - 128).mean()) for c in chroma) < 1.0:
-        return 0.0
-    return float(np.abs(chroma[0] - chroma[1])[inside].mean())
+def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -> tuple[float, float, float]:
+    """The largest differences, of 255, once the tones of one picture are fitted to those of the other: over spots of luma, over
+    spots of colour, over patches of luma.
+
+    The tone curve of a channel is a polynomial of degree two, clipped to what an image can hold. The better of the two
+    directions counts: what is clipped in one picture cannot be foreseen from it.
+    """
+    one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
+    unexplained = _unexplained(one, other, inside), _unexplained(other, one, inside)
+    spots = min(_largest_mean(d, SPOT) for d in unexplained)
+    if spots > MOST_DIFFERENCE:
+        return spots, 255.0, 255.0
+    colour = spots if grey else min(_largest_mean(_unexplained(*p, inside), SPOT) for p in ((a, b), (b, a)))
+    clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)
+    use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    side = max(SPOT, round(PATCH * len(a)) | 1)
+    return spots, colour, min(_largest_mean(d * use[:, :, None], side) for d in unexplained)
+
+
+def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """What of `target` the tone curves leave that fit `source` to it, for each channel; nothing outside of `inside`."""
+    different = np.zeros(target.shape, np.float32)
+    for channel in range(source.shape[2]):
+        x, y = source[:, :, channel], target[:, :, channel]
+        use = inside & (y > 5) & (y < 250)
+        if use.sum() < 0.1 * use.size:
+            use = inside
+        terms, values = _powers(x[use]), y[use].astype(np.float64)
+        weights = np.ones(len(values))
+        for _ in range(2):  # what differs in the first fit does not count in the second
+            weighted = terms.T * weights
+            curve = np.linalg.solve(weighted @ terms + 1e-3 * np.eye(3), weighted @ values)
+            weights = 1 / (1 + ((terms @ curve - values) / 10) ** 2)
+        predicted = np.clip(_powers(x) @ curve, 0, 255)
+        different[:, :, channel] = np.where(inside, y - predicted, 0)
+    return different
+
+
+def _largest_mean(values: np.ndarray, side: int) -> float:
+    """The largest absolute mean over side x side pixels."""
+    return float(np.abs(cv2.blur(values, (side, side), borderType=cv2.BORDER_REFLECT)).max())
+
+
+def _powers(grey: np.ndarray) -> np.ndarray:
+    """1, v and v squared of grey values, centred and scaled."""
+    v = grey.astype(np.float64) / 128 - 1
+    return np.stack([np.ones_like(v), v, v * v], axis=-1)
+
+
+def _chroma(picture: np.ndarray) -> np.ndarray:
+    values = np.clip(picture, 0, 255).astype(np.uint8)
+    return cv2.cvtColor(values, cv2.COLOR_RGB2YCrCb)[:, :, 1:].astype(np.float32) - 128

@@ -102,6 +102,7 @@ class Manifest:
     inputs: int  # rows + rejects + duplicates, checked
     duplicates: int = 0  # rows removed as duplicates, inside the corpus or of an evaluation set
     duplicates_by_reason: dict[str, int] = field(default_factory=dict)  # exact or near, of the corpus or of which set
+    reported_by_reason: dict[str, int] = field(default_factory=dict)  # the same of rows that were only reported
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> count
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]
     std: list[float] | None = None

@@ -223,12 +223,14 @@ def finish_dataset(
     *,
     rejects: Iterable[Reject] = (),
     duplicates: Mapping[str, int] | None = None,
+    reported: Mapping[str, int] | None = None,
     inputs: int | None = None,
     config: dict[str, Any] | None = None,
     input_fingerprint: str = "",
 ) -> Manifest:
     """Makes a folder of shards a dataset: writes `rejects.parquet`, then `manifest.json`.
 
+    duplicates, reported: by reason, rows that were removed and rows that were only listed.
     `inputs` defaults to what the receipts and rejects add up to. Raises UserError when no row is left, RuntimeError when
     the counts do not add up.
     """
@@ -252,6 +254,7 @@ def finish_dataset(
         inputs=accounted,
         duplicates=repeated,
         duplicates_by_reason=dict(sorted((duplicates or {}).items())),
+        reported_by_reason=dict(sorted((reported or {}).items())),
         rejects=reasons,
         mean=mean,
         std=std,

@@ -38,6 +38,7 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
         raise UserError(f"--distance {config.distance}: between 0 and {BITS // 4 - 1} bits")
     if not 0 <= config.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
+    _check_descriptor(config)
     parse_splits(config.splits)
     output = storage.normalise(config.output)
     inputs = tuple(uri if uri in BUILTIN else storage.normalise(uri) for uri in config.source)
@@ -52,7 +53,24 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
         labels=labels,
         label_map=label_map,
         decontaminate=tuple(map(storage.normalise, config.decontaminate)),
+        descriptor=storage.normalise(config.descriptor) if config.descriptor else None,
     )
+
+
+def _check_descriptor(config: PrepareConfig) -> None:
+    if config.descriptor is None:
+        return
+    if config.deduplicate not in ("near", "report") and not config.decontaminate:
+        raise UserError("--descriptor: has nothing to compare without --deduplicate near|report or --decontaminate")
+    for name in ("descriptor_similarity", "descriptor_accept"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: above 0, at most 1")
+    for name in ("descriptor_mean", "descriptor_std"):
+        if len(getattr(config, name)) not in (0, 3):
+            raise UserError(f"--{name.replace('_', '-')}: three numbers, for red, green and blue")
+    if config.descriptor_gpus < 0:
+        raise UserError(f"--descriptor-gpus {config.descriptor_gpus}: at least 0")
 
 
 def parse_splits(splits: Sequence[str]) -> dict[str, float]:

@@ -77,6 +77,21 @@ class PrepareConfig:
     distance: int = 30
     """Largest number of differing hash bits, of 128, at which two images are compared in detail
     (docs/decontamination.md)."""
+    descriptor: str | None = None
+    """TorchScript file of a network that turns images into vectors, such as sscd.torchscript.pt. Images with similar
+    vectors are compared in detail, too. Only use a file whose origin you trust."""
+    descriptor_similarity: float = 0.6
+    """Cosine similarity of two vectors at which their images are compared in detail."""
+    descriptor_accept: float | None = None
+    """Cosine similarity at which two images count as the same without a comparison of pixels. None: always compare."""
+    descriptor_size: int | None = None
+    """Side of the network's input, in pixels. None: from its descriptor.json, or 288."""
+    descriptor_mean: tuple[float, ...] = ()
+    """Mean of each channel, for pixels in [0, 1]. None: from its descriptor.json, or ImageNet's."""
+    descriptor_std: tuple[float, ...] = ()
+    """Standard deviation of each channel. None: from its descriptor.json, or ImageNet's."""
+    descriptor_gpus: float = 0.0
+    """GPUs of each actor that runs the network; 0 runs it on CPUs."""
     max_pixels: int = 100_000_000
     """Largest image to decode, in pixels; larger ones are rejects."""
     max_reject_fraction: float = 0.05

@@ -9,8 +9,8 @@ from pipeline import storage
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
 from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_dataset, rejects_table
 from pipeline.data.prepare.config import identity
-from pipeline.data.prepare.deduplicate import deduplicated_name
 from pipeline.data.prepare.plan import PreparePlan, slice_name
+from pipeline.data.prepare.remove import deduplicated_name
 from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError
 
@@ -38,9 +38,9 @@ def finish_datasets(
     for name in plan.splits:
         if name in without_labels:
             continue
+        reported = [record for receipt in receipts for record in receipt.get("reported", {}).get(name, [])]
         duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
-            reported = [record for receipt in receipts for record in receipt.get("reported", {}).get(name, [])]
             _write_report(plan, name, duplicates + reported)
         written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
         if mixed is not None:  # mean and deviation were measured by the slices
@@ -51,7 +51,8 @@ def finish_datasets(
             written,
             plan.schema,
             rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
-            duplicates=Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in duplicates),
+            duplicates=_by_reason(duplicates),
+            reported=_by_reason(reported),
             inputs=sum(receipt["inputs"][name] for receipt in receipts),
             config=identity(plan.config),
             input_fingerprint=plan.input_fingerprint,
@@ -59,6 +60,11 @@ def finish_datasets(
     _warn_about_classes(plan, manifests)
     tidy_output(plan, manifests)
     return manifests
+
+
+def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many were found in which way: exact, near or descriptor, in the corpus or in which set."""
+    return dict(Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in records))
 
 
 def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> set[str]:

@@ -55,6 +55,7 @@ class PreparePlan:
     input_fingerprint: str
     work: str  # URI of the folder of receipts
     evaluation: EvaluationIndex | None = None  # images to keep out
+    evaluation_parts: Sequence[tuple[str, Any]] = ()  # (set, part): whose descriptors are compared with the corpus'
 
     @property
     def image(self) -> dict[str, Any]:
@@ -123,9 +124,14 @@ class PreparePlan:
         return len(self.slices) > 1 and not all(source.listed for source in self.sources)
 
     @property
+    def compares_looks(self) -> bool:
+        """Whether the corpus is searched for near duplicates."""
+        return self.config.deduplicate in ("near", "report")
+
+    @property
     def compares_rows(self) -> bool:
         """Whether the corpus is searched for duplicates once its slices are written."""
-        return self.compares_keys or self.config.deduplicate != "off"
+        return self.compares_keys or self.config.deduplicate != "off" or self.config.descriptor is not None
 
 
 def slice_name(number: int) -> str:

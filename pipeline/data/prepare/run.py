@@ -11,7 +11,8 @@ from pipeline.data.format import Manifest
 from pipeline.data.prepare.builtin import BUILTIN, write_builtin
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.prepare.deduplicate import find_duplicates, remove_duplicates
+from pipeline.data.prepare.deduplicate import deduplicate
+from pipeline.data.prepare.descriptors import check_descriptor
 from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
 from pipeline.data.prepare.mix import mix_rows, wants_mixing
 from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output, find_finished, make_plan, slice_name
@@ -41,6 +42,8 @@ def prepare(
     raw = storage.join(os.path.dirname(config.output), "raw")
     sources = tuple(write_builtin(uri, raw) if uri in BUILTIN else uri for uri in config.source)
     config = dataclasses.replace(config, source=sources)
+    if config.descriptor and finished is None:
+        check_descriptor(config)
     plan = make_plan(config)
     if finished is not None:
         check_finished(plan, finished)
@@ -63,7 +66,7 @@ def _run_phases(
 ) -> dict[str, Manifest]:
     prepare_slices(plan, watchers)
     if plan.compares_rows:
-        remove_duplicates(plan, find_duplicates(plan))
+        deduplicate(plan)
     names = receipt_names(plan)
     receipts = plan.receipts.read(names)
     mixed = mix_rows(plan, names) if wants_mixing(plan, receipts) else None
@@ -84,7 +87,7 @@ def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]]
     if plan.config.decontaminate:
         index = index_evaluation_sets(plan.config.decontaminate, plan.config.max_pixels)
         plan = dataclasses.replace(plan, evaluation=index)
-        logger.info("prepare: keeping out %d images of %d evaluation sets", len(index.keys), len(index.sets))
+        logger.info("prepare: keeping out %d images of %d evaluation sets", index.count, len(index.sets))
     outcomes = workqueue.run(
         todo,
         prepare_slice,

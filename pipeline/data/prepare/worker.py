@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data import codecs, images, sources
 from pipeline.data.codecs import Refused
-from pipeline.data.duplicates.hashes import ROW, hash_image
+from pipeline.data.duplicates.hashes import ROW, VIEW, hash_image, pack_hashes
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
@@ -52,6 +51,7 @@ class _Counts:
     duplicates: dict[str, list[dict[str, Any]]]
     pictures: dict[str, list[tuple[bytes, bytes]]]  # of the duplicates: theirs, and those that they repeat
     hashed: bytearray = field(default_factory=bytearray)  # rows of hashes.ROW: tens of bytes an image
+    views: list[np.ndarray] = field(default_factory=list)  # of these rows, dtype hashes.VIEW: about a kilobyte an image
     alike: int = 0  # rows with the label of the row before
     label: Any = None  # of the row before
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
@@ -77,9 +77,8 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
             except Refused as refused:
                 counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
     if plan.compares_rows:
-        sink = io.BytesIO()
-        np.save(sink, np.frombuffer(counts.hashed, ROW))
-        storage.write_bytes(plan.hashes_uri(number), sink.getvalue())
+        views = np.concatenate([np.empty(0, VIEW), *counts.views])
+        storage.write_bytes(plan.hashes_uri(number), pack_hashes(np.frombuffer(counts.hashed, ROW), views))
     for name in names:
         attach_pictures(counts.duplicates[name], counts.pictures[name])
     return {
@@ -114,19 +113,20 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
         raise Refused("duplicate key")
     label = plan.labels.encode(item.labels)
     picture, stored, pixels = transform(item.image, plan.config)
+    exact = 0
     if plan.evaluation is not None or plan.config.deduplicate != "off":
-        hashed = hash_image(picture, crops=plan.evaluation is not None)
-        index = plan.evaluation
+        hashed = hash_image(picture, views=plan.evaluation is not None or plan.compares_looks)
+        exact, index = hashed.exact, plan.evaluation
         match = index.find(hashed, picture, plan.config.distance) if index is not None else None
         if index is not None and match is not None:
             counts.duplicates[split].append(match.record(item.key, index))
             counts.pictures[split].append((match.picture, index.pictures[match.image].as_py()))
             return
-        row: tuple = (key, hashed.exact, hashed.bits[0], hashed.flat, list(plan.splits).index(split))
-    else:
-        row = (key, 0, (0, 0), True, list(plan.splits).index(split))
+        if plan.compares_looks:
+            hashed.views["image"] = len(counts.hashed) // ROW.itemsize
+            counts.views.append(hashed.views)
     if plan.compares_rows:
-        counts.hashed += np.array([row], ROW).tobytes()
+        counts.hashed += np.array([(key, exact, list(plan.splits).index(split))], ROW).tobytes()
     counts.keys.add(key)
     counts.alike, counts.label = counts.alike + (label == counts.label), label
     height, width = picture.shape[:2]

@@ -1,0 +1,136 @@
+"""Descriptors of a corpus and of evaluation sets by a network of the user, and the pairs of rows whose descriptors are near."""
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage, workqueue
+from pipeline.data.duplicates.candidates import Pairs, concatenate_pairs, no_pairs, unique_pairs
+from pipeline.data.duplicates.descriptors import (
+    BATCH,
+    LIST_ROWS,
+    TRAINING,
+    Descriptor,
+    find_centres,
+    match_vectors,
+    nearest_lists,
+    read_script,
+)
+from pipeline.data.prepare.config import PrepareConfig
+from pipeline.data.prepare.plan import PreparePlan
+from pipeline.data.prepare.second_look import finish_units, pictures_of_rows
+from pipeline.libraries import import_library
+
+MOST_SAMPLE = 1_000_000  # vectors that k-means is trained on
+
+
+def check_descriptor(config: PrepareConfig) -> None:
+    """Raises UserError when the network cannot be used, before any work: it runs here once, on two small images."""
+    import_library("faiss")
+    Descriptor(str(config.descriptor), config.descriptor_size, config.descriptor_mean, config.descriptor_std, gpu=False)
+
+
+def describe_rows(plan: PreparePlan) -> None:
+    """Writes the descriptors of every slice and of every part of the evaluation sets: batch inference in actors of Ray Data."""
+    count = len(plan.slices) + len(plan.evaluation_parts)
+    units = {name: number for number, name in enumerate(_described(plan, count))}
+    finish_units(plan, units, DescribeRows, num_gpus=plan.config.descriptor_gpus)
+
+
+class DescribeRows:
+    """Describes one slice after another with one copy of the network."""
+
+    def __init__(self, plan: PreparePlan) -> None:
+        import torch
+
+        config, self.plan = plan.config, plan
+        if not config.descriptor_gpus:
+            torch.set_num_threads(1)
+        self.descriptor = Descriptor(
+            str(config.descriptor),
+            config.descriptor_size,
+            config.descriptor_mean,
+            config.descriptor_std,
+            gpu=config.descriptor_gpus > 0,
+        )
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        rows: list[int] = []
+        parts = [np.empty((0, self.descriptor.dimensions), np.float16)]
+        waiting: list[np.ndarray] = []
+        for row, _, pixels in pictures_of_rows(self.plan, number):
+            rows.append(row)
+            waiting.append(np.ascontiguousarray(pixels).copy())
+            if len(waiting) == BATCH:
+                parts.append(self.descriptor(waiting))
+                waiting = []
+        if waiting:
+            parts.append(self.descriptor(waiting))
+        sink = io.BytesIO()
+        np.save(sink, (np.int64(number) << 32) | np.array(rows, np.int64))
+        np.save(sink, np.concatenate(parts))
+        storage.write_bytes(_vectors_uri(self.plan, number), sink.getvalue())
+        return {"rows": len(rows)}
+
+
+def _vectors_uri(plan: PreparePlan, number: int) -> str:
+    return storage.join(plan.work, f"descriptors-{number:05d}.npy")
+
+
+def read_vectors(plan: PreparePlan, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, vectors) of a slice or a part."""
+    source = io.BytesIO(storage.read_bytes(_vectors_uri(plan, number)))
+    return np.load(source), np.load(source)
+
+
+def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
+    """Pairs of rows whose descriptors are near. A Ray Data job: slices -> vectors by list -> shuffled into lists -> pairs."""
+    numbers = range(len(plan.slices) + len(plan.evaluation_parts))
+    options: dict[str, Any] = {
+        "similarity": plan.config.descriptor_similarity,
+        "corpus": len(plan.slices) << 32,
+        "inside": plan.compares_looks,
+    }
+    if not workqueue.uses_ray():
+        rows, vectors = (np.concatenate(part) for part in zip(*(read_vectors(plan, n) for n in numbers), strict=True))
+        return unique_pairs(match_vectors(rows, vectors, **options))
+    import ray
+
+    workqueue.data_context()
+    centres = _centres(plan, len(numbers))
+    shared = [ray.put(centres)]
+
+    def by_list(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        parts = [read_vectors(plan, int(number)) for number in batch["number"].tolist()]
+        rows, vectors = (np.concatenate(column) for column in zip(*parts, strict=True))
+        which, lists = nearest_lists(vectors, ray.get(shared[0]))
+        return {"row": rows[which], "list": lists, "vector": vectors[which]}
+
+    def pairs_of(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return match_vectors(group["row"], group["vector"], **options)
+
+    work: Any = by_list
+    match: Any = pairs_of
+    slices = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
+    lists = slices.map_batches(work, batch_size=None).groupby("list", num_partitions=max(1, min(len(centres), 1024)))
+    found = list(lists.map_groups(match, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))
+    found = [batch for batch in found if "first" in batch]
+    return unique_pairs(concatenate_pairs(found)) if found else no_pairs()
+
+
+def _centres(plan: PreparePlan, count: int) -> np.ndarray:
+    """The centres of the lists, from an even sample of the rows."""
+    rows = sum(receipt["rows"] for receipt in plan.receipts.read(_described(plan, count)))
+    lists = -(-rows // LIST_ROWS)
+    wanted = min(rows, MOST_SAMPLE, lists * TRAINING) if lists > 1 else 1
+    every = max(1, rows // max(1, wanted))
+    sample = [read_vectors(plan, number)[1][::every] for number in range(count if lists > 1 else 1)]
+    return find_centres(np.concatenate(sample), rows)
+
+
+def _described(plan: PreparePlan, count: int) -> list[str]:
+    """Names of the receipts of slices and parts; another network has others."""
+    digest = hashlib.sha256(read_script(str(plan.config.descriptor))).hexdigest()[:12]
+    return [f"described-{digest}-{number:05d}" for number in range(count)]
