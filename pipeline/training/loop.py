@@ -34,7 +34,7 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
 from pipeline.training.meter import Meter, describe_scores, describe_step
 from pipeline.training.plan import TrainPlan, loading_threads, make_plan
-from pipeline.training.preemption import Preempted, PreemptionVote
+from pipeline.training.preemption import Preempted, PreemptionVote, host_group
 from pipeline.training.replacements import Replacements
 from pipeline.training.samples import log_batch
 from pipeline.training.schedule import learning_rate
@@ -59,7 +59,7 @@ def train(
     state and raise Preempted. heartbeat: called whenever something is done, with what comes next and, in the loop, the step.
     """
     trainer = Trainer(config, worker, run, heartbeat)
-    vote = PreemptionVote(is_preempted, worker.world)
+    vote = PreemptionVote(is_preempted, trainer.host_group)
     try:
         return trainer.train(vote)
     finally:
@@ -110,9 +110,10 @@ class Trainer:
             world=worker.world,
             state=start.commit.get("spikes") if start is not None else None,
         )
+        self.host_group = host_group(worker.world)
         self.replacements = Replacements(
             limit=config.runtime.max_replaced,
-            world=worker.world,
+            group=self.host_group,
             state=start.commit.get("replaced") if start is not None else None,
         )
         self.losses: dict[str, float] = dict(start.commit["metrics"]) if start is not None else {}
@@ -276,13 +277,16 @@ class Trainer:
         self.writer.close()
 
     def _load_weights(self, model: nn.Module, start: checkpoints.Checkpoint | None) -> None:
-        if start is not None:
+        """The weights that the run starts or continues with: rank 0 reads them, all others have them from it."""
+        if self.worker.rank == 0 and start is not None:
             from safetensors.torch import load
 
             model.load_state_dict(load(storage.read_bytes(storage.join(start.uri, "model.safetensors"))))
-        elif self.config.init_from:
+        elif self.worker.rank == 0 and self.config.init_from:
             report = load_weights(model, self.config.init_from, tracking_uri=self.config.runtime.tracking_uri)
             self.info("%s", report)
+        if self.worker.world > 1 and (start is not None or self.config.init_from):
+            share_weights(model, self.worker.device)
 
     def _restore(self, start: checkpoints.Checkpoint) -> None:
         with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
@@ -318,6 +322,15 @@ def plan_for(config: PretrainConfig, dataset: Dataset, worker: Worker) -> TrainP
     if worker.world > 1:
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
     return make_plan(config, dataset, worker.world, gpu_memory=float(memory))
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module, device: torch.device) -> None:
+    """Gives rank 0's weights to all workers, one tensor at a time over the device's network. A collective."""
+    for tensor in model.state_dict().values():
+        there = tensor.to(device)
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -1,6 +1,6 @@
 """Leaving in time: workers that are told to go agree on one step, save their state there, and end.
 
-vote = PreemptionVote(is_preempted, world)
+vote = PreemptionVote(is_preempted, host_group(world))
 if vote.poll(): ...save...; raise Preempted(...)       # once a step, on every worker
 
 A node that goes away tells them through Ray; a driver that is stopped (Ctrl-C, SIGTERM) through a `StopSignal`.
@@ -58,17 +58,24 @@ def listen(signal: Any) -> threading.Event:
     return event
 
 
+def host_group(world: int) -> dist.ProcessGroup | None:
+    """A group of all workers for small collectives of their hosts in the thread that trains; None for a single worker.
+
+    The checkpoint's collectives run in another thread and in another order: they have a group of their own. Each group connects
+    every pair of workers, which takes long beyond some hundred.
+    """
+    return dist.new_group(backend="gloo") if world > 1 else None
+
+
 class PreemptionVote:
     """Whether any worker has been told to leave, agreed by all of them at the same step, without waiting for each other.
 
     The question of one step is sent in the background and answered at the next: by then every worker has long asked it.
-    is_preempted: whether this worker has been told.
+    is_preempted: whether this worker has been told. group: of the hosts (`host_group`); None for a single worker.
     """
 
-    def __init__(self, is_preempted: Callable[[], bool], world: int):
-        self.is_preempted = is_preempted
-        # A group of its own: the checkpoint's and the training's collectives run in other threads, in other orders.
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+    def __init__(self, is_preempted: Callable[[], bool], group: dist.ProcessGroup | None):
+        self.is_preempted, self.group = is_preempted, group
         self.asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self) -> bool:

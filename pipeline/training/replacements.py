@@ -1,6 +1,6 @@
 """Images that do not decode and are replaced by others: counted over all workers and attempts of a run, with a limit.
 
-replacements = Replacements(limit=100, world=world, state=checkpoint's)
+replacements = Replacements(limit=100, group=group, state=checkpoint's)
 count = replacements.update(loader.replaced)     # at the same steps on every worker; raises UserError above the limit
 """
 
@@ -18,15 +18,15 @@ NAMED = 1000
 class Replacements:
     """Which images of a run were replaced; the same on every worker, each image counted once."""
 
-    def __init__(self, *, limit: int | None, world: int, state: Any = None):
-        """limit: the most images that may be replaced; None is no limit. state: what `state()` returned when the checkpoint
-        was made."""
+    def __init__(self, *, limit: int | None, group: dist.ProcessGroup | None, state: Any = None):
+        """limit: the most images that may be replaced; None is no limit. group: of the hosts; None for a single worker. state: what
+        `state()` returned when the checkpoint was made."""
         state = state or {}
         self.limit = limit
         self.images: dict[str, str] = dict(state.get("images", {}))
         """{key: what is wrong with the image}"""
         self.unnamed = int(state.get("count", 0)) - len(self.images)
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = group
         self._sent = 0
 
     @property
@@ -42,7 +42,7 @@ class Replacements:
         self._sent += len(new)
         parts = [new]
         if self.group is not None:
-            parts = [new] * dist.get_world_size()
+            parts = [new] * dist.get_world_size(self.group)
             dist.all_gather_object(parts, new, group=self.group)
         for part in parts:
             self.images |= part

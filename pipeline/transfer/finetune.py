@@ -25,6 +25,8 @@ from pipeline.data import Loader
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.upload import Upload
+from pipeline.training.config import EngineConfig
+from pipeline.training.kernels import compile_model
 from pipeline.training.schedule import ScheduleConfig, learning_rate
 from pipeline.transfer.predictions import Predictions
 from pipeline.transfer.suites import FineTune, Split
@@ -103,8 +105,9 @@ class FineTuning:
         self.model: nn.Module = model.to(execution.device).train()
         decay = protocol.ema_decay
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
-        if execution.compile:  # after the average was copied from it: weights and names stay those of the model
-            compile_parts(self.model)
+        # After the average was copied from the model. Models of other libraries name no parts, and stay as they are.
+        if execution.compile and hasattr(self.model, "compiled_parts"):
+            compile_model(self.model, EngineConfig())
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=protocol.momentum)
         self.progress: tuple[int, int, float] = (0, protocol.steps, math.nan)
         """(steps done, steps, loss), set about fifty times."""
@@ -162,12 +165,6 @@ class FineTuning:
             loss.backward()
             total += loss.detach()
         return total
-
-
-def compile_parts(model: nn.Module) -> None:
-    """torch.compile of each part that the model names (`compiled_parts`); models of other libraries stay as they are."""
-    for part in getattr(model, "compiled_parts", list)():
-        part.compile()
 
 
 def rate_at(protocol: FineTune, lr: float, step: int) -> float:

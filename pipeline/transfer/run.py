@@ -214,7 +214,7 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
     weights = [ray.put(suite.checkpoint.arrays)]
     with logs.Collector() as records:
         threads = int(resources["num_cpus"])
-        arguments = (suite.checkpoint.config, weights, threads, config.micro_batch, records.handle)
+        arguments = (suite.checkpoint.config, weights, threads, config.micro_batch, records.handle, config.compile)
         actor: Any = ray.remote(Worker).options(max_concurrency=2, **resources)  # type: ignore[attr-defined]
         pool = Pool(actor, arguments, limit)
         # Features come first where there are probes, and need the devices.

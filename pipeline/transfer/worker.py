@@ -28,14 +28,20 @@ class Worker:
     """A Ray actor with one device, or a share of one. `progress` answers while `run` works: max_concurrency is 2."""
 
     def __init__(
-        self, config: dict[str, Any], weights: list[Any], threads: int, micro_batch: int, records: Any = None
+        self,
+        config: dict[str, Any],
+        weights: list[Any],
+        threads: int,
+        micro_batch: int,
+        records: Any = None,
+        compile: bool = False,
     ) -> None:
         """weights: a Ray reference to the model's arrays. records: handle of a `logs.Collector`."""
         if records is not None:
             logs.send_to(records)
         expect_answers()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.execution = Execution(device=device, micro_batch=micro_batch, threads=threads)
+        self.execution = Execution(device=device, micro_batch=micro_batch, threads=threads, compile=compile)
         self.model: nn.Module = build_model(config, ray.get(weights[0]))
         self.training: FineTuning | None = None
 

@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from models import create_model
-from pipeline.training.config import EngineConfig, OptimizerConfig
-from pipeline.training.engine import Engine, micro_losses
+from pipeline.data import open_dataset
+from pipeline.data.format import write_dataset
+from pipeline.data.loading.augment import Augment
+from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig
+from pipeline.training.engine import Engine, Worker, micro_losses
+from pipeline.training.plan import make_plan
 from pipeline.training.spikes import LossSpikeGuard
+from pipeline.training.validation import validate
 from pipeline.training.zero_layout import drop_nonfinite_gradients
 from tests.hostreads import HostReads
+from tests.images import jpeg
+from tests.runs import pretrain_config
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("alone")
@@ -133,3 +140,27 @@ def test_the_guard_names_the_step_that_was_dropped():
     assert step == BAD + 1
     assert warning == f"step {BAD + 1}: gradient not finite, step skipped (1 so far)"
     assert guard.read() == []
+
+
+def test_validation_reads_its_sums_once_whatever_the_number_of_batches(tmp_path):
+    counts = []
+    for images in (16, 48):
+        uri = str(tmp_path / str(images))
+        write_dataset(uri, [(f"{i}", jpeg(i), i % 3, 60, 40) for i in range(images)], classes=["a", "b", "c"])
+        config = pretrain_config(
+            data=uri,
+            batch_size=BATCH,
+            image_size=16,
+            augment=Augment(size=16),
+            model=ModelConfig(variant="mu/8", depth=2),
+            engine=EngineConfig(zero=1, precision="fp32", micro_batch=MICRO),
+            lanes=4,
+        )
+        engine = make_engine(1, "fp32")
+        plan = make_plan(config, open_dataset(uri), 1)
+        with HostReads() as reads:
+            scores = validate(engine, plan, uri, Worker(rank=0, world=1, device=CPU))
+        assert 0 <= scores["val/top1"] <= 100
+        counts.append(reads.counted)
+    assert counts[0] == counts[1]
+    assert counts[0]["_local_scalar_dense"] > 0

@@ -25,6 +25,7 @@ from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.loop import share_weights
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
@@ -162,6 +163,27 @@ def test_every_stage_goes_on_with_one_and_four_workers(base, tmp_path):
                 name,
                 world,
             )
+
+
+def _with_weights_of_rank_0(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(rank)
+    model = create_model("mu/8", 3, 16)
+    share_weights(model, torch.device("cpu"))
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_rank_0_reads_the_weights_for_all(tmp_path):
+    """A run of 64 workers that continues reads its model from the store once, and not 64 times."""
+    torch.multiprocessing.spawn(_with_weights_of_rank_0, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    expected = create_model("mu/8", 3, 16).state_dict()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert list(found) == list(expected)
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None) -> None:

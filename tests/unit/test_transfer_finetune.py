@@ -91,6 +91,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(model, train):
     )
 
 
+@pytest.mark.slow  # compiles for half a minute
+def test_compiled_blocks_train_as_eager_ones_and_keep_their_names(model, train):
+    protocol = dataclasses.replace(PROTOCOL, steps=4, ema_decay=0.5)
+    tuned = [
+        FineTuning(model, train, protocol, lr=0.01, seed=0, execution=Execution(compile=compiled)).run()
+        for compiled in (False, True)
+    ]
+    eager, compiled = (part.model.state_dict() for part in tuned)
+    assert list(compiled) == list(eager)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_same_seed_same_weights_other_seed_others(model, train):
     protocol = dataclasses.replace(PROTOCOL, crop="random", flip=True)
     first, again, other = (tune(model, train, protocol, seed=s) for s in (1, 1, 2))
