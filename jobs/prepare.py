@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.data.format import Manifest
 
 logger = logging.getLogger("jobs.prepare")
+LESS_MEMORY = "A smaller --num-cpus runs fewer processes at a time"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,7 @@ def prepare(argv: list[str]) -> int:
     settings = PrepareConfig(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareConfig)}
     )
-    cluster.configure(options.address, options.num_cpus, dashboard=False)
+    cluster.configure(options.address, options.num_cpus, dashboard=False, memory_remedy=LESS_MEMORY)
     server = resolve_tracking_uri(options.tracking_uri) if options.tracking else None
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
@@ -204,7 +205,7 @@ def vtab(options: VtabCommand) -> int:
         "raw": options.raw,
         "output": options.output,
     }
-    cluster.configure(options.address, options.num_cpus, dashboard=False)
+    cluster.configure(options.address, options.num_cpus, dashboard=False, memory_remedy=LESS_MEMORY)
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     with contextlib.ExitStack() as stack:
         run: Run | None = None

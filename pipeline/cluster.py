@@ -5,18 +5,22 @@
 - otherwise an embedded Ray on this machine, which ends with the process.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import stat
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from pipeline import ray_state
+import psutil
+
+from pipeline import host_memory, ray_state
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,11 @@ FORWARDED = (
 )
 STOP_RECORDS = 20
 """Seconds that a stopped job needs after its step is saved: for MLflow to hear why it ended."""
+MEMORY_REMEDY = "fewer processes at a time need less"
+OUT_OF_MEMORY_RETRIES = "5"
+"""Times that Ray starts a task again whose node ran out of host memory, later each time; Ray's own default is for ever."""
+STOPS = {signal.SIGTERM, signal.SIGHUP}
+"""Signals that ask a job to end; Ray itself keeps SIGINT from its processes."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
 
 
@@ -82,14 +91,28 @@ class Settings:
     """CPUs of an embedded Ray; None: all of the machine."""
     dashboard: bool = True
     """Of an embedded Ray: its start costs some seconds of CPU time, and Ray Train needs it."""
+    memory_remedy: str = MEMORY_REMEDY
+    """What helps this job when a node runs out of host memory."""
 
 
 _settings = Settings()
 
 
-def configure(address: str | None = None, num_cpus: int | None = None, dashboard: bool = True) -> None:
-    """Says how `connect` will join Ray. Jobs call it at their start; whatever has work for Ray then calls `connect`."""
+def configure(
+    address: str | None = None, num_cpus: int | None = None, dashboard: bool = True, memory_remedy: str = ""
+) -> None:
+    """Says how `connect` will join Ray. Jobs call it at their start; whatever has work for Ray then calls `connect`.
+
+    memory_remedy: what helps this job when a node runs out of host memory. Raises UserError for fewer CPUs than one."""
+    if num_cpus is not None and num_cpus < 1:
+        raise UserError(f"--num-cpus must be at least 1, not {num_cpus}")
     _settings.address, _settings.num_cpus, _settings.dashboard = address, num_cpus, dashboard
+    _settings.memory_remedy = memory_remedy or MEMORY_REMEDY
+
+
+def memory_remedy() -> str:
+    """What helps this job when a node runs out of host memory."""
+    return _settings.memory_remedy
 
 
 def connect() -> None:
@@ -102,34 +125,13 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    address, num_cpus = _settings.address, _settings.num_cpus
+    address = _settings.address
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
-    stop = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_task_oom_retries", OUT_OF_MEMORY_RETRIES)
+    ray_state.take_messages(report_message)
     try:
-        if submitted():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
-            what = "this job's cluster"
-        elif address:
-            ray.init(
-                address=address,
-                runtime_env=runtime_env(ship_project=True),
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-            what = f"the cluster at {address}"
-        else:
-            os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen to every address
-            ray.init(
-                address="local",  # never whatever cluster an earlier session left in /tmp
-                num_cpus=num_cpus,
-                include_dashboard=_settings.dashboard,
-                dashboard_host="127.0.0.1",
-                runtime_env=runtime_env(ship_project=False),
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-            what = "embedded Ray"
+        what = _join()
     except Exception as error:  # Ray raises bare ones, too
         if not address and not submitted():
             first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -141,14 +143,112 @@ def connect() -> None:
             f"cannot join Ray at {address or 'this job'}: {error}; check the address, and export RAY_AUTH_MODE=token "
             "with the cluster's token when it uses token authentication"
         ) from error
-    if callable(stop) and threading.current_thread() is threading.main_thread():
-        # Ray has put its own in place of the job's, which ends with the honest code.
-        signal.signal(signal.SIGTERM, stop)
     protect_token()
     if address or submitted():
         announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
     resources = ray.cluster_resources()
     logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def report_message(message: str) -> None:
+    """One line for a message of Ray's about its processes."""
+    if out_of_memory := host_memory.describe(message):
+        logger.warning("%s; its work is done again. %s", out_of_memory, _settings.memory_remedy)
+    elif "A worker died" in message:
+        process = re.search(r"Worker PID: (\d+)", message)
+        where = re.search(r"Worker IP address: (\S+)", message)
+        logger.warning(
+            "process %s on %s ended (killed, crashed, or its node out of memory); its work is done again",
+            process[1] if process else "of a task",
+            where[1] if where else "a node",
+        )
+    else:
+        logger.debug("ray: %s", message)
+
+
+def _join() -> str:
+    """`ray.init` as the settings say; what was joined, for people."""
+    import ray
+
+    address = _settings.address
+    if submitted():
+        with _own_signals():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return "this job's cluster"
+    if address:
+        with _own_signals():
+            shipped = runtime_env(ship_project=True)
+            ray.init(address=address, runtime_env=shipped, logging_level=logging.ERROR, log_to_driver=False)
+        return f"the cluster at {address}"
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen to every address
+    before = psutil.Process().children()
+    with ray_state.on_loopback(), _deaf_children(), _own_signals():
+        ray.init(
+            address="local",  # never whatever cluster an earlier session left in /tmp
+            num_cpus=_settings.num_cpus,
+            include_dashboard=_settings.dashboard,
+            dashboard_host="127.0.0.1",
+            runtime_env=runtime_env(ship_project=False),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    _embedded[:] = [child for child in psutil.Process().children() if child not in before]
+    return "embedded Ray"
+
+
+_embedded: list[psutil.Process] = []
+"""The processes of the embedded Ray that this process has started."""
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps the job's answer to SIGTERM, which saves and ends with the honest code, where `ray.init` puts its own."""
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(stop) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, inherit a mask without SIGTERM and SIGHUP.
+
+    Whoever stops a job often signals all of its processes: `timeout`, a closed terminal, systemd, Slurm. Ray would then end
+    before the workers have saved their step; so that this process alone decides. SIGKILL still ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def disconnect() -> None:
+    """Leaves Ray, and ends an embedded one. Does nothing in a process that has not joined."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    # Ray asks each of its processes with SIGTERM, to which they are deaf, and waits a second for each.
+    kill = threading.Timer(0.5, _kill, [[family for child in _embedded for family in _descent(child)]])
+    kill.daemon = True
+    kill.start()
+    ray.shutdown()
+    kill.join()
+    _embedded.clear()
+
+
+def _descent(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def protect_token() -> None:

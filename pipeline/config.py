@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import credentials, help, logs, storage
+from pipeline import cluster, credentials, help, logs, storage
 from pipeline.errors import JobFailed, UserError, nearest
 
 Config = TypeVar("Config")
@@ -113,12 +113,8 @@ def summary(function: Callable) -> str:
 
 def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Runs a job's `main(argv)` and exits honestly: 0 done, 1 failed, 2 bad input, 75 later, 130 Ctrl-C, 143
-    stopped. 75: a store is away, or somebody else works in the output."""
-
-    def stop(signum: int, frame: types.FrameType | None) -> None:
-        raise SystemExit(128 + signum)  # unwinds through every `finally`, as Ctrl-C does
-
-    signal.signal(signal.SIGTERM, stop)
+    stopped, 129 its terminal was closed. 75: a store is away, or somebody else works in the output."""
+    _hear_stops()
     logs.setup()
     code: str | int | None
     try:
@@ -143,10 +139,27 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = 1
     except (KeyboardInterrupt, SystemExit) as ended:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
-        if code in (130, 128 + signal.SIGTERM):
-            print("stopped; the same command again continues", file=sys.stderr)
+        if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            with contextlib.suppress(OSError):  # Ctrl-C ends the `tee` that reads this, too
+                print("stopped; the same command again continues", file=sys.stderr)
             _leave(code)
+    cluster.disconnect()
     sys.exit(code)
+
+
+def _hear_stops() -> None:
+    """SIGTERM and, unless it is ignored (nohup), SIGHUP unwind through every `finally`, as Ctrl-C does."""
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+
+    def stop(signum: int, frame: types.FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            for stream in terminals:  # they are gone, and whatever is written there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, stop)
 
 
 def hide_passwords() -> None:
@@ -166,8 +179,9 @@ def hide_passwords() -> None:
 def _leave(code: int) -> typing.NoReturn:
     """Ends this process and those it started, at once: at the interpreter's own end Ray takes itself down under threads that
     wait in it, and may crash there."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

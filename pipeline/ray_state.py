@@ -4,13 +4,47 @@ Written against Ray 2.60.0 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py
 `pipeline.training.ray_compat` has the names of Ray Train.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 WRITTEN_FOR = "2.60.0"
+
+
+def take_messages(handle: Callable[[str], None]) -> None:
+    """Gives `handle` what Ray would print on the driver's standard output about its processes: each task that it starts again
+    because a process died, in up to a hundred lines."""
+    from ray._private import worker
+
+    def take(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        handle("\n".join(data["lines"]))
+
+    cast(Any, worker).print_to_stdstream = take
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile has the node address 127.0.0.1, so that all of its servers listen there alone.
+
+    Ray does this by itself on Windows and macOS, where it makes no clusters; on Linux its variable for that is read once, at the
+    import.
+    """
+    from ray._private import ray_constants
+
+    constants, name = cast(Any, ray_constants), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before[0]
+        if before[1] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[1]
 
 
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:

@@ -24,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import cluster, logs, metrics, storage
-from pipeline.errors import UserError
+from pipeline import cluster, host_memory, logs, metrics, storage
+from pipeline.errors import JobFailed, UserError
 from pipeline.objectstore import expect_answers
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
 TASK_UNITS = 4  # units that one task takes at most
+ACTOR_RESTARTS = 5  # of each, when its process died; Ray Data would start it for ever, without a word
 
 # A receipt is {"sha256": "...", "receipt": ...}, where the checksum is that of the text of the receipt.
 _BEFORE, _BETWEEN, _DIGITS = b'{"sha256": "', b'", "receipt": ', 64
@@ -123,7 +124,8 @@ def run(
     context: what all units need; sent to every node once. summary: what of a receipt comes back to the driver.
     size: input bytes of a unit; small ones then share a task. workers: actors, for a class; None: one per unit, at most what
     the cluster has room for. num_cpus, num_gpus: of each task or actor. Inside `without_ray` the units run here, one after the other.
-    A UserError of a unit is its outcome and does not stop the others; any other exception ends the generator.
+    A UserError of a unit is its outcome and does not stop the others; any other exception ends the generator: JobFailed when
+    processes died again and again.
     """
     finished = receipts.finished() if receipts is not None else set()
     todo = {name: unit for name, unit in units.items() if name not in finished}
@@ -161,6 +163,8 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
         return ray.get([ray.remote(function).remote(argument) for argument in arguments])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        raise JobFailed(describe_lost(error)) from None
 
 
 # ---------------------------------------------------------------- one unit
@@ -212,7 +216,7 @@ def data_context() -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised
     return context
 
 
@@ -234,11 +238,24 @@ def _run_on_ray(
     if inspect.isclass(job.work):
         options |= {"fn_constructor_kwargs": arguments}
         options |= {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(names)))}
+        options |= {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
     else:
         options |= {"fn_kwargs": arguments}
     function: Any = _Actor if inspect.isclass(job.work) else _task
-    for row in ray.data.from_arrow(blocks).map_batches(function, **options).iter_rows():
-        yield pickle.loads(row["outcome"])
+    lost = (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
+    try:
+        for row in ray.data.from_arrow(blocks).map_batches(function, **options).iter_rows():
+            yield pickle.loads(row["outcome"])
+    except lost as error:
+        raise JobFailed(describe_lost(error)) from None
+
+
+def describe_lost(error: Exception) -> str:
+    """One line for a process that died more often than Ray starts it again."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    if out_of_memory := host_memory.describe(str(error)):
+        first = f"{out_of_memory}, again and again"
+    return f"{first}; the same command continues with what is not finished. {cluster.memory_remedy()}"
 
 
 def shares(sizes: Sequence[int], cpus: int) -> list[list[int]]:

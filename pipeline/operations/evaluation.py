@@ -82,6 +82,23 @@ def suite_version(config: EvaluateConfig) -> str:
     return suites.suite_version(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
 
 
+def check_config(config: EvaluateConfig) -> None:
+    """Raises UserError for an unknown suite, or settings that cannot work."""
+    suites.check_config(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
+    if config.every_step < 1:
+        raise UserError(f"--every-step must be at least 1, not {config.every_step}")
+    if not (math.isfinite(config.margin) and config.margin >= 0):
+        raise UserError(f"--margin must be a number of at least 0, not {config.margin:g}")
+    if config.model is not None and (not config.model.strip() or set(config.model) & set("/:")):
+        raise UserError(f'--model "{config.model}": the name of a registered model has text without / and :')
+
+
+def check_data(config: EvaluateConfig) -> None:
+    """Raises UserError, before a checkpoint is claimed, when the suite's data sets are missing or unusable."""
+    what = dataclasses.replace(config.transfer, suite=config.suite, data=config.data)
+    suites.open_datasets(suites.build_tasks(what, suites.NOMINAL))
+
+
 # ---------------------------------------------------------------- what there is to evaluate
 
 
@@ -166,6 +183,7 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
 
     What fails for one checkpoint (its evaluation, a damaged file of its ledger) is listed in `failed` and stops no other.
     """
+    check_config(config)
     uri = resolve_tracking_uri(config.tracking_uri)
     check_output(config.output)
     version = suite_version(config)
@@ -175,6 +193,8 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
     for target in find_targets(dataclasses.replace(config, register=config.register and not dry_run), uri):
         try:
             if ledger.result(target) is None:
+                if evaluate is transfer:
+                    check_data(config)
                 if dry_run:
                     done.pending.append(target.checkpoint)
                     continue

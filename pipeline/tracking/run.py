@@ -36,6 +36,12 @@ SEND_EVERY = 1.0  # seconds between deliveries while all is well
 RETRY_AT_MOST = 30.0  # seconds between attempts while the server is away
 LAST_DELIVERY = 60.0  # seconds that `finish` gives the delivery of what is left
 LAST_DELIVERY_OF_A_STOP = 15.0  # the same after SIGTERM and Ctrl-C, whose senders wait about 30 seconds
+STOPPED: dict[int | str | None, str] = {
+    128 + signal.SIGINT: "stopped with Ctrl-C",
+    128 + signal.SIGTERM: "stopped with SIGTERM",
+    128 + signal.SIGHUP: "stopped because its terminal was closed (SIGHUP)",
+}
+"""Exit codes that `config.run_job` makes of signals, as reasons."""
 
 logger = logging.getLogger(__name__)
 
@@ -291,18 +297,16 @@ class Run:
 
 
 def _status_of(error: BaseException | None) -> tuple[str, str]:
-    """How a run ends whose block was left with this exception, and why: SIGTERM and Ctrl-C are no failures."""
+    """How a run ends whose block was left with this exception, and why: being told to stop is no failure."""
     if error is None:
         return "FINISHED", ""
     if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "stopped with Ctrl-C"
+        return "KILLED", STOPPED[128 + signal.SIGINT]
     if isinstance(error, SystemExit):  # `config.run_job` makes one of SIGTERM
         if error.code in (None, 0):
             return "FINISHED", ""
-        if error.code == 128 + signal.SIGTERM:
-            return "KILLED", "stopped with SIGTERM"
-        if error.code == 128 + signal.SIGINT:
-            return "KILLED", "stopped with Ctrl-C"
+        if error.code in STOPPED:
+            return "KILLED", STOPPED[error.code]
         return "FAILED", f"exit code {error.code}"
     return "FAILED", first_line(error)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from pipeline import logs, ray_state
+from pipeline import host_memory, logs, ray_state
 from pipeline.errors import StorageError, UserError
-from pipeline.training.advice import out_of_memory
+from pipeline.training.advice import out_of_memory as memory_advice
 from pipeline.training.config import PretrainConfig
 from pipeline.training.preemption import Preempted, Stopped
 from pipeline.training.ray_compat import (
@@ -158,8 +158,9 @@ def root_cause(error: Exception) -> tuple[int | None, BaseException]:
 def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
     """One line: which worker, what happened, what helps."""
     who = "" if rank is None else f"worker {rank}: "
-    if "running low on memory" in str(cause):
-        return f"{who}ended by Ray: {out_of_memory(config, config.runtime.workers, host=True)}"
+    if out_of_memory := host_memory.describe(str(cause)):
+        settings = memory_advice(config, config.runtime.workers, host=True)
+        return f"{who}{out_of_memory}; {settings.partition('; ')[2]}"
     if isinstance(cause, ray.exceptions.RayActorError):
         node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")
         return f"{who}its process ended{' on ' + node if node else ''} (killed, its node gone, or out of host memory)"

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,10 @@ from pipeline.errors import JobFailed, StorageError, Unavailable, UserError
 from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
-from pipeline.training.preemption import StopSignal
+from pipeline.training.preemption import Stopped, StopSignal
 from pipeline.training.ray_compat import FailureConfig, RunConfig, ScalingConfig, Trainer, TrainingFailedError
 from pipeline.training.worker import train_worker
+from pipeline.weights import checkpoints
 
 # Activations come and go every step. By default glibc gives each large one back to the kernel and faults it in again,
 # zeroed, page by page; kept in the heap they cost nothing.
@@ -76,7 +78,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             try:
                 return fitted.result().return_value
             except (KeyboardInterrupt, SystemExit):
-                _stop(stop, fitted, config.runtime.stop_grace)
+                _stop(stop, fitted, config)
                 raise
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         rank, cause = root_cause(error)
@@ -90,24 +92,41 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             storage.remove(storage.join(output, "ray"), recursive=True)
 
 
-def _stop(stop: Any, fitted: Future, grace: float) -> None:
-    """Lets the workers finish the step in hand and save it, for at most `grace` seconds; another signal ends the waiting."""
+def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:
+    """Lets the workers finish the step in hand and save it, for at most `--stop-grace` seconds; another signal ends the wait.
+    Says what the next start continues from."""
+    grace = config.runtime.stop_grace
+    why = "nothing was saved at this stop"
     try:
-        if not ray.get(stop.stop.remote(), timeout=10):
-            return  # no worker has started
-    except (ray.exceptions.RayError, TimeoutError) as error:  # a signal to all processes of a job ends Ray as well
-        logger.warning(
-            "the workers are gone, nothing could be saved: the next start continues from the last checkpoint"
-        )
-        logger.debug("the workers do not answer", exc_info=error)
-        return
-    logger.info("stopping: the workers finish their step and save it (--stop-grace %g seconds)", grace)
-    try:
+        if not ray.get(stop.stop.remote(), timeout=min(grace, 10)):
+            why = "no worker has started"
+            return
+        logger.info("stopping: the workers finish their step and save it (--stop-grace %g seconds)", grace)
         fitted.result(timeout=grace)
-    except TimeoutError:
-        logger.warning("not saved within %g seconds: the next start continues from the last checkpoint", grace)
+        why = ""  # that was the last step
+    except (KeyboardInterrupt, SystemExit):
+        why = "stopped at once"
+        raise
+    except ray.exceptions.RayError as error:
+        why = "the workers are gone"
+        logger.debug("the workers do not answer", exc_info=error)
+    except FutureTimeout:
+        why = f"not saved within --stop-grace {grace:g} seconds"
     except Exception as ended:
+        why = "" if isinstance(root_cause(ended)[1], Stopped) else "the workers ended"
         logger.debug("the workers ended", exc_info=ended)
+    finally:
+        if why:
+            logger.warning("%s: %s", why, describe_newest(config.runtime.output))
+
+
+def describe_newest(output: str) -> str:
+    """What the next start of a run continues from, in words."""
+    try:
+        newest = checkpoints.latest(output, checksums=False)
+    except (UserError, OSError) as error:
+        return f"what has been saved is not known ({error})"
+    return "the next start begins at step 0" if newest is None else f"the next start continues from {newest.uri}"
 
 
 def _fit(trainer: Trainer, fitted: Future) -> None:

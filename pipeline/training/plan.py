@@ -190,6 +190,10 @@ def check_values(config: PretrainConfig) -> None:
             f"validation_resize {config.validation_resize} is less than image_size {config.image_size}; give "
             f"--validation-resize {round(config.image_size * 8 / 7)}, or None"
         )
+    if runtime.register is not None and (not runtime.register.strip() or set(runtime.register) & set("/:")):
+        raise UserError(
+            f'register "{runtime.register}" is no name for a model in MLflow: it must have text without / and :'
+        )
     variant = parse_variant(config.model.variant)
     if engine.precision == "fp16" and not runtime.gpus:
         raise UserError("engine.precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
@@ -240,6 +244,10 @@ def _check_engine(engine: EngineConfig) -> None:
 def _check_ranges(config: PretrainConfig) -> None:
     """Numbers that make no sense whatever the rest: negative counts, infinite rates, shares above one."""
     runtime, optimizer = config.runtime, config.optimizer
+    for field, value in configuration.flatten(configuration.to_dict(config)).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{field.removeprefix('runtime.')} {number} must be a finite number")
     at_least = {
         "batch_size": (config.batch_size, 1),
         "image_size": (config.image_size, 1),
@@ -261,6 +269,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         "optimizer.muon_lr": (optimizer.muon_lr, 0),
         "schedule.end": (config.schedule.end, 0),
         "fewshot.shots": (runtime.fewshot.shots, 1),
+        "fewshot.l2": (runtime.fewshot.l2, 0),
     }
     for field, (value, least) in at_least.items():
         if value is not None and not (math.isfinite(value) and value >= least):

@@ -170,24 +170,38 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
 
 def check_run(config: PretrainConfig) -> TrainPlan:
     """Everything that can be known before a worker starts. Raises UserError."""
-    check_values(config)
-    check_output(config.runtime.output)
+    check_places(config)
     dataset = open_dataset(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
+    check_model(plan)
+    if config.runtime.validation:
+        check_validation(config, dataset)
+    if config.runtime.fewshot.train:
+        check_fewshot(config, dataset)
+    return plan
+
+
+def check_places(config: PretrainConfig) -> None:
+    """What can be said before the data is there: values, devices, and whether the output takes a run. Raises UserError."""
+    check_values(config)
+    check_devices(config)
+    tracking.resolve_tracking_uri(config.runtime.tracking_uri)
+    output = storage.normalise(config.runtime.output)
+    check_output(output)
+    if config.runtime.cache:
+        check_output(storage.normalise(config.runtime.cache), "cache")
+    present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
+    if present and "run.json" not in present:
+        raise UserError(f"{output} is not empty and holds no run; choose another --output")
+
+
+def check_model(plan: TrainPlan) -> None:
+    """Whether the architecture exists, and the weights to start from fit it. Raises UserError."""
+    config = plan.config
     parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
     if config.init_from:
         model = create_model(**plan.model_options)
         load_weights(model, config.init_from, tracking_uri=config.runtime.tracking_uri)  # names and shapes fit
-    if config.runtime.validation:
-        check_validation(config, dataset)
-    if config.runtime.fewshot.train:
-        check_fewshot(config)
-    output = storage.normalise(config.runtime.output)
-    present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
-    if present and "run.json" not in present:
-        raise UserError(f"{output} is not empty and holds no run; choose another --output")
-    check_devices(config)
-    return plan
 
 
 def check_devices(config: PretrainConfig) -> None:

@@ -121,17 +121,32 @@ class FewShot:
 
 def check_validation(config: PretrainConfig, data: Dataset) -> None:
     """Whether the validation set fits the data that the run trains on. Raises UserError naming the flag."""
-    uri = config.runtime.validation or ""
-    validation = open_dataset(uri)
-    places_of_classes(validation, data.classes)
-    if not len(validation):
-        raise UserError(f"--validation {uri} has no images")
-    if validation.encoding == "patches":
-        image, size = validation.manifest.image, config.image_size
-        patch = parse_variant(config.model.variant).patch
+    validation = open_dataset(config.runtime.validation or "")
+    if config.loss != "masked":
+        places_of_classes(validation, data.classes)
+        if validation.multilabel != data.multilabel:
+            several, one = (validation.uri, data.uri) if validation.multilabel else (data.uri, validation.uri)
+            raise UserError(
+                f"--validation: {several} has several labels for each image, {one} has one; prepare both alike"
+            )
+        if validation.manifest.class_counts and not sum(validation.manifest.class_counts):
+            raise UserError(f"--validation {validation.uri} has no labelled image: its accuracy is not defined")
+    _check_images("validation", validation, config, data)
+
+
+def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Dataset) -> None:
+    """Whether the model that a run trains on `data` takes the images of another dataset. Raises UserError naming the flag."""
+    uri, image = measured.uri, measured.manifest.image
+    if not len(measured):
+        raise UserError(f"--{flag} {uri} has no images")
+    channels, wanted = image.get("channels", 3), data.manifest.image.get("channels", 3)
+    if channels != wanted:
+        raise UserError(f"--{flag} {uri} has images of {channels} channels, the training data of {wanted}")
+    if measured.encoding == "patches":
+        size, patch = config.image_size, parse_variant(config.model.variant).patch
         if (image["height"], image["width"], image["patch_size"]) != (size, size, patch):
             raise UserError(
-                f"--validation {uri} holds {image['height']}x{image['width']} images cut into patches of "
+                f"--{flag} {uri} holds {image['height']}x{image['width']} images cut into patches of "
                 f"{image['patch_size']}, but the run has image_size {size} and {config.model.variant}; prepare it to match"
             )
 
@@ -157,8 +172,9 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
     return torch.tensor([index.get(name, 0) for name in validation.classes])
 
 
-def check_fewshot(config: PretrainConfig) -> tuple[Dataset, Dataset]:
-    """The probe's two datasets. Raises UserError when they do not fit each other."""
+def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[Dataset, Dataset]:
+    """The probe's two datasets. Raises UserError when they do not fit each other, or the images those of `data`, which the run
+    trains on."""
     test = config.runtime.fewshot.test or config.runtime.validation
     if test is None:
         raise UserError("fewshot.train needs something to score: give --fewshot.test, or --validation")
@@ -167,6 +183,11 @@ def check_fewshot(config: PretrainConfig) -> tuple[Dataset, Dataset]:
         raise UserError(f"{config.runtime.fewshot.train} and {test} must have the same classes, one for each image")
     if config.runtime.fewshot.shots < 1:
         raise UserError(f"fewshot.shots {config.runtime.fewshot.shots} must be at least 1")
+    for flag, dataset in (("fewshot.train", train), ("fewshot.test", scored)):
+        if data is not None:
+            _check_images(flag, dataset, config, data)
+        if dataset.manifest.class_counts and not sum(dataset.manifest.class_counts):
+            raise UserError(f"--{flag} {dataset.uri} has no labelled image")
     return train, scored
 
 

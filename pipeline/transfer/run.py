@@ -207,7 +207,8 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
         yield None
         return
     config = suite.config
-    cluster.configure(config.address, dashboard=False)
+    less = "Fewer --workers at a time need less, as does a smaller --micro-batch"
+    cluster.configure(config.address, dashboard=False, memory_remedy=less)
     cluster.connect()
     resources, limit = plan_workers(config)
     # In a list, because Ray would replace a bare reference among the arguments by one copy of the value per worker.

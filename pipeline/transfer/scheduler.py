@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from pipeline import cluster, host_memory
 from pipeline.errors import StorageError
 from pipeline.transfer.jobs import Job, Result, next_jobs
 from pipeline.transfer.suites import TransferTask
@@ -160,12 +161,17 @@ class Scheduler:
         job = entry.job
         try:
             result, predictions = ray.get(call)
-        except ray.exceptions.RayActorError as error:  # the process or its machine is gone
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+        ) as error:  # the process or its machine is gone
             self.pool.discard(entry.worker)
+            out_of_memory = host_memory.describe(str(error))
+            why = f"{out_of_memory}. {cluster.memory_remedy()}" if out_of_memory else first_line(error)
             if entry.attempt <= self.retries:
-                logger.warning("%s: its process died (%s); starting again", job.name, first_line(error))
+                logger.warning("%s: its process died (%s); starting again", job.name, why)
                 return None
-            return self._fail(job, f"its process died {entry.attempt} times ({first_line(error)})")
+            return self._fail(job, f"its process died {entry.attempt} times ({why})")
         except Exception as error:
             # A fresh process for the next job: after a device error this one may not work again.
             self.pool.discard(entry.worker)

@@ -7,6 +7,7 @@ A suite is a function from a TransferConfig to tasks; its docstring says what it
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -365,6 +366,8 @@ SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[TransferTask]]
     "folder": folder,
     "frozen": frozen,
 }
+NOMINAL = {"variant": "B/16", "image_size": 224}
+"""A model's configuration where there is none yet: which data sets a suite reads does not depend on it."""
 NAMED_TASKS = ("demo", "vtab1k", "vtab1k-224", "paper")
 """Suites whose tasks have the same names whatever data are there."""
 
@@ -379,14 +382,16 @@ def check_config(config: TransferConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < config.gpus_per_worker <= 1:
         raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker:g}")
-    if any(lr <= 0 for lr in config.lrs):
+    if config.retries < 0:
+        raise UserError(f"--retries must be at least 0, not {config.retries}")
+    if not all(0 < lr < math.inf for lr in config.lrs):
         raise UserError(f"--lrs must be positive, not {' '.join(f'{lr:g}' for lr in config.lrs)}")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay must be in [0, 1), not {config.ema_decay:g}")
     if config.l2 and config.l2 not in L2_GRID:
         raise UserError(f"--l2 {config.l2:g} is not a power of two from 2^-10 to 2^19; 0 chooses by mean rank")
     if config.tasks and config.suite in NAMED_TASKS:
-        build_tasks(dataclasses.replace(config, data="-", real_labels="-"), {"variant": "B/16", "image_size": 224})
+        build_tasks(dataclasses.replace(config, data="-", real_labels="-"), NOMINAL)
 
 
 def task_names(config: TransferConfig) -> list[str] | None:
@@ -417,11 +422,10 @@ def suite_version(config: TransferConfig) -> str:
     }
     settings = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
     files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination")}
-    nominal = {"variant": "B/16", "image_size": 224}  # which data sets a suite reads does not depend on the model
     try:
         content: object = {
             task.name: [_content(split.uri) for split in (task.train, task.test, *(task.tune or ()))]
-            for task in build_tasks(config, nominal)
+            for task in build_tasks(config, NOMINAL)
         }
     except StorageError:  # an outage must not make another version of the suite
         raise
@@ -433,7 +437,7 @@ def suite_version(config: TransferConfig) -> str:
 def find_datasets(config: TransferConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(task.role, address, manifest) of the data sets of a suite that can be read now."""
     with contextlib.suppress(UserError, OSError):
-        for task in build_tasks(config, {"variant": "B/16", "image_size": 224}):
+        for task in build_tasks(config, NOMINAL):
             for role, split in (("train", task.train), ("test", task.test)):
                 with contextlib.suppress(UserError, OSError):
                     yield f"{task.name}.{role}", split.uri, storage.read_json(storage.join(split.uri, "manifest.json"))

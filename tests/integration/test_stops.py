@@ -1,17 +1,22 @@
 """Every way in which a run is told to stop: its step is saved, MLflow knows why it ended, the next start goes on from there."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 
 from pipeline import config as configuration
@@ -55,6 +60,16 @@ def run(tmp_path) -> PretrainConfig:
     return config
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Whatever a failed test has left running is ended."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def record(config: PretrainConfig) -> mlflow.entities.Run:
     """The one MLflow run."""
     client = mlflow.MlflowClient(config.runtime.tracking_uri)
@@ -71,66 +86,180 @@ def until(log: Path, pattern: str, seconds: float = 300) -> re.Match:
     raise AssertionError(f"no {pattern} in {seconds} s:\n{log.read_text()}")
 
 
-def start(command: list[str], out: IO) -> subprocess.Popen:
-    """A process group of its own, which hears Ctrl-C even when the tests run in a background that ignores it."""
-    heard = (
-        f"import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
-    )
-    return subprocess.Popen([sys.executable, "-c", heard], cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+def in_session(command: list[str], log: IO) -> subprocess.Popen:
+    """A session, and in it a process group, without a terminal: as under systemd or cron."""
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
-def check_stopped(config: PretrainConfig, log: str, reason: str) -> int:
+class Terminal:
+    """A real terminal of 200 columns whose foreground group is a command; what it shows is written to `log`, as plain text."""
+
+    def __init__(self, command: list[str], log: Path):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.chdir(ROOT)
+            os.environ["COLUMNS"] = "200"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run in a background that ignores it
+            os.execv(command[0], command)
+        self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def _read(self, log: Path) -> None:
+        with open(log, "wb") as out, contextlib.suppress(OSError):
+            while shown := os.read(self.fd, 1 << 16):
+                out.write(re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown))
+                out.flush()
+
+    def press_control_c(self) -> None:
+        os.write(self.fd, b"\x03")
+
+    def close(self) -> None:
+        """As a window is closed, or a connection lost: the kernel sends SIGHUP to the group."""
+        os.close(self.fd)
+
+    def wait(self, seconds: float = 120) -> int:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        raise AssertionError("still running")
+
+
+def saved_step(config: PretrainConfig, reason: str) -> int:
     """What a stopped run leaves behind; the step it continues from."""
-    saved = int(re.search(r"step (\d+)/\d+  saved, and the workers leave", log)[1])
-    assert checkpoints.latest(config.runtime.output).step == saved
-    steps = [int(step) for step in re.findall(r"step (\d+)/\d+  loss", log)]
-    assert steps[-1] == saved
     tags = record(config).data.tags
     assert record(config).info.status == "KILLED"
     assert tags["reason"] == reason
     assert f"**Stopped:** {reason}" in tags["mlflow.note.content"]
     assert not os.path.exists(os.path.join(config.runtime.output, "launch.json"))
-    return saved
+    return checkpoints.latest(config.runtime.output).step
+
+
+def check_continues(config: PretrainConfig, command: list[str], log: Path, saved: int) -> None:
+    """The next start goes on from that very step, and the reason of the last stop is no longer there."""
+    with open(log, "w") as out:
+        job = in_session(command, out)
+        until(log, rf"resumed from .*step-{saved:08d}")
+        until(log, rf"step {saved + 1}/")
+        assert "reason" not in record(config).data.tags
+        job.terminate()
+        assert job.wait(120) == 143, log.read_text()
+    assert saved_step(config, "stopped with SIGTERM") > saved
+
+
+def send_to_all(pid: int, number: int) -> None:
+    """As Slurm's scancel and systemd do: to every process that belongs to the job, whatever its group."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 @pytest.mark.parametrize(
-    ("send", "number", "code", "reason"),
-    [(os.killpg, signal.SIGINT, 130, "stopped with Ctrl-C"), (os.kill, signal.SIGTERM, 143, "stopped with SIGTERM")],
-    ids=["Ctrl-C in a terminal, to the whole group", "SIGTERM to the driver"],
+    "send",
+    [os.kill, os.killpg, send_to_all],
+    ids=["to the driver", "to its group, as timeout does", "to every process, as Slurm and systemd do"],
 )
-def test_stopped_run_continues_from_its_very_step(run, tmp_path, send, number, code, reason):
+def test_sigterm_saves_the_very_step(run, tmp_path, send):
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     with open(log, "w") as out:
-        first = start(command, out)
+        job = in_session(command, out)
         until(log, r"step 30/")
-        send(first.pid, number)
-        assert first.wait(120) == code, log.read_text()
-    saved = check_stopped(run, log.read_text(), reason)
-    again = tmp_path / "again"
-    with open(again, "w") as out:
-        second = start(command, out)
-        until(again, rf"resumed from .*step-{saved:08d}")
-        until(again, rf"step {saved + 1}/")
-        assert "reason" not in record(run).data.tags
-        second.terminate()
-        assert second.wait(120) == 143
-    assert check_stopped(run, again.read_text(), "stopped with SIGTERM") > saved
-
-
-def test_sigterm_to_all_processes_is_a_stop_though_ray_ends_before_it_can_save(run, tmp_path):
-    """As Slurm's scancel sends it: embedded Ray ends by itself, so that no step can be saved. It is said, and no failure."""
-    log = tmp_path / "log"
-    with open(log, "w") as out:
-        job = start([sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")], out)
-        until(log, r"step 30/")
-        os.killpg(job.pid, signal.SIGTERM)
+        send(job.pid, signal.SIGTERM)
         assert job.wait(120) == 143, log.read_text()
+    saved = saved_step(run, "stopped with SIGTERM")
     text = log.read_text()
-    assert "the next start continues from the last checkpoint" in text or "saved, and the workers leave" in text
+    assert f"step {saved}/4000  saved, and the workers leave" in text
+    assert int(re.findall(r"step (\d+)/\d+ .*loss", text)[-1]) == saved  # nothing that was computed is lost
     assert "Traceback" not in text
-    assert record(run).info.status == "KILLED"
-    assert record(run).data.tags["reason"] == "stopped with SIGTERM"
+    check_continues(run, command, tmp_path / "again", saved)
+
+
+def test_control_c_in_a_terminal(run, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
+    terminal = Terminal(command, log)
+    until(log, r"step 30/")
+    terminal.press_control_c()
+    assert terminal.wait() == 130, log.read_text()
+    saved = saved_step(run, "stopped with Ctrl-C")
+    assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    check_continues(run, command, tmp_path / "again", saved)
+
+
+def test_terminal_that_is_closed(run, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
+    terminal = Terminal(command, log)
+    until(log, r"step 30/")
+    terminal.close()
+    assert terminal.wait() == 129
+    saved = saved_step(run, "stopped because its terminal was closed (SIGHUP)")
+    assert saved >= 30
+    check_continues(run, command, tmp_path / "again", saved)
+
+
+def test_control_c_that_ends_the_reader_of_a_pipe_too(run, tmp_path):
+    """`jobs/pretrain.py | tee log` in a terminal: nobody reads the last lines, and the step is saved all the same."""
+    log, code = tmp_path / "log", tmp_path / "code"
+    job = f"{sys.executable} jobs/pretrain.py --config {tmp_path}/config.yaml"
+    terminal = Terminal(["/bin/bash", "-c", f"trap : INT; {{ {job}; echo $? > {code}; }} 2>&1 | cat"], log)
+    until(log, r"step 30/")
+    terminal.press_control_c()
+    terminal.wait()
+    deadline = time.monotonic() + 120
+    while not code.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert code.read_text() == "130\n"
+    assert saved_step(run, "stopped with Ctrl-C") >= 30
+
+
+def test_second_control_c_ends_at_once_and_says_what_was_saved(run, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml"), "--log-every", "5steps"]
+    terminal = Terminal([*command, "--steps", "400000steps"], log)
+    until(log, r"step 30/")
+    workers = [
+        p
+        for p in psutil.Process(terminal.pid).children(recursive=True)
+        if "train_worker" in " ".join(p.cmdline()) or "RayTrainWorker" in p.name() + " ".join(p.cmdline())
+    ]
+    assert workers
+    for worker in workers:
+        worker.suspend()  # a step that takes for ever
+    terminal.press_control_c()
+    until(log, "stopping: the workers finish their step")
+    terminal.press_control_c()
+    assert terminal.wait(60) == 130, log.read_text()
+    assert "stopped at once: the next start begins at step 0" in log.read_text()
+    assert record(run).data.tags["reason"] == "stopped with Ctrl-C"
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_hook_of_the_heads_pod(run, tmp_path, monkeypatch):
+    """Kubernetes runs infra/stop_jobs.py in the pod before it ends the pod: no job is left when the hook is through."""
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    (tmp_path / "home").mkdir()
+    log = tmp_path / "log"
+    with ray_head(tmp_path / "home", "4a1c" * 16, keep=("RAY_JOB_STOP_WAIT_TIME_S",)) as (address, _, environment):
+        runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        options = [f"--address={address}", f"--runtime-env-json={runtime}"]
+        job = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--config", str(tmp_path / "config.yaml")]
+        with open(log, "w") as out:
+            submit = ["ray", "job", "submit", *options, "--", *job]
+            submitted = subprocess.Popen(submit, env=environment, stdout=out, stderr=out)
+            until(log, r"step 30/")
+            hook = [sys.executable, "infra/stop_jobs.py", "--address", address, "--grace", "75"]
+            done = subprocess.run(hook, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+            assert (done.returncode, done.stderr) == (0, "")
+            saved = saved_step(run, "stopped with SIGTERM")
+            submitted.wait(120)
+            nothing = subprocess.run(hook, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+            assert (nothing.returncode, nothing.stdout) == (0, "stop_jobs: no job runs\n")
+    assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
 
 
 @pytest.mark.parametrize("wait", ["60", None], ids=["head as infra/ starts it", "Ray's own 3 s"])
@@ -154,4 +283,5 @@ def test_ray_job_stop(run, tmp_path, monkeypatch, wait):
     warned = "`ray job stop` kills this job after 3 s" in log.read_text()
     assert warned == (wait is None), log.read_text()
     if wait:
-        check_stopped(run, log.read_text(), "stopped with SIGTERM")
+        saved = saved_step(run, "stopped with SIGTERM")
+        assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()

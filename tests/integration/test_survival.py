@@ -436,8 +436,12 @@ def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
     jobs.append(job)
     text = job.end(1)
     assert re.search(
-        r"training failed: (worker \d: )?ended by Ray: out of host memory; try --engine.micro-batch 8", text
+        r"training failed: (worker \d: )?process \d+ \(\d+\.\d GB\) was ended: node \S+ ran out of host memory "
+        r"\(\d+\.\d of \d+\.\d GB in use by all programs\); try --engine.micro-batch 8",
+        text,
     )
+    assert "(raylet)" not in text
+    assert "Traceback" not in text
 
 
 # ---------------------------------------------------------------- the parts, without Ray's cluster

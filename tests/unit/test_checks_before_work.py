@@ -1,7 +1,10 @@
 """What a run would find wrong later is said before anything is written."""
 
-import importlib
+import re
+import runpy
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,13 +12,19 @@ import pytest
 
 from models import create_model
 from pipeline.data.format import write_dataset
+from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
+from pipeline.operations import doctor
+from pipeline.operations.planning import preview
 from pipeline.outputs import check_output
+from pipeline.training import run
+from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig
 from pipeline.training.plan import check_values
 from pipeline.training.recipes import RECIPES
 from pipeline.weights import save_checkpoint_weights
-from tests.runs import changed, commit_checkpoint
+from tests.runs import changed, commit_checkpoint, pretrain_config
 
+PROJECT = Path(__file__).parents[2]
 DEMO = RECIPES["demo"]()
 
 
@@ -37,6 +46,11 @@ def package(tmp_path, monkeypatch):
     return folder
 
 
+def main_of(job):
+    """`main` of jobs/JOB.py."""
+    return runpy.run_path(str(PROJECT / "jobs" / f"{job}.py"))["main"]
+
+
 def picture(seed):
     return cv2.imencode(".png", np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8))[1].tobytes()
 
@@ -47,6 +61,11 @@ def picture(seed):
         (changed(DEMO, keep_last=-1), "keep_last -1"),
         (changed(DEMO, cpus_per_worker=-1.0), "cpus_per_worker -1.0"),
         (changed(DEMO, optimizer=replace(DEMO.optimizer, lr=float("nan"))), "optimizer.lr nan"),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, lr=float("inf"))), "optimizer.lr inf"),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, lr=-1e-3)), "optimizer.lr -0.001"),
+        (changed(DEMO, augment=replace(DEMO.augment, mixup=float("nan"))), "augment.mixup nan"),
+        (changed(DEMO, fewshot=FewShotConfig(l2=float("nan"))), "fewshot.l2 nan"),
+        (changed(DEMO, register="a/b"), 'register "a/b" is no name'),
         (changed(DEMO, ema_decay=1.0), "ema_decay 1.0"),
         (changed(DEMO, image_size=64), "validation_resize 32 is less than image_size 64; give --validation-resize 73"),
         (changed(DEMO, workers=0), "workers 0"),
@@ -56,6 +75,100 @@ def picture(seed):
 def test_values_that_cannot_work_are_refused_by_name(config, message):
     with pytest.raises(UserError, match=message):
         check_values(config)
+
+
+@pytest.fixture
+def fields(tmp_path, monkeypatch):
+    """Of a run that would start: 64 labelled pictures of 4 classes to train on, 16 to validate on."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    write(tmp_path / "data", 64, "abcd")
+    write(tmp_path / "val", 16, "abcd")
+    return {
+        "data": str(tmp_path / "data"),
+        "validation": str(tmp_path / "val"),
+        "output": str(tmp_path / "run"),
+        "steps": "4steps",
+        "batch_size": 8,
+        "image_size": 8,
+        "model": ModelConfig(variant="mu/8", depth=1),
+        "augment": Augment(size=8),
+        "engine": EngineConfig(precision="fp32"),
+        "lanes": 4,
+    }
+
+
+def write(folder, count, classes, label=lambda i, n: i % n):
+    rows = ((f"{i}", picture(i), label(i, len(classes)), 8, 8) for i in range(count))
+    write_dataset(str(folder), rows, classes=list(classes))
+    return str(folder)
+
+
+def weights(folder):
+    """A checkpoint for two classes and 16 pixels."""
+    step = folder / "checkpoints" / "step-00000001"
+    save_checkpoint_weights(create_model("S/16", 2, 16), {"classes": ["a", "b"]}, str(step))
+    commit_checkpoint(step, 1)
+    return str(folder)
+
+
+WRONG = {
+    "validation of another class": (lambda t: {"validation": write(t / "x", 8, "abce")}, r"--validation .*such as e"),
+    "validation without labels": (
+        lambda t: {"validation": write(t / "x", 8, "abcd", lambda i, n: -1)},
+        "--validation .* has no labelled image",
+    ),
+    "validation that is not there": (lambda t: {"validation": str(t / "none")}, "none: no dataset here"),
+    "few-shot sets that differ": (
+        lambda t: {"fewshot": FewShotConfig(train=write(t / "x", 8, "ab"))},
+        "must have the same classes",
+    ),
+    "validation smaller than the image": (lambda t: {"validation_resize": 7}, "validation_resize 7 is less than"),
+    "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has 0 of the 1 GPUs"),
+    "output that is no folder": (lambda t: {"output": str(t / "data" / "manifest.json" / "x")}, "is not a folder"),
+    "output in a bucket without keys": (
+        lambda t: {"output": "s3://no-such-bucket/x"},
+        "--output s3://.* cannot be written",
+    ),
+    "output that holds other files": (lambda t: {"output": str(t / "val")}, "is not empty and holds no run"),
+    "cache that cannot be written": (lambda t: {"cache": "/proc/cache"}, "--cache /proc/cache"),
+    "weights that are not there": (lambda t: {"init_from": str(t / "none.npz")}, "none.npz"),
+    "weights of another shape": (lambda t: {"init_from": weights(t / "other")}, "other|shape"),
+    "tracking that MLflow does not know": (lambda t: {"tracking_uri": "nonsense://x"}, "has no store nonsense://"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("how", ["dry run", "doctor", "start"])
+def test_what_a_run_would_find_wrong_later(what, how, fields, tmp_path, monkeypatch):
+    """Found by the dry run, by doctor and by a real start alike, and nothing is there afterwards."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    make, message = WRONG[what]
+    config = pretrain_config(**{**fields, **make(tmp_path)})
+    if how == "doctor":
+        found = doctor.examine(config)
+        assert [result for result in found if result.status == "error" and re.search(message, result.message)], found
+    else:
+        with pytest.raises(UserError, match=message):
+            preview.dry_run(config, "", {}) if how == "dry run" else run.pretrain(config)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "/proc/run"}, "--output /proc/run"),
+        ({"gpus": True}, "--gpus"),
+        ({"init_from": "none.npz"}, "none.npz"),
+        ({"validation_resize": 7}, "validation_resize 7"),
+    ],
+)
+def test_dry_run_without_the_data_checks_everything_else(change, message, fields, tmp_path):
+    config = pretrain_config(**{**fields, "data": str(tmp_path / "later"), "validation": None, **change})
+    with pytest.raises(UserError, match=message):
+        preview.dry_run(config, "cifar10", {})
 
 
 def test_output_that_is_a_file_or_below_one(tmp_path):
@@ -79,6 +192,49 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
     check_output(f"{s3}/run")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("transfer --suite folder --checkpoint run --data nowhere --output out", "nowhere: no dataset with train"),
+        ("transfer --suite folder --checkpoint run --data data --output out --lrs nan", "--lrs must be positive"),
+        (
+            "transfer --suite folder --checkpoint run --data data --output out --retries -1",
+            "--retries must be at least 0",
+        ),
+        ("transfer --suite folder --checkpoint nowhere --data data --output out", "no complete checkpoint"),
+        ("transfer --suite folder --checkpoint run --data data --output /proc/x", "--output /proc/x"),
+        ("evaluate --suite nosuite --runs run --data data --output out", 'unknown suite "nosuite"'),
+        ("evaluate --suite folder --runs run --data nowhere --output out", "nowhere: no dataset with train"),
+        ("evaluate --suite folder --runs run --data nowhere --output out --dry-run", "nowhere: no dataset with train"),
+        (
+            "evaluate --suite folder --runs run --data data --output out --every-step 0",
+            "--every-step must be at least 1",
+        ),
+        ("evaluate --suite folder --runs run --data data --output out --margin nan", "--margin must be a number"),
+        ("evaluate --suite folder --model a/b --data data --output out", '--model "a/b"'),
+        ("evaluate --suite folder --runs run --data data --output out --transfer.lrs inf", "--lrs must be positive"),
+        ("evaluate --suite folder --runs run --data data --output /proc/x", "--output /proc/x"),
+        ("evaluate --runs run --prune --keep -1", "--keep must be at least 1"),
+        ("prepare --source images --output out --num-cpus 0", "--num-cpus must be at least 1"),
+        ("prepare --source images --output out --max-reject-fraction nan", "--max-reject-fraction nan"),
+        ("prepare --source images --output out --splits train=0.5 val=0.7", "fractions that add up to 1"),
+        ("prepare --source images --output /proc/x", "--output /proc/x"),
+        ("prepare --source images --output out --tracking-uri nonsense://x", "no store nonsense://"),
+        ("prepare vtab dtd --raw nowhere --output out --no-tracking", "dtd"),
+        ("prepare vtab dtd --raw raw --output /proc/x --no-tracking", "--output /proc/x|dtd"),
+    ],
+)
+def test_other_jobs_check_before_they_work(command, message, package, monkeypatch, tmp_path):
+    """In one working folder with data, a checkpoint and images. Nothing is there afterwards that was not before."""
+    shutil.move(package, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    name, *rest = command.split()
+    with pytest.raises(UserError, match=message):
+        main_of(name)(rest)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
 JOBS = {
     "prepare": "--source images --output out --no-tracking",
     "prepare vtab": "dtd --raw raw --output out --no-tracking",
@@ -97,7 +253,7 @@ JOBS = {
 def test_relative_output_in_the_package_folder_of_a_ray_job(job, package, monkeypatch, capsys):
     """Each job, defaults too, is started in a copy of the project as `ray job submit --working-dir` unpacks it."""
     name, *rest = job.split()
-    main = importlib.import_module(f"jobs.{name}").main
+    main = main_of(name)
     with pytest.raises(UserError, match=r"Ray's temporary copy .* absolute path .* s3://"):
         main([*rest, *JOBS[job].split()])
     assert not (package / "out").exists()

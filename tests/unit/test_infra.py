@@ -19,8 +19,10 @@ import pytest
 import tyro
 import yaml
 
+from pipeline.cluster import STOP_RECORDS
 from pipeline.errors import UserError
 from pipeline.graph import commands, file, instances
+from pipeline.training.config import PretrainConfig
 from tests.documents import code_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -276,6 +278,46 @@ def test_the_ray_cluster_is_closed_and_scales():
             assert container["image"] == "vit-pipeline"  # kustomization.yaml says which
             assert not container["securityContext"]["allowPrivilegeEscalation"]
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_pods_have_the_time_that_their_hooks_take():
+    """Kubernetes counts the hook into terminationGracePeriodSeconds, and kills at its end."""
+    (cluster,) = of_kind("RayCluster")
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert (ROOT / command[1].removeprefix("/opt/vit/")).is_file()
+        assert int(command[command.index("--grace") + 1]) + 10 <= pod["terminationGracePeriodSeconds"]
+    stop = int(re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (INFRA / "Dockerfile").read_text())[1])
+    assert stop >= PretrainConfig().runtime.stop_grace + STOP_RECORDS
+    head = groups[0]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert int(head[-1]) > stop
+
+
+REFERENCES = [(path, image) for path in sorted(INFRA.rglob("*")) if path.suffix in (".yaml", ".yml") or path.name == "Dockerfile"
+              for image in re.findall(r"^(?:FROM|ARG PYTHON=|[\s-]*image:)\s*([^\s#]+)", path.read_text(), re.MULTILINE)
+              if not image.startswith("$")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "image"), REFERENCES, ids=lambda value: str(value).removeprefix(f"{INFRA}/"))
+def test_images_are_pinned(path, image):
+    """Others' by digest. Ours by a version: its digest is known after its push alone (infra/README.md says where it goes)."""
+    if "vit-pipeline" in image or "vit-mlflow" in image:
+        by_kustomization = image == "vit-pipeline"
+        assert by_kustomization or re.search(r"/vit-(pipeline|mlflow):\d+\.\d+\.\d+$", image)
+    else:
+        assert re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}", image)
+
+
+def test_images_are_found_everywhere():
+    assert {path.relative_to(INFRA).parts[0] for path, _ in REFERENCES} >= {
+        "Dockerfile",
+        "kuberay",
+        "mlflow",
+        "ray-up",
+        "components",
+    }
 
 
 def test_jobs_run_on_the_cluster_there_is():

@@ -84,6 +84,24 @@ def test_ray_core_has_the_names_that_are_read():
     assert hasattr(importlib.import_module("ray._private.worker"), "global_worker")
 
 
+def test_rays_messages_about_processes_can_be_taken(monkeypatch):
+    """Its listener looks the function up by name, and calls it with lines."""
+    worker = importlib.import_module("ray._private.worker")
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
+    taken: list[str] = []
+    ray_state.take_messages(taken.append)
+    worker.print_to_stdstream({"lines": ["a", "b"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert taken == ["a\nb"]
+
+
+def test_ray_can_be_started_on_loopback():
+    services = importlib.import_module("ray._private.services")
+    assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
+    with ray_state.on_loopback():
+        assert services.get_node_ip_address() == "127.0.0.1"
+
+
 def test_ray_packages_a_folder_as_ray_state_says(tmp_path):
     (tmp_path / ".git").mkdir()
     for name in (".git/HEAD", "code.py", "big.bin", "left.out"):

@@ -21,7 +21,8 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     """The whole plan of a pre-training run as text; nothing is started, and nothing but a manifest is read.
 
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
-    where it is not, the published corpus of the recipe stands in. Raises UserError for what could not work.
+    where it is not, the published corpus of the recipe stands in, and everything else is checked. Raises UserError for what
+    could not work.
     """
     from pipeline.data import open_dataset
     from pipeline.training import run
@@ -31,7 +32,9 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     try:
         open_dataset(training.runtime.data)
     except UserError as error:
+        run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
+        run.check_model(resolved)
         note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
     else:
         resolved = run.check_run(training)

@@ -1,0 +1,72 @@
+"""The Ray that a job starts for itself: who can reach it, and what is said when its processes run out of memory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+LISTENERS = """
+import time, psutil
+from pipeline import cluster
+cluster.configure(num_cpus=1)
+cluster.connect()
+import ray
+ray.get(ray.remote(lambda: 1).remote())
+time.sleep(5)
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for connection in process.net_connections("inet"):
+        if connection.status == "LISTEN":
+            print(process.name(), connection.laddr.ip, connection.laddr.port, sep="\\t")
+cluster.disconnect()
+"""
+
+
+def test_embedded_ray_listens_on_loopback_alone():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_raylet_start_wait_time_s"] = "300"
+    command = [sys.executable, "-c", LISTENERS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    found = [line.split("\t") for line in done.stdout.splitlines() if line.count("\t") == 2]
+    assert {"gcs_server", "raylet"} <= {name for name, _, _ in found}
+    assert {ip.removeprefix("::ffff:") for _, ip, _ in found} == {"127.0.0.1"}, done.stdout
+
+
+def prepare_without_memory(tmp_path: Path, **environment: str) -> tuple[int, str, str]:
+    """`jobs/prepare.py` under a memory monitor for which 1% of this machine is too much."""
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    for i in range(8):
+        picture = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / "raw" / "a" / f"{i}.png"), picture)
+    command = [sys.executable, "jobs/prepare.py", "--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]
+    settings = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250", **environment}
+    done = subprocess.run(
+        [*command, "--no-tracking", "--num-cpus", "1"],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_prepare_that_is_out_of_host_memory_says_so_in_one_line_and_continues_later(tmp_path):
+    code, out, text = prepare_without_memory(tmp_path, RAY_task_oom_retries="1")
+    assert (code, out) == (1, ""), text
+    who = r"process \d+ \(\d+\.\d GB\) was ended: node \S+ ran out of host memory \(\d+\.\d of \d+\.\d GB in use by all programs\)"
+    assert re.search(rf"WARNING {who}; its work is done again\. A smaller --num-cpus", text)
+    assert re.search(rf"^error: {who}, again and again; the same command continues .*A smaller --num-cpus", text, re.M)
+    assert not re.search(r"Traceback|raylet|Object store|Top 10 memory", text)
+    command = [sys.executable, "jobs/prepare.py", "--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]
+    again = subprocess.run([*command, "--no-tracking"], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert again.returncode == 0, again.stderr
+    assert "prepared=8" in again.stdout
