@@ -28,6 +28,7 @@ from pipeline import workqueue
 from pipeline.data import codecs
 from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.candidates import LOOK, boxes, candidate_lines, match_rows, unique_pairs
+from pipeline.data.duplicates.descriptors import Descriptor, match_vectors
 from pipeline.data.duplicates.evaluation import EvaluationIndex, index_evaluation_sets
 from pipeline.data.duplicates.hashes import ROW, VIEW, Hashes, hash_image, join_keys
 from pipeline.data.duplicates.report import pair_sheet
@@ -147,7 +148,8 @@ def recall(photos: list[np.ndarray], output: Path | None) -> dict[str, dict[str,
             wrong += match is not None and match.image != number[i]
         _, confirmed = inside(plain + hashed, copies + changed_copies)
         right = {(i, len(photos) + i) for i in range(len(photos))}
-        shown += [(d, change, copies[a], (copies + changed_copies)[b]) for (a, b), d in confirmed.items() if d < 1]
+        every = copies + changed_copies
+        shown += [(d, change, every[a], every[b]) for (a, b), d in confirmed.items() if d < 1]
         rows[change] = {
             "evaluation": round(found / len(photos), 4),
             "wrong": wrong,
@@ -169,7 +171,7 @@ def write_sheet(output: Path | None, name: str, shown: list[tuple[float, str, by
         (output / f"{name}.png").write_bytes(pair_sheet(pairs))
 
 
-def wrong_removals(name: str, photos: list[np.ndarray], output: Path | None, alone: int = 1500) -> dict[str, int]:
+def wrong_removals(name: str, photos: list[np.ndarray], output: Path | None, alone: int) -> dict[str, int]:
     """Of images of which none is a copy of another."""
     half = len(photos) // 2
     index = index_of(photos[:half])
@@ -223,6 +225,57 @@ def costs(photos: list[np.ndarray]) -> dict[str, float]:
     }
 
 
+def small_pictures(photos: list[np.ndarray]) -> dict[str, float]:
+    """Part of small pictures whose re-encoded copy the second look confirms."""
+    rates = {}
+    for side, quality in itertools.product((32, 64), (50, 75, 90)):
+        pictures = [cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA) for pixels in photos]
+        same = [compare_views(small_copy(encode(p, quality)), small_copy(p)).same for p in pictures]
+        rates[f"{side}x{side}, JPEG {quality}"] = round(sum(same) / len(same), 4)
+    return rates
+
+
+def damaged(photos: list[np.ndarray]) -> dict[str, float]:
+    """Part of damaged evaluation images whose whole copy is kept out."""
+    rates = {}
+    for spared in (0.995, 0.9, 0.7, 0.5):
+        found = 0
+        with tempfile.TemporaryDirectory() as folder, workqueue.without_ray():
+            for i, pixels in enumerate(photos):
+                data = simplejpeg.encode_jpeg(pixels, 90, "RGB", "420")
+                (Path(folder) / f"{i:04d}.jpg").write_bytes(data[: int(len(data) * spared)])
+            index = index_evaluation_sets([folder], 10**8)
+        for i, pixels in enumerate(photos):
+            match = index.find(hash_image(pixels), pixels, DISTANCE)
+            found += match is not None and index.name(match.image)[1] == f"{i:04d}.jpg"
+        rates[f"the first {100 * spared:g}% of the file"] = round(found / len(photos), 4)
+    return rates
+
+
+def descriptor_cost(photos: list[np.ndarray]) -> dict[str, float]:
+    """CPU milliseconds of an image: a ResNet-50 with random weights at 288 pixels, as large as SSCD's, and one search."""
+    import torch
+
+    from models import create_model
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.pt"
+        torch.jit.trace(create_model("R50x1", num_classes=512).eval(), torch.zeros(2, 3, 288, 288)).save(str(path))
+        network = Descriptor(str(path), size=288)
+    begin = time.process_time()
+    network(photos[:8])
+    middle = time.process_time()
+    vectors = np.random.default_rng(0).normal(size=(20_000, 512)).astype(np.float16)
+    vectors /= np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True).astype(np.float16)
+    end = time.process_time()
+    match_vectors(np.arange(len(vectors)), vectors, 0.6, len(vectors), True)
+    return {
+        "network": round(1e3 * (middle - begin) / 8, 1),
+        "search_of_20000": round(1e3 * (time.process_time() - end) / len(vectors), 3),
+    }
+
+
 def encode_part(pixels: np.ndarray) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 50, "RGB", "420")
 
@@ -253,6 +306,9 @@ def main() -> None:
     parser.add_argument("--photos", required=True, nargs="+")
     parser.add_argument("--posed", default=[], nargs="*", help="folders of different pictures that are posed alike")
     parser.add_argument("--most", type=int, help="images of each folder, at most")
+    parser.add_argument(
+        "--alone", type=int, default=1500, help="pairs of each folder and pose for the second look alone"
+    )
     parser.add_argument("--drawn", type=int, default=100, help="drawn pictures of each pose")
     parser.add_argument("--choosing", action="store_true", help="the images on which thresholds were chosen")
     parser.add_argument("--output", type=Path, help="folder for contact sheets")
@@ -268,14 +324,19 @@ def main() -> None:
         "command": f"decontamination.py on {len(photos)} photographs",
         "distance": DISTANCE,
         "photographs": len(photos),
-        "posed": {name: wrong_removals(name, pictures, options.output) for name, pictures in posed.items()},
-        "photographs_as_they_are": wrong_removals("photographs", photos, options.output),
+        "posed": {
+            name: wrong_removals(name, pictures, options.output, options.alone) for name, pictures in posed.items()
+        },
+        "photographs_as_they_are": wrong_removals("photographs", photos, options.output, options.alone),
         "recall": recall(photos, options.output),
         "cost": costs(photos),
+        "small": small_pictures(photos),
+        "damaged": damaged(photos),
+        "descriptor": descriptor_cost(photos),
         "join": [join_cost(count) for count in (5_000, 10_000, 20_000, 40_000)],
         "host": {"cpus": os.cpu_count()},
     }
-    print(json.dumps({name: result[name] for name in ("cost", "join")}, indent=1))
+    print(json.dumps({name: result[name] for name in ("cost", "small", "damaged", "descriptor", "join")}, indent=1))
     if not options.choosing:
         where = Path(__file__).parent / "results" / "decontamination.json"
         where.write_text(json.dumps(result, indent=1) + "\n")

@@ -87,9 +87,9 @@ class PrepareConfig:
     descriptor_size: int | None = None
     """Side of the network's input, in pixels. None: from its descriptor.json, or 288."""
     descriptor_mean: tuple[float, ...] = ()
-    """Mean of each channel, for pixels in [0, 1]. None: from its descriptor.json, or ImageNet's."""
+    """Mean of each channel, for pixels in [0, 1]. Not given: from its descriptor.json, or ImageNet's."""
     descriptor_std: tuple[float, ...] = ()
-    """Standard deviation of each channel. None: from its descriptor.json, or ImageNet's."""
+    """Standard deviation of each channel. Not given: from its descriptor.json, or ImageNet's."""
     descriptor_gpus: float = 0.0
     """GPUs of each actor that runs the network; 0 runs it on CPUs."""
     max_pixels: int = 100_000_000
