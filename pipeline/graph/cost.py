@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import storage
-from pipeline.graph import places
+from pipeline.graph import places, results
 from pipeline.graph.executor import Ended, Executor
 from pipeline.graph.file import Prices
 from pipeline.graph.instances import Instance
@@ -16,11 +16,17 @@ from pipeline.graph.state import Running
 COLUMNS = ("seconds", "cpu_hours", "gpu_hours", "read", "written", "dollars")
 
 
+def gpus(instance: Instance, available: float) -> float:
+    """GPUs that an instance occupies where so many are available. Where nobody knows how many (infinite), those it asks for."""
+    optional = instance.kind.optional_gpus(instance.config) if math.isfinite(available) else 0.0
+    return instance.gpus or min(optional, available)
+
+
 def of_attempt(instance: Instance, executor: Executor, running: Running, ended: Ended) -> dict[str, float]:
     """What one attempt took. Hours are those of the CPUs and GPUs that it occupied; `used_cpu_hours` is what was measured."""
     seconds = ended.seconds if ended.seconds is not None else max(0.0, time.time() - running.started)
     cpus = executor.cpus if instance.cpus is None else instance.cpus
-    taken = {"seconds": seconds, "attempts": 1.0, "gpu_hours": instance.gpus * seconds / 3600}
+    taken = {"seconds": seconds, "attempts": 1.0, "gpu_hours": gpus(instance, executor.gpus) * seconds / 3600}
     if math.isfinite(cpus):
         taken["cpu_hours"] = cpus * seconds / 3600
     for name, value in ended.spent.items():
@@ -48,6 +54,8 @@ def finished(
         else:
             read += plan.places.size(address.text)
     total = {**spent, "read": read, "written": float(places.size(output))}
+    if not total.get("gpu_hours"):  # of a cluster's job that took the GPUs that were there
+        total["gpu_hours"] = results.gpus(instance.kind.name, output) * total.get("seconds", 0.0) / 3600
     money = dollars(plan.pipeline.prices, total)
     return total if money is None else {**total, "dollars": money}
 
@@ -80,7 +88,7 @@ def duration(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} d"
+    return f"{seconds / 86400:.1f} d" if seconds < 100 * 86400 else f"{seconds / 86400:,.0f} d"
 
 
 def money(dollars: float) -> str:

@@ -14,7 +14,6 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.graph import cost
-from pipeline.graph.file import Prices
 from pipeline.graph.instances import Instance
 from pipeline.graph.plan import Plan
 from pipeline.hardware import find_gpu
@@ -52,8 +51,20 @@ def estimate(plan: Plan, name: str, cpus: float) -> Estimate | None:
         if work is None:
             return None
         seconds, source = START_SECONDS.get(instance.kind.name, 5.0) + work, "plan"
-    hours = {"cpu_hours": _cpus(instance, cpus) * seconds / 3600, "gpu_hours": instance.gpus * seconds / 3600}
+    hours = {"cpu_hours": _cpus(instance, cpus) * seconds / 3600, "gpu_hours": _gpus(plan, instance) * seconds / 3600}
     return Estimate(seconds=seconds, source=source, dollars=cost.dollars(plan.pipeline.prices, hours), **hours)
+
+
+def _gpus(plan: Plan, instance: Instance) -> float:
+    """GPUs that an instance asks for, or takes where its checkpoint is trained: as many as that training has, at most."""
+    trained = _trained(plan, instance)
+    return cost.gpus(instance, trained.gpus if trained else 0.0)
+
+
+def _trained(plan: Plan, instance: Instance) -> Instance | None:
+    """The pre-training whose checkpoint an instance reads."""
+    found = (plan.instances[a.instance] for a in instance.reads.get("checkpoint", ()) if a.instance)
+    return next((one for one in found if one.kind.name == "pretrain"), None)
 
 
 def _cpus(instance: Instance, cpus: float) -> float:
@@ -92,14 +103,14 @@ def _pretrain(plan: Plan, instance: Instance, cpus: float) -> float | None:
     images = found[0] if found else None
     steps = configuration.steps(config.steps, batch_size=config.batch_size, examples_per_epoch=images)
     work = 3 * forward_flops(config.model, config.image_size, config.patch_keep_rate) * steps * config.batch_size
-    return work / _rate(plan.pipeline.prices, instance, cpus)
+    return work / _rate(plan, instance, cpus)
 
 
 def _transfer(plan: Plan, instance: Instance, cpus: float) -> float | None:
     from pipeline.transfer.suites import FineTune, build_tasks
 
-    trained = next((plan.instances[a.instance] for a in instance.reads["checkpoint"] if a.instance), None)
-    if trained is None or trained.kind.name != "pretrain":
+    trained = _trained(plan, instance)
+    if trained is None:
         return None
     training = trained.config
     model = {"variant": training.model.variant, "image_size": training.image_size}
@@ -111,12 +122,12 @@ def _transfer(plan: Plan, instance: Instance, cpus: float) -> float | None:
             jobs = config.seeds + (lrs if lrs > 1 else 0)
             flops = forward_flops(training.model, task.protocol.resolution, 1.0)
             work += jobs * 3 * flops * task.protocol.steps * task.protocol.batch_size
-    return work / _rate(plan.pipeline.prices, instance, cpus)
+    return work / _rate(plan, instance, cpus)
 
 
-def _rate(prices: Prices, instance: Instance, cpus: float) -> float:
-    if instance.gpus:
-        return instance.gpus * find_gpu(prices.gpu).peak_flops * MFU
+def _rate(plan: Plan, instance: Instance, cpus: float) -> float:
+    if gpus := _gpus(plan, instance):
+        return gpus * find_gpu(plan.pipeline.prices.gpu).peak_flops * MFU
     return cpus * CPU_FLOPS
 
 

@@ -7,6 +7,7 @@ writes, and which change nothing of the output (where and how fast it runs). Eve
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ class Kind:
     cpus: Callable[[Any], float | None] = lambda config: 1.0
     """CPUs that the job occupies; None: all of the machine."""
     gpus: Callable[[Any], float] = lambda config: 0.0
+    optional_gpus: Callable[[Any], float] = lambda config: 0.0
+    """GPUs that the job takes where there are some, at most."""
 
 
 WHERE = ("address", "tracking", "tracking_uri")
@@ -64,6 +67,10 @@ def _pretrain_cpus(config: Any) -> float:
 
 def _transfer_cpus(config: Any) -> float | None:
     return float(config.workers * config.cpus_per_worker) if config.workers else None
+
+
+def _transfer_gpus(config: Any) -> float:
+    return config.workers * config.gpus_per_worker if config.workers else math.inf
 
 
 def _num_cpus(config: Any) -> float | None:
@@ -134,6 +141,7 @@ KINDS: dict[str, Kind] = {
             formats=(SHARDS, CHECKPOINTS),
             marker=("scores.json",),
             cpus=_transfer_cpus,
+            optional_gpus=_transfer_gpus,
         ),
         Kind(
             name="evaluate",
@@ -154,6 +162,7 @@ KINDS: dict[str, Kind] = {
             formats=(SHARDS, CHECKPOINTS),
             extra=("--once",),
             cpus=lambda config: _transfer_cpus(config.transfer),
+            optional_gpus=lambda config: _transfer_gpus(config.transfer),
         ),
         Kind(
             name="export",

@@ -131,11 +131,11 @@ def dry_run(
     if not todo:
         return lines[0]
     width = min(36, max(len(name) for name in todo))
-    lines.append(f"{'stage':{width}s} {'time':>7s} {'CPU-h':>7s} {'GPU-h':>7s} {'$':>7s}  why")
+    lines.append(f"{'stage':{width}s} {'time':>7s} {'CPU-h':>7s} {'GPU-h':>7s} {'$':>8s}  why")
     for name in todo:
         why = "forced" if name in plan.forced else states[name].why
         lines.append(
-            f"{cut(name, width):{width}s} {_numbers(estimates.get(name))}  {cut(why, max(12, WIDTH - width - 36))}"
+            f"{cut(name, width):{width}s} {_numbers(estimates.get(name))}  {cut(why, max(12, WIDTH - width - 37))}"
         )
     known = [e for name in todo if (e := estimates.get(name)) is not None]
     whole = Estimate(
@@ -153,10 +153,14 @@ def dry_run(
 
 def _numbers(estimate: Estimate | None) -> str:
     if estimate is None:
-        return f"{'?':>7s} {'?':>7s} {'?':>7s} {'':>7s}"
+        return f"{'?':>7s} {'?':>7s} {'?':>7s} {'':>8s}"
     money = "" if estimate.dollars is None else cost.money(estimate.dollars)
-    gpu = f"{estimate.gpu_hours:,.2f}" if estimate.gpu_hours else ""
-    return f"{cost.duration(estimate.seconds):>7s} {estimate.cpu_hours:>7,.2f} {gpu:>7s} {money:>7s}"
+    gpu = _hours(estimate.gpu_hours) if estimate.gpu_hours else ""
+    return f"{cost.duration(estimate.seconds):>7s} {_hours(estimate.cpu_hours):>7s} {gpu:>7s} {money:>8s}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.2f}"
 
 
 def cost_rows(plan: Plan, states: Mapping[str, Status], estimates: Mapping[str, float]) -> list[list[str]]:
@@ -177,7 +181,7 @@ def _cost_row(name: str, spent: Mapping[str, Any], estimate: float | None) -> li
         cost.duration(spent.get("seconds", 0.0)),
         "" if estimate is None else cost.duration(estimate),
         f"{spent['cpu_hours']:.3f}" if "cpu_hours" in spent else "",
-        f"{spent['gpu_hours']:.2f}" if spent.get("gpu_hours") else "",
+        f"{spent['gpu_hours']:.3f}" if spent.get("gpu_hours") else "",
         cost.size(spent.get("read")),
         cost.size(spent.get("written")),
         "" if spent.get("dollars") is None else cost.money(spent["dollars"]),

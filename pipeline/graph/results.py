@@ -65,6 +65,15 @@ def _transferred(output: str) -> dict[str, Any]:
     return {name: score["mean"] for name, score in summary["scores"].items()} | random
 
 
+def gpus(kind: str, output: str) -> float:
+    """GPUs that a transfer's workers occupied, as it says itself; 0 of other jobs."""
+    if kind != "transfer":
+        return 0.0
+    with contextlib.suppress(UserError, OSError, TypeError, ValueError):
+        return float(storage.read_json(storage.join(output, "scores.json")).get("gpus") or 0.0)
+    return 0.0
+
+
 def _promoted(output: str) -> dict[str, Any]:
     return storage.read_record(storage.join(output, "promotion.json"), remedy="run the stage again")
 

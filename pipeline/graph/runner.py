@@ -177,7 +177,7 @@ class Runner:
         for name in [*self.running, instance.name]:
             other = self.plan.instances[name]
             cpus += self.executor.cpus if other.cpus is None else other.cpus
-            gpus += other.gpus
+            gpus += cost.gpus(other, self.executor.gpus)
         return cpus <= self.executor.cpus and gpus <= self.executor.gpus
 
     def _is_made_elsewhere(self, identity: Identity) -> bool:

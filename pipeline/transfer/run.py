@@ -238,6 +238,14 @@ def plan_workers(config: TransferConfig) -> tuple[dict[str, float], int]:
     return resources, config.workers or max(1, fit)
 
 
+def occupied_gpus(config: TransferConfig) -> float:
+    """GPUs that the workers occupy together; 0 when there was nothing to do and Ray is not joined."""
+    if not ray.is_initialized():
+        return 0.0
+    resources, limit = plan_workers(config)
+    return resources["num_gpus"] * limit
+
+
 def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Recorder) -> dict[str, str]:
     """Runs what is left of the tasks and records it; `suite.results` grows. Returns {job: error}."""
     config, results = suite.config, suite.results
@@ -314,6 +322,7 @@ def report_suite(
         "seeds": config.seeds,
         "model": suite.checkpoint.config["variant"],
         "run_id": parent.id,
+        "gpus": occupied_gpus(config),
     }
     partial = len(tasks) < len(build_tasks(dataclasses.replace(config, tasks=()), suite.checkpoint.config))
     summary = scores.write_scores(output, {**about, "random_encoder": dict(random)}, found, failures, partial)

@@ -1,8 +1,8 @@
 """A pipeline on a Ray cluster of several nodes that loses the runner, a stage, the node of a stage, and its head."""
 
 import contextlib
+import json
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.graph import state
 from tests.ports import free_port
-from tests.rayhead import kill_marked, ray_head, ray_node
+from tests.rayhead import BIN, kill_marked, ray_head, ray_node
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--object-store-memory=200000000",)
@@ -54,13 +54,16 @@ class Cluster:
         more = ("--num-cpus=2", "--memory=4000000000", *SMALL)
         self.stack.enter_context(ray_node(self.port, self.environment, self.marks["node"], more))
 
-    def run(self, place: Path) -> subprocess.Popen:
-        """The runner, outside the cluster."""
-        command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "run", str(place), "--address", self.address]
-        database = f"sqlite:///{self.home}/mlflow.db"
-        environment = {**self.environment, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": database}
-        with open(f"{place}.log", "a") as log:
-            return subprocess.Popen(command, cwd=place.parent, env=environment, stdout=log, stderr=log)
+    def submit(self, place: Path, *options: str) -> subprocess.CompletedProcess:
+        """The runner as a job on the head, as infra/ submits it to clusters whose image has the project.
+
+        Shipping the project is no choice here: nodes of one machine unpack it into the same folder, one after the other.
+        """
+        variables = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{self.home}/mlflow.db"}
+        command = [BIN / "ray", "job", "submit", f"--address={self.address}", *options]
+        command += [f"--runtime-env-json={json.dumps({'env_vars': variables})}", "--"]
+        command += ["python", str(ROOT / "jobs" / "pipeline.py"), "run", str(place)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=2400)
 
 
 @pytest.fixture
@@ -103,22 +106,22 @@ def committed(folder, name):
 @pytest.mark.timeout(3600)
 def test_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
     place = written(tmp_path, "lost")
-    process = cluster.run(place)
+    done = cluster.submit(place, "--no-wait")
+    assert done.returncode == 0, done.stdout + done.stderr
     wait_for(lambda: committed(tmp_path, "lost"))
     node = cluster.marks["node"]
     assert {one.environ().get("VIT_TEST_NODE") for one in drivers(tmp_path, "lost", "pretrain")} == {node}
-    kill_marked(node)
+    kill_marked(node)  # with the entry point of the stage
     assert not drivers(tmp_path, "lost", "pretrain")
     cluster.start_node()
     wait_for(lambda: drivers(tmp_path, "lost", "pretrain"))
-    kill_marked(cluster.marks["head"])
+    kill_marked(cluster.marks["head"])  # with the runner; the node and its stage work on for a while
     cluster.start_head()
     cluster.start_node()
-    assert process.wait(timeout=1800) == 0, Path(f"{place}.log").read_text()
-    versions = {name: record.versions for name, record in state.load(str(tmp_path / "lost")).records.items()}
-    assert [len(found) for found in versions.values()] == [1, 1]
-    assert versions["data"][0].cost["attempts"] == 1
-    assert versions["pretrain"][0].result["steps"] == 40
-    assert versions["pretrain"][0].cost["attempts"] >= 3
-    log = Path(f"{place}.log").read_text()
-    assert "the cluster knows no such job: its head has started anew" in log
+    done = cluster.submit(place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = state.load(str(tmp_path / "lost")).records
+    assert {name: len(record.versions) for name, record in records.items()} == {"data": 1, "pretrain": 1}
+    assert records["data"].versions[0].cost["attempts"] == 1
+    assert records["pretrain"].versions[0].result["steps"] == 40
+    assert records["pretrain"].versions[0].cost["attempts"] >= 3

@@ -65,7 +65,8 @@ class Fake:
             storage.write_json(f"{output}/checkpoints/step-00000001/COMMIT.json", commit)
             storage.write_bytes(f"{output}/checkpoints/step-00000001/model.safetensors", b"x")
         else:
-            storage.write_json(f"{output}/scores.json", {"scores": {"linear": {"mean": 90.0, "values": [90.0]}}})
+            scores = {"linear": {"mean": 90.0, "values": [90.0]}}
+            storage.write_json(f"{output}/scores.json", {"scores": scores, "gpus": 2.0})
 
     def stop(self, job):
         pass
@@ -216,6 +217,20 @@ def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, s
     narrow.cpus = 1.0
     go(chain(tmp_path / "narrow", source, **one), narrow)
     assert narrow.most == 1
+
+
+def test_transfers_take_the_gpus_that_are_there(tmp_path, source):
+    one = {"transfer": {"workers": 1}}
+    workstation = Fake()
+    workstation.gpus = 1.0
+    go(chain(tmp_path / "out", source, **one), workstation)
+    assert workstation.most == 1  # both would take the one GPU
+    cluster = Fake()
+    cluster.cpus = cluster.gpus = float("inf")
+    go(chain(tmp_path / "cluster", source, **one), cluster)
+    for folder, occupied in (("out", 1.0), ("cluster", 2.0)):  # as their scores.json says of a cluster
+        versions = state.load(str(tmp_path / folder)).records["transfer[tasks=knn]"].versions
+        assert versions[-1].cost["gpu_hours"] == pytest.approx(occupied / 3600)
 
 
 def test_parts_of_a_pipeline(tmp_path, source):
