@@ -14,6 +14,7 @@ import torch
 
 from pipeline.libraries import load_torchvision
 from tests.definitions import validator
+from tests.images import tinted
 from tests.objectstore import make_bucket
 from tests.ports import free_port
 
@@ -105,8 +106,7 @@ def image_folder(tmp_path) -> Path:
         (root / name).mkdir(parents=True)
         for i in range(10):
             height, width = generator.integers((40, 56), (90, 120))
-            picture = generator.integers(0, 60, (height, width, 3), dtype=np.uint8)
-            picture[:, :, label] += 180
+            picture = tinted(generator, height, width, label, noise=60, tint=180)
             cv2.imwrite(str(root / name / f"{i:03d}.{'png' if i % 5 == 0 else 'jpg'}"), picture)
     return root
 

@@ -41,6 +41,15 @@ def crop(pixels: np.ndarray, side: float = 0.9, y: float = 0.5, x: float = 0.5) 
     return pixels[top : top + height, left : left + width]
 
 
+def tinted(
+    generator: np.random.Generator, height: int, width: int, channel: int, *, noise: int = 90, tint: int = 150
+) -> np.ndarray:
+    """Noise below `noise` with one channel brighter by `tint`, which a tiny model learns within steps: uint8 (H, W, 3)."""
+    pixels = generator.integers(0, noise, (height, width, 3), dtype=np.uint8)
+    pixels[:, :, channel] += np.uint8(tint)
+    return pixels
+
+
 def jpeg(seed: int = 0, height: int = 40, width: int = 60, quality: int = 95) -> bytes:
     """`picture` as a JPEG file, colours at full resolution."""
     return simplejpeg.encode_jpeg(picture(height, width, seed), quality, "RGB", "444")

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.images import tinted
+
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md", "docs/pipeline.md", "docs/vtab.md"]
 # pages whose commands are run, or not, for a reason of the whole page
@@ -63,8 +65,7 @@ def folder(tmp_path_factory):
     table = ["file,species"]
     for number in range(360):
         name = ("ant", "bee", "cat")[number % 3]
-        picture = generator.integers(0, 60, (48, 56, 3), dtype=np.uint8)
-        picture[:, :, number % 3] += 180
+        picture = tinted(generator, 48, 56, number % 3, noise=60, tint=180)
         (root / "photos" / name).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / "photos" / name / f"{number:03d}.jpg"), picture)
         if number < 30:

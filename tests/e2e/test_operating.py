@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.vtab import miniature
 from pipeline.weights import checkpoints
 from tests.documents import code_blocks
+from tests.images import tinted
 from tests.objectstore import make_bucket
 
 if TYPE_CHECKING:
@@ -202,8 +203,7 @@ def store(s3, tmp_path, monkeypatch) -> None:
         make_bucket(bucket)
     generator = np.random.default_rng(0)
     for i in range(300):
-        picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)
-        picture[:, :, i % 3] += 150
+        picture = tinted(generator, 20, 20, i % 3)
         storage.write_bytes(f"s3://corpus/raw/{'abc'[i % 3]}/{i:03d}.png", cv2.imencode(".png", picture)[1].tobytes())
     storage.copy_tree(miniature.write("all", str(tmp_path / "archives"), per_class=3), "s3://corpus/vtab")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

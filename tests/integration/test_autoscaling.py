@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.images import tinted
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -393,9 +394,7 @@ def pictures(tmp_path_factory) -> Path:
     for label, name in enumerate(("red", "green")):
         (root / name).mkdir()
         for i in range(300):
-            picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)
-            picture[:, :, 2 - label] += 150
-            cv2.imwrite(str(root / name / f"{i:03d}.png"), picture)
+            cv2.imwrite(str(root / name / f"{i:03d}.png"), tinted(generator, 20, 20, 2 - label))
     return root
 
 

@@ -7,13 +7,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.data.format import open_dataset, write_dataset
+from pipeline.data.format import open_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.tracking import names
@@ -25,6 +23,7 @@ from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
 from pipeline.weights import checkpoints
+from tests.datasets import write_tinted
 from tests.runs import changed, lines_of_log, pretrain_config
 from tests.workers import continued, run
 
@@ -36,16 +35,7 @@ def slow(*values):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> PretrainConfig:
-    generator = np.random.default_rng(0)
-
-    def rows():
-        for i in range(48):
-            picture = generator.integers(0, 90, (16, 16, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 150
-            yield f"{i:04d}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 16, 16
-
-    data = str(tmp_path_factory.mktemp("data") / "set")
-    write_dataset(data, rows(), classes=["red", "green", "blue"])
+    data = write_tinted(str(tmp_path_factory.mktemp("data") / "set"), 48, 16)
     return pretrain_config(
         data=data,
         steps="9steps",

@@ -37,6 +37,7 @@ from pipeline.training.preemption import Preempted
 from pipeline.training.run import check_run, sizes
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
+from tests.images import tinted
 from tests.runs import changed, lines_of_log, pretrain_config
 
 if TYPE_CHECKING:
@@ -160,8 +161,7 @@ def data(tmp_path_factory) -> str:
 
     def rows():
         for i in range(256):
-            picture = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 50 * (i % 4 > 0)
+            picture = tinted(generator, 40, 40, i % 3, noise=200, tint=50 * (i % 4 > 0))
             yield f"{i:04d}", cv2.imencode(".png", picture)[1].tobytes(), i % 4, 40, 40
 
     write_dataset(root, rows(), classes=["a", "b", "c", "d"], row_group_bytes=40_000)

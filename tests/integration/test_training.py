@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -20,7 +18,7 @@ from safetensors.torch import load_file
 
 from models import create_model
 from models.cost import parameters
-from pipeline.data.format import open_dataset, write_dataset
+from pipeline.data.format import open_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
@@ -29,6 +27,7 @@ from pipeline.training.loop import share_weights
 from pipeline.training.plan import make_plan
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
+from tests.datasets import write_tinted
 from tests.faultproxy import FaultProxy
 from tests.ports import free_port
 from tests.runs import changed, flip_bit, lines_of_log, pretrain_config
@@ -40,17 +39,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """96 noisy pictures of three colours."""
-    root = str(tmp_path_factory.mktemp("data") / "set")
-    generator = np.random.default_rng(0)
-
-    def rows():
-        for i in range(96):
-            picture = generator.integers(0, 90, (20, 20, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 150
-            yield f"{i:04d}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 20, 20
-
-    write_dataset(root, rows(), classes=["red", "green", "blue"], row_group_bytes=8_000)
-    return root
+    return write_tinted(str(tmp_path_factory.mktemp("data") / "set"), 96, 20, row_group_bytes=8_000)
 
 
 @pytest.fixture(scope="module")

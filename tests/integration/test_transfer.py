@@ -20,8 +20,6 @@ import torch
 from models import create_model
 from pipeline import storage, workqueue
 from pipeline.data import open_dataset
-from pipeline.data.format import write_dataset
-from pipeline.data.loading.patches import patchify
 from pipeline.errors import UserError
 from pipeline.tracking import registry, search, server, start_run
 from pipeline.transfer import TransferConfig, report, run_suite, suites
@@ -34,22 +32,14 @@ from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
 from pipeline.weights import checkpoints, save_checkpoint_weights
+from tests.datasets import write_tinted_patches
 
 SIZE = 16
 JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")
 
 
 def colours(uri, n, seed):
-    generator = np.random.default_rng(seed)
-
-    def rows():
-        for i in range(n):
-            picture = generator.integers(0, 140, (SIZE, SIZE, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 30
-            yield f"{seed}-{i}", patchify(picture, 4), i % 3, SIZE, SIZE
-
-    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
-    write_dataset(uri, rows(), classes=["r", "g", "b"], encoding="patches", image=image)
+    write_tinted_patches(uri, n, SIZE, seed=seed, noise=140, tint=30)
 
 
 def checkpoint(folder, seed=0):

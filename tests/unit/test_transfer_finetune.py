@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
 from pipeline.transfer.finetune import Examples, Execution, FineTuning
 from pipeline.transfer.suites import FineTune, Probe, Split
+from tests.datasets import write_tinted_patches
 
 CPU = Execution()
 SIZE = 16
@@ -34,16 +35,7 @@ def model():
 
 def colours(uri, n=60, seed=0):
     """Noise with one channel brighter than the others: three classes that a small model learns in seconds."""
-    generator = np.random.default_rng(seed)
-
-    def rows():
-        for i in range(n):
-            picture = generator.integers(0, 120, (SIZE, SIZE, 3), dtype=np.uint8)
-            picture[:, :, i % 3] += 100
-            yield f"{seed}-{i}", patchify(picture, 4), i % 3, SIZE, SIZE
-
-    image = {"height": SIZE, "width": SIZE, "patch_size": 4, "channels": 3}
-    write_dataset(uri, rows(), classes=["r", "g", "b"], encoding="patches", image=image)
+    write_tinted_patches(uri, n, SIZE, seed=seed, noise=120, tint=100)
     return Examples(open_dataset(uri), Split(uri=uri))
 
 

@@ -84,12 +84,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
             for batch in batches:
                 for first in range(0, batch.num_rows, 64):
                     for values in batch.slice(first, 64).select(columns.all).to_pylist():
-                        item = columns.item(values, name, row, source)
-                        yield (
-                            item
-                            if item.labels is not None or not fragment["labels"]
-                            else item._replace(labels=fragment["labels"])
-                        )
+                        yield columns.item(values, name, row, source, fragment["labels"])
                         row += 1
     except DAMAGE as error:
         yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))

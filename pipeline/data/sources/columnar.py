@@ -1,7 +1,7 @@
 """Columnar files, Parquet and Arrow: which column holds the image, the label, the split and the key; rows -> items."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -71,8 +71,10 @@ class RowColumns:
             return cell_labels(values[self.label], self.label)
         return None if self.label_of_file is None else [self.label_of_file]
 
-    def item(self, values: dict[str, Any], name: str, row: int, source: Source) -> Item:
-        """Row number `row` of the file `name`."""
+    def item(
+        self, values: dict[str, Any], name: str, row: int, source: Source, labels_of_file: Sequence[str] | None
+    ) -> Item:
+        """Row number `row` of the file `name`, whose labels a row without its own takes."""
         data, where = values[self.image], f"{name}#{row}"
         own = values[self.key] if self.key else None
         key = f"{name}/{own}" if own else where
@@ -85,6 +87,8 @@ class RowColumns:
             own = own.decode("utf-8", "backslashreplace")
         table = source.naming.table
         labels = table.lookup(str(own)) if table.labels and own else self.labels(values)
+        if labels is None and labels_of_file:
+            labels = list(labels_of_file)
         split = table.splits.get(table.find(str(own)) or "") if table.splits and own else None
         if self.split and not split:
             split = split_name(values[self.split], self.split)

@@ -80,12 +80,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns.all, use_threads=False):
                 for values in batch.to_pylist():
-                    item = columns.item(values, name, row, source)
-                    yield (
-                        item
-                        if item.labels is not None or not fragment["labels"]
-                        else item._replace(labels=fragment["labels"])
-                    )
+                    yield columns.item(values, name, row, source, fragment["labels"])
                     row += 1
         except (pa.ArrowException, OSError) as error:
             yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))

@@ -1,0 +1,37 @@
+"""Small data sets of tinted pictures: the class of a picture is its brightest channel."""
+
+import cv2
+import numpy as np
+
+from pipeline.data.format import write_dataset
+from pipeline.data.loading.patches import patchify
+from tests.images import tinted
+
+CLASSES = ["red", "green", "blue"]
+
+
+def write_tinted(uri: str, count: int, side: int, **options: int) -> str:
+    """`count` PNG pictures of `side` pixels; options as for `write_dataset`."""
+    generator = np.random.default_rng(0)
+
+    def rows():
+        for i in range(count):
+            png = cv2.imencode(".png", tinted(generator, side, side, i % 3))[1].tobytes()
+            yield f"{i:04d}", png, i % 3, side, side
+
+    write_dataset(uri, rows(), classes=CLASSES, **options)
+    return uri
+
+
+def write_tinted_patches(uri: str, count: int, side: int, *, seed: int, noise: int, tint: int) -> str:
+    """`count` pictures in 4x4 patches; the less `tint` against `noise`, the harder they are to tell apart."""
+    generator = np.random.default_rng(seed)
+
+    def rows():
+        for i in range(count):
+            pixels = tinted(generator, side, side, i % 3, noise=noise, tint=tint)
+            yield f"{seed}-{i}", patchify(pixels, 4), i % 3, side, side
+
+    image = {"height": side, "width": side, "patch_size": 4, "channels": 3}
+    write_dataset(uri, rows(), classes=CLASSES, encoding="patches", image=image)
+    return uri
