@@ -89,6 +89,8 @@ def draw_filters(model: VisionTransformer) -> Figure:
 def draw_positions(model: VisionTransformer) -> Figure:
     """One tile per patch: similarity of its position to all positions. Grids above 14 show every second (third, ...) row."""
     similarity = position_similarity(model)
+    # The paper's colours go from -1 to 1; in a small model all positions may be alike, and one colour would say nothing.
+    low = -1.0 if similarity.min() < 0 else np.floor(10 * similarity.min()) / 10
     grid = model.grid
     shown = np.arange(0, grid, -(-grid // 14))
     side = max(4.0, min(7.0, 0.55 * len(shown)))
@@ -100,7 +102,7 @@ def draw_positions(model: VisionTransformer) -> Figure:
     for i, row in enumerate(shown):
         for j, column in enumerate(shown):
             axes = figure.add_subplot(tiles[i, j])
-            image = axes.imshow(similarity[row, column], vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
+            image = axes.imshow(similarity[row, column], vmin=low, vmax=1, cmap="viridis", interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
