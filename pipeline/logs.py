@@ -51,14 +51,14 @@ class _WithoutPasswords(logging.Formatter):
 
 
 class _OneLine(_WithoutPasswords):
-    """For a terminal: a record with `parts` is cut to one line by leaving out its last parts."""
+    """For a terminal: a record with `parts` is cut to one line by leaving out its last parts. The second one, the loss, stays."""
 
     TAKEN = 18  # columns of the time and the level
 
     def format(self, record: logging.LogRecord) -> str:
         parts: Sequence[str] = getattr(record, "parts", ())
         while len(parts) > 1 and len("  ".join(parts)) > console.width - self.TAKEN:
-            parts = parts[:-1]
+            parts = parts[:-1] if len(parts) > 2 else parts[1:]
         return redacted("  ".join(parts)) if parts else super().format(record)
 
 
@@ -209,6 +209,7 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 20
 WIDE = 110  # columns from which a bar has room for a sparkline
+NARROW = 60  # columns below which it has room for the first part of its note alone
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -264,6 +265,8 @@ class Progress:
         report_share(self.done / self.total, note)
         if self._bar is not None:
             curve = f"  {sparkline(self._values)}" if self._values and console.width >= WIDE else ""
+            if console.width < NARROW:  # the percentage, a short bar and the remaining time take the rest
+                note = note.partition("  ")[0][: max(0, console.width - len(self.name) - 19)]
             self._bar.update(self._task, completed=self.done, note=note + curve)
         elif self.lines and time.monotonic() - self._shown >= self.EVERY:
             self._shown = time.monotonic()

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import logging
+import re
 import shlex
+import time
 
 import pytest
 from rich.console import Console
@@ -38,6 +40,24 @@ def test_a_step_is_one_line_at_any_width(terminal, width, last):
     (line,) = text.getvalue().splitlines()
     assert "step 20/200  loss 2.1230" in line
     assert line.rstrip().endswith(last)
+
+
+def test_the_loss_stays_on_a_line_of_forty_columns(terminal):
+    text = terminal(40)
+    logging.getLogger("pipeline").info("%s", "  ".join(PARTS), extra={"parts": PARTS})
+    (line,) = text.getvalue().splitlines()
+    assert line.rstrip().endswith("loss 2.1230")
+
+
+def test_a_bar_of_forty_columns_has_percentage_loss_and_time(terminal):
+    text = terminal(40)
+    with logs.Progress("pretrain", total=10, lines=False) as progress:
+        for loss in (2.3, 1.2, 0.1):
+            progress.advance(1, f"loss {loss:.3f}  top-1 50.55%", loss)
+            time.sleep(0.3)
+    lines = [line for line in re.split(r"[\r\n]", text.getvalue()) if "loss 0.100" in line]
+    assert lines
+    assert all("30%" in line and re.search(r"[\d-]:[\d-]{2}", line) for line in lines)
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
