@@ -1,7 +1,7 @@
-# make demo    the whole pipeline on small real data     (DATA=folder or s3://prefix for your own images)
-# make test    what CI runs: lint, types, tests
-# make docs    the documentation site in build/site
-# make ui      MLflow on http://127.0.0.1:5000, on the database that the demo and the jobs write
+# make demo    run the whole pipeline on small real data (DATA=folder or s3://prefix for your own images)
+# make test    run what CI runs: lint, types, tests
+# make docs    build the documentation in build/site
+# make ui      start MLflow on http://127.0.0.1:5000 with the database of the demo and the jobs
 
 # Python 3.11, 3.12 or 3.13
 PYTHON ?= python3.11
@@ -12,8 +12,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 .PHONY: install demo test lint hooks slow docs ui pictures clean
 
-# Every install uses the same constraints: without them pip may replace torch. The file .demo says that .venv can run the demo,
-# the file .installed that it can also run the tests.
+# Every install uses the same constraints; without them pip may replace torch. The file .demo marks a .venv that can run the demo,
+# .installed one that can also run the tests.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -27,7 +27,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 install: $(BIN)/.installed
 
-# s3:// needs the libraries of the extra `cloud`.
+# s3:// needs the extra `cloud`.
 demo: $(BIN)/.demo
 	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
 	$(BIN)/python jobs/pipeline.py run --recipe demo $(if $(DATA),--data '$(DATA)')
@@ -36,7 +36,7 @@ demo: $(BIN)/.demo
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Run once: from then on each commit is checked as `make lint` does.
+# Installs a git hook that runs the checks of `make lint` on each commit.
 hooks: install
 	$(BIN)/pre-commit install
 
@@ -48,14 +48,14 @@ lint: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
-# Fails on a link or an anchor that leads nowhere.
+# Fails on broken links and anchors.
 docs: install
 	$(BIN)/mkdocs build --strict --quiet
 
 ui: $(BIN)/.demo
 	$(BIN)/python -m pipeline.tracking ui --tracking-uri sqlite:///$(CURDIR)/mlflow.db
 
-# The pictures of README, from the database of `make demo`; takes an installed Chromium.
+# Screenshots of the README, from the database of `make demo`. Needs Chromium.
 pictures: $(BIN)/.demo
 	PYTHONPATH=. $(BIN)/python docs/pictures.py --tracking-uri sqlite:///$(CURDIR)/mlflow.db
 

@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that live outside docs/, lists of flags from the jobs' own help, and links to source files."""
+"""MkDocs hooks: pages from outside docs/, lists of flags from the --help of the jobs, and links to source files."""
 
 import contextlib
 import importlib.util
@@ -31,7 +31,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def relinked(match, folder, files):
-    """The link to the page of a file; the bare text where the file is no page of the site but exists."""
+    """A link to the page of a file, or plain text if the file exists but has no page on the site."""
     text, target, anchor = match[1], match[2], match[3] or ""
     path = (folder / target).resolve()
     if not path.is_relative_to(ROOT):
@@ -44,7 +44,7 @@ def relinked(match, folder, files):
 
 
 def flags(job):
-    """The page of `jobs/JOB.py --help-all` as a code block."""
+    """The output of `jobs/JOB.py --help-all` as a code block."""
     spec = importlib.util.spec_from_file_location(f"docs_{job}", ROOT / "jobs" / f"{job}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

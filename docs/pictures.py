@@ -1,11 +1,10 @@
-"""Pictures of README from one MLflow database, that of the demo: `make pictures`, after `make demo`.
+"""Takes the screenshots of the README from the MLflow database of the demo: `make pictures`, after `make demo`.
 
     python docs/pictures.py --tracking-uri sqlite:///mlflow.db
 
-Starts the UI (`python -m pipeline.tracking ui`) on a free port and photographs its pages with a Chromium that is installed
-(`chromium`, `chromium-browser` or `google-chrome`); writes docs/mlflow-*.png. Nothing of the database changes but the prepared
-views of its experiments.
-"""
+Starts the UI (`python -m pipeline.tracking ui`) on a free port, takes screenshots of its pages with an installed
+Chromium (`chromium`, `chromium-browser` or `google-chrome`), and writes docs/mlflow-*.png. The database does not
+change, except for the default views of its experiments."""
 
 import argparse
 import os
@@ -35,7 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        print("error: no Chromium here; install the package chromium", file=sys.stderr)
+        print("error: Chromium not found; install the package chromium", file=sys.stderr)
         return 2
     uri = resolve_tracking_uri(options.tracking_uri)
     experiments = {name: server.experiment_id(uri, name) for name in (names.PRETRAIN, names.TRANSFER)}
@@ -49,7 +48,7 @@ def main() -> int:
         wait_for(address)
         for name, (path, height) in PAGES.items():
             target = os.path.join(options.output, name)
-            photograph(browser, address + path.format(**experiments), target, height)
+            screenshot(browser, address + path.format(**experiments), target, height)
             print(f"wrote {target}")
     finally:
         ui.terminate()
@@ -69,7 +68,7 @@ def wait_for(address: str, seconds: float = 180.0) -> None:
             time.sleep(0.5)
 
 
-def photograph(browser: str, address: str, target: str, height: int) -> None:
+def screenshot(browser: str, address: str, target: str, height: int) -> None:
     with tempfile.TemporaryDirectory(prefix="pictures-") as profile:
         command = [browser, "--headless=new", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []

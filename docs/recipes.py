@@ -1,8 +1,8 @@
-"""Writes docs/recipes.md: every recipe with its model, data, length and estimated cost.
+"""Generates docs/recipes.md: every recipe with its model, data, length and estimated cost.
 
     python docs/recipes.py
 
-The numbers are those of `python jobs/plan.py --recipe NAME --gpus N --gpu h100`.
+The estimates are those of `python jobs/plan.py --recipe NAME --gpus N --gpu h100`.
 """
 
 import sys
@@ -19,8 +19,8 @@ GPUS, GPU = 8, "h100"
 ON_A_LAPTOP = ("demo", "masked_demo", "cifar10")
 HEAD = f"""# Recipes
 
-`python jobs/pretrain.py --recipe NAME` starts one; each value is a flag. `python docs/recipes.py` writes this page. GPU-hours and cost are
-the estimates of `jobs/plan.py` for {GPUS} {GPU.upper()} GPUs at the default price and utilisation, not measurements.
+`python jobs/pretrain.py --recipe NAME` starts a run; each value has a flag. GPU-hours and cost are estimates of `jobs/plan.py` for
+{GPUS} {GPU.upper()} GPUs at the default price and utilisation, not measurements. `python docs/recipes.py` generates this page.
 """
 
 
@@ -38,8 +38,8 @@ def page() -> str:
     lines = [HEAD]
     for family, members in families(RECIPES):
         lines += [
-            f"## {family or 'Alone'}\n",
-            "| recipe | model | length | GPU-hours | cost, $ | what |",
+            f"## {family or 'Other'}\n",
+            "| recipe | model | length | GPU-hours | cost, $ | description |",
             "| --- | --- | --- | ---: | ---: | --- |",
         ]
         lines += [*(row(name) for name in members), ""]

@@ -4,10 +4,9 @@
     python jobs/compare.py --suite vtab1k --output reports/vtab
     python jobs/compare.py --json | jq '.[0].name'
 
-Prints the leaderboard as Markdown or JSON. With --output it also writes leaderboard.md, leaderboard.json and compute.png there.
-It logs the same, with a page that MLflow shows, to the experiment "compare", unless --no-log is given. The exit code is 2 when
-there is nothing to compare.
-"""
+Prints the leaderboard as Markdown or JSON. --output also writes leaderboard.md, leaderboard.json and compute.png to a
+folder. Unless --no-log is given, the same files and an HTML page are logged to the MLflow experiment "compare". The
+exit code is 2 when there is nothing to compare."""
 
 import dataclasses
 import io

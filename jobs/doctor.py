@@ -1,4 +1,4 @@
-r"""Look for everything that would stop a run, before its launch. Takes the flags of jobs/pretrain.py.
+r"""Check for anything that would stop a run, before launching it. Takes the flags of jobs/pretrain.py.
 
     python jobs/doctor.py                      this machine, for the demo
     python jobs/doctor.py --recipe b16_imagenet --data s3://bucket/data/train \
@@ -8,10 +8,10 @@ r"""Look for everything that would stop a run, before its launch. Takes the flag
     ray job submit --working-dir . -- python jobs/doctor.py \
         --recipe b16_imagenet --data s3://bucket/data/train
 
-Checks token authentication, the tracking server, reading and writing on the store, shared memory, the compiler, stale build
-locks, room for the workers, ports, whether --output is free, GPUs and NCCL. With --address, or as a Ray job, it checks every
-node of the cluster. It leaves nothing behind. Exit code: 0 no error, 1 errors found, 2 wrong input.
-"""
+Checks token authentication, the tracking server, read and write access to storage, shared memory, the compiler, stale
+build locks, resources for the workers, ports, whether --output is unused, GPUs and NCCL. With --address, or as a Ray
+job, it checks every node of the cluster. It deletes its test files. Exit codes: 0 no errors, 1 errors found, 2 wrong
+input. """
 
 import dataclasses
 import json

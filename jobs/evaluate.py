@@ -1,6 +1,6 @@
-r"""Evaluate checkpoints on a schedule: each one once, with the best one as champion.
+r"""Evaluate each checkpoint once, on a schedule, and keep the best one as champion.
 
-    python jobs/evaluate.py --runs runs/x                what has no scores yet
+    python jobs/evaluate.py --runs runs/x                new checkpoints
     python jobs/evaluate.py --runs s3://bucket/runs/x --suite vtab1k \
         --data s3://bucket/vtab --output s3://bucket/evaluate --every 30m
     python jobs/evaluate.py --model b16_imagenet --suite vtab1k --once \
@@ -9,10 +9,10 @@ r"""Evaluate checkpoints on a schedule: each one once, with the best one as cham
     python jobs/evaluate.py --runs runs/x --prune --keep 2
         lists the checkpoints that nothing refers to; --delete removes them
 
-The runs may still be training: this job only reads their checkpoints. The scores of a run form a learning curve in MLflow's
-experiment "evaluate". Several schedulers may share one --output; when one dies, another takes over its work.
+The runs may still be training: this job only reads their checkpoints. The scores of a run form a learning curve in the
+MLflow experiment "evaluate". Several schedulers can share one --output. When one dies, another takes over its work.
 
-Exit code: 0 done, 1 an evaluation failed, 2 wrong input, 3 a regression (with --fail-on-regression).
+Exit codes: 0 success, 1 an evaluation failed, 2 wrong input, 3 a regression (with --fail-on-regression).
 """
 
 import dataclasses
@@ -30,20 +30,21 @@ logger = logging.getLogger("jobs.evaluate")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Command(evaluation.EvaluateConfig):
-    """Whatever of --runs and --model lacks an evaluation of --suite."""
+    """jobs/evaluate.py"""
 
     once: bool = False
-    """Make one pass and exit. This is the default without --every."""
+    """Run one pass and exit. This is the default without --every."""
     every: str | None = None
-    """Interval between passes, with its unit: 90s, 30m, 2h or 1d. A pass that takes longer skips the passes it misses."""
+    """Interval between passes, with a unit: 90s, 30m, 2h or 1d. A pass that overruns the interval delays the next one
+    to the following tick."""
     dry_run: bool = False
     """List what would be evaluated or deleted, and change nothing."""
     fail_on_regression: bool = False
     """Exit with code 3 when a new score is worse by more than --margin."""
     prune: bool = False
-    """List checkpoints of --runs that nothing refers to, instead of evaluating."""
+    """Instead of evaluating, list the checkpoints of --runs that nothing refers to."""
     keep: int = 3
-    """Number of newest checkpoints of each run that --prune spares."""
+    """Number of newest checkpoints of each run that --prune keeps."""
     delete: bool = False
     """Delete what --prune lists."""
     json: bool = False
@@ -53,7 +54,7 @@ class Command(evaluation.EvaluateConfig):
 def main(argv: list[str]) -> int:
     command = config.parse(argv, {"default": Command}, "default", prog="jobs/evaluate.py", description=__doc__ or "")
     if command.once and command.every:
-        raise UserError("--once and --every contradict each other; give one of them")
+        raise UserError("--once and --every are mutually exclusive; give one of them")
     if command.register and not command.model:
         raise UserError("--register needs --model: the name of the registered model")
     if command.prune:
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:  # a server or store that is away now may be back at the next time
             logger.error("%s", error)
         except Exception:
-            logger.exception("this pass failed; the next one tries again")
+            logger.exception("this pass failed; the next pass will retry")
     return 0
 
 
@@ -96,7 +97,7 @@ def prune(command: Command) -> int:
 
     runs = tuple(storage.normalise(run) for run in command.runs)
     if not runs:
-        raise UserError("--prune needs --runs: the run folders to look through")
+        raise UserError("--prune needs --runs: the run folders to search")
     found = evaluation.prunable(runs, command.keep, resolve_tracking_uri(command.tracking_uri))
     delete = command.delete and not command.dry_run
     for item in found:

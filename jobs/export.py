@@ -9,12 +9,11 @@
     --to torch-export   torch.export.load("exported/x/model.pt2")
     --to safetensors    pipeline.weights.load_model("exported/x")
 
-The exported model takes float images (B, C, H, W) in [-1, 1], which is pixels / 127.5 - 1. ONNX and torch-export accept any
-batch size. A checkpoint with the tanh layer of pre-training becomes an encoder in timm and Hugging Face (Hugging Face's pooler
-is that layer). Hugging Face's ViT always has a class token, so it cannot hold a model that pools in another way, such as the
-demo's. Checkpoints of every ZeRO stage can be exported without a GPU. When the logits differ by more than --tolerance, nothing
-is written and the exit code is 1.
-"""
+The exported model takes float images (B, C, H, W) in [-1, 1], which is pixels / 127.5 - 1. ONNX and torch-export accept
+any batch size. A checkpoint with the tanh layer of pre-training becomes an encoder in timm and Hugging Face (Hugging
+Face's pooler is that layer). Hugging Face's ViT always has a class token, so it cannot hold a model that pools in
+another way, such as the demo's. Checkpoints of every ZeRO stage can be exported without a GPU. When the logits differ
+by more than --tolerance, nothing is written and the exit code is 1."""
 
 import dataclasses
 import json
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     check_output(options.output)
     if storage.exists(options.output) and storage.list_files(options.output):
         raise UserError(f"{options.output}: already holds files; give a new folder")
-    # Imports that take seconds (torch, MLflow, the libraries) come after the checks that need none of them.
+    # Slow imports (torch, MLflow, the target libraries) come after the checks that do not need them.
     from pipeline.weights import locate, read_config
 
     folder = locate(options.checkpoint, options.tracking_uri)

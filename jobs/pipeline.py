@@ -1,10 +1,10 @@
-"""A whole pipeline in one file and one command: from raw images to scores and a promoted model (docs/pipeline.md).
+"""Run a whole pipeline from one file: from raw images to scores and a promoted model (docs/pipeline.md).
 
-    python jobs/pipeline.py run FILE.yaml            what is not done yet
+    python jobs/pipeline.py run FILE.yaml            unfinished stages
     python jobs/pipeline.py run --recipe demo        prepare, pretrain, transfer
-    python jobs/pipeline.py run FILE.yaml --dry-run  what would run, its cost
+    python jobs/pipeline.py run FILE.yaml --dry-run  the plan and its cost
     python jobs/pipeline.py status FILE.yaml         done, running, or stale
-    python jobs/pipeline.py stop FILE.yaml [STAGE]   what runs saves itself
+    python jobs/pipeline.py stop FILE.yaml [STAGE]   running stages save first
     python jobs/pipeline.py export FILE.yaml --to argo|airflow|commands|yaml
     python jobs/pipeline.py schema                   JSON schema, for editors
     python jobs/pipeline.py promote --help           the rule for the champion
@@ -14,10 +14,10 @@ with --address from outside the cluster, each stage is a Ray job. Exit codes: 0 
 75 another run goes on or a store is away, 130 and 143 stopped.
 """
 
-# The name of this file is that of the project's package, and the folder of a started script leads Python's search path. So
-# `import pipeline` in any job, in its Ray workers and in its spawned processes may find this file first. It then takes its
-# folder out of the search and imports the package, which Python hands out, because the import system returns what
-# sys.modules holds once a module has run.
+# This file has the same name as the `pipeline` package, and Python puts the folder of a script first on sys.path. So
+# `import pipeline` in a job, its Ray workers or its spawned processes may find this file instead of the package. In
+# that case this file removes its folder from sys.path and imports the package. The caller gets the package, because
+# `import` returns the entry of sys.modules after a module has run.
 import os
 import sys
 

@@ -1,4 +1,4 @@
-r"""Estimate a pre-training run: memory per GPU, time, cost, data rate, storage, checkpoints. Starts nothing.
+r"""Estimate a pre-training run without starting it: memory per GPU, time, cost, data rate, storage, checkpoints.
 
     python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --gpu h100
     python jobs/plan.py --recipe b16_imagenet --gpus 8 --gpu a100 --mfu 0.35 \
@@ -8,9 +8,8 @@ r"""Estimate a pre-training run: memory per GPU, time, cost, data rate, storage,
     python jobs/plan.py --recipe h14_jft300m_14ep --gpus 64 --cores 256 \
         --corpus-images 300e6 --scaling scaling.png
 
-The recipes of published corpora know the size of their corpus, so a plan needs no data. The exit code is 2 when no plan can be
-made.
-"""
+Recipes for published corpora include the corpus size, so a plan needs no data. The exit code is 2 when no plan can be
+made. """
 
 import dataclasses
 import json
@@ -26,9 +25,9 @@ class Command(PlanConfig):
     """jobs/plan.py"""
 
     scaling: str | None = None
-    """PNG file for a figure of the simulated weak and strong scaling."""
+    """PNG file for a plot of the simulated weak and strong scaling."""
     network: float | None = None
-    """Network speed of a node in GB/s. None: that of the usual cloud machine with this GPU."""
+    """Network bandwidth of a node in GB/s. None: the value of the usual cloud instance with this GPU."""
     json: bool = False
     """Print only the plan, as JSON."""
 
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         return
     print(table(result))
     if options.scaling:
-        print(f"\n{scaling.table(result['scaling'])}\n    drawn into {options.scaling}")
+        print(f"\n{scaling.table(result['scaling'])}\n    wrote {options.scaling}")
 
 
 if __name__ == "__main__":

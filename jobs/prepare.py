@@ -1,4 +1,4 @@
-r"""Turn images into shards: class folders, archives or a bucket become a checksummed dataset.
+r"""Turn images into shards: class folders, archives or a bucket become a dataset with checksums.
 
     python jobs/prepare.py --source photos/ --output runs/photos/data \
         --splits train=0.9 val=0.1
@@ -6,12 +6,11 @@ r"""Turn images into shards: class folders, archives or a bucket become a checks
     python jobs/prepare.py vtab all --raw archives/ --output sets/vtab
     python jobs/prepare.py verify s3://bucket/photos     checksums and counts
     python jobs/prepare.py describe s3://bucket/photos   numbers and pictures
-    python jobs/prepare.py                               the demo's digits
+    python jobs/prepare.py                               the demo's data
 
-vtab (the nineteen tasks of VTAB-1k), verify and describe have their own --help. A job that was stopped continues when the
-same command is given again. Files that are not usable images are listed with a reason in rejects.parquet. The AWS_*
-environment variables give the credentials and the endpoint for s3://.
-"""
+The subcommands vtab (the nineteen tasks of VTAB-1k), verify and describe have their own --help. To continue a stopped
+job, repeat its command. Files that are not usable images are listed in rejects.parquet with a reason. The AWS_*
+environment variables set the credentials and the endpoint for s3://. """
 
 import contextlib
 import dataclasses
@@ -45,7 +44,7 @@ class Command(PrepareJob):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VtabCommand(VtabConfig):
-    """Builds VTAB-1k's tasks from the archives as their authors publish them."""
+    """Build the VTAB-1k tasks from the archives that their authors publish."""
 
     json: bool = False
     """Print only the result, as JSON."""
@@ -53,7 +52,7 @@ class VtabCommand(VtabConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyCommand:
-    """Checks a finished dataset against its manifest. Exit code 1 when anything is wrong."""
+    """Check a finished dataset against its manifest. Exit code 1 when anything is wrong."""
 
     uri: tyro.conf.Positional[str]
     """Dataset to check: a folder or an s3:// prefix with a manifest.json."""
@@ -63,12 +62,12 @@ class VerifyCommand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DescribeCommand:
-    """Prints what is in a finished dataset, and draws a contact sheet and a histogram of its classes."""
+    """Print a summary of a finished dataset, and draw a contact sheet and a class histogram."""
 
     uri: tyro.conf.Positional[str]
     """Dataset to describe: a folder or an s3:// prefix with a manifest.json."""
     output: str | None = None
-    """Folder for the pictures. None: runs/describe/NAME."""
+    """Folder for the plots. None: runs/describe/NAME."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -169,7 +168,7 @@ def verify(options: VerifyCommand) -> int:
     if options.json:
         print(json.dumps({"uri": options.uri, "ok": not problems, "problems": problems}))
     else:
-        print("\n".join(problems) if problems else f"{options.uri}: verified, nothing is wrong")
+        print("\n".join(problems) if problems else f"{options.uri}: verified, no problems found")
     return 1 if problems else 0
 
 
@@ -183,7 +182,7 @@ def describe(options: DescribeCommand) -> int:
 
 
 def vtab(options: VtabCommand) -> int:
-    """The nineteen tasks of VTAB-1k. Exit code 1 when a task or a split could not be prepared; the others are finished then."""
+    """Builds VTAB-1k tasks. Exit code 1 when a task or a split could not be built; the others are still built."""
     if not options.tasks:
         raise UserError("vtab: name the tasks to build, or all")
     from pipeline import vtab

@@ -6,9 +6,9 @@ r"""Pre-train a Vision Transformer on a dataset that jobs/prepare.py wrote.
     python jobs/pretrain.py --repair runs/x            checks every checkpoint
     python jobs/pretrain.py --repair runs/x --delete   removes the broken ones
 
-A recipe is a set of values, and a flag changes one of them. Without --dry-run
-the job trains; with it, the job prints the plan and stops. Repeating a command
-continues its run from the last complete checkpoint, on any number of workers.
+A recipe sets all hyperparameters, and each flag overrides one. --dry-run prints
+the plan and exits. Repeating a command continues its run from the last complete
+checkpoint, on any number of workers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     repair.add_argument("--delete", action="store_true")
     wanted, argv = repair.parse_known_args(argv)
     if wanted.delete and not wanted.repair:
-        raise UserError("--delete belongs to --repair URI")
+        raise UserError("--delete needs --repair URI")
     if wanted.repair:
         from pipeline.training import checkpoint
 

@@ -1,4 +1,4 @@
-r"""Score one checkpoint on many tasks: fine-tunings and probes run side by side on Ray.
+r"""Evaluate one checkpoint on many tasks: fine-tuning and probes run in parallel on Ray.
 
     python jobs/transfer.py                    the demo, after jobs/pretrain.py
     python jobs/transfer.py --suite folder --checkpoint runs/x --data sets/
@@ -8,10 +8,9 @@ r"""Score one checkpoint on many tasks: fine-tunings and probes run side by side
         --variant B/16 --data sets/vtab --tasks pets dtd
     python jobs/transfer.py --compare runs/a/transfer runs/b/transfer
 
-Scores are top-1 accuracies in percent. The VTAB score is the plain mean over the nineteen tasks. The report, the figures and
-every single result go to --output and to MLflow. A job that was stopped continues when the same command is given again;
-further --seeds or --tasks are added to it. A task that fails does not stop the others, and the exit code is then 1.
-"""
+Scores are top-1 accuracies in percent. The VTAB score is the mean over the nineteen tasks. The report, the figures and
+all results go to --output and to MLflow. To continue a stopped job, repeat its command; more --seeds or --tasks add to
+its results. A failed task does not stop the others, but the exit code is then 1. """
 
 import dataclasses
 import json
@@ -28,7 +27,8 @@ class Command(TransferConfig):
     """jobs/transfer.py"""
 
     compare: tuple[str, ...] = ()
-    """Two earlier runs, as output folders or MLflow ids. Only prints the differences and their standard errors."""
+    """Two earlier runs, as output folders or MLflow run ids. Prints the score differences and their standard errors,
+    and exits."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -76,7 +76,7 @@ def compare(options: Command) -> int:
     from pipeline.transfer import report
 
     if len(options.compare) != 2:
-        raise UserError(f"--compare takes two runs, not {len(options.compare)}")
+        raise UserError(f"--compare takes two runs, found {len(options.compare)}")
     text, rows = report.compare_runs(*options.compare, tracking_uri=options.tracking_uri)
     print(json.dumps(rows) if options.json else text)
     return 0

@@ -1,13 +1,12 @@
-r"""Draw what a model learned: embedding filters, position similarity, attention distance, attention rollout.
+r"""Visualize a trained model: embedding filters, position similarity, attention distance, attention rollout.
 
     python jobs/visualize.py --checkpoint runs/x --output figures/x
     python jobs/visualize.py --checkpoint runs/x --images photos/ \
         --output figures/x
 
-Writes filters.png, positions.png, distance.png, rollout.png (figures 7, 6 and 14 of the paper) and numbers.json, and logs them
-to MLflow's experiment "visualize". The images are those of the run's validation set unless --images names others. A run
-without a validation set uses photographs that come with scikit-learn. The paper averages attention distance over 128 images.
-"""
+Writes filters.png, positions.png, distance.png, rollout.png (figures 7, 6 and 14 of the paper) and numbers.json, and
+logs them to the MLflow experiment "visualize". By default the images come from the run's validation set; a run without
+one uses the sample photographs of scikit-learn. The paper averages attention distance over 128 images. """
 
 import dataclasses
 import io
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
     if options.limit < 1:
         raise UserError(f"--limit {options.limit} must be at least 1")
     check_output(options.output)
-    # Imports that take seconds (torch, matplotlib, MLflow) come here, so that --help does not wait for them.
+    # Slow imports (torch, matplotlib, MLflow) are here so that --help stays fast.
     import torch
 
     from models.vit import VisionTransformer
@@ -50,7 +49,9 @@ def main(argv: list[str]) -> int:
 
     model, config = open_model(options.checkpoint, options.tracking_uri)
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"{options.checkpoint}: {model.config['variant']} is a ResNet: it has no attention to look at")
+        raise UserError(
+            f"{options.checkpoint}: {model.config['variant']} is a ResNet and has no attention to visualize"
+        )
     source = options.images or sample_uri(config)
     size, channels = model.config["image_size"], model.config["channels"]
     images = torch.from_numpy(sample_images(source, size, options.limit, channels))
@@ -97,7 +98,7 @@ def print_inspection(inspection: "Inspection", output: str) -> None:
 def log_inspection(
     inspection: "Inspection", numbers: dict[str, Any], checkpoint: str, tracking_uri: str | None
 ) -> None:
-    """A run in MLflow, linked to the one that trained the checkpoint."""
+    """Logs the figures to an MLflow run that is linked to the training run of the checkpoint."""
     from pipeline import tracking
     from pipeline.tracking import artifacts, names, registry
     from pipeline.tracking.description import Description, checkpoint_name

@@ -1,11 +1,11 @@
-"""Command lines, recipes and their written form.
+"""Command lines, recipes, and configs as YAML.
 
-A config is a frozen dataclass; a recipe is a function that returns one and derives from another with
-`dataclasses.replace`. A job's flags are the fields of its config (`--optimizer.lr 1e-3`), laid over the recipe:
+A config is a frozen dataclass. A recipe is a function that returns a config, often derived from another recipe with
+`dataclasses.replace`. The flags of a job are the fields of its config (`--optimizer.lr 1e-3`) and override the recipe:
 
     config = parse(argv, RECIPES, default="demo", prog="jobs/pretrain.py", description=__doc__)
 
-Layers, last wins: recipe (`--recipe NAME`) or a saved config (`--config FILE.yaml`), then flags.
+Precedence, lowest first: recipe (`--recipe NAME`) or saved config (`--config FILE.yaml`), then flags.
 """
 
 import argparse
@@ -42,18 +42,18 @@ logger = logging.getLogger(__name__)
 def parse(
     argv: list[str], recipes: Mapping[str, Callable[[], Config]], default: str, *, prog: str, description: str
 ) -> Config:
-    """The config that a command line asks for; see `parse_recipe`."""
+    """The config for a command line; see `parse_recipe`."""
     return parse_recipe(argv, recipes, default, prog=prog, description=description)[0]
 
 
 def parse_recipe(
     argv: list[str], recipes: Mapping[str, Callable[[], Config]], default: str, *, prog: str, description: str
 ) -> tuple[Config, Config, str]:
-    """The config that a command line asks for, the recipe it started from, and that recipe's name.
+    """The config for a command line, the recipe config before any overrides, and the name of the recipe.
 
-    --help, --help-all and --list-recipes print their page and end the process with SystemExit(0). Raises UserError for an
-    unknown flag or recipe, with the nearest one, and for a bad --config file; SystemExit(2) for a value of the wrong type.
-    """
+    --help, --help-all and --list-recipes print their text and raise SystemExit(0). Raises UserError for an unknown flag
+    or recipe (the message suggests the nearest one) and for a bad --config file; SystemExit(2) for a value of the wrong
+    type."""
     base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     base.add_argument("--recipe", default=None)
     base.add_argument("--config", default=None)
@@ -65,7 +65,7 @@ def parse_recipe(
         print(help.list_recipes(recipes, default), end="")
         raise SystemExit(0)
     if chosen.recipe and chosen.config:
-        raise UserError("--recipe and --config both say where to start from; give one of them")
+        raise UserError("--recipe and --config are mutually exclusive; give one of them")
     name = chosen.recipe or default
     if name not in recipes:
         raise help.unknown_recipe(name, recipes)
@@ -77,7 +77,7 @@ def parse_recipe(
         print(help.help_text(start, prog=prog, description=description, **about), end="")
         raise SystemExit(0)
     help.check_flags(flags, start)
-    import tyro  # here, because it takes longer to import than --help may take
+    import tyro  # imported late: too slow for --help
 
     return tyro.cli(type(start), prog=prog, description=description, args=flags, default=start), recipe_config, name
 
@@ -85,7 +85,7 @@ def parse_recipe(
 def parse_command(argv: list[str], command: type[Config], *, prog: str, description: str) -> Config:
     """The flags of a job that has no recipes, as an instance of the dataclass `command`.
 
-    --help prints its page and ends the process with SystemExit(0). Raises UserError for an unknown or missing flag;
+    --help prints its text and raises SystemExit(0). Raises UserError for an unknown or missing flag;
     SystemExit(2) for a value of the wrong type.
     """
     flags = credentials.take_from_arguments(argv)
@@ -93,7 +93,7 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
         print(help.help_text(command, prog=prog, description=description, everything="--help-all" in flags), end="")
         raise SystemExit(0)
     help.check_flags(flags, command)
-    import tyro  # here, because it takes longer to import than --help may take
+    import tyro  # imported late: too slow for --help
 
     return tyro.cli(command, prog=prog, description=description, args=flags)
 
@@ -170,7 +170,7 @@ def hide_passwords() -> None:
     cleaned = credentials.take_from_arguments(given)
     if cleaned != given:
         logger.warning(
-            "a password in a flag is in the process list for a moment and in the shell's history; set "
+            "a password in a flag is briefly visible in the process list and stays in the shell history; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         )
         os.execv(sys.executable, [*sys.orig_argv[: len(sys.orig_argv) - len(given)], *cleaned])
@@ -192,7 +192,7 @@ def _leave(code: int) -> typing.NoReturn:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values (tuples become lists) of a dataclass or mapping, ready for YAML or JSON."""
+    """A dataclass or mapping as plain values for YAML or JSON. Tuples become lists."""
     return json.loads(json.dumps(dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)))
 
 
@@ -221,7 +221,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected keys of {hint.__name__}, found {value!r}")
+            raise UserError(f"{where}: expected a mapping with the keys of {hint.__name__}, found {value!r}")
         hints = typing.get_type_hints(hint)
         for key in value:
             if key not in hints:
@@ -254,7 +254,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3 (no dot) as a string
+            return float(value)  # YAML parses 1e-3 (without a dot) as a string
         except ValueError:
             pass
     elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
@@ -263,7 +263,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
 
 
 def diff(config: Any, base: Any) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value in base, value in config)} where the two differ."""
+    """{dotted key: (value in base, value in config)} for the values that differ."""
     new, old = flatten(to_dict(config)), flatten(to_dict(base))
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
@@ -280,7 +280,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(value: Any) -> str:
-    """12 hex characters that identify a JSON-able value or a config."""
+    """A 12-character hex hash of a config or a JSON-serializable value."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -295,14 +295,14 @@ _HORIZON = re.compile(
 def steps(
     horizon: str | int, *, batch_size: int, examples_per_epoch: int | None = None, total_steps: int | None = None
 ) -> int:
-    """A horizon in optimiser steps, rounded to the nearest: "10000", "10000steps", "7epochs", "5e6examples" or "10%".
+    """Converts a horizon ("10000", "10000steps", "7epochs", "5e6examples" or "10%") to optimiser steps, rounded.
 
-    Raises UserError when the text cannot be read, or its unit needs a number that is not known here (epochs need
+    Raises UserError when the text cannot be parsed or a number that its unit needs is missing (epochs need
     `examples_per_epoch`, percent needs `total_steps`).
     """
     match = _HORIZON.fullmatch(str(horizon))
     if not match:
-        raise UserError(f'cannot read the horizon "{horizon}"; write 10000steps, 7epochs, 5e6examples or 10%')
+        raise UserError(f'cannot parse the horizon "{horizon}"; write 10000steps, 7epochs, 5e6examples or 10%')
     amount, unit = float(match[1]), (match[2] or "steps").lower().rstrip("s")
     if not math.isfinite(amount * (examples_per_epoch or 1)):
         raise UserError(f'the horizon "{horizon}" is too large')
@@ -312,10 +312,10 @@ def steps(
         return round(amount / batch_size)
     if unit == "epoch":
         if examples_per_epoch is None:
-            raise UserError(f'"{horizon}" needs the size of the data set, which is not known here; give steps')
+            raise UserError(f'"{horizon}" needs the size of the data set, which is unknown; give steps instead')
         return round(amount * examples_per_epoch / batch_size)
     if total_steps is None:
         raise UserError(
-            f'"{horizon}" is relative to the whole run; the run length itself needs steps, epochs or examples'
+            f'"{horizon}" is relative to the length of the run; give the length in steps, epochs or examples'
         )
     return round(amount / 100 * total_steps)

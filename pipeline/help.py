@@ -1,4 +1,4 @@
-"""--help, --help-all, --list-recipes and the answer to an unknown flag, for every job. Imports neither tyro nor torch.
+"""--help, --help-all, --list-recipes and the error for an unknown flag, for every job. Imports neither tyro nor torch.
 
 Written here and not taken from tyro: its page shows every flag at once and knows no recipes, and `--help` waits for its import.
 The help of a flag is the string below the field in its config class.
@@ -43,7 +43,8 @@ COMMON = (
 MOST_COMMON = 10
 SHORT = 12
 """A job with no more flags than this shows all of them in --help."""
-# what people type -> flags of ours that mean it, the first that a job has; {} is the value that was given
+# Flags of other tools -> our flags with the same meaning. The first one that the job has is proposed; {} is the given
+# value.
 SYNONYMS = {
     "epochs": ("steps {}epochs",),
     "examples": ("steps {}examples",),
@@ -70,7 +71,7 @@ class Option:
     name: str
     value: Any
     kind: str
-    """What the page shows in place of a value: N, X (a number with a fraction), TEXT."""
+    """Placeholder for the value in the help text: N (integer), X (float) or TEXT."""
     choices: tuple[Any, ...]
     text: str
     required: bool = False
@@ -82,7 +83,7 @@ class Option:
 
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
-    """Every flag of a config, or of a config class and its defaults. Nested flags follow in the place of their parent."""
+    """All flags of a config, or of a config class and its defaults. Nested flags take the place of their parent."""
     cls: Any = config if isinstance(config, type) else type(config)
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     annotated = typing.get_type_hints(cls, include_extras=True)
@@ -153,7 +154,7 @@ def field_texts(cls: Any) -> dict[str, str]:
 def help_text(
     config: Any, *, prog: str, description: str, recipes: Sequence[str] = (), recipe: str = "", everything: bool = False
 ) -> str:
-    """The page of --help (the common flags) or --help-all (all of them, in groups), at most 80 columns wide.
+    """The text of --help (the common flags) or --help-all (all flags, in groups), at most 80 columns wide.
 
     recipes: names of all recipes; none for a job that has no recipes. recipe: the one whose values are the defaults.
     """
@@ -185,18 +186,16 @@ def help_text(
     if recipes:
         lines += ["", "defaults:"]
         if len(recipes) > 1:
-            text = (
-                f"Set all values that a recipe sets. --list-recipes shows the {len(recipes)} recipes. (here: {recipe})"
-            )
+            text = f"Start from the values of a recipe. --list-recipes shows all {len(recipes)}. (here: {recipe})"
             lines += _entry("--recipe NAME", text)
-        lines += _entry("--config FILE.yaml", "Set all values that an earlier run saved in its config.yaml.")
+        lines += _entry("--config FILE.yaml", "Start from the config.yaml of an earlier run.")
     if not everything and rest:
-        lines += ["", *_entry("--help-all", f"Show the other {len(rest)} flags, too.")]
+        lines += ["", *_entry("--help-all", f"Also show the other {len(rest)} flags.")]
     return "\n".join(lines) + "\n"
 
 
 def _paragraph(text: str) -> list[str]:
-    """Prose filled to the width; examples, which are indented, line by line."""
+    """Wraps a paragraph. Indented examples keep their line breaks."""
     if not text.startswith(" "):
         return textwrap.wrap(text, WIDTH)
     return [part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 8)]
@@ -226,7 +225,8 @@ def _entry(left: str, text: str) -> list[str]:
 
 
 def families(recipes: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """[(family, names)]: recipes that share the second part of their name; the family "" holds those that share it with none."""
+    """[(family, names)]: recipes grouped by the second part of their name. The family "" holds recipes without a
+    group."""
     found: dict[str, list[str]] = {}
     for name in recipes:
         found.setdefault((name + "_").split("_")[1] or name.partition("-")[0], []).append(name)
@@ -241,7 +241,7 @@ def first_sentence(function: Callable) -> str:
 
 
 def list_recipes(recipes: Mapping[str, Callable[[], Any]], default: str) -> str:
-    """The recipes by family, each with the first sentence of its docstring."""
+    """The text of --list-recipes: recipes by family, each with the first sentence of its docstring."""
     lines = [f"recipes (--recipe NAME; default {default}):"]
     for family, names in families(recipes):
         lines += ["", f"{family}:"] if family else []
@@ -278,7 +278,7 @@ def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
     for synonym in SYNONYMS.get(name, ()):
         if synonym.partition(" ")[0] in options:
             return f" (did you mean --{synonym.format(value).strip()}?)"
-    # the last part of a dotted name is what people remember
+    # Users tend to remember the last part of a dotted name.
     inside = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
     close = inside or difflib.get_close_matches(name, options, 1)
     return f" (did you mean --{close[0]}?)" if close else ""

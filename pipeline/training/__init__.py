@@ -1,4 +1,4 @@
-"""Pre-training: `recipes` say what to run, `run` launches it, `loop` is what a worker does.
+"""Pre-training: `recipes` defines the configs, `run` launches a run, `loop` is the training loop of a worker.
 
-`engine` is the only file that knows DeepSpeed; `checkpoint` writes and finds checkpoints; `schedule` is the learning rate.
+`engine` wraps DeepSpeed, `checkpoint` writes and finds checkpoints, `schedule` computes the learning rate.
 """

@@ -1,4 +1,4 @@
-"""Which settings help a run that is short of memory or waits for its data."""
+"""Advice for runs that are out of memory or wait for data."""
 
 from pipeline import storage
 from pipeline.data.format import Dataset
@@ -25,7 +25,7 @@ def out_of_memory(config: PretrainConfig, micro_batch: int, *, host: bool) -> st
 
 
 def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> str:
-    """Says that training waits for its data, with the settings that could help this run."""
+    """A warning that training waits for data, with settings that may help this run."""
     threads = loading_threads(config)
     settings = []
     if storage.is_remote(config.runtime.data) and config.runtime.cache is None:
@@ -37,5 +37,5 @@ def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> 
     else:
         settings.append(f"give each worker more CPUs (--cpus-per-worker, now {config.runtime.cpus_per_worker:g})")
     if dataset.encoding == "jpeg":
-        settings.append("prepare the data as patches, which need no decoding (--encoding patches)")
+        settings.append("prepare the data with --encoding patches, which needs no decoding")
     return f"{share:.0%} of the time was spent waiting for data: {'; or '.join(settings)}"

@@ -1,4 +1,4 @@
-"""Locks that a killed compiler of torch extensions left behind: whoever finds one waits for it for ever."""
+"""Stale build locks of torch extensions. A build that finds one waits forever."""
 
 import contextlib
 import glob
@@ -6,17 +6,16 @@ import os
 
 
 def clear_stale_locks(folder: str | None = None) -> list[str]:
-    """Removes the locks of compiled extensions whose builder has been killed; returns their paths.
+    """Removes build locks of extensions whose build process was killed. Returns their paths.
 
-    torch builds an extension behind a file that it keeps open and removes at the end; whoever finds the file waits. A live
-    builder has the file open, so a lock that no process of this machine holds belongs to nobody. folder: where extensions
-    are built, by default torch's own.
-    """
+    torch creates a lock file before it builds an extension, keeps it open, and removes it afterwards; other processes
+    wait until it is gone. So a lock file that no process has open is stale. folder: build folder; None: torch's
+    default."""
     if folder is None:
         from torch.utils.cpp_extension import get_default_build_root
 
         folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    # torch puts a folder per Python and device between its default root and the extensions, and none under a chosen one
+    # torch's default root contains one folder per Python version and device; a custom root does not.
     found = [
         os.path.realpath(path) for depth in ("*", "*/*") for path in glob.glob(os.path.join(folder, depth, "lock"))
     ]
@@ -25,9 +24,9 @@ def clear_stale_locks(folder: str | None = None) -> list[str]:
         return []
     held = set()
     for descriptor in glob.iglob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # the process ended meanwhile, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             held.add(os.readlink(descriptor))
-    stale = sorted(path for path in made.keys() - held if _made(path) == made[path])  # not one made meanwhile
+    stale = sorted(path for path in made.keys() - held if _made(path) == made[path])  # not recreated in the meantime
     for path in stale:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)

@@ -1,18 +1,18 @@
-"""Checkpoints that are complete or invisible, for any number of workers.
+"""Atomic checkpoints that can be loaded on any number of workers.
 
     <run>/checkpoints/step-00001000/
         model.safetensors, config.json     the model, loadable without anything of ours (float32)
         ema.safetensors                    its exponential moving average, when the run keeps one
         state/param-00000-of-00002.safetensors ...   every worker's slices of one kind (param, exp_avg, ...):
                                            "kind:parameter:start" -> 1-D float32
-        COMMIT.json                        written last: sizes and SHA-256 of all of the above; without it, no checkpoint
+        COMMIT.json                        sizes and SHA-256 of all files; written last, so a folder without it is
+        incomplete
 
-A worker writes only what it owns, in the background (`Writer`); the model file is put together from the slices. A reader
-takes the slices it needs, whatever the number of workers or ZeRO stage that wrote them (`StateReader`).
-<run>/attempt.json says who may write: the attempt that started last. An attempt looks there before it writes anything, and
-every attempt after the first has folders of its own (step-00001000-3f9a01c2b4d5): one that was suspended after it looked,
-and wakes up when others have committed, writes into no folder of theirs.
-"""
+Each worker writes the slices that it owns in the background (`Writer`); rank 0 assembles the model file from the
+slices. A reader loads the slices it needs, independent of the number of workers and the ZeRO stage that wrote them
+(`StateReader`). Only the attempt that started last may write; <run>/attempt.json names it, and every attempt checks it
+before writing. All attempts after the first use separate folders (step-00001000-3f9a01c2b4d5), so that an attempt that
+was suspended after the check cannot overwrite checkpoints that a later attempt has committed."""
 
 import contextlib
 import errno
@@ -56,7 +56,7 @@ from pipeline.weights.checkpoints import (
 ATTEMPT = "attempt.json"
 WRITE_ERRORS = (StorageError, OSError, SafetensorError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the same attempt cannot get over: somebody has to make room, or give the right to write."""
+"""Errors that a retry cannot fix: the disk is full, or write permission is missing."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +66,14 @@ class NoRoom(UserError):
 
 
 def remove(checkpoint: Checkpoint) -> None:
-    """Deletes a checkpoint; its commit goes first, so that it is never half a checkpoint."""
+    """Deletes a checkpoint, COMMIT.json first, so that an interrupted deletion does not leave a valid-looking
+    checkpoint."""
     storage.remove(storage.join(checkpoint.uri, COMMIT))
     storage.remove(checkpoint.uri, recursive=True)
 
 
 def remove_orphans(run: str) -> list[str]:
-    """Deletes the folders that an ended attempt left without COMMIT.json. Only before training starts, by one worker."""
+    """Deletes folders of earlier attempts without COMMIT.json. Call it on one worker only, before training starts."""
     orphans = _uncommitted(run)
     for name in orphans:
         storage.remove(storage.join(run, "checkpoints", name), recursive=True)
@@ -87,7 +88,7 @@ def _uncommitted(run: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderState:
-    """What one folder under checkpoints/ is; `about` says why it is no use, or what it holds."""
+    """State of a folder under checkpoints/. `about` describes its content or why it is unusable."""
 
     uri: str
     state: Literal["complete", "damaged", "uncommitted"]
@@ -95,7 +96,7 @@ class FolderState:
 
 
 def survey(run: str) -> list[FolderState]:
-    """Every folder under checkpoints/, each file read and compared with what was written, in the order of their names."""
+    """State of every folder under checkpoints/, sorted by name. Reads all files and verifies their checksums."""
     root = storage.join(run, "checkpoints")
     uncommitted = set(_uncommitted(run))
     findings = []
@@ -103,7 +104,7 @@ def survey(run: str) -> list[FolderState]:
         uri = storage.join(root, name)
         if name in uncommitted:
             findings.append(
-                FolderState(uri=uri, state="uncommitted", about=f"no {COMMIT}: half-written, or being written")
+                FolderState(uri=uri, state="uncommitted", about=f"no {COMMIT}: incomplete, or still being written")
             )
             continue
         try:
@@ -124,11 +125,11 @@ def survey(run: str) -> list[FolderState]:
 
 
 def repair(run: str, delete: bool = False) -> tuple[list[str], bool]:
-    """What each checkpoint of a run is and which one would be continued from, as lines; and whether nothing is wrong (any more).
+    """Lines that describe each checkpoint of a run and which one it would resume from; and whether all are valid
+    afterwards.
 
-    delete: removes what is damaged or uncommitted. Not while the run is going on: what it is writing is uncommitted too.
-    Raises UserError when there is nothing to look at.
-    """
+    delete: removes damaged and uncommitted checkpoints. Do not use it during a run, whose current checkpoint is
+    uncommitted. Raises UserError when there are no checkpoints."""
     run = storage.normalise(run)
     findings = survey(run)
     if not findings:
@@ -136,7 +137,7 @@ def repair(run: str, delete: bool = False) -> tuple[list[str], bool]:
     lines = [f"{finding.state:12s} {finding.uri}: {finding.about}" for finding in findings]
     complete = [finding.uri for finding in findings if finding.state == "complete"]
     broken = [finding for finding in findings if finding.state != "complete"]
-    lines.append(f"continues from {complete[-1]}" if complete else "no complete checkpoint: the run would start over")
+    lines.append(f"resumes from {complete[-1]}" if complete else "no complete checkpoint: the run would start over")
     for finding in broken if delete else []:
         storage.remove(storage.join(finding.uri, COMMIT))
         storage.remove(finding.uri, recursive=True)
@@ -148,10 +149,10 @@ def repair(run: str, delete: bool = False) -> tuple[list[str], bool]:
 
 
 class Writer:
-    """Writes one worker's part in the background; rank 0 adds the model and commits when every part has arrived.
+    """Writes the part of one worker in the background; rank 0 adds the model and commits after all parts are written.
 
-    Every rank makes one and calls `start` once and `save` for the same steps. A store that is away or full costs a warning
-    and that checkpoint, not the run: the next checkpoint tries again.
+    Every rank creates one, calls `start` once, and calls `save` at the same steps. If storage is unavailable or full, a
+    warning is logged and the checkpoint is skipped; training continues.
     """
 
     def __init__(
@@ -163,38 +164,39 @@ class Writer:
         best: str | None = None,
         deliver_records: Callable[[], Any] | None = None,
     ):
-        """model: as built, before DeepSpeed takes its parameters apart (its shapes, buffers and config are noted).
+        """model: before DeepSpeed partitions its parameters (used for shapes, buffers and config).
 
-        deliver_records: called on rank 0 before a commit. What has been logged about a run must never be older than its
-        newest checkpoint: a restart from it would not log those steps again.
-        """
+        deliver_records: called on rank 0 before each commit. A run that resumes from a checkpoint does not log earlier
+        steps again, so their records must be delivered before the commit."""
         self.run, self.keep_last, self.best, self.deliver_records = run, keep_last, best, deliver_records
         self.model_config: dict[str, Any] = cast(Any, model).config
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.buffers = {k: v.clone() for k, v in model.state_dict().items() if k not in self.shapes}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # A group of its own: its collectives run in this thread, beside those of training.
+        # A separate process group, because these collectives run in another thread than those of training.
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
         self.attempt = uuid.uuid4().hex[:12]
         self.suffix = f"-{self.attempt}"
-        """What sets this attempt's folders apart; empty for the first attempt of a run."""
+        """Suffix of the folders of this attempt; empty for the first attempt of a run."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Exception | None] | None = None
         self.verified: dict[str, bool] = {}
-        """Checkpoint -> whether its files are as written. What this attempt wrote is, older ones are read once."""
+        """Checkpoint -> whether its checksums match. Checkpoints of this attempt are trusted, older ones are read
+        once."""
         self.failed: list[int] = []
         """Steps whose checkpoint could not be written."""
         self.waited = 0.0
-        """Seconds the training loop has stood still for checkpoints: for copies of the state, and for one still being written."""
+        """Seconds that training was blocked by checkpoints: copying the state, and waiting for the previous
+        checkpoint."""
 
     def start(self) -> Checkpoint | None:
-        """Takes the run over from any earlier attempt; the checkpoint to continue from, the same on every worker."""
+        """Takes over the run from earlier attempts. Returns the checkpoint to resume from, the same on every worker."""
         self.suffix = self._from_rank_0(self._take_over() if self.rank == 0 else None)
         return self._from_rank_0(latest(self.run) if self.rank == 0 else None)
 
     def _take_over(self) -> str:
-        """Makes this attempt the owner of the run; what its folders are called after their step."""
+        """Makes this attempt the owner of the run. Returns the suffix of its folders."""
         about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
         place = storage.join(self.run, ATTEMPT)
         others = bool(storage.list_files(storage.join(self.run, "checkpoints")))
@@ -202,19 +204,19 @@ class Writer:
             return ""
         storage.write_json(place, about)
         for name in remove_orphans(self.run):
-            logger.info("removed %s: it was never committed", name)
+            logger.info("removed uncommitted checkpoint %s", name)
         return f"-{self.attempt}"
 
     def folder(self, step: int) -> str:
-        """Where this attempt writes the checkpoint of a step."""
+        """Folder of the checkpoint of a step in this attempt."""
         return folder(self.run, step) + self.suffix
 
     def save(self, step: int, snapshot: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> None:
-        """Starts writing a snapshot (`Engine.snapshot`). Waits first for the one before, if that is still under way."""
+        """Starts writing a snapshot (`Engine.snapshot`), after waiting for the previous one to finish."""
         problem = self._wait_for_pending()
         if problem is not None and self.rank == 0:
             logger.warning(
-                "the checkpoint of step %d could not be written, training goes on: %s", self.failed[-1], problem
+                "the checkpoint of step %d could not be written; training continues: %s", self.failed[-1], problem
             )
         start = time.perf_counter()
         tensors = snapshot()
@@ -222,13 +224,13 @@ class Writer:
         self.pending = self.thread.submit(self._write, step, tensors, about)
 
     def wait(self) -> None:
-        """Until the last save is committed. Raises what went wrong with it; NoRoom when only a person can help."""
+        """Waits until the last save is committed. Raises its error; NoRoom when storage is full or read-only."""
         problem = self._wait_for_pending()
         if problem is not None:
             raise problem
 
     def close(self) -> None:
-        """Ends the thread when its last save is done. Raises nothing: `wait` does, and an error may be on its way already."""
+        """Stops the thread after the last save. Never raises, because it may run while an exception propagates."""
         self.thread.shutdown()
 
     def _wait_for_pending(self) -> Exception | None:
@@ -248,8 +250,8 @@ class Writer:
         return box[0]
 
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Exception | None:
-        """A save is over for all workers or for none. Returns what kept it from being written, the same on every worker;
-        raises UserError when another attempt owns the run."""
+        """Saves on all workers or on none. Returns the error that prevented the save, the same on every worker; raises
+        UserError when another attempt owns the run."""
         target = self.folder(step)
         problem: Exception | None = None
         if self.rank == 0:
@@ -262,7 +264,7 @@ class Writer:
         if problem is not None:
             self.failed.append(step)
             if self.rank == 0:
-                with contextlib.suppress(UserError, OSError):  # what was half written needs the room of the next one
+                with contextlib.suppress(UserError, OSError):  # free the space of the incomplete checkpoint
                     storage.remove(target, recursive=True)
         return problem
 
@@ -284,7 +286,7 @@ class Writer:
         return self._from_rank_0(problem)
 
     def _attempt(self, work: Callable[[], None]) -> Exception | None:
-        """What went wrong, as an exception that can be sent to other workers; None when nothing did."""
+        """Runs `work`. Returns its error as an exception that can be sent to other workers, or None."""
         try:
             work()
         except WRITE_ERRORS as error:
@@ -297,16 +299,16 @@ class Writer:
         place = storage.join(self.run, ATTEMPT)
         owner = storage.read_json(place)
         if not isinstance(owner, dict) or "attempt" not in owner:
-            raise UserError(f"{place} does not say which start of this run may write; the same command again continues")
+            raise UserError(f"{place} does not name the attempt that owns this run; repeat the command to continue")
         if owner["attempt"] != self.attempt:
             raise UserError(
-                f"{self.run} was taken over by another start of this run (process {owner.get('pid')} on "
-                f"{owner.get('host')}); this one ends without its checkpoint at step {step}"
+                f"{self.run} was taken over by another attempt of this run (process {owner.get('pid')} on "
+                f"{owner.get('host')}); this attempt ends without a checkpoint at step {step}"
             )
 
     def _put_state(self, target: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
-        """This worker's files and their receipts. One per kind: they are uploaded side by side, and whoever wants the
-        parameters alone reads no optimiser states."""
+        """Writes this worker's files and returns their sizes and checksums. One file per kind, so that files are
+        uploaded in parallel and the parameters can be read without the optimiser states."""
         kinds: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kinds.setdefault(key.partition(":")[0], {})[key] = tensor
@@ -338,11 +340,10 @@ class Writer:
         self._remove_old(step)
 
     def _remove_old(self, step: int) -> None:
-        """Keeps the newest `keep_last` valid checkpoints and the valid one that is best by metric `best`.
+        """Keeps the newest `keep_last` valid checkpoints and the best valid one by metric `best`.
 
-        Nothing is removed before there are `keep_last` valid ones; then damaged ones go too. A damaged one of the step that
-        was just written goes at once.
-        """
+        Nothing is removed until `keep_last` valid checkpoints exist; then damaged ones are removed too. A damaged
+        checkpoint of the step that was just written is removed immediately."""
         spared: list[Checkpoint] = []
         checkpoints = find(self.run)
         for checkpoint in checkpoints:
@@ -369,14 +370,14 @@ class Writer:
 
 
 def _plain(error: Exception) -> UserError:
-    """What a store did, as an exception that can be sent to other workers."""
+    """A storage error as an exception that can be sent to other workers."""
     text = str(error)
     full = getattr(error, "errno", None) in FULL or any(f"os error {code})" in text for code in FULL)
     return NoRoom(text) if full else Unavailable(text)
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:
-    """Writes a safetensors file and returns its receipt {name: {size, sha256}}."""
+    """Writes a safetensors file and returns {name: {size, sha256}}."""
     uri = storage.join(target, name)
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
         local = uri if not storage.is_remote(uri) else os.path.join(scratch, "file")
@@ -392,11 +393,10 @@ def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: d
 
 
 class StateReader:
-    """The training state of a checkpoint as one space of named parameters, whoever wrote which slice.
+    """Reads the training state of a checkpoint by parameter name, independent of how it was sliced.
 
-    files: paths under `uri` of the state files. A remote file is copied to a temporary folder when the first of its slices
-    is read: a worker that continues alone what it wrote alone fetches its own files and nobody else's.
-    """
+    files: paths of the state files under `uri`. A remote file is copied to a temporary folder when one of its slices is
+    read for the first time, so workers only download the files they need."""
 
     def __init__(self, uri: str, files: list[str]):
         self.scratch = tempfile.mkdtemp(prefix="checkpoint-") if storage.is_remote(uri) else None
@@ -424,7 +424,7 @@ class StateReader:
         return self.open[path]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a parameter's state. Raises UserError when they are not all there."""
+        """Elements [start, start + numel) of the state of a parameter. Raises UserError when some are missing."""
         result = torch.empty(numel)
         filled = 0
         for begin, end, path, key in self.slices.get((kind, name), []):
@@ -434,11 +434,13 @@ class StateReader:
                 result[low - start : high - start] = values
                 filled += high - low
         if filled != numel:
-            raise UserError(f"the checkpoint has {filled} of {numel} values of {kind} {name}: another architecture?")
+            raise UserError(
+                f"the checkpoint has {filled} of {numel} values of {kind} {name}; has the architecture changed?"
+            )
         return result
 
     def assemble(self, kind: str) -> dict[str, Tensor]:
-        """All parameters of one kind, flat."""
+        """All parameters of one kind as flat tensors."""
         names = [name for k, name in self.slices if k == kind]
         return {name: self.read(kind, name, 0, max(end for _, end, *_ in self.slices[kind, name])) for name in names}
 
@@ -453,7 +455,7 @@ class StateReader:
 
 
 def _shapes(path: str) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file: its first 8 bytes are the length of the JSON that follows."""
+    """Shapes of the tensors in a safetensors file. The first 8 bytes are the length of the JSON header."""
     length = int.from_bytes(storage.read_bytes(path, 0, 8), "little")
     header = json.loads(storage.read_bytes(path, 8, 8 + length))
     return {key: about["shape"] for key, about in header.items() if key != "__metadata__"}

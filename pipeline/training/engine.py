@@ -1,9 +1,8 @@
-"""The DeepSpeed engine of one worker, and its state in slices that fit any number of workers.
+"""The DeepSpeed engine of one worker, with its state as slices that can be loaded on any number of workers.
 
-`Engine` wraps a model for ZeRO 0-3. `zero_layout` says which slice of which parameter this worker's optimiser owns, so a
-checkpoint is a set of named slices: written without communication, and readable on another number of workers or another
-ZeRO stage (each worker reads the slices that it now owns).
-"""
+`Engine` wraps a model for ZeRO 0-3. `zero_layout` finds the parameter slices that the optimiser of this worker owns. A
+checkpoint is a set of named slices: it is written without communication and can be read on another number of workers or
+with another ZeRO stage (each worker reads the slices that it owns)."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """Which worker this is. With world > 1 a process group is initialised."""
+    """Rank, world size and device of a worker. With world > 1 a process group is initialised."""
 
     rank: int
     world: int
@@ -36,8 +35,8 @@ class Worker:
 class Engine:
     """One model under DeepSpeed.
 
-    `train_step` takes the worker's share of one global batch; the learning rate is set from outside each step, so that
-    the schedule is a function of the step alone and nothing about it needs saving.
+    `train_step` takes the worker's share of one global batch. The caller passes the learning rate of each step, so the
+    schedule has no state to save.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Engine:
         self.config = config
         self.accumulation = accumulation
         self.clip = _clip(optimizer)
-        inner.state.clear()  # stage 0 in bf16 has stepped once to make its states: Adam would count one step too many
+        inner.state.clear()  # stage 0 in bf16 takes a step to create its states; Adam's step count would be off by one
         self.step_on_device: DeviceStep | None = None
         if (
             isinstance(inner, torch.optim.AdamW)
@@ -85,7 +84,7 @@ class Engine:
         else:
             zero_layout.drop_nonfinite_gradients(self.engine.optimizer, config.zero)
         self.dropped = torch.zeros((), dtype=torch.bool, device=device)
-        """Whether the last step was not taken because a gradient was not finite on some worker."""
+        """Whether the last step was dropped because of non-finite gradients on any worker."""
         self._plain_norm: Tensor | None = None
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self._fragments = list(zero_layout.find_fragments(self.engine.optimizer, self.module, config.zero, rank))
@@ -109,11 +108,10 @@ class Engine:
     ) -> Tensor:
         """One optimiser step over `accumulation` micro-batches.
 
-        micro_losses: one function per micro-batch, from the model to its mean loss. skip_step: from this worker's mean loss
-        to a bool scalar, the same on all workers: whether the weights must stay as they are.
-        Returns this worker's mean loss, a detached scalar on the device. Nothing waits for the device where
-        `step_on_device` is set (AdamW, ZeRO 0 to 2, no offload, not fp16); elsewhere DeepSpeed's own step does.
-        """
+        micro_losses: one function per micro-batch that maps the model to its mean loss. skip_step: maps this worker's
+        mean loss to a bool scalar, the same on all workers, that is true if the weights must not change. Returns this
+        worker's mean loss, a detached scalar on the device. With `step_on_device` (AdamW, ZeRO 0 to 2, no offload, not
+        fp16) there is no host synchronisation; otherwise DeepSpeed's step synchronises."""
         skipped_before = self.engine.skipped_steps
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -122,7 +120,7 @@ class Engine:
             loss = micro_loss(self.engine)
             total += loss.detach().float()
             if skip_step is not None and count == self.accumulation:
-                # The gradients become NaN, which every stage knows how to drop; known on the device alone, without a wait.
+                # NaN gradients make every ZeRO stage drop the step, without a host synchronisation.
                 loss = loss * torch.where(skip_step(total / self.accumulation), float("nan"), 1.0)
             self.engine.backward(loss)
             if count == self.accumulation:
@@ -138,7 +136,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> dict[str, float]:
-        """State of the dynamic loss scale, to be kept in a checkpoint; empty where nothing is scaled."""
+        """State of the dynamic loss scale for checkpoints; empty without loss scaling."""
         return zero_layout.loss_scale(self.engine.optimizer)
 
     @loss_scale.setter
@@ -146,8 +144,8 @@ class Engine:
         zero_layout.set_loss_scale(self.engine.optimizer, state)
 
     def _before_plain_step(self) -> None:
-        """Stage 0 in float32 is a plain optimiser: clips here, and drops gradients that are not finite (reduced
-        gradients are alike on all workers; a parameter without a gradient is left alone by the step)."""
+        """Clips gradients and drops non-finite ones. Stage 0 in float32 is a plain optimiser without this. All workers
+        have the same reduced gradients; the step skips parameters without a gradient."""
         if self.engine.optimizer is not self.inner:
             return
         if isinstance(self.step_on_device, PlainStep):
@@ -156,12 +154,12 @@ class Engine:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         self._plain_norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
         self.dropped = ~self._plain_norm.isfinite()
-        if self.dropped:  # SGD and Muon have no kernel that takes the flag: this waits for the device
+        if self.dropped:  # SGD and Muon have no kernel that accepts the flag: this synchronises
             for parameter in parameters:
                 parameter.grad = None
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping. Waits for the device."""
+        """Global gradient norm of the last step, before clipping. Synchronises with the device."""
         if self.step_on_device is not None:
             return float(self.step_on_device.norm)
         norm = self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
@@ -178,7 +176,7 @@ class Engine:
         return list({id(fragment.flat): fragment.flat for fragment in self._fragments}.values())
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This worker's part of the training state on the host: {"kind:parameter:start": 1-D float32 slice}.
+        """A host copy of this worker's part of the training state: {"kind:parameter:start": 1-D float32 slice}.
 
         Kinds: "param" (float32 master), the optimiser's states ("exp_avg", ...), "ema". Copies: training may go on
         while they are written. What every worker holds alike (stage 0) is divided among them so that it is written once.
@@ -205,10 +203,11 @@ class Engine:
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], Tensor], kinds: set[str], taken: int) -> None:
-        """Fills this worker's slices. `read(kind, name, start, numel)` gives a 1-D float32 tensor; `kinds` are those stored.
+        """Loads this worker's slices. `read(kind, name, start, numel)` returns a 1-D float32 tensor; `kinds` are
+        stored.
 
-        taken: steps that the optimiser has taken so far. The model itself must already hold the checkpoint's weights
-        (low-precision copies are made from them).
+        taken: number of optimiser steps so far. The model must already have the weights of the checkpoint, because
+        low-precision copies are made from them.
         """
         muon = {id(fragment.flat) for fragment in self._fragments if fragment.name in self._muon}
 
@@ -225,7 +224,7 @@ class Engine:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
             if (
                 "exp_avg" in state
-            ):  # Adam's bias correction counts steps: torch with a float tensor, Muon's Adam with an int
+            ):  # step count of Adam's bias correction: a float tensor in torch, an int in Muon's Adam
                 fused = self.inner.param_groups[0].get("fused")
                 count = torch.tensor(float(taken), device=flat.device if fused else "cpu")
                 state["step"] = taken if muon else count
@@ -252,7 +251,7 @@ class Engine:
 def micro_losses(
     batch: Mapping[str, Any], micro_batch: int, device: torch.device, loss: str, label_smoothing: float = 0.0
 ) -> Iterator[Callable[[nn.Module], Tensor]]:
-    """A worker's batch, as the loader hands it out, as one loss function per micro-batch for `Engine.train_step`."""
+    """Splits a worker's batch from the loader into one loss function per micro-batch, for `Engine.train_step`."""
     tensors = {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
     images = tensors.pop("image") if "image" in tensors else tensors.pop("patches")
     for begin in range(0, len(images), micro_batch):
@@ -267,10 +266,11 @@ def micro_losses(
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser, its learning rate 0 until the first step sets it. A group's `lr_scale` multiplies that rate."""
+    """The optimiser, with learning rate 0 until the first step sets it. `lr_scale` of a group multiplies the learning
+    rate."""
     groups = weight_decay_groups(model, config.decay_filter)
     if config.name == "adamw":
-        # fused: one pass over memory instead of eight, on a CPU (and so under offload) too
+        # fused: one pass over memory instead of eight, also on a CPU (and so with offload)
         return torch.optim.AdamW(
             groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
@@ -279,7 +279,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     for name, parameter in model.named_parameters():
-        # Of DeepSpeed's own choice the class token, registers and the head would be, too: they are no hidden matrices.
+        # DeepSpeed's default also includes the class token, registers and the head, which are not hidden matrices.
         parameter.use_muon = name.startswith("blocks.") and parameter.dim() == 2  # type: ignore[attr-defined]
     halves: list[dict[str, Any]] = []
     for group in groups:
@@ -296,12 +296,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def _clip(config: OptimizerConfig) -> float | None:
-    """Muon's updates have the same size whatever the gradient's: the norm that DeepSpeed would clip is theirs."""
+    """The clipping norm; None for muon, where DeepSpeed would clip the update, whose norm does not depend on the
+    gradient."""
     return None if config.name == "muon" else config.clip
 
 
 def _tensor_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """Optimiser states of the shape of the parameters (not the scalar step count)."""
+    """Optimiser states with the shape of the parameters (not the scalar step count)."""
     states = optimizer.state.get(flat, {})
     return {k: v for k, v in states.items() if isinstance(v, Tensor) and v.numel() == flat.numel() and v.dim() > 0}
 
@@ -310,14 +311,14 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulat
     """DeepSpeed's own configuration."""
     zero: dict = {
         "stage": config.zero,
-        # Stage 3 needs the overlap for speed. Stages 1 and 2 have had races with compiled blocks (DeepSpeed #8061, mended
-        # in 0.19.8), and their overlap waits for the device after each backward pass.
+        # Stage 3 needs the overlap for speed. Stages 1 and 2 had races with compiled blocks (DeepSpeed #8061, fixed in
+        # 0.19.8), and their overlap synchronises after each backward pass.
         "overlap_comm": torch.cuda.is_available() and (config.zero == 3 or config.overlap_comm),
-        # Against fragmentation of a GPU's memory; on a CPU a copy of every gradient for nothing (docs/journal.md).
+        # Avoids fragmentation of GPU memory. On a CPU it would copy every gradient without benefit (docs/journal.md).
         "contiguous_gradients": torch.cuda.is_available() or config.zero > 1,
     }
     if optimizer.name == "muon":
-        zero["reduce_scatter"] = False  # it needs whole gradients; stage 3 refuses otherwise
+        zero["reduce_scatter"] = False  # muon needs whole gradients; stage 3 raises an error otherwise
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     in_float32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
@@ -333,5 +334,5 @@ def deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig, accumulat
         "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0},  # 0: dynamic
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # waits for the device twice in each micro-batch
+        "timers": {"throughput": {"enabled": False}},  # synchronises twice per micro-batch
     }

@@ -1,4 +1,5 @@
-"""Which failures of workers are tried again, in one line each; and how many workers a run goes on with."""
+"""Failure and scaling policies of Ray Train: which failures are retried, and the number of workers of the next
+attempt."""
 
 import contextlib
 import logging
@@ -31,17 +32,18 @@ from pipeline.training.ray_compat import (
 from pipeline.weights import checkpoints
 
 RESIZE_WITHIN = 600.0
-"""Seconds that workers get to save their state before a change of their number."""
+"""Seconds for workers to save their state before their number changes."""
 
 logger = logging.getLogger(__name__)
 
 
 class Failures(DefaultFailurePolicy):
-    """Lost workers and errors are tried again up to `max_failures` times in a row, workers that left on purpose always, wrong
-    input never. A new checkpoint ends the row: a run of weeks loses more workers than any fixed number."""
+    """Retries lost workers and errors up to `max_failures` times in a row, always retries workers that left
+    deliberately, and never retries wrong input. A new checkpoint resets the count, because a long run may lose many
+    workers."""
 
     def __init__(self, failure_config: FailureConfig, config: PretrainConfig, records: Any = None):
-        """records: handle of the driver's `logs.Collector`; Ray makes decisions in a process of its own."""
+        """records: handle of the driver's `logs.Collector`, because Ray runs the policy in a separate process."""
         super().__init__(failure_config)
         self.config, self.records = config, records
         self.reached = 0
@@ -64,7 +66,7 @@ class Failures(DefaultFailurePolicy):
         if decision == FailureDecision.RETRY:
             rank, cause = root_cause(training_failed_error)
             if isinstance(training_failed_error, ControllerError):
-                logger.warning("the workers do not start, trying again: %s", first_line(cause))
+                logger.warning("the workers failed to start, retrying: %s", first_line(cause))
             else:
                 count = count_failures(self)
                 counted = f" (failure {count} of at most {self.config.runtime.max_failures} in a row)"
@@ -79,7 +81,8 @@ class Failures(DefaultFailurePolicy):
 class Elastic(ElasticPolicy):
     """As many workers as there are nodes for and as fit the run, which saves its state before it grows.
 
-    Ray would stop the workers in the middle of a step and take any number between the two ends. sizes: those that fit.
+    Ray's policy would stop the workers in the middle of a step and use any number between the minimum and the maximum.
+    sizes: the supported numbers of workers.
     """
 
     def __init__(self, scaling_config: ScalingConfig, sizes: list[int], records: Any = None):
@@ -98,9 +101,9 @@ class Elastic(ElasticPolicy):
             self.waiting_since = time.monotonic()
         elif time.monotonic() - self.waiting_since > 30:
             self.waiting_since = time.monotonic()
-            logger.warning("no room for %d workers, which is the least; waiting for nodes", self.sizes[0])
+            logger.warning("not enough resources for the minimum of %d workers; waiting for nodes", self.sizes[0])
         if self.waiting_since:
-            time.sleep(1)  # Ray asks again at once, for as long as it takes
+            time.sleep(1)  # Ray calls this method again immediately
         return decision
 
     def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
@@ -115,9 +118,9 @@ class Elastic(ElasticPolicy):
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision):
-            # They save, leave, and start again in the new number.
+            # The workers save their state and restart with the new number.
             workers, wanted = worker_group_state.num_workers, decision.num_workers
-            logger.info("%d workers save their state to go on as %d", workers, wanted)
+            logger.info("%d workers save their state to continue as %d", workers, wanted)
             notify_workers(worker_group_state, RESIZE_WITHIN)
             return NoopDecision()
         return decision
@@ -127,18 +130,18 @@ class Elastic(ElasticPolicy):
 
 
 def is_final(failure: BaseException) -> bool:
-    """Whether trying again is wrong: for wrong input (not a store that is away), and when the driver was told to stop."""
+    """Whether a failure must not be retried: wrong input (but not unavailable storage), or the driver was stopped."""
     return isinstance(failure, Stopped) or (isinstance(failure, UserError) and not isinstance(failure, StorageError))
 
 
 def root_cause(error: Exception) -> tuple[int | None, BaseException]:
-    """The failure that the others follow from, and the rank of its worker."""
+    """The failure that caused the others, and the rank of its worker."""
 
     def precedence(failure: tuple[int, BaseException]) -> int:
         exception = failure[1]
         if isinstance(exception, UserError):
             return 0
-        # When one worker ends, the collectives of all others fail.
+        # When one worker dies, the collectives of all others fail.
         return 2 if isinstance(exception, RuntimeError) and any(x in str(exception) for x in ("gloo", "NCCL")) else 1
 
     failures = getattr(error, "worker_failures", {})
@@ -156,14 +159,14 @@ def root_cause(error: Exception) -> tuple[int | None, BaseException]:
 
 
 def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
-    """One line: which worker, what happened, what helps."""
+    """One line with the worker, the failure and the remedy."""
     who = "" if rank is None else f"worker {rank}: "
     if out_of_memory := host_memory.describe(str(cause)):
         settings = memory_advice(config, config.runtime.workers, host=True)
         return f"{who}{out_of_memory}; {settings.partition('; ')[2]}"
     if isinstance(cause, ray.exceptions.RayActorError):
         node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")
-        return f"{who}its process ended{' on ' + node if node else ''} (killed, its node gone, or out of host memory)"
+        return f"{who}its process ended{' on ' + node if node else ''} (killed, node lost, or out of host memory)"
     return f"{who}{type(cause).__name__}: {first_line(cause)}"
 
 

@@ -1,4 +1,4 @@
-"""Which kernels compute the model: compilation, autotuned convolutions, TF32, determinism. Settings of the whole process."""
+"""Process-wide kernel settings: compilation, cuDNN autotuning, TF32, determinism."""
 
 import os
 from typing import Any, cast
@@ -9,18 +9,18 @@ from torch import nn
 from models.resnet import Stages
 from pipeline.training.config import EngineConfig
 
-# Every shape and mode of a block is compiled once: training, evaluation, the last block, each stage of a stem, a short batch.
-# torch stops at 8 and goes on eagerly.
+# Every shape and mode of a block is compiled once: training, evaluation, the last block, each stage of a stem, a short
+# batch. torch's default limit is 8; beyond it, torch falls back to eager mode.
 COMPILATIONS = 64
 
 
 def choose_kernels(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
-    """Sets what the config asks for before anything is computed on the device.
+    """Applies the config. Call it before any computation on the device.
 
-    On GPUs cuDNN times its convolution algorithms once for each shape, where there are convolutions and the results may differ.
+    For models with convolutions on a GPU, cuDNN autotunes each shape unless `deterministic` is set.
     """
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its workspace is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS allocates its workspace
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     if device.type != "cuda":
         return
@@ -30,7 +30,7 @@ def choose_kernels(model: nn.Module, config: EngineConfig, device: torch.device)
 
 
 def compile_model(model: nn.Module, config: EngineConfig) -> None:
-    """torch.compile of each of `model.compiled_parts()`, or of the model as a whole."""
+    """Compiles each of `model.compiled_parts()`, or the whole model."""
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
     options = {} if config.compile_mode == "default" else {"mode": config.compile_mode}

@@ -1,4 +1,4 @@
-"""The workers of a run under Ray Train: how many, with which resources, and their records on the driver.
+"""Launches the workers of a run with Ray Train and forwards their log records to the driver.
 
 Ray restarts a group of workers; which state they continue from is ours (`checkpoints.latest`), and so are two of Ray's
 decisions (`failures`): a wrong input is not tried again, and a group that grows saves its state first.
@@ -28,8 +28,8 @@ from pipeline.training.ray_compat import FailureConfig, RunConfig, ScalingConfig
 from pipeline.training.worker import train_worker
 from pipeline.weights import checkpoints
 
-# Activations come and go every step. By default glibc gives each large one back to the kernel and faults it in again,
-# zeroed, page by page; kept in the heap they cost nothing.
+# By default glibc returns large allocations to the kernel, so that activations cause page faults in every step. These
+# settings keep them in the heap.
 HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -38,16 +38,15 @@ HEAP = {
 logger = logging.getLogger(__name__)
 
 RESIZE_EVERY = 60.0
-"""Seconds between looks for more nodes: each change costs one restart."""
+"""Seconds between checks for more nodes. Each change costs one restart."""
 
 
 def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) -> dict[str, Any]:
-    """Runs the workers to the end of the plan and returns what rank 0 reports.
+    """Runs the workers to the end of the plan. Returns the result of rank 0.
 
-    sizes: the numbers of workers that fit the plan, ascending; more than one makes the run elastic. Every launch is a new
-    run to Ray: its own resuming knows nothing of damaged checkpoints. Raises UserError for what would fail again,
-    JobFailed when training failed for good.
-    """
+    sizes: the supported numbers of workers, ascending; with more than one the run is elastic. Every launch is a new Ray
+    Train run, because Ray's resume does not handle damaged checkpoints. Raises UserError for failures that a retry
+    cannot fix, JobFailed when training failed permanently."""
     config = plan.config
     output = config.runtime.output
     check_room(config, sizes[0])
@@ -72,7 +71,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
         trainer.scaling = partial(Elastic, sizes=sizes, records=collector.handle)
     try:
         with _progress(plan), collector:
-            # Off the main thread Ray leaves Ctrl-C to us; the workers end with this process.
+            # Outside the main thread Ray does not handle Ctrl-C; the workers end with this process.
             fitted: Future = Future()
             threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
             try:
@@ -88,7 +87,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
         kind = Unavailable if isinstance(cause, StorageError) else JobFailed
         raise kind(f"training failed: {describe_failure(rank, cause, config)}") from None
     finally:
-        with contextlib.suppress(StorageError):  # the next launch removes it too
+        with contextlib.suppress(StorageError):  # the next launch removes it
             storage.remove(storage.join(output, "ray"), recursive=True)
 
 
@@ -164,7 +163,7 @@ def _run_config(config: PretrainConfig) -> RunConfig:
 
 @contextlib.contextmanager
 def _progress(plan: TrainPlan) -> Iterator[None]:
-    """A bar on a terminal, which the records of logged steps advance. The records themselves stay above the bar."""
+    """A progress bar on a terminal, updated by the records of logged steps, which are printed above the bar."""
     steps = logging.getLogger("pipeline.training.loop")
     with logs.Progress("pretrain", total=plan.total, lines=False) as progress:
         top1 = ""
@@ -186,7 +185,8 @@ def _progress(plan: TrainPlan) -> Iterator[None]:
 
 
 def check_room(config: PretrainConfig, workers: int) -> None:
-    """Raises UserError when an embedded Ray has no room for so many workers; on a cluster it says what is waited for."""
+    """Raises UserError when an embedded Ray has too few resources for the workers; on a cluster, logs what is waited
+    for."""
     bundle = {"CPU": config.runtime.cpus_per_worker, **({"GPU": 1.0} if config.runtime.gpus else {})}
     if config.runtime.address is not None or cluster.submitted():
         cluster.announce(bundle, workers)

@@ -1,10 +1,9 @@
-"""What one training worker does: fetch, step, log, validate, checkpoint.
+"""The training loop of one worker: load a batch, step, log, validate, checkpoint.
 
     result = train(config, Worker(rank=0, world=1, device=device))
 
-Everything that decides which image is seen when, at what learning rate and with which dropout mask is a function of the
-step, so that a run killed anywhere continues with nothing but its step. Needs no Ray: `worker.py` runs it under Ray Train.
-"""
+Sample order, augmentation, learning rate and dropout masks are functions of the step, so a killed run can resume from
+its step alone. The loop does not depend on Ray; `worker.py` runs it under Ray Train."""
 
 import logging
 import math
@@ -53,11 +52,10 @@ def train(
     is_preempted: Callable[[], bool] = lambda: False,
     heartbeat: Callable[..., None] = lambda doing, step=None: None,
 ) -> dict[str, Any]:
-    """Trains from the newest checkpoint (or from scratch) to the end; returns the final numbers.
+    """Trains from the newest checkpoint (or from scratch) to the end. Returns the final metrics.
 
-    run: the MLflow run, on rank 0. is_preempted: whether this worker has been told to leave; then all workers save their
-    state and raise Preempted. heartbeat: called whenever something is done, with what comes next and, in the loop, the step.
-    """
+    run: the MLflow run, on rank 0. is_preempted: whether this worker has to leave; then all workers save their state
+    and raise Preempted. heartbeat: called between operations with the next operation and, in the loop, the step."""
     trainer = Trainer(config, worker, run, heartbeat)
     vote = PreemptionVote(is_preempted, trainer.host_group)
     try:
@@ -67,7 +65,7 @@ def train(
 
 
 class Trainer:
-    """The parts of one run, built in the order in which they depend on each other, and the loop over them."""
+    """The components of a run, created in dependency order, and the loop."""
 
     def __init__(self, config: PretrainConfig, worker: Worker, run: Run | None, heartbeat: Callable[..., None]):
         self.config, self.worker, self.run, self.heartbeat = config, worker, run, heartbeat
@@ -80,14 +78,14 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         model = create_model(**plan.model_options)
         self.flops_per_image = 3 * flops(model.config, patch_keep_rate=config.patch_keep_rate)
-        # MFU counts only what is really computed.
+        # MFU counts only the patches that are computed.
         computed = 3 * flops(model.config, computed=True, patch_keep_rate=config.patch_keep_rate)
         self.writer = checkpoint.Writer(
             storage.normalise(config.runtime.output),
             model,
             keep_last=config.runtime.keep_last,
             best=names.VAL_TOP1,
-            deliver_records=run.flush if run is not None else None,  # a lost node's records would be missing
+            deliver_records=run.flush if run is not None else None,  # otherwise a lost node loses records
         )
         start = self.writer.start()
         self.first = start.step if start is not None else 0
@@ -151,22 +149,22 @@ class Trainer:
         self.heartbeat("writing the last checkpoint")
         try:
             self.writer.wait()
-        except NoRoom as error:  # trying again is of no use before somebody makes room
+        except NoRoom as error:  # a retry cannot succeed before the user frees space
             return self.result(missing=str(error))
         return self.result()
 
     def leave(self, done: int) -> NoReturn:
-        """Ends this worker after step `done`, whose checkpoint is being written. Raises Preempted."""
+        """Ends this worker after step `done`, after waiting for its checkpoint. Raises Preempted."""
         try:
             self.writer.wait()
         except (NoRoom, *WRITE_ERRORS) as error:
-            self.warn(f"step {done} could not be saved, the next start continues from the last checkpoint: {error}")
+            self.warn(f"step {done} could not be saved; the next start continues from the last checkpoint: {error}")
             raise Preempted(f"left at step {done} without a checkpoint: {error}") from error
         self.info("step %d/%d  saved, and the workers leave", done, self.plan.total)
         raise Preempted(f"saved at step {done}")
 
     def train_step(self, step: int, batch: dict[str, Any]) -> Tensor:
-        """One optimiser step; this worker's mean loss, on the device."""
+        """One optimiser step. Returns this worker's mean loss, on the device."""
         config = self.config
         torch.manual_seed(dropout_seed(config.seed, step, self.worker.rank))
         functions = micro_losses(
@@ -184,7 +182,7 @@ class Trainer:
         return learning_rate(config.schedule, step, peak=config.optimizer.lr, **lengths)
 
     def log(self, done: int, loss: Tensor) -> None:
-        """Logs the numbers of step `done` (1-based) and the rates since the last time. Waits for the device."""
+        """Logs the metrics of step `done` (1-based) and the rates since the last call. Synchronises with the device."""
         if self.worker.world > 1:
             dist.all_reduce(loss)
         value = float(loss) / self.worker.world
@@ -210,11 +208,13 @@ class Trainer:
             }
         )
         waited = metrics[names.DATA_WAIT]
-        if waited > self.config.runtime.wait_warning and done > self.first + 1:  # the first batch is always waited for
+        if (
+            waited > self.config.runtime.wait_warning and done > self.first + 1
+        ):  # the first batch always has to be waited for
             self.warn(data_wait_advice(self.config, self.dataset, waited))
 
     def count_skipped(self, newest: bool) -> None:
-        """Says which steps were skipped; the newest only where the device is waited for anyway."""
+        """Logs skipped steps. `newest` includes the last step, which needs a synchronisation."""
         for step, warning in self.guard.read(newest):
             self.warn(warning)
             self.record({names.SPIKES: self.guard.spikes, names.SKIPPED: self.guard.skipped}, step)
@@ -255,7 +255,8 @@ class Trainer:
             self.writer.save(done, self.engine.snapshot, about)
 
     def result(self, missing: str = "") -> dict[str, Any]:
-        """The final numbers of a run that has reached its last step. missing: why its last checkpoint could not be written."""
+        """Final metrics of a run that has reached its last step. missing: why its last checkpoint could not be
+        written."""
         total, batch_size = self.plan.total, self.config.batch_size
         return {
             "steps": total,
@@ -294,10 +295,11 @@ class Trainer:
         self.engine.loss_scale = start.commit.get("loss_scale", {})
         self.info("resumed from %s on %d workers", start.uri, self.worker.world)
 
-    # ------------------------------------------------------------ rank 0 speaks for all
+    # ------------------------------------------------------------ logging, on rank 0
 
     def info(self, text: str, *values: Any, **about: Any) -> None:
-        """about: attributes of the record. `launch` shows `step`, `loss` and `top1` as progress; `logs` shortens `parts`."""
+        """about: attributes of the record. `launch` shows `step`, `loss` and `top1` as progress; `logs` shortens
+        `parts`."""
         if self.worker.rank == 0:
             logger.info(text, *values, extra=about)
 
@@ -334,12 +336,12 @@ def share_weights(model: nn.Module, device: torch.device) -> None:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch in one step (0-based) of one worker: dropout, stochastic depth and masks follow from it."""
+    """torch's seed for one step (0-based) of one worker; it determines dropout, stochastic depth and masks."""
     return int(bits(seed, DROPOUT, step, rank)) >> 1
 
 
 def _open_loader(plan: TrainPlan, first: int, worker: Worker) -> Loader:
-    """The loader of this worker's share of global step `first` and all that follow."""
+    """A loader of this worker's share of the batches, starting at global step `first`."""
     config, runtime = plan.config, plan.config.runtime
     epoch, step = divmod(first, plan.steps_per_epoch)
     return Loader(
@@ -363,6 +365,6 @@ def _open_loader(plan: TrainPlan, first: int, worker: Worker) -> Loader:
 
 
 def _endless(loader: Loader) -> Generator[dict[str, Any], None, None]:
-    """Batches, epoch after epoch."""
+    """Iterates over batches, epoch after epoch."""
     while True:
         yield from loader

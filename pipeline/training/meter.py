@@ -1,4 +1,4 @@
-"""Rates between two log lines: images per second, waiting for data, MFU, memory; and the line itself."""
+"""Throughput metrics between log lines, and the text of a log line."""
 
 import math
 import resource
@@ -14,7 +14,7 @@ from pipeline.training.plan import TrainPlan
 
 
 class Meter:
-    """Rates between log lines: images per second, share of time spent waiting for data, MFU, memory."""
+    """Metrics between log lines: images per second, fraction of time spent waiting for data, MFU, memory."""
 
     def __init__(self, device: torch.device, train_flops: int, world: int, precision: str):
         self.device, self.train_flops = device, train_flops
@@ -26,14 +26,14 @@ class Meter:
         self.rate = 0.0
 
     def wait(self, batches: Iterator[dict]) -> dict:
-        """The next batch; the time until it is there counts as waiting for data."""
+        """The next batch. The time until it arrives counts as waiting for data."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
         return batch
 
     def paused(self) -> "Meter":
-        """`with meter.paused():` leaves validation and snapshots out of the training time."""
+        """`with meter.paused():` excludes validation and snapshots from the training time."""
         return self
 
     def __enter__(self) -> None:
@@ -60,16 +60,16 @@ class Meter:
         return values
 
     def goodput(self) -> float:
-        """Share of the time since this meter was made that went into steps: without data wait, validation and checkpoints."""
+        """Fraction of the time since creation that was spent in steps, not in data wait, validation or checkpoints."""
         return self.trained / max(time.perf_counter() - self.began, 1e-9)
 
     def remaining(self, images: float) -> float:
-        """Seconds left for so many images at the last rate."""
+        """Estimated seconds for a number of images at the last rate."""
         return images / self.rate if self.rate else float("nan")
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory: of the device, or of this process on a CPU."""
+    """Peak memory in GB: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024
@@ -88,7 +88,7 @@ def describe_scores(scores: dict[str, float]) -> str:
 
 
 def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds: float) -> list[str]:
-    """The numbers of one logging step as text, the most important first. seconds: the time left."""
+    """The metrics of a logging step as text, most important first. seconds: the estimated remaining time."""
     minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,6 +1,6 @@
-"""A config resolved against its dataset: every horizon in steps, every share in images.
+"""The plan of a run: a config resolved against its dataset, with horizons in steps and batch sizes per worker.
 
-`make_plan` is where a run that cannot work is refused; `TrainPlan` is the same on the driver and on every worker.
+`make_plan` validates the config; `TrainPlan` is the same on the driver and on every worker.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainPlan:
-    """What the workers of one run do. Intervals and lengths are in optimiser steps."""
+    """Resolved settings of a run. Intervals and lengths are in optimiser steps."""
 
     config: PretrainConfig
     classes: tuple[str, ...]
@@ -51,12 +51,12 @@ class TrainPlan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two launches the same run: everything that decides which numbers are computed."""
+        """The settings that identify a run: everything that affects the result."""
         return {**self.config.identity, "lanes": self.lanes, "data": self.data_fingerprint}
 
     @property
     def derived(self) -> dict[str, Any]:
-        """The values that follow from the config and its dataset, for people."""
+        """Values derived from the config and the dataset, for display."""
         left_out = ("config", "classes")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         resize = self.config.validation_resize or round(self.config.image_size * 8 / 7)
@@ -69,7 +69,7 @@ def loading_threads(config: PretrainConfig) -> int:
 
 
 def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -> dict[str, Any]:
-    """Arguments of `create_model` for a run on so many classes."""
+    """Arguments of `create_model`."""
     options: dict[str, Any] = {k: v for k, v in configuration.to_dict(config.model).items() if v is not None}
     if parse_variant(config.model.variant).depth == 0:  # a ResNet has no tokens to pool, place or drop
         options = {k: v for k, v in options.items() if k in ("variant", "head_bias")}
@@ -158,7 +158,7 @@ def memory_remedies(config: PretrainConfig) -> list[str]:
 
 
 def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, int]:
-    """The fields of TrainPlan that are written as horizons ("7epochs") in the config, in steps."""
+    """Fields of TrainPlan that the config gives as horizons ("7epochs"), in steps."""
     units = {"batch_size": config.batch_size, "examples_per_epoch": examples_per_epoch}
     total = configuration.steps(config.steps, **units)
     if total < 1:
@@ -181,7 +181,7 @@ def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, i
 
 
 def check_values(config: PretrainConfig) -> None:
-    """What can be said of a config without its data. Raises UserError naming the field."""
+    """Checks of a config that do not need its data. Raises UserError naming the field."""
     _check_ranges(config)
     find_gpu(config.runtime.gpu)
     engine, optimizer, runtime = config.engine, config.optimizer, config.runtime
@@ -205,20 +205,22 @@ def check_values(config: PretrainConfig) -> None:
             )
         if variant.depth == 0:
             raise UserError(
-                "optimizer.name muon trains the matrices of transformer blocks, a ResNet has none; use adamw or sgd"
+                "optimizer.name muon trains the matrices of transformer blocks, and a ResNet has none; use adamw or sgd"
             )
     if not 0 < config.patch_keep_rate <= 1:
-        raise UserError(f"patch_keep_rate {config.patch_keep_rate} is not a share in (0, 1]")
+        raise UserError(f"patch_keep_rate {config.patch_keep_rate} is not a fraction in (0, 1]")
     if config.patch_keep_rate < 1 and variant.stem is not None:
         raise UserError(
-            f"patch_keep_rate drops patches of pixels; {config.model.variant} sees whole images: leave it at 1"
+            f"patch_keep_rate drops image patches, but {config.model.variant} needs whole images; leave it at 1"
         )
     if config.patch_keep_rate < 1 and config.augment.mixup:
-        raise UserError("patch_keep_rate leaves different patches of each image, mixup blends whole images: choose one")
+        raise UserError(
+            "patch_keep_rate keeps different patches of each image, and mixup blends whole images; use only one of them"
+        )
 
 
 def _check_engine(engine: EngineConfig) -> None:
-    """Options of the engine that do not go together. Raises UserError naming both."""
+    """Checks for incompatible engine options. Raises UserError naming both."""
     if engine.offload and engine.zero == 0:
         raise UserError("engine.offload needs engine.zero 1, 2 or 3")
     if engine.compile and engine.zero == 3:
@@ -235,14 +237,14 @@ def _check_engine(engine: EngineConfig) -> None:
     partial = engine.checkpointed_blocks is not None or engine.checkpoint_keeps != "nothing"
     if partial and not engine.activation_checkpointing:
         raise UserError(
-            "engine.checkpointed_blocks and engine.checkpoint_keeps choose what engine.activation_checkpointing recomputes: give it, too"
+            "engine.checkpointed_blocks and engine.checkpoint_keeps need engine.activation_checkpointing; add it"
         )
     if engine.tf32 and engine.precision != "fp32":
         raise UserError(f"engine.tf32 is for engine.precision fp32, not {engine.precision}")
 
 
 def _check_ranges(config: PretrainConfig) -> None:
-    """Numbers that make no sense whatever the rest: negative counts, infinite rates, shares above one."""
+    """Range checks: negative counts, infinite rates, fractions above one. Raises UserError naming the field."""
     runtime, optimizer = config.runtime, config.optimizer
     for field, value in configuration.flatten(configuration.to_dict(config)).items():
         for number in value if isinstance(value, list) else [value]:
@@ -293,35 +295,37 @@ def _check_ranges(config: PretrainConfig) -> None:
 
 
 def check_data(config: PretrainConfig, dataset: Dataset) -> None:
-    """Whether a dataset can serve this config. Raises UserError naming the flag or what to prepare anew."""
+    """Checks that a dataset fits this config. Raises UserError naming the flag, or how to prepare the data again."""
     uri, image, augment = config.runtime.data, dataset.manifest.image, config.augment
     if config.loss != "masked" and not dataset.classes:
         raise UserError(f"{uri} has no classes; train on labelled data, or with --loss masked")
     if len(dataset.classes) == 1 and config.loss == "softmax" and not config.runtime.one_class:
         raise UserError(
-            f"{uri} has one class ({dataset.classes[0]}), from which a model learns nothing while its accuracy is 100%; prepare it "
+            f"{uri} has one class ({dataset.classes[0]}), so accuracy is always 100%; prepare it "
             "so that its classes are found (--class-level, --label-column, --labels), or train with --one-class"
         )
     patch = parse_variant(config.model.variant).patch
     if config.image_size % patch:
         logger.warning(
-            "--image-size %d is no multiple of %s's patch size %d: the last %d rows and columns of each image are not seen",
+            "--image-size %d is not a multiple of the patch size of %s, %d: the last %d rows and columns of each image are ignored",
             config.image_size, config.model.variant, patch, config.image_size % patch,
         )  # fmt: skip
     if dataset.multilabel and config.loss == "softmax":
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
         raise UserError(
-            f"batch_size {config.batch_size} is larger than {uri} with its {len(dataset)} images; use a smaller batch"
+            f"batch_size {config.batch_size} is larger than {uri} with {len(dataset)} images; use a smaller batch"
         )
     if dataset.encoding == "patches":
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
             raise UserError(
                 f"{uri} holds {image['height']}x{image['width']} images cut into patches of {image['patch_size']}, but the "
-                f"run asks for image_size {config.image_size} and {config.model.variant}; prepare with --size and "
+                f"run has image_size {config.image_size} and {config.model.variant}; prepare with --size and "
                 "--patch-size to match, or use encoding jpeg"
             )
         if augment.crop == "inception" or augment.randaug_layers:
-            raise UserError(f"{uri} is already cut into patches: only flips are possible; use --augment.crop squash")
+            raise UserError(f"{uri} is already cut into patches, so only flips are possible; use --augment.crop squash")
     elif augment.size != config.image_size:
-        raise UserError(f"augment.size {augment.size} differs from image_size {config.image_size}; give both the same")
+        raise UserError(
+            f"augment.size {augment.size} differs from image_size {config.image_size}; set both to the same value"
+        )

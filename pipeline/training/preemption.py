@@ -1,10 +1,10 @@
-"""Leaving in time: workers that are told to go agree on one step, save their state there, and end.
+"""Preemption: all workers agree on a step, save their state, and end.
 
 vote = PreemptionVote(is_preempted, host_group(world))
 if vote.poll(): ...save...; raise Preempted(...)       # once a step, on every worker
 
-A node that goes away tells them through Ray; a driver that is stopped (Ctrl-C, SIGTERM) through a `StopSignal`.
-"""
+A worker learns from Ray that its node is being drained, and from a `StopSignal` that the driver was stopped (Ctrl-C,
+SIGTERM)."""
 
 import asyncio
 import threading
@@ -16,33 +16,33 @@ from torch import distributed as dist
 
 
 class Preempted(RuntimeError):
-    """A worker has saved its state and ends, because its node goes away or the number of workers changes."""
+    """Raised by a worker after saving its state, because its node is drained or the number of workers changes."""
 
 
 class Stopped(Preempted):
-    """A worker has saved its state and ends, because its driver was told to stop: it is not started again."""
+    """Raised by a worker after saving its state, because the driver was stopped. The run is not restarted."""
 
 
 class StopSignal:
-    """An actor beside the driver that workers listen to: `ray.remote(num_cpus=0)(StopSignal).remote()`."""
+    """An actor through which the driver stops the workers: `ray.remote(num_cpus=0)(StopSignal).remote()`."""
 
     def __init__(self) -> None:
         self.stopped = asyncio.Event()
         self.listeners = 0
 
     async def wait(self) -> None:
-        """Until `stop` is called."""
+        """Returns after `stop` was called."""
         self.listeners += 1
         await self.stopped.wait()
 
     async def stop(self) -> int:
-        """Tells all listeners; their number."""
+        """Notifies all listeners. Returns their number."""
         self.stopped.set()
         return self.listeners
 
 
 def listen(signal: Any) -> threading.Event:
-    """In a worker: an event that is set when the driver's StopSignal is given. signal: the actor's handle."""
+    """In a worker: an event that is set when the driver stops the run. signal: handle of the StopSignal actor."""
     import ray
 
     event = threading.Event()
@@ -50,7 +50,7 @@ def listen(signal: Any) -> threading.Event:
     def wait() -> None:
         try:
             ray.get(signal.wait.remote())
-        except Exception:  # the driver is gone, and this process with it
+        except Exception:  # the driver is gone, and this process will end too
             return
         event.set()
 
@@ -68,7 +68,7 @@ def host_group(world: int) -> dist.ProcessGroup | None:
 
 
 class PreemptionVote:
-    """Whether any worker has been told to leave, agreed by all of them at the same step, without waiting for each other.
+    """Agreement of all workers, at the same step, that one of them has to leave. Does not block training.
 
     The question of one step is sent in the background and answered at the next: by then every worker has long asked it.
     is_preempted: whether this worker has been told. group: of the hosts (`host_group`); None for a single worker.
@@ -79,7 +79,7 @@ class PreemptionVote:
         self.asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self) -> bool:
-        """Call it once a step, on every worker."""
+        """Whether to leave. Call it once per step, on every worker."""
         told = self.is_preempted()
         if self.group is None:
             return told

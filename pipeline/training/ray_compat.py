@@ -1,8 +1,8 @@
-"""Ray Train's private names, all of them: its two policies, the notice of preemption, and a trainer that takes our policies.
+"""All uses of Ray Train's private interfaces: two policies, preemption notices, and a trainer that accepts custom
+policies.
 
-Written against Ray 2.60.0 (`pipeline.ray_state.WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares it with the one
-that is installed and looks for every name). An import that fails here names both versions.
-"""
+Written for Ray 2.60.0 (`pipeline.ray_state.WRITTEN_FOR`). tests/unit/test_private_interfaces.py checks the installed
+version and every name. The error of a failed import names both versions."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ try:
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 except ImportError as error:
     raise ImportError(
-        f"Ray {ray.__version__}: {error}; pipeline/training/ray_compat.py was written against Ray {WRITTEN_FOR}: install that "
+        f"Ray {ray.__version__}: {error}; pipeline/training/ray_compat.py was written for Ray {WRITTEN_FOR}: install that "
         "version (constraints.txt), or adapt the file"
     ) from error
 
@@ -56,9 +56,9 @@ __all__ = [
 
 
 class Trainer(TorchTrainer):
-    """Ray's trainer with other policies: Ray has no public way to pass them.
+    """TorchTrainer with custom policies, for which Ray has no public interface.
 
-    scaling, failures: make the policy from its config; None keeps Ray's.
+    scaling, failures: create the policy from its config; None keeps Ray's policy.
     """
 
     scaling: Callable[[ScalingConfig], ElasticScalingPolicy] | None = None
@@ -84,20 +84,20 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 
 def is_preempted() -> Callable[[], bool]:
-    """In a worker: a function that says whether it has been told to leave. The public one is a barrier of all workers."""
+    """In a worker: a function that returns whether the worker has to leave. Ray's public function is a barrier."""
     context = get_train_context().preemption_context
     return lambda: context.preemption_info is not None
 
 
 def notify_workers(worker_group_state: Any, seconds: float) -> None:
-    """Tells every worker of a group to leave within so many seconds, as before its node goes away."""
+    """Asks all workers of a group to leave within a number of seconds, like a preemption notice."""
     notice = PreemptionInfo(deadline_ms=int((time.time() + seconds) * 1000), preempted_node_to_ranks={})
     for worker in worker_group_state.workers:
         worker.actor.mark_preempt.remote(notice)
 
 
 def count_failures(policy: DefaultFailurePolicy) -> int:
-    """Failures that count against `max_failures`."""
+    """Number of failures that count towards `max_failures`."""
     return policy._worker_group_failures
 
 

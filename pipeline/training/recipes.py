@@ -1,10 +1,9 @@
-"""The recipes of pre-training: published results, and runs that fit a laptop, each with every value that matters.
+"""Pre-training recipes: published configurations, and runs for a laptop.
 
-A recipe is a function that returns a `PretrainConfig`; its docstring says where the numbers come from, what it costs and
-what to expect. `python jobs/pretrain.py --recipe NAME --data URI --output URI` runs one, any field as a flag over it;
-`--dry-run` prints all of its values, derived ones too. The lines of the paper's table 3 and of AugReg share one function
-each; the tables below it hold what differs from line to line.
-"""
+A recipe is a function that returns a `PretrainConfig`; its docstring gives the source, the cost and the expected
+result. `python jobs/pretrain.py --recipe NAME --data URI --output URI` runs a recipe, flags override its values, and
+`--dry-run` prints all values, including derived ones. The rows of table 3 of the paper and of AugReg share one function
+each; tables contain the differences between rows."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,12 +20,12 @@ from pipeline.training.schedule import ScheduleConfig
 def demo() -> PretrainConfig:
     """Printed letters at 32 px on two CPU workers, about two minutes.
 
-    Source: letters in matplotlib's 21 typefaces, 41 classes; three blocks of Ti/8. Crops of half of the area and more make
-    features that transfer (`jobs/transfer.py --suite demo`: handwritten digits, which this run does not see).
+    Source: letters in 21 fonts of matplotlib, 41 classes; three blocks of Ti/8. Crops of at least half of the area give
+    features that transfer (`jobs/transfer.py --suite demo`: handwritten digits, which are not in the training data).
     Command: `python jobs/pretrain.py` after `python jobs/prepare.py`.
     Hardware: two cores.
     Cost: 3 teraFLOPs, two minutes.
-    Result: top-1 of 69% on the held-out fifth, of 41 letters.
+    Result: 69% top-1 on the held-out fifth of the images.
     """
     return PretrainConfig(
         steps="40epochs",
@@ -50,14 +49,11 @@ def demo() -> PretrainConfig:
 def masked_demo() -> PretrainConfig:
     """Masked patch prediction on the demo's letters at 32 px, two CPU workers, about two minutes.
 
-    Source: arXiv 2010.11929, section 4.6, on the demo's model and data; `--target downsized` and `--target full` are the
-    paper's other two targets.
-    Command: `python jobs/pretrain.py --recipe masked_demo` after `python jobs/prepare.py`; then its encoder to
-    `python jobs/transfer.py --suite demo --data runs/demo/data --checkpoint runs/demo/masked`.
-    Hardware: two cores.
-    Cost: 4 teraFLOPs, two minutes.
-    Result: loss from 6.9 to 1.1; a linear probe on its features, which have seen no label, has 91% top-1.
-    """
+    Source: arXiv 2010.11929, section 4.6, with the model and data of the demo; `--target downsized` and `--target full`
+    are the other two targets of the paper. Command: `python jobs/pretrain.py --recipe masked_demo` after `python
+    jobs/prepare.py`; then evaluate the encoder with `python jobs/transfer.py --suite demo --data runs/demo/data
+    --checkpoint runs/demo/masked`. Hardware: two cores. Cost: 4 teraFLOPs, two minutes. Result: loss from 6.9 to 1.1;
+    91% top-1 of a linear probe on its features, which were trained without labels."""
     return PretrainConfig(
         steps="24epochs",
         batch_size=64,
@@ -79,13 +75,10 @@ def masked_demo() -> PretrainConfig:
 def cifar10() -> PretrainConfig:
     """CIFAR-10 at 32 px from scratch on a laptop: Ti/4, half of the patches dropped in training, two CPU workers.
 
-    Source: this project's choice; CIFAR-10 as one JPEG an image in class folders train/ and test/.
-    Command: `python jobs/pretrain.py --recipe cifar10` after
-    `python jobs/prepare.py --source cifar10-images/train --size 32 --output runs/cifar10/data/train`, and the same for test.
-    Hardware: two cores.
-    Cost: 1.3 petaFLOPs, 83 minutes of two cores that compute bfloat16.
-    Result: 65.1% top-1 on the 10,000 test images; the README has the curve.
-    """
+    Source: this project; CIFAR-10 as JPEG files in class folders train/ and test/. Command: `python jobs/pretrain.py
+    --recipe cifar10` after `python jobs/prepare.py --source cifar10-images/train --size 32 --output
+    runs/cifar10/data/train`, and the same for test. Hardware: two cores. Cost: 1.3 petaFLOPs, 83 minutes on two cores
+    with bfloat16 support. Result: 65.1% top-1 on the 10,000 test images; docs/benchmarks.md has the curve."""
     return PretrainConfig(
         steps="24epochs",
         batch_size=128,
@@ -144,7 +137,8 @@ def s16_imagenet_90ep() -> PretrainConfig:
         loss="softmax",
         model=ModelConfig(variant="S/16", pool="gap", posemb="sincos2d", pre_logits=True),
         augment=Augment(size=224, randaug_layers=2, randaug_magnitude=10, mixup=0.2),
-        # big_vision multiplies its weight decay of 1e-4 by the schedule and not by the rate: 1e-4 / 1e-3 in our convention
+        # big_vision multiplies weight decay 1e-4 by the schedule, not by the learning rate: 1e-4 / 1e-3 in our
+        # convention
         optimizer=OptimizerConfig(
             name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), decay_filter="kernels", clip=1.0
         ),
@@ -160,11 +154,9 @@ def masked_jft() -> PretrainConfig:
     """Masked patch prediction: B/16, 1M steps of 4096, Adam 2e-4, cosine; half of the embeddings corrupted, no labels.
 
     Source: arXiv 2010.11929, section 4.6 and appendix B.1.2 (512-way mean colour; `--target` has the other two).
-    Command: `python jobs/pretrain.py --recipe masked_jft --data URI --output URI`; `--steps 100000steps` for most of the gain.
-    Hardware: 8 GPUs; any number that divides the 256 lanes.
-    Cost: 432 exaFLOPs, 303 H100-hours at 40% MFU.
-    Result: 79.9% on ImageNet after fine-tuning, 2 points above training from scratch, as reported.
-    """
+    Command: `python jobs/pretrain.py --recipe masked_jft --data URI --output URI`; `--steps 100000steps` for most of
+    the gain. Hardware: 8 GPUs; any number that divides the 256 lanes. Cost: 432 exaFLOPs, 303 H100-hours at 40% MFU.
+    Result: 79.9% on ImageNet after fine-tuning, 2 points above training from scratch, as reported."""
     return PretrainConfig(
         steps="1000000steps",
         batch_size=4096,
@@ -187,7 +179,7 @@ def masked_jft() -> PretrainConfig:
 def _jft(variant: str, epochs: int, lr: float) -> PretrainConfig:
     """JFT-300M: 303M images, 18,291 classes, several per image; sigmoid loss, head bias -10, linear decay to 1e-5.
 
-    The paper states clipping for ImageNet alone; the published configuration of L/32 on JFT clips at 1, too.
+    The paper mentions clipping only for ImageNet; the published configuration of L/32 on JFT also clips at 1.
     """
     is_resnet = re.fullmatch(r"R\d+x\d+", variant) is not None
     return PretrainConfig(
@@ -261,7 +253,8 @@ def _augreg_imagenet(variant: str, level: str) -> PretrainConfig:
         loss="sigmoid",
         model=ModelConfig(variant=variant, pool="token", posemb="learn", pre_logits=True, head_bias=-6.9),
         augment=Augment(size=224, randaug_layers=layers, randaug_magnitude=magnitude, mixup=mixup),
-        # big_vision multiplies its weight decay of 1e-4 by the schedule and not by the rate: 1e-4 / 1e-3 in our convention
+        # big_vision multiplies weight decay 1e-4 by the schedule, not by the learning rate: 1e-4 / 1e-3 in our
+        # convention
         optimizer=OptimizerConfig(
             name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), decay_filter="kernels", clip=1.0
         ),
@@ -283,7 +276,8 @@ def _augreg_imagenet21k(variant: str, level: str) -> PretrainConfig:
         loss="sigmoid",
         model=ModelConfig(variant=variant, pool="gap", posemb="learn", pre_logits=False, head_bias=-10.0),
         augment=Augment(size=224, randaug_layers=layers, randaug_magnitude=magnitude, mixup=mixup),
-        # big_vision multiplies its weight decay of 1e-4 by the schedule and not by the rate: 1e-4 / 1e-3 in our convention
+        # big_vision multiplies weight decay 1e-4 by the schedule, not by the learning rate: 1e-4 / 1e-3 in our
+        # convention
         optimizer=OptimizerConfig(
             name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), decay_filter="kernels", clip=1.0
         ),
@@ -307,7 +301,7 @@ def _eight_gpus(corpus: str, output: str) -> RuntimeConfig:
     )
 
 
-# ---------------------------------------------------------------- lines of the tables
+# ---------------------------------------------------------------- table rows
 
 # big_vision's AugReg levels: RandAugment layers, magnitude, mixup.
 AUGREG = {
@@ -320,8 +314,8 @@ AUGREG = {
     "strong2": (2, 20, 0.8),
 }
 
-# Table 3 of the paper with its Tables 5 and 6: variant, epochs, learning rate, exaFLOPs of pre-training, and top-1 on
-# ImageNet after fine-tuning at 384 px. The exaFLOPs of JFT are the paper's, the others counted by models.variants.flops.
+# Tables 3, 5 and 6 of the paper: variant, epochs, learning rate, exaFLOPs of pre-training, and top-1 on ImageNet after
+# fine-tuning at 384 px. The exaFLOPs of JFT are from the paper, the others from models.variants.flops.
 JFT: list[tuple[str, int, float, float, float]] = [
     ("B/32", 7, 8e-4, 55, 80.73),
     ("B/16", 7, 8e-4, 224, 84.15),
@@ -342,7 +336,7 @@ JFT: list[tuple[str, int, float, float, float]] = [
 ]
 IMAGENET21K: list[
     tuple[str, int, float, float]
-] = [  # the paper gives one number a model and does not say after which of its two horizons
+] = [  # the paper gives one number per model, without saying for which of the two lengths
     ("B/32", 90, 33.5, 81.28),
     ("B/16", 90, 133, 83.97),
     ("L/32", 30, 38.8, 80.99),
@@ -396,7 +390,7 @@ def _documented(
 
 
 def _table() -> Iterator[tuple[str, Callable[[], PretrainConfig]]]:
-    """The recipes that are lines of published tables."""
+    """The recipes from published tables."""
     paper, tuned = "arXiv 2010.11929, table 3", "top-1 on ImageNet after fine-tuning at 384 px, as reported"
     for variant, epochs, lr, cost, top1 in JFT:
         recipe, name = partial(_jft, variant, epochs, lr), f"{_slug(variant)}_jft300m_{epochs}ep"
@@ -418,7 +412,7 @@ def _table() -> Iterator[tuple[str, Callable[[], PretrainConfig]]]:
             recipe, name = partial(function, variant, level), f"{_slug(variant)}_{suffix}"
             headline = f"AugReg (arXiv 2106.10270): {variant}, {corpus}, 300 epochs, level {level}."
             source = f"arXiv 2106.10270, figure 4; big_vision configs/{file}"
-            result = "plotted in the source, not printed; index.csv of gs://vit_models/augreg lists its checkpoints"
+            result = "only plotted in the source; index.csv of gs://vit_models/augreg lists its checkpoints"
             yield name, _documented(recipe, name, headline, source, cost, result)
 
 

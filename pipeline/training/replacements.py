@@ -1,4 +1,4 @@
-"""Images that do not decode and are replaced by others: counted over all workers and attempts of a run, with a limit.
+"""Counts images that cannot be decoded and were replaced, over all workers and attempts of a run, with a limit.
 
 replacements = Replacements(limit=100, group=group, state=checkpoint's)
 count = replacements.update(loader.replaced)     # at the same steps on every worker; raises UserError above the limit
@@ -12,11 +12,11 @@ from torch import distributed as dist
 from pipeline.errors import UserError
 
 NAMED = 1000
-"""Images that a checkpoint names; of more it knows their number."""
+"""Maximum number of images that a checkpoint lists; beyond it, only the count is saved."""
 
 
 class Replacements:
-    """Which images of a run were replaced; the same on every worker, each image counted once."""
+    """The replaced images of a run, the same on every worker. Each image counts once."""
 
     def __init__(self, *, limit: int | None, group: dist.ProcessGroup | None, state: Any = None):
         """limit: the most images that may be replaced; None is no limit. group: of the hosts; None for a single worker. state: what
@@ -24,7 +24,7 @@ class Replacements:
         state = state or {}
         self.limit = limit
         self.images: dict[str, str] = dict(state.get("images", {}))
-        """{key: what is wrong with the image}"""
+        """{key: reason}"""
         self.unnamed = int(state.get("count", 0)) - len(self.images)
         self.group = group
         self._sent = 0
@@ -34,9 +34,9 @@ class Replacements:
         return self.unnamed + len(self.images)
 
     def update(self, replaced: Mapping[str, str]) -> int:
-        """The number of images replaced so far, with what this worker's loader has replaced until now.
+        """Adds the images that this worker's loader has replaced. Returns the total of all workers.
 
-        A collective of all workers. Raises UserError, on every worker, when there are more than the limit.
+        A collective operation. Raises UserError on every worker when the total exceeds the limit.
         """
         new = dict(list(replaced.items())[self._sent :])
         self._sent += len(new)
@@ -49,7 +49,7 @@ class Replacements:
         if self.limit is not None and self.count > self.limit:
             key, why = next(reversed(self.images.items()))
             raise UserError(
-                f"{self.count} images did not decode and were replaced, --max-replaced allows {self.limit}; the last one is "
+                f"{self.count} images could not be decoded and were replaced; --max-replaced allows {self.limit}. The last one is "
                 f"{key} ({why}); `jobs/prepare.py verify` finds changed shards, otherwise prepare the data again"
             )
         return self.count

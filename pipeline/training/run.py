@@ -1,10 +1,9 @@
-"""A pre-training run from the driver's side: check, identify, launch the workers, report.
+"""The driver of a pre-training run: checks, run.json, launch of the workers, results.
 
     result = pretrain(config)
 
-The run folder holds `run.json` (what run this is), `checkpoints/` and nothing else that matters: the same command again
-continues it, another command on the same folder is refused.
-"""
+The run folder contains `run.json`, which identifies the run, and `checkpoints/`. The same command continues the run; a
+command with other settings is refused."""
 
 import contextlib
 import dataclasses
@@ -36,23 +35,22 @@ logger = logging.getLogger(__name__)
 
 
 class Incomplete(JobFailed):
-    """Every step was done, but the last checkpoint could not be written. result: the final numbers."""
+    """All steps are done, but the last checkpoint could not be written. result: the final metrics."""
 
     def __init__(self, result: dict[str, Any]):
         super().__init__(
-            f"the checkpoint of step {result['steps']} could not be written ({result['missing']}); make room, then the same "
-            "command continues from the checkpoint before it"
+            f"the checkpoint of step {result['steps']} could not be written ({result['missing']}); free some "
+            "space and repeat the command to continue from the previous checkpoint"
         )
         self.result = result
 
 
 def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, recipe: str = "") -> dict[str, Any]:
-    """Runs (or continues) pre-training and returns its final numbers.
+    """Starts or continues a pre-training run. Returns its final metrics.
 
-    base: the recipe that the config came from, to log what differs. Nothing is written and Ray is not joined
-    (`cluster.configure` says how) before everything is checked. Raises UserError when the data, the batch, the workers or
-    the output folder do not fit; JobFailed when training failed for good, Incomplete when its last checkpoint is missing.
-    """
+    base: the recipe of the config, to log the differences. All checks come before the first write and before connecting
+    to Ray (`cluster.configure`). Raises UserError when the data, the batch, the workers or the output folder do not
+    fit; JobFailed when training failed permanently, Incomplete when the last checkpoint is missing."""
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
     plan = check_run(config)
@@ -61,10 +59,10 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     record = held_by(plan, output)
     newest = checkpoints.latest(output, checksums=False)
     if record is not None and newest is not None and newest.step >= plan.total:
-        logger.info("nothing left to do: %s is at step %d of %d", newest.uri, newest.step, plan.total)
+        logger.info("already finished: %s is at step %d of %d", newest.uri, newest.step, plan.total)
         return _finished(config, newest, recipe, record.get("run_id"))
     cluster.connect()
-    # Ray Train takes seconds to import, and reads Ray's settings then: `connect` has made them.
+    # Imported late: Ray Train takes seconds to import, and reads the settings that `connect` makes.
     from pipeline.training.launch import check_room
 
     check_room(config, sizes(plan)[0])
@@ -74,7 +72,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
 
 
 def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[str, Any]:
-    """Launches the workers, between the start and the end of the MLflow run. record: run.json, of a run that continues."""
+    """Launches the workers inside an MLflow run. record: run.json of a run that is continued."""
     from pipeline.training.launch import launch
 
     config, output = plan.config, plan.config.runtime.output
@@ -89,7 +87,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         tracking_uri=tracking.resolve_tracking_uri(config.runtime.tracking_uri),
     )
     start = time.perf_counter()
-    with run:  # its status, and the reason when it is stopped or fails
+    with run:  # records the status, and the reason of a stop or failure
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
         for role, uri in _datasets(config).items():
@@ -122,11 +120,11 @@ def _finished(
 
 
 def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[str, str]:
-    """Makes the checkpoints worth keeping, the best by validation and the last, versions of a registered model.
+    """Registers the best checkpoint by validation and the last one as versions of a registered model.
 
-    Returns {"b16_imagenet/3": checkpoint}. Never fails a run that has succeeded: the same command again tries again.
-    """
-    if not config.runtime.register or config.loss == "masked":  # an encoder alone classifies nothing
+    Returns {"b16_imagenet/3": checkpoint}. An error is only logged, because the run has succeeded; repeating the
+    command retries."""
+    if not config.runtime.register or config.loss == "masked":  # a masked model has no classifier
         return {}
     here = checkpoints.find(config.runtime.output)
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
@@ -141,12 +139,12 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
             version = registry.register(worth_keeping, name=name, run_id=run_id, uri=uri)
             registered[f"{version.name}/{version.version}"] = worth_keeping
     except Exception as error:
-        logger.warning("not registered in MLflow (%s); the same command again tries again", error)
+        logger.warning("not registered in MLflow (%s); repeat the command to retry", error)
     return registered
 
 
 def absolute(config: PretrainConfig) -> PretrainConfig:
-    """The config with absolute paths: Ray's workers run in another folder."""
+    """The config with absolute paths, because Ray's workers run in another folder."""
 
     def path(uri: str | None) -> str | None:
         return storage.normalise(uri) if uri and not uri.startswith(artifacts.SCHEMES) else uri
@@ -160,7 +158,7 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
         fewshot=replace(runtime.fewshot, train=path(runtime.fewshot.train), test=path(runtime.fewshot.test)),
         cache=path(runtime.cache),
     )
-    # models:/ and runs:/ are MLflow's addresses, not paths.
+    # models:/ and runs:/ are MLflow URIs, not paths.
     init_from = config.init_from if ":/" in (config.init_from or "") else path(config.init_from)
     return replace(config, runtime=runtime, init_from=init_from)
 
@@ -205,7 +203,7 @@ def check_model(plan: TrainPlan) -> None:
 
 
 def check_devices(config: PretrainConfig) -> None:
-    """Raises UserError when the run wants GPUs of this machine that are not there. Those of a cluster its nodes know."""
+    """Raises UserError when this machine has too few GPUs for the run. A cluster is not checked."""
     if not config.runtime.gpus or config.runtime.address is not None or cluster.submitted():
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -217,13 +215,13 @@ def check_devices(config: PretrainConfig) -> None:
 
 
 def sizes(plan: TrainPlan) -> list[int]:
-    """The numbers of workers, ascending, that this run may go on with when nodes come and go."""
+    """The supported numbers of workers of an elastic run, ascending."""
     config, runtime = plan.config, plan.config.runtime
     if runtime.min_workers is None:
         return [runtime.workers]
     dataset, fitting = open_dataset(runtime.data), []
     for workers in range(runtime.min_workers, runtime.workers + 1):
-        with contextlib.suppress(UserError):  # it does not divide the lanes or the batch
+        with contextlib.suppress(UserError):  # does not divide the lanes or the batch
             make_plan(config, dataset, workers)
             fitting.append(workers)
     return fitting
@@ -233,12 +231,12 @@ def sizes(plan: TrainPlan) -> list[int]:
 
 
 def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
-    """The run in a few lines, with what differs from its recipe (`pipeline.config.diff`)."""
+    """A summary of the run, with the differences to its recipe (`pipeline.config.diff`)."""
     config, options = plan.config, plan.model_options
     model = f"{config.model.variant}: {parameters(options) / 1e6:.1f}M parameters, {flops(options) / 1e9:.2f} GFLOPs per image"
     elastic = ""
     if config.runtime.min_workers is not None:
-        elastic = f", or as many as there are of {', '.join(map(str, sizes(plan)))}"
+        elastic = f", or, elastically, {', '.join(map(str, sizes(plan)))}"
     lines = [
         f"pretrain: {model}",
         f"  data      {config.runtime.data}: {plan.samples} images, {len(plan.classes)} classes, fingerprint "
@@ -253,7 +251,7 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 def summarize(result: dict[str, Any]) -> str:
-    """The greppable block at the end of a run. What is missing has lines of its own."""
+    """The summary at the end of a run as lines for grep. Missing checkpoints have separate lines."""
     unsaved = ", ".join(map(str, result["unsaved"]))
     shown = {
         "steps": result["steps"],
@@ -273,7 +271,7 @@ def summarize(result: dict[str, Any]) -> str:
 
 
 def _datasets(config: PretrainConfig) -> dict[str, str]:
-    """{role: address} of every data set that a run reads."""
+    """{role: URI} of every dataset that a run reads."""
     runtime = config.runtime
     fewshot = {"fewshot-train": runtime.fewshot.train, "fewshot-test": runtime.fewshot.test}
     found = {"train": runtime.data, "validation": runtime.validation, **fewshot}
@@ -281,7 +279,7 @@ def _datasets(config: PretrainConfig) -> dict[str, str]:
 
 
 def _about_run(plan: TrainPlan, recipe: str) -> Description:
-    """What the run's page in MLflow says first."""
+    """The description of the run in MLflow."""
     config, options = plan.config, plan.model_options
     what = (
         f"Pre-training of {config.model.variant} ({parameters(options) / 1e6:.1f}M parameters) "
@@ -293,7 +291,7 @@ def _about_run(plan: TrainPlan, recipe: str) -> Description:
         manifest = open_dataset(uri).manifest
         data.append(f"{role} {uri} ({manifest.rows:,} images, {len(manifest.classes)} classes)")
     again = (
-        f"the same command again continues from the newest checkpoint in {config.runtime.output}; so does "
+        f"repeat the command to continue from the newest checkpoint in {config.runtime.output}, or run "
         "`python jobs/pretrain.py --config config.yaml` with the config.yaml among the artifacts."
     )
     return Description(what=what, data=data, to_continue=again)
@@ -306,13 +304,14 @@ def _about_data(uri: str) -> dict[str, Any]:
     return plain
 
 
-# ---------------------------------------------------------------- whose folder it is
+# ---------------------------------------------------------------- run.json
 
 
 def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
-    """run.json of this output; None when it is free. Raises UserError when it is another run's, or --resume forbids it.
+    """run.json of this output; None when there is none. Raises UserError when it belongs to another run, or --resume
+    forbids it.
 
-    A run of other settings that never saved a checkpoint does not hold its folder.
+    A run with other settings that has no checkpoint is ignored.
     """
     uri, mode = storage.join(output, "run.json"), plan.config.runtime.resume
     if mode == "must" and checkpoints.latest(output) is None:
@@ -321,26 +320,26 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
         return None
     record = _read_record(uri)
     if mode == "never":
-        raise UserError(f"{output} already holds a run; choose another --output, or --resume auto to continue it")
+        raise UserError(f"{output} already contains a run; choose another --output, or --resume auto to continue it")
     identity = plan.identity
     if record["identity"] != configuration.fingerprint(identity):
         if not checkpoints.find(output):
             return None
         old, new = configuration.flatten(record["config"]), configuration.flatten(identity)
-        # An option that did not exist when the run was made had its default.
+        # An option that was added after the run started has its default.
         defaults = configuration.flatten(configuration.to_dict(PretrainConfig()))
         old = {key: defaults[key] for key in new if key in defaults} | old
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
         if changed:
             raise UserError(
-                f"{output} holds another run ({'; '.join(changed[:6])}); give its settings to continue it, or choose another "
+                f"{output} contains another run ({'; '.join(changed[:6])}); use its settings to continue it, or choose another "
                 "--output"
             )
     return record
 
 
 def _read_record(uri: str) -> dict[str, Any]:
-    """run.json, with the fields that are relied on. Raises UserError naming the file when it is not one of ours."""
+    """Reads and validates run.json. Raises UserError naming the file when it is not valid."""
     record = storage.read_json(uri)
     if isinstance(record, dict) and record.get("format", 1) != checkpoints.FORMAT:
         raise UserError(
@@ -351,7 +350,7 @@ def _read_record(uri: str) -> dict[str, Any]:
         or not isinstance(record.get("identity"), str)
         or not isinstance(record.get("config"), dict)
     ):
-        raise UserError(f"{uri} is not the record of a run; remove it, or choose another --output")
+        raise UserError(f"{uri} is not a valid run.json; remove it, or choose another --output")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step alone: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, without state."""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """The paper: 10,000 warm-up steps, then linear or cosine decay (table 3)."""
+    """Learning rate schedule. The paper uses 10,000 warm-up steps, then linear or cosine decay (table 3)."""
 
     kind: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup: str = "10000steps"
     """Length of the linear warm-up: steps, epochs, examples or percent of the run."""
     end: float = 0.0
-    """Learning rate at the last step of linear and cosine. The paper's code ends its linear decay at 1e-5."""
+    """Final learning rate of linear and cosine. The code of the paper uses 1e-5 for linear decay."""
     cooldown: str = "0steps"
-    """Length of the linear decay to zero that ends rsqrt and constant: steps, epochs, examples or percent of the run."""
+    """Length of the final linear decay to zero of rsqrt and constant: steps, epochs, examples or percent of the run."""
     timescale: int = 10_000
-    """Steps after the warm-up in which rsqrt falls to 1/sqrt(2) of the peak."""
+    """Time scale of rsqrt: steps after the warm-up until the rate is 1/sqrt(2) of the peak."""
 
 
 def learning_rate(
@@ -26,9 +26,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of step `step` (0-based) of `total`.
 
-    Warm-up multiplies the decayed rate by step / warmup (section 4.1; the reference code's order), with progress of the
-    decay counted from the end of warm-up. The first step of a warm-up has rate 0, as in the reference code.
-    """
+    Warm-up multiplies the decayed rate by step / warmup, and the decay starts at the end of warm-up (section 4.1). The
+    first step of warm-up has rate 0. Both follow the reference code."""
     progress = min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
     if config.kind == "linear":
         rate = config.end + (peak - config.end) * (1 - progress)

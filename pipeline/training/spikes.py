@@ -1,16 +1,16 @@
-"""Steps that must not reach the weights: loss spikes, and gradients that are not finite.
+"""Skips steps with loss spikes and counts steps with non-finite gradients.
 
     guard = LossSpikeGuard(factor=3.0, window=64, stop_after=50, device=device, world=world, state=checkpoint's)
     loss = engine.train_step(micro_losses, lr, skip_step=guard.skip_step)
-    guard.note(step, engine.dropped)                 # no wait for the device
+    guard.note(step, engine.dropped)                 # no host synchronisation
     for step, warning in guard.read():               # raises RuntimeError after too many skipped steps in a row
         ...
 
-A spike is a loss of more than `factor` times the median of the last `window` losses. Gradients that are not finite are
-found and dropped by the engine; the guard counts them. Its state is a few numbers in the checkpoint, so that a continued run
-decides as the uninterrupted one.
+A spike is a loss of more than `factor` times the median of the last `window` losses. The engine drops steps with
+non-finite gradients, and the guard counts them. Checkpoints contain the state of the guard, so that a resumed run makes
+the same decisions as an uninterrupted one.
 
-On a GPU the verdict on a step is read while the next step runs, so that the host never waits for the step in hand.
+On a GPU the result of a step is read during the next step, so that the host does not wait for the current step.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one step, on the host once `copied` has happened."""
+    """Result of a step. It is on the host after the event `copied`."""
 
     step: int
     values: Tensor
@@ -47,13 +47,13 @@ class LossSpikeGuard:
         world: int,
         state: dict[str, Any] | None = None,
     ):
-        """factor None looks for no spikes. state: what `state()` returned when the checkpoint was made."""
+        """factor: None disables spike detection. state: the value of `state()` in the checkpoint."""
         state = state or {}
         self.factor, self.window, self.stop_after, self.world = factor, window, stop_after, world
         self.spikes, self.nonfinite = int(state.get("spikes", 0)), int(state.get("nonfinite", 0))
         self.in_a_row = int(state.get("in_a_row", 0))
         self._verdicts: deque[Verdict] = deque()  # not yet read
-        # Places not yet filled are infinite: until half of the window is there, the median is, and nothing is a spike.
+        # Empty entries are infinite, so that there are no spikes until the window is half full.
         losses = [math.inf] * window + list(state.get("losses", []))
         self._losses = torch.tensor(losses[-window:], dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
@@ -62,11 +62,12 @@ class LossSpikeGuard:
 
     @property
     def skip_step(self) -> Callable[[Tensor], Tensor] | None:
-        """What the engine asks before a step; None when spikes do not matter."""
+        """The `skip_step` argument of `Engine.train_step`; None without spike detection."""
         return self._is_spike if self.factor is not None else None
 
     def _is_spike(self, loss: Tensor) -> Tensor:
-        """Whether a worker's mean loss belongs to a spike of the global batch: a bool scalar, without leaving the device."""
+        """Whether the loss of the global batch is a spike, as a bool scalar on the device. loss: this worker's mean
+        loss."""
         self._loss = loss.clone()
         if self.world > 1:
             dist.all_reduce(self._loss)
@@ -80,11 +81,11 @@ class LossSpikeGuard:
 
     @property
     def skipped(self) -> int:
-        """Skipped steps of the whole run."""
+        """Number of skipped steps of the run."""
         return self.spikes + self.nonfinite
 
     def note(self, step: int, dropped: Tensor) -> None:
-        """Remembers whether step `step` (1-based) was dropped, a bool scalar on the device. Waits for nothing."""
+        """Records whether step `step` (1-based) was dropped, a bool scalar on the device. Does not synchronise."""
         values = torch.stack([dropped.float(), self._spike.float(), self._loss, self._median])
         if values.device.type != "cuda":
             self._verdicts.append(Verdict(step, values, None))
@@ -95,9 +96,9 @@ class LossSpikeGuard:
         self._verdicts.append(Verdict(step, values, copied))
 
     def read(self, newest: bool = False) -> list[tuple[int, str]]:
-        """(step, warning) of every step that was skipped among those noted and not yet read.
+        """(step, warning) of every skipped step since the last call.
 
-        On a GPU the newest step is left for the next call, unless `newest`: its verdict is still being computed.
+        On a GPU the newest step is left for the next call, unless `newest`, because it may still be running.
         Raises RuntimeError after `stop_after` skipped steps in a row.
         """
         warnings = []
@@ -124,12 +125,12 @@ class LossSpikeGuard:
             reason = "gradient not finite"
         if self.in_a_row >= self.stop_after:
             raise RuntimeError(
-                f"{self.in_a_row} steps in a row were skipped; the last one, {verdict.step}, because of: {reason}. Lower "
-                "optimizer.lr, use engine.precision bf16 or fp32, or look at the data; the last checkpoint is kept"
+                f"{self.in_a_row} steps in a row were skipped; reason of the last one, {verdict.step}: {reason}. Lower "
+                "optimizer.lr, use engine.precision bf16 or fp32, or check the data; the last checkpoint is kept"
             )
         return f"step {verdict.step}: {reason}, step skipped ({self.skipped} so far)"
 
     def state(self) -> dict[str, Any]:
-        """JSON values; float32 losses survive exactly. Read every verdict before."""
+        """State as JSON values; float32 losses are exact. Call `read(newest=True)` first."""
         losses = [] if self.factor is None else [x for x in self._losses.tolist() if math.isfinite(x)]
         return {"spikes": self.spikes, "nonfinite": self.nonfinite, "in_a_row": self.in_a_row, "losses": losses}

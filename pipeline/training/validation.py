@@ -1,6 +1,6 @@
-"""What a run is measured by while it goes on: a held-out dataset, and few-shot probes of its features.
+"""Evaluation during training: a validation dataset, and few-shot probes.
 
-Every worker takes its part of the images; all take part in every forward pass, as ZeRO-3 wants.
+The images are divided among the workers. All workers take part in every forward pass, as ZeRO-3 requires.
 """
 
 import time
@@ -32,9 +32,9 @@ from pipeline.training.plan import TrainPlan, loading_threads
 
 @torch.no_grad()
 def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[str, float]:
-    """Top-1 in percent and mean loss over a whole dataset, each image once.
+    """Top-1 accuracy in percent and mean loss over a dataset. Each image counts once.
 
-    Masked patch prediction has no classes: its loss alone.
+    Masked patch prediction has no classes and returns only the loss.
     """
     config = plan.config
     device = worker.device
@@ -48,7 +48,7 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
             labels, output = batch["label"], engine.engine(batch["image"])
             if count == 0:
                 continue
-            sums[0] += training_loss(output, {"label": labels}, config.loss) * count  # on the device: no wait a batch
+            sums[0] += training_loss(output, {"label": labels}, config.loss) * count  # stays on the device
             sums[2] += count
             if isinstance(output, Tensor):
                 sums[1] += correct(output, labels).sum()
@@ -59,11 +59,11 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
 
 
 class FewShot:
-    """Top-1 of a linear classifier in closed form on frozen features of a few images per class, as the paper follows its
-    pre-training (section 4.1): least squares to {-1, 1}, the same images at every visit."""
+    """Few-shot probe of the paper (section 4.1): top-1 of a regularised least-squares classifier with targets {-1, 1}
+    on frozen features of a few images per class. Uses the same images every time."""
 
     def __init__(self, plan: TrainPlan, worker: Worker):
-        """Chooses the images. Reads labels, no images."""
+        """Chooses the images. Reads only labels."""
         self.plan, self.config, self.worker = plan, plan.config.runtime.fewshot, worker
         assert self.config.train is not None
         self.train, self.test = check_fewshot(plan.config)
@@ -74,11 +74,11 @@ class FewShot:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> dict[str, float]:
-        """{top-1 in percent, seconds that it took}"""
+        """Metrics: top-1 in percent, and the time in seconds."""
         start = time.perf_counter()
         rank, world, device = self.worker.rank, self.worker.world, self.worker.device
         share = -(-len(self.chosen) // world)
-        mine = np.resize(self.chosen, share * world)[rank * share : (rank + 1) * share]  # the last ones may come twice
+        mine = np.resize(self.chosen, share * world)[rank * share : (rank + 1) * share]  # pads by repetition
         with _evaluating(engine, features=True):
             step = self.plan.micro_batch
             parts = [self._features(engine, mine[i : i + step], device) for i in range(0, share, step)]
@@ -152,8 +152,8 @@ def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Da
 
 
 def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | None:
-    """(K,) int64: the index in `classes` of each class of a validation set that was prepared apart from the training set; None
-    when both have one class list. Raises UserError when the set has images of a class that is not among `classes`."""
+    """(K,) int64: the index in `classes` of each class of the validation set; None when both have the same class list.
+    Raises UserError when the validation set has images of a class that is not in `classes`."""
     if list(validation.classes) == list(classes):
         return None
     index = {name: i for i, name in enumerate(classes)}
@@ -177,10 +177,10 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
     trains on."""
     test = config.runtime.fewshot.test or config.runtime.validation
     if test is None:
-        raise UserError("fewshot.train needs something to score: give --fewshot.test, or --validation")
+        raise UserError("fewshot.train needs a test set: give --fewshot.test or --validation")
     train, scored = open_dataset(config.runtime.fewshot.train or ""), open_dataset(test)
     if train.multilabel or not train.classes or list(train.classes) != list(scored.classes):
-        raise UserError(f"{config.runtime.fewshot.train} and {test} must have the same classes, one for each image")
+        raise UserError(f"{config.runtime.fewshot.train} and {test} must have the same classes and one class per image")
     if config.runtime.fewshot.shots < 1:
         raise UserError(f"fewshot.shots {config.runtime.fewshot.shots} must be at least 1")
     for flag, dataset in (("fewshot.train", train), ("fewshot.test", scored)):
@@ -192,16 +192,16 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
 
 
 def evaluation_view(config: PretrainConfig) -> Augment:
-    """How evaluation sees an image: its shorter side reduced, the centre cut out."""
+    """Preprocessing of evaluation images: resize the shorter side, centre crop."""
     size = config.image_size
     return Augment(size=size, crop="center", resize=config.validation_resize or round(size * 8 / 7), flip=False)
 
 
 @contextmanager
 def _evaluating(engine: Engine, features: bool = False) -> Iterator[None]:
-    """No dropout; and with `features`, the model's representation in place of its logits.
+    """Evaluation mode. With `features`, the model returns its representation instead of logits.
 
-    The engine goes on to call the module as a whole: under ZeRO-3 its hooks gather the parameters.
+    The engine still calls the whole module, because ZeRO-3 gathers parameters in its hooks.
     """
     module: Any = engine.module
     module.eval()
@@ -216,7 +216,8 @@ def _evaluating(engine: Engine, features: bool = False) -> Iterator[None]:
 
 
 def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's part of a dataset: images (or patches) and labels. Never no image, but perhaps no label."""
+    """Images (or patches) and labels of this worker's part of a dataset. A batch has at least one image but may have no
+    label."""
     rank, world = worker.rank, worker.world
     batch_size = max(world, plan.micro_batch * world)
     view = evaluation_view(plan.config)
@@ -238,7 +239,7 @@ def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tupl
 
 
 def _gather(part: Tensor, world: int) -> Tensor:
-    """The workers' equally large parts one after the other, on every worker."""
+    """All-gathers equally sized parts and concatenates them by rank."""
     if world == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(world)]

@@ -1,4 +1,4 @@
-"""Ends a worker that hangs, so that it is started again, and says where it stands."""
+"""Kills a hanging worker, so that it is restarted, and logs where it hangs."""
 
 import logging
 import os
@@ -9,34 +9,35 @@ import traceback
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LAST_WORDS = 2.0
-"""Seconds between a stuck worker's last log record and its end: the record is on its way to the driver."""
+"""Seconds between the last log record of a hanging worker and its exit, so that the record reaches the driver."""
 
 logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Ends this process when nothing has moved for `limit` seconds: a worker that ends is restarted, one that hangs is not.
+    """Ends this process after `limit` seconds without a heartbeat, because Ray restarts dead workers but not hanging
+    ones.
 
         with Watchdog(limit, rank) as watchdog:
             watchdog.heartbeat("waiting for data", step=8)
 
-    At half the time every stuck worker logs where it is: the one that stands somewhere else than the others holds them up.
-    limit: 0 never ends anything.
+    After half of the time every hanging worker logs its position; the one at a different position blocks the others.
+    limit: 0 disables the watchdog.
     """
 
     def __init__(self, limit: float, rank: int):
         self.limit, self.rank = limit, rank
         self.doing, self.since = "starting", time.monotonic()
         self.first: int | None = None
-        """The step that it began with."""
+        """First step of this attempt."""
         self.step: int | None = None
-        """The step that it is in."""
+        """Current step."""
         self.thread_id = threading.get_ident()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def heartbeat(self, doing: str, step: int | None = None) -> None:
-        """Something is done, and `doing` comes next."""
+        """Reports progress. doing: the next operation."""
         self.doing, self.since = doing if step is None else f"{doing} {step}", time.monotonic()
         if step is not None and self.first is None:
             self.first = step
@@ -56,7 +57,7 @@ class Watchdog:
             still = time.monotonic() - self.since
             if still > self.limit:
                 logger.warning(
-                    "worker %d has not moved for %.0f s, %s: it is ended and restarted from the last checkpoint "
+                    "worker %d made no progress for %.0f s, %s: it is killed and restarted from the last checkpoint "
                     "(--stalled-after sets the time)",
                     self.rank,
                     still,
@@ -67,11 +68,11 @@ class Watchdog:
             if still > self.limit / 2 and warned != self.since:
                 warned = self.since
                 logger.warning(
-                    "worker %d has not moved for %.0f s, %s: %s", self.rank, still, self.doing, self._where()
+                    "worker %d made no progress for %.0f s, %s: %s", self.rank, still, self.doing, self._where()
                 )
 
     def _where(self) -> str:
-        """The stuck thread's innermost line in this project, and what it called."""
+        """The innermost line of the hanging thread in this project, and the function it called."""
         frames = traceback.extract_stack(sys._current_frames().get(self.thread_id))
         if not frames:
             return "its thread has ended"

@@ -1,4 +1,4 @@
-"""One training worker under Ray Train: `loop.train` with its records on the way to the driver and a watchdog beside it."""
+"""The training worker under Ray Train: runs `loop.train` with a watchdog and sends log records to the driver."""
 
 import contextlib
 import logging
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def train_worker(task: dict[str, Any]) -> dict[str, Any]:
-    """task: config (plain), run_id, tracking_uri, and two handles: records of the driver's `logs.Collector`, stop of its
-    `StopSignal`."""
+    """task: config (plain), run_id, tracking_uri, and two handles: records of the driver's `logs.Collector`, stop of
+    its `StopSignal`."""
     logs.send_to(task["records"])
     expect_answers()
     stop, preempted = listen(task["stop"]), is_preempted()
@@ -44,7 +44,7 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             watchdog = stack.enter_context(Watchdog(config.runtime.stalled_after, rank))
             for path in clear_stale_locks():
-                logger.info("removed %s: whoever was building this extension has been killed", path)
+                logger.info("removed the stale build lock %s", path)
             if context.get_local_rank() == 0:
                 node = f"node-{context.get_node_rank()}"
                 stack.enter_context(SystemMetrics(task["run_id"], task["tracking_uri"], node=node))

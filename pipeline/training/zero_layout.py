@@ -1,9 +1,8 @@
-"""Where DeepSpeed keeps what: its private names, all of them, read in this file alone.
+"""All uses of DeepSpeed's private interfaces, mostly the memory layout of its optimisers.
 
-Written against DeepSpeed 0.19.8 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares it with the one that is
-installed and looks for every name). Another version may keep the names and change their meaning: run
-tests/integration/test_engine.py and test_training.py, which compare every stage bit for bit, before changing the number.
-"""
+Written for DeepSpeed 0.19.8 (`WRITTEN_FOR`). tests/unit/test_private_interfaces.py checks the installed version and
+every name. A new version may change the meaning of a name: before changing the number, run
+tests/integration/test_engine.py and test_training.py, which compare all stages bit for bit."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 WRITTEN_FOR = "0.19.8"
 
-# What a loss scaler goes through (fp16): its scale, and when it moves next.
+# State of an fp16 loss scaler: the scale, and when it changes next.
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -31,20 +30,20 @@ class Fragment:
 
 
 def private(owner: Any, name: str) -> Any:
-    """`owner.name`. Raises RuntimeError naming both versions when this DeepSpeed has no such name."""
+    """`owner.name`. Raises RuntimeError with both versions when the installed DeepSpeed has no such name."""
     import deepspeed
 
     try:
         return getattr(owner, name)
     except AttributeError as error:
         raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}; this program was written against "
+            f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}; this program was written for "
             f"{WRITTEN_FOR}: install that version (constraints.txt), or adapt pipeline/training/zero_layout.py"
         ) from error
 
 
 def find_fragments(optimizer: Any, module: nn.Module, stage: int, rank: int) -> Iterator[Fragment]:
-    """Where this worker's float32 parameters live inside DeepSpeed's optimiser, for every ZeRO stage."""
+    """The fragments of this worker's float32 parameters in DeepSpeed's optimiser, for every ZeRO stage."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     if stage == 0:
         yield from _replicated(optimizer, module, names)
@@ -61,9 +60,9 @@ def find_fragments(optimizer: Any, module: nn.Module, stage: int, rank: int) -> 
 
 
 def _replicated(optimizer: Any, module: nn.Module, names: Mapping[int, str]) -> Iterator[Fragment]:
-    """Stage 0: every worker holds everything."""
+    """Stage 0: all parameters are replicated."""
     pairs: Iterable[tuple[Tensor, Tensor]]
-    if hasattr(optimizer, "fp32_groups"):  # low precision, with float32 masters
+    if hasattr(optimizer, "fp32_groups"):  # low precision with float32 masters
         pairs = zip(chain(*private(optimizer, "fp16_groups")), chain(*optimizer.fp32_groups), strict=True)
     else:
         pairs = ((parameter, parameter) for parameter in module.parameters())
@@ -72,7 +71,7 @@ def _replicated(optimizer: Any, module: nn.Module, names: Mapping[int, str]) -> 
 
 
 def _partitioned_parameters(optimizer: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:
-    """Stage 3: each worker holds an equal share of every parameter; the last worker's share is padded."""
+    """Stage 3: each worker has an equal part of every parameter; the part of the last worker is padded."""
     flats = private(optimizer, "fp32_partitioned_groups_flat")
     for group, parameters in enumerate(private(optimizer, "fp16_groups")):
         offset = 0
@@ -88,7 +87,7 @@ def _partitioned_parameters(optimizer: Any, names: Mapping[int, str], rank: int)
 def find_muon_momentum(optimizer: Any, module: nn.Module) -> Iterator[tuple[str, tuple[Tensor, int, int]]]:
     """(parameter, (its partition, first element in that partition's momentum, elements)), under ZeRO 1 and 2.
 
-    Muon keeps the momentum of whole matrices, all that its partition touches: it orthogonalises matrices, not slices.
+    Muon orthogonalises whole matrices, so it keeps the momentum of every matrix that overlaps the partition.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     flats = private(optimizer, "single_partition_of_fp32_groups")
@@ -101,9 +100,9 @@ def find_muon_momentum(optimizer: Any, module: nn.Module) -> Iterator[tuple[str,
 
 
 def drop_nonfinite_gradients(optimizer: Any, stage: int) -> None:
-    """Makes the optimiser look for non-finite gradients in every precision: a bad batch must not reach the weights.
+    """Makes the optimiser drop steps with non-finite gradients in every precision.
 
-    By itself stage 3 looks for them in fp16 alone.
+    By default stage 3 checks gradients only in fp16.
     """
     if stage != 3:
         if hasattr(optimizer, "check_grad_overflow"):
@@ -122,9 +121,9 @@ def drop_nonfinite_gradients(optimizer: Any, stage: int) -> None:
 
 
 class Partitions:
-    """What a step needs of the optimiser of ZeRO 1 and 2 (without offload): gradients in, weights out.
+    """Access to gradients and weights of the ZeRO 1 and 2 optimiser (without offload).
 
-    One entry for each parameter group; each is this worker's share, one flat tensor.
+    Lists have one flat tensor per parameter group: this worker's partition.
     """
 
     def __init__(self, optimizer: Any):
@@ -135,7 +134,7 @@ class Partitions:
             private(optimizer, name)
 
     def take_gradients(self) -> list[Tensor]:
-        """The reduced gradients, float32, in the order of `masters`; the model's own are released."""
+        """The reduced float32 gradients in the order of `masters`. Releases the gradients of the model."""
         optimizer, taken = self.optimizer, []
         for group in range(len(self.masters)):
             parts = optimizer.averaged_gradients[group]
@@ -149,7 +148,7 @@ class Partitions:
         return taken
 
     def publish(self) -> None:
-        """Gives the stepped weights to the model, on every worker."""
+        """Copies the updated weights to the model, on every worker."""
         from deepspeed.runtime.utils import all_gather_dp_groups
 
         optimizer = self.optimizer
@@ -172,20 +171,20 @@ def master_copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def loss_scale(optimizer: Any) -> dict[str, float]:
-    """State of the dynamic loss scale; empty where nothing is scaled."""
+    """State of the dynamic loss scale; empty without loss scaling."""
     scaler = getattr(optimizer, "loss_scaler", None)
     return {name: private(scaler, name) for name in SCALER} if getattr(scaler, "dynamic", False) else {}
 
 
 def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
-    """Restores what `loss_scale` returned, where losses are scaled."""
+    """Restores the state from `loss_scale`."""
     for name, value in state.items() if loss_scale(optimizer) else ():
         setattr(optimizer.loss_scaler, name, value)
 
 
 def without_compiled_collectives() -> None:
-    """On a CPU DeepSpeed would compile a shared-memory collective with the machine's C++ compiler, behind a lock that a killed
-    process never gives back. Training never calls it: gloo does the reductions."""
+    """Prevents DeepSpeed from compiling a shared-memory collective on a CPU, which needs a C++ compiler and leaves a
+    stale lock if the process is killed. Training does not need the collective, because gloo does the reductions."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

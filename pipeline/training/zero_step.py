@@ -1,16 +1,15 @@
-"""The optimiser's step of ZeRO 0 to 2 without a wait for the device.
+"""Optimiser steps for ZeRO 0 to 2 without host synchronisation.
 
     step = install_step(engine.optimizer, adamw, stage=1, clip=1.0)
-    engine.step()                # DeepSpeed calls it where it would call its own
+    engine.step()                # DeepSpeed calls it instead of its own step
     step.norm, step.dropped      # scalars on the device
 
-DeepSpeed reads back whether a gradient is finite and the gradient norm before it steps, so that the device idles until the host has
-launched the rest: `has_overflow().item()` and two tests of the norm under ZeRO 1 and 2, one test for each parameter under
-stage 0. Here both stay on the device. AdamW's fused kernel takes the flag (`found_inf`) and leaves weights, moments and
-step count as they are. Everything else is DeepSpeed's arithmetic in DeepSpeed's order: in float32 the weights are equal to those of its own
-step, bit for bit (tests/integration/test_host_free_step.py). The norm of a partition is one kernel over one flat tensor, accumulated in
-float64 as DeepSpeed does.
-"""
+Before each step DeepSpeed copies the finiteness flag and the norm of the gradients to the host, and the device idles
+until the host has launched the next kernels: `has_overflow().item()` and two tests of the norm under ZeRO 1 and 2, one
+test per parameter under stage 0. Here both values stay on the device. The fused kernel of AdamW takes the flag
+(`found_inf`) and leaves weights, moments and step count unchanged. All other arithmetic is the same as in DeepSpeed and
+in the same order, so float32 weights are bit-identical (tests/integration/test_host_free_step.py). The norm of a
+partition is one kernel over a flat tensor, accumulated in float64 as in DeepSpeed."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -23,33 +22,34 @@ from pipeline.training import zero_layout
 
 
 class DeviceStep(ABC):
-    """One optimiser step; whether it was taken is known on the device alone."""
+    """An optimiser step. Only the device knows whether it was dropped."""
 
     def __init__(self, adamw: torch.optim.AdamW, clip: float | None, device: torch.device):
         self.adamw, self.clip = adamw, clip
         self.norm = torch.zeros((), device=device)
         """Global gradient norm of the last step before clipping; infinite when a gradient was not finite."""
         self.dropped = torch.zeros((), dtype=torch.bool, device=device)
-        """Whether the last step left the weights alone because a gradient was not finite."""
+        """Whether the last step was dropped because a gradient was not finite."""
 
     @abstractmethod
     def __call__(self) -> None:
-        """Takes the gradients, clips them and steps."""
+        """Clips the gradients and takes a step."""
 
     def judge(self, norm: Tensor) -> None:
-        """Sets `norm` and `dropped`, and tells AdamW. The norm is finite exactly if every gradient is (and their squares' sum)."""
+        """Sets `norm`, `dropped` and AdamW's flag. The norm is finite only if all gradients and the sum of squares
+        are."""
         self.dropped = ~norm.isfinite()
         self.norm = torch.where(self.dropped, float("inf"), norm)
         self.adamw.found_inf = self.dropped.float()  # type: ignore[attr-defined]
 
     def clip_(self, gradients: list[Tensor]) -> None:
-        """DeepSpeed's clipping: divides by (norm + 1e-6) / clip where that is more than 1."""
+        """Clipping as in DeepSpeed: divides by (norm + 1e-6) / clip if that is more than 1."""
         if self.clip:
             torch._foreach_mul_(gradients, 1.0 / torch.clamp((self.norm + 1e-6) / self.clip, min=1.0))
 
 
 class PartitionedStep(DeviceStep):
-    """ZeRO 1 and 2: each worker steps its share of the float32 masters, then all gather the weights."""
+    """ZeRO 1 and 2: each worker updates its partition of the float32 masters, then the weights are all-gathered."""
 
     def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, clip: float | None):
         self.partitions = zero_layout.Partitions(optimizer)
@@ -67,7 +67,7 @@ class PartitionedStep(DeviceStep):
         self.partitions.publish()
 
     def global_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Of all groups over all workers, float32."""
+        """Norm over all groups and workers, float32."""
         squares = [torch.linalg.vector_norm(g, dtype=torch.float64).pow(2).float() for g in gradients]
         for square in squares:
             dist.all_reduce(square, group=self.partitions.process_group)
@@ -75,7 +75,7 @@ class PartitionedStep(DeviceStep):
 
 
 class ReplicatedStep(DeviceStep):
-    """Stage 0 in low precision: every worker steps all float32 masters with the reduced gradients."""
+    """Stage 0 in low precision: every worker updates all float32 masters with the reduced gradients."""
 
     def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, clip: float | None):
         pairs = zero_layout.master_copies(optimizer)
@@ -96,7 +96,7 @@ class ReplicatedStep(DeviceStep):
 
 
 class PlainStep(DeviceStep):
-    """Stage 0 in float32: the optimiser is AdamW itself, on the model's parameters. DeepSpeed steps; this clips before."""
+    """Stage 0 in float32: AdamW on the model's parameters. This clips the gradients, and DeepSpeed takes the step."""
 
     def __init__(self, module: nn.Module, adamw: torch.optim.AdamW, clip: float | None):
         self.parameters = list(module.parameters())
@@ -107,9 +107,9 @@ class PlainStep(DeviceStep):
 
 
 def install_step(optimizer: Any, module: nn.Module, adamw: torch.optim.AdamW, clip: float | None) -> DeviceStep:
-    """The step for what DeepSpeed has made of `adamw` (ZeRO 0 to 2, without offload, not fp16), put in the place of its own.
+    """Replaces the step of DeepSpeed's optimiser around `adamw` (ZeRO 0 to 2, without offload, not fp16).
 
-    Stage 0 in float32 has no step to replace: the caller runs the result before DeepSpeed's.
+    Stage 0 in float32 has no step to replace: the caller runs the returned step before DeepSpeed's.
     """
     if optimizer is adamw:
         return PlainStep(module, adamw, clip)

@@ -67,13 +67,13 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
     assert len(transfer) > 6
 
 
-def test_the_same_command_again_continues_and_another_is_refused(digits):
+def test_repeated_command_continues_and_changed_command_is_refused(digits):
     same = job("pretrain", "--steps", "160steps", cwd=digits)
     assert same.returncode == 0, same.stdout + same.stderr
-    assert "nothing left to do" in same.stderr
+    assert "already finished" in same.stderr
     other = job("pretrain", "--steps", "160steps", "--optimizer.lr", "0.5", cwd=digits)
     assert other.returncode == 2
-    assert "holds another run (optimizer.lr" in other.stderr
+    assert "contains another run (optimizer.lr" in other.stderr
     assert job("pretrain", "--steps", "160steps", "--resume", "never", cwd=digits).returncode == 2
     (record,) = digits.rglob("pretrain/run.json")
     mine = record.read_text()
@@ -92,7 +92,7 @@ def test_the_same_command_again_continues_and_another_is_refused(digits):
         ("pretrain", ["--data", "nowhere"], "no dataset here"),
         ("pretrain", ["--batch-size", "63"], "lanes 21 is not divisible by 2 workers"),
         ("pretrain", ["--model.variant", "Ti/15"], "15"),
-        ("pretrain", ["--resume", "must", "--output", "empty"], "holds no checkpoint to continue"),
+        ("pretrain", ["--resume", "must", "--output", "empty"], "contains no checkpoint to continue"),
         ("prepare", ["--source", "nowhere", "--output", "out"], "nowhere"),
         ("prepare", ["--source", "runs", "--output", "s3://no-such-bucket-here/x"], "s3://"),
         ("transfer", ["--checkpoint", "nowhere"], "nowhere"),

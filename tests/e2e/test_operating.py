@@ -1,8 +1,8 @@
-"""docs/operating.md as an operator goes through it: every command runs, in the guide's order, on one small run in an S3 store.
+"""Runs every command of docs/operating.md in order, on one small run in an S3 store.
 
-What the guide says between its commands is done too: the run is stopped before it is continued, on two workers, then one, then
-four; a node is drained under it; its newest checkpoint is damaged. Each failure in the guide's table has a test elsewhere.
-"""
+The test also does what the guide describes between its commands: it stops the run before continuing it, on two workers,
+then one, then four; it drains a node during the run; it damages the newest checkpoint. The rows of the runbook have
+tests in other files."""
 
 import ast
 import contextlib
@@ -38,7 +38,7 @@ GUIDE = ROOT / "docs" / "operating.md"
 COMMANDS = [line for block in code_blocks(GUIDE) for line in block.splitlines()]
 RUN, STEPS = "s3://bucket/vit/b16", 1000
 
-# What makes a job small: of a flag that is given twice the last one counts. Workers become an eighth of the guide's.
+# Flags that make a job small. If a flag is given twice, the last one applies. Worker counts are divided by eight.
 TRAINING = (
     f"--model.variant mu/8 --image-size 16 --augment.size 16 --batch-size 16 --lanes 4 --steps {STEPS}steps --log-every 5steps "
     "--checkpoint-every 20steps --engine.no-compile --no-gpus --cpus-per-worker 0.5 --workers 1"
@@ -53,15 +53,15 @@ SMALL = {
     "jobs/evaluate.py": f"--every-step {STEPS} --transfer.steps 2 --transfer.batch-size 8 --transfer.resolution 16",
 }
 
-# What a command says once it has done its work, by what is in its line; any other has only to end with 0.
-SAYS = {
-    "jobs/plan.py": r"drawn into scaling\.png$",
+# Part of a command line -> pattern in its output after success. Other commands only have to exit with 0.
+EXPECTED_OUTPUT = {
+    "jobs/plan.py": r"wrote scaling\.png$",
     "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\nval: prepared=\d ",
     "prepare.py vtab": r"^smallnorb_elevation +test ",
     "jobs/doctor.py": r"^doctor: 0 error, ",
     "--dry-run": rf"^  schedule  {STEPS} steps of 16 ",
     "prepare.py describe": r"^  images +29\d as jpeg",
-    "prepare.py verify": r"/data/train: verified, nothing is wrong$",
+    "prepare.py verify": r"/data/train: verified, no problems found$",
     "jobs/transfer.py": r"^mean of 19 ",
     "--every": r"^evaluate: evaluated=1  failed=0 ",
     "--repair": rf"^damaged +{RUN}/checkpoints/step-0*{STEPS}: model\.safetensors has \d+ bytes instead of ",
@@ -69,7 +69,7 @@ SAYS = {
     "upload": r"^uploaded operating/left ",
 }
 
-LEFT_BEHIND = """
+UNDELIVERED_RUN = """
 import os
 from pipeline.tracking import server, start_run
 
@@ -84,29 +84,29 @@ os._exit(1)
 """
 
 
-# The tests that show what the guide's table of failures says, by the first cell of its row.
-SHOWN = {
-    "a worker, or a node, died": (
+# First cell of each row of the guide's runbook -> the tests that show its action.
+TESTS = {
+    "a worker or a node died": (
         "integration/test_survival.py::test_worker_killed",
         "integration/test_survival.py::test_node_killed",
     ),
-    "a spot node got its notice": (
+    "a spot node received a preemption notice": (
         "integration/test_autoscaling.py::test_a_notice_drains_the_node",
         "integration/test_survival.py::test_preempted_node_costs_nothing",
     ),
-    # an embedded Ray goes with its driver: this is the death of both
-    "the head, or the driver, died": ("integration/test_survival.py::test_driver_killed",),
+    # An embedded Ray dies with its driver, so this test covers both.
+    "the head or the driver died": ("integration/test_survival.py::test_driver_killed",),
     "the newest checkpoint is damaged": (
         "integration/test_training.py::test_damaged_checkpoint_is_passed_over",
         "integration/test_training.py::test_repair_lists_every_checkpoint_and_removes_when_asked",
     ),
-    "the store was away": (
+    "the object store was unavailable": (
         "integration/test_training.py::test_uploads_go_side_by_side_and_are_repeated",
         "integration/test_training.py::test_full_disk_costs_one_checkpoint_and_the_next_one_is_written",
         "integration/test_loader_s3.py::test_passing_faults_are_retried_counted_and_change_nothing",
         "integration/test_loader_s3.py::test_a_shard_that_stays_unreadable_is_named",
     ),
-    "MLflow was away, or refused a record": (
+    "MLflow was unavailable or rejected a record": (
         "unit/test_tracking.py::test_refused_records_outlive_uploads_and_are_named_with_the_reason",
         "integration/test_mlflow_server.py::test_server_killed_in_mid_run_and_back",
         "unit/test_tracking.py::test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them",
@@ -116,10 +116,10 @@ SHOWN = {
         "integration/test_transfer.py::test_one_failing_task_does_not_stop_the_others",
         "integration/test_transfer.py::test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker",
     ),
-    "loss became not finite": (
+    "the loss is not finite": (
         "integration/test_engine.py::test_neither_a_spike_nor_nan_reaches_the_weights",
         "integration/test_engine.py::test_too_many_bad_steps_in_a_row_end_the_run",
-        "e2e/test_jobs.py::test_the_same_command_again_continues_and_another_is_refused",
+        "e2e/test_jobs.py::test_repeated_command_continues_and_changed_command_is_refused",
         "integration/test_weights.py::test_google_files_and_registered_models_through_the_jobs",
     ),
     "out of memory": (
@@ -127,11 +127,9 @@ SHOWN = {
         "integration/test_engine.py::test_options_of_the_engine_change_no_loss",
         "integration/test_training.py::test_other_number_of_workers_and_stage_see_the_same_samples",
     ),
-    "workers wait for ever at 0% CPU": (
-        "integration/test_doctor.py::test_a_stale_build_lock_is_told_from_one_that_is_held",
-    ),
-    "a job answers 401": ("integration/test_security.py::test_a_submission_without_the_token_is_refused",),
-    "MLflow answers 403": (
+    "workers hang at 0% CPU": ("integration/test_doctor.py::test_a_stale_build_lock_is_told_from_one_that_is_held",),
+    "Ray responds with 401": ("integration/test_security.py::test_a_submission_without_the_token_is_refused",),
+    "MLflow responds with 403": (
         "integration/test_doctor.py::test_a_tracking_server_that_does_not",
         "integration/test_mlflow_server.py::test_wrong_password_and_wrong_host_are_errors_that_say_what_to_do",
     ),
@@ -142,18 +140,18 @@ SHOWN = {
 }
 
 
-def test_every_failure_in_the_guide_is_shown_by_a_test():
-    _, _, recover = GUIDE.read_text().partition("## Runbook")
-    rows = re.findall(r"^\| (.+?) \|", recover, re.MULTILINE)
-    assert rows == ["what happened", "---", *SHOWN]
-    for test in itertools.chain(*SHOWN.values()):
+def test_every_row_of_the_runbook_has_a_test():
+    _, _, runbook = GUIDE.read_text().partition("## Runbook")
+    rows = re.findall(r"^\| (.+?) \|", runbook, re.MULTILINE)
+    assert rows == ["problem", "---", *TESTS]
+    for test in itertools.chain(*TESTS.values()):
         path, _, name = test.partition("::")
         module = ast.parse((ROOT / "tests" / path).read_text())
         assert name in {item.name for item in module.body if isinstance(item, ast.FunctionDef)}, test
 
 
 class Command:
-    """A line of the guide, made small, as a process; its output goes to a file."""
+    """Process of a command of the guide with small settings. Its output goes to a file."""
 
     numbers = itertools.count(1)
 
@@ -169,7 +167,7 @@ class Command:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def until(self, pattern: str, seconds: float = 300) -> re.Match:
-        """Waits for a line; the command must not end before it."""
+        """Waits for a line of output. Fails if the command ends first."""
         deadline = time.monotonic() + seconds
         while True:
             over = self.process.poll() is not None or time.monotonic() > deadline
@@ -186,7 +184,7 @@ class Command:
     def stop(self) -> None:
         assert self.process.poll() is None, self.log.read_text()
         self.process.send_signal(signal.SIGTERM)
-        assert "stopped; the same command again continues" in self.end(128 + signal.SIGTERM)
+        assert "stopped; repeat the command to continue" in self.end(128 + signal.SIGTERM)
 
     def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -198,7 +196,8 @@ class Command:
 
 @pytest.fixture
 def store(s3, tmp_path, monkeypatch) -> None:
-    """The guide's two buckets, one with 300 pictures and the archives of VTAB in miniature; MLflow beside the commands."""
+    """The two buckets of the guide, with 300 images and the miniature VTAB archives; an MLflow database for all
+    commands."""
     for bucket in ("bucket", "corpus"):
         make_bucket(bucket)
     generator = np.random.default_rng(0)
@@ -215,7 +214,7 @@ def store(s3, tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator["Cluster"]:
-    """A head without CPUs and two nodes with one each, all on this machine."""
+    """Local cluster: a head without CPUs and two nodes with one CPU each."""
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -227,7 +226,7 @@ def cluster() -> Iterator["Cluster"]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Command]]:
-    """Starts a line of the guide; whatever still runs at the end of the test is ended."""
+    """Starts a command of the guide. Kills commands that still run at the end of the test."""
     started: list[Command] = []
 
     def start(line: str, *more: str) -> Command:
@@ -245,7 +244,7 @@ def newest() -> int:
 
 
 def resumed(training: Command, line: str, step: int) -> int:
-    """The step that a command of training goes on from, on the workers that it asks for, once it does so."""
+    """Waits until a training command has resumed on the requested number of workers. Returns the step."""
     if step:
         workers = int(re.search(r"--workers (\d+)", line)[1]) // 8
         step = int(training.until(rf"^resumed from {RUN}/checkpoints/step-(\d+) on {workers} workers")[1])
@@ -266,7 +265,7 @@ def test_every_command_of_the_guide(store, start, request):
             assert f"draining {node.node_id}" in drain.end()
             saved = int(training.until(r"^step (\d+)/\d+  saved, and the workers leave")[1])
             training.until(rf"^resumed from {RUN}/checkpoints/step-0*{saved} on 2 workers")
-            assert "starting again" not in training.end()  # nothing had failed
+            assert "starting again" not in training.end()  # draining is not a failure
         elif "--min-workers" in line:
             training = start(line, "--address", request.getfixturevalue("cluster").address)
             assert resumed(training, line, step) >= step
@@ -279,8 +278,8 @@ def test_every_command_of_the_guide(store, start, request):
             training.stop()
         elif "--every" in line:
             scheduler = start(line)
-            scheduler.until(SAYS["--every"])
-            with pytest.raises(subprocess.TimeoutExpired):  # it waits for the next hour
+            scheduler.until(EXPECTED_OUTPUT["--every"])
+            with pytest.raises(subprocess.TimeoutExpired):  # waits for the next pass
                 scheduler.process.wait(3)
             scheduler.stop()
         else:
@@ -288,10 +287,10 @@ def test_every_command_of_the_guide(store, start, request):
                 weights = storage.join(checkpoints.folder(RUN, step), "model.safetensors")
                 storage.write_bytes(weights, storage.read_bytes(weights)[:-10])
             elif "upload" in line:
-                subprocess.run([sys.executable, "-c", LEFT_BEHIND], timeout=120)
+                subprocess.run([sys.executable, "-c", UNDELIVERED_RUN], timeout=120)
             text = start(line).end(1 if "--repair" in line else 0)
-            says = next((says for part, says in SAYS.items() if part in line), "")
-            assert re.search(says, text, re.MULTILINE), text
+            expected = next((pattern for part, pattern in EXPECTED_OUTPUT.items() if part in line), "")
+            assert re.search(expected, text, re.MULTILINE), text
         print(f"{time.monotonic() - began:4.0f} s  {line}", flush=True)
 
     left = [found.step for found in checkpoints.find(RUN)]

@@ -1,5 +1,5 @@
-"""One worker: bad steps are noticed, dropped, counted and said, and a run that was continued decides as the uninterrupted
-one; every option of the engine computes what it should."""
+"""One worker: bad steps are noticed, dropped, counted and said, and a run that was continued decides as the
+uninterrupted one; every option of the engine computes what it should."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path,
 
 def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypatch):
     bad_steps(monkeypatch, {6: 50.0, 7: 50.0, 8: math.nan})
-    with pytest.raises(RuntimeError, match="3 steps in a row were skipped; the last one, 8"):
+    with pytest.raises(RuntimeError, match="3 steps in a row were skipped; reason of the last one, 8"):
         train(changed(base, stop_after_skipped=3), tmp_path)
     assert checkpoints.latest(str(tmp_path)).step == 7
 
@@ -206,7 +206,7 @@ def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
         ),
         "gradient_precision fp32 needs engine.zero 2": changed(base, engine=EngineConfig(gradient_precision="fp32")),
         "engine.overlap_comm needs engine.zero": changed(base, engine=EngineConfig(zero=0, overlap_comm=True)),
-        "choose what engine.activation_checkpointing": changed(base, engine=EngineConfig(checkpointed_blocks=1)),
+        "need engine.activation_checkpointing": changed(base, engine=EngineConfig(checkpointed_blocks=1)),
         "engine.tf32 is for": changed(base, engine=EngineConfig(tf32=True)),
         "engine.checkpointed_blocks 0": changed(
             base, engine=EngineConfig(checkpointed_blocks=0, activation_checkpointing=True)
@@ -229,8 +229,8 @@ def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
 
 
 def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
-    """DeepSpeed computes fp16 on GPUs alone. Here its scaler works on float32: a scale that overflows is halved, the step
-    dropped, and a continued run goes on with the scale that it had."""
+    """DeepSpeed computes fp16 on GPUs alone. Here its scaler works on float32: a scale that overflows is halved, the
+    step dropped, and a continued run goes on with the scale that it had."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     asked = engine_module.deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
@@ -298,7 +298,8 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
 
 @pytest.mark.parametrize("zero", [1, slow(3)])
 def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, zero):
-    """Three colours: two images of each teach a linear classifier on the features all others. Training is left alone."""
+    """Three colours: two images of each teach a linear classifier on the features all others. Training is left
+    alone."""
     config = changed(base, steps="4steps", engine=replace(base.engine, zero=zero), validate_every="2steps")
     _, plain, lines, _ = train(config, tmp_path / "plain")
     probe = FewShotConfig(train=base.runtime.data, test=base.runtime.data, shots=2, l2=1.0)
@@ -313,8 +314,8 @@ def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, z
     assert any("few-shot top-1" in line for line in again)
 
 
-def test_few_shot_needs_something_to_score(base):
-    with pytest.raises(UserError, match="needs something to score"):
+def test_few_shot_needs_a_test_set(base):
+    with pytest.raises(UserError, match="needs a test set"):
         check_fewshot(changed(base, fewshot=FewShotConfig(train=base.runtime.data)))
 
 

@@ -110,7 +110,8 @@ def test_validation_counts_every_image_once(runs):
 
 
 def test_continues_bit_for_bit_and_on_another_number_of_workers(runs, tmp_path):
-    """From step 4 to 6 again: equal bits on two workers, for each stage, precision and optimiser; close on one worker."""
+    """From step 4 to 6 again: equal bits on two workers, for each stage, precision and optimiser; close on one
+    worker."""
     names = ["zero0", "zero1", "zero2", "zero3", "bf16", "sgd"]
     again = [continued(runs[name][0], tmp_path, 4) for name in names]
     for name, result in zip(names, run(2, *again), strict=True):
@@ -298,7 +299,7 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
     assert lines[1].startswith(f"damaged      {two}: its COMMIT.json is not one of ours")
     assert lines[2].startswith(f"damaged      {three}: config.json has 0 bytes")
     assert lines[3].startswith(f"uncommitted  {four}: ")
-    assert lines[4] == f"continues from {one}"
+    assert lines[4] == f"resumes from {one}"
     assert four.exists()
     assert checkpoint.repair(str(tmp_path), delete=True)[1]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
@@ -311,7 +312,7 @@ def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
     old = written(tmp_path, 2)
     new = written(tmp_path)
     old.save(4, dict, {})
-    with pytest.raises(UserError, match="was taken over by another start of this run"):
+    with pytest.raises(UserError, match="was taken over by another attempt of this run"):
         old.wait()
     assert checkpoints.latest(str(tmp_path)).step == 2
     new.close()
@@ -340,7 +341,8 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
 
 
 def test_damaged_checkpoints_do_not_count_and_nothing_valid_goes_before_its_time(tmp_path):
-    """Once the newest ones are damaged, training goes on below them: what it saves is kept, the damaged ones go in the end."""
+    """Once the newest ones are damaged, training goes on below them: what it saves is kept, the damaged ones go in the
+    end."""
     writer = written(tmp_path, 2, 10, 12, keep_last=2)
     for step in (10, 12):
         flip_bit(Path(checkpoints.folder(str(tmp_path), step), "model.safetensors"))
@@ -369,7 +371,7 @@ def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
     written(tmp_path, 4)
     committed = {path: path.read_bytes() for path in Path(checkpoints.folder(str(tmp_path), 4)).rglob("*.*")}
     old.save(4, tensors_of(old, 99), {})
-    with pytest.raises(UserError, match="was taken over by another start"):
+    with pytest.raises(UserError, match="was taken over by another attempt"):
         old.wait()
     assert {path: path.read_bytes() for path in committed} == committed
 
@@ -389,7 +391,8 @@ def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
 
 @pytest.mark.slow
 def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
-    """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for another."""
+    """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for
+    another."""
     with FaultProxy(s3_server, stall=4.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         arrived: dict[str, float] = {}

@@ -69,7 +69,7 @@ def test_yaml_round_trip_and_file(tmp_path):
         ("inner: {betas: [1]}", "expected 2 values"),
         ("data: 3", "expected str"),
         ("a: [", "not valid YAML"),
-        ("- a", "expected keys"),
+        ("- a", "expected a mapping"),
     ],
 )
 def test_bad_yaml_names_the_key(text, message):
@@ -108,7 +108,7 @@ def test_unreadable_horizons(text):
 def test_horizons_that_need_what_is_not_known():
     with pytest.raises(UserError, match="size of the data set"):
         config.steps("3epochs", batch_size=100)
-    with pytest.raises(UserError, match="relative to the whole run"):
+    with pytest.raises(UserError, match="relative to the length of the run"):
         config.steps("10%", batch_size=100)
 
 

@@ -5,10 +5,9 @@
             ...                   # batch["image"] uint8 (b, H, W, C), batch["label"] int64 (b,), batch["key"]
             loader.state()        # {"epoch": 3, "step": 171}: resume from here after this batch
 
-The loader is its own pipeline, driven by its consumer: taking a batch queues a later one, so `prefetch` batches are being
-made while the consumer works. Row groups are read ahead of the batches that need them (reader.py); each batch is filled by
-several tasks, one per few lanes, straight into its place in the batch.
-"""
+The loader is its own pipeline, driven by its consumer: taking a batch queues a later one, so `prefetch` batches are
+being made while the consumer works. Row groups are read ahead of the batches that need them (reader.py); each batch is
+filled by several tasks, one per few lanes, straight into its place in the batch."""
 
 import logging
 import os
@@ -42,15 +41,15 @@ READ_AHEAD = 8  # row groups requested beyond those that the queued batches need
 class Loader:
     """One rank's share of every global batch of `batch_size` samples.
 
-    Training (train=True): each epoch is another permutation; every sample comes once, but for a remainder smaller than `lanes`.
-    The last batch is short unless drop_last. Samples, crops and mixup pairs depend on seed, epoch, step, batch_size, lanes
-    and shuffle_window, never on rank, world_size or threads. `lanes` (default: order.default_lanes) must be a
-    multiple of world_size, and stay the same to resume with other workers. A row that does not decode is replaced by the next
-    of its shuffle window, logged and counted.
+    Training (train=True): each epoch is another permutation; every sample comes once, but for a remainder smaller than
+    `lanes`. The last batch is short unless drop_last. Samples, crops and mixup pairs depend on seed, epoch, step,
+    batch_size, lanes and shuffle_window, never on rank, world_size or threads. `lanes` (default: order.default_lanes)
+    must be a multiple of world_size, and stay the same to resume with other workers. A row that does not decode is
+    replaced by the next of its shuffle window, logged and counted.
 
-    Evaluation (train=False): rank r gets the r-th contiguous part of the dataset, in dataset order, every sample once. All
-    ranks take the same number of steps, so a last batch may be empty on some. No flip, RandAugment or mixup; the crop
-    must be center or squash (the default). A row that does not decode is an error.
+    Evaluation (train=False): rank r gets the r-th contiguous part of the dataset, in dataset order, every sample once.
+    All ranks take the same number of steps, so a last batch may be empty on some. No flip, RandAugment or mixup; the
+    crop must be center or squash (the default). A row that does not decode is an error.
 
     A batch is a dict, where b is this rank's share:
         image      uint8 (b, H, W, C), for encoding jpeg; or
@@ -59,21 +58,19 @@ class Loader:
         label      int64 (b,), -1 unlabelled; multi-label (b, M): class indices padded with -1
         key        list of b strings
         label_b, lam   with mixup: the partner's label, and the weight of `label`, float32 (b,)
-    A batch is yours for as long as you hold any of it: memory is used again only after the last tensor or view of it is gone
-    (pinned memory: after copies from it have finished too).
+    A batch is yours for as long as you hold any of it: memory is used again only after the last tensor or view of it is
+    gone (pinned memory: after copies from it have finished too).
 
-    augment       None: Augment() for training on jpeg, squash to 224 for evaluation on jpeg; patches go through as they are
-    shuffle_window  samples shuffled together, over all lanes: each lane permutes windows of shuffle_window/lanes
-    threads       decoding threads; default: the CPUs of this process, shared between the ranks of this machine
-    prefetch      batches made ahead of the one in use
-    patch_keep_rate   fraction of patches kept, drawn anew for each sample
-    pin_memory    default: when CUDA is there
-    max_replaced  how many different images may be replaced before the loader raises UserError; None is no limit
-    cache_dir     keeps row groups of s3:// datasets on a local disk, up to cache_bytes
+    augment       None: Augment() for training on jpeg, squash to 224 for evaluation on jpeg; patches go through as they
+    are shuffle_window  samples shuffled together, over all lanes: each lane permutes windows of shuffle_window/lanes
+    threads       decoding threads; default: the CPUs of this process, shared between the ranks of this machine prefetch
+    batches made ahead of the one in use patch_keep_rate   fraction of patches kept, drawn anew for each sample
+    pin_memory    default: when CUDA is there max_replaced  how many different images may be replaced before the loader
+    raises UserError; None is no limit cache_dir     keeps row groups of s3:// datasets on a local disk, up to
+    cache_bytes
 
-    Iterating again continues with the next epoch, or after a `break`, with the next batch. `counters` has reads, read_bytes,
-    cache_hits, retries and replaced. Memory: prefetch + 1 batches, and about one row group per lane.
-    """
+    Iterating again continues with the next epoch, or after a `break`, with the next batch. `counters` has reads,
+    read_bytes, cache_hits, retries and replaced. Memory: prefetch + 1 batches, and about one row group per lane."""
 
     def __init__(
         self,
@@ -453,8 +450,8 @@ class _Batch:
 
 
 class _Memory:
-    """Memory for batches, given out again once nobody holds any part of it: first touches of fresh pages cost a twentieth
-    of a JPEG's decoding."""
+    """Memory for batches, given out again once nobody holds any part of it: first touches of fresh pages cost a
+    twentieth of a JPEG's decoding."""
 
     def __init__(self, shape: tuple[int, ...], keep: int) -> None:
         self.shape, self.keep = shape, keep
@@ -475,7 +472,8 @@ class _Memory:
 
 
 def _blend(rows: np.ndarray, lam: float) -> None:
-    """Mixup within one lane, in place: lam * row + (1 - lam) * the next row, the last with the first, rounded to uint8."""
+    """Mixup within one lane, in place: lam * row + (1 - lam) * the next row, the last with the first, rounded to
+    uint8."""
     flat = rows.reshape(len(rows), 1, -1)
     first = flat[0].copy()
     for i in range(len(flat)):
