@@ -1,4 +1,4 @@
-"""A decoded image -> the form that is stored: a JPEG of limited size, or a matrix of patches."""
+"""Converts decoded images to the stored encoding: a resized JPEG, or a matrix of patches."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ Fit = Literal["crop", "squash"]
 
 
 def shrink(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resizes by area averaging (no aliasing) where it shrinks, bicubic where it enlarges."""
+    """Resizes with area averaging (no aliasing) for shrinking and bicubic interpolation for enlarging."""
     smaller = width <= pixels_HWC.shape[1] and height <= pixels_HWC.shape[0]
     return cv2.resize(pixels_HWC, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
@@ -21,9 +21,8 @@ def shrink(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
 def as_jpeg(picture: Picture, data: bytes, size: int, quality: int, lossless: bool = True) -> tuple[bytes, np.ndarray]:
     """The bytes to store for encoding `jpeg`, and their pixels before compression.
 
-    The shorter side becomes `size`; an image that is no larger is stored as it came when it is intact, and with `lossless`
-    as PNG when its format lost nothing (a palette, BMP, GIF).
-    """
+    The shorter side becomes `size`. A smaller image is stored unchanged if it is intact; with `lossless`, images in
+    lossless formats (palette, BMP, GIF) are stored as PNG."""
     pixels = picture.pixels
     height, width = pixels.shape[:2]
     if min(height, width) > size:

@@ -1,4 +1,4 @@
-"""Memory for pixels that each thread reuses: decoding and augmenting allocate nothing per image."""
+"""Per-thread scratch buffers for pixels, so that decoding and augmentation do not allocate memory per image."""
 
 import math
 import threading
@@ -9,7 +9,7 @@ _memory = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 memory of this thread, reused: valid until the same thread asks for the same name again."""
+    """A reused uint8 buffer of this thread, valid until the thread requests the same name again."""
     size, flat = math.prod(shape), getattr(_memory, name, None)
     if flat is None or flat.size < size:
         flat = np.empty(size, np.uint8)

@@ -1,9 +1,9 @@
-"""Variable-length integers as protocol buffers and Thrift's compact protocol write them."""
+"""Variable-length integers (varints) of protocol buffers and of Thrift's compact protocol."""
 
 
 def read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    """(value, position after it): seven bits a byte, the lowest first. Raises IndexError at the end of `view`, ValueError for
-    more than 64 bits."""
+    """(value, position after it): seven bits a byte, the lowest first. Raises IndexError at the end of `view`,
+    ValueError for more than 64 bits."""
     value = shift = 0
     while True:
         byte = view[position]

@@ -1,4 +1,4 @@
-"""The leaderboard in its written forms: Markdown, JSON, and score against compute as a figure (paper, Figure 5)."""
+"""Renders the leaderboard as Markdown, as JSON, and as a plot of score against compute (figure 5 of the paper)."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def to_markdown(rows: list[Row], limit: int | None = None, inside: bool = False) -> str:
-    """One table a suite, best first; names link to the runs when the server has addresses.
+    """One table per suite, best first. Names link to the runs if the server has a web address.
 
-    inside: links for MLflow's own pages, whatever the server's address. limit: rows a suite at most.
+    inside: relative links, for pages inside MLflow. limit: maximum rows per suite.
     """
     lines = ["# Transfer scores by pre-training run", ""]
     for suite in dict.fromkeys(row.suite for row in rows):
@@ -64,11 +64,11 @@ def to_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def figure(rows: list[Row]) -> "Figure | None":
-    """Score against pre-training compute on a log axis, a panel per suite; None when no row's compute is known.
+    """Score against pre-training compute on a log axis, one panel per suite; None if the compute of all rows is
+    unknown.
 
-    Marks tell the families apart as in the paper: ViT circles, hybrids squares, ResNets triangles. Checkpoints of one
-    run are joined by a line: its learning curve.
-    """
+    Markers as in the paper: circles for ViT, squares for hybrids, triangles for ResNets. A line connects the
+    checkpoints of a run."""
     from matplotlib.figure import Figure
 
     known = [row for row in rows if row.train_flops]
@@ -87,7 +87,7 @@ def figure(rows: list[Row]) -> "Figure | None":
             if members:
                 points = [_exaflops(row) for row in members], [row.mean for row in members]
                 panel.scatter(*points, s=70, marker=mark, color=colour, edgecolor="white", label=family, zorder=2)
-        # The last checkpoint of a run carries its name, above the point on one side and below it on the next.
+        # The last checkpoint of a run is labelled, alternately above and below the point.
         best: dict[str | None, Row] = {}
         for row in sorted(part, key=_exaflops):
             best[row.pretrain_run] = row

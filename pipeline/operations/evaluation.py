@@ -1,10 +1,9 @@
-"""Scheduled evaluation: every checkpoint gets one evaluation of a suite, whoever runs, however often, whatever dies.
+"""Scheduled evaluation: every checkpoint is evaluated once per suite, even with several schedulers and after crashes.
 
-Who evaluates which checkpoint is kept in a ledger on shared storage (`pipeline.operations.ledger`). The checksum of its weights
-identifies a checkpoint: the
-same weights under another name are not evaluated twice, new weights under an old name are. Training is not touched:
-checkpoints are only read, and the learning curve of transfer scores goes to a run of its own, linked to the training run.
-"""
+A ledger on shared storage (`pipeline.operations.ledger`) records which process evaluates which checkpoint. A checkpoint
+is identified by the checksum of its weights: the same weights under another name are not evaluated again, but new
+weights under an old name are. Checkpoints are only read. The transfer scores of a run form a learning curve in a
+separate MLflow run, which is linked to the training run."""
 
 import dataclasses
 import http.client
@@ -36,28 +35,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Which checkpoints are evaluated on which suite, and what follows from the scores."""
+    """Settings of the scheduled evaluation."""
 
     suite: str = "demo"
-    """Transfer suite to run. Its settings are the flags --transfer.NAME."""
+    """Transfer suite. The flags --transfer.NAME change its settings."""
     runs: tuple[str, ...] = ()
-    """Run folders of jobs/pretrain.py, finished or not, or single checkpoint folders."""
+    """Run folders of jobs/pretrain.py, finished or running, or checkpoint folders."""
     model: str | None = None
-    """Registered MLflow model whose versions are evaluated. Its alias `champion` follows the best version."""
+    """Registered MLflow model whose versions are evaluated. Its alias `champion` is moved to the best version."""
     register: bool = False
-    """First register the newest checkpoint of each of --runs as a version of --model."""
+    """Before evaluating, register the newest checkpoint of each of --runs as a version of --model."""
     data: str | None = None
     """Data of the suite, as for jobs/transfer.py."""
     output: str = "runs/evaluate"
-    """Folder or s3:// prefix for the ledger and the results. Give all schedulers the same one; several machines need
+    """Folder or s3:// prefix for the ledger and the results, the same for all schedulers. Several machines need
     s3://."""
     every_step: int = 1
     """Evaluate only checkpoints at multiples of this number of steps."""
     margin: float = 1.0
-    """Difference, in standard errors, above which a score counts as better or worse."""
+    """Minimum difference of scores that counts as better or worse, in standard errors."""
     hook: str | None = None
     """Command that receives each event (evaluated, failed, promoted, regression) as JSON on standard input. The
-    environment variable VIT_WEBHOOK names a web address that receives it by POST."""
+    environment variable VIT_WEBHOOK sets a URL that receives events by POST."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -66,7 +65,7 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Round:
-    """What one pass did."""
+    """Results of one pass."""
 
     evaluated: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -74,11 +73,11 @@ class Round:
     promoted: list[str] = field(default_factory=list)
     claimed_elsewhere: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
-    """Dry run: what would be evaluated."""
+    """Checkpoints that a dry run would evaluate."""
 
 
 def suite_version(config: EvaluateConfig) -> str:
-    """Identifies what is measured (`pipeline.transfer.suites.suite_version`)."""
+    """Identifies the suite, its settings and its data (`pipeline.transfer.suites.suite_version`)."""
     return suites.suite_version(dataclasses.replace(config.transfer, suite=config.suite, data=config.data))
 
 
@@ -103,9 +102,9 @@ def check_data(config: EvaluateConfig) -> None:
 
 
 def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
-    """Every committed checkpoint of `runs` and every version of `model`, each set of weights once, in order of steps.
+    """The committed checkpoints of `runs` and the versions of `model`, ordered by step, without repeated weights.
 
-    Raises UserError when neither is given, or nothing at all is there.
+    Raises UserError when neither is given or nothing is found.
     """
     if not config.runs and not config.model:
         raise UserError(
@@ -130,7 +129,7 @@ def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
     for version in registry.versions(config.model, uri) if config.model else []:
         try:
             checkpoint = checkpoints.resolve(version.checkpoint)
-        except UserError as error:  # pruned, or on another machine's disk
+        except UserError as error:  # deleted, or on the disk of another machine
             logger.warning("version %d of %s cannot be evaluated: %s", version.version, version.name, error)
             continue
         target = _target(checkpoint, version.checkpoint.rpartition("/checkpoints/")[0] or version.checkpoint)
@@ -156,7 +155,7 @@ Evaluate = Callable[[EvaluateConfig, Target, str, str], Outcome]
 
 
 def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> Outcome:
-    """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`); what a killed evaluator finished is kept."""
+    """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`). Results of a killed evaluator are reused."""
     from pipeline.transfer import run_suite
     from pipeline.transfer.scores import read_scores, standard_error
 
@@ -179,9 +178,9 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
 
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:
-    """Evaluates what lacks an evaluation, records it, moves `champion`, and says what got worse.
+    """Runs one pass: evaluates new checkpoints, logs the results, moves `champion`, and reports regressions.
 
-    What fails for one checkpoint (its evaluation, a damaged file of its ledger) is listed in `failed` and stops no other.
+    Errors of one checkpoint (evaluation, damaged ledger file) are listed in `failed` and do not stop the others.
     """
     check_config(config)
     uri = resolve_tracking_uri(config.tracking_uri)
@@ -220,7 +219,7 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
 def _evaluate_target(
     config: EvaluateConfig, ledger: Ledger, target: Target, version: str, uri: str, evaluate: Evaluate, done: Round
 ) -> bool:
-    """Claims and evaluates one checkpoint; whether this process wrote its result."""
+    """Claims and evaluates one checkpoint. Returns whether this process wrote the result."""
     if ledger.failures(target) >= ATTEMPTS:
         done.failed.append(f"{target.checkpoint}: failed {ATTEMPTS} times, see {ledger.folder(target)}")
         return False
@@ -248,9 +247,9 @@ def _evaluate_target(
 
 
 def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str, uri: str) -> None:
-    """Puts a result into MLflow: a point of the run's learning curve, and tags and metrics of the model version.
+    """Logs a result to MLflow: a point of the run's learning curve, and tags and metrics of the model version.
 
-    Done again when an evaluator died in between; neither doubles anything.
+    Idempotent, because it is repeated if an evaluator died before it finished.
     """
     outcome = ledger.result(target)
     evaluation = f"{config.suite}:{version}"
@@ -263,11 +262,11 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
     name = run_name(config.suite, checkpoint_name(target.run))
     tags = {"suite": config.suite, "suite.version": version, names.CHECKPOINT: target.checkpoint}
     if known is not None and not isinstance(known, str):
-        raise LedgerError(f"{series}: names no run; remove it")
+        raise LedgerError(f"{series}: contains no run id; remove it")
     about = Description(
         what=f"Learning curve of transfer: the suite {config.suite} on the checkpoints of {target.run}.",
         data=(f"data sets of {config.data or 'the suite'}, among the inputs of the transfer runs",),
-        to_continue="the same command again evaluates the checkpoints that are new.",
+        to_continue="repeat the command to evaluate new checkpoints.",
     )
     with start_run(
         names.EVALUATE, name, config=None if known else config, tags=tags, about=about, run_id=known, tracking_uri=uri
@@ -288,7 +287,7 @@ def record(config: EvaluateConfig, ledger: Ledger, target: Target, version: str,
 
 
 def _log_datasets(run: Run, config: EvaluateConfig) -> None:
-    """The suite's data sets as inputs of the run, as far as they can be read from here."""
+    """Logs the readable data sets of the suite as inputs of the run."""
     settings = dataclasses.replace(config.transfer, suite=config.suite, data=config.data)
     for role, uri, manifest in suites.find_datasets(settings):
         about = {"fingerprint": manifest["fingerprint"], "rows": manifest.get("rows")}
@@ -299,7 +298,7 @@ def _log_datasets(run: Run, config: EvaluateConfig) -> None:
 
 
 def promote(config: EvaluateConfig, version: str, uri: str) -> list[str]:
-    """Moves `champion` to the best version when it is better than the present one by more than noise."""
+    """Moves `champion` to the best version if it is significantly better than the current one."""
     assert config.model
     key = f"{config.suite}:{version}"
     scored = [v for v in registry.versions(config.model, uri) if key in v.evaluations]
@@ -327,14 +326,15 @@ def promote(config: EvaluateConfig, version: str, uri: str) -> list[str]:
 
 
 def noise(margin: float, *spreads: float) -> float:
-    """What a difference must exceed: `margin` standard errors of a difference of two means."""
+    """Significance threshold: `margin` standard errors of the difference of two means."""
     return margin * math.sqrt(sum(spread**2 for spread in spreads))
 
 
 def regressions(
     config: EvaluateConfig, ledger: Ledger, fresh: list[Target], version: str, uri: str
 ) -> Iterator[tuple[Target, str]]:
-    """New results worse than the champion (of model versions) or than an earlier checkpoint of the same run."""
+    """New results that are worse than the champion (for model versions) or than an earlier checkpoint of the same
+    run."""
     if not fresh:
         return
     key = f"{config.suite}:{version}"
@@ -373,7 +373,7 @@ def _readable_result(ledger: Ledger, target: Target) -> Outcome | None:
 
 
 def notify(config: EvaluateConfig, event: str, target: Target | None, **details: Any) -> None:
-    """Tells the hook and the webhook. Their failures are warnings: evaluation does not depend on them."""
+    """Sends an event to the hook and the webhook. Failures are logged as warnings."""
     message: dict[str, Any] = {"event": event, "suite": config.suite, **details}
     if target is not None:
         message |= {"checkpoint": target.checkpoint, "step": target.step, "run": target.run}
@@ -393,11 +393,11 @@ def notify(config: EvaluateConfig, event: str, target: Target | None, **details:
             logger.warning("webhook failed on %s: %s", event, about)
 
 
-# ---------------------------------------------------------------- time, and what may go
+# ---------------------------------------------------------------- schedule and pruning
 
 
 def seconds(text: str) -> float:
-    """ "90s", "30m", "2h", "1d" or plain seconds. Raises UserError for anything else."""
+    """Parses "90s", "30m", "2h", "1d" or a number of seconds. Raises UserError for anything else."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
     try:
@@ -405,14 +405,14 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise UserError(f'cannot read the interval "{text}"; write 90s, 30m, 2h or 1d')
+        raise UserError(f'cannot parse the interval "{text}"; write 90s, 30m, 2h or 1d')
     return value
 
 
 def ticks(
     every: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[int]:
-    """Counts 0, 1, 2, ... on a grid of `every` seconds. A pass that takes longer skips the times it missed."""
+    """Yields 0, 1, 2, ... every `every` seconds. If a pass overruns, the missed ticks are skipped."""
     start, count = clock(), 0
     while True:
         yield count
@@ -421,10 +421,10 @@ def ticks(
 
 
 def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Checkpoint]:
-    """Checkpoints that nothing needs: not among the last `keep` of their run, not its best by validation, not the weights
-    of any registered version, not what a transfer run names."""
+    """Checkpoints that can be deleted: all except the last `keep` of each run, the best by validation, registered
+    versions, and checkpoints of transfer runs."""
     if keep < 1:
-        raise UserError("--keep must be at least 1: a run without its last checkpoint cannot be continued")
+        raise UserError("--keep must be at least 1, because a run cannot continue without its last checkpoint")
     referred = {run.tags.get(names.CHECKPOINT) for run in search.search_runs(names.TRANSFER, uri=uri)}
     referred |= {version.checkpoint for model in registry.model_names(uri) for version in registry.versions(model, uri)}
     spared = {storage.normalise(address) for address in referred if address}

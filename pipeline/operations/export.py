@@ -1,8 +1,7 @@
-"""Exports a model for other libraries, and proves it: the artefact is loaded by that library and its logits compared.
+"""Exports models for other libraries, and verifies the export by loading it there and comparing logits.
 
-Every artefact takes float images (B,C,H,W) in [-1, 1], that is pixels / 127.5 - 1. A new format is one function here and a
-line in EXPORTERS.
-"""
+Every exported model takes float images (B,C,H,W) in [-1, 1], which is pixels / 127.5 - 1. To add a format, write a
+function and add it to EXPORTERS."""
 
 import copy
 import logging
@@ -29,7 +28,7 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
-    """How far an artefact is from the model."""
+    """Comparison of the outputs of the exported model and the original."""
 
     what: str
     """"logits" or "features"."""
@@ -37,9 +36,9 @@ class Parity:
     max_difference: float
     """Largest absolute difference."""
     max_value: float
-    """Largest absolute value of the model's own output."""
+    """Largest absolute value of the original output."""
     same_argmax: int
-    """Images whose largest output is the same one."""
+    """Number of images with the same argmax."""
 
     def within(self, tolerance: float) -> bool:
         """Whether the difference is at most `tolerance`, relative to the largest output (at least 1)."""
@@ -47,10 +46,10 @@ class Parity:
 
 
 def export(model: nn.Module, config: dict[str, Any], form: str, folder: str, images: Tensor) -> Parity:
-    """Writes the artefact to a local folder, loads it there, and compares the two on uint8 images (B,H,W,C).
+    """Exports a model to a local folder, loads it with the target library, and compares both on uint8 images (B,H,W,C).
 
-    config: the checkpoint's config.json. form: a name of EXPORTERS. Raises UserError for what the form cannot express.
-    """
+    config: config.json of the checkpoint. form: a key of EXPORTERS. Raises UserError if the format cannot express the
+    model."""
     x = images.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
     ours, theirs = EXPORTERS[form](model, config, folder)
     expected, found = ours(x), theirs(x)
@@ -74,12 +73,12 @@ def export_timm(model: nn.Module, config: dict[str, Any], folder: str) -> tuple[
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     options: Any = model.config
     if options.get("epsilons", "timm") != "timm" and "R" in options["variant"]:
-        logger.info("timm runs convolutional stages with other epsilons; this model is compared under timm's")
+        logger.info("timm uses other epsilons in convolutional stages; the comparison uses timm's")
         ours = create_model(**{**options, "epsilons": "timm"}).eval()
         ours.load_state_dict(model.state_dict())
     else:
         ours = copy.deepcopy(model)
-    if about["num_classes"] == 0:  # the encoder alone
+    if about["num_classes"] == 0:  # an encoder without a head
         ours.pre_logits = nn.Identity()
         return ours.features, theirs
     return ours, theirs
@@ -95,7 +94,7 @@ def export_huggingface(model: nn.Module, config: dict[str, Any], folder: str) ->
     theirs, loading = architecture.from_pretrained(folder, output_loading_info=True)
     wrong = {key: names for key, names in loading.items() if names and key.endswith("_keys")}
     if wrong:
-        raise RuntimeError(f"transformers did not take every tensor: {wrong}")
+        raise RuntimeError(f"transformers did not load all tensors: {wrong}")
     theirs.eval()
     if about["architectures"] == ["ViTModel"]:
         features: Any = model.features

@@ -1,16 +1,15 @@
-"""The ledger of evaluations on shared storage: who evaluates a checkpoint, what failed, and the scores.
+"""The ledger of evaluations on shared storage: claims, failures and scores.
 
 For suite version V and checkpoint C:
 
-    <output>/<suite>-<V>/<C>/claim-000.json    who evaluates it, and when that was last true (heartbeat)
-    <output>/<suite>-<V>/<C>/failed-000.json   why that attempt failed
-    <output>/<suite>-<V>/<C>/transfer/         the suite's own resumable results
-    <output>/<suite>-<V>/<C>/result.json       mean, spread, scores: written once, then final
-    <output>/<suite>-<V>/<C>/recorded.json     MLflow has it
+    <output>/<suite>-<V>/<C>/claim-000.json    the evaluating process, and its last heartbeat
+    <output>/<suite>-<V>/<C>/failed-000.json   reason of a failed attempt
+    <output>/<suite>-<V>/<C>/transfer/         resumable results of the suite
+    <output>/<suite>-<V>/<C>/result.json       mean, spread, scores; written once
+    <output>/<suite>-<V>/<C>/recorded.json     the result was logged to MLflow
 
-Claims are made with exclusive creation, which the store arbitrates, so two schedulers never do the same work; a claim
-whose heartbeat has stopped is succeeded by the next number.
-"""
+Claims use exclusive creation, so two schedulers never evaluate the same checkpoint. A claim without a recent heartbeat
+is superseded by the next number."""
 
 import dataclasses
 import json
@@ -30,13 +29,13 @@ from pipeline.tracking import registry
 
 logger = logging.getLogger(__name__)
 
-LEASE = 600.0  # seconds without a heartbeat after which an evaluator counts as dead
-ATTEMPTS = 3  # failures of one checkpoint before it waits for a person
+LEASE = 600.0  # seconds without a heartbeat after which an evaluator is considered dead
+ATTEMPTS = 3  # maximum number of failed attempts per checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One checkpoint to evaluate, and how it was found: in a run folder, as a model version, or both."""
+    """A checkpoint to evaluate, from a run folder, a model version, or both."""
 
     key: str
     checkpoint: str
@@ -60,11 +59,11 @@ CLAIM = re.compile(r"claim-(\d{3,})\.json")
 
 
 class LedgerError(RuntimeError):
-    """A file of the ledger is not what an evaluator writes."""
+    """Raised for an invalid ledger file."""
 
 
 def read_record(uri: str) -> dict[str, Any]:
-    """A JSON object of the ledger. Raises LedgerError for anything else."""
+    """Reads a JSON object. Raises LedgerError for anything else."""
     try:
         values = storage.read_json(uri)
     except StorageError:
@@ -77,7 +76,8 @@ def read_record(uri: str) -> dict[str, Any]:
 
 
 class Ledger:
-    """Claims, failures and results of one suite version. Every method reads the store anew: others write there too."""
+    """Claims, failures and results of a suite version. Methods do not cache, because other processes write to the
+    ledger."""
 
     def __init__(self, output: str, lease: float = LEASE):
         self.output, self.lease = output, lease
@@ -87,7 +87,7 @@ class Ledger:
         return storage.join(self.output, target.key)
 
     def result(self, target: Target) -> Outcome | None:
-        """The scores, once there are some. Raises LedgerError for a file that no evaluator wrote."""
+        """The scores, or None. Raises LedgerError for an invalid file."""
         uri = storage.join(self.folder(target), "result.json")
         if not storage.exists(uri):
             return None
@@ -104,7 +104,8 @@ class Ledger:
         return sum(file.path.startswith("failed-") for file in storage.list_files(self.folder(target), recursive=False))
 
     def claim(self, target: Target) -> "Claim | None":
-        """The right to evaluate, or None: done, given up after ATTEMPTS failures, or somebody alive is at it."""
+        """Claims a checkpoint. Returns None if it is done, has failed ATTEMPTS times, or is claimed by a live
+        process."""
         names_here = {file.path for file in storage.list_files(self.folder(target), recursive=False)}
         if "result.json" in names_here or self.failures(target) >= ATTEMPTS:
             return None
@@ -116,17 +117,17 @@ class Ledger:
         return claim if storage.create_bytes(claim.uri, claim.text()) else None
 
     def _is_alive(self, claim: str) -> bool:
-        """Whether the heartbeat of a claim is recent. A claim that cannot be read is treated as that of a dead evaluator."""
+        """Whether the heartbeat of a claim is recent. An unreadable claim counts as dead."""
         try:
             age = time.time() - float(read_record(claim)["alive"])
         except (LedgerError, KeyError, TypeError, ValueError, OverflowError) as error:
-            logger.warning("%s is no claim (%s); its evaluator is treated as dead", claim, error)
+            logger.warning("%s is not a valid claim (%s); its evaluator is considered dead", claim, error)
             return False
         return -self.lease < age < self.lease
 
 
 class Claim:
-    """Held by `with`: a thread renews the heartbeat, the end releases it."""
+    """Context manager of a claim. A thread renews the heartbeat; leaving the block releases the claim."""
 
     def __init__(self, ledger: Ledger, target: Target, number: int):
         self.ledger, self.target, self.number = ledger, target, number
@@ -145,11 +146,11 @@ class Claim:
         while not self._done.wait(self.ledger.lease / 5):
             try:
                 storage.write_bytes(self.uri, self.text())
-            except (OSError, UserError) as error:  # the next beat may get through; the lease outlasts several
+            except (OSError, UserError) as error:  # the next heartbeat may succeed; the lease spans several
                 logger.warning("heartbeat of %s: %s", self.target.key, error)
 
     def finish(self, outcome: Outcome) -> bool:
-        """Writes the result; False when a successor was faster (this process had been taken for dead)."""
+        """Writes the result. Returns False if another process that took over the claim has already written it."""
         uri = storage.join(self.ledger.folder(self.target), "result.json")
         return storage.create_bytes(uri, json.dumps(dataclasses.asdict(outcome), indent=1).encode())
 

@@ -1,4 +1,4 @@
-"""What to do after a job, as commands to copy. The jobs show it when they have finished: `logs.show(after_pretraining(config))`."""
+"""Suggested commands after a job. Jobs print them at the end: `logs.show(after_pretraining(config))`."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from pipeline.training.config import PretrainConfig
 
 
 def after_preparing(datasets: Mapping[str, str]) -> str:
-    """datasets: {split: address} of what was prepared."""
+    """datasets: {split: URI} of the prepared datasets."""
     train = datasets.get("train") or next(iter(datasets.values()))
     held_out = next((datasets[name] for name in ("val", "validation", "test") if name in datasets), None)
     folder = os.path.dirname(train)

@@ -9,31 +9,31 @@ class ExportConfig:
     """What is exported, as what, and where to."""
 
     checkpoint: str
-    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
+    """Checkpoint or run folder, local or s3://, or an MLflow URI (models:/NAME/VERSION, runs:/ID/PATH)."""
     to: Literal["timm", "huggingface", "onnx", "torch-export", "safetensors"]
     """Format of the exported model."""
     output: str
     """New folder or s3:// prefix for the exported model."""
     images: str | None = None
-    """Folder of images, or dataset, on which the logits are compared. None: photographs that come with scikit-learn."""
+    """Folder of images or dataset for comparing logits. None: sample photographs of scikit-learn."""
     tolerance: float = 1e-4
-    """Largest difference of logits, relative to the largest logit (at least 1)."""
+    """Maximum difference of logits, relative to the largest logit (at least 1)."""
     tracking_uri: str | None = None
     """MLflow server for models:/ and runs:/. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VisualizeConfig:
-    """Whose pictures are drawn, on which images."""
+    """Settings of the visualization."""
 
     checkpoint: str
-    """Checkpoint or run folder, local or s3://, or an MLflow address (models:/NAME/VERSION, runs:/ID/PATH)."""
+    """Checkpoint or run folder, local or s3://, or an MLflow URI (models:/NAME/VERSION, runs:/ID/PATH)."""
     output: str
     """Folder or s3:// prefix for the figures."""
     images: str | None = None
-    """Folder of images, or dataset. None: the run's validation set."""
+    """Folder of images or dataset. None: the validation set of the run."""
     limit: int = 128
-    """Largest number of images."""
+    """Maximum number of images."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     log: bool = True
@@ -42,13 +42,13 @@ class VisualizeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
-    """Which transfer results are compared."""
+    """Settings of the comparison."""
 
     suite: str | None = None
-    """Transfer suite to compare on. None: all suites."""
+    """Transfer suite. None: all suites."""
     output: str | None = None
     """Folder or s3:// prefix for leaderboard.md, leaderboard.json and compute.png."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
     log: bool = True
-    """Log the comparison to MLflow's experiment "compare"."""
+    """Log the comparison to the MLflow experiment "compare"."""

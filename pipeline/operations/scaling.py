@@ -1,22 +1,22 @@
-"""How training speed grows with the number of GPUs: a model of one step, and a figure.
+"""Simulates how training speed scales with the number of GPUs.
 
     rows = simulate(plan(config, recipe), counts=(1, 8, 64, 512))
     draw(rows, "scaling.png")
 
-A step is computing plus the communication that nothing hides:
+The time of a step is compute plus communication that does not overlap:
 
-    computing       images per GPU x seconds per image (the plan's, from its MFU); independent of the number of GPUs
-    communication   bytes that each GPU sends, over the slowest link of the ring, plus a latency for each hop of each bucket
-    bytes           ring algorithms send (n-1)/n of a buffer to reduce-scatter or to all-gather it. Stages 0, 1: gradients once a
-                    step, parameters once (2 passes); stage 2 reduces gradients of every micro-batch; stage 3 also gathers the
-                    parameters for every forward and backward pass (3 passes a micro-batch; arXiv 1910.02054, section 7)
-    link            within a node NVLink; between nodes the network of a whole node, which all its GPUs' rings share
-    overlap         0 by default, as DeepSpeed reduces after the backward pass in stages 1 and 2
+    compute         images per GPU x seconds per image (from the MFU of the plan); independent of the number of GPUs
+    communication   bytes that each GPU sends over the slowest link of the ring, plus a latency per hop and bucket bytes
+    ring algorithms send (n-1)/n of a buffer for reduce-scatter or all-gather. Stages 0 and 1: gradients and
+                    parameters once per step (2 passes); stage 2 reduces the gradients of every micro-batch; stage 3
+                    also gathers parameters in every forward and backward pass (3 passes per micro-batch; arXiv
+                    1910.02054, section 7)
+    link            NVLink within a node; between nodes the network of the node, shared by the rings of its GPUs
+    overlap         0 by default, because DeepSpeed reduces after the backward pass in stages 1 and 2
 
-Weak scaling keeps the images per GPU, strong scaling the global batch. Not in it: waiting for data, stragglers, and the lower
-MFU of small micro-batches, all of which make strong scaling worse than drawn. On two CPU workers the prediction is compared
-with a measurement by tests/benchmarks/scaling.py.
-"""
+Weak scaling keeps the number of images per GPU, strong scaling the global batch size. The model omits data wait,
+stragglers, and the lower MFU of small micro-batches, so real strong scaling is worse. tests/benchmarks/scaling.py
+compares the prediction with a measurement on two CPU workers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 
-LATENCY = 5e-6  # seconds a hop
+LATENCY = 5e-6  # seconds per hop
 BUCKET_BYTES = 1e9  # DeepSpeed's reduce_bucket_size, 500M elements of 2 bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """What the bytes go over: bytes per second within a node and out of one, GPUs in a node, seconds a hop."""
+    """Interconnect: bytes per second within a node and between nodes, GPUs per node, seconds per hop."""
 
     inside: float
     outside: float
@@ -41,12 +41,12 @@ class Link:
     latency: float = LATENCY
 
     def bandwidth(self, workers: int) -> float:
-        """Of the slowest hop of a ring over so many workers."""
+        """Bandwidth of the slowest hop of a ring."""
         return self.inside if workers <= self.per_node else min(self.inside, self.outside)
 
 
 def sent_bytes(parameters: int, stage: int, workers: int, *, width: int = 2, accumulation: int = 1) -> float:
-    """Bytes that each worker sends in a step of `accumulation` micro-batches; `width` bytes a number."""
+    """Bytes that each worker sends in a step of `accumulation` micro-batches, with `width` bytes per element."""
     passes = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]
     return passes * parameters * width * (workers - 1) / workers
 
@@ -62,8 +62,8 @@ def step_seconds(
     accumulation: int = 1,
     overlap: float = 0.0,
 ) -> float:
-    """Seconds of a step that computes for `computing` seconds. overlap: share of the backward pass (two thirds of computing)
-    in which communication costs nothing."""
+    """Seconds per step. overlap: fraction of the backward pass (two thirds of the compute time) that hides
+    communication."""
     if workers == 1:
         return computing
     sent = sent_bytes(parameters, stage, workers, width=width, accumulation=accumulation)
@@ -83,9 +83,8 @@ def simulate(
 ) -> list[dict[str, Any]]:
     """Rows of (mode, stage, gpus) with step time, images per second and efficiency, from `planning.plan`'s result.
 
-    network: GB/s of a node to others, when it is not the usual one of the GPU's machines. Efficiency is the speed of a GPU as
-    a share of its speed alone.
-    """
+    network: bandwidth between nodes in GB/s, if not the usual one for the GPU. Efficiency is the speed per GPU relative
+    to a single GPU."""
     hardware, run, memory = plan["hardware"], plan["run"], plan["memory"]
     gpu = find_gpu(hardware["gpu"])
     per_node = max(1, hardware["gpus"] // hardware["nodes"])
@@ -133,7 +132,7 @@ def simulate(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Efficiency by number of GPUs, a line for each way of scaling and stage."""
+    """Efficiency by number of GPUs, one line per mode and stage."""
     counts = sorted({row["gpus"] for row in rows})
     lines = [f"  scaling      {'':14s}" + "".join(f"{count:>7d}" for count in counts) + " GPUs"]
     for key in dict.fromkeys((row["mode"], row["stage"]) for row in rows):
@@ -145,11 +144,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], uri: str, title: str = "") -> None:
-    """Efficiency over GPUs (logarithmic), weak beside strong scaling; PNG, local or s3://."""
+    """Plots efficiency over the number of GPUs (log axis) for weak and strong scaling. PNG, local or s3://."""
     import io
 
     if not uri.endswith(".png"):
-        raise UserError(f"{uri}: the figure is a .png")
+        raise UserError(f"{uri}: the file name must end in .png")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +165,7 @@ def draw(rows: Sequence[Mapping[str, Any]], uri: str, title: str = "") -> None:
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("speed of a GPU, as a share of one alone")
+    axes[0].set_ylabel("speed per GPU, relative to one GPU")
     axes[0].legend()
     figure.suptitle(title)
     sink = io.BytesIO()

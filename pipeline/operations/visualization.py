@@ -1,4 +1,4 @@
-"""Figures of what a Vision Transformer learned: the three panels of the paper's Figure 7, and attention rollout."""
+"""Figures of a trained Vision Transformer: the three panels of figure 7 of the paper, and attention rollout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """What a model learned, drawn."""
+    """Figures and numbers of a model."""
 
     figures: dict[str, Figure]
-    """By name: filters, positions, distance, rollout, without those that the model has not."""
+    """Figures by name: filters, positions, distance, rollout, as far as the model supports them."""
     missing: dict[str, str]
-    """The reason, for each name without a figure."""
+    """The reason for each missing figure."""
     distance: np.ndarray
     """Mean attention distance in pixels, (depth, heads)."""
 
@@ -35,7 +35,7 @@ class Inspection:
 
 
 def sample_uri(config: Mapping[str, Any]) -> str | None:
-    """The validation set of the run that trained a checkpoint, when its config.json names one that is still there."""
+    """The validation set in the config.json of a checkpoint, if it still exists."""
     pretrain = config.get("pretrain")
     runtime = pretrain.get("runtime") if isinstance(pretrain, dict) else None
     validation = runtime.get("validation") if isinstance(runtime, dict) else None
@@ -60,13 +60,13 @@ def inspect_model(model: VisionTransformer, images: torch.Tensor) -> Inspection:
     drawn["distance"] = draw_distance(distance, model.config)
     some = images[
         np.unique(np.linspace(0, len(images) - 1, 8).round())
-    ]  # spread over the set: the first eight may be of one class
+    ]  # spread over the set, because the first eight may have the same class
     drawn["rollout"] = draw_rollout(some, attention_rollout(model, some))
     return Inspection(figures=drawn, missing=missing, distance=distance)
 
 
 def draw_filters(model: VisionTransformer) -> Figure:
-    """The first principal components of the embedding filters, each stretched to the full range of colours."""
+    """The first principal components of the embedding filters, each scaled to the full colour range."""
     components, share = embedding_filters(model)
     columns = 7
     rows = -(-len(components) // columns)
@@ -74,7 +74,7 @@ def draw_filters(model: VisionTransformer) -> Figure:
     grid = figure.add_gridspec(rows, columns, left=0.02, right=0.98, bottom=0.02, top=1 - 0.5 / figure.get_figheight(), wspace=0.06, hspace=0.06)  # fmt: skip
     for i, component in enumerate(components):
         axes = figure.add_subplot(grid[i // columns, i % columns])
-        picture = 0.5 + 0.5 * component / np.abs(component).max()  # grey is zero; both signs keep their colours
+        picture = 0.5 + 0.5 * component / np.abs(component).max()  # zero is grey
         axes.imshow(
             picture.squeeze(), cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=1, interpolation="nearest"
         )
@@ -87,7 +87,7 @@ def draw_filters(model: VisionTransformer) -> Figure:
 
 
 def draw_positions(model: VisionTransformer) -> Figure:
-    """One tile per patch: similarity of its position to all positions. Grids above 14 show every second (third, ...) row."""
+    """One tile per patch: similarity of its position embedding to all others. Grids above 14x14 are subsampled."""
     similarity = position_similarity(model)
     # The paper's colours go from -1 to 1; in a small model all positions may be alike, and one colour would say nothing.
     low = -1.0 if similarity.min() < 0 else np.floor(10 * similarity.min()) / 10
@@ -148,7 +148,7 @@ def draw_distance(distance: np.ndarray, config: dict[str, Any]) -> Figure:
 
 
 def draw_rollout(images: torch.Tensor, rollout: np.ndarray) -> Figure:
-    """Each image, and beside it the same image lit by its rollout."""
+    """Each image next to the same image weighted by its rollout."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = _figure(2.9 * columns, 1.5 * rows + 0.35)
@@ -158,7 +158,7 @@ def draw_rollout(images: torch.Tensor, rollout: np.ndarray) -> Figure:
         torch.from_numpy(rollout)[:, None], size=(size, size), mode="bilinear", align_corners=False
     )
     for i, (image, mask) in enumerate(zip(images.numpy(), masks[:, 0].numpy(), strict=True)):
-        # full light from the 98th percentile on: one bright patch would leave the rest of the image in the dark
+        # Saturate at the 98th percentile, so that a single bright patch does not darken the rest of the image.
         light = np.clip(mask / max(float(np.quantile(mask, 0.98)), 1e-12), 0, 1)
         lit = image / 255 * (0.12 + 0.88 * light)[:, :, None]
         for j, picture in enumerate((image / 255, lit)):

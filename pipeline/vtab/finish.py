@@ -62,7 +62,7 @@ def finished_counts(request: Request) -> Counts | None:
         there = manifests[split].config.get("vtab") or {}
         if {key: there.get(key) for key in wanted} != wanted:
             raise UserError(
-                f"{uri}: already holds another dataset (made from {json.dumps(there)}); choose another --output or remove it"
+                f"{uri}: already contains another dataset (made from {json.dumps(there)}); choose another --output or remove it"
             )
     if len(manifests) < len(request.splits):
         return None

@@ -20,7 +20,7 @@ DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release B
 @pytest.mark.parametrize(
     ("version", "cuda", "status", "message"),
     [
-        ("580.65.06", "13.0", "ok", "580, enough for CUDA 13.0"),
+        ("580.65.06", "13.0", "ok", "580, supports CUDA 13.0"),
         ("550.163.01", "13.0", "error", "driver 550 is older than 580, which PyTorch's CUDA 13.0 needs"),
         ("550.163.01", "12.8", "ok", "enough"),
     ],

@@ -58,12 +58,12 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
     with caplog.at_level(logging.INFO, "pipeline"):
         prepare(config)
-    assert f"2 of {len(plan.slices)} units are done already" in caplog.text
+    assert f"2 of {len(plan.slices)} units are already done" in caplog.text
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
     # Again: finished already. With other options, or another input: refused, and nothing is touched.
     assert prepare(config) == whole
-    with pytest.raises(UserError, match=r"already holds another dataset .*quality: 90, now 80"):
+    with pytest.raises(UserError, match=r"already contains another dataset .*quality: 90, now 80"):
         prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"quality": 80}))
     os.remove(os.path.join(source, "bee", "001.jpg"))
     with pytest.raises(UserError, match="the source files have changed"):
@@ -72,8 +72,8 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
 
 
 def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_folder, tmp_path):
-    """Counts, rejects and manifest are in the run; the dataset is byte for byte what it is without one; a run that reads
-    a copy of the dataset links back."""
+    """Counts, rejects and manifest are in the run; the dataset is byte for byte what it is without one; a run that
+    reads a copy of the dataset links back."""
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     options = {"source": (str(image_folder),), "splits": ("train=0.8", "test=0.2")}
     server = f"sqlite:///{tmp_path}/mlflow.db"

@@ -250,7 +250,7 @@ def test_another_light_on_the_same_things_is_another_picture():
 def test_an_evaluation_set_without_images(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.jpg").write_bytes(b"no")
-    with pytest.raises(UserError, match="not one readable image"):
+    with pytest.raises(UserError, match="no readable images"):
         index_evaluation_sets([str(tmp_path)], 10**8)
     with pytest.raises(UserError, match="no such file or folder"):
         index_evaluation_sets([str(tmp_path / "none")], 10**8)

@@ -47,7 +47,8 @@ def test_classes_of_a_validation_set_are_matched_by_name(tmp_path):
 
 
 def test_tiny_imagenet_in_one_command(tmp_path, caplog):
-    """Two labelled splits with one class list; the unlabelled one is left out and said, and the demo takes the labelled ones."""
+    """Two labelled splits with one class list; the unlabelled one is left out and said, and the demo takes the labelled
+    ones."""
     names = ("n00000001", "n00000002")
     paths = [f"train/{name}/images/{name}_{i}.JPEG" for name in names for i in range(2)]
     paths += ["val/images/val_0.JPEG", "test/images/test_0.JPEG"]
@@ -65,7 +66,7 @@ def test_tiny_imagenet_in_one_command(tmp_path, caplog):
         )
     assert {split: manifest.class_counts for split, manifest in made.items()} == {"train": [2, 2], "val": [0, 1]}
     assert made["train"].rejects == {"not an image": 1}
-    assert "the split test (1 files) has no labels and is left out" in caplog.text
+    assert "the split test (1 files) has no labels and is skipped" in caplog.text
     stages = demo(data=source).stages
     assert stages["test"].fields["source"] == [f"{source}/val"]
 
@@ -78,4 +79,4 @@ def test_a_class_that_lost_all_its_images_is_said(tmp_path, caplog):
         (tmp_path / "in" / name / "0.jpg").write_bytes(jpeg(len(name)))
     with workqueue.without_ray():
         prepare(PrepareConfig(source=(str(tmp_path / "in"),), output=str(tmp_path / "out"), max_reject_fraction=1.0))
-    assert "1 of 3 classes have no image, such as empty" in caplog.text
+    assert "1 of 3 classes have no images, such as empty" in caplog.text

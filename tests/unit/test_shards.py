@@ -170,7 +170,7 @@ def test_no_dataset(tmp_path):
 
 
 def test_nothing_to_write(tmp_path):
-    with pytest.raises(UserError, match="not one usable image"):
+    with pytest.raises(UserError, match="no usable images"):
         write_dataset(str(tmp_path), [], classes=["a"])
     assert not (tmp_path / "manifest.json").exists()
 

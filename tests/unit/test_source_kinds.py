@@ -1,4 +1,5 @@
-"""Kinds of corpora, one input each: archives of every packing, samples apart, splits, columns named by flags, tables."""
+"""Kinds of corpora, one input each: archives of every packing, samples apart, splits, columns named by flags,
+tables."""
 
 import gzip
 import io
@@ -312,7 +313,7 @@ def test_split_columns_under_other_names(tmp_path):
 
 
 def test_names_of_splits_are_names_of_folders():
-    with pytest.raises(UserError, match=r"'\.\./x' is no name for a folder"):
+    with pytest.raises(UserError, match=r"'\.\./x' is not a valid folder name"):
         resolve_splits(PrepareConfig(source=("x",), splits=("from-source",)), ["../x", "train"])
 
 

@@ -526,7 +526,7 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
         ({}, "no --source"),
         ({"source": (str(image_folder),)}, "no --output"),
         ({"source": (str(tmp_path / "none"),), "output": out}, "no such file or folder"),
-        ({"source": (str(image_folder),), "output": str(image_folder / "x")}, "lies inside --source"),
+        ({"source": (str(image_folder),), "output": str(image_folder / "x")}, "is inside --source"),
         ({"source": (str(image_folder),), "output": out, "encoding": "patches", "size": 30}, "does not divide"),
         ({"source": (str(image_folder),), "output": out, "splits": ("a=0.5", "b=0.6")}, "add up to 1"),
         ({"source": (str(image_folder),), "output": out, "splits": ("a",)}, "name=fraction"),
@@ -542,7 +542,7 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"already holds other files \(thesis.tex\)"):
+    with pytest.raises(UserError, match=r"already contains other files \(thesis.tex\)"):
         prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied)))
     assert [path.name for path in occupied.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match=r"thesis.tex is not a folder; choose another --output"):

@@ -104,13 +104,13 @@ def test_what_is_finished_no_longer_needs_its_archives(vtab_raw, tmp_path):
     with pytest.raises(UserError, match=r"dtd-r1\.0\.1\.tar\.gz"):  # another split needs them again
         prepare(["dtd"], *arguments, splits=("train800", "trainval"))
     (tmp_path / "out" / "dtd").rename(tmp_path / "out" / "pets")
-    with pytest.raises(UserError, match="already holds another dataset"):
+    with pytest.raises(UserError, match="already contains another dataset"):
         prepare(["pets"], *arguments)
 
 
 def test_another_dataset_in_the_way_is_refused(vtab_raw, tmp_path):
     prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
-    with pytest.raises(UserError, match="already holds another dataset"):
+    with pytest.raises(UserError, match="already contains another dataset"):
         prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",), verify=False)
 
 

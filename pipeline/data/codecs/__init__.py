@@ -1,8 +1,7 @@
-"""Image files -> pixels. `CODECS` is the one list of formats: what a file is called, how it begins and how it is decoded.
+"""Image decoding. `CODECS` lists the formats with their file extensions, signatures and decoders.
 
-A new format is one entry of the list. An entry with `name`, `extensions` and `signature` is enough where Pillow has the
-format or a plugin of Pillow adds it; a subclass of `Codec` overrides `open` or both ways of decoding.
-"""
+To add a format, add an entry to the list. If Pillow or a Pillow plugin supports the format, an entry with `name`,
+`extensions` and `signature` is enough; otherwise a subclass of `Codec` overrides `open` or both decode methods."""
 
 import numpy as np
 
@@ -27,7 +26,7 @@ __all__ = [
     "is_image_name",
 ]
 
-MAX_PIXELS = 1 << 27  # a header that promises more is refused before anything is decoded (a decompression bomb)
+MAX_PIXELS = 1 << 27  # larger images are rejected by their header, before decoding (decompression bombs)
 
 CODECS: list[Codec] = [
     JPEG,
@@ -45,28 +44,28 @@ OTHER = AnyOther(name="other")
 
 
 def find(data: bytes | memoryview) -> Codec:
-    """The codec whose signature a file begins with, else OTHER, whatever the file is called."""
+    """The codec whose signature matches the start of a file, or OTHER. The file name does not matter."""
     return next((codec for codec in CODECS if codec.recognizes(data)), OTHER)
 
 
 def is_image_data(data: bytes) -> bool:
-    """Whether a file begins as an image of one of CODECS does."""
+    """Whether a file starts with the signature of a codec."""
     return find(data) is not OTHER
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a file is called as images are."""
+    """Whether a path has the extension of an image format."""
     _, dot, end = path.rpartition(".")
     return bool(dot) and end.lower() in extensions()
 
 
 def extensions() -> set[str]:
-    """Ends of the names of image files, in lower case, without the dot."""
+    """File extensions of all image formats, in lower case, without the dot."""
     return {extension for codec in CODECS for extension in codec.extensions}
 
 
 def decode(data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
-    """Decodes an image file of any format, first frame of an animation, as a viewer shows it; see `Codec.decode`.
+    """Decodes an image file of any format as a viewer shows it (first frame of an animation); see `Codec.decode`.
 
     Raises Refused: empty, not an image, truncated, corrupt, too many pixels, too narrow, unsupported pixels.
     """

@@ -1,4 +1,4 @@
-"""AVIF. Its decoder refuses a whole file for EXIF that it cannot read."""
+"""AVIF. Pillow's decoder rejects files with invalid EXIF data."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from pipeline.data.codecs.base import Codec, open_with_pillow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Avif(Codec):
-    """Unreadable EXIF loses no pixels: the file is opened again with the EXIF item under a name that no reader knows."""
+    """Opens files with invalid EXIF data by renaming the EXIF item to an unknown type."""
 
     def open(self, data: bytes | memoryview) -> Image.Image:
         try:

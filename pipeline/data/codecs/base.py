@@ -1,9 +1,8 @@
-"""What a codec is, and the codec of any format that Pillow reads.
+"""Base class of codecs, and the codec for all formats that Pillow reads.
 
-A codec decodes in two ways. `decode` is for `prepare`: stricter than a loader has to be, because what it lets through is
-stored for good, and it gives the picture as a viewer shows it (upright, over white). `decode_stored` is for the loader: fast,
-the pixels as they are stored, as TensorFlow's decoders give them.
-"""
+A codec has two decode methods. `decode` is for `prepare`: it is strict, because its output is stored permanently, and
+returns the image as a viewer shows it (EXIF rotation applied, alpha over white). `decode_stored` is for the loader: it
+is fast and returns the stored pixels, like TensorFlow's decoders."""
 
 import io
 import re
@@ -14,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_ASPECT = 100  # a sliver is no photograph, and resizing its shorter side would make gigabytes
+MAX_ASPECT = 100  # resizing the shorter side of a very narrow image would need gigabytes
 ORIENTATION = 0x0112  # EXIF tag
 
 
 class Refused(Exception):
-    """An input that cannot become a row. `reason` is one of a small fixed set, to be counted; `detail` is free text."""
+    """Raised for an input that is rejected. `reason` is from a small fixed set, for counting; `detail` is free text."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -31,9 +30,9 @@ class BadImage(ValueError):
 
 
 class Picture(NamedTuple):
-    """A decoded image: `pixels` uint8 RGB (H, W, 3), upright, valid until this thread decodes the next. `intact` says that
-    the file itself shows the same pixels to any reader (a storable format, grey or RGB, no rotation), so it may be stored.
-    `lossless` says that the file's format loses nothing, so that JPEG would be the first to change its pixels."""
+    """A decoded image. `pixels`: uint8 RGB (H, W, 3), upright, valid until this thread decodes the next image.
+    `intact`: the file can be stored unchanged, because any reader decodes it to the same pixels (storable format, grey
+    or RGB, no rotation). `lossless`: the format of the file is lossless."""
 
     pixels: np.ndarray
     intact: bool
@@ -42,31 +41,31 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Codec:
-    """One format of image files, read by the plugin of Pillow that has its name. A faster decoder is a subclass."""
+    """An image format that is decoded by the Pillow plugin with its name. Subclasses implement faster decoders."""
 
     name: str
-    """Pillow's name of the format."""
+    """Name of the format in Pillow."""
     extensions: tuple[str, ...] = ()
-    """Ends of file names, in lower case, without the dot."""
+    """File extensions, in lower case, without the dot."""
     signature: bytes = rb"(?!)"
-    """Regular expression of a file's first bytes. A file that matches and does not decode is damaged; a file that matches no
-    codec and does not decode was never an image."""
+    """Regular expression for the first bytes. A file that matches but cannot be decoded is damaged; a file that matches
+    no codec and cannot be decoded is not an image."""
     storable: bool = False
-    """Whether `prepare` stores a file as it came when no pixel has to change: the format must be one that every reader has."""
+    """Whether `prepare` may store a file unchanged, which requires a format that all readers support."""
 
     lossless: bool = False
-    """Whether the format keeps every pixel as it was."""
+    """Whether the format is lossless."""
 
     def open(self, data: bytes | memoryview) -> Image.Image:
-        """The image with its header read and no pixel decoded. Raises whatever Pillow's plugin raises over damaged files."""
+        """Opens an image without decoding pixels. May raise any exception for damaged files."""
         return open_with_pillow(data, [self.name])
 
     def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
-        """The first frame as a viewer shows it. `max_aspect` limits the longer side, in shorter sides.
+        """Decodes the first frame as a viewer shows it. max_aspect: maximum ratio of the longer to the shorter side.
 
-        Palettes, greyscale and CMYK are converted; 16-bit grey keeps its upper 8 bits; alpha is laid over white; EXIF
-        orientation is applied. Raises Refused: not an image, truncated, corrupt, too many pixels, unsupported pixels.
-        """
+        Palettes, greyscale and CMYK are converted; 16-bit grey keeps its upper 8 bits; alpha is composited over white;
+        EXIF orientation is applied. Raises Refused: not an image, truncated, corrupt, too many pixels, unsupported
+        pixels."""
         try:
             with self.open(data) as image:
                 check_size(image.width, image.height, max_pixels, max_aspect)
@@ -79,17 +78,17 @@ class Codec:
                 return Picture(upright(_rgb(image), orientation), intact, lossless)
         except Refused:
             raise
-        except Image.DecompressionBombError as error:  # a tile or frame beyond Pillow's own limit
+        except Image.DecompressionBombError as error:  # a tile or frame above Pillow's limit
             raise Refused("too many pixels", str(error)) from error
-        except Exception as error:  # Pillow's plugins raise anything at all over damaged files
+        except Exception as error:  # Pillow's plugins raise arbitrary exceptions for damaged files
             if "truncated" in str(error):
                 raise Refused("truncated", str(error)) from error
-            # without the address in memory, the only thing that two runs would not share
+            # Remove memory addresses, so that the message is the same in every run.
             detail = f"{type(error).__name__}: {re.sub(r' at 0x[0-9a-f]+', '', str(error))}"
             raise Refused("corrupt" if self.recognizes(data) else "not an image", detail) from error
 
     def decode_stored(self, data: bytes | memoryview, max_pixels: int) -> np.ndarray:
-        """The first frame as stored: uint8 RGB (H, W, 3), valid until this thread decodes the next.
+        """Decodes the first frame as stored: uint8 RGB (H, W, 3), valid until this thread decodes the next image.
 
         Alpha is dropped, palettes and greyscale are expanded, 16 bits become 8, CMYK is converted, and orientation tags
         are ignored. Raises BadImage.
@@ -104,18 +103,18 @@ class Codec:
                 return np.array(image.convert("RGB"))
         except BadImage:
             raise
-        except Exception as error:  # Pillow's plugins raise anything at all over damaged files
+        except Exception as error:  # Pillow's plugins raise arbitrary exceptions for damaged files
             raise BadImage(f"not a readable image ({error})") from error
 
     def recognizes(self, data: bytes | memoryview) -> bool:
-        """Whether a file begins as this format does."""
+        """Whether a file starts with the signature of this format."""
         return re.match(self.signature, data, re.DOTALL) is not None
 
 
 class AnyOther(Codec):
-    """What else Pillow reads: TGA, PCX, ICO and many more, found by trying its plugins."""
+    """Other formats that Pillow reads (TGA, PCX, ICO and more), by trying its plugins."""
 
-    # EPS and WMF run an interpreter over the file's contents; the video and science containers only ever raise.
+    # EPS and WMF are excluded because they interpret the content; video and science containers always raise.
     EXCLUDED = frozenset({"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"})
 
     def open(self, data: bytes | memoryview) -> Image.Image:
@@ -124,8 +123,8 @@ class AnyOther(Codec):
 
 
 def open_with_pillow(data: bytes | memoryview, names: list[str]) -> Image.Image:
-    """Pillow's `Image.open` for the plugins called `names`, without its limit on pixels, which can be changed for a whole
-    process only: codecs have a limit of their own and check it against the header, before any pixel is decoded."""
+    """`Image.open` of Pillow for the plugins in `names`, without Pillow's pixel limit, which is process-wide. Codecs
+    check their own limit against the header before decoding."""
     Image.init()  # loads all plugins, once
     file = io.BytesIO(data)
     for name in names:
@@ -134,7 +133,7 @@ def open_with_pillow(data: bytes | memoryview, names: list[str]) -> Image.Image:
             file.seek(0)
             try:
                 return factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # not this format after all
+            except (SyntaxError, IndexError, TypeError, struct.error):  # a different format
                 continue
     raise UnidentifiedImageError("cannot identify image file")
 
@@ -150,16 +149,16 @@ def check_size(width: int, height: int, max_pixels: int, max_aspect: float = MAX
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 where the EXIF block cannot be read, since damaged tags lose no pixels."""
+    """EXIF orientation, 1 (upright) to 8; 1 if the EXIF data cannot be read."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-        return value if isinstance(value, int) else 1  # text is not what the standard has there
-    except Exception:  # Pillow's parser raises anything at all over damaged tags
+        return value if isinstance(value, int) else 1  # invalid EXIF may contain text
+    except Exception:  # Pillow's parser raises arbitrary exceptions for damaged tags
         return 1
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """EXIF orientations 2-8 as flips and quarter turns."""
+    """Applies EXIF orientations 2-8 as flips and 90-degree rotations."""
     if orientation in (2, 3, 4, 5, 6, 7, 8):
         if orientation >= 5:
             pixels = pixels.transpose(1, 0, 2)
@@ -183,6 +182,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _upper_bits(image: Image.Image) -> np.ndarray:
-    """The upper 8 bits of 16-bit grey as RGB; Pillow's own conversion would clip at 255."""
+    """The upper 8 bits of 16-bit grey as RGB. Pillow's conversion would clip at 255."""
     grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)

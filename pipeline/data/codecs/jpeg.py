@@ -1,4 +1,4 @@
-"""JPEG, decoded by libjpeg-turbo; what that refuses goes to Pillow."""
+"""JPEG, decoded by libjpeg-turbo with Pillow as fallback."""
 
 import numpy as np
 import simplejpeg
@@ -6,11 +6,11 @@ import simplejpeg
 from pipeline.data.codecs.base import MAX_ASPECT, Codec, Picture, Refused, check_size, orientation_of, upright
 from pipeline.data.scratch import scratch
 
-INKS = ("CMYK", "YCCK")  # Pillow knows Adobe's inverted inks
+INKS = ("CMYK", "YCCK")  # decoded by Pillow, which supports Adobe's inverted CMYK
 
 
 class Jpeg(Codec):
-    """`decode` wants the end marker: libjpeg fills what is missing with grey and only warns."""
+    """`decode` requires the end marker, because libjpeg fills missing data with grey and only warns."""
 
     def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
         try:
@@ -19,7 +19,7 @@ class Jpeg(Codec):
             if colorspace not in INKS:
                 return self._decode_fast(data, height, width)
         except ValueError:
-            pass  # an unusual but legal JPEG (odd subsampling), or not one: Pillow says which
+            pass  # an unusual but valid JPEG (odd subsampling), or not a JPEG: Pillow decides
         if kind := uncommon_kind(data):
             raise Refused("unsupported pixels", kind)
         return super().decode(data, max_pixels, max_aspect)
@@ -32,20 +32,20 @@ class Jpeg(Codec):
             message = str(error)
             if kind := uncommon_kind(data):
                 raise Refused("unsupported pixels", kind) from error
-            if "Premature end of JPEG file" in message:  # without an end marker the file is cut short
+            if "Premature end of JPEG file" in message:  # no end marker: the file is truncated
                 raise Refused("truncated", message) from error
-            if "extraneous bytes" not in message:  # stray bytes between markers lose nothing; every other warning does
+            if "extraneous bytes" not in message:  # stray bytes between markers are harmless, other warnings are not
                 raise Refused("corrupt", message) from error
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=False)
         orientation = 1
-        if b"Exif\0\0" in data or b"tiff:Orientation" in data:  # anywhere before the image: profiles may come first
+        if b"Exif\0\0" in data or b"tiff:Orientation" in data:  # may follow other segments such as profiles
             orientation = self._orientation(data)
         return Picture(upright(pixels, orientation), orientation == 1)
 
     def _orientation(self, data: bytes) -> int:
         try:
             return orientation_of(self.open(data))
-        except Exception:  # Pillow's parser on a damaged tag block: a picture without orientation
+        except Exception:  # damaged tags: no orientation
             return 1
 
     def decode_stored(self, data: bytes | memoryview, max_pixels: int) -> np.ndarray:
@@ -54,18 +54,18 @@ class Jpeg(Codec):
             if height * width <= max_pixels and colorspace not in INKS:
                 return simplejpeg.decode_jpeg(data, "RGB", buffer=scratch("decode", (height, width, 3)))
         except ValueError:
-            pass  # perhaps only a warning, such as stray bytes between markers: Pillow tells that from missing data
+            pass  # may be a harmless warning such as stray bytes; Pillow distinguishes it from missing data
         return super().decode_stored(data, max_pixels)
 
 
 def uncommon_kind(data: bytes) -> str:
-    """What no decoder here reads: "12-bit JPEG" or "lossless JPEG", from the header of the frame; empty otherwise."""
+    """ "12-bit JPEG" or "lossless JPEG" if the frame header has this unsupported kind; otherwise empty."""
     position = 2
     while position + 9 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # fill bytes
             position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without contents
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
             position += 2
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             bits = data[position + 4]

@@ -10,7 +10,7 @@ END = b"IEND\xaeB`\x82"
 
 
 class Png(Codec):
-    """`decode` wants the end marker: Pillow stops at the last pixel."""
+    """`decode` requires the end marker, because Pillow stops at the last pixel."""
 
     def decode(self, data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
         if data.startswith(SIGNATURE) and END not in data:

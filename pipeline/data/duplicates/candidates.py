@@ -1,4 +1,4 @@
-"""Near and exact duplicates inside a corpus: which rows to compare, which pairs match, which rows to remove.
+"""Exact and near duplicates within a corpus: candidate keys, matching pairs, and the rows to remove.
 
 Rows of equal pixels or equal keys share one hash. Rows of which a view looks alike have a join key in common
 (`hashes.join_keys`): a shuffle brings the views with a common key together, and these are compared bit by bit.
@@ -71,7 +71,7 @@ def candidate_lines(
 def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> Pairs:
     """Lines of one bucket -> pairs of rows that may be duplicates.
 
-    Among many lines with one value of `join`, each is compared with the `most` lines before it.
+    If many lines have the same `join`, each is compared only with the `most` preceding lines.
     """
     order = np.lexsort((lines["row"], lines["join"], lines["kind"]))
     join, row, kind, box = (lines[name][order] for name in ("join", "row", "kind", "box"))
@@ -138,7 +138,7 @@ def boxes(packed: np.ndarray) -> np.ndarray:
 
 
 class Removal(NamedTuple):
-    """Why a row is removed: `first` is the row that it repeats."""
+    """Reason for a removal. `first` is the row that is kept."""
 
     first: int
     kind: int

@@ -1,4 +1,4 @@
-"""The images of evaluation sets, hashed: looked up while a corpus is prepared."""
+"""Index of the hashes of evaluation sets, for lookups while a corpus is prepared."""
 
 import contextlib
 import logging
@@ -97,7 +97,7 @@ class Proposal(NamedTuple):
 
 
 class EvaluationMatch(NamedTuple):
-    """The image of an evaluation set that an image repeats."""
+    """A match between an image and an evaluation set."""
 
     image: int
     distance: int  # bits
@@ -106,7 +106,7 @@ class EvaluationMatch(NamedTuple):
     picture: bytes  # small copy of the image that was looked up; empty when exact
 
     def record(self, key: str, index: EvaluationIndex) -> dict[str, Any]:
-        """The line of duplicates.parquet about the image `key`."""
+        """The row of duplicates.parquet for the image `key`."""
         uri, name = index.name(self.image)
         kind, agreement = PIXELS if self.exact else LOOK, self.agreement
         why = Removal(self.image, kind, self.distance, 0.0, agreement.detail, agreement.difference)
@@ -211,7 +211,7 @@ def undamaged_parts(pixels_HWC: np.ndarray) -> list[np.ndarray]:
 
 
 def _decode_leniently(data: bytes) -> np.ndarray | None:
-    """What a viewer shows of a damaged image: RGB pixels, or None."""
+    """RGB pixels of a damaged image as far as it can be decoded, or None."""
     if data.startswith(b"\xff\xd8"):
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB", strict=False)
@@ -254,10 +254,10 @@ def _check_readable(uri: str, parts: Sequence[_Part]) -> None:
     unreadable = [text for part in parts for text in part.unreadable]
     if not readable:
         raise UserError(
-            f"--decontaminate {uri}: not one readable image{f', such as {unreadable[0]}' if unreadable else ''}"
+            f"--decontaminate {uri}: no readable images{f', such as {unreadable[0]}' if unreadable else ''}"
         )
     if unreadable:
         logger.warning(
-            "--decontaminate %s: %d of %d images cannot be read and are not kept out, such as %s",
+            "--decontaminate %s: %d of %d images cannot be read and are therefore not removed from the corpus, such as %s",
             uri, len(unreadable), readable + len(unreadable), unreadable[0],
         )  # fmt: skip

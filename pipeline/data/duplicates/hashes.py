@@ -160,7 +160,7 @@ def compare_bits(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Bits that differ, over the last axis of two uint64."""
+    """Hamming distance over the last axis of two uint64."""
     return np.bitwise_count(a ^ b).sum(-1).astype(np.int64)
 
 

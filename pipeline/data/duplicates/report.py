@@ -1,4 +1,4 @@
-"""What was removed as a duplicate, and of what: `duplicates.parquet` and the contact sheet `duplicates.png`."""
+"""Reports on removed duplicates: `duplicates.parquet` and the contact sheet `duplicates.png`."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def attach_pictures(records: Sequence[dict[str, Any]], pictures: Sequence[tuple[
 
 
 def contact_sheet(records: Sequence[dict[str, Any]]) -> bytes | None:
-    """The least certain near matches that have pictures, side by side, as PNG; None when there are none."""
+    """The least certain near matches with images, side by side, as PNG; None when there are none."""
     shown = sorted((r for r in records if "pictures" in r), key=lambda r: r["detail"])[:SHEET_PAIRS]
     pairs = []
     for record in shown:
@@ -53,7 +53,7 @@ def contact_sheet(records: Sequence[dict[str, Any]]) -> bytes | None:
 
 
 def pair_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
-    """Pairs of pictures side by side with a title, as PNG."""
+    """Pairs of images side by side with a title, as PNG."""
     from matplotlib.figure import Figure
 
     columns = 4

@@ -1,4 +1,4 @@
-"""The second look: whether two pictures that hash alike show the same photograph.
+"""Verification of candidate pairs: whether two images with similar hashes show the same photograph.
 
 A hash of 128 bits cannot tell photographs that are posed alike (aeroplanes side-on, motorbikes on white) from copies, so a match
 of hashes only proposes a pair. Here its pixels decide: the two small pictures are aligned (crop, mirror, shift, a slight
@@ -31,7 +31,7 @@ PATCH, MOST_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the
 
 
 class Agreement(NamedTuple):
-    """How far two aligned pictures agree, compared at `side` x `side`.
+    """Agreement of two aligned images at `side` x `side`.
 
     overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the same in
     the block that agrees least but a sixteenth of them. structure: part of the blocks that have any. difference: the largest
@@ -136,7 +136,7 @@ def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
 def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | None = None) -> Agreement:
     """Aligns `second` to `first` (RGB uint8, any size) and compares them.
 
-    start: 2x3 affine map from the unit square of `second` to that of `first`, where the alignment begins; None: the same place.
+    start: initial 2x3 affine map from the unit square of `second` to that of `first`; None: identity.
     """
     warp = np.array(np.eye(2, 3) if start is None else start, np.float64)
     # the resolution at which both have pixels of what they have in common
@@ -218,7 +218,9 @@ def _to_unit(pixel_map: np.ndarray, side: int, larger: int) -> np.ndarray:
 def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float, float]:
     grey = [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b)]
     fine = [g - cv2.GaussianBlur(g, (0, 0), 2.5) for g in grey]
-    clipped = (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)  # brightened pictures lose these places
+    clipped = (
+        (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)
+    )  # clipped pixels have lost their structure
     use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     if use.sum() < 0.15 * use.size:
         use = inside

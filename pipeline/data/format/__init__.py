@@ -1,22 +1,23 @@
-"""The shard format: how images lie on disk, and the manifest that makes a folder of shards a dataset.
+"""The shard format and the manifest of a dataset.
 
-A dataset is a folder, local or s3://, of `part-*.parquet` files, `rejects.parquet`, and `manifest.json`, which is written
-last: a folder without it is unfinished. Shards are ordinary Parquet (pandas, pyarrow and Hugging Face `datasets` open
-them) written so that a row group can be used without a Parquet reader:
+A dataset is a local or s3:// folder with `part-*.parquet`, `rejects.parquet`, and `manifest.json`, which is written
+last, so a folder without it is unfinished. Shards are ordinary Parquet files (pandas, pyarrow and Hugging Face
+`datasets` can open them) with a layout that allows reading a row group without a Parquet reader:
 
-- columns `key`, `label`, `width`, `height`, `image`, in this order, all required, uncompressed, plainly encoded, and one
-  page per column chunk. A row group is therefore one byte range, and the image column in it is one header followed by
-  the bare values: fixed-size rows for encoding `patches`, (uint32 length, bytes) pairs for encoding `jpeg`;
-- the manifest holds those byte ranges and their checksums, so a reader makes one range request per row group and never
-  reads a footer, and patches can be memory-mapped in place.
+- columns `key`, `label`, `width`, `height`, `image`, in this order, all required, uncompressed, PLAIN-encoded, with one
+page per
+  column chunk. A row group is therefore one byte range, and its image column is a header followed by the values:
+  fixed-size rows for encoding `patches`, (uint32 length, bytes) pairs for encoding `jpeg`;
+- the manifest has the byte ranges and their checksums, so a reader makes one range request per row group, does not read
+  footers, and can memory-map patches in place.
 
 constants.py  names of files, default sizes, versions
 manifest.py   Schema, Shard, Manifest, Receipt, Reject
 writer.py     ShardWriter, finish_dataset, write_dataset
 dataset.py    Dataset, open_dataset
-pages.py      row groups from their bytes
-verify.py     verify_dataset: is a dataset what its manifest says?
-describe.py   describe_dataset: numbers, contact sheet, chart of classes
+pages.py      parses row groups
+verify.py     verify_dataset: checks a dataset against its manifest
+describe.py   describe_dataset: statistics, contact sheet, class histogram
 """
 
 from typing import TYPE_CHECKING

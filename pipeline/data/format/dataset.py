@@ -36,25 +36,24 @@ ROW_GROUP = np.dtype(
 
 @functools.lru_cache(maxsize=256)
 def _map(path: str, sha256: str) -> memoryview:
-    """A local shard, memory-mapped; the checksum in the key keeps a dataset written anew at the same path apart."""
+    """A memory-mapped local shard. sha256: cache key that distinguishes a rewritten dataset at the same path."""
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 class Dataset:
-    """A finished dataset, opened for reading. Cheap to pickle and to open: one request for the manifest.
+    """A finished dataset, opened for reading. Opening takes one request for the manifest; pickling is cheap.
 
         dataset = open_dataset("s3://bucket/photos/train")
         len(dataset), dataset.classes          # 1281167, ["n01440764", ...]
         dataset[7]                             # {"key": ..., "image": bytes, "label": 3, "width": 500, "height": 375}
         dataset[-3:]                           # a list of such rows
 
-    Single rows cost a whole row group each: use `read` for several, `Loader` for training.
+    Reading a single row reads a whole row group: use `read` for several rows, `Loader` for training.
 
     `row_groups` is a structured array (shard, group, rows, start, values, end, crc32), in dataset order; `starts`
-    (groups + 1,) are the cumulative rows, so row i lies in group `np.searchsorted(starts, i, "right") - 1`. The checksum
-    of a row group is compared when its bytes are first decoded.
-    """
+    (groups + 1,) are the cumulative rows, so row i lies in group `np.searchsorted(starts, i, "right") - 1`. The
+    checksum of a row group is checked when it is decoded for the first time."""
 
     def __init__(self, uri: str, manifest: Manifest) -> None:
         self.uri, self.manifest, self.schema = uri, manifest, manifest.schema
@@ -69,20 +68,20 @@ class Dataset:
         for column, name in enumerate(("rows", "start", "values", "end", "crc32")):
             self.row_groups[name] = table[:, column]
         self.starts = np.concatenate([[0], np.cumsum(self.row_groups["rows"], dtype=np.int64)])
-        self._intact = np.zeros(len(table), bool)  # row groups whose checksum was compared
+        self._intact = np.zeros(len(table), bool)  # row groups whose checksum was verified
 
     def __len__(self) -> int:
         return self.manifest.rows
 
     def __getitem__(self, index: Any) -> Any:
-        """Row `index` as `read` gives it, counted from the end when negative; a list of rows for a slice."""
+        """Row `index` as returned by `read`; negative indices count from the end. A slice returns a list of rows."""
         if isinstance(index, slice):
             return self.read(range(*index.indices(len(self))))
         i = operator.index(index)
         return self.read([i + len(self) if i < 0 else i])[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Every row in order; each row group is read once."""
+        """Iterates over all rows in order. Each row group is read once."""
         for first, stop in pairwise(self.starts.tolist()):
             yield from self.read(range(first, stop))
 
@@ -93,9 +92,9 @@ class Dataset:
         return storage.join(self.uri, self.manifest.shards[shard].name)
 
     def row_group_bytes(self, i: int) -> memoryview:
-        """The bytes of row group i: a view of the memory-mapped file, or one range request to S3.
+        """The bytes of row group i: a view of the memory-mapped file, or the result of one range request to S3.
 
-        Raises UserError when the shard is gone or shorter than the manifest says.
+        Raises UserError when the shard is missing or truncated.
         """
         return self._bytes(i, int(self.row_groups[i]["start"]), int(self.row_groups[i]["end"]))
 
@@ -109,21 +108,21 @@ class Dataset:
                 data = _map(uri, shard.sha256)[start:end]
         except FileNotFoundError as error:
             raise UserError(
-                f"{uri}: the shard is missing; `jobs/prepare.py verify {self.uri}` lists what is"
+                f"{uri}: the shard is missing; `jobs/prepare.py verify {self.uri}` lists all problems"
             ) from error
         if len(data) != end - start:
             raise UserError(f"{uri}: the shard is truncated ({len(data)} of {end - start} bytes at {start})")
         return data
 
     def is_intact(self, i: int, data: bytes | memoryview) -> bool:
-        """Whether `data` are the bytes of row group i that were written; compared once, then remembered."""
+        """Whether `data` matches the checksum of row group i. The result is cached."""
         if not self._intact[i]:
             self._intact[i] = zlib.crc32(data) == self.row_groups[i]["crc32"]
         return bool(self._intact[i])
 
     def decode_row_group(self, i: int, data: bytes | memoryview) -> RowGroup:
-        """The rows of row group i from its bytes. Raises UserError, with the shard's name, for bytes other than those that
-        were written, and for labels outside the classes."""
+        """Decodes the bytes of row group i. Raises UserError naming the shard for a wrong checksum or labels outside
+        the classes."""
         if not self.is_intact(i, data):
             raise self._damaged(i, "its checksum differs from the manifest's")
         return self._parse(i, data)
@@ -146,14 +145,13 @@ class Dataset:
         return self.decode_row_group(i, self.row_group_bytes(i))
 
     def read(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """Rows by position, in the order asked for: dicts of key, image, label, width, height.
+        """Rows by position, in the given order: dicts with key, image, label, width, height.
 
-        `image` is the stored file (bytes) for encoding jpeg, the uint8 array (N, P*P*C) for encoding patches. Each row group
-        is read once. Raises IndexError for a position outside the dataset.
-        """
+        `image` is the stored file (bytes) for encoding jpeg, the uint8 array (N, P*P*C) for encoding patches. Each row
+        group is read once. Raises IndexError for a position outside the dataset."""
         wanted = [int(i) for i in indices]
         if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
-            raise IndexError(f"{self.uri} has {len(self)} rows; asked for {min(wanted)}..{max(wanted)}")
+            raise IndexError(f"{self.uri} has {len(self)} rows; requested {min(wanted)}..{max(wanted)}")
         homes = np.searchsorted(self.starts, wanted, "right") - 1
         rows: list[Any] = [None] * len(wanted)
         for home in np.unique(homes):
@@ -171,8 +169,8 @@ class Dataset:
         return rows
 
     def heads(self) -> Iterator[RowGroup]:
-        """Every row group without its images (`images` is None), in dataset order: keys, labels and original sizes for one
-        small read each, several in flight on S3."""
+        """All row groups without images (`images` is None), in dataset order: keys, labels and original sizes. Needs
+        one small read per row group; reads from S3 run in parallel."""
 
         def head(i: int) -> RowGroup:
             data = self._bytes(i, int(self.row_groups[i]["start"]), int(self.row_groups[i]["values"]))
@@ -182,7 +180,9 @@ class Dataset:
             yield from map(head, range(len(self.row_groups)))
             return
         with ThreadPoolExecutor(16) as pool:
-            for first in range(0, len(self.row_groups), 256):  # bounded: a plain map would queue the whole dataset
+            for first in range(
+                0, len(self.row_groups), 256
+            ):  # bounded: a single map would queue reads of the whole dataset
                 yield from pool.map(head, range(first, min(first + 256, len(self.row_groups))))
 
     def table(self, columns: Sequence[str] = ("key", "label")) -> pa.Table:
@@ -197,8 +197,8 @@ class Dataset:
 
 
 def open_dataset(uri: str | os.PathLike, check: bool = True) -> Dataset:
-    """Opens a finished dataset. Raises UserError when there is none at `uri`, when its format is another version, and, unless
-    check=False, when its row groups cannot lie where the manifest says."""
+    """Opens a finished dataset. Raises UserError when there is none at `uri`, when its format has another version, and,
+    unless check=False, when the byte ranges in the manifest are impossible."""
     uri = storage.normalise(uri)
     where = storage.join(uri, MANIFEST)
     try:
@@ -216,7 +216,7 @@ def open_dataset(uri: str | os.PathLike, check: bool = True) -> Dataset:
 
 
 def wrong_ranges(dataset: Dataset) -> Iterator[str]:
-    """What is wrong with the row groups in the manifest of a dataset: the loader reads where they say, without a footer."""
+    """Problems with the byte ranges in the manifest, which the loader uses without reading footers."""
     manifest, groups = dataset.manifest, dataset.row_groups
     of_shard = groups["shard"]
     ends = np.array([shard.bytes for shard in manifest.shards], np.int64)

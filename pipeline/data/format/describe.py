@@ -1,4 +1,4 @@
-"""What a finished dataset holds: numbers, a contact sheet and a chart of its classes."""
+"""Describes a finished dataset: statistics, a contact sheet and a class histogram."""
 
 import io
 import warnings
@@ -16,7 +16,8 @@ from pipeline.outputs import check_output
 
 
 def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, Any]:
-    """Facts about a dataset, with "text" for people; writes contact-sheet.png and classes.png into `out_dir`."""
+    """Statistics of a dataset, with a readable summary in "text". Writes contact-sheet.png and classes.png to
+    `out_dir`."""
     check_output(out_dir)
     dataset = open_dataset(uri)
     manifest = dataset.manifest
@@ -52,7 +53,7 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
     facts["text"] = (
         f"{dataset.uri}\n"
         f"  images      {len(dataset):,} as {dataset.encoding} {_plain(manifest.image)}\n"
-        f"  on disk     {size / 1e9:,.3f} GB, {size / len(dataset) / 1e3:,.1f} kB an image; {len(manifest.shards):,} shards, "
+        f"  on disk     {size / 1e9:,.3f} GB, {size / len(dataset) / 1e3:,.1f} kB per image; {len(manifest.shards):,} shards, "
         f"{len(dataset.row_groups):,} row groups\n"
         f"  originals   width {_span(facts['original_width'])}, height {_span(facts['original_height'])} "
         "(smallest / median / largest)\n"
@@ -125,7 +126,7 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
     axis = figure.subplots()
     if len(counts) <= 60:
         axis.bar(range(len(counts)), counts, color="#3b6ea5")
-        # a dollar in a name begins no formula
+        # Escape dollar signs, which start formulas in matplotlib.
         names: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 7, "parse_math": False}
         axis.set_xticks(range(len(counts)), dataset.classes, **names)
     else:
@@ -140,6 +141,6 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
 def _png(figure: Any) -> bytes:
     sink = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box says it as well
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # missing glyphs are drawn as boxes
         figure.savefig(sink, format="png")
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""The manifest of a dataset, and the parts it is made of: the schema of the rows, the shards, the receipts of writers."""
+"""The manifest of a dataset and its parts: the row schema, shards, and receipts of writers."""
 
 import gc
 import hashlib
@@ -17,14 +17,14 @@ from pipeline.errors import UserError
 
 Label = int | Sequence[int]
 
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*")  # names are joined to the dataset's address: no path, no leading dot
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*")  # names are joined to the URI of the dataset: no path, no leading dot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """What a row holds. `image` describes the stored images: {"size", "quality"} for encoding jpeg, and for encoding
-    patches {"height", "width", "patch_size", "channels"}. Raises UserError for an encoding or a geometry that cannot be.
-    """
+    """Schema of a row. `image` describes the stored images: {"size", "quality"} for encoding jpeg, and for encoding
+    patches {"height", "width", "patch_size", "channels"}. Raises UserError for an unknown encoding or an invalid
+    geometry."""
 
     encoding: Encoding = "jpeg"
     image: dict[str, Any] = field(default_factory=dict)
@@ -56,11 +56,11 @@ class Schema:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one stored image, or 0 when images differ (encoding jpeg)."""
+        """Bytes of one stored image; 0 when the size varies (encoding jpeg)."""
         return self.tokens * self.token_bytes if self.encoding == "patches" else 0
 
     def arrow(self) -> pa.Schema:
-        """The Arrow schema of a shard, with the versioned description in its metadata."""
+        """The Arrow schema of a shard, with the versioned schema in its metadata."""
         label = pa.list_(pa.field("element", pa.int32(), nullable=False)) if self.multilabel else pa.int32()
         about = {"version": VERSION, "encoding": self.encoding, "image": self.image, "classes": list(self.classes)}
         return pa.schema(
@@ -77,8 +77,8 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One Parquet file. `row_groups` has a line (rows, start, values, end, crc32) per row group: the byte range [start, end)
-    of the row group in the file, the first byte of the image values in it, and the CRC-32 of the range."""
+    """One Parquet file. `row_groups` has an entry (rows, start, values, end, crc32) per row group: its byte range
+    [start, end) in the file, the offset of its image values, and the CRC-32 of the range."""
 
     name: str
     rows: int
@@ -87,7 +87,7 @@ class Shard:
     row_groups: list[list[int]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # asdict would copy every row group
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # asdict would copy all row groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +100,14 @@ class Manifest:
     multilabel: bool = False
     rows: int
     inputs: int  # rows + rejects + duplicates, checked
-    duplicates: int = 0  # rows removed as duplicates, inside the corpus or of an evaluation set
+    duplicates: int = 0  # rows removed as duplicates, within the corpus or of an evaluation set
     duplicates_by_reason: dict[str, int] = field(default_factory=dict)  # exact or near, of the corpus or of which set
     reported_by_reason: dict[str, int] = field(default_factory=dict)  # the same of rows that were only reported
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> count
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]
     std: list[float] | None = None
-    fingerprint: str  # of the content: what a training run was trained on
-    input_fingerprint: str = ""  # of the source listing
+    fingerprint: str  # hash of the content
+    input_fingerprint: str = ""  # hash of the source listing
     config: dict[str, Any] = field(default_factory=dict)
     class_counts: list[int] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -118,7 +118,8 @@ class Manifest:
         return Schema(encoding=self.encoding, image=self.image, classes=self.classes, multilabel=self.multilabel)
 
     def to_json(self) -> str:
-        """One line per field and per shard: readable, diffable, and compact at 300,000 row groups."""
+        """JSON with one line per field and per shard, which is readable, diffable and compact for 300,000 row
+        groups."""
 
         def line(value: Any) -> str:
             return json.dumps(value, ensure_ascii=False)
@@ -129,11 +130,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST) -> "Manifest":
-        """Raises UserError for another version of the format, and for content that is not a manifest."""
-        import pydantic  # 0.1 s, which a job's --help has no need of
+        """Parses a manifest. Raises UserError for another version of the format and for invalid content."""
+        import pydantic  # imported late: takes 0.1 s, which --help does not need
 
         collecting = gc.isenabled()
-        gc.disable()  # the collector would visit 300,000 short lists again and again: two thirds of the time
+        gc.disable()  # otherwise garbage collection of 300,000 short lists takes two thirds of the time
         try:
             manifest = pydantic.TypeAdapter(cls).validate_json(text, strict=True)
         except pydantic.ValidationError as error:
@@ -167,7 +168,7 @@ def _other_version(where: str, version: Any) -> str:
 
 
 def _version_of(text: str | bytes) -> Any:
-    """The version that JSON states, None where it states none, VERSION where the text is not a JSON object."""
+    """The version in the JSON; None if it is missing, VERSION if the text is not a JSON object."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -176,7 +177,7 @@ def _version_of(text: str | bytes) -> Any:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    """What types cannot say. Raises ValueError or UserError."""
+    """Checks beyond types. Raises ValueError or UserError."""
     manifest.schema  # noqa: B018 checks the encoding and the geometry
     counts = [manifest.rows, manifest.inputs, manifest.duplicates, *manifest.rejects.values(), *manifest.class_counts]
     if min(counts) < 0:
@@ -190,13 +191,13 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"{shard.name!r} cannot be the name of a shard")
     names = {shard.name for shard in manifest.shards}
     if len(names) < len(manifest.shards):
-        raise ValueError("two shards of one name")
+        raise ValueError("two shards have the same name")
 
 
 @dataclass(kw_only=True, slots=True)
 class Receipt:
-    """What one writer wrote: enough to build the manifest without opening a shard again. `pixels` holds the number of
-    pixels measured and, per channel, their sum and sum of squares (values in [0, 1])."""
+    """Summary of the output of a writer, sufficient to build the manifest without opening shards. `pixels` contains the
+    number of measured pixels and, per channel, their sum and sum of squares (values in [0, 1])."""
 
     shards: list[Shard] = field(default_factory=list)
     rows: int = 0
@@ -219,7 +220,7 @@ class Receipt:
 
     @classmethod
     def total(cls, receipts: Iterable["Receipt"]) -> "Receipt":
-        """The receipts of several writers as one, shards in the order given."""
+        """Merges receipts of several writers, with shards in the given order."""
         total = cls()
         for receipt in receipts:
             total.shards.extend(receipt.shards)
@@ -230,7 +231,7 @@ class Receipt:
         return total
 
     def moments(self) -> tuple[list[float] | None, list[float] | None]:
-        """Mean and standard deviation per channel of the pixels measured, or (None, None)."""
+        """Mean and standard deviation per channel of the measured pixels, or (None, None)."""
         n, sums, squares = self.pixels[0], np.array(self.pixels[1:4]), np.array(self.pixels[4:])
         if not n:
             return None, None
@@ -241,7 +242,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """An input that did not become a row: its key, the file it came from, why (one of a small set), and details."""
+    """A rejected input: its key, its file, the reason (from a small fixed set), and details."""
 
     key: str
     source: str

@@ -1,8 +1,7 @@
-"""Row groups from their bytes: a reader of just those Parquet pages that `writer` writes.
+"""Parses row groups: a minimal reader for the Parquet pages that `writer` writes.
 
-Hand-written because it is the loader's inner loop: it needs no footer, copies no image, and patches stay where the file
-is mapped.
-"""
+Not based on a library because this is the inner loop of the loader: it needs no footer, does not copy images, and
+returns patches as views of the mapped file."""
 
 import struct
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from pipeline.data.varint import read_varint
 
 
 class RowGroup(NamedTuple):
-    """One row group, decoded: `labels` is int32 (rows,), or a list of int lists for multi-label; `images` is a list of
-    byte views (jpeg) or a uint8 array (rows, N, P*P*C) that lies in the buffer it was read from (patches)."""
+    """A decoded row group. `labels`: int32 (rows,), or a list of int lists for multi-label. `images`: a list of byte
+    views (jpeg), or a uint8 view (rows, N, P*P*C) of the buffer (patches)."""
 
     keys: list[str]
     labels: Any
@@ -26,18 +25,17 @@ class RowGroup(NamedTuple):
     images: Any
 
     def rows(self) -> Iterator[tuple[str, Any, Label, int, int]]:
-        """(key, image, label, width, height) of each row, as `ShardWriter.write` takes them."""
+        """(key, image, label, width, height) of each row, the arguments of `ShardWriter.write`."""
         labels = self.labels if isinstance(self.labels, list) else self.labels.tolist()
         yield from zip(self.keys, self.images, labels, self.widths.tolist(), self.heights.tolist(), strict=True)
 
 
 def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: Schema, images: bool = True) -> RowGroup:
-    """The columns of a row group of `rows` rows from its bytes, whose image values begin at `split`. With images=False the
-    bytes may end there.
+    """Parses a row group of `rows` rows, whose image values start at offset `split`. With images=False, the buffer may
+    end at `split`.
 
-    Raises ValueError, IndexError, OverflowError or struct.error for bytes that are not such a row group, and ValueError
-    for a label outside the classes.
-    """
+    Raises ValueError, IndexError, OverflowError or struct.error for invalid bytes, and ValueError for a label outside
+    the classes."""
     view = memoryview(buffer)
     position, columns = 0, []
     for _ in range(4):  # key, label, width, height
@@ -106,7 +104,7 @@ def _byte_arrays(view: memoryview, rows: int) -> list[memoryview]:
 def _levels(view: memoryview, most: int) -> tuple[np.ndarray, int]:
     """Repetition or definition levels of maximum 1 (Parquet's RLE / bit-packed hybrid) and the bytes they take.
 
-    A run states its own length: one beyond `most` levels is damage, which would fill the memory.
+    A run contains its length. A length above `most` indicates damage and is rejected, because it could exhaust memory.
     """
     end = 4 + struct.unpack_from("<I", view, 0)[0]
     position, runs = 4, []
@@ -125,8 +123,8 @@ def _levels(view: memoryview, most: int) -> tuple[np.ndarray, int]:
 
 
 def _lists(view: memoryview, rows: int) -> tuple[list[list[int]], np.ndarray]:
-    """A required list<required int32> column, by row and end to end: repetition 0 starts a row, definition 0 is an empty
-    list."""
+    """A required list<required int32> column, as lists and as a flat array. Repetition level 0 starts a row; definition
+    level 0 is an empty list."""
     most = rows + len(view)  # a value has four bytes, an empty list none
     repeats, used = _levels(view, most)
     defined, more = _levels(view[used:], most)

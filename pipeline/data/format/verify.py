@@ -1,4 +1,4 @@
-"""Whether a finished dataset is what its manifest says."""
+"""Checks a finished dataset against its manifest."""
 
 import contextlib
 import hashlib
@@ -22,12 +22,11 @@ CHUNK = 16 << 20
 
 
 def verify_dataset(uri: str, threads: int = 4) -> list[str]:
-    """What is wrong with a dataset, one line each; empty when all is well.
+    """Problems of a dataset, one line each; empty if it is valid.
 
-    Reads everything once: sizes and SHA-256 of every shard, schema and row groups against each footer, unique keys, labels
-    within the classes, all totals of the manifest, and files that the manifest does not know. Raises UserError when there is
-    no dataset at `uri`.
-    """
+    Reads all data once. Checks the size and SHA-256 of every shard, the schema and row groups against the footers,
+    unique keys, labels, all totals in the manifest, and files that the manifest does not list. Raises UserError when
+    there is no dataset at `uri`."""
     dataset = open_dataset(uri, check=False)
     manifest = dataset.manifest
     problems = list(wrong_ranges(dataset))
@@ -46,7 +45,7 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     if manifest.fingerprint != content_fingerprint(manifest.shards, manifest.classes):
         problems.append(f"{MANIFEST}: the fingerprint is not that of these shards and classes in this order")
     problems.extend(_verify_rejects(dataset))
-    if not problems:  # keys and labels are only worth reading from shards that are what they should be
+    if not problems:  # keys and labels are only read from valid shards
         problems.extend(_verify_rows(dataset))
     return problems
 
@@ -132,5 +131,5 @@ def _verify_rows(dataset: Dataset) -> Iterator[str]:
 
 
 def key_hash(key: str) -> int:
-    """64 bits that stand for a key."""
+    """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Rows into shards, and shards into a finished dataset."""
+"""Writes rows to shards and finishes datasets."""
 
 import functools
 import hashlib
@@ -24,17 +24,16 @@ MAX_ROWS_PER_GROUP = 2048  # bounds a writer's memory for tiny images, too: a ro
 
 
 class ShardWriter:
-    """Writes `part-<prefix>-NNNN.parquet` files under `uri`; the same rows always give the same bytes.
+    """Writes `part-<prefix>-NNNN.parquet` files under `uri`. The output is deterministic.
 
         schema = Schema(encoding="jpeg", image={"size": 256, "quality": 90}, classes=names)
         with ShardWriter(uri, "00007", schema) as writer:
             writer.write(key, jpeg_bytes, label, width, height)
         receipt = writer.receipt
 
-    Image bytes are stored as they are: encoding `jpeg` takes any format that the loader reads (JPEG, PNG, ...); encoding
-    `patches` takes the uint8 matrix N x (P*P*C), as array or bytes. A shard appears under its name complete or not at
-    all. Leaving the block by an exception writes nothing more.
-    """
+    Image bytes are stored unchanged: encoding `jpeg` takes any format that the loader reads (JPEG, PNG, ...); encoding
+    `patches` takes the uint8 matrix N x (P*P*C), as array or bytes. Shards are written atomically. After an exception
+    in the block nothing more is written."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class ShardWriter:
         self.schema, self._arrow_schema = schema, schema.arrow()
         self.row_group_bytes, self.shard_bytes = row_group_bytes, shard_bytes
         self.receipt = Receipt()
-        # A row group never outgrows its byte budget, whatever the size of one image (but holds at least one).
+        # A row group does not exceed its byte budget, but has at least one image.
         fitting = row_group_bytes // schema.image_bytes if schema.image_bytes else MAX_ROWS_PER_GROUP
         self.max_rows = max(1, min(MAX_ROWS_PER_GROUP, fitting))
         self._rows: list[tuple[str, Any, int, int, bytes]] = []
@@ -77,8 +76,8 @@ class ShardWriter:
         height: int,
         pixels: np.ndarray | None = None,
     ) -> None:
-        """Adds a row. `width` and `height` are the original's; `pixels` (uint8 HWC), when given, enters the channel mean
-        and standard deviation of the manifest."""
+        """Adds a row. width, height: size of the original. pixels: uint8 HWC, added to the channel mean and standard
+        deviation of the manifest."""
         data = image.tobytes() if isinstance(image, np.ndarray) else bytes(image)
         if self._rows and self._row_bytes + len(data) > self.row_group_bytes:
             self.end_row_group()
@@ -108,7 +107,7 @@ class ShardWriter:
             total[4 + c] += n * (s * s + m * m)
 
     def end_row_group(self) -> None:
-        """Writes the rows collected so far as a row group; rows that follow begin another."""
+        """Writes the buffered rows as a row group."""
         if not self._rows:
             return
         if self._writer is None:
@@ -136,14 +135,14 @@ class ShardWriter:
             use_dictionary=False,
             write_statistics=False,
             store_schema=True,
-            # one page per column chunk: no limit below the row group itself
+            # one page per column chunk: the page size limit is that of the row group
             data_page_size=1 << 30,
             max_rows_per_page=MAX_ROWS_PER_GROUP,
             write_batch_size=MAX_ROWS_PER_GROUP,
         )
 
     def _local_folder(self) -> str | None:
-        """Where a shard is written before it gets its name: beside the target (for an atomic rename), or /tmp for S3."""
+        """Folder for temporary files: next to the target (for an atomic rename), or /tmp for S3."""
         if storage.is_remote(self.uri):
             return None
         os.makedirs(self.uri, exist_ok=True)
@@ -164,7 +163,7 @@ class ShardWriter:
             storage.copy_file(self._path, target)
             os.remove(self._path)
         else:
-            os.chmod(self._path, 0o666 & ~_umask())  # mkstemp's 0600 would shut out other users of the dataset
+            os.chmod(self._path, 0o666 & ~_umask())  # mkstemp creates files with mode 0600
             os.replace(self._path, target)
         rows = sum(self._group_rows)
         self.receipt.shards.append(Shard(name=name, rows=rows, bytes=size, sha256=digest, row_groups=row_groups))
@@ -172,7 +171,8 @@ class ShardWriter:
         self._group_rows, self._heads = [], []
 
     def _locate(self, descriptor: int, name: str) -> list[list[int]]:
-        """(rows, start, values, end, crc32) of every row group, checked against the file: readers rely on them blindly."""
+        """(rows, start, values, end, crc32) of every row group, verified against the file, because readers rely on
+        them."""
         metadata = pq.read_metadata(self._path)
         located = []
         for i, (head, length) in enumerate(self._heads):
@@ -188,7 +188,7 @@ class ShardWriter:
         return located
 
     def close(self) -> Receipt:
-        """Writes what is left and returns the receipt."""
+        """Writes the remaining rows. Returns the receipt."""
         self.end_row_group()
         self._finish_shard()
         return self.receipt
@@ -228,7 +228,7 @@ def finish_dataset(
     config: dict[str, Any] | None = None,
     input_fingerprint: str = "",
 ) -> Manifest:
-    """Makes a folder of shards a dataset: writes `rejects.parquet`, then `manifest.json`.
+    """Finishes a dataset: writes `rejects.parquet`, then `manifest.json`.
 
     duplicates, reported: by reason, rows that were removed and rows that were only listed.
     `inputs` defaults to what the receipts and rejects add up to. Raises UserError when no row is left, RuntimeError when
@@ -237,8 +237,8 @@ def finish_dataset(
     total, refused = Receipt.total(receipts), list(rejects)
     reasons = dict(sorted(Counter(reject.reason for reject in refused).items()))
     if not total.rows:
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "there was no input"
-        raise UserError(f"{uri}: not one usable image ({why})")
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no inputs"
+        raise UserError(f"{uri}: no usable images ({why})")
     repeated = sum((duplicates or {}).values())
     accounted = total.rows + len(refused) + repeated
     if inputs is not None and inputs != accounted:
@@ -282,7 +282,7 @@ def write_dataset(
     shard_bytes: int = SHARD_BYTES,
     **finish: Any,
 ) -> Manifest:
-    """A small dataset in one go, from rows of (key, image, label, width, height). Keyword arguments left over go to
+    """Writes a small dataset from rows of (key, image, label, width, height). Other keyword arguments are passed to
     `finish_dataset`."""
     schema = Schema(encoding=encoding, image=image or {}, classes=classes, multilabel=multilabel)
     with ShardWriter(uri, "00000", schema, row_group_bytes=row_group_bytes, shard_bytes=shard_bytes) as writer:

@@ -1,14 +1,14 @@
-"""From sources of images to a dataset of shards, on Ray Data.
+"""Prepares datasets of shards from image sources with Ray Data.
 
-The sources are cut into deterministic slices. The task that gets a slice reads, checks and transforms its images and writes
-shards itself; only a summary of its receipt comes back, so image bytes never pass through Ray's object store and the driver's
-memory does not grow with the corpus. A receipt on storage marks a slice as done: a job that is killed and run again repeats the
-other slices and ends in the byte-identical dataset, whatever the number of workers.
+The sources are divided into slices deterministically. A task reads, checks and transforms the images of a slice, writes
+the shards and returns only a summary, so image bytes do not pass through Ray's object store and the memory of the
+driver does not grow with the corpus. A receipt on storage marks a slice as done. A killed job that is run again
+processes the remaining slices and produces a byte-identical dataset, independent of the number of workers.
 
     <output>/manifest.json          written last       (with --splits: <output>/<split>/manifest.json)
     <output>/part-UUUUU-NNNN.parquet                   slice and shard in it
     <output>/rejects.parquet
-    <output>/_work/                 plan and receipts of an unfinished dataset, removed at the end
+    <output>/_work/                 plan and receipts of an unfinished dataset; removed at the end
 
     config        PrepareConfig, recipes; checks: its rules   deduplicate   rows that repeat another row
     plan          sources -> slices, the claim of the output  mix           a global shuffle of archives

@@ -1,11 +1,10 @@
-"""Small images that come with installed libraries, as class folders of PNG: what the demo learns from and is tested on.
+"""Built-in data of the demo: small images from installed libraries, written as class folders of PNG files.
 
-    demo:letters   printed letters in the typefaces that matplotlib installs: 41 classes, 21 images each
+    demo:letters   printed letters in the fonts of matplotlib: 41 classes, 21 images each
     demo:digits    scikit-learn's handwritten digits: 10 classes, 1,797 images
 
-Both are 8x8 grey, light on dark. They share no image and no label, so that what a model learns on the letters and shows on
-the digits is transfer.
-"""
+Both are 8x8 grey images, light on dark. They have no common images or labels, so results on digits after training on
+letters measure transfer."""
 
 import os
 import string
@@ -29,7 +28,7 @@ TYPEFACES = (
 
 
 def write_builtin(uri: str, folder: str) -> str:
-    """Writes the images of a built-in source as `folder/<name>/<class>/<file>.png`, unless they are there; that folder."""
+    """Writes a built-in source to `folder/<name>/<class>/<file>.png` unless it exists. Returns the folder."""
     name = uri.partition(":")[2]
     place = storage.join(folder, name)
     images = list(BUILTIN[uri]())
@@ -49,9 +48,9 @@ def digits() -> Iterator[tuple[str, np.ndarray]]:
 
 
 def letters() -> Iterator[tuple[str, np.ndarray]]:
-    """(path, uint8 (8,8)) of 861 printed letters, each filling its square as the digits do.
+    """(path, uint8 (8,8)) of 861 printed letters, scaled to fill the image like the digits.
 
-    Folders of small letters are called small-a, since a file system may not tell a from A.
+    Folders of lower-case letters are named small-a, because file systems may be case-insensitive.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
@@ -61,9 +60,7 @@ def letters() -> Iterator[tuple[str, np.ndarray]]:
         try:
             font = ImageFont.truetype(os.path.join(fonts, f"{typeface}.ttf"), 48)
         except OSError as error:
-            raise UserError(
-                f"{fonts}: matplotlib's typeface {typeface} is missing; install matplotlib again"
-            ) from error
+            raise UserError(f"{fonts}: matplotlib's font {typeface} is missing; reinstall matplotlib") from error
         for letter in string.ascii_uppercase + SMALL:
             page = Image.new("L", (96, 96))
             ImageDraw.Draw(page).text((24, 16), letter, font=font, fill=255)

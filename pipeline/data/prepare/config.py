@@ -14,68 +14,68 @@ FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that tak
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Everything that decides the bytes of a dataset, and where it goes."""
+    """Settings that affect the content of a dataset, and its location."""
 
     source: tuple[str, ...] = ()
     """Folders, archives or s3:// prefixes of images. Several sources become one dataset."""
     output: str = ""
-    """Folder or s3:// prefix for the dataset: new or empty, or left unfinished by the same command."""
+    """Folder or s3:// prefix for the dataset: new, empty, or with the unfinished dataset of the same command."""
     format: str = "auto"
-    """Format of the sources: auto (recognised by file names), folder, tar, zip, parquet, arrow, tfrecord or cifar."""
+    """Format of the sources: auto (detected from file names), folder, tar, zip, parquet, arrow, tfrecord or cifar."""
     labels: str | None = None
     """Table of file names and labels: CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive."""
     label_column: str | None = None
-    """Column, JSON field or TFRecord feature that holds the label, in --labels and in the sources. Several, separated by
-    commas, are one-hot columns; txt and cls name the members of an archive with that ending."""
+    """Column, JSON field or TFRecord feature with the label, in --labels and in the sources. Several names, separated
+    by commas, are one-hot columns; txt and cls select archive members with that extension."""
     file_column: str | None = None
-    """Column or feature that holds the file name, in --labels and in the sources."""
+    """Column or feature with the file name, in --labels and in the sources."""
     split_column: str | None = None
-    """Column, field or feature that holds the split, in --labels and in the sources."""
+    """Column, field or feature with the split, in --labels and in the sources."""
     class_level: int | None = None
-    """Level of the folder that names the class; 1 is the first below the source. None: found automatically."""
+    """Level of the folder that names the class; 1 is the first below the source. None: detect automatically."""
     label_map: str | None = None
-    """Class names in index order (text or a JSON list), or a JSON object that renames classes. Other labels are
-    refused."""
+    """Class names in index order (text or a JSON list), or a JSON object that renames classes. Images with other labels
+    are rejected."""
     include: tuple[str, ...] = ()
-    """Globs over keys such as class/name.jpg. Files that match none of them are left out."""
+    """Globs over keys such as class/name.jpg. Files that match none of them are skipped."""
     licence: str | None = None
     """Licence of the images, for the manifest and for model cards."""
     unlabelled: bool = False
     """Accept images without labels."""
     sample: int | None = None
-    """Largest number of images to take, drawn evenly from the sources."""
+    """Maximum number of images, sampled evenly from the sources."""
     encoding: Encoding = "jpeg"
-    """jpeg: JPEG with the shorter side at --size; crops are made when loading. patches: the N x (P*P*C) matrix of
-    pixels, with nothing to decode."""
+    """jpeg: JPEG with a shorter side of --size; the loader decodes and crops. patches: the N x (P*P*C) matrix of
+    pixels, which needs no decoding."""
     size: int = 256
-    """In pixels: shorter side of a jpeg, side of the square for patches."""
+    """Shorter side for jpeg, or side of the square for patches, in pixels."""
     small: Literal["lossless", "jpeg"] = "lossless"
-    """Images of lossless formats that need no resizing: lossless keeps their pixels as PNG, jpeg compresses them unless
-    they are PNG already (docs/data.md has the cost)."""
+    """Images in lossless formats that need no resizing: lossless stores them as PNG; jpeg compresses them unless they
+    are PNG files (docs/data.md lists the sizes)."""
     quality: int = 90
-    """JPEG quality, 1 to 100, of images that are encoded again (4:2:0)."""
+    """JPEG quality of re-encoded images, 1 to 100 (4:2:0 subsampling)."""
     patch_size: int = 16
     """Side of a patch, in pixels."""
     fit: Literal["crop", "squash"] = "crop"
     """How an image becomes a square for patches: centre crop, or squash."""
     splits: tuple[str, ...] = ()
-    """Shares such as train=0.9 val=0.1: a hash of the key decides, and each split becomes a dataset OUTPUT/NAME.
-    from-source: the source's own splits (folders train/ and val/, train-*.parquet, a split column). merge: one
-    dataset of all splits."""
+    """Fractions such as train=0.9 val=0.1: a hash of the key assigns images, and each split becomes a dataset
+    OUTPUT/NAME. from-source: the splits of the source (folders train/ and val/, train-*.parquet, a split column).
+    merge: one dataset of all splits."""
     shuffle: bool = True
-    """Shuffle the images over all shards: files while they are read, archives as --mix says."""
+    """Shuffle the images over all shards: files before they are read, archives according to --mix."""
     mix: Literal["auto", "always", "never"] = "auto"
     """Archives: auto shuffles those that are sorted by class, always shuffles every archive, never keeps their order.
     The shuffle is a second pass over the """
     seed: int = 0
     """Seed of the shuffle and of --sample."""
     deduplicate: Literal["off", "exact", "near", "report"] = "off"
-    """Remove images that repeat another image of the corpus: exact (equal pixels) or near (encoded again, resized,
-    mirrored). report lists near duplicates in duplicates.parquet and removes none."""
+    """Remove duplicates within the corpus: exact (equal pixels) or near (re-encoded, resized, mirrored). report lists
+    near duplicates in duplicates.parquet without removing them."""
     decontaminate: tuple[str, ...] = ()
-    """Evaluation sets, as datasets or as anything that --source accepts. Images that occur in them are removed."""
+    """Evaluation sets: datasets, or anything that --source accepts. Images that occur in them are removed."""
     distance: int = 30
-    """Largest number of differing hash bits, of 128, at which two images are compared in detail
+    """Maximum Hamming distance of the 128-bit hashes at which two images are compared in detail
     (docs/decontamination.md)."""
     descriptor: str | None = None
     """TorchScript file of a network that turns images into vectors, such as sscd.torchscript.pt. Images with similar
@@ -93,7 +93,7 @@ class PrepareConfig:
     descriptor_gpus: float = 0.0
     """GPUs of each actor that runs the network; 0 runs it on CPUs."""
     max_pixels: int = 100_000_000
-    """Largest image to decode, in pixels; larger ones are rejects."""
+    """Maximum image size, in pixels; larger images are rejected."""
     max_reject_fraction: float = 0.05
     """Share of rejects, 0 to 1, above which the job fails at its end."""
     row_group_bytes: int = ROW_GROUP_BYTES
@@ -101,29 +101,28 @@ class PrepareConfig:
     shard_bytes: int = SHARD_BYTES
     """Size of a shard file, in bytes."""
     unit_bytes: int = 1 << 30
-    """Largest input of one unit of work, in bytes. Small corpora are cut into smaller units."""
+    """Maximum input of one unit of work, in bytes. Small corpora use smaller units."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareJob(PrepareConfig):
-    """A preparation with where it runs and what records it; neither decides the dataset."""
+    """PrepareConfig plus settings that do not affect the dataset: the cluster and the tracking server."""
 
     address: str | None = None
     """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     num_cpus: int | None = None
     """CPU cores for an embedded Ray. None: all."""
     tracking: bool = True
-    """Record the preparation in MLflow."""
+    """Log the run to MLflow."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
 
 
 def demo() -> PrepareConfig:
-    """Printed letters in the typefaces that matplotlib installs, 861 images in two splits; about 5 s on two cores.
+    """Printed letters in the fonts of matplotlib, 861 images in two splits; about 5 s on two cores.
 
-    Source: the package itself, written as PNG class folders to runs/demo/raw. Expected: 861 rows, 41 classes, no reject;
-    train about 80%, test the rest. `--source` puts your own class folders in their place.
-    """
+    Source: the installed package, written as PNG class folders to runs/demo/raw. Expected: 861 rows, 41 classes, no
+    rejects; about 80% train, the rest test. `--source` uses your own class folders instead."""
     return PrepareConfig(
         source=(LETTERS,),
         output="runs/demo/data",
@@ -134,24 +133,24 @@ def demo() -> PrepareConfig:
 
 
 def demo_digits() -> PrepareConfig:
-    """Scikit-learn's handwritten digits, 1,797 images in two splits: what the demo transfers to; about 5 s on two cores.
+    """Scikit-learn's handwritten digits, 1,797 images in two splits, for the transfer of the demo; about 5 s on two
+    cores.
 
-    Source: the package itself, written as PNG class folders to runs/demo/raw. Expected: 1,797 rows, 10 classes, no reject;
-    train about 80%, test the rest.
-    """
+    Source: the installed package, written as PNG class folders to runs/demo/raw. Expected: 1,797 rows, 10 classes, no
+    reject; train about 80%, test the rest."""
     return replace(demo(), source=(DIGITS,), output="runs/demo/digits")
 
 
 def jpeg256() -> PrepareConfig:
-    """JPEG with the shorter side at 256, for pre-training at 224 (the default with --source).
+    """JPEG with a shorter side of 256, for pre-training at 224 (the default with --source).
 
-    Expected: about 24 KB an image; 500 ImageNet originals a second and core.
+    Expected: about 24 KB per image; 500 ImageNet originals per second and core.
     """
     return PrepareConfig()
 
 
 def patches224() -> PrepareConfig:
-    """224x224 in 16x16 patches, for evaluation sets and CPU-poor GPU nodes: 150 KB an image, nothing to decode."""
+    """224x224 in 16x16 patches, for evaluation sets and GPU nodes with few CPUs: 150 KB per image, no decoding."""
     return PrepareConfig(encoding="patches", size=224, patch_size=16)
 
 
@@ -170,6 +169,6 @@ RECIPES: dict[str, Callable[[], PrepareConfig]] = {
 
 
 def identity(config: PrepareConfig) -> dict[str, Any]:
-    """The part of the config that decides the content of the dataset: what a rerun has to agree on."""
+    """The settings that affect the content of the dataset. They must be the same when a job is continued."""
     values = configuration.to_dict(config)
     return {name: value for name, value in values.items() if name not in ("output", "max_reject_fraction")}

@@ -65,7 +65,7 @@ def propose_pairs(plan: PreparePlan) -> Pairs:
     def pairs_of(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return unique_pairs(match_rows(group, plan.config.distance))
 
-    work: Any = lines  # Ray's stubs know no typed dict of arrays
+    work: Any = lines  # Ray's stubs do not support a dict of arrays
     match: Any = pairs_of
     shuffled = slices.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
     found = list(shuffled.map_groups(match, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))

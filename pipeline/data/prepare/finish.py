@@ -1,4 +1,4 @@
-"""Receipts of slices -> finished datasets: too many rejects, reports, manifests, and what is removed at the end."""
+"""Finishes datasets from the receipts of slices: reject limit, reports, manifests, cleanup."""
 
 import logging
 from collections import Counter
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def receipt_names(plan: PreparePlan) -> list[str]:
-    """The receipt of every slice that counts: the one written after its duplicates were removed, where there is one."""
+    """The name of the valid receipt of every slice: the one after removal of duplicates, if it exists."""
     finished = plan.receipts.finished()
     names = ((deduplicated_name(n), slice_name(n)) for n in range(len(plan.slices)))
     return [after if after in finished else before for after, before in names]
@@ -29,9 +29,8 @@ def finish_datasets(
 ) -> dict[str, Manifest]:
     """Writes reports and manifests, {split: manifest}; removes the receipts.
 
-    mixed: receipts of the shards that replace those of the slices. Raises UserError when more inputs were refused than
-    `max_reject_fraction` allows.
-    """
+    mixed: receipts of the shuffled shards, which replace those of the slices. Raises UserError when more inputs were
+    rejected than `max_reject_fraction` allows."""
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     manifests = {}
@@ -43,7 +42,7 @@ def finish_datasets(
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
             _write_report(plan, name, duplicates + reported)
         written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
-        if mixed is not None:  # mean and deviation were measured by the slices
+        if mixed is not None:  # mean and standard deviation are in the receipts of the slices
             written = [Receipt(pixels=receipt.pixels) for receipt in written]
             written += [Receipt.from_dict(receipt[name]) for receipt in mixed]
         manifests[name] = finish_dataset(
@@ -68,7 +67,7 @@ def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> set[str]:
-    """The splits of the source whose every input was refused for want of a label, when others have rows."""
+    """Splits of the source without any label, when other splits have labels."""
     if not plan.source_decides:
         return set()
     found = set()
@@ -80,16 +79,16 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
         return set()
     for name in sorted(found):
         count = sum(receipt["inputs"][name] for receipt in receipts)
-        logger.warning("the split %s (%d images) has no labels and is left out; --unlabelled takes it", name, count)
+        logger.warning("the split %s (%d images) has no labels and is skipped; --unlabelled includes it", name, count)
     return found
 
 
 def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
-    """Says which classes have no image, and that one class is no classification."""
+    """Warns about classes without images, and about a dataset with only one class."""
     classes = plan.labels.classes
     if len(classes) == 1 and not plan.labels.multilabel:
         logger.warning(
-            "%s: one class (%s); a model cannot learn to classify from it. If the classes lie elsewhere, name their place "
+            "%s: only one class (%s), so a model cannot learn to classify. If the classes are elsewhere, name their location "
             "(--class-level, --label-column, --labels)",
             plan.config.output,
             classes[0],
@@ -98,7 +97,7 @@ def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> No
         empty = [label for label, count in zip(classes, manifest.class_counts, strict=True) if not count]
         if empty and (name.lower() not in HELD_OUT or len(manifests) == 1):
             logger.warning(
-                "%s: %d of %d classes have no image, such as %s%s",
+                "%s: %d of %d classes have no images, such as %s%s",
                 plan.split_uri(name),
                 len(empty),
                 len(classes),
@@ -117,9 +116,9 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     where = storage.join(plan.config.output, REJECTS)
     storage.write_bytes(where, rejects_table(refused))
     raise UserError(
-        f"{len(refused):,} of {inputs:,} inputs were refused, more than --max-reject-fraction "
+        f"{len(refused):,} of {inputs:,} inputs were rejected, more than --max-reject-fraction "
         f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
-        f"(such as {refused[0].key}; all in {where}). Fix them, or allow more: finished work is kept"
+        f"(such as {refused[0].key}; all in {where}). Fix the inputs or raise the limit; finished work is kept"
     )
 
 
@@ -133,7 +132,7 @@ def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]]) 
 
 
 def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
-    """Removes receipts, and what a killed task left: shards that no receipt names and half-written files."""
+    """Removes receipts and leftovers of killed tasks: shards without a receipt and partial files."""
     for name, manifest in manifests.items():
         known = {shard.name for shard in manifest.shards}
         for file in storage.list_files(plan.split_uri(name), recursive=False):

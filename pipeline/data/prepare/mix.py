@@ -1,10 +1,10 @@
-"""A global shuffle of the rows of all slices, for archives that are sorted by class (ImageNet's tar of tars is).
+"""Global shuffle of the rows of all slices, for archives that are sorted by class (such as ImageNet's tar of tars).
 
-Two passes over the shards, in tasks that each hold at most the rows of a slice. `scatter` distributes the rows of a slice over
-buckets, one row group for each; `gather` reads the row groups of its bucket, slices in random order, shuffles as many at a time
-as memory may hold, and writes the final shards. Rows move through storage as byte ranges, and the bucket and place of a row
-depend on the seed, its slice and its number alone. Both passes leave receipts, so a second run skips what is done.
-"""
+Two passes over the shards, in tasks that need memory for at most the rows of a slice. `scatter` distributes the rows of
+a slice over buckets, one row group per bucket. `gather` reads the row groups of a bucket in random order of slices,
+shuffles as many as fit in memory, and writes the final shards. Rows are exchanged through storage as byte ranges. The
+bucket and position of a row depend only on the seed, the slice and the row number. Both passes write receipts, so a
+second run skips finished work."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from pipeline.data.loading.order import bits
 from pipeline.data.prepare.config import WORK
 from pipeline.data.prepare.plan import PreparePlan
 
-# streams of random numbers (pipeline.data.loading.order has the others): bucket of a row, order of slices, order of rows
+# Purposes of random numbers (see pipeline.data.loading.order): bucket of a row, order of slices, order of rows.
 BUCKET, SLICES, PLACE = 100, 101, 102
 MOST_BUCKETS = 128
 HELD_BYTES = 512 << 20  # image bytes that `gather` shuffles at a time
@@ -28,14 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def wants_mixing(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> bool:
-    """Whether a second pass has to mix the rows. Fragments of listed files are shuffled before they are read."""
+    """Whether a second pass has to shuffle the rows. Listed files are shuffled before they are read."""
     if not plan.config.shuffle or plan.config.mix == "never" or all(source.listed for source in plan.sources):
         return False
     return plan.config.mix == "always" or (not plan.labels.multilabel and sorted_by_class(receipts))
 
 
 def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
-    """Whether neighbouring rows share their class far more often than shuffled rows would: half-way to always."""
+    """Whether neighbouring rows have the same class much more often than in a shuffled order (threshold: half-way to
+    always)."""
     counts: dict[str, int] = {}
     for receipt in receipts:
         for written in receipt["splits"].values():
@@ -50,9 +51,9 @@ def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
 def mix_rows(plan: PreparePlan, names: Sequence[str]) -> list[dict[str, Any]]:
     """Shuffles the rows of all slices. `names` are those of the slices' receipts.
 
-    Returns the receipts of the shards that take the place of the slices' own: {split: receipt} for each bucket.
+    Returns the receipts of the shards that replace those of the slices: {split: receipt} for each bucket.
     """
-    logger.info("prepare: mixing the archives over all shards")
+    logger.info("prepare: shuffling the archives over all shards")
     scattered = {f"scattered-{number:05d}": (number, name) for number, name in enumerate(names)}
     _finish_units(scattered, scatter, plan)
     receipts = plan.receipts.read(list(scattered))
@@ -76,7 +77,7 @@ def _buckets(plan: PreparePlan) -> int:
 
 
 def scatter(unit: tuple[int, str], plan: PreparePlan) -> dict[str, Any]:
-    """Distributes the rows of a slice over buckets: {split: {bucket: the shard, with the row groups that hold its rows}}."""
+    """Distributes the rows of a slice over buckets: {split: {bucket: the shard, with the row groups of the bucket}}."""
     number, name = unit
     (receipt,) = plan.receipts.read([name])
     scattered: dict[str, Any] = {}
@@ -105,7 +106,8 @@ def scatter(unit: tuple[int, str], plan: PreparePlan) -> dict[str, Any]:
 
 
 def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan) -> dict[str, Any]:
-    """Writes the shards of one bucket from what `scatter` made of each slice, {split: shards by slice}: {split: receipt}."""
+    """Writes the shards of one bucket from the output of `scatter`, {split: shards by slice}. Returns {split:
+    receipt}."""
     bucket, scattered = unit
     mixed = {}
     for split, shards in scattered.items():
@@ -113,7 +115,7 @@ def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan)
         dataset = plan.open_rows(Receipt().to_dict() | {"shards": shards}, storage.join(SCATTERED, split))
         with plan.writer(split, bucket, "s") as writer, ThreadPoolExecutor(16) as pool:
             for number, groups in enumerate(_loads(dataset.row_groups)):
-                # many small ranges: on S3 each of them is a wait
+                # read in parallel, because many small ranges are slow on S3
                 rows = [row for group in pool.map(dataset.read_row_group, groups) for row in group.rows()]
                 draws = bits(plan.config.seed, PLACE, bucket, number, np.arange(len(rows)))
                 for i in np.argsort(draws, kind="stable").tolist():
@@ -123,7 +125,7 @@ def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan)
 
 
 def _loads(row_groups: np.ndarray) -> Iterator[list[int]]:
-    """Consecutive row groups of at most HELD_BYTES together."""
+    """Groups of consecutive row groups of at most HELD_BYTES in total."""
     load: list[int] = []
     held = 0
     for i, size in enumerate((row_groups["end"] - row_groups["start"]).tolist()):

@@ -1,8 +1,7 @@
-"""From sources to slices: what each task of `prepare` reads, and the claim of the output folder.
+"""The plan of a preparation: slices of the sources, and the claim of the output folder.
 
-The plan depends on the input and the configuration alone, never on the cluster, so that any number of workers writes the
-same shards.
-"""
+The plan depends only on the input and the configuration, not on the cluster, so that any number of workers writes the
+same shards."""
 
 import dataclasses
 import hashlib
@@ -39,18 +38,20 @@ class SourceSlice(NamedTuple):
     first: int  # first fragment
     fragments: int  # number of fragments
     size: int  # bytes of input
-    limit: int = -1  # items taken at most; -1 takes all
+    limit: int = -1  # maximum number of items; -1: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparePlan:
-    """What every task needs to know. A task reads the fragments of its slice from storage, because the listing of a corpus
-    may be larger than the memory of a machine."""
+    """The plan that every task receives. Tasks read the fragments of their slice from storage, because the listing of a
+    corpus may exceed the memory of a machine."""
 
     config: PrepareConfig
     sources: list[Source]
     labels: Labels
-    splits: dict[str, float]  # name -> fraction; {"": 1.0} without splits; fractions 0 when the source decides
+    splits: dict[
+        str, float
+    ]  # name -> fraction; {"": 1.0} without splits; fractions 0 when the source determines the splits
     slices: list[SourceSlice]
     input_fingerprint: str
     work: str  # URI of the folder of receipts
@@ -66,7 +67,7 @@ class PreparePlan:
 
     @property
     def source_decides(self) -> bool:
-        """Whether the splits are those of the source."""
+        """Whether the source determines the splits."""
         return not any(self.splits.values())
 
     @property
@@ -83,7 +84,8 @@ class PreparePlan:
         return storage.join(self.work, f"hashes-{number:05d}.npy")
 
     def writer(self, split: str, number: int, mark: str = "", **sizes: int) -> ShardWriter:
-        """A writer of `part-<number><mark>-NNNN.parquet`; `sizes` replace the configured sizes of shards and row groups."""
+        """A writer of `part-<number><mark>-NNNN.parquet`; `sizes` replace the configured sizes of shards and row
+        groups."""
         sizes = {"row_group_bytes": self.config.row_group_bytes, "shard_bytes": self.config.shard_bytes} | sizes
         return ShardWriter(
             self.split_uri(split),
@@ -120,7 +122,7 @@ class PreparePlan:
 
     @property
     def compares_keys(self) -> bool:
-        """Whether keys of different slices can be equal; keys of listed files are paths, which cannot."""
+        """Whether keys of different slices can be equal. Keys of listed files are unique paths."""
         return len(self.slices) > 1 and not all(source.listed for source in self.sources)
 
     @property
@@ -143,7 +145,7 @@ def slice_name(number: int) -> str:
 
 
 def make_plan(config: PrepareConfig) -> PreparePlan:
-    """Scans the sources and cuts them into slices. Archives are scanned by Ray tasks.
+    """Scans the sources and divides them into slices. Ray tasks scan the archives.
 
     Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
@@ -179,9 +181,9 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
 
 
 def _without_unlabelled_splits(source: Source) -> Source:
-    """The source without those of its splits in which no file has a label, such as the test set of a competition."""
+    """Drops splits of a source without any label, such as the test set of a competition."""
     if not source.listed:
-        return source  # what an archive has is known once it is read; `finish` leaves such splits out
+        return source  # labels of archives are known only after reading; `finish` drops such splits
     labelled = source.fragments.filter(pc.is_valid(source.fragments["labels"]))["split"]
     without = set(source.splits) - set(pc.unique(labelled).to_pylist())
     if not without or len(without) == len(source.splits):
@@ -190,7 +192,10 @@ def _without_unlabelled_splits(source: Source) -> Source:
     for split in sorted(without):
         count = pc.sum(pc.equal(source.fragments["split"], split)).as_py()
         logger.warning(
-            "%s: the split %s (%d files) has no labels and is left out; --unlabelled takes it", source.uri, split, count
+            "%s: the split %s (%d files) has no labels and is skipped; --unlabelled includes it",
+            source.uri,
+            split,
+            count,
         )
     kept = source.fragments.filter(pc.invert(pc.fill_null(gone, False)))
     return dataclasses.replace(source, fragments=kept, splits=tuple(s for s in source.splits if s not in without))
@@ -208,14 +213,14 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
             fragments = fragments.sort_by([("path", "ascending"), ("start", "ascending")])
         for first in range(0, fragments.num_rows, sources.SPILL_ROWS):
             part = fragments.slice(first, sources.SPILL_ROWS)
-            for name in part.column_names:  # one column after the other: fewer Python objects at a time
+            for name in part.column_names:  # column by column, to limit the number of Python objects
                 digest.update(json.dumps([name, part[name].to_pylist()]).encode())
     digest.update(json.dumps(labels.classes).encode())
     return digest.hexdigest()[:16]
 
 
 def cut_slices(found: Sequence[Source], config: PrepareConfig) -> list[SourceSlice]:
-    """Slices of about a 32nd of the corpus each, of at most `unit_bytes` and 16,384 files, and of at least 8 MB or 256 files."""
+    """Slices of about 1/32 of the corpus, at most `unit_bytes` and 16,384 files, and at least 8 MB or 256 files."""
     total = sum(pc.sum(source.fragments["size"]).as_py() or 0 for source in found)
     count = sum(source.fragments.num_rows for source in found)
     most_bytes = min(config.unit_bytes, max(8 << 20, total // 32))
@@ -232,7 +237,8 @@ def cut_slices(found: Sequence[Source], config: PrepareConfig) -> list[SourceSli
 
 
 def _limit_slices(slices: list[SourceSlice], sample: int) -> list[SourceSlice]:
-    """The slices with limits that add up to `sample` items, in proportion to their bytes; slices with limit 0 are left out."""
+    """Slices with limits that add up to `sample` items, in proportion to their bytes. Slices with limit 0 are
+    dropped."""
     weights = np.array([part.size + 1 for part in slices], np.float64)
     ends = np.floor(np.cumsum(weights) / weights.sum() * sample + 1e-9).astype(np.int64)
     limits = np.diff(ends, prepend=0).tolist()
@@ -243,9 +249,9 @@ def _limit_slices(slices: list[SourceSlice], sample: int) -> list[SourceSlice]:
 
 
 def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
-    """The manifests of a dataset that is finished at the output, by split; None when there is none.
+    """The manifests of a finished dataset at the output, by split; None when there is none.
 
-    Raises UserError when the output holds other files.
+    Raises UserError when the output contains other files.
     """
     done = {}
     splits = list(parse_splits(config.splits))
@@ -265,14 +271,14 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
     files = storage.list_files(config.output)
     if files:
         raise UserError(
-            f"{config.output}: already holds other files ({files[0].path}{', ...' if len(files) > 1 else ''}); choose another "
+            f"{config.output}: already contains other files ({files[0].path}{', ...' if len(files) > 1 else ''}); choose another "
             "--output or empty it"
         )
     return None
 
 
 def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
-    """Raises UserError unless the finished dataset is the one that the plan would make."""
+    """Raises UserError unless the finished dataset matches the plan."""
     for name, manifest in finished.items():
         known = identity(PrepareConfig()) | manifest.config
         if known == identity(plan.config) and manifest.input_fingerprint == plan.input_fingerprint:
@@ -280,17 +286,16 @@ def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
         old, new = configuration.flatten(manifest.config), configuration.flatten(identity(plan.config))
         changed = [f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in _differing(old, new)]
         raise UserError(
-            f"{plan.split_uri(name)}: already holds another dataset "
+            f"{plan.split_uri(name)}: already contains another dataset "
             f"({'; '.join(changed[:3]) or 'the source files have changed'}); choose another --output or remove it"
         )
 
 
 def claim_output(plan: PreparePlan) -> PreparePlan:
-    """Writes the plan's identity and the fragments of every slice into the folder of receipts.
+    """Writes the identity of the plan and the fragments of every slice to the folder of receipts.
 
-    Returns the plan without its fragments: it is small, whatever the size of the corpus. Raises UserError when the folder
-    belongs to an unfinished dataset of another command or input, or cannot be written.
-    """
+    Returns the plan without fragments, whose size does not depend on the corpus. Raises UserError when the folder
+    belongs to an unfinished dataset of another command or input, or is not writable."""
     where = storage.join(plan.work, "plan.json")
     mark = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.slices)}
     mark = json.loads(json.dumps(mark))
@@ -298,7 +303,7 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
     if before != mark:
         changed = _differing(configuration.flatten(before), configuration.flatten(mark))
         raise UserError(
-            f"{plan.config.output}: holds an unfinished dataset of another command or input (different: "
+            f"{plan.config.output}: contains an unfinished dataset of another command or input (different: "
             f"{', '.join(key.removeprefix('config.') for key in changed)}); run that command again to finish it, or choose "
             "another --output"
         )
@@ -312,7 +317,9 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
                     stream.write_table(plan.sources[part.source].fragments.slice(part.first, part.fragments))
                 storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
     except OSError as error:
-        raise UserError(f"--output {plan.config.output}: cannot be written ({error}); choose another place") from error
+        raise UserError(
+            f"--output {plan.config.output}: cannot be written ({error}); choose another location"
+        ) from error
     without = [dataclasses.replace(source, fragments=source.fragments.slice(0, 0)) for source in plan.sources]
     return dataclasses.replace(plan, sources=without)
 

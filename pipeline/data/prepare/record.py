@@ -1,9 +1,8 @@
-"""The MLflow run of a preparation: what was asked for, how fast it went, what came out and what was refused.
+"""The MLflow run of a preparation: configuration, progress, datasets and rejects.
 
-The run starts in the background, while Ray starts and the first images are read. A preparation that was stopped and is
-run again continues its run: `_work/run.json` says which. Nothing in the dataset names the run, so that the same input
-still gives the same bytes; a training run finds the run that made its data by the data's fingerprint.
-"""
+The run is started in the background while Ray starts and the first images are read. A continued preparation continues
+the run in `_work/run.json`. The dataset does not contain the run id, so that the same input gives the same bytes;
+training runs find the run of their data by its fingerprint."""
 
 import io
 import time
@@ -21,16 +20,15 @@ from pipeline.data.format import REJECTS, Manifest
 from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description, data_name
 
-EVERY = 10.0  # seconds between two points of progress
-MOST_REJECTS = 10_000  # rows of rejects.parquet that are copied into the run, as a table that MLflow shows
+EVERY = 10.0  # seconds between progress records
+MOST_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run
 
 
 class Record:
-    """Open for as long as the preparation runs; leaving the block by an exception marks the run as failed or killed.
+    """Context manager around a preparation. An exception marks the run as failed or killed.
 
-    `server` is a tracking URI, `config` a dataclass, `work` the folder of receipts. A server that cannot be reached delays
-    nothing (pipeline.tracking); one that refuses us is a UserError, raised by `finish`.
-    """
+    server: tracking URI. config: a dataclass. work: folder of receipts. An unreachable server does not delay the
+    preparation (pipeline.tracking); `finish` raises UserError if the server rejected the login."""
 
     def __init__(self, server: str, config: Any, work: str, input_fingerprint: str) -> None:
         self._where = storage.join(work, "run.json")
@@ -58,7 +56,7 @@ class Record:
         return run
 
     def progress(self, inputs: int, rejects: int) -> None:
-        """How far this attempt is, logged every ten seconds; kept for the end while the run has not started yet."""
+        """Logs the progress of this attempt every ten seconds. Before the run has started, keeps it for later."""
         now = time.monotonic()
         rate = inputs / max(now - self._entered, 1e-9)
         self._newest = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: rate}
@@ -67,11 +65,11 @@ class Record:
             self._started.result().log(self._newest, step=inputs)
 
     def wait(self) -> None:
-        """Until the run has started. Afterwards the folder of receipts may go."""
+        """Waits until the run has started. Afterwards the folder of receipts may be removed."""
         self._started.result()
 
     def finish(self, datasets: Mapping[str, tuple[str, Manifest]]) -> None:
-        """What came out: {split: (uri, manifest)}."""
+        """Logs the results. datasets: {split: (uri, manifest)}."""
         run = self._started.result()
         manifests = [manifest for _, manifest in datasets.values()]
         reasons: dict[str, int] = {}
@@ -90,7 +88,7 @@ class Record:
         for split, (uri, manifest) in datasets.items():
             role = split or "dataset"
             about = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
-            about["shards"] = len(manifest.shards)  # names, offsets and checksums of thousands stay in the dataset
+            about["shards"] = len(manifest.shards)  # the list of shards may be long and is in the dataset
             run.log_dataset(uri, about, role=role, made=True)
             if manifest.rejects:
                 table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, REJECTS))))
@@ -108,6 +106,6 @@ class Record:
         if self._started.exception():
             return
         run = self._started.result()
-        if kind is not None and self._newest:  # it may have failed before the run had started
+        if kind is not None and self._newest:  # it may have failed before the run started
             run.log(self._newest, step=int(self._newest[names.INPUTS]))
         run.__exit__(kind, error, trace)

@@ -1,4 +1,4 @@
-"""The phases of `prepare`, in order: plan, claim, evaluation sets, slices, duplicates, mixing, manifests."""
+"""The phases of `prepare`: plan, claim, evaluation sets, slices, duplicates, shuffle, manifests."""
 
 import dataclasses
 import logging
@@ -30,12 +30,11 @@ def prepare(
     tracking_uri: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
-    """Makes the datasets that `config` describes: {split: manifest}, or {"": manifest} without splits.
+    """Prepares datasets according to `config`. Returns {split: manifest}, or {"": manifest} without splits.
 
-    A dataset that is finished already is returned as it is. tracking_uri: MLflow server that records the preparation.
-    on_progress: called after every slice with the inputs and rejects so far. Raises UserError, before any work: wrong configuration or source, an output that holds something else;
-    at the end: no usable image, too many rejects.
-    """
+    Returns a finished dataset immediately. tracking_uri: MLflow server. on_progress: called after every slice with the
+    number of inputs and rejects so far. Raises UserError before any work for an invalid configuration or source and for
+    an output with other content, and at the end for too many rejects or no usable images."""
     config = check_config(config)
     check_output(config.output)
     finished = find_finished(config)
@@ -47,9 +46,9 @@ def prepare(
     plan = make_plan(config)
     if finished is not None:
         check_finished(plan, finished)
-        if storage.exists(plan.work):  # the job was stopped while it removed its receipts
+        if storage.exists(plan.work):  # the job was stopped during cleanup
             tidy_output(plan, finished)
-        logger.info("prepare: %s is finished already", config.output)
+        logger.info("prepare: %s is already finished", config.output)
         return finished
     plan = claim_output(plan)
     watchers = [on_progress] if on_progress else []
@@ -76,12 +75,12 @@ def _run_phases(
 
 
 def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]] | None = None) -> None:
-    """Works through the slices that have no receipt yet. Raises the UserError of the first slice that has one."""
+    """Processes the slices without a receipt. Raises the first UserError of a slice."""
     finished = plan.receipts.finished()
     slices = {slice_name(number): number for number in range(len(plan.slices))}
     todo = {name: number for name, number in slices.items() if name not in finished}
     if len(todo) < len(slices):
-        logger.info("prepare: %d of %d units are done already", len(slices) - len(todo), len(slices))
+        logger.info("prepare: %d of %d units are already done", len(slices) - len(todo), len(slices))
     if not todo:
         return
     if plan.config.decontaminate:

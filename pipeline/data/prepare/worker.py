@@ -1,4 +1,4 @@
-"""One slice of a source -> shards and a receipt."""
+"""Processes one slice of a source: writes shards and a receipt."""
 
 import contextlib
 import hashlib
@@ -24,27 +24,27 @@ from pipeline.errors import UserError
 
 
 def prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
-    """Reads, checks, transforms and writes slice `number` of the plan; returns its receipt.
+    """Reads, checks, transforms and writes slice `number` of the plan. Returns its receipt.
 
     Raises UserError when the output cannot be written.
     """
     cv2.setNumThreads(1)
     try:
         return _prepare_slice(number, plan)
-    except OSError as error:  # an input that cannot be read becomes a reject: this is the output, such as a full disk
+    except OSError as error:  # unreadable inputs become rejects, so this is a write error such as a full disk
         raise UserError(
-            f"{plan.config.output}: cannot be written ({error}); make room and run it again, finished work is kept"
+            f"{plan.config.output}: cannot be written ({error}); free some space and repeat the command, finished work is kept"
         ) from error
 
 
 def summarize(receipt: dict[str, Any]) -> tuple[int, int]:
-    """(inputs, rejects) of a receipt: all that the driver needs while slices are being prepared."""
+    """(inputs, rejects) of a receipt, for the progress display of the driver."""
     return sum(receipt["inputs"].values()), sum(map(len, receipt["rejects"].values()))
 
 
 @dataclass(kw_only=True)
 class _Counts:
-    """What the receipt of a slice says beside its shards, by split."""
+    """Content of the receipt of a slice in addition to its shards, by split."""
 
     inputs: dict[str, int]
     rejects: dict[str, list[list[str]]]
@@ -105,7 +105,7 @@ def _items(number: int, plan: PreparePlan) -> Iterator[Item]:
 
 
 def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, writer: ShardWriter) -> None:
-    """Writes one input as a row, unless an evaluation set holds it. Raises Refused for an input that cannot be a row."""
+    """Writes one input as a row, unless it is in an evaluation set. Raises Refused for an unusable input."""
     if item.refused:
         raise item.refused
     key = key_hash(item.key)
@@ -130,12 +130,12 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
     counts.keys.add(key)
     counts.alike, counts.label = counts.alike + (label == counts.label), label
     height, width = picture.shape[:2]
-    # a quarter of the pixel rows is plenty for a mean over a corpus, at a quarter of the cost
+    # A quarter of the pixel rows is sufficient for the mean over a corpus, at a quarter of the cost.
     writer.write(item.key, stored, label, width, height, pixels[::4])
 
 
 def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndarray, bytes | np.ndarray, np.ndarray]:
-    """An input -> (original pixels, what is stored, pixels of what is stored); pixels are RGB uint8 (H, W, 3).
+    """Returns (original pixels, stored image, pixels of the stored image) of an input. Pixels are RGB uint8 (H, W, 3).
 
     Raises Refused for an image that cannot be used.
     """
@@ -150,7 +150,7 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
 
 
 def _split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> str:
-    """The split of an input; an input that a source with splits puts in none counts for the first."""
+    """The split of an input. In a source with splits, inputs without one are assigned to the first."""
     names = list(plan.splits)
     if plan.source_decides:
         return item.split if item.split in plan.splits else names[0]
@@ -158,6 +158,6 @@ def _split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> st
 
 
 def _split_of(key: str, thresholds: list[float]) -> int:
-    """The split that a key falls in: uniform, and independent of everything but the key."""
+    """The split of a key: uniformly distributed, and a function of the key only."""
     draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
     return next((i for i, threshold in enumerate(thresholds) if draw < threshold), len(thresholds) - 1)

@@ -1,20 +1,20 @@
-"""What would stop a job an hour after its launch, looked for before it.
+"""Checks for problems that would stop a job after its launch.
 
     for result in examine(config): ...        # everything; jobs/doctor.py prints it
-    preflight(address, tracking_uri)          # what costs milliseconds; every job calls it first
+    preflight(address, tracking_uri)          # the fast checks; every job calls it first
 
-A check is a function that returns a result, or several: ok, warning (it works, but not as it should) or error (it will not
-work), with the remedy. A new check is one function in the file of its family and one line in `OF_THE_LAUNCH`, `OF_A_NODE` or
-`OF_THIS_MACHINE`. Checks of a node run on every node that the cluster has now; nodes that an autoscaler adds later are not
-checked.
+A check is a function that returns one or several results: ok, warning (works with limitations) or error (will not
+work), with the remedy. To add a check, write a function in the module of its category and add it to `OF_THE_LAUNCH`,
+`OF_A_NODE` or `OF_THIS_MACHINE`. Node checks run on every current node of the cluster, but not on nodes that an
+autoscaler adds later.
 
     authentication   Ray's token
     tracking         the MLflow server
     store            data and output
     machine          shared memory, compiler, locks, ports, GPUs
     system           GPU driver, clock, limits, RDMA devices
-    upload           size of the working directory that Ray ships
-    pretraining      room for the workers, whether --output is free
+    upload           size of the working directory that Ray uploads
+    pretraining      resources for the workers, whether --output is unused
     nodes            checks on every node of a cluster
 """
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeSettings:
-    """What the checks of a node need to know of the run; it travels to the nodes."""
+    """Settings of the run for the node checks; serialised and sent to the nodes."""
 
     tracking_uri: str
     data: str
@@ -50,14 +50,14 @@ class NodeSettings:
     compile: bool
 
 
-# What has to be right where the job is started.
+# Checks on the machine where the job is started.
 OF_THE_LAUNCH: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
     lambda config: authentication.authentication(config.runtime.address),
     lambda config: authentication.token_file(),
     lambda config: pretraining.run_name(config),
     lambda config: upload.working_folder(),
 )
-# What may differ from node to node.
+# Checks on every node.
 OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
     lambda node: [machine.shared_memory()],
     lambda node: [machine.compiler(node.compile)],
@@ -71,7 +71,7 @@ OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
     lambda node: [store.readable(node.data)],
     lambda node: store.writable(node.output),
 )
-# What matters when the run starts a Ray of its own here.
+# Checks for a run with an embedded Ray.
 OF_THIS_MACHINE: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
     lambda config: pretraining.own_budget(config),
     lambda config: machine.ports(),
@@ -79,13 +79,13 @@ OF_THIS_MACHINE: tuple[Callable[["PretrainConfig"], CheckResult], ...] = (
 
 
 def _time_server(tracking_uri: str) -> str:
-    """An HTTP server whose clock matters: the S3 endpoint, or else MLflow's."""
+    """An HTTP server for the clock check: the S3 endpoint, or MLflow."""
     return os.environ.get("AWS_ENDPOINT_URL") or tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeChecks:
-    """The checks of a node, in a form that travels there."""
+    """The node checks as a serialisable callable."""
 
     settings: NodeSettings
 
@@ -94,7 +94,7 @@ class NodeChecks:
 
 
 def examine(config: "PretrainConfig") -> list[CheckResult]:
-    """Every check that applies to a pre-training run with this config. Joins the cluster at `config.runtime.address`, if any."""
+    """Runs all checks for a pre-training config. Connects to the cluster at `config.runtime.address`, if given."""
     runtime = config.runtime
     runtime = replace(runtime, data=storage.normalise(runtime.data), output=storage.normalise(runtime.output))
     config = replace(config, runtime=runtime)
@@ -131,7 +131,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
 
 
 def results_table(results: Sequence[CheckResult]) -> str:
-    """The results for people, the worst first."""
+    """The results as a text table, most severe first."""
     lines = []
     for result in results:
         where = f"  [{result.where}]" if result.where else ""
@@ -143,11 +143,10 @@ def results_table(results: Sequence[CheckResult]) -> str:
 
 
 def preflight(address: str | None, tracking_uri: str | None, tracking: bool = True) -> None:
-    """The checks that every job starts with, in less than half a second. Raises UserError for what cannot work.
+    """The checks at the start of every job, in less than half a second. Raises UserError for errors.
 
-    A tracking server that turns clients away stops nothing (what is logged waits on disk), so that is a warning on stderr.
-    Whether --output is free is part of each job's own checks; whether the cluster has room, `cluster.announce` says as soon
-    as the job has joined it.
+    A failing tracking server is only a warning, because records are kept on disk. Each job checks --output itself, and
+    `cluster.announce` reports missing resources after connecting to the cluster.
     """
     if (found := authentication.authentication(address)).status == "error":
         raise UserError(f"{found.message}; {found.remedy}")
@@ -155,7 +154,8 @@ def preflight(address: str | None, tracking_uri: str | None, tracking: bool = Tr
         return
     uri = resolve_tracking_uri(tracking_uri)
     answers: list[CheckResult] = []
-    # In a thread: looking up a name has no time-out. No answer in time means a busy server, which is none of our business.
+    # In a thread, because name resolution has no time-out. A server that does not respond in time is ignored, as it may
+    # be busy.
     asking = threading.Thread(target=lambda: answers.append(check_server(uri, patience=0.3)), daemon=True)
     asking.start()
     asking.join(0.4)

@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
-    """What one check found. `where` names the node, when it is not this machine."""
+    """The result of a check. `where` is the node, if it is not this machine."""
 
     check: str
     status: Literal["ok", "warning", "error"]
@@ -30,6 +30,6 @@ def error(check: str, message: str, remedy: str) -> CheckResult:
 
 
 def refused(check: str, cause: UserError) -> CheckResult:
-    """A UserError as a result: what follows its semicolon is the remedy."""
+    """Converts a UserError to a result. The text after the semicolon is the remedy."""
     message, _, remedy = str(cause).partition("; ")
     return error(check, message, remedy)

@@ -1,4 +1,4 @@
-"""This machine: shared memory, compiler, stale locks, ports and GPUs."""
+"""Checks of a machine: shared memory, compiler, stale locks, ports and GPUs."""
 
 import contextlib
 import os
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pipeline import cluster
 from pipeline.operations.doctor.finding import CheckResult, error, ok, warning
 
-SHARED_MEMORY = 2 << 30  # Ray's object store and NCCL share it; containers have 64 MB unless told otherwise
-# What `ray start --head` listens on, and the range that it gives to workers (ray start --help).
+SHARED_MEMORY = 2 << 30  # used by Ray's object store and NCCL; the default in containers is 64 MB
+# Ports of `ray start --head`, and its port range for workers (ray start --help).
 PORTS = {
     6379: "Ray's control store",
     8265: "Ray's dashboard and job server",
@@ -38,13 +38,14 @@ def shared_memory(folder: str = "/dev/shm") -> CheckResult:
 
 
 def compiler(required: bool) -> CheckResult:
-    """torch.compile and DeepSpeed's operators are built with a C++ compiler and ninja, on the worker."""
+    """Checks for the C++ compiler and ninja, with which workers build torch.compile kernels and DeepSpeed's
+    operators."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     compilers = [os.environ.get("CXX") or "c++", "g++", "clang++"]
     missing = [] if any(shutil.which(program, path=path) for program in compilers) else ["C++ compiler"]
     missing += [] if shutil.which("ninja", path=path) else ["ninja"]
     if not missing:
-        return ok("compiler", "C++ and ninja are there")
+        return ok("compiler", "C++ compiler and ninja found")
     found = error if required else warning
     return found(
         "compiler",
@@ -54,21 +55,21 @@ def compiler(required: bool) -> CheckResult:
 
 
 def build_locks() -> CheckResult:
-    """A process that was killed while it built an operator leaves a lock; torch then waits for it for ever, silently."""
+    """Checks for locks of killed builds, for which torch would wait forever without a message."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     locks = [os.path.join(folder, "lock") for folder, _, files in os.walk(root) if "lock" in files]
     stale = sorted(set(locks) - _open_files(locks))
     if stale:
         return error(
             "build locks",
-            f"{', '.join(stale)}: nobody holds it, and workers would wait for it",
+            f"{', '.join(stale)}: no process holds it, so workers would wait forever",
             f"rm {' '.join(stale)}",
         )
     return ok("build locks", "an operator is being built" if locks else "none")
 
 
 def _open_files(paths: Iterable[str]) -> set[str]:
-    """Which of the files some process of ours holds open: whoever builds keeps its lock open."""
+    """The files that a process of this user has open. A running build keeps its lock file open."""
     import psutil
 
     wanted, held = set(paths), set()
@@ -84,12 +85,12 @@ def _links(pid: int) -> list[str]:
 
 
 def ports(wanted: Mapping[int, str] = PORTS, workers: range = WORKER_PORTS) -> CheckResult:
-    """Who listens where `ray start --head` would; an embedded Ray looks for free ports itself."""
+    """Checks for processes that use the ports of `ray start --head`. An embedded Ray finds free ports."""
     import psutil
 
     try:
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    except psutil.AccessDenied:  # macOS, to ordinary users
+    except psutil.AccessDenied:  # macOS without root
         return ok("ports", "not visible to this user")
     owners = {port: _name(listening[port]) for port in sorted(listening)}
     taken = [f"{port} ({what}) by {owners[port]}" for port, what in wanted.items() if port in owners]
@@ -115,7 +116,7 @@ def _name(pid: int | None) -> str:
 
 
 def devices(wanted: bool) -> CheckResult:
-    """GPUs, and an all-reduce over those of this node through NCCL."""
+    """Checks for GPUs, and runs an NCCL all-reduce over the GPUs of this node."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -123,10 +124,10 @@ def devices(wanted: bool) -> CheckResult:
         if wanted and not cluster.submitted():
             return warning(
                 "GPUs",
-                "none here, and the run wants one per worker",
-                "fine for a head; else check nvidia-smi, or --no-gpus",
+                "none found, but the run needs one per worker",
+                "expected on a head; otherwise check nvidia-smi, or use --no-gpus",
             )
-        return ok("GPUs", "none, and none wanted" if not wanted else "none on this node")
+        return ok("GPUs", "none, and none needed" if not wanted else "none on this node")
     kinds = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
     try:
         ones = [torch.ones(1024, device=f"cuda:{i}") for i in range(count)]
@@ -141,8 +142,8 @@ def devices(wanted: bool) -> CheckResult:
     if not right:
         return error(
             "GPUs",
-            f"{count} x {kinds}: NCCL adds up wrongly",
+            f"{count} x {kinds}: NCCL returns wrong sums",
             "check the interconnect: nvidia-smi topo -m, NCCL_P2P_DISABLE=1",
         )
     version = ".".join(map(str, torch.cuda.nccl.version()))
-    return ok("GPUs", f"{count} x {kinds}, NCCL {version} adds up over all of them")
+    return ok("GPUs", f"{count} x {kinds}, NCCL {version} all-reduce works")

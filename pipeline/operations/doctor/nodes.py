@@ -1,4 +1,4 @@
-"""The same checks on every node of the cluster."""
+"""Runs node checks on every node of the cluster."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ from pipeline.operations.doctor.finding import CheckResult, error
 
 
 def everywhere(check: Callable[[], Sequence[CheckResult]]) -> list[CheckResult]:
-    """The findings of every node: one line for what all nodes agree on, a line per node for the rest."""
+    """The results of all nodes: one line if all nodes agree, otherwise one line per node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    # Ray hides the GPUs from a task that asks for none, unless told otherwise.
+    # By default Ray hides GPUs from tasks that request none.
     environment = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
     task = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(_plain)
     asked = {

@@ -1,4 +1,4 @@
-"""The run itself: room for its workers, and whether --output is free."""
+"""Checks of the run: resources for its workers, and whether --output is unused."""
 
 import os
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) -> CheckResult:
-    """Whether all workers of a run fit, which is when it starts. What an autoscaler may add, only the autoscaler knows, and
-    says when it is asked (`cluster.announce`)."""
+    """Checks whether all workers fit on the cluster, which is required for a start. Nodes that an autoscaler may add
+    are not considered (see `cluster.announce`)."""
     each = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
     want = f"{workers} workers of {each}"
     if room.free >= workers:
@@ -34,7 +34,7 @@ def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) ->
 
 
 def own_budget(config: "PretrainConfig") -> CheckResult:
-    """The same on one machine, where an embedded Ray has as many CPUs as the workers ask for."""
+    """The same check on one machine. An embedded Ray declares as many CPUs as the workers request."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     want = config.runtime.workers * config.runtime.cpus_per_worker
     if want > cores:
@@ -47,7 +47,7 @@ def own_budget(config: "PretrainConfig") -> CheckResult:
 
 
 def run_name(config: "PretrainConfig") -> CheckResult:
-    """Whether --output is free, this run's own, or somebody else's."""
+    """Checks whether --output is unused, contains this run, or contains another run."""
     from pipeline.training import run
 
     try:
@@ -55,5 +55,5 @@ def run_name(config: "PretrainConfig") -> CheckResult:
     except UserError as cause:
         return refused("run", cause)
     if held is None:
-        return ok("run", f"{config.runtime.output} is free")
-    return ok("run", f"{config.runtime.output} holds this run, which continues")
+        return ok("run", f"{config.runtime.output} is unused")
+    return ok("run", f"{config.runtime.output} contains this run, which will continue")

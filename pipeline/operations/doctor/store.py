@@ -1,4 +1,4 @@
-"""Reading the data and writing the output, with what checkpoints and schedulers need of a store."""
+"""Storage checks: reading the data, writing the output, and the features that checkpoints and schedulers need."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, 
 if TYPE_CHECKING:
     from pipeline.training.config import PretrainConfig
 
-IN_PARTS = (16 << 20) + 1  # bytes that go up in three parts
+IN_PARTS = (16 << 20) + 1  # bytes of a multipart upload with three parts
 _CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
 
 
 def readable(uri: str) -> CheckResult:
-    """The dataset's manifest, of which one byte is read."""
+    """Checks access to the dataset by reading one byte of its manifest."""
     try:
         _reachable(uri)
         storage.read_bytes(storage.join(uri, "manifest.json"), 0, 1)
@@ -29,15 +29,18 @@ def readable(uri: str) -> CheckResult:
         return refused("data", cause)
     except FileNotFoundError:
         return error(
-            "data", f"{uri} holds no manifest.json: it is no finished dataset", "run jobs/prepare.py, or correct --data"
+            "data",
+            f"{uri} has no manifest.json, so it is not a finished dataset",
+            "run jobs/prepare.py, or correct --data",
         )
     except OSError as cause:
-        return error("data", f"{uri}: {cause}", "correct --data, or the rights of its folder")
+        return error("data", f"{uri}: {cause}", "correct --data, or the permissions of its folder")
     return ok("data", f"{uri} can be read")
 
 
 def writable(uri: str) -> list[CheckResult]:
-    """A probe is written, read back whole and in part, and removed; on S3 also in parts and under a condition."""
+    """Writes a test file, reads it back completely and partially, and removes it. On S3 also tests multipart uploads
+    and conditional writes."""
     probe = storage.join(uri, f".doctor-{uuid.uuid4().hex}")
     content = os.urandom(1024)
     try:
@@ -45,7 +48,11 @@ def writable(uri: str) -> list[CheckResult]:
         storage.write_bytes(probe, content)
         if storage.read_bytes(probe, 10, 20) != content[10:20]:
             return [
-                error("output", f"{uri} returns other bytes than were written", "use a store that serves byte ranges")
+                error(
+                    "output",
+                    f"{uri} returns different bytes than were written",
+                    "use a store that supports byte ranges",
+                )
             ]
         findings = [ok("output", f"{uri} can be written and read")]
         if storage.is_remote(uri):
@@ -53,26 +60,36 @@ def writable(uri: str) -> list[CheckResult]:
         storage.remove(probe)
         if storage.exists(probe):
             findings.append(
-                warning("removal", f"{probe} stays: old checkpoints will, too", "allow s3:DeleteObject there")
+                warning(
+                    "removal",
+                    f"{probe} cannot be removed, and neither can old checkpoints",
+                    "allow s3:DeleteObject there",
+                )
             )
         elif storage.is_remote(uri):
             findings.append(conditional(probe))
         return findings
     except UserError as cause:
         if "MissingContentLength" in str(cause):
-            return [error("checksum mode", f"{uri} wants uploads of a stated length, which checksums hide", _CHECKSUMS)]
+            return [
+                error(
+                    "checksum mode", f"{uri} requires a Content-Length for uploads, which checksums prevent", _CHECKSUMS
+                )
+            ]
         return [refused("output", cause)]
     except OSError as cause:
-        return [error("output", f"{uri} cannot be written ({cause})", "correct --output, or the rights of its folder")]
+        return [
+            error("output", f"{uri} cannot be written ({cause})", "correct --output, or the permissions of its folder")
+        ]
     finally:
         with contextlib.suppress(Exception):
             storage.remove(probe)
             if not storage.is_remote(uri):
-                os.rmdir(storage.normalise(uri))  # when the probe was all that it held
+                os.rmdir(storage.normalise(uri))  # only if it is empty
 
 
 def multipart(uri: str) -> CheckResult:
-    """Large files go up in parts."""
+    """Checks multipart uploads, which large files need."""
     content = os.urandom(IN_PARTS)
     try:
         with tempfile.NamedTemporaryFile() as file:
@@ -81,14 +98,14 @@ def multipart(uri: str) -> CheckResult:
             storage.copy_file(file.name, uri)
         if storage.read_bytes(uri) == content:
             return ok("multipart upload", "works")
-        reason = "other bytes came back"
+        reason = "different bytes were read back"
     except (UserError, OSError) as cause:
         reason = str(cause)
-    return error("multipart upload", f"fails ({reason})", "checkpoints and shards need it: use another store")
+    return error("multipart upload", f"fails ({reason})", "checkpoints and shards need it; use another store")
 
 
 def conditional(uri: str) -> CheckResult:
-    """`If-None-Match: *` decides which of several schedulers takes a checkpoint."""
+    """Checks conditional writes (`If-None-Match: *`), with which several schedulers claim checkpoints."""
     if storage.create_bytes(uri, b"first") and not storage.create_bytes(uri, b"second"):
         return ok("conditional write", "works")
     return warning(
@@ -99,7 +116,8 @@ def conditional(uri: str) -> CheckResult:
 
 
 def checksums() -> CheckResult:
-    """The SDK's newer default sends checksummed, chunked bodies, which stores other than AWS answer with 411."""
+    """Checks the checksum mode. By default the SDK sends chunked bodies with checksums, which some stores reject with
+    411."""
     mode = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "")
     if mode != "when_required" and os.environ.get("AWS_ENDPOINT_URL"):
         return warning("checksum mode", f"{mode}: a store other than AWS may refuse uploads", _CHECKSUMS)
@@ -107,23 +125,23 @@ def checksums() -> CheckResult:
 
 
 def _reachable(uri: str) -> None:
-    """Raises UserError at once when nothing listens at AWS_ENDPOINT_URL, where the S3 client would try for minutes."""
+    """Raises UserError immediately if AWS_ENDPOINT_URL is unreachable; the S3 client would retry for minutes."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
     if not storage.is_remote(uri) or not endpoint:
         return
     parts = urllib.parse.urlsplit(endpoint)
     if not parts.hostname:
-        raise UserError(f"AWS_ENDPOINT_URL={redacted(endpoint)} is no address; write http://host:port")
+        raise UserError(f"AWS_ENDPOINT_URL={redacted(endpoint)} is not a URL; write http://host:port")
     try:
         socket.create_connection((parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)), 5).close()
     except OSError as cause:
         raise UserError(
-            f"nothing answers at AWS_ENDPOINT_URL={redacted(endpoint)} ({cause}); start it or correct it"
+            f"no response from AWS_ENDPOINT_URL={redacted(endpoint)} ({cause}); start it or correct it"
         ) from cause
 
 
 def places(config: "PretrainConfig", tracking: str) -> list[CheckResult]:
-    """Files of this machine that a run on several machines names."""
+    """Warns about local paths in a run on several machines."""
     import ray
 
     if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) < 2:

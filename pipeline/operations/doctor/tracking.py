@@ -1,4 +1,4 @@
-"""The MLflow server: does it serve a client with these credentials?"""
+"""Checks that the MLflow server accepts a client with these credentials."""
 
 import base64
 import configparser
@@ -14,7 +14,7 @@ from pipeline.operations.doctor.finding import CheckResult, error, ok
 
 
 def tracking_server(uri: str, patience: float = 10.0) -> CheckResult:
-    """Asks for data as a client does: /health says 200 even when every client is turned away."""
+    """Sends an API request, because /health returns 200 even if all clients are rejected."""
     name = "tracking server"
     if not uri.startswith(("http://", "https://")):
         return ok(name, f"{uri.partition('://')[0]}, no server")
@@ -48,7 +48,7 @@ def tracking_server(uri: str, patience: float = 10.0) -> CheckResult:
 
 
 def _authorization(parts: urllib.parse.SplitResult) -> str:
-    """The header that MLflow's own client would send."""
+    """The Authorization header of MLflow's client."""
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
         return f"Bearer {token}"
     user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")

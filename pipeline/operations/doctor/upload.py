@@ -1,15 +1,16 @@
-"""The working directory that `ray job submit --working-dir .` and --address upload: is it small enough?"""
+"""Checks the size of the working directory that `ray job submit --working-dir .` and --address upload."""
 
 import collections
 
 from pipeline import cluster, ray_state
 from pipeline.operations.doctor.finding import CheckResult, error, ok, warning
 
-NAMED = 3  # places that a message names
+NAMED = 3  # number of paths in a message
 
 
 def working_folder(folder: str | None = None, limit: int | None = None) -> CheckResult:
-    """Ray answers "413 Request Entity Too Large" or nothing at all; this says what is large. limit: bytes; None: Ray's."""
+    """Names the largest paths, because Ray only responds with "413 Request Entity Too Large" or not at all. limit:
+    bytes; None: the limit of Ray."""
     folder = folder or cluster.PROJECT
     limit = limit or ray_state.upload_limit()
     files = list(ray_state.packaged_files(folder, cluster.EXCLUDES))
@@ -24,6 +25,6 @@ def working_folder(folder: str | None = None, limit: int | None = None) -> Check
     report = error if total >= limit else warning
     return report(
         "upload",
-        f"{folder}: {total / 1e6:,.0f} MB before compression, and Ray takes {limit / 1e6:,.0f} MB ({largest})",
-        "move it out, or name it in .rayignore (a line for each, as in .gitignore)",
+        f"{folder}: {total / 1e6:,.0f} MB before compression, but Ray accepts at most {limit / 1e6:,.0f} MB ({largest})",
+        "move it out, or list it in .rayignore (same syntax as .gitignore)",
     )

@@ -1,4 +1,4 @@
-"""What is planned for: a recipe, GPUs, prices, and a corpus."""
+"""Settings of a plan: recipe, GPUs, prices and corpus."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from pipeline.training.config import PretrainConfig
 
 GB = 1e9
 
-# Images and classes of the corpora that recipes are named after (arXiv 2010.11929, section 4.1; torchvision for ImageNet).
+# Images and classes of the corpora in recipe names (arXiv 2010.11929, section 4.1; torchvision for ImageNet).
 CORPORA = {
     "jft": (303_000_000, 18_291),
     "imagenet21k": (14_000_000, 21_843),
@@ -21,7 +21,7 @@ CORPORA = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """What the plan is made for. Fields of the recipe are flags under --training."""
+    """Settings of a plan. Fields of the recipe are flags under --training."""
 
     training: PretrainConfig = field(default_factory=PretrainConfig)
     gpus: int = 8
@@ -38,23 +38,23 @@ class PlanConfig:
     read_gbps: float = 1.0
     """Speed at which one node reads shards, in GB/s."""
     images: float | None = None
-    """Images in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
+    """Images in the corpus. None: from the published recipe, otherwise from --training.data."""
     classes: int | None = None
-    """Classes in the corpus. Published recipes know theirs; otherwise it is read from --training.data."""
+    """Classes in the corpus. None: from the published recipe, otherwise from --training.data."""
     storage_price: float = 0.023
     """Price of object storage in $ per GB and month."""
     failure_hours: float = 50_000
     """GPU-hours between failures that stop the run. Llama 3 reports 419 failures in 54 days on 16,384 GPUs."""
     write_gbps: float = 1.0
-    """Speed at which one node writes a checkpoint, in GB/s."""
+    """Checkpoint write speed of a node, in GB/s."""
     corpus_images: float | None = None
-    """Also plan jobs/prepare.py for this number of original images."""
+    """Also estimate jobs/prepare.py for this number of original images."""
     cores: int = 64
     """CPU cores for jobs/prepare.py."""
 
 
 def find_corpus(config: PlanConfig, recipe: str) -> tuple[int, int]:
-    """(images, classes): as given, as published, or as in the dataset that the config names."""
+    """(images, classes) from the flags, the published corpus, or the dataset in the config."""
     images, classes = next((size for key, size in CORPORA.items() if key in recipe), (None, None))
     if images is None and config.images is None:
         from pipeline.data import open_dataset
@@ -62,7 +62,7 @@ def find_corpus(config: PlanConfig, recipe: str) -> tuple[int, int]:
         try:
             dataset = open_dataset(config.training.runtime.data)
         except UserError as error:
-            raise UserError(f"how large is the corpus? give --images and --classes ({error})") from error
+            raise UserError(f"unknown corpus size; give --images and --classes ({error})") from error
         images, classes = len(dataset), len(dataset.classes)
     given = images if config.images is None else round(config.images)
     if not given or given < config.training.batch_size:

@@ -1,4 +1,4 @@
-"""What storage and CPUs must deliver, what checkpoints cost, and what the paper's runs would cost on another GPU."""
+"""Required storage and CPU throughput, cost of checkpoints, and cost of the paper's runs on another GPU."""
 
 import math
 from typing import Any
@@ -61,7 +61,7 @@ def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", ema: bool = F
 
 
 def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -> float:
-    """Seconds between checkpoints that lose the least time to writing and to repeated work.
+    """Optimal checkpoint interval in seconds, which minimises the time for writing and for repeated work.
 
     Daly, "A higher order estimate of the optimum checkpoint interval" (2006), eq. 37; its first term is Young's (1974).
     """
@@ -73,7 +73,7 @@ def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -
 
 
 def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
-    """The paper's own pre-training runs (Table 2) on the planned GPU, beside the TPUs' time."""
+    """The pre-training runs of the paper (table 2) on the planned GPU, with their TPU time."""
     from models.cost import flops
     from pipeline.training.plan import model_options
     from pipeline.training.recipes import RECIPES
@@ -104,7 +104,7 @@ def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
 
 
 def prepare_plan(config: PlanConfig, images: int) -> dict[str, Any]:
-    """jobs/prepare.py over so many original images (110 KB each, shrunk to a shorter side of 256)."""
+    """Estimate of jobs/prepare.py for a number of original images (110 KB each, resized to a shorter side of 256)."""
     core_hours = images * PREPARE_SECONDS / 3600
     forms = {"jpeg": JPEG_BYTES, "patches": 224 * 224 * 3}
     return {

@@ -1,4 +1,4 @@
-"""The whole plan: each estimate in its place."""
+"""The complete plan of a run."""
 
 import math
 from typing import Any
@@ -27,10 +27,10 @@ BLOCK_LAUNCH_SECONDS = 1.5e-3
 
 
 def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
-    """The plan as plain values. Sizes in bytes, times in seconds or hours as named, money in dollars.
+    """The plan as plain values: sizes in bytes, times in seconds or hours as named, costs in dollars.
 
-    Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its lanes.
-    """
+    Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its
+    lanes."""
     training, gpu = config.training, find_gpu(config.gpu)
     for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores", "read_gbps"):
         if getattr(config, flag) <= 0:
@@ -136,7 +136,7 @@ def recomputed_share(training: PretrainConfig) -> float:
 def checkpoint_costs(
     config: PlanConfig, parameters: int, nodes: int, images: int, run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Size of a checkpoint, the time to write it, and how often it pays to write one. `run` is that of `run_costs`."""
+    """Size, write time and optimal interval of checkpoints. run: the result of `run_costs`."""
     training = config.training
     size = checkpoint_bytes(parameters, optimizer=training.optimizer.name, ema=bool(training.ema_decay))
     write_seconds = size["total"] / (nodes * config.write_gbps * GB)

@@ -18,7 +18,7 @@ CPU_UTILISATION = 0.4  # of the rate of large matrix products, by small models o
 
 
 def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
-    """The whole plan of a pre-training run as text; nothing is started, and nothing but a manifest is read.
+    """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
     where it is not, the published corpus of the recipe stands in, and everything else is checked. Raises UserError for what
@@ -76,7 +76,7 @@ def _cost_on_cpu(resolved: "TrainPlan") -> str:
 
 
 def stand_in(training: PretrainConfig, recipe: str, missing: UserError) -> "Dataset":
-    """A dataset of the size of the recipe's published corpus. Raises `missing` when there is none."""
+    """An empty dataset with the size of the recipe's published corpus. Raises `missing` when there is none."""
     from pipeline.data.format import Dataset, Manifest
 
     size = next((size for key, size in CORPORA.items() if key in recipe), None)

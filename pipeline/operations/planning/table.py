@@ -11,7 +11,7 @@ LIMITS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """The plan for people."""
+    """The plan as a text table."""
     model, hardware, run = result["model"], result["hardware"], result["run"]
     memory, checkpoint = result["memory"], result["checkpoint"]
     lines = [
