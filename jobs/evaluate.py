@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     for _ in evaluation.ticks(evaluation.seconds(command.every)):
         try:
             report(command, evaluation.evaluate_once(what, dry_run=command.dry_run), stdout)
-        except UserError as error:  # a server or store that is away now may be back at the next time
+        except UserError as error:  # an unavailable server or store may be back for the next pass
             logger.error("%s", error)
         except Exception:
             logger.exception("this pass failed; the next pass will retry")

@@ -121,7 +121,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         hide_passwords()
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        # An error raised inside a Ray task arrives wrapped, with the original as its cause.
+        # Ray wraps an error raised in a task; the original is its cause.
         error = getattr(error, "cause", error)
         print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)

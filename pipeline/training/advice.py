@@ -16,10 +16,10 @@ def out_of_memory(config: PretrainConfig, micro_batch: int, *, host: bool) -> st
         settings = [
             setting for setting in settings if not setting.startswith(("--engine.offload", "--engine.precision"))
         ]
-        settings.append(f"fewer workers on a node, or a --shuffle-window below {config.shuffle_window}")
+        settings.append(f"fewer workers per node, or a --shuffle-window below {config.shuffle_window}")
     if micro_batch > 1:
         smaller = max(n for n in range(1, micro_batch) if micro_batch % n == 0)
-        settings.insert(0, f"--engine.micro-batch {smaller} (now {micro_batch}; the batch stays as it is)")
+        settings.insert(0, f"--engine.micro-batch {smaller} (now {micro_batch}; the batch size stays the same)")
     where = "host" if host else "device"
     return f"out of {where} memory; try {'; '.join(settings) or 'a GPU with more memory'}"
 

@@ -212,7 +212,7 @@ class Engine:
         muon = {id(fragment.flat) for fragment in self._fragments if fragment.name in self._muon}
 
         def states(flat: Tensor) -> set[str]:
-            """The optimiser's states of this partition among those stored."""
+            """The stored optimiser states of this partition."""
             every = kinds - {"param", "ema"}
             if not muon:
                 return every

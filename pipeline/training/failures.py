@@ -56,7 +56,7 @@ class Failures(DefaultFailurePolicy):
             return FailureDecision.RAISE
         if any(isinstance(failure, Preempted) for failure in failures.values()):
             return FailureDecision.RETRY
-        with contextlib.suppress(UserError, OSError):  # a store that is away shows no progress
+        with contextlib.suppress(UserError, OSError):  # without storage, progress is unknown
             reached = max((found.step for found in checkpoints.find(self.config.runtime.output)), default=0)
             if reached > self.reached:
                 self.reached = reached
@@ -79,7 +79,7 @@ class Failures(DefaultFailurePolicy):
 
 
 class Elastic(ElasticPolicy):
-    """As many workers as there are nodes for and as fit the run, which saves its state before it grows.
+    """Uses as many workers as the nodes allow and the run supports. The run saves its state before it grows.
 
     Ray's policy would stop the workers in the middle of a step and use any number between the minimum and the maximum.
     sizes: the supported numbers of workers.
@@ -107,7 +107,7 @@ class Elastic(ElasticPolicy):
         return decision
 
     def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
-        # What is reserved is up to 20 s old, and a node that is being drained counts until it is gone.
+        # Reservations are up to 20 s old, and a draining node counts until it is gone.
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - ray_state.draining_nodes()
         usable = {node: amounts for node, amounts in reserved_resources.items() if node in alive}
         possible = super().count_possible_workers(usable)

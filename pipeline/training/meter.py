@@ -52,7 +52,7 @@ class Meter:
             names.DATA_WAIT: min(self.waited / seconds, 1.0),
             names.MEMORY_GB: memory_gb(self.device),
         }
-        # On CPUs that others use, too, the rate is theirs as much as ours. Of an unknown GPU nothing is said.
+        # MFU is meaningless on CPUs that other processes also use, and unknown for an unknown GPU.
         if math.isfinite(self.peak) and (self.machine is None or self.machine.is_quiet()):
             values[names.MFU] = self.rate * self.train_flops / self.peak
         self.trained += seconds - min(self.waited, seconds)

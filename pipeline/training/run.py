@@ -108,7 +108,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
 def _finished(
     config: PretrainConfig, newest: checkpoints.Checkpoint, recipe: str, run_id: str | None
 ) -> dict[str, Any]:
-    """The result of a run that had reached its end before."""
+    """The result of a run that finished earlier."""
     return {
         **newest.commit["metrics"],
         "checkpoint": newest.uri,
@@ -315,7 +315,7 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
     """
     uri, mode = storage.join(output, "run.json"), plan.config.runtime.resume
     if mode == "must" and checkpoints.latest(output) is None:
-        raise UserError(f"{output} holds no checkpoint to continue from; check --output, or use --resume auto")
+        raise UserError(f"{output} contains no checkpoint to continue from; check --output, or use --resume auto")
     if not storage.exists(uri):
         return None
     record = _read_record(uri)
@@ -355,7 +355,7 @@ def _read_record(uri: str) -> dict[str, Any]:
 
 
 def claim(plan: TrainPlan, output: str) -> dict[str, Any]:
-    """Makes the run.json of a free output."""
+    """Writes run.json to a new output."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     identity = configuration.fingerprint(plan.identity)
     record = {"format": checkpoints.FORMAT, "identity": identity, "created": created, "config": plan.identity}

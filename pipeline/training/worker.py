@@ -63,7 +63,7 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
         memory = device_memory(worker.device) if worker.device.type == "cuda" else None
         plan = make_plan(config, open_dataset(config.runtime.data), world, gpu_memory=memory)
         text = out_of_memory(config, plan.micro_batch, host=isinstance(error, MemoryError))
-        # In the first step it would happen again; later something else may have taken the memory.
+        # In the first step a retry would fail again; later another process may have used the memory.
         raise (UserError if watchdog.step == watchdog.first else RuntimeError)(f"worker {rank}: {text}") from error
     finally:
         if run is not None:

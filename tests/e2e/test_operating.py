@@ -239,7 +239,7 @@ def start() -> Iterator[Callable[..., Command]]:
 
 
 def newest() -> int:
-    """The step of the run's newest checkpoint; 0 without any."""
+    """Step of the newest checkpoint; 0 without checkpoints."""
     return max((found.step for found in checkpoints.find(RUN)), default=0)
 
 
@@ -294,7 +294,7 @@ def test_every_command_of_the_guide(store, start, request):
         print(f"{time.monotonic() - began:4.0f} s  {line}", flush=True)
 
     left = [found.step for found in checkpoints.find(RUN)]
-    assert left == [STEPS - 40, STEPS - 20, STEPS]  # --repair and --prune have only listed
+    assert left == [STEPS - 40, STEPS - 20, STEPS]  # --repair and --prune only list
     client = mlflow.MlflowClient()
     experiments = {found.name: found.experiment_id for found in client.search_experiments()}
     assert experiments.keys() >= {"prepare", "pretrain", "transfer", "evaluate"}

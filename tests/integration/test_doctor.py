@@ -449,7 +449,7 @@ def test_the_name_of_the_run(dataset, tmp_path):
     from pipeline.training import run
 
     mine = config(dataset, tmp_path / "run")
-    assert pretraining.run_name(mine).message.endswith("is free")
+    assert pretraining.run_name(mine).message.endswith("is unused")
     run.claim(run.check_run(mine), mine.runtime.output)
     assert "continues" in pretraining.run_name(mine).message
     # a run that has saved no checkpoint does not keep its output from another

@@ -22,7 +22,7 @@ DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release B
     [
         ("580.65.06", "13.0", "ok", "580, supports CUDA 13.0"),
         ("550.163.01", "13.0", "error", "driver 550 is older than 580, which PyTorch's CUDA 13.0 needs"),
-        ("550.163.01", "12.8", "ok", "enough"),
+        ("550.163.01", "12.8", "ok", "supports"),
     ],
 )
 def test_the_driver_fits_pytorchs_cuda(tmp_path, version, cuda, status, message):

@@ -336,7 +336,7 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
                 writer.wait()
         writer.save(8, tensors_of(writer, 8), {})
         writer.wait()
-    assert "warning: the checkpoint of step 4 could not be written, training goes on: " in lines[0]
+    assert "warning: the checkpoint of step 4 could not be written; training continues: " in lines[0]
     assert checkpoints.latest(str(tmp_path)).step == 8
 
 

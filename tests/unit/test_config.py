@@ -138,7 +138,7 @@ def test_exit_codes(capsys):
     signal.signal(signal.SIGTERM, before)
     printed = capsys.readouterr().err
     assert "error: no such bucket" in printed
-    assert "error: [Errno 28] No space left on device: make room; the same command again continues" in printed
+    assert "error: [Errno 28] No space left on device: free some space and repeat the command to continue" in printed
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_a_job_that_is_stopped_says_how_to_continue(end, code):
     job = f"import signal\nfrom pipeline.config import run_job\ndef main(argv):\n    {end}\nrun_job(main)"
     done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, timeout=120)
     assert done.returncode == code
-    assert "stopped; the same command again continues" in done.stderr
+    assert "stopped; repeat the command to continue" in done.stderr

@@ -20,7 +20,7 @@ from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, S
 from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard, content_fingerprint
 from pipeline.errors import UserError
 
-MAX_ROWS_PER_GROUP = 2048  # bounds a writer's memory for tiny images, too: a row costs some KB beside its bytes
+MAX_ROWS_PER_GROUP = 2048  # bounds memory for tiny images: a row takes a few KB in addition to its bytes
 
 
 class ShardWriter:

@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.data.prepare.config import DIGITS, LETTERS
 from pipeline.errors import UserError
 
-SMALL = "abdefghjmnqrtuy"  # small letters whose form is not that of their capital, or of another letter
+SMALL = "abdefghjmnqrtuy"  # lower-case letters that do not look like their capital or another letter
 TYPEFACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),

@@ -9,7 +9,7 @@ from pipeline.data.format.constants import ROW_GROUP_BYTES, SHARD_BYTES, Encodin
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
 LETTERS, DIGITS = "demo:letters", "demo:digits"  # sources that builtin.py writes
-FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that take the splits of the source
+FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that use the splits of the source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ class PrepareConfig:
     patch_size: int = 16
     """Side of a patch, in pixels."""
     fit: Literal["crop", "squash"] = "crop"
-    """How an image becomes a square for patches: centre crop, or squash."""
+    """How to make images square for patches: centre crop, or squash."""
     splits: tuple[str, ...] = ()
     """Fractions such as train=0.9 val=0.1: a hash of the key assigns images, and each split becomes a dataset
     OUTPUT/NAME. from-source: the splits of the source (folders train/ and val/, train-*.parquet, a split column).
@@ -95,9 +95,9 @@ class PrepareConfig:
     max_pixels: int = 100_000_000
     """Maximum image size, in pixels; larger images are rejected."""
     max_reject_fraction: float = 0.05
-    """Share of rejects, 0 to 1, above which the job fails at its end."""
+    """Maximum fraction of rejects, 0 to 1. Above it, the job fails at the end."""
     row_group_bytes: int = ROW_GROUP_BYTES
-    """Size of a row group, in bytes: what the loader reads at a time."""
+    """Size of a row group, the unit of reading in the loader, in bytes."""
     shard_bytes: int = SHARD_BYTES
     """Size of a shard file, in bytes."""
     unit_bytes: int = 1 << 30

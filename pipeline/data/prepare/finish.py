@@ -139,5 +139,5 @@ def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
             if file.path.startswith((".part-", "part-")) and file.path not in known:
                 storage.remove(file.uri)
     if "" not in manifests:
-        storage.remove(storage.join(plan.config.output, REJECTS))  # of an attempt with too many rejects
+        storage.remove(storage.join(plan.config.output, REJECTS))  # from an attempt with too many rejects
     storage.remove(plan.work, recursive=True)

@@ -97,7 +97,7 @@ class PreparePlan:
 
     @property
     def schema(self) -> Schema:
-        """What a row of the datasets holds."""
+        """The row schema of the datasets."""
         return Schema(
             encoding=self.config.encoding,
             image=self.image,
@@ -106,7 +106,7 @@ class PreparePlan:
         )
 
     def open_rows(self, receipt: dict[str, Any], split: str) -> Dataset:
-        """The rows that a writer of `split` wrote, as a dataset."""
+        """The rows of a writer of `split`, as a dataset."""
         written = Receipt.from_dict(receipt)
         manifest = Manifest(
             encoding=self.config.encoding,

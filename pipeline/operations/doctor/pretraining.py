@@ -56,4 +56,4 @@ def run_name(config: "PretrainConfig") -> CheckResult:
         return refused("run", cause)
     if held is None:
         return ok("run", f"{config.runtime.output} is unused")
-    return ok("run", f"{config.runtime.output} contains this run, which will continue")
+    return ok("run", f"{config.runtime.output} contains this run, which continues")

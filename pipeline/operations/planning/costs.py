@@ -54,9 +54,9 @@ def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[
 
 
 def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", ema: bool = False) -> dict[str, int]:
-    """Bytes of one checkpoint, all in float32: model.safetensors, and the state that training continues from."""
+    """Bytes of one checkpoint in float32: model.safetensors and the training state."""
     copies = {"adamw": 3, "sgd": 2, "muon": 2}[optimizer] + ema
-    weights = 4 * parameters * (1 + ema)  # the average has a file of its own
+    weights = 4 * parameters * (1 + ema)  # the average is a separate file
     return {"weights": weights, "state": 4 * parameters * copies, "total": weights + 4 * parameters * copies}
 
 
