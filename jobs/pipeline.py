@@ -10,9 +10,8 @@
     python jobs/pipeline.py promote --help           the rule for the champion
 
 The word run may be left out. As a Ray job (ray job submit --working-dir . -- python jobs/pipeline.py run FILE.yaml), or
-with --address from outside the cluster, each stage is a Ray job. Exit codes: 0 all done, 1 a stage failed, 2 wrong input,
-75 another run goes on or a store is away, 130 and 143 stopped.
-"""
+with --address from outside the cluster, each stage is a Ray job. Exit codes: 0 all done, 1 a stage failed, 2 wrong
+input, 75 another run goes on or a store is away, 130 and 143 stopped."""
 
 # This file has the same name as the `pipeline` package, and Python puts the folder of a script first on sys.path. So
 # `import pipeline` in a job, its Ray workers or its spawned processes may find this file instead of the package. In

@@ -133,15 +133,15 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not is_full and error.filename is None:
             raise
-        logger.debug("the file system refuses", exc_info=error)
-        full = ": make room" if is_full else ""
-        print(f"error: {error}{full}; the same command again continues", file=sys.stderr)
+        logger.debug("file system error", exc_info=error)
+        full = ": free some space" if is_full else ""
+        print(f"error: {error}{full}; repeat the command to continue", file=sys.stderr)
         code = 1
     except (KeyboardInterrupt, SystemExit) as ended:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
         if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with contextlib.suppress(OSError):  # Ctrl-C ends the `tee` that reads this, too
-                print("stopped; the same command again continues", file=sys.stderr)
+                print("stopped; repeat the command to continue", file=sys.stderr)
             _leave(code)
     cluster.disconnect()
     sys.exit(code)
@@ -163,8 +163,8 @@ def _hear_stops() -> None:
 
 
 def hide_passwords() -> None:
-    """Moves passwords out of addresses into environment variables. One on the command line can be seen by everybody on the
-    machine: then this process starts anew without it."""
+    """Moves passwords from addresses to environment variables. If a flag holds a password, the process restarts without
+    it, because command lines are visible to all users of the machine."""
     credentials.take_from_environment()
     given = sys.argv[1:]
     cleaned = credentials.take_from_arguments(given)
@@ -177,8 +177,8 @@ def hide_passwords() -> None:
 
 
 def _leave(code: int) -> typing.NoReturn:
-    """Ends this process and those it started, at once: at the interpreter's own end Ray takes itself down under threads that
-    wait in it, and may crash there."""
+    """Kills the child processes and exits immediately. A normal interpreter exit shuts Ray down while other threads
+    still wait in it, which may crash."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -204,7 +204,7 @@ def from_yaml(cls: type[Config], text: str, where: str = "config") -> Config:
     """The config that `to_yaml` wrote. Raises UserError naming an unknown key and the nearest valid one."""
     try:
         values = credentials.take_from_values(yaml.safe_load(text), where)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date that is none
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: for example an invalid date
         raise UserError(f"{where}: not valid YAML ({error})") from error
     return from_dict(cls, values, where)
 

@@ -1,8 +1,7 @@
 """--help, --help-all, --list-recipes and the error for an unknown flag, for every job. Imports neither tyro nor torch.
 
-Written here and not taken from tyro: its page shows every flag at once and knows no recipes, and `--help` waits for its import.
-The help of a flag is the string below the field in its config class.
-"""
+Written here and not taken from tyro: its page shows every flag at once and knows no recipes, and `--help` waits for its
+import. The help of a flag is the string below the field in its config class."""
 
 import ast
 import dataclasses

@@ -63,7 +63,8 @@ class _OneLine(_WithoutPasswords):
 
 
 def setup(level: int = logging.INFO) -> None:
-    """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is harmless."""
+    """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is
+    harmless."""
     handler: logging.Handler
     if on_terminal():
         handler = RichHandler(
@@ -86,13 +87,15 @@ def on_terminal() -> bool:
 
 
 def show(text: str) -> None:
-    """Text for the person at the terminal, on standard error: without a time, and without line breaks inside commands."""
+    """Text for the person at the terminal, on standard error: without a time, and without line breaks inside
+    commands."""
     if console is not None:
         console.print(text, soft_wrap=True, markup=False)
 
 
 def reserve_stdout() -> TextIO:
-    """Standard output for results alone, until the process ends: what libraries print from now on goes to standard error.
+    """Standard output for results alone, until the process ends: what libraries print from now on goes to standard
+    error.
 
     Ray prints there that it lost a process, even while it shuts down.
     """
@@ -222,11 +225,11 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 class Progress:
-    """Progress of a long piece of work: a bar with percentage and remaining time on a terminal, else a line every ten seconds.
+    """Progress of a long piece of work: a bar with percentage and remaining time on a terminal, else a line every ten
+    seconds.
 
-    total: in the unit that `advance` counts. lines: False for work that logs lines of its own, so that there is a bar on a
-    terminal and nothing elsewhere.
-    """
+    total: in the unit that `advance` counts. lines: False for work that logs lines of its own, so that there is a bar
+    on a terminal and nothing elsewhere."""
 
     EVERY = 10.0  # seconds between lines in a log
 
@@ -258,7 +261,8 @@ class Progress:
             logger.info("%s", self.line())
 
     def advance(self, amount: float, note: str = "", value: float | None = None) -> None:
-        """note: text beside the bar, such as "1,234 images, 3 rejects". value: the last point of a sparkline, such as a loss."""
+        """note: text beside the bar, such as "1,234 images, 3 rejects". value: the last point of a sparkline, such as a
+        loss."""
         self.done, self.note = self.done + amount, note
         if value is not None:
             self._values.append(value)
@@ -295,8 +299,8 @@ _reported: dict[str, float] = {}
 
 
 def report_share(share: float, note: str = "") -> None:
-    """Writes how far the whole job is (0 to 1) to the file that `VIT_PROGRESS` names, at most every two seconds; without it,
-    nothing. A store that is away is no reason to stop."""
+    """Writes how far the whole job is (0 to 1) to the file that `VIT_PROGRESS` names, at most every two seconds;
+    without it, nothing. A store that is away is no reason to stop."""
     place = os.environ.get(PROGRESS)
     now = time.time()
     if not place or now - _reported.get("time", 0.0) < REPORT_EVERY:

@@ -23,7 +23,8 @@ def gpus(instance: Instance, available: float) -> float:
 
 
 def of_attempt(instance: Instance, executor: Executor, running: Running, ended: Ended) -> dict[str, float]:
-    """What one attempt took. Hours are those of the CPUs and GPUs that it occupied; `used_cpu_hours` is what was measured."""
+    """What one attempt took. Hours are those of the CPUs and GPUs that it occupied; `used_cpu_hours` is what was
+    measured."""
     seconds = ended.seconds if ended.seconds is not None else max(0.0, time.time() - running.started)
     cpus = executor.cpus if instance.cpus is None else instance.cpus
     taken = {"seconds": seconds, "attempts": 1.0, "gpu_hours": gpus(instance, executor.gpus) * seconds / 3600}
@@ -42,7 +43,8 @@ def add(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, fl
 def finished(
     plan: Plan, instance: Instance, running: Running, spent: Mapping[str, float], output: str
 ) -> dict[str, Any]:
-    """What a finished instance took in all of its attempts. The bytes are those of its inputs, each once, and of its output."""
+    """What a finished instance took in all of its attempts. The bytes are those of its inputs, each once, and of its
+    output."""
     read = 0.0
     for address in (
         address for group in (instance.reads, instance.observes) for many in group.values() for address in many

@@ -36,7 +36,8 @@ class Estimate:
 
 
 def estimate(plan: Plan, name: str, cpus: float) -> Estimate | None:
-    """Of one instance; None when nothing is known about it. cpus: of the executor, for a job that takes all there are."""
+    """Of one instance; None when nothing is known about it. cpus: of the executor, for a job that takes all there
+    are."""
     instance = plan.instances[name]
     record = plan.state.records.get(name)
     if record is not None and record.versions:
@@ -132,7 +133,8 @@ def _rate(plan: Plan, instance: Instance, cpus: float) -> float:
 
 
 def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
-    """(images, classes) of what a stage reads: of the dataset that is there, or of the published corpus of its recipe."""
+    """(images, classes) of what a stage reads: of the dataset that is there, or of the published corpus of its
+    recipe."""
     from pipeline.operations.planning.config import CORPORA
 
     for address in instance.reads.get(field, ()):

@@ -1,8 +1,8 @@
 """The jobs that can be stages: their config, what they read and write, and what decides their output.
 
 A kind says which fields of its config are addresses that it reads (their content counts, not the place), which one it
-writes, and which change nothing of the output (where and how fast it runs). Every other field is part of a stage's identity.
-"""
+writes, and which change nothing of the output (where and how fast it runs). Every other field is part of a stage's
+identity."""
 
 import dataclasses
 import functools
@@ -236,7 +236,8 @@ def _recipes(kind: Kind) -> Mapping[str, Callable[[], Any]]:
 
 
 def start(kind: Kind, recipe: str | None, given: Mapping[str, Any], where: str) -> Any:
-    """The config that a stage's fields are laid over. Raises UserError for an unknown recipe, or a field that must be given."""
+    """The config that a stage's fields are laid over. Raises UserError for an unknown recipe, or a field that must be
+    given."""
     recipes = _recipes(kind)
     if recipe is not None and recipe not in recipes:
         if not recipes:

@@ -1,4 +1,5 @@
-"""A pipeline as text and as a picture: `status`, what a command would run, the table at the end, the results, the graph."""
+"""A pipeline as text and as a picture: `status`, what a command would run, the table at the end, the results, the
+graph."""
 
 import io
 import time
@@ -259,7 +260,8 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
 
 
 def layers(plan: Plan) -> list[list[str]]:
-    """The instances by how many others stand before them in a row; one that needs nothing stands right before what needs it."""
+    """The instances by how many others stand before them in a row; one that needs nothing stands right before what
+    needs it."""
     depth: dict[str, int] = {}
     for name, instance in plan.instances.items():
         depth[name] = max((depth[up] + 1 for up in instance.needs), default=0)
@@ -329,7 +331,8 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
 
 
 def page(plan: Plan, states: Mapping[str, Status], rows: Sequence[Sequence[str]], links: Mapping[str, str]) -> str:
-    """The report as Markdown: what each stage is, where it stands, what it took. links: {stage: address of its MLflow run}."""
+    """The report as Markdown: what each stage is, where it stands, what it took. links: {stage: address of its MLflow
+    run}."""
     lines = [f"# Pipeline {plan.pipeline.name}", "", f"State and outputs: `{plan.state.root}`", ""]
     lines += ["| stage | job | state | | output in that folder |", "| --- | --- | --- | --- | --- |"]
     for name, status in states.items():

@@ -29,8 +29,8 @@ WRONG_INPUT = 2
 STOP_CODES = (130, 143)
 LATER_AT_MOST = 30
 LATER_PAUSE = 20.0
-"""A stage that ends with `TRY_LATER` is tried again so often, after so many seconds: its store is away, or what is left of
-its last attempt, on a node that has lost its head, still works in its output."""
+"""A stage that ends with `TRY_LATER` is tried again so often, after so many seconds: its store is away, or what is left
+of its last attempt, on a node that has lost its head, still works in its output."""
 STOP_GRACE = 90.0
 """Seconds that stages get to save themselves when the runner is stopped."""
 
@@ -369,7 +369,8 @@ class Runner:
 
 
 def job_name(pipeline: str, instance: str, identity: str, attempt: int) -> str:
-    """The name of an attempt, in letters that Ray, file systems and stores take: pipeline, instance, and what makes it unique."""
+    """The name of an attempt, in letters that Ray, file systems and stores take: pipeline, instance, and what makes it
+    unique."""
     readable = re.sub(r"[^A-Za-z0-9_.=,-]+", "-", f"{pipeline}-{instance}").strip("-")[:80].rstrip("-")
     return f"{readable}-{identity[:6]}-{uuid.uuid4().hex[:4]}-{attempt}"
 

@@ -98,7 +98,7 @@ def check_data(config: EvaluateConfig) -> None:
     suites.open_datasets(suites.build_tasks(what, suites.NOMINAL))
 
 
-# ---------------------------------------------------------------- what there is to evaluate
+# ---------------------------------------------------------------- targets
 
 
 def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
@@ -388,7 +388,11 @@ def notify(config: EvaluateConfig, event: str, target: Target | None, **details:
             address, login = credentials.split_login(address)
             request = urllib.request.Request(address, data, {"Content-Type": "application/json", **login})
             urllib.request.urlopen(request, timeout=10).close()
-        except (OSError, ValueError, http.client.HTTPException) as error:  # its address may hold a token: not printed
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ) as error:  # the URL may contain a token and is not logged
             about = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
             logger.warning("webhook failed on %s: %s", event, about)
 

@@ -162,6 +162,8 @@ class Claim:
         self._done.set()
         self._thread.join()
         try:
-            storage.write_bytes(self.uri, self.text(alive=0.0))  # released: a successor need not wait for the lease
+            storage.write_bytes(
+                self.uri, self.text(alive=0.0)
+            )  # release the claim, so that others need not wait for the lease
         except StorageError as error:
             logger.warning("%s is not released, it expires after %g s: %s", self.uri, self.ledger.lease, error)

@@ -143,7 +143,8 @@ class RuntimeConfig:
     gpus: bool = False
     """Give each worker one GPU."""
     gpu: str = "h100"
-    """GPU model that plans are made for: the micro-batch, the time, the CPU cores. Workers take the one that they find."""
+    """GPU model that plans are made for: the micro-batch, the time, the CPU cores. Workers take the one that they
+    find."""
     threads: int | None = None
     """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None

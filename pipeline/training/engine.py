@@ -179,8 +179,8 @@ class Engine:
         """A host copy of this worker's part of the training state: {"kind:parameter:start": 1-D float32 slice}.
 
         Kinds: "param" (float32 master), the optimiser's states ("exp_avg", ...), "ema". Copies: training may go on
-        while they are written. What every worker holds alike (stage 0) is divided among them so that it is written once.
-        """
+        while they are written. What every worker holds alike (stage 0) is divided among them so that it is written
+        once."""
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
         replicated = self.config.zero == 0

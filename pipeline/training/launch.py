@@ -92,8 +92,8 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
 
 
 def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:
-    """Lets the workers finish the step in hand and save it, for at most `--stop-grace` seconds; another signal ends the wait.
-    Says what the next start continues from."""
+    """Lets the workers finish the step in hand and save it, for at most `--stop-grace` seconds; another signal ends the
+    wait. Says what the next start continues from."""
     grace = config.runtime.stop_grace
     why = "nothing was saved at this stop"
     try:
@@ -108,7 +108,7 @@ def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:
         raise
     except ray.exceptions.RayError as error:
         why = "the workers are gone"
-        logger.debug("the workers do not answer", exc_info=error)
+        logger.debug("the workers do not respond", exc_info=error)
     except FutureTimeout:
         why = f"not saved within --stop-grace {grace:g} seconds"
     except Exception as ended:

@@ -122,8 +122,8 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
 def _micro_batch(config: PretrainConfig, options: Mapping[str, Any], workers: int, gpu_memory: float) -> int:
     """Images of one forward pass where the config names no number: on a CPU all of a worker's, on a GPU as many as fit.
 
-    With fewer workers than planned each has more images, and no more memory. Raises UserError when not even one image fits.
-    """
+    With fewer workers than planned each has more images, and no more memory. Raises UserError when not even one image
+    fits."""
     images = math.gcd(config.batch_size // workers, config.batch_size // config.runtime.workers)
     if not config.runtime.gpus:
         return images

@@ -61,17 +61,16 @@ def listen(signal: Any) -> threading.Event:
 def host_group(world: int) -> dist.ProcessGroup | None:
     """A group of all workers for small collectives of their hosts in the thread that trains; None for a single worker.
 
-    The checkpoint's collectives run in another thread and in another order: they have a group of their own. Each group connects
-    every pair of workers, which takes long beyond some hundred.
-    """
+    The checkpoint's collectives run in another thread and in another order: they have a group of their own. Each group
+    connects every pair of workers, which takes long beyond some hundred."""
     return dist.new_group(backend="gloo") if world > 1 else None
 
 
 class PreemptionVote:
     """Agreement of all workers, at the same step, that one of them has to leave. Does not block training.
 
-    The question of one step is sent in the background and answered at the next: by then every worker has long asked it.
-    is_preempted: whether this worker has been told. group: of the hosts (`host_group`); None for a single worker.
+    Each poll starts an asynchronous all-reduce and returns the result of the previous one, which has usually finished.
+    is_preempted: whether this worker has to leave. group: of the hosts (`host_group`); None for a single worker.
     """
 
     def __init__(self, is_preempted: Callable[[], bool], group: dist.ProcessGroup | None):

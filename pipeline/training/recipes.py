@@ -122,14 +122,12 @@ def _two_cores(
 def s16_imagenet_90ep() -> PretrainConfig:
     """ "Better plain ViT": S/16, ImageNet-1k, 90 epochs, GAP, sin-cos positions, RandAugment, mixup.
 
-    Source: arXiv 2205.01580, big_vision configs/vit_s16_i1k.py.
-    Command: `python jobs/pretrain.py --recipe s16_imagenet_90ep --data URI --validation URI --output URI`, on JPEG shards
-    of the first 99% of ImageNet's train set; `--steps 300epochs` for the longer run.
-    Hardware: 2 GPUs with 512 images each; any number that divides the 64 lanes. With 8, a step of 128 images is shorter than the
-    host needs to launch it (by estimate, not measured): `--engine.compile-mode reduce-overhead` then records CUDA graphs.
-    Cost: 3.16 exaFLOPs, 2.2 H100-hours at 40% MFU; the source took 6 to 7 hours of a TPUv3-8.
-    Result: 76.5% top-1 on ImageNet, as reported.
-    """
+    Source: arXiv 2205.01580, big_vision configs/vit_s16_i1k.py. Command: `python jobs/pretrain.py --recipe
+    s16_imagenet_90ep --data URI --validation URI --output URI`, on JPEG shards of the first 99% of ImageNet's train
+    set; `--steps 300epochs` for the longer run. Hardware: 2 GPUs with 512 images each; any number that divides the 64
+    lanes. With 8, a step of 128 images is shorter than the host needs to launch it (by estimate, not measured):
+    `--engine.compile-mode reduce-overhead` then records CUDA graphs. Cost: 3.16 exaFLOPs, 2.2 H100-hours at 40% MFU;
+    the source took 6 to 7 hours of a TPUv3-8. Result: 76.5% top-1 on ImageNet, as reported."""
     return PretrainConfig(
         steps="90epochs",
         batch_size=1024,

@@ -167,7 +167,7 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
 
 
 def check_run(config: PretrainConfig) -> TrainPlan:
-    """Everything that can be known before a worker starts. Raises UserError."""
+    """All checks before the workers start. Raises UserError."""
     check_places(config)
     dataset = open_dataset(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
@@ -180,7 +180,8 @@ def check_run(config: PretrainConfig) -> TrainPlan:
 
 
 def check_places(config: PretrainConfig) -> None:
-    """What can be said before the data is there: values, devices, and whether the output takes a run. Raises UserError."""
+    """What can be said before the data is there: values, devices, and whether the output takes a run. Raises
+    UserError."""
     check_values(config)
     check_devices(config)
     tracking.resolve_tracking_uri(config.runtime.tracking_uri)
@@ -190,16 +191,18 @@ def check_places(config: PretrainConfig) -> None:
         check_output(storage.normalise(config.runtime.cache), "cache")
     present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
     if present and "run.json" not in present:
-        raise UserError(f"{output} is not empty and holds no run; choose another --output")
+        raise UserError(f"{output} is not empty and does not contain a run; choose another --output")
 
 
 def check_model(plan: TrainPlan) -> None:
     """Whether the architecture exists, and the weights to start from fit it. Raises UserError."""
     config = plan.config
-    parameters(plan.model_options | {"variant": config.model.variant})  # names and options exist
+    parameters(plan.model_options | {"variant": config.model.variant})  # raises for unknown names and options
     if config.init_from:
         model = create_model(**plan.model_options)
-        load_weights(model, config.init_from, tracking_uri=config.runtime.tracking_uri)  # names and shapes fit
+        load_weights(
+            model, config.init_from, tracking_uri=config.runtime.tracking_uri
+        )  # raises for wrong names and shapes
 
 
 def check_devices(config: PretrainConfig) -> None:

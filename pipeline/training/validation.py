@@ -120,7 +120,7 @@ class FewShot:
 
 
 def check_validation(config: PretrainConfig, data: Dataset) -> None:
-    """Whether the validation set fits the data that the run trains on. Raises UserError naming the flag."""
+    """Checks that the validation set fits the training data. Raises UserError naming the flag."""
     validation = open_dataset(config.runtime.validation or "")
     if config.loss != "masked":
         places_of_classes(validation, data.classes)
@@ -135,7 +135,8 @@ def check_validation(config: PretrainConfig, data: Dataset) -> None:
 
 
 def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Dataset) -> None:
-    """Whether the model that a run trains on `data` takes the images of another dataset. Raises UserError naming the flag."""
+    """Whether the model that a run trains on `data` takes the images of another dataset. Raises UserError naming the
+    flag."""
     uri, image = measured.uri, measured.manifest.image
     if not len(measured):
         raise UserError(f"--{flag} {uri} has no images")
@@ -173,8 +174,8 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
 
 
 def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[Dataset, Dataset]:
-    """The probe's two datasets. Raises UserError when they do not fit each other, or the images those of `data`, which the run
-    trains on."""
+    """The probe's two datasets. Raises UserError when they do not fit each other, or the images those of `data`, which
+    the run trains on."""
     test = config.runtime.fewshot.test or config.runtime.validation
     if test is None:
         raise UserError("fewshot.train needs a test set: give --fewshot.test or --validation")

@@ -51,7 +51,8 @@ class SuiteResult:
     std: dict[str, float]
     """Deviation between seeds."""
     flat_mean: float | None
-    """The suite's score: over all nineteen tasks of VTAB, over all scores of another suite. None when a task is missing."""
+    """The suite's score: over all nineteen tasks of VTAB, over all scores of another suite. None when a task is
+    missing."""
     mean: float | None
     """Over the tasks that were asked for; None when one failed."""
     clean: dict[str, float]
@@ -89,9 +90,8 @@ class Suite:
 def run_suite(config: TransferConfig) -> SuiteResult:
     """Runs what is missing of a suite and reports on all of it. Joins Ray by itself.
 
-    Raises UserError, before any worker starts, for anything wrong with the checkpoint, the data or the settings. A task that
-    fails later is in `failures`, the others go on.
-    """
+    Raises UserError, before any worker starts, for anything wrong with the checkpoint, the data or the settings. A task
+    that fails later is in `failures`, the others go on."""
     started = time.monotonic()
     suite = open_suite(config)
     random: dict[str, float] = {}
@@ -273,7 +273,8 @@ def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Reco
 def compute_features(
     suite: Suite, tasks: list[TransferTask], pool: Pool
 ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Features of the tasks that are probes: {task: folders of train and test}, and {job: error} where there are none."""
+    """Features of the tasks that are probes: {task: folders of train and test}, and {job: error} where there are
+    none."""
     sets = {
         task: tuple(
             features.feature_set(split, suite.datasets[split], suite.checkpoint.identity, task.protocol)

@@ -1,15 +1,15 @@
-"""What the duplicate search finds, what it removes wrongly and what it costs, measured with the code that `prepare` runs.
+"""What the duplicate search finds, what it removes wrongly and what it costs, measured with the code that `prepare`
+runs.
 
     python tests/benchmarks/decontamination.py --photos FOLDER... --posed FOLDER... --output FOLDER
 
-Recall: every image in `photos` is changed in each way and looked up among the unchanged ones, as an evaluation set and as
-neighbours in one corpus. Wrong removals: of each set of pictures that are posed alike (the `posed` folders; sets drawn by
-tests/posed.py; one class of CIFAR-10 is a good one) all are one corpus, and one half is the evaluation set of the other;
-`second_look_alone` gives pairs to the second look that nothing proposed. Thresholds were chosen on the images of even number in
-`photos` and on drawn pictures of seeds below 1000; only what is left is measured here (--choosing measures the former). The
-`posed` folders were used to choose nothing and are measured whole. Writes results/decontamination.json; --output gets contact
-sheets of the least certain pairs.
-"""
+Recall: every image in `photos` is changed in each way and looked up among the unchanged ones, as an evaluation set and
+as neighbours in one corpus. Wrong removals: of each set of pictures that are posed alike (the `posed` folders; sets
+drawn by tests/posed.py; one class of CIFAR-10 is a good one) all are one corpus, and one half is the evaluation set of
+the other; `second_look_alone` gives pairs to the second look that nothing proposed. Thresholds were chosen on the
+images of even number in `photos` and on drawn pictures of seeds below 1000; only what is left is measured here
+(--choosing measures the former). The `posed` folders were used to choose nothing and are measured whole. Writes
+results/decontamination.json; --output gets contact sheets of the least certain pairs."""
 
 import argparse
 import itertools
@@ -131,7 +131,8 @@ def inside(hashed: list[Hashes], copies: list[bytes]) -> tuple[set[tuple[int, in
 
 
 def recall(photos: list[np.ndarray], output: Path | None) -> dict[str, dict[str, float]]:
-    """By change: part found against an evaluation set and inside a corpus, and how many were matched to another image."""
+    """By change: part found against an evaluation set and inside a corpus, and how many were matched to another
+    image."""
     index = index_of(photos)
     number = {int(key[:-4]): place for place, key in enumerate(index.keys.to_pylist())}
     plain, copies = [hash_image(pixels) for pixels in photos], [small_copy(pixels) for pixels in photos]

@@ -1,8 +1,7 @@
 """The commands of README and docs/ that need one machine only, word for word, on small data.
 
-Commands of `tests/e2e/test_operating.py` (docs/operating.md) and `tests/unit/test_infra.py` (the flags of every command) are
-tested there.
-"""
+Commands of `tests/e2e/test_operating.py` (docs/operating.md) and `tests/unit/test_infra.py` (the flags of every
+command) are tested there."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""Nodes that come and go: the notices of clouds and Kubernetes reach Ray, and jobs make an autoscaling cluster grow and shrink.
+"""Nodes that come and go: the notices of clouds and Kubernetes reach Ray, and jobs make an autoscaling cluster grow and
+shrink.
 
 The cluster is Ray's fake provider: the real autoscaler and real Ray nodes, which are processes of this machine.
 """
@@ -39,7 +40,8 @@ spec.loader.exec_module(preemption)
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """EC2's IMDSv2 and Compute Engine's metadata server, as far as notices go. `server.notices` maps a path to its answer."""
+    """EC2's IMDSv2 and Compute Engine's metadata server, as far as notices go. `server.notices` maps a path to its
+    answer."""
 
     def answer(self, code: int, text: str = "") -> None:
         self.send_response(code)

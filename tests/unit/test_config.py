@@ -138,7 +138,7 @@ def test_exit_codes(capsys):
     signal.signal(signal.SIGTERM, before)
     printed = capsys.readouterr().err
     assert "error: no such bucket" in printed
-    assert "error: [Errno 28] No space left on device: free some space and repeat the command to continue" in printed
+    assert "error: [Errno 28] No space left on device: free some space; repeat the command to continue" in printed
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,9 @@ def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
     logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
     with caplog.at_level(logging.WARNING, "pipeline"):
         index = index_evaluation_sets([str(tmp_path)], 10**8)
-    assert "1 of 2 images cannot be read and are not kept out, such as x/text.jpg" in caplog.text
+    assert (
+        "1 of 2 images cannot be read and are therefore not removed from the corpus, such as x/text.jpg" in caplog.text
+    )
     match = index.find(hash_image(textured(5)), textured(5), 30)
     assert match is not None
     assert index.name(match.image)[1] == "x/cut.jpg"

@@ -515,7 +515,7 @@ def test_an_output_that_cannot_be_written_is_one_error(image_folder, tmp_path):
     (tmp_path / "out" / "a").touch()
     with (
         workqueue.without_ray(),
-        pytest.raises(UserError, match=r"/out: cannot be written \(.*File exists.*\); make room"),
+        pytest.raises(UserError, match=r"/out: cannot be written \(.*File exists.*\); free some space"),
     ):
         prepare(config)
 

@@ -45,7 +45,8 @@ def no_pairs() -> Pairs:
 def candidate_lines(
     rows: np.ndarray, views: np.ndarray, number: int, keys: bool, exact: bool, near: bool
 ) -> dict[str, np.ndarray]:
-    """Rows (dtype ROW) and views (VIEW) of one slice -> lines to join on: rows with a line of equal `join` may be duplicates.
+    """Rows (dtype ROW) and views (VIEW) of one slice -> lines to join on: rows with a line of equal `join` may be
+    duplicates.
 
     `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS or LOOK.
     """
@@ -76,14 +77,14 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
     order = np.lexsort((lines["row"], lines["join"], lines["kind"]))
     join, row, kind, box = (lines[name][order] for name in ("join", "row", "kind", "box"))
     bits = np.stack([lines["low"], lines["high"]], axis=1)[order]
-    # Being the same is transitive: every line of a run is compared with the run's first.
+    # Equality is transitive: every line of a run is compared with the first one.
     changes = np.flatnonzero((join[1:] != join[:-1]) | (kind[1:] != kind[:-1])) + 1
     begins = np.zeros(len(join), np.int64)
     begins[changes] = changes
     begins = np.maximum.accumulate(begins)
     rest = np.flatnonzero((kind < LOOK) & (begins != np.arange(len(join))))
     found = [as_pairs({"first": row[begins[rest]], "second": row[rest], "kind": kind[rest]})]
-    # Looking alike is not.
+    # Similarity is not transitive.
     looks = np.flatnonzero(kind == LOOK)
     for step in range(1, most + 1):
         a, b = looks[:-step], looks[step:]
@@ -152,7 +153,7 @@ class Removal(NamedTuple):
         return {PIXELS: "exact", LOOK: "near", DESCRIPTOR: "descriptor"}[self.kind]
 
     def record(self, key: str, match: str, of_set: str = "") -> dict[str, Any]:
-        """The line of duplicates.parquet about the row `key`, which repeats the row `match`."""
+        """The row of duplicates.parquet for the removed row `key`, a duplicate of the row `match`."""
         return {
             "key": key,
             "reason": self.reason,
@@ -166,7 +167,7 @@ class Removal(NamedTuple):
 
 
 def select_removals(pairs: Pairs) -> dict[int, Removal]:
-    """Which rows to remove. The first row of a group stays, and a row is removed only as a repeat of a row that stays."""
+    """The rows to remove. A row is removed only if it is a duplicate of a row that is kept; the first row is kept."""
     order = np.lexsort((-pairs["detail"], pairs["kind"], pairs["first"], pairs["second"]))
     names = ("first", "second", "kind", "apart", "similarity", "detail", "difference")
     removals: dict[int, Removal] = {}

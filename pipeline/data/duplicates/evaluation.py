@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 MOST_PROPOSALS = 8  # images that are compared in detail with one that is looked up
 MOST_ENTRIES = 256  # views with one join key that are looked at
 BLOCK = 16  # rows that a JPEG decodes together, at most
-DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still give a picture
+DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still return an image
 logger = logging.getLogger(__name__)
 
 
@@ -44,8 +44,8 @@ class EvaluationIndex:
     view_of: np.ndarray  # of each join key
 
     def find(self, hashed: Hashes, pixels_HWC: np.ndarray, distance: int) -> "EvaluationMatch | None":
-        """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those of which a view
-        differs in at most `distance` bits and that the second look confirms. None without one."""
+        """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those of which a
+        view differs in at most `distance` bits and that the second look confirms. None without one."""
         at = int(np.searchsorted(self.exact, np.uint64(hashed.exact)))
         if at < len(self.exact) and int(self.exact[at]) == hashed.exact:
             return EvaluationMatch(int(self.exact_image[at]), 0, True, Agreement(0, detail=1.0, difference=0.0), b"")
@@ -103,7 +103,7 @@ class EvaluationMatch(NamedTuple):
     distance: int  # bits
     exact: bool
     agreement: Agreement
-    picture: bytes  # small copy of the image that was looked up; empty when exact
+    picture: bytes  # small copy of the query image; empty when exact
 
     def record(self, key: str, index: EvaluationIndex) -> dict[str, Any]:
         """The row of duplicates.parquet for the image `key`."""
@@ -151,7 +151,8 @@ def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationInd
 
 
 def parts_of_set(uri: str) -> Iterator[Any]:
-    """Parts of an evaluation set, for parallel hashing: (dataset URI, row group) or (source, first fragment, fragments)."""
+    """Parts of an evaluation set, for parallel hashing: (dataset URI, row group) or (source, first fragment,
+    fragments)."""
     datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
     for manifest in datasets:
         folder = manifest.rpartition("/")[0]
@@ -165,9 +166,8 @@ def parts_of_set(uri: str) -> Iterator[Any]:
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
     """(key, RGB pixels, "") of every image of one part, or (key, None, why it cannot be read).
 
-    An image that is damaged but can be decoded comes once whole and once for each of its `undamaged_parts`, under one key:
-    whoever evaluates on the set sees it, too.
-    """
+    An image that is damaged but can be decoded comes once whole and once for each of its `undamaged_parts`, under one
+    key: whoever evaluates on the set sees it, too."""
     if isinstance(part[0], str):
         dataset = open_dataset(part[0])
         group = dataset.read_row_group(part[1])
@@ -199,9 +199,8 @@ def _decode(data: bytes, max_pixels: int) -> Iterator[tuple[np.ndarray | None, s
 def undamaged_parts(pixels_HWC: np.ndarray) -> list[np.ndarray]:
     """Upper parts of a damaged image, which the damage may have spared: files hold an image from top to bottom.
 
-    The first part ends above the rows of one colour that decoders put in the place of missing data, the second is the upper
-    half of the image. A part is left out when it has fewer than BLOCK rows.
-    """
+    The first part ends above the rows of one colour that decoders put in the place of missing data, the second is the
+    upper half of the image. A part is left out when it has fewer than BLOCK rows."""
     height = len(pixels_HWC)
     values = pixels_HWC.astype(np.int16)
     filled = int(np.argmin((np.ptp(values, axis=1) <= 2).all(axis=1)[::-1]))  # rows of one colour at the bottom
@@ -249,7 +248,7 @@ def _hash_part(job: tuple[int, Any, int]) -> _Part:
 
 
 def _check_readable(uri: str, parts: Sequence[_Part]) -> None:
-    """Raises UserError for a set without a readable image; warns with the number of images that cannot be kept out."""
+    """Raises UserError for a set without readable images. Warns about images that cannot be read."""
     readable = sum(part.images for part in parts)
     unreadable = [text for part in parts for text in part.unreadable]
     if not readable:

@@ -1,13 +1,13 @@
 """Hashes of one image: of its pixels, and of views of it.
 
-Two images are the same when their decoded pixels hash to the same value. Whether they may be nearly the same is asked of their
-views: the whole image, and squares around blobs of its content (SIFT's keypoints: Lowe, "Distinctive image features from
-scale-invariant keypoints", 2004). A crop, a resize or a mirror image moves the squares with the content, so two versions of a
-photograph have views in common wherever they overlap.
+Two images are the same when their decoded pixels hash to the same value. Whether they may be nearly the same is asked
+of their views: the whole image, and squares around blobs of its content (SIFT's keypoints: Lowe, "Distinctive image
+features from scale-invariant keypoints", 2004). A crop, a resize or a mirror image moves the squares with the content,
+so two versions of a photograph have views in common wherever they overlap.
 
-Of each view 128 bits are kept: the signs of the lowest frequencies (without the constant one) of the discrete cosine transform
-of the view, in grey, at 32x32. The bits of a mirrored view are known: those of odd horizontal frequency are inverted.
-"""
+Of each view 128 bits are kept: the signs of the lowest frequencies (without the constant one) of the discrete cosine
+transform of the view, in grey, at 32x32. The bits of a mirrored view are known: those of odd horizontal frequency are
+inverted."""
 
 import hashlib
 import io
@@ -26,15 +26,15 @@ LEAST_SQUARE, MOST_SQUARE = 0.24, 0.9  # side of a square, as a part of the imag
 SAME = 0.1  # of the half side: keypoints nearer than that, and of a size as near, have one square
 SQUARE_OF_KEYPOINT = 10.0  # side of the square, in diameters of the keypoint
 FLAT, FLAT_SQUARE = 2.0, 4.0  # standard deviations (of 255) below which a view has no structure to compare
-# Frequencies by rising order (diagonals of the transform), without the constant one.
+# Frequencies in ascending order (diagonals of the transform), without the constant one.
 _V, _U = np.divmod(np.arange(LOW * LOW), LOW)
 _ORDER = np.lexsort((_U, _U + _V))[1 : BITS + 1]
 _ODD = _U[_ORDER] % 2 == 1
 MIRROR = np.packbits(_ODD).view(np.uint64)
 """The bits that differ between a view and its mirror image: (2,) uint64."""
 _COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5)).astype(np.float32)
-# Rows of views that look alike agree in some bands of 16 bits. The whole image, the only view that any resize leaves in place,
-# is joined on each pair of its eight bands; a square on two pairs, since an image has many squares.
+# Rows of views that look alike agree in some bands of 16 bits. The whole image, the only view that any resize leaves in
+# place, is joined on each pair of its eight bands; a square on two pairs, since an image has many squares.
 WHOLE_KEYS = list(itertools.combinations(range(BANDS), 2))
 SQUARE_KEYS = [(0, 1), (2, 3)]
 
@@ -136,7 +136,8 @@ def _bits(squares: np.ndarray) -> np.ndarray:
 
 
 def join_keys(views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(positions in `views`, uint64 keys): views that look alike, mirrored or not, are likely to have a key in common."""
+    """(positions in `views`, uint64 keys): views that look alike, mirrored or not, are likely to have a key in
+    common."""
     bands = np.ascontiguousarray(views["bits"]).view(np.uint16).reshape(-1, BANDS).astype(np.uint64)
     mirror = MIRROR.view(np.uint16).astype(np.uint64)
     places, keys = [], []
@@ -165,7 +166,8 @@ def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def alignment(first: np.ndarray, second: np.ndarray, mirrored: bool) -> np.ndarray:
-    """The map (2x3) from the unit square of the second image to that of the first under which two boxes are the same view.
+    """The map (2x3) from the unit square of the second image to that of the first under which two boxes are the same
+    view.
 
     With `mirrored`, the first image is flipped from left to right before.
     """

@@ -16,8 +16,8 @@ SHEET_PAIRS = 24
 
 
 def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
-    """`duplicates.parquet`: key, reason (exact, near, descriptor), the set and key it matches, the bits that
-    differ, the similarity of descriptors, and after alignment the correlation of detail (1.0 when exact) and the largest
+    """`duplicates.parquet`: key, reason (exact, near, descriptor), the set and key it matches, the bits that differ,
+    the similarity of descriptors, and after alignment the correlation of detail (1.0 when exact) and the largest
     difference."""
     fields = {
         "key": pa.string(),
@@ -36,7 +36,7 @@ def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
 
 
 def attach_pictures(records: Sequence[dict[str, Any]], pictures: Sequence[tuple[bytes, bytes]]) -> None:
-    """Gives the least certain near matches among `records` their two pictures (encoded images), for the contact sheet."""
+    """Adds both images (encoded) to the least certain near matches in `records`, for the contact sheet."""
     near = [i for i, record in enumerate(records) if record["reason"] != "exact"]
     for i in sorted(near, key=lambda i: records[i]["detail"])[:SHEET_PAIRS]:
         records[i]["pictures"] = [base64.b64encode(data).decode() for data in pictures[i]]

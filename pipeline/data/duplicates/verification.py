@@ -1,10 +1,9 @@
 """Verification of candidate pairs: whether two images with similar hashes show the same photograph.
 
-A hash of 128 bits cannot tell photographs that are posed alike (aeroplanes side-on, motorbikes on white) from copies, so a match
-of hashes only proposes a pair. Here its pixels decide: the two small pictures are aligned (crop, mirror, shift, a slight
-rotation), and then compared in detail, block by block, in brightness and in colour. A copy agrees everywhere; two photographs
-of one pose agree in outline and differ in detail.
-"""
+A hash of 128 bits cannot tell photographs that are posed alike (aeroplanes side-on, motorbikes on white) from copies,
+so a match of hashes only proposes a pair. Here its pixels decide: the two small pictures are aligned (crop, mirror,
+shift, a slight rotation), and then compared in detail, block by block, in brightness and in colour. A copy agrees
+everywhere; two photographs of one pose agree in outline and differ in detail."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -33,11 +32,11 @@ PATCH, MOST_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the
 class Agreement(NamedTuple):
     """Agreement of two aligned images at `side` x `side`.
 
-    overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the same in
-    the block that agrees least but a sixteenth of them. structure: part of the blocks that have any. difference: the largest
-    difference of luma over SPOT x SPOT pixels that no change of tone explains, of 255. colour_difference: the same of red, green
-    and blue. patch_difference: the same of luma over patches, without what is clipped. colour: mean difference of chroma, of 255.
-    """
+    overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the
+    same in the block that agrees least but a sixteenth of them. structure: part of the blocks that have any.
+    difference: the largest difference of luma over SPOT x SPOT pixels that no change of tone explains, of 255.
+    colour_difference: the same of red, green and blue. patch_difference: the same of luma over patches, without what is
+    clipped. colour: mean difference of chroma, of 255."""
 
     side: int
     overlap: float = 0.0
@@ -64,8 +63,8 @@ class Agreement(NamedTuple):
 
 
 def small_copy(pixels_HWC: np.ndarray) -> bytes:
-    """What is kept of an image for the second look and the contact sheet: a JPEG with the shorter side at COPY at most, or a
-    PNG when it is smaller than 64."""
+    """What is kept of an image for the second look and the contact sheet: a JPEG with the shorter side at COPY at most,
+    or a PNG when it is smaller than 64."""
     height, width = pixels_HWC.shape[:2]
     scale = min(1.0, COPY / min(height, width), 4 * COPY / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -81,7 +80,8 @@ WHOLE = np.array([0, 0, 1, 1], np.float16)
 def compare_views(
     mine: bytes, other: bytes, box: np.ndarray = WHOLE, other_box: np.ndarray = WHOLE, mirrored: bool = False
 ) -> Agreement:
-    """Compares two small copies of which the view `box` of one looked like `other_box` of the other, mirrored or not."""
+    """Compares two small copies of which the view `box` of one looked like `other_box` of the other, mirrored or
+    not."""
     first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     if mirrored:
         first = np.ascontiguousarray(first[:, ::-1])
@@ -92,8 +92,8 @@ def compare_views(
 
 
 def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
-    """Compares two small copies of which nothing is known but that they may show one photograph: as they are, and from the
-    alignments that their keypoints suggest, mirrored and not. Returns the best agreement."""
+    """Compares two small copies of which nothing is known but that they may show one photograph: as they are, and from
+    the alignments that their keypoints suggest, mirrored and not. Returns the best agreement."""
     first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     best = Agreement(0)
     for mirrored in (False, True):
@@ -111,8 +111,8 @@ def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
 
 
 def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
-    """The map from the unit square of `second` to that of `first` on which their SIFT keypoints agree (RANSAC: Fischler and
-    Bolles, 1981); None with fewer than LEAST_MATCHES that do."""
+    """The map from the unit square of `second` to that of `first` on which their SIFT keypoints agree (RANSAC: Fischler
+    and Bolles, 1981); None with fewer than LEAST_MATCHES that do."""
     sift = keypoints(400)
     (points, one), (other_points, other) = (
         sift.detectAndCompute(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), None) for p in (second, first)
@@ -247,8 +247,8 @@ def _correlation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -> tuple[float, float, float]:
-    """The largest differences, of 255, once the tones of one picture are fitted to those of the other: over spots of luma, over
-    spots of colour, over patches of luma.
+    """The largest differences, of 255, once the tones of one picture are fitted to those of the other: over spots of
+    luma, over spots of colour, over patches of luma.
 
     The tone curve of a channel is a polynomial of degree two, clipped to what an image can hold. The better of the two
     directions counts: what is clipped in one picture cannot be foreseen from it.

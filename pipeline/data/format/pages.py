@@ -62,7 +62,7 @@ def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: S
 
 
 def locate_page(view: memoryview, position: int) -> tuple[int, int]:
-    """(start, length) of the values of the page whose header begins at `position`.
+    """(start, length) of the values of the page with its header at `position`.
 
     The header is Parquet's PageHeader in Thrift's compact protocol: (1) type, (2) uncompressed size, (3) compressed
     size, (5) data page header, a struct of integers; each field is a byte (id delta << 4 | type) and a value.

@@ -78,7 +78,7 @@ def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
 
 
 def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> Iterator[str]:
-    """The byte ranges and checksums in the manifest, against the footer and the bytes of the shard."""
+    """Compares the byte ranges and checksums in the manifest with the footer and the bytes of the shard."""
     for number, (_, start, values, end, checksum) in enumerate(shard.row_groups):
         group = metadata.row_group(number)
         first, last = group.column(0), group.column(group.num_columns - 1)

@@ -230,9 +230,8 @@ def finish_dataset(
 ) -> Manifest:
     """Finishes a dataset: writes `rejects.parquet`, then `manifest.json`.
 
-    duplicates, reported: by reason, rows that were removed and rows that were only listed.
-    `inputs` defaults to what the receipts and rejects add up to. Raises UserError when no row is left, RuntimeError when
-    the counts do not add up.
+    duplicates, reported: by reason, rows that were removed and rows that were only listed. inputs: default is the sum
+    of the receipts and rejects. Raises UserError when there are no rows, RuntimeError when the counts are inconsistent.
     """
     total, refused = Receipt.total(receipts), list(rejects)
     reasons = dict(sorted(Counter(reject.reason for reject in refused).items()))

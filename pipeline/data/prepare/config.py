@@ -1,4 +1,5 @@
-"""What decides a dataset: the configuration of `prepare` and its recipes. checks.py has what its values must satisfy."""
+"""What decides a dataset: the configuration of `prepare` and its recipes. checks.py has what its values must
+satisfy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -43,7 +43,7 @@ def find_duplicates(plan: PreparePlan) -> dict[int, Removal]:
 
 
 def propose_pairs(plan: PreparePlan) -> Pairs:
-    """Pairs of rows that may be duplicates. A Ray Data job: slices -> lines to join on -> shuffled into buckets -> pairs."""
+    """Candidate pairs of rows. A Ray Data job: slices -> join keys -> shuffle into buckets -> pairs."""
     near, count = plan.compares_looks, len(plan.slices)
     if not workqueue.uses_ray():
         return unique_pairs(match_rows(_lines(range(count), plan), plan.config.distance))
@@ -52,8 +52,8 @@ def propose_pairs(plan: PreparePlan) -> Pairs:
     context = workqueue.data_context()
     # Buckets of one to two million lines: slices have at most some ten thousand rows.
     buckets = max(4, count if near else min(count, max(64, count // 8)))
-    # What a task of the shuffle holds, up to Ray's gibibyte: as little as leaves some ten thousand objects to keep account of,
-    # one for every task and bucket.
+    # What a task of the shuffle holds, up to Ray's gibibyte: as little as leaves some ten thousand objects to keep
+    # account of, one for every task and bucket.
     about = count * 16_384 * (LINES if near else 2) * LINE_BYTES
     context.shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, about * buckets // 50_000))
     slices = ray.data.from_items([{"slice": number} for number in range(count)], override_num_blocks=count)

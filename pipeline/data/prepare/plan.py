@@ -55,7 +55,7 @@ class PreparePlan:
     slices: list[SourceSlice]
     input_fingerprint: str
     work: str  # URI of the folder of receipts
-    evaluation: EvaluationIndex | None = None  # images to keep out
+    evaluation: EvaluationIndex | None = None  # images to remove
     evaluation_parts: Sequence[tuple[str, Any]] = ()  # (set, part): whose descriptors are compared with the corpus'
 
     @property
@@ -132,7 +132,7 @@ class PreparePlan:
 
     @property
     def compares_rows(self) -> bool:
-        """Whether the corpus is searched for duplicates once its slices are written."""
+        """Whether the corpus is searched for duplicates after its slices are written."""
         return self.compares_keys or self.config.deduplicate != "off" or self.config.descriptor is not None
 
 

@@ -49,11 +49,11 @@ class _Counts:
     inputs: dict[str, int]
     rejects: dict[str, list[list[str]]]
     duplicates: dict[str, list[dict[str, Any]]]
-    pictures: dict[str, list[tuple[bytes, bytes]]]  # of the duplicates: theirs, and those that they repeat
-    hashed: bytearray = field(default_factory=bytearray)  # rows of hashes.ROW: tens of bytes an image
+    pictures: dict[str, list[tuple[bytes, bytes]]]  # images of duplicates and of their matches
+    hashed: bytearray = field(default_factory=bytearray)  # rows of hashes.ROW: tens of bytes per image
     views: list[np.ndarray] = field(default_factory=list)  # of these rows, dtype hashes.VIEW: about a kilobyte an image
-    alike: int = 0  # rows with the label of the row before
-    label: Any = None  # of the row before
+    alike: int = 0  # rows with the same label as the previous row
+    label: Any = None  # label of the previous row
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
 
 

@@ -130,7 +130,8 @@ class RowColumns:
 
 
 def cell_labels(value: Any, column: str) -> list[str] | None:
-    """The label names of one cell: of a list, a list written as text, or text with ; or | in a column named in the plural."""
+    """The label names of one cell: of a list, a list written as text, or text with ; or | in a column named in the
+    plural."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     return label_names(parse_list(value), SEPARATORS if PLURAL.search(column) else None)

@@ -28,7 +28,8 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Fragments are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the column."""
+    """Fragments are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the
+    column."""
     with _ParquetFile(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
         columns = RowColumns(file_schema, uri, path, options.columns, lambda column: _distinct(file, column))

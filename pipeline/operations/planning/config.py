@@ -33,8 +33,7 @@ class PlanConfig:
     price: float = 2.5
     """Price in $ per GPU-hour."""
     mfu: float = 0.4
-    """Model FLOPs utilisation, 0 to 1: the share of the GPU's dense bf16 peak that training reaches, without
-    recomputed activations."""
+    """Model FLOPs utilisation, 0 to 1: the achieved fraction of the GPU's dense bf16 peak, without recomputation."""
     read_gbps: float = 1.0
     """Speed at which one node reads shards, in GB/s."""
     images: float | None = None

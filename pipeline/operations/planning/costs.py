@@ -9,8 +9,8 @@ from pipeline.hardware import find_gpu
 from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
 
 # A stored image of side 256 (jpeg) or 224 (patches), and the CPU time to hand it to the device, cropped and flipped
-# (tests/benchmarks/results/loader_speed.json, one core). A part of the time is the same for the smallest image (32 px: 0.048 ms);
-# the rest, and the bytes, grow with the area. "originals" are ImageNet's own files.
+# (tests/benchmarks/results/loader_speed.json, one core). A part of the time is the same for the smallest image (32 px:
+# 0.048 ms); the rest, and the bytes, grow with the area. "originals" are ImageNet's own files.
 JPEG_BYTES, JPEG_SECONDS = 24_000, 0.39e-3
 PATCH_SECONDS = 0.021e-3
 IMAGE_SECONDS = 0.04e-3
@@ -28,8 +28,8 @@ PAPER_CORE_DAYS = {"h14_jft300m_14ep": 2500, "l16_jft300m_14ep": 680, "l16_image
 
 
 def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[str, Any]:
-    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored. cores_per_gpu: whole cores, with the
-    one that launches kernels."""
+    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored. cores_per_gpu: whole
+    cores, with the one that launches kernels."""
     side, augment = config.training.image_size, config.training.augment
     channels, area = 3, (side / 224) ** 2
     strong = augment.randaug_layers * RANDAUGMENT_SECONDS + (MIXUP_SECONDS if augment.mixup else 0.0)

@@ -72,9 +72,8 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
 def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: dict[str, Any]) -> dict[str, Any]:
     """Steps, images, FLOPs, speed, hours and dollars of a run over a corpus of `images`.
 
-    split: how a GPU's part of the batch is computed (`memory`): micro_batch and accumulation. The speed is the smallest of
-    `limits`; wanted_images_per_second is that of a run which never waits for data.
-    """
+    split: how a GPU's part of the batch is computed (`memory`): micro_batch and accumulation. The speed is the smallest
+    of `limits`; wanted_images_per_second is that of a run which never waits for data."""
     training = config.training
     train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
     rates = limits(config, options, train_flops, split)
@@ -98,8 +97,8 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
 
 
 def limits(config: PlanConfig, options: dict[str, Any], train_flops: float, split: dict[str, Any]) -> dict[str, float]:
-    """Images per second that each part of the run allows: the GPUs at the given MFU, the launching of their kernels, the
-    decoding of JPEG shards on the CPUs, and reading them.
+    """Images per second that each part of the run allows: the GPUs at the given MFU, the launching of their kernels,
+    the decoding of JPEG shards on the CPUs, and reading them.
 
     Communication between GPUs is not among them (tests/benchmarks/scaling.py models it).
     """

@@ -21,9 +21,8 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
-    where it is not, the published corpus of the recipe stands in, and everything else is checked. Raises UserError for what
-    could not work.
-    """
+    where it is not, the published corpus of the recipe stands in, and everything else is checked. Raises UserError for
+    what could not work."""
     from pipeline.data import open_dataset
     from pipeline.training import run
     from pipeline.training.plan import make_plan
