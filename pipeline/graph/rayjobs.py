@@ -41,6 +41,7 @@ class RayJobs:
         try:
             if address not in (None, "auto"):  # Ray lets RAY_ADDRESS win over what it is given
                 os.environ["RAY_API_SERVER_ADDRESS"] = address
+            logging.getLogger("ray").setLevel(logging.WARNING)  # a line for each file that is not shipped
             self._client = JobSubmissionClient()
             self._client.list_jobs()
         except Exception as error:  # Ray raises bare RuntimeError, ConnectionError and its own

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from pipeline import lease
 from pipeline.graph import state
 
 ROOT = Path(__file__).parents[2]
@@ -103,9 +104,25 @@ def test_a_stopped_runner_stops_its_stages(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(1500)
+def test_an_output_that_is_in_use_is_waited_for(tmp_path):
+    """What a lost head leaves behind on another node: its stage still works where the next attempt wants to."""
+    training = {"data": "${data.output}/train", "validation": None, "steps": 4, "workers": 1}
+    training["output"] = str(tmp_path / "trained")
+    stages = {"data": DATA, "pretrain": {"job": "pretrain", "recipe": "demo", "fields": training}}
+    with lease.Lease(training["output"], "left over"):
+        process = start(tmp_path, "busy", stages)
+        log = tmp_path / "busy.log"
+        wait_for(lambda: "is being trained in by left over" in log.read_text(), 900)
+    assert process.wait(timeout=900) == 0
+    assert "pretrain: started (attempt 2)" in log.read_text()
+    assert results(tmp_path, "busy")["pretrain"]["steps"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
 def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
-    assert start(tmp_path, "calm", sweep()).wait(timeout=1200) == 0
+    assert start(tmp_path, "calm", sweep()).wait(timeout=2400) == 0
     dice = random.Random(7)
     process = start(tmp_path, "wild", sweep())
     for victim in ("runner", "stage", "both", "stage", "runner"):
@@ -117,6 +134,6 @@ def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
             process.kill()
             process.wait()
             process = start(tmp_path, "wild", sweep())
-    assert process.wait(timeout=1200) == 0
+    assert process.wait(timeout=2400) == 0
     assert results(tmp_path, "wild") == results(tmp_path, "calm")
     assert len(results(tmp_path, "wild")) == 9
