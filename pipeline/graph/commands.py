@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import credentials, lease, storage
 from pipeline.config import fingerprint
-from pipeline.errors import JobFailed, UserError, nearest
+from pipeline.errors import InUse, JobFailed, UserError, nearest
 from pipeline.graph import estimate, file, instances, rayjobs, report, runner, state
 from pipeline.graph.executor import Executor
 from pipeline.graph.plan import DONE, RUNNING, Plan, Status
@@ -200,6 +200,8 @@ def run(
     for _ in ticks(seconds(options.every)):
         try:
             run_once(again() if again else pipeline, where, options, show)
+        except InUse:
+            logger.info("%s is being run already; this pass is skipped", pipeline.name)
         except (
             UserError,
             JobFailed,
@@ -232,7 +234,7 @@ def run_once(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> i
     )
     try:
         held = holder.__enter__()
-    except UserError:
+    except InUse:
         if options.skip_if_running:
             logger.info("%s is being run already; this run is skipped", pipeline.name)
             return 0
