@@ -1,8 +1,9 @@
 """What a run would find wrong later is said before anything is written."""
 
+import importlib.util
 import re
-import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +48,12 @@ def package(tmp_path, monkeypatch):
 
 
 def main_of(job):
-    """`main` of jobs/JOB.py."""
-    return runpy.run_path(str(PROJECT / "jobs" / f"{job}.py"))["main"]
+    """`main` of jobs/JOB.py, whatever else is called `jobs` on the path of the tests."""
+    name = f"job_{job}"
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "jobs" / f"{job}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def picture(seed):
