@@ -409,16 +409,8 @@ def suite_version(config: TransferConfig) -> str:
     """
     elsewhere = {
         *("checkpoint", "output", "micro_batch", "compile", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
-        *(
-            "address",
-            "experiment",
-            "tracking_uri",
-            "data",
-            "real_labels",
-            "decontamination",
-            "variant",
-            "random_encoder",
-        ),
+        *("address", "experiment", "tracking_uri", "data", "real_labels", "decontamination"),
+        *("variant", "random_encoder"),
     }
     settings = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
     files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination")}

@@ -54,6 +54,15 @@ def table(result: dict[str, Any]) -> str:
         f"               {checkpoint['expected_failures']:.2g} failures expected: best every "
         f"{checkpoint['interval_steps']:,} steps ({checkpoint['interval_seconds'] / 60:.0f} min),",
         f"               the recipe has {checkpoint['recipe_interval_steps']:,}",
+    ]
+    lines += _paper(result)
+    if "prepare" in result:
+        lines += _prepare(result["prepare"])
+    return "\n".join(lines)
+
+
+def _paper(result: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "  the paper's runs (Table 2) on this GPU",
         f"    {'':24s}{'exaFLOPs':>10s}{'TPUv3 core-days':>17s}{'GPU-days':>10s}{'cost':>10s}",
@@ -63,18 +72,20 @@ def table(result: dict[str, Any]) -> str:
             f"    {row['recipe']:24s}{row['train_exaflops']:>10,.0f}{row['tpu_v3_core_days']:>17,}{row['gpu_days']:>10,.1f}"
             f"{'$' + format(row['cost'], ',.0f'):>10s}"
         )
-    if prepare := result.get("prepare"):
-        lines += [
-            "",
-            f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: "
-            f"{_few(prepare['core_hours'])} core-hours,",
-            f"               {hours_text(prepare['hours'])} on {prepare['cores']} cores",
-        ]
-        for name, row in prepare["output"].items():
-            lines.append(
-                f"    {name:10s}{_size(row['bytes']):>10s} in {row['shards']:,} shards, ${row['storage_cost_per_month']:,.0f} a month"
-            )
-    return "\n".join(lines)
+    return lines
+
+
+def _prepare(prepare: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: {_few(prepare['core_hours'])} core-hours,",
+        f"               {hours_text(prepare['hours'])} on {prepare['cores']} cores",
+    ]
+    for name, row in prepare["output"].items():
+        lines.append(
+            f"    {name:10s}{_size(row['bytes']):>10s} in {row['shards']:,} shards, ${row['storage_cost_per_month']:,.0f} a month"
+        )
+    return lines
 
 
 def _cores(result: dict[str, Any]) -> list[str]:
