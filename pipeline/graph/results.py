@@ -29,7 +29,7 @@ def read(kind: str, output: str) -> dict[str, Any]:
         return {}
     try:
         return readers[kind](output)
-    except (UserError, OSError, KeyError, TypeError, ValueError):
+    except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError):
         return {}
 
 

@@ -321,7 +321,7 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
         raise UserError(f"{output} contains no checkpoint to continue from; check --output, or use --resume auto")
     if not storage.exists(uri):
         return None
-    record = _read_record(uri)
+    record = read_record(uri)
     if mode == "never":
         raise UserError(f"{output} already contains a run; choose another --output, or --resume auto to continue it")
     identity = plan.identity
@@ -341,7 +341,7 @@ def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
     return record
 
 
-def _read_record(uri: str) -> dict[str, Any]:
+def read_record(uri: str) -> dict[str, Any]:
     """Reads and validates run.json. Raises UserError naming the file when it is not valid."""
     record = storage.read_json(uri)
     if isinstance(record, dict) and record.get("format", 1) != checkpoints.FORMAT:

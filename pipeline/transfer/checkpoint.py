@@ -69,7 +69,7 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         found = checkpoints.resolve(place)
         uri = found.uri
         record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, "run.json")  # of the pre-training run
-        run_id = _recorded_run(record) if storage.exists(record) else None
+        run_id = recorded_run(record) if storage.exists(record) else None
         masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # its encoder is what transfers
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
@@ -98,7 +98,7 @@ def _content(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _recorded_run(uri: str) -> str | None:
+def recorded_run(uri: str) -> str | None:
     record = storage.read_json(uri)
     run_id = record.get("run_id") if isinstance(record, dict) else None
     return run_id if isinstance(run_id, str) else None

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from pipeline import storage
 from pipeline.credentials import redacted, take_from_arguments, take_from_values, take_password
 from pipeline.errors import UserError
 from tests.faultproxy import FaultProxy
-from tests.ports import free_port
+from tests.mlflowserver import mlflow_server
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {
@@ -58,30 +56,6 @@ class ProcessList(threading.Thread):
                 line = " ".join(process.info["cmdline"] or [])
                 if self.seen[process.pid][-1:] != [line]:
                     self.seen[process.pid].append(line)
-
-
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """MLflow's own server, as a process on loopback."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", f"{folder}/artifacts", "--port", str(port), "--workers", "1"]
-    with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.2)
-        yield address
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            child.terminate()
-        process.wait(30)
 
 
 @contextmanager

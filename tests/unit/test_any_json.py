@@ -11,11 +11,11 @@ from pipeline.lease import Lease, held_by
 from pipeline.operations.ledger import Ledger, LedgerError, Target, read_record
 from pipeline.tracking.spool import look_up
 from pipeline.training import checkpoint
-from pipeline.training.run import _read_record
+from pipeline.training import run as training_run
 from pipeline.transfer import corrections, features, scores
-from pipeline.transfer.checkpoint import _recorded_run
+from pipeline.transfer.checkpoint import recorded_run
 from pipeline.vtab import archives
-from pipeline.weights import description, folders
+from pipeline.weights import checkpoints, description, folders
 
 DEEP = 100_000
 TEXTS = {
@@ -54,14 +54,14 @@ def ledger(folder):
 # {the file: what reads it, given its folder}
 PLACES = {
     "checkpoints/step-00000001/COMMIT.json": lambda folder: (checkpoint.latest(folder), checkpoint.survey(folder)),
-    "COMMIT.json": lambda folder: checkpoint.resolve(folder),
-    "run.json": lambda folder: (_recorded_run(f"{folder}/run.json"), _read_record(f"{folder}/run.json")),
+    "COMMIT.json": lambda folder: checkpoints.resolve(folder),
+    "run.json": lambda folder: (recorded_run(f"{folder}/run.json"), training_run.read_record(f"{folder}/run.json")),
     "launch.json": lease,
     "step-1/claim-000.json": ledger,
     "step-1/result.json": lambda folder: Ledger(folder).result(TARGET),
     "series.json": lambda folder: read_record(f"{folder}/series.json"),
-    "scores.json": lambda folder: (scores.read_scores(folder), results._transferred(folder)),
-    "promotion.json": results._promoted,
+    "scores.json": lambda folder: (scores.read_scores(folder), results.read("transfer", folder)),
+    "promotion.json": lambda folder: results.read("promote", folder),
     "_pipeline/state.json": state.load,
     "config.json": description.checkpoint_config,
     "model.safetensors.index.json": lambda folder: folders.read_folder(folder),

@@ -631,7 +631,10 @@ def test_names_that_mlflow_accepts_stay_and_others_stay_apart():
     assert len({names.valid_name(name) for name in ("a+b", "a(b", "a)b", "a_b")}) == 4
 
 
-@pytest.mark.parametrize("folder", ["x%2Fy", "a?b", "with space", "ünï", "c#d"])
+@pytest.mark.parametrize(
+    "folder",
+    ["x%2Fy", "a?b", "with space", "ünï", "c#d", "dots..", "new\\nline", "100%", "a&b=c", "it's", 'q"', "a:b@c"],
+)
 def test_a_working_folder_of_any_name_tracks_like_any_other(uri, empty_database, tmp_path, monkeypatch, folder):
     (tmp_path / folder).mkdir()
     shutil.copy(empty_database, tmp_path / folder / "mlflow.db")
