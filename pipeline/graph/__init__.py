@@ -1,24 +1,24 @@
-"""The pipeline file: stages that are jobs of this project, what each needs and makes, what is done and what is stale.
+"""Pipelines: stages that are jobs of this project, with dependencies and states.
 
 commands    the commands of jobs/pipeline.py
 file        the YAML file, or a recipe of recipes.py, as a `Pipeline`
-kinds       the jobs that can be stages: their config, inputs, outputs, and what decides their output
-fields      fields of a config by their dotted names, and as flags
+kinds       the jobs that can be stages: config, inputs, outputs, identity
+fields      config fields as dotted names and flags
 instances   stages -> instances: `matrix`, references, order, checks
-places      fingerprints of what stands at an address
-state       state.json in the pipeline's output: versions that are done, what runs, what failed
+places      fingerprints of the content at a URI
+state       state.json in the output of the pipeline: finished, running and failed versions
 recipes     pipelines as Python functions
-plan        what is done, stale or waiting, and why; which instances a command runs
-executor    what the runner asks of an executor
-processes   executor on this machine: a process each
-rayjobs     executor on a cluster: a Ray job each
-runner      runs what is not done, side by side
-results     what a job says of itself, read from its files
-cost        what stages took
-estimate    what stages will take
+plan        states of instances with reasons; the selection of instances to run
+executor    the interface of executors
+processes   executor on this machine: one process per stage
+rayjobs     executor on a cluster: one Ray job per stage
+runner      runs unfinished instances in parallel
+results     results of a job, read from its files
+cost        measured cost of stages
+estimate    estimated cost of stages
 promotion   `promote`: candidate and champion of the pipeline's registered model
-record      the pipeline's run in MLflow
-report      tables, the picture of the graph, the page
+record      the MLflow run of the pipeline
+report      tables, the plot of the graph, the report page
 schema      the JSON schema of a pipeline file
 export      lists of commands for other schedulers
 """

@@ -1,4 +1,4 @@
-"""The commands of jobs/pipeline.py: command lines -> plans and runs."""
+"""The commands of jobs/pipeline.py."""
 
 import argparse
 import inspect
@@ -27,7 +27,7 @@ Show = Callable[[str], None]
 
 
 def main(argv: list[str], description: str, show: Show) -> int:
-    """Runs a command line; its exit code. show: prints a result. Raises UserError for wrong input."""
+    """Runs a command line. Returns its exit code. show: prints a result. Raises UserError for wrong input."""
     argv = credentials.take_from_arguments(argv)
     command = argv[0] if argv and argv[0] in COMMANDS else "run"
     words = argv[1:] if argv and argv[0] in COMMANDS else argv
@@ -106,23 +106,21 @@ def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
             default=[],
             dest="first",
             metavar="STAGE",
-            help="Run these stages and all that need them.",
+            help="Run these stages and all that depend on them.",
         )
         parser.add_argument(
-            "--until", nargs="+", default=[], metavar="STAGE", help="Run these stages and all that they need."
+            "--until", nargs="+", default=[], metavar="STAGE", help="Run these stages and all their dependencies."
         )
         parser.add_argument(
             "--force",
             nargs="*",
             metavar="STAGE",
-            help="Run these stages again, from nothing; without a name all selected ones.",
+            help="Run these stages again from an empty folder; without a name all selected ones.",
         )
-        parser.add_argument("--dry-run", action="store_true", help="Say what would run and what it will take.")
-        parser.add_argument("--parallel", type=int, metavar="N", help="Largest number of stages at the same time.")
-        parser.add_argument("--every", metavar="T", help="Run for ever, one pass each 30m, 1h or 1d.")
-        parser.add_argument(
-            "--skip-if-running", action="store_true", help="End with exit code 0 when another run goes on."
-        )
+        parser.add_argument("--dry-run", action="store_true", help="Print what would run, with estimates.")
+        parser.add_argument("--parallel", type=int, metavar="N", help="Maximum number of concurrent stages.")
+        parser.add_argument("--every", metavar="T", help="Run until stopped, one pass every 30m, 1h or 1d.")
+        parser.add_argument("--skip-if-running", action="store_true", help="Exit with code 0 if another run is active.")
     return parser
 
 
@@ -136,7 +134,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[
     recipe = first.parse_known_args(words)[0].recipe
     if recipe is None:
         if all(word.startswith("-") for word in words):
-            raise UserError(f"which pipeline? give a file, or --recipe NAME (recipes: {', '.join(RECIPES)})")
+            raise UserError(f"no pipeline given: give a file, or --recipe NAME (recipes: {', '.join(RECIPES)})")
         return _known(_parser(command, with_file=True), words), {}
     if recipe not in RECIPES:
         raise UserError(f'unknown recipe "{recipe}"{nearest(recipe, RECIPES)}; recipes: {", ".join(RECIPES)}')
@@ -190,7 +188,8 @@ def _plan(pipeline: file.Pipeline, where: str) -> Plan:
 def run(
     pipeline: file.Pipeline, where: str, options: Any, show: Show, again: Callable[[], file.Pipeline] | None = None
 ) -> int:
-    """One pass, or one each `--every`. again: reads the pipeline anew for the next pass: its file or its source may change."""
+    """One pass, or one each `--every`. again: reads the pipeline anew for the next pass: its file or its source may
+    change."""
     if options.parallel is not None and options.parallel < 1:
         raise UserError(f"--parallel {options.parallel} must be at least 1")
     if options.every is None:
@@ -236,7 +235,7 @@ def run_once(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> i
         held = holder.__enter__()
     except InUse:
         if options.skip_if_running:
-            logger.info("%s is being run already; this run is skipped", pipeline.name)
+            logger.info("%s is already running; this run is skipped", pipeline.name)
             return 0
         raise
     try:
@@ -253,7 +252,7 @@ def _select(plan: Plan, options: Any) -> list[str]:
 
 
 def _run_held(plan: Plan, executor: Executor, options: Any, show: Show) -> int:
-    """The run itself, by the one who holds the pipeline."""
+    """The run, while this process holds the lease."""
     selected = _select(plan, options)
     states = plan.survey()
     cpus = executor.cpus if executor.cpus != float("inf") else 1.0
@@ -319,7 +318,7 @@ def _executor(plan: Plan, address: str | None) -> Executor:
 
 
 def status(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
-    """Where each stage stands."""
+    """Shows the state of each stage."""
     plan = _plan(pipeline, where)
     states = plan.survey()
     if options.json:
@@ -328,13 +327,13 @@ def status(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int
     holder = lease.held_by(storage.join(plan.state.root, state.FOLDER))
     text = f"run by process {holder['pid']} on {holder['host']}" if holder else None
     if text is None and any(s.state == RUNNING for s in states.values()):
-        text = "no runner: the next `run` takes over what runs"
+        text = "no runner: the next `run` takes over the running stages"
     show(report.status_table(plan, states, text))
     return 0
 
 
 def stop(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
-    """Asks stages that run to save themselves and end."""
+    """Stops running stages, which save their state first."""
     plan = _plan(pipeline, where)
     wanted = plan.named(options.stages, "stop") if options.stages else list(plan.instances)
     executor = _executor(plan, options.address)

@@ -1,4 +1,4 @@
-"""The pipeline file as data: YAML, or a Python function that returns a `Pipeline`."""
+"""Reads pipeline files: YAML, or a Python function that returns a `Pipeline`."""
 
 import json
 import math
@@ -24,14 +24,15 @@ PROMOTE = "promote"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What a stage occupies while it runs."""
+    """Resources of a running stage."""
 
     cpus: float | None = None
-    """CPU cores; default: what the job's own fields say (workers, cpus_per_worker, num_cpus), else all of the machine."""
+    """CPU cores; default: from the fields of the job (workers, cpus_per_worker, num_cpus), otherwise the whole
+    machine."""
     gpus: float | None = None
-    """GPUs; default: what the job's own fields say."""
+    """GPUs; default: from the fields of the job."""
     memory: float | None = None
-    """GB that the stage's entry point asks for on a cluster; default 1."""
+    """Memory request of the entry point on a cluster, in GB; default 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,33 +42,33 @@ class Stage:
     job: str
     """prepare, vtab, pretrain, transfer, evaluate, export, visualize or compare."""
     recipe: str | None = None
-    """Recipe of the job that the fields are laid over; of transfer: the suite."""
+    """Recipe of the job (for transfer: the suite), which the fields override."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the job by their dotted names, or nested."""
     matrix: dict[str, list[Any]] = field(default_factory=dict)
     """Values of a field, or of `recipe`, by its name: one instance of the stage for every combination."""
     after: list[str] = field(default_factory=list)
-    """Stages that have to be done first, beyond those that fields refer to."""
+    """Stages that have to finish first, in addition to those that fields refer to."""
     retries: int | None = None
-    """How often a failed attempt is tried again; default: the pipeline's."""
+    """Number of retries of a failed attempt; default: that of the pipeline."""
     resources: Resources = field(default_factory=Resources)
-    """What the stage occupies, where the job's own fields do not say it."""
+    """Resources of the stage, if the fields of the job do not determine them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promotion:
-    """The rule by which a checkpoint becomes the champion of the pipeline's registered model."""
+    """The promotion rule for the champion of the pipeline's registered model."""
 
     over: list[str]
     """Transfer stages whose scores count; those of one checkpoint are averaged."""
     metric: str = "mean"
     """mean, or the name of a task in percent."""
     at_least: float | None = None
-    """A smaller score is not promoted."""
+    """Minimum score for promotion."""
     no_worse_than: Literal["champion"] | None = None
-    """champion: a score below the present champion's, measured in the same way, is not promoted."""
+    """champion: do not promote a score below that of the current champion on the same suite."""
     margin: float = 0.0
-    """How many standard errors of the difference a score may be below the champion's."""
+    """Allowed difference below the score of the champion, in standard errors of the difference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +94,9 @@ class Pipeline:
     promote: Promotion | None = None
     """Rule for the registered model."""
     retries: int = 1
-    """How often a failed attempt of a stage is tried again."""
+    """Number of retries of a failed attempt of a stage."""
     parallel: int = 16
-    """Stages that run at the same time, at most."""
+    """Maximum number of concurrent stages."""
     prices: Prices = field(default_factory=Prices)
     """For costs in dollars."""
     tracking_uri: str | None = None
@@ -108,7 +109,8 @@ class Pipeline:
 
 
 def load(place: str) -> Pipeline:
-    """The pipeline that a .yaml file, or the function `pipeline` of a .py file, describes. Raises UserError naming the key."""
+    """The pipeline that a .yaml file, or the function `pipeline` of a .py file, describes. Raises UserError naming the
+    key."""
     if place.endswith(".py"):
         return _load_python(place)
     try:
@@ -168,7 +170,7 @@ def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
 
 
 def check(pipeline: Pipeline, where: str) -> Pipeline:
-    """The pipeline itself. Raises UserError for names and numbers that cannot be."""
+    """Validates a pipeline. Raises UserError for invalid names and numbers."""
     for name in (pipeline.name, *pipeline.stages):
         if not NAME.fullmatch(name):
             raise UserError(
@@ -218,11 +220,11 @@ def to_yaml(pipeline: Pipeline) -> str:
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML as a pipeline file may use it.
+    """YAML loader for pipeline files.
 
-    A key that stands twice is an error, since the first stage of that name would be lost in silence; so is a key that YAML
-    does not read as text (yes, 1, 2026-01-01). Aliases count as what they stand for: a few lines can mean billions of values.
-    """
+    Duplicate keys are errors, because the first stage of that name would be silently lost; so are keys that YAML does
+    not parse as strings (yes, 1, 2026-01-01). The limit on values counts expanded aliases, because a few lines can
+    expand to billions."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

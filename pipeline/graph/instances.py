@@ -1,8 +1,7 @@
-"""Stages -> instances: one for every combination of its own `matrix` and of those that it refers to; references, order, checks.
+"""Expands stages to instances, one per combination of the `matrix` of a stage and of the stages it refers to.
 
-An instance of `transfer` that reads `${pretrain.output}` exists once for every instance of `pretrain`; `${pretrain.*.output}`
-stands for all of them, in a field that takes several values.
-"""
+A `transfer` stage that reads `${pretrain.output}` has one instance per instance of `pretrain`; `${pretrain.*.output}`
+expands to all of them, in a field that takes several values."""
 
 import dataclasses
 import functools
@@ -25,7 +24,7 @@ from pipeline.graph.state import FOLDER
 MOST = 10_000  # instances of one pipeline
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Axes = tuple[tuple[str, str], ...]
-"""Which value, as text, an instance has of each axis ("stage.field")."""
+"""The value, as text, of each axis ("stage.field") of an instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Address:
 
 @dataclass(kw_only=True, slots=True)
 class Instance:
-    """One run of a job that the pipeline asks for. References to outputs stand in the values until it starts."""
+    """An instance of a stage. Values contain references to outputs until it starts."""
 
     name: str
     stage: str
@@ -54,24 +53,24 @@ class Instance:
     reads: dict[str, tuple[Address, ...]]
     observes: dict[str, tuple[Address, ...]]
     needs: tuple[str, ...]
-    """Names of the instances that have to be done first."""
+    """Names of the instances that have to finish first."""
     after: tuple[str, ...] = ()
     """Those of them that no field refers to."""
     output: str | None = None
-    """The address that the file gives; None: a folder that the identity names."""
+    """The URI in the file; None: a folder named after the identity."""
     axes: Axes = ()
     retries: int = 1
     cpus: float | None = None
     gpus: float = 0.0
     memory: float = 1.0
     decides: dict[str, Any] = field(default_factory=dict)
-    """What of the config decides the output, as plain values, without addresses."""
+    """The part of the config that affects the output, as plain values, without URIs."""
     label: str = ""
     """The part of the name in brackets, as part of a path."""
 
 
 def expand(pipeline: Pipeline, where: str = "pipeline") -> dict[str, Instance]:
-    """{name: instance} in an order in which they can run. Raises UserError, one line each, for whatever cannot be."""
+    """{name: instance} in topological order. Raises UserError for an invalid pipeline."""
     stages = dict(pipeline.stages)
     found: dict[str, list[Instance]] = {}
     count = 0
@@ -111,7 +110,7 @@ def _order(pipeline: Pipeline, where: str) -> list[str]:
                 path.pop()
             elif state.get(left[0]) == 1:
                 circle = [*path[path.index(left[0]) :], left[0]]
-                raise UserError(f"{where}: the stages need one another in a circle: {' -> '.join(circle)}")
+                raise UserError(f"{where}: the stages depend on each other in a cycle: {' -> '.join(circle)}")
             else:
                 path.append(left[0])
     return order
@@ -142,7 +141,7 @@ def _needed(name: str, stage: Stage, pipeline: Pipeline, where: str) -> list[str
             needed.append(head)
     for other in needed:
         if other == name:
-            raise UserError(f"{where}: the stages need one another in a circle: {name} -> {name}")
+            raise UserError(f"{where}: the stages depend on each other in a cycle: {name} -> {name}")
     return list(dict.fromkeys(needed))
 
 
@@ -162,7 +161,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """What the instances of a stage have in common."""
+    """The common part of the instances of a stage."""
 
     name: str
     stage: Stage
@@ -196,7 +195,7 @@ def _instances(
             own = tuple((f"{name}.{key}", _short(value)) for key, value in values.items())
             made.append(_instance(template, values, ups, (*axes, *own)))
     if len({instance.name for instance in made}) < len(made):
-        raise UserError(f"{place}: two combinations of the matrix are the same; every value may stand once")
+        raise UserError(f"{place}: two combinations of the matrix are the same; list every value only once")
     return made
 
 
@@ -211,7 +210,7 @@ def _matrix(stage: Stage, kind: Kind, given: Mapping[str, Any], place: str) -> d
             if key not in known:
                 raise UserError(f'{place}: matrix: unknown field "{key}"{nearest(key, [*known, "recipe"])}')
         if key in given or (key == "recipe" and stage.recipe):
-            raise UserError(f"{place}: {key} stands in the matrix and beside it; give it once")
+            raise UserError(f"{place}: {key} is given both in the matrix and outside it; give it once")
     return values
 
 
@@ -251,7 +250,7 @@ def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, 
     }
     config = fields.with_values(kinds.start(kind, recipe, given, place), given, place)
     if kind.recipe_flag == "suite" and recipe and config.suite != recipe:
-        raise UserError(f"{place}: recipe {recipe} and suite {config.suite} contradict each other; give one of them")
+        raise UserError(f"{place}: recipe {recipe} and suite {config.suite} conflict; give one of them")
     kinds.check(kind, config, place)
     output = given.pop("output", None)
     reads = {key: found for key in kind.reads if (found := _addresses(fields.get(config, key)))}
@@ -424,7 +423,7 @@ def _connect(instances: dict[str, Instance], where: str) -> dict[str, Instance]:
     try:
         order = list(graphlib.TopologicalSorter({n: i.needs for n, i in instances.items()}).static_order())
     except graphlib.CycleError as error:
-        raise UserError(f"{where}: the stages need one another in a circle: {' -> '.join(error.args[1])}") from error
+        raise UserError(f"{where}: the stages depend on each other in a cycle: {' -> '.join(error.args[1])}") from error
     return {name: instances[name] for name in order}
 
 

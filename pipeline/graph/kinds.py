@@ -1,8 +1,7 @@
-"""The jobs that can be stages: their config, what they read and write, and what decides their output.
+"""The jobs that can be stages: config, inputs, outputs, and identity.
 
-A kind says which fields of its config are addresses that it reads (their content counts, not the place), which one it
-writes, and which change nothing of the output (where and how fast it runs). Every other field is part of a stage's
-identity."""
+A kind defines which fields of its config are inputs (identified by content, not location), which one is the output, and
+which do not affect the output (execution settings). All other fields are part of the identity of a stage."""
 
 import dataclasses
 import functools
@@ -34,28 +33,28 @@ class Kind:
     """The recipe that counts without `recipe`."""
     recipe_flag: str = "recipe"
     positional: str | None = None
-    """Field that the command takes without a flag."""
+    """Positional argument of the command."""
     reads: tuple[str, ...] = ()
-    """Fields that are addresses of inputs whose content decides the output."""
+    """Fields with URIs of inputs whose content affects the output."""
     observes: tuple[str, ...] = ()
-    """Fields that are addresses of inputs which change nothing of the output, such as a validation set."""
+    """Fields with URIs of inputs that do not affect the output, such as a validation set."""
     required: tuple[str, ...] = ()
-    """Fields that a stage has to give although the job does without."""
+    """Fields that are required in a stage but optional in the job."""
     ignores: tuple[str, ...] = ()
-    """Fields that do not change what the job makes."""
+    """Fields that do not affect the output."""
     joins: tuple[str, ...] = ()
-    """Fields of which another value continues in the same output instead of making a new one."""
+    """Fields whose change continues in the same output instead of a new one."""
     formats: tuple[str, ...] = ()
-    """Formats whose version decides whether an old output is still good."""
+    """Formats whose version is part of the identity."""
     marker: tuple[str, ...] = ()
-    """Files whose presence says that the output is complete; the first that exists counts."""
+    """Files that mark a complete output; the first one that exists is used."""
     extra: tuple[str, ...] = ()
-    """Words that a stage's command always has."""
+    """Fixed arguments of the command."""
     cpus: Callable[[Any], float | None] = lambda config: 1.0
-    """CPUs that the job occupies; None: all of the machine."""
+    """CPUs of the job; None: the whole machine."""
     gpus: Callable[[Any], float] = lambda config: 0.0
     optional_gpus: Callable[[Any], float] = lambda config: 0.0
-    """GPUs that the job takes where there are some, at most."""
+    """Maximum number of GPUs of the job, if available."""
 
 
 WHERE = ("address", "tracking", "tracking_uri")
@@ -275,7 +274,7 @@ def task_names(config: Any) -> list[str] | None:
 
 
 def check(kind: Kind, config: Any, where: str) -> None:
-    """Values that cannot work, as far as the job's own checks know without its data. Raises UserError."""
+    """Runs the checks of the job that do not need its data. Raises UserError."""
     checks = {"pretrain": "pipeline.training.plan:check_values", "transfer": "pipeline.transfer.suites:check_config"}
     try:
         if place := checks.get(kind.name):

@@ -1,11 +1,9 @@
-"""Fingerprints of what stands at an address: the content counts, not the place, the time or the name of the folder.
+"""Fingerprints of the content at a URI, independent of location, time and folder name.
 
-a dataset, or a folder of datasets     the fingerprints of their manifests
-a checkpoint, or a run                 the checksum of the weights
-a transfer's output                    its scores
-a registered model                     the checkpoint of the version
-any other file or folder               names, sizes and bytes; beyond `MOST_READ` bytes names and sizes (on S3 also ETags)
-"""
+a dataset, or a folder of datasets     the fingerprints of their manifests a checkpoint, or a run                 the
+checksum of the weights a transfer's output                    its scores a registered model                     the
+checkpoint of the version any other file or folder               names, sizes and bytes; beyond `MOST_READ` bytes names
+and sizes (on S3 also ETags)"""
 
 import contextlib
 import hashlib
@@ -32,13 +30,13 @@ _FINGERPRINT = re.compile(rb'"fingerprint": "([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What stands at an address. parts: {path below it: fingerprint}, of the datasets in a folder."""
+    """The content at a URI. parts: {relative path: fingerprint} of the datasets in a folder."""
 
     fingerprint: str
     parts: dict[str, str] = field(default_factory=dict)
 
     def below(self, path: str) -> str:
-        """The fingerprint of what stands at a path below the address."""
+        """The fingerprint of a relative path."""
         if not path:
             return self.fingerprint
         if path in self.parts:
@@ -48,12 +46,12 @@ class Content:
 
 
 class Missing(UserError):
-    """Nothing stands at the address."""
+    """Raised when there is nothing at a URI."""
 
 
 class Places:
-    """Fingerprints of addresses outside the pipeline, each looked at once. memory: what an earlier look found, by address:
-    files whose sizes and times are as they were are not read again."""
+    """Fingerprints of addresses outside the pipeline, each looked at once. memory: what an earlier look found, by
+    address: files whose sizes and times are as they were are not read again."""
 
     def __init__(self, memory: dict[str, Any] | None = None, tracking_uri: str | None = None) -> None:
         self.memory = memory if memory is not None else {}
@@ -115,9 +113,9 @@ class Places:
 
 
 def describe(uri: str) -> Content | None:
-    """What one of our jobs has made at an address; None for anything else.
+    """The fingerprint of an output of one of the jobs; None for other content.
 
-    Raises Missing for an address where nothing is, and UserError for a damaged manifest or checkpoint.
+    Raises Missing when there is nothing at the URI, and UserError for a damaged manifest or checkpoint.
     """
     here = set(storage.list_names(uri))
     if not here:
@@ -142,7 +140,8 @@ def describe(uri: str) -> Content | None:
 
 
 def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
-    """(path, fingerprint) of datasets in the folder or in its folders: the splits of prepare, VTAB's tasks and splits."""
+    """(path, fingerprint) of datasets in the folder or in its folders: the splits of prepare, VTAB's tasks and
+    splits."""
 
     def look(name: str) -> list[tuple[str, str]]:
         below = storage.list_names(storage.join(uri, name))
@@ -167,7 +166,8 @@ def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _dataset(uri: str) -> str:
-    """The fingerprint in a manifest, which stands near its beginning: the manifest of a large corpus has hundreds of MB."""
+    """The fingerprint in a manifest, which stands near its beginning: the manifest of a large corpus has hundreds of
+    MB."""
     place = storage.join(uri, MANIFEST)
     match = _FINGERPRINT.search(storage.read_bytes(place, 0, 1 << 16))
     if match is None:
@@ -205,7 +205,8 @@ def _content(uri: str, paths: list[str]) -> str:
 
 
 def complete(uri: str, markers: tuple[str, ...]) -> str | None:
-    """The path of the file that says that an output is complete; None when there is none. `*` stands for any one name."""
+    """The path of the file that says that an output is complete; None when there is none. `*` stands for any one
+    name."""
     for marker in markers:
         if found := _find(uri, marker):
             return found

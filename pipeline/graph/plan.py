@@ -1,4 +1,4 @@
-"""What is done, stale or waiting, and why; which instances a command runs, and by which command lines."""
+"""States of instances with reasons, selection of instances, and their command lines."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ DONE, RUNNING, FAILED, STOPPED, STALE, WAITING = "done", "running", "failed", "s
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What decides the output of an instance whose inputs are all there."""
+    """The identity of an instance whose inputs exist."""
 
     id: str
     about: dict[str, Any]
@@ -27,7 +27,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """Where an instance stands, and why."""
+    """The state of an instance, with the reason."""
 
     state: str
     why: str = ""
@@ -35,13 +35,13 @@ class Status:
 
 
 class Plan:
-    """The instances of a pipeline beside what its state knows. Nothing here writes."""
+    """The instances of a pipeline and their recorded state. Read-only."""
 
     def __init__(self, pipeline: Pipeline, instances: Mapping[str, Instance], state: State, where: str = "pipeline"):
         self.pipeline, self.instances, self.state, self.where = pipeline, instances, state, where
         self.places = Places(state.sources, pipeline.tracking_uri)
         self.forced: set[str] = set()
-        """Instances that run again although they are done."""
+        """Instances that run again although they are done (--force)."""
         self._folders: dict[str, str] = {}
         self._trees: dict[str, str] = {}
         self._complete: dict[str, bool] = {}
@@ -115,7 +115,7 @@ class Plan:
         return self._outside(instance, field, address)
 
     def folder(self, name: str) -> str:
-        """Where an instance writes: what the file says, or a folder of its own for this version of it."""
+        """The output of an instance: from the file, or a folder for this version."""
         if name not in self._folders:
             instance = self.instances[name]
             own = "-".join(filter(None, [instance.label, self.tree(name)[:8]]))
@@ -160,13 +160,13 @@ class Plan:
         self.outputs[name] = self.state.address(version.output)
 
     def forget(self) -> None:
-        """Looks at storage and state anew from now on."""
+        """Clears the caches of storage and state."""
         self._by_identity = {}
         self._by_inputs = {}
         self._complete.clear()
 
     def survey(self) -> dict[str, Status]:
-        """{instance: where it stands}, in the pipeline's order."""
+        """{instance: state}, in the order of the pipeline."""
         self.forget()
         self.done.clear()
         self.outputs.clear()
@@ -202,8 +202,8 @@ class Plan:
     # ------------------------------------------------------------ which ones
 
     def select(self, only: Sequence[str] = (), first: Sequence[str] = (), last: Sequence[str] = ()) -> list[str]:
-        """Names of the instances that a command runs, in order. only: these. first: these and all that need them. last:
-        these and all that they need. Raises UserError for a name that is none."""
+        """Names of the instances to run, in order. only: these. first: these and all that depend on them. last: these
+        and all their dependencies. Raises UserError for an unknown name."""
         chosen = set(self.instances)
         if only:
             chosen &= set(self.named(only, "--only"))
@@ -247,7 +247,7 @@ class Plan:
             values[key] = value
         known = fields.paths(cls)
         if "register" in known and "register" not in values:
-            values["register"] = None  # the promotion registers what is worth it
+            values["register"] = None  # `promote` registers checkpoints
         if "tracking_uri" in known and "tracking_uri" not in values and self.pipeline.tracking_uri:
             values["tracking_uri"] = self.pipeline.tracking_uri
         if "output" in known:
@@ -263,7 +263,7 @@ def _inputs(about: Mapping[str, Any]) -> str:
 
 
 def why_stale(before: Version, now: Identity) -> str:
-    """What differs from the last finished run, in a few words."""
+    """A short description of the differences to the last finished run."""
     if before.identity == now.id:
         return f"its output {before.output} is gone"
     reasons = []

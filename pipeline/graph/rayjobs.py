@@ -86,7 +86,8 @@ class RayJobs:
             return False
 
     def look(self, job: str, log: str) -> Ended | None:
-        """How an attempt ended; None while it runs, or while the server is away. Raises JobFailed when it stays away."""
+        """How an attempt ended; None while it runs, or while the server is away. Raises JobFailed when it stays
+        away."""
         from ray.job_submission import JobStatus
 
         try:
@@ -147,7 +148,8 @@ def _first(error: Any) -> str:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the stages: the package of the job that we are, the folder of the project, or (in an image) nothing to ship."""
+    """That of the stages: the package of the job that we are, the folder of the project, or (in an image) nothing to
+    ship."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     if cluster.submitted():
         kept = ("working_dir", "py_modules", "pip", "uv", "conda", "container", "image_uri")

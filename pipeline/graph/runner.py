@@ -1,8 +1,7 @@
-"""Runs what is not done, independent stages side by side; a runner that was killed and started again goes on.
+"""Runs unfinished instances, independent ones in parallel. A restarted runner continues.
 
-The runner alone writes state.json, and holds the pipeline by a lease meanwhile. An attempt is written down before it is
-started; its name is its own, so that a second start of it finds the first.
-"""
+Only the runner writes state.json, while it holds a lease on the pipeline. It records every attempt, with a unique name,
+before it starts, so that a restarted runner finds it."""
 
 import contextlib
 import logging
@@ -24,7 +23,7 @@ from pipeline.graph.state import FOLDER, Failed, Running, Version
 logger = logging.getLogger(__name__)
 
 LOST_AT_MOST = 5
-"""Attempts that may be lost with their node or by a signal before a stage counts as failed."""
+"""Maximum number of attempts lost to dead nodes or signals before a stage counts as failed."""
 WRONG_INPUT = 2
 STOP_CODES = (130, 143)
 LATER_AT_MOST = 30
@@ -32,12 +31,12 @@ LATER_PAUSE = 20.0
 """A stage that ends with `TRY_LATER` is tried again so often, after so many seconds: its store is away, or what is left
 of its last attempt, on a node that has lost its head, still works in its output."""
 STOP_GRACE = 90.0
-"""Seconds that stages get to save themselves when the runner is stopped."""
+"""Seconds for stages to save their state when the runner is stopped."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """What a run of the pipeline did."""
+    """Results of a run of the pipeline."""
 
     done: list[str] = field(default_factory=list)
     """Finished in this run."""
@@ -45,12 +44,12 @@ class Outcome:
     """Done before."""
     failed: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
-    """Not started, because something before them is not done."""
+    """Not started, because a dependency is not done."""
     seconds: float = 0.0
 
 
 class Runner:
-    """One run of the selected instances. `watch` is called after every change, with the instances that run."""
+    """A run of the selected instances. watch: called after every change with the running instances."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class Runner:
         self._dirty = False
 
     def run(self) -> Outcome:
-        """Until nothing runs and nothing more can be started."""
+        """Runs until nothing is running and nothing more can be started."""
         began = time.monotonic()
         self._adopt()
         left = [name for name in self.plan.instances if name in self.selected]
@@ -98,7 +97,7 @@ class Runner:
     # ------------------------------------------------------------ what runs already
 
     def _adopt(self) -> None:
-        """Takes over the attempts that an earlier runner started and whose end nobody has seen."""
+        """Takes over unfinished attempts of an earlier runner."""
         for name, record in self.plan.state.records.items():
             if record.running is None:
                 continue
@@ -119,7 +118,7 @@ class Runner:
     # ------------------------------------------------------------ starting
 
     def _start_what_is_ready(self, left: list[str]) -> list[str]:
-        """Starts instances whose needs are done, as resources allow; those that are left."""
+        """Starts instances whose dependencies are done, as resources allow. Returns the others."""
         still = []
         for name in left:
             if name in self.running or name in self.outcome.failed:
@@ -147,7 +146,7 @@ class Runner:
         return still
 
     def _settle_needs(self, instance: Instance) -> bool:
-        """Whether all that an instance needs is done; what is not selected counts when it was done before."""
+        """Whether all dependencies of an instance are done, including those that are not selected."""
         for up in instance.needs:
             if up in self.plan.done:
                 continue
@@ -208,7 +207,7 @@ class Runner:
             spent=spent,
             log=self.plan.state.relative(log),
         )
-        self.plan.state.save()  # before the start: an attempt that runs is never unknown
+        self.plan.state.save()  # before the start, so that every running attempt is recorded
         self.executor.start(
             Attempt(
                 job=job,
@@ -224,7 +223,7 @@ class Runner:
         self.watch(self.plan, self.running)
 
     def _refuse(self, name: str, identity: Identity, reason: str) -> None:
-        """Writes down an instance that could not be started."""
+        """Records an instance that could not be started."""
         record = self.plan.state.record(name)
         record.running = None
         record.failed = Failed(identity=identity.id, reason=reason, code=WRONG_INPUT, at=time.time())
@@ -298,7 +297,7 @@ class Runner:
         return ended.code != WRONG_INPUT and failures <= self.plan.instances[name].retries
 
     def _finish(self, name: str, running: Running, spent: dict[str, float]) -> None:
-        """Writes down a finished run; one whose output is not there has failed."""
+        """Records a finished run. A run without output has failed."""
         instance = self.plan.instances[name]
         output = self.plan.state.address(running.output)
         try:
@@ -347,7 +346,7 @@ class Runner:
         logger.error("%s: %s: %s (log: %s)", name, "stopped" if stopped else "failed", reason, running.log)
 
     def _stop_all(self) -> None:
-        """Asks the stages to save themselves, waits, and writes down how they ended."""
+        """Stops the stages, waits until they have saved their state, and records the result."""
         self._stopping = True
         if self.running:
             logger.info("stopping %d stages; they save what they have", len(self.running))
@@ -376,7 +375,7 @@ def job_name(pipeline: str, instance: str, identity: str, attempt: int) -> str:
 
 
 def is_finished(plan: Plan, selected: Collection[str]) -> bool:
-    """Whether all selected instances are done already, and nothing runs."""
+    """Whether all selected instances are done and nothing is running."""
     return all(status.state == DONE for name, status in plan.survey().items() if name in selected)
 
 

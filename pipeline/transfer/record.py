@@ -1,4 +1,5 @@
-"""A suite in MLflow: a parent run, a child run for each task, scores at registered versions. The driver alone writes."""
+"""Logs a suite to MLflow: a parent run, a child run per task, scores of registered versions. Used only by the
+driver."""
 
 import io
 import logging
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes to MLflow, and pictures to the output folder."""
+    """Logs to MLflow, and writes figures to the output folder."""
 
     def __init__(
         self, config: TransferConfig, parent: Run, state: SuiteState, datasets: Mapping[Split, "Dataset"]
@@ -37,9 +38,9 @@ class Recorder:
         self._tasks: dict[str, TransferTask] = {}
 
     def task(self, task: TransferTask, known: Mapping[str, Result]) -> None:
-        """A child run for a task whose last job is done: curves, accuracy per seed, confusion matrix.
+        """Logs a child run for a finished task: curves, accuracy per seed, confusion matrix.
 
-        A driver that died may have left it unwritten, or half of it; the number of results in it tells.
+        Compares the number of results in the run, because an earlier driver may have died before or while writing it.
         """
         self._tasks[task.name] = task
         results = [result for result in known.values() if result.task == task.name]
@@ -112,7 +113,7 @@ class Recorder:
                 return
             rows = {key: row for row, key in enumerate(dataset.table(["key"])["key"].to_pylist())}
             shown = [np.array(p) for p in stored_pictures(dataset, [rows[found.keys[i]] for i in wrong])]
-        except (UserError, OSError, KeyError) as error:  # the scores do not depend on it
+        except (UserError, OSError, KeyError) as error:  # the scores do not depend on the figures
             logger.warning("no picture of the mistakes of %s: %s", task.name, error)
             return
         titles = [mistakes.describe_mistake(found, int(i), classes) for i in wrong]
@@ -164,7 +165,7 @@ class Recorder:
 def attach_scores(
     config: TransferConfig, checkpoint_uri: str, summary: Mapping[str, Any], scores: Sequence[Score], parent: Run
 ) -> None:
-    """Gives the scores to every registered version of this checkpoint, as scheduled evaluation does."""
+    """Adds the scores to every registered version of this checkpoint, like scheduled evaluation."""
     if summary["mean"] is None or not parent.flush():
         return
     evaluation = {

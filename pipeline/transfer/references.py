@@ -1,4 +1,4 @@
-"""Published scores that a report sets beside ours."""
+"""Published scores for comparison in reports."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,8 @@ TABLE_9 = {
         *(70.3, 56.1, 41.9, 74.7, 64.9, 79.9, 30.5, 41.7),
     ),
 }
-# BiT's per-task numbers are not printed: flat mean, and the groups (natural, specialized, structured) of its repository.
+# BiT's per-task numbers are not printed: flat mean, and the groups (natural, specialized, structured) of its
+# repository.
 BIT = {
     "BiT-L R152x4": (76.29, None, None, None),
     "BiT-M R152x4 (re-run)": (73.51, 80.77, 85.67, 61.08),

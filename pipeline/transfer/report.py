@@ -1,4 +1,4 @@
-"""Scores as a table for people, and two runs side by side."""
+"""Renders scores as a table, and compares two runs."""
 
 import itertools
 import math
@@ -31,9 +31,8 @@ def suite_report(
 ) -> str:
     """Markdown: what was run, the table beside published numbers, means, failures.
 
-    about: what the head lists, `suite` among it. failures: {job: error}. others: more columns, {title: {row: top-1}}; `mean`
-    and `mean <group>` are rows, too.
-    """
+    about: what the head lists, `suite` among it. failures: {job: error}. others: more columns, {title: {row: top-1}};
+    `mean` and `mean <group>` are rows, too."""
     lines = [f"# Transfer: {about['suite']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "suite" and value is not None]
     protocols = sorted((repr(task.protocol), task.name) for task in tasks)
@@ -95,7 +94,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """The differences second - first, task by task, each with its standard error; a star marks more than two of them."""
+    """The differences second - first, task by task, each with its standard error; a star marks more than two of
+    them."""
     (about_a, scores_a), (about_b, scores_b) = (read_scores(run, tracking_uri) for run in (first, second))
     b_by_name = {score.name: score for score in scores_b}
     rows: list[dict[str, Any]] = []

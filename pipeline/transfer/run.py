@@ -1,4 +1,4 @@
-"""A whole suite, read from top to bottom: open and check everything, run what is missing, record, report."""
+"""Runs a suite: opens and checks everything, runs unfinished tasks, logs and reports the results."""
 
 import dataclasses
 import logging
@@ -43,7 +43,7 @@ RANDOM_ENCODER = "random encoder"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SuiteResult:
-    """What a suite found; accuracies in percent."""
+    """Results of a suite. Accuracies are in percent."""
 
     suite: str
     output: str
@@ -54,9 +54,9 @@ class SuiteResult:
     """The suite's score: over all nineteen tasks of VTAB, over all scores of another suite. None when a task is
     missing."""
     mean: float | None
-    """Over the tasks that were asked for; None when one failed."""
+    """Mean over the requested tasks; None when one failed."""
     clean: dict[str, float]
-    """Of tasks with test images that are in the pre-training data: the score without them."""
+    """Scores without test images that are in the pre-training data, for tasks that have such images."""
     group_means: dict[str, float]
     """VTAB's natural, specialized and structured."""
     failures: dict[str, str]
@@ -65,19 +65,19 @@ class SuiteResult:
     """MLflow's parent run."""
     seconds: float
     random: dict[str, float]
-    """Scores of the same architecture with random weights, where they were asked for."""
+    """Scores of the same architecture with random weights, if requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Everything that a suite needs, opened and checked; nothing has been written yet."""
+    """The opened and checked inputs of a suite."""
 
     config: TransferConfig
     checkpoint: Checkpoint
     tasks: list[TransferTask]
     datasets: "Mapping[Split, Dataset]"
     seen: Mapping[str, frozenset[str]]
-    """{task: keys of test images that the pre-training has seen}"""
+    """{task: keys of test images that are in the pre-training data}"""
     state: SuiteState
     store: Store
     results: dict[str, Result]
@@ -88,10 +88,10 @@ class Suite:
 
 
 def run_suite(config: TransferConfig) -> SuiteResult:
-    """Runs what is missing of a suite and reports on all of it. Joins Ray by itself.
+    """Runs the unfinished tasks of a suite and reports all results. Connects to Ray.
 
-    Raises UserError, before any worker starts, for anything wrong with the checkpoint, the data or the settings. A task
-    that fails later is in `failures`, the others go on."""
+    Raises UserError before any worker starts for an invalid checkpoint, data or settings. Tasks that fail later are
+    listed in `failures` and do not stop the others."""
     started = time.monotonic()
     suite = open_suite(config)
     random: dict[str, float] = {}
@@ -99,7 +99,7 @@ def run_suite(config: TransferConfig) -> SuiteResult:
         uri, output = RANDOM + suite.checkpoint.uri, f"{suite.store.output}-random"
         random = run_suite(dataclasses.replace(config, checkpoint=uri, output=output, random_encoder=False)).scores
     left = suite.unfinished()
-    with open_pool(suite, left) as pool:  # its processes come up while MLflow does
+    with open_pool(suite, left) as pool:  # workers start while MLflow is imported
         return record_suite(suite, left, pool, started, random)
 
 
@@ -158,19 +158,19 @@ def _tags(suite: "Suite") -> dict[str, Any]:
 
 
 def _about_suite(suite: "Suite") -> Description:
-    """What the parent run's page in MLflow says first."""
+    """The description of the parent run in MLflow."""
     config, tasks = suite.config, suite.tasks
     what = (
         f"Transfer of {suite.checkpoint.config['variant']} ({checkpoint_name(suite.checkpoint.uri)}) to "
         f"{len(tasks)} tasks of the suite {config.suite}, {config.seeds} seed{'s' if config.seeds > 1 else ''} each."
     )
     data = [f"checkpoint {suite.checkpoint.uri}", f"data sets of {config.data or 'the suite'}, among the inputs"]
-    again = f"the same command again continues from the results in {suite.store.output}; more tasks and seeds may join."
+    again = f"repeat the command to continue from the results in {suite.store.output}; you may add tasks and seeds."
     return Description(what=what, data=data, to_continue=again)
 
 
 def open_suite(config: TransferConfig) -> Suite:
-    """Raises UserError for anything wrong that can be known before work."""
+    """All checks before work. Raises UserError."""
     check_config(config)
     check_output(config.output or "runs")
     checkpoint = load_checkpoint(config)
@@ -199,9 +199,9 @@ def open_suite(config: TransferConfig) -> Suite:
 
 @contextmanager
 def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
-    """The processes that train and probe, and the weights that they share; their log lines appear here. Joins Ray.
+    """The pool of worker processes with the shared weights. Their log records are shown here. Connects to Ray.
 
-    None when nothing is left to do.
+    None when all tasks are finished.
     """
     if not tasks:
         yield None
@@ -218,7 +218,7 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
         arguments = (suite.checkpoint.config, weights, threads, config.micro_batch, records.handle, config.compile)
         actor: Any = ray.remote(Worker).options(max_concurrency=2, **resources)  # type: ignore[attr-defined]
         pool = Pool(actor, arguments, limit)
-        # Features come first where there are probes, and need the devices.
+        # Features for probes are extracted first and need the devices.
         if not any(isinstance(task.protocol, Probe) for task in tasks):
             pool.start(sum(len(next_jobs(task, config.seeds, suite.results)) for task in tasks))
         try:
@@ -239,7 +239,7 @@ def plan_workers(config: TransferConfig) -> tuple[dict[str, float], int]:
 
 
 def occupied_gpus(config: TransferConfig) -> float:
-    """GPUs that the workers occupy together; 0 when there was nothing to do and Ray is not joined."""
+    """Number of GPUs of all workers; 0 if there was nothing to do."""
     if not ray.is_initialized():
         return 0.0
     resources, limit = plan_workers(config)
@@ -247,7 +247,7 @@ def occupied_gpus(config: TransferConfig) -> float:
 
 
 def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Recorder) -> dict[str, str]:
-    """Runs what is left of the tasks and records it; `suite.results` grows. Returns {job: error}."""
+    """Runs and logs the unfinished tasks and adds to `suite.results`. Returns {job: error}."""
     config, results = suite.config, suite.results
     folders, failures = compute_features(suite, tasks, pool)
     ready = [task for task in tasks if not isinstance(task.protocol, Probe) or task.name in folders]
@@ -312,7 +312,8 @@ def compute_features(
 def report_suite(
     suite: Suite, failures: dict[str, str], recorder: Recorder, started: float, random: Mapping[str, float]
 ) -> SuiteResult:
-    """Scores of all finished tasks: in the output folder, in MLflow, at registered versions of the checkpoint."""
+    """Writes the scores of all finished tasks to the output folder, MLflow, and registered versions of the
+    checkpoint."""
     config, tasks, parent = suite.config, suite.tasks, recorder.parent
     output = suite.store.output
     found = scores.collect_scores(tasks, config.seeds, suite.results, suite.store, l2=config.l2, seen=suite.seen)
@@ -350,7 +351,7 @@ def report_suite(
 
 
 def _as_reference(random: Mapping[str, float], found: list[scores.Score]) -> dict[str, float | None]:
-    """A column of the report: the rows, their flat mean and VTAB's groups."""
+    """A column of the report: the rows, their mean and the groups of VTAB."""
     rows = {score.name: random.get(score.name) for score in found}
     known = [value for value in rows.values() if value is not None]
     mean = {"mean": statistics.fmean(known)} if known and len(known) == len(rows) else {}

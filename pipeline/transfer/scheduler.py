@@ -1,4 +1,4 @@
-"""Runs the jobs of a suite on Ray actors: which next, on how many processes, and how often again.
+"""Schedules the jobs of a suite on Ray actors, with retries.
 
 for event in Scheduler(tasks, seeds, results, pool, costs, features, retries).run():
     match event:
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pool:
-    """Up to `limit` processes; they start when there is a job for them. `actor` is a Ray actor class with `run(job, features)`
-    and `progress()`, such as `worker.Worker`, with its options."""
+    """Up to `limit` processes; they start when there is a job for them. `actor` is a Ray actor class with `run(job,
+    features)` and `progress()`, such as `worker.Worker`, with its options."""
 
     actor: Any
     arguments: tuple[Any, ...]
@@ -36,10 +36,10 @@ class Pool:
     idle: list[Any] = field(default_factory=list)
     busy: int = 0
     startup_timeout: float = 30.0
-    """Seconds after which a process that does not come up may wait for CPUs or GPUs that idle ones hold."""
+    """Seconds after which a starting process may be waiting for CPUs or GPUs of idle processes."""
 
     def start(self, count: int) -> None:
-        """Starts processes before there are jobs: their imports take seconds."""
+        """Starts processes before there are jobs, because their imports take seconds."""
         self.idle += [self.actor.remote(*self.arguments) for _ in range(min(count, self.limit))]
 
     def take(self) -> Any | None:
@@ -54,7 +54,7 @@ class Pool:
         self.idle.append(worker)
 
     def discard(self, worker: Any) -> None:
-        """Ends a busy process, which may be dead already."""
+        """Kills a busy process, which may already be dead."""
         self.busy -= 1
         ray.kill(worker)
 
@@ -65,7 +65,7 @@ class Pool:
 
 @dataclass(slots=True)
 class RunningJob:
-    """A job in a worker's hands."""
+    """A running job."""
 
     job: Job
     worker: Any
@@ -109,8 +109,8 @@ class Scheduler:
     features: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """{task: folders of its train and test features}, for probes."""
     retries: int = 0
-    """Times a job is started again after its process or machine died, or its store was away. A job that raises anything else fails
-    at once: it would again."""
+    """Maximum number of restarts of a job after its process or machine died or storage was unavailable. Other errors
+    are not retried."""
     _attempts: dict[str, int] = field(default_factory=dict)
     _stopped: set[str] = field(default_factory=set)
     """Tasks with a failed job."""
@@ -156,7 +156,7 @@ class Scheduler:
         return not entry.answered and time.monotonic() - entry.started > self.pool.startup_timeout
 
     def _collect(self, call: Any) -> Finished | Failed | None:
-        """What came of a call; None when its job starts again."""
+        """The event of a finished call; None when its job is restarted."""
         entry = self._running.pop(call)
         job = entry.job
         try:
@@ -173,7 +173,7 @@ class Scheduler:
                 return None
             return self._fail(job, f"its process died {entry.attempt} times ({why})")
         except Exception as error:
-            # A fresh process for the next job: after a device error this one may not work again.
+            # Use a new process for the next job, because this one may not recover from a device error.
             self.pool.discard(entry.worker)
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, StorageError) and entry.attempt <= self.retries:
@@ -190,7 +190,7 @@ class Scheduler:
 
 
 def ask_progress(running: Iterable[RunningJob]) -> None:
-    """Collects the answers that have come and asks again; never waits."""
+    """Collects progress without blocking, and requests it again."""
     for entry in running:
         if entry.question is not None:
             done, _ = ray.wait([entry.question], timeout=0)

@@ -1,4 +1,4 @@
-"""From results to scores, and scores.json."""
+"""Computes scores from results, and reads and writes scores.json."""
 
 import math
 import re
@@ -25,7 +25,7 @@ RUN_ID = re.compile("(?:runs:/)?([0-9a-f]{32})")  # MLflow's
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """Top-1 in percent of one row of the table, once per seed. `clean`: without images that the pre-training had seen."""
+    """Top-1 in percent of a task, per seed. clean: without images that are in the pre-training data."""
 
     name: str
     task: str
@@ -105,7 +105,8 @@ def _few_shot_score(
 def _task_scores(
     task: TransferTask, found: list[Result], predictions: list[Predictions], seen: frozenset[str]
 ) -> list[Score]:
-    """The score of a task and, where it asks for it, the one by ReaL labels. predictions: needed for that, and for `seen`."""
+    """The score of a task and, where it asks for it, the one by ReaL labels. predictions: needed for that, and for
+    `seen`."""
     about: dict[str, Any] = {"task": task.name, "group": task.group, "lr": found[0].lr or None}
     if seen:
         about["removed"] = sum(key in seen for key in predictions[0].keys)
@@ -149,9 +150,8 @@ def _l2_column(
 def vtab_means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:
     """VTAB's score, the FLAT mean over its nineteen tasks (77.63 for H/14), and the means of the groups.
 
-    The mean of the three group means is another number (79.57), which some papers print: it is not offered. None, and no
-    entry for a group, while a task is missing.
-    """
+    The mean of the three group means is another number (79.57), which some papers print: it is not offered. None, and
+    no entry for a group, while a task is missing."""
     groups = {
         group: statistics.fmean(scores[name] for name in names)
         for group, names in GROUPS.items()

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """Results of jobs as files. Each is written whole or not at all."""
+    """Results of jobs as files, which are written atomically."""
 
     def __init__(self, output: str) -> None:
         self.output = output
@@ -41,7 +41,7 @@ class Store:
         return storage.join(self.output, kind, f"{job.name}.{ending}")
 
     def load_all(self) -> dict[str, Result]:
-        """Every result by job name. A damaged file is logged and left out, so that its job runs again."""
+        """All results by job name. A damaged file is logged and skipped, so that its job runs again."""
         folder = storage.join(self.output, "results")
         names = {f.name for f in fields(Result)}
         found = {}
@@ -73,7 +73,7 @@ class Store:
         return self._unpack(job, unpack_predictions)
 
     def hits(self, job: Job) -> Hits:
-        """What a few-shot job keeps instead of predictions."""
+        """The output of a few-shot job, which has no predictions."""
         return self._unpack(job, unpack_hits)
 
     def _unpack(self, job: Job, unpack: Callable[[bytes], Any]) -> Any:
@@ -124,9 +124,9 @@ def open_state(
 ) -> SuiteState:
     """The state of an output folder, which nothing has written yet when it is new.
 
-    identity: suite and checkpoint; they name the default folder together with the tasks. More tasks or seeds may join what
-    is there. Raises UserError for a folder with results of another checkpoint, protocol or dataset, or with something else.
-    """
+    identity: suite and checkpoint; they name the default folder together with the tasks. More tasks or seeds may join
+    what is there. Raises UserError for a folder with results of another checkpoint, protocol or dataset, or with
+    something else."""
     described = {
         task.name: {
             "protocol": to_dict(task.protocol),
@@ -141,14 +141,14 @@ def open_state(
     uri = storage.join(output, IDENTITY)
     if not storage.exists(uri):
         if storage.list_files(output):
-            raise UserError(f"{output} holds something else than transfer results; choose another --output")
+            raise UserError(f"{output} contains other files than transfer results; choose another --output")
         new = {"checkpoint_uri": checkpoint_uri, "tasks": described, "children": {}, "recorded": {}}
         return SuiteState(output, {**identity, **new})
     state = storage.read_json(uri)
     if not isinstance(state, dict) or not all(
         isinstance(state.get(k), dict) for k in ("tasks", "children", "recorded")
     ):
-        raise UserError(f"{uri}: not the record of a transfer suite; choose another --output")
+        raise UserError(f"{uri}: not a valid run.json of a transfer suite; choose another --output")
     for key, value in identity.items():
         if state.get(key) != value:
             there = state.get("checkpoint_uri") if key == "checkpoint" else state.get(key)

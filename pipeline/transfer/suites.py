@@ -1,8 +1,7 @@
-"""What is measured: tasks, protocols, and the suites that put them together.
+"""Tasks, protocols and suites of transfer.
 
-A suite is a function from a TransferConfig to tasks; its docstring says what it reproduces. Numbers are the paper's
-(arXiv 2010.11929, Table 4 and appendix B.1.1; BiT is arXiv 1912.11370, VTAB arXiv 1910.04867).
-"""
+A suite is a function that maps a TransferConfig to tasks; its docstring gives its source. Values are from the paper
+(arXiv 2010.11929, table 4 and appendix B.1.1; BiT is arXiv 1912.11370, VTAB arXiv 1910.04867)."""
 
 import contextlib
 import dataclasses
@@ -34,7 +33,7 @@ class FineTune:
     """Fine-tuning of all weights with a new zero-initialised head: SGD, no weight decay, softmax cross-entropy."""
 
     resolution: int = 384
-    """Side of the model's input; position embeddings are resized to it. Test images are squashed to this square."""
+    """Input size of the model; position embeddings are resized accordingly. Test images are squashed to this size."""
     crop: Literal["inception", "random", "squash"] = "inception"
     """Training: 5-100% of the area at any aspect; a random square out of the image squashed to `enlarge` x resolution;
     or only squashed."""
@@ -43,9 +42,9 @@ class FineTune:
     steps: int = 500
     batch_size: int = 512
     lrs: tuple[float, ...] = (0.01,)
-    """Several: each is tried on the task's dev split, then the best trains on everything."""
+    """Several learning rates are compared on the dev split of the task; the best is used for the final training."""
     decay: Literal["cosine", "step"] = "cosine"
-    """To zero by a half cosine, or x0.1 at 30, 60 and 90% of the steps."""
+    """Half-cosine decay to zero, or x0.1 at 30, 60 and 90% of the steps."""
     warmup: int = 0
     momentum: float = 0.9
     clip: float = 1.0
@@ -69,20 +68,20 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Where examples come from: a dataset folder, or a part of it."""
+    """A dataset, or a part of it."""
 
     uri: str
     part: tuple[float, float] = (0.0, 1.0)
     """Only the examples whose hash falls in this range of [0, 1): (0.02, 1.0) and (0.0, 0.02) make a 2% dev split."""
 
     def open(self) -> "Dataset":
-        """The whole dataset; `chosen` says which of its examples belong. Raises UserError when it is not there."""
+        """Opens the whole dataset; `chosen` selects the examples. Raises UserError when it is missing."""
         from pipeline.data import open_dataset
 
         return open_dataset(self.uri)
 
     def chosen(self, keys: Sequence[str]) -> list[bool]:
-        """Which examples belong to the part: a function of the key alone, so that no order or shard size matters."""
+        """Selects the examples of the part, as a function of the key only, independent of order and shard size."""
         low, high = self.part
         if (low, high) == (0.0, 1.0):
             return [True] * len(keys)
@@ -91,83 +90,82 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferTask:
-    """One row of the table: what to train on, what to report on, and how."""
+    """A task: training data, test data and protocol."""
 
     name: str
     group: str = ""
     train: Split
     test: Split
     tune: tuple[Split, Split] | None = None
-    """(train, validation) for choosing the learning rate; never overlaps `test`."""
+    """(train, validation) for choosing the learning rate; does not overlap `test`."""
     protocol: FineTune | Probe
     parity: bool = False
-    """Predict whether the class index is odd, instead of the class: a second task on the same pictures."""
+    """Predict whether the class index is odd instead of the class, as a second task on the same images."""
     real_labels: str | None = None
-    """URI of ImageNet's real.json: adds the ReaL accuracy of the same model."""
+    """URI of ImageNet's real.json; adds the ReaL accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferConfig:
-    """Transfer of one checkpoint to the tasks of a suite."""
+    """Evaluation of one checkpoint on the tasks of a suite."""
 
     suite: str = "demo"
     """Tasks and protocol; --list-recipes describes the suites."""
     checkpoint: str | None = None
-    """Checkpoint folder; run folder (its last complete checkpoint); weights (.npz, .safetensors, a Hugging Face or
-    timm folder) with --variant; another library's model (timm:NAME, timm:NAME@FILE, hf:FOLDER); or MLflow's
+    """Checkpoint folder; run folder (uses the last complete checkpoint); weights (.npz, .safetensors, a Hugging Face or
+    timm folder) with --variant; a model of another library (timm:NAME, timm:NAME@FILE, hf:FOLDER); or an MLflow URI
     (models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/PATH)."""
     data: str | None = None
-    """Folder or s3:// prefix with a prepared dataset DATA/TASK for each task, as `jobs/prepare.py vtab all` or
-    `--splits` writes them."""
+    """Folder or s3:// prefix with a prepared dataset DATA/TASK for each task, as written by `jobs/prepare.py vtab all`
+    or `--splits`."""
     output: str | None = None
-    """Folder or s3:// prefix for results, figures and report. The same command continues there. None:
-    runs/SUITE/transfer-FINGERPRINT."""
+    """Folder or s3:// prefix for results, figures and the report. Repeating the command continues unfinished work.
+    None: runs/SUITE/transfer-FINGERPRINT."""
     tasks: tuple[str, ...] = ()
     """Tasks to run. None: all tasks of the suite."""
     seeds: int = 1
-    """Fine-tunings per task; the table shows their mean and standard deviation."""
+    """Number of fine-tuning runs per task; the table shows their mean and standard deviation."""
 
-    # What the suite's protocol says is replaced by:
+    # Overrides of the protocol of the suite.
     lrs: tuple[float, ...] = ()
     """Learning rates. Several are compared on the development split (VTAB: train800 and val200) before the final
     training."""
     steps: int | None = None
-    """Optimiser steps per fine-tuning. None: as the suite says; so for batch size, resolution, warm-up and EMA decay."""
+    """Optimiser steps per fine-tuning run. None: that of the suite; the same applies to the next four flags."""
     batch_size: int | None = None
     """Images per step."""
     resolution: int | None = None
-    """Side of the model's input, in pixels."""
+    """Input size of the model, in pixels."""
     warmup: int | None = None
-    """Steps over which the learning rate rises from 0."""
+    """Warm-up steps of the learning rate."""
     ema_decay: float | None = None
-    """Decay per step, 0 to 1, of the averaged weights that are scored. 0: score the last weights."""
+    """Decay of the exponential moving average of the weights, per step, 0 to 1. 0: evaluate the last weights."""
 
     l2: float = 1024.0
-    """L2 strength of few-shot regression, a power of two. 0: the strength with the best mean rank over the tasks, as
-    in the paper."""
+    """L2 strength of few-shot regression, a power of two. 0: the strength with the best mean rank over the tasks, as in
+    the paper."""
     real_labels: str | None = None
-    """ImageNet's real.json, for the suite `paper`. None: DATA/imagenet/real.json, where it exists."""
+    """ImageNet's real.json, for the suite `paper`. None: DATA/imagenet/real.json, if it exists."""
     decontamination: str | None = None
     """Pre-training dataset prepared with --decontaminate, its duplicates.parquet, or JSON {task: [keys]}. Adds the
-    accuracy without the test images that pre-training has seen."""
+    accuracy without test images that are in the pre-training data."""
     random_encoder: bool | None = None
-    """Also run the suite on the same architecture with random weights: what the tasks give without pre-training. None:
-    in suite demo."""
+    """Also run the suite with random weights as a baseline without pre-training. None: only for the suite demo."""
     variant: str | None = None
     """Architecture of weights without a configuration, such as B/16."""
 
     micro_batch: int = 64
-    """Images per forward pass; gradients accumulate to the batch. It is halved when GPU memory runs out."""
+    """Images per forward pass, with gradient accumulation. It is halved when GPU memory runs out."""
     compile: bool = False
-    """Compile this project's models for fine-tuning on GPUs: faster steps, after a wait at the start of each process."""
+    """Compile this project's models for fine-tuning on GPUs: faster steps after a longer start of each process."""
     workers: int | None = None
-    """Processes that train tasks. None: as many as the GPUs (or the CPU cores) allow."""
+    """Number of worker processes. None: as many as the GPUs (or the CPU cores) allow."""
     gpus_per_worker: float = 1.0
-    """GPUs per process; 0.5 puts two tasks on each GPU. On machines without GPUs the processes use CPU cores."""
+    """GPUs per worker; 0.5 runs two tasks on each GPU. Without GPUs the workers use CPU cores."""
     cpus_per_worker: int = 1
-    """CPU cores, and so decoding threads, per process."""
+    """CPU cores (and decoding threads) per worker."""
     retries: int = 2
-    """Number of times a task is started again after its process has died, or its data could not be read in an outage."""
+    """Maximum number of restarts of a task after its process died or its data was unavailable."""
     address: str | None = None
     """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     experiment: str = "transfer"
@@ -176,7 +174,7 @@ class TransferConfig:
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""
 
     def fine_tune(self, **suite: Any) -> FineTune:
-        """The suite's protocol with this config's replacements. Fewer steps shorten the warm-up in proportion."""
+        """Applies the overrides of this config to a protocol. Fewer steps shorten the warm-up proportionally."""
         protocol = FineTune(**suite)
         steps = self.steps or protocol.steps
         own: dict[str, Any] = {
@@ -213,8 +211,8 @@ def _train_and_test(uri: str) -> bool:
 
 
 def demo(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """Small tasks on images and labels that the demo's pre-training has not seen (runs/demo/digits): fine-tuning at 1.5x
-    resolution and on odd/even labels, few-shot, linear probe and nearest neighbours. One minute on two cores."""
+    """Small tasks on images that are not in the demo's pre-training data (runs/demo/digits): fine-tuning at 1.5x
+    resolution and on odd/even labels, few-shot, linear probe and k-NN. One minute on two cores."""
     root = storage.normalise(config.data or "runs/demo/digits")
     train, test = Split(uri=storage.join(root, "train")), Split(uri=storage.join(root, "test"))
     tune, image_size = _dev_split(train, 0.2), model["image_size"]
@@ -230,7 +228,8 @@ def demo(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
 
 
 def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """VTAB-1k as the ViT paper ran it: 19 tasks x 1,000 examples, 384 px, 2,500 steps of 512, SGD 0.01, cosine.
+    """VTAB-1k with the protocol of the ViT paper: 19 tasks x 1,000 examples, 384 px, 2,500 steps of 512, SGD 0.01,
+    cosine.
 
     Augmentation is BiT's (squash to 448, random 384 crop, flip, with its exemptions); warm-up 500 steps as in the
     published code. Expected flat means: H/14 JFT 77.63, L/16 JFT 76.28, L/16 ImageNet-21k 72.72.
@@ -244,7 +243,7 @@ def vtab1k(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
 
 
 def vtab1k_224(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """VTAB-1k by the protocol of task_adaptation, which most later papers follow: 224 px, no augmentation, 1,000 steps
+    """VTAB-1k with the protocol of task_adaptation, which most later papers use: 224 px, no augmentation, 1,000 steps
     of 64, SGD 0.01 with x0.1 at 300, 600 and 900, warm-up 80."""
     protocol = config.fine_tune(
         resolution=224, steps=1000, batch_size=64, lrs=(0.01,), decay="step", warmup=80, crop="squash", flip=False
@@ -270,11 +269,11 @@ def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[T
 
 
 def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """The paper's Table 2 without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
+    """Table 2 of the paper without VTAB: ImageNet and ReaL, CIFAR-10, CIFAR-100, Pets, Flowers-102.
 
-    Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px (518 for /14) with
-    averaged weights (decay 0.9999); `--resolution 384 --ema-decay 0` gives Table 5. DATA/<name>/{train,test}.
-    """
+    Table 4's steps and learning rates, chosen on its dev split (1, 2, 2, 10 and 10% of train). ImageNet at 512 px (518
+    for /14) with averaged weights (decay 0.9999); `--resolution 384 --ema-decay 0` gives Table 5.
+    DATA/<name>/{train,test}."""
     low, high = (0.001, 0.003, 0.01, 0.03), (0.003, 0.01, 0.03, 0.06)
     root = _data(config)
 
@@ -305,11 +304,11 @@ def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
 
 
 def folder(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """Fine-tuning on your own datasets: DATA/{train,test} or DATA/<name>/{train,test}, as `prepare --splits` writes them.
+    """Fine-tuning on your own datasets: DATA/{train,test} or DATA/<name>/{train,test}, as written by `prepare
+    --splits`.
 
-    BiT's rule for the length (500 steps below 20,000 examples, 10,000 below 500,000, else 20,000), the paper's learning
-    rates chosen on a tenth of train, 384 px.
-    """
+    The length follows BiT (500 steps below 20,000 examples, 10,000 below 500,000, else 20,000). The learning rate is
+    chosen from those of the paper on a tenth of train. 384 px."""
 
     def task(name: str, uri: str) -> TransferTask:
         train = Split(uri=storage.join(uri, "train"))
@@ -344,7 +343,7 @@ def frozen(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
 
 
 def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
-    """(name, folder) of everything under --data that has both a training and a test part."""
+    """(name, folder) of all datasets under --data with both a train and a test split."""
     root = _data(config)
     if _train_and_test(root):
         return [(root.rsplit("/", 1)[-1], root)]
@@ -367,13 +366,13 @@ SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[TransferTask]]
     "frozen": frozen,
 }
 NOMINAL = {"variant": "B/16", "image_size": 224}
-"""A model's configuration where there is none yet: which data sets a suite reads does not depend on it."""
+"""A placeholder model configuration, for the data sets of a suite, which do not depend on the model."""
 NAMED_TASKS = ("demo", "vtab1k", "vtab1k-224", "paper")
-"""Suites whose tasks have the same names whatever data are there."""
+"""Suites whose task names do not depend on the data."""
 
 
 def check_config(config: TransferConfig) -> None:
-    """Raises UserError for an unknown suite, or settings that cannot work."""
+    """Raises UserError for an unknown suite or invalid settings."""
     if config.suite not in SUITES:
         raise UserError(f'unknown suite "{config.suite}"{nearest(config.suite, SUITES)}; suites: {", ".join(SUITES)}')
     for name in ("steps", "batch_size", "resolution", "seeds", "micro_batch", "workers", "cpus_per_worker"):
@@ -395,7 +394,7 @@ def check_config(config: TransferConfig) -> None:
 
 
 def task_names(config: TransferConfig) -> list[str] | None:
-    """Names of the tasks that a config asks for; None for a suite whose tasks are the data sets that are there."""
+    """Names of the tasks of a config; None for a suite whose tasks depend on the data."""
     if config.tasks or config.suite not in NAMED_TASKS:
         return list(config.tasks) or None
     nominal = {"variant": "B/16", "image_size": 224}
@@ -403,9 +402,9 @@ def task_names(config: TransferConfig) -> list[str] | None:
 
 
 def suite_version(config: TransferConfig) -> str:
-    """Identifies what is measured: settings and content of the data, without where they are and how fast it runs.
+    """Identifies the measurement: settings and content of the data, but not locations or execution settings.
 
-    A data set counts by its fingerprint, a file by its checksum; by its address where it cannot be read now.
+    Uses the fingerprint of a dataset and the checksum of a file, or the URI if it cannot be read.
     """
     elsewhere = {
         *("checkpoint", "output", "micro_batch", "compile", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
@@ -419,7 +418,7 @@ def suite_version(config: TransferConfig) -> str:
             task.name: [_content(split.uri) for split in (task.train, task.test, *(task.tune or ()))]
             for task in build_tasks(config, NOMINAL)
         }
-    except StorageError:  # an outage must not make another version of the suite
+    except StorageError:  # an outage must not change the version of the suite
         raise
     except (UserError, OSError):
         content = config.data
@@ -427,7 +426,7 @@ def suite_version(config: TransferConfig) -> str:
 
 
 def find_datasets(config: TransferConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(task.role, address, manifest) of the data sets of a suite that can be read now."""
+    """(task.role, URI, manifest) of the readable datasets of a suite."""
     with contextlib.suppress(UserError, OSError):
         for task in build_tasks(config, NOMINAL):
             for role, split in (("train", task.train), ("test", task.test)):
@@ -436,7 +435,7 @@ def find_datasets(config: TransferConfig) -> Iterator[tuple[str, str, dict[str, 
 
 
 def _content(uri: str | None) -> str | None:
-    """The fingerprint of a data set, the checksum of a file, or the address of what cannot be read now."""
+    """The fingerprint of a dataset, the checksum of a file, or the URI if it cannot be read."""
     if not uri:
         return None
     try:
@@ -451,7 +450,7 @@ def _content(uri: str | None) -> str | None:
 
 
 def build_tasks(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
-    """The tasks that a config asks for, for a model with this configuration. Raises UserError for an unknown one."""
+    """The tasks of a config for a model with this configuration. Raises UserError for an unknown task."""
     tasks = SUITES[config.suite](config, model)
     names = [task.name for task in tasks]
     for name in config.tasks:
@@ -463,7 +462,7 @@ def build_tasks(config: TransferConfig, model: dict[str, Any]) -> list[TransferT
 
 
 def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
-    """Every dataset of the tasks, opened. Raises one UserError that names all tasks whose data are missing or unusable."""
+    """Opens all datasets of the tasks. Raises a UserError that names all tasks with missing or unusable data."""
     datasets: dict[Split, Dataset] = {}
     problems: dict[str, str] = {}
     for task in tasks:

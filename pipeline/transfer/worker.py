@@ -1,4 +1,4 @@
-"""A process that runs jobs: it keeps the checkpoint in memory and takes one job after the other."""
+"""A worker process that keeps the checkpoint in memory and runs jobs one after another."""
 
 import platform
 import time
@@ -51,7 +51,8 @@ class Worker:
         return training.progress if training is not None else (0, 0, 0.0)
 
     def run(self, job: Job, features: tuple[str, str] | None) -> tuple[Result, bytes | None]:
-        """The result of a job, and its packed predictions. features: folders of the train and test features of a probe."""
+        """The result of a job, and its packed predictions. features: folders of the train and test features of a
+        probe."""
         torch.set_num_threads(self.execution.threads)  # of this thread: OpenMP keeps the number per thread
         if isinstance(job.task.protocol, Probe):
             assert features is not None
@@ -70,7 +71,8 @@ def start_finetuning(job: Job, model: nn.Module, execution: Execution) -> FineTu
 
 
 def finish_finetuning(job: Job, training: FineTuning) -> tuple[Result, bytes | None]:
-    """Trains and scores. A learning rate that diverges while being compared scores 0; in a final training it is an error."""
+    """Fine-tunes and evaluates. Divergence scores 0 in a learning rate comparison, and is an error in the final
+    training."""
     start, test = time.perf_counter(), _examples(job)[1]
     about: dict[str, Any] = {"task": job.task.name, "phase": job.phase, "lr": job.lr, "seed": job.seed}
     about["host"] = platform.node()

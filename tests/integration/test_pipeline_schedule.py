@@ -92,7 +92,7 @@ def test_a_run_that_overlaps_ends_at_once(tmp_path):
     skipped, refused = start(place, "skipped.log", "--skip-if-running"), start(place, "refused.log")
     assert skipped.wait(timeout=240) == 0
     assert refused.wait(timeout=240) == 75
-    assert "is being run already; this run is skipped" in (tmp_path / "skipped.log").read_text()
+    assert "is already running; this run is skipped" in (tmp_path / "skipped.log").read_text()
     assert "is being run by nightly, process" in (tmp_path / "refused.log").read_text()
     assert going.wait(timeout=400) == 0
     assert start(place, "again.log", "--until", "data", "--skip-if-running").wait(timeout=240) == 0

@@ -1,4 +1,5 @@
-"""What a run on GPUs takes from the planner: the micro-batch, CPU cores, and what helps against running out of memory."""
+"""What a run on GPUs takes from the planner: the micro-batch, CPU cores, and what helps against running out of
+memory."""
 
 import functools
 import itertools

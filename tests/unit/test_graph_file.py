@@ -1,4 +1,5 @@
-"""The pipeline file: what it may say, one error for each thing that cannot be, and the instances that follow from it."""
+"""The pipeline file: what it may say, one error for each thing that cannot be, and the instances that follow from
+it."""
 
 import dataclasses
 import json
@@ -120,9 +121,9 @@ STAGES = {
             "b": {"job": "prepare", "fields": {"source": "${c.output}"}},
             "c": {"job": "prepare", "fields": {"source": "${a.output}"}},
         },
-        "in a circle: a -> b -> c -> a",
+        "in a cycle: a -> b -> c -> a",
     ),
-    "itself": ({"a": {"job": "prepare", "fields": {"source": "${a.output}"}}}, "in a circle: a -> a"),
+    "itself": ({"a": {"job": "prepare", "fields": {"source": "${a.output}"}}}, "in a cycle: a -> a"),
     "output inside another's": (
         {
             "a": {"job": "prepare", "recipe": "demo", "fields": {"output": "/x/data"}},
@@ -153,7 +154,7 @@ STAGES = {
     ),
     "in both places": (
         {"x": {"job": "pretrain", "fields": {"seed": 1}, "matrix": {"seed": [1]}}},
-        "seed stands in the matrix and beside it",
+        "seed is given both in the matrix and outside it",
     ),
     "missing field": ({"x": {"job": "transfer", "fields": {"data": "/x"}}}, "the field checkpoint is missing"),
     "output in the state": (

@@ -1,4 +1,5 @@
-"""The rules that keep the rooms apart: imports go jobs -> pipeline -> models, no circle, and each heavy library has one door.
+"""The rules that keep the rooms apart: imports go jobs -> pipeline -> models, no circle, and each heavy library has one
+door.
 
 Imports inside functions count like those at the top of a file.
 """
@@ -118,7 +119,8 @@ def test_circles_are_found():
 
 
 def test_no_job_hides_a_module_of_another_name():
-    """`python jobs/NAME.py` puts jobs/ first on the path: a file there must not be named like anything that is imported."""
+    """`python jobs/NAME.py` puts jobs/ first on the path: a file there must not be named like anything that is
+    imported."""
     taken = sys.stdlib_module_names | {"models", "tests"} | set(DOORS)
     found = {path.stem for path in (ROOT / "jobs").glob("*.py")} & taken
     assert found <= {"pipeline"}, found  # jobs/pipeline.py hands out the package: tests/unit/test_pipeline_name.py
