@@ -178,30 +178,8 @@ def test_credentials_appear_nowhere(s3_server, s3, image_folder, tmp_path):
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow/mlflow.db",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
-    run = (
-        "--data",
-        f"{s3}/set",
-        "--output",
-        f"{s3}/run",
-        "--validation",
-        "None",
-        "--model.variant",
-        "mu/8",
-        "--steps",
-        "4steps",
-    )
-    run += (
-        "--image-size",
-        "16",
-        "--augment.size",
-        "16",
-        "--batch-size",
-        "8",
-        "--workers",
-        "1",
-        "--log-every",
-        "1steps",
-    )
+    sizes = "--validation None --model.variant mu/8 --steps 4steps --image-size 16 --augment.size 16 --batch-size 8"
+    run = ("--data", f"{s3}/set", "--output", f"{s3}/run", *sizes.split(), *["--workers", "1", "--log-every", "1steps"])
     commands = {
         "prepare": ("--source", str(image_folder), "--output", f"{s3}/set", "--size", "20"),
         "pretrain": run,

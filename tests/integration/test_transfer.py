@@ -1,7 +1,6 @@
 """Whole suites on embedded Ray: fan-out, resume, failures, dead workers, MLflow, the command line."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import runpy
@@ -31,8 +30,9 @@ from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
 from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
-from pipeline.weights import checkpoints, save_checkpoint_weights
+from pipeline.weights import save_checkpoint_weights
 from tests.datasets import write_tinted_patches
+from tests.runs import commit_checkpoint
 
 SIZE = 16
 JOB = str(Path(__file__).parents[2] / "jobs" / "transfer.py")
@@ -47,13 +47,7 @@ def checkpoint(folder, seed=0):
     torch.manual_seed(seed)
     target = folder / "checkpoints" / "step-00000001"
     save_checkpoint_weights(create_model("mu/4", 3, SIZE, depth=1), {"classes": ["r", "g", "b"]}, str(target))
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in target.iterdir()
-    }
-    (target / "COMMIT.json").write_text(
-        json.dumps({"format": checkpoints.FORMAT, "step": 1, "files": files, "metrics": {}})
-    )
+    commit_checkpoint(target, 1)
     return str(folder)
 
 
@@ -89,42 +83,54 @@ def results(output):
     return {str(p.relative_to(output / "results")): p.stat().st_mtime_ns for p in (output / "results").rglob("*.json")}
 
 
+TWO_RATES = {"lrs": (0.001, 0.1), "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local, world, tmp_path_factory):
+    """(folder, result) of a suite of three tasks, two rates and two seeds."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, run_suite(config(world, output, **TWO_RATES))
+
+
 @pytest.mark.timeout(600)
-def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
+def test_a_suite_has_scores_a_report_and_a_run_with_a_child_for_each_task(finished, world):
     import mlflow
 
-    output = tmp_path / "out"
-    first = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
-    assert list(first.scores) == ["pets", "svhn", "dmlab"]  # the suite's order
-    assert all(score > 50 for score in first.scores.values())
-    assert first.flat_mean is None  # three of nineteen
-    assert first.mean == pytest.approx(np.mean(list(first.scores.values())))
-    assert not first.failures
-    names = results(output)
-    assert len(names) == 3 * (2 + 2)
+    output, result = finished
+    assert list(result.scores) == ["pets", "svhn", "dmlab"]  # the suite's order
+    assert all(score > 50 for score in result.scores.values())
+    assert result.flat_mean is None  # three of nineteen
+    assert result.mean == pytest.approx(np.mean(list(result.scores.values())))
+    assert not result.failures
+    assert len(results(output)) == 3 * (2 + 2)
     for name in ("report.md", "scores.json", "scores.png", "curves.png", "confusion.png"):
         assert (output / name).stat().st_size > 100, name
-
-    # MLflow: a parent with one child per task, scores in the parent, curves in the children
     client = mlflow.MlflowClient(config(world, output).tracking_uri)
-    parent = client.get_run(first.run_id)
+    parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["score/pets"] == pytest.approx(first.scores["pets"])
-    assert parent.data.metrics["score_mean/partial"] == pytest.approx(first.mean)
+    assert parent.data.metrics["score/pets"] == pytest.approx(result.scores["pets"])
+    assert parent.data.metrics["score_mean/partial"] == pytest.approx(result.mean)
     assert "score_mean" not in parent.data.metrics  # that is VTAB's
-    assert {"report.md", "scores.json", "scores.png"} <= {file.path for file in client.list_artifacts(first.run_id)}
-    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'")
+    assert {"report.md", "scores.json", "scores.png"} <= {file.path for file in client.list_artifacts(result.run_id)}
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{result.run_id}'")
     assert {child.info.run_name for child in children} == {"pets", "svhn", "dmlab"}
     assert all(any("train/loss" in key for key in child.data.metrics) for child in children)
 
-    # what is missing runs again, to the same result; nothing else does
+
+@pytest.mark.timeout(600)
+def test_what_is_missing_of_a_suite_runs_again_to_the_same_result_and_nothing_else_does(finished, world):
+    import mlflow
+
+    output, first = finished
+    names = results(output)
     (gone,) = (output / "results" / "svhn").glob("final-*-seed1.json")
     before = json.loads(gone.read_text())
     gone.unlink()
     state = json.loads((output / "run.json").read_text())
     del state["children"]["pets"], state["recorded"]["pets"]  # as a driver leaves it that dies after the last result
     (output / "run.json").write_text(json.dumps(state))
-    again = run_suite(config(world, output, lrs=(0.001, 0.1), seeds=2))
+    again = run_suite(config(world, output, **TWO_RATES))
     after = results(output)
     assert {name for name in after if after[name] != names[name]} == {f"svhn/{gone.name}"}
     assert json.loads(gone.read_text())["accuracy"] == before["accuracy"]
@@ -133,18 +139,23 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     assert again.run_id == first.run_id
     state = json.loads((output / "run.json").read_text())
     assert state["recorded"] == {"pets": 4, "svhn": 4, "dmlab": 4}
+    client = mlflow.MlflowClient(config(world, output).tracking_uri)
     assert client.get_run(state["children"]["pets"]).info.status == "FINISHED"
 
-    # two runs are compared by their folders or by their ids in MLflow
-    by_folder, by_id = (
-        report.compare_runs(one, str(output), config(world, output).tracking_uri) for one in (str(output), first.run_id)
-    )
+
+def test_suites_are_compared_by_their_folders_or_by_their_ids_in_mlflow(finished, world):
+    output, result = finished
+    uri = config(world, output).tracking_uri
+    by_folder, by_id = (report.compare_runs(one, str(output), uri) for one in (str(output), result.run_id))
     assert by_id[1] == by_folder[1]
     assert [row["difference"] for row in by_id[1]] == [0, 0, 0]
     with pytest.raises(UserError, match="0123456789abcdef"):
-        report.compare_runs(str(output), 2 * "0123456789abcdef", config(world, output).tracking_uri)
+        report.compare_runs(str(output), 2 * "0123456789abcdef", uri)
 
-    # another checkpoint, protocol or data set does not mix with what is there
+
+def test_another_checkpoint_protocol_or_folder_does_not_mix_with_a_suite(finished, world, tmp_path):
+    output, _ = finished
+    before = results(output)
     with pytest.raises(UserError, match="another protocol"):
         run_suite(config(world, output, lrs=(0.001, 0.1), steps=9))
     with pytest.raises(UserError, match="another checkpoint"):
@@ -153,7 +164,7 @@ def test_suite_resumes_extends_and_refuses_to_mix(ray_local, world, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="something else"):
         run_suite(config(world, tmp_path / "full"))
-    assert results(output) == after
+    assert results(output) == before
 
 
 @pytest.mark.timeout(600)

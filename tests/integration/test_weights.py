@@ -103,13 +103,21 @@ def test_a_registered_model_classifies_where_nothing_of_this_project_is_installe
     assert all("+" not in line for file in requirements for line in file.read_text().splitlines())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_google_files_and_registered_models_through_the_jobs(tmp_path):
-    """A .npz in Google's naming starts a pre-training; the version that this registers starts another, and a transfer."""
+PRETRAIN = (
+    "--optimizer.lr 1e-12 --optimizer.weight-decay 0 --steps 2steps --engine.precision fp32 --model.variant mu/8 "
+    "--model.depth None --model.pre-logits --image-size 24 --model.pool token --model.posemb learn --validation None "
+    "--workers 1 --augment.size 24 --data sets/own/train --batch-size 8"
+)
+"""Two steps that change next to nothing."""
+TRANSFER = "--suite folder --data sets --lrs 0.01 --steps 4 --batch-size 8 --resolution 24 --json"
+
+
+@pytest.fixture
+def google_file(tmp_path):
+    """(model, its weights in a .npz in Google's naming) beside two small sets of noise."""
     torch.manual_seed(0)
-    original = create_model("mu/8", 3, 24, pre_logits=True)
-    np.savez(tmp_path / "vit.npz", **google_arrays(original))
+    model = create_model("mu/8", 3, 24, pre_logits=True)
+    np.savez(tmp_path / "vit.npz", **google_arrays(model))
     generator = np.random.default_rng(0)
     for split, count in (("train", 48), ("test", 24)):
         pictures = generator.integers(0, 255, (count, 24, 24, 3), dtype=np.uint8)
@@ -117,72 +125,40 @@ def test_google_files_and_registered_models_through_the_jobs(tmp_path):
             (f"{i}", cv2.imencode(".png", picture)[1].tobytes(), i % 3, 24, 24) for i, picture in enumerate(pictures)
         ]
         write_dataset(str(tmp_path / "sets" / "own" / split), rows, classes=["a", "b", "c"])
+    return model, "vit.npz"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_google_files_and_registered_models_through_the_jobs(google_file, tmp_path):
+    """A .npz in Google's naming starts a pre-training; the version that this registers starts another, and a transfer."""
+    original, weights = google_file
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
-    def job(name, *arguments):
-        command = [sys.executable, str(PROJECT / "jobs" / name), *map(str, arguments), "--tracking-uri", uri]
+    def job(name, flags, *arguments):
+        command = [sys.executable, str(PROJECT / "jobs" / name), *flags.split(), *arguments, "--tracking-uri", uri]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def pretrain(start, output):
-        """Two steps that change next to nothing."""
-        fixed = [
-            "--optimizer.lr",
-            1e-12,
-            "--optimizer.weight-decay",
-            0,
-            "--steps",
-            "2steps",
-            "--engine.precision",
-            "fp32",
-        ]
-        small = ["--model.variant", "mu/8", "--model.depth", "None", "--model.pre-logits", "--image-size", 24]
-        paper = [
-            "--model.pool",
-            "token",
-            "--model.posemb",
-            "learn",
-            "--validation",
-            "None",
-            "--workers",
-            1,
-            "--augment.size",
-            24,
-        ]
-        where = ["--data", "sets/own/train", "--output", output, "--init-from", start, "--batch-size", 8]
-        said = job("pretrain.py", *where, *fixed, *small, *paper)
+        said = job("pretrain.py", PRETRAIN, "--output", output, "--init-from", start)
         state = safetensors.torch.load_file(next((tmp_path / output).rglob("model.safetensors")))
         for name, tensor in original.state_dict().items():
             torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=0)
         return said
 
-    said = pretrain("vit.npz", "run1")
-    assert "registered=demo-own/1" in said
-    assert "registered=demo-own/2" in pretrain("models:/demo-own/1", "run2")
-
     def transfer(output, *arguments):
-        quick = [
-            "--suite",
-            "folder",
-            "--data",
-            "sets",
-            "--lrs",
-            0.01,
-            "--steps",
-            4,
-            "--batch-size",
-            8,
-            "--resolution",
-            24,
-        ]
-        return json.loads(job("transfer.py", *quick, "--output", output, "--json", *arguments).splitlines()[-1])
+        return json.loads(job("transfer.py", TRANSFER, "--output", output, *arguments))
 
-    from_npz = transfer("out1", "--checkpoint", "vit.npz", "--variant", "mu/8")
+    assert "registered=demo-own/1" in pretrain(weights, "run1")
+    assert "registered=demo-own/2" in pretrain("models:/demo-own/1", "run2")
+    from_npz = transfer("out1", "--checkpoint", weights, "--variant", "mu/8")
     from_registry = transfer("out2", "--checkpoint", "models:/demo-own@candidate")
     assert from_npz["scores"] == from_registry["scores"]
-    _, version = registry.versions("vit", uri)
-    ((key, evaluation),) = version.evaluations.items()  # the scores came back to it
+    evaluated = [version for version in registry.versions("demo-own", uri) if version.evaluations]
+    (version,) = evaluated  # the scores came back to the one that was transferred
+    ((key, evaluation),) = version.evaluations.items()
     assert key.startswith("folder:")
     assert evaluation["mean"] == pytest.approx(from_registry["mean"])
     (run,) = [run for run in search.search_runs("transfer", uri=uri) if run.id == from_registry["run_id"]]
