@@ -6,7 +6,7 @@ r"""Evaluate each checkpoint once, on a schedule, and keep the best one as champ
     python jobs/evaluate.py --model b16_imagenet --suite vtab1k --once \
         --data s3://bucket/vtab --fail-on-regression     for cron
     python jobs/evaluate.py --runs runs/x --dry-run      only lists the work
-    python jobs/evaluate.py --runs runs/x --prune --keep 2
+    python jobs/evaluate.py --runs runs/x --prune --keep-last 2
         lists the checkpoints that nothing refers to; --delete removes them
 
 The runs may still be training: this job only reads their checkpoints. The scores of a run form a learning curve in the
@@ -43,7 +43,7 @@ class Command(evaluation.EvaluateConfig):
     """Exit with code 3 when a new score is worse by more than --margin."""
     prune: bool = False
     """Instead of evaluating, list the checkpoints of --runs that nothing refers to."""
-    keep: int = 3
+    keep_last: int = 3
     """Number of newest checkpoints of each run that --prune keeps."""
     delete: bool = False
     """Delete what --prune lists."""
@@ -98,7 +98,7 @@ def prune(command: Command) -> int:
     runs = tuple(storage.normalise(run) for run in command.runs)
     if not runs:
         raise UserError("--prune needs --runs: the run folders to search")
-    found = evaluation.prunable(runs, command.keep, resolve_tracking_uri(command.tracking_uri))
+    found = evaluation.prunable(runs, command.keep_last, resolve_tracking_uri(command.tracking_uri))
     delete = command.delete and not command.dry_run
     for item in found:
         if delete:

@@ -424,11 +424,11 @@ def ticks(
         sleep(max(0.0, start + count * every - clock()))
 
 
-def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Checkpoint]:
-    """Checkpoints that can be deleted: all except the last `keep` of each run, the best by validation, registered
+def prunable(runs: tuple[str, ...], keep_last: int, uri: str) -> list[checkpoints.Checkpoint]:
+    """Checkpoints that can be deleted: all except the last `keep_last` of each run, the best by validation, registered
     versions, and checkpoints of transfer runs."""
-    if keep < 1:
-        raise UserError("--keep must be at least 1, because a run cannot continue without its last checkpoint")
+    if keep_last < 1:
+        raise UserError("--keep-last must be at least 1, because a run cannot continue without its last checkpoint")
     referred = {run.tags.get(names.CHECKPOINT) for run in search.search_runs(names.TRANSFER, uri=uri)}
     referred |= {version.checkpoint for model in registry.model_names(uri) for version in registry.versions(model, uri)}
     spared = {storage.normalise(address) for address in referred if address}
@@ -437,5 +437,5 @@ def prunable(runs: tuple[str, ...], keep: int, uri: str) -> list[checkpoints.Che
         here = checkpoints.find(run)
         scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
         best = max(scored, key=lambda c: c.commit["metrics"][names.VAL_TOP1]).uri if scored else None
-        found += [c for c in here[:-keep] if c.uri not in spared and c.uri != best]
+        found += [c for c in here[:-keep_last] if c.uri not in spared and c.uri != best]
     return found

@@ -11,7 +11,7 @@ from pipeline.transfer.jobs import Result
 from pipeline.transfer.mistakes import Pair
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score
-from pipeline.transfer.suites import GROUPS
+from pipeline.transfer.suites import VTAB_GROUPS
 
 MARKS = "ovs^D*"
 NAME: dict[str, Any] = {"parse_math": False}  # a dollar in the name of a task or class begins no formula
@@ -22,7 +22,7 @@ Others = Mapping[str, Mapping[str, float | None]]
 def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
     """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as marks."""
     figure, axes = _figure(max(6.0, 0.45 * len(scores) + 2.5), 4.4)
-    colours = dict(zip(["", *GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
+    colours = dict(zip(["", *VTAB_GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
     x = np.arange(len(scores))
     bars = axes.bar(x, [score.mean for score in scores], color=[colours[score.group] for score in scores])
     axes.bar_label(bars, [f"{score.mean:.0f}" for score in scores], label_type="center", fontsize=7, color="white")
@@ -50,7 +50,9 @@ def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
     axes.set_yticks(range(0, 101, 20))
     axes.spines[["top", "right"]].set_visible(False)
     groups = {score.group for score in scores}
-    handles = [Patch(color=colours[group], label=group or "this model") for group in ("", *GROUPS) if group in groups]
+    handles = [
+        Patch(color=colours[group], label=group or "this model") for group in ("", *VTAB_GROUPS) if group in groups
+    ]
     handles += axes.get_legend_handles_labels()[0]
     if len(handles) > 1:
         figure.legend(handles=handles, fontsize=8, ncols=4, loc="outside upper center", frameon=False)

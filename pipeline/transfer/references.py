@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from pipeline.transfer.scores import Score, vtab_means
-from pipeline.transfer.suites import GROUPS
+from pipeline.transfer.suites import VTAB_GROUPS
 
-# The paper's Table 9, VTAB-1k, in the order of GROUPS. Its mean is the flat mean of the nineteen.
+# The paper's Table 9, VTAB-1k, in the order of VTAB_GROUPS. Its mean is the flat mean of the nineteen.
 TABLE_9 = {
     "ViT-H/14 JFT": (
         *(95.3, 85.5, 75.2, 99.7, 97.2, 65.0, 88.9, 83.3, 96.7, 91.4, 76.6),
@@ -41,15 +41,15 @@ TABLE_2_NAMES = ("imagenet", "imagenet-real", "cifar10", "cifar100", "pets", "fl
 def published_scores(scores: Sequence[Score]) -> dict[str, dict[str, float | None]]:
     """Published numbers for the rows at hand, by model: {row: top-1 or None}."""
     names = {score.name for score in scores}
-    vtab = [name for group in GROUPS.values() for name in group]
+    vtab = [name for group in VTAB_GROUPS.values() for name in group]
     references: dict[str, dict[str, float | None]] = {}
-    if any(score.group in GROUPS for score in scores):
+    if any(score.group in VTAB_GROUPS for score in scores):
         for model, row in TABLE_9.items():
             values: dict[str, float | None] = dict(zip(vtab, row, strict=True))
             flat, groups = vtab_means(dict(zip(vtab, row, strict=True)))
             references[model] = values | {"mean": flat} | {f"mean {group}": mean for group, mean in groups.items()}
         for model, bit in BIT.items():
-            references[model] = dict(zip(("mean", *(f"mean {group}" for group in GROUPS)), bit, strict=True))
+            references[model] = dict(zip(("mean", *(f"mean {group}" for group in VTAB_GROUPS)), bit, strict=True))
     elif names & set(TABLE_2_NAMES):
         for model, tops in TABLE_2.items():
             references[model] = dict(zip(TABLE_2_NAMES, tops, strict=True))

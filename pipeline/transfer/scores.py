@@ -17,7 +17,7 @@ from pipeline.transfer.corrections import read_real_labels, real_labels
 from pipeline.transfer.jobs import Job, Result, final_jobs
 from pipeline.transfer.predictions import Hits, Predictions
 from pipeline.transfer.store import Store
-from pipeline.transfer.suites import GROUPS, L2_GRID, Probe, TransferTask
+from pipeline.transfer.suites import L2_GRID, VTAB_GROUPS, Probe, TransferTask
 
 SCORES = "scores.json"
 RUN_ID = re.compile("(?:runs:/)?([0-9a-f]{32})")  # MLflow's
@@ -154,11 +154,13 @@ def vtab_means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, flo
     no entry for a group, while a task is missing."""
     groups = {
         group: statistics.fmean(scores[name] for name in names)
-        for group, names in GROUPS.items()
+        for group, names in VTAB_GROUPS.items()
         if all(name in scores for name in names)
     }
     flat = (
-        statistics.fmean(scores[n] for names in GROUPS.values() for n in names) if len(groups) == len(GROUPS) else None
+        statistics.fmean(scores[n] for names in VTAB_GROUPS.values() for n in names)
+        if len(groups) == len(VTAB_GROUPS)
+        else None
     )
     return flat, groups
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 L2_GRID = tuple(2.0**i for i in range(-10, 20))  # few-shot regularisation, of the paper's evaluator
 
 # {group: tasks} of VTAB, in the order of the paper's Table 9.
-GROUPS = {
+VTAB_GROUPS = {
     group: tuple(name for name, task in VTAB.items() if task.group == group)
     for group in ("natural", "specialized", "structured")
 }
@@ -265,7 +265,7 @@ def _vtab(config: TransferConfig, protocol: Callable[[str], FineTune]) -> list[T
             protocol=protocol(name),
         )
 
-    return [task(name, group) for group, names in GROUPS.items() for name in names]
+    return [task(name, group) for group, names in VTAB_GROUPS.items() for name in names]
 
 
 def paper(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:

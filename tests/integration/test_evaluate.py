@@ -381,7 +381,7 @@ def test_pruning_lists_first_and_deletes_when_told(tmp_path, database):
         "--prune",
         "--json",
     ]
-    job += ["--runs", str(tmp_path / "run"), "--keep", "1"]
+    job += ["--runs", str(tmp_path / "run"), "--keep-last", "1"]
     listed = subprocess.run(job, capture_output=True, text=True, timeout=120)
     assert json.loads(listed.stdout) == {"would_delete": folders[:2]}
     assert all(os.path.exists(folder) for folder in folders)

@@ -219,7 +219,7 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
         ("evaluate --suite folder --model a/b --data data --output out", '--model "a/b"'),
         ("evaluate --suite folder --runs run --data data --output out --transfer.lrs inf", "--lrs must be positive"),
         ("evaluate --suite folder --runs run --data data --output /proc/x", "--output /proc/x"),
-        ("evaluate --runs run --prune --keep -1", "--keep must be at least 1"),
+        ("evaluate --runs run --prune --keep-last -1", "--keep-last must be at least 1"),
         ("prepare --source images --output out --num-cpus 0", "--num-cpus must be at least 1"),
         ("prepare --source images --output out --max-reject-fraction nan", "--max-reject-fraction nan"),
         ("prepare --source images --output out --splits train=0.5 val=0.7", "fractions that add up to 1"),

@@ -14,7 +14,7 @@ from pipeline.transfer.jobs import Result, final_jobs, next_jobs
 from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_predictions
 from pipeline.transfer.scores import Score, collect_scores
 from pipeline.transfer.store import Store
-from pipeline.transfer.suites import GROUPS, L2_GRID, FineTune, Probe, Split, TransferTask
+from pipeline.transfer.suites import L2_GRID, VTAB_GROUPS, FineTune, Probe, Split, TransferTask
 from pipeline.vtab.tasks import TASKS
 
 
@@ -47,8 +47,8 @@ def test_a_missing_task_leaves_no_mean_behind():
 
 
 def test_groups_are_the_papers():
-    assert [len(names) for names in GROUPS.values()] == [7, 4, 8]
-    assert tuple(name for names in GROUPS.values() for name in names) == TASKS
+    assert [len(names) for names in VTAB_GROUPS.values()] == [7, 4, 8]
+    assert tuple(name for names in VTAB_GROUPS.values() for name in names) == TASKS
 
 
 def test_real_labels_skip_empty_lists_and_accept_any_of_several():
@@ -182,7 +182,7 @@ def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
 def test_report_sets_our_numbers_beside_the_papers():
     scores = [
         Score(name=name, task=name, group=group, values=(50.0, 60.0), images=1000, lr=0.01)
-        for group, names in GROUPS.items()
+        for group, names in VTAB_GROUPS.items()
         for name in names
     ]
     tasks = [task(score.name, score.group) for score in scores]

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 # Folders that group files and say nothing about what the images show: parts and years ...
-GROUPS = re.compile(
+GROUPING_FOLDERS = re.compile(
     r"(?i)(fold|part|batch|shard|session|set|chunk|group|vol|volume|disc|disk|day|week|month|take|dump|archive)s?[-_ ]?\d+"
     r"|(19|20)\d\d([-_.]?\d\d){0,2}"
 )
@@ -296,7 +296,11 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
     for test in (_are_labels, _are_wordnet):
         if sure := [k for k in varied if test(names[k])]:
             return sure[0], ""
-    plain = [k for k in varied if not all(name.lower() in CONTAINERS or GROUPS.fullmatch(name) for name in names[k])]
+    plain = [
+        k
+        for k in varied
+        if not all(name.lower() in CONTAINERS or GROUPING_FOLDERS.fullmatch(name) for name in names[k])
+    ]
     candidates = plain or varied
     if len(candidates) > 1:
         choices = "; ".join(f"--class-level {k + 1} ({_listed(names[k])})" for k in candidates)
