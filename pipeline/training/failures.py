@@ -4,7 +4,6 @@ attempt."""
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -106,7 +105,7 @@ class Elastic(ElasticPolicy):
             time.sleep(1)  # Ray calls this method again immediately
         return decision
 
-    def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+    def count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         # Reservations are up to 20 s old, and a draining node counts until it is gone.
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - ray_state.draining_nodes()
         usable = {node: amounts for node, amounts in reserved_resources.items() if node in alive}

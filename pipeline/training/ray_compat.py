@@ -5,7 +5,7 @@ Written for Ray 2.60.0 (`pipeline.ray_state.WRITTEN_FOR`). tests/unit/test_priva
 version and every name. The error of a failed import names both versions."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import ray
@@ -75,11 +75,11 @@ class Trainer(TorchTrainer):
 class ElasticPolicy(ElasticScalingPolicy):
     """Ray's elastic policy; how many workers the cluster holds is a method that may be overridden."""
 
-    def count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+    def count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         """Workers that the resources of the nodes, {node: {resource: amount}}, hold."""
         return super()._count_possible_workers(reserved_resources)
 
-    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+    def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         return self.count_possible_workers(reserved_resources)
 
 
