@@ -145,7 +145,7 @@ def take_from_values(values: Any, where: str) -> Any:
         seen.add(id(value))
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             if isinstance(item, str):
-                if isinstance(key, str) and key.endswith("tracking_uri"):
+                if isinstance(value, dict) and isinstance(key, str) and key.endswith("tracking_uri"):
                     value[key] = item = take_password(item)
                 refuse_password(item, f"{name}.{key}")
             else:
