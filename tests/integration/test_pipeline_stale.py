@@ -39,10 +39,10 @@ def run(folder, output, **training):
 def test_the_crop_takes_the_transfer_along_and_a_moved_folder_nothing(tmp_path):
     started, _ = run(tmp_path, tmp_path / "out")
     assert sorted(started) == ["data", "other", "pretrain", "transfer"]
-    started, _ = run(tmp_path, tmp_path / "out", **{"augment.area": [0.5, 1.0]})
+    started, _ = run(tmp_path, tmp_path / "out", **{"augment.area": [0.21, 1.0]})
     assert started == ["pretrain", "transfer"]
     shutil.move(tmp_path / "out", tmp_path / "elsewhere" / "moved")
-    started, text = run(tmp_path, tmp_path / "elsewhere" / "moved", **{"augment.area": [0.5, 1.0]})
+    started, text = run(tmp_path, tmp_path / "elsewhere" / "moved", **{"augment.area": [0.21, 1.0]})
     assert started == []
     assert "4 done" in text
     started, _ = run(
