@@ -23,13 +23,15 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=2).close()
                 break
             except OSError:
                 assert process.poll() is None, (folder / "server.log").read_text()
                 time.sleep(0.2)
+        else:
+            raise AssertionError((folder / "server.log").read_text())
         yield address
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
