@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import psutil
 
 from pipeline import host_memory, ray_state
-from pipeline.errors import UserError
+from pipeline.errors import NotStarted, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def connect() -> None:
     except Exception as error:  # Ray raises bare ones, too
         if not address and not submitted():
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
+            raise NotStarted(
                 f"Ray does not start on this machine: {first}; is it very busy, or its memory or disk full? Its logs are in "
                 "/tmp/ray/session_latest/logs"
             ) from error

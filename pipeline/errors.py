@@ -2,7 +2,17 @@
 
 from models.errors import UserError, nearest, shorten
 
-__all__ = ["TRY_LATER", "InUse", "JobFailed", "StorageError", "Unavailable", "UserError", "nearest", "shorten"]
+__all__ = [
+    "TRY_LATER",
+    "InUse",
+    "JobFailed",
+    "NotStarted",
+    "StorageError",
+    "Unavailable",
+    "UserError",
+    "nearest",
+    "shorten",
+]
 
 TRY_LATER = 75
 """Exit code: nothing is wrong with the input, and the same command may succeed later (EX_TEMPFAIL of sysexits.h)."""
@@ -16,6 +26,12 @@ class Unavailable(StorageError):
     """The store has not answered in all the time that is given to it."""
 
     exit_code = TRY_LATER
+
+
+class NotStarted(UserError):
+    """Ray does not start on this machine, which may be busy: another attempt may succeed."""
+
+    exit_code = 1
 
 
 class InUse(UserError):
