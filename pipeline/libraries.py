@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 EXTRAS = {
     "cloud": ("boto3",),
     "descriptor": ("faiss",),
+    "heic": ("pillow_heif",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

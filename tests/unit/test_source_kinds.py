@@ -433,10 +433,22 @@ def test_a_row_that_fits_two_files_is_an_error(tmp_path):
         table_labels(tmp_path, "t.csv", "file,label\n0.jpg,a\n", ("ant/0.jpg", "bee/0.jpg"))
 
 
-def test_minus_one_is_said_to_be_a_class(tmp_path, caplog):
+def test_minus_one_beside_indices_is_no_label(tmp_path, caplog):
     pq.write_table(pa.table({"image": [JPEG] * 3, "label": [0, 1, -1]}), tmp_path / "x.parquet")
-    assert sources.make_labels(sources.discover([str(tmp_path)])).classes == ("-1", "0", "1")
-    assert "the label -1 is a class of its own" in caplog.text
+    found = sources.make_labels(sources.discover([str(tmp_path)]))
+    assert found.classes == ("0", "1")
+    assert "the label -1 counts as no label" in caplog.text
+    with pytest.raises(Exception, match="no label"):
+        found.encode(["-1"])
+    pq.write_table(pa.table({"image": [JPEG] * 2, "label": [1, -1]}), tmp_path / "x.parquet")
+    assert sources.make_labels(sources.discover([str(tmp_path)])).classes == ("-1", "1")
+
+
+def test_a_label_map_written_as_python(tmp_path):
+    write(tmp_path, "map.txt", data="{0: 'tench', 1: 'goldfish'}\n")
+    assert sources.read_label_map(str(tmp_path / "map.txt")) == ["tench", "goldfish"]
+    write(tmp_path, "map.txt", data="{'n1': 'tench',\n 'n2': 'tench'}\n")
+    assert sources.read_label_map(str(tmp_path / "map.txt")) == {"n1": "tench", "n2": "tench"}
 
 
 def test_a_label_map_of_other_names_is_an_error(tmp_path):

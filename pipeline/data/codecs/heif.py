@@ -16,7 +16,7 @@ class Heif(Codec):
             import pillow_heif
         except ImportError as error:
             raise Refused(
-                "unsupported format", "HEIC needs pillow-heif (pip install -c constraints.txt -e .)"
+                "unsupported format", "HEIC needs pillow-heif (pip install -c constraints.txt -e '.[heic]')"
             ) from error
         pillow_heif.register_heif_opener(thumbnails=False)
         return open_with_pillow(data, [self.name])

@@ -1,5 +1,6 @@
 """Label names -> class indices: the class list of all sources together, and `--label-map`."""
 
+import ast
 import json
 import logging
 import re
@@ -55,8 +56,10 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
     except RecursionError as error:
         raise UserError(f"{uri}: JSON nested too deeply for class names") from error
     except ValueError:
-        value = [line.strip() for line in text.splitlines() if line.strip()]
-        if value and all(SYNSET.match(line) for line in value):  # "n01440764 tench, Tinca tinca"
+        value = _python_literal(text) or [line.strip() for line in text.splitlines() if line.strip()]
+        if (
+            isinstance(value, list) and value and all(isinstance(line, str) and SYNSET.match(line) for line in value)
+        ):  # "n01440764 tench, Tinca tinca"
             value = [line.split()[0] for line in value]
     if isinstance(value, dict):
         value = _indexed(value)
@@ -67,6 +70,19 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
             raise UserError(f"{uri}: the class list repeats {sorted(n for n in set(value) if value.count(n) > 1)[0]!r}")
         return value
     raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
+
+
+def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
+    """A list or an object written in Python's way, {0: 'tench', 1: 'goldfish'}; None for other text."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        return {str(name): new for name, new in value.items()}
+    return value if isinstance(value, list) else None
 
 
 def _indexed(value: dict[str, Any]) -> Any:
@@ -100,9 +116,10 @@ def make_labels(
         numbers = sorted(names, key=int)
         if numbers[0] == "-1" and len(numbers) > 2:
             logger.warning(
-                "%s: the label -1 is a class of its own; where it means that there is no label, leave it out of --label-map",
+                "%s: the label -1 counts as no label; a --label-map that has -1 makes it a class of its own",
                 sources[0].uri,
             )
+            numbers = numbers[1:]
         plain = int(numbers[0]) >= 0 and int(numbers[-1]) < MAX_INDEX and all(str(int(n)) == n for n in numbers)
         classes = tuple(str(i) for i in range(int(numbers[-1]) + 1)) if plain else tuple(numbers)
     else:
