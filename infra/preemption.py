@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Tells Ray that this node is about to be taken away, so that training saves itself in time.
+"""Drains the Ray node of this machine before it is preempted, so that training saves a checkpoint in time.
 
-    python infra/preemption.py --watch aws             on a VM, beside `ray start`: until its notice comes, or SIGTERM
-    python infra/preemption.py --watch gcp
-    python infra/preemption.py --now --grace 60        as the preStop hook of a pod: at once, then waits until it is idle
+    python infra/preemption.py --watch aws             on a VM, next to `ray start`: until a notice or SIGTERM python
+    infra/preemption.py --watch gcp python infra/preemption.py --now --grace 60        as the preStop hook of a pod:
+    drains immediately, waits until idle
 
-Ray knows what to do once a node is draining: nothing new is placed there, and training takes a checkpoint and goes on
-without it. But nobody tells Ray: clouds put their notice where only the machine itself can read it, Kubernetes sends a
-signal. The notices: EC2 spot, 120 s ahead (latest/meta-data/spot/instance-action, IMDSv2); Compute Engine spot, 30 s
-(instance/preempted), and host maintenance of machines with GPUs, 60 minutes (instance/maintenance-event).
+On a draining node Ray schedules nothing new, and training saves a checkpoint and continues without it. Ray does not
+detect preemptions itself: clouds publish notices on the metadata server of the machine, and Kubernetes sends a signal.
+Supported notices: EC2 spot, 120 s ahead (latest/meta-data/spot/instance-action, IMDSv2); Compute Engine spot, 30 s
+(instance/preempted), and host maintenance of GPU machines, 60 minutes (instance/maintenance-event).
 
-Exit code: 0 drained, 1 Ray could not be told before the deadline.
+Exit codes: 0 drained, 1 Ray could not be reached before the deadline.
 """
 
 import argparse
@@ -32,7 +32,7 @@ METADATA = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.inte
 class Notice:
     reason: str
     seconds: float
-    """Until the machine goes."""
+    """Seconds until the machine is gone."""
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -41,10 +41,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--watch", choices=METADATA, help="wait for this cloud's notice, or SIGTERM")
     what.add_argument("--now", action="store_true", help="drain at once")
     parser.add_argument("--grace", type=float, default=30, help="seconds that are left after SIGTERM or --now")
-    parser.add_argument("--every", type=float, default=2, help="seconds between looks at the metadata")
-    parser.add_argument("--metadata", help="another address of the metadata server")
+    parser.add_argument("--every", type=float, default=2, help="seconds between polls of the metadata server")
+    parser.add_argument("--metadata", help="address of the metadata server")
     parser.add_argument("--address", default="auto", help="Ray's address; default: the Ray of this machine")
-    parser.add_argument("--node-id", help="of the node to drain; default: the Ray node of this machine")
+    parser.add_argument("--node-id", help="node to drain; default: the Ray node of this machine")
     return parser.parse_args(argv)
 
 
@@ -65,19 +65,19 @@ def main() -> int:
     if not nodes:
         return 1
     print(f"preemption: draining {', '.join(nodes)}", flush=True)
-    if options.now or terminated.is_set():  # whoever waits for us kills the node as soon as we return
+    if options.now or terminated.is_set():  # the node is killed as soon as this process returns
         wait_until_idle(nodes, deadline)
     return 0
 
 
 def watch(cloud: str, base: str, every: float, stopped: threading.Event) -> Notice | None:
-    """The cloud's notice, when it comes; None when `stopped` was set first."""
+    """Waits for a notice of the cloud. Returns None when `stopped` was set first."""
     look = {"aws": aws_notice, "gcp": gcp_notice}[cloud]
     while not stopped.is_set():
         try:
             if notice := look(base):
                 return notice
-        except (OSError, ValueError, KeyError) as error:  # a metadata server that stutters is asked again
+        except (OSError, ValueError, KeyError) as error:  # retry after an error of the metadata server
             print(f"preemption: {base}: {error}", file=sys.stderr, flush=True)
         stopped.wait(every)
     return None
@@ -109,13 +109,15 @@ def gcp_notice(base: str) -> Notice | None:
 
 def fetch(url: str, headers: dict[str, str], method: str = "GET") -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # link-local: a proxy would answer for itself
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # link-local addresses must not go through a proxy
     with opener.open(request, timeout=5) as answer:
         return answer.read().decode().strip()
 
 
 def drain(reason: str, deadline: float, address: str, node_id: str | None) -> list[str]:
-    """Tells Ray's control store; the ids of the nodes that drain now, none when it could not be told by the deadline."""
+    """Requests draining from Ray's control store. Returns the ids of the draining nodes, none after the deadline."""
     from ray._private import services
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
@@ -133,14 +135,14 @@ def drain(reason: str, deadline: float, address: str, node_id: str | None) -> li
                     raise ConnectionError(refusal)
             return nodes
         except Exception as error:
-            print(f"preemption: cannot tell Ray: {error}", file=sys.stderr, flush=True)
+            print(f"preemption: cannot reach Ray: {error}", file=sys.stderr, flush=True)
             if time.time() + 1 > deadline:
                 return []
             time.sleep(1)
 
 
 def wait_until_idle(nodes: list[str], deadline: float) -> None:
-    """Returns when Ray ended the drained nodes, as it does when nothing runs there any more, or at the deadline."""
+    """Waits until Ray has stopped the drained nodes, which it does when they are idle, or until the deadline."""
     from ray._private import services
 
     with contextlib.suppress(KeyboardInterrupt):

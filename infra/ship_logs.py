@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Copies Ray's logs of this node to storage, so that they can be read when the node, or the whole cluster, is gone.
+"""Copies the Ray logs of this node to storage, so that they outlive the node and the cluster.
 
-    python infra/ship_logs.py --to s3://bucket/vit/logs                 beside `ray start`, until SIGTERM; then once more
-    python infra/ship_logs.py --to s3://bucket/vit/logs --once
+    python infra/ship_logs.py --to s3://bucket/vit/logs                 next to `ray start`, until SIGTERM, then once
+    more python infra/ship_logs.py --to s3://bucket/vit/logs --once
 
-A file goes to TO/SESSION/NODE/NAME whenever it has changed: what jobs print is in job-driver-ID.log on the head's node, what
-workers print in worker-*.out and worker-*.err. Files above --most MB are cut to their end. Storage that is away is tried
-again at the next round; nothing of Ray waits for it.
-"""
+Changed files are copied to TO/SESSION/NODE/NAME. The output of jobs is in job-driver-ID.log of the head, that of
+workers in worker-*.out and worker-*.err. Only the last --most MB of a file are copied. If storage is unavailable, the
+next round retries; Ray is not affected."""
 
 import argparse
 import os
@@ -28,7 +27,7 @@ def main() -> int:
     parser.add_argument("--session", default="/tmp/ray/session_latest", help="folder of Ray's session")
     parser.add_argument("--node", default=socket.gethostname(), help="name of this node below TO")
     parser.add_argument("--every", type=float, default=60, help="seconds between rounds")
-    parser.add_argument("--most", type=float, default=64, help="MB of a file that are kept, counted from its end")
+    parser.add_argument("--most", type=float, default=64, help="maximum MB per file, from its end")
     parser.add_argument("--once", action="store_true", help="one round, then exit")
     options = parser.parse_args()
     stopped = threading.Event()
@@ -42,8 +41,8 @@ def main() -> int:
 
 
 def ship(options: argparse.Namespace, shipped: dict[str, tuple[int, int]]) -> int:
-    """Copies what has changed since the last round; the number of files that could not be copied."""
-    session = Path(options.session).resolve()  # session_latest is a link: another session is another folder in TO
+    """Copies the files that changed since the last round. Returns the number of failures."""
+    session = Path(options.session).resolve()  # session_latest is a link; each session has a folder in TO
     failed = 0
     for file in sorted((session / "logs").rglob("*")):
         try:
@@ -62,7 +61,7 @@ def ship(options: argparse.Namespace, shipped: dict[str, tuple[int, int]]) -> in
 
 
 def end_of(file: Path, most: int) -> bytes:
-    """The last `most` bytes of a file, from the start of a line."""
+    """The last `most` bytes of a file, starting at a line."""
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - most))

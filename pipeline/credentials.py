@@ -1,17 +1,16 @@
 """Passwords in addresses: they move into environment variables before anything can show or store the address.
 
-`http://user:password@host` is accepted for MLflow as a flag, in a file or in the environment, and for S3 endpoints, proxies and
-the webhook in the environment. A flag is in the process list, and a configuration is written into checkpoints, runs and logs,
-so `config.run_job` and the readers of configurations call `take_from_arguments`, `take_from_environment` and `take_from_values`
-first:
+`http://user:password@host` is accepted for MLflow as a flag, in a file or in the environment, and for S3 endpoints,
+proxies and the webhook in the environment. A flag is in the process list, and a configuration is written into
+checkpoints, runs and logs, so `config.run_job` and the readers of configurations call `take_from_arguments`,
+`take_from_environment` and `take_from_values` first:
 
     MLflow over HTTP     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
 
-Proxies and the webhook keep theirs, because it is read there; `redacted` hides it in every message. A password in any other
-address (a source, a checkpoint, a hook) is refused.
-"""
+Proxies and the webhook keep theirs, because it is read there; `redacted` hides it in every message. A password in any
+other address (a source, a checkpoint, a hook) is refused."""
 
 import base64
 import os
@@ -78,7 +77,8 @@ def _take_database_parameter(address: str) -> str:
 
 
 def with_password(address: str) -> str:
-    """The address of a database with the password that `take_password` took out of it, for the database's driver alone."""
+    """The address of a database with the password that `take_password` took out of it, for the database's driver
+    alone."""
     found = _USERINFO.match(address)
     password = os.environ.get(DATABASE_PASSWORD)
     if not found or not password or ":" in found["userinfo"] or found["scheme"] in ("http", "https"):
@@ -132,7 +132,8 @@ def take_from_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def take_from_values(values: Any, where: str) -> Any:
-    """The values of a configuration file, changed in place: passwords of its `tracking_uri` fields go into the environment.
+    """The values of a configuration file, changed in place: passwords of its `tracking_uri` fields go into the
+    environment.
 
     Raises UserError, naming the key, for a password in another address.
     """

@@ -1,8 +1,7 @@
-"""Who may do what on the MLflow server beyond its own permissions: only an admin says where artifacts are stored.
+"""An additional permission check of the MLflow server: only an admin may set the location of artifacts.
 
-`serve.py` names `authenticate` in MLflow's configuration of accounts. MLflow calls it for every request that needs an
-account. An experiment with a location of its own would let its creator read and write any folder of the server.
-"""
+`serve.py` sets `authenticate` in MLflow's auth configuration. MLflow calls it for every request that needs an account.
+A custom artifact location would let its creator read and write any folder of the server."""
 
 from typing import Any
 
@@ -12,7 +11,7 @@ LOCATION = "artifact_location"
 
 
 def authenticate() -> Any:
-    """The request's user and password, checked by MLflow; 403 when another user than an admin chooses a location."""
+    """Checks the user and password with MLflow. Returns 403 if a user who is not an admin sets a location."""
     from mlflow.server import auth
 
     found = auth.authenticate_request_basic_auth()
@@ -21,5 +20,5 @@ def authenticate() -> Any:
     body = request.get_json(force=True, silent=True)
     chosen = not isinstance(body, dict) or body.get(LOCATION) or body.get("artifactLocation")
     if chosen and not auth.store.get_user(found.username).is_admin:
-        return Response("Only an admin may choose the artifact location of an experiment.", 403)
+        return Response("Only an admin may set the artifact location of an experiment.", 403)
     return found

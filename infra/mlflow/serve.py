@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Starts the MLflow tracking server: PostgreSQL for runs, S3 (or a folder) for artifacts, a password at the door.
+"""Starts the MLflow tracking server with PostgreSQL for runs, S3 (or a folder) for artifacts, and password
+authentication.
 
     pip install -c constraints.txt -r infra/mlflow/requirements.txt      # into any environment
     python infra/mlflow/serve.py --data ~/mlflow --artifacts s3://bucket/mlflow
 
-On a laptop or a server without containers that is all: it makes and starts a PostgreSQL of its own (Debian package
-`postgresql`; on a socket in --data, no network port), creates an admin account with a random password, and runs until
-it is stopped. In containers (compose.yaml, kubernetes.yaml) the same file runs with MLFLOW_DATABASE naming a database that
-is already there. Secrets come from the environment or from files that only the owner can read, never from arguments.
+On a machine without containers it creates and starts a PostgreSQL cluster (Debian package `postgresql`; on a socket in
+--data, without a network port) and an admin account with a random password. In containers (compose.yaml,
+kubernetes.yaml) it uses the existing database in MLFLOW_DATABASE. Secrets come from the environment or from files that
+only the owner can read, never from arguments.
 
     MLFLOW_DATABASE              postgresql://user:password@host/mlflow (and a database mlflow_auth beside it)
-    MLFLOW_AUTH_ADMIN_PASSWORD   password of "admin" when the account is first made; otherwise <data>/admin-password
-    AWS_ENDPOINT_URL, AWS_*      the object store of --artifacts; clients need none of these, artifacts pass through here
+    MLFLOW_AUTH_ADMIN_PASSWORD   initial password of "admin"; otherwise in <data>/admin-password AWS_ENDPOINT_URL, AWS_*
+    the object store of --artifacts; clients do not need these, because the server proxies artifacts
 
-    python infra/mlflow/serve.py --check http://mlflow:5000     # exit 0 when a client at that address would be served
+    python infra/mlflow/serve.py --check http://mlflow:5000     # exit 0 if clients at that address are accepted
 
-The check asks for real data under the real host name: /health answers 200 even when every client is turned away (403
-for a host that --allowed-hosts does not name).
-"""
+The check sends an API request to the real host name, because /health returns 200 even if all clients are rejected (403
+for a host that is missing in --allowed-hosts)."""
 
 import argparse
 import base64
@@ -47,10 +47,10 @@ def main() -> int:
     parser.add_argument(
         "--allowed-hosts",
         default="localhost,localhost:*,127.0.0.1,127.0.0.1:*",
-        help="names under which clients reach the server, with and without port; anything else gets 403",
+        help="host names that clients use, with and without port; others are rejected with 403",
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--check", metavar="URL", help="ask a running server for data, say what is wrong, and exit")
+    parser.add_argument("--check", metavar="URL", help="check a running server and exit")
     options = parser.parse_args()
     if options.check:
         return check(options.check)
@@ -61,7 +61,7 @@ def main() -> int:
     data = os.path.abspath(os.path.expanduser(options.data))
     os.makedirs(data, exist_ok=True)
     database = os.environ.pop("MLFLOW_DATABASE", "")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the finally below runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below
     postgres = None
     try:
         if not database:
@@ -98,7 +98,7 @@ class Postgres:
             os.path.dirname(path) for path in found if path and os.path.exists(os.path.dirname(path) + "/initdb")
         ]
         if not binaries:
-            raise RuntimeError("no PostgreSQL here (apt-get install postgresql), and MLFLOW_DATABASE is not set")
+            raise RuntimeError("PostgreSQL not found (apt-get install postgresql), and MLFLOW_DATABASE is not set")
         self.binaries = binaries[0]
         self.user = None
         if os.geteuid() == 0:
@@ -123,13 +123,13 @@ class Postgres:
             shutil.chown(self.folder, self.user)
         if not os.path.exists(os.path.join(self.data, "PG_VERSION")):
             self.run("initdb", "-D", self.data, "-U", "mlflow", "--auth=trust", "--encoding=UTF8", "--locale=C")
-        # Trust is safe here: the only door is a socket in a folder that nobody else may enter.
+        # "trust" is safe: the only access is a socket in a folder that only the owner can open.
         settings = f"-c listen_addresses= -c unix_socket_directories={self.folder}"
         self.run("pg_ctl", "-D", self.data, "-l", f"{self.folder}/log", "-o", settings, "-w", "-t", "60", "start")
         import psycopg
 
         with contextlib.closing(psycopg.connect(host=self.folder, user="mlflow", dbname="postgres")) as connection:
-            connection.autocommit = True  # "create database" runs in no transaction
+            connection.autocommit = True  # "create database" cannot run in a transaction
             cursor = connection.cursor()
             cursor.execute("select datname from pg_database")
             for name in {"mlflow", "mlflow_auth"} - {row[0] for row in cursor.fetchall()}:
@@ -147,7 +147,7 @@ def private(path: str, text: str) -> None:
 
 
 def kept_secret(path: str, variable: str) -> str:
-    """A secret from the environment, else from a file, which is made with a random one the first time."""
+    """A secret from the environment, or from a file, which is created with a random secret."""
     if given := os.environ.get(variable):
         return given
     if not os.path.exists(path):
@@ -218,7 +218,7 @@ def healthy(address: str) -> bool:
 
 
 def check(address: str) -> int:
-    """Asks for the default experiment as a client would; credentials as MLflow's clients take them, or in the address."""
+    """Requests the default experiment, with the credentials of MLflow's clients or those in the address."""
     parts = urllib.parse.urlsplit(address)
     address = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(f"{address.rstrip('/')}/api/2.0/mlflow/experiments/get?experiment_id=0")

@@ -20,7 +20,8 @@ Others = Mapping[str, Mapping[str, float | None]]
 
 
 def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
-    """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as marks."""
+    """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as
+    marks."""
     figure, axes = _figure(max(6.0, 0.45 * len(scores) + 2.5), 4.4)
     colours = dict(zip(["", *VTAB_GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
     x = np.arange(len(scores))

@@ -1,8 +1,8 @@
-"""VTAB's nineteen tasks from their original archives, without TensorFlow.
+"""Builds the nineteen tasks of VTAB from the original archives, without TensorFlow.
 
 TASKS, get(name)                   the table                          tasks.py
-split_keys(task, split, keys)      who is in train800, val200, ...    splits.py
-requirements(task)                 which files, from where            archives.py
+split_keys(task, split, keys)      keys of train800, val200, ...      splits.py
+requirements(task)                 required files and their sources   archives.py
 prepare(tasks, raw, output)        archives -> datasets               build.py
 open_split(uri, split)             a prepared split                   finish.py
 """

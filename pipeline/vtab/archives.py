@@ -1,7 +1,7 @@
-"""The files that a task needs: which they are, where they lie, how to fetch them, and whether they are the right ones.
+"""The files of a task: requirements, lookup, download and verification.
 
-Files lie under RAW/<data set>/ (TFDS's name or the task's, e.g. RAW/oxford_iiit_pet/images.tar.gz or RAW/pets/images.tar.gz) or
-directly under RAW, which is a local folder or s3:// prefix. An archive may also lie there unpacked.
+Files are in RAW/<data set>/ (the name in TFDS or the name of the task, e.g. RAW/oxford_iiit_pet/images.tar.gz or
+RAW/pets/images.tar.gz) or directly in RAW, a local folder or s3:// prefix. Archives may also be unpacked there.
 """
 
 import fnmatch
@@ -23,22 +23,22 @@ from pipeline.vtab.datasets.base import FoundFile, OfficialFile
 
 logger = logging.getLogger(__name__)
 
-MINIATURE = "MINIATURE.json"  # marks a folder of made-up archives and takes the place of the official checksums
+MINIATURE = "MINIATURE.json"  # marks a folder of synthetic archives and replaces the official checksums
 CHUNK = 4 << 20  # bytes
-GO_ON = "run the command again to go on"
+GO_ON = "repeat the command to continue"
 
 
 def requirements(task: str) -> list[OfficialFile]:
-    """The files that `task` is made from."""
+    """The files of a task."""
     return list(get_dataset(tasks.get(task).dataset).files)
 
 
 def describe_file(file: OfficialFile) -> str:
-    """One line for people: name, size, SHA-256, where it comes from, and what may lie in its place."""
+    """A description of a file in one line: name, size, SHA-256, source, and accepted alternatives."""
     size = f"{file.bytes:,} bytes, " if file.bytes else ""
     checksum = f"sha256 {file.sha256}, " if file.sha256 else ""
     others = [*(file.within or ())[:1], *file.instead]
-    instead = f"; in its place may lie {', '.join(others)}" if others else ""
+    instead = f"; accepted instead: {', '.join(others)}" if others else ""
     return f"{file.name}: {size}{checksum}from {' or '.join(filter(None, [file.url, file.by_hand]))}{instead}"
 
 
@@ -46,13 +46,13 @@ def describe_file(file: OfficialFile) -> str:
 
 
 def locate(raw: str, dataset: str) -> tuple[list[FoundFile], list[OfficialFile]]:
-    """What there is and what is missing of a data set's files."""
+    """The present and missing files of a data set."""
     names = [dataset, *(task.name for task in tasks.TABLE.values() if task.dataset == dataset)]
     own = [storage.join(raw, name) for name in dict.fromkeys(names)]
     found, missing = [], []
     for file in get_dataset(dataset).files:
         places = (_look(folder, file) for folder in (*own, raw))
-        # RAW/dtd is the folder that DTD's archive belongs in, not the archive unpacked
+        # RAW/dtd is the folder for DTD's archive, not the unpacked archive
         place = next((place for place in places if place and not (place.prefix and place.uri in own)), None)
         if place is None:
             missing.append(file)
@@ -62,7 +62,7 @@ def locate(raw: str, dataset: str) -> tuple[list[FoundFile], list[OfficialFile]]
 
 
 def _look(folder: str, file: OfficialFile) -> FoundFile | None:
-    """The file in `folder`, under its own name or what may lie there instead."""
+    """The file in `folder`, under its name or an accepted alternative."""
     uri = storage.join(folder, file.name)
     if storage.exists(uri):
         return FoundFile(file=file, uri=uri, prefix="" if file.bytes else file.name, packed=bool(file.bytes))
@@ -86,11 +86,10 @@ def is_miniature(raw: str) -> bool:
 
 
 def verify(raw: str, dataset: str, found: Iterable[FoundFile]) -> None:
-    """Compares size and SHA-256 of every packed file with the owners'.
+    """Compares size and SHA-256 of every packed file with the official ones.
 
-    Raises UserError naming the first file that is truncated or another than the owners distribute. Unpacked folders
-    have no checksum: the counts of the pools are compared later.
-    """
+    Raises UserError naming the first file that is truncated or not the official one. Unpacked folders have no checksum;
+    their pool counts are compared later."""
     expected = {file.name: (file.bytes, file.sha256) for file in get_dataset(dataset).files}
     owner = "the official file"
     if is_miniature(raw):
@@ -99,7 +98,7 @@ def verify(raw: str, dataset: str, found: Iterable[FoundFile]) -> None:
             table = storage.read_record(marker, ["files"])["files"].get(dataset, {})
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in table.items()}
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{marker}: lists no files of a miniature ({error}); remove it") from error
+            raise UserError(f"{marker}: not a valid list of miniature files ({error}); remove it") from error
         owner = "the miniature"
     for place in found:
         size, digest = expected.get(place.file.name, (None, None)) if place.packed else (None, None)
@@ -123,14 +122,14 @@ def verify(raw: str, dataset: str, found: Iterable[FoundFile]) -> None:
 
 
 def download(raw: str, dataset: str, file: OfficialFile) -> None:
-    """Fetches one file into RAW/<data set>/, resuming an interrupted download, and checks size and SHA-256.
+    """Downloads one file to RAW/<data set>/, resuming an interrupted download, and checks size and SHA-256.
 
     Raises UserError when the server refuses, the connection keeps failing, or the file is not the official one.
     """
     if storage.is_remote(raw):
         raise UserError(f"{raw}: downloads go to a local folder; name one with --raw")
     if file.url is None:
-        raise UserError(f"{file.name} cannot be fetched by a program: {file.by_hand}")
+        raise UserError(f"{file.name} has to be downloaded manually: {file.by_hand}")
     target = os.path.join(raw, dataset, file.name)
     partial = target + ".part"
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -141,29 +140,29 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
     if digest != file.sha256:
         size = os.path.getsize(partial)
         if file.bytes and size < file.bytes:
-            raise UserError(f"{file.url}: only {size:,} of {file.bytes:,} bytes came; {GO_ON}")
+            raise UserError(f"{file.url}: only {size:,} of {file.bytes:,} bytes received; {GO_ON}")
         os.remove(partial)
         raise UserError(f"{file.url}: the server's file has SHA-256 {digest}, not the official {file.sha256}")
     os.replace(partial, target)
 
 
 def _fetch_rest(file: OfficialFile, partial: str) -> None:
-    """Adds to `partial` what it lacks."""
+    """Downloads the rest of `partial`."""
     have = os.path.getsize(partial) if os.path.exists(partial) else 0
     if file.bytes and have >= file.bytes:
         return
     assert file.url is not None
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-", "User-Agent": "vit-pipeline"})
     with urllib.request.urlopen(request, timeout=60) as response:
-        # a server without ranges answers 200 and starts from the first byte
+        # a server without range support responds with 200 and sends the whole file
         with open(partial, "ab" if response.status == 206 else "wb") as sink:
             while chunk := response.read(CHUNK):
                 sink.write(chunk)
 
 
 def _refused(file: OfficialFile, target: str, error: Exception) -> Exception | None:
-    """The error for an answer that another attempt would not change."""
+    """The error for a response that a retry would not change."""
     if isinstance(error, urllib.error.HTTPError) and error.code < 500:
         other = f" or get {file.by_hand}" if file.by_hand else ""
-        return UserError(f"{file.url}: the server answers {error}; fetch it by hand to {target}{other}")
+        return UserError(f"{file.url}: the server responded with {error}; download it manually to {target}{other}")
     return None if isinstance(error, (OSError, http.client.HTTPException)) else error

@@ -1,11 +1,11 @@
-"""From raw archives to one dataset per split: OUTPUT/<task>/<split>/, ordinary datasets that any loader opens.
+"""Builds one dataset per split, OUTPUT/<task>/<split>/, from raw archives.
 
-1. check_requests   names, outputs and missing files are checked; finished tasks need no work       (here)
-2. plan_tasks       every data set is verified and listed, which fixes the splits: a task each      (plan.py)
-3. build_part       images are read and written to shards, one part of an archive each              (parts.py)
+1. check_requests   checks names, outputs and missing files; skips finished tasks                   (this module)
+2. plan_tasks       verifies and lists every data set and computes the splits                       (plan.py)
+3. build_part       reads images of one part of an archive and writes shards                        (parts.py)
 4. finish_task      manifests                                                                       (finish.py)
 
-What is finished is not done again. A task or a split that cannot be prepared does not stop the others.
+Finished work is not repeated. A task or a split that cannot be built does not stop the others.
 """
 
 import logging
@@ -30,11 +30,10 @@ WORK = ".work"  # folder of the receipts of finished parts
 
 @dataclass(kw_only=True, slots=True)
 class Preparation:
-    """What was asked for: tasks that are finished, tasks to work on, and those that cannot be prepared.
+    """A request: finished tasks, tasks to build, and tasks that cannot be built.
 
-    counts: {task: {split: counts}} of finished tasks, in the order asked for. problems: a line for each task or split that
-    cannot be prepared.
-    """
+    counts: {task: {split: counts}} of finished tasks, in the requested order. problems: one line per task or split that
+    cannot be built."""
 
     output: str
     tasks: tuple[str, ...]
@@ -44,7 +43,7 @@ class Preparation:
 
 
 class Incomplete(UserError):
-    """Some tasks or splits could not be prepared. `counts` holds those that were."""
+    """Raised when some tasks or splits could not be built. `counts` has the others."""
 
     def __init__(self, preparation: Preparation) -> None:
         super().__init__("\n".join(preparation.problems))
@@ -62,10 +61,9 @@ def prepare(
 ) -> dict[str, Counts]:
     """Builds `splits` of the tasks `names` from the archives under `raw`: {task: {split: counts}}.
 
-    download: fetch missing files that have an address. verify=False takes archives as they are: no checksums, no official
-    counts, and missing images become rejects. Raises UserError before any work when nothing of the request can be done, and
-    Incomplete after all other work when a task or a split cannot be prepared.
-    """
+    download: download missing files that have a URL. verify=False skips checksums and official counts, and missing
+    images become rejects. Raises UserError before any work when no part of the request can be built, and Incomplete
+    after all other work when a task or a split cannot be built."""
     preparation = check_requests(names, raw, output, splits=splits, download=download, verify=verify)
     build_datasets(preparation)
     if preparation.problems:
@@ -82,9 +80,9 @@ def check_requests(
     download: bool = False,
     verify: bool = True,
 ) -> Preparation:
-    """Looks at names, outputs and files; arguments as for `prepare`.
+    """Checks names, outputs and files; arguments as for `prepare`.
 
-    Raises UserError for a wrong name, for an output that holds other data, and when every unfinished task lacks files.
+    Raises UserError for a wrong name, for an output with other data, and when all unfinished tasks lack files.
     """
     raw, output = storage.normalise(raw), storage.normalise(output)
     check_output(output)
@@ -107,7 +105,7 @@ def check_requests(
 
 
 def build_datasets(preparation: Preparation) -> None:
-    """Does the work of a preparation, and enters its counts and problems there. Joins Ray when there is work."""
+    """Builds the tasks of a request and adds the counts and problems to it. Connects to Ray if there is work."""
     if not preparation.todo:
         return
     plans: list[TaskPlan] = []
@@ -131,7 +129,7 @@ def build_datasets(preparation: Preparation) -> None:
 
 
 def _build_parts(parts: dict[str, ArchivePart], receipts: workqueue.Receipts) -> dict[str, str]:
-    """Works through the parts: {task: problem}, the first problem of each task."""
+    """Processes the parts. Returns {task: first problem}."""
     problems: dict[str, str] = {}
     logger.info("%d tasks, %d parts of archives", len({part.task for part in parts.values()}), len(parts))
     with Progress("vtab", total=len(parts)) as progress:
@@ -147,7 +145,7 @@ def _build_parts(parts: dict[str, ArchivePart], receipts: workqueue.Receipts) ->
 
 def _explain_splits(plan: TaskPlan, problems: dict[str, str]) -> list[str]:
     rest = [split for split in (*plan.examples, *plan.problems) if split not in problems]
-    remedy = f"; --splits {' '.join(rest)} leaves it out" if rest else ""
+    remedy = f"; --splits {' '.join(rest)} skips it" if rest else ""
     return [f"{plan.task}, split {split}: {problem}{remedy}" for split, problem in problems.items()]
 
 
@@ -161,7 +159,7 @@ def _remove_receipts(receipts: workqueue.Receipts, task: str) -> None:
 
 
 def _missing_files(requests: Sequence[Request], raw: str, download: bool) -> dict[str, str]:
-    """{data set: which of its files are missing}; with `download`, those that have an address are fetched first."""
+    """{data set: its missing files}. With `download`, files that have a URL are downloaded first."""
     problems = {}
     for group in by_dataset([request for request in requests if find_layout(request)[0] == "archives"]):
         dataset = group[0].entry.dataset
@@ -177,9 +175,7 @@ def _missing_files(requests: Sequence[Request], raw: str, download: bool) -> dic
             continue
         if missing:
             hint = (
-                "; --download fetches those that have an address"
-                if not download and any(f.url for f in missing)
-                else ""
+                "; --download downloads those that have a URL" if not download and any(f.url for f in missing) else ""
             )
             files = "".join(f"\n  {storage.join(raw, dataset)}/{archives.describe_file(file)}" for file in missing)
             count = f"{len(missing)} files are missing" if len(missing) > 1 else "1 file is missing"

@@ -1,4 +1,4 @@
-"""What `jobs/prepare.py vtab` builds, and where."""
+"""Configuration of `jobs/prepare.py vtab`."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VtabConfig:
-    """Builds VTAB-1k's tasks from the archives as their authors publish them."""
+    """Build the VTAB-1k tasks from the archives that their authors publish."""
 
     tasks: tyro.conf.Positional[tuple[str, ...]]
     """Names of the tasks to build, or all."""
@@ -18,14 +18,14 @@ class VtabConfig:
     splits: tuple[str, ...] = ("train800", "val200", "train800val200", "test")
     """Splits to build. train, val and trainval are the full pools of images."""
     download: bool = False
-    """Fetch archives that --raw lacks and that have a public address."""
+    """Download missing archives that have a public URL."""
     no_verify: bool = False
-    """Accept archives without comparing checksums and official counts."""
+    """Skip the comparison of checksums and counts with the official ones."""
     address: str | None = None
     """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
     num_cpus: int | None = None
     """CPU cores for an embedded Ray. None: all."""
     tracking: bool = True
-    """Record the preparation in MLflow."""
+    """Log the run to MLflow."""
     tracking_uri: str | None = None
     """MLflow server. None: MLFLOW_TRACKING_URI, or SQLite in the current folder."""

@@ -1,8 +1,7 @@
-"""Members of the owners' archives, read in memory: folders, zip, tar, gzip, HDF5 and MATLAB files.
+"""Reads members of the official archives in memory: folders, zip, tar, gzip, HDF5 and MATLAB files.
 
-Nothing is extracted to disk, except an HDF5 file inside .gz, which needs random access. Damaged contents raise a UserError that
-names the archive.
-"""
+Nothing is extracted to disk, except an HDF5 file inside .gz, which needs random access. Damaged contents raise a
+UserError that names the archive."""
 
 import contextlib
 import errno
@@ -28,7 +27,7 @@ MAX_RATIO = 100  # of a large member of a zip to its compressed bytes; a decompr
 MAX_UNPACKED = 16 << 30  # bytes; the largest official .h5 has 7.2 GB
 CHUNK = 4 << 20
 
-# What parsing raises over contents of an unexpected layout: the archive is at fault, not the program.
+# Exceptions of parsers for unexpected content, which indicate a bad archive.
 MALFORMED = (
     KeyError,
     IndexError,
@@ -45,7 +44,7 @@ MALFORMED = (
 
 @contextlib.contextmanager
 def damaged(uri: str) -> Iterator[None]:
-    """Turns the exceptions that decompressors raise over damaged bytes into a UserError that names the archive."""
+    """Converts exceptions of decompressors for damaged data to a UserError that names the archive."""
     try:
         yield
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, OSError) as error:
@@ -62,9 +61,8 @@ def damaged(uri: str) -> Iterator[None]:
 class Tree:
     """The members of a folder, a zip, or a tar (compressed or not), under the names that they have in the archive.
 
-    prefix: what the members' names begin with when the archive lies there unpacked. nested: the member of the zip `uri` that is
-    the archive.
-    """
+    prefix: prefix of the member names if the archive is unpacked. nested: the member of the zip `uri` that is the
+    archive."""
 
     def __init__(self, uri: str, prefix: str = "", nested: str = "") -> None:
         self.uri, self.prefix, self.nested = uri, prefix, nested
@@ -90,7 +88,8 @@ class Tree:
         return [name for name, _ in self.walk()]
 
     def walk(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, IO[bytes]]]:
-        """(name, open file) of the members that `keep` accepts, in archive order; a file is open until the next is taken."""
+        """(name, open file) of the members that `keep` accepts, in archive order; a file is open until the next is
+        taken."""
         if self.kind != "tar":
             for name in self.names():
                 if keep(name):
@@ -98,8 +97,8 @@ class Tree:
                         yield name, member
             return
         with damaged(self.uri), open_nested(self.uri, self.nested) as file:
-            # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would treat a gzip stream that is
-            # cut short as the end of the archive; the gzip module does not.
+            # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would treat a gzip stream
+            # that is cut short as the end of the archive; the gzip module does not.
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             with (
@@ -114,8 +113,8 @@ class Tree:
     def read(self, names: Iterable[str], limit: int | None = None) -> Iterator[tuple[str, bytes]]:
         """(name, bytes) of the named members: in the order of `names`, or of the archive when it is a tar.
 
-        Members that the archive lacks are left out. Raises UserError for one of more than `limit` bytes, or MAX_MEMBER_BYTES.
-        """
+        Members that the archive lacks are left out. Raises UserError for one of more than `limit` bytes, or
+        MAX_MEMBER_BYTES."""
         limit = limit or MAX_MEMBER_BYTES
         if self.kind == "tar":
             wanted = set(names)
@@ -165,7 +164,8 @@ class Tree:
 
 
 def _is_litter(name: str) -> bool:
-    """Whether macOS added the file to a folder or archive: it may be named like a picture, but holds a resource fork."""
+    """Whether macOS added the file to a folder or archive: it may be named like a picture, but holds a resource
+    fork."""
     *folders, file = name.split("/")
     return "__MACOSX" in folders or file.startswith("._") or file == ".DS_Store"
 

@@ -1,4 +1,4 @@
-"""What is in the archives of a data set: its examples, and their image files."""
+"""Lists the examples of a data set and reads their image files."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

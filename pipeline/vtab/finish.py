@@ -1,4 +1,4 @@
-"""From the receipts of a task to its datasets: manifests, counts, and what may be opened afterwards."""
+"""Finishes the datasets of a task from its receipts, and opens finished splits."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def official_count(task: Task, split: str) -> int:
 
 
 def counts_table(results: dict[str, Counts]) -> str:
-    """The counts beside the official ones, for people."""
+    """A table of the counts and the official counts."""
     lines = [f"{'task':<22}{'split':<16}{'images':>9}{'official':>10}{'rejects':>9}"]
     for task, result in results.items():
         for split, counts in result.items():
@@ -46,9 +46,9 @@ def counts_table(results: dict[str, Counts]) -> str:
 
 
 def finished_counts(request: Request) -> Counts | None:
-    """The counts of a task whose splits all exist. Raises UserError when other data lies in their place.
+    """The counts of a task if all its splits exist. Raises UserError when the output contains other data.
 
-    Archives may be deleted once a task is finished: with nothing left to compare with, its name and splits decide.
+    If the archives of a finished task were deleted, only its name and splits are compared.
     """
     gone = find_layout(request)[0] == "archives" and bool(archives.locate(request.raw, request.entry.dataset)[1])
     identity = {"task": request.task} if gone else identify(request)
@@ -70,9 +70,9 @@ def finished_counts(request: Request) -> Counts | None:
 
 
 def finish_task(plan: TaskPlan, receipts: Sequence[dict[str, Any]]) -> tuple[Counts, dict[str, str]]:
-    """Writes the manifests of a task whose parts are all done: (counts by split, problem by split).
+    """Writes the manifests of a task after all its parts are done. Returns (counts by split, problem by split).
 
-    A split in which no image is left has no manifest and does not keep the others from theirs.
+    A split without images has no manifest; the other splits are still finished.
     """
     counts, problems = {}, dict(plan.problems)
     for split in plan.examples:

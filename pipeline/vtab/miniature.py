@@ -1,9 +1,9 @@
-"""Made-up archives in the official layouts of all nineteen tasks, for tests and the demo.
+"""Synthetic archives in the official layouts of all nineteen tasks, for tests.
 
-Each class has its own picture (a hue, a stripe direction and pitch), so that a model can learn the tasks; where a task is about
-geometry, the picture shows it. The archives have the quirks of the official files: JPEGs that are really GIF or PNG, greyscale and
-CMYK, an image that does not decode, label 10 for digit 0, DontCare objects, the file called tmp, tar.gz files that are plain tar.
-"""
+Each class has a different image (hue, stripe direction and pitch), so that models can learn the tasks; images of
+geometric tasks show the geometry. The archives reproduce quirks of the official files: JPEGs that are GIF or PNG files,
+greyscale and CMYK, an undecodable image, label 10 for digit 0, DontCare objects, a file named tmp, tar.gz files that
+are plain tar."""
 
 import csv
 import gzip
@@ -30,8 +30,8 @@ UNDECODABLE = "/t/track/outdoor/sun_aophkoiosslinihb.jpg"  # of SUN397's train s
 def write(names: Sequence[str] | str, raw: str, per_class: int = 8, num_classes: int = 4) -> str:
     """Writes miniature archives of the tasks (or "all") under `raw`, a local folder; returns it.
 
-    `per_class` images of the first `num_classes` classes in every official split. Writes MINIATURE.json, with sizes and
-    checksums, which stands in for the official ones.
+    `per_class` images of the first `num_classes` classes in every official split. Writes MINIATURE.json with sizes and
+    checksums, which replace the official ones.
     """
     names = tasks.TASKS if names == "all" else [names] if isinstance(names, str) else names
     files: dict[str, dict[str, dict]] = {}

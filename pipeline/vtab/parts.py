@@ -1,4 +1,4 @@
-"""The units of work: parts of archives, whose images one worker reads and writes to the splits that they belong to."""
+"""The units of work: a worker reads the images of one part of an archive and writes them to their splits."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -45,7 +45,7 @@ class ArchivePart:
 
     @property
     def name(self) -> str:
-        """Unique for its contents: other data never matches a receipt of this part."""
+        """A name that depends on the content, so that a receipt never matches other data."""
         content = [self.identity, self.file.uri, self.file.prefix, self.file.part, self.rows]
         return f"{self.task}-{self.number:05d}-{fingerprint(content)}"
 
@@ -59,9 +59,9 @@ def is_finished(plan: TaskPlan, split: str) -> bool:
 
 
 def cut_parts(plan: TaskPlan) -> list[ArchivePart]:
-    """A part for each archive file; the large splits of a random-access file in slices, in the order of the archive.
+    """One part per archive file; large splits of random-access files are divided into slices, in archive order.
 
-    Splits that are finished already are left out.
+    Finished splits are skipped.
     """
     parts: list[ArchivePart] = []
 
@@ -124,7 +124,7 @@ def count_rows(receipt: dict[str, Any]) -> int:
 
 
 class _SplitWriter:
-    """Writes the rows of one split: a large one as they come, a small one in official order at the end."""
+    """Writes the rows of one split: large splits in reading order, small ones in official order at the end."""
 
     def __init__(self, part: ArchivePart, split: str, classes: list[str]) -> None:
         self.part = part
@@ -134,7 +134,7 @@ class _SplitWriter:
         self.held_bytes = 0
 
     def write(self, position: int, example: Example, data: bytes, pixels_HWC: np.ndarray | None) -> None:
-        """Takes in an image, or rejects it when it does not decode."""
+        """Adds an image, or rejects it if it cannot be decoded."""
         if pixels_HWC is None:
             self.reject(example, "undecodable")
             return
@@ -172,8 +172,8 @@ def _write_images(part: ArchivePart, writers: dict[str, _SplitWriter]) -> None:
             writers[split].write(position, example, data, pixels_HWC)
     if places and part.strict:
         raise UserError(
-            f"{part.file.uri}: {len(places):,} or more of the listed images are not in there, such as "
-            f"{next(iter(places))} (--no-verify leaves them out)"
+            f"{part.file.uri}: {len(places):,} or more of the listed images are missing from the archive, such as "
+            f"{next(iter(places))} (--no-verify skips them)"
         )
     for missing in places.values():
         for split, _, example in missing:

@@ -1,4 +1,4 @@
-"""What a task is made from: the request, the layout of its data, and every row of every split, before any image is read."""
+"""The plan of a task: the request, the layout of its data, and the rows of all splits. Reads no images."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,8 @@ class Request:
 
 
 class Example(NamedTuple):
-    """One row to be written: its key in the dataset, its label, and the member of an archive file (a number in the plan)."""
+    """One row to be written: its key in the dataset, its label, and the member of an archive file (a number in the
+    plan)."""
 
     key: str
     label: int
@@ -48,9 +49,8 @@ class Example(NamedTuple):
 class TaskPlan:
     """All rows of one task, in official order, and the archive files that hold their images.
 
-    identity: what the rows are made from; written to every manifest. strict: an image that is missing from its archive is an
-    error, not a reject. problems: for every split that cannot be prepared, the reason.
-    """
+    identity: what the rows are made from; written to every manifest. strict: an image that is missing from its archive
+    is an error, not a reject. problems: for every split that cannot be prepared, the reason."""
 
     task: str
     output: str

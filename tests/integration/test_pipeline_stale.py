@@ -1,4 +1,5 @@
-"""A pipeline of real jobs: a changed stage takes its descendants with it and nothing else; a moved folder changes nothing."""
+"""A pipeline of real jobs: a changed stage takes its descendants with it and nothing else; a moved folder changes
+nothing."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""What docs/security.md promises: no token no job, credentials stay in the environment, nodes may do what their policy says."""
+"""What docs/security.md promises: no token no job, credentials stay in the environment, nodes may do what their policy
+says."""
 
 import json
 import os
@@ -217,9 +218,8 @@ def test_credentials_appear_nowhere(s3_server, s3, image_folder, tmp_path):
 def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
     """infra/iam/node.json, enforced by moto's identity service: the doctor's probes pass and fail where they should.
 
-    In two things moto is not AWS: it refuses whatever has a condition on prefixes, and wants the right to delete several
-    objects at once on the bucket itself.
-    """
+    In two things moto is not AWS: it refuses whatever has a condition on prefixes, and wants the right to delete
+    several objects at once on the bucket itself."""
     import boto3
 
     port = free_port()

@@ -240,7 +240,7 @@ BOMB = "".join(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new 
         ("name: x\nstages: {2026-01-01: {job: prepare}}\n", 'YAML reads "2026-01-01" as something else'),
         ("name: x\nstages: {[a, b]: {job: prepare}}\n", "YAML reads a list or mapping as something else"),
         ("name: x\nstages: [a]\n", "stages: expected dict, found"),
-        ("name: x\nstages: {a: prepare}\n", "stages.a: expected keys of Stage, found"),
+        ("name: x\nstages: {a: prepare}\n", "stages.a: expected a mapping with the keys of Stage, found"),
         ("name: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("[" * 5000, "not valid YAML"),
         ("#" * (2 << 20), "bytes are too many for a pipeline file"),
@@ -277,7 +277,7 @@ def test_python_is_checked_as_yaml_is(tmp_path):
             "retries: expected int, found 'many'",
         ),
         ("Stage(job='prepare', matrix={'seed': 3})", "", "stages.a.matrix.seed: expected list, found 3"),
-        ("'prepare'", "", "stages.a: expected keys of Stage, found 'prepare'"),
+        ("'prepare'", "", "stages.a: expected a mapping with the keys of Stage, found 'prepare'"),
     ):
         place.write_text(made.format(stage=stage, more=more))
         with pytest.raises(UserError, match=re.escape(message)):
@@ -321,6 +321,6 @@ def test_everything_the_command_line_says_it_takes(tmp_path):
     assert json.loads(shown[0])["title"]
     with pytest.raises(UserError, match=r'unknown flag --onyl \(did you mean "--only"\?\)'):
         commands.main(["run", "--recipe", "demo", "--onyl", "data"], "", print)
-    with pytest.raises(UserError, match="which pipeline"):
+    with pytest.raises(UserError, match="no pipeline given"):
         commands.main(["status", "--json"], "", print)
     assert sys.modules["pipeline"].__file__ == str(ROOT / "pipeline" / "__init__.py")

@@ -98,8 +98,8 @@ def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
 
 
 def test_damaged_files_are_noticed_and_computed_again(tmp_path, caplog):
-    """Cut short, without fields, or with one digit changed: such a result does not count. Damaged predictions take their
-    result with them."""
+    """Cut short, without fields, or with one digit changed: such a result does not count. Damaged predictions take
+    their result with them."""
     store, pets = Store(str(tmp_path)), task()
     found = Predictions([f"k{i}" for i in range(10)], np.arange(10), np.arange(10))
     jobs = next_jobs(pets, 3, {})

@@ -125,7 +125,7 @@ def test_a_download_of_another_file_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "tries"), [(404, "fetch it by hand", 1), (503, "run the command again", 3)]
+    ("code", "message", "tries"), [(404, "download it manually", 1), (503, "repeat the command", 3)]
 )
 def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
     calls = []

@@ -53,7 +53,9 @@ def test_missing_images_are_errors_or_rejects(vtab_raw, tmp_path):
     missing.unlink()
     (tmp_path / "raw" / archives.MINIATURE).write_text('{"files": {}}')
     splits = ("train", "val", "test")
-    with pytest.raises(UserError, match=f"1 or more of the listed images are not in there, such as jpg/{missing.name}"):
+    with pytest.raises(
+        UserError, match=f"1 or more of the listed images are missing from the archive, such as jpg/{missing.name}"
+    ):
         prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=splits)
     counts = prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out2"), splits=splits, verify=False)
     assert sum(counts["flowers102"][split]["rejects"] for split in splits) == 1
@@ -171,8 +173,8 @@ def test_an_empty_split_fails_that_split_alone(vtab_raw, tmp_path):
     with pytest.raises(Incomplete) as error:
         prepare(["flowers102"], str(tmp_path / "raw"), str(tmp_path / "out"), splits=splits, verify=False)
     assert str(error.value).splitlines() == [
-        "flowers102, split val200: none of the 24 listed images could be read; --splits train800 leaves it out",
-        "flowers102, split test: none of the 24 listed images could be read; --splits train800 leaves it out",
+        "flowers102, split val200: none of the 24 listed images could be read; --splits train800 skips it",
+        "flowers102, split test: none of the 24 listed images could be read; --splits train800 skips it",
     ]
     assert {split: made["images"] for split, made in error.value.counts["flowers102"].items()} == {"train800": 24}
 
@@ -206,7 +208,7 @@ def test_the_command_ends_with_exit_code_1_and_the_list(vtab_raw, tmp_path, caps
     assert command(["vtab", "dtd", "pets", *arguments]) == 1
     assert list(json.loads(capsys.readouterr().out)) == ["dtd"]
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert record.getMessage().startswith("pets: 2 files are missing; --download fetches those that have an address:")
+    assert record.getMessage().startswith("pets: 2 files are missing; --download downloads those that have a URL:")
     assert command(["vtab", "dtd", *arguments]) == 0
     with pytest.raises(UserError, match="pets: 2 files are missing"):  # nothing can be done: wrong input, exit code 2
         command(["vtab", "pets", *arguments])

@@ -99,8 +99,8 @@ def folders_of(path: str) -> list[str]:
 
 
 def partition_value(folder: str, columns: Iterable[str]) -> str | None:
-    """The value of a Hive partition (label=cat) whose column is one of `columns`; the folder itself when it is no partition
-    of theirs; None for Hive's name of a missing value."""
+    """The value of a Hive partition (label=cat) whose column is one of `columns`; the folder itself when it is no
+    partition of theirs; None for Hive's name of a missing value."""
     column, equals, value = folder.partition("=")
     if not equals or column.lower() not in columns:
         return folder
@@ -128,9 +128,8 @@ def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None 
     """The layout of a source with so many images in each of `folders`; the user may say the level of the classes.
 
     Folders that hold everything (photos/images/<class>/) are passed. Split folders may lie above the classes
-    (train/<class>/) or below them (<class>/train/). Raises UserError when two levels of folders could be the classes, or a
-    folder could be a split as well as a class.
-    """
+    (train/<class>/) or below them (<class>/train/). Raises UserError when two levels of folders could be the classes,
+    or a folder could be a split as well as a class."""
     dirs = dict(sorted(folders.items()))
     level = _past_wrappers(dirs)
     splits = _splits_at(dirs, level)
@@ -215,8 +214,8 @@ def splits_of_files(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _splits_at(dirs: Mapping[tuple[str, ...], int], level: int, strict: bool = False) -> dict[str, str]:
-    """The split folders at a level, {folder: split}: all folders there are splits, or (unless `strict`) both a training and
-    a held-out one are among them. A longer name (train_images) counts beside its like (test_images)."""
+    """The split folders at a level, {folder: split}: all folders there are splits, or (unless `strict`) both a training
+    and a held-out one are among them. A longer name (train_images) counts beside its like (test_images)."""
     names = {d[level] for d in dirs if len(d) > level}
     plain = {name: split for name in names if (split := _plain_split(name))}
     kinds = {split.lower() for split in plain.values()}
