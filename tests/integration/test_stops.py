@@ -28,7 +28,7 @@ from tests.rayhead import ray_head
 from tests.runs import pretrain_config
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def record(config: PretrainConfig) -> mlflow.entities.Run:
     return found
 
 
-def until(log: Path, pattern: str, seconds: float = 300) -> re.Match:
+def until(log: Path, pattern: str, seconds: float = 900) -> re.Match:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := re.search(pattern, log.read_text(errors="replace")):
@@ -95,6 +95,7 @@ class Terminal:
     """A real terminal of 200 columns whose foreground group is a command; what it shows is written to `log`, as plain text."""
 
     def __init__(self, command: list[str], log: Path):
+        log.touch()
         self.pid, self.fd = pty.fork()
         if not self.pid:
             os.chdir(ROOT)
@@ -117,7 +118,7 @@ class Terminal:
         """As a window is closed, or a connection lost: the kernel sends SIGHUP to the group."""
         os.close(self.fd)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -145,7 +146,7 @@ def check_continues(config: PretrainConfig, command: list[str], log: Path, saved
         until(log, rf"step {saved + 1}/")
         assert "reason" not in record(config).data.tags
         job.terminate()
-        assert job.wait(120) == 143, log.read_text()
+        assert job.wait(300) == 143, log.read_text()
     assert saved_step(config, "stopped with SIGTERM") > saved
 
 
@@ -168,7 +169,7 @@ def test_sigterm_saves_the_very_step(run, tmp_path, send):
         job = in_session(command, out)
         until(log, r"step 30/")
         send(job.pid, signal.SIGTERM)
-        assert job.wait(120) == 143, log.read_text()
+        assert job.wait(300) == 143, log.read_text()
     saved = saved_step(run, "stopped with SIGTERM")
     text = log.read_text()
     assert f"step {saved}/4000  saved, and the workers leave" in text
@@ -210,7 +211,7 @@ def test_control_c_that_ends_the_reader_of_a_pipe_too(run, tmp_path):
     until(log, r"step 30/")
     terminal.press_control_c()
     terminal.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not code.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert code.read_text() == "130\n"
@@ -256,7 +257,7 @@ def test_hook_of_the_heads_pod(run, tmp_path, monkeypatch):
             done = subprocess.run(hook, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
             assert (done.returncode, done.stderr) == (0, "")
             saved = saved_step(run, "stopped with SIGTERM")
-            submitted.wait(120)
+            submitted.wait(300)
             nothing = subprocess.run(hook, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
             assert (nothing.returncode, nothing.stdout) == (0, "stop_jobs: no job runs\n")
     assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
@@ -279,7 +280,7 @@ def test_ray_job_stop(run, tmp_path, monkeypatch, wait):
             until(log, r"step 30/")
             stop = ["ray", "job", "stop", f"--address={address}", "stopped"]
             subprocess.run(stop, env=environment, check=True, timeout=120)
-            submitted.wait(120)
+            submitted.wait(300)
     warned = "`ray job stop` kills this job after 3 s" in log.read_text()
     assert warned == (wait is None), log.read_text()
     if wait:
