@@ -83,7 +83,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(model, train):
     )
 
 
-@pytest.mark.slow  # compiles for half a minute
+@pytest.mark.slow  # compiles
+@pytest.mark.timeout(900)
 def test_compiled_blocks_train_as_eager_ones_and_keep_their_names(model, train):
     protocol = dataclasses.replace(PROTOCOL, steps=4, ema_decay=0.5)
     tuned = [
