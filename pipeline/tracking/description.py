@@ -27,7 +27,7 @@ class Description:
     """A sentence."""
     data: Sequence[str] = ()
     """A line a data set."""
-    to_continue: str = "the same command again continues where this run stopped."
+    to_continue: str = "repeat the command to continue where this run stopped."
 
     def text(self) -> str:
         paragraphs = [self.what]

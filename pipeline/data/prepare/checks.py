@@ -15,7 +15,7 @@ MOST_SPLITS = 64  # of a source: a column with more values says something else
 
 
 def check_config(config: PrepareConfig) -> PrepareConfig:
-    """The config with absolute URIs. Raises UserError for values that cannot work."""
+    """Validates the config. Returns it with absolute URIs. Raises UserError for invalid values."""
     if not config.source:
         raise UserError("no --source: name a folder, an archive or an s3:// prefix of images")
     if not config.output:
@@ -44,7 +44,7 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
     inputs = tuple(uri if uri in BUILTIN else storage.normalise(uri) for uri in config.source)
     for uri in inputs:
         if output == uri or output.startswith(uri + "/"):
-            raise UserError(f"--output {output} lies inside --source {uri}; choose a place outside it")
+            raise UserError(f"--output {output} is inside --source {uri}; choose a location outside it")
     labels, label_map = (storage.normalise(uri) if uri else None for uri in (config.labels, config.label_map))
     return dataclasses.replace(
         config,
@@ -92,9 +92,10 @@ def parse_splits(splits: Sequence[str]) -> dict[str, float]:
 
 
 def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, float]:
-    """{split: fraction} of the dataset, given the splits that the sources have; fractions are 0 when the source decides.
+    """{split: fraction} of the dataset, given the splits of the sources; fractions are 0 when the source determines the
+    splits.
 
-    Raises UserError when splits of the source would be merged and nobody asked for it, or when there is none to take.
+    Raises UserError when splits of the source would be merged without --splits merge, or when the source has no splits.
     """
     if config.splits == FROM_SOURCE:
         if not found:
@@ -104,14 +105,14 @@ def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, flo
         odd = [name for name in found if not re.fullmatch(r"[\w-][\w .=-]*", name) or name == WORK]
         if odd or len(found) > MOST_SPLITS:
             raise UserError(
-                f"--splits from-source: {f'{odd[0]!r} is no name for a folder' if odd else f'{len(found)} splits'}; name the "
-                "column of the splits with --split-column, or say the splits (train=0.9 val=0.1)"
+                f"--splits from-source: {f'{odd[0]!r} is not a valid folder name' if odd else f'{len(found)} splits'}; name the "
+                "column of the splits with --split-column, or give fractions (train=0.9 val=0.1)"
             )
         return dict.fromkeys(found, 0.0)
     if len(found) > 1 and config.splits != MERGE:
         shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
         raise UserError(
             f"{config.source[0]}: has the splits {shown}, which would become one dataset; --splits from-source keeps "
-            f"them apart, --splits merge joins them, --include (or naming its folder with --source) takes one"
+            f"them separate, --splits merge merges them, --include (or --source with its folder) selects one"
         )
     return parse_splits(config.splits)
