@@ -49,12 +49,16 @@ def demo() -> PretrainConfig:
 def masked_demo() -> PretrainConfig:
     """Masked patch prediction on the demo's letters at 32 px, two CPU workers, about two minutes.
 
-    Source: arXiv 2010.11929, section 4.6, with the model and data of the demo; `--target downsized` and `--target full`
-    are the other two targets of the paper. Command: `python jobs/pretrain.py --recipe masked_demo` after `python
-    jobs/prepare.py`; then evaluate the encoder on digits, after `python jobs/prepare.py --recipe demo_digits`, with
-    `python jobs/transfer.py --suite demo --checkpoint runs/demo/masked`. Hardware: two cores. Cost: 4 teraFLOPs, two
-    minutes. Result: not measured on letters; trained on the digits themselves, the loss went from 6.9 to 1.1, and a
-    linear probe on the features had 91% top-1."""
+    Source: arXiv 2010.11929, section 4.6, with the model and data of the demo; `--target downsized` and `--target
+    full` are the other two targets of the paper.
+    Command: `python jobs/pretrain.py --recipe masked_demo` after `python jobs/prepare.py`; then evaluate the
+    encoder on digits, after `python jobs/prepare.py --recipe demo_digits`, with `python jobs/transfer.py --suite
+    demo --checkpoint runs/demo/masked`.
+    Hardware: two cores.
+    Cost: 4 teraFLOPs, two minutes.
+    Result: not measured on letters; trained on the digits themselves, the loss went from 6.9 to 1.1, and a linear
+    probe on the features had 91% top-1.
+    """
     return PretrainConfig(
         steps="24epochs",
         batch_size=64,
@@ -76,10 +80,13 @@ def masked_demo() -> PretrainConfig:
 def cifar10() -> PretrainConfig:
     """CIFAR-10 at 32 px from scratch on a laptop: Ti/4, half of the patches dropped in training, two CPU workers.
 
-    Source: this project; CIFAR-10 as JPEG files in class folders train/ and test/. Command: `python jobs/pretrain.py
-    --recipe cifar10` after `python jobs/prepare.py --source cifar10-images/train --size 32 --output
-    runs/cifar10/data/train`, and the same for test. Hardware: two cores. Cost: 1.3 petaFLOPs, 83 minutes on two cores
-    with bfloat16 support. Result: 65.1% top-1 on the 10,000 test images; docs/benchmarks.md has the curve."""
+    Source: this project; CIFAR-10 as JPEG files in class folders train/ and test/.
+    Command: `python jobs/pretrain.py --recipe cifar10` after `python jobs/prepare.py --source cifar10-images/train
+    --size 32 --output runs/cifar10/data/train`, and the same for test.
+    Hardware: two cores.
+    Cost: 1.3 petaFLOPs, 83 minutes on two cores with bfloat16 support.
+    Result: 65.1% top-1 on the 10,000 test images; docs/benchmarks.md has the curve.
+    """
     return PretrainConfig(
         steps="24epochs",
         batch_size=128,
@@ -123,12 +130,15 @@ def _two_cores(
 def s16_imagenet_90ep() -> PretrainConfig:
     """ "Better plain ViT": S/16, ImageNet-1k, 90 epochs, GAP, sin-cos positions, RandAugment, mixup.
 
-    Source: arXiv 2205.01580, big_vision configs/vit_s16_i1k.py. Command: `python jobs/pretrain.py --recipe
-    s16_imagenet_90ep --data URI --validation URI --output URI`, on JPEG shards of the first 99% of ImageNet's train
-    set; `--steps 300epochs` for the longer run. Hardware: 2 GPUs with 512 images each; any number that divides the 64
-    lanes. With 8, a step of 128 images is shorter than the host needs to launch it (by estimate, not measured):
-    `--engine.compile-mode reduce-overhead` then records CUDA graphs. Cost: 3.16 exaFLOPs, 2.2 H100-hours at 40% MFU;
-    the source took 6 to 7 hours of a TPUv3-8. Result: 76.5% top-1 on ImageNet, as reported."""
+    Source: arXiv 2205.01580, big_vision configs/vit_s16_i1k.py.
+    Command: `python jobs/pretrain.py --recipe s16_imagenet_90ep --data URI --validation URI --output URI`, on JPEG
+    shards of the first 99% of ImageNet's train set; `--steps 300epochs` for the longer run.
+    Hardware: 2 GPUs with 512 images each; any number that divides the 64 lanes. With 8, a step of 128 images is
+    shorter than the host needs to launch it (by estimate, not measured): `--engine.compile-mode reduce-overhead`
+    then records CUDA graphs.
+    Cost: 3.16 exaFLOPs, 2.2 H100-hours at 40% MFU; the source took 6 to 7 hours of a TPUv3-8.
+    Result: 76.5% top-1 on ImageNet, as reported.
+    """
     return PretrainConfig(
         steps="90epochs",
         batch_size=1024,
@@ -153,9 +163,12 @@ def masked_jft() -> PretrainConfig:
     """Masked patch prediction: B/16, 1M steps of 4096, Adam 2e-4, cosine; half of the embeddings corrupted, no labels.
 
     Source: arXiv 2010.11929, section 4.6 and appendix B.1.2 (512-way mean colour; `--target` has the other two).
-    Command: `python jobs/pretrain.py --recipe masked_jft --data URI --output URI`; `--steps 100000steps` for most of
-    the gain. Hardware: 8 GPUs; any number that divides the 256 lanes. Cost: 432 exaFLOPs, 303 H100-hours at 40% MFU.
-    Result: 79.9% on ImageNet after fine-tuning, 2 points above training from scratch, as reported."""
+    Command: `python jobs/pretrain.py --recipe masked_jft --data URI --output URI`; `--steps 100000steps` for most
+    of the gain.
+    Hardware: 8 GPUs; any number that divides the 256 lanes.
+    Cost: 432 exaFLOPs, 303 H100-hours at 40% MFU.
+    Result: 79.9% on ImageNet after fine-tuning, 2 points above training from scratch, as reported.
+    """
     return PretrainConfig(
         steps="1000000steps",
         batch_size=4096,
