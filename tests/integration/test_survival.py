@@ -513,7 +513,7 @@ def test_what_to_turn_when_memory_is_short(base):
         config, engine=EngineConfig(zero=3, precision="bf16", micro_batch=1, activation_checkpointing=True)
     )
     assert out_of_memory(turned, 1, host=False).endswith("try --engine.offload (optimiser states in host memory)")
-    assert "fewer workers on a node" in out_of_memory(turned, 1, host=True)
+    assert "fewer workers per node" in out_of_memory(turned, 1, host=True)
 
 
 def test_failures_are_told_apart(base, tmp_path):
