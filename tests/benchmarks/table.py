@@ -80,13 +80,13 @@ def prepare(result: dict) -> Iterator[Row]:
 
 
 def decontamination(result: dict) -> Iterator[Row]:
-    kinds = ("JPEG quality 50", "shorter side 128, JPEG 90", "crop, 90% of each side", "mirrored", "brightness x 0.7")
-    recall = ", ".join(f"{kind} {result['recall'][kind]['24']:.0%}" for kind in kinds)
-    yield (
-        f"Finding changed copies of {result['photos']} photographs",
-        recall,
-        f"{result['false_matches']['24']} false among {result['others']} others",
-    )
+    kinds = ("JPEG quality 50", "shorter side 128, JPEG 90", "crop, 90% of each side", "mirrored", "brightness x 1.3")
+    rows = {kind: result["recall"][kind] for kind in kinds}
+    recall = ", ".join(f"{kind} {row['evaluation']:.0%}" for kind, row in rows.items())
+    removed, images = (sum(row[key] for row in result["posed"].values()) for key in ("removed", "images"))
+    fewest, most = (choose(row["images"] for row in rows.values()) for choose in (min, max))
+    yield f"Finding changed copies of {fewest} to {most} photographs in an evaluation set", recall, ""
+    yield f"Removed wrongly of {images} pictures of {len(result['posed'])} posed collections", f"{removed}", ""
 
 
 def model(result: dict) -> Iterator[Row]:

@@ -11,11 +11,11 @@ from pipeline.data.format import write_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.errors import UserError
 
-DESCRIBES = {"mean", "std", "input_fingerprint", "config"}
+DESCRIBES = {"mean", "std", "input_fingerprint", "config", "reported_by_reason"}
 """Fields that no reader relies on."""
 FIELDS = "version encoding image multilabel rows inputs duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
 SHARD = ("name", "rows", "bytes", "sha256")
-COLUMNS = {"rows": 0, "start": 1, "values": 2, "end": 3, "crc32": 4}
+COLUMNS = {"rows": 0, "start": 1, "values": 2, "end": 3, "checksum": 4}
 
 
 def changed(value):

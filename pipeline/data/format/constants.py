@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 UNLABELLED = -1

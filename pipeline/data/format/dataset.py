@@ -5,7 +5,6 @@ import mmap
 import operator
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup, parse_row_group
@@ -29,7 +29,7 @@ ROW_GROUP = np.dtype(
         ("start", "i8"),
         ("values", "i8"),
         ("end", "i8"),
-        ("crc32", "u4"),
+        ("checksum", "u4"),
     ]
 )
 
@@ -51,7 +51,7 @@ class Dataset:
 
     Reading a single row reads a whole row group: use `read` for several rows, `Loader` for training.
 
-    `row_groups` is a structured array (shard, group, rows, start, values, end, crc32), in dataset order; `starts`
+    `row_groups` is a structured array (shard, group, rows, start, values, end, checksum), in dataset order; `starts`
     (groups + 1,) are the cumulative rows, so row i lies in group `np.searchsorted(starts, i, "right") - 1`. The
     checksum of a row group is checked when it is decoded for the first time."""
 
@@ -65,7 +65,7 @@ class Dataset:
         self.row_groups = np.empty(len(table), ROW_GROUP)
         self.row_groups["shard"] = np.repeat(np.arange(len(counts)), counts)
         self.row_groups["group"] = np.concatenate([np.arange(n) for n in counts]) if counts else []
-        for column, name in enumerate(("rows", "start", "values", "end", "crc32")):
+        for column, name in enumerate(("rows", "start", "values", "end", "checksum")):
             self.row_groups[name] = table[:, column]
         self.starts = np.concatenate([[0], np.cumsum(self.row_groups["rows"], dtype=np.int64)])
         self._intact = np.zeros(len(table), bool)  # row groups whose checksum was verified
@@ -117,7 +117,7 @@ class Dataset:
     def is_intact(self, i: int, data: bytes | memoryview) -> bool:
         """Whether `data` matches the checksum of row group i. The result is cached."""
         if not self._intact[i]:
-            self._intact[i] = zlib.crc32(data) == self.row_groups[i]["crc32"]
+            self._intact[i] = checksum(data) == self.row_groups[i]["checksum"]
         return bool(self._intact[i])
 
     def decode_row_group(self, i: int, data: bytes | memoryview) -> RowGroup:

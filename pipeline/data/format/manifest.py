@@ -77,8 +77,8 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One Parquet file. `row_groups` has an entry (rows, start, values, end, crc32) per row group: its byte range
-    [start, end) in the file, the offset of its image values, and the CRC-32 of the range."""
+    """One Parquet file. `row_groups` has an entry (rows, start, values, end, checksum) per row group: its byte range
+    [start, end) in the file, the offset of its image values, and the checksum of the range."""
 
     name: str
     rows: int

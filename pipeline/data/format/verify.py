@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST, REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
 from pipeline.data.format.manifest import Shard, content_fingerprint
@@ -79,7 +79,7 @@ def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
 
 def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> Iterator[str]:
     """Compares the byte ranges and checksums in the manifest with the footer and the bytes of the shard."""
-    for number, (_, start, values, end, checksum) in enumerate(shard.row_groups):
+    for number, (_, start, values, end, expected) in enumerate(shard.row_groups):
         group = metadata.row_group(number)
         first, last = group.column(0), group.column(group.num_columns - 1)
         if (start, end) != (first.data_page_offset, last.data_page_offset + last.total_compressed_size):
@@ -87,10 +87,10 @@ def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> 
             continue
         file.seek(start)
         data = file.read(end - start)
-        if zlib.crc32(data) != checksum:
+        if checksum(data) != expected:
             yield f"{shard.name}: the checksum of row group {number} differs from the manifest's"
             continue
-        with contextlib.suppress(ValueError, IndexError):  # a damaged page: its checksum told
+        with contextlib.suppress(ValueError, IndexError):  # a damaged page: the checksum above has named it
             begin, _ = locate_page(memoryview(data), last.data_page_offset - start)
             if values != start + begin:
                 yield f"{shard.name}: the images of row group {number} do not begin at {values} as the manifest says"

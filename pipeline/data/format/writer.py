@@ -5,7 +5,6 @@ import hashlib
 import os
 import struct
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
 from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard, content_fingerprint
 from pipeline.errors import UserError
@@ -171,7 +171,7 @@ class ShardWriter:
         self._group_rows, self._heads = [], []
 
     def _locate(self, descriptor: int, name: str) -> list[list[int]]:
-        """(rows, start, values, end, crc32) of every row group, verified against the file, because readers rely on
+        """(rows, start, values, end, checksum) of every row group, verified against the file, because readers rely on
         them."""
         metadata = pq.read_metadata(self._path)
         located = []
@@ -183,8 +183,8 @@ class ShardWriter:
             values = end - length
             if group.num_rows != self._group_rows[i] or os.pread(descriptor, len(head), values) != head:
                 raise RuntimeError(f"{name}: row group {i} is not one plain page; the Parquet writer has changed")
-            checksum = zlib.crc32(os.pread(descriptor, end - start, start))
-            located.append([group.num_rows, start, values, end, checksum])
+            data = os.pread(descriptor, end - start, start)
+            located.append([group.num_rows, start, values, end, checksum(data)])
         return located
 
     def close(self) -> Receipt:
