@@ -349,7 +349,7 @@ class Runner:
         """Stops the stages, waits until they have saved their state, and records the result."""
         self._stopping = True
         if self.running:
-            logger.info("stopping %d stages; they save what they have", len(self.running))
+            logger.info("stopping %s; running stages save their state first", ", ".join(self.running))
         for running in self.running.values():
             self.executor.stop(running.job)
         until = time.monotonic() + STOP_GRACE
