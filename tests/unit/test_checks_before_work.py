@@ -134,7 +134,7 @@ WRONG = {
         lambda t: {"output": "s3://no-such-bucket/x"},
         "--output s3://.* cannot be written",
     ),
-    "output that holds other files": (lambda t: {"output": str(t / "val")}, "is not empty and holds no run"),
+    "output that holds other files": (lambda t: {"output": str(t / "val")}, "is not empty and does not contain a run"),
     "cache that cannot be written": (lambda t: {"cache": "/proc/cache"}, "--cache /proc/cache"),
     "weights that are not there": (lambda t: {"init_from": str(t / "none.npz")}, "none.npz"),
     "weights of another shape": (lambda t: {"init_from": weights(t / "other")}, "other|shape"),

@@ -126,10 +126,11 @@ def test_damaged_files_are_noticed_and_computed_again(tmp_path, caplog):
 def test_seen_images_come_from_the_report_of_prepare(tmp_path):
     """The very table that prepare writes: only matches with a task's test set count, and the key is that set's."""
     tasks = [task("pets"), dataclasses.replace(task("dtd"), test=Split(uri="/other"))]
+    numbers = {"distance": 3, "similarity": None, "detail": 0.9, "difference": 2.0}
     records = [
-        {"key": "mine1", "reason": "near", "set": "/e", "match": "theirs1", "distance": 3, "detail": 0.9},
-        {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", "distance": 0, "detail": 0.9},
-        {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", "distance": 0, "detail": 0.9},
+        {"key": "mine1", "reason": "near", "set": "/e", "match": "theirs1", **numbers},
+        {"key": "mine2", "reason": "exact", "set": "/e/", "match": "theirs2", **numbers},
+        {"key": "mine3", "reason": "exact", "set": "/elsewhere", "match": "theirs3", **numbers},
     ]
     (tmp_path / "duplicates.parquet").write_bytes(duplicates_table(records))
     expected = {"pets": frozenset({"theirs1", "theirs2"})}
