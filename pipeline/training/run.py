@@ -169,6 +169,7 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
 def check_run(config: PretrainConfig) -> TrainPlan:
     """All checks before the workers start. Raises UserError."""
     check_places(config)
+    check_devices(config)
     dataset = open_dataset(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
@@ -180,10 +181,8 @@ def check_run(config: PretrainConfig) -> TrainPlan:
 
 
 def check_places(config: PretrainConfig) -> None:
-    """What can be said before the data is there: values, devices, and whether the output takes a run. Raises
-    UserError."""
+    """Checks what does not depend on the data: values, and whether the output takes a run. Raises UserError."""
     check_values(config)
-    check_devices(config)
     tracking.resolve_tracking_uri(config.runtime.tracking_uri)
     output = storage.normalise(config.runtime.output)
     check_output(output)

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "docs/install.md": "makes environments: the page says what was run",
     "docs/benchmarks.md": "the recorded run of 83 minutes",
     "docs/security.md": "a test of this suite",
+    "docs/gpu.md": "needs a GPU; tests/unit/test_gpu_benchmark.py runs its small form",
 }
 # what cannot be run here, and why
 REASONS = {

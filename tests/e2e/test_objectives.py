@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.jobs import job
+from tests.jobprocess import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -218,7 +218,7 @@ def test_a_store_that_works(s3):
     assert storage.list_files(s3) == []  # nothing is left behind
     storage.write_bytes(f"{s3}/set/manifest.json", b"{}")
     assert store.readable(f"{s3}/set").status == "ok"
-    assert "no finished dataset" in store.readable(f"{s3}/other").message
+    assert "not a finished dataset" in store.readable(f"{s3}/other").message
 
 
 def broken(s3_server, monkeypatch, fault):

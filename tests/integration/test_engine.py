@@ -67,6 +67,9 @@ class Recorded:
     def flush(self) -> None:
         pass
 
+    def log_bytes(self, data: bytes, path: str) -> None:
+        assert data, path
+
 
 def bad_steps(monkeypatch, factors: dict[int, float]) -> None:
     """Multiplies the loss of steps (1-based): the loop seeds torch by the step, which tells them apart here."""

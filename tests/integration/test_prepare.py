@@ -77,7 +77,7 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     options = {"source": (str(image_folder),), "splits": ("train=0.8", "test=0.2")}
     server = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(UserError, match="1 of 31 inputs were refused"):
+    with pytest.raises(UserError, match="1 of 31 inputs were rejected"):
         prepare(PrepareConfig(output=str(tmp_path / "out"), max_reject_fraction=0, **options), tracking_uri=server)
     first = json.loads((tmp_path / "out" / "_work" / "run.json").read_text())["run_id"]
     manifests = prepare(PrepareConfig(output=str(tmp_path / "out"), **options), tracking_uri=server)

@@ -563,7 +563,7 @@ def test_failures_are_told_apart(base, tmp_path):
     assert lines[0] == (
         "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3 in a row)"
     )
-    assert "worker 1: ended by Ray: out of host memory; try --engine.micro-batch 8" in lines[1]
+    assert "worker 1: a process was ended: its node ran out of host memory; try --engine.micro-batch 1" in lines[1]
 
 
 def test_sizes_that_fit_a_run(base):

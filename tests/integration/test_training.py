@@ -266,7 +266,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     victim.write_bytes(content)
     caplog.clear()
     assert checkpoints.latest(str(tmp_path)).step == 2
-    assert f"{six} is skipped: {six}/COMMIT.json: not valid JSON" in caplog.text
+    assert f"a checkpoint is skipped: {six}/COMMIT.json: not valid JSON" in caplog.text
     wrong = "model.safetensors does not have the content that was written"
     assert f"{four} is skipped: {wrong}; going back to {two}" in caplog.text
     victim.write_bytes(content[:-10])

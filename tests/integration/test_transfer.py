@@ -162,7 +162,7 @@ def test_another_checkpoint_protocol_or_folder_does_not_mix_with_a_suite(finishe
         run_suite(config(world, output, lrs=(0.001, 0.1), checkpoint=checkpoint(tmp_path / "other", seed=1)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="contains other files than transfer results"):
         run_suite(config(world, tmp_path / "full"))
     assert results(output) == before
 

@@ -165,7 +165,6 @@ def test_what_a_run_would_find_wrong_later(what, how, fields, tmp_path, monkeypa
     ("change", "message"),
     [
         ({"output": "/proc/run"}, "--output /proc/run"),
-        ({"gpus": True}, "--gpus"),
         ({"init_from": "none.npz"}, "none.npz"),
         ({"validation_resize": 7}, "validation_resize 7"),
     ],
@@ -174,6 +173,12 @@ def test_dry_run_without_the_data_checks_everything_else(change, message, fields
     config = pretrain_config(**{**fields, "data": str(tmp_path / "later"), "validation": None, **change})
     with pytest.raises(UserError, match=message):
         preview.dry_run(config, "cifar10", {})
+
+
+def test_dry_run_without_the_data_notes_missing_gpus(fields, tmp_path):
+    changes = {"data": str(tmp_path / "later"), "validation": None, "gpus": True}
+    text = preview.dry_run(pretrain_config(**{**fields, **changes}), "cifar10", {})
+    assert "note      --gpus: this machine has 0 of the 1 GPUs" in text
 
 
 def test_output_that_is_a_file_or_below_one(tmp_path):

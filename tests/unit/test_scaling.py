@@ -74,5 +74,5 @@ def test_the_figure_and_the_table(rows, tmp_path):
     scaling.draw(rows, str(tmp_path / "scaling.png"), "b16")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "strong, ZeRO-3" in scaling.table(rows)
-    with pytest.raises(UserError, match=r"is a \.png"):
+    with pytest.raises(UserError, match=r"must end in \.png"):
         scaling.draw(rows, str(tmp_path / "scaling.pdf"))

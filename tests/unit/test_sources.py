@@ -568,7 +568,7 @@ def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
 def test_too_many_rejects(image_folder, tmp_path):
     for i in range(5):
         (image_folder / "ant" / f"bad{i}.jpg").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"5 of 35 inputs were refused.*5 not an image"):
+    with pytest.raises(UserError, match=r"5 of 35 inputs were rejected.*5 not an image"):
         run(tmp_path, source=(str(image_folder),), max_reject_fraction=0.05)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len(pq.read_table(tmp_path / "out" / "rejects.parquet")) == 5

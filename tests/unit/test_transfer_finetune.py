@@ -288,7 +288,7 @@ def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
     wanted = features.feature_set(split, dataset, "checkpoint", Probe(resolution=SIZE, resize=SIZE))
     whole = features.compute_features(model, wanted, Execution(micro_batch=2))
     folder = str(tmp_path / "features")
-    names = [f"part-{i}.parquet" for i in range(4)]
+    names = [f"part-{i:05d}-of-00004.parquet" for i in range(4)]
     for i, name in enumerate(names):
         features.write_part(
             f"{folder}/{name}", *features.compute_features(model, wanted, Execution(micro_batch=2), part=(i, 4))

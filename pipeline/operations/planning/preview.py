@@ -20,9 +20,9 @@ CPU_UTILISATION = 0.4  # of the rate of large matrix products, by small models o
 def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
     """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
-    changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks;
-    where it is not, the published corpus of the recipe stands in, and everything else is checked. Raises UserError for
-    what could not work."""
+    changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks.
+    Where it is not, the published corpus of the recipe stands in and everything else is checked; GPUs that are missing
+    are then a note, because such a plan is often made on another machine. Raises UserError for what could not work."""
     from pipeline.data import open_dataset
     from pipeline.training import run
     from pipeline.training.plan import make_plan
@@ -35,6 +35,10 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)
         note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
+        try:
+            run.check_devices(training)
+        except UserError as lacking:
+            note += f"  note      {lacking}\n"
     else:
         resolved = run.check_run(training)
         run.held_by(resolved, storage.normalise(training.runtime.output))
