@@ -99,7 +99,7 @@ def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
     return 2 * size**3 / best
 
 
-MOST_FOREIGN = 0.1
+MAX_FOREIGN = 0.1
 """Share of the machine's CPU time that others may take before a rate of this process says nothing about its efficiency."""
 
 
@@ -116,7 +116,7 @@ class CpuShare:
         now = self._read()
         busy, mine, seconds = (new - old for new, old in zip(now, self._last, strict=True))
         self._last = now
-        return busy - mine * self.processes <= MOST_FOREIGN * seconds
+        return busy - mine * self.processes <= MAX_FOREIGN * seconds
 
     def _read(self) -> tuple[float, float, float]:
         """CPU seconds of all processes (with those that a hypervisor took), of this one, and of the machine."""

@@ -1,10 +1,10 @@
-"""Who works in an output: a second launch into it is refused by the name of the first.
+"""Lock on an output folder: a second launch is refused with an error that names the first.
 
     with Lease(output, "b16_imagenet"):
         ...
 
-<output>/launch.json names the process that holds the folder, and is renewed while it lives. A process that was killed
-holds nothing: on the same machine that is seen at once, from another one after `2 * RENEW_EVERY` seconds without renewal.
+<output>/launch.json names the process that holds the lock, which renews it while it runs. The lock of a killed process
+is free: at once on the same machine, on another one after `2 * RENEW_EVERY` seconds without renewal.
 `training.checkpoint.Writer` has the second line of defence: an attempt that was taken over commits nothing.
 """
 

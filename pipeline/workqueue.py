@@ -30,7 +30,7 @@ from pipeline.objectstore import expect_answers
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
 TASK_UNITS = 4  # units that one task takes at most
-ACTOR_RESTARTS = 5  # of each, when its process died; Ray Data would start it for ever, without a word
+ACTOR_RESTARTS = 5  # restarts per actor; by default Ray Data restarts a dead actor forever, silently
 
 # A receipt is {"sha256": "...", "receipt": ...}, where the checksum is that of the text of the receipt.
 _BEFORE, _BETWEEN, _DIGITS = b'{"sha256": "', b'", "receipt": ', 64
@@ -90,9 +90,7 @@ class Receipts:
         text = data[start + len(_BETWEEN) : -2]
         if data != b"%s%s%s%s}\n" % (_BEFORE, _checksum(text), _BETWEEN, text):
             storage.remove(self.uri(name))
-            raise UserError(
-                f"{self.uri(name)}: a damaged receipt, now removed; the same command again does its unit anew"
-            )
+            raise UserError(f"{self.uri(name)}: damaged receipt, now removed; repeat the command to redo this unit")
         return json.loads(text)
 
 

@@ -15,8 +15,8 @@ from pipeline import credentials, storage
 from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 
-MOST_BYTES = 1 << 20  # of a pipeline file: larger ones are refused before they are parsed
-MOST_VALUES = 100_000  # of a pipeline file, aliases written out
+MAX_BYTES = 1 << 20  # of a pipeline file: larger ones are refused before they are parsed
+MAX_VALUES = 100_000  # of a pipeline file, aliases written out
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 RESERVED = ("pipeline", "matrix", "promote")
 PROMOTE = "promote"
@@ -117,8 +117,8 @@ def load(place: str) -> Pipeline:
         data = storage.read_bytes(place)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{place}: no such pipeline file") from error
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{place}: {len(data)} bytes are too many for a pipeline file (at most {MOST_BYTES})")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{place}: {len(data)} bytes are too many for a pipeline file (at most {MAX_BYTES})")
     return from_dict(_read_yaml(data, place), place)
 
 
@@ -254,7 +254,7 @@ class _Strict(yaml.SafeLoader):
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node stands for, aliases written out. known: counts by id; 0 while a node is being counted.
 
-    Raises ConstructorError above `MOST_VALUES`, and for a node that holds itself.
+    Raises ConstructorError above `MAX_VALUES`, and for a node that holds itself.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
@@ -267,8 +267,8 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     count = 1
     for child in children:
         count += _count(child, known)
-        if count > MOST_VALUES:
-            problem = f"more than {MOST_VALUES:,} values, aliases written out"
+        if count > MAX_VALUES:
+            problem = f"more than {MAX_VALUES:,} values, aliases written out"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     known[id(node)] = count
     return count

@@ -2,7 +2,7 @@
 
 a dataset, or a folder of datasets     the fingerprints of their manifests a checkpoint, or a run                 the
 checksum of the weights a transfer's output                    its scores a registered model                     the
-checkpoint of the version any other file or folder               names, sizes and bytes; beyond `MOST_READ` bytes names
+checkpoint of the version any other file or folder               names, sizes and bytes; beyond `MAX_READ` bytes names
 and sizes (on S3 also ETags)"""
 
 import contextlib
@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.weights import checkpoints
 
-MOST_READ = 256 << 20
+MAX_READ = 256 << 20
 """Bytes of a folder of raw files that are read to compare their content."""
 THREADS = 32
 MANIFEST, SCORES = "manifest.json", "scores.json"
@@ -97,7 +97,7 @@ class Places:
         known = self.memory.get(uri)
         if isinstance(known, dict) and known.get("stamps") == stamps:
             return known["content"]
-        if sum(size for _, size, _ in files) <= MOST_READ:
+        if sum(size for _, size, _ in files) <= MAX_READ:
             content = _content(uri, [path for path, _, _ in files])
         else:  # on S3 the stamps are ETags, which follow the content
             content = stamps if storage.is_remote(uri) else listing

@@ -297,7 +297,7 @@ class Run:
 
 
 def _status_of(error: BaseException | None) -> tuple[str, str]:
-    """How a run ends whose block was left with this exception, and why: being told to stop is no failure."""
+    """The final status and reason of a run whose `with` block raised this exception; a requested stop is not a failure."""
     if error is None:
         return "FINISHED", ""
     if isinstance(error, KeyboardInterrupt):

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.transfer.predictions import Predictions
 
-MOST_PAIRS, MOST_IMAGES = 12, 24
+MAX_PAIRS, MAX_IMAGES = 12, 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ def most_confused(found: Predictions, classes: Sequence[str]) -> list[Pair]:
     totals = np.bincount(labels, minlength=len(classes))
     return [
         Pair(label=_name(classes, label), prediction=_name(classes, guess), count=count, images=int(totals[label]))
-        for (label, guess), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_PAIRS]
+        for (label, guess), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_PAIRS]
     ]
 
 
@@ -52,7 +52,7 @@ def misclassified(found: Predictions) -> np.ndarray:
     for position, pair in zip(wrong.tolist(), pairs, strict=True):
         order.append((turn[pair], -frequency[pair], position))
         turn[pair] += 1
-    return np.array([position for *_, position in sorted(order)[:MOST_IMAGES]], np.int64)
+    return np.array([position for *_, position in sorted(order)[:MAX_IMAGES]], np.int64)
 
 
 def describe_mistake(found: Predictions, position: int, classes: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ runs.
 Recall: every image in `photos` is changed in each way and looked up among the unchanged ones, as an evaluation set and
 as neighbours in one corpus. Wrong removals: of each set of pictures that are posed alike (the `posed` folders; sets
 drawn by tests/posed.py; one class of CIFAR-10 is a good one) all are one corpus, and one half is the evaluation set of
-the other; `second_look_alone` gives pairs to the second look that nothing proposed. Thresholds were chosen on the
+the other; `verification_only` gives pairs to verification that hashing did not propose. Thresholds were chosen on the
 images of even number in `photos` and on drawn pictures of seeds below 1000; only what is left is measured here
 (--choosing measures the former). The `posed` folders were used to choose nothing and are measured whole. Writes
 results/decontamination.json; --output gets contact sheets of the least certain pairs."""
@@ -106,7 +106,7 @@ def index_of(photos: list[np.ndarray]) -> EvaluationIndex:
 
 
 def inside(hashed: list[Hashes], copies: list[bytes]) -> tuple[set[tuple[int, int]], dict[tuple[int, int], float]]:
-    """(pairs that hash alike, {pair that the second look confirms: detail}) of images that are one corpus."""
+    """(pairs that hash alike, {pair that verification confirms: detail}) of images that are one corpus."""
     rows = np.zeros(len(hashed), ROW)
     rows["exact"] = [h.exact for h in hashed]
     for i, one in enumerate(hashed):
@@ -189,8 +189,8 @@ def wrong_removals(name: str, photos: list[np.ndarray], output: Path | None, alo
         ),
         "pairs_proposed_inside": len(proposed),
         "pairs_confirmed_inside": len(confirmed),
-        "second_look_alone": len(every),
-        "second_look_confirmed": sum(compare_views(b, a, mirrored=mirrored).same for (a, b), mirrored in every),
+        "verification_only": len(every),
+        "verification_only_confirmed": sum(compare_views(b, a, mirrored=mirrored).same for (a, b), mirrored in every),
         "unaligned": len(every) // 10,
         "unaligned_confirmed": sum(compare_unaligned(b, a).same for (a, b), _ in every[: len(every) // 10]),
     }
@@ -209,8 +209,8 @@ def costs(photos: list[np.ndarray]) -> dict[str, float]:
         "pixel_hash": lambda: [hash_image(pixels, views=False) for pixels in photos],
         "hash": lambda: [hash_image(pixels) for pixels in photos],
         "small_copy": lambda: [small_copy(pixels) for pixels in photos],
-        "second_look_at_others": lambda: [compare_views(a, b) for a, b in pairs],
-        "second_look_at_copies": lambda: [compare_views(a, b) for a, b in true_pairs],
+        "verification_of_others": lambda: [compare_views(a, b) for a, b in pairs],
+        "verification_of_copies": lambda: [compare_views(a, b) for a, b in true_pairs],
     }
     milliseconds = {}
     for name, step in steps.items():
@@ -227,7 +227,7 @@ def costs(photos: list[np.ndarray]) -> dict[str, float]:
 
 
 def small_pictures(photos: list[np.ndarray]) -> dict[str, float]:
-    """Part of small pictures whose re-encoded copy the second look confirms."""
+    """Part of small pictures whose re-encoded copy verification confirms."""
     rates = {}
     for side, quality in itertools.product((32, 64), (50, 75, 90)):
         pictures = [cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA) for pixels in photos]
@@ -307,9 +307,7 @@ def main() -> None:
     parser.add_argument("--photos", required=True, nargs="+")
     parser.add_argument("--posed", default=[], nargs="*", help="folders of different pictures that are posed alike")
     parser.add_argument("--most", type=int, help="images of each folder, at most")
-    parser.add_argument(
-        "--alone", type=int, default=1500, help="pairs of each folder and pose for the second look alone"
-    )
+    parser.add_argument("--alone", type=int, default=1500, help="pairs of each folder and pose for verification only")
     parser.add_argument("--drawn", type=int, default=100, help="drawn pictures of each pose")
     parser.add_argument("--choosing", action="store_true", help="the images on which thresholds were chosen")
     parser.add_argument("--output", type=Path, help="folder for contact sheets")

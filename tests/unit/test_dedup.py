@@ -144,7 +144,7 @@ def hashes_of(pictures):
 
 
 def proposed_and_confirmed(pictures):
-    """(pairs of pictures that hash alike, pairs that the second look confirms)."""
+    """(pairs of pictures that hash alike, pairs that verification confirms)."""
     copies = [small_copy(pixels) for pixels in pictures]
     pairs = join([hashes_of(pictures)], distance=30)
     first, second, mirrored = (pairs[name].tolist() for name in ("first", "second", "mirrored"))

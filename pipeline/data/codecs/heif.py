@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from pipeline.data.codecs.base import Codec, Refused, open_with_pillow
+from pipeline.errors import UserError
+from pipeline.libraries import import_library
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,11 +15,9 @@ class Heif(Codec):
 
     def open(self, data: bytes | memoryview) -> Image.Image:
         try:
-            import pillow_heif
-        except ImportError as error:
-            raise Refused(
-                "unsupported format", "HEIC needs pillow-heif (pip install -c constraints.txt -e '.[heic]')"
-            ) from error
+            pillow_heif = import_library("pillow_heif")
+        except UserError as error:
+            raise Refused("unsupported format", str(error)) from error
         pillow_heif.register_heif_opener(thumbnails=False)
         return open_with_pillow(data, [self.name])
 

@@ -25,7 +25,7 @@ PAIR = np.dtype(
         ("second_box", "u8"),
     ]
 )
-ALIGNMENTS = 3  # view pairs of one pair of rows that the second look starts from, at most
+ALIGNMENTS = 3  # view pairs of one pair of rows that verification starts from, at most
 
 
 def as_pairs(columns: dict[str, Any]) -> Pairs:

@@ -21,8 +21,8 @@ from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 
-MOST_PROPOSALS = 8  # images that are compared in detail with one that is looked up
-MOST_ENTRIES = 256  # views with one join key that are looked at
+MAX_PROPOSALS = 8  # images that are compared in detail with one that is looked up
+MAX_ENTRIES = 256  # views with one join key that are looked at
 BLOCK = 16  # rows that a JPEG decodes together, at most
 DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still return an image
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class EvaluationIndex:
 
     def find(self, hashed: Hashes, pixels_HWC: np.ndarray, distance: int) -> "EvaluationMatch | None":
         """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those of which a
-        view differs in at most `distance` bits and that the second look confirms. None without one."""
+        view differs in at most `distance` bits and that verification confirms. None without one."""
         at = int(np.searchsorted(self.exact, np.uint64(hashed.exact)))
         if at < len(self.exact) and int(self.exact[at]) == hashed.exact:
             return EvaluationMatch(int(self.exact_image[at]), 0, True, Agreement(0, detail=1.0, difference=0.0), b"")
@@ -60,12 +60,12 @@ class EvaluationIndex:
         return None
 
     def propose(self, hashed: Hashes, distance: int) -> list["Proposal"]:
-        """The nearest pairs of views: of at most MOST_PROPOSALS images, at most ALIGNMENTS of each."""
+        """The nearest pairs of views: of at most MAX_PROPOSALS images, at most ALIGNMENTS of each."""
         if not len(hashed.views) or not len(self.joins):
             return []
         views, joins = join_keys(hashed.views)
         begins = np.searchsorted(self.joins, joins, side="left")
-        counts = np.minimum(np.searchsorted(self.joins, joins, side="right") - begins, MOST_ENTRIES)
+        counts = np.minimum(np.searchsorted(self.joins, joins, side="right") - begins, MAX_ENTRIES)
         entries = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         pairs = np.unique(np.stack([np.repeat(views, counts), self.view_of[entries]]), axis=1)
         apart, mirrored = compare_bits(hashed.views["bits"][pairs[0]], self.views["bits"][pairs[1]])
@@ -74,7 +74,7 @@ class EvaluationIndex:
         found: dict[int, list[Proposal]] = {}
         for i in good[np.argsort(apart[good], kind="stable")].tolist():
             image = int(images[i])
-            if image in found or len(found) < MOST_PROPOSALS:
+            if image in found or len(found) < MAX_PROPOSALS:
                 alignments = found.setdefault(image, [])
                 if len(alignments) < ALIGNMENTS:
                     view, other = int(pairs[0, i]), int(pairs[1, i])

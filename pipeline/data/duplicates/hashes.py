@@ -20,9 +20,9 @@ import numpy as np
 
 SIDE, BITS, BANDS = 32, 128, 8
 LOW = 16  # frequencies to a side among which the bits are
-SHORT_SIDE, MOST_ASPECT = 96, 4  # keypoints are sought at this size
+SHORT_SIDE, MAX_ASPECT = 96, 4  # keypoints are sought at this size
 SQUARES = 32  # squares of an image at most, those of the strongest keypoints first
-LEAST_SQUARE, MOST_SQUARE = 0.24, 0.9  # side of a square, as a part of the image's shorter side
+MIN_SQUARE, MAX_SQUARE = 0.24, 0.9  # side of a square, as a part of the image's shorter side
 SAME = 0.1  # of the half side: keypoints nearer than that, and of a size as near, have one square
 SQUARE_OF_KEYPOINT = 10.0  # side of the square, in diameters of the keypoint
 FLAT, FLAT_SQUARE = 2.0, 4.0  # standard deviations (of 255) below which a view has no structure to compare
@@ -79,9 +79,9 @@ def find_views(pixels_HWC: np.ndarray) -> np.ndarray:
 
 
 def _grey(pixels_HWC: np.ndarray) -> np.ndarray:
-    """The image in grey with its shorter side at SHORT_SIDE, its longer side at most MOST_ASPECT times that."""
+    """The image in grey with its shorter side at SHORT_SIDE, its longer side at most MAX_ASPECT times that."""
     height, width = pixels_HWC.shape[:2]
-    scale = min(SHORT_SIDE / min(height, width), SHORT_SIDE * MOST_ASPECT / max(height, width))
+    scale = min(SHORT_SIDE / min(height, width), SHORT_SIDE * MAX_ASPECT / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = cv2.resize(pixels_HWC, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
@@ -95,7 +95,7 @@ def _squares(grey: np.ndarray) -> tuple[list[np.ndarray], list[tuple[float, floa
         return [], []
     table = np.array([(-p.response, *p.pt, p.size * SQUARE_OF_KEYPOINT / 2) for p in points])
     _, x, y, r = table[np.lexsort(table.T[::-1])].T
-    least, most = (part * min(height, width) / 2 for part in (LEAST_SQUARE, MOST_SQUARE))
+    least, most = (part * min(height, width) / 2 for part in (MIN_SQUARE, MAX_SQUARE))
     good = (r >= least) & (r <= most) & (x >= r) & (y >= r) & (x + r <= width) & (y + r <= height)
     x, y, r = x[good], y[good], r[good]
     levels = [grey, cv2.pyrDown(grey)]

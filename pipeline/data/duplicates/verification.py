@@ -14,19 +14,19 @@ import numpy as np
 from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
-SIDE, COARSE, MOST_SIDE = 32, 64, 128  # sides at which pictures are compared: least, of a first alignment, most
-COPY = 160  # shorter side of the small copies: a crop of 80% still has MOST_SIDE
+SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides at which pictures are compared: least, of a first alignment, most
+COPY = 160  # shorter side of the small copies: a crop of 80% still has MAX_SIDE
 STEPS, FINE_STEPS = 60, 20  # of the alignment, at most
 BLOCKS, FINE_BLOCKS = 4, 8  # blocks to a side, up to COARSE and above
 STRUCTURE = 3.0  # standard deviation (of 255) of the fine structure of a block above which it is no noise
-LEAST_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # part of the blocks with structure, for an alignment to say anything
-LEAST_MATCHES = 6
+MIN_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # part of the blocks with structure, for an alignment to say anything
+MIN_MATCHES = 6
 GIVE_UP = 0.6  # correlation of detail at COARSE below which no finer look is taken
 # What two pictures must reach to show the same photograph; docs/decontamination.md says how the numbers were chosen.
-LEAST_OVERLAP, LEAST_DETAIL, LEAST_WORST, MOST_COLOUR = 0.7, 0.85, 0.6, 14.0
-SPOT, MOST_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
-MOST_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; JPEG halves the chroma of small pictures, too
-PATCH, MOST_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the side: another light, another shape
+MIN_OVERLAP, MIN_CORRELATION, MIN_BLOCK_CORRELATION, MAX_CHROMA_DIFFERENCE = 0.7, 0.85, 0.6, 14.0
+SPOT, MAX_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
+MAX_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; JPEG halves the chroma of small pictures, too
+PATCH, MAX_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the side: another light, another shape
 
 
 class Agreement(NamedTuple):
@@ -52,18 +52,18 @@ class Agreement(NamedTuple):
     def same(self) -> bool:
         """Whether the two show the same photograph."""
         return (
-            self.overlap >= LEAST_OVERLAP
-            and self.detail >= LEAST_DETAIL
-            and self.worst >= LEAST_WORST
-            and self.difference <= MOST_DIFFERENCE
-            and self.colour_difference <= MOST_COLOUR_DIFFERENCE[_blocks(self.side)]
-            and self.patch_difference <= MOST_PATCH_DIFFERENCE
-            and self.colour <= MOST_COLOUR
+            self.overlap >= MIN_OVERLAP
+            and self.detail >= MIN_CORRELATION
+            and self.worst >= MIN_BLOCK_CORRELATION
+            and self.difference <= MAX_DIFFERENCE
+            and self.colour_difference <= MAX_COLOUR_DIFFERENCE[_blocks(self.side)]
+            and self.patch_difference <= MAX_PATCH_DIFFERENCE
+            and self.colour <= MAX_CHROMA_DIFFERENCE
         )
 
 
 def small_copy(pixels_HWC: np.ndarray) -> bytes:
-    """What is kept of an image for the second look and the contact sheet: a JPEG with the shorter side at COPY at most,
+    """What is kept of an image for verification and the contact sheet: a JPEG with the shorter side at COPY at most,
     or a PNG when it is smaller than 64."""
     height, width = pixels_HWC.shape[:2]
     scale = min(1.0, COPY / min(height, width), 4 * COPY / max(height, width))
@@ -112,23 +112,23 @@ def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
 
 def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     """The map from the unit square of `second` to that of `first` on which their SIFT keypoints agree (RANSAC: Fischler
-    and Bolles, 1981); None with fewer than LEAST_MATCHES that do."""
+    and Bolles, 1981); None with fewer than MIN_MATCHES that do."""
     sift = keypoints(400)
     (points, one), (other_points, other) = (
         sift.detectAndCompute(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), None) for p in (second, first)
     )
-    if one is None or other is None or len(one) < LEAST_MATCHES or len(other) < 2:
+    if one is None or other is None or len(one) < MIN_MATCHES or len(other) < 2:
         return None
     nearest = cv2.BFMatcher().knnMatch(one, other, k=2)
     good = [pair[0] for pair in nearest if len(pair) == 2 and pair[0].distance < 0.8 * pair[1].distance]
-    if len(good) < LEAST_MATCHES:
+    if len(good) < MIN_MATCHES:
         return None
     size, other_size = (np.array(p.shape[1::-1], np.float64) for p in (second, first))
     here = (np.array([points[m.queryIdx].pt for m in good]) + 0.5) / size
     there = (np.array([other_points[m.trainIdx].pt for m in good]) + 0.5) / other_size
     cv2.setRNGSeed(0)  # RANSAC draws: the same pair gives the same answer
     found, inliers = cv2.estimateAffine2D(here, there, method=cv2.RANSAC, ransacReprojThreshold=0.02)
-    if found is None or inliers.sum() < LEAST_MATCHES or not 0.2 < scale_of(found) < 5:
+    if found is None or inliers.sum() < MIN_MATCHES or not 0.2 < scale_of(found) < 5:
         return None
     return found
 
@@ -140,20 +140,20 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
     """
     warp = np.array(np.eye(2, 3) if start is None else start, np.float64)
     # the resolution at which both have pixels of what they have in common
-    most = int(min(MOST_SIDE, *second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
+    most = int(min(MAX_SIDE, *second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
     side = max(SIDE, most)
     for step in (min(COARSE, side), side) if side > COARSE else (side,):
         begin = warp
         found = _align(first, second, warp, step)
         warp = warp if found is None else found
         agreement = _compare(first, second, warp, step)
-        if found is not None and agreement.detail < LEAST_DETAIL:  # the search may have left the right place
+        if found is not None and agreement.detail < MIN_CORRELATION:  # the search may have left the right place
             unmoved = _compare(first, second, begin, step)
             if unmoved.detail > agreement.detail:
                 warp, agreement = begin, unmoved
         if agreement.detail < GIVE_UP:
             return agreement
-    if agreement.structure < LEAST_STRUCTURE[_blocks(side)]:
+    if agreement.structure < MIN_STRUCTURE[_blocks(side)]:
         # too little to align by: a few edges on an even ground fit others of their kind
         agreement = _compare(first, second, np.array(np.eye(2, 3)), side)
     return agreement
@@ -256,7 +256,7 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
     one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
     unexplained = _unexplained(one, other, inside), _unexplained(other, one, inside)
     spots = min(_largest_mean(d, SPOT) for d in unexplained)
-    if spots > MOST_DIFFERENCE:
+    if spots > MAX_DIFFERENCE:
         return spots, 255.0, 255.0
     colour = spots if grey else min(_largest_mean(_unexplained(*p, inside), SPOT) for p in ((a, b), (b, a)))
     clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pipeline import lazy
 from pipeline.data.format.constants import (
     MANIFEST,
-    MOST_ROW_GROUP_BYTES,
+    MAX_ROW_GROUP_BYTES,
     REJECTS,
     ROW_GROUP_BYTES,
     SHARD_BYTES,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST",
-    "MOST_ROW_GROUP_BYTES",
+    "MAX_ROW_GROUP_BYTES",
     "REJECTS",
     "ROW_GROUP_BYTES",
     "SHARD_BYTES",

@@ -7,7 +7,7 @@ MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 UNLABELLED = -1
 ROW_GROUP_BYTES = 16 << 20
-MOST_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
+MAX_ROW_GROUP_BYTES = 1 << 30  # Arrow's binary arrays end at 2 GiB, and an image comes on top
 SHARD_BYTES = 512 << 20
 
 Encoding = Literal["jpeg", "patches"]

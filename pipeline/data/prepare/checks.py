@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from pipeline import storage
 from pipeline.data.duplicates.hashes import BITS
-from pipeline.data.format import MOST_ROW_GROUP_BYTES
+from pipeline.data.format import MAX_ROW_GROUP_BYTES
 from pipeline.data.prepare.builtin import BUILTIN
 from pipeline.data.prepare.config import FROM_SOURCE, MERGE, WORK, PrepareConfig
 from pipeline.errors import UserError
 
-MOST_SPLITS = 64  # of a source: a column with more values says something else
+MAX_SPLITS = 64  # of a source: a column with more values says something else
 
 
 def check_config(config: PrepareConfig) -> PrepareConfig:
@@ -26,8 +26,8 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {least}")
     if config.encoding == "patches" and config.size % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide --size {config.size}")
-    if config.row_group_bytes > MOST_ROW_GROUP_BYTES:
-        raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {MOST_ROW_GROUP_BYTES}")
+    if config.row_group_bytes > MAX_ROW_GROUP_BYTES:
+        raise UserError(f"--row-group-bytes {config.row_group_bytes}: at most {MAX_ROW_GROUP_BYTES}")
     if config.quality > 100:
         raise UserError(f"--quality {config.quality}: at most 100")
     if config.class_level is not None and config.class_level < 1:
@@ -103,7 +103,7 @@ def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, flo
                 "--splits from-source: the source has no splits (train/ and val/ folders, files named train-..., a split column)"
             )
         odd = [name for name in found if not re.fullmatch(r"[\w-][\w .=-]*", name) or name == WORK]
-        if odd or len(found) > MOST_SPLITS:
+        if odd or len(found) > MAX_SPLITS:
             raise UserError(
                 f"--splits from-source: {f'{odd[0]!r} is not a valid folder name' if odd else f'{len(found)} splits'}; name the "
                 "column of the splits with --split-column, or give fractions (train=0.9 val=0.1)"

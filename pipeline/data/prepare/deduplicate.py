@@ -18,9 +18,9 @@ from pipeline.data.duplicates.candidates import (
 from pipeline.data.duplicates.evaluation import parts_of_set
 from pipeline.data.duplicates.hashes import ROW, SQUARE_KEYS, SQUARES, VIEW, WHOLE_KEYS
 from pipeline.data.prepare.descriptors import describe_rows, pairs_of_descriptors
+from pipeline.data.prepare.pairs import read_hashes, verify_pairs
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.prepare.remove import remove_duplicates
-from pipeline.data.prepare.second_look import read_hashes, verify_pairs
 
 LINES, LINE_BYTES = len(WHOLE_KEYS) + SQUARES * len(SQUARE_KEYS), 53  # of an image with the most squares; of a line
 
@@ -34,7 +34,7 @@ def deduplicate(plan: PreparePlan) -> None:
 
 
 def find_duplicates(plan: PreparePlan) -> dict[int, Removal]:
-    """The rows to remove: of the pairs that may be the same, those that the second look confirms, one row of each."""
+    """The rows to remove: of the pairs that may be the same, those that verification confirms, one row of each."""
     pairs = propose_pairs(plan)
     if plan.config.descriptor:
         describe_rows(plan)

@@ -19,11 +19,11 @@ from pipeline.data.duplicates.descriptors import (
     read_script,
 )
 from pipeline.data.prepare.config import PrepareConfig
+from pipeline.data.prepare.pairs import finish_units, pictures_of_rows
 from pipeline.data.prepare.plan import PreparePlan
-from pipeline.data.prepare.second_look import finish_units, pictures_of_rows
 from pipeline.libraries import import_library
 
-MOST_SAMPLE = 1_000_000  # vectors that k-means is trained on
+MAX_SAMPLE = 1_000_000  # vectors that k-means is trained on
 
 
 def check_descriptor(config: PrepareConfig) -> None:
@@ -124,7 +124,7 @@ def _centres(plan: PreparePlan, count: int) -> np.ndarray:
     """The centres of the lists, from an even sample of the rows."""
     rows = sum(receipt["rows"] for receipt in plan.receipts.read(_described(plan, count)))
     lists = -(-rows // LIST_ROWS)
-    wanted = min(rows, MOST_SAMPLE, lists * TRAINING) if lists > 1 else 1
+    wanted = min(rows, MAX_SAMPLE, lists * TRAINING) if lists > 1 else 1
     every = max(1, rows // max(1, wanted))
     sample = [read_vectors(plan, number)[1][::every] for number in range(count if lists > 1 else 1)]
     return find_centres(np.concatenate(sample), rows)

@@ -21,7 +21,7 @@ from pipeline.data.prepare.plan import PreparePlan
 
 # Purposes of random numbers (see pipeline.data.loading.order): bucket of a row, order of slices, order of rows.
 BUCKET, SLICES, PLACE = 100, 101, 102
-MOST_BUCKETS = 128
+MAX_BUCKETS = 128
 HELD_BYTES = 512 << 20  # image bytes that `gather` shuffles at a time
 SCATTERED = storage.join(WORK, "scattered")  # folder of the shards between the passes
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _finish_units(units: Mapping[str, Any], work: Any, plan: PreparePlan) -> Non
 
 
 def _buckets(plan: PreparePlan) -> int:
-    return min(len(plan.slices), MOST_BUCKETS)
+    return min(len(plan.slices), MAX_BUCKETS)
 
 
 def scatter(unit: tuple[int, str], plan: PreparePlan) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description, data_name
 
 EVERY = 10.0  # seconds between progress records
-MOST_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run
+MAX_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run
 
 
 class Record:
@@ -93,7 +93,7 @@ class Record:
             if manifest.rejects:
                 table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, REJECTS))))
                 sink = io.BytesIO()
-                pyarrow.csv.write_csv(table.slice(0, MOST_REJECTS), sink)
+                pyarrow.csv.write_csv(table.slice(0, MAX_REJECTS), sink)
                 run.log_text(sink.getvalue().decode(), f"rejects/{role}.csv")
             if storage.exists(sheet := storage.join(uri, PAIRS)):
                 run.log_bytes(storage.read_bytes(sheet), f"duplicates/{role}.png")

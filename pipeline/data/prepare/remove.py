@@ -5,8 +5,8 @@ from typing import Any
 
 from pipeline.data.duplicates.candidates import KEY, LOOK, Removal
 from pipeline.data.duplicates.report import attach_pictures
+from pipeline.data.prepare.pairs import ROW_BITS, finish_units, places_of_rows, read_copies
 from pipeline.data.prepare.plan import PreparePlan, slice_name
-from pipeline.data.prepare.second_look import ROW_BITS, finish_units, places_of_rows, read_copies
 
 Removals = dict[int, Removal]
 """By row: its slice << 32 | its place in the slice."""

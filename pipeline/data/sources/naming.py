@@ -16,7 +16,7 @@ TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for t
     r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv"
     rf"|(?P<split>{_SPLIT_WORDS})(?:[-_](?:labels?|metadata|annotations?|list|set))?\.(?:csv|tsv|txt|lst|jsonl|json))"
 )
-MOST_COMPARED = 1000  # file names among which the nearest is looked for
+MAX_COMPARED = 1000  # file names among which the nearest is looked for
 logger = logging.getLogger(__name__)
 
 
@@ -166,7 +166,7 @@ class Rows:
             gone = [row for row in table.keys if (folder, row) not in self.files]
             if not gone:
                 continue
-            inside = [clean_path(path) for path in paths[:MOST_COMPARED] if path.startswith(folder)]
+            inside = [clean_path(path) for path in paths[:MAX_COMPARED] if path.startswith(folder)]
             close = nearest(gone[0], inside) or nearest(gone[0], [path.rpartition("/")[2] for path in inside])
             if len(gone) == len(list(table.keys)):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""The second look at pairs of rows that may be duplicates: small copies of the rows in question, compared in detail."""
+"""Verification of pairs of rows that may be duplicates: small copies of the rows in question, compared in detail."""
 
 from collections.abc import Iterable
 from typing import Any
