@@ -114,7 +114,7 @@ def test_outage_that_ends_is_waited_for(store, tmp_path, job):
 @pytest.mark.timeout(900)
 def test_outage_longer_than_the_patience_is_a_failed_attempt_and_training_goes_on(store, tmp_path):
     bucket, proxy = store
-    proxy.fault = outage = Outage(WORK["pretrain"], begin=150)
+    proxy.fault = outage = Outage(WORK["pretrain"], begin=5)
     process, log = start("pretrain", bucket, tmp_path, patience=3)
     try:
         until(log, r"starting again from the last checkpoint \(failure 1 of at most 3 in a row\)")

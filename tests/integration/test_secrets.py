@@ -123,7 +123,7 @@ def test_no_secret_of_any_address_can_be_seen(s3, s3_server, image_folder, tmp_p
             }
             config.write_text(f"runtime:\n  tracking_uri: http://me:{SECRETS['MLflow, in a file']}@{place}\n")
             away = f"http://me:{SECRETS['MLflow, by flag']}@127.0.0.1:1"
-            folder = f"--suite folder --data {s3}/sets --transfer.steps 5 --transfer.workers 1"
+            folder = f"--suite folder --data {s3}/sets --transfer.steps 2 --transfer.batch-size 8 --transfer.lrs 0.001 --transfer.workers 1"
             commands = {
                 "prepare": f"--source {image_folder} --output {s3}/sets/own --size 20 --splits train=0.5 test=0.5 "
                 f"--num-cpus 2 --tracking-uri {away}",
