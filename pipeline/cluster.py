@@ -44,9 +44,9 @@ STOP_RECORDS = 20
 """Seconds that a stopped job needs after its step is saved: for MLflow to hear why it ended."""
 MEMORY_REMEDY = "fewer processes at a time need less"
 OUT_OF_MEMORY_RETRIES = "5"
-"""Times that Ray starts a task again whose node ran out of host memory, later each time; Ray's own default is for ever."""
+"""Retries of a task whose node ran out of host memory, with growing pauses; by default Ray retries forever."""
 STOPS = {signal.SIGTERM, signal.SIGHUP}
-"""Signals that ask a job to end; Ray itself keeps SIGINT from its processes."""
+"""Signals that ask a job to end. SIGINT is not among them: Ray itself keeps it from its processes."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
 
 
@@ -101,7 +101,7 @@ _settings = Settings()
 def configure(
     address: str | None = None, num_cpus: int | None = None, dashboard: bool = True, memory_remedy: str = ""
 ) -> None:
-    """Says how `connect` will join Ray. Jobs call it at their start; whatever has work for Ray then calls `connect`.
+    """Sets how `connect` joins Ray. Jobs call it at their start; code with work for Ray then calls `connect`.
 
     memory_remedy: what helps this job when a node runs out of host memory. Raises UserError for fewer CPUs than one."""
     if num_cpus is not None and num_cpus < 1:
@@ -167,7 +167,7 @@ def report_message(message: str) -> None:
 
 
 def _join() -> str:
-    """`ray.init` as the settings say; what was joined, for people."""
+    """Calls `ray.init` according to the settings. Returns a description of the cluster for the log."""
     import ray
 
     address = _settings.address
@@ -182,7 +182,7 @@ def _join() -> str:
         return f"the cluster at {address}"
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen to every address
     before = psutil.Process().children()
-    with ray_state.on_loopback(), _deaf_children(), _own_signals():
+    with ray_state.on_loopback(), _block_stop_signals(), _own_signals():
         ray.init(
             address="local",  # never whatever cluster an earlier session left in /tmp
             num_cpus=_settings.num_cpus,
@@ -202,7 +202,7 @@ _embedded: list[psutil.Process] = []
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps the job's answer to SIGTERM, which saves and ends with the honest code, where `ray.init` puts its own."""
+    """Restores the job's SIGTERM handler, which `ray.init` replaces: it saves and exits with the documented code."""
     stop = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -212,11 +212,11 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes that are started meanwhile, and theirs, inherit a mask without SIGTERM and SIGHUP.
+def _block_stop_signals() -> Iterator[None]:
+    """Blocks SIGTERM and SIGHUP in all processes that are started inside, and in their children.
 
-    Whoever stops a job often signals all of its processes: `timeout`, a closed terminal, systemd, Slurm. Ray would then end
-    before the workers have saved their step; so that this process alone decides. SIGKILL still ends them.
+    `timeout`, a closed terminal, systemd and Slurm signal all processes of a job. Ray would then end before the workers
+    have saved their step, so this process alone handles the signal. SIGKILL still ends the others.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
@@ -230,7 +230,7 @@ def disconnect() -> None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return
-    # Ray asks each of its processes with SIGTERM, to which they are deaf, and waits a second for each.
+    # Ray sends SIGTERM, which its processes block, and waits a second for each.
     kill = threading.Timer(0.5, _kill, [[family for child in _embedded for family in _descent(child)]])
     kill.daemon = True
     kill.start()

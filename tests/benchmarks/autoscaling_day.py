@@ -1,6 +1,6 @@
 """A day of one cluster, simulated: what the autoscaler of infra/ray-up/aws.yaml starts and ends, and what the day costs.
 
-    python tests/benchmarks/autoscaling_day.py --output infra/autoscaling-day.png
+    python tests/benchmarks/autoscaling_day.py --output docs/autoscaling-day.png
 
 Decisions are those of Ray's own autoscaler (the scheduler of its version 2) for the file's node types, limits and idle time-out.
 The clock, the jobs and the machines are simulated: a node takes BOOT_MINUTES to start, a task runs for as long as its job says,

@@ -3,15 +3,14 @@
 import contextlib
 import json
 import subprocess
-import time
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from pipeline.graph import state
+from tests.jobprocess import running_jobs, wait_for
 from tests.ports import free_port
 from tests.rayhead import BIN, kill_marked, ray_head, ray_node
 
@@ -81,23 +80,6 @@ def written(folder, name):
     return place
 
 
-def drivers(folder, name, job):
-    """The entry points of a stage that run now, on any node."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if len(words) > 1 and words[1].endswith(f"jobs/{job}.py") and any(str(folder / name) in w for w in words):
-            found.append(process)
-    return found
-
-
-def wait_for(condition, seconds=1200):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
 def committed(folder, name):
     return list((folder / name / "pretrain").glob("*/checkpoints/*/COMMIT.json"))
 
@@ -108,13 +90,13 @@ def test_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
     place = written(tmp_path, "lost")
     done = cluster.submit(place, "--no-wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    wait_for(lambda: committed(tmp_path, "lost"))
+    wait_for(lambda: committed(tmp_path, "lost"), 1200)
     node = cluster.marks["node"]
-    assert {one.environ().get("VIT_TEST_NODE") for one in drivers(tmp_path, "lost", "pretrain")} == {node}
+    assert {one.environ().get("VIT_TEST_NODE") for one in running_jobs(tmp_path / "lost", "pretrain")} == {node}
     kill_marked(node)  # with the entry point of the stage
-    assert not drivers(tmp_path, "lost", "pretrain")
+    assert not running_jobs(tmp_path / "lost", "pretrain")
     cluster.start_node()
-    wait_for(lambda: drivers(tmp_path, "lost", "pretrain"))
+    wait_for(lambda: running_jobs(tmp_path / "lost", "pretrain"), 1200)
     kill_marked(cluster.marks["head"])  # with the runner; the node and its stage work on for a while
     cluster.start_head()
     cluster.start_node()

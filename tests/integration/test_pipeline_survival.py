@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from pipeline import lease
 from pipeline.graph import state
+from tests.jobprocess import running_jobs, wait_for
 
 ROOT = Path(__file__).parents[2]
 DATA = {"job": "prepare", "recipe": "demo_digits", "fields": {"tracking": False, "num_cpus": 1}}
@@ -45,34 +45,16 @@ def start(folder, name, stages):
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 
-def stages_of(folder, name):
-    """The jobs of a pipeline that run now."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        is_job = len(words) > 1 and words[1].startswith(str(ROOT / "jobs")) and "pipeline.py" not in words[1]
-        if is_job and any(word.startswith(str(folder / name) + "/") for word in words):
-            found.append(process)
-    return found
-
-
-def wait_for(condition, seconds=240):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
 def results(folder, name):
     return {stage: record.versions[-1].result for stage, record in state.load(str(folder / name)).records.items()}
 
 
 def test_a_killed_runner_finds_its_process_again(tmp_path):
     process = start(tmp_path, "one", {"data": DATA})
-    wait_for(lambda: stages_of(tmp_path, "one"))
+    wait_for(lambda: running_jobs(tmp_path / "one"), 240)
     process.kill()
     process.wait()
-    (stage,) = stages_of(tmp_path, "one")  # it outlives its runner
+    (stage,) = running_jobs(tmp_path / "one")  # it outlives its runner
     assert start(tmp_path, "one", {"data": DATA}).wait(timeout=240) == 0
     assert not stage.is_running()
     log = (tmp_path / "one.log").read_text()
@@ -83,22 +65,22 @@ def test_a_killed_runner_finds_its_process_again(tmp_path):
 
 def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path):
     process = start(tmp_path, "two", {"data": DATA})
-    wait_for(lambda: stages_of(tmp_path, "two"))
+    wait_for(lambda: running_jobs(tmp_path / "two"), 240)
     second = start(tmp_path, "two", {"data": DATA})
     assert second.wait(timeout=120) == 75
     assert "is being run by two, process" in (tmp_path / "two.log").read_text()
-    stages_of(tmp_path, "two")[0].kill()
+    running_jobs(tmp_path / "two")[0].kill()
     assert process.wait(timeout=240) == 0
     assert state.load(str(tmp_path / "two")).records["data"].versions[-1].cost["attempts"] == 2
 
 
 def test_a_stopped_runner_stops_its_stages(tmp_path):
     process = start(tmp_path, "three", {"data": DATA})
-    wait_for(lambda: stages_of(tmp_path, "three"))
+    wait_for(lambda: running_jobs(tmp_path / "three"), 240)
     time.sleep(2)  # the job has to be as far as its own handler of signals
     process.terminate()
     assert process.wait(timeout=240) == 143
-    assert not stages_of(tmp_path, "three")
+    assert not running_jobs(tmp_path / "three")
     plain = json.loads((tmp_path / "three" / "_pipeline" / "state.json").read_text())
     assert plain["stages"]["data"]["running"] is None
 
@@ -127,7 +109,7 @@ def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
     process = start(tmp_path, "wild", sweep())
     for victim in ("runner", "stage", "both", "stage", "runner"):
         time.sleep(dice.uniform(5, 30))
-        here = stages_of(tmp_path, "wild")
+        here = running_jobs(tmp_path / "wild")
         for stage in here if victim == "both" else here[:1] if victim == "stage" else []:
             stage.kill()
         if victim != "stage":

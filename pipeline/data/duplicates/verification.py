@@ -1,9 +1,9 @@
 """Verification of candidate pairs: whether two images with similar hashes show the same photograph.
 
-A hash of 128 bits cannot tell photographs that are posed alike (aeroplanes side-on, motorbikes on white) from copies,
-so a match of hashes only proposes a pair. Here its pixels decide: the two small pictures are aligned (crop, mirror,
-shift, a slight rotation), and then compared in detail, block by block, in brightness and in colour. A copy agrees
-everywhere; two photographs of one pose agree in outline and differ in detail."""
+A hash of 128 bits does not distinguish similar poses (aeroplanes from the side, motorbikes on white) from copies, so
+matching hashes only make a candidate pair. Its pixels decide: two small copies are aligned (crop, mirror image, shift,
+slight rotation) and compared block by block, in luma and in colour. Copies agree everywhere. Photographs with the same
+pose agree in outline and differ in detail."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -14,29 +14,29 @@ import numpy as np
 from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
-SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides at which pictures are compared: least, of a first alignment, most
+SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides at which images are compared: smallest, of the first alignment, largest
 COPY = 160  # shorter side of the small copies: a crop of 80% still has MAX_SIDE
-STEPS, FINE_STEPS = 60, 20  # of the alignment, at most
-BLOCKS, FINE_BLOCKS = 4, 8  # blocks to a side, up to COARSE and above
-STRUCTURE = 3.0  # standard deviation (of 255) of the fine structure of a block above which it is no noise
-MIN_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # part of the blocks with structure, for an alignment to say anything
+STEPS, FINE_STEPS = 60, 20  # maximum iterations of the alignment
+BLOCKS, FINE_BLOCKS = 4, 8  # blocks per side, for images up to COARSE and larger ones
+STRUCTURE = 3.0  # minimum standard deviation (of 255) of the fine structure of a block that is not noise
+MIN_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # minimum share of blocks with structure
 MIN_MATCHES = 6
-GIVE_UP = 0.6  # correlation of detail at COARSE below which no finer look is taken
-# What two pictures must reach to show the same photograph; docs/decontamination.md says how the numbers were chosen.
+GIVE_UP = 0.6  # correlation at COARSE below which the pair is rejected without a finer comparison
+# Limits for the same photograph; docs/decontamination.md says how they were chosen.
 MIN_OVERLAP, MIN_CORRELATION, MIN_BLOCK_CORRELATION, MAX_CHROMA_DIFFERENCE = 0.7, 0.85, 0.6, 14.0
 SPOT, MAX_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
-MAX_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; JPEG halves the chroma of small pictures, too
-PATCH, MAX_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this part of the side: another light, another shape
+MAX_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; larger where JPEG halves small chroma
+PATCH, MAX_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this share of the side: different light or shape
 
 
 class Agreement(NamedTuple):
     """Agreement of two aligned images at `side` x `side`.
 
-    overlap: part of the second picture that lies in the first. detail: correlation of the fine structure. worst: the
-    same in the block that agrees least but a sixteenth of them. structure: part of the blocks that have any.
-    difference: the largest difference of luma over SPOT x SPOT pixels that no change of tone explains, of 255.
-    colour_difference: the same of red, green and blue. patch_difference: the same of luma over patches, without what is
-    clipped. colour: mean difference of chroma, of 255."""
+    overlap: share of the second image that lies inside the first. detail: correlation of the fine structure. worst: the
+    same of single blocks, at the sixteenth from below. structure: share of blocks with fine structure. difference: the
+    largest difference of luma over SPOT x SPOT pixels after tones are fitted, of 255. colour_difference: the same of
+    red, green and blue. patch_difference: the same of luma over patches, without clipped pixels. colour: mean
+    difference of chroma, of 255."""
 
     side: int
     overlap: float = 0.0

@@ -1,5 +1,4 @@
-"""What decides a dataset: the configuration of `prepare` and its recipes. checks.py has what its values must
-satisfy."""
+"""Configuration of `prepare` and its recipes; checks.py validates it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
