@@ -245,7 +245,7 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         f"{plan.data_fingerprint}",
         f"  schedule  {plan.total} steps of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
-        f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batches of {plan.micro_batch}), "
+        f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batch{'es' * (plan.accumulation > 1)} of {plan.micro_batch}), "
         f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes{elastic}",
     ]
     shown = {key.removeprefix("runtime."): values for key, values in changes.items()}

@@ -138,7 +138,7 @@ def test_outage_without_end_is_a_failure_and_no_wrong_input(store, tmp_path, job
     proxy.fault = Outage(WORK[job], begin=3)
     process, log = start(job, bucket, tmp_path, patience=2)
     try:
-        assert process.wait(300) == (1 if job == "transfer" else 75), log.read_text()
+        assert process.wait(300) == 75, log.read_text()
     finally:
         process.kill()
     text = log.read_text()

@@ -102,7 +102,7 @@ def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]]
                 raise outcome.error
             inputs, rejects = inputs + outcome.summary[0], rejects + outcome.summary[1]
             rate = inputs / progress.seconds
-            note = f"{inputs:,} inputs, {rate:,.0f}/s, {rejects:,} rejects"
+            note = f"{inputs:,} inputs, {rate:,.0f}/s, {rejects:,} reject{'s' * (rejects != 1)}"
             progress.advance(plan.slices[slices[outcome.name]].size, note)
             for watcher in watchers or ():
                 watcher(inputs, rejects)
