@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.benchmarks.autoscaling_day import BOOT_MINUTES, STEP, Job, costs, simulate
+from tests.benchmarks.autoscaling_day import BOOT_MINUTES, STEP, Job, costs, main, simulate
 
 RAY_UP = sorted((Path(__file__).parents[2] / "infra" / "ray-up").glob("*.yaml"))
 
@@ -75,3 +75,12 @@ def test_a_pool_never_exceeds_its_limit(config):
     most = config["available_node_types"]["cpu"]["max_workers"]
     prepare = Job("prepare", "prepare", 0, {"CPU": 16}, tasks=4 * most, minutes=4)
     assert max(nodes(simulate(config, [prepare], {}, hours=0.1), "cpu")) == most
+
+
+def test_the_table_of_the_guide_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["autoscaling_day.py"])
+    assert main() == 0
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    guide = (RAY_UP[0].parents[1] / "README.md").read_text()
+    for row in rows:
+        assert row.replace("|  |", "| |") in guide
