@@ -313,7 +313,7 @@ def main() -> int:
     prices = dict(zip(PRICES, options.price, strict=True)) if options.price else PRICES
     jobs = day()
     samples = simulate(yaml.safe_load(FILE.read_text()), jobs, LOSSES)
-    print("| nodes | most at once | node-hours | with work | dollars |\n| --- | --- | --- | --- | --- |")
+    print("| nodes | maximum | node-hours | busy | dollars |\n| --- | --- | --- | --- | --- |")
     rows = costs(samples, prices)
     for kind, row in rows.items():
         share = f"{row['busy'] / row['hours']:.0%}" if row["hours"] and kind != "head" else ""
