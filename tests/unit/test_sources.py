@@ -730,3 +730,17 @@ def test_a_shuffle_in_parts_is_uniform(monkeypatch):
         counts[order, np.arange(40) // 10] += 1
     chi2 = ((counts - 100) ** 2 / 100).sum()
     assert chi2 < 160  # 39 x 3 degrees of freedom: uniform shuffles come to 120, and half a percent of them above 160
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the archive", "given by flag"])
+def test_rows_of_a_table_without_an_image_in_the_archive_are_warned_about(tmp_path, caplog, inside):
+    table = b"file,label\n0.jpg,x\n1.jpg,y\n2.jpg,x\n3.jpg,y\n"
+    members = {f"{i}.jpg": jpeg(i) for i in range(2)} | ({"labels.csv": table} if inside else {})
+    (tmp_path / "labels.csv").write_bytes(table)
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as archive:
+        for name, data in members.items():
+            add(archive, name, data)
+    options = {} if inside else {"labels": str(tmp_path / "labels.csv")}
+    assert len(run(tmp_path, source=(str(tmp_path / "in"),), **options)) == 2
+    assert "4 rows, but the archives have 2 images: at least 2 rows have no image" in caplog.text

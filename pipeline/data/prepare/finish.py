@@ -57,6 +57,7 @@ def finish_datasets(
             input_fingerprint=plan.input_fingerprint,
         )
     _warn_about_classes(plan, manifests)
+    _warn_about_table_rows(plan, receipts)
     tidy_output(plan, manifests)
     return manifests
 
@@ -81,6 +82,20 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
         count = sum(receipt["inputs"][name] for receipt in receipts)
         logger.warning("the split %s (%d images) has no labels and is skipped; --unlabelled includes it", name, count)
     return found
+
+
+def _warn_about_table_rows(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
+    """Warns when the label tables of archives have more rows than the archives have images. (In folders, every row without
+    a file is an input that is rejected as missing.)"""
+    if any(source.listed for source in plan.sources):
+        return
+    namings = [source.naming for source in plan.sources]
+    tables = [table for naming in namings for table in ([naming.table] if naming.table else naming.tables.values())]
+    rows = sum(len(list(table.keys)) for table in tables)
+    images = sum(sum(receipt["inputs"].values()) for receipt in receipts)
+    if images < rows:
+        text = "%s: %d rows, but the archives have %d images: at least %d rows have no image"
+        logger.warning(text, ", ".join(table.uri for table in tables), rows, images, rows - images)
 
 
 def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
