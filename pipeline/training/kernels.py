@@ -17,11 +17,13 @@ COMPILATIONS = 64
 def choose_kernels(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
     """Applies the config. Call it before any computation on the device.
 
-    For models with convolutions on a GPU, cuDNN autotunes each shape unless `deterministic` is set.
+    For models with convolutions on a GPU, cuDNN autotunes each shape unless `deterministic` is set. With it, an operation
+    that has no deterministic kernel on the device raises RuntimeError.
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS allocates its workspace
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    # Not warn_only: with it, backward passes of attention keep their kernels that add in any order.
+    torch.use_deterministic_algorithms(config.deterministic)
     if device.type != "cuda":
         return
     convolves = any(isinstance(part, Stages) for part in model.modules())

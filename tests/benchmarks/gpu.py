@@ -11,7 +11,7 @@ when a section failed or a comparison was wrong. Needs torch, DeepSpeed, OpenCV,
 project's files, but no Ray, MLflow, tyro, s3fs or rich; timm for its rows. Changes no setting of the card.
 
     facts         versions, the card, what it multiplies and copies      levers       L/16: attention backends, batches, gradients
-    correct       logits and gradients against the CPU                   attention    each backend at the models' shapes
+    correct       logits and gradients against float64                   attention    each backend at the models' shapes
     step_*        training steps: ours, plain PyTorch, timm              loader       JPEG and patches; training from both
     waits         where the host waits for the device in a step          finetuning   B/16 at 384 px: resident, streamed
     profile       L/16: kinds of kernels, the costliest, idle gaps       objectives   masked patches, dropped patches
@@ -89,6 +89,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir(), "gpu-benchmark"))
     parser.add_argument("--budget", type=float, default=560, help="seconds after which the table is printed")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *TRIALS], help="sections, in this order")
+    parser.add_argument("--rows", nargs="+", choices=("ours", "torch", "timm"), default=("ours", "torch", "timm"),
+                        help="of the sections step_*")  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, nothing compiled")
     parser.add_argument("--here", action="store_true", help="all sections in this process, without limits of their own")
@@ -128,7 +130,7 @@ def run_section(options: argparse.Namespace, name: str) -> int:
 
     bench = Bench(
         device=torch.device(options.device), tiny=options.tiny, results=options.output / "results.jsonl",
-        section=name, began=time.time(),
+        section=name, began=time.time(), rows=tuple(options.rows),
     )  # fmt: skip
     try:
         _section(name)(bench)

@@ -1,6 +1,7 @@
 """Sections of gpu.py that ask whether a GPU computes the right numbers, and the same numbers again."""
 
 import contextlib
+import copy
 import hashlib
 import os
 import re
@@ -31,7 +32,8 @@ from pipeline.training.zero_layout import drop_nonfinite_gradients
 from tests.benchmarks.gpu_parts import CLASSES, Bench, process_group
 from tests.hostreads import HostReads
 
-FP32, BF16 = 2e-4, 5e-2  # largest relative difference of logits and gradients from float32 on the CPU
+FP32, BF16 = 2e-4, 5e-2  # relative differences from float64 that pass in any case
+STEPS = 24  # whose losses are compared
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -42,7 +44,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def correct(bench: Bench) -> None:
-    """Logits and gradients of one batch: float32 and bf16 of the device against float32 of the CPU; dropped patches."""
+    """Logits and gradients of one batch in float32 and bf16 against float64 of the CPU; dropped patches.
+
+    ReLUs and weight standardisation make the gradients of a ResNet sensitive to rounding: 2% off in float32 on a CPU. A model
+    passes when the device is at most twice as far off as the CPU in the same precision, or within FP32 and BF16."""
     cases: list[tuple[str, dict[str, Any], int]] = [
         ("B/16", {}, 224),
         ("H/14", {"depth": 4, "pool": "gap"}, 224),
@@ -54,38 +59,44 @@ def correct(bench: Bench) -> None:
         cases = [("mu/16", {}, 32), ("R+mu/16", {}, 32)]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for variant, more, side in cases:
-        with bench.attempt("against the CPU", variant=variant, options=more):
+        with bench.attempt("against float64", variant=variant, options=more):
             torch.manual_seed(0)
             model = create_model(variant, CLASSES, side, **more).eval()
             torch.nn.init.normal_(model.head.weight, std=0.02)  # it starts as zero
-            images = torch.randint(0, 256, (2 if bench.tiny else 8, side, side, 3), dtype=torch.uint8)
-            row = _against_cpu(bench, model, images)
-            ok = row["logits_fp32"] < FP32 and row["gradients_fp32"] < FP32 and row["logits_bf16"] < BF16
-            bench.put("against the CPU", variant=variant, options=more, ok=ok and row.get("dropped", 0.0) < FP32, **row)
+            images = torch.randint(0, 256, (2 if bench.tiny else 4, side, side, 3), dtype=torch.uint8)
+            row = _against_float64(bench, model, images)
+            most = {"fp32": FP32, "bf16": BF16}
+            ok = all(
+                row[what] <= max(most[what[-4:]], 2 * row[f"cpu_{what}"]) for what in row if not what.startswith("cpu")
+            )
+            bench.put("against float64", variant=variant, options=more, ok=ok, **row)
 
 
-def _against_cpu(bench: Bench, model: Any, images: torch.Tensor) -> dict[str, float]:
+def _against_float64(bench: Bench, model: Any, images: torch.Tensor) -> dict[str, float]:
+    """Relative differences of logits, gradients and (`dropped`) logits of half of the patches, by precision and device."""
     labels = torch.arange(len(images)) % CLASSES
-
-    def gradients(device: torch.device | str) -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(model(images.to(device)).float(), labels.to(device))
-        loss.backward()
-        return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
-
     drops, tokens = hasattr(model, "patch_embed") and model.shape.stem is None, getattr(model, "grid", 0) ** 2
-    positions = torch.rand(len(images), tokens).argsort(1)[:, : max(1, tokens // 2)].sort(1).values if drops else None
-    with torch.no_grad():
-        expected, kept = model(images), model(images, positions) if drops else None
-    slopes = gradients("cpu")
-    model.to(bench.device)
-    with torch.no_grad():
-        row = {"logits_fp32": difference(model(images.to(bench.device)), expected)}
-        if positions is not None and kept is not None:
-            row["dropped"] = difference(model(images.to(bench.device), positions.to(bench.device)), kept)
-    row["gradients_fp32"] = difference(gradients(bench.device), slopes)
-    with torch.no_grad():
-        row["logits_bf16"] = difference(model.to(torch.bfloat16)(images.to(bench.device)), expected)
+    kept = torch.rand(len(images), tokens).argsort(1)[:, : max(1, tokens // 2)].sort(1).values if drops else None
+
+    def outputs(device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        there = copy.deepcopy(model).to(device, dtype)
+        logits = there(images.to(device))
+        found = {"logits": logits.detach()}
+        if dtype != torch.bfloat16:
+            torch.nn.functional.cross_entropy(logits, labels.to(device)).backward()
+            found["gradients"] = torch.cat([p.grad.flatten() for p in there.parameters() if p.grad is not None])
+            if kept is not None:
+                with torch.no_grad():
+                    found["dropped"] = there(images.to(device), kept.to(device))
+        return {key: value.cpu() for key, value in found.items()}
+
+    cpu = torch.device("cpu")
+    expected = outputs(cpu, torch.float64)
+    row = {}
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for prefix, device in (("", bench.device), ("cpu_", cpu)):
+            found = outputs(device, dtype)
+            row |= {f"{prefix}{key}_{name}": difference(value, expected[key]) for key, value in found.items()}
     return row
 
 
@@ -93,8 +104,8 @@ def _against_cpu(bench: Bench, model: Any, images: torch.Tensor) -> dict[str, fl
 
 
 def curves(bench: Bench) -> None:
-    """Sixty losses of Ti/8 on an easy problem for each engine, against float32 of stage 0; steps of ZeRO 1 and 2 against
-    DeepSpeed's own, bit for bit."""
+    """The first losses of Ti/8 on an easy problem for each engine, against float32 of stage 0; steps of ZeRO 1 and 2 against
+    DeepSpeed's own, bit for bit. After some 35 steps differences of the last bit have grown to 0.1, on a CPU, too."""
     process_group(bench.device)
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 10, (256,), generator=generator)
@@ -103,23 +114,23 @@ def curves(bench: Bench) -> None:
     compiled = not bench.tiny
     engines: dict[str, tuple[dict[str, Any], float]] = {
         "fp32": ({"zero": 0, "precision": "fp32"}, 0.0),
-        "fp32 ZeRO-1": ({"zero": 1, "precision": "fp32"}, 2e-3),
-        "fp32 ZeRO-2, 8 micro-batches": ({"zero": 2, "precision": "fp32", "micro_batch": 32}, 2e-3),
-        "fp32 recomputed": ({"zero": 1, "precision": "fp32", "activation_checkpointing": True}, 2e-3),
-        "fp32 offload": ({"zero": 1, "precision": "fp32", "offload": True}, 2e-3),
-        "fp32 compiled": ({"zero": 1, "precision": "fp32", "compile": compiled}, 2e-2),
-        "tf32": ({"zero": 1, "precision": "fp32", "tf32": True}, 5e-2),
-        "bf16 ZeRO-0": ({"zero": 0}, 0.15),
-        "bf16 ZeRO-1": ({"zero": 1}, 0.15),
-        "bf16 compiled": ({"zero": 1, "compile": compiled}, 0.15),
-        "bf16 CUDA graphs": ({"zero": 1, "compile": compiled, "compile_mode": "reduce-overhead"}, 0.15),
-        "bf16 overlap": ({"zero": 1, "overlap_comm": True}, 0.15),
-        "bf16 ZeRO-2, fp32 gradients": ({"zero": 2, "gradient_precision": "fp32"}, 0.15),
+        "fp32 ZeRO-1": ({"zero": 1, "precision": "fp32"}, 1e-3),
+        "fp32 ZeRO-2, 8 micro-batches": ({"zero": 2, "precision": "fp32", "micro_batch": 32}, 1e-3),
+        "fp32 recomputed": ({"zero": 1, "precision": "fp32", "activation_checkpointing": True}, 1e-3),
+        "fp32 offload": ({"zero": 1, "precision": "fp32", "offload": True}, 1e-3),
+        "fp32 compiled": ({"zero": 1, "precision": "fp32", "compile": compiled}, 1e-3),
+        "tf32": ({"zero": 1, "precision": "fp32", "tf32": True}, 2e-2),
+        "bf16 ZeRO-0": ({"zero": 0}, BF16),
+        "bf16 ZeRO-1": ({"zero": 1}, BF16),
+        "bf16 compiled": ({"zero": 1, "compile": compiled}, BF16),
+        "bf16 CUDA graphs": ({"zero": 1, "compile": compiled, "compile_mode": "reduce-overhead"}, BF16),
+        "bf16 overlap": ({"zero": 1, "overlap_comm": True}, BF16),
+        "bf16 ZeRO-2, fp32 gradients": ({"zero": 2, "gradient_precision": "fp32"}, BF16),
         "bf16 products kept": (
-            {"zero": 1, "compile": compiled, "activation_checkpointing": True, "checkpoint_keeps": "products"}, 0.15,
+            {"zero": 1, "compile": compiled, "activation_checkpointing": True, "checkpoint_keeps": "products"}, BF16,
         ),
-        "fp16": ({"zero": 1, "precision": "fp16"}, 0.15),
-        "bf16 ZeRO-3": ({"zero": 3}, 0.15),  # last: it replaces functions of torch for the whole process
+        "fp16": ({"zero": 1, "precision": "fp16"}, BF16),
+        "bf16 ZeRO-3": ({"zero": 3}, BF16),  # last: it replaces functions of torch for the whole process
     }  # fmt: skip
     if bench.tiny:
         del engines["bf16 ZeRO-3"]
@@ -130,8 +141,10 @@ def curves(bench: Bench) -> None:
         with bench.attempt("loss curve", engine=name):
             found = _curve(bench, batch, {"precision": "bf16", **settings})
             expected = expected or found
-            off = max(abs(x - y) for x, y in zip(found, expected, strict=True))
-            about = {"first": round(found[0], 4), "last": round(found[-1], 4), "largest_difference": round(off, 5)}
+            differences = [abs(x - y) for x, y in zip(found, expected, strict=True)]
+            off = max(differences)
+            about = {"first": round(found[0], 4), "last": round(found[-1], 4), "largest_difference": off}
+            about["after_8_steps"] = max(differences[:8])
             bench.put("loss curve", engine=name, ok=off <= most, **about)
         if settings == {"zero": 1, "precision": "fp32"} or settings == {"zero": 1}:
             with bench.attempt("steps of DeepSpeed", engine=name):
@@ -159,7 +172,7 @@ def _curve(bench: Bench, batch: dict[str, Any], settings: dict[str, Any], own: b
         drop_nonfinite_gradients(engine.engine.optimizer, engine.config.zero)
     losses = [
         engine.train_step(micro_losses(batch, micro, bench.device, "softmax"), 1e-3 * min(1.0, (step + 1) / 10))
-        for step in range(2 if bench.tiny else 60)
+        for step in range(2 if bench.tiny else STEPS)
     ]
     return torch.stack(losses).tolist()
 
@@ -208,7 +221,7 @@ def _waits_on_gpu(function: Callable[[], None]) -> Counter[str]:
     found: Counter[str] = Counter()
 
     def note(message: Any, *rest: Any, **more: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             frames = [f for f in traceback.extract_stack()[:-1] if not re.search(r"/torch/|warnings\.py", f.filename)]
             found[" < ".join(f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in reversed(frames[-4:]))] += 1
 
@@ -235,8 +248,10 @@ def restore(bench: Bench) -> None:
         write_dataset(f"{folder}/data", _pictures(), classes=["red", "green", "blue"])
         cases: dict[str, dict[str, Any]] = {
             "ZeRO-1 bf16": {"zero": 1},
-            "ZeRO-2 bf16, two micro-batches": {"zero": 2, "micro_batch": 16},
             "ZeRO-0 fp32": {"zero": 0, "precision": "fp32"},
+            "hybrid": {"zero": 1, "variant": "R+mu/16"},
+            "hybrid, compiled": {"zero": 1, "variant": "R+mu/16", "compile": True},
+            "ZeRO-2 bf16, two micro-batches": {"zero": 2, "micro_batch": 16},
             "ZeRO-1 offload": {"zero": 1, "offload": True},
             "ZeRO-0 bf16": {"zero": 0},
             "ZeRO-1 fp16": {"zero": 1, "precision": "fp16"},
@@ -284,12 +299,15 @@ def _pictures() -> Iterator[tuple[str, bytes, int, int, int]]:
 
 
 def _run_config(bench: Bench, folder: str, name: str, settings: dict[str, Any]) -> PretrainConfig:
+    """settings: of the engine, and `variant`."""
     side = 32 if bench.tiny else 64
+    variant = settings.get("variant", "mu/16" if bench.tiny else "Ti/8")
+    settings = {key: value for key, value in settings.items() if key != "variant"}
     return PretrainConfig(
         steps="8steps",
         batch_size=32,
         image_size=side,
-        model=ModelConfig(variant="mu/16" if bench.tiny else "Ti/8", depth=2, dropout=0.1),
+        model=ModelConfig(variant=variant, depth=2, dropout=0.1),
         augment=Augment(size=side),
         optimizer=OptimizerConfig(lr=1e-3),
         schedule=ScheduleConfig(warmup="2steps"),

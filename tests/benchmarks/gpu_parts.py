@@ -33,6 +33,7 @@ class Bench:
     section: str = ""
     began: float = 0.0
     failures: int = 0
+    rows: tuple[str, ...] = ("ours", "torch", "timm")
 
     @property
     def cuda(self) -> bool:
