@@ -184,7 +184,7 @@ def test_columns_are_named_by_flags_and_guessed_in_errors(tmp_path):
         table_labels(tmp_path, "t.csv", text, file="photo")
     with pytest.raises(UserError, match=r'no such column \(did you mean "breed"'):
         table_labels(tmp_path, "t.csv", text, file="photo", label="bread")
-    with pytest.raises(UserError, match=r"no file is named in the label table .*t.csv; it has 'zero.jpg'"):
+    with pytest.raises(UserError, match=r"the label table .*t.csv names none of the files; the table has 'zero.jpg'"):
         table_labels(tmp_path, "t.csv", "file,label\nzero.jpg,a\n")
 
 
@@ -253,7 +253,7 @@ def test_captions_in_archives_are_no_labels(tmp_path):
 
 def test_an_archive_that_is_not_read_is_named(tmp_path):
     write(tmp_path, "photos.7z", data=b"7z")
-    with pytest.raises(UserError, match=r"photos.7z is not read; unpack it"):
+    with pytest.raises(UserError, match=r"photos.7z has an unsupported format; unpack it"):
         sources.discover([str(tmp_path)])
 
 

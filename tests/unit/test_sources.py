@@ -102,7 +102,7 @@ def test_label_tables(tmp_path):
     assert contents(dataset) == {"0.jpg": ["a", "b"], "1.jpg": ["b"], "2.jpg": [], "3.jpg": ["a", "b"]}
 
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"no column with a file name among: a, b"):
+    with pytest.raises(UserError, match=r"no column of file names among: a, b"):
         run(tmp_path / "d", source=(str(folder),), labels=str(tmp_path / "bad.csv"))
 
 

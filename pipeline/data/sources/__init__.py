@@ -1,4 +1,4 @@
-"""Where images come from: every supported layout read as one stream of (key, bytes, label names).
+"""Sources of images: reads every supported layout as one stream of (key, bytes, label names).
 
     folder     class folders at any level, or any files with a table of file names and labels
     tar        WebDataset samples (.jpg + .cls/.txt/.json), class folders in a tar, ImageNet's tar of tars; compressed or joined
@@ -10,8 +10,8 @@
 
 `discover` scans a source once, on the driver, and returns a `Source`: a table of *fragments*, each an independent range of the
 input (one image file, a stretch of a tar, some row groups) with its size. `read` turns fragments into `Item`s, anywhere.
-Label names are text throughout; `Labels` turns them into class indices. What systems leave in folders and archives (`listing.JUNK`)
-is no input.
+Label names are text throughout; `Labels` turns them into class indices. Hidden and system files (`listing.JUNK`) are
+ignored.
 
     layout     which folders name the classes and the splits        naming     tables and folders together, for every path
     rows       files of tables -> rows                              columns    which column holds what, cells -> label names

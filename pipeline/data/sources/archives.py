@@ -1,4 +1,5 @@
-"""What formats with many images in one file share: every file is scanned by a task of its own, then read fragment by fragment."""
+"""Code shared by the formats that hold many images in one file: a task scans
+each file, and workers read it by fragment."""
 
 import dataclasses
 import logging
@@ -26,49 +27,51 @@ Fragment = tuple[str, int, int, int, list[str] | None]
 
 @dataclass(kw_only=True, slots=True)
 class FileScan:
-    """What one archive holds."""
+    """The contents of one archive, as its scan found them."""
 
     fragments: list[Fragment]
     """Rows of schema FRAGMENTS, without the split."""
     names: Iterable[str] = ()
-    """Its label names, but for those of folders."""
+    """Label names, except those that folders give."""
     ordered_names: tuple[str, ...] = ()
-    """Label names in index order, where the file states it."""
+    """Label names in index order, if the file states the order."""
     multilabel: bool = False
     first_members: list[tuple[str, ...]] = field(default_factory=list)
-    """Of the archive, or of each archive in it: the names of the first members, to recognise repeated numbering."""
+    """Names of the first members of the archive, or of each archive inside it:
+    equal names mean that the numbering repeats."""
     problem: str = ""
-    """Why it could not be read to its end."""
+    """Why the archive could not be read to its end."""
     splits: Iterable[str] = ()
-    """The splits that its rows or members are in."""
+    """The splits that the rows or members belong to."""
     folders: Mapping[tuple[str, ...], int] = field(default_factory=dict)
-    """Folders of members that have no other label, with the number of images in each."""
+    """Folders of the members that have no other label, with the number of images in each folder."""
     wordnet: Iterable[str] = ()
-    """WordNet ids at the beginning of their names."""
+    """WordNet ids at the beginning of the names of those members."""
     in_names: set[str | None] = field(default_factory=set)
-    """The splits that the names of its images say, None when one says none."""
+    """The splits that the image file names contain; includes None if a name contains no split."""
     tables: list[tuple[str, bytes]] = field(default_factory=list)
-    """Label tables in it: name and contents."""
+    """Label tables in the archive: (name, contents)."""
     apart: bool = False
-    """Whether members of one sample lie apart."""
+    """Whether the members of a sample are not next to each other."""
     texts: set[str] = field(default_factory=set)
-    """Labels that may be captions, of so many samples:"""
+    """Labels that may be captions."""
     text_samples: int = 0
+    """Number of samples that have one of `texts`."""
     text_column: str = "txt"
-    """Column, or ending of the members, that holds them."""
+    """The column, or the extension of the members, that holds `texts`."""
     fields: set[str] = field(default_factory=set)
-    """Names of fields or columns in which a label was looked for."""
+    """Names of the fields or columns that were searched for a label."""
 
 
 ScanFile = Callable[[str, str, int, ScanOptions], FileScan]
-"""(URI, path relative to the source, bytes, options) -> what the file holds. Runs in a Ray task."""
+"""(URI, path relative to the source, size in bytes, options) -> contents of the file. Runs in a Ray task."""
 
 
 def scan_archives(
     name: str, uri: str, files: pa.Table, options: ScanOptions, matches: Callable[[str], bool], scan_file: ScanFile
 ) -> Source:
-    """Scans the files of format `name`. In a folder, label tables beside the archives (labels.csv, train.csv) are read, other
-    files (an index, a read-me) are ignored."""
+    """Scans the files of format `name`. In a folder, label tables next to the archives (labels.csv, train.csv) are read
+    as well; other files (an index, a README) are ignored. Raises UserError for files that cannot be used."""
     table, hint = options.table, ""
     if files["path"][0].as_py():
         paths = files["path"].to_pylist()
@@ -124,7 +127,8 @@ def scan_archives(
 
 
 def _chosen(paths: list[str], options: ScanOptions) -> list[str]:
-    """The archives whose names match --include; all when none does, since the globs are about members then."""
+    """The archives whose names match --include. If no archive matches, the globs
+    apply to members, and all archives are kept."""
     if not options.include:
         return paths
     ends = ("", "#0", "/0")
@@ -134,19 +138,20 @@ def _chosen(paths: list[str], options: ScanOptions) -> list[str]:
 
 
 def archive_stem(path: str) -> str:
-    """The path of an archive without the end of its name."""
+    """The path of an archive without its extension."""
     return re.sub(ENDING, "", path)
 
 
 def member_filter(path: str, options: ScanOptions) -> Callable[[str], bool]:
-    """Whether a member of the archive `path` may be an input: its key, which may begin with the archive's name, matches
-    --include."""
+    """A predicate on the member names of the archive `path`: whether the key, with or
+    without the archive's name in front, matches --include."""
     before = (options.prefix, f"{options.prefix}{archive_stem(path)}/")
     return lambda name: any(is_included(prefix + name, options.include) for prefix in before)
 
 
 def _table_beside(uri: str, others: list[str], options: ScanOptions) -> tuple[LabelTable, str]:
-    """The label table that lies beside the archives, and else the first file that may be one under another name."""
+    """(the label table next to the archives, "") or (an empty table, a hint that
+    names a file that may be a label table)."""
     found = find_tables(others)
 
     def read(path: str) -> LabelTable:
@@ -156,11 +161,11 @@ def _table_beside(uri: str, others: list[str], options: ScanOptions) -> tuple[La
     if tables:
         return tables[min(tables, key=len)], ""
     other = next((path for path in others if path.lower().endswith((".csv", ".tsv", ".txt", ".jsonl"))), "")
-    return LabelTable(), f"{other} may be a label table: name it with --labels" if other else ""
+    return LabelTable(), f"{other} may be a label table; pass it with --labels" if other else ""
 
 
 def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming:
-    """What tables and folders say about the members of all archives."""
+    """The labels and splits that tables and folders give to the members of all archives."""
     contents = {name: data for scan in found for name, data in scan.tables}
 
     def read(name: str) -> LabelTable:
@@ -179,7 +184,7 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
 
 
 def _names_of_folders(found: Sequence[FileScan], naming: Naming) -> set[str]:
-    """The classes that folders in archives name, and WordNet ids at the beginning of file names where no folder does."""
+    """Class names from folders in the archives; WordNet ids from file names where folders give no class."""
     if naming.table.labels:
         return set()
     folders = {folder for scan in found for folder in scan.folders}
@@ -191,8 +196,8 @@ def _names_of_folders(found: Sequence[FileScan], naming: Naming) -> set[str]:
 
 
 def _labelled_by_archive(uri: str, rows: list[tuple], options: ScanOptions) -> tuple[list[tuple], set[str]]:
-    """Fragments with the class that archives without labels in them have for a name (ant.zip, bee.zip) or a folder
-    (label=ant/1.tar). Raises UserError where such names may be classes and may as well not be."""
+    """Fragments labelled by the name (ant.zip, bee.zip) or the folder (label=ant/1.tar) of their archive, for archives
+    that contain no labels. Raises UserError if it is unclear whether the names are classes."""
     stems = {row[0]: archive_stem(row[0]) for row in rows}
     level = None if options.class_level is None else options.class_level - 1
     try:
@@ -208,17 +213,18 @@ def _labelled_by_archive(uri: str, rows: list[tuple], options: ScanOptions) -> t
         return rows, set()
     if not sure:
         if any(re.search(r"\d", name) for name in names):
-            return rows, set()  # they are numbered
+            return rows, set()  # the archives are numbered
         raise UserError(
-            f"{uri}: no labels in the archives; --class-level {1 + (layout.class_level or 0)} makes classes of their names "
-            f"({', '.join(sorted(names)[:3])}), --unlabelled takes the images without labels, --labels FILE names them"
+            f"{uri}: no labels in the archives; --class-level {1 + (layout.class_level or 0)} uses their names as "
+            f"classes ({', '.join(sorted(names)[:3])}), --labels FILE reads labels from a table, --unlabelled accepts "
+            "images without labels"
         )
     found = {path: [label] if label else None for path, label in labels.items()}
     return [(*row[:4], row[4] or found[row[0]], row[5]) for row in rows], names
 
 
 def _check_labels(uri: str, found: Sequence[FileScan], names: set[str], options: ScanOptions) -> None:
-    """Raises UserError when the labels are captions, or lie in no field that is known or named."""
+    """Raises UserError if the labels are captions, or if no known or named field holds labels."""
     if options.unlabelled or options.table.labels or not options.need_names:
         return
     texts, samples = {text for scan in found for text in scan.texts}, sum(scan.text_samples for scan in found)
@@ -235,7 +241,9 @@ def _check_labels(uri: str, found: Sequence[FileScan], names: set[str], options:
 
 def _hint(found: Sequence[FileScan]) -> str:
     fields = sorted({name for scan in found for name in scan.fields})
-    return f"no field is known to be a label among {', '.join(fields)}; --label-column names one" if fields else ""
+    if not fields:
+        return ""
+    return f"none of the fields {', '.join(fields)} is a known label field; name one with --label-column"
 
 
 def _scan(job: tuple[ScanFile, str, str, int, ScanOptions]) -> FileScan:
@@ -249,14 +257,15 @@ def whole(path: str, size: int) -> list[Fragment]:
 
 
 def names_wanted(options: ScanOptions) -> bool:
-    """Whether the labels in the archives matter: not when the user gave a table."""
+    """Whether the labels in the archives are needed; False if the user gave a table."""
     return options.need_names and not options.table.labels
 
 
 def read_archives(
     source: Source, fragments: pa.Table, read_fragment: Callable[[str, str, dict[str, Any], Source], Iterator[Item]]
 ) -> Iterator[Item]:
-    """The items of some fragments; `read_fragment` gets the file's URI, its name in keys, the fragment and the source."""
+    """The items of some fragments. `read_fragment` takes the URI of the file, its
+    name in keys, the fragment and the source."""
     for fragment in fragments.to_pylist():
         uri = storage.join(source.uri, fragment["path"]) if fragment["path"] else source.uri
         name = fragment["path"] or source.uri.rpartition("/")[2]
@@ -269,5 +278,5 @@ def read_archives(
 
 
 def included(items: Iterator[Item], include: tuple[str, ...]) -> Iterator[Item]:
-    """The items whose keys match one of the globs; all when there are none."""
+    """The items whose keys match one of the globs; all items if there are no globs."""
     return (item for item in items if is_included(item.key, include)) if include else items

@@ -1,4 +1,4 @@
-"""Arrow files: what Hugging Face's `save_to_disk` and cache hold, and Feather; columns as in Parquet files."""
+"""Arrow files (Hugging Face's `save_to_disk` and cache, Feather), with the same columns as Parquet files."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from pipeline.data.sources.items import Item, ScanOptions, Source
 from pipeline.errors import UserError
 
 NAME = "arrow"
-MAGIC = b"ARROW1"  # of the file format; without it, it is a stream
+MAGIC = b"ARROW1"  # begins the file format; the stream format has no such mark
 DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 
@@ -25,7 +25,7 @@ def matches(path: str) -> bool:
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """As for every archive. Raises UserError for a saved data set whose rows are a selection kept in another file."""
+    """Scans Arrow files. Raises UserError for a saved data set that selects rows through an indices file."""
     for path in files["path"].to_pylist():
         if path.rpartition("/")[2] == "state.json":
             with contextlib.suppress(ValueError, RecursionError, AttributeError):
@@ -34,14 +34,14 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
                         f"{uri}/{path}: the data set is a selection of rows kept in another file; save it again after "
                         "flatten_indices()"
                     )
-    # beside the data, Hugging Face's cache keeps what `map` and `filter` made of it
+    # Hugging Face's cache also holds the results of `map` and `filter`
     kept = [not path.rpartition("/")[2].startswith("cache-") for path in files["path"].to_pylist()]
     files = files.filter(pa.array(kept, pa.bool_()))
     return archives.scan_archives(NAME, uri, files, options, matches, scan_file)
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """One fragment a file; label names come from the metadata, else from a pass over the labels."""
+    """One fragment per file. Label names come from the metadata, or else from a pass over the label column."""
     try:
         with _batches(uri) as (schema, batches):
             columns = RowColumns(schema, uri, path, options.columns, lambda column: _distinct(uri, column))
@@ -92,7 +92,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 @contextlib.contextmanager
 def _batches(uri: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """(schema, record batches) of an Arrow stream or file, read batch by batch; a local one is mapped."""
+    """(schema, record batches) of an Arrow stream or file, read batch by batch. A local file is memory-mapped."""
     with contextlib.ExitStack() as stack:
         if storage.is_remote(uri):
             handle: Any = pa.PythonFile(stack.enter_context(storage.open_file(uri)), "r")

@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 as published: the binary and the Python version of the archives (Krizhevsky 2009).
+"""CIFAR-10 and CIFAR-100 as published, in the binary or the Python version (Krizhevsky 2009).
 
 Binary: records of one label byte (CIFAR-100: coarse, then fine) and 3072 bytes. Python: a pickle of a dict with `data`, uint8
-(N, 3072), and `labels` or `fine_labels`. Either way a row of 3072 is the red, the green and the blue plane of 32x32.
+(N, 3072), and `labels` or `fine_labels`. In both versions the 3072 bytes of an image are its red, green and blue planes
+of 32x32.
 """
 
 import io
@@ -28,7 +29,7 @@ ARCHIVE = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a damaged archive raises
 
 PIXELS = 3 * 32 * 32
-MAX_BATCH_BYTES = 256 << 20  # the largest, of CIFAR-100 in Python, has 155 MB
+MAX_BATCH_BYTES = 256 << 20  # the largest published batch, CIFAR-100's for Python, has 155 MB
 TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 HUNDRED = ("train", "test")
 PARTS = frozenset(TEN + HUNDRED)
@@ -36,7 +37,8 @@ META = frozenset({"batches.meta", "meta", "batches.meta.txt", "fine_label_names.
 
 
 def class_names(members: Iterable[tuple[str, bytes]]) -> list[str]:
-    """Class names in index order, from the members (name, content) of an archive; numbers when it has no list of names."""
+    """Class names in index order, from the members (name, content) of an archive;
+    numbers if the archive does not list names."""
     names: list[str] = []
     count = 100
     for member, data in members:
@@ -52,7 +54,8 @@ def class_names(members: Iterable[tuple[str, bytes]]) -> list[str]:
 
 
 def parse(member: str, data: bytes) -> tuple[np.ndarray, list[int], int]:
-    """(uint8 (N, 32, 32, 3), labels, bytes left over) of one part. Raises ValueError for what is none."""
+    """(uint8 images (N, 32, 32, 3), labels, number of bytes left over) of one part.
+    Raises ValueError for other data."""
     if member.endswith(".bin"):
         skip = 1 if member.removesuffix(".bin") in TEN else 2
         whole = len(data) // (skip + PIXELS)
@@ -69,16 +72,16 @@ def parse(member: str, data: bytes) -> tuple[np.ndarray, list[int], int]:
 
 
 def unpickle(data: bytes) -> dict[str, Any]:
-    """A pickled dict of text, numbers, lists and uint8 arrays, its keys as text. Raises ValueError for anything else.
+    """A pickled dict of text, numbers, lists and uint8 arrays, with keys as text. Raises ValueError for anything else.
 
-    A pickle is a program. This one may name three things, and what it builds with them are our own two classes below:
-    no code of the archive's choosing ever runs.
+    Unpickling can run arbitrary code. This unpickler allows only the names that numpy arrays and bytes need and maps
+    them to the two inert classes below, so no code from the archive runs.
     """
     try:
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except ValueError:
         raise
-    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+    except Exception as error:  # a damaged stream can raise almost any exception
         raise ValueError(f"not a pickle of CIFAR ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"not a pickle of CIFAR ({type(value).__name__})")
@@ -90,7 +93,7 @@ def text(value: Any) -> str:
 
 
 class _Dtype:
-    """Stands for numpy.dtype: only bytes are taken."""
+    """Replaces numpy.dtype and accepts only uint8."""
 
     def __init__(self, kind: Any, *_: Any) -> None:
         if text(kind) != "u1":
@@ -101,7 +104,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray; its state is (version, shape, dtype, column order, bytes)."""
+    """Replaces numpy.ndarray. Its pickled state is (version, shape, dtype, whether in column order, bytes)."""
 
     shape: tuple[int, ...]
     content: bytes
@@ -127,7 +130,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return known[module, name]
         except KeyError:
-            raise ValueError(f"the pickle asks for {module}.{name}, which no CIFAR archive needs") from None
+            raise ValueError(f"the pickle refers to {module}.{name}, which no CIFAR archive needs") from None
 
 
 def _latin1(value: str, encoding: Any) -> bytes:
@@ -140,12 +143,12 @@ def _latin1(value: str, encoding: Any) -> bytes:
 
 
 def matches(path: str) -> bool:
-    """The published archives, and the files in them."""
+    """Whether a path is a published archive or a file of one."""
     return bool(ARCHIVE.search(path)) or part_of(path) is not None
 
 
 def part_of(path: str) -> str | None:
-    """The part that an unpacked file is: data_batch_1, test_batch.bin, and of CIFAR-100 the files train and test."""
+    """The name of the part that an unpacked file holds: data_batch_1 or test_batch; train or test for CIFAR-100."""
     name = path.rpartition("/")[2]
     return name.removesuffix(".bin") if name.removesuffix(".bin") in PARTS else None
 
@@ -155,8 +158,8 @@ def split_of_part(part: str) -> str:
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """An archive is one fragment; of an unpacked one, every part is. Raises UserError for a damaged archive, or for both
-    data sets, or both versions, in one folder."""
+    """Each archive, or each part of an unpacked archive, is one fragment. Raises UserError for a damaged archive, and
+    for a folder that mixes the two data sets or the two versions."""
     paths = files["path"].to_pylist()
     unpacked = [path for path in paths if part_of(path)]
     if not unpacked:
@@ -217,7 +220,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _members(uri: str) -> Iterator[tuple[str, bytes]]:
-    """(base name, content) of the members; of an unpacked part, itself."""
+    """(base name, content) of the members of an archive, or of one unpacked part."""
     if part_of(uri):
         with storage.open_file(uri) as file:
             yield uri.rpartition("/")[2], file.read(MAX_BATCH_BYTES)

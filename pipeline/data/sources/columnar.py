@@ -1,4 +1,4 @@
-"""Columnar files, Parquet and Arrow: which column holds the image, the label, the split and the key; rows -> items."""
+"""Columnar files (Parquet and Arrow): finds the columns of image, label, split and key, and converts rows to items."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -27,10 +27,10 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "
 
 
 class RowColumns:
-    """Which columns of a schema hold the image, the label, the split and the key.
+    """The columns of a schema that hold the image, the label, the split and the key.
 
-    `distinct(column)` gives the different values of a column, looked at where its name alone says too little. Raises
-    UserError for a schema without a column of image bytes, or without a column that the user named.
+    `distinct(column)` returns the distinct values of a column; it is called if the column's name is ambiguous. Raises
+    UserError for a schema without image bytes, or without a column that the user named.
     """
 
     def __init__(self, schema: pa.Schema, where: str, path: str, named: Columns, distinct: Any = None) -> None:
@@ -54,7 +54,7 @@ class RowColumns:
         if wanted in self.partitions:
             self.label = None
         texts = {plain_name(f.name): f.name for f in schema if f.name != self.image and is_text(f.type)}
-        # "name" is as often that of the class
+        # a column "name" may hold file names or class names
         candidates = [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
         own = [named.file] if named.file in names else []
         self.key = next((name for name in (*own, *candidates) if name != self.label), None)
@@ -74,12 +74,12 @@ class RowColumns:
     def item(
         self, values: dict[str, Any], name: str, row: int, source: Source, labels_of_file: Sequence[str] | None
     ) -> Item:
-        """Row number `row` of the file `name`, whose labels a row without its own takes."""
+        """The item of row number `row` of the file `name`. A row without a label takes `labels_of_file`."""
         data, where = values[self.image], f"{name}#{row}"
         own = values[self.key] if self.key else None
         key = f"{name}/{own}" if own else where
         if isinstance(data, dict):
-            if not own and data.get("path"):  # Hugging Face drops the folders: other rows may have the same name
+            if not own and data.get("path"):  # Hugging Face drops the folders, so names may repeat
                 own = data["path"]
                 key = f"{where}/{own}"
             data = data.get("bytes")
@@ -98,7 +98,8 @@ class RowColumns:
         return Item(key, where, bytes(data), labels, split=split)
 
     def names_and_splits(self, batch: pa.RecordBatch) -> tuple[set[str], set[str], bool]:
-        """(label names, splits, whether a row has several labels) in a batch of label and split columns."""
+        """(label names, splits, whether a row has more or fewer labels than one) of a
+        batch of label and split columns."""
         names, many = set(self.one_hot), False
         if self.one_hot:
             many = any(len(self.labels(row) or ()) != 1 for row in batch.select(self.one_hot).to_pylist())
@@ -112,7 +113,7 @@ class RowColumns:
 
     @property
     def labelling(self) -> list[str]:
-        """The columns that `names_and_splits` reads."""
+        """The columns that `names_and_splits` needs."""
         return list(dict.fromkeys(column for column in (self.label, self.split, *self.one_hot) if column))
 
     @property
@@ -122,7 +123,7 @@ class RowColumns:
 
     @property
     def fields(self) -> set[str]:
-        """The columns in which a label was looked for in vain."""
+        """The columns that were searched for a label; empty if a label was found."""
         found = self.label or self.one_hot or self.label_of_file
         return (
             set() if found else {name for name in self.schema.names if name not in (self.image, self.key, self.split)}
@@ -130,28 +131,28 @@ class RowColumns:
 
 
 def cell_labels(value: Any, column: str) -> list[str] | None:
-    """The label names of one cell: of a list, a list written as text, or text with ; or | in a column named in the
-    plural."""
+    """The label names in one cell: a list, a list written as text, or text
+    separated by ; or | in a column with a plural name."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     return label_names(parse_list(value), SEPARATORS if PLURAL.search(column) else None)
 
 
 def distinct_values(column: pa.Array) -> Iterable[Any]:
-    """The different values of a column; of the lists in it, every list."""
+    """The distinct values of a column; for a column of lists, the distinct lists."""
     if is_list(column.type):
         return [list(value) for value in {tuple(value) for value in column.to_pylist() if value is not None}]
-    if pa.types.is_string_view(column.type):  # Arrow has no `unique` for it
+    if pa.types.is_string_view(column.type):  # Arrow does not implement `unique` for this type
         column = column.cast(pa.large_string())
     return column.unique().to_pylist()
 
 
 ENOUGH_VALUES = 100
-"""Different values of a column after which its kind is clear."""
+"""Number of distinct values that suffice to recognise the kind of a column."""
 
 
 def first_values(columns: Iterable[pa.Array]) -> set[Any]:
-    """The different values of a column that comes in batches, of its first batches only when there are many."""
+    """The distinct values of a column that arrives in batches; reading stops after more than ENOUGH_VALUES values."""
     found: set[Any] = set()
     for column in columns:
         found.update(value for value in distinct_values(column) if not isinstance(value, list))
@@ -161,7 +162,7 @@ def first_values(columns: Iterable[pa.Array]) -> set[Any]:
 
 
 def _partitions(path: str) -> dict[str, str]:
-    """Hive's folders: {column: folder} of label=cat/part-0.parquet."""
+    """The Hive partitions in a path: label=cat/part-0.parquet -> {"label": "label=cat"}."""
     return {folder.partition("=")[0]: folder for folder in path.split("/")[:-1] if "=" in folder}
 
 
@@ -171,10 +172,10 @@ def _partition(partitions: dict[str, str], wanted: str | None, known: tuple[str,
 
 
 def huggingface_names(schema: pa.Schema, label: str | None) -> list[str]:
-    """Class names in index order, where the Hugging Face metadata has them."""
+    """Class names in index order from the Hugging Face metadata; empty if the metadata has none."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]
-        if isinstance(feature, list):  # multi-label; newer: a feature of type List or Sequence
+        if isinstance(feature, list):  # multi-label; newer versions write a feature of type List or Sequence
             feature = feature[0]
         names = feature["feature"]["names"] if "feature" in feature else feature["names"]
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
@@ -190,13 +191,13 @@ def _image_column(schema: pa.Schema, where: str) -> str:
             return lower[name]
     found = ", ".join(f"{f.name}: {f.type}" for f in schema)
     raise UserError(
-        f"{where}: no column of image bytes (binary, or a struct with bytes) among {found}; a table of file names belongs to "
-        "--labels, with the folder of the images as --source"
+        f"{where}: no column of image bytes (binary, or a struct with bytes) among {found}; for a table of file names, "
+        "pass the table with --labels and the folder of images with --source"
     )
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    """Binary of any form, lists of bytes, and Hugging Face's struct."""
+    """Whether a type is binary, a list of bytes, or Hugging Face's struct with bytes."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     if pa.types.is_dictionary(kind):

@@ -1,4 +1,5 @@
-"""Columns of tables and of Parquet, JSON and TFRecord samples: which of them holds what, and its values as label names."""
+"""Columns of tables and of Parquet, JSON and TFRecord samples: finds the label
+and split columns and reads their values."""
 
 import math
 import re
@@ -29,20 +30,21 @@ SYNSET = re.compile(r"n\d{8}\b")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """Columns that the user named, in tables and in sources whose samples have columns."""
+    """Columns that the user named, for label tables and for sources whose samples have columns."""
 
     file: str | None = None
     label: str | None = None
-    """Or several, separated by commas: one-hot columns."""
+    """One column, or several one-hot columns separated by commas."""
     split: str | None = None
 
 
 class NoLabelColumn(UserError):
-    """A table that names files but holds nothing known to be a label."""
+    """A table has file names but no recognised label column."""
 
 
 def named_column(names: Sequence[str], known: Sequence[str], wanted: str | None, flag: str) -> str | None:
-    """The column the user named, else the first known name among `names`."""
+    """The column that the user named, or else the first of `known` that is among `names`. Raises UserError if there is
+    no column of the name that the user gave."""
     if wanted is not None:
         if wanted not in names:
             raise UserError(f"{flag} {wanted}: no such column{nearest(wanted, names)}; there are: {', '.join(names)}")
@@ -52,7 +54,7 @@ def named_column(names: Sequence[str], known: Sequence[str], wanted: str | None,
 
 
 def plain_name(name: str) -> str:
-    """The name of a column in small letters, with _ for blanks and hyphens."""
+    """The name of a column in lower case, with _ in place of blanks and hyphens."""
     return re.sub(r"[\s-]+", "_", name.strip().lower().lstrip("#\ufeff"))
 
 
@@ -62,8 +64,8 @@ def plain_name(name: str) -> str:
 def label_values(
     rows: Sequence[dict[Any, Any]], names: Sequence[str], label: str | None, wanted: str | None
 ) -> tuple[list[list[str] | None], bool] | None:
-    """(label names of every row, whether they are multi-label), from the column `label`, or from one-hot columns among
-    `names` or those that the user named. None when there is neither."""
+    """(label names of every row, whether the data is multi-label), from the column `label`, from the one-hot columns
+    that the user named, or from one-hot columns among `names`. None if there are no such columns."""
     one_hot = [name.strip() for name in wanted.split(",")] if wanted and wanted not in names and "," in wanted else []
     if missing := next((name for name in one_hot if name not in names), None):
         raise UserError(f"--label-column {wanted}: no column {missing}{nearest(missing, names)}")
@@ -77,7 +79,8 @@ def label_values(
 
 
 def one_hot_columns(rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> list[str]:
-    """The columns that hold 0 and 1 alone, when they are all columns, or at least three of which each row has one 1."""
+    """The columns that hold only 0 and 1, if all columns do, or if there are at
+    least three and each row has exactly one 1."""
     flags = [name for name in names if all(_is_flag(row.get(name)) for row in rows)]
     if len(flags) == len(names) > 1:
         return flags
@@ -94,8 +97,8 @@ def _is_one(value: Any) -> bool:
 
 
 def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | None], bool]:
-    """The label names of every value of a column called `name`, and whether it is multi-label."""
-    if name.lower() == "predictionstring":  # Kaggle's ImageNet: a synset and four coordinates for each object
+    """(label names of every value, whether the data is multi-label) of a column called `name`."""
+    if name.lower() == "predictionstring":  # Kaggle's ImageNet: a synset and four coordinates per object
         found = [SYNSET.search(as_text(value)) for value in values]
         return [[match[0]] if match else None for match in found], False
     values = [parse_list(as_text(value) if isinstance(value, bytes) else value) for value in values]
@@ -109,8 +112,11 @@ def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | No
 
 
 def _separator(texts: Iterable[str], plural: bool) -> re.Pattern | None:
-    """What separates several labels in the cells of a column. ; and | do in a column named in the plural, and elsewhere where
-    the parts occur again in other cells; so do commas; blanks do between numbers."""
+    """The separator of several labels in one cell, or None.
+
+    ; and | are separators in a column with a plural name. In other columns ; | and commas are separators if the parts
+    also occur in other cells. Blanks are separators between numbers.
+    """
     texts = {text.strip() for text in texts} - MISSING
     for pattern in (SEPARATORS, re.compile(",")):
         several = [text for text in texts if pattern.search(text)]
@@ -131,7 +137,8 @@ def _separator(texts: Iterable[str], plural: bool) -> re.Pattern | None:
 
 
 def whole_numbers(labels: list[list[str] | None]) -> list[list[str] | None]:
-    """The names as they are, or as whole numbers when all are: pandas makes 2.0 of 2 where one value is missing."""
+    """The labels, with 2.0 written as 2 if all of them are whole numbers: pandas
+    turns 2 into 2.0 if a value is missing."""
     texts = [name for names in labels for name in names or ()]
     if any("." in text for text in texts) and all(map(WHOLE_NUMBER.fullmatch, texts)):
         return [names and [str(int(float(text))) for text in names] for names in labels]
@@ -139,7 +146,7 @@ def whole_numbers(labels: list[list[str] | None]) -> list[list[str] | None]:
 
 
 def label_names(value: Any, separator: re.Pattern | None = None) -> list[str] | None:
-    """A raw label (integer, text, bytes, list, missing) as names; None when it is missing."""
+    """The names in a raw label (integer, text, bytes or list); None if the label is missing."""
     if isinstance(value, list | tuple | np.ndarray):
         return [name for part in value for name in label_names(part) or ()]
     if separator is not None and value == "":
@@ -154,7 +161,7 @@ def label_names(value: Any, separator: re.Pattern | None = None) -> list[str] | 
 
 
 def is_missing(value: Any) -> bool:
-    """None, NaN, and what stands for them in text."""
+    """Whether a value is None, NaN or a text that stands for them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     return isinstance(value, str | bytes) and as_text(value).strip() in MISSING
@@ -165,7 +172,7 @@ def as_text(value: Any) -> str:
 
 
 def look_like_captions(names: Iterable[str], inputs: int) -> bool:
-    """Whether labels are texts of several words of which most occur once: sentences, no classes."""
+    """Whether the labels are probably captions: texts of several words, most of which occur once."""
     found = list(names)
     words = sum(len(name.split()) for name in found)
     return inputs > 2 and len(found) > 0.5 * inputs and words >= 3 * len(found)
@@ -175,24 +182,25 @@ def captions_error(where: str, names: Iterable[str], inputs: int, flag: str) -> 
     found = sorted(names)
     return UserError(
         f"{where}: its labels look like captions ({len(found):,} different texts for {inputs:,} images, such as "
-        f"{found[0][:60]!r}), and captions are no classes; --unlabelled takes the images without them, {flag} makes them classes"
+        f"{found[0][:60]!r}), and captions are not classes; --unlabelled ignores them, {flag} uses them as classes"
     )
 
 
 def no_label_column(uri: str, rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> NoLabelColumn:
-    """The error, with the column that looks most like a label: of few distinct values, none a caption."""
+    """The error for a table without a label column. Suggests the column with the
+    fewest distinct values, captions excluded."""
     distinct = {n: len({str(row.get(n)) for row in rows}) for n in names if plain_name(n) not in CAPTION_COLUMNS}
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
     listed = ", ".join(names) or "no other column"
-    return NoLabelColumn(f"{uri}: no column with a label among: {listed}; {advice}")
+    return NoLabelColumn(f"{uri}: no label column among: {listed}; {advice}")
 
 
 # ---------------------------------------------------------------- splits
 
 
 def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str | None:
-    """The column of splits. `values(name)` gives the values of a column, looked at where the name alone says too little."""
+    """The split column. `values(name)` returns the values of a column; it is called if the name is ambiguous."""
     found = named_column(names, SPLIT_COLUMNS, wanted, "--split-column")
     if found is not None:
         return found
@@ -207,7 +215,7 @@ def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str |
 
 
 def split_name(value: Any, column: str) -> str | None:
-    """The split that a value of the split column names; a column such as is_train holds 1 and 0."""
+    """The split that a value of the split column stands for; in a column such as is_train, 1 is train and 0 is test."""
     if is_missing(value):
         return None
     if plain_name(column) in TRAINING_COLUMNS and _is_flag(value):

@@ -1,4 +1,4 @@
-"""Finds out what a source is, and reads it: the list of formats and the two functions that use it."""
+"""Recognises the format of a source and reads it: the list of formats and the functions `discover` and `read`."""
 
 import itertools
 import logging
@@ -19,8 +19,8 @@ from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
-# One module for each format; a new format is a module with NAME, matches, scan and read, and a place here. The format that
-# most files match is chosen, the first of the list when several match equally many: images win over archives beside them.
+# One module per format; a new format is a module with NAME, matches, scan and read, and an entry here. The format that
+# the # most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
 FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord]
 
 UNREAD = (
@@ -37,10 +37,10 @@ UNREAD = (
     ".npz",
     ".npy",
     ".rec",
-)  # archives and containers that people have and that no format reads
+)  # common archives and containers that no format reads
 logger = logging.getLogger(__name__)
-SNIFFED_FILES = 1000  # files of a listing that decide about its format
-SNIFFED_ITEMS = 256  # items that decide whether an archive is multi-label when its labels were not scanned
+SNIFFED_FILES = 1000  # number of files whose names decide the format
+SNIFFED_ITEMS = 256  # number of items that decide whether an unscanned archive is multi-label
 
 
 def formats() -> dict[str, SourceFormat]:
@@ -62,9 +62,10 @@ def discover(
 ) -> list[Source]:
     """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
-    labels: a label table for all of them. include: globs over keys. need_names: False saves opening archives that are no
-    larger than `unit_bytes`. columns: what the user named in tables and Parquet files. class_level: which folder names the
-    class, 1 the first. unlabelled: images are wanted without labels. Raises UserError for a source that is missing, empty, unreadable or ambiguous.
+    labels: URI of a label table for all sources. include: globs over keys. need_names: False avoids opening archives of
+    at most `unit_bytes` bytes. columns: the columns that the user named. class_level: the level of the class folders; 1
+    is the first below the source. unlabelled: whether to accept images without labels. Raises UserError for a source
+    that is missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
         raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
@@ -92,7 +93,7 @@ def discover(
         if format == "auto":
             _warn_about_others(uri, files, found)
         source = found.scan(uri, files, options)
-        if source.names is None:  # the labels were not scanned: a few samples tell whether there are several each
+        if source.names is None:  # the labels were not scanned, so a few samples are read
             some = itertools.islice(read(source, source.fragments.slice(0, 1)), SNIFFED_ITEMS)
             several = any(item.labels is not None and len(item.labels) > 1 for item in some)
             source = replace(source, multilabel=source.multilabel or several)
@@ -101,25 +102,25 @@ def discover(
 
 
 def _recognise(uri: str, files: pa.Table) -> SourceFormat:
-    """The format that most of the first files match by name; class folders when none does."""
+    """The format that matches most of the first SNIFFED_FILES file names; class folders if no format matches."""
     names = [path or uri for path in files["path"][:SNIFFED_FILES].to_pylist()]
     counts = {name: sum(map(found.matches, names)) for name, found in formats().items()}
     best = max(counts, key=lambda name: counts[name])  # the first of them in a tie
     if files["path"][0].as_py() == "" and (best == folder.NAME or not counts[best]):
         archives = ", ".join(name for name in formats() if name != folder.NAME)
-        raise UserError(f"{uri}: a single file that is no archive ({archives}); give a folder or an archive")
+        raise UserError(f"{uri}: a single file that is not an archive ({archives}); give a folder or an archive")
     packed = next((name for name in names if name.lower().endswith(UNREAD)), None)
     if packed and not counts[best]:
-        raise UserError(f"{uri}: {packed} is not read; unpack it, or pack the images as .tar or .zip")
+        raise UserError(f"{uri}: {packed} has an unsupported format; unpack it, or pack the images as .tar or .zip")
     return formats()[best if counts[best] else folder.NAME]
 
 
 def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:
-    """Says which of the first files another format would read: a source is read as one format."""
+    """Warns about files of other formats: a source is read as one format only."""
     names = files["path"][:SNIFFED_FILES].to_pylist()
     mine = {os.path.splitext(name)[0] for name in names if chosen.matches(name)}
     for name, other in formats().items():
-        # img2dataset writes a table of the same name beside every archive, and label tables are read as such
+        # img2dataset writes a table of the same name next to every archive; label tables are read as labels
         beside = [
             path
             for path in names
@@ -130,14 +131,15 @@ def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:
         ]
         if beside:
             logger.warning(
-                "%s: read as %s; %d files of format %s, such as %s, are not read; name them with a --source of their own",
+                "%s: read as %s; %d files of format %s, such as %s, are ignored; pass them with a separate --source",
                 uri, chosen.NAME, len(beside), name, beside[0],
             )  # fmt: skip
 
 
 def read(source: Source, fragments: pa.Table, include: tuple[str, ...] = ()) -> Iterator[Item]:
-    """The items of some fragments, in order. An input that cannot be read never raises: it is an Item with `refused`.
+    """The items of some fragments, in order. An unreadable input does not raise an exception: its Item has `refused`
+    set.
 
-    include: globs over keys. Raises StorageError when the store fails.
+    include: globs over keys. Raises StorageError if the store fails.
     """
     return included(formats()[source.kind].read(source, fragments), include)

@@ -1,4 +1,4 @@
-"""Folders of image files: the class is the first folder, or a label table says it."""
+"""Folders of image files. Labels come from folder names or from label tables."""
 
 import dataclasses
 import logging
@@ -34,25 +34,25 @@ BESIDE = (
     ".xml",
     ".caption",
     ".npy",
-)  # ends of files that say something about the image of their name
+)  # extensions of files that describe the image of the same name
 logger = logging.getLogger(__name__)
 
 
 def matches(path: str) -> bool:
-    """Image files, by the ends of their names."""
+    """Whether a path has the extension of an image file."""
     return is_image_name(path)
 
 
 def is_document(path: str) -> bool:
-    """Whether the end of a name says that the file is text: a folder of documents is no class."""
+    """Whether a path has the extension of a document: a folder of documents is not a class."""
     return path.lower().endswith(
         (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".pdf", ".yaml", ".yml")
     )
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """Every file is a fragment. Labels are those of a table (given, or found as labels.*, metadata.*, train.csv, ...), else
-    the folders."""
+    """Every file is a fragment. Labels come from a table (given, or found as labels.*, metadata.*, train.csv, ...), or
+    else from the folders. Raises UserError if --include matches nothing or the labels are ambiguous."""
     files, tables = _tables(uri, files, options)
     if options.include:
         keep = [is_included(options.prefix + path.as_py(), options.include) for path in files["path"]]
@@ -79,7 +79,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, dict[str, LabelTable]]:
-    """The files that are no tables, and the tables by folder."""
+    """(the files that are not label tables, the label tables by folder)."""
     if options.table:
         return files, {}
     ends = pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|txt|lst|jsonl|json|parquet)$")
@@ -94,16 +94,16 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
     paths = [path for path, _, _ in found]
     files = files.filter(pc.invert(pc.is_in(files["path"], pa.array(paths, pa.large_string()))))
     named = {split: folder for _, folder, split in found if split is not None}
-    for folder in set(named.values()) & tables.keys():  # train.txt may be a list of something else
+    for folder in set(named.values()) & tables.keys():  # train.txt may list something other than images
         naming = Naming(tables={folder: tables[folder]})
         row = (naming.row(path) for path in files["path"].to_pylist())
         if not any(found is not None and found[2] is not None for found in row):
-            logger.warning("%s: no file is named in %s; the table is ignored", uri, tables.pop(folder).uri)
+            logger.warning("%s: %s names none of the files; the table is ignored", uri, tables.pop(folder).uri)
     return files, tables
 
 
 def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
-    """The files without those that stand beside an image of the same name (0.jpg, 0.txt, 0.json), and whether there are any."""
+    """(the files without the sidecars of images, such as 0.txt next to 0.jpg; whether there are sidecars)."""
     paths = files["path"].to_pylist()
     beside = [path.lower().endswith(BESIDE) for path in paths]
     if not any(beside):
@@ -113,23 +113,23 @@ def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
     count = len(keep) - sum(keep)
     if count:
         example = paths[keep.index(False)]
-        logger.info("%s: %d files beside images, such as %s, are no input", uri, count, example)
+        logger.info("%s: %d files next to images, such as %s, are ignored", uri, count, example)
     return files.filter(pa.array(keep, pa.bool_())), count > 0
 
 
 def _hint(files: pa.Table) -> str:
-    """The first file that may be a label table under another name."""
+    """A hint that names the first file that may be a label table; empty if there is no such file."""
     named = files.filter(
         pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|jsonl|parquet|lst|xlsx?|txt|json|mat)$")
     )
-    return f"{named['path'][0].as_py()} may be a label table: name it with --labels" if named.num_rows else ""
+    return f"{named['path'][0].as_py()} may be a label table; pass it with --labels" if named.num_rows else ""
 
 
 def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Layout:
-    """Where the images' folders name splits and classes."""
+    """Finds the folder levels that name splits and classes."""
     folders: Counter[tuple[str, ...]] = Counter()
     in_names: set[str | None] = set()
-    open_folders = False  # whether the folders of some images have to say the classes
+    open_folders = False  # whether some images take their class from a folder
     for batch in listing.in_batches(files):
         for path in batch["path"].to_pylist():
             if matches(path):
@@ -150,8 +150,9 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
         and all(map(str.isdigit, map(str, names)))
     ):
         raise UserError(
-            f"{uri}: folders such as {min(map(str, names))} look like the shards of img2dataset, whose captions are no classes; "
-            "--unlabelled takes the images, --labels FILE names their classes, --class-level 1 makes classes of the folders"
+            f"{uri}: folders such as {min(map(str, names))} look like the shards of img2dataset, whose captions are "
+            "not classes; --unlabelled reads images alone, --labels FILE reads labels from a table, --class-level 1 "
+            "uses folders as classes"
         )
     if layout.split_level is None and in_names_say_splits(in_names):
         return dataclasses.replace(layout, in_names=True)
@@ -159,7 +160,8 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
 
 
 def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[str]]:
-    """Fragments and label names. Rows of tables without a file become fragments too, so that they are counted as missing."""
+    """(fragments, label names). Rows of tables whose file is missing also become
+    fragments, so that they are counted."""
     names: set[str] = set()
     tabled = bool(naming.table or naming.tables)
     rows = Rows(naming)
@@ -191,7 +193,7 @@ def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
-    """The files, in order."""
+    """The items of some files, in order."""
     read_files = _fetch if storage.is_remote(source.uri) else _load
     for batch in listing.in_batches(fragments):
         rows = batch.to_pylist()
@@ -209,7 +211,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
             elif isinstance(data, Exception):
                 yield item._replace(refused=Refused("unreadable", str(data)))
             elif names is None and not matches(path) and not is_image_data(data):
-                yield item._replace(refused=Refused("not an image"))  # which says more than that it has no label
+                yield item._replace(refused=Refused("not an image"))  # more helpful than "no label"
             else:
                 yield item._replace(image=data)
 
@@ -228,6 +230,6 @@ def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
 
 
 def _fetch(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
-    """Objects of a store. One that is not there is an input's fault and is returned; an outage is not, and raises
-    StorageError: images must not become rejects because a server was busy."""
+    """Contents of objects in a store. A missing object is returned as an exception and becomes a reject. An outage
+    raises StorageError: images must not become rejects because a server was busy."""
     return storage.read_many(f"{folder}/{path}" for path in paths)

@@ -1,4 +1,4 @@
-"""Label names -> class indices: the class list of all sources together, and `--label-map`."""
+"""Converts label names to class indices: the class list of all sources together, and `--label-map`."""
 
 import ast
 import json
@@ -16,12 +16,12 @@ from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 INTEGER = re.compile(r"-?[0-9]{1,18}")
-MAX_INDEX = 1_000_000  # integers up to here are class indices; larger ones are names like any other
+MAX_INDEX = 1_000_000  # smaller integers are class indices; larger integers are class names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """The class list, and the class index of every label name."""
+    """The list of classes and the class index of every label name."""
 
     classes: tuple[str, ...]
     index: dict[str, int]
@@ -29,11 +29,14 @@ class Labels:
     unlabelled: bool = False
 
     def encode(self, names: Sequence[str] | None) -> int | list[int]:
-        """Raises Refused for an input without a label or with one that is no class."""
+        """The class index of one input, or a sorted list of indices for multi-label data; -1 for unlabelled data.
+
+        Raises Refused for an input without a label, or with a label that is not a class.
+        """
         if self.unlabelled:
             return -1
         if names is None or (not names and not self.multilabel) or (list(names) == ["-1"] and "-1" not in self.index):
-            raise Refused("no label")  # -1 is how Hugging Face writes it
+            raise Refused("no label")  # Hugging Face writes -1 for a missing label
         try:
             indices = [self.index[name] for name in names]
         except KeyError as error:
@@ -46,7 +49,10 @@ class Labels:
 
 
 def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
-    """`--label-map`: a text file or JSON list of class names in index order, or a JSON object {name: new name}."""
+    """Reads `--label-map`: a text file or JSON list of class names in index order, or a JSON object {name: new name}.
+
+    Raises UserError for other content.
+    """
     if uri is None:
         return None
     text = decode_text(read_data(uri), uri)
@@ -73,7 +79,7 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
 
 
 def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
-    """A list or an object written in Python's way, {0: 'tench', 1: 'goldfish'}; None for other text."""
+    """A list or dictionary in Python syntax, such as {0: 'tench', 1: 'goldfish'}; None for other text."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     try:
@@ -86,7 +92,8 @@ def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
 
 
 def _indexed(value: dict[str, Any]) -> Any:
-    """The class list of an object {index: name}, {index: [synset, name]} or {name: index}; any other object as it is."""
+    """The class list of an object {index: name}, {index: [synset, name]} or {name:
+    index}; other objects are returned unchanged."""
     if not value:
         return value
     if all(isinstance(name, list) and name and isinstance(name[0], str) for name in value.values()):
@@ -101,8 +108,9 @@ def _indexed(value: dict[str, Any]) -> Any:
 def make_labels(
     sources: Sequence[Source], label_map: list[str] | dict[str, str] | None = None, unlabelled: bool = False
 ) -> Labels:
-    """The classes of all sources together: in the given order, in the sources' own order, or sorted by name. Whole numbers
-    that are not names of folders are indices: 0 to the largest. Raises UserError when there is no class."""
+    """The classes of all sources together: in the order of the label map, in the order that the sources state, or
+    sorted by name. If all names are whole numbers and not folder names, they are indices, and the classes are 0 to the
+    largest of them. Raises UserError if there are no classes."""
     if unlabelled:
         return Labels(classes=(), index={}, multilabel=False, unlabelled=True)
     multilabel = any(source.multilabel for source in sources)
@@ -116,7 +124,7 @@ def make_labels(
         numbers = sorted(names, key=int)
         if numbers[0] == "-1" and len(numbers) > 2:
             logger.warning(
-                "%s: the label -1 counts as no label; a --label-map that has -1 makes it a class of its own",
+                "%s: the label -1 means no label; to make it a class, list it in --label-map",
                 sources[0].uri,
             )
             numbers = numbers[1:]
@@ -135,15 +143,16 @@ def make_labels(
     hint = next((f" ({source.hint})" for source in sources if source.hint), "")
     if not classes:
         raise UserError(
-            f"{sources[0].uri}: zero classes{hint}; expected class folders (root/<class>/image.jpg), or labels.csv beside the images "
-            "(or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled takes images without labels"
+            f"{sources[0].uri}: zero classes{hint}; expected class folders (root/<class>/image.jpg), or labels.csv "
+            "next to the images (or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled accepts "
+            "images without labels"
         )
     if isinstance(label_map, list) and names and not any(n in classes or INTEGER.fullmatch(n) for n in names):
         raise UserError(
-            f"--label-map: none of the labels in {sources[0].uri}, such as {min(names)!r}, is among its {len(classes):,} classes, "
-            f"such as {classes[0]!r}"
+            f"--label-map: none of the labels in {sources[0].uri}, such as {min(names)!r}, is among its "
+            f"{len(classes):,} classes, such as {classes[0]!r}"
         )
-    by_number = isinstance(label_map, list) or bool(own)  # 7 may stand for the name of class 7
+    by_number = isinstance(label_map, list) or bool(own)  # the label 7 may mean the class at index 7
     index = {str(i): i for i in range(len(classes))} if by_number else {}
     index |= {name: i for i, name in enumerate(classes)}
     return Labels(classes=classes, index=index, multilabel=multilabel)

@@ -1,4 +1,4 @@
-"""Which folders of a path name its split and its class, found from the folders that hold images."""
+"""Finds which levels of folders name the split and the class of an image."""
 
 import logging
 import re
@@ -12,12 +12,12 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 WORDNET = re.compile(r"(n\d{8})(?![0-9])")
-# Folders that group files and say nothing about what the images show: parts and years ...
+# Folders that group files and say nothing about their content: parts and years ...
 GROUPING_FOLDERS = re.compile(
     r"(?i)(fold|part|batch|shard|session|set|chunk|group|vol|volume|disc|disk|day|week|month|take|dump|archive)s?[-_ ]?\d+"
     r"|(19|20)\d\d([-_.]?\d\d){0,2}"
 )
-# ... and what all of the files are.
+# ... and names for images in general.
 CONTAINERS = frozenset(
     [
         "data",
@@ -55,25 +55,26 @@ CONTAINERS = frozenset(
         "frames",
     ]
 )
-STRAYS = 0.2  # of the images: so many may lie above the folders that name the classes, and go without a label
+STRAYS = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Levels count from 0, the first folder below the source; None where there is no such folder."""
+    """The folder levels of splits and classes. Levels count from 0, the first
+    folder below the source; None: no such level."""
 
     split_level: int | None = None
     class_level: int | None = 0
     class_levels: dict[str, int | None] = field(default_factory=dict)
-    """By split, where they differ."""
+    """The class level by split, if the splits differ."""
     splits: dict[str, str] = field(default_factory=dict)
     """Folder -> split."""
     in_names: bool = False
-    """Whether the file's name says the split."""
+    """Whether the split is part of the file name."""
     one_class: bool = False
-    """Whether the folders of the class level all have one name: a WordNet id in the file's name says more."""
+    """Whether all folders of the class level have the same name; a WordNet id in the file name is used instead."""
     uncertain: str = ""
-    """What the user should know about the choice; empty when there was none."""
+    """A warning about an ambiguous choice; empty if the choice was clear."""
 
     def split(self, path: str) -> str | None:
         folders = folders_of(path)
@@ -84,7 +85,7 @@ class Layout:
         return self.splits.get(folders[self.split_level])
 
     def label(self, path: str) -> str | None:
-        """The class that a folder names, or the WordNet id that the file's name begins with."""
+        """The class from the folder name, or the WordNet id at the beginning of the file name."""
         folders = folders_of(path)
         level = self.class_levels.get(self.split(path) or "", self.class_level)
         wordnet = WORDNET.match(path.rpartition("/")[2])
@@ -94,13 +95,13 @@ class Layout:
 
 
 def folders_of(path: str) -> list[str]:
-    """The folders of a path; an object store also accepts empty names, which are none."""
+    """The folders of a path, without the empty names that object stores allow."""
     return [part for part in path.split("/")[:-1] if part]
 
 
 def partition_value(folder: str, columns: Iterable[str]) -> str | None:
-    """The value of a Hive partition (label=cat) whose column is one of `columns`; the folder itself when it is no
-    partition of theirs; None for Hive's name of a missing value."""
+    """The value of a Hive partition (label=cat) of one of `columns`; other folder
+    names unchanged; None for Hive's missing value."""
     column, equals, value = folder.partition("=")
     if not equals or column.lower() not in columns:
         return folder
@@ -110,9 +111,10 @@ def partition_value(folder: str, columns: Iterable[str]) -> str | None:
 def layout_of_source(
     uri: str, folders: Mapping[tuple[str, ...], int], class_level: int | None, *, classes_wanted: bool
 ) -> Layout:
-    """`find_layout` for the source at `uri`: errors and a warning about what is uncertain name it.
+    """`find_layout` for the source at `uri`, which errors and warnings name.
 
-    class_level: --class-level, which counts from 1. classes_wanted: False where no folder has to say a class.
+    class_level: the value of --class-level, which counts from 1. classes_wanted: False if no class is taken from
+    folders.
     """
     level = None if class_level is None else class_level - 1
     try:
@@ -125,11 +127,12 @@ def layout_of_source(
 
 
 def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None = None) -> Layout:
-    """The layout of a source with so many images in each of `folders`; the user may say the level of the classes.
+    """The layout of a source. folders: number of images in each folder. class_level: the level of the classes, if
+    known.
 
-    Folders that hold everything (photos/images/<class>/) are passed. Split folders may lie above the classes
-    (train/<class>/) or below them (<class>/train/). Raises UserError when two levels of folders could be the classes,
-    or a folder could be a split as well as a class."""
+    Folders that hold everything (photos/images/<class>/) are skipped. Split folders may lie above the classes
+    (train/<class>/) or below them (<class>/train/). Raises UserError if two folder levels could name the classes, or if
+    a folder could be a split or a class."""
     dirs = dict(sorted(folders.items()))
     level = _past_wrappers(dirs)
     splits = _splits_at(dirs, level)
@@ -162,13 +165,13 @@ def _without_splits_above(dirs: dict[tuple[str, ...], int], class_level: int | N
 
 
 def _levels_of_splits(by_split: dict[str, dict[tuple[str, ...], int]], first: int) -> tuple[dict[str, int | None], str]:
-    """The level of the classes in every split. A split whose folders have the names of another's classes has the same
-    classes, however few of them it has."""
+    """(the class level of every split, a warning). A split with folders named like the classes of another split has the
+    same classes, even if it has only a few of them."""
     found = {name: _class_level(inside, first) for name, inside in by_split.items()}
     uncertain = next((text for _, text in found.values() if text), "")
     levels = {name: level for name, (level, _) in found.items()}
     known = {d[level] for name, level in levels.items() if level is not None for d in by_split[name] if len(d) > level}
-    if not known:  # one class everywhere, or none
+    if not known:  # at most one class in every split
         names = {d[first] if len(d) > first else None for inside in by_split.values() for d in inside}
         alone = next(iter(names)) if len(names) == 1 else None
         return dict.fromkeys(levels, first if alone and alone.lower() not in CONTAINERS else None), uncertain
@@ -183,21 +186,21 @@ def _levels_of_splits(by_split: dict[str, dict[tuple[str, ...], int]], first: in
 
 
 def split_in_name(path: str) -> str | None:
-    """The split that a file's name says: ILSVRC2012_val_00000001.JPEG, train-00000-of-00003.parquet."""
+    """The split in a file name such as ILSVRC2012_val_00000001.JPEG or train-00000-of-00003.parquet."""
     found = split_of_name(path.rpartition("/")[2].partition(".")[0])
     return found[0].lower() if found else None
 
 
 def in_names_say_splits(found: Iterable[str | None]) -> bool:
-    """Whether the names of all files say a split (`split_in_name` of each), some of training and some held out."""
+    """Whether all file names contain a split (`found` has `split_in_name` of each), some training and some held-out."""
     kinds = set(found)
     return None not in kinds and bool(kinds & TRAIN and kinds & HELD_OUT)
 
 
 def splits_of_files(paths: Iterable[str]) -> dict[str, str]:
-    """The split that every file's name or folder says (train-00000-of-00003.parquet, val/0001.tar).
+    """The split of every file, from its name or folder (train-00000-of-00003.parquet, val/0001.tar).
 
-    {} when some say none, unless there is both a training and a held-out one.
+    Empty if some files have no split, unless both a training and a held-out split occur.
     """
     found: dict[str, str] = {}
     unnamed = False
@@ -214,8 +217,9 @@ def splits_of_files(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _splits_at(dirs: Mapping[tuple[str, ...], int], level: int, strict: bool = False) -> dict[str, str]:
-    """The split folders at a level, {folder: split}: all folders there are splits, or (unless `strict`) both a training
-    and a held-out one are among them. A longer name (train_images) counts beside its like (test_images)."""
+    """The split folders at a level, {folder: split}; empty unless all folders at the level are splits or (if not
+    `strict`) they include a training and a held-out split. Longer names count in
+    pairs such as train_images and test_images."""
     names = {d[level] for d in dirs if len(d) > level}
     plain = {name: split for name in names if (split := _plain_split(name))}
     kinds = {split.lower() for split in plain.values()}
@@ -233,7 +237,7 @@ def _splits_at(dirs: Mapping[tuple[str, ...], int], level: int, strict: bool = F
 
 
 def _plain_split(folder: str) -> str | None:
-    """train, Validation, split=test."""
+    """The split of a folder named train, Validation or split=test; None for other names."""
     column, equals, value = folder.partition("=")
     if equals and column.lower() in SPLIT_COLUMNS:
         return unquote(value)
@@ -241,7 +245,7 @@ def _plain_split(folder: str) -> str | None:
 
 
 def _refuse_half_a_split(dirs: Mapping[tuple[str, ...], int], level: int) -> None:
-    """Raises UserError for a folder `train` with folders in it, beside folders of other names."""
+    """Raises UserError if a folder such as `train` contains folders and stands next to folders that are not splits."""
     names = sorted({d[level] for d in dirs if len(d) > level})
     for name in names:
         inside = {d[level + 1] for d in dirs if len(d) > level + 1 and d[level] == name}
@@ -249,9 +253,9 @@ def _refuse_half_a_split(dirs: Mapping[tuple[str, ...], int], level: int) -> Non
         if _plain_split(name) and len(inside) > 1 and (not elsewhere or inside & elsewhere):
             others = ", ".join(other for other in names[:4] if other != name)
             raise UserError(
-                f"the folder {name}/ may be a split, with the classes {', '.join(sorted(inside)[:3])}, or a class beside "
-                f"{others}; --include '{'/'.join(_above(dirs, level, name))}/*' takes it alone, --class-level {level + 1} makes it a class, "
-                f"--class-level {level + 2} makes classes of the folders inside"
+                f"the folder {name}/ may be a split, with the classes {', '.join(sorted(inside)[:3])}, or a class like "
+                f"{others}; --include '{'/'.join(_above(dirs, level, name))}/*' reads it alone, --class-level "
+                f"{level + 1} makes it a class, --class-level {level + 2} uses the folders inside as classes"
             )
 
 
@@ -263,12 +267,12 @@ def _above(dirs: Mapping[tuple[str, ...], int], level: int, name: str) -> tuple[
 
 
 def _reach(dirs: Mapping[tuple[str, ...], int], level: int) -> bool:
-    """Whether nearly all images have a folder at this level."""
+    """Whether nearly all images lie in a folder at this level."""
     return sum(count for d, count in dirs.items() if len(d) > level) >= (1 - STRAYS) * sum(dirs.values())
 
 
 def _past_wrappers(dirs: Mapping[tuple[str, ...], int]) -> int:
-    """The first level at which folders differ, or at which one is a split; 0 when there is none."""
+    """The first level where folder names differ or a folder is a split; 0 if there is no such level."""
     level = 0
     while dirs and _reach(dirs, level):
         names = {d[level] for d in dirs if len(d) > level}
@@ -279,9 +283,9 @@ def _past_wrappers(dirs: Mapping[tuple[str, ...], int]) -> int:
 
 
 def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int | None, str]:
-    """(the level from `first` on whose folders name the classes, what the user should know about it).
+    """(the level of the class folders, at least `first`; a warning or "").
 
-    The level is None when folders differ nowhere. Raises UserError when several levels could be it.
+    The level is None if folder names differ at no level. Raises UserError if several levels could be the class level.
     """
     names: dict[int, set[str]] = {}
     level = first
@@ -303,14 +307,14 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
     candidates = plain or varied
     if len(candidates) > 1:
         choices = "; ".join(f"--class-level {k + 1} ({_listed(names[k])})" for k in candidates)
-        raise UserError(f"the folders of two levels differ and either could name the classes: choose {choices}")
+        raise UserError(f"two levels of folders could name the classes; choose {choices}")
     chosen = candidates[0]
     uncertain = ""
     if len(varied) > 1:
         other = next(k for k in varied if k != chosen)
         uncertain = (
-            f"the classes are the folders at level {chosen + 1} ({_listed(names[chosen])}), not those at level {other + 1} "
-            f"({_listed(names[other])}); --class-level {other + 1} makes those the classes"
+            f"the classes are the folders at level {chosen + 1} ({_listed(names[chosen])}), not those at level "
+            f"{other + 1} ({_listed(names[other])}); --class-level {other + 1} makes those the classes"
         )
     return chosen, uncertain
 

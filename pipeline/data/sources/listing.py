@@ -1,8 +1,8 @@
-"""The files of a source, sorted or shuffled, in memory that does not grow with the corpus.
+"""The files of a source, sorted or shuffled in constant memory.
 
-A listing of more than SPILL_ROWS files lives in unnamed files that are mapped. Sorting and shuffling distribute its rows
-over buckets on disk, each small enough to be finished in memory, and concatenate the buckets. Written here and not taken from a
-library: pyarrow sorts in memory alone, and DuckDB would be a second engine beside it for one sort and one shuffle.
+A listing of more than SPILL_ROWS files is kept in memory-mapped temporary files. Sorting and shuffling distribute the
+rows over buckets on disk, process each bucket in memory, and concatenate the buckets. No library does this without
+another query engine: pyarrow sorts in memory only, and DuckDB would be needed for one sort and one shuffle.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from pipeline import storage
 from pipeline.data.sources.items import LISTING
 from pipeline.errors import UserError
 
-SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at a time
-# What systems leave behind in folders and archives: hidden files and folders (version control, notebooks, trash), Windows'
-# and macOS's own, thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads and copies of editors.
+SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
+# Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
+# macOS, # thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads, and backup copies of
+# editors.
 JUNK = (
     r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|recycler|recycled|found\.\d{3}|"
     r"#recycle|@eadir|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|network trash folder|"
@@ -33,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def list_source(uri: str) -> pa.Table:
-    """LISTING of every file under a folder, sorted by path; a single file has path ""."""
+    """The files under a folder as a table of schema LISTING, sorted by path; a single file has the path "".
+
+    Raises UserError for a folder that cannot be read, or that holds only hidden and system files.
+    """
     files: Iterator[tuple[str, int]]
     if not storage.is_remote(uri):
         if os.path.isfile(uri):
@@ -48,22 +52,22 @@ def list_source(uri: str) -> pa.Table:
         return listing([("", storage.file_size(uri))])
     if left_out.count and not found.num_rows:
         raise UserError(
-            f"{uri}: nothing but {left_out.count:,} hidden or system files, such as {left_out.example}, which are no input; name "
-            "a hidden folder itself with --source to read it"
+            f"{uri}: only {left_out.count:,} hidden or system files, such as {left_out.example}, which are ignored; to "
+            "read a hidden folder, name the folder itself with --source"
         )
     if left_out.count:
-        logger.info("%s: %d hidden or system files, such as %s, are no input", uri, left_out.count, left_out.example)
+        logger.info("%s: %d hidden or system files, such as %s, are ignored", uri, left_out.count, left_out.example)
     return found
 
 
 class LeftOut:
-    """Counts the files that are no input."""
+    """Removes hidden and system files from a listing and counts them."""
 
     def __init__(self) -> None:
         self.count, self.example = 0, ""
 
     def sift(self, files: pa.Table) -> pa.Table:
-        """The files that are input."""
+        """The listing without hidden and system files."""
         junk = pc.match_substring_regex(files["path"], JUNK)
         if pc.any(junk).as_py():
             gone = files.filter(junk)["path"]
@@ -78,9 +82,10 @@ def listing(files: Sequence[tuple[str, int]]) -> pa.Table:
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
-    """(path, size) of files below a local folder. os.scandir, because fsspec's listing costs ten times as much per file.
+    """(path, size in bytes) of the files below a local folder. Uses os.scandir: fsspec's listing takes ten times as
+    long per file.
 
-    Links are followed, except to a folder in `above` (device, inode): that would never end.
+    Links are followed, except to a folder in `above` (device, inode), which would be an endless loop.
     """
     try:
         here = os.stat(folder)
@@ -90,7 +95,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
         return
     except PermissionError as error:
         raise UserError(f"{folder}: permission denied") from error
-    except OSError as error:  # a link that leads to itself, a path that is too long
+    except OSError as error:  # a link to itself, or a path that is too long
         raise UserError(f"{folder}: {error.strerror}") from error
     with entries:
         for entry in entries:
@@ -99,7 +104,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
                 if (target.st_dev, target.st_ino) not in above:
                     yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
             else:
-                # a name that is not valid UTF-8, or a dangling link, becomes a reject when it is read
+                # a name that is not valid UTF-8 and a dangling link become rejects when they are read
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0
                 yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), size
 
@@ -107,7 +112,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; it becomes a reject when it is read
+    except OSError:  # a link to itself, which becomes a reject when it is read
         return False
 
 
@@ -120,7 +125,7 @@ def in_batches(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def spilled(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
-    """The parts as one table: in memory when there is only one, else in an unnamed file that is mapped."""
+    """The parts as one table: in memory if there is one part, otherwise in a memory-mapped temporary file."""
     parts = iter(parts)
     first = list(itertools.islice(parts, 2))
     if len(first) < 2:
@@ -151,16 +156,16 @@ def shuffled(table: pa.Table, rng: np.random.Generator) -> pa.Table:
 
 
 def _bucket_count(table: pa.Table) -> int:
-    """So many that a bucket has about half of SPILL_ROWS rows; at most 256, since each is an open file."""
+    """The number of buckets, for about SPILL_ROWS / 2 rows each; at most 256, since each bucket is an open file."""
     return min(256, 1 + 2 * table.num_rows // SPILL_ROWS)
 
 
 def _by_bucket(
     table: pa.Table, partition: Callable[[pa.Table], np.ndarray], finalize: Callable[[pa.Table], pa.Table]
 ) -> pa.Table:
-    """Distributes the rows over buckets, `partition` giving each row's bucket, and concatenates `finalize` of every bucket.
+    """Distributes the rows over buckets on disk and concatenates `finalize(bucket)` of all buckets.
 
-    Buckets are files, so memory holds a part of one.
+    `partition` returns the bucket number of every row. Memory holds at most one bucket.
     """
     with tempfile.TemporaryDirectory(prefix="listing-") as folder, contextlib.ExitStack() as stack:
         names = [f"{folder}/{i}" for i in range(_bucket_count(table))]

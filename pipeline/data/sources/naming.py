@@ -1,4 +1,4 @@
-"""What tables and folders say about the images of a source: the label and the split of every path."""
+"""The label and the split of every image in a source, from label tables and folder names."""
 
 import logging
 import re
@@ -12,22 +12,22 @@ from pipeline.data.sources.words import SPLITS
 from pipeline.errors import UserError, nearest
 
 _SPLIT_WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
-TABLE_FILE = re.compile(  # tables that are found by themselves; they hold for the folder they lie in
+TABLE_FILE = re.compile(  # tables that are detected by name; each applies to its own folder
     r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv"
     rf"|(?P<split>{_SPLIT_WORDS})(?:[-_](?:labels?|metadata|annotations?|list|set))?\.(?:csv|tsv|txt|lst|jsonl|json))"
 )
-MAX_COMPARED = 1000  # file names among which the nearest is looked for
+MAX_COMPARED = 1000  # file names that are searched for a similar name
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Naming:
-    """The label and the split of every path of a source: of the table for all of them, the tables of single folders, and
-    last the folders' names. Images that a table with labels leaves out have none."""
+    """The label and the split of every path of a source. The table for the whole source comes first, then the tables of
+    folders, then folder names. An image that is missing from a table with labels has no label."""
 
     table: LabelTable = field(default_factory=LabelTable)
     tables: dict[str, LabelTable] = field(default_factory=dict)
-    """By folder."""
+    """Tables by folder."""
     layout: Layout = field(default_factory=Layout)
 
     @property
@@ -40,7 +40,7 @@ class Naming:
         return not self.table.labels and not any(found.labels for found in self.tables.values())
 
     def row(self, path: str) -> tuple[LabelTable, str, str | None] | None:
-        """(table, its folder, row) that is responsible for a path; None without one."""
+        """(table, folder of the table, row) for a path; None if no table applies."""
         if self.table:
             return self.table, "", self.table.find(path)
         for folder in sorted(self.tables, key=len, reverse=True):
@@ -66,14 +66,14 @@ class Naming:
         return None if label is None else [label], split
 
     def names(self) -> set[str]:
-        """The label names in tables."""
+        """All label names in the tables."""
         return {
             name for found in (self.table, *self.tables.values()) for names in found.labels.values() for name in names
         }
 
 
 def find_tables(paths: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    """(path, folder, split in its name) of the files that are label tables by their names."""
+    """(path, folder, split in the file name) of the files that are named like label tables."""
     found = [(path, match) for path in paths if (match := TABLE_FILE.fullmatch(path))]
     return [(path, match["folder"] or "", match["split"]) for path, match in found]
 
@@ -81,10 +81,10 @@ def find_tables(paths: Iterable[str]) -> list[tuple[str, str, str | None]]:
 def read_tables(
     found: Iterable[tuple[str, str, str | None]], read: Callable[[str], LabelTable], need_labels: bool
 ) -> dict[str, LabelTable]:
-    """Tables by the folder for which they hold; `read` gives the table of a path.
+    """Label tables by folder; `read` returns the table at a path.
 
-    train.csv and test.csv in one folder are one table with splits. A table without labels or splits is left out with a
-    warning. Raises UserError for a table that cannot be read, or whose column of labels the user has to name.
+    train.csv and test.csv in one folder become one table with splits. A table without labels or splits is ignored with
+    a warning. Raises UserError for a table that cannot be read, or whose label column the user must name.
     """
     tables: dict[str, LabelTable] = {}
     by_split: dict[str, dict[str, LabelTable]] = {}
@@ -95,7 +95,7 @@ def read_tables(
         try:
             table = read(path)
         except NoLabelColumn as error:
-            if "perhaps" in str(error) and need_labels:  # there may be labels under another name
+            if "perhaps" in str(error) and need_labels:  # an unknown column may hold labels
                 if split is None:
                     raise
                 doubtful.setdefault(folder, error)
@@ -103,7 +103,7 @@ def read_tables(
         except UserError as error:
             if split is None:
                 raise
-            logger.warning("%s; the file is ignored", error)  # train.txt may be anything
+            logger.warning("%s; the file is ignored", error)  # train.txt may be something other than a table
         else:
             if split is not None:
                 by_split.setdefault(folder, {})[split] = table
@@ -116,7 +116,7 @@ def read_tables(
 
 
 def joined(parts: dict[str, LabelTable]) -> LabelTable:
-    """The tables of several splits as one; where two of them have the same file names, each has its split for a folder."""
+    """Joins the tables of several splits. If two splits have the same file names, the split is put before each name."""
     keys = [key for table in parts.values() for key in table.keys]
     prefixes = {split: f"{split}/" if len(set(keys)) < len(keys) else "" for split in parts}
     prefixed = [(prefixes[split], split, table) for split, table in parts.items()]
@@ -131,14 +131,14 @@ def joined(parts: dict[str, LabelTable]) -> LabelTable:
 
 
 class Rows:
-    """Which rows of the tables have a file: rows without one are inputs that are missing."""
+    """Matches rows of the tables with files; a row without a file is a missing input."""
 
     def __init__(self, naming: Naming) -> None:
         self.naming = naming
-        self.files: dict[tuple[str, str], str] = {}  # (folder, row) -> the file that it is about
+        self.files: dict[tuple[str, str], str] = {}  # (folder, row) -> file
 
     def add(self, path: str) -> None:
-        """Raises UserError when a row is about two files."""
+        """Records the row of a file. Raises UserError if the row matches two files."""
         found = self.naming.row(path)
         if found is None or found[2] is None:
             return
@@ -146,8 +146,8 @@ class Rows:
         other = self.files.setdefault((folder, row), path)
         if other != path:
             raise UserError(
-                f"{table.uri}: the row {row} fits several files, {other} and {path}; write their paths into the table, or "
-                "choose the files with --include"
+                f"{table.uri}: the row {row} matches several files, {other} and {path}; write full paths in the table, "
+                "or select the files with --include"
             )
 
     def missing(self) -> Iterator[tuple[str, list[str] | None, str | None]]:
@@ -160,7 +160,7 @@ class Rows:
                     yield path, table.labels.get(row), table.splits.get(row) or self.naming.layout.split(path)
 
     def check(self, uri: str, paths: Sequence[str]) -> None:
-        """Raises UserError when no row of a table has one of the files `paths`; warns about rows without a file."""
+        """Raises UserError if no row of a table matches a file in `paths`; warns about rows without a file."""
         tables = {"": self.naming.table} if self.naming.table else self.naming.tables
         for folder, table in tables.items():
             gone = [row for row in table.keys if (folder, row) not in self.files]
@@ -170,8 +170,8 @@ class Rows:
             close = nearest(gone[0], inside) or nearest(gone[0], [path.rpartition("/")[2] for path in inside])
             if len(gone) == len(list(table.keys)):
                 raise UserError(
-                    f"{uri}: no file is named in the label table {table.uri}; it has {gone[0]!r}{close}, the source has "
-                    f"{next(iter(inside or paths), '')!r}"
+                    f"{uri}: the label table {table.uri} names none of the files; the table has {gone[0]!r}{close}, "
+                    f"the source has {next(iter(inside or paths), '')!r}"
                 )
             logger.warning(
                 "%s: %d of %d rows of %s have no file, such as %r%s",

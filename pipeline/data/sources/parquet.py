@@ -28,8 +28,8 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Fragments are row groups, joined up to about `unit_bytes`; label names come from the metadata, else from the
-    column."""
+    """Fragments are runs of row groups of about `unit_bytes`. Label names come from
+    the metadata, or else from the label column."""
     with _ParquetFile(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
         columns = RowColumns(file_schema, uri, path, options.columns, lambda column: _distinct(file, column))
@@ -91,9 +91,9 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 
 class _ParquetFile:
-    """An open Parquet file. A local one goes to Arrow by path: a Python file object behind its I/O threads costs speed.
+    """An open Parquet file. A local file is memory-mapped: a Python file object would slow down Arrow's I/O threads.
 
-    Raises StorageError when the store fails, UserError for what is no Parquet file.
+    Raises StorageError if the store fails, UserError for other files and damaged ones.
     """
 
     def __init__(self, uri: str) -> None:

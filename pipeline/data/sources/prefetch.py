@@ -1,4 +1,4 @@
-"""Reading ahead, for storage that makes its reader wait."""
+"""Reads ahead in a thread, for slow storage."""
 
 import threading
 from collections import deque
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from pipeline.data.sources.items import Item
 
-MAX_WAITING_BYTES = 64 << 20  # beyond this the reader pauses: a queue of large images would fill the memory
+MAX_WAITING_BYTES = 64 << 20  # the reader pauses at this size, so that large images do not fill the memory
 
 
 def prefetched(items: Iterable[Item], depth: int = 64) -> Iterator[Item]:
-    """The same items, read by a thread while the caller works. Exceptions reach the caller.
+    """The same items, read by a thread while the caller works. Exceptions of the thread are raised in the caller.
 
-    At most `depth` items or MAX_WAITING_BYTES wait, and one more.
+    The thread pauses when `depth` items or MAX_WAITING_BYTES bytes are waiting.
     """
     waiting: deque[Item | BaseException | None] = deque()  # None: the end
     waiting_bytes = 0
@@ -20,7 +20,7 @@ def prefetched(items: Iterable[Item], depth: int = 64) -> Iterator[Item]:
     changed = threading.Condition()
 
     def put(value: Item | BaseException | None) -> bool:
-        """False when the caller has stopped."""
+        """Returns False if the caller has stopped."""
         nonlocal waiting_bytes
         with changed:
             changed.wait_for(lambda: stopped or (len(waiting) < depth and waiting_bytes < MAX_WAITING_BYTES))

@@ -1,4 +1,4 @@
-"""Files of tables -> rows, dictionaries of column name and value: CSV, TSV, text, JSON, JSON lines, Parquet."""
+"""Reads table files (CSV, TSV, text, JSON, JSON Lines, Parquet) into rows: dictionaries of column name and value."""
 
 import ast
 import csv
@@ -20,19 +20,20 @@ from pipeline.errors import UserError
 
 INDEX = re.compile(r"\d+")
 ENDS = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
-MAX_TABLE_BYTES = 8 << 30  # of a compressed table, unpacked
+MAX_TABLE_BYTES = 8 << 30  # of a compressed table after decompression
 
 
 def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = None) -> list[dict[Any, Any]]:
-    """The rows of a table, by the end of its name. named: columns that the user named; one of them in the first line makes
-    it a header. data: the contents, where they do not lie at `uri`.
+    """The rows of a table; the extension of `uri` selects the reader.
 
-    Raises UserError for a table that cannot be read, has no rows, or has rows that are no objects.
+    named: columns that the user named; a first line with one of these names is a header. data: the contents, if they
+    are not stored at `uri`. Raises UserError for a table that cannot be read, has no rows, or has rows that are not
+    objects.
     """
     name = uri.lower().removesuffix(".gz")
     reader = next((read for ends, read in _READERS.items() if name.endswith(ends)), None)
     if reader is None:
-        raise UserError(f"{uri}: labels are read from {', '.join(ENDS)}")
+        raise UserError(f"{uri}: unsupported label table; supported: {', '.join(ENDS)}")
     try:
         rows = reader(read_data(uri) if data is None else data, uri, [column for column in named if column])
     except (ValueError, csv.Error, RecursionError, pa.ArrowException) as error:
@@ -42,13 +43,14 @@ def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = N
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(
-                f"{uri}: row {number} of the label table is no object of file name and label, but {row!r:.80}"
+                f"{uri}: row {number} of the label table must be an object with a file name and a label, not "
+                f"{row!r:.80}"
             )
     return rows
 
 
 def read_data(uri: str) -> bytes:
-    """The bytes of a small file, unpacked when it is gzipped. Raises UserError when it is missing."""
+    """The bytes of a small file, decompressed if it is gzipped. Raises UserError if the file is missing or damaged."""
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError as error:
@@ -62,7 +64,7 @@ def read_data(uri: str) -> bytes:
 
 
 def decode_text(data: bytes, uri: str) -> str:
-    """UTF-8, with or without a byte-order mark, or UTF-16 with one. Raises UserError for other encodings."""
+    """Decodes UTF-8, with or without a byte-order mark, or UTF-16 with one. Raises UserError for other encodings."""
     try:
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             return data.decode("utf-16")
@@ -75,11 +77,11 @@ def decode_text(data: bytes, uri: str) -> str:
 
 
 def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
-    """Rows of CSV, TSV or plain text, with a header or without."""
+    """Rows of CSV, TSV or plain text, with or without a header."""
     text = decode_text(data, uri)
     lines = [line for line in text.splitlines() if line.strip()]
     head = lines[0] if lines else ""
-    delimiter = max(",;\t|", key=head.count)  # the first of them when none is there
+    delimiter = max(",;\t|", key=head.count)  # a comma if there are none of these characters
     if not head.count(delimiter) and not uri.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return _read_list(lines)
     first = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
@@ -90,7 +92,7 @@ def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
 
 
 def _read_list(lines: Sequence[str]) -> list[Any]:
-    """Caffe's lists: a path, which may hold blanks, and a label; or the other way round."""
+    """Rows of Caffe's lists: a path, which may contain blanks, and a label; or the label first."""
     label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
     rows = [line.split(None, 1)[::-1] if label_first else line.strip().rsplit(None, 1) for line in lines]
     return [dict(zip(("file_name", "label"), row, strict=False)) for row in rows]
@@ -102,8 +104,8 @@ def _is_header(first: Sequence[str], named: Sequence[str]) -> bool:
 
 
 def _without_header(rows: list[list[str]]) -> list[dict[str, str]]:
-    """Rows with the names file_name and label: the column of image files, and the first other one that is no running number
-    (MXNet's lists begin with one)."""
+    """Rows of a table without a header. The column of image files becomes file_name; the first other column that is not
+    a running number (MXNet's lists begin with one) becomes label."""
     width = max(map(len, rows))
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
     file = max(range(width), key=lambda i: sum(bool(is_image_name(cell)) for cell in columns[i]))
@@ -128,15 +130,15 @@ def _read_json(data: bytes, uri: str, named: Sequence[str]) -> Any:
     try:
         value = json.loads(text)
     except ValueError:
-        if "\n" in text.strip():  # JSON lines under another name
+        if "\n" in text.strip():  # JSON Lines in a file with another extension
             return _read_json_lines(data, uri, named)
         raise
     return _rows_of_object(value) if isinstance(value, dict) else value
 
 
 def _rows_of_object(value: dict[str, Any]) -> Any:
-    """Rows of {file: label}, {"labels": [[file, label], ...]}, COCO's {"images", "annotations", "categories"}, {class: [files]}, a
-    table by columns, or an object around a list of rows."""
+    """Rows of a JSON object: {file: label}, {"labels": [[file, label], ...]}, COCO's {"images", "annotations",
+    "categories"}, {class: [files]}, a table by columns, or an object that contains a list of rows."""
     lists = [part for part in value.values() if isinstance(part, list)]
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         return _rows_of_coco(value)
@@ -165,7 +167,7 @@ def _rows_of_object(value: dict[str, Any]) -> Any:
 
 
 def _rows_of_coco(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """COCO's form, which iNaturalist has too: a row for each annotation."""
+    """COCO's layout, which iNaturalist also uses: one row per annotation."""
     files = {image.get("id"): image.get("file_name") for image in value["images"]}
     names = {part.get("id"): part.get("name", part.get("id")) for part in value.get("categories") or ()}
     rows = []
@@ -188,12 +190,12 @@ _READERS: dict[tuple[str, ...], Callable[[bytes, str, Sequence[str]], Any]] = {
 
 
 def parse_list(value: Any) -> Any:
-    """A list that was written as text, as a list; anything else as it is."""
+    """Parses a list that was written as text; returns other values unchanged."""
     if not isinstance(value, str) or not (value.startswith(("[", "(", "{")) and value.endswith(("]", ")", "}"))):
         return value
     try:
         parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        numbers = value[1:-1].split()  # as numpy prints an array
+        numbers = value[1:-1].split()  # an array as numpy prints it
         return numbers if value.startswith("[") and numbers and all(map(INDEX.fullmatch, numbers)) else value
     return list(parsed) if isinstance(parsed, list | tuple | set) else value

@@ -1,4 +1,5 @@
-"""Samples in archives: members that share a stem, an image and perhaps a label beside it (WebDataset). Shared by tar and zip."""
+"""WebDataset samples in tar and zip archives: members with the same stem form a
+sample, such as an image and its label."""
 
 import json
 from array import array
@@ -18,35 +19,35 @@ from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
 from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
 
-SIDECARS = ("cls", "txt", "json")  # members that hold a sample's label, the first that has one
+SIDECARS = ("cls", "txt", "json")  # extensions of members that may hold the label, in order of preference
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 30
 
 
 class Beside(NamedTuple):
-    """What the members beside an image say."""
+    """The label and the split in the sidecars of an image."""
 
     labels: list[str] | None = None
     split: str | None = None
     multilabel: bool = False
-    from_text: bool = False  # the label is the whole text of a .txt member, which may be a caption
-    keys: tuple[str, ...] = ()  # of its JSON
+    from_text: bool = False  # whether the label is the text of a .txt member, which may be a caption
+    keys: tuple[str, ...] = ()  # field names of the JSON member
 
 
 def split_extension(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name."""
+    """(stem, extension) by WebDataset's rule: the extension begins at the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
 def is_image(extension: str) -> bool:
-    """`extension` in WebDataset's sense: jpg, or seg.png."""
+    """Whether an extension in WebDataset's sense (jpg or seg.png) is that of an image."""
     return extension.rpartition(".")[2] in codecs.extensions()
 
 
 def read_beside(parts: dict[str, bytes], columns: Columns) -> Beside:
-    """The label and the split of one sample from its sidecars, {extension: data}. Captions are no labels."""
+    """The label and the split of one sample from its sidecars, {extension: data}. Captions are ignored."""
     value = _json(parts["json"]) if "json" in parts else None
     fields = {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
     plain = {plain_name(key): item for key, item in reversed(fields.items())}
@@ -101,28 +102,28 @@ def _text(data: bytes) -> str | None:
 
 @dataclass(kw_only=True, slots=True)
 class Members:
-    """What scanning the members of one archive has found so far."""
+    """Scans the members of one archive and collects labels, folders and tables."""
 
     columns: Columns
     wanted: Callable[[str], bool]
     """Whether a member may be an input."""
     names: set[str]
     folders: Counter[tuple[str, ...]]
-    """Of images without a label beside them."""
+    """Folders of the images without a sidecar label, with the number of images in each folder."""
     wordnet: set[str]
-    """WordNet ids at the beginning of their names."""
+    """WordNet ids at the beginning of the names of those images."""
     splits: set[str]
     tables: list[tuple[str, bytes]]
     in_names: set[str | None]
-    """The splits that the names of images say, None when one says none."""
+    """The splits that the image file names contain; includes None if a name contains no split."""
     texts: set[str]
-    """Labels that are the text of a .txt member, and may be captions."""
+    """Labels from .txt members, which may be captions."""
     text_samples: int = 0
     multilabel: bool = False
     keys: set[str]
-    """Fields of JSON members."""
+    """Field names of JSON members."""
     lone_images: "array[int]"
-    """Hashes of the stems of images with nothing beside them, to be matched with those of sidecars without an image."""
+    """Hashes of the stems of images without sidecars; compared with the stems of sidecars without images."""
     lone_sidecars: dict[str, Beside]
     apart: bool = False
     _stem: str = ""
@@ -149,7 +150,7 @@ class Members:
         )
 
     def starts_sample(self, name: str) -> bool:
-        """Whether a member begins another sample; what came before is counted then."""
+        """Whether a member begins another sample. If it does, the previous sample is counted."""
         stem, _ = split_extension(name)
         if stem == self._stem:
             return False
@@ -158,7 +159,7 @@ class Members:
         return True
 
     def add(self, name: str, size: int, read: Callable[[int], bytes]) -> None:
-        """The next member; `read(limit)` gives its first bytes, which only some members need."""
+        """Adds the next member; `read(limit)` returns its first bytes and is called only for tables and sidecars."""
         _, extension = split_extension(name)
         if size <= MAX_TABLE_BYTES and TABLE_FILE.fullmatch(name):
             self.tables.append((name, read(MAX_TABLE_BYTES)))
@@ -196,7 +197,7 @@ class Members:
             self.text_samples += 1
 
     def scan(self, fragments: list[Any], first: list[tuple[str, ...]], problem: str = "") -> FileScan:
-        """What has been found, as the scan of a file."""
+        """The result as a FileScan."""
         return FileScan(
             fragments=fragments,
             names=sorted(self.names),
@@ -215,7 +216,7 @@ class Members:
         )
 
     def finish(self) -> None:
-        """After the last member: the samples whose members lie apart are put together."""
+        """Call after the last member: joins samples whose members are not next to each other."""
         self.end_sample()
         stems = np.unique(np.array([hash(stem) for stem in self.lone_sidecars], np.int64))
         matched = np.isin(np.array(self.lone_images, np.int64), stems)
@@ -240,10 +241,10 @@ def items_of_sample(
     source: Source,
     apart: dict[str, Beside] | None = None,
 ) -> Iterator[Item]:
-    """The items of one sample, {extension: (member, data)}, of the archive `name`. labels: those of the archive itself.
-    apart: what members elsewhere in the archive say about a stem.
+    """The items of one sample, {extension: (member, data)}, of the archive `name`.
 
-    Images that share a stem without a label beside them (a.1.jpg and a.2.jpg, a.jpg and a.png) are inputs of their own.
+    labels: labels of the archive itself. apart: sidecars from elsewhere in the archive, by stem. Images that share a
+    stem and have no sidecar (a.1.jpg and a.2.jpg, a.jpg and a.png) are separate inputs.
     """
     rest = [extension for extension in parts if extension not in SIDECARS]
     beside = read_beside({e: parts[e][1] for e in SIDECARS if e in parts}, source.columns)
@@ -263,6 +264,6 @@ def items_of_sample(
         own, split = source.naming.of(member)
         if source.naming.table.labels:
             found = own
-        else:  # an empty list is a label too, of a sample that has none of the classes
+        else:  # an empty list is a valid label: the sample has none of the classes
             found = next((value for value in (beside.labels, labels, own) if value is not None), None)
         yield Item(member, f"{name}/{member}", data, found, split=beside.split or split)

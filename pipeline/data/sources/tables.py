@@ -1,8 +1,8 @@
-"""Label tables: files that say which image has which label, and perhaps which split it belongs to.
+"""Label tables: files that give the label of each image, and perhaps its split.
 
 CSV, TSV, text with or without a header, JSON, JSONL, Parquet, Kaggle's LOC_*_solution.csv, Caffe's and MXNet's lists, COCO's
-JSON, Tiny-ImageNet's val_annotations.txt and ImageNet's devkit. `rows` reads the files, `columns` says what their columns
-hold, and a LabelTable finds the row of an image whatever system wrote its path.
+JSON, Tiny-ImageNet's val_annotations.txt and ImageNet's devkit. `rows` reads the files, `columns` recognises their
+columns, and LabelTable finds the row of an image, however its path is spelled.
 """
 
 import io
@@ -36,13 +36,13 @@ __all__ = ["Columns", "LabelTable", "NoLabelColumn", "clean_path", "read_label_t
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTable:
-    """Labels and splits by file name. Names are relative paths, base names, or either without extension."""
+    """Labels and splits by file name. File names are relative paths or base names, with or without extension."""
 
     labels: dict[str, list[str]] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     multilabel: bool = False
     unlabelled: frozenset[str] = frozenset()
-    """Files that stand in the table without a label."""
+    """Files that the table lists without a label."""
     uri: str = ""
 
     def __bool__(self) -> bool:
@@ -53,14 +53,14 @@ class LabelTable:
 
     @property
     def keys(self) -> Iterable[str]:
-        """The files of the table."""
+        """The file names in the table."""
         return dict.fromkeys((*self.labels, *self.splits, *sorted(self.unlabelled)))
 
     def find(self, path: str) -> str | None:
-        """The row of a file, as one of `keys`.
+        """The row of a file, as one of `keys`, or None.
 
-        Exact names come first; then folders that only one side has are ignored, then case, then the extension as well. A name
-        that fits several rows, such as 0.jpg for a/0.jpg and b/0.jpg, fits none.
+        Exact names are tried first; then without folders that only one side has, then without regard to case, then
+        without the extension. A name that matches several rows, such as 0.jpg for a/0.jpg and b/0.jpg, matches none.
         """
         path = clean_path(path)
         suffixes = list(_suffixes(path))
@@ -73,12 +73,13 @@ class LabelTable:
         return next((key for key in found if key is not None), None)
 
     def lookup(self, path: str) -> list[str] | None:
-        """A file's label names."""
+        """The label names of a file, or None."""
         key = self.find(path)
         return None if key is None else self.labels.get(key)
 
     def _loose(self) -> dict[str, str | None]:
-        """Ends of keys with folders, as they are and without regard to case -> the key; None where two rows share one."""
+        """{suffix of a key, in original and folded case, with and without extension:
+        key}; None where two rows share a suffix."""
         cached: dict[str, str | None] | None = self.__dict__.get("_loose_index")
         if cached is None:
             cached = {}
@@ -95,7 +96,7 @@ class LabelTable:
 
 
 def clean_path(path: str) -> str:
-    """One spelling for the paths that tables of different systems hold: /, composed letters, no blanks around it, %20 undone."""
+    """Normalises a path from a table: forward slashes, composed Unicode, no surrounding blanks, no percent encoding."""
     path = unicodedata.normalize("NFC", path.strip().replace("\\", "/"))
     if "%" in path:
         path = unquote(path)
@@ -105,7 +106,7 @@ def clean_path(path: str) -> str:
 
 
 def _suffixes(path: str) -> Iterable[str]:
-    """The path, and what is left of it when its first folders go, down to the base name."""
+    """The path, then the path without its first folder, and so on down to the base name."""
     parts = path.split("/")
     return ("/".join(parts[first:]) for first in range(len(parts)))
 
@@ -113,13 +114,12 @@ def _suffixes(path: str) -> Iterable[str]:
 def read_label_table(
     uri: str, columns: Columns | None = None, need_labels: bool = True, data: bytes | None = None
 ) -> LabelTable:
-    """Reads a table of any known layout. data: its contents, where they do not lie at `uri`.
+    """Reads a label table of any known layout. data: the contents, if they are not stored at `uri`.
 
-    The labels are multi-label when the column holds lists (or lists written as text), when its cells hold several names
-    separated by ; or |, when a file stands on several lines with different labels (it has all of them), or when one-hot
-    columns have more or less than one 1 in a row. A table without a label column is accepted when it has a split column, or
-    with need_labels=False. Raises UserError for a table that cannot be read, NoLabelColumn for one without a recognised
-    label column.
+    The table is multi-label if its label column holds lists (or lists written as text), if cells hold several names
+    separated by ; or |, if a file has several rows with different labels, or if a row of one-hot columns does not have
+    exactly one 1. A table without a label column is accepted if it has a split column, or with need_labels=False.
+    Raises UserError for a table that cannot be read, NoLabelColumn for a table without a recognised label column.
     """
     columns = columns or Columns()
     if "devkit" in uri.lower() and uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
@@ -129,7 +129,7 @@ def read_label_table(
     file = named_column(names, FILE_COLUMNS, columns.file, "--file-column")
     if file is None:
         raise UserError(
-            f"{uri}: no column with a file name among: {', '.join(names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
+            f"{uri}: no column of file names among: {', '.join(names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
             "--file-column"
         )
     others = [name for name in names if name != file]
@@ -156,14 +156,14 @@ def read_label_table(
 
 
 def _row_keys(rows: list[dict[Any, Any]], file: str, uri: str) -> list[str]:
-    """The file name of every row."""
+    """The normalised file name of every row."""
     keys = []
     for number, row in enumerate(rows, 1):
         value = row.get(file)
         if isinstance(value, dict):  # Hugging Face's struct of bytes and path
             value = value.get("path")
         if value is None or as_text(value).strip() == "" or value != value:  # NaN
-            raise UserError(f"{uri}: row {number} of the label table has no {file}; give it one or remove the row")
+            raise UserError(f"{uri}: row {number} of the label table has no {file}; fill it in or remove the row")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         keys.append(clean_path(as_text(value)))
@@ -173,7 +173,7 @@ def _row_keys(rows: list[dict[Any, Any]], file: str, uri: str) -> list[str]:
 def _row_labels(
     rows: list[dict[Any, Any]], names: list[str], columns: Columns, uri: str, need_labels: bool
 ) -> tuple[list[list[str] | None], bool]:
-    """(label names of every row, whether they are multi-label)."""
+    """(label names of every row, whether the table is multi-label)."""
     several = columns.label is not None and columns.label not in names and "," in columns.label
     label = (
         named_column(names, LABEL_COLUMNS, None if several else columns.label, "--label-column")

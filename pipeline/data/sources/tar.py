@@ -1,6 +1,6 @@
-"""Tar archives: WebDataset samples, class folders in a tar, and ImageNet's tar of one tar a class.
+"""Tar archives: WebDataset samples, class folders in a tar, and ImageNet's tar with one inner tar per class.
 
-Nothing is ever extracted to disk, so names of members are only names.
+Members are never extracted to disk, so their names cannot escape a folder.
 """
 
 import bz2
@@ -29,10 +29,10 @@ NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 FIRST_MEMBERS = 64  # members that decide whether a tar has to be scanned
-NUMBERING = 8  # first members in which archives agree that number their samples each for itself
-MAX_PADDING_BYTES = 16 << 20  # of zeros after the end of an archive
-MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes; tarfile holds it in memory
-EXTENSIONS = (  # kinds of headers that describe the next member
+NUMBERING = 8  # archives with the same first 8 member names number their samples independently
+MAX_PADDING_BYTES = 16 << 20  # zeros between joined archives
+MAX_HEADER_BYTES = 1 << 20  # a long name or extended attributes, which tarfile holds in memory
+EXTENSIONS = (  # types of headers that describe the next member
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -58,10 +58,11 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Labels, folders and tables in a tar, and fragments that end between samples; a tar of tars is cut at its inner archives.
+    """Labels, folders and tables in a tar, and fragments that end between samples; in a tar of tars each inner tar is a
+    fragment.
 
-    A tar whose labels nobody needs is read only when it is large enough to be cut, or when its first members lie in folders
-    or are archives.
+    If labels are not needed, the tar is read only if it is large enough to be divided, or if its first members lie in
+    folders or are tars.
     """
     first = _first_members(uri)
     cut = size > 2 * options.unit_bytes and path.lower().endswith(".tar")
@@ -75,7 +76,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
             found.read(file)
     except FileNotFoundError:
         raise
-    except DAMAGE as error:  # still read as far as possible; reading it again records why it stops there
+    except DAMAGE as error:  # the images before the damage are still read, and reading records the damage
         found.problem = f"{uri}: the archive breaks off: {error}"
     return found.result(first[:NUMBERING])
 
@@ -88,7 +89,7 @@ class _Scan:
         self.unit_bytes = options.unit_bytes
         self.members = Members.new(options.columns, archives.member_filter(path, options))
         self.cuts = [0]
-        self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments that are inner archives
+        self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments of inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
         self.only_inner = True
         self.problem = ""
@@ -152,7 +153,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 
 def _sidecars_apart(file: IO[bytes], source: Source) -> dict[str, Beside]:
-    """What the sidecars of a whole archive say, by stem, where members of one sample lie apart."""
+    """The sidecars of an archive by stem, for samples whose members are not next to each other."""
     members = Members.new(source.columns, lambda name: True)
     try:
         for archive, member in _members(file, compression(file)):
@@ -160,7 +161,7 @@ def _sidecars_apart(file: IO[bytes], source: Source) -> dict[str, Beside]:
                 members.starts_sample(member.name)
                 members.add(member.name, member.size, functools.partial(_read_member, archive, member))
     except DAMAGE:
-        pass  # reading the images says so
+        pass  # reading the images reports the damage
     members.end_sample()
     return members.lone_sidecars
 
@@ -175,9 +176,10 @@ def _read_members(
     apart: dict[str, Beside] | None = None,
     nested: bool = False,
 ) -> Iterator[Item]:
-    """Samples: neighbouring members that share a stem (WebDataset), with one image and perhaps a label beside it.
+    """The items of WebDataset samples: neighbouring members with the same stem, such as an image and its label.
 
-    A sample is held in memory, so its members together are limited to MAX_FILE_BYTES. nested: this archive is a member itself.
+    A sample is held in memory, so its members together are limited to MAX_FILE_BYTES. nested: whether this archive is a
+    member of another archive.
     """
     parts: dict[str, tuple[str, bytes]] = {}
     current = ""
@@ -210,7 +212,8 @@ def _read_members(
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; a long name or extended attributes of more than MAX_HEADER_BYTES end the archive."""
+    """The header of a member. Raises tarfile.ReadError for a long name or extended
+    attributes above MAX_HEADER_BYTES."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -221,13 +224,14 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Files and links from the current position to `stop`, of one tar or several joined ones (cat a.tar b.tar).
+    """Files and links from the current position to `stop`, in one tar or several concatenated ones (cat a.tar b.tar).
 
-    A tar that ends early, or has a damaged header, raises tarfile.ReadError; tarfile itself takes the latter for the end.
+    Raises tarfile.ReadError for a tar that ends early or has a damaged header; tarfile itself treats a damaged header
+    as the end.
     """
     unpacked: Any = _Forward(_unpacked(file, packed)) if packed else file
     while True:
-        # "r:" seeks over data. Nothing is ever extracted to disk, so member names are only names.
+        # mode "r:" seeks past the data of members
         with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
             for member in archive:
                 if 0 <= stop <= member.offset:
@@ -242,8 +246,8 @@ def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tar
 
 
 def _at_next_archive(file: Any, end: int, stop: int) -> bool:
-    """Goes to the archive that follows the end of another one; False without one. Raises tarfile.ReadError for a header that
-    is damaged."""
+    """Seeks to the next concatenated archive after byte `end`; returns False if there is
+    none. Raises tarfile.ReadError for a damaged header."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
@@ -255,7 +259,7 @@ def _at_next_archive(file: Any, end: int, stop: int) -> bool:
             try:
                 _Header.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
-                return False  # what follows the end of an archive is padding, and may be anything
+                return False  # padding after the end of an archive may contain anything
             file.seek(position)
             return True
         position += len(block)
@@ -263,14 +267,14 @@ def _at_next_archive(file: Any, end: int, stop: int) -> bool:
 
 
 def compression(file: IO[bytes]) -> str:
-    """How an open file is compressed, whatever its name says; empty when it is not."""
+    """The compression of an open file by its first bytes, not its name; empty if the file is not compressed."""
     head = file.read(6)
     file.seek(0)
     return next((name for start, name in COMPRESSED.items() if head.startswith(start)), "")
 
 
 def _unpacked(file: IO[bytes], packed: str) -> Any:
-    """The contents of a compressed file, of all its streams when several are joined."""
+    """The decompressed contents of a file, including all of several concatenated streams."""
     openers: dict[str, Callable[[IO[bytes]], Any]] = {
         "gzip": lambda handle: gzip.GzipFile(fileobj=handle),
         "bzip2": bz2.BZ2File,
@@ -281,11 +285,11 @@ def _unpacked(file: IO[bytes], packed: str) -> Any:
 
 
 class _Forward:
-    """A stream that is read once, with the seeks that tarfile makes: forward by reading, back by at most a block."""
+    """A stream that can seek as far as tarfile needs: forward by reading, and back by at most one block."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.position, self.last = stream, 0, b""
-        self.back = 0  # bytes of `last` that are to be given again
+        self.back = 0  # bytes of `last` that the next read returns again
 
     def tell(self) -> int:
         return self.position - self.back
@@ -323,12 +327,12 @@ class _Forward:
 
 
 def _first_members(uri: str, start: int = 0, stop: int = -1) -> tuple[str, ...]:
-    """The first names in a tar between two bytes of a file. Two archives that agree in NUMBERING of them number their samples
-    each for itself, and are not two halves of one numbering with a duplicate."""
+    """The first member names of a tar between two byte offsets of a file. Archives that share their first NUMBERING
+    names number their samples independently of each other."""
     with storage.open_file(uri) as file:
         packed = compression(file)
         file.seek(start)
         try:
             return tuple(member.name for _, member in itertools.islice(_members(file, packed, stop), FIRST_MEMBERS))
         except DAMAGE as error:
-            return (str(error), uri)  # damaged in its first files: reading it will tell
+            return (str(error), uri)  # damaged near its beginning: reading reports the damage

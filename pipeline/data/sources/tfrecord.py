@@ -1,8 +1,8 @@
 """TFRecord files and tf.train.Example messages, read and written without TensorFlow.
 
 A TFRecord file is a sequence of records: uint64 length, masked CRC-32C of those eight bytes, the data, masked CRC-32C of the
-data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64. It is parsed
-here: protobuf needs generated code for it, and copies each image once more.
+data, all little-endian. An Example is a protocol buffer that maps names to lists of bytes, float32 or int64. The parser
+is written by hand: protobuf would need generated code and would copy each image once more.
 """
 
 import gzip
@@ -41,26 +41,26 @@ LABEL_FEATURES = (  # in order of preference
     "category",
     "target",
 )
-# A record longer than this is a damaged length (or an attack on memory), not an image.
+# A longer record means a damaged length field or an attack on memory.
 MAX_RECORD_BYTES = 1 << 30
 
 # ---------------------------------------------------------------- records
 
 
 def masked_checksum(data: bytes) -> int:
-    """CRC-32C as TFRecord stores it: rotated and offset, so that a checksum of data with checksums in it stays useful."""
+    """CRC-32C in TFRecord's masked form: rotated and offset, for data that itself contains checksums."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 class DamagedRecord(UserError):
-    """A TFRecord file that cannot be read on. The errors of a store that fails are others."""
+    """A TFRecord file is damaged. Failures of the store raise other errors."""
 
 
 def read_records(file: IO[bytes], name: str, check: bool = True) -> Iterator[bytes]:
-    """The records of an open TFRecord file. `check=False` skips the checksum of the data (never that of the length).
+    """The records of an open TFRecord file. `check=False` skips the checksum of the data, but not that of the length.
 
-    Raises DamagedRecord, naming `name` and the record, where the file is cut short or a checksum differs.
+    Raises DamagedRecord, which names `name` and the record, if the file is truncated or a checksum is wrong.
     """
     number = 0
     while head := file.read(12):
@@ -137,9 +137,10 @@ def _feature(view: memoryview) -> list[bytes] | np.ndarray:
 
 
 def parse_example(data: bytes, name: str = "record") -> dict[str, list[bytes] | np.ndarray]:
-    """{feature name: values} of a serialised tf.train.Example: a list of bytes, a float32 or an int64 array each.
+    """{feature name: values} of a serialised tf.train.Example; values are a list of bytes, a float32 array or an int64
+    array.
 
-    Raises UserError, naming `name`, for bytes that are no Example.
+    Raises UserError, which names `name`, for other bytes.
     """
     example: dict[str, list[bytes] | np.ndarray] = {}
     try:
@@ -167,8 +168,8 @@ def _message(number: int, data: bytes) -> bytes:
 
 
 def encode_example(features: Mapping[str, bytes | str | Sequence | np.ndarray | int | float]) -> bytes:
-    """A serialised tf.train.Example: bytes and str (or lists of them) become bytes lists, floats float lists, integers
-    int64 lists."""
+    """Serialises a tf.train.Example: bytes and str (or lists of them) become bytes lists, floats become float lists,
+    integers become int64 lists."""
     entries = b""
     for name, value in features.items():
         values: list[Any] = np.ravel(value).tolist() if not isinstance(value, bytes | str | list) else value  # type: ignore[assignment]
@@ -196,7 +197,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """One fragment a file. Label names cost a pass over the file, which is saved when nobody needs them."""
+    """One fragment per file. Label names need a pass over the file, which is skipped if labels are not needed."""
     found = FileScan(fragments=archives.whole(path, size))
     if not archives.names_wanted(options) and size <= 2 * options.unit_bytes and not options.columns.split:
         return found
@@ -220,7 +221,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _read_file(uri: str, name: str, source: Source) -> Iterator[tuple[Item, Iterable[str]]]:
-    """Items, with the names of the features in each example."""
+    """(item, names of the features) of each example."""
     row = 0
     try:
         for record in _records(uri):
@@ -261,7 +262,7 @@ def _records(uri: str) -> Iterator[bytes]:
 
 
 def _class_names(example: dict[str, Any], wanted: str | None) -> list[str] | None:
-    """The labels of an example, several when it is multi-label; names where it has them, else numbers."""
+    """The label names of an example, or its label numbers if it has no names; None without a label."""
     for feature in (wanted,) if wanted else LABEL_FEATURES:
         values = example.get(feature)
         if values is not None and len(values):
@@ -271,7 +272,7 @@ def _class_names(example: dict[str, Any], wanted: str | None) -> list[str] | Non
 
 
 def _plain(value: Any) -> Any:
-    """An int of a numpy integer, a float of a numpy float, bytes as they are."""
+    """Converts numpy scalars to Python numbers; other values are unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 

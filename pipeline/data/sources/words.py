@@ -1,8 +1,8 @@
-"""The words by which people name columns, splits and files of tables."""
+"""Common names of columns and splits in data sets."""
 
 import re
 
-# In order of preference, without regard to case.
+# In order of preference; case is ignored.
 FILE_COLUMNS = (
     "file_name",
     "filename",
@@ -60,7 +60,7 @@ LIKELY_SPLIT_COLUMNS = (
     "fold",
     "type",
     "group",
-)  # by their values
+)  # split columns if their values are splits
 TRAINING_COLUMNS = (
     "is_train",
     "is_training",
@@ -69,18 +69,19 @@ TRAINING_COLUMNS = (
     "training",
 )  # hold 1 for training, 0 for test
 CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
-MISSING = frozenset({"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"})  # that stand for no label
+MISSING = frozenset({"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"})  # texts that mean a missing label
 
 TRAIN = frozenset({"train", "training", "trn", "trainval"})
 HELD_OUT = frozenset(
     {"val", "valid", "validation", "test", "testing", "tst", "dev", "eval", "evaluation", "holdout", "heldout"}
 )
 SPLITS = TRAIN | HELD_OUT
-WORDS = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]*|[^A-Za-z]+")  # of a name such as PublicTest or train_images2017
+WORDS = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]*|[^A-Za-z]+")  # of PublicTest, train_images2017
 
 
 def split_of_name(name: str) -> tuple[str, str] | None:
-    """(split, what is left of the name) of a name with one word for a split in it, such as train_images or PublicTest."""
+    """(split, rest of the name) of a name that contains one split word, such as
+    train_images or PublicTest; otherwise None."""
     words = WORDS.findall(name)
     places = [i for i, word in enumerate(words) if word.lower() in SPLITS]
     if len(places) != 1:

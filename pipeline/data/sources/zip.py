@@ -1,6 +1,7 @@
-"""Zip archives: WebDataset samples or class folders, read member by member from any place, so that a large one is shared.
+"""Zip archives of WebDataset samples or class folders. Members are read at random, so several workers can share an
+archive.
 
-Nothing is ever extracted to disk, so names of members are only names.
+Members are never extracted to disk, so their names cannot escape a folder.
 """
 
 import functools
@@ -22,8 +23,8 @@ from pipeline.data.sources.samples import Members, items_of_sample, split_extens
 from pipeline.errors import UserError
 
 NAME = "zip"
-ENCRYPTED = 1  # bit of a member's flags
-# what reading a damaged archive, or one with a compression that Python does not have, raises
+ENCRYPTED = 1  # bit in the flags of a member
+# errors of reading a damaged archive or an unsupported compression
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
 
@@ -36,8 +37,8 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
-    """Labels, folders and tables in a zip, and fragments of consecutive members in the order of their names. Raises UserError
-    for a file that is no zip, or damaged in its directory."""
+    """Labels, folders and tables in a zip, and fragments of consecutive members sorted by name. Raises UserError for a
+    file that is not a zip archive or has a damaged directory."""
     found = Members.new(options.columns, archives.member_filter(path, options))
     fragments: list[tuple[str, int, int, int, list[str] | None]] = []
     try:
@@ -93,7 +94,8 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 
 def _members(archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
-    """(path with /, member) of the files, sorted by path so that the members of a sample are neighbours."""
+    """(path with forward slashes, member) of the files, sorted so that the members
+    of a sample are next to each other."""
     named = ((member.filename.replace("\\", "/").removeprefix("./"), member) for member in archive.infolist())
     found = [(name, member) for name, member in named if not name.endswith("/") and not re.search(JUNK, name)]
     return sorted(found, key=lambda pair: (split_extension(pair[0])[0], pair[0]))
