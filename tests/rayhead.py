@@ -79,11 +79,12 @@ def ray_node(port: int, environment: dict[str, str], mark: str, more: Collection
 
 
 def kill_marked(mark: str) -> None:
-    """Kills a head or node with all that runs on it, at once: what a machine that is lost does."""
-    for process in psutil.process_iter(["environ"]):
-        if (process.info["environ"] or {}).get(MARK) == mark:
+    """Kills a head or node with all processes on it, as a lost machine does; returns when none of them is left."""
+    while found := [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(MARK) == mark]:
+        for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(found, timeout=1)
 
 
 def _kill(folder: Path) -> None:

@@ -107,7 +107,8 @@ class Runner:
                 continue
             self.running[name] = record.running
             instance = self.plan.instances[name]
-            if self._settle_needs(instance) and self.plan.identity(instance).id == record.running.identity:
+            is_current = self._settle_needs(instance, adopting=True)
+            if is_current and self.plan.identity(instance).id == record.running.identity:
                 self._tries[name] = record.running.attempt
                 logger.info("%s: there from an earlier run (%s)", name, record.running.job)
             else:  # the file, or something before it, has changed since
@@ -145,15 +146,19 @@ class Runner:
                 still.append(name)
         return still
 
-    def _settle_needs(self, instance: Instance) -> bool:
-        """Whether all dependencies of an instance are done, including those that are not selected."""
+    def _settle_needs(self, instance: Instance, adopting: bool = False) -> bool:
+        """Whether all dependencies of an instance are done, including those that are not selected.
+
+        adopting: selected dependencies, which this run has not visited yet, count if an earlier run has finished them.
+        """
         for up in instance.needs:
             if up in self.plan.done:
                 continue
-            if up in self.selected or up in self.running:
+            is_pending = up in self.plan.forced if adopting else up in self.selected
+            if is_pending or up in self.running:
                 return False
             needed = self.plan.instances[up]
-            if not self._settle_needs(needed):
+            if not self._settle_needs(needed, adopting):
                 return False
             version = self.plan.find(up, self.plan.identity(needed))
             if version is None:

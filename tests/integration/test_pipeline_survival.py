@@ -119,3 +119,4 @@ def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
     assert process.wait(timeout=2400) == 0
     assert results(tmp_path, "wild") == results(tmp_path, "calm")
     assert len(results(tmp_path, "wild")) == 9
+    assert "has other settings" not in (tmp_path / "wild.log").read_text()  # stages are taken over, not stopped

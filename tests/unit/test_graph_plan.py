@@ -199,6 +199,64 @@ def test_attempts_that_are_lost_do_not_count_as_failures(tmp_path, source):
     assert (cost["attempts"], cost["seconds"]) == (5, 5.0)
 
 
+class Dies(Exception):
+    """In place of the signal that kills a runner."""
+
+
+class Dying(Fake):
+    """Executor of a runner that is killed when it first looks at a stage."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def look(self, job, log):
+        if self.running[job][0] == self.stage:
+            raise Dies
+        return super().look(job, log)
+
+
+class Later(Fake):
+    """Executor of the next runner: it knows the attempts of the one before."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.running, self.stopped = dict(before.running), []
+
+    def stop(self, job):
+        self.stopped.append(self.running[job][0])
+
+
+def killed_at(stage, pipeline, monkeypatch):
+    """The executor of a runner that was killed while the stage ran, as another runner would find it."""
+    executor = Dying(stage)
+    monkeypatch.setattr(runner, "STOP_GRACE", 0.0)  # a killed runner stops nothing
+    with pytest.raises(Dies):
+        go(pipeline, executor)
+    return Later(executor)
+
+
+def test_the_next_runner_takes_over_a_stage_that_depends_on_others(tmp_path, source, monkeypatch):
+    executor = killed_at("pretrain", chain(tmp_path / "out", source), monkeypatch)
+    outcome = go(chain(tmp_path / "out", source), executor)
+    assert executor.stopped == []
+    assert executor.started == ALL[2:]
+    assert (outcome.kept, sorted(outcome.done)) == (["data"], sorted(ALL[1:]))
+    assert state.load(str(tmp_path / "out")).records["pretrain"].versions[-1].cost["attempts"] == 1
+
+
+@pytest.mark.parametrize("change", ["settings", "forced input"])
+def test_the_next_runner_stops_a_stage_that_is_no_longer_wanted(tmp_path, source, monkeypatch, change):
+    executor = killed_at("pretrain", chain(tmp_path / "out", source), monkeypatch)
+    changed = {"pretrain": {"optimizer.lr": 0.5}} if change == "settings" else {}
+    plan = plan_of(chain(tmp_path / "out", source, **changed))
+    plan.forced = {"data"} if change == "forced input" else set()
+    outcome = Runner(plan, plan.select(), executor).run()
+    assert executor.stopped == ["pretrain"]
+    assert executor.started.count("pretrain") == 1
+    assert outcome.failed == []
+
+
 def test_what_is_in_use_is_tried_again_later_and_is_no_failure(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "LATER_PAUSE", 0.05)
     executor = Fake({"pretrain": [75, 75, 75, 1, 75, 0], "transfer[tasks=knn]": [75] * 40})
