@@ -115,7 +115,7 @@ def test_every_shape_of_image_works(crop, shape):
     [
         ({"crop": "inceptoin"}, 'crop .inceptoin. .*did you mean "inception"'),
         ({"size": 224, "resize": 200}, "resize 200 at least size"),
-        ({"squash": True}, "squash=True goes with resize"),
+        ({"squash": True}, "squash=True needs resize"),
         ({"area": (0.0, 1.0)}, "area"),
         ({"filter": "cubic"}, "filter"),
         ({"mixup": -1.0}, "mixup"),

@@ -65,7 +65,7 @@ def test_files_that_are_no_usable_network(tmp_path):
     assert not (tmp_path / "opened").exists()
     with pytest.raises(UserError, match="no such file"):
         Descriptor(str(tmp_path / "none.pt"))
-    with pytest.raises(UserError, match="not a vector for each"):
+    with pytest.raises(UserError, match="instead of one vector each"):
         Descriptor(script(tmp_path / "scalar.pt", Scalar()))
     with pytest.raises(UserError, match=r"descriptor\.json"):
         Descriptor(script(tmp_path / "odd.pt", about=["288"]))

@@ -1,7 +1,7 @@
 """Exact and near duplicates within a corpus: candidate keys, matching pairs, and the rows to remove.
 
-Rows of equal pixels or equal keys share one hash. Rows of which a view looks alike have a join key in common
-(`hashes.join_keys`): a shuffle brings the views with a common key together, and these are compared bit by bit.
+Rows with equal pixels or equal keys have the same hash. Rows with similar views have a join key in common
+(`hashes.join_keys`): a shuffle groups views by join key, and views of one group are compared bit by bit.
 """
 
 from typing import Any, NamedTuple
@@ -12,24 +12,24 @@ from pipeline.data.duplicates.hashes import compare_bits, join_keys
 
 KEY, PIXELS, LOOK, DESCRIPTOR = range(4)  # kinds of agreement
 Pairs = dict[str, np.ndarray]
-"""A line for each agreement: columns of PAIR, and once verified `detail` and `difference`."""
+"""The columns of PAIR, one line for each agreement; after verification also `detail` and `difference`."""
 PAIR = np.dtype(
     [
         ("first", "i8"),  # rows, first < second
         ("second", "i8"),
         ("kind", "i1"),
-        ("apart", "i4"),  # bits that differ, of the views that look alike
-        ("similarity", "f4"),  # of descriptors
-        ("mirrored", "?"),  # the views look alike as mirror images
-        ("first_box", "u8"),  # where the views are: hashes.VIEW's box, packed
+        ("apart", "i4"),  # number of bits that differ between the two views
+        ("similarity", "f4"),  # cosine similarity of descriptors
+        ("mirrored", "?"),  # one view is similar to the mirror image of the other
+        ("first_box", "u8"),  # boxes of the views (see hashes.VIEW), packed
         ("second_box", "u8"),
     ]
 )
-ALIGNMENTS = 3  # view pairs of one pair of rows that verification starts from, at most
+ALIGNMENTS = 3  # maximum number of view pairs per pair of rows that verification starts from
 
 
 def as_pairs(columns: dict[str, Any]) -> Pairs:
-    """The columns of PAIR; those that are not given are zero."""
+    """The columns of PAIR. Missing columns are zero."""
     size = len(columns["first"])
     return {name: np.asarray(columns.get(name, np.zeros(size)), PAIR[name]) for name in PAIR.names or ()}
 
@@ -45,7 +45,7 @@ def no_pairs() -> Pairs:
 def candidate_lines(
     rows: np.ndarray, views: np.ndarray, number: int, keys: bool, exact: bool, near: bool
 ) -> dict[str, np.ndarray]:
-    """Rows (dtype ROW) and views (VIEW) of one slice -> lines to join on: rows with a line of equal `join` may be
+    """Lines to join, from the rows (dtype ROW) and views (VIEW) of one slice: rows whose lines have equal `join` may be
     duplicates.
 
     `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS or LOOK.
@@ -70,14 +70,14 @@ def candidate_lines(
 
 
 def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> Pairs:
-    """Lines of one bucket -> pairs of rows that may be duplicates.
+    """Pairs of rows that may be duplicates, from the lines of one bucket.
 
     If many lines have the same `join`, each is compared only with the `most` preceding lines.
     """
     order = np.lexsort((lines["row"], lines["join"], lines["kind"]))
     join, row, kind, box = (lines[name][order] for name in ("join", "row", "kind", "box"))
     bits = np.stack([lines["low"], lines["high"]], axis=1)[order]
-    # Equality is transitive: every line of a run is compared with the first one.
+    # Equality is transitive, so every line of a run is compared with its first line.
     changes = np.flatnonzero((join[1:] != join[:-1]) | (kind[1:] != kind[:-1])) + 1
     begins = np.zeros(len(join), np.int64)
     begins[changes] = changes
@@ -93,7 +93,7 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
             break
         a, b = a[same], b[same]
         apart, mirrored = compare_bits(bits[a], bits[b])
-        good = (apart <= distance) & (row[a] != row[b])  # lines are in the order of rows
+        good = (apart <= distance) & (row[a] != row[b])  # lines are sorted by row
         a, b = a[good], b[good]
         found.append(
             as_pairs(
@@ -112,7 +112,7 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
 
 
 def unique_pairs(pairs: Pairs) -> Pairs:
-    """Of each pair of rows its strongest agreements: one when keys or pixels are the same, else at most ALIGNMENTS."""
+    """The strongest agreements of each pair of rows: one if keys or pixels are equal, otherwise at most ALIGNMENTS."""
     names = ("second_box", "first_box", "mirrored", "apart", "similarity", "kind", "second", "first")
     order = np.lexsort([-pairs[name] if name == "similarity" else pairs[name] for name in names])
     sorted_pairs = {name: column[order] for name, column in pairs.items()}
@@ -139,21 +139,22 @@ def boxes(packed: np.ndarray) -> np.ndarray:
 
 
 class Removal(NamedTuple):
-    """Reason for a removal. `first` is the row that is kept."""
+    """Why a row is removed. `first` is the row that is kept."""
 
     first: int
     kind: int
     distance: int  # bits
-    similarity: float  # of descriptors; 0.0 where they were not compared
-    detail: float  # correlation of detail; 1.0 when keys or pixels are the same
-    difference: float  # largest local difference, of 255
+    similarity: float  # of descriptors; 0.0 if they were not compared
+    detail: float  # correlation of detail; 1.0 if keys or pixels are equal
+    difference: float  # largest local difference, on a scale of 255
 
     @property
     def reason(self) -> str:
         return {PIXELS: "exact", LOOK: "near", DESCRIPTOR: "descriptor"}[self.kind]
 
     def record(self, key: str, match: str, of_set: str = "") -> dict[str, Any]:
-        """The row of duplicates.parquet for the removed row `key`, a duplicate of the row `match`."""
+        """The row of duplicates.parquet for the row `key`, a duplicate of `match` (in
+        evaluation set `of_set`, if given)."""
         return {
             "key": key,
             "reason": self.reason,
@@ -167,7 +168,7 @@ class Removal(NamedTuple):
 
 
 def select_removals(pairs: Pairs) -> dict[int, Removal]:
-    """The rows to remove. A row is removed only if it is a duplicate of a row that is kept; the first row is kept."""
+    """{row: why it is removed}. A row is removed only if it is a duplicate of an earlier row that is kept."""
     order = np.lexsort((-pairs["detail"], pairs["kind"], pairs["first"], pairs["second"]))
     names = ("first", "second", "kind", "apart", "similarity", "detail", "difference")
     removals: dict[int, Removal] = {}

@@ -1,9 +1,9 @@
-"""Descriptors: what a network that the user gives makes of an image, and the search for images whose descriptors are near.
+"""Image descriptors from a network that the user provides, and the search for similar descriptors.
 
-The network is a TorchScript file, such as SSCD (Pizzi et al., "A self-supervised descriptor for image copy detection", CVPR
-2022): images in, one vector each out. Vectors are compared by cosine similarity. FAISS searches (Douze et al., "The Faiss
-library", 2024); no step compares all pairs of a large corpus: k-means cuts the space into lists, a vector is written to the
-lists whose centres are nearest, and each list is searched exactly, alone.
+The network is a TorchScript file that maps each image to a vector, such as SSCD (Pizzi et al., "A self-supervised
+descriptor for image copy detection", CVPR 2022). Vectors are compared by cosine similarity. FAISS does the search
+(Douze et al., "The Faiss library", 2024). No step compares all pairs of a large corpus: k-means divides the space into
+lists, a vector is added to the lists with the nearest centres, and each list is searched exactly.
 """
 
 import io
@@ -21,16 +21,16 @@ from pipeline.errors import UserError
 from pipeline.libraries import import_library
 
 METADATA = "descriptor.json"  # extra file of a TorchScript archive
-LIST_ROWS = 50_000  # vectors of a list, about
-PROBES = 3  # lists that a vector is written to
-NEIGHBOURS = 16  # that are looked at of each vector
-TRAINING = 64  # vectors that k-means sees of each list
+LIST_ROWS = 50_000  # approximate number of vectors per list
+PROBES = 3  # lists that a vector is added to
+NEIGHBOURS = 16  # nearest vectors that are considered for each vector
+TRAINING = 64  # training vectors of k-means per list
 MEAN, STD, SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 288
 BATCH = 32
 
 
 class Preprocessing(NamedTuple):
-    """What the network expects: a square of `size` pixels, RGB in [0, 1] minus `mean`, over `std`."""
+    """The input of the network: squares of `size` pixels, (RGB in [0, 1] - `mean`) / `std`."""
 
     size: int
     mean: tuple[float, ...]
@@ -38,12 +38,12 @@ class Preprocessing(NamedTuple):
 
 
 class Descriptor:
-    """A network that turns RGB images (uint8, H x W x 3, any size) into vectors of length one.
+    """A network that maps RGB images (uint8, H x W x 3, any size) to vectors of length one.
 
-    uri: a TorchScript file. A file may state its preprocessing in an extra file `descriptor.json` (size, mean, std); what is
-    given here counts more, and without either it is 288 pixels and ImageNet's mean and deviation. TorchScript is a program: it
-    runs with the rights of the job, so use only files whose origin is known. Raises UserError for a file that is none, and
-    for a network that does not turn images into vectors.
+    uri: a TorchScript file. size, mean, std: the preprocessing. The defaults are those of the extra file
+    `descriptor.json` in the TorchScript file, or else 288 pixels and the mean and standard deviation of ImageNet.
+    TorchScript is executable code that runs with the rights of the job, so use only files from a trusted origin. Raises
+    UserError for other files, and for a network that does not map images to vectors.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Descriptor:
         self.dimensions = probe.shape[1]
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """(images,) -> (images, dimensions) float16, each of length one."""
+        """The descriptors of images: (images, dimensions) float16, each of length one."""
         import torch
 
         size, mean, std = self.preprocessing
@@ -83,20 +83,22 @@ class Descriptor:
                 out = self.network(images)
         except RuntimeError as error:
             raise UserError(
-                f"--descriptor {self.uri}: fails on {len(pictures)} images of {size}x{size} ({_line(error)}); give the size "
-                "that it expects with --descriptor-size"
+                f"--descriptor {self.uri}: fails on {len(pictures)} images of {size}x{size} ({_line(error)}); set the "
+                "size of its input with --descriptor-size"
             ) from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(pictures):
             shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise UserError(f"--descriptor {self.uri}: gives {shape} for {len(pictures)} images, not a vector for each")
+            raise UserError(
+                f"--descriptor {self.uri}: returns {shape} for {len(pictures)} images, instead of one vector each"
+            )
         vectors = torch.nn.functional.normalize(out.float(), dim=1)
         if not bool(torch.isfinite(vectors).all()):
-            raise UserError(f"--descriptor {self.uri}: gives numbers that are not finite")
+            raise UserError(f"--descriptor {self.uri}: returns numbers that are not finite")
         return vectors.cpu().numpy().astype(np.float16)
 
 
 def read_script(uri: str) -> bytes:
-    """The bytes of a TorchScript file. Raises UserError for any other file: nothing is unpickled to find out."""
+    """The bytes of a TorchScript file. Raises UserError for other files. The check does not unpickle anything."""
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError:
@@ -124,9 +126,11 @@ def _preprocessing(
             tuple(map(float, std or stated.get("std", STD))),
         )
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--descriptor {uri}: its {METADATA} is no object of size, mean and std ({error})") from error
+        raise UserError(
+            f"--descriptor {uri}: its {METADATA} must be an object with size, mean and std ({error})"
+        ) from error
     if not 8 <= known.size <= 4096 or len(known.mean) != 3 or len(known.std) != 3 or not min(known.std) > 0:
-        raise UserError(f"--descriptor {uri}: size {known.size}, mean {known.mean}, std {known.std} cannot be")
+        raise UserError(f"--descriptor {uri}: invalid size {known.size}, mean {known.mean} or std {known.std}")
     return known
 
 
@@ -145,7 +149,7 @@ def _line(error: Exception) -> str:
 
 
 def find_centres(sample: np.ndarray, rows: int) -> np.ndarray:
-    """Centres (lists, dimensions) of k-means on the sphere, one for each LIST_ROWS of `rows` vectors; one for few."""
+    """Centres of the lists, (lists, dimensions), by spherical k-means: one for every LIST_ROWS of `rows` vectors."""
     faiss = import_library("faiss")
     lists = max(1, min(-(-rows // LIST_ROWS), len(sample) // TRAINING))
     if lists == 1:
@@ -156,7 +160,7 @@ def find_centres(sample: np.ndarray, rows: int) -> np.ndarray:
 
 
 def nearest_lists(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(positions in `vectors`, lists): each vector with the PROBES lists whose centres are nearest."""
+    """(positions in `vectors`, lists): each vector with the PROBES lists that have the nearest centres."""
     index = import_library("faiss").IndexFlatIP(centres.shape[1])
     index.add(np.ascontiguousarray(centres, np.float32))
     probes = min(PROBES, len(centres))
@@ -165,10 +169,11 @@ def nearest_lists(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray,
 
 
 def match_vectors(rows: np.ndarray, vectors: np.ndarray, similarity: float, corpus: int, inside: bool) -> Pairs:
-    """Pairs of rows of one list whose vectors have at least this cosine similarity: of the NEIGHBOURS nearest of each row.
+    """Pairs of rows in one list whose vectors have at least the cosine `similarity`, among the NEIGHBOURS nearest of
+    each row.
 
-    Rows from `corpus` on are of evaluation sets: such a row is `first` in its pairs, and two of them make none. inside:
-    whether two rows of the corpus make a pair.
+    corpus: rows with this number or above belong to evaluation sets; such a row is `first` in its pairs, and two such
+    rows do not form a pair. inside: whether two rows of the corpus can form a pair.
     """
     order = np.argsort(rows, kind="stable")
     rows, vectors = rows[order], np.ascontiguousarray(vectors[order], np.float32)
@@ -182,7 +187,7 @@ def match_vectors(rows: np.ndarray, vectors: np.ndarray, similarity: float, corp
     a, b = np.repeat(queries, found.shape[1]), targets[found.ravel()]
     good = (near.ravel() >= similarity) & (a != b) & ~(of_set[a] & of_set[b])
     a, b, near = a[good], b[good], near.ravel()[good]
-    # the row that stays is first: the evaluation image, else the earlier row
+    # the row that is kept comes first: the evaluation image, or else the earlier row
     swap = np.where(of_set[a] != of_set[b], of_set[b], b < a)
     first, second = np.where(swap, rows[b], rows[a]), np.where(swap, rows[a], rows[b])
     return as_pairs({"first": first, "second": second, "kind": np.full(len(first), DESCRIPTOR), "similarity": near})

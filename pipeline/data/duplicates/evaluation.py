@@ -1,4 +1,4 @@
-"""Index of the hashes of evaluation sets, for lookups while a corpus is prepared."""
+"""An index of the hashes of evaluation sets, which `prepare` searches for every image of the corpus."""
 
 import contextlib
 import logging
@@ -21,31 +21,31 @@ from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
 from pipeline.errors import UserError
 
-MAX_PROPOSALS = 8  # images that are compared in detail with one that is looked up
-MAX_ENTRIES = 256  # views with one join key that are looked at
-BLOCK = 16  # rows that a JPEG decodes together, at most
-DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which lenient decoders may still return an image
+MAX_PROPOSALS = 8  # evaluation images that are compared in detail with one image
+MAX_ENTRIES = 256  # views per join key that are compared
+BLOCK = 16  # maximum number of pixel rows that JPEG decodes together
+DAMAGED = ("corrupt", "truncated")  # reasons of codecs.decode for which a lenient decoder may still return an image
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationIndex:
-    """The hashes of evaluation sets, to look images up in."""
+    """The hashes of all images of the evaluation sets."""
 
     sets: list[str]
-    count: int  # images that were read
-    keys: pa.Array  # of each entry: an image, or a part of a damaged one
-    pictures: pa.Array  # small copies, encoded
-    set_of: np.ndarray  # (images,)
-    exact: np.ndarray  # (images,) sorted
-    exact_image: np.ndarray
+    count: int  # number of images that were read
+    keys: pa.Array  # key of each entry; an entry is an image, or a part of a damaged image
+    pictures: pa.Array  # encoded small copies
+    set_of: np.ndarray  # (entries,) position in `sets`
+    exact: np.ndarray  # (entries,) pixel hashes, sorted
+    exact_image: np.ndarray  # (entries,) entry of each hash in `exact`
     views: np.ndarray  # dtype VIEW
     joins: np.ndarray  # join keys of all views, sorted
-    view_of: np.ndarray  # of each join key
+    view_of: np.ndarray  # view of each join key
 
     def find(self, hashed: Hashes, pixels_HWC: np.ndarray, distance: int) -> "EvaluationMatch | None":
-        """The evaluation image that an image repeats: the one with the same pixels, or the nearest of those of which a
-        view differs in at most `distance` bits and that verification confirms. None without one."""
+        """The evaluation image that an image duplicates, or None: an image with equal pixels, or else the nearest image
+        that has a view within `distance` bits and that verification confirms."""
         at = int(np.searchsorted(self.exact, np.uint64(hashed.exact)))
         if at < len(self.exact) and int(self.exact[at]) == hashed.exact:
             return EvaluationMatch(int(self.exact_image[at]), 0, True, Agreement(0, detail=1.0, difference=0.0), b"")
@@ -60,7 +60,7 @@ class EvaluationIndex:
         return None
 
     def propose(self, hashed: Hashes, distance: int) -> list["Proposal"]:
-        """The nearest pairs of views: of at most MAX_PROPOSALS images, at most ALIGNMENTS of each."""
+        """The nearest pairs of views, for at most MAX_PROPOSALS images, with at most ALIGNMENTS pairs per image."""
         if not len(hashed.views) or not len(self.joins):
             return []
         views, joins = join_keys(hashed.views)
@@ -87,7 +87,7 @@ class EvaluationIndex:
 
 
 class Proposal(NamedTuple):
-    """A view of an image that looks like a view of an evaluation image."""
+    """A view of an image that is similar to a view of an evaluation image."""
 
     image: int
     view: int
@@ -114,9 +114,10 @@ class EvaluationMatch(NamedTuple):
 
 
 def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationIndex:
-    """Hashes every image of evaluation sets: prepared datasets, folders of them, or anything that `prepare` reads.
+    """Hashes every image of the evaluation sets: prepared datasets, folders of datasets, or any source that `prepare`
+    reads.
 
-    Raises UserError for a set that is missing or has no readable image.
+    Raises UserError for a set that is missing or has no readable images.
     """
     jobs: list[tuple[int, Any, int]] = []
     for number, uri in enumerate(uris):
@@ -166,8 +167,8 @@ def parts_of_set(uri: str) -> Iterator[Any]:
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
     """(key, RGB pixels, "") of every image of one part, or (key, None, why it cannot be read).
 
-    An image that is damaged but can be decoded comes once whole and once for each of its `undamaged_parts`, under one
-    key: whoever evaluates on the set sees it, too."""
+    A damaged image that can still be decoded is returned whole and once for each of its `undamaged_parts`, with the
+    same key, because evaluation code may decode it as well."""
     if isinstance(part[0], str):
         dataset = open_dataset(part[0])
         group = dataset.read_row_group(part[1])
@@ -197,10 +198,10 @@ def _decode(data: bytes, max_pixels: int) -> Iterator[tuple[np.ndarray | None, s
 
 
 def undamaged_parts(pixels_HWC: np.ndarray) -> list[np.ndarray]:
-    """Upper parts of a damaged image, which the damage may have spared: files hold an image from top to bottom.
+    """Upper parts of a damaged image that may be undamaged: files store an image from top to bottom.
 
-    The first part ends above the rows of one colour that decoders put in the place of missing data, the second is the
-    upper half of the image. A part is left out when it has fewer than BLOCK rows."""
+    The first part ends above the uniform rows with which decoders replace missing data; the second is the upper half of
+    the image. Parts with fewer than BLOCK rows are omitted."""
     height = len(pixels_HWC)
     values = pixels_HWC.astype(np.int16)
     filled = int(np.argmin((np.ptp(values, axis=1) <= 2).all(axis=1)[::-1]))  # rows of one colour at the bottom
@@ -210,7 +211,7 @@ def undamaged_parts(pixels_HWC: np.ndarray) -> list[np.ndarray]:
 
 
 def _decode_leniently(data: bytes) -> np.ndarray | None:
-    """RGB pixels of a damaged image as far as it can be decoded, or None."""
+    """RGB pixels of the part of a damaged image that can be decoded, or None."""
     if data.startswith(b"\xff\xd8"):
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB", strict=False)
@@ -221,7 +222,7 @@ def _decode_leniently(data: bytes) -> np.ndarray | None:
 class _Part(NamedTuple):
     """The hashed images of one part of an evaluation set."""
 
-    images: int  # that were read
+    images: int  # number of images that were read
     keys: list[str]
     exact: np.ndarray
     views: np.ndarray  # `image` is a position in the part

@@ -16,9 +16,9 @@ SHEET_PAIRS = 24
 
 
 def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:
-    """`duplicates.parquet`: key, reason (exact, near, descriptor), the set and key it matches, the bits that differ,
-    the similarity of descriptors, and after alignment the correlation of detail (1.0 when exact) and the largest
-    difference."""
+    """The content of `duplicates.parquet`: key, reason (exact, near, descriptor), set and key of the match, number of
+    different bits, similarity of descriptors, and after alignment the correlation of
+    detail (1.0 if exact) and the largest difference."""
     fields = {
         "key": pa.string(),
         "reason": pa.string(),
@@ -43,7 +43,7 @@ def attach_pictures(records: Sequence[dict[str, Any]], pictures: Sequence[tuple[
 
 
 def contact_sheet(records: Sequence[dict[str, Any]]) -> bytes | None:
-    """The least certain near matches with images, side by side, as PNG; None when there are none."""
+    """The least certain near matches as pairs of images, as PNG; None if there are none."""
     shown = sorted((r for r in records if "pictures" in r), key=lambda r: r["detail"])[:SHEET_PAIRS]
     pairs = []
     for record in shown:

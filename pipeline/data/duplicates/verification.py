@@ -1,9 +1,9 @@
 """Verification of candidate pairs: whether two images with similar hashes show the same photograph.
 
-A hash of 128 bits does not distinguish similar poses (aeroplanes from the side, motorbikes on white) from copies, so
-matching hashes only make a candidate pair. Its pixels decide: two small copies are aligned (crop, mirror image, shift,
-slight rotation) and compared block by block, in luma and in colour. Copies agree everywhere. Photographs with the same
-pose agree in outline and differ in detail."""
+A hash of 128 bits does not distinguish copies from photographs with a similar pose (aeroplanes from the side,
+motorbikes on white), so a match of hashes is only a candidate. The pixels decide: two small copies are aligned (crop,
+mirror image, shift, slight rotation) and compared block by block, in luma and in colour. Copies agree everywhere;
+photographs with the same pose agree in outline and differ in detail."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -14,29 +14,35 @@ import numpy as np
 from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
-SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides at which images are compared: smallest, of the first alignment, largest
-COPY = 160  # shorter side of the small copies: a crop of 80% still has MAX_SIDE
+SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides of the images that are compared: smallest, first alignment, largest
+COPY = 160  # shorter side of the small copies, so that a crop of 80% still has MAX_SIDE
 STEPS, FINE_STEPS = 60, 20  # maximum iterations of the alignment
 BLOCKS, FINE_BLOCKS = 4, 8  # blocks per side, for images up to COARSE and larger ones
-STRUCTURE = 3.0  # minimum standard deviation (of 255) of the fine structure of a block that is not noise
-MIN_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # minimum share of blocks with structure
+STRUCTURE = 3.0  # minimum standard deviation (on a scale of 255) of a block with fine structure
+MIN_STRUCTURE = {BLOCKS: 0.8, FINE_BLOCKS: 0.4}  # minimum fraction of blocks with structure
 MIN_MATCHES = 6
-GIVE_UP = 0.6  # correlation at COARSE below which the pair is rejected without a finer comparison
+GIVE_UP = 0.6  # pairs with a lower correlation at COARSE are rejected without a finer comparison
 # Limits for the same photograph; docs/decontamination.md says how they were chosen.
 MIN_OVERLAP, MIN_CORRELATION, MIN_BLOCK_CORRELATION, MAX_CHROMA_DIFFERENCE = 0.7, 0.85, 0.6, 14.0
 SPOT, MAX_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
-MAX_COLOUR_DIFFERENCE = {BLOCKS: 40.0, FINE_BLOCKS: 28.0}  # in colour; larger where JPEG halves small chroma
-PATCH, MAX_PATCH_DIFFERENCE = 15 / 128, 7.5  # over patches of this share of the side: different light or shape
+MAX_COLOUR_DIFFERENCE = {
+    BLOCKS: 40.0,
+    FINE_BLOCKS: 28.0,
+}  # larger for small images: JPEG halves chroma
+PATCH, MAX_PATCH_DIFFERENCE = (
+    15 / 128,
+    7.5,
+)  # fraction of the side; differences in light or shape
 
 
 class Agreement(NamedTuple):
     """Agreement of two aligned images at `side` x `side`.
 
-    overlap: share of the second image that lies inside the first. detail: correlation of the fine structure. worst: the
-    same of single blocks, at the sixteenth from below. structure: share of blocks with fine structure. difference: the
-    largest difference of luma over SPOT x SPOT pixels after tones are fitted, of 255. colour_difference: the same of
-    red, green and blue. patch_difference: the same of luma over patches, without clipped pixels. colour: mean
-    difference of chroma, of 255."""
+    overlap: fraction of the second image inside the first. detail: correlation of the fine structure. worst: the
+    correlation of single blocks, at the lowest sixteenth. structure: fraction of blocks with fine structure.
+    Differences are on a scale of 255. difference: the largest difference of luma over SPOT x SPOT pixels, after tones
+    are matched. colour_difference: the same for red, green and blue. patch_difference: the same for luma over patches,
+    without clipped pixels. colour: mean difference of chroma."""
 
     side: int
     overlap: float = 0.0
@@ -63,8 +69,8 @@ class Agreement(NamedTuple):
 
 
 def small_copy(pixels_HWC: np.ndarray) -> bytes:
-    """What is kept of an image for verification and the contact sheet: a JPEG with the shorter side at COPY at most,
-    or a PNG when it is smaller than 64."""
+    """A small copy of an image for verification and the contact sheet: a JPEG with a shorter side of at most COPY, or a
+    PNG if the shorter side is below 64."""
     height, width = pixels_HWC.shape[:2]
     scale = min(1.0, COPY / min(height, width), 4 * COPY / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -80,20 +86,20 @@ WHOLE = np.array([0, 0, 1, 1], np.float16)
 def compare_views(
     mine: bytes, other: bytes, box: np.ndarray = WHOLE, other_box: np.ndarray = WHOLE, mirrored: bool = False
 ) -> Agreement:
-    """Compares two small copies of which the view `box` of one looked like `other_box` of the other, mirrored or
-    not."""
+    """Compares two small copies, starting from the alignment of the views `box` and `other_box`. mirrored: whether one
+    of the two is a mirror image."""
     first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     if mirrored:
         first = np.ascontiguousarray(first[:, ::-1])
     start = alignment(other_box, box, mirrored)
-    if scale_of(start) > 1:  # the picture that shows more is the first
+    if scale_of(start) > 1:  # `first` must have the wider view
         first, second, start = second, first, cv2.invertAffineTransform(start)
     return compare_pictures(first, second, start)
 
 
 def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
-    """Compares two small copies of which nothing is known but that they may show one photograph: as they are, and from
-    the alignments that their keypoints suggest, mirrored and not. Returns the best agreement."""
+    """Compares two small copies without a known alignment. Tries the identity and the alignment of their keypoints,
+    mirrored and not, and returns the best agreement."""
     first, second = decode_stored(other).copy(), decode_stored(mine).copy()
     best = Agreement(0)
     for mirrored in (False, True):
@@ -101,7 +107,7 @@ def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
         for start in (match_keypoints(flipped, second), np.array(np.eye(2, 3))):
             if start is None:
                 continue
-            wider = scale_of(start) <= 1  # the picture that shows more is the first
+            wider = scale_of(start) <= 1  # whether `flipped` has the wider view
             pair = (flipped, second, start) if wider else (second, flipped, cv2.invertAffineTransform(start))
             agreement = compare_pictures(*pair)
             best = max(best, agreement, key=lambda a: (a.same, a.detail))
@@ -111,8 +117,8 @@ def compare_unaligned(mine: bytes, other: bytes) -> Agreement:
 
 
 def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
-    """The map from the unit square of `second` to that of `first` on which their SIFT keypoints agree (RANSAC: Fischler
-    and Bolles, 1981); None with fewer than MIN_MATCHES that do."""
+    """The affine map from the unit square of `second` to that of `first` that aligns their SIFT keypoints (RANSAC:
+    Fischler and Bolles, 1981); None with fewer than MIN_MATCHES inliers."""
     sift = keypoints(400)
     (points, one), (other_points, other) = (
         sift.detectAndCompute(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), None) for p in (second, first)
@@ -126,7 +132,7 @@ def match_keypoints(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     size, other_size = (np.array(p.shape[1::-1], np.float64) for p in (second, first))
     here = (np.array([points[m.queryIdx].pt for m in good]) + 0.5) / size
     there = (np.array([other_points[m.trainIdx].pt for m in good]) + 0.5) / other_size
-    cv2.setRNGSeed(0)  # RANSAC draws: the same pair gives the same answer
+    cv2.setRNGSeed(0)  # RANSAC is random; a fixed seed makes the result reproducible
     found, inliers = cv2.estimateAffine2D(here, there, method=cv2.RANSAC, ransacReprojThreshold=0.02)
     if found is None or inliers.sum() < MIN_MATCHES or not 0.2 < scale_of(found) < 5:
         return None
@@ -139,7 +145,7 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
     start: initial 2x3 affine map from the unit square of `second` to that of `first`; None: identity.
     """
     warp = np.array(np.eye(2, 3) if start is None else start, np.float64)
-    # the resolution at which both have pixels of what they have in common
+    # the resolution that both images have in the area they share
     most = int(min(MAX_SIDE, *second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
     side = max(SIDE, most)
     for step in (min(COARSE, side), side) if side > COARSE else (side,):
@@ -147,20 +153,20 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
         found = _align(first, second, warp, step)
         warp = warp if found is None else found
         agreement = _compare(first, second, warp, step)
-        if found is not None and agreement.detail < MIN_CORRELATION:  # the search may have left the right place
+        if found is not None and agreement.detail < MIN_CORRELATION:  # the alignment may have diverged
             unmoved = _compare(first, second, begin, step)
             if unmoved.detail > agreement.detail:
                 warp, agreement = begin, unmoved
         if agreement.detail < GIVE_UP:
             return agreement
     if agreement.structure < MIN_STRUCTURE[_blocks(side)]:
-        # too little to align by: a few edges on an even ground fit others of their kind
+        # too little structure for an alignment: a few edges on a plain background fit many other images
         agreement = _compare(first, second, np.array(np.eye(2, 3)), side)
     return agreement
 
 
 def _align(first: np.ndarray, second: np.ndarray, start: np.ndarray, side: int) -> np.ndarray | None:
-    """The map between unit squares near `start` under which the two agree best; None when the search diverges."""
+    """The affine map near `start`, between unit squares, that aligns the two best; None if the search diverges."""
     a, b, larger = _at_side(first, second, start, side)
     grey_a, grey_b = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b))
     warp: Any = _to_pixels(start, side, larger).astype(np.float32)
@@ -174,7 +180,8 @@ def _align(first: np.ndarray, second: np.ndarray, start: np.ndarray, side: int) 
 
 
 def _at_side(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The second picture at `side`, and the first so large that what they have in common is about as large in both."""
+    """(first, second, side of first): `second` is resized to `side`, `first` so
+    that the shared area has the same scale."""
     larger = max(side, min(round(side / max(scale_of(warp), 0.1)), max(side, *first.shape[:2])))
     a = cv2.resize(first, (larger, larger), interpolation=cv2.INTER_AREA).astype(np.float32)
     b = cv2.resize(second, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -192,7 +199,7 @@ def _compare(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int)
         return Agreement(side, overlap)
     detail, worst, structure = _structure(aligned, b, inside)
     chroma = _chroma(aligned), _chroma(b)
-    grey = min(float(np.abs(c).mean()) for c in chroma) < 1.0  # a grey copy of a colour image is a copy
+    grey = min(float(np.abs(c).mean()) for c in chroma) < 1.0  # a grey version of a colour image is a copy
     colour = 0.0 if grey else float(np.abs(chroma[0] - chroma[1])[inside].mean())
     return Agreement(side, overlap, detail, worst, structure, *_differences(aligned, b, inside, grey), colour)
 
@@ -202,7 +209,7 @@ def _blocks(side: int) -> int:
 
 
 def _to_pixels(unit_map: np.ndarray, side: int, larger: int) -> np.ndarray:
-    """A map between unit squares as one between the pixel centres of a picture of `side` and one of `larger`."""
+    """Converts a map between unit squares to a map from pixel centres at `side` to pixel centres at `larger`."""
     linear = unit_map[:, :2] * larger / side
     shift = unit_map[:, 2] * larger + linear.sum(1) * 0.5 - 0.5
     return np.concatenate([linear, shift[:, None]], axis=1)
@@ -218,9 +225,7 @@ def _to_unit(pixel_map: np.ndarray, side: int, larger: int) -> np.ndarray:
 def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float, float]:
     grey = [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b)]
     fine = [g - cv2.GaussianBlur(g, (0, 0), 2.5) for g in grey]
-    clipped = (
-        (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)
-    )  # clipped pixels have lost their structure
+    clipped = (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)  # clipped pixels have no structure
     use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     if use.sum() < 0.15 * use.size:
         use = inside
@@ -247,11 +252,11 @@ def _correlation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -> tuple[float, float, float]:
-    """The largest differences, of 255, once the tones of one picture are fitted to those of the other: over spots of
-    luma, over spots of colour, over patches of luma.
+    """The largest differences, on a scale of 255, after the tones of one image are matched to the other: luma over
+    spots, colour over spots, luma over patches.
 
-    The tone curve of a channel is a polynomial of degree two, clipped to what an image can hold. The better of the two
-    directions counts: what is clipped in one picture cannot be foreseen from it.
+    The tone curve of a channel is a polynomial of degree two, clipped to 0..255. The better of the two directions
+    counts, because values that are clipped in one image cannot be predicted from it.
     """
     one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
     unexplained = _unexplained(one, other, inside), _unexplained(other, one, inside)
@@ -266,7 +271,7 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
 
 
 def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """What of `target` the tone curves leave that fit `source` to it, for each channel; nothing outside of `inside`."""
+    """`target` minus its prediction from `source` by a fitted tone curve per channel; zero outside `inside`."""
     different = np.zeros(target.shape, np.float32)
     for channel in range(source.shape[2]):
         x, y = source[:, :, channel], target[:, :, channel]
@@ -275,7 +280,7 @@ def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> 
             use = inside
         terms, values = _powers(x[use]), y[use].astype(np.float64)
         weights = np.ones(len(values))
-        for _ in range(2):  # what differs in the first fit does not count in the second
+        for _ in range(2):  # the second fit gives less weight to pixels that differ in the first
             weighted = terms.T * weights
             curve = np.linalg.solve(weighted @ terms + 1e-3 * np.eye(3), weighted @ values)
             weights = 1 / (1 + ((terms @ curve - values) / 10) ** 2)
@@ -290,7 +295,7 @@ def _largest_mean(values: np.ndarray, side: int) -> float:
 
 
 def _powers(grey: np.ndarray) -> np.ndarray:
-    """1, v and v squared of grey values, centred and scaled."""
+    """1, v and v squared, where v is the grey value, centred and scaled."""
     v = grey.astype(np.float64) / 128 - 1
     return np.stack([np.ones_like(v), v, v * v], axis=-1)
 

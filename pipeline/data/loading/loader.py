@@ -1,13 +1,13 @@
-"""Shards -> batches: decoded and augmented in threads, in an order that only (seed, epoch, step) decide.
+"""Reads batches from shards: threads decode and augment images, in an order that depends only on (seed, epoch, step).
 
     with Loader(open_dataset(uri), batch_size=4096, rank=rank, world_size=world_size, epoch=3, step=170) as loader:
         for batch in loader:      # one epoch, from step 170
             ...                   # batch["image"] uint8 (b, H, W, C), batch["label"] int64 (b,), batch["key"]
             loader.state()        # {"epoch": 3, "step": 171}: resume from here after this batch
 
-The loader is its own pipeline, driven by its consumer: taking a batch queues a later one, so `prefetch` batches are
-being made while the consumer works. Row groups are read ahead of the batches that need them (reader.py); each batch is
-filled by several tasks, one per few lanes, straight into its place in the batch."""
+The consumer drives the loader: each batch that is taken queues another one, so `prefetch` batches are in preparation
+while the consumer works. Row groups are read before the batches need them (reader.py). Several tasks fill each batch,
+and each task writes its rows directly into the memory of the batch."""
 
 import logging
 import os
@@ -35,42 +35,44 @@ from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 8  # row groups requested beyond those that the queued batches need
+READ_AHEAD = 8  # row groups requested in addition to those of the queued batches
 
 
 class Loader:
     """One rank's share of every global batch of `batch_size` samples.
 
-    Training (train=True): each epoch is another permutation; every sample comes once, but for a remainder smaller than
-    `lanes`. The last batch is short unless drop_last. Samples, crops and mixup pairs depend on seed, epoch, step,
-    batch_size, lanes and shuffle_window, never on rank, world_size or threads. `lanes` (default: order.default_lanes)
-    must be a multiple of world_size, and stay the same to resume with other workers. A row that does not decode is
-    replaced by the next of its shuffle window, logged and counted.
+    Training (train=True): every epoch is a different permutation, and every sample occurs once per epoch, except for a
+    remainder of fewer than `lanes` samples. The last batch is short unless drop_last. Samples, crops and mixup pairs
+    depend on seed, epoch, step, batch_size, lanes and shuffle_window, never on rank, world_size or threads. `lanes`
+    (default: order.default_lanes) must be a multiple of world_size; to resume with another number of workers, keep it
+    the same. A row that cannot be decoded is replaced by the next row of its shuffle window, logged and counted.
 
     Evaluation (train=False): rank r gets the r-th contiguous part of the dataset, in dataset order, every sample once.
-    All ranks take the same number of steps, so a last batch may be empty on some. No flip, RandAugment or mixup; the
-    crop must be center or squash (the default). A row that does not decode is an error.
+    All ranks take the same number of steps, so the last batch of some ranks may be empty. There is no flip, RandAugment
+    or mixup; the crop must be center or squash (the default). A row that cannot be decoded raises UserError.
 
-    A batch is a dict, where b is this rank's share:
+    A batch is a dict; b is the number of rows on this rank:
         image      uint8 (b, H, W, C), for encoding jpeg; or
-        patches    uint8 (b, N, P*P*C), for encoding patches, or when `patch_size` asks for them
-        positions  int64 (b, n), the patches present, when patch_keep_rate < 1
+        patches    uint8 (b, N, P*P*C), for encoding patches, or with `patch_size`
+        positions  int64 (b, n), indices of the patches kept, when patch_keep_rate < 1
         label      int64 (b,), -1 unlabelled; multi-label (b, M): class indices padded with -1
         key        list of b strings
-        label_b, lam   with mixup: the partner's label, and the weight of `label`, float32 (b,)
-    A batch is yours for as long as you hold any of it: memory is used again only after the last tensor or view of it is
-    gone (pinned memory: after copies from it have finished too).
+        label_b, lam   with mixup: label of the other image, and weight of `label`, float32 (b,)
 
-    augment       None: Augment() for training on jpeg, squash to 224 for evaluation on jpeg; patches go through as they
-    are shuffle_window  samples shuffled together, over all lanes: each lane permutes windows of shuffle_window/lanes
-    threads       decoding threads; default: the CPUs of this process, shared between the ranks of this machine prefetch
-    batches made ahead of the one in use patch_keep_rate   fraction of patches kept, drawn anew for each sample
-    pin_memory    default: when CUDA is there max_replaced  how many different images may be replaced before the loader
-    raises UserError; None is no limit cache_dir     keeps row groups of s3:// datasets on a local disk, up to
-    cache_bytes
+    The memory of a batch is reused only after its last tensor or view has been deleted (and, for pinned memory, after
+    copies from it have finished).
 
-    Iterating again continues with the next epoch, or after a `break`, with the next batch. `counters` has reads,
-    read_bytes, cache_hits, retries and replaced. Memory: prefetch + 1 batches, and about one row group per lane."""
+        augment          default: Augment() for training on jpeg, squash to 224 for evaluation on jpeg, none for patches
+        shuffle_window   samples shuffled together over all lanes; each lane permutes windows of shuffle_window / lanes
+        threads          decoding threads; default: the CPUs of this process, divided among the ranks of this machine
+        prefetch         batches prepared in advance
+        patch_keep_rate  fraction of patches kept, drawn for every sample
+        pin_memory       default: True if CUDA is available
+        max_replaced     number of different images that may be replaced before UserError is raised; None: no limit
+        cache_dir        local folder for row groups of s3:// datasets, up to cache_bytes
+
+    Iterating again continues with the next epoch or, after a `break`, with the next batch. `counters` has reads,
+    read_bytes, cache_hits, retries and replaced. Memory use is prefetch + 1 batches and about one row group per lane."""
 
     def __init__(
         self,
@@ -106,14 +108,12 @@ class Loader:
         self.patch_keep_rate, self.mixup = patch_keep_rate, augment.mixup if augment and train else 0.0
         self.patch_size = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else patch_size
         if patch_size not in (None, self.patch_size):
-            raise UserError(
-                f"{dataset.uri} holds patches of {self.patch_size} pixels, patch_size {patch_size} was asked for"
-            )
+            raise UserError(f"{dataset.uri} holds patches of {self.patch_size} pixels, but patch_size is {patch_size}")
         self.shape = self._row_shape()
         self._check(epoch, step)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
-        self._position = self._next = (epoch, step)  # of the next batch to hand out, and of the next one to queue
+        self._position = self._next = (epoch, step)  # of the next batch to return, and of the next batch to queue
         self._begin(epoch, step)
         if not self.steps_per_epoch or step > self.steps_per_epoch:
             raise UserError(
@@ -124,19 +124,19 @@ class Loader:
         self._queue: deque[_Batch] = deque()
         self._memory = _Memory((self._share, *self.shape), keep=prefetch + 3)
         self.max_replaced = max_replaced
-        self.replaced: dict[str, str] = {}  # key -> what was wrong with it
+        self.replaced: dict[str, str] = {}  # key -> why the image could not be decoded
 
-        cv2.setNumThreads(1)  # parallel over images, not inside one
+        cv2.setNumThreads(1)  # images are processed in parallel, each by one thread
         cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.threads = threads or max(1, cpus)
         self._reader = Reader(dataset, threads=READ_AHEAD, cache_dir=cache_dir, cache_bytes=cache_bytes)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self._closed = False
 
-    # ------------------------------------------------------------ what is asked for
+    # ------------------------------------------------------------ options
 
     def _row_shape(self) -> tuple[int, ...]:
-        """Shape of one row of the batch, uint8."""
+        """The shape of one row of the batch."""
         if self.augment is None:
             self._tokens, size = self.dataset.schema.tokens, self.dataset.schema.token_bytes
         elif self.dataset.encoding == "patches" and self.dataset.manifest.image["channels"] != 3:
@@ -156,11 +156,12 @@ class Loader:
             raise UserError("epoch, step and prefetch must be at least 0, shuffle_window 1, patch_keep_rate in (0, 1]")
         if self.patch_keep_rate < 1 and self.patch_size is None:
             raise UserError(
-                "patch_keep_rate < 1 drops patches: set patch_size, so that the loader makes patches of the images"
+                "patch_keep_rate < 1 drops patches: set patch_size, so that the loader divides images into patches"
             )
         if self.patch_keep_rate < 1 and self.mixup:
             raise UserError(
-                "mixup blends whole images, patch_keep_rate < 1 leaves different patches of each: choose one of them"
+                "mixup blends whole images, but patch_keep_rate < 1 keeps different patches of each image: choose one "
+                "of the two"
             )
         if not self.train:
             if self.batch_size % self.world_size:
@@ -173,8 +174,8 @@ class Loader:
         check_layout(self.batch_size, self.lanes, self.world_size)
         if self.mixup and self.batch_size == self.lanes:
             raise UserError(
-                f"mixup pairs samples of one lane, but batch_size {self.batch_size} over {self.lanes} lanes leaves one; "
-                f"set lanes to {self.batch_size // 2} or fewer"
+                f"mixup pairs samples of one lane, but batch_size {self.batch_size} gives each of {self.lanes} lanes "
+                f"one sample; set lanes to {self.batch_size // 2} or fewer"
             )
         if len(self.dataset) < self.lanes:
             raise UserError(
@@ -199,7 +200,7 @@ class Loader:
 
     @property
     def _share(self) -> int:
-        """Rows of a full batch on this rank."""
+        """The number of rows of a full batch on this rank."""
         return self.batch_size // self.world_size
 
     @property
@@ -216,7 +217,7 @@ class Loader:
         return {**self._reader.counters, "replaced": len(self.replaced)}
 
     def state(self) -> dict[str, int]:
-        """Where a new Loader must start to continue after the last batch handed out."""
+        """The epoch and step at which a new Loader continues after the last batch that was returned."""
         epoch, step = self._position
         return {"epoch": epoch, "step": step}
 
@@ -233,34 +234,35 @@ class Loader:
             while len(self._queue) <= self.prefetch and self.enqueue():
                 pass
             for task in self._queue[0].tasks:
-                task.result()  # raises here what went wrong in a thread
+                task.result()  # raises the errors of the threads
             batch = self._finish(self._queue.popleft())
             for group in [g for g, (_, last) in self._open.items() if last <= (epoch, step)]:
                 del self._open[group]
             step += 1
             self._position = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
             yield batch
-            del batch  # or its memory would wait for the next one
+            del batch  # so that its memory can be reused for the next batch
         self._position = (epoch + 1, 0)
 
     def _begin(self, epoch: int, step: int) -> None:
-        """Plans the epoch's order and its reads from `step` on."""
+        """Plans the order of an epoch, and its reads from `step` on."""
         self._order = self._make_order(epoch)
         reads = self._order.reads(self._lane_range)
         self._reads = reads[reads[:, 2] >= step]
         self._first_steps = np.ascontiguousarray(self._reads[:, 1])
-        self._started = 0  # how many of them are under way or done
+        self._started = 0  # number of reads that have been started
 
     @property
     def row_groups_in_memory(self) -> int:
         return len(self._open)
 
     def enqueue(self) -> bool:
-        """Queues the next batch: starts the reads that it needs and a few more, then the tasks that fill it."""
+        """Queues the next batch: starts its reads and a few more, then the tasks that fill it.
+        Returns False at the end of an evaluation pass."""
         epoch, step = self._next
         if step == self.steps_per_epoch:
             if self._queue and not self.train:
-                return False  # evaluation does not begin another pass before this one is used up
+                return False  # evaluation finishes one pass before it begins the next
             epoch, step = epoch + 1, 0
             self._begin(epoch, step)
         ahead = int(np.searchsorted(self._first_steps, step, side="right")) + READ_AHEAD
@@ -281,12 +283,12 @@ class Loader:
         return True
 
     def _plan(self, epoch: int, step: int) -> "_Batch":
-        """Which rows make up this rank's share of a step, and memory for them."""
+        """Finds the rows of this rank in a step and allocates their memory."""
         positions = self._order.batch(step, self._lane_range)
         groups, rows = self._order.locate(positions.ravel())
         n = positions.size
         if self.pin_memory:
-            # PyTorch's allocator gives pinned memory out again only when the copies that use it are done.
+            # PyTorch's allocator reuses pinned memory only after the copies from it have finished.
             images = torch.empty((n, *self.shape), dtype=torch.uint8, pin_memory=True)
             pixels = images.numpy()
         else:
@@ -316,7 +318,7 @@ class Loader:
     # ------------------------------------------------------------ in the decoding threads
 
     def _fill(self, batch: "_Batch", begin: int, end: int) -> None:
-        """Makes the rows [begin, end) of a batch."""
+        """Fills the rows [begin, end) of a batch."""
         if batch.kept is not None:
             tokens, samples = self._tokens, batch.samples[begin:end]
             batch.kept[begin:end] = kept_tokens(self.seed, batch.order.epoch, samples, tokens, self.patch_keep_rate)
@@ -335,12 +337,12 @@ class Loader:
                 _blend(batch.pixels[start : start + batch.per_lane], batch.lam)
 
     def _draws(self, batch: "_Batch", samples: np.ndarray) -> list[list[float]]:
-        """The random numbers of each sample's augmentation."""
+        """The random numbers for the augmentation of each sample."""
         numbers = np.arange(self.augment.draws if self.augment else 0)
         return uniform(self.seed, AUGMENT, batch.order.epoch, samples[:, None], numbers).tolist()
 
     def _make(self, stored: Any, draws: list[float], batch: "_Batch", i: int) -> None:
-        """Stored image -> row i of the batch. Raises BadImage."""
+        """Decodes and augments a stored image into row i of the batch. Raises BadImage."""
         target = batch.pixels[i]
         if self.augment is None:
             patches = stored
@@ -362,11 +364,12 @@ class Loader:
             np.take(patches, batch.kept[i], axis=0, out=target, mode="clip")
 
     def _replace(self, batch: "_Batch", i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
-        """Fills row i with the next sample of its shuffle window that decodes; returns its row group and row there."""
+        """Fills row i with the next sample of its shuffle window that can be decoded. Returns (row group, row in it).
+
+        Raises UserError during evaluation, above `max_replaced`, or if no image of the window can be decoded.
+        """
         if not self.train:
-            raise UserError(
-                f"{self.dataset.uri}: {key}: {error}; evaluation counts every image: prepare the data again"
-            )
+            raise UserError(f"{self.dataset.uri}: {key}: {error}; evaluation needs every image: prepare the data again")
         lane, offset = divmod(i, batch.per_lane)
         lane, index = self._lane_range[lane], batch.step * batch.order.per_lane + offset
         for position in batch.order.replacements(lane, index):
@@ -379,20 +382,24 @@ class Loader:
                 continue
             if key not in self.replaced:
                 logger.warning(
-                    "%s: %s does not decode (%s): replaced by %s", self.dataset.uri, key, error, source.keys[row]
+                    "%s: %s cannot be decoded (%s) and is replaced by %s",
+                    self.dataset.uri,
+                    key,
+                    error,
+                    source.keys[row],
                 )
             self.replaced[key] = str(error)
             if self.max_replaced is not None and len(self.replaced) > self.max_replaced:
                 raise UserError(
-                    f"{self.dataset.uri}: {len(self.replaced)} images do not decode, max_replaced allows {self.max_replaced}; "
-                    f"the last one is {key} ({error}); prepare the data again"
+                    f"{self.dataset.uri}: {len(self.replaced)} images cannot be decoded, more than max_replaced "
+                    f"{self.max_replaced}; the last one is {key} ({error}); prepare the data again"
                 )
             return source, row
         raise UserError(
-            f"{self.dataset.uri}: {key} does not decode ({error}), nor does any other image of its shuffle window"
+            f"{self.dataset.uri}: {key} cannot be decoded ({error}), nor can any other image of its shuffle window"
         )
 
-    # ------------------------------------------------------------ handing out
+    # ------------------------------------------------------------ finished batches
 
     def _finish(self, batch: "_Batch") -> dict[str, Any]:
         labels = _label_tensor(batch.labels, self.dataset.multilabel)
@@ -410,7 +417,7 @@ class Loader:
         return result
 
     def close(self) -> None:
-        """Ends the threads. What was handed out stays valid."""
+        """Ends the threads. Batches that were returned stay valid."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._reader.close()  # so that no task waits for a read
@@ -427,18 +434,18 @@ class Loader:
 
 @dataclass(kw_only=True, slots=True)
 class _Batch:
-    """One rank's share of a step while it is being filled; its n rows run lane by lane."""
+    """One rank's share of a step while it is being filled; its n rows are ordered by lane."""
 
     order: Order
     step: int
     per_lane: int  # rows of each lane
     groups: list[int]  # row group of each row
-    rows: list[int]  # place of each row in its row group
+    rows: list[int]  # position of each row in its row group
     samples: np.ndarray  # index of each row in the dataset, int64 (n,)
-    sources: dict[int, Future[RowGroup]]  # row groups in memory, or on their way
+    sources: dict[int, Future[RowGroup]]  # row groups in memory or being read
     images: torch.Tensor
     pixels: np.ndarray  # the same memory as `images`
-    kept: np.ndarray | None  # patches kept, int64 (n, kept)
+    kept: np.ndarray | None  # indices of the patches kept, int64 (n, kept)
     lam: float
     labels: list[Any]
     keys: list[str]
@@ -450,8 +457,8 @@ class _Batch:
 
 
 class _Memory:
-    """Memory for batches, given out again once nobody holds any part of it: first touches of fresh pages cost a
-    twentieth of a JPEG's decoding."""
+    """Reuses the memory of batches that are no longer referenced. Fresh memory would cost a twentieth of the time that
+    JPEG decoding takes, for page faults."""
 
     def __init__(self, shape: tuple[int, ...], keep: int) -> None:
         self.shape, self.keep = shape, keep
@@ -459,7 +466,8 @@ class _Memory:
         self._lent: dict[int, weakref.ref] = {}
 
     def take(self, n: int) -> np.ndarray:
-        """uint8 (n, ...). A tensor made of it holds this very array for as long as any view of the tensor lives."""
+        """A uint8 array (n, ...). A tensor created from it keeps a reference to the
+        array as long as a view of it exists."""
         memory = self._free.pop() if self._free else np.empty(self.shape, np.uint8)
         lent = memory[:n]
         self._lent[id(memory)] = weakref.ref(lent, lambda _: self._give_back(memory))
@@ -472,7 +480,7 @@ class _Memory:
 
 
 def _blend(rows: np.ndarray, lam: float) -> None:
-    """Mixup within one lane, in place: lam * row + (1 - lam) * the next row, the last with the first, rounded to
+    """Mixup within one lane, in place: lam * row + (1 - lam) * next row (the last row with the first), rounded to
     uint8."""
     flat = rows.reshape(len(rows), 1, -1)
     first = flat[0].copy()
@@ -481,7 +489,8 @@ def _blend(rows: np.ndarray, lam: float) -> None:
 
 
 def _label_tensor(labels: list[Any], multilabel: bool) -> torch.Tensor:
-    """int64 (b,), or for multi-label (b, M) padded with -1, M >= 1 the most labels of one row."""
+    """Labels as int64 (b,), or for multi-label data (b, M) padded with -1, where M
+    >= 1 is the largest number of labels."""
     if not multilabel:
         return torch.tensor(labels, dtype=torch.int64)
     lengths = np.fromiter(map(len, labels), np.int64, len(labels))

@@ -1,15 +1,15 @@
 """The order of samples: a pure function of (seed, epoch, step), the same for any number of workers.
 
-An epoch is a permutation of row groups laid end to end and cut into L equal *lanes*. Every global batch takes
-batch/L samples from each lane; inside a lane, consecutive windows of samples are permuted. So
+An epoch is a permutation of row groups, concatenated and divided into L equal *lanes*. Every global batch takes batch/L
+samples from each lane; inside a lane, consecutive windows of samples are permuted. So
 
-    (epoch, step, lane)  ->  which rows of which row groups
+    (epoch, step, lane)  ->  rows of row groups
 
-costs one window's permutation and nothing that happened earlier: resuming in the middle of an epoch replays nothing.
-A rank owns a contiguous run of lanes, and the ranks' parts side by side are the same global batch for any world size.
+needs the permutation of one window and no earlier state: resuming in the middle of an epoch replays nothing. A rank
+owns consecutive lanes, and the parts of all ranks form the same global batch for any world size.
 
-Random numbers are SplitMix64 (Steele et al. 2014) used as a counter-based generator: `bits(seed, purpose, epoch, i)` hashes
-its words, vectorised over any of them. There is no state to save, and no dependence on a library's stream.
+Random numbers are SplitMix64 (Steele et al. 2014) used as a counter-based generator: `bits(seed, purpose, epoch, i)`
+hashes its words, and each word can be an array. There is no state to save, and the numbers do not depend on a library.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 
-# The second word of every draw: two purposes never share random numbers.
+# The second word of every draw, so that different purposes have different random numbers.
 ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS, DROPOUT = range(6)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -29,7 +29,7 @@ _27, _30, _31, _11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
 def bits(seed: int, *words: int | np.ndarray) -> np.ndarray:
     """64 random bits for each element of the broadcast words (integers >= 0): uint64 of the broadcast shape.
 
-    With the last word 0, 1, 2, ... this is the SplitMix64 stream that starts from the hash of the others.
+    If the last word is 0, 1, 2, ..., the result is the SplitMix64 stream that starts from the hash of the other words.
     """
     state: np.ndarray | np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64, which NumPy reports for scalars
@@ -49,37 +49,38 @@ def uniform(seed: int, *words: int | np.ndarray) -> np.ndarray:
 def default_lanes(batch_size: int, num_samples: int) -> int:
     """The largest divisor of the batch that is at most 64, half the batch and a sixteenth of the samples.
 
-    64 lanes mix 64 row groups into every batch and serve 1, 2, 4, ... 64 workers. Half the batch, because mixup pairs two
-    samples of a lane. A sixteenth of the samples, because an epoch leaves out a remainder of fewer samples than lanes.
-    The number of workers has no say: another number would be another order.
+    With 64 lanes every batch has samples of 64 row groups, and 1, 2, 4, ... 64 workers are possible. Half the batch,
+    because mixup pairs two samples of a lane. A sixteenth of the samples, because an epoch omits a remainder of fewer
+    samples than lanes. The number of workers has no influence: it must not change the order.
     """
     limit = max(1, min(64, batch_size // 2, num_samples // 16))
     return max(lanes for lanes in range(1, limit + 1) if batch_size % lanes == 0)
 
 
 def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
-    """Whether batch, lanes and workers divide each other. Raises UserError with numbers that do."""
+    """Raises UserError, with suitable numbers, unless lanes divide the batch and workers divide the lanes."""
     if batch_size < 1 or lanes < 1 or workers < 1:
         raise UserError(f"batch_size {batch_size}, lanes {lanes} and workers {workers} must each be at least 1")
     if batch_size % lanes:
         raise UserError(
-            f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes equally many samples from "
-            f"each lane; use a divisor of the batch, such as lanes={default_lanes(batch_size, 2**62)}"
+            f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes the same number of samples "
+            f"from each lane; use a divisor of the batch, such as lanes={default_lanes(batch_size, 2**62)}"
         )
     if lanes % workers:
         fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]
         raise UserError(
-            f"lanes {lanes} is not divisible by {workers} workers: each worker reads lanes of its own; use "
-            f"{' or '.join(map(str, sorted(fitting)))} workers, or set lanes to a multiple of {workers} that divides the "
-            f"batch of {batch_size} (it fixes the order of samples)"
+            f"lanes {lanes} is not divisible by {workers} workers: each worker reads its own lanes; use "
+            f"{' or '.join(map(str, sorted(fitting)))} workers, or set lanes to a multiple of {workers} that divides "
+            f"the batch of {batch_size} (it fixes the order of samples)"
         )
 
 
 class Order:
-    """One epoch over row groups of `rows` samples each (int64 (R,), in the order of storage).
+    """The order of one epoch. rows: number of samples in each row group, int64 (R,), in storage order.
 
-    Positions count the samples of the epoch's sequence, 0 <= position < sum(rows); `locate` turns them into rows of row groups.
-    With shuffle=False the sequence is the order of storage. [start, stop) restricts it to a part (default: all of it).
+    A position, 0 <= position < sum(rows), is an index in the sequence of the epoch; `locate` converts positions to rows
+    of row groups. With shuffle=False the sequence is the storage order. [start, stop) restricts it to a part (default:
+    everything).
     """
 
     def __init__(
@@ -119,18 +120,18 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Steps of the epoch, the last one short when the batch does not divide the samples."""
+        """The number of steps in the epoch, including a last short one if the batch does not divide the samples."""
         return -(-self.lane_size // self.per_lane)
 
     def _permute(self, window: int, lanes: range) -> np.ndarray:
-        """The permutation of one window of every lane in `lanes`: offsets in the window, int64 (lanes, window size)."""
+        """The permutation of one window in every lane of `lanes`: offsets in the window, int64 (lanes, window size)."""
         offsets = np.arange(min(self.window, self.lane_size - window * self.window))
         numbers = np.arange(lanes.start, lanes.stop)
         draws = bits(self.seed, WINDOWS, self.epoch, numbers[:, None], window, offsets)
         return np.argsort(draws, axis=1, kind="stable")
 
     def _window(self, window: int, lanes: range) -> np.ndarray:
-        """`_permute`, remembered for the steps that follow."""
+        """`_permute`, cached for the following steps."""
         if (window, lanes) not in self._windows:
             while len(self._windows) > 2:  # a batch that straddles two windows needs both
                 del self._windows[next(iter(self._windows))]
@@ -138,7 +139,8 @@ class Order:
         return self._windows[window, lanes]
 
     def batch(self, step: int, lanes: range) -> np.ndarray:
-        """Positions of the samples that `lanes` give to a step: int64 (lanes, n), n = batch/L, less at the epoch's end."""
+        """Positions of the samples of `lanes` in a step: int64 (lanes, n), n = batch/L,
+        or fewer at the end of the epoch."""
         index = np.arange(step * self.per_lane, min((step + 1) * self.per_lane, self.lane_size))
         starts = self.lane_starts[lanes.start : lanes.stop, None]
         if not self.shuffle or not len(index):
@@ -152,19 +154,20 @@ class Order:
         return starts + np.concatenate(parts, axis=1)
 
     def replacements(self, lane: int, index: int) -> Iterator[int]:
-        """Positions to use, in turn, for the lane's index-th sample when it cannot be decoded: the rest of its window."""
+        """Positions to try if the index-th sample of a lane cannot be decoded: the rest of its window, in order."""
         window, offset = divmod(index, self.window)
         order = self._permute(window, range(lane, lane + 1))[0]
         for step in range(1, len(order)):
             yield int(self.lane_starts[lane]) + window * self.window + int(order[(offset + step) % len(order)])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row group (index in storage order) and row inside it of each position."""
+        """(row group in storage order, row in the row group) of each position."""
         slots = np.searchsorted(self.ends, positions, side="right")
         return self.permutation[slots], positions - self.starts[slots]
 
     def reads(self, lanes: range) -> np.ndarray:
-        """The row groups that `lanes` need, sorted by need: int64 (reads, 3) of row group, first step, last step."""
+        """The row groups that `lanes` need, in order of first use: int64 (reads, 3) of
+        (row group, first step, last step)."""
         if not self.lane_size or not len(lanes):
             return np.empty((0, 3), dtype=np.int64)
         lane_starts = self.lane_starts[lanes.start : lanes.stop]

@@ -1,7 +1,7 @@
-"""Images <-> the N x (P*P*C) patch matrix of the ViT paper (eq. 1), and the choice of patches to keep.
+"""Converts images to and from the N x (P*P*C) patch matrix of the ViT paper (eq. 1), and chooses patches to keep.
 
-Patches run row by row over the grid; inside a patch the order is (row, column, channel). All uint8, or any other dtype.
-Legend: B batch, H height, W width, C channels, N patches, P patch size, D = P*P*C.
+Patches are ordered row by row over the grid; pixels in a patch are ordered (row, column, channel). Any dtype is
+allowed. Legend: B batch, H height, W width, C channels, N patches, P patch size, D = P*P*C.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from pipeline.data.loading.order import TOKENS, bits
 
 
 def patchify(image_HWC: np.ndarray, patch_size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """(..., H, W, C) -> (..., N, D), in one copy; into `out` when given. Raises ValueError when P divides H or W badly."""
+    """(..., H, W, C) -> (..., N, D), in one copy, into `out` if given. Raises ValueError unless P divides H and W."""
     *batch, height, width, channels = image_HWC.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"patch size {patch_size} does not divide an image of {height}x{width}")
@@ -32,9 +32,9 @@ def unpatchify(patches_ND: np.ndarray, height: int, width: int, patch_size: int)
 
 
 def kept_tokens(seed: int, epoch: int, samples: np.ndarray, num_tokens: int, keep: float) -> np.ndarray:
-    """Which patches each sample keeps: int64 (B, n), ascending, n = round(keep * N) but at least 1.
+    """The indices of the patches that each sample keeps: int64 (B, n), ascending, n = round(keep * N), at least 1.
 
-    A function of (seed, epoch, sample index) alone, uniform over subsets of n.
+    The result depends only on (seed, epoch, sample index) and is uniform over all subsets of n patches.
     """
     n = max(1, round(keep * num_tokens))
     draws = bits(seed, TOKENS, epoch, np.asarray(samples)[:, None], np.arange(num_tokens))

@@ -8,22 +8,23 @@ import numpy as np
 
 from pipeline.data.scratch import scratch
 
-GREY = 128  # what geometric operations and cutout fill with
+GREY = 128  # fill value of geometric operations and cutout
 
 
 def rand_augment(image: np.ndarray, u: Sequence[float], magnitude: float) -> None:
-    """One operation of RandAugment (arXiv 1909.13719), in place: u[0] chooses it, u[1] its direction, u[2:4] a place.
+    """One operation of RandAugment (arXiv 1909.13719), in place: u[0] selects the operation, u[1] its sign, u[2:4] a
+    position.
 
-    The sixteen operations and their scales are big_vision's; the meaning of each is Pillow's (in particular, Contrast blends
-    with the mean grey level). Magnitude 10 is full scale; big_vision goes to 20, where some scales run backwards or past
-    their range exactly as they do there.
+    The sixteen operations and their scales are big_vision's; their definitions are Pillow's (for example, Contrast
+    blends with the mean grey level). Magnitude 10 is full scale. big_vision allows up to 20, where some scales reverse
+    or exceed their range; this code does the same.
     """
     operation = OPERATIONS[int(u[0] * len(OPERATIONS))]
     operation(image, magnitude / 10, -1.0 if u[1] < 0.5 else 1.0, u[2:4])
 
 
 def _lookup(image: np.ndarray, table: np.ndarray) -> None:
-    """Maps every pixel through a table of 256, or one per channel: (256, 3)."""
+    """Maps every pixel through a table of 256 entries, or through one table per channel: (256, 3)."""
     cv2.LUT(image, np.ascontiguousarray(table.reshape(1, 256, -1), dtype=np.uint8), dst=image)
 
 
@@ -93,15 +94,15 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 def _sharpness(image: np.ndarray, level: float, sign: float, at: Sequence[float]) -> None:
     smooth = cv2.filter2D(image, -1, _SMOOTH)
-    for edge in (np.s_[:1], np.s_[-1:], np.s_[:, :1], np.s_[:, -1:]):  # a border pixel has no full neighbourhood
+    for edge in (np.s_[:1], np.s_[-1:], np.s_[:, :1], np.s_[:, -1:]):  # border pixels have no complete neighbourhood
         smooth[edge] = image[edge]
     _blend(image, smooth, level)
 
 
 def _affine(image: np.ndarray, inverse: np.ndarray) -> None:
-    """Nearest-neighbour warp; `inverse` (2, 3) takes output coordinates to input ones, pixel centres at k + 1/2."""
+    """Nearest-neighbour warp; `inverse` (2, 3) maps output to input coordinates, with pixel centres at k + 1/2."""
     matrix = np.array(inverse, np.float64)
-    matrix[:, 2] += matrix[:, :2].sum(axis=1) * 0.5 - 0.5  # to OpenCV's centres at k
+    matrix[:, 2] += matrix[:, :2].sum(axis=1) * 0.5 - 0.5  # OpenCV has pixel centres at k
     height, width = image.shape[:2]
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     source = scratch("warp", image.shape)
@@ -141,4 +142,4 @@ Operation = Callable[[np.ndarray, float, float, Sequence[float]], None]
 OPERATIONS: tuple[Operation, ...] = (
     *(_auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _color, _contrast),
     *(_brightness, _sharpness, _shear_x, _shear_y, _translate_x, _translate_y, _cutout, _solarize_add),
-)  # the order is part of what a seed means
+)  # the order must not change, or a seed would give other images

@@ -1,7 +1,8 @@
-"""Row groups of a dataset, read ahead of need: local shards are memory-mapped, s3:// ones take one range request each.
+"""Reads row groups of a dataset ahead of time: local shards are memory-mapped, s3:// shards need one range request
+each.
 
-Requests that fail for a passing reason are repeated (`pipeline.objectstore`) and counted. With `cache_dir` (fast local
-disk), row groups of s3:// datasets are kept there up to `cache_bytes`.
+Requests that fail temporarily are repeated (`pipeline.objectstore`) and counted. With `cache_dir` (a fast local disk),
+row groups of s3:// datasets are cached, up to `cache_bytes`.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ from pipeline.objectstore import ObjectStore
 
 
 class Reader:
-    """Reads row groups in `threads` threads. `start(i)` returns a future of the RowGroup with index i.
+    """Reads row groups in `threads` threads. `start(i)` returns a future of the row group with index i.
 
-    `counters`: reads, read_bytes, cache_hits, retries.
+    `counters` has reads, read_bytes, cache_hits and retries.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Reader:
         return self._pool.submit(self._read, i)
 
     def close(self) -> None:
-        """Cancels what has not begun, ends the pauses of what is being retried, and waits for the threads."""
+        """Cancels reads that have not begun, interrupts pauses between retries, and waits for the threads."""
         if self.remote:
             self._store.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -68,7 +69,7 @@ class Reader:
         mapped, start = data.obj, int(self.dataset.row_groups[i]["start"]) // mmap.PAGESIZE * mmap.PAGESIZE
         if isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_WILLNEED, start, int(self.dataset.row_groups[i]["end"]) - start)
-        # Touching each page waits for the disk here, in a read thread that holds no interpreter lock.
+        # Touching every page waits for the disk here, in a read thread that does not hold the interpreter lock.
         np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
         return data
 
@@ -93,26 +94,27 @@ class Reader:
         try:
             return self._store.read(uri, start, end, exact=True)
         except FileNotFoundError as error:
-            raise UserError(f"{error}; `jobs/prepare.py verify {self.dataset.uri}` lists what is wrong") from error
+            raise UserError(f"{error}; `jobs/prepare.py verify {self.dataset.uri}` lists the problems") from error
 
     def _keep(self, path: str, data: memoryview) -> None:
-        """Adds a file to the cache while there is room. Nothing is evicted: every row group is read once per epoch in an
-        order of its own, so what is there is as likely to be wanted next as what is not."""
+        """Adds a file to the cache if there is space. Nothing is evicted: every row group is read once per epoch in
+        random order, so a cached row group is as likely to be needed next as any other."""
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        with self._cache_lock:  # several threads that each find room may not have it together
+        with self._cache_lock:  # otherwise several threads could use the same free space
             if _folder_bytes(os.path.dirname(path)) + len(data) > self.cache_bytes:
                 return
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
                 os.replace(temporary, path)
-            except OSError:  # a full disk: the cache is a convenience
+            except OSError:  # a full disk: continue without the cache
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
 
 
 def _folder_bytes(folder: str) -> int:
-    """The size of the files in a folder where other threads and processes rename files at the same time."""
+    """The total size of the files in a folder, in bytes. Other threads and
+    processes may rename files at the same time."""
     total = 0
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""A few whole images for looking at a model: from a folder, a prepared dataset, or two photographs that come installed."""
+"""Sample images to inspect a model with: from a folder, a prepared dataset, or two photographs of scikit-learn."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> np.ndarray:
-    """uint8 (n,size,size,channels), n <= limit: short side to `size`, then the centre.
+    """uint8 (n, size, size, channels), n <= limit: images resized to a shorter side of `size` and cropped at the
+    centre.
 
-    uri: a folder of images (any depth), one image, or a prepared dataset, local or s3://; evenly spaced ones are taken.
-    None: crops of the two photographs that scikit-learn installs. Raises UserError when there is nothing to read.
+    uri: a folder of images (at any depth), one image, or a prepared dataset, local or s3://; the images are evenly
+    spaced. None: crops of the two photographs that scikit-learn installs. Raises UserError if there are no images.
     """
     fit = Augment(size=size, crop="center", resize=size, flip=False)
     fitted = []
@@ -35,7 +36,7 @@ def sample_images(uri: str | None, size: int, limit: int, channels: int = 3) -> 
 
 
 def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
-    """uint8 (H,W,3), each valid until the next."""
+    """uint8 (H, W, 3); each array is valid until the next one is produced."""
     if uri is None:
         from sklearn.datasets import load_sample_images
 
@@ -51,13 +52,13 @@ def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
         if not files and is_image_name(uri) and storage.exists(uri):
             files = [uri]
         if not files:
-            raise UserError(f"{uri}: no images here ({', '.join(sorted(extensions()))})")
+            raise UserError(f"{uri}: no images ({', '.join(sorted(extensions()))})")
         for i in _spread(len(files), limit):
             yield _decode(storage.read_bytes(files[i]), files[i])
 
 
 def stored_pictures(dataset: "Dataset", rows: Sequence[int]) -> Iterator[np.ndarray]:
-    """uint8 (H,W,3) of some rows of a dataset as they are stored, each valid until the next."""
+    """uint8 (H, W, 3) of some rows of a dataset, as stored; each array is valid until the next one is produced."""
     for row in dataset.read(rows):
         if dataset.encoding == "jpeg":
             yield _decode(row["image"], f"{dataset.uri} ({row['key']})")

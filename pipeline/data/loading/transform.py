@@ -1,10 +1,10 @@
-"""Decoded images -> the uint8 pixels that a model trains on: the augmentations of the paper's recipes.
+"""Crops, resizes and augments decoded images, as the recipes of the paper do.
 
-Everything is uint8, height x width x RGB, and runs outside Python's interpreter lock (OpenCV), so threads scale.
-One filter everywhere: bilinear with half-pixel centres and no antialiasing, what the paper's code and big_vision's inception
-crop use; `filter="area"` averages where an image shrinks and stays bilinear where it grows.
+Images are uint8, height x width x RGB. OpenCV releases Python's interpreter lock, so threads scale. The resize filter
+is bilinear with half-pixel centres and no antialiasing, as in the paper's code and in big_vision's inception crop;
+`filter="area"` averages pixels when an image shrinks and is bilinear when it grows.
 
-Randomness comes in as numbers: `augment_image` takes a vector of uniform draws and is otherwise a pure function.
+Random numbers are arguments: `augment_image` takes a vector of uniform draws and is otherwise a pure function.
 """
 
 import math
@@ -21,7 +21,7 @@ from pipeline.data.scratch import scratch
 def augment_image(
     augment: Augment, image_HWC: np.ndarray, u: Sequence[float], out: np.ndarray, train: bool = True
 ) -> None:
-    """Writes the augmented image into `out`, uint8 (size, size, 3), contiguous. `u`: `draws` numbers in [0, 1).
+    """Writes the augmented image to `out`, uint8 (size, size, 3), contiguous. u: `augment.draws` numbers in [0, 1).
 
     With train=False there is no flip and no RandAugment.
     """
@@ -45,7 +45,7 @@ def _crop(augment: Augment, image: np.ndarray, u: Sequence[float], out: np.ndarr
     else:
         image = _resized(augment, image)
         height, width = image.shape[:2]
-        # whole pixels, every corner equally likely; the centre as big_vision's central_crop has it
+        # whole pixels, uniform over positions; the centre is that of big_vision's central_crop
         v = u[2:4] if augment.crop == "random" else None
         top = int(v[0] * (height - augment.size + 1)) if v is not None else (height - augment.size) // 2
         left = int(v[1] * (width - augment.size + 1)) if v is not None else (width - augment.size) // 2
@@ -61,7 +61,7 @@ def _resized(augment: Augment, image: np.ndarray) -> np.ndarray:
         side = augment.resize or max(short, augment.size)
         if side == short:
             return image
-        if long > 16 * short:  # a sliver: only its middle, or the resized image would not fit in memory
+        if long > 16 * short:  # a very long image: resize only its middle, to limit memory
             cut = (long - 16 * short) // 2
             image = image[cut : long - cut] if height > width else image[:, cut : long - cut]
             height, width = image.shape[:2]
@@ -84,10 +84,11 @@ def _resize(augment: Augment, image: np.ndarray, out: np.ndarray) -> None:
 def inception_box(
     height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], u: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """A random box (top, left, height, width) inside an image; four uniform draws, never a second try.
+    """A random box (top, left, height, width) inside an image, from four uniform draws, without rejection.
 
-    The distribution of TensorFlow's sample_distorted_bounding_box without boxes, which the paper's code used: aspect uniform,
-    then height uniform between those of the smallest and the largest area (as far as the image holds it), then the corner uniform.
+    The distribution is that of TensorFlow's sample_distorted_bounding_box without boxes, which the paper's code used: a
+    uniform aspect ratio, then a uniform height between those of the smallest and the largest area that fit, then a
+    uniform position.
     """
     ratio = aspect[0] + u[0] * (aspect[1] - aspect[0])
     low = round(math.sqrt(area[0] * height * width / ratio))

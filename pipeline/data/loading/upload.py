@@ -1,11 +1,11 @@
-"""Batches on their way to the device, on a stream of their own.
+"""Copies batches to the device on a separate CUDA stream.
 
     upload = Upload(device)
-    batch = upload(batch)      # every tensor of it on the device; what is not a tensor as it was
+    batch = upload(batch)      # tensors are on the device; other values are unchanged
 
-On a GPU the copy of a batch runs beside the step before it, which is still being computed when the host asks for the next
-batch. A copy can do so only from pinned memory: the loader's images are pinned, and small tensors are pinned here. On a CPU
-a batch is handed on as it is.
+On a GPU the copy of a batch overlaps the previous step, which is still being computed when the host requests the next
+batch. Copies overlap only from pinned memory: the loader pins images, and this module pins small tensors. On a CPU the
+batch is returned unchanged.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Upload:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its tensors on the device. The current stream waits for the copies; the host does not."""
+        """The batch with its tensors on the device. The current stream waits for the copies, the host does not."""
         if self.stream is None:
             return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         current = torch.cuda.current_stream(self.device)
@@ -32,7 +32,7 @@ class Upload:
         current.wait_stream(self.stream)
         for value in copied.values():
             if isinstance(value, Tensor):
-                value.record_stream(current)  # the allocator keeps its memory until that stream is done with it
+                value.record_stream(current)  # the allocator does not reuse the memory before this stream has used it
         return copied
 
     def _copy(self, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks of a `PrepareConfig`, and what its --splits mean."""
+"""Validates a `PrepareConfig` and resolves its --splits."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from pipeline.data.prepare.builtin import BUILTIN
 from pipeline.data.prepare.config import FROM_SOURCE, MERGE, WORK, PrepareConfig
 from pipeline.errors import UserError
 
-MAX_SPLITS = 64  # of a source: a column with more values says something else
+MAX_SPLITS = 64  # a column with more values is not a split column
 
 
 def check_config(config: PrepareConfig) -> PrepareConfig:

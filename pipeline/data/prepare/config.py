@@ -37,7 +37,7 @@ class PrepareConfig:
     """Class names in index order (text or a JSON list), or a JSON object that renames classes. Images with other labels
     are rejected."""
     include: tuple[str, ...] = ()
-    """Globs over keys such as class/name.jpg. Files that match none of them are skipped."""
+    """Globs over keys such as class/name.jpg. Files that match none of the globs are skipped."""
     licence: str | None = None
     """Licence of the images, for the manifest and for model cards."""
     unlabelled: bool = False
@@ -65,8 +65,8 @@ class PrepareConfig:
     shuffle: bool = True
     """Shuffle the images over all shards: files before they are read, archives according to --mix."""
     mix: Literal["auto", "always", "never"] = "auto"
-    """Archives: auto shuffles those that are sorted by class, always shuffles every archive, never keeps their order.
-    The shuffle is a second pass over the """
+    """Archives: auto shuffles archives that are sorted by class, always shuffles all archives, never keeps their order.
+    Shuffling needs a second pass over the shards."""
     seed: int = 0
     """Seed of the shuffle and of --sample."""
     deduplicate: Literal["off", "exact", "near", "report"] = "off"
@@ -79,7 +79,7 @@ class PrepareConfig:
     (docs/decontamination.md)."""
     descriptor: str | None = None
     """TorchScript file of a network that turns images into vectors, such as sscd.torchscript.pt. Images with similar
-    vectors are compared in detail, too. Only use a file whose origin you trust."""
+    vectors are also compared in detail. Only use a file whose origin you trust."""
     descriptor_similarity: float = 0.6
     """Cosine similarity of two vectors at which their images are compared in detail."""
     descriptor_accept: float | None = None
@@ -87,9 +87,9 @@ class PrepareConfig:
     descriptor_size: int | None = None
     """Side of the network's input, in pixels. None: from its descriptor.json, or 288."""
     descriptor_mean: tuple[float, ...] = ()
-    """Mean of each channel, for pixels in [0, 1]. Not given: from its descriptor.json, or ImageNet's."""
+    """Mean of each channel, for pixels in [0, 1]. Default: from its descriptor.json, or ImageNet's."""
     descriptor_std: tuple[float, ...] = ()
-    """Standard deviation of each channel. Not given: from its descriptor.json, or ImageNet's."""
+    """Standard deviation of each channel. Default: from its descriptor.json, or ImageNet's."""
     descriptor_gpus: float = 0.0
     """GPUs of each actor that runs the network; 0 runs it on CPUs."""
     max_pixels: int = 100_000_000
@@ -122,7 +122,7 @@ def demo() -> PrepareConfig:
     """Printed letters in the fonts of matplotlib, 861 images in two splits; about 5 s on two cores.
 
     Source: the installed package, written as PNG class folders to runs/demo/raw. Expected: 861 rows, 41 classes, no
-    rejects; about 80% train, the rest test. `--source` uses your own class folders instead."""
+    rejects; about 80% train, the rest test. To use your own class folders, pass --source."""
     return PrepareConfig(
         source=(LETTERS,),
         output="runs/demo/data",
@@ -137,7 +137,7 @@ def demo_digits() -> PrepareConfig:
     cores.
 
     Source: the installed package, written as PNG class folders to runs/demo/raw. Expected: 1,797 rows, 10 classes, no
-    reject; train about 80%, test the rest."""
+    rejects; about 80% train, the rest test."""
     return replace(demo(), source=(DIGITS,), output="runs/demo/digits")
 
 

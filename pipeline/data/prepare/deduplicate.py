@@ -1,4 +1,4 @@
-"""Finds rows of the corpus that repeat another of its rows, or an image of an evaluation set by its descriptor."""
+"""Finds rows of the corpus that duplicate another row, or an image of an evaluation set by descriptor."""
 
 import dataclasses
 from typing import Any
@@ -22,11 +22,11 @@ from pipeline.data.prepare.pairs import read_hashes, verify_pairs
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.prepare.remove import remove_duplicates
 
-LINES, LINE_BYTES = len(WHOLE_KEYS) + SQUARES * len(SQUARE_KEYS), 53  # of an image with the most squares; of a line
+LINES, LINE_BYTES = len(WHOLE_KEYS) + SQUARES * len(SQUARE_KEYS), 53  # maximum lines per image; bytes per line
 
 
 def deduplicate(plan: PreparePlan) -> None:
-    """Removes rows that repeat others, or reports them, as the configuration says."""
+    """Removes or reports duplicate rows, as configured."""
     if plan.config.descriptor:
         parts = [(uri, part) for uri in plan.config.decontaminate for part in parts_of_set(uri)]
         plan = dataclasses.replace(plan, evaluation_parts=parts)
@@ -34,7 +34,7 @@ def deduplicate(plan: PreparePlan) -> None:
 
 
 def find_duplicates(plan: PreparePlan) -> dict[int, Removal]:
-    """The rows to remove: of the pairs that may be the same, those that verification confirms, one row of each."""
+    """{row: why it is removed}: one row of every candidate pair that verification confirms."""
     pairs = propose_pairs(plan)
     if plan.config.descriptor:
         describe_rows(plan)
@@ -52,8 +52,8 @@ def propose_pairs(plan: PreparePlan) -> Pairs:
     context = workqueue.data_context()
     # Buckets of one to two million lines: slices have at most some ten thousand rows.
     buckets = max(4, count if near else min(count, max(64, count // 8)))
-    # What a task of the shuffle holds, up to Ray's gibibyte: as little as leaves some ten thousand objects to keep
-    # account of, one for every task and bucket.
+    # Input bytes per shuffle task, at most Ray's default of 1 GiB. The limit is about 50,000 objects, one for every task
+    # and bucket.
     about = count * 16_384 * (LINES if near else 2) * LINE_BYTES
     context.shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, about * buckets // 50_000))
     slices = ray.data.from_items([{"slice": number} for number in range(count)], override_num_blocks=count)

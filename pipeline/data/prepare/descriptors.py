@@ -1,4 +1,5 @@
-"""Descriptors of a corpus and of evaluation sets by a network of the user, and the pairs of rows whose descriptors are near."""
+"""Computes descriptors of a corpus and of evaluation sets with the user's
+network, and finds pairs of similar descriptors."""
 
 import hashlib
 import io
@@ -27,20 +28,21 @@ MAX_SAMPLE = 1_000_000  # vectors that k-means is trained on
 
 
 def check_descriptor(config: PrepareConfig) -> None:
-    """Raises UserError when the network cannot be used, before any work: it runs here once, on two small images."""
+    """Raises UserError if the network cannot be used. Runs the network on two small images, before any work."""
     import_library("faiss")
     Descriptor(str(config.descriptor), config.descriptor_size, config.descriptor_mean, config.descriptor_std, gpu=False)
 
 
 def describe_rows(plan: PreparePlan) -> None:
-    """Writes the descriptors of every slice and of every part of the evaluation sets: batch inference in actors of Ray Data."""
+    """Writes the descriptors of every slice and of every part of the evaluation
+    sets, by batch inference in Ray actors."""
     count = len(plan.slices) + len(plan.evaluation_parts)
     units = {name: number for number, name in enumerate(_described(plan, count))}
     finish_units(plan, units, DescribeRows, num_gpus=plan.config.descriptor_gpus)
 
 
 class DescribeRows:
-    """Describes one slice after another with one copy of the network."""
+    """An actor that holds the network and computes the descriptors of one slice at a time."""
 
     def __init__(self, plan: PreparePlan) -> None:
         import torch
@@ -80,13 +82,14 @@ def _vectors_uri(plan: PreparePlan, number: int) -> str:
 
 
 def read_vectors(plan: PreparePlan, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, vectors) of a slice or a part."""
+    """(rows, vectors) of a slice, or of a part of an evaluation set."""
     source = io.BytesIO(storage.read_bytes(_vectors_uri(plan, number)))
     return np.load(source), np.load(source)
 
 
 def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
-    """Pairs of rows whose descriptors are near. A Ray Data job: slices -> vectors by list -> shuffled into lists -> pairs."""
+    """Pairs of rows with similar descriptors. A Ray Data job: slices -> vectors
+    with their lists -> shuffle by list -> pairs."""
     numbers = range(len(plan.slices) + len(plan.evaluation_parts))
     options: dict[str, Any] = {
         "similarity": plan.config.descriptor_similarity,
@@ -121,7 +124,7 @@ def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
 
 
 def _centres(plan: PreparePlan, count: int) -> np.ndarray:
-    """The centres of the lists, from an even sample of the rows."""
+    """The centres of the lists, from an evenly spaced sample of the rows."""
     rows = sum(receipt["rows"] for receipt in plan.receipts.read(_described(plan, count)))
     lists = -(-rows // LIST_ROWS)
     wanted = min(rows, MAX_SAMPLE, lists * TRAINING) if lists > 1 else 1
@@ -131,6 +134,6 @@ def _centres(plan: PreparePlan, count: int) -> np.ndarray:
 
 
 def _described(plan: PreparePlan, count: int) -> list[str]:
-    """Names of the receipts of slices and parts; another network has others."""
+    """Names of the receipts of slices and parts; they depend on the network."""
     digest = hashlib.sha256(read_script(str(plan.config.descriptor))).hexdigest()[:12]
     return [f"described-{digest}-{number:05d}" for number in range(count)]

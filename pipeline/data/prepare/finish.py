@@ -63,7 +63,8 @@ def finish_datasets(
 
 
 def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many were found in which way: exact, near or descriptor, in the corpus or in which set."""
+    """Counts of duplicates by reason (exact, near, descriptor) and by where they
+    match (the corpus or an evaluation set)."""
     return dict(Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in records))
 
 
@@ -85,8 +86,8 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
 
 
 def _warn_about_table_rows(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
-    """Warns when the label tables of archives have more rows than the archives have images. (In folders, every row without
-    a file is an input that is rejected as missing.)"""
+    """Warns if the label tables of archives have more rows than the archives have images. (In folders, a row without a
+    file is rejected as a missing input.)"""
     if any(source.listed for source in plan.sources):
         return
     namings = [source.naming for source in plan.sources]

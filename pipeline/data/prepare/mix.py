@@ -125,7 +125,7 @@ def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan)
 
 
 def _loads(row_groups: np.ndarray) -> Iterator[list[int]]:
-    """Groups of consecutive row groups of at most HELD_BYTES in total."""
+    """Divides row groups into consecutive groups of at most HELD_BYTES each."""
     load: list[int] = []
     held = 0
     for i, size in enumerate((row_groups["end"] - row_groups["start"]).tolist()):

@@ -1,4 +1,4 @@
-"""Verification of pairs of rows that may be duplicates: small copies of the rows in question, compared in detail."""
+"""Verification of candidate pairs of rows: small copies of the rows are compared in detail."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,14 +16,14 @@ from pipeline.data.format.describe import thumbnail
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 
 ROW_BITS = 0xFFFFFFFF
-"""A row is its slice << 32 | its place in the slice. Parts of evaluation sets count on from the last slice."""
+"""A row number is slice << 32 | row in the slice. Parts of evaluation sets are numbered after the last slice."""
 
 
 def verify_pairs(plan: PreparePlan, pairs: Pairs) -> Pairs:
-    """The pairs without those that only look alike. Added: `detail` (1.0 where keys or pixels are the same), `difference`.
+    """The pairs that show the same photograph, with `detail` (1.0 if keys or pixels are equal) and `difference` added.
 
-    Two passes over the slices: small copies of the rows in question, written where every task can read them; then the
-    comparison of each pair, with the slice of its second row.
+    Two passes over the slices: the first writes small copies of the rows to storage; the second compares each pair, in
+    the task for the slice of its second row.
     """
     size = len(pairs["first"])
     same, detail, difference = np.ones(size, bool), np.ones(size, np.float32), np.zeros(size, np.float32)
@@ -50,7 +50,7 @@ def verify_pairs(plan: PreparePlan, pairs: Pairs) -> Pairs:
 
 
 def finish_units(plan: PreparePlan, units: dict[str, Any], work: Any, **options: Any) -> None:
-    """Works through units of the plan. Raises the UserError of the first unit that has one."""
+    """Processes units of the plan. Raises the first UserError of a unit."""
     outcomes = workqueue.run(units, work, receipts=plan.receipts, context=plan, summary=lambda receipt: None, **options)
     for outcome in outcomes:
         if outcome.error:
@@ -58,7 +58,7 @@ def finish_units(plan: PreparePlan, units: dict[str, Any], work: Any, **options:
 
 
 def places_of_rows(plan: PreparePlan, number: int) -> list[tuple[str, int]]:
-    """(split, row in its shards) of every row of a slice, in the order in which they were read."""
+    """(split, row in the shards of the split) of every row of a slice, in reading order."""
     (table, _), names = read_hashes(plan, number), list(plan.splits)
     counts = [0] * len(names)
     places = []
@@ -76,7 +76,7 @@ def read_hashes(plan: PreparePlan, number: int) -> tuple[np.ndarray, np.ndarray]
 def pictures_of_rows(
     plan: PreparePlan, number: int, rows: list[int] | None = None
 ) -> Iterable[tuple[int, str, np.ndarray]]:
-    """(row, key, RGB pixels) of rows of a slice, or of a part of an evaluation set; all of them by default."""
+    """(row, key, RGB pixels) of rows of a slice, or of a part of an evaluation set; all rows by default."""
     if number >= len(plan.slices):
         part = plan.evaluation_parts[number - len(plan.slices)][1]
         wanted = None if rows is None else set(rows)
@@ -140,7 +140,7 @@ def read_copies(plan: PreparePlan, rows: Iterable[int]) -> dict[int, tuple[str, 
 
 
 def _compare_rows(unit: Pairs, plan: PreparePlan) -> dict[str, list[Any]]:
-    """Columns same, detail and difference for each pair: `same` at the first alignment that shows one photograph."""
+    """The columns same, detail and difference for each pair. `same` is true for the first alignment that agrees."""
     cv2.setNumThreads(1)
     first, second = unit["first"].tolist(), unit["second"].tolist()
     copies = read_copies(plan, {*first, *second})

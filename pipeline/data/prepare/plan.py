@@ -56,7 +56,7 @@ class PreparePlan:
     input_fingerprint: str
     work: str  # URI of the folder of receipts
     evaluation: EvaluationIndex | None = None  # images to remove
-    evaluation_parts: Sequence[tuple[str, Any]] = ()  # (set, part): whose descriptors are compared with the corpus'
+    evaluation_parts: Sequence[tuple[str, Any]] = ()  # (set, part) whose descriptors are compared
 
     @property
     def image(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
 
 
 def _without_unlabelled_splits(source: Source) -> Source:
-    """Drops splits of a source without any label, such as the test set of a competition."""
+    """Drops the splits of a source that have no labels, such as the test set of a competition."""
     if not source.listed:
         return source  # labels of archives are known only after reading; `finish` drops such splits
     labelled = source.fragments.filter(pc.is_valid(source.fragments["labels"]))["split"]

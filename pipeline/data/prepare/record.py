@@ -20,7 +20,7 @@ from pipeline.data.format import REJECTS, Manifest
 from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description, data_name
 
-EVERY = 10.0  # seconds between progress records
+EVERY = 10.0  # seconds between two progress records
 MAX_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run
 
 
@@ -56,7 +56,7 @@ class Record:
         return run
 
     def progress(self, inputs: int, rejects: int) -> None:
-        """Logs the progress of this attempt every ten seconds. Before the run has started, keeps it for later."""
+        """Logs the progress of this attempt every ten seconds. Keeps the newest values until the run has started."""
         now = time.monotonic()
         rate = inputs / max(now - self._entered, 1e-9)
         self._newest = {names.INPUTS: inputs, names.REJECTS: rejects, names.PREPARED_PER_SECOND: rate}

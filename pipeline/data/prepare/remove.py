@@ -1,4 +1,4 @@
-"""Removes rows of the corpus that repeat another of its rows, or, with `--deduplicate report`, only lists them."""
+"""Removes duplicate rows from the corpus, or only lists them with `--deduplicate report`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from pipeline.data.prepare.pairs import ROW_BITS, finish_units, places_of_rows, 
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 
 Removals = dict[int, Removal]
-"""By row: its slice << 32 | its place in the slice."""
+"""{row number: removal}; a row number is slice << 32 | row in the slice."""
 
 
 def deduplicated_name(number: int) -> str:
@@ -18,7 +18,7 @@ def deduplicated_name(number: int) -> str:
 
 
 def remove_duplicates(plan: PreparePlan, removals: Removals) -> None:
-    """Writes the slices that lose rows again, from their own shards, with a receipt of their own."""
+    """Rewrites the slices that lose rows, from their own shards, with a new receipt."""
     wanted: dict[int, set[int]] = {}
     for removal in removals.values():
         wanted.setdefault(removal.first >> 32, set()).add(removal.first & ROW_BITS)
@@ -31,7 +31,7 @@ def remove_duplicates(plan: PreparePlan, removals: Removals) -> None:
     units: dict[str, tuple[int, dict[int, tuple[str, Removal]]]] = {}
     for row, removal in sorted(removals.items()):
         number = row >> 32
-        match = keys.get(removal.first, "")  # keys of evaluation images are beside their small copies
+        match = keys.get(removal.first, "")  # the keys of evaluation images are stored with their small copies
         units.setdefault(deduplicated_name(number), (number, {}))[1][row & ROW_BITS] = (match, removal)
     finish_units(plan, units, _keep_rows)
 
@@ -48,7 +48,7 @@ def _keys(plan: PreparePlan, number: int, rows: set[int]) -> Iterator[tuple[int,
 
 
 def _keep_rows(unit: tuple[int, dict[int, tuple[str, Removal]]], plan: PreparePlan) -> dict[str, Any]:
-    """Copies the rows of a slice that stay; the receipt says which were removed, or with `report` would have been."""
+    """Copies the rows of a slice that are kept. The receipt lists the removed rows, or with `report` the duplicates."""
     number, removals = unit
     (receipt,), places = plan.receipts.read([slice_name(number)]), places_of_rows(plan, number)
     at = {places[row]: row for row in removals}
@@ -83,7 +83,7 @@ def _keep_rows(unit: tuple[int, dict[int, tuple[str, Removal]]], plan: PreparePl
         for where, records in found.items():
             attach_pictures(records, pictures[where])
             receipt[where].setdefault(name, []).extend(records)
-        # mean and deviation stay those measured before the duplicates were removed
+        # keep the mean and standard deviation that were measured before the removal
         receipt["splits"][name] = writer.receipt.to_dict() | {"pixels": receipt["splits"][name]["pixels"]}
     return receipt
 
