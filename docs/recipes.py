@@ -20,7 +20,7 @@ ON_A_LAPTOP = ("demo", "masked_demo", "cifar10")
 HEAD = f"""# Recipes
 
 `python jobs/pretrain.py --recipe NAME` starts a run; each value has a flag. GPU-hours and cost are estimates of `jobs/plan.py` for
-{GPUS} {GPU.upper()} GPUs at the default price and utilisation, not measurements. `python docs/recipes.py` generates this page.
+{GPUS} {GPU.upper()} GPUs at the default price, from [measured training steps](benchmarks.md#gpus), without communication. `python docs/recipes.py` generates this page.
 """
 
 

@@ -7,6 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 
+# Operations that multiply with weights; all others that the counter knows belong to attention.
+WITH_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+
 
 def parameters(config: dict) -> int:
     """Number of parameters of `create_model(**config)`; nothing is allocated."""
@@ -21,11 +24,23 @@ def flops(config: dict, computed: bool = False, patch_keep_rate: float = 1.0) ->
     block answers only that token's query, which saves 6% of B/16. Use it for the utilisation of the hardware.
     patch_keep_rate: share of the patches that the model sees (token dropping).
     """
-    return _count(tuple(sorted(config.items())), computed, patch_keep_rate)
+    return _count(tuple(sorted(config.items())), computed, patch_keep_rate)[0]
+
+
+def attention_flops(config: dict, patch_keep_rate: float = 1.0) -> int:
+    """The part of `flops(config, computed=True)` in the products of queries with keys and of weights with values."""
+    return _count(tuple(sorted(config.items())), True, patch_keep_rate)[1]
+
+
+def token_features(config: dict, patch_keep_rate: float = 1.0) -> int:
+    """Features of all tokens of one image, summed over the transformer blocks: T x D x blocks."""
+    model = _on_meta(config)
+    return (max(1, round(patch_keep_rate * model.grid**2)) + model.prefix) * model.shape.width * len(model.blocks)
 
 
 @functools.lru_cache(maxsize=64)
-def _count(config: tuple, computed: bool, patch_keep_rate: float) -> int:
+def _count(config: tuple, computed: bool, patch_keep_rate: float) -> tuple[int, int]:
+    """(all FLOPs, those of attention)"""
     model = _on_meta(dict(config)).eval().requires_grad_(False)  # the counter's hooks fail on parameters with gradients
     size, channels = model.config["image_size"], model.config["channels"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -36,7 +51,9 @@ def _count(config: tuple, computed: bool, patch_keep_rate: float) -> int:
                 1, max(1, round(patch_keep_rate * model.grid**2)), dtype=torch.long, device="meta"
             )
         model(image, **kept) if computed else model.head(model.features(image, **kept, every_token=True))
-    return counter.get_total_flops()
+    total = counter.get_total_flops()
+    by_operation = counter.get_flop_counts()["Global"]
+    return total, total - sum(by_operation.get(operation, 0) for operation in WITH_WEIGHTS)
 
 
 def _on_meta(config: dict):

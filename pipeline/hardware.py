@@ -24,6 +24,8 @@ class Gpu:
     """Device memory in bytes."""
     peak_flops: float
     """Dense bf16 peak in FLOP/s (no sparsity); MFU is relative to it."""
+    memory_bandwidth: float
+    """Bytes per second of the device memory."""
     node_bandwidth: float
     """Bytes per second from one GPU to the others of its node: NVLink, or PCIe where there is none."""
     network: float
@@ -33,27 +35,27 @@ class Gpu:
     """What the driver calls the device, exactly: neighbours by name (L4, L40, L40S) differ by a factor of three."""
 
 
-# Peaks and memory are those of the vendor's data sheets, "H100 SXM" and "H100 PCIe" apart.
+# Peaks, memory and its bandwidth are those of the vendor's data sheets, "H100 SXM" and "H100 PCIe" apart.
 GPUS = {
-    "h100": Gpu(80e9, 989.5e12, 450e9, 400e9, ("NVIDIA H100 80GB HBM3",)),
-    "h100-pcie": Gpu(80e9, 756e12, 64e9, 50e9, ("NVIDIA H100 PCIe",)),
-    "h100-nvl": Gpu(94e9, 835.5e12, 64e9, 50e9, ("NVIDIA H100 NVL",)),
-    "h200": Gpu(141e9, 989.5e12, 450e9, 400e9, ("NVIDIA H200",)),
-    "h200-nvl": Gpu(141e9, 835.5e12, 64e9, 50e9, ("NVIDIA H200 NVL",)),
-    "gh200": Gpu(96e9, 989.5e12, 450e9, 50e9, ("NVIDIA GH200 480GB", "NVIDIA GH200 120GB")),
-    "h800": Gpu(80e9, 989.5e12, 200e9, 400e9, ("NVIDIA H800",)),
-    "h20": Gpu(96e9, 148e12, 450e9, 400e9, ("NVIDIA H20",)),
-    "b200": Gpu(180e9, 2250e12, 900e9, 400e9, ("NVIDIA B200",)),
-    "b300": Gpu(270e9, 2250e12, 900e9, 800e9, ("NVIDIA B300 SXM6 AC",)),
-    "a100": Gpu(80e9, 312e12, 300e9, 50e9, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
-    "a100-40gb": Gpu(40e9, 312e12, 300e9, 50e9, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
-    "a800": Gpu(80e9, 312e12, 200e9, 50e9, ("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe")),
-    "l40s": Gpu(48e9, 362e12, 32e9, 50e9, ("NVIDIA L40S",)),
-    "l40": Gpu(48e9, 181e12, 32e9, 50e9, ("NVIDIA L40",)),
-    "a10g": Gpu(24e9, 70e12, 16e9, 12.5e9, ("NVIDIA A10G",)),
-    "l4": Gpu(24e9, 121e12, 16e9, 12.5e9, ("NVIDIA L4",)),
-    "v100": Gpu(32e9, 125e12, 150e9, 12.5e9, ("Tesla V100-SXM2-32GB", "Tesla V100-SXM3-32GB")),
-    "v100-16gb": Gpu(16e9, 125e12, 150e9, 12.5e9, ("Tesla V100-SXM2-16GB",)),
+    "h100": Gpu(80e9, 989.5e12, 3.35e12, 450e9, 400e9, ("NVIDIA H100 80GB HBM3",)),
+    "h100-pcie": Gpu(80e9, 756e12, 2.0e12, 64e9, 50e9, ("NVIDIA H100 PCIe",)),
+    "h100-nvl": Gpu(94e9, 835.5e12, 3.9e12, 64e9, 50e9, ("NVIDIA H100 NVL",)),
+    "h200": Gpu(141e9, 989.5e12, 4.8e12, 450e9, 400e9, ("NVIDIA H200",)),
+    "h200-nvl": Gpu(141e9, 835.5e12, 4.8e12, 64e9, 50e9, ("NVIDIA H200 NVL",)),
+    "gh200": Gpu(96e9, 989.5e12, 4.0e12, 450e9, 50e9, ("NVIDIA GH200 480GB", "NVIDIA GH200 120GB")),
+    "h800": Gpu(80e9, 989.5e12, 3.35e12, 200e9, 400e9, ("NVIDIA H800",)),
+    "h20": Gpu(96e9, 148e12, 4.0e12, 450e9, 400e9, ("NVIDIA H20",)),
+    "b200": Gpu(180e9, 2250e12, 8.0e12, 900e9, 400e9, ("NVIDIA B200",)),
+    "b300": Gpu(270e9, 2250e12, 8.0e12, 900e9, 800e9, ("NVIDIA B300 SXM6 AC",)),
+    "a100": Gpu(80e9, 312e12, 2.04e12, 300e9, 50e9, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "a100-40gb": Gpu(40e9, 312e12, 1.56e12, 300e9, 50e9, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+    "a800": Gpu(80e9, 312e12, 2.04e12, 200e9, 50e9, ("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe")),
+    "l40s": Gpu(48e9, 362e12, 0.86e12, 32e9, 50e9, ("NVIDIA L40S",)),
+    "l40": Gpu(48e9, 181e12, 0.86e12, 32e9, 50e9, ("NVIDIA L40",)),
+    "a10g": Gpu(24e9, 70e12, 0.6e12, 16e9, 12.5e9, ("NVIDIA A10G",)),
+    "l4": Gpu(24e9, 121e12, 0.3e12, 16e9, 12.5e9, ("NVIDIA L4",)),
+    "v100": Gpu(32e9, 125e12, 0.9e12, 150e9, 12.5e9, ("Tesla V100-SXM2-32GB", "Tesla V100-SXM3-32GB")),
+    "v100-16gb": Gpu(16e9, 125e12, 0.9e12, 150e9, 12.5e9, ("Tesla V100-SXM2-16GB",)),
 }
 USABLE_MEMORY = 0.92
 """Share of a GPU's memory that a run may plan with; the rest is for the CUDA context, NCCL, kernels and the allocator's fragments."""

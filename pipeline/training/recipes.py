@@ -136,7 +136,8 @@ def s16_imagenet_90ep() -> PretrainConfig:
     Hardware: 2 GPUs with 512 images each; any number that divides the 64 lanes. With 8, a step of 128 images is
     shorter than the host needs to launch it (by estimate, not measured): `--engine.compile-mode reduce-overhead`
     then records CUDA graphs.
-    Cost: 3.16 exaFLOPs, 2.2 H100-hours at 40% MFU; the source took 6 to 7 hours of a TPUv3-8.
+    Cost: 3.16 exaFLOPs; the source took 6 to 7 hours of a TPUv3-8. `jobs/plan.py --recipe s16_imagenet_90ep` estimates
+    hours and dollars.
     Result: 76.5% top-1 on ImageNet, as reported.
     """
     return PretrainConfig(
@@ -166,7 +167,7 @@ def masked_jft() -> PretrainConfig:
     Command: `python jobs/pretrain.py --recipe masked_jft --data URI --output URI`; `--steps 100000steps` for most
     of the gain.
     Hardware: 8 GPUs; any number that divides the 256 lanes.
-    Cost: 432 exaFLOPs, 303 H100-hours at 40% MFU.
+    Cost: 432 exaFLOPs; `jobs/plan.py --recipe masked_jft` estimates hours and dollars.
     Result: 79.9% on ImageNet after fine-tuning, 2 points above training from scratch, as reported.
     """
     return PretrainConfig(
@@ -389,13 +390,12 @@ def _slug(variant: str) -> str:
 def _documented(
     recipe: partial[PretrainConfig], name: str, headline: str, source: str, exaflops: float, result: str
 ) -> Callable[[], PretrainConfig]:
-    hours = exaflops * 1e18 / (0.4 * 989.5e12) / 3600
     recipe.__doc__ = f"""{headline}
 
     Source: {source}.
     Command: `python jobs/pretrain.py --recipe {name} --data URI --output URI`, on JPEG shards.
     Hardware: 8 GPUs; any number that divides the 256 lanes.
-    Cost: {exaflops:g} exaFLOPs, {hours:,.{0 if hours > 10 else 1}f} H100-hours at 40% MFU.
+    Cost: {exaflops:g} exaFLOPs; `jobs/plan.py --recipe {name}` estimates hours and dollars.
     Result: {result}.
     """
     return recipe

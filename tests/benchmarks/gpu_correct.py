@@ -119,7 +119,7 @@ def curves(bench: Bench) -> None:
         "fp32 recomputed": ({"zero": 1, "precision": "fp32", "activation_checkpointing": True}, 1e-3),
         "fp32 offload": ({"zero": 1, "precision": "fp32", "offload": True}, 1e-3),
         "fp32 compiled": ({"zero": 1, "precision": "fp32", "compile": compiled}, 1e-3),
-        "tf32": ({"zero": 1, "precision": "fp32", "tf32": True}, 2e-2),
+        "tf32": ({"zero": 1, "precision": "fp32", "tf32": True}, BF16),
         "bf16 ZeRO-0": ({"zero": 0}, BF16),
         "bf16 ZeRO-1": ({"zero": 1}, BF16),
         "bf16 compiled": ({"zero": 1, "compile": compiled}, BF16),

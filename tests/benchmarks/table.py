@@ -109,6 +109,20 @@ def train_step(result: dict) -> Iterator[Row]:
     yield "The same on two workers with a core each", f"{two:.1f} images/s", f"one worker {one:.1f} images/s"
 
 
+def gpu(result: dict) -> Iterator[Row]:
+    steps = {(row["variant"], row["row"]): row for row in result["rows"] if row["what"] == "step"}
+    for variant in ("S/16", "B/16", "L/16", "H/14"):
+        ours = steps[variant, "ours"]
+        names = {"torch": "plain PyTorch", "timm": "timm"}
+        beside = ", ".join(
+            f"{name} {steps[variant, row]['images_per_second']:,.0f}"
+            for row, name in names.items()
+            if (variant, row) in steps
+        )
+        rate = f"{ours['images_per_second']:,.0f} images/s, {ours['mfu_architecture']:.1%} MFU"
+        yield f"Compiled training step of {variant}, bf16, one H100, {ours['batch']} images", rate, beside
+
+
 def transfer(result: dict) -> Iterator[Row]:
     features = result["features"]
     yield "Features for probes, share of a bare torch loop", f"{features['share']:.0%}", ""
@@ -136,6 +150,7 @@ SECTIONS = {
     "decontamination": decontamination,
     "model_speed": model,
     "train_step_cpu": train_step,
+    "gpu_h100": gpu,
     "transfer_speed": transfer,
     "pipeline_overhead": pipeline,
 }

@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from models import create_model
+from models.cost import parameters
 from models.losses import training_loss
 from pipeline.errors import UserError
+from pipeline.hardware import find_gpu
 from pipeline.operations.planning import estimate
 from pipeline.operations.planning.config import GB, PlanConfig
 from pipeline.operations.planning.costs import checkpoint_bytes, checkpoint_interval
 from pipeline.operations.planning.estimate import plan
+from pipeline.operations.planning.speed import step_seconds
 from pipeline.operations.planning.table import table
 from pipeline.training.config import EngineConfig
 from pipeline.training.memory import activations, model_states
@@ -45,7 +49,7 @@ def test_training_compute_is_the_papers(recipe, monkeypatch):
 
 def test_the_papers_largest_run():
     """303M images x 14 epochs of H/14 on 64 H100 at 40%: about 47 hours, 3,000 GPU-hours, $7,500."""
-    result = planned(recipe="h14_jft300m_14ep", gpus=64, price=2.5, corpus_images=300e6)
+    result = planned(recipe="h14_jft300m_14ep", gpus=64, price=2.5, mfu=0.4, corpus_images=300e6)
     assert result["model"]["parameters"] == pytest.approx(632e6 + 1280 * 18_291, rel=0.01)
     run = result["run"]
     assert run["hours"] == pytest.approx(47, rel=0.02)
@@ -157,7 +161,8 @@ def test_a_recomputing_run_is_slower():
     base = RECIPES["b16_imagenet"]()
     slow = dataclasses.replace(base, engine=EngineConfig(activation_checkpointing=True))
     rates = [
-        plan(PlanConfig(training=training), "b16_imagenet")["run"]["images_per_second"] for training in (base, slow)
+        plan(PlanConfig(training=training, mfu=0.4), "b16_imagenet")["run"]["images_per_second"]
+        for training in (base, slow)
     ]
     assert rates[1] == pytest.approx(rates[0] * 3 / 4)
 
@@ -192,13 +197,29 @@ def test_impossible_plans_are_refused(changes, message):
         planned(**changes)
 
 
-# images/s that others published -> what the plan says at its default MFU of 40%, as docs/benchmarks.md states
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_steps_measured_on_an_h100_are_within_the_error_that_the_documents_state():
+    rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
+    steps = [row for row in rows if row["what"] == "step" and row["row"] == "ours"]
+    assert {row["variant"] for row in steps} == {"S/16", "B/16", "L/16", "H/14"}
+    for row in steps:
+        options = {"variant": row["variant"], "num_classes": 1000, "image_size": 224}
+        seconds = step_seconds(find_gpu("h100"), options, images=row["batch"], partition=1)
+        assert seconds == pytest.approx(row["ms"] / 1e3, rel=0.05)
+        each, largest = activations(options)
+        used = model_states(parameters(options), 1, 1) + row["batch"] * each + largest
+        assert used == pytest.approx(row["gb"] * GB, rel=0.05)  # measured while compiled
+
+
+# images/s that others published -> what the plan says, as docs/benchmarks.md states
 PUBLISHED = [
-    ({"gpus": 8, "gpu": "h100"}, "g/14", 4096, 1428, 1976),
-    ({"gpus": 128, "gpu": "h100"}, "g/14", 4096, 21561, 31621),
-    ({"gpus": 8, "gpu": "a100"}, "g/14", 4096, 693, 623),
-    ({"gpus": 128, "gpu": "a100"}, "g/14", 4096, 10644, 9970),
-    ({"gpus": 1, "gpu": "h100"}, "S/16", 256, 8003, None),
+    ({"gpus": 8, "gpu": "h100"}, "g/14", 4096, 1428, 2597),
+    ({"gpus": 128, "gpu": "h100"}, "g/14", 4096, 21561, 41555),
+    ({"gpus": 8, "gpu": "a100"}, "g/14", 4096, 693, 910),
+    ({"gpus": 128, "gpu": "a100"}, "g/14", 4096, 10644, 14554),
+    ({"gpus": 1, "gpu": "h100"}, "S/16", 256, 8003, 10463),
 ]
 
 
@@ -213,9 +234,8 @@ def test_published_runs_are_within_the_error_that_the_documents_state(
     model = dataclasses.replace(training.model, variant=variant)
     training = dataclasses.replace(training, model=model, batch_size=batch)
     rate = plan(PlanConfig(training=training, **hardware), "b16_imagenet")["run"]["images_per_second"]
-    assert 0.85 < rate / measured < 1.8
-    if expected:
-        assert rate == pytest.approx(expected, rel=0.01)
+    assert 1 < rate / measured < 2  # other programs than this one, with communication
+    assert rate == pytest.approx(expected, rel=0.01)
 
 
 def test_a_small_model_is_limited_by_launching_and_says_so():

@@ -54,8 +54,7 @@ def test_docstring_tells_the_cost(name):
     # Without heads: less than 0.1%. The paper counts its ResNets at 4 to 5% less than they take.
     forward = flops({"variant": config.model.variant, "num_classes": 0, "image_size": config.image_size})
     assert exaflops == pytest.approx(3 * forward * plan.total * config.batch_size / 1e18, rel=0.05)
-    hours = float(re.search(r"([\d,.]+) H100-hours", text)[1].replace(",", ""))
-    assert hours == pytest.approx(exaflops * 1e18 / (0.4 * 989.5e12) / 3600, rel=0.03)
+    assert f"jobs/plan.py --recipe {name}" in text
 
 
 @pytest.mark.slow

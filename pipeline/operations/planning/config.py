@@ -32,8 +32,9 @@ class PlanConfig:
     """GPUs per machine."""
     price: float = 2.5
     """Price in $ per GPU-hour."""
-    mfu: float = 0.4
-    """Model FLOPs utilisation, 0 to 1: the achieved fraction of the GPU's dense bf16 peak, without recomputation."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1: the achieved fraction of the GPU's dense bf16 peak, without recomputation. None:
+    estimated from measurements on an H100."""
     read_gbps: float = 1.0
     """Speed at which one node reads shards, in GB/s."""
     images: float | None = None

@@ -7,6 +7,7 @@ from pipeline import config as configuration
 from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.hardware import find_gpu
 from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
+from pipeline.operations.planning.speed import step_seconds
 
 # A stored image of side 256 (jpeg) or 224 (patches), and the CPU time to hand it to the device, cropped and flipped
 # (tests/benchmarks/results/loader_speed.json, one core). A part of the time is the same for the smallest image (32 px:
@@ -78,19 +79,18 @@ def paper_costs(config: PlanConfig) -> list[dict[str, Any]]:
     from pipeline.training.plan import model_options
     from pipeline.training.recipes import RECIPES
 
-    peak = find_gpu(config.gpu).peak_flops
     rows = []
     for recipe, core_days in PAPER_CORE_DAYS.items():
         training = RECIPES[recipe]()
         images, classes = next(size for key, size in CORPORA.items() if key in recipe)
         steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
-        total = (
-            3
-            * flops(model_options(training, classes), patch_keep_rate=training.patch_keep_rate)
-            * steps
-            * training.batch_size
-        )
-        hours = total / (peak * config.mfu) / 3600
+        options, keep = model_options(training, classes), training.patch_keep_rate
+        seconds = config.gpus * step_seconds(
+            find_gpu(config.gpu), options, images=training.batch_size / config.gpus, partition=1 / config.gpus,
+            patch_keep_rate=keep, mfu=config.mfu,
+        )  # fmt: skip
+        hours = steps * seconds / 3600
+        total = 3 * flops(options, patch_keep_rate=keep) * steps * training.batch_size
         rows.append(
             {
                 "recipe": recipe,

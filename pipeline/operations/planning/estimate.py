@@ -19,6 +19,7 @@ from pipeline.operations.planning.costs import (
     prepare_plan,
 )
 from pipeline.operations.planning.memory import memory
+from pipeline.operations.planning.speed import step_seconds
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
@@ -33,7 +34,8 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     lanes."""
     training, gpu = config.training, find_gpu(config.gpu)
     for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores", "read_gbps"):
-        if getattr(config, flag) <= 0:
+        value = getattr(config, flag)
+        if value is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
     images, classes = find_corpus(config, recipe)
     check_layout(training.batch_size, training.lanes or default_lanes(training.batch_size, images), config.gpus)
@@ -55,7 +57,7 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
             "gpu": config.gpu.lower(),
             "nodes": nodes,
             "memory": gpu.memory,
-            "mfu": config.mfu,
+            "mfu": run["mfu"],
             "cpus_per_worker": training.runtime.cpus_per_worker,
         },
         "memory": needed,
@@ -76,7 +78,7 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
     of `limits`; wanted_images_per_second is that of a run which never waits for data."""
     training = config.training
     train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
-    rates = limits(config, options, train_flops, split)
+    rates = limits(config, options, split)
     rate = min(rates.values())
     steps = configuration.steps(training.steps, batch_size=training.batch_size, examples_per_epoch=images)
     seen = steps * training.batch_size
@@ -87,6 +89,7 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
         "train_exaflops": seen * train_flops / 1e18,
         "images_per_second": rate,
         "wanted_images_per_second": min(rates["gpus"], rates["launching"]),
+        "mfu": rates["gpus"] * train_flops / (config.gpus * find_gpu(config.gpu).peak_flops),
         "limits": rates,
         "limited_by": min(rates, key=lambda name: rates[name]),
         "step_seconds": training.batch_size / rate,
@@ -96,21 +99,25 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
     }
 
 
-def limits(config: PlanConfig, options: dict[str, Any], train_flops: float, split: dict[str, Any]) -> dict[str, float]:
-    """Images per second that each part of the run allows: the GPUs at the given MFU, the launching of their kernels,
-    the decoding of JPEG shards on the CPUs, and reading them.
+def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -> dict[str, float]:
+    """Images per second that each part of the run allows: the GPUs, the launching of their kernels, the decoding of JPEG
+    shards on the CPUs, and reading them.
 
     Communication between GPUs is not among them (tests/benchmarks/scaling.py models it).
     """
     training, nodes = config.training, math.ceil(config.gpus / config.gpus_per_node)
-    again = (3 + recomputed_share(training)) / 3  # blocks are computed and launched once more
+    passes = 3 + recomputed_share(training)
     image = data_plane(config, 1, 1, 1.0)["jpeg"]
     micro = training.engine.micro_batch
     parts = training.batch_size // config.gpus // micro if micro else split["accumulation"]
     cores = max(1, training.runtime.cpus_per_worker - LAUNCHING)
+    computing = step_seconds(
+        find_gpu(config.gpu), options, images=training.batch_size / config.gpus, passes=passes, mfu=config.mfu,
+        partition=1 / config.gpus if training.engine.zero else 1.0, patch_keep_rate=training.patch_keep_rate,
+    )  # fmt: skip
     return {
-        "gpus": config.gpus * find_gpu(config.gpu).peak_flops * config.mfu / train_flops / again,
-        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * BLOCK_LAUNCH_SECONDS * again),
+        "gpus": training.batch_size / computing,
+        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * BLOCK_LAUNCH_SECONDS * passes / 3),
         "decoding": config.gpus * cores / image["cores"],
         "reading": nodes * config.read_gbps * GB / image["read_bytes_per_second"],
     }
