@@ -71,7 +71,8 @@ class PipelineRecord:
             markdown = report.page(self.plan, states, rows, links)
             run.log_bytes(picture, "graph.png")
             run.log_text(markdown, "report.md")
-            # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the links.
+            # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the
+            # links.
             run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
             again = f"{CONTINUE} the same command again runs what is not done."
             text = f"{command_paragraph()}\n\n{again}\n\n{markdown}"

@@ -1,18 +1,18 @@
-"""Runs in MLflow: the only package that imports it, and the one place that names metrics and tags.
+"""Runs in MLflow. No other package imports MLflow or defines names of metrics and tags.
 
-names        every experiment, metric and tag name
-run          start_run, attach_run, Run: what jobs log through, never waiting for the server
-spool        the buffer on disk behind them; `python -m pipeline.tracking upload` delivers what was left
-delivery     sending a spool's records to the server
-server       the server's address, its client, and what its refusals mean
+names        names of experiments, metrics and tags
+run          start_run, attach_run, Run: the interface for jobs, which do not wait for the server
+spool        buffer on disk; `python -m pipeline.tracking upload` delivers remaining records
+delivery     sends the records of a spool to the server
+server       the server's address, its client and its errors
 environment  commit, devices and packages of a run
-system       SystemMetrics: CPU, memory, network and GPUs of one node, logged into the run
+system       SystemMetrics: CPU, memory, network and GPUs of one node
 registry     registered models and their scores
-search       reading runs back
-leaderboard  transfer results beside the pre-training runs behind them
-views        what a person sees first in MLflow's UI
-artifacts    files that MLflow keeps, on this machine
-classifier   the code that a registered model brings along
+search       reads runs
+leaderboard  transfer results with their pre-training runs
+views        prepared views of experiments in MLflow's UI
+artifacts    downloads artifacts
+classifier   the code in a registered model
 """
 
 from pipeline.tracking.run import Run, attach_run, start_run

@@ -1,10 +1,10 @@
-"""MLflow's UI, and records that are still to be delivered.
+"""Opens MLflow's UI and uploads records that runs could not deliver.
 
     python -m pipeline.tracking ui       the UI and a leaderboard, on the database that the jobs write
-    python -m pipeline.tracking upload   delivers what runs could not
-    python -m pipeline.tracking list     shows what is waiting
+    python -m pipeline.tracking upload   uploads records that runs could not deliver
+    python -m pipeline.tracking list     lists records that have not been delivered
 
-Exit code of upload: 0 nothing is left, 1 some records are still here (each with the reason).
+Exit code of upload: 0 if all records were delivered, 1 if some remain (each is listed with the reason).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.delivery import deliver_all
 from pipeline.tracking.spool import Spool, Waiting, look_up, spool_root
 
-REASONS = 10  # refused records that are named for each run
+REASONS = 10  # maximum number of refused records to list for each run
 
 
 def main() -> NoReturn:
@@ -48,12 +48,12 @@ def main() -> NoReturn:
         sys.exit(0)
     waiting = look_up()
     if not waiting.abandoned and not waiting.unreadable:
-        print(f"nothing is waiting in {spool_root()}")
+        print(f"no undelivered records in {spool_root()}")
     left = list_waiting(waiting) if command == "list" else upload(waiting)
     for folder in waiting.in_use:
-        print(f"in use: {folder} belongs to a run that is still going on and delivers by itself")
+        print(f"in use: {folder} belongs to an active run, which delivers its own records")
     for folder, why in waiting.unreadable.items():
-        print(f"cannot be read: {folder}: {why}; nothing in it was touched", file=sys.stderr)
+        print(f"cannot be read: {folder}: {why}; the folder was left unchanged", file=sys.stderr)
     sys.exit(1 if command == "upload" and (left or waiting.unreadable) else 0)
 
 
@@ -64,13 +64,13 @@ def describe_spool(spool: Spool) -> str:
 
 def list_waiting(waiting: Waiting) -> int:
     for spool in waiting.abandoned:
-        print(f"{describe_spool(spool)}: {spool.pending} records, and {spool.rejected} refused ones, in {spool.folder}")
+        print(f"{describe_spool(spool)}: {spool.pending} undelivered, {spool.rejected} refused; in {spool.folder}")
         spool.close()
     return len(waiting.abandoned)
 
 
 def upload(waiting: Waiting) -> int:
-    """Delivers every abandoned spool; the number of records that are left."""
+    """Delivers every abandoned spool. Returns the number of records that remain."""
     left = 0
     for spool, done in deliver_all(waiting.abandoned):
         what = describe_spool(spool)
@@ -78,13 +78,15 @@ def upload(waiting: Waiting) -> int:
             print(f"uploaded {what}: {done.delivered} records")
             continue
         left += done.left
-        print(f"uploaded {done.delivered} records of {what}; {done.left} are left in {spool.folder}", file=sys.stderr)
+        print(
+            f"uploaded {done.delivered} records of {what}; remaining: {done.left}, in {spool.folder}", file=sys.stderr
+        )
         if done.error:
             print(f"  not sent: {done.error}", file=sys.stderr)
         for reason in done.reasons[:REASONS]:
             print(f"  refused: {reason}", file=sys.stderr)
         if len(done.reasons) > REASONS:
-            print(f"  and {len(done.reasons) - REASONS} more, in rejected.jsonl there", file=sys.stderr)
+            print(f"  and {len(done.reasons) - REASONS} more, listed in rejected.jsonl", file=sys.stderr)
     return left
 
 

@@ -1,4 +1,4 @@
-"""Files that MLflow keeps, on this machine."""
+"""Downloads artifacts from MLflow."""
 
 import tempfile
 
@@ -12,8 +12,8 @@ SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 def fetch(uri: str, tracking_uri: str | None = None) -> str:
     """A local folder with the artifacts of `models:/name/version`, `models:/name@alias` or `runs:/id/path`.
 
-    Any other URI comes back as it is. The folder lives until the process ends. Raises UserError when there is no such
-    model, run or path.
+    Any other URI is returned unchanged. The folder is removed when the process ends. Raises UserError if the model, run
+    or path does not exist.
     """
     if not uri.startswith(SCHEMES):
         return uri
@@ -23,11 +23,11 @@ def fetch(uri: str, tracking_uri: str | None = None) -> str:
     folder = tempfile.TemporaryDirectory(prefix="mlflow-artifacts-")
     _KEPT.append(folder)
     try:
-        with process_wide(where):  # registered models are looked up there, whatever the argument says
+        with process_wide(where):  # MLflow looks up registered models on its global server only
             return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=mlflow_address(where))
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise UserError(f"{uri}: {redacted(str(error).splitlines()[0])}; MLflow is at {redacted(where)}") from error
 
 
 _KEPT: list[tempfile.TemporaryDirectory] = []
-"""Temporary folders, removed with the process."""
+"""Temporary folders, removed when the process ends."""

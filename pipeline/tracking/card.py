@@ -1,6 +1,6 @@
-"""The model card of a registered version: what it is, on which data, how good, under which licences.
+"""The model card of a registered version: the model, its training data, its scores and its licences.
 
-It is the description of the version in MLflow, and README.md among its files.
+The card is the description of the version in MLflow, and README.md in its files.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ NOT_STATED = "not stated"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """What a card is made of. Dataset manifests are those that can be read now, else empty."""
+    """The content of a card. Dataset manifests that cannot be read are empty."""
 
     checkpoint: str
     commit: Mapping[str, Any]
@@ -54,15 +54,15 @@ def _runtime(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Markdown. evaluations: {suite:suite version: {mean, spread, scores}}, accuracies in percent."""
+    """The card as Markdown. evaluations: {suite:suite version: {mean, spread, scores}}, accuracies in percent."""
     model, commit, runtime = facts.config.get("model", {}), facts.commit, _runtime(facts.config)
     step, images = commit.get("step"), commit.get("images_seen")
     lines = [
         f"**Model:** {model.get('variant', 'unknown')} at {model.get('image_size', '?')} px, "
         f"{model.get('num_classes', '?')} classes; step {step}{f', {images:,} images seen' if images else ''}"
         f"{f', recipe {facts.recipe}' if facts.recipe else ''}.",
-        f"**Input:** RGB images, shorter side to 8/7 of {model.get('image_size', '?')} px, centre crop; "
-        "the pixels are normalised inside.",
+        f"**Input:** RGB images, shorter side resized to 8/7 of {model.get('image_size', '?')} px, centre crop; "
+        "the model normalises the pixels.",
         _data_line("Training data", runtime.get("data"), facts.data),
         _decontamination_line(facts.data),
         _validation_line(commit.get("metrics", {}), runtime.get("validation"), facts.validation),
@@ -82,7 +82,7 @@ def _manifest_config(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _data_line(title: str, uri: Any, manifest: Mapping[str, Any]) -> str:
     if not manifest:
-        return f"**{title}:** {uri or NOT_STATED}; its manifest cannot be read from here."
+        return f"**{title}:** {uri or NOT_STATED}; its manifest cannot be read."
     sources = ", ".join(map(str, _manifest_config(manifest).get("source") or ())) or NOT_STATED
     return (
         f"**{title}:** {uri}, fingerprint {manifest.get('fingerprint')}: {manifest.get('rows', 0):,} images of "
@@ -97,7 +97,7 @@ def _decontamination_line(manifest: Mapping[str, Any]) -> str:
     duplicates = manifest.get("duplicates")
     removed = f" {duplicates:,} images were removed in all." if isinstance(duplicates, int) and duplicates else ""
     if not sets:
-        return f"**Decontamination:** none; the training data may hold images of evaluation sets.{removed}"
+        return f"**Decontamination:** none; the training data may contain images of evaluation sets.{removed}"
     return f"**Decontamination:** without the images of {', '.join(map(str, sets))}.{removed}"
 
 

@@ -1,8 +1,8 @@
-"""The model that `mlflow.pyfunc.load_model` gives: bytes of images in, class and probability out.
+"""The model that `mlflow.pyfunc.load_model` returns: it maps encoded images to classes and probabilities.
 
-MLflow copies this file into every registered model (models from code: nothing is pickled) together with the package
-`models` and the checkpoint's weights, so that serving needs torch, safetensors, numpy, pandas and Pillow, and
-neither Ray nor DeepSpeed nor the rest of this project.
+MLflow copies this file into every registered model (as code, without pickle) together with the package `models` and the
+weights of the checkpoint. Serving needs torch, safetensors, numpy, pandas and Pillow, but not Ray, DeepSpeed or the
+rest of this project.
 """
 
 import io
@@ -32,7 +32,7 @@ class Classifier(PythonModel):
         self.model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
         self.size = int(config["model"]["image_size"])
         self.channels = int(config["model"].get("channels", 3))
-        # trained with one sigmoid per class (several labels an image), or with a softmax
+        # trained with one sigmoid per class (multi-label data) or with a softmax
         self.multilabel = config.get("pretrain", {}).get("loss") == "sigmoid"
         self.classes = config.get("classes") or [str(index) for index in range(int(config["model"]["num_classes"]))]
 
@@ -46,7 +46,8 @@ class Classifier(PythonModel):
         return pd.DataFrame({"label": labels, "index": index.numpy(), "probability": probability.double().numpy()})
 
     def _pixels(self, data: bytes) -> np.ndarray:
-        """uint8 (size, size, channels): short side to 8/7 of the size, then the centre, as in validation."""
+        """uint8 (size, size, channels): the shorter side resized to 8/7 of the size,
+        then a centre crop, as in validation."""
         image = Image.open(io.BytesIO(data)).convert("L" if self.channels == 1 else "RGB")
         scale = self.size * 8 / 7 / min(image.size)
         wide, high = (max(self.size, round(side * scale)) for side in image.size)

@@ -1,7 +1,7 @@
-"""Sending the records of a spool to MLflow: in batches, in order, and again until the server has them.
+"""Sends the records of a spool to MLflow in batches and in order, and repeats them until the server has them.
 
-A record that the server refuses is set aside with the reason; it neither holds up the others nor gets lost. A run that was
-deleted refuses everything: its records stay in their queues, and arrive once it is restored.
+A record that the server refuses is moved to rejected.jsonl with the reason, so that it is not lost and does not block
+the others. If a run was deleted, its records stay in their queues and are delivered after the run is restored.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 1000  # entities in one log_batch request (MLflow's limit)
-BATCH_OF_KIND = 100  # of them parameters, and tags
+BATCH_OF_KIND = 100  # parameters, and tags, in one request
 MADE_FROM = "Made from:"
-ENDED = ("**Failed:**", "**Stopped:**")  # what the paragraph of the description with the reason begins with
+ENDED = ("**Failed:**", "**Stopped:**")  # beginnings of the paragraph with the reason
 
 
 class Entity(NamedTuple):
@@ -37,24 +37,24 @@ class Entity(NamedTuple):
     kind: str
     key: str
     value: Any
-    """A number for a metric, text otherwise."""
+    """A number for a metric; text for a parameter or tag."""
     time: int = 0
     step: int = 0
 
 
 class Delivery:
-    """Sends one spool's records to the server. Not thread-safe per queue: one thread sends metrics, one artifacts.
+    """Sends the records of one spool to the server. Each queue must be used by one thread only.
 
-    fill_gaps: the run may have points already; only the steps that it lacks are sent.
-    live: the run's own process delivers, so that the run is running.
+    fill_gaps: send only the points whose steps the run does not have yet. live: whether the process of the run
+    delivers, so that the run is marked as running.
     """
 
     def __init__(self, spool: Spool, *, fill_gaps: bool, live: bool = True):
         self.spool, self.fill_gaps, self.live = spool, fill_gaps, live
         self.run_id: str | None = None
         self.experiment = ""
-        self.started = 0.0  # epoch seconds, as the server has it
-        self.costs: dict[str, float] = {}  # of earlier attempts
+        self.started = 0.0  # start time on the server, in seconds since the epoch
+        self.costs: dict[str, float] = {}  # costs of earlier attempts
         self._known: dict[str, dict[int, float]] = {}
         self._lock = threading.RLock()
 
@@ -69,7 +69,7 @@ class Delivery:
     # -------- the run
 
     def resolve(self) -> str:
-        """The server's id of the run, which is created when it does not exist yet. Safe to repeat after any failure."""
+        """The server's id of the run, which is created if it does not exist. Safe to repeat after any failure."""
         with self._lock:
             if self.run_id:
                 return self.run_id
@@ -95,16 +95,14 @@ class Delivery:
         spool_tag = wanted if wanted and wanted.startswith("offline-") else offline_id(self.spool.id)
         tags = {**header["tags"], names.SPOOL: spool_tag}
         if wanted and wanted != spool_tag:
-            logger.warning("run %s is not known to %s; a new run starts", wanted, redacted(self.uri))
+            logger.warning("run %s does not exist on %s; starting a new run", wanted, redacted(self.uri))
             tags["resumed.from"] = wanted
         if header["parent_id"]:
             parent = server.find_run(self.uri, header["parent_id"])
             if parent is None:
-                raise RunUnavailableError(
-                    f"the parent run {header['parent_id']} is not on the server (any more, or yet)"
-                )
+                raise RunUnavailableError(f"the parent run {header['parent_id']} is not on the server")
             tags[names.PARENT] = parent
-        # A creation whose answer was lost must not be made again.
+        # If the response to the creation was lost, the run must not be created again.
         if header.get("tried") and (found := server.find_run(self.uri, spool_tag)):
             return found
         header["tried"] = True
@@ -116,14 +114,15 @@ class Delivery:
         return run_id
 
     def _require_run(self) -> None:
-        """Raises RunUnavailableError when the run was deleted: then it is no single record that the server refuses."""
+        """Raises RunUnavailableError if the run was deleted, since the server then refuses all records."""
         if server.find_run(self.uri, self.resolve()) is None:
             raise RunUnavailableError(f"run {self.run_id} or its experiment was deleted; restore it in MLflow")
 
     # -------- queues
 
     def send_metrics(self) -> bool:
-        """Sends one portion of the metrics queue; False when it is empty. Raises what the server or network raises."""
+        """Sends one portion of the metrics queue; returns False if the queue is empty.
+        Raises the errors of server and network."""
         records = self.spool.metrics.read(BATCH)
         if not records:
             return False
@@ -141,7 +140,7 @@ class Delivery:
         return True
 
     def send_artifacts(self) -> bool:
-        """Sends one artifact; False when there is none."""
+        """Sends one artifact; returns False if there is none. Raises the errors of server and network."""
         records = self.spool.artifacts.read(1)
         if not records:
             return False
@@ -151,7 +150,7 @@ class Delivery:
         return True
 
     def _guarded(self, record: dict, send: Callable[[dict], None]) -> None:
-        """Sends a record, and sets it aside when the server refuses it."""
+        """Sends a record, or moves it to rejected.jsonl if the server refuses it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -165,7 +164,7 @@ class Delivery:
             self._reject(record, error)
         except OSError:
             raise
-        except (KeyError, ValueError, TypeError) as error:  # a record that is not what this program writes
+        except (KeyError, ValueError, TypeError) as error:  # a record that this program did not write
             self._reject(record, error)
 
     def _reject(self, record: dict, error: Exception) -> None:
@@ -180,7 +179,7 @@ class Delivery:
         return [entity for entity in found if kind != "metrics" or self._is_new(entity)]
 
     def _is_new(self, point: Entity) -> bool:
-        """Whether the run lacks this point. At step 0 (summaries) another value is news too: the newest one counts."""
+        """Whether the run does not have this point. At step 0 (summaries) a changed value is also new."""
         if not self.fill_gaps:
             return True
         if point.key not in self._known:
@@ -194,7 +193,8 @@ class Delivery:
             self._send_portion(portion)
 
     def _send_portion(self, entities: Sequence[Entity]) -> None:
-        """log_batch; a refused portion is halved until the refused name stands alone and is set aside."""
+        """Sends entities with log_batch. A portion that the server refuses is halved
+        until the refused entity is found."""
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
@@ -240,7 +240,7 @@ class Delivery:
             if source:
                 self._link(record["role"], source)
         else:
-            raise ValueError(f'no kind of record is called "{kind}"')
+            raise ValueError(f'unknown kind of record "{kind}"')
 
     def _end(self, status: str, time_ms: int, reason: str) -> None:
         run_id = self.resolve()
@@ -250,12 +250,13 @@ class Delivery:
         self.client.set_terminated(run_id, status, time_ms)
 
     def _note(self, markers: Sequence[str], paragraph: str, first: bool = False) -> str:
-        """The run's description with one paragraph replaced (`description.replace_paragraph`)."""
+        """The description of the run with one paragraph replaced (`description.replace_paragraph`)."""
         text = self.client.get_run(self.resolve()).data.tags.get(names.NOTE, "")
         return replace_paragraph(text, markers, paragraph, first)
 
     def _resume(self, params: dict[str, str]) -> None:
-        """Marks another attempt: the run is running again; parameters that MLflow will not change become a tag."""
+        """Marks the run as running again. Parameters with changed values become a tag,
+        since MLflow does not change parameters."""
         run_id = self.resolve()
         run = self.client.get_run(run_id)
         logged = run.data.params
@@ -275,7 +276,7 @@ class Delivery:
             self.client.update_run(run_id, status="RUNNING")
 
     def _maker(self, digest: str) -> str | None:
-        """The newest prepare run whose dataset has this fingerprint; None when the server has none."""
+        """The id of the newest prepare run whose dataset has this fingerprint, or None."""
         experiment = self.client.get_experiment_by_name(names.PREPARE)
         if experiment is None or not digest.isalnum():
             return None
@@ -283,7 +284,7 @@ class Delivery:
         return found[0].info.run_id if found else None
 
     def _link(self, role: str, run_id: str) -> None:
-        """lineage.<role> tags of the source run and of its own sources, and links to click in the description."""
+        """Sets lineage.<role> tags for the source run and its own sources, and adds links to the description."""
         found = server.find_run(self.uri, run_id)
         if found is None:
             self._set_tags({names.LINEAGE + role: f"{run_id} (not on this server)"})
@@ -294,7 +295,7 @@ class Delivery:
             lineage = {key: value for key, value in tags.items() if key.startswith(names.LINEAGE)} | lineage
         lines = [MADE_FROM]
         for key in sorted(lineage):
-            with contextlib.suppress(Exception):  # a source that was deleted since is only not linked
+            with contextlib.suppress(Exception):  # a source that was deleted is not linked
                 info = self.client.get_run(lineage[key]).info
                 link = f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
                 lines.append(f"- {key.removeprefix(names.LINEAGE)}: [{info.run_name}]({link})")
@@ -302,10 +303,10 @@ class Delivery:
 
     def _send_artifact(self, record: dict) -> None:
         source = os.path.join(self.spool.folder, "files", os.path.basename(record["file"]))
-        if not os.path.exists(source):  # delivered before a crash, which kept us from noting it
+        if not os.path.exists(source):  # delivered before a crash that prevented the commit
             return
         folder, name = os.path.split(record["path"])
-        named = os.path.join(f"{source}.d", name)  # MLflow takes the name on disk
+        named = os.path.join(f"{source}.d", name)  # MLflow uses the file name on disk
         os.makedirs(os.path.dirname(named), mode=0o700, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.link(source, named)
@@ -315,7 +316,7 @@ class Delivery:
 
 
 def _portions(entities: Sequence[Entity]) -> Iterator[list[Entity]]:
-    """In the sizes that MLflow accepts for one request, in order."""
+    """Divides entities into portions that MLflow accepts in one request, in order."""
     portion: list[Entity] = []
     counts = dict.fromkeys(("params", "tags"), 0)
     for entity in entities:
@@ -330,28 +331,28 @@ def _portions(entities: Sequence[Entity]) -> Iterator[list[Entity]]:
 
 
 def _description(record: dict) -> str:
-    """A record in a few words, such as "metrics train/loss"."""
+    """A short description of a record, such as "metrics train/loss"."""
     subject = ", ".join(record["values"]) if isinstance(record.get("values"), dict) else record.get("path", "")
     return f"{record.get('kind')} {subject}".strip()
 
 
-# ---------------------------------------------------------------- spools whose writer is gone
+# ---------------------------------------------------------------- spools whose writer has ended
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What became of an abandoned spool: how many records the server has now, and how many are still here, and why."""
+    """The result of delivering an abandoned spool: how many records were delivered, and how many remain and why."""
 
     delivered: int
     left: int
     reasons: tuple[str, ...] = ()
-    """Why each refused record was refused."""
+    """The reason for each refused record."""
     error: str = ""
-    """Why the rest could not be sent; empty when the server answered."""
+    """Why the other records could not be sent; empty if the server responded."""
 
 
 def deliver_abandoned(spool: Spool) -> Upload:
-    """Delivers an abandoned spool now, in this thread, with the records that were refused before, and closes it."""
+    """Delivers an abandoned spool in this thread, including records that were refused before, and closes it."""
     spool.requeue_rejected()
     total, error = spool.pending, ""
     delivery = Delivery(spool, fill_gaps=True, live=False)
@@ -359,7 +360,7 @@ def deliver_abandoned(spool: Spool) -> Upload:
         delivery.resolve()
         while delivery.send_metrics() or delivery.send_artifacts():
             pass
-    except Exception as cause:  # one server that is away must not keep the records of the others
+    except Exception as cause:  # an unreachable server must not prevent the delivery to other servers
         error = server.first_line(cause)
         logger.debug("upload of %s", spool.folder, exc_info=True)
     left = spool.pending + spool.rejected
@@ -369,7 +370,8 @@ def deliver_abandoned(spool: Spool) -> Upload:
 
 
 def _deliver_earlier(run_id: str) -> None:
-    """Delivers first what a killed attempt of the run still had to say. Raises ConnectionError when the server is away."""
+    """Delivers the records of an earlier, killed attempt of the run. Raises
+    ConnectionError if the server is unreachable."""
     for spool in look_up(run_id).abandoned:
         done = deliver_abandoned(spool)
         if (
@@ -381,6 +383,6 @@ def _deliver_earlier(run_id: str) -> None:
 
 
 def deliver_all(spools: Iterable[Spool]) -> Iterator[tuple[Spool, Upload]]:
-    """Delivers spools; a child needs its parent on the server, and both may have started offline: parents go first."""
+    """Delivers spools. Parents come first, because a child run needs its parent on the server."""
     for spool in sorted(spools, key=lambda spool: spool.header["parent_id"] is not None):
         yield spool, deliver_abandoned(spool)

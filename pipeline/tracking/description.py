@@ -1,7 +1,7 @@
-"""What a person reads first of a run: its name, and a description of what it is, with which command, and at what cost.
+"""The name and the description of a run: its purpose, data, command and cost.
 
-A description is Markdown in MLflow's note of the run, a paragraph a subject. Paragraphs are known by how they begin, so
-that one can be replaced while the others stay.
+A description is Markdown in MLflow's note of the run, with one paragraph per subject. The beginning of a paragraph
+identifies it, so that one paragraph can be replaced.
 """
 
 import os
@@ -21,12 +21,12 @@ GENERIC = ("data", "dataset", "datasets", "shards", "sets", "prepared")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What `start_run` writes into a new run's description, besides the command."""
+    """The description of a new run, without the command, which `start_run` adds."""
 
     what: str
-    """A sentence."""
+    """One sentence."""
     data: Sequence[str] = ()
-    """A line a data set."""
+    """One line per data set."""
     to_continue: str = "repeat the command to continue where this run stopped."
 
     def text(self) -> str:
@@ -47,7 +47,7 @@ def command_paragraph() -> str:
 
 
 def cost_paragraph(costs: Mapping[str, float]) -> str:
-    """The costs of a run (`names.COST`) as one line; empty without any."""
+    """The costs of a run (`names.COST`) as one line; empty without costs."""
     parts = []
     if names.SECONDS in costs:
         parts.append(f"{duration(costs[names.SECONDS])} of wall time")
@@ -76,9 +76,9 @@ def flops(value: float) -> str:
 
 
 def replace_paragraph(text: str, markers: Iterable[str], paragraph: str, first: bool = False) -> str:
-    """The text with one paragraph, known by what it begins with, replaced in its place; an empty one is removed.
+    """Replaces the paragraph that begins with one of `markers`; an empty `paragraph` removes it.
 
-    A new one goes to the end, or to the beginning.
+    If no paragraph matches, the new one is added at the end, or at the beginning with `first`.
     """
     starts, parts, done = tuple(markers), [], not paragraph
     for part in (part for part in text.split("\n\n") if part):
@@ -96,7 +96,7 @@ def replace_paragraph(text: str, markers: Iterable[str], paragraph: str, first: 
 
 
 def data_name(uri: str) -> str:
-    """What a data set is called: the last part of its address that says something.
+    """The name of a data set: the last meaningful part of its address.
 
     s3://bucket/imagenet/train -> imagenet, runs/demo/data/train -> demo, photos -> photos.
     """
@@ -106,13 +106,13 @@ def data_name(uri: str) -> str:
 
 
 def model_name(recipe: str, data: str) -> str:
-    """The registered model of a recipe on a data set: one for each pair, since others cannot be compared."""
+    """The name of the registered model for a recipe and a data set. Only versions of the same pair are comparable."""
     name = data_name(data)
     return re.sub(r"[/:]+", "-", recipe if name in ("", recipe) else f"{recipe}-{name}")
 
 
 def checkpoint_name(uri: str) -> str:
-    """What a checkpoint is called: runs/b16/checkpoints/step-00000528 -> "b16 step 528"."""
+    """The name of a checkpoint: runs/b16/checkpoints/step-00000528 -> "b16 step 528"."""
     if uri.startswith(names.RANDOM):
         return f"random weights like {checkpoint_name(uri.removeprefix(names.RANDOM))}"
     if match := re.fullmatch(r"(.*)/checkpoints/step-0*(\d+)", uri.rstrip("/")):
@@ -122,11 +122,11 @@ def checkpoint_name(uri: str) -> str:
 
 
 def _folder_name(folder: str) -> str:
-    """The last part of a path, with the one before it where the last is `pretrain`."""
+    """The last part of a path, or the part before it if the last part is `pretrain`."""
     head, _, name = folder.rpartition("/")
     return head.rpartition("/")[2] if name == "pretrain" and head else name
 
 
 def run_name(*parts: str) -> str:
-    """Parts that tell runs apart, each once: "demo · photos"."""
+    """Joins the distinct parts of a run name: "demo · photos"."""
     return " · ".join(dict.fromkeys(part for part in parts if part))

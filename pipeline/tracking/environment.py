@@ -1,4 +1,4 @@
-"""Where a run comes from: user, commit, uncommitted changes, devices and installed packages."""
+"""The origin of a run: user, commit, uncommitted changes, devices and installed packages."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file
 
 
 def user() -> str:
-    """The name of the user, or the number of one without a name (in a container)."""
+    """The name of the user, or the user id if there is no name (in a container)."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -33,13 +33,13 @@ def _git(*arguments: str) -> str:
 
 @functools.cache
 def code_diff() -> str:
-    """The uncommitted changes of the project, at most 1 MiB of them; empty when there are none."""
+    """The uncommitted changes of the project, at most 1 MiB; empty if there are none."""
     return _git("diff", "HEAD")[: 1 << 20]
 
 
 @functools.cache
 def code_tags() -> dict[str, str]:
-    """Tags that name the commit, from git or (in a shipped copy without .git) from GIT_COMMIT."""
+    """Tags with the commit, from git or (in a copy without .git) from GIT_COMMIT."""
     commit = _git("rev-parse", "HEAD").strip() or os.environ.get("GIT_COMMIT", "")
     if not commit:
         return {}

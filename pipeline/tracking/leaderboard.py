@@ -1,4 +1,4 @@
-"""Transfer results beside the pre-training runs that they come from: score, images seen and compute (paper, Figure 5)."""
+"""Transfer results with their pre-training runs: score, images seen and compute (paper, Figure 5)."""
 
 import functools
 import statistics
@@ -16,7 +16,7 @@ GROUPS = ("natural", "specialized", "structured")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One transfer result with the pre-training run behind it. Scores are top-1 in percent; None is unknown."""
+    """One transfer result with its pre-training run. Scores are top-1 in percent; None means unknown."""
 
     suite: str
     name: str
@@ -29,12 +29,12 @@ class Row:
     groups: dict[str, float]
     tasks: dict[str, float]
     data: str | None
-    """Fingerprint of the data that the pre-training read."""
+    """Fingerprint of the pre-training data."""
     data_name: str | None
     spread: float | None
     """Standard error of the mean, in points."""
     config: dict[str, str]
-    """What decides the numbers of the pre-training: its parameters without the runtime's."""
+    """The parameters of the pre-training that affect its results (all but the runtime settings)."""
     pretrain_run: str | None
     pretrain_url: str | None
     pretrain_path: str | None
@@ -44,9 +44,10 @@ class Row:
 
 
 def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row]:
-    """Every finished transfer result, best first within its suite; of repeated ones (same checkpoint and suite) the newest.
+    """Every finished transfer result, best first within its suite. Only the newest result per checkpoint and suite is
+    listed.
 
-    Raises UserError when nothing has been transferred yet.
+    Raises UserError if there are no results.
     """
     pretrained = _Pretrained(read_runs(names.PRETRAIN, uri=uri))
     rows: dict[tuple[str, str], Row] = {}
@@ -68,13 +69,14 @@ class _Pretrained:
     def __init__(self, runs: Iterable[RunInfo]):
         self.by_id: dict[str, RunInfo] = {}
         self.by_output: dict[str, RunInfo] = {}
-        for run in runs:  # newest first: of several runs in one folder the newest counts
+        for run in runs:  # newest first: the newest of several runs in one folder is used
             self.by_id[run.id] = run
             if output := run.tags.get(names.PLACE + "runtime.output"):
                 self.by_output.setdefault(storage.normalise(output), run)
 
     def source(self, transfer: RunInfo) -> RunInfo | None:
-        """The run that made what a transfer run read: by its lineage tag, else the one whose folder holds the checkpoint."""
+        """The run that produced the checkpoint of a transfer run, found by lineage tag
+        or else by the checkpoint's folder."""
         linked = self.by_id.get(transfer.tags.get(names.LINEAGE + "pretrain", ""))
         if linked:
             return linked
@@ -89,7 +91,7 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
     images = _images_seen(run, checkpoint, source)
     tasks = {key.removeprefix(names.SCORE): v for key, v in sorted(run.metrics.items()) if key.startswith(names.SCORE)}
     suite = run.params.get("suite", "unknown")
-    if names.MEAN_SCORE not in run.metrics:  # only some of its tasks: no rival for those that have all
+    if names.MEAN_SCORE not in run.metrics:  # not comparable with results of all tasks
         suite = f"{suite}, some tasks"
     return Row(
         suite=suite,
@@ -116,21 +118,21 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
 
 
 def _name(run: RunInfo, checkpoint: str) -> str:
-    """What a model is called whose pre-training is not on this server."""
+    """The name of a model whose pre-training run is not on this server."""
     if checkpoint.startswith(names.RANDOM):
         return f"random encoder {run.tags.get(names.VARIANT, '')}".strip()
     return checkpoint_name(checkpoint) or run.name
 
 
 def _images_seen(run: RunInfo, checkpoint: str, source: RunInfo | None) -> float | None:
-    """Of the checkpoint itself (an early one of a long run cost less), else of the whole run."""
+    """Images seen by the checkpoint if known (an early checkpoint has seen fewer), or else by the whole run."""
     if names.IMAGES_SEEN in run.tags:
         return float(run.tags[names.IMAGES_SEEN])
     return source.metrics.get(names.IMAGES_SEEN) if source else None
 
 
 def _train_flops(source: RunInfo | None, images: float | None) -> float | None:
-    """3 x forward x images: what was computed for these weights. Restarts repeat steps; that is not the model's cost."""
+    """3 x forward FLOPs x images: the compute of these weights, without the steps that restarts repeated."""
     if source is None or images is None:
         return None
     try:

@@ -1,8 +1,9 @@
-"""What this project takes from inside MLflow: its database tables, the settings of its server, and keys of its UI.
+"""Private interfaces of MLflow: its database tables, the settings of its server, and keys of its UI.
 
-Written against MLflow 3.17.2 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares the installed one, and reads the
-same runs both ways). The tables are read directly because MLflow's own search makes an object of every parameter, tag and
-metric: 1,000 pre-training and 1,000 transfer runs take it 5 seconds and more.
+Written for MLflow 3.17.2 (`WRITTEN_FOR`); tests/unit/test_private_interfaces.py checks the installed version and
+compares this module's results with those of the public interface. The tables are read directly because MLflow's search
+creates an object for every parameter, tag and metric: it needs more than 5 seconds for 1,000 pre-training and 1,000
+transfer runs.
 """
 
 import os
@@ -14,13 +15,13 @@ from pipeline.tracking.server import mlflow_address
 WRITTEN_FOR = "3.17.2"
 
 WORKFLOW = "mlflow.workflowType_v1"
-"""Key of the browser's local storage: training runs or language models."""
+"""Key in the browser's local storage: whether the UI shows training runs or language models."""
 ASSISTANT = "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"
-"""Key of the browser's local storage: whether the assistant has opened by itself once."""
+"""Key in the browser's local storage: whether the assistant has already opened automatically."""
 
 
 def server_settings(uri: str) -> dict[str, str]:
-    """Environment of MLflow's server application: which database it shows, and that it serves the artifacts itself."""
+    """Environment variables of MLflow's server: the database to show, and that the server also serves artifacts."""
     return {
         "_MLFLOW_SERVER_FILE_STORE": mlflow_address(uri),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
@@ -29,8 +30,8 @@ def server_settings(uri: str) -> dict[str, str]:
 
 
 def read_runs(uri: str, experiment_id: str, with_param: str = "") -> Iterator[dict[str, Any]]:
-    """The active runs of an experiment of a database, newest first, as plain values: id, name, status, start_time, params,
-    metrics (their newest points), tags.
+    """The active runs of an experiment, newest first, as dictionaries: id, name, status, start_time, params, metrics
+    (newest values), tags.
 
     with_param: only runs with this parameter.
     """
@@ -78,7 +79,7 @@ def read_runs(uri: str, experiment_id: str, with_param: str = "") -> Iterator[di
 
 
 def use_settings(uri: str) -> None:
-    """Sets the server's settings for this process, before MLflow's application is imported."""
+    """Sets the settings of MLflow's server for this process. Call before importing MLflow's application."""
     os.environ |= server_settings(uri)
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

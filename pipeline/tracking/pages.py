@@ -1,7 +1,7 @@
-"""Pages of HTML: a leaderboard that sorts, compares and filters by itself, from values alone.
+"""HTML pages: an interactive leaderboard that sorts, compares and filters in the browser.
 
-A page is one file without links to elsewhere: it is an artifact, a file beside the leaderboard's table, and what the server of
-`python -m pipeline.tracking ui` answers under /leaderboard.
+A page is one self-contained file. It is logged as an artifact, written next to the table of the leaderboard, and served
+by `python -m pipeline.tracking ui` at /leaderboard.
 """
 
 import json
@@ -14,7 +14,8 @@ from pipeline.tracking.leaderboard import Row
 
 
 def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
-    """The page. inside: what goes before a run's path under a server, to link to it; "" takes the runs' own addresses."""
+    """The leaderboard as HTML. inside: prefix of links to runs on the same server;
+    "" links to the runs' own addresses."""
     template = resources.files("pipeline.tracking").joinpath("leaderboard.html").read_text()
     common = set(rows[0].config.items()).intersection(*(row.config.items() for row in rows[1:])) if rows else set()
     values = json.dumps([_values(row, inside, common) for row in rows], separators=(",", ":"), allow_nan=False)
@@ -22,7 +23,7 @@ def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
 
 
 def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, Any]:
-    """common: fields that all rows share, which say nothing about a difference."""
+    """The values of one row. common: configuration values that all rows share, which are omitted."""
 
     def address(url: str | None, path: str | None) -> str:
         if inside:
@@ -49,5 +50,5 @@ def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, An
 
 
 def text_page(title: str, text: str) -> str:
-    """A page of one paragraph."""
+    """A page with one paragraph."""
     return f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><p>{escape(text)}</p>'

@@ -1,10 +1,10 @@
 """Registered models: versions, aliases and scores.
 
-A model version stands for one checkpoint that is worth keeping. Its weights are copied into MLflow with the code to run
-them; its scores are tags here and metrics of the LoggedModel behind it, and its description is a model card. A recipe on
-a data set is one registered model, and so is a pipeline, since versions of one model are compared. Alias `candidate` is the
-version with the best validation, and once versions have scores the best one that was never promoted; `champion` is the
-version that was promoted last, by scheduled evaluation or by the rule of a pipeline.
+A model version is one checkpoint. Its weights are copied to MLflow together with the code to run them. Its scores are
+tags of the version and metrics of its LoggedModel, and its description is a model card. Each pair of recipe and data
+set, and each pipeline, has its own registered model, because versions of one model are compared. The alias `candidate`
+is the version with the best validation, or once versions have scores, the best version that was never promoted.
+`champion` is the version that was promoted last, by scheduled evaluation or by the rule of a pipeline.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from pipeline.tracking.server import client, experiment_id, process_wide, resolv
 
 logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
-PROMOTED = "promoted"  # tag of a version: when it became the champion
-# What the registered classifier needs, in the versions that trained it: neither ray nor deepspeed.
+PROMOTED = "promoted"  # tag of a version: the time when it became the champion
+# Requirements of the registered classifier, pinned to the versions used for training; ray and deepspeed are not needed.
 SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "scipy")
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One model version: its checkpoint, the run that trained it, and its evaluations by `suite:suite version`."""
+    """One model version with its checkpoint, its training run, and its evaluations by `suite:suite version`."""
 
     name: str
     version: int
@@ -47,18 +47,19 @@ class Version:
     step: int
     aliases: tuple[str, ...]
     top1: float | None = None
-    """Top-1 of the checkpoint on its run's validation set, in percent."""
+    """Top-1 of the checkpoint on the validation set of its run, in percent."""
     validation: str = ""
     """Fingerprint of that validation set."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     was_promoted: bool = False
-    """Whether it is, or has been, the champion."""
+    """Whether the version is, or has been, the champion."""
 
 
 def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, uri: str | None = None) -> Version:
-    """Makes a committed checkpoint folder a new version of the model `name`; alias `candidate` goes to it when it is better.
+    """Registers a committed checkpoint as a new version of the model `name`, and as `candidate` if it is better.
 
-    A checkpoint that is registered already is returned as it is. Raises UserError when it has no COMMIT.json.
+    Returns the existing version if the checkpoint is already registered. Raises UserError for a checkpoint without
+    COMMIT.json.
     """
     uri, checkpoint = resolve_tracking_uri(uri), storage.normalise(checkpoint)
     try:
@@ -74,7 +75,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     run_id = run_id or run_of(checkpoint, uri)
     if run_id:
         experiment = mlflow.get_run(run_id).info.experiment_id
-    else:  # weights that no run of this server made
+    else:  # weights that do not come from a run on this server
         experiment = experiment_id(uri, names.PRETRAIN)
     trained = mlflow.get_run(run_id).data.tags if run_id else {}
     facts = collect_facts(checkpoint, commit, trained.get(names.RECIPE, ""), run_id or "")
@@ -91,7 +92,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         raise
     mlflow.finalize_logged_model(model.model_id, "READY")
     _ensure_model(name, uri)
-    with process_wide(uri):  # MLflow looks the logged model up there, whatever the client's own address
+    with process_wide(uri):  # MLflow looks up the logged model on its global server
         made = mlflow.create_model_version(
             name,
             f"models:/{model.model_id}",
@@ -107,7 +108,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
         return dataclasses.replace(version, aliases=(*version.aliases, CANDIDATE))
     logger.info(
-        "%s@%s stays version %d: version %d is not better on the same validation data",
+        "%s@%s remains version %d: version %d is not better on the same validation data",
         name,
         CANDIDATE,
         present.version,
@@ -136,7 +137,8 @@ def _version_tags(facts: CardFacts, trained: Mapping[str, str]) -> dict[str, str
 def _is_better(new: Version, present: Version) -> bool:
     """Whether a new version takes the alias `candidate` from the present one.
 
-    By top-1 on the same validation data. Versions without validation are comparable only within one run: the later step.
+    Versions are compared by top-1 on the same validation data. Without validation, only versions of one run are
+    comparable, and the later step is better.
     """
     if new.top1 is None or present.top1 is None:
         same_run = _run_folder(new.checkpoint) == _run_folder(present.checkpoint)
@@ -149,7 +151,7 @@ def _run_folder(checkpoint: str) -> str:
 
 
 def _save_classifier(checkpoint: str, folder: str) -> None:
-    """The pyfunc model: weights, `models/`, signature and an input example, in a local folder."""
+    """Writes the pyfunc model to a local folder: weights, `models/`, signature and an input example."""
     import importlib.metadata
 
     import numpy as np
@@ -160,7 +162,7 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
 
     weights = os.path.join(folder + "-weights")
     os.makedirs(weights)
-    for file in ("model.safetensors", "config.json", "COMMIT.json"):  # the last has their checksums, for who reads them
+    for file in ("model.safetensors", "config.json", "COMMIT.json"):  # COMMIT.json has the checksums of the other files
         if file != "COMMIT.json" or storage.exists(storage.join(checkpoint, file)):
             storage.copy_file(storage.join(checkpoint, file), os.path.join(weights, file))
     with open(os.path.join(weights, "config.json")) as opened:
@@ -180,7 +182,7 @@ def _save_classifier(checkpoint: str, folder: str) -> None:
         code_paths=[os.path.join(PROJECT, "models")],
         signature=ModelSignature(Schema(inputs), Schema(outputs)),
         input_example=_frame([picture.getvalue()]),
-        # without the build ("+cpu"), which only an index of its own has
+        # without the build ("+cpu"), which is not on the default package index
         pip_requirements=[f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in SERVING],
     )
 
@@ -205,7 +207,7 @@ def _ensure_model(name: str, uri: str) -> None:
 
 
 def run_of(checkpoint: str, uri: str) -> str | None:
-    """The pretrain run whose output folder holds the checkpoint."""
+    """The id of the pretrain run whose output folder contains the checkpoint, or None."""
     for run in search_runs(names.PRETRAIN, uri=uri):
         output = run.tags.get(names.PLACE + "runtime.output", "")
         if output and checkpoint.startswith(storage.normalise(output) + "/"):
@@ -226,7 +228,7 @@ def model_names(uri: str | None = None) -> list[str]:
 
 
 def versions(name: str, uri: str | None = None) -> list[Version]:
-    """Every version of a registered model, oldest first; none when the model does not exist."""
+    """Every version of a registered model, oldest first; empty if the model does not exist."""
     mlflow = client(resolve_tracking_uri(uri))
     found, token = [], None
     while True:
@@ -262,7 +264,7 @@ def versions(name: str, uri: str | None = None) -> list[Version]:
 
 
 def _evaluations(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """{suite:suite version: summary}; a tag that somebody else wrote counts as no evaluation."""
+    """{suite:suite version: summary}. Tags in another format are ignored."""
     found = {}
     for key, value in tags.items():
         if key.startswith("evaluation."):
@@ -277,7 +279,7 @@ def _evaluations(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def version_at(address: str, uri: str | None = None) -> Version | None:
-    """The version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names; None for another address."""
+    """The version with the address `models:/NAME/VERSION` or `models:/NAME@ALIAS`; None for other addresses."""
     match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@(.+))", address)
     if not match:
         return None
@@ -286,7 +288,7 @@ def version_at(address: str, uri: str | None = None) -> Version | None:
 
 
 def versions_of(checkpoint: str, uri: str | None = None) -> list[Version]:
-    """The registered versions that a checkpoint is, under whatever model names."""
+    """The registered versions of a checkpoint, under all model names."""
     found = client(resolve_tracking_uri(uri)).search_model_versions(f"tags.`{names.CHECKPOINT}` = '{checkpoint}'")
     return [
         v for name in sorted({item.name for item in found}) for v in versions(name, uri) if v.checkpoint == checkpoint
@@ -296,10 +298,10 @@ def versions_of(checkpoint: str, uri: str | None = None) -> list[Version]:
 def record_evaluation(
     version: Version, key: str, result: Mapping[str, Any], run_id: str, uri: str | None = None
 ) -> None:
-    """Writes an evaluation (`suite:suite version`) to the version's tags and its LoggedModel's metrics.
+    """Writes an evaluation to the tags of the version and the metrics of its LoggedModel. Repeating it has no effect.
 
-    result: mean, spread (percent points), scores {task: top-1 in percent}; `run_id`: the run that has logged them.
-    Repeating it changes nothing.
+    key: `suite:suite version`. result: mean, spread (percentage points), scores {task: top-1 in percent}. run_id: the
+    run that logged the scores.
     """
     mlflow = client(resolve_tracking_uri(uri))
     suite = key.partition(":")[0]
@@ -316,14 +318,14 @@ def record_evaluation(
     scores = {names.MEAN_SCORE: result["mean"]}
     scores |= {names.SCORE + task: score for task, score in result["scores"].items()}
     for metric, score in scores.items():
-        # The very point that the run has: MLflow keeps it once there, and adds it to the model.
+        # The same point as in the run: MLflow does not store it twice, and adds it to the model.
         points = [point for point in mlflow.get_metric_history(run_id, metric) if point.value == score]
         time_ms, step = (points[-1].timestamp, points[-1].step) if points else (int(time.time() * 1000), version.step)
         mlflow.log_metric(run_id, metric, score, time_ms, step, model_id=version.model_id)
 
 
 def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], uri: str | None) -> None:
-    """The model card with new scores, where the checkpoint can still be read."""
+    """Updates the model card with new scores, if the checkpoint can still be read."""
     try:
         commit = storage.read_json(storage.join(version.checkpoint, "COMMIT.json"))
     except (OSError, UserError):
@@ -339,7 +341,7 @@ def set_alias(version: Version, alias: str, uri: str | None = None) -> None:
 
 
 def promote(version: Version, uri: str | None = None) -> None:
-    """Makes a version the champion, and remembers that it was."""
+    """Makes a version the champion and records the time."""
     client(resolve_tracking_uri(uri)).set_model_version_tag(
         version.name, str(version.version), PROMOTED, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     )
@@ -347,9 +349,10 @@ def promote(version: Version, uri: str | None = None) -> None:
 
 
 def name_candidate(name: str, key: str, uri: str | None = None) -> int | None:
-    """Moves `candidate` to the version with the best mean of the evaluation `key` that was never promoted; its number.
+    """Sets `candidate` to the version with the best mean of the evaluation `key` that was never promoted. Returns its
+    number.
 
-    Without such a version the alias goes, and the answer is None.
+    If there is no such version, removes the alias and returns None.
     """
     waiting = [v for v in versions(name, uri) if not v.was_promoted and key in v.evaluations]
     if waiting:

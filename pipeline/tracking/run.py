@@ -1,9 +1,9 @@
-"""Runs: what the jobs log through. Nothing here ever waits for the tracking server longer than `start_run` does.
+"""Runs, through which the jobs log. Only `start_run` and the end of a run wait for the tracking server.
 
-`start_run` tries to create the run at once. When the server cannot be reached, the run starts all the same under an
-`offline-…` id, everything goes to the spool (`pipeline.tracking.spool`), and two background threads deliver it
-(`pipeline.tracking.delivery`), in batches and in order, as soon as the server answers. What is still undelivered at the end
-stays on disk, and the end says so and how to upload it: `python -m pipeline.tracking upload`.
+`start_run` tries to create the run immediately. If the server is unreachable, the run starts with an `offline-…` id.
+All records are written to the spool (`pipeline.tracking.spool`), and two background threads deliver them
+(`pipeline.tracking.delivery`) in batches and in order as soon as the server responds. Records that are undelivered at
+the end stay on disk, and a warning names the command that uploads them: `python -m pipeline.tracking upload`.
 """
 
 import contextlib
@@ -32,42 +32,43 @@ from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.server import first_line, resolve_tracking_uri, run_url
 from pipeline.tracking.spool import Queue, Spool, offline_id, spool_root
 
-SEND_EVERY = 1.0  # seconds between deliveries while all is well
-RETRY_AT_MOST = 30.0  # seconds between attempts while the server is away
-LAST_DELIVERY = 60.0  # seconds that `finish` gives the delivery of what is left
-LAST_DELIVERY_OF_A_STOP = 15.0  # the same after SIGTERM and Ctrl-C, whose senders wait about 30 seconds
+SEND_EVERY = 1.0  # seconds between two deliveries
+RETRY_AT_MOST = 30.0  # maximum seconds between two attempts while the server is unreachable
+LAST_DELIVERY = 60.0  # maximum seconds that `finish` waits for the delivery of the remaining records
+LAST_DELIVERY_OF_A_STOP = 15.0  # after SIGTERM and Ctrl-C: senders often kill after 30 s
 STOPPED: dict[int | str | None, str] = {
     128 + signal.SIGINT: "stopped with Ctrl-C",
     128 + signal.SIGTERM: "stopped with SIGTERM",
     128 + signal.SIGHUP: "stopped because its terminal was closed (SIGHUP)",
 }
-"""Exit codes that `config.run_job` makes of signals, as reasons."""
+"""Reasons by exit code; `config.run_job` converts signals to these codes."""
 
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One MLflow run, open for writing. Made by `start_run` or `attach_run`; every method returns at once."""
+    """One MLflow run, open for writing. `start_run` and `attach_run` create it. The log methods return immediately."""
 
     def __init__(self, spool: Spool, *, fill_gaps: bool, owner: bool):
         self.spool = spool
         self._delivery = Delivery(spool, fill_gaps=fill_gaps)
         self._owner = owner  # only the owner ends the run
         self._nonfinite: dict[str, tuple[int, int]] = {}  # metric: (count, first step)
-        self._last: dict[str, tuple[int, float]] = {}  # metric: the point logged last
-        self._costs: dict[str, float] = {}  # over all attempts, as logged
+        self._last: dict[str, tuple[int, float]] = {}  # metric: last point
+        self._costs: dict[str, float] = {}  # over all attempts
         self._started = time.monotonic()
         self._finished = False
         self._closing = threading.Event()
-        self._wake = threading.Condition()  # towards the pumps: deliver now
-        self._progress = threading.Condition()  # from the pumps: something was delivered, or failed
-        self._attempts = 0  # deliveries that failed so far
+        self._wake = threading.Condition()  # wakes the delivery threads
+        self._progress = threading.Condition()  # notified by the delivery threads after every attempt
+        self._attempts = 0  # number of failed deliveries so far
         self._threads: list[threading.Thread] = []
-        self.error = ""  # of the last delivery that failed; empty while all is well
+        self.error = ""  # error of the last failed delivery; empty without one
 
     @property
     def id(self) -> str:
-        """MLflow's run id, or `offline-…` until the server has been reached; both are good for `run_id=` later."""
+        """MLflow's run id, or `offline-…` until the server has been reached. Both are
+        valid values of `run_id=` later."""
         return self._delivery.run_id or self.spool.header["run_id"] or offline_id(self.spool.id)
 
     @property
@@ -75,7 +76,7 @@ class Run:
         return self._delivery.uri
 
     def started(self) -> float:
-        """When the run began, in epoch seconds. Asks the server, and raises what that raises."""
+        """The start time of the run in seconds since the epoch. Asks the server, and raises its errors."""
         self._delivery.resolve()
         return self._delivery.started
 
@@ -93,9 +94,11 @@ class Run:
     # -------- what the jobs log
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of one step. NaN and infinities are counted under nonfinite/<name> and tagged, not stored."""
+        """Logs metrics of one step. NaN and infinite values are counted in
+        nonfinite/<name> and in a tag, but not stored."""
         values = {names.valid_name(name): float(value) for name, value in metrics.items()}
-        # MLflow's charts over another metric (images seen) pair points by position: one twice at a step shifts all after it.
+        # MLflow's charts over another metric (images seen) match points by position, so a repeated point would shift
+        # the rest.
         values = {name: value for name, value in values.items() if self._last.get(name) != (step, value)}
         self._last |= {name: (step, value) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -111,13 +114,13 @@ class Run:
             self.set_tags({names.NONFINITE_TAG: "; ".join(found)})
 
     def log_cost(self, costs: Mapping[str, float]) -> None:
-        """Costs of this attempt (names `cost/...`); those of earlier attempts of the run are added to them."""
+        """Logs the costs of this attempt (names `cost/...`), plus the costs of earlier attempts of the run."""
         totals = {name: value + self._delivery.costs.get(name, 0.0) for name, value in costs.items()}
         self._costs |= totals
         self.log(totals)
 
     def log_energy(self) -> None:
-        """The energy that the GPUs of all nodes have used, as far as it could be read and the server has it."""
+        """Logs the energy of the GPUs of all nodes, if the server has the values."""
         with contextlib.suppress(Exception):
             metrics = self.metrics().items()
             nodes = [v for name, v in metrics if name.startswith(names.SYSTEM) and name.endswith(names.NODE_ENERGY)]
@@ -126,7 +129,7 @@ class Run:
                 self.log({names.ENERGY_KWH: sum(nodes)})
 
     def metrics(self) -> dict[str, float]:
-        """The newest value of every metric, as the server has them. Raises what asking it raises."""
+        """The newest value of every metric on the server. Raises the errors of the server."""
         return dict(server.client(self.uri).get_run(self._delivery.resolve()).data.metrics)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -140,9 +143,10 @@ class Run:
         self.spool.metrics.append({"kind": "paragraph", "markers": list(markers), "text": text})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Parameters beyond the configuration that `start_run` logged; nested ones are flattened to a.b.c.
+        """Logs parameters in addition to the configuration that `start_run` logs. Nested parameters are flattened to
+        a.b.c.
 
-        Paths and addresses become tags: they differ between runs that are the same.
+        Paths and addresses become tags, because they do not affect results.
         """
         values, places = _split_places(flatten(params))
         if values:
@@ -156,12 +160,12 @@ class Run:
         self.log_bytes(text.encode(), path)
 
     def log_dict(self, value: Any, path: str) -> None:
-        """A JSON artifact, or YAML when `path` ends so."""
+        """Logs a JSON artifact, or YAML if `path` ends in .yaml or .yml."""
         yaml_wanted = path.endswith((".yaml", ".yml"))
         self.log_text(yaml.safe_dump(value, sort_keys=False) if yaml_wanted else json.dumps(value, indent=1), path)
 
     def log_figure(self, figure: Any, path: str) -> None:
-        """A matplotlib figure, in the format that the path's ending names."""
+        """Logs a matplotlib figure in the format of the path's extension."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format=os.path.splitext(path)[1][1:] or "png", bbox_inches="tight")
         self.log_bytes(buffer.getvalue(), path)
@@ -169,10 +173,11 @@ class Run:
     def log_dataset(
         self, uri: str, manifest: Mapping[str, Any], role: str = "train", made: bool = False, linked: bool = True
     ) -> None:
-        """A dataset that the run reads: an MLflow input, fingerprint tags, its manifest, and a link to its prepare run.
+        """Logs a dataset that the run reads: an MLflow input, fingerprint tags, the manifest, and a link to its prepare
+        run.
 
-        made: the run is that prepare run. Others find it by the fingerprint, wherever the dataset has been copied to.
-        linked: False leaves out the manifest and the link, of a run that reads dozens.
+        made: whether this run is the prepare run of the dataset. Other runs find it by the fingerprint, even if the
+        dataset is copied. linked: False omits the manifest and the link, for runs that read dozens of datasets.
         """
         text = json.dumps(manifest, sort_keys=True, default=str)
         digest = str(manifest.get("fingerprint") or hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -192,13 +197,15 @@ class Run:
             self.spool.metrics.append({"kind": "link", "role": "prepare", "digest": digest[:36]})
 
     def link(self, role: str, run_id: str) -> None:
-        """Lineage: this run was made from that one (role: prepare, pretrain, transfer), whose own sources come along."""
+        """Records that this run uses the output of another run (role: prepare, pretrain,
+        transfer), and of that run's sources."""
         self.spool.metrics.append({"kind": "link", "role": role, "run_id": run_id})
 
     # -------- delivery and end
 
     def flush(self, timeout: float = 30.0) -> bool:
-        """Waits until everything logged so far is on the server; False when it is unreachable or the time is up."""
+        """Waits until all records so far are on the server. Returns False if the server is
+        unreachable or after `timeout` seconds."""
         deadline, attempts = time.monotonic() + timeout, self._attempts
         while self.spool.pending and self._attempts == attempts and time.monotonic() < deadline:
             with self._wake:
@@ -208,10 +215,11 @@ class Run:
         return self.spool.pending == 0
 
     def finish(self, status: str = "FINISHED", timeout: float | None = None, *, reason: str = "") -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED and delivers what is left; True when the server has everything.
+        """Ends the run as FINISHED, FAILED or KILLED and delivers the remaining records. Returns True if the server has
+        all records.
 
-        reason: why it failed or was stopped, for its tag and its description. timeout: seconds for the delivery. What the
-        server could not take stays on disk, and a warning says how much and how to upload it.
+        reason: why the run failed or was stopped, for a tag and the description. timeout: maximum seconds of the
+        delivery. Undelivered records stay on disk, and a warning gives their number and the command that uploads them.
         """
         if self._finished:
             return True
@@ -219,13 +227,13 @@ class Run:
         if timeout is None:
             timeout = LAST_DELIVERY_OF_A_STOP if status == "KILLED" else LAST_DELIVERY
         if self._owner:
-            if not self.spool.header["parent_id"]:  # a child is written when its work is done: its owner knows the time
+            if not self.spool.header["parent_id"]:  # a child run is written after its work, so its owner logs the time
                 self.log_cost({names.SECONDS: time.monotonic() - self._started})
             if self.spool.header.get("described"):
                 self.describe((description.COST,), description.cost_paragraph(self._costs))
             lost = self.spool.metrics.lost + self.spool.artifacts.lost
             if lost:
-                self.set_tags({"lost": f"{lost} records found no room in the buffer"})
+                self.set_tags({"lost": f"{lost} records were lost: the buffer was full"})
             end = {"kind": "end", "status": status, "time": int(time.time() * 1000)}
             self.spool.metrics.append(end | {"reason": names.valid_value(redacted(reason))})
         self.flush(timeout)
@@ -258,7 +266,7 @@ class Run:
         return delivered and not lost
 
     def _pump(self, queue: Queue, send: Callable[[], bool]) -> None:
-        """Delivers one queue until the run is closed. Any failure waits (longer each time) and tries again."""
+        """Delivers one queue until the run is closed. Retries every failure after a delay that doubles each time."""
         delay = 0.0
         while True:
             closing = self._closing.is_set()
@@ -266,7 +274,7 @@ class Run:
                 while send():
                     pass
                 delay = 0.0
-            except Exception as error:  # whatever happens to the server, training goes on
+            except Exception as error:  # training continues despite any failure of the server
                 if not delay:
                     logger.warning(
                         "%s: %s; records wait in %s", redacted(self.uri), first_line(error), self.spool.folder
@@ -280,7 +288,8 @@ class Run:
             if closing:
                 return
             with self._wake:
-                # While the server is away nobody's flush may hurry us: wait on the event, not on the condition.
+                # While the server is unreachable, `flush` must not shorten the delay: wait for the event, not the
+                # condition.
                 if not delay and not self._closing.is_set():
                     self._wake.wait(SEND_EVERY)
             if delay:
@@ -297,12 +306,12 @@ class Run:
 
 
 def _status_of(error: BaseException | None) -> tuple[str, str]:
-    """The final status and reason of a run whose `with` block raised this exception; a requested stop is not a failure."""
+    """(status, reason) of a run whose `with` block ended with this exception. A requested stop is not a failure."""
     if error is None:
         return "FINISHED", ""
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", STOPPED[128 + signal.SIGINT]
-    if isinstance(error, SystemExit):  # `config.run_job` makes one of SIGTERM
+    if isinstance(error, SystemExit):  # `config.run_job` raises it after SIGTERM
         if error.code in (None, 0):
             return "FINISHED", ""
         if error.code in STOPPED:
@@ -312,14 +321,14 @@ def _status_of(error: BaseException | None) -> tuple[str, str]:
 
 
 def _split_places(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """(parameters, tags `place.<key>`) of a flat config: what names a path, an address or a run is no parameter."""
+    """(parameters, tags `place.<key>`) of a flat configuration. Paths, addresses and runs become tags."""
     parameters = {key: value for key, value in values.items() if not names.is_place(key)}
     places = {names.PLACE + key: value for key, value in values.items() if key not in parameters and value is not None}
     return _texts(parameters), _texts(places)
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Tags or parameters as MLflow accepts them; an address in them shows no password."""
+    """Tags or parameters with names and values that MLflow accepts, and without passwords."""
     return {names.valid_name(key): redacted(names.valid_value(value)) for key, value in values.items()}
 
 
@@ -334,13 +343,14 @@ def start_run(
     parent_id: str | None = None,
     tracking_uri: str | None = None,
 ) -> Run:
-    """Starts a run, or continues `run_id` (its points are not repeated: a step it already has is dropped).
+    """Starts a run, or continues the run `run_id` without repeating points that it already has.
 
-    config: a dataclass or mapping; becomes flat parameters, tags (paths and addresses) and the artifact config.yaml.
-    about: the description; with one, the run's name ends in the first digits of its id, and the cost joins at the end.
-    The commit, an uncommitted diff and the environment are recorded too, except for children (`parent_id`).
-    Raises UserError when the server refuses us (credentials, host name): that needs a person. A server that cannot be
-    reached raises nothing: the run starts under an offline id and is delivered later.
+    config: a dataclass or mapping; it becomes flat parameters, tags (paths and addresses) and the artifact config.yaml.
+    about: the description; with it, the name of the run ends in the first digits of its id, and the cost is added at
+    the end. The commit, uncommitted changes and the environment are also recorded, except for child runs (`parent_id`).
+
+    Raises UserError if the server rejects the credentials or the host name. If the server is unreachable, no error is
+    raised: the run starts with an offline id and is delivered later.
     """
     code = {} if parent_id else environment.code_tags()
     own_tags = _texts(tags or {})
@@ -378,13 +388,13 @@ def start_run(
 
 
 def _origin() -> dict[str, str]:
-    """Tags that say who started the run with which program, and in which Ray job."""
+    """Tags with the user, the program and the Ray job that started the run."""
     tags = {
         names.USER: environment.user(),
         names.SOURCE_NAME: os.path.basename(sys.argv[0] or "python"),
         names.SOURCE_TYPE: "LOCAL",
     }
-    stage = {  # set by pipeline.graph.runner for each of its stages
+    stage = {  # environment variables that pipeline.graph.runner sets for every stage
         names.PIPELINE_NAME: os.environ.get("VIT_PIPELINE"),
         names.PIPELINE_STAGE: os.environ.get("VIT_PIPELINE_STAGE"),
         names.PIPELINE_RUN: os.environ.get("VIT_PIPELINE_RUN"),
@@ -395,7 +405,8 @@ def _origin() -> dict[str, str]:
 
 
 def _reach(run: Run, announce: bool) -> None:
-    """Creates or finds the run on the server. Raises UserError when the server refuses us; one that is away is only logged."""
+    """Creates or finds the run on the server. Raises UserError if the server rejects
+    the login; an unreachable server is only logged."""
     try:
         run._delivery.resolve()
     except UserError:
@@ -406,12 +417,14 @@ def _reach(run: Run, announce: bool) -> None:
         if server.is_unauthorised(error):
             run.spool.discard()
             raise UserError(
-                f"MLflow at {where} refuses us: {first_line(error)}; set MLFLOW_TRACKING_USERNAME and "
+                f"MLflow at {where} refused access: {first_line(error)}; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), and start the server with --allowed-hosts naming "
                 "the host in this address"
             ) from error
         run.error = first_line(error)
-        logger.warning("tracking: %s cannot be reached (%s); recording on disk and delivering later", where, run.error)
+        logger.warning(
+            "tracking: %s is unreachable (%s); records are kept on disk and delivered later", where, run.error
+        )
     else:
         if announce:
             header = run.spool.header
@@ -419,9 +432,10 @@ def _reach(run: Run, announce: bool) -> None:
 
 
 def attach_run(run_id: str, tracking_uri: str, *, resume: bool = False) -> Run:
-    """Another writer into a run that someone else owns (system metrics of another node): `finish` only delivers.
+    """Opens an additional writer for a run that another process owns (system metrics of another node). `finish` only
+    delivers.
 
-    resume: steps that the run already has are dropped, as `start_run(run_id=...)` does.
+    resume: skip steps that the run already has, as `start_run(run_id=...)` does.
     """
     header: dict[str, Any] = {
         "uri": resolve_tracking_uri(tracking_uri),

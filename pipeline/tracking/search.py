@@ -1,4 +1,4 @@
-"""Runs read back from MLflow, as plain values."""
+"""Reads runs from MLflow as plain values."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pipeline.tracking.server import client, resolve_tracking_uri, run_url
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A finished or running MLflow run, read back."""
+    """A finished or running MLflow run."""
 
     id: str
     name: str
@@ -18,7 +18,7 @@ class RunInfo:
     start_time: int
     url: str
     path: str
-    """The run's place under the address of any server: for links inside MLflow."""
+    """The path of the run relative to the address of the server, for links inside MLflow."""
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
@@ -51,7 +51,7 @@ def search_runs(experiment: str, *, filter: str = "", uri: str | None = None) ->
 
 
 def read_runs(experiment: str, *, with_param: str = "", uri: str | None = None) -> Iterator[RunInfo]:
-    """As `search_runs`, but fast for thousands of runs of a database. with_param: only runs with this parameter."""
+    """Like `search_runs`, but fast for thousands of runs in a database. with_param: only runs with this parameter."""
     uri = resolve_tracking_uri(uri)
     if uri.startswith("http"):
         yield from search_runs(experiment, filter=f"params.`{with_param}` LIKE '%'" if with_param else "", uri=uri)
@@ -71,6 +71,6 @@ def read_runs(experiment: str, *, with_param: str = "", uri: str | None = None) 
 
 
 def metric_history(run_id: str, metric: str, uri: str | None = None) -> list[tuple[int, float]]:
-    """[(step, value)] in the order of steps."""
+    """[(step, value)] of a metric, sorted by step."""
     history = client(resolve_tracking_uri(uri)).get_metric_history(run_id, metric)
     return sorted((point.step, point.value) for point in history)

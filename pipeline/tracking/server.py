@@ -1,4 +1,4 @@
-"""Which MLflow server runs go to, how it is reached, and what its refusals mean."""
+"""The MLflow server: its address, its client, experiments and runs on it, and its errors."""
 
 import contextlib
 import fcntl
@@ -23,26 +23,27 @@ logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 DATABASES = ("postgresql", "mysql", "mssql")
-CONNECT_SECONDS = 10  # for the first answer of a database
-# A record that is refused with one of these would be refused again; everything else (connection, 5xx, 401, 403, a locked
-# database) is tried again.
+CONNECT_SECONDS = 10  # timeout of the first connection to a database
+# Errors after which a record is not sent again. All other errors (connection, 5xx, 401, 403, a locked database) are
+# retried.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class RunUnavailableError(ConnectionError):
-    """The run, its experiment or its parent is deleted or not there yet: its records wait."""
+    """The run, its experiment or its parent was deleted or does not exist yet, so its records stay in the spool."""
 
 
 # ---------------------------------------------------------------- the address
 
 
 def resolve_tracking_uri(explicit: str | None = None) -> str:
-    """The server to use: `explicit`, MLFLOW_TRACKING_URI, or SQLite in the working directory; always absolute.
+    """The address of the server: `explicit`, MLFLOW_TRACKING_URI, or SQLite in the working directory; always absolute.
 
-    Call it on the driver and hand the result to workers: Ray workers change directory, and a relative SQLite path
-    would become one database each. A password in the address moves into the environment (`pipeline.credentials`).
-    Raises UserError for an address that MLflow cannot record to, and for SQLite in a Ray job's package folder.
+    Call this function on the driver and pass the result to workers: Ray workers change directory, so a relative SQLite
+    path would create one database per worker. A password in the address is moved to the environment
+    (`pipeline.credentials`). Raises UserError for an address that MLflow cannot use, and for SQLite in the package
+    folder of a Ray job.
     """
     uri = take_password(explicit or os.environ.get("MLFLOW_TRACKING_URI") or "")
     if not uri:
@@ -61,7 +62,7 @@ def resolve_tracking_uri(explicit: str | None = None) -> str:
         return SQLITE + path
     scheme = uri.partition("://")[0]
     if "://" not in uri or scheme == "file":
-        raise UserError(f"tracking URI {uri}: MLflow no longer records into a folder; use sqlite:///{uri}/mlflow.db")
+        raise UserError(f"tracking URI {uri}: MLflow no longer supports folders; use sqlite:///{uri}/mlflow.db")
     if scheme not in ("http", "https", "databricks") and scheme.partition("+")[0] not in DATABASES:
         raise UserError(
             f"tracking URI {redacted(uri)}: MLflow has no store {scheme}://; use http://, https://, sqlite:/// or postgresql://"
@@ -70,20 +71,20 @@ def resolve_tracking_uri(explicit: str | None = None) -> str:
 
 
 def _is_in_package(path: str) -> bool:
-    """Whether the path lies in the copy of the project that `ray job submit` unpacks, and Ray deletes afterwards."""
+    """Whether the path is inside the copy of the project that `ray job submit` unpacks and Ray deletes afterwards."""
     return "/working_dir_files/" in path + "/"
 
 
 @functools.cache
 def _warn_of_database(uri: str) -> None:
     logger.warning(
-        "MLflow records into %s on this node, because MLFLOW_TRACKING_URI is not set; set it to keep the runs elsewhere",
+        "MLFLOW_TRACKING_URI is not set, so MLflow writes to %s on this node; set it to store runs elsewhere",
         uri,
     )
 
 
 def run_url(uri: str, experiment: str, run_id: str) -> str:
-    """Where a person sees the run."""
+    """The address of the run in MLflow's UI."""
     return f"{redacted(uri)}/#/experiments/{experiment}/runs/{run_id}" if uri.startswith("http") else redacted(uri)
 
 
@@ -92,10 +93,11 @@ def run_url(uri: str, experiment: str, run_id: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def client(uri: str) -> "MlflowClient":
-    """An MLflow client that fails soon: the spool repeats what failed, and nobody waits for it.
+    """An MLflow client with short timeouts, because the spool repeats failed requests.
 
-    The first use of a SQLite file creates its tables, which takes seconds and must not happen twice at once.
-    Raises ConnectionError for a database that does not answer, UserError for one whose driver is not installed.
+    The first use of a SQLite file creates its tables, which takes seconds; a lock prevents two processes from doing it
+    at the same time. Raises ConnectionError for a database that does not respond, UserError if its driver is not
+    installed.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -104,7 +106,7 @@ def client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout belongs to the jobs
     from mlflow import MlflowClient
 
-    # its half a million objects stay for good: a garbage collection that walks them would stop a step for long
+    # exclude MLflow's half a million permanent objects from garbage collection, which would delay training steps
     gc.freeze()
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -119,21 +121,21 @@ def client(uri: str) -> "MlflowClient":
         made = MlflowClient(mlflow_address(uri))
         made.get_experiment("0")
     quoted = mlflow_address(uri).removeprefix(SQLITE)
-    if quoted != path:  # MLflow makes the folder of the quoted path, too
+    if quoted != path:  # MLflow also creates the folder of the quoted path
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(quoted))
     return made
 
 
 def mlflow_address(uri: str) -> str:
-    """The address as MLflow takes it: with a database's password, and with `%` and `?` of a SQLite path quoted."""
+    """The address for MLflow: with the password of a database, and with `%` and `?` in a SQLite path quoted."""
     if uri.startswith(SQLITE):
         return SQLITE + uri.removeprefix(SQLITE).replace("%", "%25").replace("?", "%3F")
     return with_password(uri)
 
 
 def _connect_once(uri: str) -> None:
-    """One attempt at the database with a time limit: MLflow itself would try for more than a minute."""
+    """Tries to connect to the database once, with a timeout; MLflow itself would try for more than a minute."""
     import sqlalchemy
 
     limit = {"connect_timeout": CONNECT_SECONDS} if uri.startswith(("postgresql", "mysql")) else {}
@@ -150,7 +152,7 @@ def _connect_once(uri: str) -> None:
 
 @contextlib.contextmanager
 def process_wide(uri: str) -> Iterator[None]:
-    """Makes the server MLflow's global one meanwhile: some of its functions look there, whatever the client's address."""
+    """Temporarily makes the server MLflow's global one, which some functions of MLflow use regardless of the client."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -165,9 +167,10 @@ def process_wide(uri: str) -> Iterator[None]:
 
 
 def experiment_id(uri: str, name: str) -> str:
-    """The id of the experiment, which is created when it is new. SQLite keeps artifacts beside it, in mlruns/.
+    """The id of the experiment, which is created if it does not exist. With SQLite, artifacts are stored in mlruns/
+    next to it.
 
-    Raises UserError when the experiment was deleted.
+    Raises UserError if the experiment was deleted.
     """
     mlflow = client(uri)
     found: Experiment | None = mlflow.get_experiment_by_name(name)
@@ -181,7 +184,7 @@ def experiment_id(uri: str, name: str) -> str:
             for key, value in experiment_tags(name, made).items():
                 mlflow.set_experiment_tag(made, key, value)
             return made
-        except Exception:  # another process was faster, or the name is truly unusable: then this raises again
+        except Exception:  # another process created it first, or the name is invalid, which raises again below
             found = mlflow.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -189,13 +192,13 @@ def experiment_id(uri: str, name: str) -> str:
         raise UserError(f'MLflow experiment "{name}" was deleted; restore it or use another name')
     view = {key: value for key, value in experiment_tags(name, found.experiment_id).items() if key.startswith(SHARE)}
     for key, value in view.items():
-        if found.tags.get(key) != value:  # of an earlier version of this program
+        if found.tags.get(key) != value:  # written by an earlier version of this program
             mlflow.set_experiment_tag(found.experiment_id, key, value)
     return found.experiment_id
 
 
 def find_run(uri: str, run_id: str) -> str | None:
-    """The server's id of a run given by its own id or by its offline id; None when the server has no such active run."""
+    """The server's id of a run, given its id or its offline id; None if the server has no such active run."""
     from mlflow.exceptions import MlflowException
 
     mlflow = client(uri)
@@ -216,7 +219,7 @@ def find_run(uri: str, run_id: str) -> str | None:
 
 
 def is_unauthorised(error: Exception) -> bool:
-    """Whether the server does not accept our credentials or our host name, which needs a person."""
+    """Whether the server rejects the credentials or the host name, which the user has to correct."""
     code = getattr(error, "error_code", "")
     return (
         code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
@@ -226,6 +229,6 @@ def is_unauthorised(error: Exception) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The exception's class and the first line of its message, without passwords."""
+    """The class of the exception and the first line of its message, without passwords."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {redacted(lines[0][:300])}" if lines else type(error).__name__

@@ -1,21 +1,21 @@
-"""The durable buffer between a run and the tracking server: what is logged goes to disk first and to the server later.
+"""A durable buffer between a run and the tracking server: records are written to disk first and sent to the server
+later.
 
-Written here, because MLflow's asynchronous logging keeps its records in memory, where the end of the process loses them.
+MLflow's asynchronous logging is not used because it keeps records in memory, where they are lost when the process ends.
 
-A folder per writer, under `spool_root()`:
+Each writer has a folder under `spool_root()`:
 
-    <id>/run.json         which run, experiment and server this is for
-    <id>/metrics.jsonl    metrics, parameters, tags, end of the run; one JSON record a line
-    <id>/artifacts.jsonl  artifacts, whose bytes lie in files/ (apart, so that a slow object store never delays metrics)
-    <id>/rejected.jsonl   records that the server refused, with its reason; each upload offers them again
-    <id>/lock             held (flock) while the writer lives: a folder whose lock is free belongs to nobody
+    <id>/run.json         run, experiment and server of the records
+    <id>/metrics.jsonl    metrics, parameters, tags, end of the run; one JSON record per line
+    <id>/artifacts.jsonl  artifacts; their bytes are in files/. A separate queue, so that a slow store does not delay
+    metrics <id>/rejected.jsonl   records that the server refused, with the reason; every upload sends them again
+    <id>/lock             locked (flock) while the writer lives; a folder with a free lock is abandoned
 
-A folder is removed only when the server has everything in it. Only its owner can read it.
+    A folder is removed only after the server has all its records. Only its owner can read it.
 
-Appending is one write(2) of a short line to the page cache: it survives the death of the process, takes tens of
-microseconds and waits neither for the network nor for the thread that delivers. Sending again what may have been sent
-already is harmless, because records carry their own time stamps and MLflow's key of a point is (run, metric, time, step,
-value).
+    Appending a record is one write(2) of a short line to the page cache. It survives the end of the process, takes tens
+    of microseconds, and does not wait for the network or the delivery thread. Sending a record twice is harmless,
+    because records have time stamps and MLflow identifies a point by (run, metric, time, step, value).
 """
 
 import contextlib
@@ -33,35 +33,37 @@ from typing import IO, Any
 
 from pipeline.outputs import refuse_package_folder
 
-MAX_BYTES = 1 << 30  # of one spool folder: past it, records are counted as lost rather than filling the disk
-MAX_IN_MEMORY = 20_000  # records kept in memory when the disk refuses them
-LOCK_PATIENCE = 0.1  # seconds; whoever holds the lock of a queue holds it for microseconds
-# of one delivery, a thousand metrics or so: taking more apart at once would keep the interpreter from those who log
+MAX_BYTES = 1 << 30  # maximum size of a spool folder; further metrics are dropped and counted as lost
+MAX_IN_MEMORY = 20_000  # maximum number of records in memory while the disk is full
+LOCK_PATIENCE = 0.1  # seconds to wait for the lock of a queue, which is held for microseconds
+# bytes per delivery, about a thousand metrics; parsing more at once would delay the threads that log
 READ_BYTES = 1 << 15
 
 
 def spool_root() -> str:
-    """VIT_SPOOL, or a folder in the user's cache: never the working directory, which on Ray workers is temporary."""
+    """The folder of all spools: VIT_SPOOL, or a folder in the user's cache. The
+    working directory of Ray workers is temporary."""
     folder = os.environ.get("VIT_SPOOL") or os.path.expanduser("~/.cache/vit-pipeline/spool")
     refuse_package_folder(folder, "VIT_SPOOL")
     return os.path.abspath(folder)
 
 
 class Queue:
-    """An append-only file of JSON records with a read position: append from any thread, read and commit from one."""
+    """An append-only file of JSON records with a read position. Any thread may
+    append; one thread may read and commit."""
 
     def __init__(self, path: str):
         self.path = path
-        self.lost = 0  # records that neither disk nor memory could keep
+        self.lost = 0  # records that fitted neither on disk nor in memory
         self.lock = threading.Lock()
-        self._inbox: deque[tuple[dict, bytes]] = deque()  # appended while the lock was taken
+        self._inbox: deque[tuple[dict, bytes]] = deque()  # appended while another thread held the lock
         self._memory: deque[dict] = deque()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._size = os.fstat(self._file).st_size
         self._position = 0
-        self._records = 0  # on disk and not yet committed
-        self._read = (0, 0)  # records of the last read, and where it ended on disk (0: they came from memory)
-        if self._size:  # left by an earlier process; a line torn by a power cut is dropped
+        self._records = 0  # records on disk that are not committed
+        self._read = (0, 0)  # number of records of the last read, and its end position on disk (0: read from memory)
+        if self._size:  # left by an earlier process; an incomplete last line is dropped
             data = os.pread(self._file, self._size, 0)
             self._size = data.rfind(b"\n") + 1
             os.ftruncate(self._file, self._size)
@@ -72,10 +74,10 @@ class Queue:
             return len(self._inbox) + self._records + len(self._memory)
 
     def append(self, record: dict) -> None:
-        """Writes a record, so that a killed process has left it on disk.
+        """Writes a record to disk, so that it survives a kill of the process.
 
-        Waits for the lock no longer than LOCK_PATIENCE: a signal handler may log while the code that it interrupted holds the
-        lock. Such a record is written when the lock is given back.
+        Waits for the lock for at most LOCK_PATIENCE, because a signal handler may log while the interrupted code holds
+        the lock. Such a record is written when the lock is released.
         """
         self._inbox.append((record, _line(record)))
         if self.lock.acquire(timeout=LOCK_PATIENCE):
@@ -86,7 +88,7 @@ class Queue:
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[None]:
-        """Holds the lock, then writes what was appended meanwhile."""
+        """Holds the lock, then writes the records that were appended meanwhile."""
         with self.lock:
             yield
         while self._inbox and self.lock.acquire(blocking=False):
@@ -98,7 +100,7 @@ class Queue:
     def _write_inbox(self) -> None:
         while self._inbox:
             record, line = self._inbox.popleft()
-            # only metrics are many; what else there is, the end of the run above all, is never lost
+            # only metrics may be dropped; other records are few and must not be lost
             many = record.get("kind", "metrics") == "metrics"
             try:
                 if many and self._size + len(line) > MAX_BYTES:
@@ -110,14 +112,14 @@ class Queue:
                 self._records += 1
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._size)  # takes a half-written line away
+                    os.ftruncate(self._file, self._size)  # removes a partially written line
                 if not many or len(self._memory) < MAX_IN_MEMORY:
                     self._memory.append(record)
                 else:
                     self.lost += 1
 
     def read(self, limit: int) -> list[dict]:
-        """Up to `limit` records from the read position; the same ones again until `commit`."""
+        """Up to `limit` records from the read position. Returns the same records until `commit` is called."""
         with self._holding():
             self._write_inbox()
             if self._records == 0:
@@ -127,7 +129,7 @@ class Queue:
             position, limit = self._position, min(limit, self._records)
         lines: list[bytes] = []
         end = position
-        with open(self.path, "rb") as file:  # without the lock: these lines stay as they are until `commit`
+        with open(self.path, "rb") as file:  # no lock is needed: these lines do not change before `commit`
             file.seek(position)
             while len(lines) < limit and end - position < READ_BYTES:
                 lines.append(file.readline())
@@ -136,7 +138,8 @@ class Queue:
         return [_parse(line) for line in lines]
 
     def commit(self) -> None:
-        """Forgets the records of the last `read`; a file with none left is cut back to nothing."""
+        """Removes the records of the last `read` from the queue, and truncates the file
+        if it has no further records."""
         with self._holding():
             count, end = self._read
             if end == 0:
@@ -150,7 +153,7 @@ class Queue:
                 self._size = self._position = 0
 
     def close(self) -> None:
-        """Writes what only memory holds to the disk, if that takes it now; what it refuses counts as lost."""
+        """Tries to write records in memory to disk. Records that do not fit are counted as lost."""
         with self.lock:
             self._inbox.extendleft((record, _line(record)) for record in reversed(self._memory))
             self._memory.clear()
@@ -166,7 +169,7 @@ def _line(record: dict) -> bytes:
 
 
 def _parse(line: bytes) -> dict:
-    """The record of a line; one that a damaged disk has changed becomes a record of kind "unreadable"."""
+    """The record in a line; a damaged line becomes a record of kind "unreadable"."""
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
         if isinstance(record, dict) and isinstance(record.get("kind", ""), str):
@@ -179,12 +182,12 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def private_file(path: str, mode: str) -> IO[Any]:
-    """`open`, but a new file can be read by its owner alone."""
+    """Like `open`, but only the owner can read a new file."""
     return open(path, mode, opener=_open_private)
 
 
 class Spool:
-    """One writer's folder. Opening it takes its lock; BlockingIOError when another process holds that."""
+    """The folder of one writer. Opening it takes its lock; raises BlockingIOError if another process holds the lock."""
 
     def __init__(self, header: dict[str, Any] | None = None, folder: str | None = None):
         self.folder = folder or os.path.join(spool_root(), uuid.uuid4().hex)
@@ -211,7 +214,7 @@ class Spool:
             os.replace(temporary, os.path.join(self.folder, "run.json"))
 
     def add_artifact(self, path: str, data: bytes) -> None:
-        """Keeps a copy of `data`, to be uploaded as the artifact `path`."""
+        """Stores a copy of `data`, to be uploaded as the artifact `path`."""
         copy = os.path.join(self.folder, "files", uuid.uuid4().hex)
         try:
             with private_file(copy, "wb") as file:
@@ -230,15 +233,15 @@ class Spool:
         return os.path.join(self.folder, "rejected.jsonl")
 
     def reject(self, record: dict, reason: str) -> None:
-        """Sets a record aside that the server refused. Raises OSError when the disk does not take it: the record then stays
-        in its queue."""
+        """Moves a record that the server refused to rejected.jsonl. Raises OSError if the disk
+        is full; the record then stays in its queue."""
         line = _line({**record, "reason": reason})
         with private_file(self._rejected_path, "ab") as file:
             file.write(line)
         self.rejected += 1
 
     def read_rejected(self) -> list[dict]:
-        """The records that were set aside, with `reason`."""
+        """The records that the server refused, with `reason`."""
         try:
             with open(self._rejected_path, "rb") as file:
                 return [_parse(line) for line in file if line.strip()]
@@ -246,11 +249,11 @@ class Spool:
             return []
 
     def requeue_rejected(self) -> None:
-        """Puts the refused records back into their queues: what they were refused for may have gone since."""
+        """Puts refused records back into their queues, since the cause may have been corrected."""
         for record in self.read_rejected():
             record.pop("reason", None)
             (self.artifacts if record.get("kind") == "artifact" else self.metrics).append(record)
-        # Only now: after a crash in between both files have a record, and sending it twice is harmless.
+        # The file is removed last: after a crash both files have the records, and sending them twice is harmless.
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._rejected_path)
         self.rejected = 0
@@ -262,7 +265,7 @@ class Spool:
         return len(self.metrics) + len(self.artifacts)
 
     def close(self) -> bool:
-        """Gives the folder up, and removes it when everything in it was delivered; says whether it was."""
+        """Releases the folder, and removes it if all records were delivered. Returns whether they were."""
         delivered = self.pending == 0 and self.rejected == 0
         self.metrics.close()
         self.artifacts.close()
@@ -272,13 +275,13 @@ class Spool:
         return delivered
 
     def discard(self) -> None:
-        """Gives the folder up and removes it, whatever it holds: the run was refused before any work."""
+        """Releases and removes the folder with its records, because the run was refused before any work."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _read_header(folder: str) -> dict[str, Any]:
-    """run.json of a spool folder. Raises OSError, or ValueError when it is not what a spool writes."""
+    """run.json of a spool folder. Raises OSError if it cannot be read, and ValueError if its content is invalid."""
     with open(os.path.join(folder, "run.json"), "rb") as file:
         try:
             header = json.load(file)
@@ -297,17 +300,18 @@ def _read_header(folder: str) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Waiting:
-    """What lies in `spool_root()`: spools whose writer is gone, folders of living writers, folders that cannot be read."""
+    """The folders in `spool_root()`: spools whose writer has ended, folders of
+    active writers, and unreadable folders."""
 
     abandoned: list[Spool] = field(default_factory=list)
     in_use: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """{folder: why}"""
+    """{folder: reason}"""
 
 
 def look_up(run_id: str | None = None) -> Waiting:
-    """The spools on this machine, oldest first; those of one run when `run_id` is given. The abandoned ones are locked for
-    the caller, who closes them."""
+    """The spools on this machine, oldest first; with `run_id`, only those of one run. Abandoned spools are locked, and
+    the caller must close them."""
     found = Waiting()
     try:
         entries = sorted(os.scandir(spool_root()), key=lambda entry: entry.stat().st_mtime)
@@ -315,7 +319,7 @@ def look_up(run_id: str | None = None) -> Waiting:
         return found
     for entry in entries:
         if not entry.is_dir() or not os.path.exists(os.path.join(entry.path, "lock")):
-            continue  # not a spool, or one that is being made this instant
+            continue  # not a spool, or one that is being created
         try:
             header = _read_header(entry.path)
             if run_id is None or run_id in (header["run_id"], offline_id(entry.name)):

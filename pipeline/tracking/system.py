@@ -1,4 +1,4 @@
-"""What a node does while it trains: CPU, memory, network, disk and GPUs, as metrics `system/<node>/...` of the one run."""
+"""System metrics of a node during training: CPU, memory, network, disk and GPUs, logged as `system/<node>/...`."""
 
 import contextlib
 import subprocess
@@ -15,11 +15,11 @@ NVIDIA = ("utilization.gpu", "memory.used", "power.draw")
 
 
 class SystemMetrics:
-    """`with SystemMetrics(run_id, uri, node="node-0"):` samples this machine every 10 seconds until the end.
+    """`with SystemMetrics(run_id, uri, node="node-0"):` samples this machine every 10 seconds until the block ends.
 
-    One per node, whatever the number of workers there. The step of a sample is its second since the start of the run, so that
-    a resumed run goes on where it was. GPUs are read through nvidia-smi where there is one; energy is the integral of
-    their power in kWh, over all attempts of the run (`Run.log_energy` adds the nodes up).
+    Use one per node, regardless of the number of workers. The step of a sample is the number of seconds since the start
+    of the run, so that a resumed run continues its curves. GPUs are read through nvidia-smi, if there is one. The
+    energy is the integral of the GPUs' power in kWh over all attempts of the run (`Run.log_energy` adds up the nodes).
     """
 
     def __init__(self, run_id: str, uri: str, *, node: str, every: float = 10.0):
@@ -44,7 +44,7 @@ class SystemMetrics:
 
     def _sample(self) -> None:
         before, last = _counters(), time.monotonic()
-        with contextlib.suppress(Exception):  # a server that is away: seconds since now, then
+        with contextlib.suppress(Exception):  # if the server is unreachable, seconds count from now
             self.since = self.run.started()
             self.energy = self.run.metrics().get(f"{self.prefix}{names.NODE_ENERGY}", 0.0)
         while True:
@@ -72,23 +72,23 @@ class SystemMetrics:
         try:
             lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
         except (OSError, subprocess.SubprocessError):
-            self._gpus = False  # none here, or not for us
+            self._gpus = False  # no GPUs, or no access to them
             return {}
         values: dict[str, float] = {}
         for index, line in enumerate(lines):
             for name, text in zip(("percent", "memory_gb", "watts"), line.split(","), strict=False):
                 try:
                     values[f"gpu{index}_{name}"] = float(text) / (1e3 if name == "memory_gb" else 1)
-                except ValueError:  # "[N/A]": this card does not tell
+                except ValueError:  # "[N/A]": the GPU does not report this value
                     continue
         self.energy += sum(value for name, value in values.items() if name.endswith("_watts")) * seconds / 3.6e6
         return values | {names.NODE_ENERGY: self.energy}
 
 
 def _counters() -> dict[str, float]:
-    """Bytes since boot; logged as MB/s."""
+    """Bytes since boot, which are logged as MB/s."""
     network, disk = psutil.net_io_counters(), psutil.disk_io_counters()
     counters = {"network_in_mb_s": network.bytes_recv, "network_out_mb_s": network.bytes_sent}
-    if disk is not None:  # containers without access to it
+    if disk is not None:  # None in containers without access to it
         counters |= {"disk_read_mb_s": disk.read_bytes, "disk_write_mb_s": disk.write_bytes}
     return counters

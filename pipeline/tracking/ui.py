@@ -1,8 +1,8 @@
-"""MLflow's UI on this machine, opened where the answers are: `python -m pipeline.tracking ui`, or `make ui`.
+"""MLflow's UI on this machine with prepared views: `python -m pipeline.tracking ui`, or `make ui`.
 
-It is MLflow's own server with two additions. The address itself opens the pre-training runs. An experiment opens with the columns and charts of its prepared view
-(`pipeline.tracking.views`), in the mode for training and not for language models; any other choice of the user stays. And
-/leaderboard compares all transferred models on one page.
+The server is MLflow's own, with additions. Its address opens the pre-training runs. An experiment opens with the
+columns and charts of its prepared view (`pipeline.tracking.views`), in the mode for model training instead of language
+models; other choices of the user are kept. /leaderboard compares all transferred models on one page.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from pipeline.tracking.views import SHARE, VIEW
 logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
-FRESH = 10.0  # seconds for which a computed leaderboard is served again
+FRESH = 10.0  # seconds for which a leaderboard is cached
 
-# MLflow keeps columns and charts in the browser; the view that an experiment shares is asked for in the address. The
-# address without a page goes to the first of our experiments that has runs. The toolbar of a chart covers its data: it
-# shows under the pointer only.
+# MLflow keeps columns and charts in the browser, and opens the shared view of an experiment if the address asks for it.
+# The address without a page opens the first of our experiments that has runs. The toolbar of a chart covers its data,
+# so it is shown only under the pointer.
 SCRIPT = """<script>(() => {
   if (!localStorage.getItem("WORKFLOW")) localStorage.setItem("WORKFLOW", '"machine_learning"');
   if (!localStorage.getItem("ASSISTANT")) localStorage.setItem("ASSISTANT", "true");
@@ -75,10 +75,10 @@ for _name, _value in {
 
 
 def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = None) -> None:
-    """Serves until it is stopped. Raises UserError for the address of another MLflow server: that one has its own UI."""
+    """Serves the UI until it is stopped. Raises UserError for the address of an MLflow server, which has its own UI."""
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith("http"):
-        raise UserError(f"{redacted(uri)} is an MLflow server and has a UI itself: open it in a browser")
+        raise UserError(f"{redacted(uri)} is an MLflow server with its own UI: open the address in a browser")
     mlflow_private.use_settings(uri)
     import uvicorn
     from mlflow.server.fastapi_app import app
@@ -88,9 +88,10 @@ def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = 
 
 
 def with_pages(app: App, uri: str) -> App:
-    """MLflow's application with the script in its page, and with /leaderboard; MLflow's own checks come before both."""
+    """MLflow's application with the script in its page and with /leaderboard.
+    Requests pass MLflow's own checks first."""
     page = functools.partial(_cached_leaderboard, uri, {}, threading.Lock())
-    # The first leaderboard waits for PyTorch's import, which counts FLOPs: begin before somebody asks.
+    # The first leaderboard imports PyTorch to count FLOPs, which takes seconds, so it is computed in advance.
     threading.Thread(target=page, name="leaderboard", daemon=True).start()
 
     async def serve_request(scope: Message, receive: Any, send: Any) -> None:
@@ -98,7 +99,7 @@ def with_pages(app: App, uri: str) -> App:
         if scope["type"] != "http" or scope.get("method") != "GET" or path not in ("", "/index.html", "/leaderboard"):
             await app(scope, receive, send)
             return
-        # The compressed or cached page could not be changed.
+        # Ask for an uncompressed, uncached page, so that it can be changed.
         headers = [
             (name, value)
             for name, value in scope["headers"]
@@ -118,7 +119,7 @@ def with_pages(app: App, uri: str) -> App:
 
 
 async def _call(app: App, scope: Message, receive: Any) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body of the application's answer."""
+    """(status, headers, body) of the application's response."""
     start: Message = {}
     parts: list[bytes] = []
 

@@ -1,7 +1,8 @@
-"""What a person sees first in MLflow's UI: each experiment opens as training runs and links to a prepared view.
+"""Prepared views of the experiments in MLflow's UI.
 
-The view is MLflow's own "shared view", a tag on the experiment, which the UI of `make ui` opens by itself: columns that answer "which run, how far, how good, how much",
-and charts over images seen, which compare runs of different batch sizes as steps do not.
+A view is MLflow's "shared view", a tag of the experiment that the UI of `make ui` opens automatically. It has columns
+for progress, quality and cost of the runs, and charts over images seen, because steps are not comparable between batch
+sizes.
 """
 
 import base64
@@ -18,10 +19,10 @@ TITLES = {
     names.PREPARE: "Datasets made from raw images.",
     names.PRETRAIN: "Pre-training runs.",
     names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
-    names.EVALUATE: "Transfer score of every checkpoint of a run: its learning curve of transfer.",
-    names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py): their stages, costs and graphs are in their artifacts.",
-    names.COMPARE: "Leaderboards across pre-training runs (jobs/compare.py): see their descriptions and artifacts.",
-    names.VISUALIZE: "What checkpoints have learned (jobs/visualize.py): see their artifacts.",
+    names.EVALUATE: "Transfer scores of every checkpoint of a run.",
+    names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py); stages, costs and graphs are in the artifacts.",
+    names.COMPARE: "Leaderboards of pre-training runs (jobs/compare.py); see the descriptions and artifacts.",
+    names.VISUALIZE: "Visualizations of checkpoints (jobs/visualize.py); see the artifacts.",
 }
 COLUMNS = {
     names.PREPARE: [
@@ -67,7 +68,7 @@ QUALITY = {
     names.TRANSFER: f"metrics.`{names.MEAN_SCORE}`",
     names.EVALUATE: f"metrics.`{names.MEAN_SCORE}`",
 }
-"""What the runs of an experiment are sorted by, best first; the others by time."""
+"""The metric by which the runs of an experiment are sorted, best first; other experiments are sorted by time."""
 CHARTS = {
     names.PRETRAIN: [
         names.LOSS,
@@ -82,7 +83,7 @@ CHARTS = {
 
 
 def experiment_tags(name: str, identifier: str) -> dict[str, str]:
-    """Tags of a new experiment: its kind, its description with the link, and the view."""
+    """Tags of an experiment: its kind, its description with a link to the view, and the view."""
     tags = {"mlflow.experimentKind": "custom_model_development", names.NOTE: TITLES.get(name, "")}
     if name in COLUMNS:
         mode = "&compareRunsMode=CHART" if name in CHARTS else ""
@@ -100,7 +101,7 @@ def _view(name: str) -> dict[str, Any]:
         "orderByKey": QUALITY.get(name, "attributes.start_time"),
         "orderByAsc": False,
         "startTime": "ALL",
-        # Only parents have a suite: sorted by score, children would stand among them.
+        # Only parent runs have a suite; child runs would be sorted among them.
         "searchFilter": "params.suite LIKE '%'" if name == names.TRANSFER else "",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
@@ -135,7 +136,8 @@ td {font-variant-numeric: tabular-nums} code {font-size: 12px; overflow-wrap: an
 
 
 def page(markdown: str, pictures: Mapping[str, bytes] | None = None) -> str:
-    """Markdown and PNGs {caption: bytes} as one HTML page: MLflow's artifact viewer shows HTML, but Markdown as source."""
+    """Markdown and PNGs {caption: bytes} as one HTML page, because MLflow's
+    artifact viewer does not render Markdown."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)

@@ -83,7 +83,8 @@ def activations(
         engine.checkpoint_keeps == "products"
     ):  # q, k and v; attention and its normaliser; its projection; both of the MLP
         kept += sizes.tokens * ((6 * sizes.width + sizes.mlp) * width + 4 * sizes.heads)
-    # The backward pass begins with the last block. If that one is recomputed, it needs what it did not keep on top of all else.
+    # The backward pass begins with the last block. If that one is recomputed, it needs what it did not keep on top of
+    # all else.
     again = block - kept if recomputed == depth else 0
     return min(each, each - recomputed * (block - kept) + again), largest
 

@@ -34,8 +34,8 @@ from pipeline.transfer.suites import FineTune, Split
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
 
-# A training set that fits is decoded once and stays on the device. VTAB's 1,000 images at 448 px take 0.6 GB, and each is
-# used 1,280 times: decoding them again and again would cost more CPU than the GPU needs for the training.
+# A training set that fits is decoded once and stays on the device. VTAB's 1,000 images at 448 px take 0.6 GB, and each
+# is used 1,280 times: decoding them again and again would cost more CPU than the GPU needs for the training.
 RESIDENT_BYTES = 4 << 30
 CURVE_POINTS = 50
 
@@ -222,7 +222,8 @@ def _streamed_batches(
     batch_size = min(n, len(data.dataset))
     stream = read_examples(data, augment, batch_size=batch_size, threads=execution.threads, shuffle_seed=seed)
     for more_images, more_labels, _ in stream:
-        # Joined on the device: a copy joined on the host would be pageable, and the upload would wait for the step before.
+        # Joined on the device: a copy joined on the host would be pageable, and the upload would wait for the step
+        # before.
         more = upload({"image": more_images, "label": more_labels})
         images, labels = torch.cat([images, more["image"]]), torch.cat([labels, more["label"]])
         while len(labels) >= n:

@@ -87,6 +87,6 @@ def test_mlflow_without_an_address_says_where_it_records(head):
         text=True,
         timeout=600,
     )
-    assert f"MLflow records into sqlite:///{home}/mlflow.db on this node, because MLFLOW_TRACKING_URI is not set" in (
+    assert f"MLFLOW_TRACKING_URI is not set, so MLflow writes to sqlite:///{home}/mlflow.db on this node" in (
         done.stdout + done.stderr
     )

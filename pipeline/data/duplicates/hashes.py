@@ -36,7 +36,7 @@ MIRROR = np.packbits(_ODD).view(np.uint64)
 """The bits that differ between a view and its mirror image: (2,) uint64."""
 _COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5)).astype(np.float32)
 # Similar views agree in some of their eight bands of 16 bits. The whole image, the only view that every resize
-# preserves, is # joined on every pair of bands; a square is joined on two pairs, since an image has many squares.
+# preserves, is joined on every pair of bands; a square is joined on two pairs, since an image has many squares.
 WHOLE_KEYS = list(itertools.combinations(range(BANDS), 2))
 SQUARE_KEYS = [(0, 1), (2, 3)]
 

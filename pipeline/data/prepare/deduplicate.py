@@ -52,8 +52,8 @@ def propose_pairs(plan: PreparePlan) -> Pairs:
     context = workqueue.data_context()
     # Buckets of one to two million lines: slices have at most some ten thousand rows.
     buckets = max(4, count if near else min(count, max(64, count // 8)))
-    # Input bytes per shuffle task, at most Ray's default of 1 GiB. The limit is about 50,000 objects, one for every task
-    # and bucket.
+    # Input bytes per shuffle task, at most Ray's default of 1 GiB. The limit is about 50,000 objects, one for every
+    # task and bucket.
     about = count * 16_384 * (LINES if near else 2) * LINE_BYTES
     context.shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, about * buckets // 50_000))
     slices = ray.data.from_items([{"slice": number} for number in range(count)], override_num_blocks=count)

@@ -20,7 +20,7 @@ from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
 # One module per format; a new format is a module with NAME, matches, scan and read, and an entry here. The format that
-# the # most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
+# the most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
 FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord]
 
 UNREAD = (

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
 # Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
-# macOS, # thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads, and backup copies of
+# macOS, thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads, and backup copies of
 # editors.
 JUNK = (
     r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|recycler|recycled|found\.\d{3}|"
