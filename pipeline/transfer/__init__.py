@@ -1,16 +1,16 @@
-"""One checkpoint in, a table of transfer scores out.
+"""Transfer: evaluates a checkpoint on the tasks of a suite and reports their scores.
 
-run_suite(config) -> SuiteResult     a whole suite, from top to bottom               run.py
-open_backbone(name) -> module        a checkpoint, timm's or transformers' model     backbones.py, checkpoint.py
-TransferConfig, SUITES               tasks and protocols                             suites.py
-next_jobs                            what is left to do                              jobs.py
-Scheduler, Worker                    jobs on Ray actors                              scheduler.py, worker.py
-FineTuning, predict                  one task in one process                         finetune.py, predictions.py
-extract_features                     frozen features, on the work queue              features.py
-Store, SuiteState                    the output folder                               store.py
-Recorder                             MLflow                                          record.py
-collect_scores, suite_report         scores and their table                          scores.py, corrections.py, references.py,
-                                                                                     report.py, figures.py, progress.py
+run_suite(config) -> SuiteResult   a whole suite                              run.py
+open_backbone(name) -> module      a model: a checkpoint, timm, transformers  backbones.py, checkpoint.py
+TransferConfig, SUITES             tasks and protocols                        suites.py
+next_jobs                          the unfinished jobs                        jobs.py
+Scheduler, Worker                  jobs on Ray actors                         scheduler.py, worker.py
+FineTuning, predict                one task in one process                    finetune.py, predictions.py
+extract_features                   features of frozen models                  features.py
+Store, SuiteState                  the output folder                          store.py
+Recorder                           MLflow                                     record.py
+collect_scores, suite_report       scores and their table                     scores.py, corrections.py, references.py
+                                                                              report.py, figures.py, progress.py
 """
 
 from typing import TYPE_CHECKING
@@ -24,5 +24,5 @@ if TYPE_CHECKING:
 
 __all__ = ["SUITES", "SuiteResult", "TransferConfig", "open_backbone", "run_suite"]
 
-# On first use: torch and Ray take seconds to import, which --help has no need of.
+# Imported on first use: torch and Ray take seconds to import, and --help does not need them.
 __getattr__ = lazy.exports(__name__, {"run": ("SuiteResult", "run_suite"), "backbones": ("open_backbone",)})

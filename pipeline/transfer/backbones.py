@@ -1,13 +1,13 @@
-"""Models that a suite can transfer: this project's, timm's and those of Hugging Face's transformers.
+"""Models that a suite can transfer: models of this project, of timm and of Hugging Face's transformers.
 
     backbone = open_backbone("runs/demo/pretrain")                       a checkpoint, a run, models:/..., runs:/...
     backbone = open_backbone("timm:vit_base_patch16_224@weights.safetensors")
     backbone = open_backbone("hf:folder")                                 config.json, weights, preprocessor_config.json
     features = backbone.features(images)                                  uint8 (B,H,W,3) -> (B,D)
 
-Each is a module with `features(x)`, `replace_head(classes)`, `set_image_size(side)`, `config`, and `mean` and `std`, which
-it applies itself to uint8 images. `build_model(config, arrays)` builds it again in another process. timm and transformers
-are optional: pip install -c constraints.txt -e '.[export]'.
+Each is a module with `features(x)`, `replace_head(classes)`, `set_image_size(side)`, `config`, `mean` and `std`. It
+normalises uint8 images with `mean` and `std` itself. `build_model(config, arrays)` builds the model in another process.
+timm and transformers are optional: pip install -c constraints.txt -e '.[export]'.
 """
 
 import inspect
@@ -28,17 +28,17 @@ from pipeline.weights import open_model
 TIMM, HUGGING_FACE = "timm:", "hf:"
 LIBRARIES = (TIMM, HUGGING_FACE)
 HALF = (0.5, 0.5, 0.5)
-RANDOM_POOLER = ("vit", "deit")  # types whose pooling layer image classifiers do not have: their files hold none
+RANDOM_POOLER = ("vit", "deit")  # model types whose weight files have no pooling layer
 
 logger = logging.getLogger(__name__)
 
 
 def open_backbone(name: str, tracking_uri: str | None = None) -> Any:
-    """The pre-trained model that a name means, in eval mode on the CPU.
+    """The pre-trained model of this name, in eval mode on the CPU.
 
     name: timm:NAME (pre-trained weights from timm's hub), timm:NAME@FILE (from a local file), hf:FOLDER (a local folder of
-    transformers), or a checkpoint as `pipeline.weights.open_model` takes it. Raises UserError when the library, the model
-    or its weights are missing.
+    transformers), or any checkpoint that `pipeline.weights.open_model` accepts. Raises UserError if the library, the
+    model or its weights are missing.
     """
     if name.startswith(TIMM):
         return _open_timm(name.removeprefix(TIMM))
@@ -50,7 +50,8 @@ def open_backbone(name: str, tracking_uri: str | None = None) -> Any:
 
 
 def build_model(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    """The model of `config` with these weights: in a worker, from arrays that Ray shares between processes (read-only)."""
+    """The model of `config` with these weights. The arrays may be read-only, since
+    Ray shares them between processes."""
     library = config.get("library")
     if library == "timm":
         model: Any = TimmBackbone(import_library("timm").create_model(config["name"], num_classes=0), config)
@@ -65,7 +66,8 @@ def build_model(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 class LibraryBackbone(nn.Module):
-    """A network of another library behind the interface that transfer uses. `network`: images (B,3,H,W) -> features (B,D)."""
+    """Adapts a network of another library to the interface of transfer. `network`
+    maps images (B,3,H,W) to features (B,D)."""
 
     def __init__(self, network: nn.Module, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -104,12 +106,12 @@ class TimmBackbone(LibraryBackbone):
         return self.network(x)
 
     def set_image_size(self, size: int) -> None:
-        """Position embeddings are resized by timm. Raises UserError for a model of one fixed size."""
+        """Lets timm resize the position embeddings. Raises UserError for a model with a fixed image size."""
         if size != self.config["image_size"] and hasattr(self.network, "set_input_size"):
             self.network.set_input_size(img_size=(size, size))
         elif size != self.config["image_size"] and self.config["fixed_size"]:
             native = self.config["image_size"]
-            raise UserError(f"{self.config['variant']} takes images of {native} px alone; give --resolution {native}")
+            raise UserError(f"{self.config['variant']} only accepts images of {native} px; use --resolution {native}")
         super().set_image_size(size)
 
 
@@ -128,15 +130,15 @@ def _open_timm(name: str) -> TimmBackbone:
     name, _, file = name.partition("@")
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
-        raise UserError(f'timm has no model "{name}"{f"; close: {close}" if close else ""}; see timm.list_models()')
+        raise UserError(f'timm has no model "{name}"{f"; similar: {close}" if close else ""}; see timm.list_models()')
     overlay = {"file": storage.normalise(file)} if file else None
     if file and not storage.exists(file):
-        raise UserError(f"{file}: no such file of weights for {TIMM}{name}")
+        raise UserError(f"{file}: no such file (weights for {TIMM}{name})")
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # of the hub's client, of torch and of timm: they have no common class
+    except Exception as error:  # errors of the hub's client, torch and timm have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        remedy = "is it a file of this model?" if file else f"without a network give a file: {TIMM}{name}@FILE"
+        remedy = "is it a file of this model?" if file else f"offline, give a file: {TIMM}{name}@FILE"
         raise UserError(f"{TIMM}{name}: its weights cannot be loaded ({reason}); {remedy}") from error
     settings = network.pretrained_cfg
     size = int(settings["input_size"][-1])
@@ -151,7 +153,7 @@ def _open_timm(name: str) -> TimmBackbone:
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
     }
-    with torch.no_grad():  # some models project their features once more
+    with torch.no_grad():  # some models project their features
         config["width"] = network.eval()(torch.zeros(1, 3, size, size)).shape[-1]
     return TimmBackbone(network, config).eval()
 
@@ -174,12 +176,12 @@ def _open_hugging_face(folder: str) -> HuggingFaceBackbone:
         network, found = transformers.AutoModel.from_pretrained(
             place, config=options, local_files_only=True, output_loading_info=True, **_pooling(options)
         )
-    except Exception as error:  # of transformers, safetensors and torch: they have no common class
+    except Exception as error:  # errors of transformers, safetensors and torch have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{HUGGING_FACE}{folder}: cannot be loaded ({reason})") from error
     if found["missing_keys"]:
         names = ", ".join(sorted(found["missing_keys"])[:5])
-        raise UserError(f"{HUGGING_FACE}{folder}: its weights lack {names}; is the file complete?")
+        raise UserError(f"{HUGGING_FACE}{folder}: the weights have no {names}; is the file complete?")
     size = getattr(options, "image_size", None) or 224
     size = int(size[0]) if isinstance(size, list | tuple) else int(size)
     mean, std = _hugging_face_normalisation(place)
@@ -204,7 +206,7 @@ def _pooling(options: Any) -> dict[str, bool]:
 
 
 def _hugging_face_normalisation(place: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of preprocessor_config.json; 0.5 without one."""
+    """Mean and standard deviation from preprocessor_config.json; 0.5 if there is no such file."""
     uri = storage.join(place, "preprocessor_config.json")
     if not storage.exists(uri):
         logger.warning("%s: no preprocessor_config.json; images are normalised with mean 0.5 and std 0.5", place)

@@ -1,4 +1,4 @@
-"""What --checkpoint names -> weights that processes can share."""
+"""Loads the model of --checkpoint as arrays that processes can share."""
 
 import hashlib
 from collections.abc import Mapping
@@ -27,18 +27,18 @@ class Checkpoint:
 
     uri: str
     identity: str
-    """Of the weights: a fingerprint of their content, or of parts of it."""
+    """Fingerprint of the weights, from all or part of their content."""
     config: dict[str, Any]
-    """The model's options; `variant` and `image_size` among them."""
+    """Options of the model, including `variant` and `image_size`."""
     arrays: dict[str, np.ndarray]
     run_id: str | None = None
     """MLflow run of the pre-training."""
     images_seen: int | None = None
-    """Images that the weights have been trained on, where the checkpoint says it."""
+    """Number of images that the weights were trained on, if the checkpoint states it."""
 
 
 def load_checkpoint(config: TransferConfig) -> Checkpoint:
-    """The weights that --checkpoint names, checked. Raises UserError when they are missing, incomplete or do not fit."""
+    """Loads and checks the weights of --checkpoint. Raises UserError if they are missing, incomplete or do not fit."""
     uri = config.checkpoint or ("runs/demo/pretrain" if config.suite == "demo" else None)
     if uri is None:
         raise UserError(
@@ -49,7 +49,7 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         return _random_encoder(load_checkpoint(replace(config, checkpoint=uri.removeprefix(RANDOM))))
     if uri.startswith(LIBRARIES):
         if config.variant:
-            raise UserError(f"--variant is for bare weights; {uri} says its architecture itself")
+            raise UserError(f"--variant is for weights without a configuration; {uri} has one")
         model = open_backbone(uri)
         arrays = _arrays(model)
         return Checkpoint(uri, fingerprint([model.config["variant"], _content(arrays)]), dict(model.config), arrays)
@@ -63,14 +63,14 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
     if config.variant:
         model, identity = _bare_model(config.variant, place), _file_identity(place)
     elif place.endswith(SUFFIXES) or storage.exists(storage.join(place, "MLmodel")):
-        read_config(place)  # says what is missing when there is no config.json beside it
+        read_config(place)  # raises UserError if there is no config.json next to the weights
         model, identity = load_model(place), _file_identity(place)
     else:
         found = checkpoints.resolve(place)
         uri = found.uri
-        record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, "run.json")  # of the pre-training run
+        record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, "run.json")  # run.json of pre-training
         run_id = recorded_run(record) if storage.exists(record) else None
-        masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # its encoder is what transfers
+        masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # transfer needs the encoder only
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
         images_seen = found.commit.get("images_seen")
@@ -78,9 +78,9 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
 
 
 def _random_encoder(trained: Checkpoint) -> Checkpoint:
-    """The same architecture with the weights that training would have begun with. Raises UserError for another library's."""
+    """The same architecture with newly initialised weights. Raises UserError for a model of another library."""
     if "library" in trained.config:
-        raise UserError(f"{RANDOM}{trained.uri}: only models of this project can be initialised anew")
+        raise UserError(f"{RANDOM}{trained.uri}: only models of this project can have random weights")
     torch.manual_seed(0)
     arrays = _arrays(create_model(**trained.config))
     return Checkpoint(f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config]), trained.config, arrays)
@@ -105,17 +105,17 @@ def recorded_run(uri: str) -> str | None:
 
 
 def _bare_model(variant: str, place: str) -> Any:
-    """A model of the named architecture with weights that do not say it themselves."""
+    """A model of the given architecture, with weights that have no configuration."""
     state = read_weights(place).weights
     model = create_model(variant, num_classes=0, image_size=_native_size(variant, state))
-    if "pre_logits.fc.weight" in state:  # features are what comes after it
+    if "pre_logits.fc.weight" in state:  # the features are the output of this layer
         model = create_model(variant, 0, model.config["image_size"], pre_logits=True)
     load_weights(model, place)
     return model
 
 
 def _native_size(variant: str, state: Mapping[str, Any]) -> int:
-    """The resolution that bare weights were trained at, from their number of position embeddings; else 224."""
+    """The training resolution of weights, from the number of their position embeddings; 224 if it is unknown."""
     if "pos_embed" not in state or "/" not in variant:
         return 224
     positions = state["pos_embed"].shape[1]
@@ -124,7 +124,8 @@ def _native_size(variant: str, state: Mapping[str, Any]) -> int:
 
 
 def _file_identity(uri: str) -> list[Any]:
-    """Size and ends of a weights file, or of those in a folder: enough to tell two apart without reading gigabytes."""
+    """The size, first and last bytes of a weights file, or of all weights files in
+    a folder, to avoid reading gigabytes."""
     if files := storage.list_files(uri):
         return [[file.path, *_file_identity(file.uri)] for file in files if file.path.endswith(SUFFIXES)]
     size = storage.file_size(uri)

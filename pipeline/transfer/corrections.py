@@ -1,4 +1,4 @@
-"""What corrects a score: ImageNet-ReaL's labels, and test images that the pre-training has seen."""
+"""Corrections of scores: ImageNet-ReaL labels, and test images that occur in the pre-training data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,10 @@ DUPLICATES = "duplicates.parquet"
 
 
 def read_real_labels(uri: str) -> list[list[int]]:
-    """ImageNet-ReaL's real.json: for each of the 50,000 validation images, in order, its labels (arXiv 2006.07159)."""
+    """Reads ImageNet-ReaL's real.json: the labels of each of the 50,000 validation images, in order (arXiv 2006.07159).
+
+    Raises UserError for other content.
+    """
     labels = storage.read_json(uri)
     if not isinstance(labels, list) or not all(
         isinstance(entry, list) and all(type(label) is int and 0 <= label < 1000 for label in entry) for entry in labels
@@ -29,23 +32,23 @@ def read_real_labels(uri: str) -> list[list[int]]:
 
 
 def real_labels(keys: Sequence[str], real: Sequence[Sequence[int]]) -> np.ndarray:
-    """Labels (N,M), padded with -1, of validation images: ILSVRC2012_val_00000001 has entry 0.
+    """Labels (N,M) of validation images, padded with -1: ILSVRC2012_val_00000001 is entry 0 of `real`.
 
-    Images with an empty list are left out of the accuracy. Raises UserError for a key without such a number.
+    Images with an empty list do not count for the accuracy. Raises UserError for a key without such a number.
     """
     width = max(1, max(map(len, real)))
     labels = np.full((len(keys), width), -1, np.int64)
     for row, key in zip(labels, keys, strict=True):
         match = re.search(r"ILSVRC2012_val_(\d{8})", key)
         if not match or not 1 <= int(match[1]) <= len(real):
-            raise UserError(f'"{key}" is no image of the ImageNet validation set, which ReaL labels are for')
+            raise UserError(f'"{key}" is not an image of the ImageNet validation set; ReaL labels need these images')
         entry = real[int(match[1]) - 1]
         row[: len(entry)] = entry
     return labels
 
 
 def check_real_labels(tasks: Sequence[TransferTask], datasets: Mapping[Split, "Dataset"]) -> None:
-    """Raises UserError when a task's test images have no ReaL labels though the task asks for them."""
+    """Raises UserError if a task uses ReaL labels but its test images have none."""
     for task in tasks:
         if task.real_labels:
             keys = datasets[task.test].table(["key"])["key"].to_pylist()
@@ -53,10 +56,11 @@ def check_real_labels(tasks: Sequence[TransferTask], datasets: Mapping[Split, "D
 
 
 def read_seen_images(uri: str, tasks: Sequence[TransferTask]) -> dict[str, frozenset[str]]:
-    """{task: keys of test images that are also in the pre-training data}; tasks without any have no entry.
+    """{task: keys of test images that also occur in the pre-training data}, for tasks with such images.
 
-    uri: the duplicates.parquet that `jobs/prepare.py --decontaminate` left beside the pre-training data (or that folder),
-    which names the evaluation set and the key of every match; or JSON {task: [keys]}. Raises UserError for anything else.
+    uri: the duplicates.parquet that `jobs/prepare.py --decontaminate` writes with the pre-training data (or the folder
+    of that data), with the evaluation set and key of every match; or JSON {task: [keys]}. Raises UserError for other
+    content.
     """
     uri = storage.normalise(uri)
     if uri.endswith(".json"):
@@ -64,7 +68,7 @@ def read_seen_images(uri: str, tasks: Sequence[TransferTask]) -> dict[str, froze
         if not isinstance(content, dict) or not all(
             isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in content.values()
         ):
-            raise UserError(f"{uri}: no decontamination report ({{task: [keys]}})")
+            raise UserError(f"{uri}: not a decontamination report ({{task: [keys]}})")
         by_task = {task.name: content.get(task.name, []) for task in tasks}
         return {name: frozenset(keys) for name, keys in by_task.items() if keys}
     uri = uri if uri.endswith(".parquet") else storage.join(uri, DUPLICATES)
@@ -73,7 +77,7 @@ def read_seen_images(uri: str, tasks: Sequence[TransferTask]) -> dict[str, froze
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
     except pa.ArrowException as error:
-        raise UserError(f"{uri}: no decontamination report ({error})") from error
+        raise UserError(f"{uri}: not a decontamination report ({error})") from error
     if not {"set", "match"} <= set(table.column_names):
         raise UserError(f"{uri}: not a decontamination report (columns set and match)")
     pairs = list(zip(table["set"].to_pylist(), table["match"].to_pylist(), strict=True))

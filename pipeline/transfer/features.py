@@ -1,8 +1,9 @@
-"""Features of frozen models: computed once on the work queue, kept on storage, read by every probe.
+"""Features of frozen models, which are computed once on the work queue, stored, and read by every probe.
 
-A feature set is a folder of `part-*.parquet` (key, labels, feature as D float32 bytes) and `features.json`, written last.
-The unit of work is a contiguous part of a dataset: the process that gets it reads, computes and writes it, and only its
-receipt goes back, so that neither images nor features pass through Ray's object store. A finished part is not done again.
+A feature set is a folder of `part-*.parquet` (key, labels, feature as D float32 values in bytes) and `features.json`,
+which is written last. The unit of work is a contiguous part of a dataset. One process reads the images, computes the
+features and writes the part, and returns only a receipt, so images and features do not pass through Ray's object store.
+Finished parts are skipped when the job runs again.
 """
 
 import contextlib
@@ -28,18 +29,18 @@ from pipeline.transfer.suites import Probe, Split
 PART = re.compile(r"part-\d+-of-\d+\.parquet")
 INDEX = "features.json"
 RECEIPTS = "receipts"
-PART_IMAGES = 4096  # images per unit of work: seconds on a GPU, so that the last units end together
+PART_IMAGES = 4096  # images per unit of work; takes seconds on a GPU, so that all workers finish at about the same time
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSet:
-    """One dataset seen by one model at one size."""
+    """The features of one dataset, computed by one model at one resolution."""
 
     split: Split
     fingerprint: str
-    """Of dataset and weights."""
+    """Fingerprint of the dataset and the weights."""
     rows: int
     resolution: int
     resize: int
@@ -50,7 +51,7 @@ class FeatureSet:
         return f"{folder}-{self.resolution}-{fingerprint([self.fingerprint, self.resize, self.split.part])}"
 
     def parts(self, workers: int) -> list["Part"]:
-        """The units of work: at least two for each worker, unless that makes them tiny."""
+        """The units of work: at least two per worker, unless they would have fewer than 256 images."""
         n = max(1, -(-self.rows // PART_IMAGES), min(2 * workers, self.rows // 256))
         return [Part(self, i, n) for i in range(n)]
 
@@ -69,7 +70,7 @@ class Part:
 
 
 def feature_set(split: Split, dataset: Any, checkpoint: str, probe: Probe) -> FeatureSet:
-    """checkpoint: identity of the weights."""
+    """The feature set of a split. checkpoint: identity of the weights."""
     return FeatureSet(
         split=split,
         fingerprint=fingerprint([dataset.manifest.fingerprint, checkpoint]),
@@ -83,12 +84,13 @@ def feature_set(split: Split, dataset: Any, checkpoint: str, probe: Probe) -> Fe
 def compute_features(
     model: Any, wanted: FeatureSet, execution: Execution, part: tuple[int, int] = (0, 1)
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Keys, labels (N,) or (N,M), and features (N,D) float32 of one part; the model must be set to the resolution."""
+    """(keys, labels (N,) or (N,M), features (N,D) float32) of one part. The model
+    must have the image size of the set."""
     crop = Augment(size=wanted.resolution, crop="center", resize=max(wanted.resize, wanted.resolution), squash=True)
     keys: list[str] = []
     labels, features = [], []
     data = Examples(wanted.split.open(), wanted.split)
-    batch_size = 4 * execution.micro_batch  # no gradients: more images fit
+    batch_size = 4 * execution.micro_batch  # without gradients more images fit in memory
     for images, label, key in read_examples(data, crop, batch_size=batch_size, threads=execution.threads, part=part):
         with execution.autocast():
             features.append(model.features(images.to(execution.device, non_blocking=True)).float().cpu())
@@ -99,7 +101,7 @@ def compute_features(
 
 @dataclass(frozen=True, slots=True)
 class ExtractionContext:
-    """What every process of an extraction needs. `weights`: Ray reference to the model's arrays."""
+    """The inputs of every extraction process. `weights`: Ray reference to the arrays of the model."""
 
     model: dict[str, Any]
     weights: Any
@@ -109,7 +111,7 @@ class ExtractionContext:
 
 
 class Extraction:
-    """The work of the queue: keeps the model on its device, turns parts into files."""
+    """A worker of the queue, which keeps the model on its device and computes one part at a time."""
 
     def __init__(self, context: ExtractionContext) -> None:
         import ray
@@ -127,7 +129,7 @@ class Extraction:
             self.model.to(self.execution.device)
             found = compute_features(self.model, wanted, self.execution, (part.i, part.n))
             write_part(storage.join(self.output, wanted.name, part.file), *found)
-        except Exception as error:  # one broken dataset must not end the others
+        except Exception as error:  # one broken dataset must not stop the others
             raise UserError(f"{type(error).__name__}: {error}") from error
         return {"rows": len(found[0])}
 
@@ -135,9 +137,10 @@ class Extraction:
 def extract_features(
     sets: Sequence[FeatureSet], context: ExtractionContext, *, workers: int, num_cpus: float, num_gpus: float
 ) -> dict[FeatureSet, str]:
-    """Computes what is missing of the feature sets, with `workers` processes of that many CPUs and GPUs each. Needs Ray.
+    """Computes the missing parts of the feature sets with `workers` processes, each with `num_cpus` and `num_gpus`.
+    Needs Ray.
 
-    Returns {set: error} of those that could not be computed.
+    Returns {set: error} for the sets that could not be computed.
     """
     folders = {wanted: storage.join(context.output, wanted.name) for wanted in sets}
     missing = [wanted for wanted in folders if not storage.exists(storage.join(folders[wanted], INDEX))]
@@ -187,9 +190,9 @@ def write_part(uri: str, keys: list[str], labels: np.ndarray, features_ND: np.nd
 
 
 def load_features(folder: str) -> tuple[list[str], np.ndarray, torch.Tensor]:
-    """Keys, labels (N,) or (N,M), and features (N,D) float32 of a finished feature set.
+    """(keys, labels (N,) or (N,M), features (N,D) float32) of a finished feature set.
 
-    Raises UserError for a missing or damaged part, and removes its receipt: the next run computes it again.
+    Raises UserError for a missing or damaged part, and removes its receipt so that the next run computes it again.
     """
     keys: list[str] = []
     labels, features = [], []
@@ -198,7 +201,7 @@ def load_features(folder: str) -> tuple[list[str], np.ndarray, torch.Tensor]:
         column = table["labels"].combine_chunks()
         labels.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(table), -1).copy()))
         values = table["feature"].combine_chunks()
-        with contextlib.suppress(AttributeError):  # a chunked column of one chunk
+        with contextlib.suppress(AttributeError):  # a chunked column with one chunk
             values = values.chunk(0)
         features.append(np.frombuffer(values.buffers()[1], np.float32).reshape(len(table), -1))
     merged = pad_labels(labels)
@@ -206,12 +209,12 @@ def load_features(folder: str) -> tuple[list[str], np.ndarray, torch.Tensor]:
 
 
 def _read_parts(folder: str) -> Iterator[pa.Table]:
-    """The parts that are not empty, in the order of the dataset."""
+    """The non-empty parts, in dataset order."""
     index = storage.join(folder, INDEX)
     root, _, name = folder.rpartition("/")
     parts = storage.read_record(index, ["parts"])["parts"]
     if not isinstance(parts, list) or not all(isinstance(file, str) and PART.fullmatch(file) for file in parts):
-        raise UserError(f"{index}: names no parts of a feature set; remove it, and they are computed again")
+        raise UserError(f"{index}: not the index of a feature set; remove it, and the features are computed again")
     for file in parts:
         uri = storage.join(folder, file)
         try:
@@ -219,6 +222,6 @@ def _read_parts(folder: str) -> Iterator[pa.Table]:
         except (OSError, pa.ArrowException) as error:
             for gone in (index, uri, workqueue.Receipts(storage.join(root, RECEIPTS)).uri(f"{name}.{file}")):
                 storage.remove(gone)
-            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to compute it anew") from error
+            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to recompute it") from error
         if len(table):
             yield table

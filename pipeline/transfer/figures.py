@@ -1,4 +1,4 @@
-"""Figures of a suite, drawn by matplotlib without pyplot: no global state, no display."""
+"""Figures of a suite, drawn by matplotlib without pyplot, which would need global state and a display."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import VTAB_GROUPS
 
 MARKS = "ovs^D*"
-NAME: dict[str, Any] = {"parse_math": False}  # a dollar in the name of a task or class begins no formula
+NAME: dict[str, Any] = {"parse_math": False}  # a dollar sign in a name is not a formula
 Others = Mapping[str, Mapping[str, float | None]]
-"""More scores, {title: {row: top-1 in percent}}."""
+"""Additional scores, {title: {row: top-1 in percent}}."""
 
 
 def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
-    """One bar per row, coloured by group, with the deviation between seeds; other models and the published ones as
+    """One bar per row, coloured by group, with the standard deviation between seeds. Other and published models are
     marks."""
     figure, axes = _figure(max(6.0, 0.45 * len(scores) + 2.5), 4.4)
     colours = dict(zip(["", *VTAB_GROUPS], ("#4c72b0", "#55a868", "#c44e52", "#8172b2"), strict=True))
@@ -61,7 +61,7 @@ def score_bars(scores: Sequence[Score], others: Others | None = None) -> Figure:
 
 
 def loss_curves(results: Sequence[Result]) -> Figure | None:
-    """Training loss of every fine-tuning, one small plot per task; trial learning rates are dashed."""
+    """Training losses of all fine-tuning runs, one plot per task. Trial learning rates are dashed."""
     drawn = [result for result in results if result.curve]
     names = list(dict.fromkeys(result.task for result in drawn))
     if not names:
@@ -86,9 +86,10 @@ def loss_curves(results: Sequence[Result]) -> Figure | None:
 def confusion_matrices(
     results: Sequence[Result], classes: Mapping[str, Sequence[str]], drawn: Sequence[str] | None = None
 ) -> Figure | None:
-    """Confusion matrices (rows: label, columns: prediction) of the tasks with few classes, added up over seeds.
+    """Confusion matrices (rows: labels, columns: predictions) of the tasks with few classes, summed over seeds.
 
-    classes: {task: class names}. drawn: only these tasks. Colours are shares of a label's images; numbers are images.
+    classes: {task: class names}. drawn: only these tasks. Numbers are images, colours are fractions of the images of a
+    label.
     """
     matrices: dict[str, np.ndarray] = {}
     for result in results:
@@ -104,7 +105,7 @@ def confusion_matrices(
         axes.set_title(name, fontsize=9, **NAME)
     if image is not None:
         bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.02)
-        bar.set_label("share of the label's images", fontsize=8)
+        bar.set_label("fraction of the label's images", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     return figure
 
@@ -127,7 +128,7 @@ def _confusion(axes: Any, counts: np.ndarray, names: list[str]) -> Any:
 
 
 def confused_pairs(pairs: Sequence[Pair]) -> Figure | None:
-    """The most confused pairs of classes, as bars: which share of a label's images got that prediction."""
+    """The most confused pairs of classes as bars: the percentage of a label's images with that prediction."""
     if not pairs:
         return None
     figure, axes = _figure(6.4, 0.32 * len(pairs) + 1.1)
@@ -135,7 +136,7 @@ def confused_pairs(pairs: Sequence[Pair]) -> Figure | None:
     bars = axes.barh(y, [100 * pair.share for pair in pairs], color="#4c72b0")
     axes.bar_label(bars, [f"{pair.count} of {pair.images}" for pair in pairs], fontsize=7, padding=3)
     axes.set_yticks(y, [f"{pair.label} → {pair.prediction}" for pair in pairs], fontsize=8, **NAME)
-    axes.set_xlabel("share of the label's images (%)", fontsize=8)
+    axes.set_xlabel("% of the label's images", fontsize=8)
     axes.set_title("Most confused: label → prediction", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)

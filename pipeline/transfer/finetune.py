@@ -1,4 +1,4 @@
-"""Fine-tuning one task in one process: plain PyTorch, the same numbers for the same (task, seed, learning rate).
+"""Fine-tunes one task in one process with plain PyTorch. The result is deterministic in (task, seed, learning rate).
 
     training = FineTuning(pretrained, data, protocol, lr=0.01, seed=0, execution=Execution(device="cuda"))
     tuned = training.run()                       # another thread may read training.progress meanwhile
@@ -34,8 +34,8 @@ from pipeline.transfer.suites import FineTune, Split
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
 
-# A training set that fits is decoded once and stays on the device. VTAB's 1,000 images at 448 px take 0.6 GB, and each
-# is used 1,280 times: decoding them again and again would cost more CPU than the GPU needs for the training.
+# A training set that fits in memory is decoded once and kept on the device. VTAB's 1,000 images at 448 px take 0.6 GB,
+# and each is used 1,280 times: decoding them every time would take longer than the training on the GPU.
 RESIDENT_BYTES = 4 << 30
 CURVE_POINTS = 50
 
@@ -44,18 +44,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """Where a process computes, and in which portions; it changes no result beyond rounding."""
+    """The device and batch settings of a process, which affect results only by rounding."""
 
     device: str = "cpu"
     micro_batch: int = 64
     """Images per forward pass of a training step."""
     threads: int = 1
-    """That read and decode images."""
+    """Threads that read and decode images."""
     compile: bool = False
     """Compile the blocks of this project's models for training."""
 
     def autocast(self) -> torch.autocast:
-        """float32 weights; matrix products in bfloat16 where the hardware is made for it."""
+        """On GPUs, matrix products in bfloat16; weights stay float32."""
         return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda")
 
 
@@ -66,24 +66,24 @@ class Examples:
     dataset: "Dataset"
     split: Split
     parity: bool = False
-    """The label is whether the class index is odd."""
+    """Whether the label is the parity of the class index."""
 
     @property
     def num_classes(self) -> int:
         return 2 if self.parity else len(self.dataset.classes)
 
     def labels(self, classes: torch.Tensor) -> torch.Tensor:
-        """The task's labels of class indices; -1 (no label) stays -1."""
+        """Converts class indices to labels of the task; -1 (no label) stays -1."""
         return torch.where(classes >= 0, classes % 2, classes) if self.parity else classes
 
 
 class Diverged(Exception):
-    """The loss is no longer a number: the learning rate is too high for this task."""
+    """The loss is NaN or infinite, because the learning rate is too high for this task."""
 
 
 @dataclass(slots=True)
 class Tuned:
-    """A fine-tuned model in eval mode, and how it was trained: curve rows are (step, loss, lr)."""
+    """A fine-tuned model in eval mode, with its training curve of (step, loss, lr)."""
 
     model: nn.Module
     curve: list[tuple[int, float, float]]
@@ -91,7 +91,7 @@ class Tuned:
 
 
 class FineTuning:
-    """Trains a copy of `pretrained` with a zero-initialised head, all of it (section 4.1, appendix B.1.1)."""
+    """Trains all weights of a copy of `pretrained` with a zero-initialised head (section 4.1, appendix B.1.1)."""
 
     def __init__(
         self, pretrained: nn.Module, data: Examples, protocol: FineTune, *, lr: float, seed: int, execution: Execution
@@ -105,15 +105,15 @@ class FineTuning:
         self.model: nn.Module = model.to(execution.device).train()
         decay = protocol.ema_decay
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
-        # After the average was copied from the model. Models of other libraries name no parts, and stay as they are.
+        # Compile after the copy for the average. Models of other libraries have no compiled_parts and are not compiled.
         if execution.compile and hasattr(self.model, "compiled_parts"):
             compile_model(self.model, EngineConfig())
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=protocol.momentum)
         self.progress: tuple[int, int, float] = (0, protocol.steps, math.nan)
-        """(steps done, steps, loss), set about fifty times."""
+        """(steps done, total steps, loss), updated about fifty times."""
 
     def run(self) -> Tuned:
-        """Trains to the last step. Raises Diverged when the loss becomes NaN or infinite."""
+        """Trains to the last step. Raises Diverged if the loss becomes NaN or infinite."""
         protocol = self.protocol
         every = max(1, protocol.steps // CURVE_POINTS)
         curve: list[tuple[int, float, float]] = []
@@ -125,7 +125,7 @@ class FineTuning:
                 break
             rate = rate_at(protocol, self.lr, step)
             losses.append(self._step(images, self.data.labels(classes), rate))
-            if (step + 1) % every == 0 or step + 1 == protocol.steps:  # the only moments that wait for the device
+            if (step + 1) % every == 0 or step + 1 == protocol.steps:  # only these steps wait for the device
                 mean = torch.stack(losses).mean().item()
                 losses.clear()
                 curve.append((step + 1, mean, rate))
@@ -137,7 +137,7 @@ class FineTuning:
         return Tuned(tuned.eval(), curve, speed)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
-        """One optimiser step with a batch; returns its loss. The micro-batch is halved when GPU memory runs out."""
+        """One optimiser step on a batch. Returns its loss. Halves the micro-batch if GPU memory runs out."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         while True:
@@ -149,7 +149,7 @@ class FineTuning:
                 if self.micro_batch == 1:
                     raise
                 self.micro_batch //= 2
-                logger.warning("GPU memory is short: the micro-batch is %d images from now on", self.micro_batch)
+                logger.warning("out of GPU memory: reducing the micro-batch to %d images", self.micro_batch)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
         self.optimiser.step()
         if self.ema is not None:
@@ -157,7 +157,7 @@ class FineTuning:
         return loss
 
     def _accumulate(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Adds the gradient of the batch's mean loss, one micro-batch after the other, and returns that loss."""
+        """Accumulates the gradient of the mean loss of a batch over its micro-batches. Returns the loss."""
         total = torch.zeros((), device=labels.device)
         for x, y in zip(images.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
             with self.execution.autocast():
@@ -168,7 +168,7 @@ class FineTuning:
 
 
 def rate_at(protocol: FineTune, lr: float, step: int) -> float:
-    """Learning rate of step `step` (0-based); linear warm-up multiplies the decayed rate."""
+    """The learning rate at `step` (0-based): the decayed rate times the linear warm-up."""
     if protocol.decay == "cosine":
         return learning_rate(ScheduleConfig(kind="cosine"), step, peak=lr, total=protocol.steps, warmup=protocol.warmup)
     decayed = lr * 0.1 ** sum(step >= share * protocol.steps for share in (0.3, 0.6, 0.9))
@@ -181,13 +181,13 @@ def rate_at(protocol: FineTune, lr: float, step: int) -> float:
 def batches(
     data: Examples, protocol: FineTune, *, seed: int, execution: Execution
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Augmented training batches without end: uint8 (B,H,W,C) and class indices int64 (B,), on the device.
+    """Endless augmented training batches on the device: uint8 (B,H,W,C) and class indices int64 (B,).
 
-    Every epoch is a new permutation, and a batch may span two, so each step sees exactly the batch size.
+    Every epoch is a new permutation. A batch may span two epochs, so every batch has exactly the batch size.
     """
     dataset, side = data.dataset, protocol.resolution
     if protocol.crop == "random":
-        # the loader gives whole patches
+        # the loader returns whole patches
         tile = dataset.manifest.image["patch_size"] if dataset.encoding == "patches" else 1
         side = math.ceil(round(side * protocol.enlarge) / tile) * tile
     if protocol.crop != "inception" and len(dataset) * side * side * 3 <= RESIDENT_BYTES:
@@ -200,7 +200,7 @@ def _resident_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     parts = list(read_examples(data, Augment(size=side, crop="squash"), batch_size=256, threads=execution.threads))
     images_NHWC, labels_N = (torch.cat(column).to(execution.device) for column in list(zip(*parts, strict=True))[:2])
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that crops are the same on every device
     queue = torch.empty(0, dtype=torch.int64)
     while True:
         while len(queue) < protocol.batch_size:
@@ -222,8 +222,8 @@ def _streamed_batches(
     batch_size = min(n, len(data.dataset))
     stream = read_examples(data, augment, batch_size=batch_size, threads=execution.threads, shuffle_seed=seed)
     for more_images, more_labels, _ in stream:
-        # Joined on the device: a copy joined on the host would be pageable, and the upload would wait for the step
-        # before.
+        # Concatenate on the device: on the host the result would be pageable, and the upload would wait for the
+        # previous step.
         more = upload({"image": more_images, "label": more_labels})
         images, labels = torch.cat([images, more["image"]]), torch.cat([labels, more["label"]])
         while len(labels) >= n:
@@ -240,9 +240,10 @@ def read_examples(
     shuffle_seed: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """uint8 images (B,H,W,C), class indices and keys of the examples: once in order, or shuffled without end.
+    """uint8 images (B,H,W,C), class indices and keys of the examples: once in order, or endlessly in shuffled order.
 
-    shuffle_seed: for training. part: (i, n) gives the i-th of n contiguous parts, for evaluation by several processes.
+    shuffle_seed: shuffle, for training. part: (i, n) is the i-th of n contiguous parts, for evaluation by several
+    processes.
     """
     train = shuffle_seed is not None
     with Loader(
@@ -270,7 +271,7 @@ def read_examples(
 
 
 def _images(batch: dict[str, Any], dataset: "Dataset") -> torch.Tensor:
-    """uint8 (B,H,W,C) of a loader's batch: patches are put together again, at whatever size the loader gave them."""
+    """The images of a loader's batch as uint8 (B,H,W,C). Patches are reassembled to images."""
     if "image" in batch:
         return batch["image"]
     tile = dataset.manifest.image["patch_size"]
@@ -281,7 +282,8 @@ def _images(batch: dict[str, Any], dataset: "Dataset") -> torch.Tensor:
 def crop_and_flip(
     images_NHWC: torch.Tensor, picked_B: torch.Tensor, protocol: FineTune, generator: torch.Generator
 ) -> torch.Tensor:
-    """A random square of the protocol's resolution out of each picked image, mirrored half of the time: one gather."""
+    """A random square of the protocol's resolution from each picked image, flipped
+    with probability 1/2, as one gather."""
     batch, side, size, device = len(picked_B), images_NHWC.shape[1], protocol.resolution, images_NHWC.device
     if side == size and not protocol.flip:
         return images_NHWC[picked_B]
@@ -298,7 +300,8 @@ def crop_and_flip(
 
 @torch.inference_mode()
 def predict(model: nn.Module, test: Examples, *, resolution: int, execution: Execution) -> Predictions:
-    """Predicts every example once, squashed to the resolution. No gradients: four micro-batches fit into a batch."""
+    """Predicts every example once, with images squashed to the resolution. Without
+    gradients a batch is four micro-batches."""
     keys: list[str] = []
     labels, classes = [], []
     squash = Augment(size=resolution, crop="squash")
@@ -313,7 +316,7 @@ def predict(model: nn.Module, test: Examples, *, resolution: int, execution: Exe
 
 
 def pad_labels(labels: list[torch.Tensor]) -> np.ndarray:
-    """Batches of labels as one array; multi-label batches of different widths are filled up with -1."""
+    """Batches of labels as one array; multi-label batches of different widths are padded with -1."""
     if labels[0].ndim == 1:
         return torch.cat(labels).numpy()
     width = max(part.shape[1] for part in labels)

@@ -1,7 +1,7 @@
-"""The jobs of a suite: what is left to do, as a function of the results that exist.
+"""The jobs of a suite. The unfinished jobs are a function of the existing results.
 
-A job is one training of one task, or one probe. A suite that was stopped anywhere continues from its results, and learning
-rates that were compared lead to the final trainings by themselves.
+A job is one training of one task, or one probe. A suite that was stopped continues from its results. After all trial
+learning rates have results, the jobs of the final training follow.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from pipeline.transfer.suites import Probe, TransferTask
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One unit of work. Phase "tune" trains on the tuning part and scores the validation part; "final" is for the table."""
+    """One unit of work. Phase "tune" trains and scores on the dev split to choose a
+    learning rate; "final" gives the score."""
 
     task: TransferTask
     phase: Literal["tune", "final"] = "final"
@@ -29,7 +30,8 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a job found. `accuracy` is top-1 in percent: {"": value}; empty for few-shot, whose accuracies are in `details`."""
+    """The result of a job. `accuracy` is {"": top-1 in percent}; it is empty for
+    few-shot, whose accuracies are in `details`."""
 
     task: str
     phase: str
@@ -37,10 +39,10 @@ class Result:
     seed: int
     accuracy: dict[str, float]
     images: int
-    """Labelled test images that were scored."""
+    """Number of labelled test images."""
     seconds: float
     images_per_second: float = 0.0
-    """While training."""
+    """Training speed."""
     curve: list[list[float]] = field(default_factory=list)
     """Rows of (step, loss, learning rate)."""
     confusion: list[list[int]] | None = None
@@ -52,8 +54,8 @@ class Result:
 def next_jobs(task: TransferTask, seeds: int, results: Mapping[str, Result]) -> list[Job]:
     """The jobs of a task that can start now and have no result.
 
-    Several learning rates: each is tried once (seed 0), and when all are known the best trains with every seed. Ties go to
-    the smaller rate.
+    With several learning rates, each is tried once (seed 0); then the best rate is trained with every seed. In a tie
+    the smaller rate is used.
     """
     if isinstance(task.protocol, Probe):
         probes = [Job(task=task, seed=seed) for seed in range(1 if task.protocol.kind == "knn" else seeds)]
@@ -72,24 +74,24 @@ def next_jobs(task: TransferTask, seeds: int, results: Mapping[str, Result]) -> 
 
 
 def final_jobs(task: TransferTask, seeds: int, results: Mapping[str, Result]) -> list[Job]:
-    """The finished final jobs of a task, by seed."""
+    """The finished final jobs of a task, ordered by seed."""
     kept = {name: result for name, result in results.items() if result.task != task.name or result.phase == "tune"}
     wanted = [job for job in next_jobs(task, seeds, kept) if job.phase == "final"]
     return [job for job in wanted if job.name in results]
 
 
 def count_jobs(task: TransferTask, seeds: int) -> int:
-    """All jobs of a task, finished or not."""
+    """The number of jobs of a task, finished or not."""
     if isinstance(task.protocol, Probe):
         return 1 if task.protocol.kind == "knn" else seeds
     return seeds + (len(task.protocol.lrs) if len(task.protocol.lrs) > 1 else 0)
 
 
 def estimate_flops(task: TransferTask, model_config: dict[str, Any], test_images: int) -> float:
-    """FLOPs of one job, roughly: the scheduler starts the longest job first."""
+    """Estimated FLOPs of one job, by which the scheduler starts the longest job first."""
     if isinstance(task.protocol, Probe):
         return float(test_images)
     size = task.protocol.resolution
-    # another library's model cannot be counted without its library; the area of its images orders the jobs as well
+    # FLOPs of other libraries' models are not known here; the image area gives the same order of jobs
     forward = size**2 if "library" in model_config else flops({**model_config, "image_size": size})
     return float(forward) * (3 * task.protocol.steps * task.protocol.batch_size + test_images)

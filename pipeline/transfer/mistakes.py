@@ -1,4 +1,4 @@
-"""What a classifier gets wrong: the most confused pairs of classes, and test images behind them."""
+"""Mistakes of a classifier: the most confused pairs of classes, and misclassified test images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ MAX_PAIRS, MAX_IMAGES = 12, 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Images of one class that were taken for another."""
+    """The number of images of one class that were classified as another class."""
 
     label: str
     prediction: str
     count: int
     images: int
-    """Images with that label."""
+    """Number of images with that label."""
 
     @property
     def share(self) -> float:
@@ -27,7 +27,7 @@ class Pair:
 
 
 def most_confused(found: Predictions, classes: Sequence[str]) -> list[Pair]:
-    """At most twelve pairs, most images first. None for images with several labels."""
+    """At most twelve pairs, the most frequent first. Empty for multi-label data."""
     if found.labels.ndim > 1:
         return []
     known = found.labels >= 0
@@ -42,7 +42,8 @@ def most_confused(found: Predictions, classes: Sequence[str]) -> list[Pair]:
 
 
 def misclassified(found: Predictions) -> np.ndarray:
-    """Positions of at most 24 wrong images, one of each confused pair in turn, the most frequent pairs first."""
+    """Positions of at most 24 misclassified images, taken from the confused pairs
+    in turn, the most frequent pairs first."""
     if found.labels.ndim > 1:
         return np.zeros(0, np.int64)
     wrong = np.flatnonzero((found.labels >= 0) & (found.labels != found.classes))
@@ -56,7 +57,7 @@ def misclassified(found: Predictions) -> np.ndarray:
 
 
 def describe_mistake(found: Predictions, position: int, classes: Sequence[str]) -> str:
-    """ "cat → dog": label and prediction of one image."""
+    """The label and the prediction of one image, such as "cat → dog"."""
     label, guess = int(found.labels[position]), int(found.classes[position])
     return f"{_name(classes, label)} → {_name(classes, guess)}"
 

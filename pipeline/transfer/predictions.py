@@ -1,4 +1,4 @@
-"""Predictions of a test set, and their form on storage: Parquet with page checksums."""
+"""Predictions for a test set, and their storage as Parquet with page checksums."""
 
 import io
 import math
@@ -14,24 +14,24 @@ from pipeline.transfer.suites import L2_GRID
 
 @dataclass(slots=True)
 class Predictions:
-    """Of a whole dataset, in its order. `labels` is (N,) or, with several labels per image, (N,M) padded with -1."""
+    """Predictions for a whole dataset, in its order. `labels` is (N,), or (N,M) padded with -1 for multi-label data."""
 
     keys: list[str]
     labels: np.ndarray
     classes: np.ndarray
 
     def correct(self) -> np.ndarray:
-        """bool (N,): the predicted class is (one of) the labels."""
+        """bool (N,): whether the predicted class is (one of) the labels."""
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
         return np.any(labels == self.classes[:, None], axis=1)
 
     def labelled(self) -> np.ndarray:
-        """bool (N,): the image counts; ImageNet-ReaL leaves out those without any label."""
+        """bool (N,): whether the image has a label; others, as in ImageNet-ReaL, do not count."""
         labels = self.labels if self.labels.ndim == 2 else self.labels[:, None]
         return np.any(labels >= 0, axis=1)
 
     def accuracy(self, without: frozenset[str] = frozenset()) -> float:
-        """Top-1 in percent over the labelled images whose key is not in `without`; NaN when none is left."""
+        """Top-1 in percent over the labelled images whose key is not in `without`; NaN if there are no such images."""
         counts = self.labelled()
         if without:
             counts &= np.array([key not in without for key in self.keys])
@@ -41,7 +41,7 @@ class Predictions:
         return replace(self, labels=labels)
 
     def confusion(self, classes: int) -> list[list[int]] | None:
-        """Counts by label (row) and prediction (column); None for images with several labels."""
+        """Counts by label (row) and prediction (column); None for multi-label data."""
         if self.labels.ndim > 1:
             return None
         counts = np.zeros((classes, classes), np.int64)
@@ -68,9 +68,9 @@ def unpack_predictions(data: bytes) -> Predictions:
 
 @dataclass(slots=True)
 class Hits:
-    """Which test images few-shot classified correctly: {shots: bool (l2, N)}.
+    """The test images that few-shot probes classified correctly: {shots: bool (l2, N)}.
 
-    For every l2 of L2_GRID, because the one that counts may depend on all tasks together.
+    All l2 of L2_GRID are kept, because the choice of l2 may depend on all tasks together.
     """
 
     keys: list[str]
@@ -78,7 +78,7 @@ class Hits:
     correct: dict[int, np.ndarray]
 
     def accuracy(self, shots: int, l2: int, without: frozenset[str] = frozenset()) -> float:
-        """Top-1 in percent for the l2 at position `l2`, over the labelled images whose key is not in `without`."""
+        """Top-1 in percent for L2_GRID[l2], over the labelled images whose key is not in `without`."""
         counts = self.labelled
         if without:
             counts = counts & np.array([key not in without for key in self.keys])
@@ -86,7 +86,7 @@ class Hits:
 
 
 def pack_hits(hits: Hits) -> bytes:
-    """Parquet with a bit for every l2, 4 bytes an image and number of shots."""
+    """Serialises hits as Parquet, with one bit per l2: 4 bytes per image and number of shots."""
     columns: dict[str, Any] = {"key": hits.keys, "labelled": hits.labelled}
     for shots, correct in hits.correct.items():
         bits = np.packbits(correct, axis=0).T

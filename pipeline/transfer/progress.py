@@ -1,4 +1,4 @@
-"""How far a suite is: a live table on a terminal, a log line per finished job and one every half minute elsewhere."""
+"""Progress of a suite: a live table on a terminal; otherwise a log line per finished job and one every 30 seconds."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from pipeline.transfer.jobs import Job, Result, count_jobs
 from pipeline.transfer.scheduler import RunningJob
 from pipeline.transfer.suites import TransferTask
 
-EVERY = 30.0  # seconds between lines in a log
+EVERY = 30.0  # seconds between two log lines
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class SuiteProgress:
             logger.info("transfer: %.0f s, running %s", time.monotonic() - self.started, parts)
 
     def _whole(self, running: list[RunningJob]) -> tuple[float, str]:
-        """How far the suite is, by jobs and the shares of those that run, and in words."""
+        """(finished fraction of the suite, text). Running jobs count by their progress."""
         total = max(1, sum(count_jobs(task, self.seeds) for task in self.tasks))
         names = {task.name for task in self.tasks}
         done = sum(result.task in names for result in self.results.values())

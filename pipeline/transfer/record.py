@@ -100,7 +100,7 @@ class Recorder:
         return ["even", "odd"] if task.parity else list(self.datasets[task.test].classes)
 
     def _mistakes(self, child: Run, task: TransferTask, finals: Sequence[Result]) -> None:
-        """The most confused pairs of classes, and test images that were misclassified, of the first seed."""
+        """Logs the most confused pairs of classes and misclassified test images, for the first seed."""
         if not finals or (isinstance(task.protocol, Probe) and task.protocol.kind == "fewshot"):
             return
         try:
@@ -114,7 +114,7 @@ class Recorder:
             rows = {key: row for row, key in enumerate(dataset.table(["key"])["key"].to_pylist())}
             shown = [np.array(p) for p in stored_pictures(dataset, [rows[found.keys[i]] for i in wrong])]
         except (UserError, OSError, KeyError) as error:  # the scores do not depend on the figures
-            logger.warning("no picture of the mistakes of %s: %s", task.name, error)
+            logger.warning("cannot draw the mistakes of %s: %s", task.name, error)
             return
         titles = [mistakes.describe_mistake(found, int(i), classes) for i in wrong]
         share = f"{len(found.keys) - int(found.correct().sum()):,} of {len(found.keys):,} test images"
@@ -129,9 +129,10 @@ class Recorder:
         results: Sequence[Result],
         others: Mapping[str, Mapping[str, float | None]],
     ) -> None:
-        """Scores, means and the report (`text`, Markdown) in the parent run; figures there and in the output folder.
+        """Logs scores, means, the report (`text`, Markdown) and figures to the parent run; writes figures to the output
+        folder.
 
-        others: scores to draw beside them, {title: {row: top-1}}.
+        others: additional scores to draw, {title: {row: top-1}}.
         """
         parent = self.parent
         parent.log({names.SCORE + score.name: score.mean for score in scores})
@@ -177,5 +178,5 @@ def attach_scores(
         for registered in registry.versions_of(checkpoint_uri, parent.uri):
             suite = f"{config.suite}:{suite_version(config)}"
             registry.record_evaluation(registered, suite, evaluation, parent.id, parent.uri)
-    except Exception as error:  # the scores themselves are safe
-        logger.warning("the registered versions of %s did not get these scores: %s", checkpoint_uri, error)
+    except Exception as error:  # the scores have already been saved
+        logger.warning("cannot add the scores to the registered versions of %s: %s", checkpoint_uri, error)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pipeline.transfer.scores import Score, vtab_means
 from pipeline.transfer.suites import VTAB_GROUPS
 
-# The paper's Table 9, VTAB-1k, in the order of VTAB_GROUPS. Its mean is the flat mean of the nineteen.
+# Table 9 of the paper, VTAB-1k, in the order of VTAB_GROUPS. Its mean is the flat mean of the nineteen tasks.
 TABLE_9 = {
     "ViT-H/14 JFT": (
         *(95.3, 85.5, 75.2, 99.7, 97.2, 65.0, 88.9, 83.3, 96.7, 91.4, 76.6),
@@ -39,7 +39,7 @@ TABLE_2_NAMES = ("imagenet", "imagenet-real", "cifar10", "cifar100", "pets", "fl
 
 
 def published_scores(scores: Sequence[Score]) -> dict[str, dict[str, float | None]]:
-    """Published numbers for the rows at hand, by model: {row: top-1 or None}."""
+    """Published numbers for the rows in `scores`: {model: {row: top-1 or None}}."""
     names = {score.name for score in scores}
     vtab = [name for group in VTAB_GROUPS.values() for name in group]
     references: dict[str, dict[str, float | None]] = {}

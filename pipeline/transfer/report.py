@@ -13,8 +13,8 @@ from pipeline.transfer.suites import TransferTask
 
 FLAT_MEAN = "The mean is the flat mean over the nineteen tasks, as in the paper; it is not the mean of the group means."
 SEEN_IMAGES = (
-    "*Without seen images*: test images that the decontamination report flags are left out; a task without any enters the "
-    "means as it is."
+    "*Without seen images*: without the test images in the decontamination report. Tasks without such images are "
+    "included unchanged in the means."
 )
 
 
@@ -29,10 +29,10 @@ def suite_report(
     failures: Mapping[str, str],
     others: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> str:
-    """Markdown: what was run, the table beside published numbers, means, failures.
+    """The report as Markdown: settings, a table with published numbers, means and failures.
 
-    about: what the head lists, `suite` among it. failures: {job: error}. others: more columns, {title: {row: top-1}};
-    `mean` and `mean <group>` are rows, too."""
+    about: values to list at the beginning, including `suite`. failures: {job: error}. others: additional columns,
+    {title: {row: top-1}}, including the rows `mean` and `mean <group>`."""
     lines = [f"# Transfer: {about['suite']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "suite" and value is not None]
     protocols = sorted((repr(task.protocol), task.name) for task in tasks)
@@ -40,7 +40,7 @@ def suite_report(
         lines.append(f"- protocol of {', '.join(name for _, name in names)}: `{protocol}`")
     published = published_scores(scores)
     complete_vtab, _ = vtab_means({score.name: score.mean for score in scores})
-    if complete_vtab is None:  # their means are over all tasks, not over those at hand
+    if complete_vtab is None:  # published means are over all tasks
         published = {model: {k: v for k, v in row.items() if k != "mean"} for model, row in published.items()}
     references = {**(others or {}), **published}
     clean = any(score.clean is not None for score in scores)
@@ -68,7 +68,7 @@ def _score_row(score: Score, clean: bool, references: Mapping[str, Mapping[str, 
 def _mean_rows(
     scores: Sequence[Score], clean: bool, references: Mapping[str, Mapping[str, float | None]], complete: bool
 ) -> list[list[str]]:
-    """Means of VTAB's groups, and of all rows unless a task that counts is missing."""
+    """Means of VTAB's groups, and the mean of all rows unless a task is missing."""
     rows = []
     flat, groups = vtab_means({score.name: score.mean for score in scores})
     _, clean_groups = vtab_means(without_seen(scores)) if clean else (None, {})
@@ -94,8 +94,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """The differences second - first, task by task, each with its standard error; a star marks more than two of
-    them."""
+    """(table, rows) of the differences second - first by task, with standard errors. A star marks differences of more
+    than two standard errors. Raises UserError if the runs have no task in common."""
     (about_a, scores_a), (about_b, scores_b) = (read_scores(run, tracking_uri) for run in (first, second))
     b_by_name = {score.name: score for score in scores_b}
     rows: list[dict[str, Any]] = []

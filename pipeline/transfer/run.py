@@ -51,10 +51,10 @@ class SuiteResult:
     std: dict[str, float]
     """Deviation between seeds."""
     flat_mean: float | None
-    """The suite's score: over all nineteen tasks of VTAB, over all scores of another suite. None when a task is
+    """The score of the suite: the mean of VTAB's nineteen tasks, or of all scores of another suite. None if a task is
     missing."""
     mean: float | None
-    """Mean over the requested tasks; None when one failed."""
+    """Mean over the requested tasks; None if a task failed."""
     clean: dict[str, float]
     """Scores without test images that are in the pre-training data, for tasks that have such images."""
     group_means: dict[str, float]
@@ -81,7 +81,7 @@ class Suite:
     state: SuiteState
     store: Store
     results: dict[str, Result]
-    """By job name; grows."""
+    """Results by job name; updated while jobs finish."""
 
     def unfinished(self) -> list[TransferTask]:
         return [task for task in self.tasks if next_jobs(task, self.config.seeds, self.results)]
@@ -113,7 +113,7 @@ def _wants_random_encoder(config: TransferConfig, checkpoint: Checkpoint) -> boo
 def record_suite(
     suite: "Suite", left: list[TransferTask], pool: Pool | None, started: float, random: Mapping[str, float]
 ) -> SuiteResult:
-    """Works inside an MLflow run. left: the tasks that are not finished; with none there is no pool.
+    """Runs and reports the suite inside an MLflow run. left: the unfinished tasks; without any, `pool` is None.
 
     random: scores of the architecture with random weights, for the report.
     """
@@ -127,7 +127,7 @@ def record_suite(
         run_id=suite.state.run_id,
         tracking_uri=config.tracking_uri,
     )
-    with parent:  # its status, and the reason when it is stopped or fails
+    with parent:  # sets the status of the run, and the reason if it is stopped or fails
         if suite.checkpoint.run_id:
             parent.link("pretrain", suite.checkpoint.run_id)
         suite.state.run_id = parent.id
@@ -170,14 +170,16 @@ def _about_suite(suite: "Suite") -> Description:
 
 
 def open_suite(config: TransferConfig) -> Suite:
-    """All checks before work. Raises UserError."""
+    """Opens and checks all inputs. Raises UserError before any work."""
     check_config(config)
     check_output(config.output or "runs")
     checkpoint = load_checkpoint(config)
     tasks = build_tasks(config, checkpoint.config)
     datasets = open_datasets(tasks)
     if "library" in checkpoint.config and (own := [t.name for t in tasks if datasets[t.train].encoding == "patches"]):
-        logger.info("transfer: %s is given whole images of the patches of %s", checkpoint.uri, ", ".join(own))
+        logger.info(
+            "transfer: %s receives whole images, reassembled from the patches of %s", checkpoint.uri, ", ".join(own)
+        )
     seen = corrections.read_seen_images(config.decontamination, tasks) if config.decontamination else {}
     if config.decontamination:
         count = sum(map(len, seen.values()))
@@ -207,11 +209,11 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
         yield None
         return
     config = suite.config
-    less = "Fewer --workers at a time need less, as does a smaller --micro-batch"
+    less = "To use less memory, reduce --workers or --micro-batch"
     cluster.configure(config.address, dashboard=False, memory_remedy=less)
     cluster.connect()
     resources, limit = plan_workers(config)
-    # In a list, because Ray would replace a bare reference among the arguments by one copy of the value per worker.
+    # In a list, because Ray would replace a direct reference in the arguments by one copy of the value per worker.
     weights = [ray.put(suite.checkpoint.arrays)]
     with logs.Collector() as records:
         threads = int(resources["num_cpus"])
@@ -228,7 +230,7 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
 
 
 def plan_workers(config: TransferConfig) -> tuple[dict[str, float], int]:
-    """(num_cpus, num_gpus) of one worker, and how many workers; Ray must be connected."""
+    """(resources of one worker, number of workers). Ray must be connected."""
     total = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
     resources = {"num_cpus": float(config.cpus_per_worker), "num_gpus": config.gpus_per_worker if gpus else 0.0}
@@ -273,8 +275,8 @@ def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Reco
 def compute_features(
     suite: Suite, tasks: list[TransferTask], pool: Pool
 ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Features of the tasks that are probes: {task: folders of train and test}, and {job: error} where there are
-    none."""
+    """Computes the features of tasks with probes. Returns {task: folders of train
+    and test features} and {job: error}."""
     sets = {
         task: tuple(
             features.feature_set(split, suite.datasets[split], suite.checkpoint.identity, task.protocol)
@@ -306,7 +308,7 @@ def compute_features(
     return folders, failures
 
 
-# ---------------------------------------------------------------- at the end
+# ---------------------------------------------------------------- report
 
 
 def report_suite(
@@ -351,7 +353,7 @@ def report_suite(
 
 
 def _as_reference(random: Mapping[str, float], found: list[scores.Score]) -> dict[str, float | None]:
-    """A column of the report: the rows, their mean and the groups of VTAB."""
+    """The scores of random weights as a column of the report: rows, their mean, and means of VTAB's groups."""
     rows = {score.name: random.get(score.name) for score in found}
     known = [value for value in rows.values() if value is not None]
     mean = {"mean": statistics.fmean(known)} if known and len(known) == len(rows) else {}

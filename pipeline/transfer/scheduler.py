@@ -3,8 +3,8 @@
 for event in Scheduler(tasks, seeds, results, pool, costs, features, retries).run():
     match event:
         case Finished(): ...      # a result
-        case Failed(): ...        # an error; the task of that job stops, the others go on
-        case Tick(): ...          # twice a second: what is running
+        case Failed(): ...        # an error; the task of that job stops, the others continue
+        case Tick(): ...          # twice per second: the running jobs
 """
 
 import logging
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pool:
-    """Up to `limit` processes; they start when there is a job for them. `actor` is a Ray actor class with `run(job,
-    features)` and `progress()`, such as `worker.Worker`, with its options."""
+    """Up to `limit` processes, which start when there is a job for them. `actor` is a Ray actor class with options, and
+    with the methods `run(job, features)` and `progress()`, such as `worker.Worker`."""
 
     actor: Any
     arguments: tuple[Any, ...]
@@ -36,14 +36,14 @@ class Pool:
     idle: list[Any] = field(default_factory=list)
     busy: int = 0
     startup_timeout: float = 30.0
-    """Seconds after which a starting process may be waiting for CPUs or GPUs of idle processes."""
+    """Seconds after which a starting process is assumed to wait for CPUs or GPUs that idle processes hold."""
 
     def start(self, count: int) -> None:
         """Starts processes before there are jobs, because their imports take seconds."""
         self.idle += [self.actor.remote(*self.arguments) for _ in range(min(count, self.limit))]
 
     def take(self) -> Any | None:
-        """An idle process or a new one; None when all are busy."""
+        """An idle process or a new one; None if all processes are busy."""
         if not self.idle and self.busy >= self.limit:
             return None
         self.busy += 1
@@ -98,14 +98,14 @@ class Tick:
 
 @dataclass(slots=True)
 class Scheduler:
-    """Everything that is left of `tasks`. `results` ({job name: result}) grows as jobs finish."""
+    """Runs the unfinished jobs of `tasks`. Adds to `results` ({job name: result}) when jobs finish."""
 
     tasks: Sequence[TransferTask]
     seeds: int
     results: dict[str, Result]
     pool: Pool
     costs: Mapping[str, float]
-    """{task: cost of one of its jobs}: the longest starts first."""
+    """{task: cost of one of its jobs}; the longest job starts first."""
     features: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """{task: folders of its train and test features}, for probes."""
     retries: int = 0
@@ -118,7 +118,7 @@ class Scheduler:
     """By the Ray reference of the call."""
 
     def run(self) -> Generator[Finished | Failed | Tick, None, None]:
-        """Ends when nothing is left to do. All processes of the pool end with it, however it ends."""
+        """Runs until all jobs have ended. All processes of the pool are then ended, also after an error."""
         try:
             while True:
                 self._start_jobs()
@@ -146,7 +146,7 @@ class Scheduler:
             self._running[call] = RunningJob(job, worker, time.monotonic(), attempt)
 
     def _waiting(self) -> list[Job]:
-        """Jobs that can start now, the longest first."""
+        """The jobs that can start now, the longest first."""
         busy = {entry.job.name for entry in self._running.values()}
         tasks = (task for task in self.tasks if task.name not in self._stopped)
         ready = (job for task in tasks for job in next_jobs(task, self.seeds, self.results))
@@ -156,7 +156,7 @@ class Scheduler:
         return not entry.answered and time.monotonic() - entry.started > self.pool.startup_timeout
 
     def _collect(self, call: Any) -> Finished | Failed | None:
-        """The event of a finished call; None when its job is restarted."""
+        """The event of a finished call; None if its job is restarted."""
         entry = self._running.pop(call)
         job = entry.job
         try:
@@ -164,12 +164,12 @@ class Scheduler:
         except (
             ray.exceptions.RayActorError,
             ray.exceptions.OutOfMemoryError,
-        ) as error:  # the process or its machine is gone
+        ) as error:  # the process or its machine has died
             self.pool.discard(entry.worker)
             out_of_memory = host_memory.describe(str(error))
             why = f"{out_of_memory}. {cluster.memory_remedy()}" if out_of_memory else first_line(error)
             if entry.attempt <= self.retries:
-                logger.warning("%s: its process died (%s); starting again", job.name, why)
+                logger.warning("%s: its process died (%s); restarting the job", job.name, why)
                 return None
             return self._fail(job, f"its process died {entry.attempt} times ({why})")
         except Exception as error:
@@ -177,7 +177,7 @@ class Scheduler:
             self.pool.discard(entry.worker)
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, StorageError) and entry.attempt <= self.retries:
-                logger.warning("%s: %s; starting again", job.name, first_line(cause))
+                logger.warning("%s: %s; restarting the job", job.name, first_line(cause))
                 return None
             return self._fail(job, first_line(cause))
         self.pool.give_back(entry.worker)
@@ -199,7 +199,7 @@ def ask_progress(running: Iterable[RunningJob]) -> None:
             try:
                 entry.progress = ray.get(entry.question)
                 entry.answered = True
-            except ray.exceptions.RayError:  # the job's own result tells what happened
+            except ray.exceptions.RayError:  # the result of the job reports the error
                 continue
         entry.question = entry.worker.progress.remote()
 

@@ -25,7 +25,7 @@ RUN_ID = re.compile("(?:runs:/)?([0-9a-f]{32})")  # MLflow's
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """Top-1 in percent of a task, per seed. clean: without images that are in the pre-training data."""
+    """Top-1 of a task in percent, per seed. clean: without test images that occur in the pre-training data."""
 
     name: str
     task: str
@@ -42,12 +42,12 @@ class Score:
 
     @property
     def std(self) -> float:
-        """Between seeds (n - 1); 0 for a single one."""
+        """Standard deviation between seeds (n - 1); 0 for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @property
     def error(self) -> float:
-        """Standard error of the mean: of the seeds when there are several, else of the test set's size."""
+        """Standard error of the mean: from the seeds if there are several, otherwise from the size of the test set."""
         if len(self.values) > 1:
             return self.std / len(self.values) ** 0.5
         p = self.mean / 100
@@ -65,7 +65,8 @@ def collect_scores(
 ) -> list[Score]:
     """The scores of every task whose final jobs are all done, in the order of the suite.
 
-    l2: of few-shot; 0 chooses the best by mean rank. seen: {task: keys of test images that pre-training has seen}.
+    l2: strength for few-shot; 0 chooses the best by mean rank. seen: {task: keys of test images in the pre-training
+    data}.
     """
     done = {task: final_jobs(task, seeds, results) for task in tasks}
     complete = {
@@ -90,7 +91,7 @@ def collect_scores(
 def _few_shot_score(
     task: TransferTask, shots: int, column: int, found: list[Result], hits: list[Hits], seen: frozenset[str]
 ) -> Score:
-    """column: of the l2 that counts."""
+    """column: index of the chosen l2 in L2_GRID."""
     return Score(
         name=f"{task.name}-{shots}",
         task=task.name,
@@ -105,7 +106,7 @@ def _few_shot_score(
 def _task_scores(
     task: TransferTask, found: list[Result], predictions: list[Predictions], seen: frozenset[str]
 ) -> list[Score]:
-    """The score of a task and, where it asks for it, the one by ReaL labels. predictions: needed for that, and for
+    """The score of a task and, if requested, its score by ReaL labels. predictions: needed for ReaL labels and
     `seen`."""
     about: dict[str, Any] = {"task": task.name, "group": task.group, "lr": found[0].lr or None}
     if seen:
@@ -135,7 +136,7 @@ def _l2_column(
     shots: int,
     l2: float,
 ) -> int:
-    """Which of L2_GRID counts for a number of shots: the given one, or (0) the best by mean rank over the tasks."""
+    """The index in L2_GRID for a number of shots: that of `l2`, or for 0 the best by mean rank over the tasks."""
     if l2:
         return L2_GRID.index(l2)
     rows = [
@@ -148,10 +149,10 @@ def _l2_column(
 
 
 def vtab_means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:
-    """VTAB's score, the FLAT mean over its nineteen tasks (77.63 for H/14), and the means of the groups.
+    """(flat mean over VTAB's nineteen tasks, {group: mean}). The flat mean is VTAB's score: 77.63 for H/14.
 
-    The mean of the three group means is another number (79.57), which some papers print: it is not offered. None, and
-    no entry for a group, while a task is missing."""
+    The mean of the three group means is a different number (79.57), which some papers print. If a task is missing, the
+    flat mean is None, and its group has no entry."""
     groups = {
         group: statistics.fmean(scores[name] for name in names)
         for group, names in VTAB_GROUPS.items()
@@ -171,7 +172,8 @@ def standard_error(scores: Sequence[Score]) -> float:
 
 
 def without_seen(scores: Sequence[Score]) -> dict[str, float]:
-    """Every row's accuracy without the test images that the pre-training had seen; a row without any as it is."""
+    """{row: accuracy without test images that occur in the pre-training data}; rows
+    without such images are unchanged."""
     return {score.name: statistics.fmean(score.clean or score.values) for score in scores}
 
 
@@ -181,7 +183,8 @@ def without_seen(scores: Sequence[Score]) -> dict[str, float]:
 def write_scores(
     output: str, about: Mapping[str, Any], scores: Sequence[Score], failures: Mapping[str, str], partial: bool = False
 ) -> dict:
-    """scores.json. `mean` is over all rows, None when a task failed; `partial` says that the suite has more tasks."""
+    """Writes scores.json and returns its content. `mean` is over all rows, or None if a task failed; `partial` is true
+    if the suite has more tasks."""
     _, groups = vtab_means({score.name: score.mean for score in scores})
     complete = bool(scores) and not failures
     summary = {
@@ -200,7 +203,8 @@ def write_scores(
 
 
 def read_scores(run: str, tracking_uri: str | None = None) -> tuple[dict[str, Any], list[Score]]:
-    """What a transfer run wrote, by its output folder or MLflow's id. Raises UserError when there is none at `run`."""
+    """(summary, scores) of a transfer run, given its output folder or its MLflow
+    run id. Raises UserError if there are none."""
     if match := RUN_ID.fullmatch(run):
         uri = artifacts.fetch(f"runs:/{match[1]}/{SCORES}", tracking_uri)
     else:
@@ -209,7 +213,7 @@ def read_scores(run: str, tracking_uri: str | None = None) -> tuple[dict[str, An
         summary = storage.read_record(uri, ["scores"], "run the transfer again")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{run}: no transfer results here ({SCORES} is missing); give the --output of a run, or its id in MLflow"
+            f"{run}: no transfer results ({SCORES} is missing); give the --output of a run, or its id in MLflow"
         ) from error
     try:
         return summary, [_score(entry) for entry in summary["scores"].values()]

@@ -1,6 +1,6 @@
 """The output folder of a suite.
 
-<output>/run.json                       what is measured: suite, checkpoint, and each task's protocol and datasets
+<output>/run.json                       suite, checkpoint, and the protocol and datasets of each task
 <output>/results/<task>/<job>.json      the result of a job, with a checksum
 <output>/predictions/<task>/<job>.parquet
 <output>/failures/<task>/<job>.json     the error of a job that failed last time
@@ -51,7 +51,7 @@ class Store:
                     values = storage.read_json(file.uri)
                     checksum = values.pop("checksum", None)
                     if checksum and checksum != fingerprint(values):
-                        raise UserError(f"{file.uri}: its checksum differs")
+                        raise UserError(f"{file.uri}: wrong checksum")
                     result = Result(**{k: v for k, v in values.items() if k in names})
                 except (UserError, TypeError, AttributeError) as error:
                     logger.warning("%s is damaged and will be computed again (%s)", file.uri, error)
@@ -62,7 +62,7 @@ class Store:
     def save(self, job: Job, result: Result, predictions: bytes | None) -> None:
         if predictions is not None:
             storage.write_bytes(self._uri("predictions", job, "parquet"), predictions)
-        values = json.loads(json.dumps(asdict(result)))  # as they will be read
+        values = json.loads(json.dumps(asdict(result)))  # as they are read back
         storage.write_json(self._uri("results", job, "json"), {**values, "checksum": fingerprint(values)})
         storage.remove(self._uri("failures", job, "json"))
 
@@ -77,17 +77,18 @@ class Store:
         return self._unpack(job, unpack_hits)
 
     def _unpack(self, job: Job, unpack: Callable[[bytes], Any]) -> Any:
-        """Raises UserError for a missing or damaged file, and removes its job's result, so that the job runs again."""
+        """Reads predictions. Raises UserError for a missing or damaged file, and removes
+        the result so that the job runs again."""
         uri = self._uri("predictions", job, "parquet")
         try:
             return unpack(storage.read_bytes(uri))
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             storage.remove(self._uri("results", job, "json"))
-            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to compute it anew") from error
+            raise UserError(f"{uri}: missing or damaged ({error}); run the command again to recompute it") from error
 
 
 class SuiteState:
-    """run.json: what the output folder holds, and which MLflow runs record it."""
+    """run.json: the content of the output folder, and the MLflow runs that record it."""
 
     def __init__(self, output: str, values: dict[str, Any]) -> None:
         self.output, self.values = output, values
@@ -111,7 +112,7 @@ class SuiteState:
 
     @property
     def recorded(self) -> dict[str, int]:
-        """{task: results that its MLflow run holds}"""
+        """{task: number of results in its MLflow run}"""
         return self.values["recorded"]
 
 
@@ -122,11 +123,11 @@ def open_state(
     tasks: Sequence[TransferTask],
     datasets: Mapping[Split, "Dataset"],
 ) -> SuiteState:
-    """The state of an output folder, which nothing has written yet when it is new.
+    """The state of an output folder. A new folder is not written.
 
-    identity: suite and checkpoint; they name the default folder together with the tasks. More tasks or seeds may join
-    what is there. Raises UserError for a folder with results of another checkpoint, protocol or dataset, or with
-    something else."""
+    identity: suite and checkpoint, which determine the default folder together with the tasks. Tasks and seeds can be
+    added later. Raises UserError for a folder with results of another checkpoint,
+    protocol or dataset, or with other files."""
     described = {
         task.name: {
             "protocol": to_dict(task.protocol),
@@ -152,12 +153,12 @@ def open_state(
     for key, value in identity.items():
         if state.get(key) != value:
             there = state.get("checkpoint_uri") if key == "checkpoint" else state.get(key)
-            raise UserError(f"{output} holds results of another {key} ({there}); choose another --output")
+            raise UserError(f"{output} has results of another {key} ({there}); choose another --output")
     for name, mine in described.items():
         theirs = state["tasks"].setdefault(name, mine)
         changed = [key for key in mine if theirs.get(key) != mine[key]]
         if changed:
             raise UserError(
-                f"{output} holds results of {name} with another {' and '.join(changed)}; choose another --output"
+                f"{output} has results of {name} with another {' and '.join(changed)}; choose another --output"
             )
     return SuiteState(output, state)

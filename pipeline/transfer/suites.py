@@ -35,8 +35,8 @@ class FineTune:
     resolution: int = 384
     """Input size of the model; position embeddings are resized accordingly. Test images are squashed to this size."""
     crop: Literal["inception", "random", "squash"] = "inception"
-    """Training: 5-100% of the area at any aspect; a random square out of the image squashed to `enlarge` x resolution;
-    or only squashed."""
+    """For training: inception (a random box of 5-100% of the area), random (a random square from the image squashed to
+    `enlarge` x resolution), or squash (squashed only)."""
     enlarge: float = 448 / 384
     flip: bool = True
     steps: int = 500
@@ -485,13 +485,13 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
         elif any(
             d.encoding == "patches" and task.protocol.resolution % d.manifest.image["patch_size"] for d in (train, test)
         ):
-            problems[task.name] = f"resolution {task.protocol.resolution} is no multiple of the stored patches' side"
+            problems[task.name] = f"resolution {task.protocol.resolution} is not a multiple of the stored patch size"
         elif swept and not task.tune:
-            problems[task.name] = "this task has no dev split to choose a learning rate on; give one --lrs"
+            problems[task.name] = "this task has no dev split for choosing a learning rate; give one value to --lrs"
     if problems:
         lines = "".join(f"\n  {name}: {problem}" for name, problem in problems.items())
         raise UserError(
             f"{len(problems)} of {len(tasks)} tasks cannot run:{lines}\n"
-            "prepare what is missing, or name the others with --tasks"
+            "prepare the missing data, or select other tasks with --tasks"
         )
     return datasets

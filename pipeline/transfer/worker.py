@@ -21,11 +21,12 @@ from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_pre
 from pipeline.transfer.suites import L2_GRID, FineTune, Probe
 
 CONFUSION_CLASSES = 20
-"""Confusion matrices are kept up to this many classes."""
+"""Maximum number of classes for which a confusion matrix is stored."""
 
 
 class Worker:
-    """A Ray actor with one device, or a share of one. `progress` answers while `run` works: max_concurrency is 2."""
+    """A Ray actor with one device, or a fraction of one. max_concurrency is 2, so
+    that `progress` responds during `run`."""
 
     def __init__(
         self,
@@ -46,14 +47,14 @@ class Worker:
         self.training: FineTuning | None = None
 
     def progress(self) -> tuple[int, int, float]:
-        """(step, steps, loss) of the running job; zeros when it has no steps."""
+        """(step, total steps, loss) of the running job; zeros if it has no steps."""
         training = self.training
         return training.progress if training is not None else (0, 0, 0.0)
 
     def run(self, job: Job, features: tuple[str, str] | None) -> tuple[Result, bytes | None]:
         """The result of a job, and its packed predictions. features: folders of the train and test features of a
         probe."""
-        torch.set_num_threads(self.execution.threads)  # of this thread: OpenMP keeps the number per thread
+        torch.set_num_threads(self.execution.threads)  # OpenMP keeps the number per thread
         if isinstance(job.task.protocol, Probe):
             assert features is not None
             return run_probe(job, *features, device=self.execution.device)
@@ -97,7 +98,7 @@ def finish_finetuning(job: Job, training: FineTuning) -> tuple[Result, bytes | N
 
 
 def _examples(job: Job) -> tuple[Examples, Examples]:
-    """What a job trains on, and what it scores."""
+    """(training examples, test examples) of a job."""
     task = job.task
     train, test = (task.tune or (task.train, task.test)) if job.phase == "tune" else (task.train, task.test)
     return Examples(train.open(), train, task.parity), Examples(test.open(), test, task.parity)
@@ -105,7 +106,7 @@ def _examples(job: Job) -> tuple[Examples, Examples]:
 
 @dataclass(slots=True)
 class _Frozen:
-    """Features of a probe on a device. labels_N: of the training images."""
+    """Features of a probe on a device. labels_N: labels of the training images."""
 
     train_ND: torch.Tensor
     labels_N: torch.Tensor
@@ -149,7 +150,7 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
 
 
 def _few_shot(frozen: _Frozen, train_labels: np.ndarray, found: Predictions, shots: tuple[int, ...], seed: int) -> Hits:
-    """Ridge regression with every l2 on so many examples of each class."""
+    """Ridge regression with every l2, on each number of examples per class in `shots`."""
     correct = {}
     for n in shots:
         picked = torch.from_numpy(probes.select_shots(train_labels, n, seed)).to(frozen.labels_N.device)

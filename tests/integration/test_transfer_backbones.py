@@ -85,7 +85,7 @@ def test_hugging_face_model_from_a_folder(hugging_face_folder):
     ("name", "message"),
     [
         ("timm:vit_tiny_patch16_225", "timm has no model"),
-        (f"timm:{NAME}@nowhere.safetensors", "no such file of weights"),
+        (f"timm:{NAME}@nowhere.safetensors", "no such file"),
         ("hf:nowhere", "not a local folder with a config.json"),
     ],
 )
