@@ -45,8 +45,7 @@ class Plan:
         self._folders: dict[str, str] = {}
         self._trees: dict[str, str] = {}
         self._complete: dict[str, bool] = {}
-        self._by_identity: dict[str, list[Version]] = {}
-        self._by_inputs: dict[str, list[Version]] = {}
+        self._versions: dict[str, list[Version]] | None = None
         self.done: dict[str, Version] = {}
         """Of the instances found done so far."""
         self.outputs: dict[str, str] = {}
@@ -126,17 +125,13 @@ class Plan:
 
     def find(self, name: str, identity: Identity) -> Version | None:
         """A finished run with this identity whose output is still there, whichever stage it was made under."""
-        if not self._by_identity:
+        if self._versions is None:
+            self._versions = {}
             for record in self.state.records.values():
                 for version in record.versions:
-                    self._by_identity.setdefault(version.identity, []).append(version)
-                    self._by_inputs.setdefault(_inputs(version.about), []).append(version)
+                    self._versions.setdefault(_key(version.about), []).append(version)
         instance = self.instances[name]
-        same = self._by_identity.get(identity.id, [])
-        if not same:  # an option that did not exist when a stage was run had its default
-            before = self._by_inputs.get(_inputs(identity.about), [])
-            now = identity.about["config"]
-            same = [v for v in before if {**defaults(instance.kind), **v.about["config"]} == now]
+        same = self._versions.get(_key(identity.about), [])
         for version in reversed(same):
             output = self.state.address(version.output)
             if instance.output is not None and instance.output != output:
@@ -149,10 +144,21 @@ class Plan:
 
     def is_complete(self, version: Version) -> bool:
         """Whether the output of a finished run is still there."""
-        place = storage.join(self.state.address(version.output), version.marker)
+        place = self._marker(version)
         if place not in self._complete:
             self._complete[place] = not version.marker or storage.exists(place)
         return self._complete[place]
+
+    def _marker(self, version: Version) -> str:
+        return storage.join(self.state.address(version.output), version.marker)
+
+    def add(self, name: str, version: Version) -> None:
+        """Records a finished run of an instance and counts the instance as done."""
+        self.state.record(name).add(version)
+        if self._versions is not None:
+            self._versions.setdefault(_key(version.about), []).append(version)
+        self._complete.pop(self._marker(version), None)
+        self.mark_done(name, version)
 
     def mark_done(self, name: str, version: Version) -> None:
         """Counts an instance as done, with the output of that version."""
@@ -161,8 +167,7 @@ class Plan:
 
     def forget(self) -> None:
         """Clears the caches of storage and state."""
-        self._by_identity = {}
-        self._by_inputs = {}
+        self._versions = None
         self._complete.clear()
 
     def survey(self) -> dict[str, Status]:
@@ -257,9 +262,12 @@ class Plan:
         return [kind.script, *kind.words, *map(str, first), *recipe, *fields.flags(values), *kind.extra]
 
 
-def _inputs(about: Mapping[str, Any]) -> str:
-    """Of what an identity is about, all but the config."""
-    return configuration.fingerprint([about["job"], about["inputs"], about["formats"]])
+def _key(about: Mapping[str, Any]) -> str:
+    """A fingerprint of what decides an output. An option that a version does not name, because it did not exist when
+    the stage was run, had its default."""
+    kind = kinds.KINDS.get(about["job"])
+    config = {**(defaults(kind) if kind is not None else {}), **about["config"]}
+    return configuration.fingerprint([about["job"], config, about["inputs"], about["formats"]])
 
 
 def why_stale(before: Version, now: Identity) -> str:

@@ -69,6 +69,10 @@ class Runner:
         self._later: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._outdated: set[str] = set()
+        self._ready: dict[str, Identity] = {}
+        """Instances whose dependencies are done and which no finished run matches."""
+        self._made: set[str] = set()
+        """Identities of the runs that finished since the last look at `_ready`."""
         self._stopping = False
         self._dirty = False
 
@@ -83,9 +87,7 @@ class Runner:
                 self._save()
                 if not self.running and not any(name in self._not_before for name in left):
                     break
-                time.sleep(self.executor.pause)
-                for name in list(self.running):
-                    left += self._look(name)
+                left += self._wait()
         except BaseException:
             self._stop_all()
             raise
@@ -93,6 +95,15 @@ class Runner:
             self.outcome.blocked = [name for name in left if name not in self.outcome.failed]
             self.outcome.seconds = time.monotonic() - began
         return self.outcome
+
+    def _wait(self) -> list[str]:
+        """Waits until an attempt has ended, or until a postponed one is due. Returns what is to be started again."""
+        while True:
+            time.sleep(self.executor.pause)
+            before = len(self.running)
+            again = [name for running in list(self.running) for name in self._look(running)]
+            if len(self.running) < before or any(time.monotonic() >= due for due in self._not_before.values()):
+                return again
 
     # ------------------------------------------------------------ what runs already
 
@@ -125,26 +136,43 @@ class Runner:
             if name in self.running or name in self.outcome.failed:
                 continue
             instance = self.plan.instances[name]
-            if not self._settle_needs(instance):
+            identity = self._ready.get(name)
+            if identity is None or identity.id in self._made:
+                if not self._settle_needs(instance):
+                    still.append(name)
+                    continue
+                identity = self.plan.identity(instance)
+                if name not in self.plan.forced and (version := self.plan.find(name, identity)) is not None:
+                    self._keep(name, version)
+                    continue
+                self._ready[name] = identity
+            if self._is_too_early(name) or not self._has_room(instance) or self._is_made_elsewhere(identity):
                 still.append(name)
                 continue
-            if time.monotonic() < self._not_before.get(name, 0.0):
-                still.append(name)
-                continue
-            self._not_before.pop(name, None)
-            identity = self.plan.identity(instance)
-            if name not in self.plan.forced and (version := self.plan.find(name, identity)) is not None:
-                self.plan.mark_done(name, version)
-                self.outcome.kept.append(name)
-                self._clear_failure(name)
-            elif self._has_room(instance) and not self._is_made_elsewhere(identity):
-                try:
-                    self._start(name, instance, identity)
-                except UserError as error:
-                    self._refuse(name, identity, str(error))
-            else:
-                still.append(name)
+            del self._ready[name]
+            try:
+                self._start(name, instance, identity)
+            except UserError as error:
+                self._refuse(name, identity, str(error))
+        self._made.clear()
         return still
+
+    def _keep(self, name: str, version: Version) -> None:
+        """Counts an instance as done by an earlier run, or by another instance with the same identity."""
+        self._ready.pop(name, None)
+        self.plan.mark_done(name, version)
+        self.outcome.kept.append(name)
+        record = self.plan.state.records.get(name)
+        if record is not None and record.failed is not None:
+            record.failed = None
+            self._dirty = True
+
+    def _is_too_early(self, name: str) -> bool:
+        """Whether an instance waits for its next attempt."""
+        if time.monotonic() < self._not_before.get(name, 0.0):
+            return True
+        self._not_before.pop(name, None)
+        return False
 
     def _settle_needs(self, instance: Instance, adopting: bool = False) -> bool:
         """Whether all dependencies of an instance are done, including those that are not selected.
@@ -166,23 +194,22 @@ class Runner:
             self.plan.mark_done(up, version)
         return True
 
-    def _clear_failure(self, name: str) -> None:
-        record = self.plan.state.records.get(name)
-        if record is not None and record.failed is not None:
-            record.failed = None
-            self._dirty = True
-
     def _has_room(self, instance: Instance) -> bool:
+        """Whether the executor has CPUs and GPUs for one more instance; a single instance always runs."""
         if self._stopping or len(self.running) >= self.parallel:
             return False
         if not self.running:
             return True
-        cpus = gpus = 0.0
-        for name in [*self.running, instance.name]:
-            other = self.plan.instances[name]
-            cpus += self.executor.cpus if other.cpus is None else other.cpus
-            gpus += cost.gpus(other, self.executor.gpus)
+        cpus, gpus = self._occupies(instance)
+        for name in self.running:
+            more_cpus, more_gpus = self._occupies(self.plan.instances[name])
+            cpus, gpus = cpus + more_cpus, gpus + more_gpus
         return cpus <= self.executor.cpus and gpus <= self.executor.gpus
+
+    def _occupies(self, instance: Instance) -> tuple[float, float]:
+        """(CPUs, GPUs) of a running instance; without a number of CPUs, all of the machine."""
+        cpus = self.executor.cpus if instance.cpus is None else instance.cpus
+        return cpus, cost.gpus(instance, self.executor.gpus)
 
     def _is_made_elsewhere(self, identity: Identity) -> bool:
         return any(running.identity == identity.id for running in self.running.values())
@@ -325,10 +352,9 @@ class Runner:
             finished=time.time(),
             result=result,
         )
-        self.plan.state.record(name).add(version)
-        self.plan.forget()
+        self.plan.add(name, version)
         self.plan.forced.discard(name)
-        self.plan.mark_done(name, version)
+        self._made.add(version.identity)
         self.outcome.done.append(name)
         logger.info("%s: done in %.1f s", name, version.cost["seconds"])
 

@@ -277,6 +277,14 @@ def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, s
     assert narrow.most == 1
 
 
+def test_equal_stages_are_run_once(tmp_path, source):
+    stage = Stage(job="prepare", fields={"source": str(source), "size": 32})
+    pipeline = file.check(Pipeline(name="twins", output=str(tmp_path), stages={"one": stage, "two": stage}), "test")
+    executor = Fake()
+    outcome = go(pipeline, executor)
+    assert (executor.started, outcome.done, outcome.kept) == (["one"], ["one"], ["two"])
+
+
 def test_transfers_take_the_gpus_that_are_there(tmp_path, source):
     one = {"transfer": {"workers": 1}}
     workstation = Fake()
