@@ -12,8 +12,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 .PHONY: install demo test lint hooks slow docs ui pictures clean
 
-# Every install uses the same constraints; without them pip may replace torch. The file .demo marks a .venv that can run the demo,
-# .installed one that can also run the tests.
+# Every install uses the same constraints, because pip may otherwise replace torch. The file .demo marks a .venv that
+# can run the demo; .installed marks one that can also run the tests.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -32,7 +32,7 @@ demo: $(BIN)/.demo
 	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
 	$(BIN)/python jobs/pipeline.py run --recipe demo $(if $(DATA),--data '$(DATA)')
 
-# Two processes; each takes whole test files.
+# Two processes; all tests of a file run in the same process.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -1,9 +1,10 @@
-"""The table of measurements in the README, from results/*.json.
+"""Generates the table of docs/benchmarks.md from results/*.json.
 
-    python tests/benchmarks/table.py                   prints it
-    python tests/benchmarks/table.py --write docs/benchmarks.md puts it between the lines <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+    python tests/benchmarks/table.py                            prints the table
+    python tests/benchmarks/table.py --write docs/benchmarks.md   writes it between <!-- benchmarks:begin --> and <!--
+    benchmarks:end -->
 
-Each function below reads one result file and gives its rows: what was measured, ours, beside what, and where the file lies.
+Each function below reads one result file and returns rows of (measurement, this project, others).
 """
 
 import argparse
@@ -33,13 +34,13 @@ def loader(result: dict) -> Iterator[Row]:
     beside = ", ".join(
         f"{name} {row['of_limit']:.0%}" for name, row in sorted(peers.items(), key=lambda p: -p[1]["of_limit"])
     )
-    yield "Loading JPEG shards, share of a bare decode and crop loop (CPU time)", f"{ours['of_limit']:.0%}", beside
+    yield "Loading JPEG shards, relative to a bare decode and crop loop (CPU time)", f"{ours['of_limit']:.0%}", beside
     first = ", ".join(f"{name} {row['first_batch_s']:.1f} s" for name, row in peers.items())
     yield "First batch", f"{ours['first_batch_s']:.1f} s", first
     patches = table["patches_ours"]
     yield (
         "Loading 224 px patches",
-        f"{patches['img_s']:,.0f} images/s and core, {patches['of_limit']:.0%} of the copy's (CPU time)",
+        f"{patches['img_s']:,.0f} images/s and core, {patches['of_limit']:.0%} of the copy (CPU time)",
         f"copy of a memory-mapped array {table['patches_copy']['img_s']:,.0f}",
     )
     yield (
@@ -61,14 +62,14 @@ def prepare(result: dict) -> Iterator[Row]:
         for tool, (cpus, row) in peers.items()
     )
     yield (
-        "Preparing photographs on two cores, share of a bare decode, resize and encode loop (CPU time)",
+        "Preparing photographs on two cores, relative to a bare decode, resize and encode loop (CPU time)",
         f"{table['job', '2']['of_limit']:.0%}",
         beside,
     )
     rates = ", ".join(f"{NAMES[tool]} {row['images_per_s']:.0f}" for tool, (_, row) in peers.items())
     rates += f", bare loop {table['limit', '2']['images_per_s']:.0f}"
     one, two = (table["job", cpus]["images_per_s"] for cpus in "12")
-    yield "The same, images/s once it runs", f"{two:.0f}, on one core {one:.0f}", rates
+    yield "The same, images/s after the start", f"{two:.0f}, on one core {one:.0f}", rates
     yield "The same, one unit without Ray (CPU time)", f"{table['unit', '1']['of_limit']:.0%}", ""
     memory = result.get("memory", {}).get("rows", [])
     for kind in dict.fromkeys(row["kind"] for row in memory):
@@ -86,7 +87,7 @@ def decontamination(result: dict) -> Iterator[Row]:
     removed, images = (sum(row[key] for row in result["posed"].values()) for key in ("removed", "images"))
     fewest, most = (choose(row["images"] for row in rows.values()) for choose in (min, max))
     yield f"Finding changed copies of {fewest} to {most} photographs in an evaluation set", recall, ""
-    yield f"Removed wrongly of {images} pictures of {len(result['posed'])} posed collections", f"{removed}", ""
+    yield f"Wrong removals among {images} images of {len(result['posed'])} posed collections", f"{removed}", ""
 
 
 def model(result: dict) -> Iterator[Row]:
@@ -106,7 +107,7 @@ def train_step(result: dict) -> Iterator[Row]:
     name = f"Compiled training step of {ours['variant']} with clipping and AdamW, ZeRO-1 on one worker, CPU seconds"
     yield name, f"{ours['fastest_cpu']:.2f}", beside
     one, two = (rows[row]["images_per_second"] for row in ("one", "two"))
-    yield "The same on two workers with a core each", f"{two:.1f} images/s", f"one worker {one:.1f} images/s"
+    yield "The same on two workers with one core each", f"{two:.1f} images/s", f"one worker {one:.1f} images/s"
 
 
 def gpu(result: dict) -> Iterator[Row]:
@@ -125,12 +126,13 @@ def gpu(result: dict) -> Iterator[Row]:
 
 def transfer(result: dict) -> Iterator[Row]:
     features = result["features"]
-    yield "Features for probes, share of a bare torch loop", f"{features['share']:.0%}", ""
+    yield "Features for probes, relative to a bare torch loop", f"{features['share']:.0%}", ""
     fan_out = result["fan_out"]
     yield (
-        "Fan-out of a suite's tasks",
-        f"{fan_out['seconds']:.0f} s, of which Ray's start {fan_out['ray_start']:.0f} s",
-        f"in sequence {result['in_sequence_seconds']:.0f} s, a process for each {result['process_per_task_seconds']:.0f} s",
+        "Running the tasks of a suite in parallel",
+        f"{fan_out['seconds']:.0f} s, including {fan_out['ray_start']:.0f} s to start Ray",
+        f"in sequence {result['in_sequence_seconds']:.0f} s, one process per task "
+        f"{result['process_per_task_seconds']:.0f} s",
     )
 
 
@@ -139,9 +141,9 @@ def pipeline(result: dict) -> Iterator[Row]:
         result[key]["cpu_seconds"]
         for key in ("added to each of 10 stages", "10 stages, all done", "1,000 stages planned")
     )
-    yield "What a pipeline of ten stages adds to each of its jobs (CPU time)", f"{added:.2f} s", ""
-    yield "Its answer when all are done (CPU time)", f"{done:.2f} s", ""
-    yield "Planning 1,000 stages, with the start of Python (CPU time)", f"{planned:.2f} s", ""
+    yield "Overhead of a pipeline of ten stages, per job (CPU time)", f"{added:.2f} s", ""
+    yield "The same pipeline when all stages are up to date (CPU time)", f"{done:.2f} s", ""
+    yield "Planning 1,000 stages, including the start of Python (CPU time)", f"{planned:.2f} s", ""
 
 
 SECTIONS = {
@@ -157,7 +159,7 @@ SECTIONS = {
 
 
 def table() -> str:
-    lines = ["| what | here | beside it |", "| --- | --- | --- |"]
+    lines = ["| measurement | this project | others |", "| --- | --- | --- |"]
     for name, section in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
@@ -167,7 +169,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="file with the two marks")
+    parser.add_argument("--write", type=Path, help="file with the two marker lines")
     options = parser.parse_args()
     if options.write is None:
         print(table())
