@@ -137,6 +137,7 @@ def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
     recipe."""
     from pipeline.operations.planning.config import CORPORA
 
+    sizes = []
     for address in instance.reads.get(field, ()):
         place = (
             storage.join(plan.outputs.get(address.instance or "", ""), address.below)
@@ -145,7 +146,9 @@ def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
         )
         is_there = address.instance is None or address.instance in plan.outputs
         if is_there and (found := _dataset(place)) is not None:
-            return found
+            sizes.append(found)
+    if sizes and len(sizes) == len(instance.reads.get(field, ())):  # several data sets are a mixture
+        return sum(images for images, _ in sizes), max(classes for _, classes in sizes)
     return next((size for key, size in CORPORA.items() if key in (instance.recipe or "")), None)
 
 

@@ -19,6 +19,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.graph import fields, kinds
 from pipeline.graph.file import PROMOTE, Pipeline, Stage
 from pipeline.graph.kinds import Kind
+from pipeline.graph.references import INSTANCE, data_of
 from pipeline.graph.state import FOLDER
 
 MOST = 10_000  # instances of one pipeline
@@ -253,9 +254,9 @@ def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, 
         raise UserError(f"{place}: recipe {recipe} and suite {config.suite} conflict; give one of them")
     kinds.check(kind, config, place)
     output = given.pop("output", None)
-    reads = {key: found for key in kind.reads if (found := _addresses(fields.get(config, key)))}
+    reads = {key: found for key in kind.reads if (found := _addresses(_value(kind, key, config)))}
     observes = {key: found for key in kind.observes if (found := _addresses(fields.get(config, key)))}
-    inside = [i for text in _texts(list(given.values())) for i in _INSTANCE.findall(text)]
+    inside = [i for text in _texts(list(given.values())) for i in INSTANCE.findall(text)]
     after = [up.name for other in stage.after for up in template.all_of[other]]
     resources, label = stage.resources, _label(axes)
     return Instance(
@@ -278,10 +279,6 @@ def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, 
         decides=_decides(kind, config),
         label=label,
     )
-
-
-_INSTANCE = re.compile(r"\$<([^>]*)>")
-"""An output inside a value, once the instance is known: $<pretrain[seed=1]>/train."""
 
 
 def _substitute(value: Any, words: Mapping[str, list[str]], place: str, many: bool) -> Any:
@@ -307,11 +304,18 @@ def _substitute(value: Any, words: Mapping[str, list[str]], place: str, many: bo
     return texts
 
 
+def _value(kind: Kind, key: str, config: Any) -> Any:
+    """The value of a field that has addresses; of a mixture, the addresses of its data sets."""
+    if (kind.name, key) == ("pretrain", "data"):
+        return [uri for uri, _ in data_of(config)]
+    return fields.get(config, key)
+
+
 def _addresses(value: Any) -> tuple[Address, ...]:
     texts = [value] if isinstance(value, str) else list(value or ())
     found = []
     for text in texts:
-        match = _INSTANCE.match(text)
+        match = INSTANCE.match(text)
         if match:
             found.append(Address(text, match[1], text[match.end() :].strip("/")))
         elif text:
@@ -319,18 +323,11 @@ def _addresses(value: Any) -> tuple[Address, ...]:
     return tuple(found)
 
 
-def fill(value: Any, outputs: Mapping[str, str]) -> Any:
-    """The value with the addresses of outputs in place of the instances that make them."""
-    if isinstance(value, str):
-        return _INSTANCE.sub(lambda match: outputs[match[1]], value)
-    if isinstance(value, list | tuple):
-        return [fill(item, outputs) for item in value]
-    return value
-
-
 def _decides(kind: Kind, config: Any) -> dict[str, Any]:
     plain = config.identity if kind.name == "pretrain" else configuration.to_dict(config)
     flat = configuration.flatten(plain)
+    if kind.name == "pretrain" and len(parts := data_of(config)) > 1:
+        flat["mixture"] = [str(share) for _, share in parts]
     left_out = {*kind.reads, *kind.observes, *kind.ignores, "output"}
     return {key: value for key, value in flat.items() if key not in left_out}
 
@@ -390,7 +387,7 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
         given=given,
         reads={"scores": _addresses(scores)},
         observes={},
-        needs=tuple(i for text in scores for i in _INSTANCE.findall(text)),
+        needs=tuple(i for text in scores for i in INSTANCE.findall(text)),
         after=(),
         retries=pipeline.retries,
         cpus=1.0,
@@ -451,7 +448,7 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
     for instance in instances.values():
         if instance.output is None:
             continue
-        if _INSTANCE.search(instance.output):
+        if INSTANCE.search(instance.output):
             raise UserError(
                 f"{where}: stage {instance.stage}: its output lies in another stage's; give a folder of its own"
             )

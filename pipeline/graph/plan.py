@@ -7,11 +7,13 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import storage
+from pipeline.data.address import data_address
 from pipeline.errors import UserError, nearest
 from pipeline.graph import fields, kinds, places
 from pipeline.graph.file import Pipeline
-from pipeline.graph.instances import Address, Instance, defaults, fill
+from pipeline.graph.instances import Address, Instance, defaults
 from pipeline.graph.places import Content, Missing, Places
+from pipeline.graph.references import data_of, fill
 from pipeline.graph.state import State, Version
 
 DONE, RUNNING, FAILED, STOPPED, STALE, WAITING = "done", "running", "failed", "stopped", "stale", "waiting"
@@ -247,7 +249,9 @@ class Plan:
         values: dict[str, Any] = {}
         for key in instance.given:
             value = fill(fields.get(instance.config, key), outputs)
-            if key in kind.reads or key in kind.observes:
+            if (kind.name, key) == ("pretrain", "data"):
+                value = data_address([(fill(uri, outputs), share) for uri, share in data_of(instance.config)])
+            elif key in kind.reads or key in kind.observes:
                 value = [_absolute(v) for v in value] if isinstance(value, list | tuple) else value and _absolute(value)
             values[key] = value
         known = fields.paths(cls)

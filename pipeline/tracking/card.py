@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
+from pipeline.data import address
 from pipeline.errors import UserError
 from pipeline.tracking import names
 
@@ -32,11 +33,34 @@ def collect_facts(checkpoint: str, commit: Mapping[str, Any], recipe: str = "", 
     """Reads config.json of a checkpoint and the manifests of the data that it was trained and validated on."""
     config = _read(storage.join(checkpoint, "config.json"))
     runtime = _runtime(config)
-    manifests = {
-        role: _read(storage.join(str(runtime[key]), "manifest.json")) if runtime.get(key) else {}
-        for role, key in (("data", "data"), ("validation", "validation"))
-    }
+    manifests = {role: _manifest(str(runtime[role])) if runtime.get(role) else {} for role in ("data", "validation")}
     return CardFacts(checkpoint=checkpoint, commit=commit, config=config, recipe=recipe, run_id=run_id, **manifests)
+
+
+def _manifest(text: str) -> dict[str, Any]:
+    """The manifest of a dataset; of a mixture, what the card says of its data sets together. Empty when it cannot be
+    read."""
+    try:
+        parts = address.shares(text)
+    except UserError:
+        return {}
+    found = [_read(storage.join(uri, "manifest.json")) for uri, _ in parts]
+    if len(found) == 1 or not all(found):
+        return found[0] if len(found) == 1 else {}
+    configs = [_manifest_config(manifest) for manifest in found]
+    licences = [str(config.get("licence") or NOT_STATED) for config in configs]
+    sets = [config.get("decontaminate") or () for config in configs]
+    return {
+        "fingerprint": address.mixture_fingerprint([str(m.get("fingerprint")) for m in found], [s for _, s in parts]),
+        "rows": sum(manifest.get("rows", 0) for manifest in found),
+        "classes": list(dict.fromkeys(name for manifest in found for name in manifest.get("classes") or ())),
+        "duplicates": sum(manifest.get("duplicates") or 0 for manifest in found),
+        "config": {
+            "source": [source for config in configs for source in config.get("source") or ()],
+            "licence": "; ".join(dict.fromkeys(licences)),
+            "decontaminate": [one for one in sets[0] if all(one in others for others in sets)],
+        },
+    }
 
 
 def _read(uri: str) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.credentials import redacted
+from pipeline.data.address import data_name
 from pipeline.tracking import names
 
 DATA, COMMAND, CONTINUE, COST = "**Data:**", "**Command:**", "**To continue:**", "**Cost:**"
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "eval")
-GENERIC = ("data", "dataset", "datasets", "shards", "sets", "prepared")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,16 +92,6 @@ def replace_paragraph(text: str, markers: Iterable[str], paragraph: str, first: 
 
 
 # ---------------------------------------------------------------- names
-
-
-def data_name(uri: str) -> str:
-    """The name of a data set: the last meaningful part of its address.
-
-    s3://bucket/imagenet/train -> imagenet, runs/demo/data/train -> demo, photos -> photos.
-    """
-    parts = [part for part in re.sub(r"^\w+://", "", uri).split("/") if part]
-    useful = [part for part in parts if part.lower() not in SPLITS + GENERIC]
-    return useful[-1] if useful else (parts[-1] if parts else uri)
 
 
 def model_name(recipe: str, data: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline import storage
+from pipeline.data.address import data_name
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.tracking.description import checkpoint_name, data_name
+from pipeline.tracking.description import checkpoint_name
 from pipeline.tracking.search import RunInfo, read_runs
 
 GROUPS = ("natural", "specialized", "structured")

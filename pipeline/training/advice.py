@@ -1,6 +1,7 @@
 """Advice for runs that are out of memory or wait for data."""
 
 from pipeline import storage
+from pipeline.data import address
 from pipeline.data.format import Dataset
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import loading_threads, memory_remedies
@@ -28,7 +29,7 @@ def data_wait_advice(config: PretrainConfig, dataset: Dataset, share: float) -> 
     """A warning that training waits for data, with settings that may help this run."""
     threads = loading_threads(config)
     settings = []
-    if storage.is_remote(config.runtime.data) and config.runtime.cache is None:
+    if any(map(storage.is_remote, address.uris(config.runtime.data))) and config.runtime.cache is None:
         settings.append("keep the shards on a local disk (--cache FOLDER)")
     if threads < config.runtime.cpus_per_worker:
         settings.append(

@@ -126,8 +126,9 @@ class RuntimeConfig:
     """Execution settings. They do not affect the result and may differ between attempts of a run."""
 
     data: str = "runs/demo/data/train"
-    """Training dataset written by jobs/prepare.py: a folder or s3:// prefix. A run continues after the dataset has
-    moved, but not after its content has changed."""
+    """Training dataset written by jobs/prepare.py: a folder or s3:// prefix. Several with weights are a mixture:
+    a/train=0.7,b/train=0.3 takes 70% of the images from a. A run continues after a dataset has moved, but not after its
+    content or weight has changed."""
     validation: str | None = None
     """Validation dataset, for top-1 accuracy. None: no validation."""
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)

@@ -21,9 +21,10 @@ from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline import metrics as live
 from pipeline import storage
-from pipeline.data import Loader, open_dataset
+from pipeline.data import Loader
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import DROPOUT, bits
+from pipeline.data.mixture import open_data
 from pipeline.hardware import device_memory
 from pipeline.tracking import Run, names
 from pipeline.training import checkpoint
@@ -31,7 +32,7 @@ from pipeline.training.advice import data_wait_advice
 from pipeline.training.checkpoint import WRITE_ERRORS, NoRoom
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
-from pipeline.training.meter import Meter, describe_scores, describe_step
+from pipeline.training.meter import Meter, describe_scores, describe_step, mixture_metrics
 from pipeline.training.plan import TrainPlan, loading_threads, make_plan
 from pipeline.training.preemption import Preempted, PreemptionVote, host_group
 from pipeline.training.replacements import Replacements
@@ -69,7 +70,7 @@ class Trainer:
 
     def __init__(self, config: PretrainConfig, worker: Worker, run: Run | None, heartbeat: Callable[..., None]):
         self.config, self.worker, self.run, self.heartbeat = config, worker, run, heartbeat
-        self.dataset = open_dataset(config.runtime.data)
+        self.dataset = open_data(config.runtime.data)
         self.plan = plan = plan_for(config, self.dataset, worker)
         if config.runtime.gpus and config.engine.micro_batch is None:
             self.info(
@@ -118,7 +119,7 @@ class Trainer:
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
-        self.loader = _open_loader(plan, self.first, worker)
+        self.loader = _open_loader(plan, self.dataset, self.first, worker)
         self.batches = _endless(self.loader)
         self.began = time.perf_counter()
         self.meter = Meter(worker.device, computed, worker.world, config.engine.precision)
@@ -191,10 +192,12 @@ class Trainer:
         metrics |= self.meter.read() | {names.IMAGES_SEEN: done * self.config.batch_size}
         metrics[names.GOODPUT] = self.meter.goodput()
         metrics[names.REPLACED] = self.replacements.update(self.loader.replaced)
+        seen = self.loader.images_seen(done)
+        metrics |= mixture_metrics(seen)
         self.losses.setdefault("loss_first", value)
         self.losses["loss_last"] = value
         left = self.meter.remaining((self.plan.total - done) * self.config.batch_size)
-        parts = describe_step(done, self.plan, metrics, left)
+        parts = describe_step(done, self.plan, metrics, left, seen)
         self.info("%s", "  ".join(parts), parts=parts, step=done, loss=value)
         self.record(metrics, done)
         self.publish(
@@ -340,12 +343,12 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(bits(seed, DROPOUT, step, rank)) >> 1
 
 
-def _open_loader(plan: TrainPlan, first: int, worker: Worker) -> Loader:
+def _open_loader(plan: TrainPlan, dataset: Dataset, first: int, worker: Worker) -> Loader:
     """A loader of this worker's share of the batches, starting at global step `first`."""
     config, runtime = plan.config, plan.config.runtime
     epoch, step = divmod(first, plan.steps_per_epoch)
     return Loader(
-        open_dataset(runtime.data),
+        dataset,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=worker.rank,

@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -87,8 +87,23 @@ def describe_scores(scores: dict[str, float]) -> str:
     return "  ".join(text.format(scores[name]) for name, text in shown.items() if name in scores)
 
 
-def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds: float) -> list[str]:
-    """The metrics of a logging step as text, most important first. seconds: the estimated remaining time."""
+def mixture_metrics(seen: Mapping[str, tuple[int, float]]) -> dict[str, float]:
+    """Images and epochs so far of each data set of a mixture (`Loader.images_seen`), by the names of their metrics."""
+    metrics: dict[str, float] = {}
+    for name, (images, epochs) in seen.items():
+        metrics |= {f"{names.MIXTURE_IMAGES}{name}": images, f"{names.MIXTURE_EPOCHS}{name}": epochs}
+    return metrics
+
+
+def describe_step(
+    step: int,
+    plan: TrainPlan,
+    metrics: dict[str, float],
+    seconds: float,
+    seen: Mapping[str, tuple[int, float]] | None = None,
+) -> list[str]:
+    """The metrics of a logging step as text, most important first. seconds: the estimated remaining time. seen: images
+    and epochs so far of each data set of a mixture."""
     minutes, rest = divmod(int(seconds) if seconds == seconds else 0, 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -101,6 +116,7 @@ def describe_step(step: int, plan: TrainPlan, metrics: dict[str, float], seconds
         f"grad {metrics[names.GRAD_NORM]:.3f}",
         f"wait {metrics[names.DATA_WAIT]:.1%}",
         f"epoch {step / plan.steps_per_epoch:.2f}",
+        *(f"{name} {images:,} ({epochs:.2f} epochs)" for name, (images, epochs) in (seen or {}).items()),
         *([f"mfu {metrics[names.MFU]:.1%}"] if names.MFU in metrics else []),
         f"{metrics[names.MEMORY_GB]:.1f} GB",
         f"eta {eta}",

@@ -13,6 +13,7 @@ from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
+from pipeline.data.mixture import Mixture, check_samples, smallest
 from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 from pipeline.training.config import EngineConfig, PretrainConfig
@@ -30,6 +31,8 @@ class TrainPlan:
     samples: int
     channels: int
     data_fingerprint: str
+    mixture: Mapping[str, str]
+    """Shares of the data sets of a mixture, by fingerprint; empty for one data set."""
     workers: int
     lanes: int
     per_worker: int
@@ -52,7 +55,8 @@ class TrainPlan:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that identify a run: everything that affects the result."""
-        return {**self.config.identity, "lanes": self.lanes, "data": self.data_fingerprint}
+        mixture = {"mixture": dict(self.mixture)} if self.mixture else {}
+        return {**self.config.identity, "lanes": self.lanes, "data": self.data_fingerprint, **mixture}
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -89,8 +93,9 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
     check_values(config)
     check_data(config, dataset)
     batch = config.batch_size
-    lanes = config.lanes or default_lanes(batch, len(dataset))
+    lanes = config.lanes or default_lanes(batch, smallest(dataset))
     check_layout(batch, lanes, workers)
+    check_samples(dataset, lanes)
     per_worker = batch // workers
     channels = dataset.manifest.image.get("channels", 3)
     micro = config.engine.micro_batch
@@ -109,6 +114,7 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
         samples=len(dataset),
         channels=channels,
         data_fingerprint=dataset.manifest.fingerprint,
+        mixture=dataset.share_texts if isinstance(dataset, Mixture) else {},
         workers=workers,
         lanes=lanes,
         per_worker=per_worker,

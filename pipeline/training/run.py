@@ -19,12 +19,14 @@ from models import create_model
 from models.cost import flops, parameters
 from pipeline import cluster, storage, tracking
 from pipeline import config as configuration
-from pipeline.data import open_dataset
+from pipeline.data import address, open_dataset
+from pipeline.data.address import data_name
+from pipeline.data.mixture import Mixture, open_data
 from pipeline.errors import JobFailed, UserError
 from pipeline.lease import LAUNCH, Lease
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
-from pipeline.tracking.description import Description, data_name, model_name, run_name
+from pipeline.tracking.description import Description, model_name, run_name
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import TrainPlan, check_values, make_plan
 from pipeline.training.samples import log_attention
@@ -90,8 +92,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     with run:  # records the status, and the reason of a stop or failure
         if record.get("run_id") != run.id:
             storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
-        for role, uri in _datasets(config).items():
-            run.log_dataset(uri, _about_data(uri), role=role)
+        log_datasets(run, plan)
         result = launch(plan, run.id, run.uri, sizes(plan))
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.runtime.gpus else 0
@@ -152,7 +153,7 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
     runtime = config.runtime
     runtime = replace(
         runtime,
-        data=storage.normalise(runtime.data),
+        data=address.normalise(runtime.data),
         output=storage.normalise(runtime.output),
         validation=path(runtime.validation),
         fewshot=replace(runtime.fewshot, train=path(runtime.fewshot.train), test=path(runtime.fewshot.test)),
@@ -170,7 +171,7 @@ def check_run(config: PretrainConfig) -> TrainPlan:
     """All checks before the workers start. Raises UserError."""
     check_places(config)
     check_devices(config)
-    dataset = open_dataset(config.runtime.data)
+    dataset = open_data(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
     if config.runtime.validation:
@@ -221,7 +222,7 @@ def sizes(plan: TrainPlan) -> list[int]:
     config, runtime = plan.config, plan.config.runtime
     if runtime.min_workers is None:
         return [runtime.workers]
-    dataset, fitting = open_dataset(runtime.data), []
+    dataset, fitting = open_data(runtime.data), []
     for workers in range(runtime.min_workers, runtime.workers + 1):
         with contextlib.suppress(UserError):  # does not divide the lanes or the batch
             make_plan(config, dataset, workers)
@@ -243,6 +244,7 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         f"pretrain: {model}",
         f"  data      {config.runtime.data}: {plan.samples} images, {len(plan.classes)} classes, fingerprint "
         f"{plan.data_fingerprint}",
+        *describe_mixture(plan),
         f"  schedule  {plan.total} steps of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
         f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batch{'es' * (plan.accumulation > 1)} of {plan.micro_batch}), "
@@ -276,8 +278,41 @@ def _datasets(config: PretrainConfig) -> dict[str, str]:
     """{role: URI} of every dataset that a run reads."""
     runtime = config.runtime
     fewshot = {"fewshot-train": runtime.fewshot.train, "fewshot-test": runtime.fewshot.test}
-    found = {"train": runtime.data, "validation": runtime.validation, **fewshot}
+    train = {f"train.{i}": uri for i, uri in enumerate(address.uris(runtime.data), 1)}
+    found = {**(train if len(train) > 1 else {"train": runtime.data}), "validation": runtime.validation, **fewshot}
     return {role: uri for role, uri in found.items() if uri}
+
+
+def log_datasets(run: tracking.Run, plan: TrainPlan) -> None:
+    """Every dataset that a run reads, as an input of the MLflow run; those of a mixture as train.1, train.2, ..."""
+    config = plan.config
+    for role, uri in _datasets(config).items():
+        run.log_dataset(uri, _about_data(uri), role=role)
+    if plan.mixture:
+        run.set_tags(
+            {
+                f"{names.DATA_URI}.train": config.runtime.data,
+                f"{names.DATA_FINGERPRINT}.train": plan.data_fingerprint,
+                **{f"{names.DATA_SHARE}.train.{i}": share for i, share in enumerate(plan.mixture.values(), 1)},
+            }
+        )
+
+
+def describe_mixture(plan: TrainPlan) -> list[str]:
+    """A line for each data set of a mixture: share, size, epochs over the whole run, classes that the others have, too."""
+    data = open_data(plan.config.runtime.data) if plan.mixture else None
+    if not isinstance(data, Mixture):
+        return []
+    lines = []
+    for name, part, share in zip(data.names, data.parts, data.shares, strict=True):
+        epochs = float(share) * plan.total * plan.config.batch_size / len(part)
+        others = {label for other in data.parts if other is not part for label in other.classes}
+        lines.append(
+            f"            {float(share):7.2%} {name}: {len(part)} images, {epochs:.2f} epochs of it in the run, "
+            f"{len(part.classes)} classes ({len(others & set(part.classes))} also in others), fingerprint "
+            f"{part.manifest.fingerprint}"
+        )
+    return lines
 
 
 def _about_run(plan: TrainPlan, recipe: str) -> Description:

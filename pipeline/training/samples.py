@@ -17,6 +17,7 @@ from pipeline.data.format import Dataset
 from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.samples import stored_pictures
 from pipeline.data.loading.transform import augment_image
+from pipeline.data.mixture import open_data
 from pipeline.pictures import sheet
 from pipeline.tracking import Run
 from pipeline.training.config import PretrainConfig
@@ -105,7 +106,7 @@ def attention_sheet(model: VisionTransformer, config: PretrainConfig, validation
     pictures: list[np.ndarray] = []
     titles: list[str] = []
     classes = config.loss != "masked" and len(validation.classes) > 0
-    trained = open_dataset(config.runtime.data).classes if classes else []
+    trained = open_data(config.runtime.data).classes if classes else []
     model.eval()
     for image, label in _validation_images(config, validation, rows):
         batch = torch.from_numpy(image[None])

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import logs
-from pipeline.data import open_dataset
+from pipeline.data.mixture import open_data
 from pipeline.errors import UserError
 from pipeline.hardware import device_memory
 from pipeline.objectstore import expect_answers
@@ -61,7 +61,7 @@ def train_worker(task: dict[str, Any]) -> dict[str, Any]:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         memory = device_memory(worker.device) if worker.device.type == "cuda" else None
-        plan = make_plan(config, open_dataset(config.runtime.data), world, gpu_memory=memory)
+        plan = make_plan(config, open_data(config.runtime.data), world, gpu_memory=memory)
         text = out_of_memory(config, plan.micro_batch, host=isinstance(error, MemoryError))
         # In the first step a retry would fail again; later another process may have used the memory.
         raise (UserError if watchdog.step == watchdog.first else RuntimeError)(f"worker {rank}: {text}") from error

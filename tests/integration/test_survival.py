@@ -5,6 +5,7 @@ The loss of every step is compared at full precision with that of a run that not
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -292,6 +293,37 @@ def test_other_number_of_workers_after_the_driver_was_killed(base, reference, jo
     assert points.keys() == reference.keys()
     assert list(points.values()) == pytest.approx(list(reference.values()), abs=1e-5)
     assert list(points.values()) != list(reference.values())  # sums in another order
+
+
+@pytest.mark.slow
+def test_mixture_after_the_driver_was_killed(base, data, jobs, tmp_path):
+    """Two workers on two data sets with a class in common: killed in the middle of their epochs, equal losses after it."""
+    generator = np.random.default_rng(1)
+    pictures = (tinted(generator, 48, 48, i % 3, noise=200, tint=50) for i in range(70))
+    rows = ((f"{i:04d}", cv2.imencode(".png", p)[1].tobytes(), i % 2, 48, 48) for i, p in enumerate(pictures))
+    write_dataset(f"{tmp_path}/other", rows, classes=["d", "e"], row_group_bytes=40_000)
+    mixed = changed(base, data=f"{data}=0.65,{tmp_path}/other=0.35", output=str(tmp_path / "whole" / "run"))
+    whole = Job(mixed)
+    jobs.append(whole)
+    assert re.search(r"step 100/100 .*set 2,080 \(8.12 epochs\)  other 1,120 \(16.00 epochs\)", whole.end())
+    config = changed(mixed, output=str(tmp_path / "killed" / "run"))
+    first = Job(config)
+    jobs.append(first)
+    first.step(23)
+    first.process.kill()
+    second = Job(changed(config, resume="must"))
+    jobs.append(second)
+    assert re.search(r"resumed from .*step-000000\d\d on 2 workers", second.end())
+    assert curve(second) == curve(whole)
+    client = mlflow.MlflowClient(second.tracking)
+    (run,) = client.search_runs([client.get_experiment_by_name("pretrain").experiment_id])
+    found = {item.tags[0].value: json.loads(item.dataset.source)["uri"] for item in run.inputs.dataset_inputs}
+    assert found == {"train.1": data, "train.2": f"{tmp_path}/other"}
+    assert (run.data.metrics["mixture/images/set"], run.data.metrics["mixture/images/other"]) == (2080, 1120)
+    assert [run.data.tags[f"data.share.train.{i}"] for i in (1, 2)] == ["13/20", "7/20"]
+    third = Job(changed(config, data=f"{data}=0.7,{tmp_path}/other=0.3"))
+    jobs.append(third)
+    assert "contains another run (data: " in third.end(2)
 
 
 def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:

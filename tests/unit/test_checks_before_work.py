@@ -23,6 +23,7 @@ from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig
 from pipeline.training.plan import check_values
 from pipeline.training.recipes import RECIPES
 from pipeline.weights import save_checkpoint_weights
+from tests.datasets import write_tinted_patches
 from tests.runs import changed, commit_checkpoint, pretrain_config
 
 PROJECT = Path(__file__).parents[2]
@@ -126,6 +127,18 @@ WRONG = {
     "few-shot sets that differ": (
         lambda t: {"fewshot": FewShotConfig(train=write(t / "x", 8, "ab"))},
         "must have the same classes",
+    ),
+    "mixture with a weight that cannot be": (
+        lambda t: {"data": "a=1,b=0"},
+        'the weight of "b" must be a number above 0',
+    ),
+    "mixture of other encodings": (
+        lambda t: {"data": f"{t}/data=1,{write_tinted_patches(f'{t}/x', 8, 16, seed=0, noise=9, tint=9)}=1"},
+        "cannot be mixed: their encodings are jpeg and patches",
+    ),
+    "mixture with a data set that is not there": (
+        lambda t: {"data": f"{t}/data=1,{t}/none=1"},
+        "none: no dataset here",
     ),
     "validation smaller than the image": (lambda t: {"validation_resize": 7}, "validation_resize 7 is less than"),
     "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has 0 of the 1 GPUs"),

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
+from pipeline.data.address import shares
 from pipeline.errors import UserError
 from pipeline.graph import file, instances, places, runner, state
 from pipeline.graph.executor import Ended
@@ -168,6 +170,40 @@ def test_an_option_that_did_not_exist_had_its_default(tmp_path, source):
     assert {state for state, _ in states(pipeline).values()} == {"done"}
     other = chain(tmp_path / "out", source, pretrain={"label_smoothing": 0.1})
     assert states(other)["pretrain"][0] == "stale"
+
+
+def test_a_mixture_depends_on_all_of_its_stages_and_on_their_shares(tmp_path, source):
+    """The folders of a matrix have commas and equals signs in their names."""
+
+    def mixed(data):
+        sets = {"source": str(source), "splits": ["train=1"]}
+        stages = {
+            "small": Stage(job="prepare", fields=sets, matrix={"size": [16], "quality": [80]}),
+            "large": Stage(job="prepare", fields={**sets, "size": 48}),
+            "pretrain": Stage(job="pretrain", recipe="demo", fields={"data": data, "validation": None}),
+        }
+        return file.check(Pipeline(name="mixed", output=str(tmp_path / "mixed"), stages=stages, retries=1), "test")
+
+    pipeline = mixed("${small.output}/train=0.7,${large.output}/train=3e-1")
+    plan = plan_of(pipeline)
+    (name,) = [name for name in plan.instances if name.startswith("pretrain")]
+    assert plan.instances[name].needs == ("small[size=16,quality=80]", "large")
+    outputs = {need: plan.folder(need) for need in plan.instances[name].needs}
+    words = plan.command(name, outputs)
+    assert shares(words[words.index("--data") + 1]) == [
+        (f"{outputs['small[size=16,quality=80]']}/train", Fraction(7, 10)),
+        (f"{outputs['large']}/train", Fraction(3, 10)),
+    ]
+    (other,) = [
+        name for name in plan_of(mixed("${small.output}/train=1,${large.output}/train=1")).instances if "pre" in name
+    ]
+    identities = {plan.tree(name)}
+    for weights in (("0.7", "0.3"), ("7", "3"), ("1", "1")):
+        again = plan_of(
+            mixed("${small.output}/train=A,${large.output}/train=B".replace("A", weights[0]).replace("B", weights[1]))
+        )
+        identities.add(again.tree(other))
+    assert len(identities) == 2
 
 
 def test_a_lost_output_is_made_again(tmp_path, source):

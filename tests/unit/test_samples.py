@@ -38,7 +38,9 @@ def config(tmp_path_factory):
 
 def first_batch(config):
     plan = make_plan(config, open_dataset(config.runtime.data), 1)
-    loader = _open_loader(plan, 0, Worker(rank=0, world=1, device=torch.device("cpu")))
+    loader = _open_loader(
+        plan, open_dataset(config.runtime.data), 0, Worker(rank=0, world=1, device=torch.device("cpu"))
+    )
     try:
         return next(iter(loader)), plan
     finally:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipeline.credentials import redacted
+from pipeline.data.address import data_name
 from pipeline.errors import UserError
 from pipeline.tracking import environment, names, resolve_tracking_uri, server, start_run
 from pipeline.tracking import run as run_module
-from pipeline.tracking.description import Description, checkpoint_name, data_name, model_name
+from pipeline.tracking.description import Description, checkpoint_name, model_name
 from pipeline.tracking.spool import Queue, spool_root
 from pipeline.tracking.system import SystemMetrics
 

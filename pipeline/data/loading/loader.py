@@ -11,7 +11,6 @@ and each task writes its rows directly into the memory of the batch."""
 
 import logging
 import os
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,10 +25,13 @@ import torch
 from pipeline.data.codecs import BadImage, decode_stored
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.order import AUGMENT, MIXUP, Order, check_layout, default_lanes, uniform
+from pipeline.data.loading.memory import BatchMemory
+from pipeline.data.loading.mixed_order import MixedOrder
+from pipeline.data.loading.order import AUGMENT, MIXUP, Order, Read, check_layout, default_lanes, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
 from pipeline.data.loading.reader import Reader
 from pipeline.data.loading.transform import augment_image
+from pipeline.data.mixture import Mixture, check_samples, smallest
 from pipeline.data.scratch import scratch
 from pipeline.errors import UserError
 
@@ -42,7 +44,8 @@ class Loader:
     """One rank's share of every global batch of `batch_size` samples.
 
     Training (train=True): every epoch is a different permutation, and every sample occurs once per epoch, except for a
-    remainder of fewer than `lanes` samples. The last batch is short unless drop_last. Samples, crops and mixup pairs
+    remainder of fewer than `lanes` samples. For a `Mixture` this holds for the epochs of each data set (mixed_order.py),
+    and an epoch of the loader has as many images as the data sets together. The last batch is short unless drop_last. Samples, crops and mixup pairs
     depend on seed, epoch, step, batch_size, lanes and shuffle_window, never on rank, world_size or threads. `lanes`
     (default: order.default_lanes) must be a multiple of world_size; to resume with another number of workers, keep it
     the same. A row that cannot be decoded is replaced by the next row of its shuffle window, logged and counted.
@@ -101,7 +104,7 @@ class Loader:
         if augment is None and dataset.encoding == "jpeg":
             augment = Augment() if train else Augment(crop="squash")
         if lanes is None:
-            lanes = default_lanes(batch_size, len(dataset))
+            lanes = default_lanes(batch_size, smallest(dataset))
         self.dataset, self.augment, self.train = dataset, augment, train
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.lanes, self.shuffle_window, self.drop_last, self.prefetch = lanes, shuffle_window, drop_last, prefetch
@@ -122,7 +125,7 @@ class Loader:
             )
         self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
         self._queue: deque[_Batch] = deque()
-        self._memory = _Memory((self._share, *self.shape), keep=prefetch + 3)
+        self._memory = BatchMemory((self._share, *self.shape), keep=prefetch + 3)
         self.max_replaced = max_replaced
         self.replaced: dict[str, str] = {}  # key -> why the image could not be decoded
 
@@ -177,11 +180,7 @@ class Loader:
                 f"mixup pairs samples of one lane, but batch_size {self.batch_size} gives each of {self.lanes} lanes "
                 f"one sample; set lanes to {self.batch_size // 2} or fewer"
             )
-        if len(self.dataset) < self.lanes:
-            raise UserError(
-                f"{self.dataset.uri}: {len(self.dataset)} samples cannot fill {self.lanes} lanes; set lanes to a smaller "
-                "divisor of the batch"
-            )
+        check_samples(self.dataset, self.lanes)
 
     @property
     def _lane_range(self) -> range:
@@ -190,9 +189,12 @@ class Loader:
         share = self.lanes // self.world_size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def _make_order(self, epoch: int) -> Order:
+    def _make_order(self, epoch: int) -> Order | MixedOrder:
         common: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "shuffle_window": self.shuffle_window}
         rows = self.dataset.row_groups["rows"]
+        if self.train and isinstance(self.dataset, Mixture):
+            common |= {"batch_size": self.batch_size, "lanes": self.lanes, "whole_steps": self.drop_last}
+            return MixedOrder(self.dataset.rows, self.dataset.shares, **common)
         if self.train:
             return Order(rows, batch_size=self.batch_size, lanes=self.lanes, **common)
         start, stop = (len(self.dataset) * r // self.world_size for r in (self.rank, self.rank + 1))
@@ -215,6 +217,14 @@ class Loader:
     @property
     def counters(self) -> dict[str, int]:
         return {**self._reader.counters, "replaced": len(self.replaced)}
+
+    def images_seen(self, steps: int) -> dict[str, tuple[int, float]]:
+        """{data set of a mixture: (its images, its epochs) in the first `steps` steps of a run}; empty for one data set.
+        Needs drop_last."""
+        if not isinstance(self.dataset, Mixture) or not isinstance(self._order, MixedOrder):
+            return {}
+        images, sizes = self._order.images_seen(steps), map(len, self.dataset.parts)
+        return {name: (n, n / size) for name, n, size in zip(self.dataset.names, images, sizes, strict=True)}
 
     def state(self) -> dict[str, int]:
         """The epoch and step at which a new Loader continues after the last batch that was returned."""
@@ -247,10 +257,8 @@ class Loader:
     def _begin(self, epoch: int, step: int) -> None:
         """Plans the order of an epoch, and its reads from `step` on."""
         self._order = self._make_order(epoch)
-        reads = self._order.reads(self._lane_range)
-        self._reads = reads[reads[:, 2] >= step]
-        self._first_steps = np.ascontiguousarray(self._reads[:, 1])
-        self._started = 0  # number of reads that have been started
+        self._reads = self._order.reads_from(step, self._lane_range)
+        self._ahead: deque[int] = deque()  # first steps of the reads begun for steps that are not queued
 
     @property
     def row_groups_in_memory(self) -> int:
@@ -265,12 +273,12 @@ class Loader:
                 return False  # evaluation finishes one pass before it begins the next
             epoch, step = epoch + 1, 0
             self._begin(epoch, step)
-        ahead = int(np.searchsorted(self._first_steps, step, side="right")) + READ_AHEAD
-        for group, _, last in self._reads[self._started : ahead].tolist():
-            future = self._open[group][0] if group in self._open else self._reader.start(group)
-            still = self._open[group][1] if group in self._open else (epoch, last)
-            self._open[group] = (future, max(still, (epoch, last)))
-        self._started = max(self._started, min(ahead, len(self._reads)))
+        while self._ahead and self._ahead[0] <= step:
+            self._ahead.popleft()
+        while len(self._ahead) < READ_AHEAD and (read := next(self._reads, None)) is not None:
+            self._start(read, epoch)
+            if read.first > step:
+                self._ahead.append(read.first)
 
         batch = self._plan(epoch, step)
         unit = batch.per_lane if self.mixup else 1  # mixup needs whole lanes in one task
@@ -282,11 +290,18 @@ class Loader:
         self._next = (epoch, step + 1)
         return True
 
+    def _start(self, read: Read, epoch: int) -> None:
+        until = (epoch, read.last)
+        if read.group in self._open:
+            future, last = self._open[read.group]
+            self._open[read.group] = (future, max(last, until))
+        else:
+            self._open[read.group] = (self._reader.start(read.group), until)
+
     def _plan(self, epoch: int, step: int) -> "_Batch":
         """Finds the rows of this rank in a step and allocates their memory."""
-        positions = self._order.batch(step, self._lane_range)
-        groups, rows = self._order.locate(positions.ravel())
-        n = positions.size
+        picks = self._order.picks(step, self._lane_range)
+        groups, rows, n = picks.groups.ravel(), picks.rows.ravel(), picks.rows.size
         if self.pin_memory:
             # PyTorch's allocator reuses pinned memory only after the copies from it have finished.
             images = torch.empty((n, *self.shape), dtype=torch.uint8, pin_memory=True)
@@ -302,10 +317,11 @@ class Loader:
         return _Batch(
             order=self._order,
             step=step,
-            per_lane=positions.shape[1],
+            per_lane=picks.rows.shape[1],
             groups=groups.tolist(),
             rows=rows.tolist(),
             samples=self.dataset.starts[groups] + rows,
+            epochs=picks.epochs.ravel(),
             sources={group: future for group, (future, _) in self._open.items()},
             images=images,
             pixels=pixels,
@@ -321,8 +337,9 @@ class Loader:
         """Fills the rows [begin, end) of a batch."""
         if batch.kept is not None:
             tokens, samples = self._tokens, batch.samples[begin:end]
-            batch.kept[begin:end] = kept_tokens(self.seed, batch.order.epoch, samples, tokens, self.patch_keep_rate)
-        draws = self._draws(batch, batch.samples[begin:end])
+            epochs = batch.epochs[begin:end]
+            batch.kept[begin:end] = kept_tokens(self.seed, epochs, samples, tokens, self.patch_keep_rate)
+        draws = self._draws(batch.epochs[begin:end], batch.samples[begin:end])
         for i in range(begin, end):
             source, row = batch.sources[batch.groups[i]].result(), batch.rows[i]
             try:
@@ -336,10 +353,10 @@ class Loader:
             for start in range(begin, end, batch.per_lane):
                 _blend(batch.pixels[start : start + batch.per_lane], batch.lam)
 
-    def _draws(self, batch: "_Batch", samples: np.ndarray) -> list[list[float]]:
+    def _draws(self, epochs: np.ndarray, samples: np.ndarray) -> list[list[float]]:
         """The random numbers for the augmentation of each sample."""
         numbers = np.arange(self.augment.draws if self.augment else 0)
-        return uniform(self.seed, AUGMENT, batch.order.epoch, samples[:, None], numbers).tolist()
+        return uniform(self.seed, AUGMENT, epochs[:, None], samples[:, None], numbers).tolist()
 
     def _make(self, stored: Any, draws: list[float], batch: "_Batch", i: int) -> None:
         """Decodes and augments a stored image into row i of the batch. Raises BadImage."""
@@ -371,12 +388,10 @@ class Loader:
         if not self.train:
             raise UserError(f"{self.dataset.uri}: {key}: {error}; evaluation needs every image: prepare the data again")
         lane, offset = divmod(i, batch.per_lane)
-        lane, index = self._lane_range[lane], batch.step * batch.order.per_lane + offset
-        for position in batch.order.replacements(lane, index):
-            groups, rows = batch.order.locate(np.array([position]))
+        for groups, rows, epochs in batch.order.substitutes(self._lane_range[lane], batch.step, offset):
             source, row = batch.sources[int(groups[0])].result(), int(rows[0])
             try:
-                draws = self._draws(batch, self.dataset.starts[groups] + rows)
+                draws = self._draws(epochs, self.dataset.starts[groups] + rows)
                 self._make(source.images[row], draws[0], batch, i)
             except BadImage:
                 continue
@@ -436,12 +451,13 @@ class Loader:
 class _Batch:
     """One rank's share of a step while it is being filled; its n rows are ordered by lane."""
 
-    order: Order
+    order: Order | MixedOrder
     step: int
     per_lane: int  # rows of each lane
     groups: list[int]  # row group of each row
     rows: list[int]  # position of each row in its row group
     samples: np.ndarray  # index of each row in the dataset, int64 (n,)
+    epochs: np.ndarray  # of the data set that each row is of, int64 (n,)
     sources: dict[int, Future[RowGroup]]  # row groups in memory or being read
     images: torch.Tensor
     pixels: np.ndarray  # the same memory as `images`
@@ -454,29 +470,6 @@ class _Batch:
     @property
     def n(self) -> int:
         return len(self.samples)
-
-
-class _Memory:
-    """Reuses the memory of batches that are no longer referenced. Fresh memory would cost a twentieth of the time that
-    JPEG decoding takes, for page faults."""
-
-    def __init__(self, shape: tuple[int, ...], keep: int) -> None:
-        self.shape, self.keep = shape, keep
-        self._free: list[np.ndarray] = []
-        self._lent: dict[int, weakref.ref] = {}
-
-    def take(self, n: int) -> np.ndarray:
-        """A uint8 array (n, ...). A tensor created from it keeps a reference to the
-        array as long as a view of it exists."""
-        memory = self._free.pop() if self._free else np.empty(self.shape, np.uint8)
-        lent = memory[:n]
-        self._lent[id(memory)] = weakref.ref(lent, lambda _: self._give_back(memory))
-        return lent
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        del self._lent[id(memory)]
-        if len(self._free) < self.keep:
-            self._free.append(memory)
 
 
 def _blend(rows: np.ndarray, lam: float) -> None:

@@ -13,13 +13,14 @@ hashes its words, and each word can be an array. There is no state to save, and 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.errors import UserError
 
 # The second word of every draw, so that different purposes have different random numbers.
-ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS, DROPOUT = range(6)
+ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS, DROPOUT, MIXTURE = range(7)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -73,6 +74,23 @@ def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
             f"{' or '.join(map(str, sorted(fitting)))} workers, or set lanes to a multiple of {workers} that divides "
             f"the batch of {batch_size} (it fixes the order of samples)"
         )
+
+
+class Picks(NamedTuple):
+    """Samples of a batch: row group (index in storage order), row inside it, and epoch of the data set; int64, all of
+    one shape."""
+
+    groups: np.ndarray
+    rows: np.ndarray
+    epochs: np.ndarray
+
+
+class Read(NamedTuple):
+    """A row group that is needed from one step to another, both included."""
+
+    group: int
+    first: int
+    last: int
 
 
 class Order:
@@ -142,16 +160,31 @@ class Order:
         """Positions of the samples of `lanes` in a step: int64 (lanes, n), n = batch/L,
         or fewer at the end of the epoch."""
         index = np.arange(step * self.per_lane, min((step + 1) * self.per_lane, self.lane_size))
-        starts = self.lane_starts[lanes.start : lanes.stop, None]
-        if not self.shuffle or not len(index):
-            return starts + index
-        windows = np.unique(index // self.window)
-        parts = [
-            window * self.window
-            + self._window(int(window), lanes)[:, index[index // self.window == window] % self.window]
-            for window in windows
-        ]
-        return starts + np.concatenate(parts, axis=1)
+        lane, index = np.broadcast_arrays(np.arange(lanes.start, lanes.stop)[:, None], index)
+        return self.positions(lanes, lane, index)
+
+    def positions(self, lanes: range, lane: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Positions of the index-th samples of lanes among `lanes`: int64, of the shape that lane and index share."""
+        if not self.shuffle:
+            return self.lane_starts[lane] + index
+        windows, offsets = np.divmod(index, self.window)
+        found = self.lane_starts[lane] + windows * self.window
+        for window in np.unique(windows).tolist():
+            at = windows == window
+            found[at] += self._window(window, lanes)[lane[at] - lanes.start, offsets[at]]
+        return found
+
+    def picks(self, step: int, lanes: range) -> Picks:
+        """The samples that `lanes` give to a step: arrays (lanes, n)."""
+        groups, rows = self.locate(self.batch(step, lanes))
+        return Picks(groups, rows, np.full(groups.shape, self.epoch))
+
+    def substitutes(self, lane: int, step: int, offset: int) -> Iterator[Picks]:
+        """What to use, in turn, for the offset-th sample of a lane in a step when it cannot be decoded: one sample
+        each, arrays (1,)."""
+        for position in self.replacements(lane, step * self.per_lane + offset):
+            groups, rows = self.locate(np.array([position]))
+            yield Picks(groups, rows, np.array([self.epoch]))
 
     def replacements(self, lane: int, index: int) -> Iterator[int]:
         """Positions to try if the index-th sample of a lane cannot be decoded: the rest of its window, in order."""
@@ -168,8 +201,21 @@ class Order:
     def reads(self, lanes: range) -> np.ndarray:
         """The row groups that `lanes` need, in order of first use: int64 (reads, 3) of
         (row group, first step, last step)."""
+        groups, _, first, last = self.spans(lanes)
+        reads = np.stack([groups, first // self.per_lane, last // self.per_lane], axis=1)
+        return reads[np.argsort(reads[:, 1], kind="stable")]
+
+    def reads_from(self, step: int, lanes: range) -> Iterator[Read]:
+        """The reads that a step and those after it need, in order."""
+        reads = self.reads(lanes)
+        for read in reads[reads[:, 2] >= step]:
+            yield Read(*read.tolist())
+
+    def spans(self, lanes: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Where the row groups that `lanes` need are used: row group, lane, first and last index in the lane, int64
+        (reads,) each. A row group counts as used throughout the shuffle windows that it touches."""
         if not self.lane_size or not len(lanes):
-            return np.empty((0, 3), dtype=np.int64)
+            return (np.empty(0, dtype=np.int64),) * 4
         lane_starts = self.lane_starts[lanes.start : lanes.stop]
         low, high = lane_starts[0], lane_starts[-1] + self.lane_size
         inside = self.starts[(self.starts > low) & (self.starts < high)]
@@ -179,7 +225,6 @@ class Order:
         lane = lanes.start + (begins - low) // self.lane_size
         begins, ends = begins - self.lane_starts[lane], ends - self.lane_starts[lane]
         window = self.window if self.shuffle else 1
-        first = begins // window * window // self.per_lane
-        last = (np.minimum(-(-ends // window) * window, self.lane_size) - 1) // self.per_lane
-        reads = np.stack([groups, first, last], axis=1)
-        return reads[np.argsort(first, kind="stable")]
+        first = begins // window * window
+        last = np.minimum(-(-ends // window) * window, self.lane_size) - 1
+        return groups, lane, first, last

@@ -30,7 +30,8 @@ class Reader:
         self, dataset: Dataset, *, threads: int = 8, cache_dir: str | None = None, cache_bytes: int = 100 << 30
     ) -> None:
         self.dataset = dataset
-        self.remote = storage.is_remote(dataset.uri)
+        self._is_remote = [storage.is_remote(dataset.shard_uri(i)) for i in range(len(dataset.manifest.shards))]
+        self.remote = any(self._is_remote)
         self.cache_dir = os.path.abspath(os.path.expanduser(cache_dir)) if cache_dir and self.remote else None
         self.cache_bytes = cache_bytes
         self._counters = dict.fromkeys(("reads", "read_bytes", "cache_hits"), 0)
@@ -59,7 +60,8 @@ class Reader:
             self._counters[name] += by
 
     def _read(self, i: int) -> RowGroup:
-        data = self._remote_bytes(i) if self.remote else self._local_bytes(i)
+        remote = self._is_remote[self.dataset.row_groups[i]["shard"]]
+        data = self._remote_bytes(i) if remote else self._local_bytes(i)
         self._count("reads")
         self._count("read_bytes", len(data))
         return self.dataset.decode_row_group(i, data)

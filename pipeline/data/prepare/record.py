@@ -15,10 +15,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.data.address import data_name
 from pipeline.data.duplicates.report import PAIRS
 from pipeline.data.format import REJECTS, Manifest
 from pipeline.tracking import Run, names, start_run
-from pipeline.tracking.description import Description, data_name
+from pipeline.tracking.description import Description
 
 EVERY = 10.0  # seconds between two progress records
 MAX_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run

@@ -44,7 +44,7 @@ class NodeSettings:
     """Settings of the run for the node checks; serialised and sent to the nodes."""
 
     tracking_uri: str
-    data: str
+    data: Sequence[str]
     output: str
     gpus: bool
     compile: bool
@@ -68,7 +68,7 @@ OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
     lambda node: [system.limits()],
     lambda node: [system.clock(_time_server(node.tracking_uri))],
     lambda node: [tracking.tracking_server(node.tracking_uri)] if node.tracking_uri else [],
-    lambda node: [store.readable(node.data)],
+    lambda node: [store.readable(uri) for uri in node.data],
     lambda node: store.writable(node.output),
 )
 # Checks for a run with an embedded Ray.
@@ -96,8 +96,7 @@ class NodeChecks:
 def examine(config: "PretrainConfig") -> list[CheckResult]:
     """Runs all checks for a pre-training config. Connects to the cluster at `config.runtime.address`, if given."""
     runtime = config.runtime
-    runtime = replace(runtime, data=storage.normalise(runtime.data), output=storage.normalise(runtime.output))
-    config = replace(config, runtime=runtime)
+    config = replace(config, runtime=replace(runtime, output=storage.normalise(runtime.output)))
     results = [check(config) for check in OF_THE_LAUNCH]
     try:
         uri = resolve_tracking_uri(config.runtime.tracking_uri)
@@ -107,7 +106,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
     on_node = NodeChecks(
         settings=NodeSettings(
             tracking_uri=uri,
-            data=config.runtime.data,
+            data=store.data_sets(config.runtime.data),
             output=config.runtime.output,
             gpus=config.runtime.gpus,
             compile=config.engine.compile,

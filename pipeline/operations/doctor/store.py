@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import storage
 from pipeline.credentials import redacted
+from pipeline.data import address
 from pipeline.errors import UserError
 from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, warning
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 IN_PARTS = (16 << 20) + 1  # bytes of a multipart upload with three parts
 _CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
+
+
+def data_sets(text: str) -> list[str]:
+    """The data sets of --data; none for a mixture that cannot be, which the check of the run reports."""
+    try:
+        return [storage.normalise(uri) for uri in address.uris(text)]
+    except UserError:
+        return []
 
 
 def readable(uri: str) -> CheckResult:
@@ -147,11 +156,11 @@ def places(config: "PretrainConfig", tracking: str) -> list[CheckResult]:
     if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) < 2:
         return []
     found = {
-        "--data": config.runtime.data,
-        "--output": config.runtime.output,
-        "--validation": config.runtime.validation or "s3://",
+        "--data": data_sets(config.runtime.data),
+        "--output": [config.runtime.output],
+        "--validation": [config.runtime.validation or "s3://"],
     }
-    local = [f"{flag} {uri}" for flag, uri in found.items() if not storage.is_remote(uri)]
+    local = [f"{flag} {uri}" for flag, uris in found.items() for uri in uris if not storage.is_remote(uri)]
     host = urllib.parse.urlsplit(tracking).hostname
     if tracking.startswith("sqlite") or host in ("localhost", "127.0.0.1", "::1"):
         local.append(f"the tracking server {tracking}")

@@ -57,10 +57,10 @@ def find_corpus(config: PlanConfig, recipe: str) -> tuple[int, int]:
     """(images, classes) from the flags, the published corpus, or the dataset in the config."""
     images, classes = next((size for key, size in CORPORA.items() if key in recipe), (None, None))
     if images is None and config.images is None:
-        from pipeline.data import open_dataset
+        from pipeline.data.mixture import open_data
 
         try:
-            dataset = open_dataset(config.training.runtime.data)
+            dataset = open_data(config.training.runtime.data)
         except UserError as error:
             raise UserError(f"unknown corpus size; give --images and --classes ({error})") from error
         images, classes = len(dataset), len(dataset.classes)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import config as configuration
 from pipeline import storage
+from pipeline.data import address
 from pipeline.errors import UserError
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
@@ -23,18 +24,20 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks.
     Where it is not, the published corpus of the recipe stands in and everything else is checked; GPUs that are missing
     are then a note, because such a plan is often made on another machine. Raises UserError for what could not work."""
-    from pipeline.data import open_dataset
+    from pipeline.data.mixture import open_data
     from pipeline.training import run
     from pipeline.training.plan import make_plan
 
     note = ""
     try:
-        open_dataset(training.runtime.data)
+        open_data(training.runtime.data)
     except UserError as error:
+        if all(storage.exists(storage.join(uri, "manifest.json")) for uri in address.uris(training.runtime.data)):
+            raise  # damaged, or data sets that cannot be mixed
         run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)
-        note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus\n"
+        note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus{address.hint(training.runtime.data)}\n"
         try:
             run.check_devices(training)
         except UserError as lacking:
