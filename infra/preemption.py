@@ -32,7 +32,7 @@ METADATA = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.inte
 class Notice:
     reason: str
     seconds: float
-    """Seconds until the machine is gone."""
+    """Seconds until the machine is stopped."""
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -40,7 +40,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--watch", choices=METADATA, help="wait for this cloud's notice, or SIGTERM")
     what.add_argument("--now", action="store_true", help="drain at once")
-    parser.add_argument("--grace", type=float, default=30, help="seconds that are left after SIGTERM or --now")
+    parser.add_argument(
+        "--grace", type=float, default=30, help="seconds until the machine stops, after SIGTERM or --now"
+    )
     parser.add_argument("--every", type=float, default=2, help="seconds between polls of the metadata server")
     parser.add_argument("--metadata", help="address of the metadata server")
     parser.add_argument("--address", default="auto", help="Ray's address; default: the Ray of this machine")
@@ -84,7 +86,7 @@ def watch(cloud: str, base: str, every: float, stopped: threading.Event) -> Noti
 
 
 def aws_notice(base: str) -> Notice | None:
-    """EC2's spot notice: {"action": "terminate", "time": "2026-01-01T00:02:00Z"}; 404 while there is none."""
+    """EC2's spot notice: {"action": "terminate", "time": "2026-01-01T00:02:00Z"}; 404 if there is none."""
     token = fetch(f"{base}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     try:
         text = fetch(f"{base}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
@@ -98,7 +100,7 @@ def aws_notice(base: str) -> Notice | None:
 
 
 def gcp_notice(base: str) -> Notice | None:
-    """Compute Engine's: a spot machine that is preempted, or one with GPUs whose host is maintained."""
+    """Compute Engine's notice: preemption of a spot machine, or host maintenance of a machine with GPUs."""
     header = {"Metadata-Flavor": "Google"}
     if fetch(f"{base}/computeMetadata/v1/instance/preempted", header) == "TRUE":
         return Notice("Compute Engine spot: preempted", 30)

@@ -10,7 +10,7 @@ On a machine without containers it creates and starts a PostgreSQL cluster (Debi
 kubernetes.yaml) it uses the existing database in MLFLOW_DATABASE. Secrets come from the environment or from files that
 only the owner can read, never from arguments.
 
-    MLFLOW_DATABASE              postgresql://user:password@host/mlflow (and a database mlflow_auth beside it)
+    MLFLOW_DATABASE              postgresql://user:password@host/mlflow (and a database mlflow_auth on the same server)
     MLFLOW_AUTH_ADMIN_PASSWORD   initial password of "admin"; otherwise in <data>/admin-password AWS_ENDPOINT_URL, AWS_*
     the object store of --artifacts; clients do not need these, because the server proxies artifacts
 
@@ -40,7 +40,7 @@ import urllib.request
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mlflow-server", help="folder of the database, accounts and local artifacts")
+    parser.add_argument("--data", default="mlflow-server", help="folder for the database, accounts and local artifacts")
     parser.add_argument("--artifacts", help="s3://bucket/prefix or a folder (default: <data>/artifacts)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0 in containers)")
     parser.add_argument("--port", type=int, default=5000)
@@ -88,7 +88,8 @@ def requirements() -> str:
 
 
 class Postgres:
-    """A PostgreSQL cluster in a folder, on a Unix socket there, run by an ordinary user (it refuses to run as root)."""
+    """A PostgreSQL cluster in a folder, on a Unix socket in it, run by an ordinary user (PostgreSQL refuses to run as
+    root)."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -111,7 +112,9 @@ class Postgres:
 
     def run(self, program: str, *arguments: str) -> None:
         command = [os.path.join(self.binaries, program), *arguments]
-        with open(f"{self.folder}/output", "w+") as output:  # not a pipe: the database server would keep it open
+        with open(
+            f"{self.folder}/output", "w+"
+        ) as output:  # a file, because the database server would keep a pipe open
             done = subprocess.run(command, user=self.user, cwd="/", stdout=output, stderr=subprocess.STDOUT)
             output.seek(0)
             if done.returncode:
@@ -234,9 +237,9 @@ def check(address: str) -> int:
             401: "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
             403: "; this host name is missing in --allowed-hosts, or the account lacks the permission",
         }
-        return fail(f"{address} answers {error.code}{hint.get(error.code, '')}")
+        return fail(f"{address} responds with {error.code}{hint.get(error.code, '')}")
     except (OSError, ValueError, KeyError) as error:
-        return fail(f"{address} does not answer as MLflow does: {error}")
+        return fail(f"{address} does not respond like an MLflow server: {error}")
     print(f"mlflow: {address} serves")
     return 0
 
