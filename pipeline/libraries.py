@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 EXTRAS = {
     "cloud": ("boto3",),
     "descriptor": ("faiss",),
+    "gcs": ("gcsfs",),
     "heic": ("pillow_heif",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
@@ -26,15 +27,16 @@ EXTRAS = {
 
 
 def import_library(package: str) -> ModuleType:
-    """A library of one of the EXTRAS. Raises UserError with the install command when it is not installed."""
+    """A library of one of the EXTRAS, or a module of one. Raises UserError with the install command when it is not installed."""
     if package in ("timm", "transformers"):
         load_torchvision()
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        extra = next(name for name, packages in EXTRAS.items() if package in packages)
+        library = package.partition(".")[0]
+        extra = next(name for name, packages in EXTRAS.items() if library in packages)
         raise UserError(
-            f"{package} is not installed or does not load ({error}): pip install -c constraints.txt -e '.[{extra}]'"
+            f"{library} is not installed or does not load ({error}): pip install -c constraints.txt -e '.[{extra}]'"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""One way to open local paths and s3:// addresses.
+"""One way to open local paths and the addresses of object stores: s3://bucket/prefix, gs://bucket/prefix and so on.
 
-A URI is a local path or `s3://bucket/prefix`; every function here takes either. `pipeline.objectstore` speaks to S3 and has
-the only retry policy: it holds for every function alike.
+Every function here takes either. `pipeline.stores` speaks to the stores and has the only retry policy: it holds for every
+function and every store alike.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from pipeline import stores
 from pipeline.errors import UserError
-from pipeline.objectstore import BLOCK, Entry, shared_store
+from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -54,17 +55,17 @@ def join(uri: str | os.PathLike, *parts: str) -> str:
     return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def _place(uri: str | os.PathLike) -> tuple[str, bool]:
-    """(normalised URI, whether it is on S3). Raises UserError for an address that is neither."""
+def _place(uri: str | os.PathLike) -> tuple[str, ObjectStore | None]:
+    """(normalised URI, its store; None for a local path). Raises UserError for an address that is neither."""
     uri = normalise(uri)
-    if not is_remote(uri):
-        return uri, False
-    scheme, _, path = uri.partition("://")
-    if scheme != "s3":
-        raise UserError(f"{uri}: {scheme}:// is not supported; use a local path or s3://bucket/prefix")
-    if not path.strip("/"):
-        raise UserError(f"{uri}: no bucket; use s3://bucket/prefix")
-    return uri, True
+    return uri, store_of(uri) if is_remote(uri) else None
+
+
+def refuse_writing(uri: str | os.PathLike) -> None:
+    """Raises UserError for an address that can only be read."""
+    place, store = _place(uri)
+    if store is not None:
+        store.refuse_writing(place)
 
 
 @contextlib.contextmanager
@@ -94,8 +95,8 @@ def refuse_special(path: str) -> None:
 
 def exists(uri: str | os.PathLike) -> bool:
     """Whether there is a file or a folder of this name."""
-    place, remote = _place(uri)
-    return shared_store().exists(place) if remote else os.path.exists(place)
+    place, store = _place(uri)
+    return store.exists(place) if store is not None else os.path.exists(place)
 
 
 def file_size(uri: str | os.PathLike) -> int:
@@ -108,9 +109,9 @@ def read_bytes(uri: str | os.PathLike, start: int = 0, end: int | None = None) -
 
     Raises FileNotFoundError, UserError for what trying again cannot change, StorageError for an outage.
     """
-    place, remote = _place(uri)
-    if remote:
-        return shared_store().read(place, start, end)
+    place, store = _place(uri)
+    if store is not None:
+        return store.read(place, start, end)
     refuse_special(place)
     with _rights(place), open(place, "rb") as file:
         file.seek(start)
@@ -119,9 +120,9 @@ def read_bytes(uri: str | os.PathLike, start: int = 0, end: int | None = None) -
 
 def read_range(uri: str | os.PathLike, start: int, end: int) -> bytes:
     """The bytes [start, end) of a file that has them all. Raises as `read_bytes` does, FileNotFoundError when it is shorter."""
-    place, remote = _place(uri)
-    if remote:
-        return shared_store().read(place, start, end, exact=True)
+    place, store = _place(uri)
+    if store is not None:
+        return store.read(place, start, end, exact=True)
     data = read_bytes(place, start, end)
     if len(data) != end - start:
         raise FileNotFoundError(f"{place}: shorter than expected: {len(data)} of {end - start} bytes at {start}")
@@ -169,9 +170,9 @@ def read_record(uri: str | os.PathLike, keys: Iterable[str] = (), remedy: str = 
 @contextlib.contextmanager
 def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]:
     """A file to read, seekable. On S3 it reads `block` bytes at a time, each as `read_bytes` does."""
-    place, remote = _place(uri)
-    if remote:
-        with shared_store().open(place, block) as file:
+    place, store = _place(uri)
+    if store is not None:
+        with store.open(place, block) as file:
             yield file
         return
     refuse_special(place)
@@ -184,10 +185,10 @@ def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]
 
 def list_files(uri: str | os.PathLike, recursive: bool = True) -> list[FileInfo]:
     """Every file under a folder, sorted by path; empty when the folder is empty or does not exist."""
-    place, remote = _place(uri)
+    place, store = _place(uri)
     found: Iterable[FileInfo] = _local_files(place, "", recursive)
-    if remote:
-        found = (_file_info(place, entry) for entry in shared_store().list(place, recursive) if not entry.is_folder)
+    if store is not None:
+        found = (_file_info(place, entry) for entry in store.list(place, recursive) if not entry.is_folder)
     return sorted(found, key=lambda file: file.path)
 
 
@@ -196,18 +197,18 @@ def _file_info(folder: str, entry: Entry) -> FileInfo:
 
 
 def iter_files(uri: str | os.PathLike) -> Iterator[FileInfo]:
-    """Every file under an s3:// prefix, in the order of the store, a page of a thousand at a time; none in a bucket that does
-    not exist."""
-    place, _ = _place(uri)
-    for entry in shared_store().list(place):
-        yield _file_info(place, entry)
+    """Every file under a prefix of a store, in the order of the store, a page at a time; none in a bucket that does not exist."""
+    place, store = _place(uri)
+    if store is not None:
+        for entry in store.list(place):
+            yield _file_info(place, entry)
 
 
 def list_folders(uri: str | os.PathLike) -> list[str]:
     """Names of the folders directly in a folder, sorted; none when it does not exist."""
-    place, remote = _place(uri)
-    if remote:
-        return sorted(entry.path for entry in shared_store().list(place, recursive=False) if entry.is_folder)
+    place, store = _place(uri)
+    if store is not None:
+        return sorted(entry.path for entry in store.list(place, recursive=False) if entry.is_folder)
     with _rights(place), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
     return []
@@ -220,9 +221,9 @@ def list_names(uri: str | os.PathLike) -> list[str]:
 
 def file_info(uri: str | os.PathLike) -> FileInfo:
     """What there is to know of one file, under the path "". Raises FileNotFoundError."""
-    place, remote = _place(uri)
-    if remote:
-        entry = shared_store().head(place)
+    place, store = _place(uri)
+    if store is not None:
+        entry = store.head(place)
         return FileInfo("", entry.size, place, entry.etag)
     status = os.stat(place)
     return FileInfo("", status.st_size, place, str(status.st_mtime_ns))
@@ -255,9 +256,9 @@ def _local_files(
 
 def write_bytes(uri: str | os.PathLike, data: bytes) -> None:
     """Writes a whole file so that readers see all of it or none: temp + rename locally, one PUT on S3."""
-    place, remote = _place(uri)
-    if remote:
-        shared_store().write(place, data)
+    place, store = _place(uri)
+    if store is not None:
+        store.write(place, data)
         return
     with _replacing(place) as file:
         file.write(data)
@@ -287,9 +288,9 @@ def create_bytes(uri: str | os.PathLike, data: bytes) -> bool:
     A hard link locally, a conditional PUT (If-None-Match: *) on S3: the store decides, whatever the number of callers. Callers
     write different bytes each: that tells a caller whose answer was lost that it was the one.
     """
-    place, remote = _place(uri)
-    if remote:
-        return shared_store().create(place, data)
+    place, store = _place(uri)
+    if store is not None:
+        return store.create(place, data)
     temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
     write_bytes(temporary, data)
     try:
@@ -307,12 +308,12 @@ def write_json(uri: str | os.PathLike, value: Any) -> None:
 
 def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
     """Removes a file, or a folder when recursive; one that is not there is no error."""
-    place, remote = _place(uri)
-    if remote:
+    place, store = _place(uri)
+    if store is not None:
         # One by one: the SDK's bulk request comes without the Content-MD5 that Swift and older Ceph insist on.
         files = [file.uri for file in list_files(place)] if recursive else []
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(shared_store().remove, [*files, place]))
+            list(pool.map(store.remove, [*files, place]))
         return
     with _rights(place), contextlib.suppress(FileNotFoundError):
         if recursive and os.path.isdir(place) and not os.path.islink(place):
@@ -324,8 +325,8 @@ def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
 def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies one file between any two places; readers see the whole file or none. Large uploads go up in parts."""
     (begin, _), (end, upload) = _place(source), _place(target)
-    if upload:
-        shared_store().upload(end, lambda: open_file(begin, COPY_BYTES))
+    if upload is not None:
+        upload.upload(end, lambda: open_file(begin, COPY_BYTES))
         return
     with open_file(begin, COPY_BYTES) as reader, _replacing(end) as writer:
         shutil.copyfileobj(reader, writer, COPY_BYTES)
@@ -340,14 +341,10 @@ def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int
 
 
 def arrow_filesystem(uri: str | os.PathLike) -> tuple[str, "FileSystem | None"]:
-    """(path, filesystem) as Ray Train wants them for its own few files; None stands for local files.
-
-    s3fs and not Arrow's own S3 filesystem, which knows nothing of AWS_REQUEST_CHECKSUM_CALCULATION and profiles.
-    """
-    place, remote = _place(uri)
-    if not remote:
+    """(path, filesystem) as Ray Train wants them for its own few files; None stands for local files."""
+    place, store = _place(uri)
+    if store is None:
         return place, None
-    import s3fs
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return place.removeprefix("s3://"), PyFileSystem(FSSpecHandler(s3fs.S3FileSystem(use_listings_cache=False)))
+    return place.partition("://")[2], PyFileSystem(FSSpecHandler(stores.arrow_filesystem(place)))

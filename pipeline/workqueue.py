@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline import cluster, host_memory, logs, metrics, storage
 from pipeline.errors import JobFailed, UserError
-from pipeline.objectstore import expect_answers
+from pipeline.stores import expect_answers
 
 TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
 TASK_UNITS = 4  # units that one task takes at most

@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from pipeline.libraries import load_torchvision
 from tests.definitions import validator
+from tests.googlestore import fake_gcs, make_google_bucket
 from tests.images import tinted
 from tests.objectstore import make_bucket
 from tests.ports import free_port
@@ -95,6 +97,39 @@ def s3(s3_server, monkeypatch):
     bucket = f"bucket-{time.time_ns()}"
     make_bucket(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory):
+    """A fake-gcs-server process on loopback: gcsfs speaks real HTTP to it."""
+    with fake_gcs(tmp_path_factory.mktemp("gcs")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def gs(gcs_server, monkeypatch):
+    """`gs://<fresh bucket>`, with the environment that reaches it."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
+    bucket = f"bucket-{time.time_ns()}"
+    make_google_bucket(gcs_server, bucket)
+    return f"gs://{bucket}"
+
+
+class Cloud(NamedTuple):
+    """An empty bucket of a store that can be written, its server, and the environment variable that names the server."""
+
+    uri: str
+    server: str
+    variable: str
+
+
+@pytest.fixture(params=["s3", "gs"])
+def cloud(request) -> Cloud:
+    """A bucket on each store that can be written."""
+    server, variable = {"s3": ("s3_server", "AWS_ENDPOINT_URL"), "gs": ("gcs_server", "STORAGE_EMULATOR_HOST")}[
+        request.param
+    ]
+    return Cloud(request.getfixturevalue(request.param), request.getfixturevalue(server), variable)
 
 
 @pytest.fixture

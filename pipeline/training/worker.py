@@ -13,7 +13,7 @@ from pipeline import logs
 from pipeline.data.mixture import open_data
 from pipeline.errors import UserError
 from pipeline.hardware import device_memory
-from pipeline.objectstore import expect_answers
+from pipeline.stores import expect_answers
 from pipeline.tracking import attach_run
 from pipeline.tracking.system import SystemMetrics
 from pipeline.training.advice import out_of_memory

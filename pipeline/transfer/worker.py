@@ -12,7 +12,7 @@ from torch import nn
 
 from models import probes
 from pipeline import logs
-from pipeline.objectstore import expect_answers
+from pipeline.stores import expect_answers
 from pipeline.transfer.backbones import build_model
 from pipeline.transfer.features import load_features
 from pipeline.transfer.finetune import Diverged, Examples, Execution, FineTuning, predict

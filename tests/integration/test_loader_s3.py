@@ -11,11 +11,12 @@ import pytest
 import simplejpeg
 import torch
 
-from pipeline import objectstore, retry
+from pipeline import retry
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import StorageError, UserError
+from pipeline.stores import base
 from tests.faultproxy import FaultProxy
 
 OPTIONS = {"batch_size": 16, "lanes": 4, "augment": Augment(size=16), "shuffle_window": 32, "threads": 2}
@@ -78,7 +79,7 @@ def test_one_range_request_per_row_group_and_the_same_batches_as_from_disk(datas
 
 def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk, monkeypatch):
     data, proxy = dataset
-    monkeypatch.setattr(objectstore, "READ_TIMEOUT", 2)
+    monkeypatch.setattr(base, "READ_TIMEOUT", 2)
     proxy.stall = 4.0
     kinds, lock = itertools.cycle(["500", "503", "reset", "cut", "short", "stall", "slow"]), threading.Lock()
 

@@ -1,8 +1,8 @@
-"""Reads row groups of a dataset ahead of time: local shards are memory-mapped, s3:// shards need one range request
-each.
+"""Reads row groups of a dataset ahead of time: local shards are memory-mapped, shards on an object store need one range
+request each.
 
-Requests that fail temporarily are repeated (`pipeline.objectstore`) and counted. With `cache_dir` (a fast local disk),
-row groups of s3:// datasets are cached, up to `cache_bytes`.
+Requests that fail temporarily are repeated (`pipeline.stores`) and counted. With `cache_dir` (a fast local disk),
+row groups of an object store are cached, up to `cache_bytes`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.errors import UserError
-from pipeline.objectstore import ObjectStore
+from pipeline.stores import make_store
 
 
 class Reader:
@@ -38,7 +38,7 @@ class Reader:
         self._lock, self._cache_lock = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         if self.remote:
-            self._store = ObjectStore()
+            self._store = make_store(dataset.uri)
         if self.cache_dir:
             os.makedirs(self.cache_dir, exist_ok=True)
 
@@ -92,7 +92,7 @@ class Reader:
         return data
 
     def _fetch(self, uri: str, start: int, end: int) -> bytes:
-        """The bytes [start, end) of an s3:// shard."""
+        """The bytes [start, end) of a shard on a store."""
         try:
             return self._store.read(uri, start, end, exact=True)
         except FileNotFoundError as error:

@@ -1,0 +1,57 @@
+"""The object stores, one module for each scheme of addresses. `pipeline.storage` is the way in."""
+
+import functools
+import importlib
+import os
+import threading
+from types import ModuleType
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.stores.base import BLOCK, Entry, ObjectStore, expect_answers
+from pipeline.stores.gcs import GoogleStore
+from pipeline.stores.s3 import S3Store
+
+__all__ = ["BLOCK", "SCHEMES", "Entry", "ObjectStore", "arrow_filesystem", "expect_answers", "make_store", "store_of"]
+
+SCHEMES: dict[str, type[ObjectStore]] = {"s3": S3Store, "gs": GoogleStore}
+"""Scheme of an address -> its store. The libraries are extras of pyproject.toml: `pipeline.libraries.EXTRAS`."""
+
+_making = threading.Lock()  # botocore's sessions are not made by two threads at once
+
+
+def kind_of(uri: str) -> type[ObjectStore]:
+    """The class of the store that an address belongs to. Raises UserError for one that is not supported, or has no bucket."""
+    scheme, _, path = uri.partition("://")
+    kind = SCHEMES.get(scheme)
+    if kind is None:
+        examples = dict.fromkeys(kind.EXAMPLE for kind in SCHEMES.values())
+        raise UserError(f"{uri}: {scheme}:// is not supported; use a local path, {', '.join(examples)}")
+    if not path.strip("/"):
+        raise UserError(f"{uri}: no {kind.ROOT}; use {kind.EXAMPLE}")
+    return kind
+
+
+def store_of(uri: str) -> ObjectStore:
+    """The store of this process for an address, made with the settings that the environment has now."""
+    kind = kind_of(uri)
+    with _making:
+        return _shared(kind, os.getpid(), *map(os.environ.get, kind.SETTINGS))
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(kind: type[ObjectStore], *settings: Any) -> ObjectStore:
+    return kind()
+
+
+def make_store(uri: str) -> ObjectStore:
+    """A store of the caller's own, with its own count of retries, which it may close."""
+    kind = kind_of(uri)
+    with _making:
+        return kind()
+
+
+def arrow_filesystem(uri: str) -> Any:
+    """fsspec's filesystem for an address, as Ray Train wants it for its own few files."""
+    module: ModuleType = importlib.import_module(kind_of(uri).__module__)
+    return module.arrow_filesystem()

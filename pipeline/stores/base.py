@@ -1,0 +1,386 @@
+"""What every object store has: the requests of `pipeline.storage`, each under the one retry policy.
+
+A store is a class in a module of its own, with a row in `pipeline.stores.SCHEMES`. It says how one attempt of each request is
+made and which of its errors another attempt cannot change; this module does the rest. Credentials and endpoints come from the
+environment variables of the vendor's own tools, never from arguments, so that no secret passes through a config, a log or a run.
+
+What may pass (500, 503, 429, time-outs, resets, short bodies) is tried again as `pipeline.retry` says. The client libraries
+repeat nothing themselves, so that every repetition is counted and logged. Uploads in parts are the exception: there the library
+repeats single parts first, because a whole upload can be gigabytes.
+"""
+
+import abc
+import contextlib
+import functools
+import io
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import IO, Any, ClassVar, NamedTuple, TypeVar
+
+from pipeline import retry as policy
+from pipeline.credentials import redacted
+from pipeline.errors import StorageError, UserError
+
+FIRST_PATIENCE = 15.0  # seconds, before the endpoint has ever answered this process: the address is more likely wrong
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds, of one attempt
+PART_TIMEOUT, PART_ATTEMPTS = 60, 5  # of one part of an upload
+BLOCK = 8 << 20  # bytes that an open file reads at a time
+TRY_AGAIN = (408, 409, 429)  # of the statuses below 500, those that another attempt may change
+
+T = TypeVar("T")
+_answered: set[str] = set()  # endpoints that this process has had an answer from
+_ANY = "any endpoint"
+
+
+class Entry(NamedTuple):
+    """A file or a folder of a listing. `etag` follows the content of a file."""
+
+    path: str
+    size: int
+    etag: str
+    is_folder: bool = False
+
+
+class Incomplete(OSError):
+    """An answer with fewer bytes than it promises."""
+
+
+class ObjectStore(abc.ABC):
+    """Requests for the addresses of one scheme, blocking, from any number of threads.
+
+    Every public method raises FileNotFoundError for what is not there, UserError for what no second attempt can change,
+    StorageError for an outage. `retries` counts the attempts that failed and were repeated.
+    """
+
+    EXAMPLE: ClassVar[str]
+    """An address of the scheme, for errors."""
+    ROOT: ClassVar[str] = "bucket"
+    """What the first part of an address names."""
+    WRITABLE: ClassVar[bool] = True
+    LISTS: ClassVar[bool] = True
+    """Whether the files of a folder can be listed."""
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    """The environment variables that a client is made with."""
+    ACCESS: ClassVar[str]
+    """Remedy when access is denied."""
+    REMEDY: ClassVar[str]
+    """Remedy when the store does not answer, or refuses."""
+
+    def __init__(self) -> None:
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self.retries = 0
+
+    def close(self) -> None:
+        """Ends the pauses of requests that wait for the store."""
+        self._closing.set()
+
+    @classmethod
+    def endpoint(cls, uri: str) -> str:
+        """The server that an address is asked of: `http://host[:port]`, or "" for the vendor's own."""
+        return ""
+
+    # ------------------------------------------------------------ one attempt of each request
+
+    @abc.abstractmethod
+    def _get(self, uri: str, start: int, end: int | None, exact: bool) -> bytes:
+        """As `read`; Incomplete for an answer that is shorter than it should be."""
+
+    @abc.abstractmethod
+    def _head(self, uri: str) -> Entry:
+        """As `head`."""
+
+    @abc.abstractmethod
+    def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
+        """The next entries of a listing after `token`, None for the first, and the token of the next page; None ends it.
+
+        The paths are relative to the folder `uri`.
+        """
+
+    def _put(self, uri: str, data: bytes, new: bool) -> None:
+        """Writes a file. new: raises FileExistsError if there is one."""
+        raise NotImplementedError
+
+    def _put_file(self, uri: str, path: str) -> None:
+        """Writes a copy of a local file, in parts when it is large; the library repeats single parts."""
+        raise NotImplementedError
+
+    def _delete(self, uri: str) -> None:
+        """Removes a file."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def _status(self, error: Exception) -> int:
+        """The HTTP status of an answer that is an error, else 0."""
+
+    @abc.abstractmethod
+    def _may_pass(self, error: Exception) -> bool:
+        """Whether an error without a status is one of the network, which another attempt may not meet."""
+
+    def _unsent(self, error: Exception) -> str | None:
+        """What to say of an error for which no request was sent, such as missing credentials, else None."""
+        return None
+
+    # ------------------------------------------------------------ reading
+
+    def read(self, uri: str, start: int = 0, end: int | None = None, *, exact: bool = False) -> bytes:
+        """The bytes [start, end) of a file, the rest of it without an end; fewer where the file ends before.
+
+        exact: a file that ends before `end` raises FileNotFoundError.
+        """
+        if end is not None and end <= start:
+            return b""
+
+        def attempt() -> bytes:
+            try:
+                return self._get(uri, start, end, exact)
+            except Exception as error:
+                if self._status(error) == 416 and not exact:  # the file ends before `start`
+                    return b""
+                raise
+
+        return self._try(uri, attempt)
+
+    def open(self, uri: str, block: int = BLOCK) -> IO[bytes]:
+        """A seekable, buffered file object that reads `block` bytes at a time."""
+        return io.BufferedReader(_OpenObject(self, uri, self.size(uri)), block)
+
+    def size(self, uri: str) -> int:
+        """The bytes of a file."""
+        return self.head(uri).size
+
+    def head(self, uri: str) -> Entry:
+        """What the store knows of a file, under the path ""."""
+        return self._try(uri, lambda: self._head(uri))
+
+    def exists(self, uri: str) -> bool:
+        """Whether there is a file of this name, or a file below a folder of this name."""
+        key = split(uri)[1]
+        with contextlib.suppress(FileNotFoundError):
+            if key:
+                self.head(uri)
+                return True
+        if not self.LISTS:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            found, more = self._try(uri, lambda: self._page(uri, True, None, 1))
+            return bool(found or more) or not key
+        return False
+
+    def list(self, uri: str, recursive: bool = True) -> Iterator[Entry]:
+        """Every file below the folder, in the store's order, a page at a time; none in a bucket
+        that does not exist. Without `recursive`, the files and the folders directly in it."""
+        if not self.LISTS:
+            return
+        token = None
+        with contextlib.suppress(FileNotFoundError):
+            while True:
+                request = functools.partial(self._page, uri, recursive, token, None)
+                found, token = self._try(uri, request)
+                yield from found
+                if token is None:
+                    return
+
+    # ------------------------------------------------------------ writing
+
+    def write(self, uri: str, data: bytes) -> None:
+        """One request: readers see the whole file or none."""
+        self._write(uri, lambda: self._put(uri, data, False))
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Writes a file unless it exists; True for the one caller of many who made it."""
+        attempts = 0
+
+        def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            self._put(uri, data, True)
+
+        try:
+            self._write(uri, attempt)
+        except FileExistsError:
+            # an attempt whose answer was lost may have made it
+            return attempts > 1 and self.read(uri) == data
+        return True
+
+    def upload(self, uri: str, open_source: Callable[[], AbstractContextManager[IO[bytes]]]) -> None:
+        """Writes what `open_source` opens, in parts when it is large."""
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open_source())
+            path = getattr(source, "name", None)
+            if not isinstance(path, str):  # from a store: the library uploads local files alone
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="upload-"))
+                shutil.copyfileobj(source, copy, 16 << 20)
+                copy.flush()
+                path = copy.name
+            self._write(uri, lambda: self._put_file(uri, path))
+
+    def remove(self, uri: str) -> None:
+        """Removes one file; one that is not there is no error."""
+        self.refuse_writing(uri)
+        if split(uri)[1]:  # never a whole bucket
+            with contextlib.suppress(FileNotFoundError):
+                self._try(uri, lambda: self._delete(uri))
+
+    def refuse_writing(self, uri: str) -> None:
+        """Raises UserError when nothing can be written to addresses of this scheme."""
+        if not self.WRITABLE:
+            raise UserError(
+                f"{redacted(uri)}: {uri.partition('://')[0]}:// can only be read; write to a local path, s3://, gs:// or az://"
+            )
+
+    def _write(self, uri: str, attempt: Callable[[], Any]) -> None:
+        self.refuse_writing(uri)
+        try:
+            self._try(uri, attempt)
+        except FileNotFoundError as error:
+            raise StorageError(f"{uri}: no such {self.ROOT}; create it, or correct the address") from error
+
+    # ------------------------------------------------------------ the retry policy
+
+    def _try(self, uri: str, attempt: Callable[[], T]) -> T:
+        endpoint = f"{type(self).__name__} {self.endpoint(uri)}"
+
+        def answered() -> T:
+            result = attempt()
+            _answered.add(endpoint)
+            return result
+
+        def permanent(error: Exception) -> Exception | None:
+            if self._status(error):
+                _answered.add(endpoint)
+            return self._permanent(redacted(uri), error)
+
+        def patience() -> float:
+            longest = policy.longest_patience()
+            return longest if _answered & {endpoint, _ANY} else min(FIRST_PATIENCE, longest)
+
+        return policy.retry(
+            redacted(uri),
+            answered,
+            permanent,
+            self.REMEDY,
+            patience=patience,
+            closing=self._closing,
+            on_failure=self._count,
+        )
+
+    def _permanent(self, uri: str, error: Exception) -> Exception | None:
+        """What to raise when another attempt cannot do better, else None."""
+        if isinstance(error, UserError):
+            return error
+        if reason := self._unsent(error):
+            return UserError(f"{uri}: {reason}")
+        status = self._status(error)
+        if isinstance(error, FileNotFoundError) and str(error).startswith(uri):
+            return error
+        if status in (404, 416) or isinstance(error, FileNotFoundError):
+            return FileNotFoundError(f"{uri}: missing, or shorter than expected ({_words(error)})")
+        if status == 412 or isinstance(error, FileExistsError):
+            return FileExistsError(f"{uri}: exists already")
+        if status in (401, 403):
+            return UserError(f"{uri}: access denied ({_words(error)}); {self.ACCESS}")
+        if 300 <= status < 500 and status not in TRY_AGAIN:
+            return StorageError(f"{uri}: the store refuses: {_words(error)}; {self.REMEDY}")
+        if status or self._may_pass(error):
+            return None
+        return UserError(f"{uri}: {_words(error)}; {self.REMEDY}") if isinstance(error, ValueError) else error
+
+    def _count(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+
+class _OpenObject(io.RawIOBase):
+    """What BufferedReader reads from."""
+
+    def __init__(self, store: ObjectStore, uri: str, size: int) -> None:
+        self.store, self.uri, self.size, self.position = store, uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        if position < 0:
+            raise OSError(22, f"negative position in {self.uri}")  # EINVAL, as a local file raises
+        self.position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.position + len(buffer), self.size)
+        data = self.store.read(self.uri, self.position, end, exact=True)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def expect_answers() -> None:
+    """Says that the endpoints of this process have answered another one: a worker calls it, whose driver read the same stores.
+
+    The worker then waits as long for a store as the driver would, where a new process gives an unknown address up soon.
+    """
+    _answered.add(_ANY)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """(bucket, key) of an address."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def split_folder(uri: str) -> tuple[str, str]:
+    """(bucket, prefix of what lies below)."""
+    bucket, key = split(uri.rstrip("/"))
+    return bucket, f"{key}/" if key else ""
+
+
+def check_range(data: bytes, content_range: str | None, start: int, end: int | None, exact: str | None) -> bytes:
+    """The bytes of a range request, compared with the Content-Range of the answer.
+
+    exact: the address, for a file that must have all the bytes. Raises Incomplete for a short answer and FileNotFoundError for a
+    short file.
+    """
+    if content_range is None:  # a store that does not serve ranges sent the whole file
+        data = data[start:end]
+    else:
+        extent, _, total = content_range.removeprefix("bytes ").partition("/")
+        first, _, last_byte = extent.partition("-")
+        last = int(last_byte) + 1
+        if int(first) != start or len(data) != last - start:
+            raise Incomplete(f"{len(data)} of {last - start} bytes at {start}")
+        if last < (end or 0) and total not in ("*", str(last)):
+            raise Incomplete(f"{len(data)} of {(end or 0) - start} bytes at {start}")
+    if exact and end is not None and len(data) < end - start:
+        raise too_short(exact, data, start, end)
+    return data
+
+
+def check_length(data: bytes, size: Callable[[], int], start: int, end: int | None, exact: str | None) -> bytes:
+    """As `check_range`, for a library that does not show the answer's header. size: asks for the size of the file."""
+    if end is not None and len(data) < end - start:
+        there = min(max(size() - start, 0), end - start)
+        if len(data) != there:
+            raise Incomplete(f"{len(data)} of {there} bytes at {start}")
+        if exact:
+            raise too_short(exact, data, start, end)
+    if end is not None and len(data) > end - start:
+        raise Incomplete(f"{len(data)} bytes instead of {end - start} at {start}")
+    return data
+
+
+def too_short(uri: str, data: bytes, start: int, end: int) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{redacted(uri)}: missing, or shorter than expected: {len(data)} of {end - start} bytes at {start}"
+    )
+
+
+def _words(error: Exception) -> str:
+    """The error's message on one line, without secrets: libraries put whole addresses and pages into it."""
+    return redacted(" ".join(str(error).split())[:500]) or type(error).__name__
