@@ -27,9 +27,10 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 install: $(BIN)/.installed
 
-# s3:// needs the extra `cloud`.
+# Each scheme of DATA has an extra of its own.
 demo: $(BIN)/.demo
 	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
+	$(if $(filter gs://%,$(DATA)),$(PIP) -e '.[gcs]')
 	$(BIN)/python jobs/pipeline.py run --recipe demo $(if $(DATA),--data '$(DATA)')
 
 # Two processes; all tests of a file run in the same process.

@@ -473,7 +473,7 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
             )
     for name, instance in instances.items():
         for address in (a for group in instance.reads.values() for a in group if a.instance is None):
-            if ":" in address.text.partition("/")[0] and not address.text.startswith("s3://"):
+            if ":" in address.text.partition("/")[0] and not storage.is_remote(address.text):
                 continue  # models:/..., timm:..., the built-in digits
             source = storage.normalise(address.text) + "/"
             for uri, other in ordered:

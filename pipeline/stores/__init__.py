@@ -12,7 +12,17 @@ from pipeline.stores.base import BLOCK, Entry, ObjectStore, expect_answers
 from pipeline.stores.gcs import GoogleStore
 from pipeline.stores.s3 import S3Store
 
-__all__ = ["BLOCK", "SCHEMES", "Entry", "ObjectStore", "arrow_filesystem", "expect_answers", "make_store", "store_of"]
+__all__ = [
+    "BLOCK",
+    "SCHEMES",
+    "Entry",
+    "ObjectStore",
+    "arrow_filesystem",
+    "expect_answers",
+    "kind_of",
+    "make_store",
+    "store_of",
+]
 
 SCHEMES: dict[str, type[ObjectStore]] = {"s3": S3Store, "gs": GoogleStore}
 """Scheme of an address -> its store. The libraries are extras of pyproject.toml: `pipeline.libraries.EXTRAS`."""

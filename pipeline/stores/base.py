@@ -63,6 +63,8 @@ class ObjectStore(abc.ABC):
     WRITABLE: ClassVar[bool] = True
     LISTS: ClassVar[bool] = True
     """Whether the files of a folder can be listed."""
+    ENDPOINT: ClassVar[str] = ""
+    """The environment variable that names another server than the vendor's."""
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     """The environment variables that a client is made with."""
     ACCESS: ClassVar[str]

@@ -30,6 +30,7 @@ PAGE = "items(name,size,generation),prefixes,nextPageToken"  # the fields of a l
 
 class GoogleStore(ObjectStore):
     EXAMPLE = "gs://bucket/prefix"
+    ENDPOINT = "STORAGE_EMULATOR_HOST"
     SETTINGS = ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
     ACCESS = (
         "check the roles of the account on the bucket, and GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth "

@@ -25,6 +25,7 @@ os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
 class S3Store(ObjectStore):
     EXAMPLE = "s3://bucket/prefix"
+    ENDPOINT = "AWS_ENDPOINT_URL"
     SETTINGS = (
         "AWS_ENDPOINT_URL",
         "AWS_ACCESS_KEY_ID",

@@ -185,7 +185,7 @@ class Run:
         dataset = {
             "name": names.valid_value("/".join(uri.rstrip("/").rsplit("/", 2)[-2:]))[: names.MAX_NAME],
             "digest": digest[:36],
-            "source_type": "s3" if uri.startswith("s3://") else "local",
+            "source_type": uri.partition("://")[0] if "://" in uri else "local",
             "source": json.dumps({"uri": names.valid_value(uri)}),
             "profile": json.dumps({"num_rows": rows}),
         }

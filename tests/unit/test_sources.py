@@ -533,7 +533,7 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
         ({"source": (str(image_folder),), "output": out, "splits": ("a=nan", "b=1")}, "a fraction above 0"),
         ({"source": (str(image_folder),), "output": out, "encoding": "patches", "patch_size": 0}, "at least 1"),
         ({"source": (str(image_folder),), "output": out, "row_group_bytes": 4 << 30}, "at most"),
-        ({"source": ("gs://bucket/x",), "output": out}, "gs:// is not supported"),
+        ({"source": ("ftp://host/x",), "output": out}, "ftp:// is not supported"),
         ({"source": (str(image_folder.parent),), "output": str(tmp_path.parent / "elsewhere")}, "no such|splits|zero"),
     ][:-1]:
         with pytest.raises(UserError, match=message):

@@ -13,6 +13,7 @@ from pipeline.credentials import redacted
 from pipeline.data import address
 from pipeline.errors import UserError
 from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, warning
+from pipeline.stores import kind_of
 
 if TYPE_CHECKING:
     from pipeline.training.config import PretrainConfig
@@ -48,8 +49,8 @@ def readable(uri: str) -> CheckResult:
 
 
 def writable(uri: str) -> list[CheckResult]:
-    """Writes a test file, reads it back completely and partially, and removes it. On S3 also tests multipart uploads
-    and conditional writes."""
+    """Writes a test file, reads it back completely and partially, and removes it. On an object store also tests uploads in
+    parts and conditional writes."""
     probe = storage.join(uri, f".doctor-{uuid.uuid4().hex}")
     content = os.urandom(1024)
     try:
@@ -65,14 +66,14 @@ def writable(uri: str) -> list[CheckResult]:
             ]
         findings = [ok("output", f"{uri} can be written and read")]
         if storage.is_remote(uri):
-            findings += [multipart(probe), checksums()]
+            findings += [multipart(probe), *([checksums()] if uri.startswith("s3://") else [])]
         storage.remove(probe)
         if storage.exists(probe):
             findings.append(
                 warning(
                     "removal",
                     f"{probe} cannot be removed, and neither can old checkpoints",
-                    "allow s3:DeleteObject there",
+                    "allow removal there (s3:DeleteObject, storage.objects.delete)",
                 )
             )
         elif storage.is_remote(uri):
@@ -114,12 +115,12 @@ def multipart(uri: str) -> CheckResult:
 
 
 def conditional(uri: str) -> CheckResult:
-    """Checks conditional writes (`If-None-Match: *`), with which several schedulers claim checkpoints."""
+    """Checks conditional writes ("only if there is no such file"), with which several schedulers claim checkpoints."""
     if storage.create_bytes(uri, b"first") and not storage.create_bytes(uri, b"second"):
         return ok("conditional write", "works")
     return warning(
         "conditional write",
-        "the store ignores If-None-Match: several schedulers of jobs/evaluate.py could take the same checkpoint",
+        "the store ignores their condition: several schedulers of jobs/evaluate.py could take the same checkpoint",
         "run one scheduler only",
     )
 
@@ -134,19 +135,26 @@ def checksums() -> CheckResult:
 
 
 def _reachable(uri: str) -> None:
-    """Raises UserError immediately if AWS_ENDPOINT_URL is unreachable; the S3 client would retry for minutes."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    if not storage.is_remote(uri) or not endpoint:
+    """Raises UserError immediately if the server that the environment names is unreachable; requests are repeated for
+    minutes."""
+    if not storage.is_remote(uri):
         return
-    parts = urllib.parse.urlsplit(endpoint)
-    if not parts.hostname:
-        raise UserError(f"AWS_ENDPOINT_URL={redacted(endpoint)} is not a URL; write http://host:port")
+    kind = kind_of(uri)
+    endpoint = kind.endpoint(uri)
+    if not endpoint:
+        return
+    where = f"{kind.ENDPOINT}={redacted(endpoint)}" if kind.ENDPOINT else redacted(endpoint)
     try:
-        socket.create_connection((parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)), 5).close()
+        parts = urllib.parse.urlsplit(endpoint)
+        host, port = parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)
+    except ValueError:  # a port that is no number
+        host, port = None, 0
+    if not host:
+        raise UserError(f"{where} is not a URL; write http://host:port")
+    try:
+        socket.create_connection((host, port), 5).close()
     except OSError as cause:
-        raise UserError(
-            f"no response from AWS_ENDPOINT_URL={redacted(endpoint)} ({cause}); start it or correct it"
-        ) from cause
+        raise UserError(f"no response from {where} ({cause}); start it or correct it") from cause
 
 
 def places(config: "PretrainConfig", tracking: str) -> list[CheckResult]:
@@ -170,6 +178,6 @@ def places(config: "PretrainConfig", tracking: str) -> list[CheckResult]:
         warning(
             "places",
             f"{', '.join(local)}: on a cluster of several machines each has its own",
-            "use s3:// and a server's address, or make sure that the folder is shared",
+            "use a store (s3://, gs://) and a server's address, or make sure that the folder is shared",
         )
     ]
