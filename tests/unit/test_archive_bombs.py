@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.sources import items, labels, tar
@@ -36,6 +39,20 @@ def write_sparse_tar(path: Path, names: list[str], size: int) -> None:
             archive.addfile(info, io.BytesIO(b"x"))
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
 def write_giant_header(path: Path) -> None:
     """900 MB of extended attributes, which gzip packs into 1 MB."""
     with gzip.open(path, "wb") as file:
@@ -46,6 +63,19 @@ def write_giant_header(path: Path) -> None:
             file.write(bytes(1 << 20))
 
 
+def write_parquet(path: Path, image: bytes, label: str, rows: int) -> None:
+    """All rows have the same image and the same label, which Parquet writes once."""
+    table = pa.table({"image": pa.array([image] * rows, pa.binary()), "label": pa.array([label] * rows)})
+    pq.write_table(table, path, compression="zstd", row_group_size=rows)
+
+
+def write_arrow(path: Path, image: bytes, rows: int) -> None:
+    table = pa.table({"image": pa.array([image] * rows, pa.binary()), "label": [0] * rows})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+        writer.write(table)
+
+
 def read_all(path: Path) -> list[Item]:
     files = pa.table({"path": [""], "size": [path.stat().st_size]}, schema=items.LISTING)
     source = tar.scan(str(path), files, ScanOptions())
@@ -54,35 +84,51 @@ def read_all(path: Path) -> list[Item]:
 
 MEASURE = """
 import re, sys
-import pyarrow as pa
-from pipeline.data.sources import items, tar
-from pipeline.data.sources.prefetch import prefetched
-files = pa.table({"path": [""], "size": [0]}, schema=items.LISTING)
-source = tar.scan(sys.argv[1], files, items.ScanOptions())
-for item in prefetched(tar.read(source, source.fragments)):
-    pass
+from pathlib import Path
+from pipeline import workqueue
+from pipeline.data.prepare.checks import check_config
+from pipeline.data.prepare.config import PrepareConfig
+from pipeline.data.prepare.plan import claim_output, make_plan
+from pipeline.data.prepare.run import prepare_slices
+from pipeline.errors import UserError
+source, output, labels = sys.argv[1:]
+flags = {"labels": labels} if labels else {"unlabelled": True}
+try:
+    config = PrepareConfig(source=(source,), output=output, max_reject_fraction=1.0, size=16, **flags)
+    with workqueue.without_ray():
+        prepare_slices(claim_output(make_plan(check_config(config))))
+except UserError as error:
+    print(error, file=sys.stderr)
 # not ru_maxrss: a process inherits that of whoever started it
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10)
 """
+TABLE = b"file,label\n" + b"c/a.png,x\n" * 20_000_000
+BOMBS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "one sample": ("a.tar", lambda path: write_sparse_tar(path, [f"a/bomb.x{i}" for i in range(6)], 120 << 20)),
+    "many samples": ("a.tar", lambda path: write_sparse_tar(path, [f"a/bomb{i}.png" for i in range(6)], 120 << 20)),
+    "a tar of tars": ("a.tar", lambda path: write_sparse_tar(path, [f"class{i}.tar" for i in range(3)], 900 << 20)),
+    "a giant header": ("a.tar.gz", write_giant_header),
+    "one giant image": ("a.parquet", lambda path: write_parquet(path, bytes(400 << 20), "x", 3)),
+    "images of one dictionary": ("a.parquet", lambda path: write_parquet(path, bytes(100 << 20), "x", 18)),
+    "labels of one dictionary": ("a.parquet", lambda path: write_parquet(path, b"x", "x" * (60 << 20), 30)),
+    "a compressed message": ("a.arrow", lambda path: write_arrow(path, bytes(300 << 20), 3)),
+    "a table in a tar": ("a.tar.gz", lambda path: write_tar(path, {"c/a.png": b"x", "labels.csv": TABLE})),
+    "a table in a zip": ("a.zip", lambda path: write_zip(path, {"c/a.png": b"x", "labels.csv": TABLE})),
+    "a label table": ("labels.csv.gz", lambda path: path.write_bytes(gzip.compress(TABLE))),
+}
 
 
-@pytest.mark.parametrize("kind", ["one sample", "many samples", "a tar of tars", "a giant header"])
+@pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_archive_never_takes_a_gigabyte(kind, tmp_path):
-    path = tmp_path / "bomb.tar"
-    if kind == "one sample":
-        write_sparse_tar(path, [f"a/bomb.x{i}" for i in range(6)], 120 << 20)
-    elif kind == "many samples":
-        write_sparse_tar(path, [f"a/bomb{i}.png" for i in range(6)], 120 << 20)
-    elif kind == "a tar of tars":
-        write_sparse_tar(path, [f"class{i}.tar" for i in range(3)], 900 << 20)
-    else:
-        path = tmp_path / "bomb.tar.gz"
-        write_giant_header(path)
+    name, write = BOMBS[kind]
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    write(path)
     assert path.stat().st_size < 1 << 20
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, cwd=PROJECT, timeout=120, check=True
-    )
-    assert int(done.stdout) < 1024, f"{done.stdout.strip()} MiB"
+    labels, source = ("", path) if name != "labels.csv.gz" else (str(path), tmp_path)
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), labels]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=240, check=True)
+    assert int(done.stdout) < 1024, f"{done.stdout.strip()} MiB, {done.stderr}"
 
 
 def test_the_members_of_a_sample_are_limited_together(tmp_path, monkeypatch):

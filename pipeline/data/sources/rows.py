@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 INDEX = re.compile(r"\d+")
 ENDS = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
 MAX_TABLE_BYTES = 8 << 30  # of a compressed table after decompression
+MAX_RATIO = 16  # of its size after to that before
 
 
 def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = None) -> list[dict[Any, Any]]:
@@ -57,10 +58,14 @@ def read_data(uri: str) -> bytes:
         raise UserError(f"{uri}: no such file") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
+    limit = min(MAX_TABLE_BYTES, max(16 << 20, MAX_RATIO * len(data)))
     try:
-        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TABLE_BYTES)
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{uri}: not a gzipped file, or damaged ({error})") from error
+    if len(unpacked) > limit:
+        raise UserError(f"{uri}: {len(data):,} bytes unpack to more than {limit:,}; unpack the table if it is right")
+    return unpacked
 
 
 def decode_text(data: bytes, uri: str) -> str:

@@ -18,10 +18,12 @@ from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
 from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
+from pipeline.errors import UserError
 
 SIDECARS = ("cls", "txt", "json")  # extensions of members that may hold the label, in order of preference
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 30
+MAX_TABLE_RATIO = 16  # of the size of a table to that of its archive
 
 
 class Beside(NamedTuple):
@@ -126,13 +128,16 @@ class Members:
     """Hashes of the stems of images without sidecars; compared with the stems of sidecars without images."""
     lone_sidecars: dict[str, Beside]
     apart: bool = False
+    max_table: int = MAX_TABLE_BYTES
     _stem: str = ""
     _parts: dict[str, bytes]
     _images: list[str]
 
     @classmethod
-    def new(cls, columns: Columns, wanted: Callable[[str], bool]) -> "Members":
+    def new(cls, columns: Columns, wanted: Callable[[str], bool], packed: int) -> "Members":
+        """packed: size of the archive."""
         return cls(
+            max_table=min(MAX_TABLE_BYTES, max(16 << 20, MAX_TABLE_RATIO * packed)),
             columns=columns,
             wanted=wanted,
             names=set(),
@@ -161,8 +166,13 @@ class Members:
     def add(self, name: str, size: int, read: Callable[[int], bytes]) -> None:
         """Adds the next member; `read(limit)` returns its first bytes and is called only for tables and sidecars."""
         _, extension = split_extension(name)
-        if size <= MAX_TABLE_BYTES and TABLE_FILE.fullmatch(name):
-            self.tables.append((name, read(MAX_TABLE_BYTES)))
+        if TABLE_FILE.fullmatch(name):
+            if size > self.max_table:
+                raise UserError(
+                    f"{name} in the archive has {size:,} bytes, more than the limit of {self.max_table:,} for a table in an "
+                    "archive of this size; unpack it and pass it with --labels"
+                )
+            self.tables.append((name, read(self.max_table)))
         elif extension in SIDECARS:
             self._parts[extension] = read(MAX_SIDECAR_BYTES)
         elif is_image(extension) and self.wanted(name):

@@ -23,7 +23,7 @@ from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.samples import Beside, Members, items_of_sample, split_extension
+from pipeline.data.sources.samples import MAX_TABLE_BYTES, Beside, Members, items_of_sample, split_extension
 
 NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -87,7 +87,7 @@ class _Scan:
     def __init__(self, uri: str, path: str, size: int, options: ScanOptions) -> None:
         self.uri, self.path, self.size = uri, path, size
         self.unit_bytes = options.unit_bytes
-        self.members = Members.new(options.columns, archives.member_filter(path, options))
+        self.members = Members.new(options.columns, archives.member_filter(path, options), size)
         self.cuts = [0]
         self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments of inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
@@ -154,7 +154,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 def _sidecars_apart(file: IO[bytes], source: Source) -> dict[str, Beside]:
     """The sidecars of an archive by stem, for samples whose members are not next to each other."""
-    members = Members.new(source.columns, lambda name: True)
+    members = Members.new(source.columns, lambda name: True, MAX_TABLE_BYTES)
     try:
         for archive, member in _members(file, compression(file)):
             if member.isfile():
