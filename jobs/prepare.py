@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.data.format import Manifest
 
 logger = logging.getLogger("jobs.prepare")
-LESS_MEMORY = "A smaller --num-cpus runs fewer processes at a time"
+LESS_MEMORY = "A smaller --num-cpus runs fewer processes in parallel"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
-"""What flows: bytes -> samples -> batches -> steps -> scores."""
+"""The pipeline: bytes -> samples -> batches -> steps -> scores."""
 
 import os
 import sys
 
-# Ray reads RAY_AUTH_MODE once, when it is first imported; set later, its processes and this one would disagree. An
-# entry point of a Ray job has the mode of its cluster.
+# Ray reads RAY_AUTH_MODE when it is first imported. If it were set later, Ray's processes would use another mode than
+# this one. The entry point of a Ray job has the mode of its cluster.
 if "ray" not in sys.modules and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "token")

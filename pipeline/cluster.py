@@ -1,9 +1,8 @@
-"""Joining Ray: the one place that decides between embedded Ray, an existing cluster and a submitted job.
+"""Connects to Ray: a submitted job, an existing cluster, or an embedded Ray.
 
-- inside `ray job submit`, RAY_ADDRESS and the working directory come from the job: `ray.init()` joins it;
-- `--address auto|host:port` joins an existing cluster and ships this project to its workers;
-- otherwise an embedded Ray on this machine, which ends with the process.
-"""
+- Inside `ray job submit`, RAY_ADDRESS and the working directory come from the job, and `ray.init()` joins its cluster.
+- `--address auto|host:port` joins an existing cluster and sends this project to its workers.
+- Otherwise an embedded Ray is started on this machine. It ends with the process."""
 
 import contextlib
 import importlib.util
@@ -25,11 +24,11 @@ from pipeline.errors import NotStarted, UserError
 
 logger = logging.getLogger(__name__)
 
-# Worker processes run the project from here (embedded), or from the package that Ray ships (cluster).
+# Workers run the project from here (embedded Ray), or from the package that Ray sends (cluster).
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# Non-secret settings that workers need and do not inherit from a remote driver. Credentials are not among them:
-# nodes have their own (instance role, Kubernetes secret), and runtime_env is shown in the dashboard.
+# Non-secret settings that workers need but do not inherit from a remote driver. Credentials are excluded: nodes have
+# their own (instance role, Kubernetes secret), and the dashboard shows runtime_env.
 FORWARDED = (
     "AWS_ENDPOINT_URL",
     "AWS_REGION",
@@ -43,12 +42,12 @@ FORWARDED = (
     "VIT_STORE_PATIENCE",
 )
 STOP_RECORDS = 20
-"""Seconds that a stopped job needs after its step is saved: for MLflow to hear why it ended."""
-MEMORY_REMEDY = "fewer processes at a time need less"
+"""Seconds that a stopped job needs after saving its step, to send the reason to MLflow."""
+MEMORY_REMEDY = "run fewer processes in parallel"
 OUT_OF_MEMORY_RETRIES = "5"
 """Retries of a task whose node ran out of host memory, with growing pauses; by default Ray retries forever."""
 STOPS = {signal.SIGTERM, signal.SIGHUP}
-"""Signals that ask a job to end. SIGINT is not among them: Ray itself keeps it from its processes."""
+"""Signals that stop a job. SIGINT is not listed, because Ray does not pass it to its processes."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
 
 
@@ -58,8 +57,8 @@ def submitted() -> bool:
 
 
 def warn_of_short_stop(grace: float) -> None:
-    """Warns when `ray job stop` would kill this job before it has saved its step, which may take `grace` seconds."""
-    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")  # of Ray's job supervisor, whose environment a job inherits
+    """Warns if `ray job stop` would kill this job before it has saved its step, which may take `grace` seconds."""
+    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")  # the job inherits the environment of Ray's job supervisor
     wanted = round(grace) + STOP_RECORDS
     if submitted() and wait.isdigit() and int(wait) < wanted:
         logger.warning(
@@ -73,7 +72,7 @@ def warn_of_short_stop(grace: float) -> None:
 
 
 def runtime_env(ship_project: bool) -> dict:
-    """Ray runtime_env of our workers; ships the project folder when they run on other machines."""
+    """The runtime_env of workers. Includes the project folder if they run on other machines."""
     env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     if importlib.util.find_spec("torch") is not None:
         env_vars["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # ninja
@@ -85,14 +84,14 @@ def runtime_env(ship_project: bool) -> dict:
 
 @dataclass(kw_only=True, slots=True)
 class Settings:
-    """How this process joins Ray."""
+    """How this process connects to Ray."""
 
     address: str | None = None
-    """auto or host:port of a cluster; None: the submitted job's, or an embedded Ray."""
+    """auto, or host:port of a cluster. None: the cluster of the submitted job, or an embedded Ray."""
     num_cpus: int | None = None
-    """CPUs of an embedded Ray; None: all of the machine."""
+    """CPUs of an embedded Ray. None: all CPUs of the machine."""
     dashboard: bool = True
-    """Of an embedded Ray: its start costs some seconds of CPU time, and Ray Train needs it."""
+    """Whether an embedded Ray starts its dashboard, which takes seconds of CPU time; Ray Train needs it."""
     memory_remedy: str = MEMORY_REMEDY
     """What helps this job when a node runs out of host memory."""
 
@@ -103,9 +102,9 @@ _settings = Settings()
 def configure(
     address: str | None = None, num_cpus: int | None = None, dashboard: bool = True, memory_remedy: str = ""
 ) -> None:
-    """Sets how `connect` joins Ray. Jobs call it at their start; code with work for Ray then calls `connect`.
+    """Sets how `connect` connects to Ray. Jobs call it at their start; code that needs Ray then calls `connect`.
 
-    memory_remedy: what helps this job when a node runs out of host memory. Raises UserError for fewer CPUs than one."""
+    memory_remedy: advice for the case that a node runs out of host memory. Raises UserError for fewer than one CPU."""
     if num_cpus is not None and num_cpus < 1:
         raise UserError(f"--num-cpus must be at least 1, not {num_cpus}")
     _settings.address, _settings.num_cpus, _settings.dashboard = address, num_cpus, dashboard
@@ -118,11 +117,10 @@ def memory_remedy() -> str:
 
 
 def connect() -> None:
-    """Joins or starts Ray as configured, once per process, and logs which.
+    """Joins or starts Ray as configured, once per process, and logs the cluster.
 
-    What tasks and workers print stays in Ray's own logs: the jobs report progress and errors themselves.
-    Raises UserError when Ray does not start, or the cluster at `address` cannot be joined.
-    """
+    The output of tasks and workers stays in Ray's logs, because the jobs report progress and errors themselves. Raises
+    UserError if Ray does not start or the cluster at `address` cannot be joined."""
     import ray
 
     if ray.is_initialized():
@@ -134,7 +132,7 @@ def connect() -> None:
     ray_state.take_messages(report_message)
     try:
         what = _join()
-    except Exception as error:  # Ray raises bare ones, too
+    except Exception as error:  # Ray also raises plain exceptions
         if not address and not submitted():
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise NotStarted(
@@ -147,20 +145,20 @@ def connect() -> None:
         ) from error
     protect_token()
     if address or submitted():
-        announce({"CPU": 1})  # a head without CPUs, and nobody to bring others, would wait in silence
+        announce({"CPU": 1})  # a head without CPUs and without other nodes would wait silently
     resources = ray.cluster_resources()
     logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
 def report_message(message: str) -> None:
-    """One line for a message of Ray's about its processes."""
+    """Logs a message of Ray about its processes as one line."""
     if out_of_memory := host_memory.describe(message):
-        logger.warning("%s; its work is done again. %s", out_of_memory, _settings.memory_remedy)
+        logger.warning("%s; its work is repeated. %s", out_of_memory, _settings.memory_remedy)
     elif "A worker died" in message:
         process = re.search(r"Worker PID: (\d+)", message)
         where = re.search(r"Worker IP address: (\S+)", message)
         logger.warning(
-            "process %s on %s ended (killed, crashed, or its node out of memory); its work is done again",
+            "process %s on %s ended (killed, crashed, or its node out of memory); its work is repeated",
             process[1] if process else "of a task",
             where[1] if where else "a node",
         )
@@ -182,11 +180,11 @@ def _join() -> str:
             shipped = runtime_env(ship_project=True)
             ray.init(address=address, runtime_env=shipped, logging_level=logging.ERROR, log_to_driver=False)
         return f"the cluster at {address}"
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen to every address
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen on all addresses
     before = psutil.Process().children()
     with ray_state.on_loopback(), _block_stop_signals(), _own_signals():
         ray.init(
-            address="local",  # never whatever cluster an earlier session left in /tmp
+            address="local",  # ignore clusters of earlier sessions in /tmp
             num_cpus=_settings.num_cpus,
             include_dashboard=_settings.dashboard,
             dashboard_host="127.0.0.1",
@@ -199,12 +197,12 @@ def _join() -> str:
 
 
 _embedded: list[psutil.Process] = []
-"""The processes of the embedded Ray that this process has started."""
+"""Processes of the embedded Ray that this process started."""
 
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Restores the job's SIGTERM handler, which `ray.init` replaces: it saves and exits with the documented code."""
+    """Restores the job's SIGTERM handler, which `ray.init` replaces. It saves and exits with the documented code."""
     stop = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -215,11 +213,10 @@ def _own_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _block_stop_signals() -> Iterator[None]:
-    """Blocks SIGTERM and SIGHUP in all processes that are started inside, and in their children.
+    """Blocks SIGTERM and SIGHUP in all processes that are started inside the block, and in their children.
 
     `timeout`, a closed terminal, systemd and Slurm signal all processes of a job. Ray would then end before the workers
-    have saved their step, so this process alone handles the signal. SIGKILL still ends the others.
-    """
+    have saved their step, so only this process handles the signal. SIGKILL still ends the others."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -228,11 +225,11 @@ def _block_stop_signals() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves Ray, and ends an embedded one. Does nothing in a process that has not joined."""
+    """Disconnects from Ray, and ends an embedded Ray. Does nothing if this process is not connected."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return
-    # Ray sends SIGTERM, which its processes block, and waits a second for each.
+    # Ray sends SIGTERM, which its processes block, and waits one second for each.
     kill = threading.Timer(0.5, _kill, [[family for child in _embedded for family in _descent(child)]])
     kill.daemon = True
     kill.start()
@@ -254,7 +251,8 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def protect_token() -> None:
-    """Ray writes the cluster's token with the umask it finds; whoever reads it runs code here."""
+    """Restricts the file of Ray's token to its owner. Ray writes it with the
+    current umask, and the token allows running code."""
     path = os.path.expanduser("~/.ray/auth_token")
     if os.path.isfile(path) and os.stat(path).st_uid == os.getuid() and stat.S_IMODE(os.stat(path).st_mode) & 0o077:
         os.chmod(path, 0o600)
@@ -265,14 +263,14 @@ def protect_token() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """How many bundles of resources the joined cluster holds: beside other jobs, and on all of its nodes."""
+    """How many bundles of resources fit on the cluster: now, besides other jobs, and in total."""
 
     free: int
     now: int
 
 
 def room(bundle: Mapping[str, float]) -> Room:
-    """Room for bundles, each of which has to fit on one node, on the nodes that there are."""
+    """How many bundles fit on the current nodes. Each bundle must fit on one node."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -288,8 +286,8 @@ def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
 
 
 def announce(bundle: Mapping[str, float], count: int = 1) -> None:
-    """Says on stderr what a job will wait for before it starts: other jobs, or nodes; and, as soon as the autoscaler knows it,
-    that these nodes will never come."""
+    """Logs what a job waits for before it starts: other jobs, or nodes. Logs again
+    if the autoscaler can never add the nodes."""
     here = room(bundle)
     want = f"{count} x ({', '.join(f'{amount:g} {name}' for name, amount in bundle.items())})"
     if here.free >= count:
@@ -306,23 +304,23 @@ def announce(bundle: Mapping[str, float], count: int = 1) -> None:
 
 
 def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
-    """Until there is room, asks the autoscaler (v2) whether it has given the request up; says so once."""
+    """Until the request is satisfied, checks whether the autoscaler (v2) has rejected it, and logs that once."""
     try:
         while room(bundle).now < count:
             if infeasible(bundle):
                 logger.warning(
-                    "waiting for %s: the autoscaler can never add them. Raise max_workers of a node type that has them (or "
-                    "maxReplicas), or stop this job and ask for less",
+                    "waiting for %s: the autoscaler can never add them. Raise max_workers of a node type that has them "
+                    "(or maxReplicas), or stop this job and request less",
                     want,
                 )
                 return
             time.sleep(2)
-    except Exception:  # the job ended, and Ray with it
+    except Exception:  # the job and Ray have ended
         return
 
 
 def infeasible(bundle: Mapping[str, float]) -> bool:
-    """Whether a request with such a bundle is among those that the autoscaler says it can never serve."""
+    """Whether the autoscaler reports a request with this bundle as infeasible."""
     return any(
         all(abs(request.get(name, 0) - amount) < 1e-6 for name, amount in bundle.items())
         for request in ray_state.infeasible_requests()

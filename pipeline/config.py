@@ -99,7 +99,7 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
 
 
 def _read_config(uri: str) -> str:
-    """The text of a --config file. Raises UserError when it is missing or is no text."""
+    """The text of a --config file. Raises UserError if the file is missing or is not text."""
     try:
         return storage.read_bytes(uri).decode()
     except (OSError, ValueError) as error:
@@ -112,8 +112,10 @@ def summary(function: Callable) -> str:
 
 
 def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
-    """Runs a job's `main(argv)` and exits honestly: 0 done, 1 failed, 2 bad input, 75 later, 130 Ctrl-C, 143
-    stopped, 129 its terminal was closed. 75: a store is away, or somebody else works in the output."""
+    """Runs a job's `main(argv)` and exits with a documented code.
+
+    0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
+    output); 129: the terminal was closed; 130: Ctrl-C; 143: SIGTERM."""
     _hear_stops()
     logs.setup()
     code: str | int | None
@@ -140,7 +142,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     except (KeyboardInterrupt, SystemExit) as ended:
         code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
         if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
-            with contextlib.suppress(OSError):  # Ctrl-C ends the `tee` that reads this, too
+            with contextlib.suppress(OSError):  # Ctrl-C may also have ended the `tee` that reads the output
                 print("stopped; repeat the command to continue", file=sys.stderr)
             _leave(code)
     cluster.disconnect()
@@ -148,12 +150,13 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
 
 
 def _hear_stops() -> None:
-    """SIGTERM and, unless it is ignored (nohup), SIGHUP unwind through every `finally`, as Ctrl-C does."""
+    """Makes SIGTERM and SIGHUP (unless nohup ignores it) raise SystemExit, so that
+    `finally` blocks run as with Ctrl-C."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def stop(signum: int, frame: types.FrameType | None) -> None:
         if signum == signal.SIGHUP:
-            for stream in terminals:  # they are gone, and whatever is written there would fail
+            for stream in terminals:  # the terminal is closed, so writing would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         raise SystemExit(128 + signum)
 
@@ -216,8 +219,7 @@ def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
 def _read(hint: Any, value: Any, where: str) -> Any:
     """`value` from YAML as the annotated type `hint`.
 
-    Written here and not taken from a library: pydantic drops the unknown keys of a dataclass and reads `true` as 1.
-    """
+    No library is used: pydantic ignores unknown keys of a dataclass and converts `true` to 1."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):

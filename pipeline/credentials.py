@@ -1,15 +1,15 @@
-"""Passwords in addresses: they move into environment variables before anything can show or store the address.
+"""Moves passwords from addresses to environment variables, before an address is shown or stored.
 
-`http://user:password@host` is accepted for MLflow as a flag, in a file or in the environment, and for S3 endpoints,
-proxies and the webhook in the environment. A flag is in the process list, and a configuration is written into
-checkpoints, runs and logs, so `config.run_job` and the readers of configurations call `take_from_arguments`,
-`take_from_environment` and `take_from_values` first:
+`http://user:password@host` is accepted for MLflow in a flag, a file or the environment, and for S3 endpoints, proxies
+and the webhook in the environment. Flags are visible in the process list, and configurations are written to
+checkpoints, runs and logs. Therefore `config.run_job` and the readers of configurations first call
+`take_from_arguments`, `take_from_environment` and `take_from_values`:
 
     MLflow over HTTP     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
 
-Proxies and the webhook keep theirs, because it is read there; `redacted` hides it in every message. A password in any
+Proxies and the webhook keep their passwords in the environment; `redacted` hides them in messages. A password in any
 other address (a source, a checkpoint, a hook) is refused."""
 
 import base64
@@ -25,26 +25,25 @@ DATABASE_PASSWORD = "VIT_DATABASE_PASSWORD"
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 
-# Up to the last @ before the path. A password with an unquoted / in it is not taken for a port and a path.
+# Up to the last @ before the path, so that a / in a password does not begin a path.
 _USERINFO = re.compile(
     r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#\s\"']*|[^/?#\s\"':@]*:(?!\d*[/?#])[^\s\"'@]*)@"
 )
-# The same at the beginning of an address by itself, where quotes end nothing.
+# The same at the beginning of a separate address, which may contain quotes.
 _WHOLE = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#]*|[^/?#:@]*:(?!\d*[/?#])[^@]*)@", re.DOTALL)
 _SECRET_NAMES = r"[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key(?:_?id)?)"
 _QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
-    """The text with `***` for whatever stands before the `@` of each address, and for secrets among its parameters."""
+    """The text with `***` in place of the login in each address, and of secrets in its parameters."""
     return _QUERY.sub(r"\1***", _USERINFO.sub(lambda found: f"{found['scheme']}://***@", text))
 
 
 def take_password(address: str) -> str:
-    """The MLflow address without its password, which goes into the environment; other text is returned as it is.
+    """The MLflow address without its password, which is moved to the environment; other text is unchanged.
 
-    Credentials that the environment holds already win over those of the address, as in MLflow's own client.
-    """
+    Credentials that are already in the environment take precedence, as in MLflow's client."""
     address = _take_database_parameter(address)
     found = _WHOLE.match(address)
     if not found:
@@ -62,7 +61,7 @@ def take_password(address: str) -> str:
 
 
 def _take_database_parameter(address: str) -> str:
-    """The address of a database without `password=...` among its parameters, which goes into the environment."""
+    """The address of a database without the parameter `password=...`, which is moved to the environment."""
     if address.partition("://")[0] in ("http", "https") or "?" not in address:
         return address
     place, _, query = address.partition("?")
@@ -77,8 +76,7 @@ def _take_database_parameter(address: str) -> str:
 
 
 def with_password(address: str) -> str:
-    """The address of a database with the password that `take_password` took out of it, for the database's driver
-    alone."""
+    """The address of a database with the password that `take_password` removed. Only for the database driver."""
     found = _USERINFO.match(address)
     password = os.environ.get(DATABASE_PASSWORD)
     if not found or not password or ":" in found["userinfo"] or found["scheme"] in ("http", "https"):
@@ -88,7 +86,7 @@ def with_password(address: str) -> str:
 
 
 def split_login(address: str) -> tuple[str, dict[str, str]]:
-    """(an HTTP address without user and password, the header that sends them)."""
+    """(an HTTP address without user and password, the header that contains them)."""
     found = _WHOLE.match(address)
     if not found:
         return address, {}
@@ -97,7 +95,7 @@ def split_login(address: str) -> tuple[str, dict[str, str]]:
 
 
 def take_from_environment() -> None:
-    """Takes the passwords out of the addresses of MLflow and of S3 in this process's environment."""
+    """Moves passwords from the addresses of MLflow and S3 in the environment to their own variables."""
     for name in MLFLOW_ADDRESSES:
         if os.environ.get(name):
             os.environ[name] = take_password(os.environ[name])
@@ -112,10 +110,8 @@ def take_from_environment() -> None:
 
 
 def take_from_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line without passwords: those of `--tracking-uri` go into the environment.
-
-    Raises UserError for a password in another flag's address.
-    """
+    """The command line without passwords. A password in `--tracking-uri` is moved to the environment. Raises UserError
+    for a password in the address of another flag."""
     cleaned, is_address, last = [], False, "the command line"
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -132,12 +128,9 @@ def take_from_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def take_from_values(values: Any, where: str) -> Any:
-    """The values of a configuration file, changed in place: passwords of its `tracking_uri` fields go into the
-    environment.
-
-    Raises UserError, naming the key, for a password in another address.
-    """
-    seen: set[int] = set()  # a YAML file may refer to one list a billion times
+    """Removes passwords from the values of a configuration file, in place: those in `tracking_uri` are moved to the
+    environment. Raises UserError, which names the key, for a password in another address."""
+    seen: set[int] = set()  # YAML aliases can refer to one list a billion times
     waiting: list[tuple[Any, str]] = [(values, where)]
     while waiting:
         value, name = waiting.pop()
@@ -155,13 +148,13 @@ def take_from_values(values: Any, where: str) -> Any:
 
 
 def refuse_password(text: str, where: str) -> None:
-    """Raises UserError for text that holds an address with a password. where: the flag or key that gave it."""
+    """Raises UserError for text that contains an address with a password. where: its flag or key."""
     found = _USERINFO.search(text)
     if found and ":" in found["userinfo"]:
         raise UserError(
-            f"{where}: a password in the address {redacted(found[0])}... would be seen in process lists and records; "
-            "give the address without it, and the password in an environment variable (S3: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY)"
+            f"{where}: a password in the address {redacted(found[0])}... would be visible in process lists and "
+            "records; give the address without it, and the password in an environment variable (S3: AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY)"
         )
 
 

@@ -1,4 +1,5 @@
-"""What a job reports in one line. UserError, "the input is wrong", is defined in `models.errors`: imports go pipeline -> models."""
+"""Errors that a job reports in one line. UserError (wrong input) is defined in
+`models.errors`, because imports go pipeline -> models."""
 
 from models.errors import UserError, nearest, shorten
 
@@ -15,30 +16,30 @@ __all__ = [
 ]
 
 TRY_LATER = 75
-"""Exit code: nothing is wrong with the input, and the same command may succeed later (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code for a temporary failure: the same command may succeed later (EX_TEMPFAIL of sysexits.h)."""
 
 
 class StorageError(UserError):
-    """The store cannot be reached or does not answer as it should: another attempt may succeed, unlike with other wrong input."""
+    """The store is unreachable or responds incorrectly. Unlike with wrong input, a retry may succeed."""
 
 
 class Unavailable(StorageError):
-    """The store has not answered in all the time that is given to it."""
+    """The store did not respond before the timeout."""
 
     exit_code = TRY_LATER
 
 
 class NotStarted(UserError):
-    """Ray does not start on this machine, which may be busy: another attempt may succeed."""
+    """Ray does not start on this machine, which may be busy. A retry may succeed."""
 
     exit_code = 1
 
 
 class InUse(UserError):
-    """Somebody else works in the same output."""
+    """Another process uses the same output."""
 
     exit_code = TRY_LATER
 
 
 class JobFailed(Exception):
-    """Work failed for good, for a reason that one line says: a job prints it and ends with exit code 1."""
+    """The work failed permanently. The job prints the message and exits with code 1."""

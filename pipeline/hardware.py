@@ -1,7 +1,7 @@
-"""What is known of accelerators: one table, from the vendors' data sheets and the usual cloud machines that carry them.
+"""A table of GPUs, from the vendors' data sheets and common cloud machines, and the peak speed of devices.
 
 GPUS["h100"].peak_flops, GPUS["h100"].memory
-peak_flops(device, precision)       of the device at hand; measured on a CPU
+peak_flops(device, precision)                       of a device; measured on a CPU
 """
 
 import time
@@ -25,17 +25,17 @@ class Gpu:
     peak_flops: float
     """Dense bf16 peak in FLOP/s (no sparsity); MFU is relative to it."""
     memory_bandwidth: float
-    """Bytes per second of the device memory."""
+    """Bandwidth of the device memory, in bytes per second."""
     node_bandwidth: float
-    """Bytes per second from one GPU to the others of its node: NVLink, or PCIe where there is none."""
+    """Bandwidth from one GPU to the others in its node, in bytes per second: NVLink, or PCIe without NVLink."""
     network: float
-    """Bytes per second from a whole node to other nodes (p5, a3, p4d, g6e, g5, g6, p3dn)."""
+    """Network bandwidth of a whole node, in bytes per second (p5, a3, p4d, g6e, g5, g6, p3dn)."""
 
     names: tuple[str, ...]
-    """What the driver calls the device, exactly: neighbours by name (L4, L40, L40S) differ by a factor of three."""
+    """Exact names of the device in the driver. Similar names (L4, L40, L40S) differ by a factor of three in speed."""
 
 
-# Peaks, memory and its bandwidth are those of the vendor's data sheets, "H100 SXM" and "H100 PCIe" apart.
+# Peaks, memory and bandwidth are from the vendor's data sheets; H100 SXM and H100 PCIe are separate entries.
 GPUS = {
     "h100": Gpu(80e9, 989.5e12, 3.35e12, 450e9, 400e9, ("NVIDIA H100 80GB HBM3",)),
     "h100-pcie": Gpu(80e9, 756e12, 2.0e12, 64e9, 50e9, ("NVIDIA H100 PCIe",)),
@@ -58,23 +58,24 @@ GPUS = {
     "v100-16gb": Gpu(16e9, 125e12, 0.9e12, 150e9, 12.5e9, ("Tesla V100-SXM2-16GB",)),
 }
 USABLE_MEMORY = 0.92
-"""Share of a GPU's memory that a run may plan with; the rest is for the CUDA context, NCCL, kernels and the allocator's fragments."""
+"""Fraction of a GPU's memory that a plan may use. The rest is for the CUDA context, NCCL, kernels and fragmentation."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in any case. Raises UserError for an unknown one."""
+    """The GPU with this name, ignoring case. Raises UserError for an unknown name."""
     if name.lower() not in GPUS:
         raise UserError(f'unknown GPU "{name}"{nearest(name.lower(), GPUS)}; known: {", ".join(GPUS)}')
     return GPUS[name.lower()]
 
 
 def identify_gpu(name: str) -> str | None:
-    """The key in GPUS of the device that the driver calls `name`; None for one that is not in the table, or a slice of one (MIG)."""
+    """The key in GPUS of a device, given its name in the driver; None for an unknown device or a MIG slice."""
     return next((key for key, gpu in GPUS.items() if name in gpu.names), None)
 
 
 def device_memory(device: "torch.device") -> float:
-    """Bytes of one GPU: of the table where it is known, so that a run takes what its plan said; else what the driver has."""
+    """Memory of one GPU in bytes: from the table for a known GPU, so that runs
+    match their plans; otherwise from the driver."""
     import torch
 
     known = identify_gpu(torch.cuda.get_device_name(device))
@@ -82,9 +83,9 @@ def device_memory(device: "torch.device") -> float:
 
 
 def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
-    """FLOP/s of one device: the data sheet's dense bf16 number for GPUs, infinite for one that is not in the table; on a CPU measured,
-    a matrix product in `precision`."""
-    import torch  # jobs/plan.py --help does without
+    """Peak FLOP/s of one device. For a GPU: the dense bf16 peak of the data sheet, or infinity if it is unknown. For a
+    CPU: measured with matrix products in `precision`."""
+    import torch  # not needed by jobs/plan.py --help
 
     if device.type == "cuda":
         known = identify_gpu(torch.cuda.get_device_name(device))
@@ -92,7 +93,7 @@ def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
     size = 1536
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    # Half a second: the first products are slow, and so is a shared core at times.
+    # Measures for half a second, because the first products are slow and shared cores vary.
     best, until = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < until:
         start = time.perf_counter()
@@ -102,32 +103,32 @@ def peak_flops(device: "torch.device", precision: str = "fp32") -> float:
 
 
 MAX_FOREIGN = 0.1
-"""Share of the machine's CPU time that others may take before a rate of this process says nothing about its efficiency."""
+"""Maximum fraction of CPU time used by other processes at which the speed of this process is meaningful."""
 
 
 class CpuShare:
-    """How much of the machine's CPU time went to others since the last look."""
+    """Measures the CPU time that other processes use between two calls."""
 
     def __init__(self, processes: int = 1):
-        """processes: how many like this one run on the machine."""
+        """processes: number of processes of this job on the machine."""
         self.processes = processes
         self._last = self._read()
 
     def is_quiet(self) -> bool:
-        """Whether others, or a hypervisor, took at most a tenth of the CPU time since the last call."""
+        """Whether other processes and the hypervisor used at most a tenth of the CPU time since the last call."""
         now = self._read()
         busy, mine, seconds = (new - old for new, old in zip(now, self._last, strict=True))
         self._last = now
         return busy - mine * self.processes <= MAX_FOREIGN * seconds
 
     def _read(self) -> tuple[float, float, float]:
-        """CPU seconds of all processes (with those that a hypervisor took), of this one, and of the machine."""
+        """CPU seconds of (all processes including time stolen by the hypervisor, this process, the machine)."""
         times = psutil.cpu_times()
         mine = psutil.Process().cpu_times()
         total, idle = sum(times), times.idle + getattr(times, "iowait", 0.0)
         return total - idle, mine.user + mine.system, total
 
 
-# The oldest NVIDIA driver that runs programs of a CUDA release, by its major version (NVIDIA, "CUDA Compatibility").
-# infra/ and docs/ name the number for the pinned PyTorch; a test compares them.
+# Minimum NVIDIA driver version by major CUDA version (NVIDIA, "CUDA Compatibility"). A test compares it with the
+# version that infra/ and docs/ name for the pinned PyTorch.
 MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}

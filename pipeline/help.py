@@ -1,7 +1,7 @@
-"""--help, --help-all, --list-recipes and the error for an unknown flag, for every job. Imports neither tyro nor torch.
+"""--help, --help-all, --list-recipes and the error for an unknown flag, for all jobs. Imports neither tyro nor torch.
 
-Written here and not taken from tyro: its page shows every flag at once and knows no recipes, and `--help` waits for its
-import. The help of a flag is the string below the field in its config class."""
+tyro's own help is not used: it shows all flags at once, does not support recipes, and is slow to import. The help of a
+flag is the string below the field in its config class."""
 
 import ast
 import dataclasses
@@ -38,12 +38,12 @@ COMMON = (
     *("size", "sample", "encoding", "deduplicate", "decontaminate"),
     *("images", "classes", "corpus_images", "cores", "scaling", "dry_run", "json"),
 )
-"""The flags that --help shows where a job has them, most common first."""
+"""The flags that --help shows if the job has them, most common first."""
 MOST_COMMON = 10
 SHORT = 12
-"""A job with no more flags than this shows all of them in --help."""
-# Flags of other tools -> our flags with the same meaning. The first one that the job has is proposed; {} is the given
-# value.
+"""--help shows all flags of a job with at most this many flags."""
+# Flags of other tools -> flags of this project with the same meaning. The first one that the job has is suggested; {}
+# is the given value.
 SYNONYMS = {
     "epochs": ("steps {}epochs",),
     "examples": ("steps {}examples",),
@@ -65,7 +65,7 @@ SYNONYMS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """A flag: its dotted field, its value in the recipe, and what it means."""
+    """A flag: its dotted field, its value in the recipe, and its help text."""
 
     name: str
     value: Any
@@ -82,7 +82,7 @@ class Option:
 
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
-    """All flags of a config, or of a config class and its defaults. Nested flags take the place of their parent."""
+    """All flags of a config, or of a config class with its defaults. Flags of nested configs replace their parent."""
     cls: Any = config if isinstance(config, type) else type(config)
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     annotated = typing.get_type_hints(cls, include_extras=True)
@@ -107,7 +107,7 @@ def options_of(config: Any, prefix: str = "") -> list[Option]:
 
 
 def _value(config: Any, field: dataclasses.Field) -> Any:
-    """The value of a field; the default where `config` is a class, MISSING where it has none."""
+    """The value of a field, or its default if `config` is a class; MISSING if there is no default."""
     if not isinstance(config, type):
         return getattr(config, field.name)
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -155,8 +155,7 @@ def help_text(
 ) -> str:
     """The text of --help (the common flags) or --help-all (all flags, in groups), at most 80 columns wide.
 
-    recipes: names of all recipes; none for a job that has no recipes. recipe: the one whose values are the defaults.
-    """
+    recipes: names of all recipes; empty for a job without recipes. recipe: the recipe whose values are the defaults."""
     options = options_of(config)
     everything = everything or len(options) <= SHORT
     by_name = {option.name: option for option in options}
@@ -250,10 +249,7 @@ def list_recipes(recipes: Mapping[str, Callable[[], Any]], default: str) -> str:
 
 
 def check_flags(arguments: Iterable[str], config: Any) -> None:
-    """Raises UserError for the first flag that the config has no field for, with the flag that was probably meant.
-
-    A required flag that is missing is an error, too.
-    """
+    """Raises UserError for the first unknown flag, with a suggestion, and for a missing required flag."""
     options = {option.name.replace("_", "-"): option for option in options_of(config)}
     nested = tuple(f"{name}." for name, option in options.items() if isinstance(option.value, dict))
     arguments = list(arguments)

@@ -1,4 +1,4 @@
-"""What Ray says when it ends a process because its node ran out of memory: a hundred lines, of which one is of use."""
+"""Parses Ray's message about a process that was ended because its node ran out of memory."""
 
 import re
 
@@ -7,7 +7,7 @@ _PROCESS = re.compile(r"pid=(\d+), actual memory used=([\d.]+)GB")
 
 
 def describe(message: str) -> str | None:
-    """Which process was ended, where, and how much memory was in use, in one line; None for messages of other things."""
+    """One line with the process, the node and the memory in use; None for other messages."""
     if "running low on memory" not in message:
         return None
     node, process = _NODE.search(message), _PROCESS.search(message)

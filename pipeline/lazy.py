@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use. Importing the package then costs nothing, which --help relies on."""
+"""Names of a package that are imported on first use, so that importing the package is fast, for example for --help."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,8 @@ from typing import Any
 
 
 def exports(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package. modules: {module of the package, such as "build" or "data.loader": names that it defines}."""
+    """The `__getattr__` of a package. modules: {module in the package, such as
+    "build" or "data.loader": names defined in it}."""
     homes = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -1,12 +1,11 @@
-"""Lock on an output folder: a second launch is refused with an error that names the first.
+"""A lock on an output folder, so that a second launch is refused with an error that names the first.
 
     with Lease(output, "b16_imagenet"):
         ...
 
-<output>/launch.json names the process that holds the lock, which renews it while it runs. The lock of a killed process
-is free: at once on the same machine, on another one after `2 * RENEW_EVERY` seconds without renewal.
-`training.checkpoint.Writer` has the second line of defence: an attempt that was taken over commits nothing.
-"""
+<output>/launch.json names the process that holds the lock and renews it while it runs. The lock of a killed process
+becomes free: immediately on the same machine, on other machines after `2 * RENEW_EVERY` seconds without renewal. In
+addition, `training.checkpoint.Writer` prevents a superseded attempt from committing checkpoints."""
 
 import contextlib
 import json
@@ -23,16 +22,16 @@ from pipeline import storage
 from pipeline.errors import InUse, StorageError, UserError
 
 LAUNCH = "launch.json"
-LAST_TIME = 1e11  # seconds since 1970, in the year 5138: what is later is no time
+LAST_TIME = 1e11  # seconds since 1970 (year 5138); larger values are invalid
 RENEW_EVERY = 20.0
 SETTLE = 0.5
-"""Seconds between writing the claim and reading it again: of two launches at the same time the last writer wins."""
+"""Seconds between writing the claim and reading it again. Of two simultaneous launches the last writer wins."""
 
 logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """Holds an output while work in it goes on; see the module's docstring. Raises InUse when somebody else holds it."""
+    """Holds the lock of an output. Raises InUse if another process holds it."""
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Lease:
         doing: str = "being trained in",
         remedy: str = "stop that one first, or choose another --output",
     ):
-        """name: of the work. doing, remedy: for the error that a second launch gets."""
+        """name: name of the work. doing, remedy: texts for the error of a second launch."""
         self.doing, self.remedy = doing, remedy
         self.output, self.uri = output, storage.join(output, LAUNCH)
         me = psutil.Process()
@@ -60,7 +59,9 @@ class Lease:
         holder = self._read()
         if holder is not None and _is_alive(holder, self.uri):
             raise self._refusal(holder)
-        if not storage.exists(self.uri):  # the store lets one of several make it; what a dead one left is written over
+        if not storage.exists(
+            self.uri
+        ):  # the store lets only one process create the file; the file of a dead process is overwritten
             storage.create_bytes(self.uri, self._text())
         else:
             self._write()
@@ -74,7 +75,7 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join(5)
-        with contextlib.suppress(UserError, OSError):  # a store that is away: the lease runs out
+        with contextlib.suppress(UserError, OSError):  # if the store is unavailable, the lease expires
             holder = self._read()
             if holder is not None and holder["id"] == self.mine["id"]:
                 storage.remove(self.uri)
@@ -97,14 +98,14 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_EVERY):
-            with contextlib.suppress(UserError, OSError):  # a store that is away: the next renewal may succeed
+            with contextlib.suppress(UserError, OSError):  # if the store is unavailable, the next renewal may succeed
                 holder = self._read()
                 if holder is not None and holder["id"] == self.mine["id"]:
                     self._write()
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:
-    """launch.json; None when there is none, or it is not one of ours (it is overwritten then)."""
+    """The content of launch.json; None if it is missing or invalid (it is then overwritten)."""
     if not storage.exists(uri):
         return None
     try:
@@ -133,15 +134,15 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
 
 
 def _is_alive(holder: dict[str, Any], uri: str) -> bool:
-    """Whether the process that wrote launch.json still runs."""
+    """Whether the process that wrote launch.json is still running."""
     if holder["host"] == socket.gethostname():
         with contextlib.suppress(psutil.Error, OverflowError):
             return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
         return False
-    if time.time() - holder["renewed"] > 30 * RENEW_EVERY:  # clocks of two machines may differ by minutes
+    if time.time() - holder["renewed"] > 30 * RENEW_EVERY:  # the clocks of two machines may differ by minutes
         return False
     logger.info(
-        "%s on %s may still be running in this output; looking for %.0f s",
+        "%s on %s may still use this output; checking for %.0f s",
         holder["name"],
         holder["host"],
         2 * RENEW_EVERY,
@@ -158,7 +159,8 @@ def _is_alive(holder: dict[str, Any], uri: str) -> bool:
 
 
 def held_by(output: str) -> dict[str, Any] | None:
-    """Who holds an output now, as far as its file says without waiting: {"name", "host", "pid", "started", ...}; else None."""
+    """The process that holds an output according to launch.json, without waiting:
+    {"name", "host", "pid", "started", ...}; or None."""
     uri = storage.join(output, LAUNCH)
     holder = _read_holder(uri)
     if holder is None:

@@ -1,7 +1,4 @@
-"""Imports of libraries that only some jobs need, with the install command when one is missing.
-
-The extras of pyproject.toml say which library belongs to which use.
-"""
+"""Imports optional libraries. The error for a missing library contains the install command."""
 
 import functools
 import importlib
@@ -27,7 +24,7 @@ EXTRAS = {
 
 
 def import_library(package: str) -> ModuleType:
-    """A library of one of the EXTRAS, or a module of one. Raises UserError with the install command when it is not installed."""
+    """Imports a library of one of the EXTRAS, or a module of one. Raises UserError with the install command if it is missing."""
     if package in ("timm", "transformers"):
         load_torchvision()
     try:
@@ -42,24 +39,24 @@ def import_library(package: str) -> ModuleType:
 
 @functools.cache
 def load_torchvision() -> Any:
-    """Imports torchvision, which timm and transformers need. Declares its operators itself when torchvision does not load.
+    """Imports torchvision, which timm and transformers need. Declares two missing operators if torchvision does not
+    load.
 
-    An index may offer torchvision only as a CUDA build. Next to a CPU build of torch, torchvision's compiled part does not
-    load, and its Python part then fails on two operators that neither timm nor transformers calls for a classifier. This
-    function declares the two operators in this process. Returns the torch.library.Library that holds the declarations, and
-    that must stay alive, or None when torchvision loads by itself or is not installed.
-    """
+    Some package indexes provide torchvision only as a CUDA build. With a CPU build of torch, its compiled part does not
+    load, and its Python part fails on two operators that classifiers of timm and transformers do not call. This
+    function declares them in this process. Returns the torch.library.Library with the declarations, which must be kept
+    alive, or None if torchvision loads or is not installed."""
     try:
         importlib.import_module("torchvision")
         return None
-    except ImportError:  # not installed: the library that needs it says so
+    except ImportError:  # not installed: the library that needs torchvision reports it
         return None
     except RuntimeError:
-        import torch  # here, because storage imports this module and --help must not import torch
+        import torch  # imported here, because storage imports this module and --help must not import torch
 
         logger.warning(
-            "torchvision %s does not load with torch %s, so `import timm` fails outside this command; install the build of "
-            "torchvision that belongs to this torch (%s)",
+            "torchvision %s does not load with torch %s, so `import timm` fails outside this command; install the "
+            "build of torchvision that matches this torch (%s)",
             importlib.metadata.version("torchvision"),
             torch.__version__,
             torch.__version__.partition("+")[2] or "cpu",

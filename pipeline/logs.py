@@ -1,6 +1,6 @@
-"""Log records of a job and of its workers, on the driver's standard error; results alone go to standard output.
+"""Log records of a job and of its workers, on the driver's standard error. Standard output is reserved for results.
 
-setup()                            once in a job: every line has a time and a level (`config.run_job` calls it)
+    setup()                              once in a job: every line has a time and a level (`config.run_job` calls it)
 logger = logging.getLogger(__name__)
 with Collector() as collector:     on the driver: workers that hold `collector.handle` log through it
 send_to(handle)                    in such a worker, once
@@ -28,7 +28,7 @@ from pipeline import storage
 from pipeline.credentials import redacted
 
 console: Any
-"""The terminal; None on a machine without rich, one that only computes (tests/benchmarks/gpu.py)."""
+"""The terminal; None if rich is not installed, as on machines that only run tests/benchmarks/gpu.py."""
 try:
     from rich.console import Console
     from rich.logging import RichHandler
@@ -39,21 +39,22 @@ except ModuleNotFoundError:
 else:
     console = Console(stderr=True, highlight=False)
 
-ROOTS = ("pipeline", "models", "jobs")  # our loggers; other libraries keep their own levels
+ROOTS = ("pipeline", "models", "jobs")  # loggers of this project; other libraries keep their levels
 logger = logging.getLogger(__name__)
 
 
 class _WithoutPasswords(logging.Formatter):
-    """Shows addresses without the passwords in them, whoever logs them."""
+    """Removes passwords from addresses in log records."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
 
 
 class _OneLine(_WithoutPasswords):
-    """For a terminal: a record with `parts` is cut to one line by leaving out its last parts. The second one, the loss, stays."""
+    """For a terminal: shortens a record with `parts` to one line by removing its
+    last parts. The second part, the loss, is kept."""
 
-    TAKEN = 18  # columns of the time and the level
+    TAKEN = 18  # width of the time and the level
 
     def format(self, record: logging.LogRecord) -> str:
         parts: Sequence[str] = getattr(record, "parts", ())
@@ -63,8 +64,8 @@ class _OneLine(_WithoutPasswords):
 
 
 def setup(level: int = logging.INFO) -> None:
-    """Shows records of `level` and above: with colour on a terminal, as "12:34:56 INFO text" elsewhere. Repeating it is
-    harmless."""
+    """Shows records of `level` and above: with colour on a terminal, otherwise as
+    "12:34:56 INFO text". May be called again."""
     handler: logging.Handler
     if on_terminal():
         handler = RichHandler(
@@ -82,23 +83,19 @@ def setup(level: int = logging.INFO) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether a person watches."""
+    """Whether standard error is a terminal."""
     return console is not None and console.is_terminal
 
 
 def show(text: str) -> None:
-    """Text for the person at the terminal, on standard error: without a time, and without line breaks inside
-    commands."""
+    """Prints text for the user on standard error, without a time and without line breaks in commands."""
     if console is not None:
         console.print(text, soft_wrap=True, markup=False)
 
 
 def reserve_stdout() -> TextIO:
-    """Standard output for results alone, until the process ends: what libraries print from now on goes to standard
-    error.
-
-    Ray prints there that it lost a process, even while it shuts down.
-    """
+    """Reserves standard output for results until the process ends, and redirects the output of libraries to standard
+    error. Ray prints messages about lost processes even during its shutdown."""
     stdout, sys.stdout = sys.stdout, sys.stderr
     return stdout
 
@@ -107,10 +104,10 @@ def reserve_stdout() -> TextIO:
 
 
 class Collector:
-    """Receives the records of Ray workers and logs them on the driver as they come. Ray must be connected.
+    """Receives log records of Ray workers and logs them on the driver. Ray must be connected.
 
-    An actor beside the driver holds them and a thread fetches them: a lost node takes no line of another with it.
-    """
+    An actor on the driver's node holds the records and a thread fetches them, so that a
+    lost node does not lose the records of other nodes."""
 
     def __init__(self) -> None:
         import ray
@@ -151,9 +148,9 @@ class Collector:
                 pending = self.handle.take.remote()
             try:
                 records = ray.get(pending, timeout=10)
-            except ray.exceptions.GetTimeoutError:  # a busy machine: the records are on their way
+            except ray.exceptions.GetTimeoutError:  # the machine is busy; the records arrive later
                 continue
-            except Exception:  # the cluster is ending; whoever started it reports why
+            except Exception:  # the cluster is ending; its owner reports why
                 return
             pending = None
             replay(records)
@@ -170,7 +167,7 @@ class _ToDriver(logging.handlers.QueueHandler):
 
 
 def send_to(handle: Any) -> None:
-    """In a worker: sends this process's records of INFO and above to the driver's Collector."""
+    """In a worker: sends the records of this process at INFO and above to the driver's Collector."""
     for name in ROOTS:
         ours = logging.getLogger(name)
         ours.handlers[:] = [_ToDriver(handle)]
@@ -180,7 +177,7 @@ def send_to(handle: Any) -> None:
 
 @contextlib.contextmanager
 def captured() -> Iterator[list[logging.LogRecord]]:
-    """The records that this process logs meanwhile, picklable, instead of anything that it would print."""
+    """Collects the log records of this process inside the block as picklable objects, instead of printing them."""
     records: list[logging.LogRecord] = []
 
     class Keep(logging.handlers.QueueHandler):
@@ -201,7 +198,7 @@ def captured() -> Iterator[list[logging.LogRecord]]:
 
 
 def replay(records: Iterable[logging.LogRecord]) -> None:
-    """Logs records of another process here, with their own time."""
+    """Logs records of another process in this process, with their original time."""
     for record in records:
         logging.getLogger(record.name).handle(record)
 
@@ -211,12 +208,12 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 20
-WIDE = 110  # columns from which a bar has room for a sparkline
-NARROW = 60  # columns below which it has room for the first part of its note alone
+WIDE = 110  # minimum terminal width for a sparkline
+NARROW = 60  # below this width only the first part of the note is shown
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The finite values as one character each, the lowest as ▁ and the highest as █."""
+    """The finite values as one character each, from ▁ (lowest) to █ (highest)."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -225,13 +222,12 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 class Progress:
-    """Progress of a long piece of work: a bar with percentage and remaining time on a terminal, else a line every ten
+    """Progress of long work: a bar with percentage and remaining time on a terminal, otherwise a line every ten
     seconds.
 
-    total: in the unit that `advance` counts. lines: False for work that logs lines of its own, so that there is a bar
-    on a terminal and nothing elsewhere."""
+    total: in the unit of `advance`. lines: False for work that logs its own lines, to show only a bar on a terminal."""
 
-    EVERY = 10.0  # seconds between lines in a log
+    EVERY = 10.0  # seconds between two log lines
 
     def __init__(self, name: str, total: float, *, lines: bool = True) -> None:
         self.name, self.total, self.lines = name, max(total, 1e-9), lines
@@ -261,15 +257,15 @@ class Progress:
             logger.info("%s", self.line())
 
     def advance(self, amount: float, note: str = "", value: float | None = None) -> None:
-        """note: text beside the bar, such as "1,234 images, 3 rejects". value: the last point of a sparkline, such as a
-        loss."""
+        """Advances by `amount`. note: text next to the bar, such as "1,234 images, 3 rejects". value: next point of a
+        sparkline, such as a loss."""
         self.done, self.note = self.done + amount, note
         if value is not None:
             self._values.append(value)
         report_share(self.done / self.total, note)
         if self._bar is not None:
             curve = f"  {sparkline(self._values)}" if self._values and console.width >= WIDE else ""
-            if console.width < NARROW:  # the percentage, a short bar and the remaining time take the rest
+            if console.width < NARROW:  # the percentage, a short bar and the remaining time need the rest
                 note = note.partition("  ")[0][: max(0, console.width - len(self.name) - 19)]
             self._bar.update(self._task, completed=self.done, note=note + curve)
         elif self.lines and time.monotonic() - self._shown >= self.EVERY:
@@ -278,7 +274,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return max(time.monotonic() - self._begin, 1e-9)
 
     def line(self) -> str:
@@ -293,14 +289,14 @@ class Progress:
 # ---------------------------------------------------------------- for who watches from outside
 
 PROGRESS = "VIT_PROGRESS"
-"""Environment variable: the address of a small JSON file that says how far this job is."""
+"""Environment variable with the address of a small JSON file for the progress of this job."""
 REPORT_EVERY = 2.0
 _reported: dict[str, float] = {}
 
 
 def report_share(share: float, note: str = "") -> None:
-    """Writes how far the whole job is (0 to 1) to the file that `VIT_PROGRESS` names, at most every two seconds;
-    without it, nothing. A store that is away is no reason to stop."""
+    """Writes the progress of the whole job (0 to 1) to the file in `VIT_PROGRESS`, at most every two seconds. Does
+    nothing without this variable, and ignores failures of the store."""
     place = os.environ.get(PROGRESS)
     now = time.time()
     if not place or now - _reported.get("time", 0.0) < REPORT_EVERY:

@@ -1,11 +1,10 @@
-"""Live numbers of a job for Prometheus, through the exporter that Ray runs on every node.
+"""Live metrics of a job for Prometheus, through the exporter that Ray runs on every node.
 
     metrics.publish({metrics.TRAIN_LOSS: 2.31, metrics.TRAIN_STEP: 100}, run="b16")
 
-Each number is a gauge named `ray_vit_<name>`, with Ray's labels and one of ours: `run`, the last part of the output's address.
-A gauge keeps its last value while its process lives. MLflow keeps the history of a run; these gauges are for dashboards
-and alarms of the cluster (`infra/monitoring`). Outside a process that has joined Ray, `publish` does nothing.
-"""
+Each metric is a gauge `ray_vit_<name>`, with Ray's labels and the label `run`, the last part of the output's address. A
+gauge keeps its last value while its process runs. MLflow stores the history of a run; the gauges are for dashboards and
+alerts of the cluster (`infra/monitoring`). `publish` does nothing if the process is not connected to Ray."""
 
 import contextlib
 import sys
@@ -27,26 +26,27 @@ UNDELIVERED = "tracking_undelivered_records"
 
 DESCRIPTIONS = {
     TRAIN_STEP: "Optimiser steps done.",
-    TRAIN_LAST_STEP_TIME: "When the last logged step ended, in seconds since 1970.",
+    TRAIN_LAST_STEP_TIME: "Time of the last logged step, in seconds since 1970.",
     TRAIN_LOSS: "Training loss of the last logged step.",
-    TRAIN_IMAGES_PER_SECOND: "Images trained on per second, over all workers, since the logged step before.",
-    TRAIN_DATA_WAIT: "Share of the training time spent waiting for data, 0 to 1.",
-    TRAIN_GOODPUT: "Share of the time since the workers started that went into training steps, 0 to 1.",
+    TRAIN_IMAGES_PER_SECOND: "Training images per second, over all workers, since the previous logged step.",
+    TRAIN_DATA_WAIT: "Fraction of the training time spent waiting for data, 0 to 1.",
+    TRAIN_GOODPUT: "Fraction of the time since the workers started that was spent in training steps, 0 to 1.",
     VALIDATION_TOP1: "Top-1 accuracy of the last validation, in percent.",
     UNITS: "Units of resumable work in this job: prepare, duplicates, VTAB, features.",
     UNITS_DONE: "Units that have a receipt.",
     UNITS_FAILED: "Units of this attempt that ended in an error.",
     EVALUATIONS_FAILED: "Checkpoints whose evaluation failed in the last pass.",
-    UNDELIVERED: "Records that wait on this machine's disk for the MLflow server.",
+    UNDELIVERED: "Records on this machine's disk that are not delivered to the MLflow server.",
 }
 
 _gauges: dict[str, Any] = {}
 
 
 def publish(values: Mapping[str, float], run: str) -> None:
-    """Sets the gauges named in `values` (names of this module). Never raises because of Ray: a gauge is not worth a run."""
+    """Sets gauges. values: {name from this module: value}. Errors of Ray are
+    ignored, so that a gauge cannot stop a run."""
     if unknown := values.keys() - DESCRIPTIONS.keys():
-        raise KeyError(f"not a live number: {', '.join(sorted(unknown))}")
+        raise KeyError(f"unknown live metric: {', '.join(sorted(unknown))}")
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return
@@ -56,7 +56,7 @@ def publish(values: Mapping[str, float], run: str) -> None:
 
 
 def run_label(output: str) -> str:
-    """The label of a run: the last part of its output's address that is not a folder of ours such as `_work`."""
+    """The label of a run: the last part of its output's address, without internal folders such as `_work`."""
     parts = [part for part in output.split("/") if part and not part.startswith("_")]
     return parts[-1] if parts else output
 

@@ -1,6 +1,6 @@
-"""Where a job writes: checked before its work, so that nobody finds out at the end.
+"""Checks before a job starts that its output can be written.
 
-check_output(storage.normalise(options.output))        # raises UserError, and leaves nothing behind
+check_output(storage.normalise(options.output))  # raises UserError; leaves no files
 """
 
 import os
@@ -15,18 +15,18 @@ PACKAGES = "/runtime_resources/working_dir_files/"
 
 
 def refuse_package_folder(uri: str, flag: str = "output") -> None:
-    """Raises UserError when a Ray job would write into the temporary copy of its working directory, which is lost with it."""
+    """Raises UserError if a Ray job would write to the temporary copy of its working directory, which Ray deletes."""
     if PACKAGES in storage.normalise(uri) + "/":
         name = flag if flag.isupper() else f"--{flag}"
         raise UserError(
-            f"{name} {storage.normalise(uri)} lies in Ray's temporary copy of this folder, which is removed after the job; "
-            "give an absolute path that the nodes share, or an s3:// address"
+            f"{name} {storage.normalise(uri)} is in Ray's temporary copy of this folder, which is removed after the "
+            "job; give an absolute path that the nodes share, or an s3:// address"
         )
 
 
 def check_output(uri: str, flag: str = "output") -> None:
-    """Raises UserError, naming the flag, for an output folder that would be lost or cannot be written: in Ray's package
-    folder, below a file, read-only, another user's, in a bucket that is missing or closed."""
+    """Raises UserError, which names the flag, for an output folder that would be lost or cannot be written: in Ray's
+    package folder, below a file, read-only, owned by another user, or in a missing or inaccessible bucket."""
     output = storage.normalise(uri)
     refuse_package_folder(output, flag)
     if storage.is_remote(output):

@@ -1,4 +1,4 @@
-"""Pictures with a title each as one PNG, drawn by Pillow alone: a training worker has no time for matplotlib."""
+"""Draws images with titles as one PNG. Uses Pillow, because importing matplotlib would delay training workers."""
 
 import functools
 import io
@@ -11,17 +11,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 GAP, LINE = 6, 16
-"""Pixels between tiles, and of a line of text."""
+"""Pixels between tiles, and height of a line of text in pixels."""
 
 
 def sheet(
     pictures: Sequence[np.ndarray], titles: Sequence[str], heading: str, *, columns: int = 8, side: int = 128
 ) -> bytes:
-    """PNG of pictures in rows, each under its title, with a heading above all.
+    """A PNG of images in rows, each with a title above it, below a heading.
 
-    pictures: uint8 (H,W,C) with C 1 or 3. Small ones are enlarged by whole pixels. A title that is wider than its picture
-    is cut.
-    """
+    pictures: uint8 (H,W,C) with C 1 or 3. Small images are enlarged by an integer
+    factor. Titles wider than their image are shortened."""
     columns = min(columns, len(pictures)) or 1
     rows = -(-len(pictures) // columns)
     tiles = [_tile(picture, side) for picture in pictures]
@@ -55,7 +54,7 @@ def _tile(picture: np.ndarray, side: int) -> np.ndarray:
 
 @functools.lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """matplotlib's typeface, which has more letters than Pillow's own."""
+    """The default font of matplotlib, which has more characters than Pillow's."""
     spec = find_spec("matplotlib")
     if spec is not None and spec.origin is not None:
         file = os.path.join(os.path.dirname(spec.origin), "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")

@@ -1,8 +1,6 @@
-"""What Ray knows about a cluster and has no public way to ask: its private names outside Ray Train, all of them, are here.
+"""All uses of Ray's private interfaces outside Ray Train (see `pipeline.training.ray_compat`): the state of a cluster.
 
-Written against Ray 2.60.0 (`WRITTEN_FOR`; tests/unit/test_private_interfaces.py compares it with the one that is installed).
-`pipeline.training.ray_compat` has the names of Ray Train.
-"""
+Written for Ray 2.60.0 (`WRITTEN_FOR`); tests/unit/test_private_interfaces.py checks the installed version."""
 
 import contextlib
 import logging
@@ -15,8 +13,8 @@ WRITTEN_FOR = "2.60.0"
 
 
 def take_messages(handle: Callable[[str], None]) -> None:
-    """Gives `handle` what Ray would print on the driver's standard output about its processes: each task that it starts again
-    because a process died, in up to a hundred lines."""
+    """Passes Ray's messages about its processes to `handle` instead of printing them. Ray prints up to a hundred lines
+    for each task that it repeats after the death of a process."""
     from ray._private import worker
 
     def take(data: Mapping[str, Any], ignore_prefix: bool) -> None:
@@ -27,11 +25,9 @@ def take_messages(handle: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """A Ray that is started meanwhile has the node address 127.0.0.1, so that all of its servers listen there alone.
+    """Makes a Ray that is started inside the block listen on 127.0.0.1 only.
 
-    Ray does this by itself on Windows and macOS, where it makes no clusters; on Linux its variable for that is read once, at the
-    import.
-    """
+    Ray does this by default on Windows and macOS. On Linux it reads its variable for this only once, at import."""
     from ray._private import ray_constants
 
     constants, name = cast(Any, ray_constants), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
@@ -48,21 +44,21 @@ def on_loopback() -> Iterator[None]:
 
 
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
-    """Node id -> what no task or actor has taken."""
+    """{node id: resources that no task or actor uses}."""
     from ray._private.state import state
 
     return state.available_resources_per_node()
 
 
 def draining_nodes() -> set[str]:
-    """Ids of nodes that are about to go away."""
+    """Ids of nodes that are being drained."""
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
 
 
 def infeasible_requests() -> Iterator[Mapping[str, float]]:
-    """The bundles of resources that the autoscaler (v2) says it can never serve."""
+    """The bundles of resources that the autoscaler (v2) reports as infeasible."""
     from ray._private.worker import global_worker
     from ray.core.generated import autoscaler_pb2
 
@@ -76,10 +72,9 @@ def infeasible_requests() -> Iterator[Mapping[str, float]]:
 
 
 def packaged_files(folder: str, excludes: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """(path below `folder`, bytes) of every file that Ray would upload as a job's working directory.
-
-    Ray leaves out what .gitignore and .rayignore name, its default list (.git, .venv, venv, __pycache__) and `excludes`.
-    """
+    """(path relative to `folder`, bytes) of every file that Ray would upload as the working directory of a job. Ray
+    excludes files that match .gitignore, .rayignore, its default list (.git, .venv,
+    venv, __pycache__) or `excludes`."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env import packaging
 
@@ -96,7 +91,7 @@ def packaged_files(folder: str, excludes: Sequence[str] = ()) -> Iterator[tuple[
 
 
 def upload_limit() -> int:
-    """Bytes that the job server accepts as a working directory (`ray job submit --working-dir`)."""
+    """Maximum size in bytes of a working directory that the job server accepts (`ray job submit --working-dir`)."""
     from ray._private import ray_constants
 
     return ray_constants.DASHBOARD_CLIENT_MAX_SIZE

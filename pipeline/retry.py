@@ -1,7 +1,6 @@
-"""The one retry policy: what may pass is tried again with growing pauses until a patience is used up.
+"""The retry policy for storage: repeats temporary failures with growing pauses until a timeout.
 
-Written here and not taken from a library: its patience may change while it waits, and another thread can end a pause.
-"""
+No library is used, because the timeout may change during retries and another thread can interrupt a pause."""
 
 import logging
 import os
@@ -14,16 +13,16 @@ from pipeline.errors import Unavailable, UserError
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 180.0  # seconds for which a request is tried again: a server restarts in minutes
+PATIENCE = 180.0  # seconds for which a request is retried; servers restart within minutes
 VARIABLE = "VIT_STORE_PATIENCE"
-"""Environment variable with other seconds than PATIENCE."""
-LONGEST_PAUSE = 10.0  # seconds between two attempts; the first pauses are 0.1, 0.2, 0.4, ...
+"""Environment variable that replaces PATIENCE."""
+LONGEST_PAUSE = 10.0  # maximum seconds between two attempts; pauses begin with 0.1, 0.2, 0.4, ...
 
 T = TypeVar("T")
 
 
 def longest_patience() -> float:
-    """Seconds for which a request is tried again. Raises UserError for a VIT_STORE_PATIENCE that is no number of seconds."""
+    """Seconds for which a request is retried. Raises UserError for an invalid VIT_STORE_PATIENCE."""
     text = os.environ.get(VARIABLE)
     if not text:
         return PATIENCE
@@ -40,7 +39,8 @@ _last_warning = -float("inf")
 
 
 def _level() -> int:
-    """A warning at most every ten seconds: in an outage hundreds of requests fail together."""
+    """The log level of a failure: a warning at most every ten seconds, because
+    hundreds of requests fail in an outage."""
     global _last_warning
     now = time.monotonic()
     if now < _last_warning + LONGEST_PAUSE:
@@ -59,12 +59,12 @@ def retry(
     closing: threading.Event | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> T:
-    """What `attempt` returns.
+    """Calls `attempt` until it succeeds, and returns its result.
 
-    permanent: gives what to raise for an exception that another attempt cannot change, else None. patience: seconds, asked
-    after each failure. closing: ends a pause, and the attempts with it. on_failure: called for each attempt that is repeated.
-    Raises Unavailable that names `name`, the last failure and `remedy`.
-    """
+    permanent: returns the exception to raise for a failure that a retry cannot fix, or None. patience: returns the
+    timeout in seconds; called after each failure. closing: an event that ends a pause and the retries. on_failure:
+    called for each failure that is retried. Raises Unavailable with `name`, the
+    last failure and `remedy` after the timeout."""
     begin, failed = time.monotonic(), 0
     while True:
         try:

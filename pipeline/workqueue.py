@@ -1,17 +1,17 @@
-"""Units of work -> receipts on storage: whatever a stopped job has finished is not done again.
+"""Resumable work: units of work with receipts on storage, so that a stopped job does not repeat finished units.
 
-A *unit* is a picklable description of some work, under a name of its own; its *receipt* is the JSON that says what came of
-it. The receipt is written last, so a unit without one is done (again) from its start, and a unit with one never.
+A *unit* is a picklable description of some work, with a unique name. Its *receipt* is a JSON file with the result. The
+receipt is written last: a unit without a receipt is done from its start, and a unit with a receipt is skipped.
 
     receipts = Receipts("s3://bucket/photos/_work")
     for outcome in run({"unit-00000": unit, ...}, work, receipts=receipts, context=plan):
         if outcome.error: ...
     everything = receipts.read(names)
 
-`work` is a function `work(unit, context) -> receipt`, or a class `Work(context)` whose instances are called with one unit and
-live in an actor each (a model on a GPU). Units run on Ray Data, which joins Ray when there is work (`pipeline.cluster`); large
-data never passes through Ray's object store, since units read and write storage themselves.
-"""
+`work` is a function `work(unit, context) -> receipt`, or a class `Work(context)` whose instances are actors that are
+called with one unit at a time (for example with a model on a GPU). Units run on Ray Data, which connects to Ray when
+there is work (`pipeline.cluster`). Units read and write storage themselves, so
+large data does not pass through Ray's object store."""
 
 import contextlib
 import hashlib
@@ -28,11 +28,11 @@ from pipeline import cluster, host_memory, logs, metrics, storage
 from pipeline.errors import JobFailed, UserError
 from pipeline.stores import expect_answers
 
-TASK_SIZE = 256 << 20  # input bytes that one task holds at most when it takes several units: some seconds of work
-TASK_UNITS = 4  # units that one task takes at most
+TASK_SIZE = 256 << 20  # maximum input bytes of a task with several units; some seconds of work
+TASK_UNITS = 4  # maximum number of units per task
 ACTOR_RESTARTS = 5  # restarts per actor; by default Ray Data restarts a dead actor forever, silently
 
-# A receipt is {"sha256": "...", "receipt": ...}, where the checksum is that of the text of the receipt.
+# A receipt is {"sha256": "...", "receipt": ...}, where sha256 is the checksum of the text of the receipt.
 _BEFORE, _BETWEEN, _DIGITS = b'{"sha256": "', b'", "receipt": ', 64
 
 _ray_allowed = True
@@ -40,7 +40,7 @@ _ray_allowed = True
 
 @contextlib.contextmanager
 def without_ray() -> Iterator[None]:
-    """Until the block ends, all work of this process is done here, one unit after the other: for tests and for a debugger."""
+    """Runs all work inside the block in this process, one unit after another, for tests and debugging."""
     global _ray_allowed
     before, _ray_allowed = _ray_allowed, False
     try:
@@ -50,7 +50,7 @@ def without_ray() -> Iterator[None]:
 
 
 def uses_ray() -> bool:
-    """Whether work may go to Ray: not inside `without_ray`."""
+    """Whether work may use Ray; False inside `without_ray`."""
     return _ray_allowed
 
 
@@ -59,7 +59,7 @@ def _checksum(text: bytes) -> bytes:
 
 
 class Receipts:
-    """The receipts in a folder: one file `NAME.json` for every finished unit."""
+    """The receipts in a folder, with one file `NAME.json` for every finished unit."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -68,7 +68,7 @@ class Receipts:
         return storage.join(self.folder, f"{name}.json")
 
     def finished(self) -> set[str]:
-        """Names of the units that have a receipt, from one listing."""
+        """Names of the units with a receipt, from one listing."""
         files = storage.list_files(self.folder, recursive=False)
         return {file.path.removesuffix(".json") for file in files if file.path.endswith(".json")}
 
@@ -77,10 +77,8 @@ class Receipts:
         storage.write_bytes(self.uri(name), b"%s%s%s%s}\n" % (_BEFORE, _checksum(text), _BETWEEN, text))
 
     def read(self, names: Sequence[str]) -> list[Any]:
-        """The receipts of `names`, in their order. Raises FileNotFoundError for a unit that is not finished.
-
-        A receipt that is not as it was written is removed and raises UserError: the next run does its unit again.
-        """
+        """The receipts of `names`, in order. Raises FileNotFoundError for an unfinished unit. Removes a damaged receipt
+        and raises UserError; the next run then repeats its unit."""
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(self._read, names))
 
@@ -96,13 +94,13 @@ class Receipts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came of a unit: the summary of its receipt, or the error that kept it from having one."""
+    """The outcome of a unit: the summary of its receipt, or its error."""
 
     name: str
     summary: Any = None
     error: UserError | None = None
     records: list[logging.LogRecord] = field(default_factory=list)
-    """What the worker logged."""
+    """Log records of the worker."""
 
 
 def run(
@@ -117,14 +115,13 @@ def run(
     num_cpus: float = 1,
     num_gpus: float = 0,
 ) -> Iterator[Outcome]:
-    """Works through the units that have no receipt yet; yields an Outcome for each as it ends, in no particular order.
+    """Runs the units without a receipt. Yields the Outcome of each unit when it ends, in any order.
 
-    context: what all units need; sent to every node once. summary: what of a receipt comes back to the driver.
-    size: input bytes of a unit; small ones then share a task. workers: actors, for a class; None: one per unit, at most what
-    the cluster has room for. num_cpus, num_gpus: of each task or actor. Inside `without_ray` the units run here, one after the other.
-    A UserError of a unit is its outcome and does not stop the others; any other exception ends the generator: JobFailed when
-    processes died again and again.
-    """
+    context: data for all units, which is sent to every node once. summary: extracts the part of a receipt that is
+    returned to the driver. size: input bytes of a unit; small units share a task. workers: number of actors, for a
+    class; None: one per unit, at most as many as fit on the cluster. num_cpus, num_gpus: resources of each task or
+    actor. Inside `without_ray` the units run in this process. The UserError of a unit becomes its outcome and does not
+    stop the others. Any other exception ends the generator: JobFailed if processes died repeatedly."""
     finished = receipts.finished() if receipts is not None else set()
     todo = {name: unit for name, unit in units.items() if name not in finished}
     if not todo:
@@ -148,10 +145,8 @@ def run(
 
 
 def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
-    """`map`, in order, as Ray tasks; one or two arguments run here, since they are not worth a process.
-
-    For looking at many files before the work is known. An exception is raised as it was in the task.
-    """
+    """Maps a function over arguments with Ray tasks, in order, for example to scan many files. One or two arguments are
+    processed in this process. Raises the exceptions of the tasks."""
     if len(arguments) <= 2 or not _ray_allowed:
         return [function(argument) for argument in arguments]
     import ray
@@ -170,14 +165,14 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is the same for all units, but for the context."""
+    """The settings that all units share, except for the context."""
 
     work: Callable[..., Any]
     receipts: Receipts | None
     summary: Callable[[Any], Any]
 
     def bind(self, context: Any) -> Callable[[Any], Any]:
-        """The work as a function of a unit alone."""
+        """The work as a function of a unit."""
         constructor: Any = self.work
         if inspect.isclass(self.work):
             return constructor(context)
@@ -186,7 +181,7 @@ class _Job:
     def outcome(self, name: str, unit: Any, call: Callable[[Any], Any]) -> Outcome:
         try:
             if self.receipts is not None and storage.exists(self.receipts.uri(name)):
-                # another job with the same output was faster
+                # another job with the same output finished the unit first
                 return Outcome(name=name, summary=self.summary(self.receipts.read([name])[0]))
             receipt = call(unit)
             if self.receipts is not None:
@@ -200,21 +195,23 @@ class _Job:
         try:
             receipts.write(name, receipt)
         except OSError as error:
-            raise UserError(f"{receipts.folder}: cannot be written ({error}); make room and run it again") from error
+            raise UserError(
+                f"{receipts.folder}: cannot be written ({error}); free some space and repeat the command"
+            ) from error
 
 
 # ---------------------------------------------------------------- all units, on Ray Data
 
 
 def data_context() -> Any:
-    """Joins Ray; returns Ray Data's context with Ray Data's own progress bars and notes switched off."""
+    """Connects to Ray, and returns Ray Data's context with its progress bars and messages disabled."""
     import ray
 
     cluster.connect()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # failures are raised
     return context
 
 
@@ -230,7 +227,7 @@ def _run_on_ray(
         pa.table({"name": [names[i] for i in share], "unit": [pickle.dumps(todo[names[i]]) for i in share]})
         for share in shares(sizes, int(ray.cluster_resources().get("CPU", 0)))
     ]
-    # In a list, because Ray replaces a bare reference among the arguments by a copy of the value for every actor.
+    # In a list, because Ray would replace a direct reference in the arguments by a copy of the value for every actor.
     arguments = {"job": job, "context": [ray.put(context)]}
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", **resources}
     if inspect.isclass(job.work):
@@ -249,20 +246,19 @@ def _run_on_ray(
 
 
 def describe_lost(error: Exception) -> str:
-    """One line for a process that died more often than Ray starts it again."""
+    """One line for a process that died more often than Ray restarts it."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
     if out_of_memory := host_memory.describe(str(error)):
-        first = f"{out_of_memory}, again and again"
-    return f"{first}; the same command continues with what is not finished. {cluster.memory_remedy()}"
+        first = f"{out_of_memory}, repeatedly"
+    return f"{first}; the same command continues with the unfinished work. {cluster.memory_remedy()}"
 
 
 def shares(sizes: Sequence[int], cpus: int) -> list[list[int]]:
     """The units of each task, as positions in `sizes`.
 
-    Ray Data takes up to 0.3 s to start the next task on a free CPU. So while many units are left a task takes several small
-    ones, and at the end one each, so that all CPUs end together. cpus: 0 on a cluster that has none yet: its autoscaler counts
-    tasks.
-    """
+    Ray Data needs up to 0.3 s to start the next task on a free CPU. Therefore tasks have several small units at first,
+    and one unit each at the end, so that all CPUs finish at about the same time. cpus: 0 on a cluster without CPUs yet,
+    whose autoscaler counts tasks."""
     tasks, first = [], 0
     while first < len(sizes):
         several = (len(sizes) - first) // (2 * cpus) if cpus else 1
@@ -275,7 +271,7 @@ def shares(sizes: Sequence[int], cpus: int) -> list[list[int]]:
 
 
 class _Actor:
-    """Keeps an instance of the work's class for many units."""
+    """An actor with an instance of the work's class."""
 
     def __init__(self, job: _Job, context: list[Any]) -> None:
         import ray
@@ -295,7 +291,8 @@ def _task(batch: Any, job: _Job, context: list[Any]) -> Any:
 
 
 def _work_through(batch: Any, job: _Job, call: Callable[[Any], Any]) -> Any:
-    """A table of units -> a table of outcomes. A UserError travels as a value: Ray Data would wrap it beyond recognition."""
+    """Maps a table of units to a table of outcomes. A UserError is returned as a
+    value, because Ray Data would wrap it."""
     import pyarrow as pa
 
     outcomes = []

@@ -116,7 +116,7 @@ def _check_alike(parts: Sequence[Dataset]) -> None:
             )
         if first.multilabel != other.multilabel:
             several, one = (first, other) if first.multilabel else (other, first)
-            raise UserError(f"{both}: {several.uri} has several labels for each image, {one.uri} has one")
+            raise UserError(f"{both}: {several.uri} has several labels per image, {one.uri} has one")
         if bool(first.classes) != bool(other.classes):
             without = other if first.classes else first
             raise UserError(f"{both}: {without.uri} has no classes; prepare it with labels, or leave it out")

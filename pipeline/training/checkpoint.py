@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoRoom(UserError):
-    """The store is full or read-only."""
+    """The storage is full or read-only."""
 
 
 def remove(checkpoint: Checkpoint) -> None:
@@ -133,7 +133,7 @@ def repair(run: str, delete: bool = False) -> tuple[list[str], bool]:
     run = storage.normalise(run)
     findings = survey(run)
     if not findings:
-        raise UserError(f"{run}: no checkpoints here; give the --output of a run")
+        raise UserError(f"{run}: no checkpoints; give the --output of a run")
     lines = [f"{finding.state:12s} {finding.uri}: {finding.about}" for finding in findings]
     complete = [finding.uri for finding in findings if finding.state == "complete"]
     broken = [finding for finding in findings if finding.state != "complete"]

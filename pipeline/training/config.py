@@ -12,7 +12,7 @@ from pipeline.training.schedule import ScheduleConfig
 
 try:
     import tyro
-except ModuleNotFoundError:  # a machine that only computes (tests/benchmarks/gpu.py) parses no flags
+except ModuleNotFoundError:  # tests/benchmarks/gpu.py does not need flags and runs on machines without tyro
     WITHOUT_PREFIX: Any = None
 else:
     WITHOUT_PREFIX = tyro.conf.arg(name="")
@@ -78,8 +78,8 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of parameters and activations. Optimiser states are always fp32."""
     micro_batch: int | None = None
-    """Images per worker in one forward pass; gradients accumulate over the rest of the worker's batch. None: as many
-    as fit into the GPU's memory by estimate, and on a CPU all of them."""
+    """Images per worker in one forward pass; gradients accumulate over the rest of the worker's batch. None: on a GPU
+    as many as should fit into its memory, on a CPU the whole batch."""
     offload: bool = False
     """Keep the optimiser states in host memory."""
     compile: bool = False
@@ -144,8 +144,7 @@ class RuntimeConfig:
     gpus: bool = False
     """Give each worker one GPU."""
     gpu: str = "h100"
-    """GPU model that plans are made for: the micro-batch, the time, the CPU cores. Workers take the one that they
-    find."""
+    """GPU model for plans: micro-batch, time, CPU cores. Workers use the GPU that they have."""
     threads: int | None = None
     """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None

@@ -1,8 +1,7 @@
 """Launches the workers of a run with Ray Train and forwards their log records to the driver.
 
-Ray restarts a group of workers; which state they continue from is ours (`checkpoints.latest`), and so are two of Ray's
-decisions (`failures`): a wrong input is not tried again, and a group that grows saves its state first.
-"""
+Ray restarts groups of workers. This project decides from which state they continue (`checkpoints.latest`), and replaces
+two of Ray's policies (`failures`): wrong input is not retried, and a group saves its state before it grows."""
 
 import contextlib
 import logging
@@ -92,8 +91,8 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
 
 
 def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:
-    """Lets the workers finish the step in hand and save it, for at most `--stop-grace` seconds; another signal ends the
-    wait. Says what the next start continues from."""
+    """Lets the workers finish and save the current step, for at most `--stop-grace` seconds. Another signal ends the
+    wait. Logs from which step the next start continues."""
     grace = config.runtime.stop_grace
     why = "nothing was saved at this stop"
     try:
@@ -120,11 +119,11 @@ def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:
 
 
 def describe_newest(output: str) -> str:
-    """What the next start of a run continues from, in words."""
+    """A text that says from which checkpoint the next start of a run continues."""
     try:
         newest = checkpoints.latest(output, checksums=False)
     except (UserError, OSError) as error:
-        return f"what has been saved is not known ({error})"
+        return f"it is unknown what has been saved ({error})"
     return "the next start begins at step 0" if newest is None else f"the next start continues from {newest.uri}"
 
 
@@ -185,8 +184,8 @@ def _progress(plan: TrainPlan) -> Iterator[None]:
 
 
 def check_room(config: PretrainConfig, workers: int) -> None:
-    """Raises UserError when an embedded Ray has too few resources for the workers; on a cluster, logs what is waited
-    for."""
+    """Raises UserError when an embedded Ray has too few resources for the workers;
+    on a cluster, logs the missing resources."""
     bundle = {"CPU": config.runtime.cpus_per_worker, **({"GPU": 1.0} if config.runtime.gpus else {})}
     if config.runtime.address is not None or cluster.submitted():
         cluster.announce(bundle, workers)

@@ -86,7 +86,7 @@ class Trainer:
             model,
             keep_last=config.runtime.keep_last,
             best=names.VAL_TOP1,
-            deliver_records=run.flush if run is not None else None,  # otherwise a lost node loses records
+            deliver_records=run.flush if run is not None else None,  # so that a lost node does not lose records
         )
         start = self.writer.start()
         self.first = start.step if start is not None else 0
@@ -281,7 +281,7 @@ class Trainer:
         self.writer.close()
 
     def _load_weights(self, model: nn.Module, start: checkpoints.Checkpoint | None) -> None:
-        """The weights that the run starts or continues with: rank 0 reads them, all others have them from it."""
+        """The weights with which the run starts or continues. Rank 0 reads them and sends them to the other workers."""
         if self.worker.rank == 0 and start is not None:
             from safetensors.torch import load
 
@@ -320,7 +320,7 @@ class Trainer:
 
 
 def plan_for(config: PretrainConfig, dataset: Dataset, worker: Worker) -> TrainPlan:
-    """The plan of the GPU that this worker has; the worker with the least memory has the say. A collective on GPUs."""
+    """The plan for the GPU of this worker, limited by the worker with the least memory. A collective on GPUs."""
     if worker.device.type != "cuda":
         return make_plan(config, dataset, worker.world)
     memory = torch.tensor(device_memory(worker.device), dtype=torch.float64, device=worker.device)
@@ -331,7 +331,7 @@ def plan_for(config: PretrainConfig, dataset: Dataset, worker: Worker) -> TrainP
 
 @torch.no_grad()
 def share_weights(model: nn.Module, device: torch.device) -> None:
-    """Gives rank 0's weights to all workers, one tensor at a time over the device's network. A collective."""
+    """Broadcasts the weights of rank 0 to all workers, one tensor at a time. A collective."""
     for tensor in model.state_dict().values():
         there = tensor.to(device)
         dist.broadcast(there, src=0)

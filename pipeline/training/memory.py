@@ -1,10 +1,11 @@
 """Bytes per GPU: model states of each ZeRO stage, activations, and the micro-batch that fits.
 
     fit = fit_micro_batch(config, options, stage=1, gpus=8, memory=80e9, images=512)
-    fit.micro_batch            images of one forward pass: the largest divisor of 512 that fits beside the model states
+    fit.micro_batch    # images per forward pass: the largest divisor of 512 that fits in addition to the model states
 
-Counted on torch's meta device and on fake tensors: no memory, no arithmetic. jobs/plan.py prints it, and a run on GPUs takes its
-micro-batch from it (`pipeline.training.plan`). tests/integration/test_memory_plan.py compares it with what torch allocates.
+Sizes are computed on torch's meta device and with fake tensors, without allocating memory. jobs/plan.py prints them, and a
+run on GPUs uses the micro-batch (`pipeline.training.plan`). tests/integration/test_memory_plan.py compares the estimates
+with the memory that torch allocates.
 """
 
 import functools
@@ -16,7 +17,7 @@ from models.variants import parse_variant
 from pipeline.hardware import USABLE_MEMORY
 from pipeline.training.config import EngineConfig, PretrainConfig
 
-# DeepSpeed gathers gradients for reduction in a buffer of so many elements (reduce_bucket_size's default).
+# Elements of the buffer in which DeepSpeed collects gradients for reduction (default of reduce_bucket_size).
 BUCKET_ELEMENTS = 500_000_000
 
 
@@ -33,14 +34,14 @@ def model_states(
 ) -> int:
     """Bytes per GPU of parameters, gradients and optimiser states under DeepSpeed (arXiv 1910.02054, section 3.1).
 
-    In bf16: 2 for the parameter and 2 for its gradient; in float32 4 for the master copy, 8 for Adam's moments and 4 for the
-    gradient that the optimiser steps with. Stage 1 divides the float32 part by the number of GPUs, 2 also the gradients,
-    3 also the parameters, of which one layer (`largest_layer` elements) is gathered at a time, with its gradient. Stage 3
-    counts 18 bytes a parameter as DeepSpeed's estimator does: its low-precision gradients turn into float32 in pieces.
-    """
+    Bytes per parameter in bf16: 2 for the parameter and 2 for its gradient; and in float32 4 for the master copy, 8 for
+    Adam's moments and 4 for the gradient of the optimiser. Stage 1 divides the float32 part by the number of GPUs,
+    stage 2 also the gradients, and stage 3 also the parameters, of which one layer (`largest_layer` elements) is
+    gathered at a time with its gradient. Stage 3 counts 18 bytes per parameter, like DeepSpeed's estimator, because it
+    converts gradients to float32 in parts."""
     low = 4 if precision == "fp32" else 2
-    moments = {"adamw": 8, "sgd": 4, "muon": 4}[optimizer]  # Muon: one for matrices, which are nearly everything
-    # Stage 0 in float32 is a plain optimiser: no master copy beside the parameters.
+    moments = {"adamw": 8, "sgd": 4, "muon": 4}[optimizer]  # Muon: one moment per matrix
+    # Stage 0 in float32 is a plain optimiser without a master copy.
     high = moments if precision == "fp32" and stage == 0 else 4 + 4 + moments
     high += 4 * ema
     on_gpu = 0 if offload else high / (gpus if stage >= 1 else 1)
@@ -54,11 +55,11 @@ def activations(
 ) -> tuple[int, int]:
     """(bytes per image that the backward pass needs at once, bytes of its largest tensor), without parameters.
 
-    What one forward pass and loss save on fake tensors, at two batch sizes: shapes and types of the real model. Of `engine` count the
-    precision and what is recomputed: a recomputed block keeps its input (with `checkpoint_keeps` "products" the results of its matrix
-    products and attention, too), and one block at a time has everything again. torch.compile keeps less; a dropout mask counts 2
-    bytes an element, as on a CPU (1 on a GPU); a hybrid's stem counts as if it kept everything.
-    """
+    Measures the tensors that one forward pass and loss save on fake tensors, at two batch sizes, with the shapes and
+    types of the real model. Of `engine`, the precision and activation checkpointing matter: a recomputed block stores
+    its input (with `checkpoint_keeps` "products" also the results of its matrix products and attention), and one block
+    at a time stores everything. torch.compile stores less. A dropout mask counts 2 bytes per element, as on a CPU (1 on
+    a GPU). The stem of a hybrid counts as not recomputed."""
     engine = engine or EngineConfig()
     options = {key: value for key, value in options.items() if key != "mpp"}
 
@@ -70,7 +71,7 @@ def activations(
     if depth < 3:
         each, largest, sizes = saved()
         block = saved(depth=depth + 1)[0] - each if depth else 0
-    else:  # all blocks but the first and the last are alike: two and three of them tell what any number takes
+    else:  # all blocks except the first and the last are equal, so models with two and three blocks determine the rest
         (each, largest, sizes), (more, _, _) = saved(depth=2), saved(depth=3)
         block = more - each
         each += (depth - 2) * block
@@ -81,17 +82,17 @@ def activations(
     kept = sizes.tokens * sizes.width * width
     if (
         engine.checkpoint_keeps == "products"
-    ):  # q, k and v; attention and its normaliser; its projection; both of the MLP
+    ):  # q, k and v; attention and its normaliser; its projection; both layers of the MLP
         kept += sizes.tokens * ((6 * sizes.width + sizes.mlp) * width + 4 * sizes.heads)
-    # The backward pass begins with the last block. If that one is recomputed, it needs what it did not keep on top of
-    # all else.
+    # The backward pass begins with the last block. If that block is recomputed, its activations are added to all
+    # others.
     again = block - kept if recomputed == depth else 0
     return min(each, each - recomputed * (block - kept) + again), largest
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Of a transformer's blocks; zeros for a ResNet."""
+    """Sizes of the blocks of a transformer; zeros for a ResNet."""
 
     tokens: int = 0
     width: int = 0
@@ -101,7 +102,7 @@ class _Sizes:
 
 @functools.lru_cache(maxsize=32)
 def _saved(options: tuple, loss: str, precision: str) -> tuple[int, int, _Sizes]:
-    """(bytes per image that autograd saves, bytes of the largest of them, sizes), nothing recomputed."""
+    """(bytes per image that autograd saves, bytes of the largest tensor, sizes), without recomputation."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -118,7 +119,7 @@ def _saved(options: tuple, loss: str, precision: str) -> tuple[int, int, _Sizes]
         model = shapes.to_empty(device="cpu")
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         for batch in (1, 2):
-            kept: dict[int, tuple[int, Any]] = {}  # the storage itself is kept, or its address would be used again
+            kept: dict[int, tuple[int, Any]] = {}  # the storage is kept alive, so that its address is not reused
 
             def keep(tensor: Any, kept: dict[int, tuple[int, Any]] = kept) -> Any:
                 storage = tensor.untyped_storage()
@@ -142,14 +143,14 @@ def _saved(options: tuple, loss: str, precision: str) -> tuple[int, int, _Sizes]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """What one GPU holds, in bytes."""
+    """Memory use of one GPU, in bytes."""
 
     model_states: int
     buffers: int
     per_image: int
-    """Activations that are kept, and the tensors of the operation under way."""
+    """Stored activations, and the tensors of the current operation."""
     micro_batch: int
-    """The largest number of images that fits; 0: not even one does."""
+    """The largest number of images that fits; 0 if none does."""
 
     @property
     def used(self) -> int:
@@ -159,13 +160,14 @@ class Fit:
 def fit_micro_batch(
     config: PretrainConfig, options: Mapping[str, Any], *, stage: int, gpus: int, memory: float, images: int
 ) -> Fit:
-    """The largest divisor of `images` that fits into `memory` bytes of each of `gpus` GPUs beside the model states of ZeRO `stage`.
+    """The largest divisor of `images` that fits into `memory` bytes per GPU, with the model states of ZeRO `stage` on
+    `gpus` GPUs.
 
     options: arguments of `create_model`.
     """
     engine = config.engine
     kept, largest = activations(options, config.loss, engine)
-    # the operation under way: its output's gradient and two temporaries
+    # the current operation: the gradient of its output and two temporary tensors
     per_image = round(kept * config.patch_keep_rate) + 3 * largest
     count, layer = _parameters(tuple(sorted(options.items())))
     states = model_states(

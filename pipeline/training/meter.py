@@ -22,11 +22,11 @@ class Meter:
         self.machine = hardware.CpuShare(world) if device.type == "cpu" else None
         self.images, self.waited = 0, 0.0
         self.since = self.began = time.perf_counter()
-        self.trained = 0.0  # seconds in steps, up to the last read
+        self.trained = 0.0  # seconds in steps until the last read
         self.rate = 0.0
 
     def wait(self, batches: Iterator[dict]) -> dict:
-        """The next batch. The time until it arrives counts as waiting for data."""
+        """The next batch. The time until it arrives counts as data wait."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start

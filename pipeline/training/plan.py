@@ -86,10 +86,9 @@ def model_options(config: PretrainConfig, num_classes: int, channels: int = 3) -
 
 
 def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_memory: float | None = None) -> TrainPlan:
-    """The plan of `config` on `dataset` with so many workers. Raises UserError for whatever could not work.
+    """The plan of `config` for `dataset` and a number of workers. Raises UserError for settings that cannot work.
 
-    gpu_memory: bytes of each worker's GPU. None: those of the GPU that `runtime.gpu` names.
-    """
+    gpu_memory: bytes of each worker's GPU. None: memory of the GPU in `runtime.gpu`."""
     check_values(config)
     check_data(config, dataset)
     batch = config.batch_size
@@ -126,10 +125,11 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
 
 
 def _micro_batch(config: PretrainConfig, options: Mapping[str, Any], workers: int, gpu_memory: float) -> int:
-    """Images of one forward pass where the config names no number: on a CPU all of a worker's, on a GPU as many as fit.
+    """Images of one forward pass if the config does not set it: on a CPU the worker's whole batch, on a GPU as many as
+    fit.
 
-    With fewer workers than planned each has more images, and no more memory. Raises UserError when not even one image
-    fits."""
+    With fewer workers than planned, each worker has more images but not more
+    memory. Raises UserError if not even one image fits."""
     images = math.gcd(config.batch_size // workers, config.batch_size // config.runtime.workers)
     if not config.runtime.gpus:
         return images
@@ -144,7 +144,7 @@ def _micro_batch(config: PretrainConfig, options: Mapping[str, Any], workers: in
 
 
 def memory_remedies(config: PretrainConfig) -> list[str]:
-    """The settings that still take less memory of the device: flags that go together with the others of the run."""
+    """Settings that reduce device memory further, as flags that are compatible with the run's other settings."""
     engine, settings = config.engine, []
     if not engine.activation_checkpointing:
         settings.append("--engine.activation-checkpointing")
@@ -187,7 +187,7 @@ def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, i
 
 
 def check_values(config: PretrainConfig) -> None:
-    """Checks of a config that do not need its data. Raises UserError naming the field."""
+    """Checks of a config that do not need the data. Raises UserError, which names the field."""
     _check_ranges(config)
     find_gpu(config.runtime.gpu)
     engine, optimizer, runtime = config.engine, config.optimizer, config.runtime
@@ -198,7 +198,7 @@ def check_values(config: PretrainConfig) -> None:
         )
     if runtime.register is not None and (not runtime.register.strip() or set(runtime.register) & set("/:")):
         raise UserError(
-            f'register "{runtime.register}" is no name for a model in MLflow: it must have text without / and :'
+            f'register "{runtime.register}" is not a valid model name in MLflow: it must be non-empty, without / and :'
         )
     variant = parse_variant(config.model.variant)
     if engine.precision == "fp16" and not runtime.gpus:

@@ -50,7 +50,7 @@ def listen(signal: Any) -> threading.Event:
     def wait() -> None:
         try:
             ray.get(signal.wait.remote())
-        except Exception:  # the driver is gone, and this process will end too
+        except Exception:  # the driver has ended, and this process will end as well
             return
         event.set()
 
@@ -59,10 +59,11 @@ def listen(signal: Any) -> threading.Event:
 
 
 def host_group(world: int) -> dist.ProcessGroup | None:
-    """A group of all workers for small collectives of their hosts in the thread that trains; None for a single worker.
+    """A process group of all workers for small collectives on the host, in the training thread; None for a single
+    worker.
 
-    The checkpoint's collectives run in another thread and in another order: they have a group of their own. Each group
-    connects every pair of workers, which takes long beyond some hundred."""
+    The collectives of checkpoints run in another thread and in another order, so they have a separate group. A group
+    connects every pair of workers, which is slow for more than a few hundred."""
     return dist.new_group(backend="gloo") if world > 1 else None
 
 
@@ -70,8 +71,7 @@ class PreemptionVote:
     """Agreement of all workers, at the same step, that one of them has to leave. Does not block training.
 
     Each poll starts an asynchronous all-reduce and returns the result of the previous one, which has usually finished.
-    is_preempted: whether this worker has to leave. group: of the hosts (`host_group`); None for a single worker.
-    """
+    is_preempted: whether this worker has to leave. group: process group (`host_group`); None for a single worker."""
 
     def __init__(self, is_preempted: Callable[[], bool], group: dist.ProcessGroup | None):
         self.is_preempted, self.group = is_preempted, group

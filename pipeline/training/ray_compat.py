@@ -73,10 +73,10 @@ class Trainer(TorchTrainer):
 
 
 class ElasticPolicy(ElasticScalingPolicy):
-    """Ray's elastic policy; how many workers the cluster holds is a method that may be overridden."""
+    """Ray's elastic policy, with an overridable method for the number of workers that fit on the cluster."""
 
     def count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        """Workers that the resources of the nodes, {node: {resource: amount}}, hold."""
+        """The number of workers that fit on the nodes, {node: {resource: amount}}."""
         return super()._count_possible_workers(reserved_resources)
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:

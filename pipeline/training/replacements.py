@@ -19,8 +19,8 @@ class Replacements:
     """The replaced images of a run, the same on every worker. Each image counts once."""
 
     def __init__(self, *, limit: int | None, group: dist.ProcessGroup | None, state: Any = None):
-        """limit: the most images that may be replaced; None is no limit. group: of the hosts; None for a single worker.
-        state: what `state()` returned when the checkpoint was made."""
+        """limit: maximum number of replaced images; None: no limit. group: process group; None for a single worker.
+        state: the value of `state()` in the checkpoint."""
         state = state or {}
         self.limit = limit
         self.images: dict[str, str] = dict(state.get("images", {}))
@@ -55,5 +55,5 @@ class Replacements:
         return self.count
 
     def state(self) -> dict[str, Any]:
-        """JSON values."""
+        """The state as JSON values."""
         return {"count": self.count, "images": dict(list(self.images.items())[:NAMED])}

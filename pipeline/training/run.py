@@ -125,7 +125,7 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
 
     Returns {"b16_imagenet/3": checkpoint}. An error is only logged, because the run has succeeded; repeating the
     command retries."""
-    if not config.runtime.register or config.loss == "masked":  # a masked model has no classifier
+    if not config.runtime.register or config.loss == "masked":  # a model trained with masking has no classifier
         return {}
     here = checkpoints.find(config.runtime.output)
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
@@ -182,7 +182,7 @@ def check_run(config: PretrainConfig) -> TrainPlan:
 
 
 def check_places(config: PretrainConfig) -> None:
-    """Checks what does not depend on the data: values, and whether the output takes a run. Raises UserError."""
+    """Checks that do not depend on the data: values, and whether the output can hold a run. Raises UserError."""
     check_values(config)
     tracking.resolve_tracking_uri(config.runtime.tracking_uri)
     output = storage.normalise(config.runtime.output)
@@ -195,7 +195,7 @@ def check_places(config: PretrainConfig) -> None:
 
 
 def check_model(plan: TrainPlan) -> None:
-    """Whether the architecture exists, and the weights to start from fit it. Raises UserError."""
+    """Checks that the architecture exists and that the initial weights fit it. Raises UserError."""
     config = plan.config
     parameters(plan.model_options | {"variant": config.model.variant})  # raises for unknown names and options
     if config.init_from:
@@ -284,7 +284,8 @@ def _datasets(config: PretrainConfig) -> dict[str, str]:
 
 
 def log_datasets(run: tracking.Run, plan: TrainPlan) -> None:
-    """Every dataset that a run reads, as an input of the MLflow run; those of a mixture as train.1, train.2, ..."""
+    """Logs every dataset that a run reads as an input of the MLflow run; datasets
+    of a mixture are train.1, train.2, ..."""
     config = plan.config
     for role, uri in _datasets(config).items():
         run.log_dataset(uri, _about_data(uri), role=role)
@@ -299,7 +300,8 @@ def log_datasets(run: tracking.Run, plan: TrainPlan) -> None:
 
 
 def describe_mixture(plan: TrainPlan) -> list[str]:
-    """A line for each data set of a mixture: share, size, epochs over the whole run, classes that the others have, too."""
+    """One line per dataset of a mixture: share, size, epochs in the whole run, and
+    classes shared with other datasets."""
     data = open_data(plan.config.runtime.data) if plan.mixture else None
     if not isinstance(data, Mixture):
         return []

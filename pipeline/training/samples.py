@@ -1,4 +1,4 @@
-"""What a run's model sees, as pictures: its first batch after augmentation, and its attention on validation images."""
+"""Images for the MLflow run: the first batch after augmentation, and the model's attention on validation images."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 BATCH, ATTENTION = "samples/first-batch.png", "samples/attention.png"
 """Artifacts of the run in MLflow."""
 SHOWN, ATTENDED = 32, 12
-LARGEST = 1_000_000_000  # parameters of a model that the driver loads for a few pictures
+LARGEST = 1_000_000_000  # maximum parameters of a model that the driver loads to draw attention
 GREY = 128
 
 
 def log_batch(run: Run, batch: Mapping[str, Any], plan: TrainPlan) -> None:
-    """The first pictures of a worker's batch as they go into the model, with their labels. Never raises."""
+    """Logs the first images of a worker's batch, as they enter the model, with their labels. Never raises."""
     try:
         config = plan.config
         pictures = batch_pictures(batch, config)
@@ -50,12 +50,12 @@ def log_batch(run: Run, batch: Mapping[str, Any], plan: TrainPlan) -> None:
             notes.append(f"the model corrupts {share:.0%} of the patch embeddings, which is not shown")
         what = f"{len(pictures)} of {config.batch_size} images of the first batch at {config.image_size} px"
         run.log_bytes(sheet(pictures, titles, f"{what}: {', '.join(notes)}"), BATCH)
-    except Exception as error:  # a run does not fail for a picture
-        logger.warning("no picture of the first batch: %s", error)
+    except Exception as error:  # a failed image must not stop the run
+        logger.warning("cannot draw the first batch: %s", error)
 
 
 def batch_pictures(batch: Mapping[str, Any], config: PretrainConfig) -> list[np.ndarray]:
-    """uint8 (H,W,3) of at most 32 images of a batch of the loader; patches that it dropped are grey."""
+    """uint8 (H,W,3) of at most 32 images of a loader's batch. Dropped patches are grey."""
     if "image" in batch:
         return list(batch["image"][:SHOWN].numpy())
     patches, size, patch = (
@@ -71,10 +71,10 @@ def batch_pictures(batch: Mapping[str, Any], config: PretrainConfig) -> list[np.
 
 
 def batch_titles(batch: Mapping[str, Any], classes: Sequence[str], count: int) -> list[str]:
-    """A title for each of the first images of a batch: its class, or with mixup the shares of two."""
+    """Titles for the first images of a batch: the class, or with mixup the weights of two classes."""
 
     def name(label: Tensor) -> str:
-        if label.dim():  # several labels: one value a class
+        if label.dim():  # multi-label: one value per class
             return ", ".join(classes[i] for i in label.nonzero().flatten().tolist()) or "none"
         return classes[int(label)] if 0 <= int(label) < len(classes) else "no label"
 
@@ -86,7 +86,7 @@ def batch_titles(batch: Mapping[str, Any], classes: Sequence[str], count: int) -
 
 
 def log_attention(run: Run, plan: TrainPlan, checkpoint: str) -> None:
-    """The attention rollout of the finished model on images of the run's validation set. Never raises."""
+    """Logs the attention rollout of the finished model on images of the validation set. Never raises."""
     config = plan.config
     if not config.runtime.validation or parameters(plan.model_options) > LARGEST:
         return
@@ -95,13 +95,13 @@ def log_attention(run: Run, plan: TrainPlan, checkpoint: str) -> None:
         if isinstance(model, VisionTransformer):
             run.log_bytes(attention_sheet(model, config, open_dataset(config.runtime.validation)), ATTENTION)
     except Exception as error:
-        logger.warning("no picture of the attention: %s", error)
+        logger.warning("cannot draw the attention: %s", error)
 
 
 @torch.inference_mode()
 def attention_sheet(model: VisionTransformer, config: PretrainConfig, validation: Dataset) -> bytes:
-    """PNG: validation images as the model sees them, each beside the same image lit by its attention rollout, with label and
-    prediction."""
+    """A PNG of validation images as the model sees them, each next to a copy with
+    brightness by attention rollout, with label and prediction."""
     rows = np.unique(np.linspace(0, len(validation) - 1, ATTENDED).round().astype(int)).tolist()
     pictures: list[np.ndarray] = []
     titles: list[str] = []
@@ -126,7 +126,7 @@ def _label(label: Any, classes: Sequence[str]) -> str:
 
 
 def _validation_images(config: PretrainConfig, validation: Dataset, rows: list[int]) -> list[tuple[np.ndarray, Any]]:
-    """[(uint8 (S,S,3) as validation sees it, label)]"""
+    """[(image as in validation, uint8 (S,S,3), label)]"""
     view, found = evaluation_view(config), []
     labels = validation.table(["label"])["label"].take(rows).to_pylist()
     for stored, label in zip(stored_pictures(validation, rows), labels, strict=True):
@@ -137,7 +137,8 @@ def _validation_images(config: PretrainConfig, validation: Dataset, rows: list[i
 
 
 def _light(rollout: np.ndarray, size: int) -> np.ndarray:
-    """(g,g) -> (size,size) in 0..1: full light from the 98th percentile on, since one bright patch would darken the rest."""
+    """Brightness from attention: (g,g) -> (size,size) in 0..1. The 98th percentile has full brightness, so that one
+    bright patch does not darken the rest."""
     mask = torch.nn.functional.interpolate(
         torch.from_numpy(rollout)[None, None], size=(size, size), mode="bilinear", align_corners=False
     )[0, 0].numpy()

@@ -115,7 +115,7 @@ class FewShot:
         with ThreadPoolExecutor(loading_threads(self.plan.config)) as pool:
             pairs = zip(images, self.train.read(rows), strict=True)
             for filled in [pool.submit(fill, target, row) for target, row in pairs]:
-                filled.result()  # raises what a thread raised
+                filled.result()  # raises errors of the thread
         return engine.engine(engine.upload({"image": torch.from_numpy(images)})["image"]).float()
 
 
@@ -127,22 +127,22 @@ def check_validation(config: PretrainConfig, data: Dataset) -> None:
         if validation.multilabel != data.multilabel:
             several, one = (validation.uri, data.uri) if validation.multilabel else (data.uri, validation.uri)
             raise UserError(
-                f"--validation: {several} has several labels for each image, {one} has one; prepare both alike"
+                f"--validation: {several} has several labels per image, {one} has one; prepare both in the same way"
             )
         if validation.manifest.class_counts and not sum(validation.manifest.class_counts):
-            raise UserError(f"--validation {validation.uri} has no labelled image: its accuracy is not defined")
+            raise UserError(f"--validation {validation.uri} has no labelled images, so its accuracy is undefined")
     _check_images("validation", validation, config, data)
 
 
 def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Dataset) -> None:
-    """Whether the model that a run trains on `data` takes the images of another dataset. Raises UserError naming the
-    flag."""
+    """Checks that the model that is trained on `data` accepts the images of another
+    dataset. Raises UserError, which names the flag."""
     uri, image = measured.uri, measured.manifest.image
     if not len(measured):
         raise UserError(f"--{flag} {uri} has no images")
     channels, wanted = image.get("channels", 3), data.manifest.image.get("channels", 3)
     if channels != wanted:
-        raise UserError(f"--{flag} {uri} has images of {channels} channels, the training data of {wanted}")
+        raise UserError(f"--{flag} {uri} has images with {channels} channels, but the training data has {wanted}")
     if measured.encoding == "patches":
         size, patch = config.image_size, parse_variant(config.model.variant).patch
         if (image["height"], image["width"], image["patch_size"]) != (size, size, patch):
@@ -174,8 +174,8 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
 
 
 def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[Dataset, Dataset]:
-    """The probe's two datasets. Raises UserError when they do not fit each other, or the images those of `data`, which
-    the run trains on."""
+    """The two datasets of the probe. Raises UserError if their classes differ or if
+    their images do not fit the training data `data`."""
     test = config.runtime.fewshot.test or config.runtime.validation
     if test is None:
         raise UserError("fewshot.train needs a test set: give --fewshot.test or --validation")
@@ -188,7 +188,7 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
         if data is not None:
             _check_images(flag, dataset, config, data)
         if dataset.manifest.class_counts and not sum(dataset.manifest.class_counts):
-            raise UserError(f"--{flag} {dataset.uri} has no labelled image")
+            raise UserError(f"--{flag} {dataset.uri} has no labelled images")
     return train, scored
 
 

@@ -63,8 +63,8 @@ def test_prepare_that_is_out_of_host_memory_says_so_in_one_line_and_continues_la
     code, out, text = prepare_without_memory(tmp_path, RAY_task_oom_retries="1")
     assert (code, out) == (1, ""), text
     who = r"process \d+ \(\d+\.\d GB\) was ended: node \S+ ran out of host memory \(\d+\.\d of \d+\.\d GB in use by all programs\)"
-    assert re.search(rf"WARNING {who}; its work is done again\. A smaller --num-cpus", text)
-    assert re.search(rf"^error: {who}, again and again; the same command continues .*A smaller --num-cpus", text, re.M)
+    assert re.search(rf"WARNING {who}; its work is repeated\. A smaller --num-cpus", text)
+    assert re.search(rf"^error: {who}, repeatedly; the same command continues .*A smaller --num-cpus", text, re.M)
     assert not re.search(r"Traceback|raylet|Object store|Top 10 memory", text)
     command = [sys.executable, "jobs/prepare.py", "--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]
     again = subprocess.run([*command, "--no-tracking"], cwd=ROOT, capture_output=True, text=True, timeout=800)

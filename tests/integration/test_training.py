@@ -303,7 +303,7 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
     assert four.exists()
     assert checkpoint.repair(str(tmp_path), delete=True)[1]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
-    with pytest.raises(UserError, match="no checkpoints here"):
+    with pytest.raises(UserError, match="no checkpoints; give"):
         checkpoint.repair(str(tmp_path / "elsewhere"))
 
 

@@ -71,7 +71,7 @@ def picture(seed):
         (changed(DEMO, optimizer=replace(DEMO.optimizer, lr=-1e-3)), "optimizer.lr -0.001"),
         (changed(DEMO, augment=replace(DEMO.augment, mixup=float("nan"))), "augment.mixup nan"),
         (changed(DEMO, fewshot=FewShotConfig(l2=float("nan"))), "fewshot.l2 nan"),
-        (changed(DEMO, register="a/b"), 'register "a/b" is no name'),
+        (changed(DEMO, register="a/b"), 'register "a/b" is not a valid model name'),
         (changed(DEMO, ema_decay=1.0), "ema_decay 1.0"),
         (changed(DEMO, image_size=64), "validation_resize 32 is less than image_size 64; give --validation-resize 73"),
         (changed(DEMO, workers=0), "workers 0"),
@@ -121,7 +121,7 @@ WRONG = {
     "validation of another class": (lambda t: {"validation": write(t / "x", 8, "abce")}, r"--validation .*such as e"),
     "validation without labels": (
         lambda t: {"validation": write(t / "x", 8, "abcd", lambda i, n: -1)},
-        "--validation .* has no labelled image",
+        "--validation .* has no labelled images",
     ),
     "validation that is not there": (lambda t: {"validation": str(t / "none")}, "none: no dataset here"),
     "few-shot sets that differ": (

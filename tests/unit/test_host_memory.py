@@ -23,7 +23,7 @@ PID: 4711 Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly
 
 @pytest.fixture
 def remedy():
-    cluster.configure(memory_remedy="A smaller --num-cpus runs fewer processes at a time")
+    cluster.configure(memory_remedy="A smaller --num-cpus runs fewer processes in parallel")
     yield
     cluster.configure()
 
@@ -44,6 +44,6 @@ def test_each_message_is_one_line_with_the_setting_that_helps(remedy):
             cluster.report_message(message)
     assert lines == [
         "warning: process 9112 (1.8 GB) was ended: node 10.0.0.7 ran out of host memory (9.2 of 23.5 GB in use by all "
-        "programs); its work is done again. A smaller --num-cpus runs fewer processes at a time",
-        "warning: process 4711 on 10.0.0.7 ended (killed, crashed, or its node out of memory); its work is done again",
+        "programs); its work is repeated. A smaller --num-cpus runs fewer processes in parallel",
+        "warning: process 4711 on 10.0.0.7 ended (killed, crashed, or its node out of memory); its work is repeated",
     ]

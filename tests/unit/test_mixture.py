@@ -357,7 +357,7 @@ def test_data_sets_that_do_not_fit_are_named_with_the_remedy(tmp_path):
     for a, b, message in (
         (jpeg, patches, "encodings are jpeg and patches; prepare both with one --encoding"),
         (patches, other("large", "patches", 16), "8x8x3 in patches of 4 and 16x16x3.*--size"),
-        (jpeg, other("many", multilabel=True), "many has several labels for each image, .*jpeg has one"),
+        (jpeg, other("many", multilabel=True), "many has several labels per image, .*jpeg has one"),
         (jpeg, other("unlabelled", classes=()), "unlabelled has no classes; prepare it with labels"),
     ):
         with pytest.raises(UserError, match=message):
