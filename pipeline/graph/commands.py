@@ -124,11 +124,11 @@ def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
     return parser
 
 
-# ---------------------------------------------------------------- what is meant
+# ---------------------------------------------------------------- the command line
 
 
 def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The options of a command line, and the parameters of its recipe. Raises UserError for what cannot be meant."""
+    """The options of a command line and the parameters of its recipe. Raises UserError for an invalid command line."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     recipe = first.parse_known_args(words)[0].recipe
@@ -145,7 +145,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[
 
 
 def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.Pipeline, str]:
-    """The options of a command line, its pipeline, and what to call the pipeline in errors."""
+    """The options of a command line, its pipeline, and the name of the pipeline in errors."""
     options, parameters = parse(command, words)
     if options.file is not None:
         return options, file.load(options.file), options.file
@@ -154,7 +154,7 @@ def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.
 
 
 def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """The options of the words. Raises UserError for a flag that there is not, with the nearest one."""
+    """Parses the words. Raises UserError for an unknown flag, with the nearest valid one."""
     options, unknown = parser.parse_known_args(list(words))
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -163,7 +163,7 @@ def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 
 
 def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Flags as the parameters of a recipe, and the other words."""
+    """Splits the words into the parameters of a recipe and the rest."""
     hints = typing.get_type_hints(function)
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in inspect.signature(function).parameters:
@@ -174,7 +174,7 @@ def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) ->
 
 
 def _plan(pipeline: file.Pipeline, where: str) -> Plan:
-    """Everything that can be checked before work. Raises UserError."""
+    """The plan of a pipeline, after all checks that need no work. Raises UserError."""
     found = instances.expand(pipeline, where)
     refuse_package_folder(pipeline.root)
     plan = Plan(pipeline, found, state.load(pipeline.root), where)
@@ -188,8 +188,10 @@ def _plan(pipeline: file.Pipeline, where: str) -> Plan:
 def run(
     pipeline: file.Pipeline, where: str, options: Any, show: Show, again: Callable[[], file.Pipeline] | None = None
 ) -> int:
-    """One pass, or one each `--every`. again: reads the pipeline anew for the next pass: its file or its source may
-    change."""
+    """Runs one pass, or one per interval of `--every`.
+
+    again: reads the pipeline again for the next pass, because the file or the source may have changed.
+    """
     if options.parallel is not None and options.parallel < 1:
         raise UserError(f"--parallel {options.parallel} must be at least 1")
     if options.every is None:
@@ -201,17 +203,13 @@ def run(
             run_once(again() if again else pipeline, where, options, show)
         except InUse:
             logger.info("%s is being run already; this pass is skipped", pipeline.name)
-        except (
-            UserError,
-            JobFailed,
-            OSError,
-        ) as error:  # a store or a server that is away may be back at the next time
+        except (UserError, JobFailed, OSError) as error:  # a store or a server may be back for the next pass
             logger.error("%s", error)
     return 0
 
 
 def run_once(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
-    """Runs what is not done; its exit code."""
+    """Runs the stages that are not done. Returns the exit code."""
     plan = _plan(pipeline, where)
     selected = _select(plan, options)
     states = plan.survey()
@@ -252,7 +250,7 @@ def _select(plan: Plan, options: Any) -> list[str]:
 
 
 def _run_held(plan: Plan, executor: Executor, options: Any, show: Show) -> int:
-    """The run, while this process holds the lease."""
+    """Runs the pipeline while this process holds the lease. Returns the exit code."""
     selected = _select(plan, options)
     states = plan.survey()
     cpus = executor.cpus if executor.cpus != float("inf") else 1.0
@@ -327,13 +325,13 @@ def status(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int
     holder = lease.held_by(storage.join(plan.state.root, state.FOLDER))
     text = f"run by process {holder['pid']} on {holder['host']}" if holder else None
     if text is None and any(s.state == RUNNING for s in states.values()):
-        text = "no runner: the next `run` takes over the running stages"
+        text = "no runner; the next `run` takes over the running stages"
     show(report.status_table(plan, states, text))
     return 0
 
 
 def stop(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int:
-    """Stops running stages, which save their state first."""
+    """Stops running stages, which first save their state."""
     plan = _plan(pipeline, where)
     wanted = plan.named(options.stages, "stop") if options.stages else list(plan.instances)
     executor = _executor(plan, options.address)

@@ -1,4 +1,4 @@
-"""What stages took: seconds, CPU- and GPU-hours that they occupied, bytes, dollars."""
+"""The measured cost of stages: seconds, occupied CPU-hours and GPU-hours, bytes, dollars."""
 
 import math
 import time
@@ -17,14 +17,13 @@ COLUMNS = ("seconds", "cpu_hours", "gpu_hours", "read", "written", "dollars")
 
 
 def gpus(instance: Instance, available: float) -> float:
-    """GPUs that an instance occupies where so many are available. Where nobody knows how many (infinite), those it asks for."""
+    """GPUs that an instance occupies. available: those of the executor; if infinite, the number requested counts."""
     optional = instance.kind.optional_gpus(instance.config) if math.isfinite(available) else 0.0
     return instance.gpus or min(optional, available)
 
 
 def of_attempt(instance: Instance, executor: Executor, running: Running, ended: Ended) -> dict[str, float]:
-    """What one attempt took. Hours are those of the CPUs and GPUs that it occupied; `used_cpu_hours` is what was
-    measured."""
+    """The cost of one attempt. Hours are those of the occupied CPUs and GPUs; `used_cpu_hours` is the CPU time used."""
     seconds = ended.seconds if ended.seconds is not None else max(0.0, time.time() - running.started)
     cpus = executor.cpus if instance.cpus is None else instance.cpus
     taken = {"seconds": seconds, "attempts": 1.0, "gpu_hours": gpus(instance, executor.gpus) * seconds / 3600}
@@ -36,15 +35,14 @@ def of_attempt(instance: Instance, executor: Executor, running: Running, ended: 
 
 
 def add(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """The sum of what two attempts took."""
+    """The sum of two costs."""
     return {key: first.get(key, 0.0) + second.get(key, 0.0) for key in {**first, **second}}
 
 
 def finished(
     plan: Plan, instance: Instance, running: Running, spent: Mapping[str, float], output: str
 ) -> dict[str, Any]:
-    """What a finished instance took in all of its attempts. The bytes are those of its inputs, each once, and of its
-    output."""
+    """The cost of a finished instance over all attempts. Bytes read are those of its inputs, each counted once."""
     read = 0.0
     for address in (
         address for group in (instance.reads, instance.observes) for many in group.values() for address in many
@@ -56,14 +54,14 @@ def finished(
         else:
             read += plan.places.size(address.text)
     total = {**spent, "read": read, "written": float(places.size(output))}
-    if not total.get("gpu_hours"):  # of a cluster's job that took the GPUs that were there
+    if not total.get("gpu_hours"):  # a cluster job that used the GPUs it found
         total["gpu_hours"] = results.gpus(instance.kind.name, output) * total.get("seconds", 0.0) / 3600
     money = dollars(plan.pipeline.prices, total)
     return total if money is None else {**total, "dollars": money}
 
 
 def dollars(prices: Prices, hours: Mapping[str, float]) -> float | None:
-    """The price of CPU- and GPU-hours; None when the file gives none."""
+    """The price of CPU-hours and GPU-hours; None if the file gives no prices."""
     if prices.cpu_hour is None and prices.gpu_hour is None:
         return None
     return hours.get("cpu_hours", 0.0) * (prices.cpu_hour or 0.0) + hours.get("gpu_hours", 0.0) * (
@@ -72,7 +70,7 @@ def dollars(prices: Prices, hours: Mapping[str, float]) -> float | None:
 
 
 def total(costs: list[Mapping[str, float]]) -> dict[str, float]:
-    """The sum over stages."""
+    """The sum of the costs of stages."""
     found: dict[str, float] = {}
     for one in costs:
         found = add(found, {key: value for key, value in one.items() if isinstance(value, int | float)})

@@ -1,6 +1,7 @@
-"""What a stage will take, before it runs: from its last run where there is one, else from the numbers of jobs/plan.py.
+"""The estimated cost of a stage: from its last run or, before its first run, from the same data as jobs/plan.py.
 
-Nothing here imports torch: the arithmetic of a transformer is a formula, and thousand stages are estimated in a moment.
+Nothing here imports torch. The FLOPs of a transformer come from a formula, so estimates for 1,000 stages take a fraction
+of a second.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ from pipeline.graph.plan import Plan
 from pipeline.hardware import find_gpu
 
 START_SECONDS = {"prepare": 8.0, "vtab": 8.0, "pretrain": 20.0, "transfer": 12.0, "promote": 6.0}
-"""Of a job from its command to its work, on two cores; 5 s for the others."""
-CPU_FLOPS = 2e10  # a second and core, of training on a CPU: the demo's pre-training on two cores
-MFU = 0.4  # as jobs/plan.py assumes
+"""Seconds from the start of a job to its first unit of work, on two cores; 5 s for jobs not listed."""
+CPU_FLOPS = 2e10  # per second and core; measured with the demo's pre-training on two cores
+MFU = 0.4  # the default of jobs/plan.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What an instance will take. source: "last run" or "plan"."""
+    """The estimated cost of an instance. source: "last run" or "plan"."""
 
     seconds: float
     cpu_hours: float = 0.0
@@ -36,8 +37,8 @@ class Estimate:
 
 
 def estimate(plan: Plan, name: str, cpus: float) -> Estimate | None:
-    """Of one instance; None when nothing is known about it. cpus: of the executor, for a job that takes all there
-    are."""
+    """The estimated cost of one instance; None if there is no basis for one. cpus: CPUs of the executor, for a job that
+    uses the whole machine."""
     instance = plan.instances[name]
     record = plan.state.records.get(name)
     if record is not None and record.versions:
@@ -57,13 +58,13 @@ def estimate(plan: Plan, name: str, cpus: float) -> Estimate | None:
 
 
 def _gpus(plan: Plan, instance: Instance) -> float:
-    """GPUs that an instance asks for, or takes where its checkpoint is trained: as many as that training has, at most."""
+    """GPUs that an instance requests or, if they are optional, at most as many as the training of its checkpoint has."""
     trained = _trained(plan, instance)
     return cost.gpus(instance, trained.gpus if trained else 0.0)
 
 
 def _trained(plan: Plan, instance: Instance) -> Instance | None:
-    """The pre-training whose checkpoint an instance reads."""
+    """The pre-training that produces the checkpoint of an instance."""
     found = (plan.instances[a.instance] for a in instance.reads.get("checkpoint", ()) if a.instance)
     return next((one for one in found if one.kind.name == "pretrain"), None)
 
@@ -81,7 +82,7 @@ def _prepare(plan: Plan, instance: Instance, cpus: float) -> float | None:
 
 
 def _images(plan: Plan, instance: Instance) -> int | None:
-    """About how many images a preparation reads."""
+    """The approximate number of images that a preparation reads."""
     total = 0
     for address in instance.reads["source"]:
         if address.instance is not None:
@@ -133,8 +134,8 @@ def _rate(plan: Plan, instance: Instance, cpus: float) -> float:
 
 
 def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
-    """(images, classes) of what a stage reads: of the dataset that is there, or of the published corpus of its
-    recipe."""
+    """(images, classes) of the dataset that a stage reads or, if it does not exist yet, of the corpus that the name of
+    the recipe contains."""
     from pipeline.operations.planning.config import CORPORA
 
     sizes = []
@@ -167,14 +168,14 @@ def _dataset(place: str) -> tuple[int, int] | None:
 def _transformer_flops(variant: str, depth: int | None, side: int, keep: float) -> float:
     shape = parse_variant(variant)
     blocks = shape.depth if depth is None else depth
-    if blocks == 0 or shape.stem is not None:  # convolutions: the table of models.variants, by area
+    if blocks == 0 or shape.stem is not None:  # convolutional stem: about 20 GFLOPs at 224 px, proportional to the area
         return 20e9 * (side / 224) ** 2
     tokens, width = (side / shape.patch) ** 2 * keep, shape.width
     return blocks * (8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * shape.mlp)
 
 
 def forward_flops(model: Any, side: int, keep: float) -> float:
-    """About the FLOPs of one image forward (2 x multiply-accumulates), by formula."""
+    """Approximate FLOPs of the forward pass of one image (2 x multiply-accumulates)."""
     return _transformer_flops(model.variant, model.depth, side, keep)
 
 

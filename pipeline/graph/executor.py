@@ -1,4 +1,4 @@
-"""What the runner asks of whatever executes the attempts of stages: processes on this machine, or jobs of a Ray cluster."""
+"""The interface of executors, which run the attempts of stages: as processes of this machine or as Ray jobs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,55 +7,57 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """How an attempt ended. code None: it was lost, with its node or by a signal; that is no fault of the stage."""
+    """The end of an attempt. code: its exit code; None if the attempt was lost with its node or killed by a signal."""
 
     code: int | None
     reason: str = ""
     seconds: float | None = None
     spent: dict[str, float] = field(default_factory=dict)
-    """What was measured: cpu_hours."""
+    """Measured resources: cpu_hours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """What an executor needs to start one."""
+    """An attempt to run a stage, as an executor starts it."""
 
     job: str
-    """Its name with this executor, unique for ever."""
+    """Name of the attempt in this executor; never used again."""
     title: str
     """pipeline/instance, for people."""
     words: Sequence[str]
-    """The command, from the script on."""
+    """The command line, starting with the script."""
     environment: dict[str, str]
     log: str
-    """Where its log goes, local or s3://."""
+    """URI of the log, local or s3://."""
     memory: float = 1.0
+    """Memory of the entry point on a cluster, in GB."""
 
 
 class Executor(Protocol):
-    """Starts attempts and says how they are. Every method may be called again after the runner was killed."""
+    """Starts attempts and reports their state. A new runner may repeat every call of a killed one."""
 
     cpus: float
-    """That it has for stages; infinite where somebody else places them."""
+    """CPUs for stages; infinite if a cluster schedules them."""
     gpus: float
+    """GPUs for stages, in the same way."""
     pause: float
-    """Seconds between two looks."""
+    """Seconds between two calls of `look`."""
 
     def start(self, attempt: Attempt) -> None:
-        """Starts an attempt, unless it runs already."""
+        """Starts an attempt unless it is already running."""
 
     def look(self, job: str, log: str) -> Ended | None:
-        """How an attempt ended; None while it runs."""
+        """Returns the end of an attempt; None while it is running."""
 
     def stop(self, job: str) -> None:
-        """Asks an attempt to stop, as Ctrl-C does."""
+        """Asks an attempt to stop, like Ctrl-C."""
 
     def forget(self, job: str) -> None:
-        """Removes what an attempt that has ended left behind, beside its log."""
+        """Removes the files of an ended attempt except its log."""
 
 
 def last_error(text: str) -> str:
-    """The line of a log that says why its job failed: the last `error:` line, else the last line."""
+    """The line of a log that explains a failure: the last `error:` line, otherwise the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     if errors:

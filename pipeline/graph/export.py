@@ -1,7 +1,6 @@
-"""A pipeline for other schedulers: its stages as commands, which end with honest exit codes and may be given again.
+"""Exports a pipeline for other schedulers, as a list of repeatable commands with reliable exit codes.
 
-The commands have the outputs' addresses in them, so each can run alone; what decides them (files, sources) is that of the
-moment of the export.
+The commands contain the URIs of all outputs, so each command can run alone. The URIs are those at the time of the export.
 """
 
 import json
@@ -19,7 +18,7 @@ FORMATS = ("commands", "argo", "airflow", "yaml")
 
 
 def export(plan: Plan, to: str, image: str) -> str:
-    """The text of the export. image: container image of argo's steps."""
+    """The text of the export. image: container image of the steps in Argo."""
     if to == "yaml":
         return file.to_yaml(plan.pipeline).rstrip()
     writers = {"commands": _commands, "argo": lambda plan: _argo(plan, image), "airflow": _airflow}
@@ -27,7 +26,7 @@ def export(plan: Plan, to: str, image: str) -> str:
 
 
 def command_lines(plan: Plan) -> dict[str, list[str]]:
-    """{instance: words of its command, from the script on}, with every output at the address that a run would give it."""
+    """{instance: words of its command, starting with the script}. Outputs have the URIs that a run would use."""
     outputs = {name: plan.folder(name) for name in plan.instances}
     return {name: plan.command(name, outputs) for name in plan.instances}
 
@@ -35,7 +34,7 @@ def command_lines(plan: Plan) -> dict[str, list[str]]:
 def _commands(plan: Plan) -> str:
     lines = [
         "#!/usr/bin/env bash",
-        f"# {plan.pipeline.name}: its stages one after the other; each line may be given again.",
+        f"# {plan.pipeline.name}: its stages in order; each command can be repeated.",
         "set -euo pipefail",
     ]
     for name, words in command_lines(plan).items():
@@ -46,7 +45,7 @@ def _commands(plan: Plan) -> str:
 
 
 def _names(plan: Plan) -> dict[str, str]:
-    """{instance: a name of letters, digits and -, unique, at most 63 long}"""
+    """{instance: unique name of at most 63 letters, digits and -}"""
     names: dict[str, str] = {}
     for instance in plan.instances:
         name = re.sub(r"[^a-z0-9-]+", "-", instance.lower()).strip("-")[:55]
@@ -118,11 +117,13 @@ with DAG("{dag}", schedule=None, start_date=datetime(2026, 1, 1), catchup=False,
 
 
 def _airflow(plan: Plan) -> str:
-    """A file for Airflow's folder of DAGs (Airflow 3)."""
+    """A file for the DAG folder of Airflow 3."""
     names = _names(plan)
     for words in command_lines(plan).values():
         if any("{{" in word or "{%" in word for word in words):
-            raise UserError("airflow reads {{ and {% in a command as templates of its own; rename that address")
+            raise UserError(
+                "Airflow treats {{ and {% in a command as templates; rename the folder or field that contains them"
+            )
     values = {
         "commands": {names[name]: words for name, words in command_lines(plan).items()},
         "needs": {names[name]: [names[up] for up in instance.needs] for name, instance in plan.instances.items()},

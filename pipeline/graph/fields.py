@@ -1,4 +1,4 @@
-"""Fields of a job's config by their dotted names, as the job's flags have them: reading, checking, writing as flags."""
+"""Fields of a job config by dotted name, as in the flags of the job: reading, checking, and writing as flags."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ Path = tuple[str, ...]
 
 
 def paths(cls: Any) -> dict[str, tuple[Path, Any]]:
-    """{flag name without dashes: (names of the fields down to it, its type)}; nested configs without a prefix as in tyro."""
+    """{flag name without dashes: (path of field names, type)}. A nested config may have no prefix, as in tyro."""
     return _paths(cls)
 
 
@@ -35,7 +35,7 @@ def _paths(cls: Any) -> dict[str, tuple[Path, Any]]:
 
 
 def flat(values: Mapping[str, Any], cls: Any, where: str) -> dict[str, Any]:
-    """Nested or dotted fields as {dotted name: value}. Raises UserError for a field that the config does not have."""
+    """Nested or dotted fields as {dotted name: value}. Raises UserError for an unknown field."""
     known = paths(cls)
     groups = {name.rpartition(".")[0] for name in known} - {""}
     found: dict[str, Any] = {}
@@ -43,7 +43,7 @@ def flat(values: Mapping[str, Any], cls: Any, where: str) -> dict[str, Any]:
         if key not in known:
             raise UserError(f'{where}: unknown field "{key}"{nearest(key, known)}')
         if key in found:
-            raise UserError(f'{where}: the field "{key}" stands twice')
+            raise UserError(f'{where}: the field "{key}" is given twice')
         found[key] = value
     return found
 
@@ -59,7 +59,7 @@ def _flatten(values: Mapping[str, Any], groups: set[str], known: Mapping[str, An
 
 
 def with_values(config: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A copy of the config with other values, by dotted name. Raises UserError for a value of the wrong type."""
+    """A copy of the config with new values by dotted name. Raises UserError for a value of the wrong type."""
     known = paths(type(config))
     tree: dict[str, Any] = {}
     for name, value in values.items():

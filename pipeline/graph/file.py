@@ -15,8 +15,8 @@ from pipeline import credentials, storage
 from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 
-MAX_BYTES = 1 << 20  # of a pipeline file: larger ones are refused before they are parsed
-MAX_VALUES = 100_000  # of a pipeline file, aliases written out
+MAX_BYTES = 1 << 20  # in a pipeline file; larger files are refused before parsing
+MAX_VALUES = 100_000  # in a pipeline file, with expanded aliases
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 RESERVED = ("pipeline", "matrix", "promote")
 PROMOTE = "promote"
@@ -83,7 +83,7 @@ class Prices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
-    """Named stages, and where everything about them is kept."""
+    """A pipeline: its named stages and settings."""
 
     name: str
     """Name of the pipeline, of its MLflow run and of its registered model."""
@@ -109,8 +109,8 @@ class Pipeline:
 
 
 def load(place: str) -> Pipeline:
-    """The pipeline that a .yaml file, or the function `pipeline` of a .py file, describes. Raises UserError naming the
-    key."""
+    """Loads a pipeline from a .yaml file, or from the function `pipeline` of a .py file. Raises UserError that names the
+    invalid key."""
     if place.endswith(".py"):
         return _load_python(place)
     try:
@@ -118,12 +118,12 @@ def load(place: str) -> Pipeline:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{place}: no such pipeline file") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{place}: {len(data)} bytes are too many for a pipeline file (at most {MAX_BYTES})")
+        raise UserError(f"{place}: {len(data)} bytes; a pipeline file has at most {MAX_BYTES}")
     return from_dict(_read_yaml(data, place), place)
 
 
 def _read_yaml(data: bytes, place: str) -> Any:
-    """The plain values of a YAML document. Raises UserError, one line with the number of the line in the file."""
+    """The plain values of a YAML document. Raises UserError with the line number."""
     try:
         return credentials.take_from_values(yaml.load(data.decode("utf-8-sig"), Loader=_Strict), place)
     except UserError:
@@ -144,15 +144,15 @@ def _load_python(place: str) -> Pipeline:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place}: fails as a Python file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{place}: the Python file fails ({type(error).__name__}: {error})") from error
     made = made() if callable(made) else made
     if not isinstance(made, Pipeline):
         raise UserError(f"{place}: has no function `pipeline` that returns a pipeline.graph.file.Pipeline")
-    return from_dict(configuration.to_dict(made), place)  # Python checks no types of dataclasses
+    return from_dict(configuration.to_dict(made), place)  # dataclasses do not check types
 
 
 def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
-    """The pipeline of plain values. Raises UserError naming an unknown key and the nearest valid one."""
+    """Builds a pipeline from plain values. Raises UserError that names an unknown key and the nearest valid one."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: a pipeline has the keys name, output and stages; found {values!r:.60}")
     for key in ("name", "stages"):
@@ -160,7 +160,7 @@ def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
             raise UserError(f"{where}: the key {key} is missing")
     for name, stage in values["stages"].items() if isinstance(values["stages"], dict) else ():
         if isinstance(stage, dict) and "job" not in stage:
-            raise UserError(f"{where}.stages.{name}: the key job is missing: which job the stage is")
+            raise UserError(f"{where}.stages.{name}: the key job is missing")
     if isinstance(values.get("promote"), dict):
         over = values["promote"].get("over")
         if not over:
@@ -174,11 +174,11 @@ def check(pipeline: Pipeline, where: str) -> Pipeline:
     for name in (pipeline.name, *pipeline.stages):
         if not NAME.fullmatch(name):
             raise UserError(
-                f"{where}: the name {json.dumps(name)} is not letters, digits, - and _ (at most 63, a letter first)"
+                f"{where}: invalid name {json.dumps(name)}: use a letter, then letters, digits, - and _, at most 63 in all"
             )
     for name in RESERVED:
         if name in pipeline.stages:
-            raise UserError(f'{where}: no stage may be called "{name}", which has a meaning in references')
+            raise UserError(f'{where}: the stage name "{name}" is reserved for references; choose another')
     if not pipeline.stages:
         raise UserError(f"{where}: has no stages")
     if pipeline.parallel < 1:
@@ -194,7 +194,7 @@ def check(pipeline: Pipeline, where: str) -> Pipeline:
 
 
 def _numbers(pipeline: Pipeline) -> dict[str, float | None]:
-    """{key: value} of what may be 0 or more."""
+    """{key: value} of the numbers that must not be negative."""
     found: dict[str, float | None] = {"retries": pipeline.retries}
     found |= {"prices.cpu_hour": pipeline.prices.cpu_hour, "prices.gpu_hour": pipeline.prices.gpu_hour}
     for name, stage in pipeline.stages.items():
@@ -207,7 +207,7 @@ def _numbers(pipeline: Pipeline) -> dict[str, float | None]:
 
 
 def to_yaml(pipeline: Pipeline) -> str:
-    """The file of a pipeline that a Python function made, without what has its default."""
+    """The YAML file of a pipeline, without values that equal their defaults."""
     plain = configuration.to_dict(pipeline)
     defaults = configuration.to_dict(Pipeline(name="", stages={}))
     kept = {key: value for key, value in plain.items() if value != defaults[key]}
@@ -241,26 +241,28 @@ class _Strict(yaml.SafeLoader):
                 text = f'"{key.value}"' if isinstance(key, yaml.ScalarNode) else "a list or mapping"
                 remedy = "; put it in quotes" if isinstance(key, yaml.ScalarNode) else ""
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"a key has to be text, and YAML reads {text} as something else{remedy}", key.start_mark
+                    None, None, f"a key must be a string, and YAML does not parse {text} as one{remedy}", key.start_mark
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key.value}" stands twice', key.start_mark
+                    None, None, f'the key "{key.value}" is given twice', key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, aliases written out. known: counts by id; 0 while a node is being counted.
+    """The number of values in a node with expanded aliases. known: counts by id; 0 while a node is being counted.
 
-    Raises ConstructorError above `MAX_VALUES`, and for a node that holds itself.
+    Raises ConstructorError above `MAX_VALUES`, and for a node that contains itself.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in known:
         if known[id(node)] == 0:
-            raise yaml.constructor.ConstructorError(None, None, "an alias stands for what holds it", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "an alias refers to a node that contains it", node.start_mark
+            )
         return known[id(node)]
     known[id(node)] = 0
     children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
@@ -268,7 +270,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     for child in children:
         count += _count(child, known)
         if count > MAX_VALUES:
-            problem = f"more than {MAX_VALUES:,} values, aliases written out"
+            problem = f"more than {MAX_VALUES:,} values with expanded aliases"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     known[id(node)] = count
     return count

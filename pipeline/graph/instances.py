@@ -22,7 +22,7 @@ from pipeline.graph.kinds import Kind
 from pipeline.graph.references import INSTANCE, data_of
 from pipeline.graph.state import FOLDER
 
-MOST = 10_000  # instances of one pipeline
+MOST = 10_000  # limit on the instances of a pipeline
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Axes = tuple[tuple[str, str], ...]
 """The value, as text, of each axis ("stage.field") of an instance."""
@@ -30,13 +30,13 @@ Axes = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address in a field: text of its own, or what another instance makes, with the path below it."""
+    """A URI in a field: literal text, or the output of another instance with a path below it."""
 
     text: str
     instance: str | None = None
     below: str = ""
     covers: tuple[str, ...] = ()
-    """Instances whose outputs, which the file names, lie in the folder of this address."""
+    """Instances whose outputs, as named in the file, lie in the folder at this URI."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class Instance:
     kind: Kind
     recipe: str | None
     config: Any
-    """With references, as the file has them."""
+    """Config with references, as in the file."""
     given: dict[str, Any]
     """Fields of the file, by dotted name, with references to outputs."""
     reads: dict[str, tuple[Address, ...]]
@@ -56,7 +56,7 @@ class Instance:
     needs: tuple[str, ...]
     """Names of the instances that have to finish first."""
     after: tuple[str, ...] = ()
-    """Those of them that no field refers to."""
+    """Those of `needs` that no field refers to."""
     output: str | None = None
     """The URI in the file; None: a folder named after the identity."""
     axes: Axes = ()
@@ -88,11 +88,11 @@ def expand(pipeline: Pipeline, where: str = "pipeline") -> dict[str, Instance]:
     return _connect(instances, where)
 
 
-# ---------------------------------------------------------------- order
+# ---------------------------------------------------------------- topological order
 
 
 def _order(pipeline: Pipeline, where: str) -> list[str]:
-    """Names of the stages, each after those that it needs. Raises UserError for unknown references and circles."""
+    """Names of the stages in topological order. Raises UserError for unknown references and cycles."""
     needs = {name: _needed(name, stage, pipeline, where) for name, stage in pipeline.stages.items()}
     order: list[str] = []
     state: dict[str, int] = {}
@@ -125,9 +125,9 @@ def _needed(name: str, stage: Stage, pipeline: Pipeline, where: str) -> list[str
             raise UserError(f'{place}: after: no stage "{other}"{nearest(other, pipeline.stages)}')
     for text in _texts([stage.fields, stage.matrix]):
         if "${" in REFERENCE.sub("", text):
-            raise UserError(f"{place}: {text}: a reference begins with ${{ and ends with }}")
+            raise UserError(f"{place}: {text}: incomplete reference; write ${{STAGE.output}}")
         if "$<" in text:
-            raise UserError(f"{place}: {text}: no value may have $< in it")
+            raise UserError(f"{place}: {text}: a value must not contain $<")
         for reference in REFERENCE.findall(text):
             head, _, rest = reference.partition(".")
             if head in ("matrix", "pipeline"):
@@ -136,8 +136,8 @@ def _needed(name: str, stage: Stage, pipeline: Pipeline, where: str) -> list[str
                 raise UserError(f'{place}: ${{{reference}}}: no stage "{head}"{nearest(head, pipeline.stages)}')
             if rest not in ("output", "*.output"):
                 raise UserError(
-                    f"{place}: ${{{reference}}}: a stage has only its output; write ${{{head}.output}}, or ${{{head}.*.output}} "
-                    "for those of all of its instances"
+                    f"{place}: ${{{reference}}}: only the output of a stage can be referenced; write ${{{head}.output}}, or "
+                    f"${{{head}.*.output}} for all its instances"
                 )
             needed.append(head)
     for other in needed:
@@ -169,7 +169,7 @@ class _Template:
     kind: Kind
     given: Mapping[str, Any]
     all_of: Mapping[str, list[Instance]]
-    """{stage: all of its instances}, of those that this stage needs as a whole."""
+    """{stage: all its instances}, for stages that this stage needs as a whole."""
     pipeline: Pipeline
     place: str
 
@@ -188,7 +188,7 @@ def _instances(
     template = _Template(name, stage, kind, given, {other: found[other] for other in many}, pipeline, place)
     count = math.prod(map(len, matrix.values())) * len(upstream)
     if count > MOST:
-        raise UserError(f"{place}: {count:,} instances; at most {MOST:,} can be")
+        raise UserError(f"{place}: {count:,} instances; the limit is {MOST:,}")
     made = []
     for axes, ups in upstream:
         for chosen in itertools.product(*matrix.values()):
@@ -196,7 +196,7 @@ def _instances(
             own = tuple((f"{name}.{key}", _short(value)) for key, value in values.items())
             made.append(_instance(template, values, ups, (*axes, *own)))
     if len({instance.name for instance in made}) < len(made):
-        raise UserError(f"{place}: two combinations of the matrix are the same; list every value only once")
+        raise UserError(f"{place}: two combinations of the matrix are equal; list each value once")
     return made
 
 
@@ -216,7 +216,7 @@ def _matrix(stage: Stage, kind: Kind, given: Mapping[str, Any], place: str) -> d
 
 
 def _join(upstream: Sequence[tuple[str, list[Instance]]]) -> list[tuple[Axes, dict[str, Instance]]]:
-    """Every consistent choice of one instance of each stage: those that come from the same combination go together."""
+    """All consistent choices of one instance per stage: instances with equal values on common axes go together."""
     joined: list[tuple[Axes, dict[str, Instance]]] = [((), {})]
     for stage, instances in upstream:
         axes_here = {axis for axis, _ in instances[0].axes}
@@ -236,7 +236,10 @@ def _join(upstream: Sequence[tuple[str, list[Instance]]]) -> list[tuple[Axes, di
 
 
 def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, Instance], axes: Axes) -> Instance:
-    """chosen: values of the stage's own matrix. ups: the instance of each stage that it refers to alone."""
+    """One instance of a stage.
+
+    chosen: values of its own matrix. ups: the instance of each stage of which it refers to a single one.
+    """
     stage, kind, place, pipeline = template.stage, template.kind, template.place, template.pipeline
     recipe = chosen.get("recipe", stage.recipe)
     values = {**template.given, **{key: value for key, value in chosen.items() if key != "recipe"}}
@@ -282,7 +285,7 @@ def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, 
 
 
 def _substitute(value: Any, words: Mapping[str, list[str]], place: str, many: bool) -> Any:
-    """The value with what its references stand for. many: whether the field takes several values."""
+    """Replaces the references in a value. many: whether the field takes several values."""
     if isinstance(value, list | tuple):
         parts = [_substitute(item, words, place, many) for item in value]
         return [one for part in parts for one in (part if isinstance(part, list) else [part])]
@@ -294,13 +297,13 @@ def _substitute(value: Any, words: Mapping[str, list[str]], place: str, many: bo
         before, reference = value[at : match.start()], match[1]
         at = match.end()
         if reference not in words:
-            raise UserError(f"{place}: ${{{reference}}}: there is no such value{nearest(reference, words)}")
+            raise UserError(f"{place}: ${{{reference}}}: unknown reference{nearest(reference, words)}")
         texts = [text + before + option for text in texts for option in words[reference]]
     texts = [text + value[at:] for text in texts]
     if len(texts) == 1 and "*" not in value:
         return texts[0]
     if not many:
-        raise UserError(f"{place}: {value} stands for {len(texts)} outputs; this field takes one")
+        raise UserError(f"{place}: {value} expands to {len(texts)} outputs, but this field takes one")
     return texts
 
 
@@ -334,7 +337,7 @@ def _decides(kind: Kind, config: Any) -> dict[str, Any]:
 
 @functools.cache
 def defaults(kind: Kind) -> dict[str, Any]:
-    """What decides the output of a job all of whose fields have their defaults."""
+    """The values that affect the output, for a job with default fields only."""
     given = dict.fromkeys((f.name for f in dataclasses.fields(kinds.config_class(kind))), "")
     base = kinds.config_class(kind)() if kind.recipes else kinds.start(kind, None, given, kind.name)
     return _decides(kind, base)
@@ -344,14 +347,14 @@ def defaults(kind: Kind) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A value of a matrix in a name: 0.001, Ti-8, 0.3+0.9."""
+    """A matrix value as part of a name: 0.001, Ti-8, 0.3+0.9."""
     text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     text = re.sub(r"[^A-Za-z0-9_.+=-]+", "-", text)
     return text if len(text) <= 32 else f"{text[:24]}-{configuration.fingerprint(text)[:6]}"
 
 
 def _label(axes: Axes) -> str:
-    """lr=0.001,seed=1; with the whole field, or the stage before it, where two would be called the same."""
+    """A label such as lr=0.001,seed=1; with the dotted field, or the stage and the field, where labels would collide."""
     names = [axis.rpartition(".")[2] for axis, _ in axes]
     if len(set(names)) < len(names):
         names = [axis.partition(".")[2] for axis, _ in axes]
@@ -360,7 +363,7 @@ def _label(axes: Axes) -> str:
     return ",".join(f"{name}={text}" for name, (_, text) in zip(names, axes, strict=True))
 
 
-# ---------------------------------------------------------------- the promotion, and checks of the whole
+# ---------------------------------------------------------------- promotion, and checks across stages
 
 
 def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: str) -> Instance:
@@ -370,7 +373,7 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
         if stage not in found:
             raise UserError(f'{place}.over: no stage "{stage}"{nearest(stage, found)}')
         if found[stage][0].kind.name != "transfer":
-            raise UserError(f"{place}.over: {stage} is a {found[stage][0].kind.name}; only transfer stages have scores")
+            raise UserError(f"{place}.over: {stage} is a {found[stage][0].kind.name}; over takes transfer stages")
         _check_metric(rule.metric, stage, found[stage], place)
     scores = [f"$<{instance.name}>" for stage in rule.over for instance in found[stage]]
     kind = kinds.KINDS[PROMOTE]
@@ -396,7 +399,7 @@ def _promotion(pipeline: Pipeline, found: Mapping[str, list[Instance]], where: s
 
 
 def _check_metric(metric: str, stage: str, transfers: Sequence[Instance], place: str) -> None:
-    """Raises UserError for a metric that no score of the stage has, as far as that is known before the transfers."""
+    """Raises UserError for a metric that the stage does not produce, if its tasks are known before the transfers."""
     known = [kinds.task_names(instance.config) for instance in transfers]
     names = {name for tasks in known for name in tasks or ()}
     if metric != "mean" and None not in known and metric.rpartition("/")[2] not in names:
@@ -404,7 +407,7 @@ def _check_metric(metric: str, stage: str, transfers: Sequence[Instance], place:
 
 
 def _connect(instances: dict[str, Instance], where: str) -> dict[str, Instance]:
-    """The instances, in order, once addresses that are written out but lie in another's output are references, too."""
+    """Turns literal URIs inside the output of another instance into references. Returns the instances in order."""
     outputs = {instance.output: name for name, instance in instances.items() if instance.output is not None}
     changed = False
     for name, instance in instances.items() if outputs else ():
@@ -440,7 +443,7 @@ def _named(address: Address) -> tuple[str, ...]:
 
 
 def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where: str) -> None:
-    """Raises UserError for two outputs of which one is the other or lies in it, and for one that lies in an input."""
+    """Raises UserError for equal or nested outputs and for an output inside an input."""
     root = pipeline.root
     given = {}
     taken = {f"{root}/{FOLDER}": "the pipeline keeps its state"}
@@ -450,26 +453,26 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
             continue
         if INSTANCE.search(instance.output):
             raise UserError(
-                f"{where}: stage {instance.stage}: its output lies in another stage's; give a folder of its own"
+                f"{where}: stage {instance.stage}: its output lies in the output of another stage; give a separate folder"
             )
         instance.output = storage.normalise(instance.output)
         given[instance.name] = instance.output
         if instance.output == root or root.startswith(instance.output + "/"):
             raise UserError(
-                f"{where}: stage {instance.stage}: its output {instance.output} holds the pipeline's own folder"
+                f"{where}: stage {instance.stage}: its output {instance.output} contains the output of the pipeline; give a separate folder"
             )
         for folder, what in taken.items():
             if f"{instance.output}/".startswith(f"{folder}/"):
                 raise UserError(
                     f"{where}: stage {instance.stage}: its output {instance.output} lies in {folder}, where {what}; give "
-                    "a folder of its own"
+                    "a separate folder"
                 )
     ordered = sorted((f"{uri}/", name) for name, uri in given.items())
     for (uri, name), (other, second) in itertools.pairwise(ordered):
         if other.startswith(uri):
             raise UserError(
                 f"{where}: the output of {second} ({other.rstrip('/')}) lies in that of {name} ({uri.rstrip('/')}); give each "
-                "a folder of its own" + (", such as one with ${matrix.FIELD} in it" if other == uri else "")
+                "a separate folder" + (", such as one with ${matrix.FIELD} in it" if other == uri else "")
             )
     for name, instance in instances.items():
         for address in (a for group in instance.reads.values() for a in group if a.instance is None):
@@ -479,5 +482,5 @@ def _check_outputs(pipeline: Pipeline, instances: Mapping[str, Instance], where:
             for uri, other in ordered:
                 if uri.startswith(source) and instance.kind.name in ("prepare", "vtab"):
                     raise UserError(
-                        f"{where}: the output of {other} ({uri.rstrip('/')}) lies in what {name} reads ({source.rstrip('/')})"
+                        f"{where}: the output of {other} ({uri.rstrip('/')}) lies in the input of {name} ({source.rstrip('/')})"
                     )

@@ -202,10 +202,10 @@ KINDS: dict[str, Kind] = {
 
 
 def find(name: str, where: str) -> Kind:
-    """The kind of that name. Raises UserError with the nearest one; `promote` is no job that a file may name."""
+    """The kind with that name; a file cannot name `promote`. Raises UserError with the nearest name."""
     jobs = [kind for kind in KINDS if kind != "promote"]
     if name not in jobs:
-        raise UserError(f'{where}: no job "{name}"{nearest(name, jobs)}; jobs: {", ".join(jobs)}')
+        raise UserError(f'{where}: unknown job "{name}"{nearest(name, jobs)}; jobs: {", ".join(jobs)}')
     return KINDS[name]
 
 
@@ -216,12 +216,12 @@ def _load(place: str) -> Any:
 
 
 def config_class(kind: Kind) -> Any:
-    """The dataclass of the kind's fields."""
+    """The dataclass with the fields of the kind."""
     return _load(kind.config)
 
 
 def recipe_names(kind: Kind) -> list[str]:
-    """Names of the recipes that `recipe` may give."""
+    """The valid values of `recipe`."""
     return list(_recipes(kind))
 
 
@@ -235,8 +235,7 @@ def _recipes(kind: Kind) -> Mapping[str, Callable[[], Any]]:
 
 
 def start(kind: Kind, recipe: str | None, given: Mapping[str, Any], where: str) -> Any:
-    """The config that a stage's fields are laid over. Raises UserError for an unknown recipe, or a field that must be
-    given."""
+    """The config that the fields of a stage override. Raises UserError for an unknown recipe or a missing required field."""
     recipes = _recipes(kind)
     if recipe is not None and recipe not in recipes:
         if not recipes:
@@ -245,7 +244,7 @@ def start(kind: Kind, recipe: str | None, given: Mapping[str, Any], where: str) 
     cls = config_class(kind)
     if recipes:
         base = recipes[recipe or kind.default or ""]()
-        if type(base) is not cls:  # the recipe's fields, and those of the job beside them
+        if type(base) is not cls:  # the job has fields in addition to those of the recipe
             base = cls(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
         return base
     empty: dict[str, Any] = {}
@@ -260,7 +259,7 @@ def start(kind: Kind, recipe: str | None, given: Mapping[str, Any], where: str) 
 
 @functools.cache
 def versions(formats: tuple[str, ...]) -> dict[str, int]:
-    """Versions of the formats of this program."""
+    """Versions of the formats in this program."""
     places = {
         SHARDS: "pipeline.data.format.constants:VERSION",
         CHECKPOINTS: "pipeline.weights.checkpoints:FORMAT",
@@ -269,7 +268,7 @@ def versions(formats: tuple[str, ...]) -> dict[str, int]:
 
 
 def task_names(config: Any) -> list[str] | None:
-    """Tasks of a transfer's config; None when they are the data sets that will be there."""
+    """Tasks of a transfer config; None if they depend on the data sets that an earlier stage produces."""
     return _load("pipeline.transfer.suites:task_names")(config)
 
 

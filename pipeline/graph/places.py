@@ -1,9 +1,11 @@
 """Fingerprints of the content at a URI, independent of location, time and folder name.
 
-a dataset, or a folder of datasets     the fingerprints of their manifests a checkpoint, or a run                 the
-checksum of the weights a transfer's output                    its scores a registered model                     the
-checkpoint of the version any other file or folder               names, sizes and bytes; beyond `MAX_READ` bytes names
-and sizes (on S3 also ETags)"""
+dataset, folder of datasets   fingerprints in the manifests
+checkpoint, run               checksum of the weights
+output of a transfer          scores
+registered model              checkpoint of the version
+other file or folder          names, sizes and bytes; above `MAX_READ` bytes names and sizes (on S3 also ETags)
+"""
 
 import contextlib
 import hashlib
@@ -20,11 +22,11 @@ from pipeline.errors import UserError
 from pipeline.weights import checkpoints
 
 MAX_READ = 256 << 20
-"""Bytes of a folder of raw files that are read to compare their content."""
+"""Maximum size in bytes of a folder of raw files that is compared by content."""
 THREADS = 32
 MANIFEST, SCORES = "manifest.json", "scores.json"
 ELSEWHERE = re.compile(r"(timm|hf|demo):")
-"""Addresses of other libraries' models and of built-in data: their text says what they are."""
+"""URIs of models of other libraries and of built-in data. They identify their content."""
 _FINGERPRINT = re.compile(rb'"fingerprint": "([^"]*)"')
 
 
@@ -50,8 +52,10 @@ class Missing(UserError):
 
 
 class Places:
-    """Fingerprints of addresses outside the pipeline, each looked at once. memory: what an earlier look found, by
-    address: files whose sizes and times are as they were are not read again."""
+    """Fingerprints of URIs outside the pipeline, each computed once.
+
+    memory: earlier results by URI; files with unchanged sizes and times are not read again.
+    """
 
     def __init__(self, memory: dict[str, Any] | None = None, tracking_uri: str | None = None) -> None:
         self.memory = memory if memory is not None else {}
@@ -59,7 +63,7 @@ class Places:
         self._seen: dict[str, str] = {}
 
     def fingerprint(self, text: str) -> str:
-        """Of what stands at an address. Raises Missing when there is nothing."""
+        """The fingerprint of the content at a URI. Raises Missing if there is none."""
         if text not in self._seen:
             self._seen[text] = self._look(text)
         return self._seen[text]
@@ -85,7 +89,7 @@ class Places:
             return text
         try:
             return checkpoints.resolve(version.checkpoint).commit["files"]["model.safetensors"]["sha256"]
-        except (UserError, KeyError):  # on another machine's disk: the version says what it is
+        except (UserError, KeyError):  # the checkpoint is on the disk of another machine
             return f"{version.name}/{version.version}"
 
     def _raw(self, uri: str) -> str:
@@ -105,7 +109,7 @@ class Places:
         return content
 
     def size(self, text: str) -> int:
-        """Bytes at an address outside the pipeline; 0 for one that is no place."""
+        """Bytes at a URI outside the pipeline; 0 for models and built-in data."""
         if ELSEWHERE.match(text) or text.startswith(("models:/", "runs:/")):
             return 0
         known = self.memory.get(storage.normalise(text), {}).get("bytes")
@@ -140,8 +144,7 @@ def describe(uri: str) -> Content | None:
 
 
 def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
-    """(path, fingerprint) of datasets in the folder or in its folders: the splits of prepare, VTAB's tasks and
-    splits."""
+    """(path, fingerprint) of datasets one or two levels below a folder, such as splits, or tasks and splits of VTAB."""
 
     def look(name: str) -> list[tuple[str, str]]:
         below = storage.list_names(storage.join(uri, name))
@@ -166,14 +169,13 @@ def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _dataset(uri: str) -> str:
-    """The fingerprint in a manifest, which stands near its beginning: the manifest of a large corpus has hundreds of
-    MB."""
+    """The fingerprint in a manifest. It is near the beginning, so a manifest of hundreds of MB is not read in full."""
     place = storage.join(uri, MANIFEST)
     match = _FINGERPRINT.search(storage.read_bytes(place, 0, 1 << 16))
     if match is None:
         match = _FINGERPRINT.search(storage.read_bytes(place))
     if match is None:
-        raise UserError(f"{place}: has no fingerprint; verify the dataset with `jobs/prepare.py verify {uri}`")
+        raise UserError(f"{place}: no fingerprint found; verify the dataset with `jobs/prepare.py verify {uri}`")
     return match[1].decode()
 
 
@@ -186,7 +188,7 @@ def _weights(checkpoint: checkpoints.Checkpoint) -> str:
 
 
 def _files(uri: str) -> Iterator[tuple[str, int, str]]:
-    """(path, bytes, stamp) of every file under an address; the stamp changes when the file is written."""
+    """(path, bytes, stamp) of every file under a URI. The stamp changes with every write."""
     files = storage.list_files(uri)
     if not files and not os.path.isdir(uri):  # a single file
         with contextlib.suppress(FileNotFoundError):
@@ -205,8 +207,7 @@ def _content(uri: str, paths: list[str]) -> str:
 
 
 def complete(uri: str, markers: tuple[str, ...]) -> str | None:
-    """The path of the file that says that an output is complete; None when there is none. `*` stands for any one
-    name."""
+    """The path of the file that marks an output as complete, or None. `*` matches one name."""
     for marker in markers:
         if found := _find(uri, marker):
             return found
@@ -214,7 +215,7 @@ def complete(uri: str, markers: tuple[str, ...]) -> str | None:
 
 
 def _find(uri: str, marker: str) -> str | None:
-    """The last path, by name, that a marker describes."""
+    """The last path, in order of names, that matches a marker."""
     before, star, after = marker.partition("*")
     if not star:
         return marker if storage.exists(storage.join(uri, marker)) else None
@@ -228,7 +229,7 @@ def _find(uri: str, marker: str) -> str | None:
 
 
 def size(uri: str) -> int:
-    """Bytes of all files under an address; 0 when nothing is there."""
+    """Bytes of all files under a URI; 0 if there are none."""
     try:
         return sum(size for _, size, _ in _files(storage.normalise(uri)))
     except (OSError, UserError):

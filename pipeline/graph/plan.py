@@ -49,14 +49,14 @@ class Plan:
         self._complete: dict[str, bool] = {}
         self._versions: dict[str, list[Version]] | None = None
         self.done: dict[str, Version] = {}
-        """Of the instances found done so far."""
+        """{instance: version} of the instances found done so far."""
         self.outputs: dict[str, str] = {}
-        """Their absolute addresses."""
+        """{instance: URI of its output} of the instances in `done`."""
 
-    # ------------------------------------------------------------ before anything starts
+    # ------------------------------------------------------------ inputs
 
     def check_inputs(self) -> None:
-        """Raises UserError for an input outside the pipeline where nothing stands."""
+        """Raises UserError for a missing input outside the pipeline."""
         for instance in self.instances.values():
             for field, addresses in {**instance.reads, **instance.observes}.items():
                 for address in addresses:
@@ -73,7 +73,7 @@ class Plan:
     # ------------------------------------------------------------ identities
 
     def identity(self, instance: Instance) -> Identity:
-        """Of an instance whose needs are all in `done`."""
+        """The identity of an instance whose dependencies are all in `done`."""
         inputs: dict[str, str] = {}
         for field, addresses in instance.reads.items():
             for i, address in enumerate(addresses):
@@ -84,7 +84,7 @@ class Plan:
                     inputs[key] = self._outside(instance, field, address)
                 else:
                     inputs[key] = self.done[address.instance].content.below(address.below)
-        if len(instance.reads.get("scores", ())) > 1:  # a promotion compares them: their order says nothing
+        if len(instance.reads.get("scores", ())) > 1:  # the order of scores does not affect a promotion
             inputs = {"scores": configuration.fingerprint(sorted(inputs.values()))}
         inputs |= {f"after {name}": self.done[name].fingerprint for name in instance.after}
         about = {
@@ -96,7 +96,7 @@ class Plan:
         return Identity(id=configuration.fingerprint(about), about=about)
 
     def tree(self, name: str) -> str:
-        """The identity of an instance as it is known before anything has run: its config and those of all before it."""
+        """A fingerprint that is known before any run: of the config of an instance and of all its dependencies."""
         if name not in self._trees:
             instance = self.instances[name]
             inputs = {
@@ -116,7 +116,7 @@ class Plan:
         return self._outside(instance, field, address)
 
     def folder(self, name: str) -> str:
-        """The output of an instance: from the file, or a folder for this version."""
+        """The URI of the output of an instance: from the file, or a folder for this version."""
         if name not in self._folders:
             instance = self.instances[name]
             own = "-".join(filter(None, [instance.label, self.tree(name)[:8]]))
@@ -126,7 +126,7 @@ class Plan:
     # ------------------------------------------------------------ states
 
     def find(self, name: str, identity: Identity) -> Version | None:
-        """A finished run with this identity whose output is still there, whichever stage it was made under."""
+        """A finished run of any stage with this identity whose output still exists."""
         if self._versions is None:
             self._versions = {}
             for record in self.state.records.values():
@@ -145,7 +145,7 @@ class Plan:
         return None
 
     def is_complete(self, version: Version) -> bool:
-        """Whether the output of a finished run is still there."""
+        """Whether the output of a finished run still exists."""
         place = self._marker(version)
         if place not in self._complete:
             self._complete[place] = not version.marker or storage.exists(place)
@@ -163,7 +163,7 @@ class Plan:
         self.mark_done(name, version)
 
     def mark_done(self, name: str, version: Version) -> None:
-        """Counts an instance as done, with the output of that version."""
+        """Marks an instance as done, with the output of that version."""
         self.done[name] = version
         self.outputs[name] = self.state.address(version.output)
 
@@ -206,7 +206,7 @@ class Plan:
             return Status(state=STALE, why=why_stale(before, identity))
         return Status(state=WAITING, why="ready")
 
-    # ------------------------------------------------------------ which ones
+    # ------------------------------------------------------------ selection
 
     def select(self, only: Sequence[str] = (), first: Sequence[str] = (), last: Sequence[str] = ()) -> list[str]:
         """Names of the instances to run, in order. only: these. first: these and all that depend on them. last: these
@@ -229,7 +229,7 @@ class Plan:
         return [name for name in self.instances if name in chosen]
 
     def named(self, names: Iterable[str], flag: str) -> list[str]:
-        """The instances that names of stages or instances mean. Raises UserError for another name."""
+        """The instances with these names of stages or instances. Raises UserError for an unknown name."""
         found = []
         for name in names:
             mine = [one for one, instance in self.instances.items() if name in (one, instance.stage)]
@@ -242,7 +242,7 @@ class Plan:
     # ------------------------------------------------------------ command lines
 
     def command(self, name: str, outputs: Mapping[str, str] | None = None, output: str | None = None) -> list[str]:
-        """The words of an instance's command, from the script on. outputs: addresses of what it needs."""
+        """The command line of an instance, starting with the script. outputs: URIs of its dependencies."""
         instance = self.instances[name]
         outputs = self.outputs if outputs is None else outputs
         kind, cls = instance.kind, kinds.config_class(instance.kind)
@@ -267,8 +267,7 @@ class Plan:
 
 
 def _key(about: Mapping[str, Any]) -> str:
-    """A fingerprint of what decides an output. An option that a version does not name, because it did not exist when
-    the stage was run, had its default."""
+    """A fingerprint of an identity. Options that did not exist at the time of the run count with their defaults."""
     kind = kinds.KINDS.get(about["job"])
     config = {**(defaults(kind) if kind is not None else {}), **about["config"]}
     return configuration.fingerprint([about["job"], config, about["inputs"], about["formats"]])
@@ -277,7 +276,7 @@ def _key(about: Mapping[str, Any]) -> str:
 def why_stale(before: Version, now: Identity) -> str:
     """A short description of the differences to the last finished run."""
     if before.identity == now.id:
-        return f"its output {before.output} is gone"
+        return f"the output {before.output} no longer exists"
     reasons = []
     old, new = before.about, now.about
     for key, value in new["config"].items():
@@ -285,7 +284,7 @@ def why_stale(before: Version, now: Identity) -> str:
             reasons.append(f"{key}: {_brief(old['config'].get(key))} -> {_brief(value)}")
     reasons += [f"{key} is new" for key in new["inputs"] if key not in old["inputs"]]
     reasons += [f"{key} has changed" for key, value in new["inputs"].items() if old["inputs"].get(key, value) != value]
-    reasons += [f"{key} is gone" for key in old["inputs"] if key not in new["inputs"]]
+    reasons += [f"{key} was removed" for key in old["inputs"] if key not in new["inputs"]]
     reasons += [
         f"format of {key}: {old['formats'].get(key)} -> {value}"
         for key, value in new["formats"].items()

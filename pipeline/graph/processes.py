@@ -1,9 +1,9 @@
-"""Stages as processes of this machine. They outlive the runner, and a new runner finds them again.
+"""Executor that runs stages as processes on this machine. They survive the runner; a new runner finds them by files:
 
-<folder>/<attempt>/lock       held by the process as long as it lives, whoever started it: nothing is started twice
-<folder>/<attempt>/pid        of its process group
-<folder>/<attempt>/code       its exit code, written last
-<folder>/<attempt>/spent.json what it has used so far
+<folder>/<attempt>/lock        locked while the process lives, so that no attempt is started twice
+<folder>/<attempt>/pid         its process group
+<folder>/<attempt>/code        its exit code, written last
+<folder>/<attempt>/spent.json  resources used so far
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from pipeline.cluster import PROJECT
 from pipeline.errors import UserError
 from pipeline.graph.executor import Attempt, Ended, last_error
 
-# The shell waits for the job whatever signal comes, and leaves its exit code behind when nobody else is left to see it.
+# The shell ignores signals, waits for the job and writes its exit code, which a later runner reads.
 _WAIT = 'trap : TERM INT HUP; "$@"; code=$?; echo $code > "$STAGE_FOLDER/code.tmp"; mv "$STAGE_FOLDER/code.tmp" "$STAGE_FOLDER/code"'
 SAMPLE = 1.0
-"""Seconds between two looks at what the processes have used."""
+"""Seconds between two measurements of the CPU time of the processes."""
 
 
 class Processes:
@@ -35,7 +35,7 @@ class Processes:
     pause = 0.1
 
     def __init__(self, folder: str) -> None:
-        """folder: local folder for what the attempts leave; it is made."""
+        """folder: local folder for the files of the attempts; it is created."""
         self.folder = folder
         self.cpus: float = float(len(os.sched_getaffinity(0)))
         self.gpus = float(_gpus())
@@ -43,7 +43,7 @@ class Processes:
         self._children: dict[str, subprocess.Popen] = {}
 
     def start(self, attempt: Attempt) -> None:
-        """Starts an attempt in a session of its own, unless it runs already."""
+        """Starts an attempt in its own session unless it is already running."""
         place = os.path.join(self.folder, attempt.job)
         os.makedirs(place, exist_ok=True)
         log = attempt.log if not storage.is_remote(attempt.log) else os.path.join(place, "log")
@@ -56,7 +56,7 @@ class Processes:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            # The lock goes with the open file to the process, so there is no moment in which nobody holds it.
+            # The process inherits the open file and with it the lock, which is therefore held without a gap.
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -71,10 +71,10 @@ class Processes:
         self._children[attempt.job] = process
 
     def look(self, job: str, log: str) -> Ended | None:
-        """How an attempt ended; None while its process lives."""
+        """Returns the end of an attempt; None while its process lives."""
         place = os.path.join(self.folder, job)
         if job in self._children:
-            self._children[job].poll()  # takes it from the process table
+            self._children[job].poll()  # reaps the process
         if _held(os.path.join(place, "lock")):
             if job not in self._meters:
                 self._meters[job] = _Meter(place)
@@ -91,7 +91,7 @@ class Processes:
         return Ended(code=_code(place), reason=_tail_error(local), spent=_spent(place))
 
     def stop(self, job: str) -> None:
-        """SIGTERM to the attempt's processes: a job finishes its step and saves it."""
+        """Sends SIGTERM to the processes of an attempt. The job finishes its step and saves it."""
         if not _held(os.path.join(self.folder, job, "lock")):
             return
         with contextlib.suppress(OSError, ValueError, psutil.Error):
@@ -100,7 +100,7 @@ class Processes:
                     process.send_signal(signal.SIGTERM)
 
     def forget(self, job: str) -> None:
-        """Removes what an attempt has left beside its log."""
+        """Removes the files of an attempt except its log."""
         shutil.rmtree(os.path.join(self.folder, job), ignore_errors=True)
 
 
@@ -141,11 +141,11 @@ def _gpus() -> int:
     return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
 
 
-# ---------------------------------------------------------------- what it uses
+# ---------------------------------------------------------------- CPU time
 
 
 class _Meter:
-    """Adds up the CPU time of an attempt's processes while they live, those of its Ray among them."""
+    """Measures the CPU time of the processes of an attempt, including those of its Ray."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -169,7 +169,7 @@ class _Meter:
                 self._seen[process.pid, process.create_time()] = times.user + times.system
 
     def close(self) -> None:
-        """Writes what was used."""
+        """Writes the CPU time used."""
         self._closing.set()
         self._thread.join(5)
         total = {"cpu_hours": sum(self._seen.values()) / 3600 + self._before.get("cpu_hours", 0.0)}

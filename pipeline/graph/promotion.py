@@ -1,7 +1,7 @@
 """The rule by which a checkpoint becomes the champion of a pipeline's registered model.
 
-Every checkpoint whose scores count becomes a version of the model, with its scores. `champion` is the version that the rule
-promoted last; `candidate` is the best version that was never promoted.
+Every compared checkpoint becomes a version of the model, with its scores. `champion` is the version that was promoted last;
+`candidate` is the best version that was never promoted.
 """
 
 import inspect
@@ -25,7 +25,7 @@ PROMOTION = "promotion.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromoteConfig:
-    """Which scores decide, and what a score has to reach."""
+    """The promotion rule and the scores it applies to."""
 
     model: str
     """Registered MLflow model: the pipeline's name."""
@@ -36,11 +36,11 @@ class PromoteConfig:
     metric: str = "mean"
     """mean, or the name of a task in percent."""
     at_least: float | None = None
-    """A smaller score is not promoted."""
+    """Minimum score for promotion."""
     no_worse_than: Literal["champion"] | None = None
-    """champion: a score below the present champion's, measured in the same way, is not promoted."""
+    """champion: do not promote a score below that of the current champion on the same suite."""
     margin: float = 0.0
-    """How many standard errors of the difference a score may be below the champion's."""
+    """Allowed difference below the score of the champion, in standard errors of the difference."""
     tracking_uri: str | None = None
     """MLflow server; default MLFLOW_TRACKING_URI, or SQLite in this folder."""
 
@@ -54,13 +54,13 @@ class Measured:
     """{suite/task: top-1 in percent}"""
     errors: dict[str, float] = field(default_factory=dict)
     measures: list[Any] = field(default_factory=list)
-    """What was measured: protocols and datasets. Scores of different measures are not compared."""
+    """Protocols and datasets of the scores. Only scores with equal measures are compared."""
     run_id: str = ""
-    """MLflow's run of a transfer."""
+    """MLflow run of a transfer."""
 
     @property
     def mean(self) -> float:
-        """Of all scores."""
+        """Mean of all scores."""
         return statistics.fmean(self.values.values())
 
     @property
@@ -70,7 +70,7 @@ class Measured:
 
 
 def main(argv: Sequence[str], show: Callable[[str], None]) -> int:
-    """`jobs/pipeline.py promote`: 0 whether or not the rule promotes; what it did is in promotion.json."""
+    """Runs `jobs/pipeline.py promote`. Returns 0 whether or not a version is promoted; promotion.json has the result."""
     about = inspect.cleandoc(__doc__ or "")
     config = configuration.parse_command(list(argv), PromoteConfig, prog="jobs/pipeline.py promote", description=about)
     result = promote(config)
@@ -80,9 +80,9 @@ def main(argv: Sequence[str], show: Callable[[str], None]) -> int:
 
 
 def promote(config: PromoteConfig) -> dict[str, Any]:
-    """Registers what was measured and moves the aliases; what happened, as plain values.
+    """Registers the compared checkpoints and moves the aliases. Returns the result as plain values.
 
-    Raises UserError for scores that are missing or incomplete, and for a metric that is none.
+    Raises UserError for missing or incomplete scores and for an unknown metric.
     """
     from pipeline.tracking import registry, resolve_tracking_uri
 
@@ -119,14 +119,14 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
 
 
 def _refusal(config: PromoteConfig, best: Measured, mine: Any, champion: Any) -> str | None:
-    """Why the rule does not promote; None when it does."""
+    """Why the rule does not promote the best version; None if it does."""
     if config.at_least is not None and best.mean < config.at_least:
         return f"less than {config.at_least:g}"
     if champion is None or config.no_worse_than is None or champion.version == mine.version:
         return None
     key = _key(best)
     if key not in champion.evaluations:
-        return f"the champion, version {champion.version}, has no score of the same measure to compare with"
+        return f"the champion, version {champion.version}, has no score with the same protocol and data"
     present = champion.evaluations[key]
     allowed = config.margin * math.hypot(best.spread, present["spread"])
     if best.mean < present["mean"] - allowed:
@@ -135,9 +135,9 @@ def _refusal(config: PromoteConfig, best: Measured, mine: Any, champion: Any) ->
 
 
 def _as_in_the_run(values: Mapping[str, float]) -> dict[str, float]:
-    """Scores "suite/task" under the names that the transfer's run has: tasks alone, where all are of one suite.
+    """Renames "suite/task" to the name in the run of the transfer: the task alone, if all scores are of one suite.
 
-    A second name for the same number would be a row of its own in every comparison.
+    A second name for the same number would be a separate row in every comparison.
     """
     if len({name.partition("/")[0] for name in values}) > 1:
         return dict(values)
@@ -145,7 +145,7 @@ def _as_in_the_run(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _key(one: Measured) -> str:
-    """suite:measure, as registry.record_evaluation takes it: equal for scores that may be compared."""
+    """suite:measure for registry.record_evaluation; equal for comparable scores."""
     suites = "+".join(sorted({name.partition("/")[0] for name in one.values}))
     return f"{suites}:{configuration.fingerprint([sorted(map(json.dumps, one.measures)), sorted(one.values)])}"
 
@@ -158,7 +158,7 @@ def measure(folders: Sequence[str]) -> list[Measured]:
     for folder in folders:
         about, scores = read_scores(folder)
         if about.get("failures") or not scores:
-            raise UserError(f"{folder}: tasks failed there; run the transfer again before it decides a promotion")
+            raise UserError(f"{folder}: some tasks failed; run the transfer again before a promotion")
         one = found.setdefault(about["checkpoint"], Measured(checkpoint=about["checkpoint"]))
         one.run_id = about.get("run_id") or one.run_id
         one.measures.append(_protocols(folder, [score.task for score in scores]))
@@ -168,19 +168,19 @@ def measure(folders: Sequence[str]) -> list[Measured]:
     counts = {len(one.values) for one in found.values()}
     if len(counts) > 1:
         raise UserError(
-            "the checkpoints have scores of different tasks; let `over` name transfers that each of them has"
+            "the checkpoints have scores for different tasks; in `over`, name transfers that all of them have"
         )
     return list(found.values())
 
 
 def _protocols(folder: str, tasks: Sequence[str]) -> Any:
-    """What was measured there: {task: protocol and fingerprints of its datasets}."""
+    """{task: protocol and fingerprints of its datasets} of a transfer."""
     record = storage.read_record(storage.join(folder, "run.json"), ["tasks"], "run the transfer again")
     return {task: record["tasks"][task] for task in sorted(set(tasks)) if task in record["tasks"]}
 
 
 def _chosen(one: Measured, metric: str) -> Measured:
-    """The scores that count: all of them for `mean`, or those of one task."""
+    """The scores that the metric selects: all for `mean`, or those of one task."""
     if metric == "mean":
         return one
     names = [name for name in one.values if metric in (name, name.partition("/")[2])]

@@ -1,6 +1,6 @@
-"""Stages as Ray jobs of a cluster: each with its name, its log and its entry point, and each can be stopped alone.
+"""Executor that runs stages as Ray jobs on a cluster. Each has a name and a log, and can be stopped separately:
 
-ray job list                      every stage by pipeline and name (submission id and metadata)
+ray job list               all stages by pipeline and name (submission id and metadata)
 ray job logs --follow ID
 ray job stop ID
 """
@@ -20,8 +20,11 @@ from pipeline.graph.executor import Attempt, Ended, last_error
 logger = logging.getLogger(__name__)
 
 PATIENCE = 900.0
-"""Seconds for which a job server may be away: a head starts again in minutes."""
+"""Seconds to wait for a job server that does not answer. The restart of a head takes minutes."""
 GB = 1 << 30
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_SECONDS = "60"
+"""Seconds until Ray kills a stopped stage, as on the heads of infra/; Ray's default of 3 is too short to save a step."""
 
 
 class RayJobs:
@@ -32,19 +35,19 @@ class RayJobs:
     gpus = float("inf")
 
     def __init__(self, address: str | None) -> None:
-        """address: http(s)://host:port of the job server; auto, or None inside a submitted job: what RAY_ADDRESS says.
+        """address: http(s)://host:port of the job server; auto, or None inside a submitted job, means RAY_ADDRESS.
 
-        Raises UserError when the server cannot be reached, or refuses us.
+        Raises UserError if the server cannot be reached or refuses access.
         """
-        from ray.job_submission import JobSubmissionClient  # seconds to import, and only a cluster needs it
+        from ray.job_submission import JobSubmissionClient  # takes seconds to import
 
         try:
-            if address not in (None, "auto"):  # Ray lets RAY_ADDRESS win over what it is given
+            if address not in (None, "auto"):  # RAY_ADDRESS takes precedence over the argument
                 os.environ["RAY_API_SERVER_ADDRESS"] = address
-            logging.getLogger("ray").setLevel(logging.WARNING)  # a line for each file that is not shipped
+            logging.getLogger("ray").setLevel(logging.WARNING)  # Ray logs a line for each excluded file
             self._client = JobSubmissionClient()
             self._client.list_jobs()
-        except Exception as error:  # Ray raises bare RuntimeError, ConnectionError and its own
+        except Exception as error:  # Ray raises RuntimeError, ConnectionError and others
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"no Ray job server at {address or 'this cluster'}: {first}; check the address (http://HEAD:8265), and "
@@ -54,7 +57,7 @@ class RayJobs:
         self._environment: dict[str, Any] | None = None
 
     def start(self, attempt: Attempt) -> None:
-        """Submits an attempt, unless a job of its name exists. Its entry point may stand on any node."""
+        """Submits an attempt unless a job with its name exists. Ray may place its entry point on any node."""
         if self._environment is None:
             self._environment = _runtime_env()
         environment = {**self._environment}
@@ -68,15 +71,15 @@ class RayJobs:
                 submission_id=attempt.job,
                 runtime_env=environment,
                 metadata={"name": attempt.title, "job_name": attempt.title, "pipeline": pipeline, "stage": stage},
-                # Memory and not CPUs: a part of a CPU that the entry point held would be missing to its own tasks.
+                # Memory instead of CPUs: a CPU of the entry point would not be available to its own tasks.
                 entrypoint_memory=round(attempt.memory * GB),
             )
         except Exception as error:
             if not self._exists(attempt.job):
                 if isinstance(error, OSError):
-                    self._is_away(error)  # the next look finds no such job, and it is started again
+                    self._is_away(error)  # the next call of look does not find the job, and it is submitted again
                     return
-                raise UserError(f"the cluster does not take the stage {attempt.title}: {error}") from error
+                raise UserError(f"the cluster does not accept the stage {attempt.title}: {error}") from error
 
     def _exists(self, job: str) -> bool:
         try:
@@ -86,15 +89,17 @@ class RayJobs:
             return False
 
     def look(self, job: str, log: str) -> Ended | None:
-        """How an attempt ended; None while it runs, or while the server is away. Raises JobFailed when it stays
-        away."""
+        """Returns the end of an attempt; None while it is running or the server does not answer.
+
+        Raises JobFailed if the server does not answer for `PATIENCE` seconds.
+        """
         from ray.job_submission import JobStatus
 
         try:
             info = self._client.get_job_info(job)
         except RuntimeError as error:
             if "does not exist" in str(error) or "404" in str(error):
-                return Ended(code=None, reason="the cluster knows no such job: its head has started anew")
+                return Ended(code=None, reason="the cluster does not know the job; its head was restarted")
             self._is_away(error)
             return None
         except OSError as error:
@@ -120,8 +125,9 @@ class RayJobs:
     def _log(self, job: str) -> str:
         try:
             return self._client.get_job_logs(job)
-        except Exception as error:  # it stood on a node that is gone
-            return f"the log of this attempt is lost: {_first(error)}\n"
+        except Exception as error:  # the node of the entry point is lost, and its log with it
+            logger.debug("log of %s: %s", job, error)
+            return "the log of this attempt was lost with its node\n"
 
     def _is_away(self, error: Exception) -> None:
         now = time.monotonic()
@@ -140,7 +146,7 @@ class RayJobs:
             self._client.stop_job(job)
 
     def forget(self, job: str) -> None:
-        """Nothing: the cluster keeps its own list."""
+        """Does nothing: the cluster keeps a list of its jobs."""
 
 
 def _first(error: Any) -> str:
@@ -148,14 +154,14 @@ def _first(error: Any) -> str:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the stages: the package of the job that we are, the folder of the project, or (in an image) nothing to
-    ship."""
+    """The runtime environment of the stages: the package of this job, the folder of the project, or (in an image)
+    nothing to ship."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    variables = {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_SECONDS), **submitted.get("env_vars", {}), **_forwarded()}
     if cluster.submitted():
         kept = ("working_dir", "py_modules", "pip", "uv", "conda", "container", "image_uri")
-        environment = {key: submitted[key] for key in kept if submitted.get(key)}
-        return {**environment, "env_vars": {**submitted.get("env_vars", {}), **_forwarded()}}
-    return {"working_dir": cluster.PROJECT, "excludes": cluster.EXCLUDES, "env_vars": _forwarded()}
+        return {**{key: submitted[key] for key in kept if submitted.get(key)}, "env_vars": variables}
+    return {"working_dir": cluster.PROJECT, "excludes": cluster.EXCLUDES, "env_vars": variables}
 
 
 def _forwarded() -> dict[str, str]:
@@ -163,5 +169,5 @@ def _forwarded() -> dict[str, str]:
 
 
 def is_wanted(address: str | None) -> bool:
-    """Whether stages are jobs of a cluster: with an address, or when this process is itself a job of one."""
+    """Whether stages run as Ray jobs: with an address, or if this process is itself a Ray job."""
     return address is not None or cluster.submitted()

@@ -1,4 +1,4 @@
-"""Pipelines as Python functions, each a recipe of `jobs/pipeline.py --recipe NAME`; their parameters are flags."""
+"""Pipelines as Python functions for `jobs/pipeline.py --recipe NAME`. Their parameters are flags."""
 
 import contextlib
 import re
@@ -13,12 +13,12 @@ HELD_OUT = ("test", "val", "validation")
 
 
 def demo(data: str | None = None, output: str | None = None, sample: int = 3000, steps: int | None = None) -> Pipeline:
-    """The whole way on small data, a few minutes on two cores: printed letters, or your own class folders.
+    """All stages on small data, a few minutes on two cores: printed letters, or your own class folders.
 
-    The transfer tasks use what the pre-training does not see: handwritten digits, or two fifths of your classes.
+    The transfer tasks use data that the pre-training does not see: handwritten digits, or two fifths of your classes.
 
-    data: folder of class folders, local or s3://. output: default runs/demo, or a folder for each data. sample: at most so
-    many of your images. steps: of pre-training.
+    data: folder of class folders, local or s3://. output: default runs/demo, or one folder per value of data. sample:
+    maximum number of your images. steps: number of pre-training steps.
     """
     root = storage.normalise(output or _default_output(data))
     train, test = "${data.output}/train", "${data.output}/test"
@@ -49,7 +49,7 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
                     own["output"] = f"{root}/{part}/{split}"
                     stages[stage] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
             train, test = "${train.output}", "${test.output}"
-        files = len(storage.list_files(source)) or sample  # an archive holds who knows how many
+        files = len(storage.list_files(source)) or sample  # the number of images in an archive is unknown
         rows = max(2, int(0.7 * min(sample, files)))
         training = {
             "validation_resize": None,
@@ -70,9 +70,9 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
 
 
 def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
-    """(classes to pre-train on, two fifths to transfer to) of a folder of class folders, as globs for `--include`.
+    """Splits class folders into (classes for pre-training, two fifths for transfer), as globs for `--include`.
 
-    None when the source is no such folder, or has fewer than five classes.
+    None if the source has fewer than five class folders.
     """
     names = sorted(storage.list_folders(source))
     if len(names) < 5:
@@ -83,7 +83,7 @@ def hold_out_classes(source: str) -> tuple[list[str], list[str]] | None:
 
 
 def _default_output(data: str | None) -> str:
-    """runs/demo, or a folder of its own for each source."""
+    """runs/demo, or a separate folder for each source."""
     if data is None:
         return "runs/demo"
     name = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2]) or "data"
@@ -91,17 +91,19 @@ def _default_output(data: str | None) -> str:
 
 
 def _splits(source: str) -> str | None:
-    """The name of the held-out folder with labels beside train/; None when the folders of the source are its classes."""
+    """The name of the labelled held-out folder next to train/; None if the folders of the source are classes."""
     folders = storage.list_folders(source)
     held_out = [name for name in HELD_OUT if name in folders]
     if "train" not in folders or len(held_out) < 2:
         return held_out[0] if held_out and "train" in folders else None
-    from pipeline.data import sources  # here: --help must not wait for its libraries
+    from pipeline.data import sources  # late: --help does not need its libraries
 
     with contextlib.suppress(UserError):
         [found] = sources.discover([source])
         labelled = {row["split"] for row in found.fragments.to_pylist() if row["labels"]}
-        held_out.sort(key=lambda name: name not in labelled)  # those without labels last, such as Tiny-ImageNet's test
+        held_out.sort(
+            key=lambda name: name not in labelled
+        )  # unlabelled splits last, such as the test split of Tiny-ImageNet
     return held_out[0]
 
 

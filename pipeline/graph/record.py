@@ -1,7 +1,7 @@
-"""The run of a whole pipeline in MLflow: its stages linked, its costs, the graph as a picture, a report page.
+"""The MLflow run of a pipeline, with links to its stages, costs, a plot of the graph and a report page.
 
-Stages find it by an id in their environment and in its tags, so that none waits for MLflow: the run is made in the
-background, and is linked with those of the stages when they are there.
+The run is created in the background. Runs of stages carry an id of the pipeline run as a tag, so that no stage waits for
+MLflow; the links are made at the end.
 """
 
 import importlib
@@ -34,7 +34,7 @@ EXPERIMENTS = {
 
 
 class PipelineRecord:
-    """Made at the start of a run; `finish` at its end. MLflow's troubles are warnings: no stage depends on them."""
+    """The MLflow run of one pipeline run. Failures of MLflow are warnings, because no stage depends on them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -54,13 +54,13 @@ class PipelineRecord:
             tracking_uri=self.uri,
         )
         run["run_id"] = made.id
-        importlib.import_module("matplotlib.figure")  # a second that the picture at the end saves
+        importlib.import_module("matplotlib.figure")  # takes a second, which would delay the end
         return made
 
     def finish(
         self, states: Mapping[str, Status], rows: Sequence[Sequence[str]], estimates: Mapping[str, float], status: str
     ) -> str:
-        """Links the stages, logs costs, picture and page, and ends the run. Its address; empty when MLflow failed."""
+        """Links the stages, logs costs, plot and page, and ends the run. Returns its URL, empty if MLflow failed."""
         try:
             run = self._run.result()
             found = self._stages(run, states)
@@ -71,8 +71,7 @@ class PipelineRecord:
             markdown = report.page(self.plan, states, rows, links)
             run.log_bytes(picture, "graph.png")
             run.log_text(markdown, "report.md")
-            # MLflow shows pages in a frame in which its own addresses lead nowhere: the run's description has the
-            # links.
+            # Links do not work in the frame in which MLflow shows a page; the description of the run has the links.
             run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
             again = f"{CONTINUE} the same command again runs what is not done."
             text = f"{command_paragraph()}\n\n{again}\n\n{markdown}"
@@ -87,7 +86,7 @@ class PipelineRecord:
             self._pool.shutdown(wait=False)
 
     def _stages(self, run: tracking.Run, states: Mapping[str, Status]) -> dict[str, search.RunInfo]:
-        """{stage: its newest run}; those runs are linked with the pipeline's."""
+        """Links the runs of the stages to that of the pipeline. Returns {stage: its newest run}."""
         pipeline = self.plan.pipeline.name
         kinds = {self.plan.instances[name].kind.name for name in states}
         found: dict[str, search.RunInfo] = {}
@@ -108,9 +107,9 @@ class PipelineRecord:
 
 
 def _reason(states: Mapping[str, Status], status: str) -> str:
-    """Why a pipeline did not finish."""
+    """The reason why a pipeline did not finish."""
     if status == "KILLED":
-        return "stopped; its stages were asked to stop, too"
+        return "stopped, with its running stages"
     return "; ".join(f"{name}: {one.why}" for name, one in states.items() if one.state == FAILED)
 
 
@@ -129,7 +128,7 @@ def _costs(states: Mapping[str, Status], estimates: Mapping[str, float]) -> dict
 
 
 def _registered(states: Mapping[str, Status]) -> dict[str, str]:
-    """{promote: page of the registered version that it promoted, or considered}"""
+    """{promote: page of the registered champion}"""
     version = states[PROMOTE].version if PROMOTE in states else None
     if version is None or not version.result.get("champion"):
         return {}
@@ -137,5 +136,5 @@ def _registered(states: Mapping[str, Status]) -> dict[str, str]:
 
 
 def _readable(name: str) -> str:
-    """A stage's name in the letters that MLflow takes: pretrain[lr=1e-3,seed=1] is "pretrain lr 1e-3 seed 1"."""
+    """The name of a stage in characters that MLflow accepts: "pretrain lr 1e-3 seed 1" for pretrain[lr=1e-3,seed=1]."""
     return re.sub(r"[\[\]=,]+", " ", name).strip()

@@ -1,5 +1,4 @@
-"""A pipeline as text and as a picture: `status`, what a command would run, the table at the end, the results, the
-graph."""
+"""Text and plots about a pipeline: status, dry run, cost table, results, graph."""
 
 import io
 import time
@@ -22,7 +21,7 @@ COLOURS = {
 
 
 def cut(text: str, width: int) -> str:
-    """The text in at most so many columns."""
+    """Shortens a text to a number of columns."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
@@ -31,7 +30,7 @@ def cut(text: str, width: int) -> str:
 
 
 def status_table(plan: Plan, states: Mapping[str, Status], runner: str | None = None) -> str:
-    """One line a stage, at most 80 columns."""
+    """One line per stage, at most 80 columns."""
     counts = {state: sum(s.state == state for s in states.values()) for state in COLOURS}
     head = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     width = min(36, max(len(name) for name in states))
@@ -50,7 +49,7 @@ def status_table(plan: Plan, states: Mapping[str, Status], runner: str | None = 
 
 
 def _log(plan: Plan, name: str, status: Status) -> str:
-    """The log of an attempt that runs, or of the last one that ended badly; relative to the pipeline's output."""
+    """The log of a running or failed attempt, relative to the output of the pipeline."""
     record = plan.state.records.get(name)
     if record is None:
         return ""
@@ -60,7 +59,7 @@ def _log(plan: Plan, name: str, status: Status) -> str:
 
 
 def detail(plan: Plan, name: str, status: Status) -> str:
-    """What a person wants to know about a stage in its state."""
+    """The text of `status` for a stage: cost and result, progress, or reason."""
     record = plan.state.records.get(name)
     if status.state == DONE and status.version is not None:
         found = [cost.duration(status.version.cost.get("seconds", 0.0)), brief(status.version.result)]
@@ -75,7 +74,7 @@ def detail(plan: Plan, name: str, status: Status) -> str:
 
 
 def brief(result: Mapping[str, Any]) -> str:
-    """What a job reports, in a few words."""
+    """A short text for the result of a job."""
     if "prepared" in result:
         return f"{result['prepared']:,} images, {result['rejects']:,} rejects"
     if "steps" in result:
@@ -98,7 +97,7 @@ def brief(result: Mapping[str, Any]) -> str:
 
 
 def status_json(plan: Plan, states: Mapping[str, Status]) -> dict[str, Any]:
-    """The same for programs."""
+    """The content of `status` as plain values."""
     stages = {}
     for name, status in states.items():
         instance, record = plan.instances[name], plan.state.records.get(name)
@@ -120,13 +119,13 @@ def status_json(plan: Plan, states: Mapping[str, Status]) -> dict[str, Any]:
     return {"pipeline": plan.pipeline.name, "output": plan.state.root, "stages": stages}
 
 
-# ---------------------------------------------------------------- before and after a run
+# ---------------------------------------------------------------- dry run and costs
 
 
 def dry_run(
     plan: Plan, states: Mapping[str, Status], selected: Collection[str], estimates: Mapping[str, Estimate | None]
 ) -> str:
-    """What would run, why, and what it will take."""
+    """The stages that would run, with reasons and estimated costs."""
     todo = [name for name in selected if states[name].state != DONE or name in plan.forced]
     lines = [f"{plan.pipeline.name}: {len(todo)} of {len(states)} stages would run, in {plan.state.root}", ""]
     if not todo:
@@ -147,7 +146,7 @@ def dry_run(
         if any(e.dollars is not None for e in known)
         else None,
     )
-    note = "one after the other" if len(known) == len(todo) else f"of the {len(known)} that can be estimated"
+    note = "run one after another" if len(known) == len(todo) else f"for the {len(known)} with an estimate"
     lines.append(f"{'in all':{width}s} {_numbers(whole)}  {note}")
     return "\n".join(lines)
 
@@ -165,7 +164,7 @@ def _hours(hours: float) -> str:
 
 
 def cost_rows(plan: Plan, states: Mapping[str, Status], estimates: Mapping[str, float]) -> list[list[str]]:
-    """[stage, time, estimate, CPU-h, GPU-h, read, written, $] of every finished stage, and the sum."""
+    """[stage, time, estimate, CPU-h, GPU-h, read, written, $] for every finished stage and in total."""
     rows = []
     done = {name: status.version for name, status in states.items() if status.version is not None}
     for name, version in done.items():
@@ -193,7 +192,7 @@ HEADER = ["stage", "time", "est.", "CPU-h", "GPU-h", "read", "written", "$"]
 
 
 def cost_table(rows: Sequence[Sequence[str]]) -> str:
-    """The table at the end of a run, at most 80 columns; columns without a number are left out."""
+    """The table at the end of a run, at most 80 columns wide, without empty columns."""
     kept = [i for i in range(len(HEADER)) if i == 0 or any(row[i] for row in rows)]
     table = [[HEADER[i] for i in kept], *([row[i] for i in kept] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(kept))]
@@ -209,7 +208,7 @@ def cost_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str:
-    """What the pipeline found: a table of accuracies in percent, then one line a stage that a program can read."""
+    """The results: a table of accuracies in percent, then one machine-readable line per stage."""
     pipeline = plan.pipeline.name
     alone = {
         kind: sum(i.kind.name == kind for i in plan.instances.values()) == 1
@@ -260,8 +259,7 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
 
 
 def layers(plan: Plan) -> list[list[str]]:
-    """The instances by how many others stand before them in a row; one that needs nothing stands right before what
-    needs it."""
+    """The instances by depth in the graph. An instance without dependencies is placed one layer before its dependents."""
     depth: dict[str, int] = {}
     for name, instance in plan.instances.items():
         depth[name] = max((depth[up] + 1 for up in instance.needs), default=0)
@@ -276,7 +274,7 @@ def layers(plan: Plan) -> list[list[str]]:
 
 
 def direct_needs(plan: Plan, name: str) -> list[str]:
-    """What an instance needs and does not get through another one: fewer arrows say the same."""
+    """The dependencies of an instance that are not also dependencies of its other dependencies."""
     needs = plan.instances[name].needs
     through: set[str] = set()
     left = list(needs)
@@ -289,17 +287,17 @@ def direct_needs(plan: Plan, name: str) -> list[str]:
 
 
 HALF = 0.44
-"""Half the width of a box, in columns."""
+"""Half the width of a box, in units of a column."""
 
 
 def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
-    """The graph as a PNG: a box a stage in the colour of its state, left to right."""
+    """The graph as a PNG, from left to right: one box per stage, in the colour of its state."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     columns = [column[:40] for column in layers(plan)]
     rows = max(map(len, columns))
-    # MLflow shows a picture as wide as its page: narrow columns keep the text legible.
+    # MLflow scales a picture to the width of its page; narrow columns keep the text legible.
     figure = Figure(figsize=(2.35 * len(columns) + 0.2, 0.62 * rows + 0.5), dpi=144)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, len(columns))
@@ -331,8 +329,7 @@ def picture(plan: Plan, states: Mapping[str, Status]) -> bytes:
 
 
 def page(plan: Plan, states: Mapping[str, Status], rows: Sequence[Sequence[str]], links: Mapping[str, str]) -> str:
-    """The report as Markdown: what each stage is, where it stands, what it took. links: {stage: address of its MLflow
-    run}."""
+    """The report as Markdown: stages, states, outputs and costs. links: {stage: URL of its MLflow run}."""
     lines = [f"# Pipeline {plan.pipeline.name}", "", f"State and outputs: `{plan.state.root}`", ""]
     lines += ["| stage | job | state | | output in that folder |", "| --- | --- | --- | --- | --- |"]
     for name, status in states.items():
@@ -343,5 +340,5 @@ def page(plan: Plan, states: Mapping[str, Status], rows: Sequence[Sequence[str]]
     if rows:
         lines += ["", "## Costs", "", "| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines += ["", "CPU- and GPU-hours are those of what a stage occupied."]
+        lines += ["", "CPU-hours and GPU-hours are those of the allocated CPUs and GPUs."]
     return "\n".join(lines) + "\n"

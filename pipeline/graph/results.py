@@ -1,4 +1,4 @@
-"""What a job says of itself while it runs and when it is done, read from its own files."""
+"""Results and progress of jobs, read from their files."""
 
 import contextlib
 import math
@@ -13,11 +13,11 @@ from pipeline.tracking import names
 from pipeline.weights import checkpoints
 
 RANDOM = "random/"
-"""Before the name of a task: the score of an encoder with random weights."""
+"""Prefix of tasks whose score is that of an encoder with random weights."""
 
 
 def read(kind: str, output: str) -> dict[str, Any]:
-    """What the job of that kind reports of a finished output; empty when it says nothing."""
+    """The result in a finished output of a job of that kind; empty if there is none."""
     readers = {
         "prepare": _prepared,
         "vtab": _prepared,
@@ -34,7 +34,7 @@ def read(kind: str, output: str) -> dict[str, Any]:
 
 
 def _prepared(output: str) -> dict[str, Any]:
-    from pipeline.data.format import open_dataset  # pyarrow, half a second that an idle pipeline saves
+    from pipeline.data.format import open_dataset  # imports pyarrow, which takes half a second
 
     folders = [
         file.uri.rpartition("/")[0] for file in storage.list_files(output) if file.path.endswith("manifest.json")
@@ -66,7 +66,7 @@ def _transferred(output: str) -> dict[str, Any]:
 
 
 def gpus(kind: str, output: str) -> float:
-    """GPUs that a transfer's workers occupied, as it says itself; 0 of other jobs."""
+    """GPUs occupied by the workers of a transfer, from its scores.json; 0 for other jobs."""
     if kind != "transfer":
         return 0.0
     with contextlib.suppress(UserError, OSError, TypeError, ValueError):
@@ -83,21 +83,22 @@ def _promoted(output: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a running job is."""
+    """The progress of a running job."""
 
     share: float
+    """From 0 to 1."""
     note: str = ""
     left: float | None = None
-    """Seconds, as far as its rate says."""
+    """Remaining seconds, by the rate so far."""
 
 
 def progress_place(root: str, job: str) -> str:
-    """Where the attempt of that name writes how far it is."""
+    """The URI at which an attempt writes its progress."""
     return storage.join(root, FOLDER, "progress", f"{job}.json")
 
 
 def read_progress(root: str, job: str) -> Progress | None:
-    """How far an attempt is; None while it has not said so."""
+    """The progress of an attempt; None before its first report."""
     with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):
         plain = storage.read_json(progress_place(root, job))
         share, first = float(plain["share"]), float(plain["first"])

@@ -28,8 +28,8 @@ WRONG_INPUT = 2
 STOP_CODES = (130, 143)
 LATER_AT_MOST = 30
 LATER_PAUSE = 20.0
-"""A stage that ends with `TRY_LATER` is tried again so often, after so many seconds: its store is away, or what is left
-of its last attempt, on a node that has lost its head, still works in its output."""
+"""Number of retries, and pause in seconds, of a stage that ends with `TRY_LATER`: its store does not answer, or an
+earlier attempt on a node that has lost its head still works in its output."""
 STOP_GRACE = 90.0
 """Seconds for stages to save their state when the runner is stopped."""
 
@@ -105,7 +105,7 @@ class Runner:
             if len(self.running) < before or any(time.monotonic() >= due for due in self._not_before.values()):
                 return again
 
-    # ------------------------------------------------------------ what runs already
+    # ------------------------------------------------------------ attempts of earlier runners
 
     def _adopt(self) -> None:
         """Takes over unfinished attempts of an earlier runner."""
@@ -121,9 +121,9 @@ class Runner:
             is_current = self._settle_needs(instance, adopting=True)
             if is_current and self.plan.identity(instance).id == record.running.identity:
                 self._tries[name] = record.running.attempt
-                logger.info("%s: there from an earlier run (%s)", name, record.running.job)
-            else:  # the file, or something before it, has changed since
-                logger.warning("%s: what runs there has other settings or inputs; stopping it", name)
+                logger.info("%s: still running from an earlier run (%s)", name, record.running.job)
+            else:  # the file or a dependency has changed
+                logger.warning("%s: stopping the running attempt, whose settings or inputs are out of date", name)
                 self._outdated.add(name)
                 self.executor.stop(record.running.job)
 
@@ -272,21 +272,21 @@ class Runner:
         }
 
     def _check_free(self, name: str, output: str, identity: Identity) -> None:
-        """Raises UserError for a folder of the file's own choice that holds what other settings made."""
+        """Raises UserError if the `output` field names a folder with an output of other settings."""
         if self.plan.instances[name].output is None:
             return
         for version in (v for record in self.plan.state.records.values() for v in record.versions):
             is_here = self.plan.state.address(version.output) == output and self.plan.is_complete(version)
             if is_here and version.identity != identity.id:
                 raise UserError(
-                    f"stage {name}: {output} holds what other settings made; give `--force {name}` to replace it, or leave "
-                    "`output` out of the stage, so that each version has a folder of its own"
+                    f"stage {name}: {output} has the output of other settings; replace it with `--force {name}`, or remove "
+                    "`output` from the stage, so that each version has a separate folder"
                 )
 
     # ------------------------------------------------------------ ending
 
     def _look(self, name: str) -> list[str]:
-        """Whether an attempt has ended; [name] when it is to be started again."""
+        """Checks an attempt and handles its end. Returns [name] if the instance is to be started again."""
         running = self.running[name]
         ended = self.executor.look(running.job, self.plan.state.address(running.log))
         if ended is None:
@@ -335,7 +335,7 @@ class Runner:
         try:
             marker = places.complete(output, instance.kind.marker) if instance.kind.marker else ""
             if marker is None:
-                raise UserError(f"ended well, but left nothing complete in {output}")
+                raise UserError(f"ended with exit code 0, but {output} has no complete output")
             content = places.describe(output) or places.Content(places.Places().fingerprint(output))
         except UserError as error:
             self._fail(name, running, Ended(code=1), spent, str(error))
@@ -399,8 +399,7 @@ class Runner:
 
 
 def job_name(pipeline: str, instance: str, identity: str, attempt: int) -> str:
-    """The name of an attempt, in letters that Ray, file systems and stores take: pipeline, instance, and what makes it
-    unique."""
+    """A unique name for an attempt, in characters that are valid in Ray, file systems and object stores."""
     readable = re.sub(r"[^A-Za-z0-9_.=,-]+", "-", f"{pipeline}-{instance}").strip("-")[:80].rstrip("-")
     return f"{readable}-{identity[:6]}-{uuid.uuid4().hex[:4]}-{attempt}"
 
@@ -411,7 +410,7 @@ def is_finished(plan: Plan, selected: Collection[str]) -> bool:
 
 
 def about_run(plan: Plan) -> dict[str, Any]:
-    """The run of the pipeline that goes on, or a new one."""
+    """The unfinished run of the pipeline, or a new one."""
     if not plan.state.run.get("id"):
         plan.state.run = {"id": uuid.uuid4().hex[:12], "started": time.time()}
     return plan.state.run

@@ -1,6 +1,6 @@
-"""The JSON schema of a pipeline file, made from the dataclasses that read it: editors check and complete with it.
+"""The JSON schema of a pipeline file, generated from the dataclasses that read it, for checks and completion in editors.
 
-Written here and not taken from pydantic, whose schema of a dataclass has no place for a reference (`${stage.output}`).
+pydantic is not used, because its schema of a dataclass does not allow references (`${stage.output}`).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pipeline.graph.file import PROMOTE, Pipeline, Promotion, Stage
 
 
 def schema() -> dict[str, Any]:
-    """Draft 2020-12. Which fields a stage has follows from its job."""
+    """The schema, in draft 2020-12. The job of a stage determines its valid fields."""
     jobs = [kind for kind in kinds.KINDS if kind != PROMOTE]
     stage = _object(Stage, required=["job"])
     stage["properties"]["job"]["enum"] = jobs
@@ -36,7 +36,7 @@ def schema() -> dict[str, Any]:
 
 
 def _of_job(name: str) -> dict[str, Any]:
-    """The fields that a stage of that job may have."""
+    """The valid fields of a stage with that job."""
     kind = kinds.KINDS[name]
     texts = _texts(kinds.config_class(kind))
     known = fields.paths(kinds.config_class(kind))
@@ -53,7 +53,7 @@ def _of_job(name: str) -> dict[str, Any]:
 
 
 def _texts(cls: Any) -> dict[str, str]:
-    """{dotted field: what it means}"""
+    """{dotted field: its description}"""
     found: dict[str, str] = {}
     for key, (path, _) in fields.paths(cls).items():
         owner = cls
@@ -65,7 +65,7 @@ def _texts(cls: Any) -> dict[str, str]:
 
 
 def _field(hint: Any, text: str) -> dict[str, Any]:
-    """A value of that type, or a text with a reference in it."""
+    """A value of that type, or a string with a reference."""
     plain = _type(hint)
     if typing.get_origin(hint) in (tuple, list):
         plain = {"anyOf": [plain, *([plain["items"]] if "items" in plain else [])]}
@@ -105,7 +105,7 @@ def _type(hint: Any) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": _type(arguments[1])}
     simple = {int: "integer", float: "number", bool: "boolean", str: "string", types.NoneType: "null"}
     if hint is float:
-        return {"type": ["number", "string"]}  # YAML reads 1e-3, without a dot, as text
+        return {"type": ["number", "string"]}  # YAML parses 1e-3, without a dot, as a string
     if hint is str:
         return {"type": ["string", "number"]}
     return {"type": simple[hint]} if hint in simple else {}

@@ -1,7 +1,7 @@
-"""state.json in the pipeline's output: what is done and from what, what runs, what failed.
+"""state.json in the output of a pipeline: finished versions and their identities, running attempts, failures.
 
-Written by the one runner that holds the pipeline, whole or not at all. Without it nothing is lost but times and costs: the
-outputs stay, and every job finds that its own is finished.
+Only the runner that holds the lease writes the file, atomically. If the file is lost, only times and costs are lost: the
+outputs remain, and each job detects that its output is complete.
 """
 
 import json
@@ -16,7 +16,7 @@ from pipeline.graph.places import Content
 FORMAT = 1
 FOLDER = "_pipeline"
 KEPT = 10
-"""Versions of a stage that are remembered."""
+"""Number of versions of a stage in the file."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,38 +24,38 @@ class Version:
     """One finished run of an instance."""
 
     identity: str
-    """Of config, inputs and formats: what decided the output."""
+    """Fingerprint of `about`."""
     about: dict[str, Any]
-    """The same, readable: {"config": {...}, "inputs": {...}, "formats": {...}}."""
+    """What affects the output: {"job": ..., "config": {...}, "inputs": {...}, "formats": {...}}."""
     output: str
-    """Where, relative to the pipeline's output when it lies there."""
+    """URI, relative to the output of the pipeline if it is inside."""
     marker: str = ""
-    """The file whose presence says that the output is complete."""
+    """The file whose existence marks the output as complete."""
     fingerprint: str = ""
     parts: dict[str, str] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     """seconds, attempts, cpu_hours, gpu_hours, read, written, dollars."""
     finished: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
-    """What the job reports: images, losses, scores."""
+    """The result of the job: images, losses, scores."""
     run_id: str = ""
-    """Of MLflow."""
+    """MLflow run of the stage."""
 
     @property
     def content(self) -> Content:
-        """What the output holds."""
+        """Fingerprints of the output."""
         return Content(self.fingerprint, self.parts)
 
 
 @dataclass(kw_only=True, slots=True)
 class Running:
-    """An attempt that was started and whose end nobody has seen."""
+    """An attempt that was started and whose end is not recorded."""
 
     identity: str
     about: dict[str, Any]
     output: str
     job: str
-    """The executor's name of the attempt: a Ray submission id, or the folder of a process."""
+    """Name of the attempt in the executor: the Ray submission id, or the folder of the process."""
     attempt: int = 1
     started: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Running:
 
 @dataclass(kw_only=True, slots=True)
 class Failed:
-    """The last attempt, when it failed for good or was stopped."""
+    """The last attempt, if it failed or was stopped."""
 
     identity: str
     reason: str
@@ -79,7 +79,7 @@ class Failed:
 
 @dataclass(kw_only=True, slots=True)
 class Record:
-    """All that is known of one instance."""
+    """The recorded state of one instance."""
 
     versions: list[Version] = field(default_factory=list)
     running: Running | None = None
@@ -90,7 +90,7 @@ class Record:
         return next((v for v in reversed(self.versions) if v.identity == identity), None)
 
     def add(self, version: Version) -> None:
-        """Remembers a finished run as the newest."""
+        """Adds a finished run as the newest."""
         others = [v for v in self.versions if v.identity != version.identity]
         self.versions = [*others[-KEPT + 1 :], version]
         self.running = self.failed = None
@@ -103,53 +103,57 @@ class State:
     root: str
     records: dict[str, Record] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
-    """What `places.Places` remembers of raw files."""
+    """The cache of `places.Places` for raw files."""
     run: dict[str, Any] = field(default_factory=dict)
-    """The unfinished run of the pipeline: {"id": ours, "run_id": MLflow's, "started": ...}; empty between runs."""
+    """The unfinished run of the pipeline: {"id": ..., "run_id": that of MLflow, "started": ...}; empty between runs."""
 
     @property
     def uri(self) -> str:
-        """Where state.json is."""
+        """URI of state.json."""
         return storage.join(self.root, FOLDER, "state.json")
 
     def record(self, name: str) -> Record:
-        """The record of an instance, new when there is none."""
+        """The record of an instance; created if missing."""
         return self.records.setdefault(name, Record())
 
     def address(self, output: str) -> str:
-        """The absolute address of a version's output."""
+        """The absolute URI of the output of a version."""
         return output if output.startswith("/") or "://" in output else storage.join(self.root, output)
 
     def relative(self, output: str) -> str:
-        """An output as it is remembered: a pipeline that is moved as a whole keeps what it has done."""
+        """The recorded form of an output URI. It is relative, so that a moved pipeline keeps its finished stages."""
         return output.removeprefix(self.root + "/")
 
     def save(self) -> None:
-        """Writes state.json, whole or not at all."""
+        """Writes state.json atomically."""
         plain = {"format": FORMAT, "written": time.time(), "run": self.run, "sources": self.sources}
         plain["stages"] = self.records
         storage.write_bytes(self.uri, (json.dumps(plain, default=_plain) + "\n").encode())
 
 
 def load(root: str) -> State:
-    """The state of the pipeline whose output is `root`; a new one when there is none.
+    """Loads the state of the pipeline with the output `root`; a new state if there is no file.
 
-    Raises UserError for a file of another version or of something else.
+    Raises UserError for a file of another version and for invalid content.
     """
     state = State(root=root)
     if not storage.exists(state.uri):
         return state
     plain = storage.read_json(state.uri)
     if not isinstance(plain, dict) or not isinstance(plain.get("stages"), dict):
-        raise UserError(f"{state.uri} is not the state of a pipeline; remove it, and finished outputs are found again")
+        raise UserError(
+            f"{state.uri} is not the state of a pipeline; remove the file, and the jobs find their finished outputs again"
+        )
     if plain.get("format") != FORMAT:
         raise UserError(
-            f"{state.uri}: its format is {plain.get('format')}, this program reads {FORMAT}: use the version that wrote it"
+            f"{state.uri}: its format is {plain.get('format')}, and this program reads {FORMAT}; use the version that wrote it"
         )
     try:
         state.records = {name: _record(values) for name, values in plain["stages"].items()}
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{state.uri}: damaged ({error}); remove it, and finished outputs are found again") from error
+        raise UserError(
+            f"{state.uri}: damaged ({error}); remove the file, and the jobs find their finished outputs again"
+        ) from error
     state.sources, state.run = dict(plain.get("sources") or {}), dict(plain.get("run") or {})
     return state
 

@@ -74,7 +74,7 @@ def test_champion_and_candidate_mean_what_they_say(tmp_path, rule):
     assert equal["why"] == "letters version 6 with 95.00 is champion, before version 4"
     assert aliases == {"champion": 6, "candidate": 5}  # version 5 with 99.00 is the best that was never promoted
     other, aliases = rule(transferred(tmp_path, "other", 99.9, protocol="q"), no_worse_than="champion")
-    assert other["why"].endswith("has no score of the same measure to compare with")
+    assert other["why"].endswith("has no score with the same protocol and data")
     assert aliases["champion"] == 6
 
 
@@ -91,7 +91,7 @@ def test_scores_of_one_checkpoint_are_averaged_and_a_metric_is_one_task(tmp_path
     assert rule(*both, metric="knn")[0]["score"] == 60.0
     with pytest.raises(UserError, match=r'no score "kn" \(did you mean "knn"\?\)'):
         rule(*both, metric="kn")
-    with pytest.raises(UserError, match="have scores of different tasks"):
+    with pytest.raises(UserError, match="have scores for different tasks"):
         rule(*both, transferred(tmp_path, "b", 60.0))
     with pytest.raises(UserError, match="no transfer results"):
         rule(str(tmp_path / "nowhere"))

@@ -1,5 +1,6 @@
 """A pipeline on a Ray head with token authentication: each stage is a Ray job of its name, from inside and from outside."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import psutil
 import pytest
 import yaml
 
+from pipeline.graph import state
+from tests.jobprocess import wait_for
 from tests.rayhead import BIN, ray_head
 
 ROOT = Path(__file__).parents[2]
@@ -110,10 +113,56 @@ def test_a_killed_runner_finds_its_jobs_again(head, tmp_path):
     process.wait()
     code, text = run(words, environment, tmp_path)
     assert code == 0, text
-    assert "there from an earlier run" in text
+    assert "still running from an earlier run" in text
     listed = jobs(head)
     for title in ("killed/data[seed=0]", "killed/data[seed=1]", "killed/more"):
         assert listed.count(f"'job_name': '{title}'") == 1, listed
+
+
+def progress(folder, stage):
+    """{attempt: share of its work} of an attempt of the stage that has begun its work."""
+    found = {}
+    for file in (folder / "_pipeline" / "progress").glob(f"*-{stage}-*.json"):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            found[file.stem] = json.loads(file.read_text())["share"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_stage_is_stopped_alone_and_continues_later(head, tmp_path):
+    address, _, environment = head
+    data = {"job": "prepare", "recipe": "demo_digits", "fields": {"tracking": False, "num_cpus": 1}}
+    places = {"data": "${data.output}/train", "validation": None, "output": str(tmp_path / "trained")}
+    training = {**places, "steps": 300, "workers": 1, "checkpoint_every": "1000steps"}
+    tasks = {"checkpoint": "${pretrain.output}", "data": "${data.output}", "workers": 1, "tasks": ["knn"]}
+    stages = {
+        "data": data,
+        "pretrain": {"job": "pretrain", "recipe": "demo", "fields": training},
+        "transfer": {"job": "transfer", "recipe": "demo", "fields": tasks},
+        "other": {**data, "fields": {**data["fields"], "sample": 50}, "after": ["data"]},
+    }
+    place = tmp_path / "alone.yaml"
+    place.write_text(yaml.safe_dump({"name": "alone", "output": str(tmp_path / "out"), "stages": stages}))
+    words, with_project = runner(head, place)
+    log = tmp_path / "first.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(words, cwd=tmp_path, env=with_project, stdout=file, stderr=file)
+    wait_for(lambda: max(progress(tmp_path / "out", "pretrain").values(), default=0) > 0.1, 400)
+    (training_job,) = progress(tmp_path / "out", "pretrain")
+    code, text = run([BIN / "ray", "job", "stop", f"--address={address}", training_job], environment)
+    assert code == 0, text
+    assert process.wait(timeout=400) == 1, log.read_text()
+    code, text = run([*words[:2], "status", str(place), "--json"], with_project, tmp_path)
+    states = {name: stage["state"] for name, stage in json.loads(text)["stages"].items()}
+    assert states == {"data": "done", "pretrain": "stopped", "transfer": "waiting", "other": "done"}, log.read_text()
+    (saved,) = (tmp_path / "trained" / "checkpoints").glob("*/COMMIT.json")
+    assert 0 < json.loads(saved.read_text())["step"] < 300
+    code, text = run(words, with_project, tmp_path)
+    assert code == 0, text
+    record = state.load(str(tmp_path / "out")).records["pretrain"]
+    assert (record.versions[0].cost["attempts"], record.versions[0].result["steps"]) == (2, 300)
+    assert saved.exists()  # the second attempt went on from it
 
 
 def test_without_the_token_nothing_starts(head, tmp_path):

@@ -58,7 +58,7 @@ def test_a_killed_runner_finds_its_process_again(tmp_path):
     assert start(tmp_path, "one", {"data": DATA}).wait(timeout=240) == 0
     assert not stage.is_running()
     log = (tmp_path / "one.log").read_text()
-    assert "data: there from an earlier run" in log
+    assert "data: still running from an earlier run" in log
     assert log.count("data: started") == 1
     assert state.load(str(tmp_path / "one")).records["data"].versions[-1].cost["attempts"] == 1
 
@@ -119,4 +119,4 @@ def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
     assert process.wait(timeout=2400) == 0
     assert results(tmp_path, "wild") == results(tmp_path, "calm")
     assert len(results(tmp_path, "wild")) == 9
-    assert "has other settings" not in (tmp_path / "wild.log").read_text()  # stages are taken over, not stopped
+    assert "out of date" not in (tmp_path / "wild.log").read_text()  # stages are taken over, not stopped

@@ -90,7 +90,7 @@ def test_an_address_that_is_written_out_is_a_reference_too(tmp_path):
 STAGES = {
     "unknown key": ({"x": {"job": "prepare", "matrx": {}}}, 'unknown key "matrx" (did you mean "matrix"?)'),
     "no job": ({"x": {"recipe": "demo"}}, "stages.x: the key job is missing"),
-    "unknown job": ({"x": {"job": "pretain"}}, 'no job "pretain" (did you mean "pretrain"?)'),
+    "unknown job": ({"x": {"job": "pretain"}}, 'unknown job "pretain" (did you mean "pretrain"?)'),
     "unknown recipe": (
         {"x": {"job": "prepare", "recipe": "dmeo"}},
         'prepare has no recipe "dmeo" (did you mean "demo"?)',
@@ -113,7 +113,7 @@ STAGES = {
     ),
     "unknown output": (
         {"data": {"job": "prepare", "recipe": "demo"}, "x": {"job": "pretrain", "fields": {"data": "${data.train}"}}},
-        "a stage has only its output",
+        "only the output of a stage can be referenced",
     ),
     "circle": (
         {
@@ -137,20 +137,20 @@ STAGES = {
     ),
     "output inside its input": (
         {"a": {"job": "prepare", "fields": {"source": "/x", "output": "/x/data"}}},
-        "the output of a (/x/data) lies in what a reads (/x)",
+        "the output of a (/x/data) lies in the input of a (/x)",
     ),
     "many for one": (
         {
             "p": {"job": "pretrain", "recipe": "demo", "matrix": {"seed": [0, 1]}},
             "t": {"job": "transfer", "fields": {"checkpoint": "${p.*.output}", "data": "/x"}},
         },
-        "stands for 2 outputs; this field takes one",
+        "expands to 2 outputs, but this field takes one",
     ),
     "matrix of an unknown field": ({"x": {"job": "pretrain", "matrix": {"lr": [1]}}}, 'matrix: unknown field "lr"'),
     "empty matrix": ({"x": {"job": "pretrain", "matrix": {"seed": []}}}, "matrix.seed has no values"),
     "twice the same": (
         {"x": {"job": "pretrain", "matrix": {"seed": [1, 1]}}},
-        "two combinations of the matrix are the same",
+        "two combinations of the matrix are equal",
     ),
     "in both places": (
         {"x": {"job": "pretrain", "fields": {"seed": 1}, "matrix": {"seed": [1]}}},
@@ -173,15 +173,15 @@ STAGES = {
             "a": {"job": "prepare", "recipe": "demo"},
             "b": {"job": "prepare", "recipe": "demo", "fields": {"output": "${a.output}/more"}},
         },
-        "its output lies in another stage's",
+        "its output lies in the output of another stage",
     ),
     "reference without end": (
         {"x": {"job": "pretrain", "fields": {"data": "${data.output/train"}}},
-        "a reference begins with ${ and ends with }",
+        "incomplete reference; write ${STAGE.output}",
     ),
     "text that means an instance": (
         {"x": {"job": "pretrain", "fields": {"data": "$<data>/train"}}},
-        "no value may have $< in it",
+        "a value must not contain $<",
     ),
     "unknown task": (
         {"x": {"job": "transfer", "recipe": "vtab1k", "fields": {"checkpoint": "/x", "data": "/x", "tasks": ["petz"]}}},
@@ -196,13 +196,13 @@ STAGES = {
         {"x": {"job": "prepare", "recipe": "demo", "resources": {"memory": float("nan")}}},
         "resources.memory nan must be",
     ),
-    "name of two lines": ({"x\ny": {"job": "prepare"}}, r'the name "x\ny" is not letters'),
+    "name of two lines": ({"x\ny": {"job": "prepare"}}, r'invalid name "x\ny"'),
     "default input that is not there": (
         {"x": {"job": "pretrain", "recipe": "demo", "fields": {"data": "demo:digits"}}},
         "nothing is there (the default of validation; give the field)",
     ),
-    "bad name": ({"x y": {"job": "prepare"}}, 'the name "x y" is not letters'),
-    "reserved name": ({"promote": {"job": "prepare"}}, 'no stage may be called "promote"'),
+    "bad name": ({"x y": {"job": "prepare"}}, 'invalid name "x y"'),
+    "reserved name": ({"promote": {"job": "prepare"}}, 'the stage name "promote" is reserved'),
 }
 
 
@@ -227,27 +227,30 @@ BOMB = "".join(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new 
     ("text", "message"),
     [
         ("name: x\nstages: {a: {job: prepare}\n", "not valid YAML"),
-        ("name: x\nstages:\n  a: {job: prepare}\n  a: {job: pretrain}\n", 'line 4: the key "a" stands twice'),
+        ("name: x\nstages:\n  a: {job: prepare}\n  a: {job: pretrain}\n", 'line 4: the key "a" is given twice'),
         ("- a\n", "has the keys name, output and stages"),
         ("", "has the keys name, output and stages"),
         ("name: x\n", "the key stages is missing"),
         (f"name: x\n{STAGE}---\nname: y\n", "found another document"),
-        (f"x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\nfields:\n{BOMB}", "more than 100,000 values, aliases written out"),
-        ("name: x\nstages: &s {a: *s}\n", "line 2: an alias stands for what holds it"),
-        ("name: x\nstages: {a: {job: prepare, fields: {source: &s [*s]}}}\n", "an alias stands for what holds it"),
-        (f"1: x\nname: x\n{STAGE}", 'a key has to be text, and YAML reads "1" as something else; put it in quotes'),
-        ("name: x\nstages: {on: {job: prepare}}\n", 'YAML reads "on" as something else'),
-        ("name: x\nstages: {2026-01-01: {job: prepare}}\n", 'YAML reads "2026-01-01" as something else'),
-        ("name: x\nstages: {[a, b]: {job: prepare}}\n", "YAML reads a list or mapping as something else"),
+        (f"x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\nfields:\n{BOMB}", "more than 100,000 values with expanded aliases"),
+        ("name: x\nstages: &s {a: *s}\n", "line 2: an alias refers to a node that contains it"),
+        (
+            "name: x\nstages: {a: {job: prepare, fields: {source: &s [*s]}}}\n",
+            "an alias refers to a node that contains it",
+        ),
+        (f"1: x\nname: x\n{STAGE}", 'a key must be a string, and YAML does not parse "1" as one; put it in quotes'),
+        ("name: x\nstages: {on: {job: prepare}}\n", 'YAML does not parse "on" as one'),
+        ("name: x\nstages: {2026-01-01: {job: prepare}}\n", 'YAML does not parse "2026-01-01" as one'),
+        ("name: x\nstages: {[a, b]: {job: prepare}}\n", "YAML does not parse a list or mapping as one"),
         ("name: x\nstages: [a]\n", "stages: expected dict, found"),
         ("name: x\nstages: {a: prepare}\n", "stages.a: expected a mapping with the keys of Stage, found"),
         ("name: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("[" * 5000, "not valid YAML"),
-        ("#" * (2 << 20), "bytes are too many for a pipeline file"),
+        ("#" * (2 << 20), "bytes; a pipeline file has at most"),
         (f"name: x\nparallel: 0\n{STAGE}", "parallel 0 must be at least 1"),
         (f"name: x\nprices: {{cpu_hour: -1}}\n{STAGE}", "prices.cpu_hour -1.0 must be a number of at least 0"),
         (f"name: x\nprices: {{gpu: h1000}}\n{STAGE}", 'prices.gpu: unknown GPU "h1000" (did you mean "h100"?)'),
-        (f"name: x\n{STAGE}promote: {{over: a}}\n", "only transfer stages have scores"),
+        (f"name: x\n{STAGE}promote: {{over: a}}\n", "over takes transfer stages"),
         (f"name: x\n{STAGE}promote: {{metric: mean}}\n", "the key over is missing"),
         (f"name: x\n{STAGE}promote: {{over: a, atleast: 3}}\n", 'unknown key "atleast" (did you mean "at_least"?)'),
         (SWEEP.replace("at_least: 50", "metric: linaer"), 'transfer has no score "linaer" (did you mean "linear"?)'),

@@ -210,7 +210,7 @@ def test_a_lost_output_is_made_again(tmp_path, source):
     go(chain(tmp_path / "out", source))
     (scores,) = (tmp_path / "out" / "transfer").glob("tasks=knn-*/scores.json")
     scores.unlink()
-    assert states(chain(tmp_path / "out", source))["transfer[tasks=knn]"][1].endswith("is gone")
+    assert states(chain(tmp_path / "out", source))["transfer[tasks=knn]"][1].endswith("no longer exists")
     assert go(chain(tmp_path / "out", source)).done == ["transfer[tasks=knn]"]
 
 
@@ -363,7 +363,7 @@ def test_another_setting_does_not_write_over_an_output_of_the_files_own_choice(t
     go(chain(tmp_path / "out", source, data=fixed))
     outcome = go(chain(tmp_path / "out", source, data={**fixed, "quality": 50}))
     assert outcome.failed == ["data"]
-    assert "holds what other settings made" in state.load(str(tmp_path / "out")).records["data"].failed.reason
+    assert "has the output of other settings" in state.load(str(tmp_path / "out")).records["data"].failed.reason
 
 
 def test_the_state_of_another_program_is_refused(tmp_path, source):
@@ -371,7 +371,7 @@ def test_the_state_of_another_program_is_refused(tmp_path, source):
     go(pipeline)
     place = Path(state.load(pipeline.root).uri)
     place.write_text(json.dumps({**json.loads(place.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="its format is 99, this program reads 1"):
+    with pytest.raises(UserError, match="its format is 99, and this program reads 1"):
         plan_of(pipeline)
     place.write_text("{}")
     with pytest.raises(UserError, match="is not the state of a pipeline"):
