@@ -5,6 +5,7 @@ file        the YAML file, or a recipe of recipes.py, as a `Pipeline`
 kinds       the jobs that can be stages: config, inputs, outputs, identity
 fields      config fields as dotted names and flags
 instances   stages -> instances: `matrix`, references, order, checks
+references  outputs of other instances in the values of fields
 places      fingerprints of the content at a URI
 state       state.json in the output of the pipeline: finished, running and failed versions
 recipes     pipelines as Python functions

@@ -8,11 +8,11 @@ from typing import Any
 from pipeline.data.address import shares
 
 INSTANCE = re.compile(r"\$<([^>]*)>")
-"""An output inside a value, once the instance is known: $<pretrain[seed=1]>/train."""
+"""An output in a value whose instance is known: $<pretrain[seed=1]>/train."""
 
 
 def fill(value: Any, outputs: Mapping[str, str]) -> Any:
-    """The value with the addresses of outputs in place of the instances that make them."""
+    """Replaces the instances in a value with the URIs of their outputs."""
     if isinstance(value, str):
         return INSTANCE.sub(lambda match: outputs[match[1]], value)
     if isinstance(value, list | tuple):
@@ -21,7 +21,7 @@ def fill(value: Any, outputs: Mapping[str, str]) -> Any:
 
 
 def data_of(config: Any) -> list[tuple[str, Fraction]]:
-    """[(address, share)] of the data sets of a pre-training; names of instances in them may have commas."""
+    """[(URI, share)] of the datasets of a pre-training. Names of instances in the URIs may contain commas."""
     text, references = config.runtime.data, INSTANCE.findall(config.runtime.data)
     numbers = iter(range(len(references)))
     masked = INSTANCE.sub(lambda match: f"$<{next(numbers)}>", text)
