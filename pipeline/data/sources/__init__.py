@@ -21,7 +21,7 @@ Each format is one module with `matches`, `scan` and `read` (`items.SourceFormat
 """
 
 from pipeline.data.sources.discovery import FORMATS, discover, read
-from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, SourceFormat
+from pipeline.data.sources.items import FRAGMENTS, Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
 from pipeline.data.sources.prefetch import prefetched
@@ -32,6 +32,7 @@ __all__ = [
     "FRAGMENTS",
     "SPILL_ROWS",
     "Columns",
+    "Downloads",
     "Item",
     "LabelTable",
     "Labels",

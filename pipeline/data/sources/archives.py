@@ -30,7 +30,9 @@ class FileScan:
     """The contents of one archive, as its scan found them."""
 
     fragments: list[Fragment]
-    """Rows of schema FRAGMENTS, without the split."""
+    """Rows of schema FRAGMENTS, without the split and the row."""
+    first_rows: list[int] = field(default_factory=list)
+    """The number of the first row of each fragment, in lists of URLs."""
     names: Iterable[str] = ()
     """Label names, except those that folders give."""
     ordered_names: tuple[str, ...] = ()
@@ -89,7 +91,11 @@ def scan_archives(
     ]
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
     by_file = splits_of_files(files["path"].to_pylist())
-    rows = [(*row, by_file.get(row[0])) for scan in found for row in scan.fragments]
+    rows = [
+        (*row, by_file.get(row[0]), first)
+        for scan in found
+        for row, first in zip(scan.fragments, scan.first_rows or [0] * len(scan.fragments), strict=True)
+    ]
     if not rows:
         raise UserError(f"{uri}: its {name} files have no rows")
     naming = _naming(uri, found, options)
@@ -220,7 +226,7 @@ def _labelled_by_archive(uri: str, rows: list[tuple], options: ScanOptions) -> t
             "images without labels"
         )
     found = {path: [label] if label else None for path, label in labels.items()}
-    return [(*row[:4], row[4] or found[row[0]], row[5]) for row in rows], names
+    return [(*row[:4], row[4] or found[row[0]], *row[5:]) for row in rows], names
 
 
 def _check_labels(uri: str, found: Sequence[FileScan], names: set[str], options: ScanOptions) -> None:

@@ -33,9 +33,12 @@ class RowColumns:
     UserError for a schema without image bytes, or without a column that the user named.
     """
 
-    def __init__(self, schema: pa.Schema, where: str, path: str, named: Columns, distinct: Any = None) -> None:
+    def __init__(
+        self, schema: pa.Schema, where: str, path: str, named: Columns, distinct: Any = None, image: str | None = None
+    ) -> None:
+        """image: the column that stands for the image when that is not one of bytes."""
         self.schema = schema
-        self.image = _image_column(schema, where)
+        self.image = image or image_column(schema, where)
         self.partitions = _partitions(path)
         names = [name for name in schema.names if name != self.image]
         wanted = named.label
@@ -55,7 +58,7 @@ class RowColumns:
             self.label = None
         texts = {plain_name(f.name): f.name for f in schema if f.name != self.image and is_text(f.type)}
         # a column "name" may hold file names or class names
-        candidates = [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
+        candidates = [] if image else [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
         own = [named.file] if named.file in names else []
         self.key = next((name for name in (*own, *candidates) if name != self.label), None)
         columns = (self.key, self.image, self.label, self.split, *self.one_hot)
@@ -183,7 +186,7 @@ def huggingface_names(schema: pa.Schema, label: str | None) -> list[str]:
         return []
 
 
-def _image_column(schema: pa.Schema, where: str) -> str:
+def image_column(schema: pa.Schema, where: str) -> str:
     candidates = [f.name for f in schema if _holds_bytes(f.type)]
     lower = {name.lower(): name for name in reversed(candidates)}
     for name in (*IMAGE_COLUMNS, *(c for c in lower if c not in (*LABEL_COLUMNS, *FILE_COLUMNS, *SPLIT_COLUMNS))):

@@ -11,9 +11,9 @@ from typing import cast
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.sources import arrow, cifar, folder, parquet, tar, tfrecord, zip
+from pipeline.data.sources import arrow, cifar, folder, parquet, tar, tfrecord, urls, zip
 from pipeline.data.sources.archives import included
-from pipeline.data.sources.items import Item, ScanOptions, Source, SourceFormat
+from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
@@ -21,7 +21,7 @@ from pipeline.errors import UserError, nearest
 
 # One module per format; a new format is a module with NAME, matches, scan and read, and an entry here. The format that
 # the most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
-FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord]
+FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord, urls]
 
 UNREAD = (
     ".7z",
@@ -59,13 +59,14 @@ def discover(
     columns: Columns | None = None,
     class_level: int | None = None,
     unlabelled: bool = False,
+    downloads: Downloads | None = None,
 ) -> list[Source]:
     """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
     labels: URI of a label table for all sources. include: globs over keys. need_names: False avoids opening archives of
     at most `unit_bytes` bytes. columns: the columns that the user named. class_level: the level of the class folders; 1
-    is the first below the source. unlabelled: whether to accept images without labels. Raises UserError for a source
-    that is missing, empty, unreadable or ambiguous.
+    is the first below the source. unlabelled: whether to accept images without labels. downloads: for lists of URLs.
+    Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
         raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
@@ -79,7 +80,7 @@ def discover(
         files = list_source(uri)
         if not files.num_rows:
             raise UserError(f"{uri}: no such file or folder, or nothing in it")
-        found = _recognise(uri, files) if format == "auto" else formats()[format]
+        found = _recognise(uri, files, downloads) if format == "auto" else formats()[format]
         options = ScanOptions(
             table=table,
             columns=columns,
@@ -89,6 +90,7 @@ def discover(
             need_names=need_names,
             unit_bytes=unit_bytes,
             prefix=prefix,
+            downloads=downloads or Downloads(),
         )
         if format == "auto":
             _warn_about_others(uri, files, found)
@@ -101,14 +103,22 @@ def discover(
     return sources
 
 
-def _recognise(uri: str, files: pa.Table) -> SourceFormat:
-    """The format that matches most of the first SNIFFED_FILES file names; class folders if no format matches."""
-    names = [path or uri for path in files["path"][:SNIFFED_FILES].to_pylist()]
-    counts = {name: sum(map(found.matches, names)) for name, found in formats().items()}
+def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> SourceFormat:
+    """The format that matches most of the first SNIFFED_FILES file names; class folders if no format matches.
+
+    Tables also lie next to images and archives, so only the content of a table shows that it is a list of URLs."""
+    paths = files["path"][:SNIFFED_FILES].to_pylist()
+    names = [path or uri for path in paths]
+    counts = {name: sum(map(found.matches, names)) for name, found in formats().items() if name != urls.NAME}
     best = max(counts, key=lambda name: counts[name])  # the first of them in a tie
+    if (not counts[best] or best == parquet.NAME) and urls.is_list(uri, paths, downloads or Downloads()):
+        return formats()[urls.NAME]
     if files["path"][0].as_py() == "" and (best == folder.NAME or not counts[best]):
-        archives = ", ".join(name for name in formats() if name != folder.NAME)
-        raise UserError(f"{uri}: a single file that is not an archive ({archives}); give a folder or an archive")
+        archives = ", ".join(name for name in formats() if name not in (folder.NAME, urls.NAME))
+        raise UserError(
+            f"{uri}: a single file that is not an archive ({archives}) and not a list of URLs (a table with a column of "
+            "http:// or https:// addresses; --url-column names it); give a folder, an archive or a list"
+        )
     packed = next((name for name in names if name.lower().endswith(UNREAD)), None)
     if packed and not counts[best]:
         raise UserError(f"{uri}: {packed} has an unsupported format; unpack it, or pack the images as .tar or .zip")
@@ -120,6 +130,8 @@ def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:
     names = files["path"][:SNIFFED_FILES].to_pylist()
     mine = {os.path.splitext(name)[0] for name in names if chosen.matches(name)}
     for name, other in formats().items():
+        if name == urls.NAME:
+            continue
         # img2dataset writes a table of the same name next to every archive; label tables are read as labels
         beside = [
             path

@@ -3,12 +3,13 @@
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.codecs import Refused
+from pipeline.data.downloads.config import DownloadConfig
 from pipeline.data.sources.columns import Columns
 from pipeline.data.sources.naming import Naming
 from pipeline.data.sources.tables import LabelTable
@@ -23,9 +24,21 @@ FRAGMENTS = pa.schema(
         ("stop", pa.int64()),  # end of the range; -1 for the end of the file
         ("labels", pa.list_(pa.string())),  # label names that are known before the fragment is read, or null
         ("split", pa.string()),  # the split of the fragment in the source, or null
+        ("row", pa.int64()),  # number of the first row in the file (lists of URLs); else 0
     ]
 )
 LISTING = pa.schema([FRAGMENTS.field("path"), FRAGMENTS.field("size")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Downloads:
+    """What the user said about the images of lists of URLs."""
+
+    config: DownloadConfig = field(default_factory=DownloadConfig)
+    url_column: str | None = None
+    allow_private: bool = False
+    keep_rows: bool = False
+    """Whether the items have the columns of their rows."""
 
 
 class Item(NamedTuple):
@@ -38,6 +51,7 @@ class Item(NamedTuple):
     labels: Sequence[str] | None
     refused: Refused | None = None
     split: str | None = None  # if the source has splits
+    row: dict[str, Any] | None = None  # the columns of a row of a list of URLs, if `Downloads.keep_rows` is set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +74,11 @@ class Source:
     apart: bool = False  # whether the members of a sample are not next to each other in an archive
     problem: str = ""  # why an archive could not be scanned to its end, if so
     hint: str = ""  # where labels may be, if none were found
+    downloads: Downloads | None = None  # for lists of URLs
+    # For lists of URLs, whose `read` selects rows before it downloads their images:
+    include: tuple[str, ...] = ()  # globs over keys
+    only: frozenset[str] | None = None  # the keys to read; None: all
+    limit: int = -1  # maximum number of items; -1: all
 
     @property
     def listed(self) -> bool:
@@ -87,6 +106,8 @@ class ScanOptions:
     """Larger files are divided into several fragments if the format allows it."""
     prefix: str = ""
     """Put before every key of the source."""
+    downloads: Downloads = field(default_factory=Downloads)
+    """For lists of URLs."""
 
 
 class SourceFormat(Protocol):
@@ -109,7 +130,7 @@ def fragments_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | Non
     """Every file of a listing as a fragment."""
     starts, stops = (pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1))
     splits = pa.nulls(files.num_rows, pa.string()) if splits is None else splits
-    return pa.table([files["path"], files["size"], starts, stops, labels, splits], schema=FRAGMENTS)
+    return pa.table([files["path"], files["size"], starts, stops, labels, splits, starts], schema=FRAGMENTS)
 
 
 def is_included(key: str, include: tuple[str, ...]) -> bool:

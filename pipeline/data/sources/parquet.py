@@ -32,7 +32,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """Fragments are runs of row groups of about `unit_bytes`. Label names come from
     the metadata, or else from the label column."""
-    with _ParquetFile(uri) as file:
+    with OpenParquet(uri) as file:
         metadata, file_schema = file.metadata, file.schema_arrow
         columns = RowColumns(file_schema, uri, path, options.columns, lambda column: _distinct(uri, file, column))
         fragments: list[tuple[str, int, int, int, list[str] | None]] = []
@@ -83,7 +83,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
-    with _ParquetFile(uri) as file:
+    with OpenParquet(uri) as file:
         columns = RowColumns(
             file.schema_arrow, uri, fragment["path"], source.columns, lambda column: _distinct(uri, file, column)
         )
@@ -130,21 +130,23 @@ def _largest_value(file: pq.ParquetFile, group: int, columns: list[str]) -> tupl
 # ---------------------------------------------------------------- files
 
 
-class _ParquetFile:
+class OpenParquet:
     """An open Parquet file. A local file is memory-mapped: a Python file object would slow down Arrow's I/O threads.
 
     Raises StorageError if the store fails, UserError for other files and damaged ones.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, buffer: int = 0) -> None:
+        """buffer: bytes of a column that are read at a time; 0 reads the column of a row group at once."""
+        self.uri, self.buffer = uri, buffer
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> pq.ParquetFile:
         try:
             if storage.is_remote(self.uri):
-                return pq.ParquetFile(self._open.enter_context(storage.open_file(self.uri)), pre_buffer=False)
-            return pq.ParquetFile(self._open.enter_context(pa.memory_map(self.uri)))
+                file = self._open.enter_context(storage.open_file(self.uri))
+                return pq.ParquetFile(file, pre_buffer=False, buffer_size=self.buffer)
+            return pq.ParquetFile(self._open.enter_context(pa.memory_map(self.uri)), buffer_size=self.buffer)
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:

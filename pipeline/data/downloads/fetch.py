@@ -1,0 +1,293 @@
+"""One address -> the bytes of an image file, or the reason why there are none.
+
+A download fails with a Refused whose reason is from a small set, for counting: `http 404`, `timeout`, `connection failed`,
+`no such host`, `private address`, `bad address`, `too many redirects`, `certificate`, `incomplete body`, `bad response`,
+`too many bytes`, `not an image`, `empty`, `unsupported encoding`, `robots.txt`, `robots.txt unreachable`, `x-robots-tag`.
+`config.is_temporary` says which may pass. Details never hold an address with a password.
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import ipaddress
+import random
+import socket
+import ssl
+import tempfile
+import time
+import zlib
+from collections.abc import AsyncIterator
+from typing import IO, Any
+
+import aiohttp
+import yarl
+
+from pipeline.data import codecs
+from pipeline.data.codecs import Refused
+from pipeline.data.downloads import robots
+from pipeline.data.downloads.addresses import AddressPolicy, CheckedResolver, RefusedAddress, checked_socket
+from pipeline.data.downloads.config import DownloadConfig, is_temporary
+from pipeline.data.downloads.limits import HostLimits
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+HEADER_BYTES = 32 << 10  # of one header field, and of the status line
+MEMORY_BYTES = 2 << 20  # of an answer that are held in memory; the rest of a larger one is in a file
+HEAD_BYTES = 32  # by which image formats are recognised
+MAX_BACKOFF = 30.0  # seconds between two attempts
+UNREADABLE_TYPES = ("text/", "application/json", "application/xml", "application/xhtml", "application/pdf", "video/")
+"""Content types whose body is not read to its end when its first bytes are not those of an image."""
+
+
+class Fetcher:
+    """A session with its limits: `async with Fetcher(config) as fetcher: await fetcher.fetch(address)`."""
+
+    def __init__(self, config: DownloadConfig, *, allow_private: bool = False, limits: HostLimits | None = None) -> None:
+        self.config = config
+        networks = tuple(ipaddress.ip_network(text) for text in config.private_networks)
+        self._policy = AddressPolicy(allow_private, networks)
+        self._limits = limits or HostLimits(config.per_host, config.rate, config.max_wait)
+        self._robots = robots.RobotsFiles(config.robot_name)
+        self._connections = asyncio.Semaphore(config.connections)
+
+    async def __aenter__(self) -> "Fetcher":
+        connector = aiohttp.TCPConnector(
+            limit=0,  # the semaphore limits
+            resolver=CheckedResolver(self._policy),
+            socket_factory=checked_socket(self._policy),
+            ttl_dns_cache=300,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.1", "Accept-Encoding": "identity"},
+            max_line_size=HEADER_BYTES,
+            max_field_size=HEADER_BYTES,
+            timeout=aiohttp.ClientTimeout(
+                total=self.config.timeout,
+                sock_connect=self.config.connect_timeout,
+                sock_read=self.config.stall_timeout,
+            ),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def fetch(self, address: str) -> IO[bytes]:
+        """The image file at an address, from its start. Raises Refused."""
+        return await self._with_retries(lambda: self._image(_parse(address)))
+
+    async def _with_retries(self, attempt: Any) -> Any:
+        for number in range(self.config.retries + 1):
+            try:
+                return await attempt()
+            except Refused as refused:
+                if number == self.config.retries or not is_temporary(refused.reason):
+                    raise
+            await asyncio.sleep(min(MAX_BACKOFF, 2.0**number) * (0.5 + random.random()))
+
+    # ------------------------------------------------------------ redirects
+
+    async def _image(self, url: yarl.URL) -> IO[bytes]:
+        for _ in range(self.config.max_redirects + 1):
+            delay = await self._crawl_delay(url)
+            async with self._answer(url, delay) as answer:
+                target = _redirect(answer, url)
+                if target is None:
+                    return await self._body(answer)
+            url = target
+        raise Refused("too many redirects", f"more than {self.config.max_redirects}")
+
+    async def _crawl_delay(self, url: yarl.URL) -> float:
+        if self.config.robots != "obey":
+            return 0.0
+        return await self._robots.crawl_delay(str(url.origin()), str(url.with_user(None)), self._robots_file)
+
+    async def _robots_file(self, address: str) -> tuple[int, bytes]:
+        """(status, body) of robots.txt, after redirects."""
+
+        async def attempt() -> tuple[int, bytes]:
+            url = _parse(address)
+            for _ in range(self.config.max_redirects + 1):
+                async with self._answer(url, 0.0) as answer:
+                    target = _redirect(answer, url)
+                    if target is None:
+                        if answer.status != 200:
+                            return answer.status, b""
+                        with _Decoder(answer, robots.MAX_BYTES, cut=True) as decoder:
+                            return answer.status, (await decoder.read()).read()
+                url = target
+            return 404, b""  # RFC 9309, section 2.3.1.2: too many redirects count as no robots.txt
+
+        return await self._with_retries(attempt)
+
+    # ------------------------------------------------------------ one request
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, url: yarl.URL, crawl_delay: float) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer to one request, headers read. Errors of the network, also those of the block, become Refused."""
+        host = url.host or ""
+        async with self._limits.request(host, crawl_delay), self._connections:
+            try:
+                async with self._session.get(url, allow_redirects=False) as answer:
+                    try:
+                        self._note_pause(host, answer)
+                        yield answer
+                    finally:
+                        if not answer.content.at_eof():
+                            answer.close()  # a connection with the rest of a body on it is of no use
+            except Refused:
+                raise
+            except (aiohttp.ClientError, OSError, ValueError, zlib.error, asyncio.TimeoutError) as error:
+                raise _refused(error) from error
+
+    def _note_pause(self, host: str, answer: aiohttp.ClientResponse) -> None:
+        if answer.status in (429, 503) and (seconds := _retry_after(answer.headers.get("Retry-After"))):
+            self._limits.pause(host, seconds)
+
+    async def _body(self, answer: aiohttp.ClientResponse) -> IO[bytes]:
+        """The checked body of an answer that is no redirect."""
+        if answer.status != 200:
+            raise Refused(f"http {answer.status}")
+        if self.config.robots != "ignore":
+            tags = answer.headers.getall("X-Robots-Tag", ())
+            if directive := robots.forbidden_by(tags, self.config.robot_name):
+                raise Refused("x-robots-tag", directive)
+        if (answer.content_length or 0) > self.config.max_bytes:
+            raise Refused("too many bytes", f"{answer.content_length:,}, the limit is {self.config.max_bytes:,}")
+        with _Decoder(answer, self.config.max_bytes) as decoder:
+            return await decoder.read(_refuse_other_types)
+
+
+class _Decoder:
+    """Reads a body, decompressed, up to a limit. cut: a longer body is cut there instead of refused."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> None:
+        encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise Refused("unsupported encoding", encoding[:40])
+        self._answer, self._limit, self._cut = answer, limit, cut
+        self._inflate = None if encoding in ("identity", "") else zlib.decompressobj(15 + 32)  # finds gzip or zlib
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115: `read` hands it out
+        self._kept = False
+
+    def __enter__(self) -> "_Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._kept:
+            self._file.close()
+
+    async def read(self, check: Any = None) -> IO[bytes]:
+        """The body as a file, at its start. check(answer, first bytes) may raise Refused before the rest is read."""
+        size, checked = 0, check is None
+        async for chunk in self._answer.content.iter_any():
+            for part in self._parts(chunk, self._limit - size):
+                size += len(part)
+                if size > self._limit and not self._cut:
+                    raise Refused("too many bytes", f"more than the limit of {self._limit:,}")
+                self._file.write(part)
+                if not checked and size >= HEAD_BYTES:
+                    self._check(check)
+                    checked = True
+            if size > self._limit:
+                break
+        else:
+            if self._inflate is not None and not self._inflate.eof:
+                raise Refused("incomplete body", "the compressed body breaks off")
+        if not size and check is not None:
+            raise Refused("empty")
+        if not checked:
+            self._check(check)
+        self._file.seek(0)
+        self._kept = True
+        return self._file
+
+    def _parts(self, chunk: bytes, room: int):
+        """A chunk, decompressed in parts of at most 64 KiB, of which one may exceed `room`."""
+        if self._inflate is None:
+            yield chunk
+            return
+        while chunk and room >= 0 and not self._inflate.eof:
+            part = self._inflate.decompress(chunk, 1 << 16)
+            chunk = self._inflate.unconsumed_tail
+            room -= len(part)
+            yield part
+
+    def _check(self, check: Any) -> None:
+        place = self._file.tell()
+        self._file.seek(0)
+        head = self._file.read(HEAD_BYTES)
+        self._file.seek(place)
+        check(self._answer, head)
+
+
+def _refuse_other_types(answer: aiohttp.ClientResponse, head: bytes) -> None:
+    """Raises Refused when the first bytes are not those of an image, whatever the server says they are."""
+    if not codecs.is_image_data(head):
+        kind = answer.headers.get("Content-Type", "none")[:60]
+        raise Refused("not an image", f"content type {kind}, first bytes {head[:12]!r}")
+
+
+def _parse(address: str) -> yarl.URL:
+    """Raises Refused (bad address) for what is not an absolute http:// or https:// address."""
+    try:
+        return _checked(yarl.URL(address.strip()))
+    except (ValueError, UnicodeError) as error:
+        raise Refused("bad address", "cannot be parsed") from error
+
+
+def _checked(url: yarl.URL) -> yarl.URL:
+    if url.scheme not in ("http", "https"):
+        raise Refused("bad address", f"the scheme is {url.scheme[:20]!r}" if url.scheme else "no http:// or https://")
+    if not url.host:
+        raise Refused("bad address", "no host")
+    url.port  # noqa: B018: raises ValueError above 65535
+    return url.with_fragment(None)
+
+
+def _redirect(answer: aiohttp.ClientResponse, url: yarl.URL) -> yarl.URL | None:
+    """Where an answer leads to; None when it is no redirect. A login of the first address does not travel along."""
+    location = answer.headers.get("Location")
+    if answer.status not in REDIRECTS or location is None:
+        return None
+    try:
+        return _checked(url.join(yarl.URL(location))).with_user(None)
+    except (ValueError, UnicodeError) as error:
+        raise Refused("bad address", "of a redirect, cannot be parsed") from error
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header, which may hold a date; 0 without one."""
+    if not value:
+        return 0.0
+    if value.strip().isdecimal():
+        return float(value.strip()[:9])
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _refused(error: BaseException) -> Refused:
+    """The reason for an exception of the network."""
+    chain: list[Any] = [error]
+    while (cause := getattr(chain[-1], "os_error", None) or chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, RefusedAddress):
+            return Refused("private address", str(each))
+        if isinstance(each, ssl.SSLCertVerificationError | aiohttp.ClientConnectorCertificateError):
+            return Refused("certificate", getattr(each, "verify_message", "") or "not valid for this host")
+        if isinstance(each, socket.gaierror):
+            gone = each.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None))
+            return Refused("no such host" if gone else "connection failed", str(each.strerror))
+    if isinstance(error, asyncio.TimeoutError):
+        return Refused("timeout")
+    if isinstance(error, aiohttp.ClientPayloadError | zlib.error):
+        return Refused("incomplete body", "the connection ended early, or the body is damaged")
+    if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError | UnicodeError):
+        return Refused("bad address", "cannot be asked for")
+    if isinstance(error, aiohttp.ClientConnectionError | OSError):
+        return Refused("connection failed", getattr(chain[-1], "strerror", None) or type(error).__name__)
+    return Refused("bad response", type(error).__name__)

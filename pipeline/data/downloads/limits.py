@@ -1,0 +1,148 @@
+"""Limits of the requests to one host, over all processes of a node.
+
+Processes agree through the operating system: a request to a host holds a lock on one byte of a file, and there are as many
+bytes for a host as it may have requests at a time. The kernel gives the locks of a killed process back. The times before
+which a host must not be asked again lie in a second, mapped file. Both are sparse and indexed by a hash of the host's name.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import functools
+import hashlib
+import mmap
+import os
+import random
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from pipeline.data.codecs import Refused
+from pipeline.errors import UserError
+
+SLOTS = 4096  # bytes of the lock file for each host
+HOSTS = 1 << 18  # entries of the file of times
+ENTRY = struct.Struct("dd")  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
+MAX_PAUSE = 86_400.0  # seconds that a time can lie ahead
+POLL = 0.02  # seconds between attempts to get a lock that another process holds
+
+
+class _Files:
+    """The two files in a folder, opened once in a process and never closed: closing a file gives up all locks on it."""
+
+    def __init__(self, folder: str) -> None:
+        self.locks, times = _open_private(folder, "locks"), _open_private(folder, "times")
+        if os.fstat(times).st_size != HOSTS * ENTRY.size:
+            os.ftruncate(times, HOSTS * ENTRY.size)
+        self.times = mmap.mmap(times, HOSTS * ENTRY.size)
+        os.close(times)
+        self.held: set[int] = set()  # positions that this process has locked: its own locks do not stop it
+        self.mutex = threading.Lock()
+
+    def try_lock(self, position: int) -> bool:
+        with self.mutex:
+            if position in self.held:
+                return False
+            try:
+                fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, position)
+            except OSError:
+                return False
+            self.held.add(position)
+            return True
+
+    def unlock(self, position: int) -> None:
+        with self.mutex:
+            fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, position)
+            self.held.discard(position)
+
+    @contextlib.contextmanager
+    def entry(self, place: int) -> Iterator[tuple[int, float, float]]:
+        """(offset of a host's times, earliest next request, end of its pause), locked."""
+        number = place % HOSTS
+        position, at = (1 << 60) + number, number * ENTRY.size
+        with self.mutex:
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, position)
+            try:
+                following, pause = ENTRY.unpack_from(self.times, at)
+                latest = time.monotonic() + MAX_PAUSE
+                if not max(following, pause) <= latest:  # written before the machine restarted
+                    following = pause = 0.0
+                yield at, following, pause
+            finally:
+                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, position)
+
+
+_files = functools.cache(_Files)
+
+
+class HostLimits:
+    """per_host: requests at a time. rate: requests per second, None for no limit. max_wait: longest pause, in seconds, that
+    a host may ask for before requests to it fail. Processes share the limits through the files in `folder`."""
+
+    def __init__(self, per_host: int, rate: float | None, max_wait: float, folder: str | None = None) -> None:
+        self.per_host, self.interval, self.max_wait = min(per_host, SLOTS), 1 / rate if rate else 0.0, max_wait
+        self._files = _files(folder or os.path.join(tempfile.gettempdir(), f"vit-hosts-{os.getuid()}"))
+        self._waiting: dict[int, tuple[asyncio.Semaphore, int]] = {}
+
+    @contextlib.asynccontextmanager
+    async def request(self, host: str, crawl_delay: float = 0.0) -> AsyncIterator[None]:
+        """Waits until a request to `host` may be made. crawl_delay: seconds between requests that the host asks for.
+
+        Raises Refused (http 429) when the host has asked for a longer pause than `max_wait`.
+        """
+        place = _place(host)
+        semaphore, users = self._waiting.get(place) or (asyncio.Semaphore(self.per_host), 0)
+        self._waiting[place] = (semaphore, users + 1)
+        try:
+            async with semaphore:
+                position = await self._lock(place)
+                try:
+                    await self._wait(place, max(self.interval, crawl_delay))
+                    yield
+                finally:
+                    self._files.unlock(position)
+        finally:
+            semaphore, users = self._waiting.pop(place)
+            if users > 1:
+                self._waiting[place] = (semaphore, users - 1)
+
+    async def _lock(self, place: int) -> int:
+        while True:
+            for position in range(place * SLOTS, place * SLOTS + self.per_host):
+                if self._files.try_lock(position):
+                    return position
+            await asyncio.sleep(POLL * (0.5 + random.random()))
+
+    async def _wait(self, place: int, interval: float) -> None:
+        """Waits for the host's turn, and reserves it."""
+        with self._files.entry(place) as (at, following, pause):
+            now = time.monotonic()
+            if pause - now > self.max_wait:
+                raise Refused("http 429", f"the host asks for a pause of {pause - now:.0f} s")
+            turn = max(now, following, pause)
+            if interval:
+                ENTRY.pack_into(self._files.times, at, turn + interval, pause)
+        if turn > now:
+            await asyncio.sleep(turn - now)
+
+    def pause(self, host: str, seconds: float) -> None:
+        """No process of this node asks `host` again for so many seconds (at most an hour)."""
+        with self._files.entry(_place(host)) as (at, following, pause):
+            until = max(pause, time.monotonic() + min(seconds, 3600.0))
+            ENTRY.pack_into(self._files.times, at, following, until)
+
+
+def _place(host: str) -> int:
+    return int.from_bytes(hashlib.blake2b(host.encode(), digest_size=5).digest(), "big")
+
+
+def _open_private(folder: str, name: str) -> int:
+    """A file that this user alone can have put into a folder of this user."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
+    return os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

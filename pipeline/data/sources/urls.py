@@ -1,0 +1,316 @@
+"""Lists of URLs: tables with a column of addresses, whose images are downloaded when they are read.
+
+Parquet, CSV, TSV, JSON lines, and text with an address per line, gzipped or not, as img2dataset takes them. The column of
+addresses is `url` or another known name (--url-column), labels and splits are those of columns, as in Parquet files of images.
+A fragment is a range of rows. The key of an image is FILE#ROW, or FILE/NAME with --file-column.
+"""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import credentials, storage
+from pipeline.data.codecs import Refused
+from pipeline.data.sources import archives, urltables
+from pipeline.data.sources.archives import FileScan
+from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, image_column, is_text
+from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, plain_name, split_name
+from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, is_included
+from pipeline.data.sources.urltables import Table, open_table
+from pipeline.errors import UserError
+
+NAME = "urls"
+URL_COLUMNS = (
+    "url",
+    "image_url",
+    "img_url",
+    "imageurl",
+    "image_link",
+    "photo_image_url",
+    "original_url",
+    "originalurl",
+    "urls",
+    "uri",
+    "link",
+    "src",
+    "address",
+)
+HASHES = {"sha256": 32, "sha1": 20, "md5": 16, "sha512": 64}  # name -> bytes
+IMAGE_BYTES = 64 << 10  # of an image of the web, about: units of even work are cut by it
+
+
+def matches(path: str) -> bool:
+    """Tables, by the ends of their names: `is_list` looks into them."""
+    return urltables.matches(path)
+
+
+def is_list(uri: str, paths: Sequence[str], downloads: Downloads) -> bool:
+    """Whether the first table of a source holds addresses of images, and no images."""
+    path = next((path for path in paths if matches(path or uri)), None)
+    if path is None:
+        return False
+    try:
+        with open_table(storage.join(uri, path) if path else uri) as table:
+            if table.schema.metadata is not None or table.is_parquet:
+                try:
+                    image_column(table.schema, uri)
+                    return False
+                except UserError:
+                    pass
+            column = _url_column(table.schema.names, downloads.url_column)
+            return column is not None and any(_is_address(row.get(column)) for row in table.first_rows())
+    except UserError:
+        return False
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))
+
+
+def _url_column(names: Sequence[str], wanted: str | None) -> str | None:
+    return named_column(names, URL_COLUMNS, wanted, "--url-column")
+
+
+# ---------------------------------------------------------------- columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Which columns of a list say what."""
+
+    rows: RowColumns
+    text: bool  # whether every cell is text
+    url: str
+    digest: str | None  # column of hashes of files
+
+    @classmethod
+    def of(cls, table: Table, uri: str, path: str, source: ScanOptions | Source, downloads: Downloads) -> "_Columns":
+        names = table.schema.names
+        try:
+            url = _url_column(names, downloads.url_column)
+            digest = None
+            if downloads.config.hash_column != "none":
+                known = [name for name in map(plain_name, names) if _algorithm(name)]
+                digest = named_column(names, known, downloads.config.hash_column, "--download.hash-column")
+        except UserError as error:
+            raise UserError(f"{uri}: {error}") from error
+        if url is None:
+            raise UserError(f"{uri}: no column of addresses among {', '.join(names)}; name it with --url-column")
+        named = source.columns
+        rows = RowColumns(table.schema, uri, path, named, lambda name: first_values(table.columns([name])), image=url)
+        return cls(rows, not table.is_parquet, url, digest)
+
+    @property
+    def all(self) -> list[str]:
+        return list(dict.fromkeys([*self.rows.all, *([self.digest] if self.digest else [])]))
+
+    def labels(self, values: Mapping[str, Any], source: Source) -> list[str] | None:
+        """The label names of a row: those of a label table, by its name or the path of its address, else its own."""
+        table = source.naming.table
+        if table.labels:
+            own = values.get(self.rows.key) if self.rows.key else None
+            return table.lookup(str(own or str(values.get(self.url) or "").partition("?")[0]))
+        return self.own_labels(values)
+
+    def own_labels(self, values: Mapping[str, Any]) -> list[str] | None:
+        """The label names in a row. pandas writes 2.0 for 2 into text where another value of the column is missing."""
+        labels = self.rows.labels(dict(values))
+        if not labels or not self.text:
+            return labels
+        return [name.partition(".")[0] if WHOLE_NUMBER.fullmatch(name) else name for name in labels]
+
+    def split(self, values: Mapping[str, Any]) -> str | None:
+        own = split_name(values.get(self.rows.split), self.rows.split) if self.rows.split else None
+        return own or self.rows.split_of_file
+
+
+def _algorithm(name: str) -> str | None:
+    """The hash that a column of this name holds: sha256, image_md5, OriginalMD5. Not those of addresses."""
+    plain = plain_name(name)
+    return next((hash for hash in HASHES if plain.endswith(hash) and "url" not in plain), None)
+
+
+# ---------------------------------------------------------------- scanning
+
+
+def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
+    """Lists are scanned by Ray tasks: fragments of some thousand rows, and the label names."""
+    source = archives.scan_archives(NAME, uri, files, options, matches, scan_file)
+    return replace(source, names=source.names or frozenset(), downloads=options.downloads, include=options.include)
+
+
+def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
+    with open_table(uri) as table:
+        columns = _Columns.of(table, uri, path, options, options.downloads)
+        ordered = huggingface_names(table.schema, columns.rows.label)
+        found = FileScan(
+            fragments=[],
+            names=ordered,
+            ordered_names=tuple(ordered),
+            multilabel=columns.rows.multilabel,
+            fields=columns.rows.fields,
+        )
+        names: set[str] = set(ordered)
+        splits = {columns.rows.split_of_file} if columns.rows.split_of_file else set()
+        wanted = archives.names_wanted(options) and not ordered
+        reading = columns.rows.labelling if wanted else [columns.rows.split] if columns.rows.split else []
+        count = 0
+        for span in table.spans():
+            found.fragments.append((path, span.rows * IMAGE_BYTES, span.start, span.stop, None))
+            found.first_rows.append(span.first)
+            count += span.rows
+            if reading:
+                _add_names(columns, span.values, names, splits, found)
+        for batch in table.batches(reading) if reading else ():
+            labels, some, many = columns.rows.names_and_splits(batch)
+            names.update(labels)
+            splits.update(some)
+            found.multilabel |= many
+        if wanted and not columns.rows.label and columns.rows.label_of_file:
+            names = {columns.rows.label_of_file}
+        found.names, found.splits = names, splits
+        label = columns.rows.label
+        if wanted and label and not options.columns.label and is_text(table.schema.field(label).type):
+            found.texts, found.text_samples, found.text_column = names, count, label
+    return found
+
+
+def _add_names(
+    columns: _Columns, rows: Iterable[Mapping[str, Any]], names: set[str], splits: set[str], found: FileScan
+) -> None:
+    for values in rows:
+        labels = columns.own_labels(values)
+        names.update(labels or ())
+        found.multilabel |= labels is not None and len(labels) > 1
+        if split := columns.split(values):
+            splits.add(split)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    item: Item
+    address: str
+    digest: str | None
+
+
+def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
+    """The images of the rows, in order. One that cannot be downloaded is an Item with the reason."""
+    from pipeline.data.downloads.stream import download  # aiohttp takes 0.3 s to import
+
+    assert source.downloads is not None
+    rows = list(_wanted(source, fragments))
+    waiting = [row.address for row in rows if row.item.refused is None]
+    results = download(waiting, source.downloads.config, allow_private=source.downloads.allow_private)
+    try:
+        for row in rows:
+            if row.item.refused is not None:
+                yield row.item
+                continue
+            result = next(results)
+            if isinstance(result, Refused):
+                yield row.item._replace(refused=Refused(result.reason, credentials.redacted(result.detail)))
+            elif problem := _check_digest(result, row.digest):
+                yield row.item._replace(refused=Refused("hash mismatch", problem))
+            else:
+                yield row.item._replace(image=result)
+    finally:
+        results.close()  # type: ignore[attr-defined]
+
+
+def _wanted(source: Source, fragments: pa.Table) -> Iterator[_Row]:
+    """The rows of which images are wanted."""
+    taken = 0
+    for uri, name, fragment in _joined(source, fragments):
+        assert source.downloads is not None
+        with open_table(uri) as table:
+            columns = _Columns.of(table, uri, fragment["path"], source, source.downloads)
+            needed = None if source.downloads.keep_rows else columns.all
+            for number, values in table.rows(fragment["start"], fragment["stop"], fragment["row"], needed):
+                row = _row(source, columns, name, number, values, fragment)
+                if source.only is not None and row.item.key not in source.only:
+                    continue
+                if not is_included(row.item.key, source.include):
+                    continue
+                if taken == source.limit:
+                    return
+                taken += 1
+                yield row
+
+
+def _joined(source: Source, fragments: pa.Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(URI, name in keys, fragment), where fragments that continue each other are one."""
+    last: dict[str, Any] | None = None
+    for fragment in [*fragments.to_pylist(), None]:
+        if last is not None and fragment is not None and last["path"] == fragment["path"]:
+            if last["stop"] == fragment["start"]:
+                last["stop"] = fragment["stop"]
+                continue
+        if last is not None:
+            path = last["path"]
+            yield storage.join(source.uri, path) if path else source.uri, path or source.uri.rpartition("/")[2], last
+        last = fragment
+
+
+def _row(
+    source: Source, columns: _Columns, name: str, number: int, values: dict[str, Any], fragment: dict[str, Any]
+) -> _Row:
+    own = values.get(columns.rows.key) if columns.rows.key else None
+    prefix = source.prefix
+    if source.by_archive:
+        prefix += f"{archives.archive_stem(name)}/"
+    key = f"{prefix}{name}/{own}" if own else f"{prefix}{name}#{number}"
+    address = values.get(columns.url)
+    shown = credentials.redacted(address.strip()) if isinstance(address, str) else ""
+    labels = columns.labels(values, source)
+    if labels is None and fragment["labels"]:
+        labels = list(fragment["labels"])
+    assert source.downloads is not None
+    item = Item(
+        key,
+        shown or f"{name}#{number}",
+        b"",
+        labels,
+        None if shown else Refused("bad address", "the row has no address"),
+        columns.split(values) or fragment["split"],
+        {column: _public(value) for column, value in values.items()} if source.downloads.keep_rows else None,
+    )
+    digest = values.get(columns.digest) if columns.digest else None
+    algorithm = f"{_algorithm(columns.digest or '') or ''}:{_digest_text(digest)}" if digest else None
+    return _Row(item, address if isinstance(address, str) else "", algorithm)
+
+
+def _public(value: Any) -> Any:
+    return credentials.redacted(value) if isinstance(value, str) else value
+
+
+def _digest_text(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value).strip()
+
+
+def _check_digest(data: bytes, expected: str | None) -> str:
+    """Why a file does not have the hash of its row, given as NAME:TEXT in hex or base64; "" when it has."""
+    if expected is None:
+        return ""
+    algorithm, _, text = expected.partition(":")
+    wanted: bytes | None = None
+    for decode in (bytes.fromhex, lambda value: base64.b64decode(value, validate=True)):
+        try:
+            wanted = decode(text)
+        except (ValueError, binascii.Error):
+            continue
+        algorithm = algorithm or next((name for name, size in HASHES.items() if size == len(wanted or b"")), "")
+        if algorithm and len(wanted) == HASHES[algorithm]:
+            break
+        wanted = None
+    if wanted is None:
+        return f"{text[:80]!r} is no {algorithm or 'hash'}"
+    found = hashlib.new(algorithm, data).digest()
+    return "" if found == wanted else f"{algorithm} {found.hex()}, expected {wanted.hex()}"
