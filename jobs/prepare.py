@@ -18,7 +18,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import tyro
 
@@ -101,7 +101,7 @@ def prepare(argv: list[str]) -> int:
     options = config.parse(
         gather(argv, "--source"), recipes, default, prog="jobs/prepare.py", description=__doc__ or ""
     )
-    from pipeline.data.prepare import prepare
+    from pipeline.data.prepare import download_images, prepare
     from pipeline.operations import doctor, next_steps
     from pipeline.tracking import resolve_tracking_uri
 
@@ -112,6 +112,8 @@ def prepare(argv: list[str]) -> int:
     server = resolve_tracking_uri(options.tracking_uri) if options.tracking else None
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
+    if settings.download_only:
+        return show_downloads(options, download_images(settings, tracking_uri=server), stdout)
     manifests = prepare(settings, tracking_uri=server)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
@@ -127,6 +129,26 @@ def prepare(argv: list[str]) -> int:
             f"fingerprint={result['fingerprint']}  {result['uri']}"
         )
     logs.show(next_steps.after_preparing({name: storage.join(options.output, name or "") for name in manifests}))
+    return 0
+
+
+def show_downloads(options: Command, result: dict[str, Any], stdout: TextIO) -> int:
+    """Prints the counts of --download-only."""
+    counts = {name: value for name, value in result.items() if name not in ("config", "archives", "version")}
+    counts |= {"uri": storage.normalise(options.output), "archives": len(result["archives"])}
+    if options.json:
+        print(json.dumps(counts), file=stdout)
+        return 0
+    reasons = "".join(f", {count} {reason}" for reason, count in result["rejects"].items())
+    print(
+        f"downloads: downloaded={counts['downloaded']} archives={counts['archives']} rejects={sum(result['rejects'].values())}"
+        f"{reasons} may_pass={counts['may_pass']} bytes={counts['bytes']}  {counts['uri']}"
+    )
+    if counts["may_pass"]:
+        logger.warning(
+            "%d downloads failed for reasons that may pass; the same command fetches them again", counts["may_pass"]
+        )
+    logs.show(f"next: python jobs/prepare.py --source {counts['uri']} --output ...")
     return 0
 
 

@@ -54,7 +54,7 @@ class AddressPolicy:
             return False
         if self.allow_private or any(address in network for network in self.networks):
             return True
-        return isinstance(address, ipaddress.IPv6Address) and bool(_embedded(address)) or address.is_global
+        return (isinstance(address, ipaddress.IPv6Address) and bool(_embedded(address))) or address.is_global
 
 
 def _embedded(address: Address) -> list[Address]:

@@ -41,7 +41,9 @@ UNREADABLE_TYPES = ("text/", "application/json", "application/xml", "application
 class Fetcher:
     """A session with its limits: `async with Fetcher(config) as fetcher: await fetcher.fetch(address)`."""
 
-    def __init__(self, config: DownloadConfig, *, allow_private: bool = False, limits: HostLimits | None = None) -> None:
+    def __init__(
+        self, config: DownloadConfig, *, allow_private: bool = False, limits: HostLimits | None = None
+    ) -> None:
         self.config = config
         networks = tuple(ipaddress.ip_network(text) for text in config.private_networks)
         self._policy = AddressPolicy(allow_private, networks)
@@ -60,7 +62,11 @@ class Fetcher:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.1", "Accept-Encoding": "identity"},
+            headers={
+                "User-Agent": self.config.user_agent,
+                "Accept": "image/*,*/*;q=0.1",
+                "Accept-Encoding": "identity",
+            },
             max_line_size=HEADER_BYTES,
             max_field_size=HEADER_BYTES,
             timeout=aiohttp.ClientTimeout(
@@ -127,7 +133,7 @@ class Fetcher:
     @contextlib.asynccontextmanager
     async def _answer(self, url: yarl.URL, crawl_delay: float) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer to one request, headers read. Errors of the network, also those of the block, become Refused."""
-        host = url.host or ""
+        host = f"{url.host}:{url.port}"
         async with self._limits.request(host, crawl_delay), self._connections:
             try:
                 async with self._session.get(url, allow_redirects=False) as answer:
@@ -139,7 +145,7 @@ class Fetcher:
                             answer.close()  # a connection with the rest of a body on it is of no use
             except Refused:
                 raise
-            except (aiohttp.ClientError, OSError, ValueError, zlib.error, asyncio.TimeoutError) as error:
+            except (TimeoutError, aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
                 raise _refused(error) from error
 
     def _note_pause(self, host: str, answer: aiohttp.ClientResponse) -> None:
@@ -169,7 +175,7 @@ class _Decoder:
             raise Refused("unsupported encoding", encoding[:40])
         self._answer, self._limit, self._cut = answer, limit, cut
         self._inflate = None if encoding in ("identity", "") else zlib.decompressobj(15 + 32)  # finds gzip or zlib
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115: `read` hands it out
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115
         self._kept = False
 
     def __enter__(self) -> "_Decoder":
@@ -243,7 +249,7 @@ def _checked(url: yarl.URL) -> yarl.URL:
         raise Refused("bad address", f"the scheme is {url.scheme[:20]!r}" if url.scheme else "no http:// or https://")
     if not url.host:
         raise Refused("bad address", "no host")
-    url.port  # noqa: B018: raises ValueError above 65535
+    url.port  # noqa: B018
     return url.with_fragment(None)
 
 

@@ -25,7 +25,9 @@ from pipeline.errors import UserError
 
 SLOTS = 4096  # bytes of the lock file for each host
 HOSTS = 1 << 18  # entries of the file of times
-ENTRY = struct.Struct("dd")  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
+ENTRY = struct.Struct(
+    "dd"
+)  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
 MAX_PAUSE = 86_400.0  # seconds that a time can lie ahead
 POLL = 0.02  # seconds between attempts to get a lock that another process holds
 

@@ -61,18 +61,18 @@ class _Run:
                 del self.files[address]
                 self.held -= _size(result)
             self.head += 1
-        self._call(lambda: self._wake and self._wake.set())
+        self._wake_up()
         return result
 
     def stop(self) -> None:
         with self.changed:
             self.stopped = True
-        self._call(lambda: self._wake and self._wake.set())
+        self._wake_up()
 
-    def _call(self, function) -> None:
+    def _wake_up(self) -> None:
         with self.changed:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(function)
+            if self._loop is not None and self._wake is not None:
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     # ------------------------------------------------------------ the downloads' thread
 

@@ -14,6 +14,7 @@ processes the remaining slices and produces a byte-identical dataset, independen
     plan          sources -> slices, claim of the output      mix           global shuffle of archives
     worker        one slice -> shards and a receipt           finish        receipts -> manifests and reports
     run           the phases in order                         record        the MLflow run
+    download      --download-only                             retry         further passes over failed downloads
 """
 
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ from pipeline import lazy
 from pipeline.data.prepare.config import RECIPES, PrepareConfig
 
 if TYPE_CHECKING:
+    from pipeline.data.prepare.download import download_images
     from pipeline.data.prepare.run import prepare
 
-__all__ = ["RECIPES", "PrepareConfig", "prepare"]
+__all__ = ["RECIPES", "PrepareConfig", "download_images", "prepare"]
 
-__getattr__ = lazy.exports(__name__, {"run": ("prepare",)})
+__getattr__ = lazy.exports(__name__, {"run": ("prepare",), "download": ("download_images",)})

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from pipeline import storage
+from pipeline.data.downloads.config import check_downloads
 from pipeline.data.duplicates.hashes import BITS
 from pipeline.data.format import MAX_ROW_GROUP_BYTES
 from pipeline.data.prepare.builtin import BUILTIN
@@ -39,6 +40,7 @@ def check_config(config: PrepareConfig) -> PrepareConfig:
     if not 0 <= config.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {config.max_reject_fraction}: between 0 and 1")
     _check_descriptor(config)
+    check_downloads(config.download)
     parse_splits(config.splits)
     output = storage.normalise(config.output)
     inputs = tuple(uri if uri in BUILTIN else storage.normalise(uri) for uri in config.source)

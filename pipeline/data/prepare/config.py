@@ -1,10 +1,11 @@
 """Configuration of `prepare` and its recipes; checks.py validates it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline import config as configuration
+from pipeline.data.downloads.config import CONTENT, DownloadConfig
 from pipeline.data.format.constants import ROW_GROUP_BYTES, SHARD_BYTES, Encoding
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
@@ -17,11 +18,12 @@ class PrepareConfig:
     """Settings that affect the content of a dataset, and its location."""
 
     source: tuple[str, ...] = ()
-    """Folders, archives or s3:// prefixes of images. Several sources become one dataset."""
+    """Folders, archives or s3:// prefixes of images, or lists of URLs. Several sources become one dataset."""
     output: str = ""
     """Folder or s3:// prefix for the dataset: new, empty, or with the unfinished dataset of the same command."""
     format: str = "auto"
-    """Format of the sources: auto (detected from file names), folder, tar, zip, parquet, arrow, tfrecord or cifar."""
+    """Format of the sources: auto (detected from file names), folder, tar, zip, parquet, arrow, tfrecord, cifar or
+    urls (tables of addresses)."""
     labels: str | None = None
     """Table of file names and labels: CSV, TSV, text, JSONL, JSON, Parquet, or ImageNet's devkit archive."""
     label_column: str | None = None
@@ -31,6 +33,14 @@ class PrepareConfig:
     """Column or feature with the file name, in --labels and in the sources."""
     split_column: str | None = None
     """Column, field or feature with the split, in --labels and in the sources."""
+    url_column: str | None = None
+    """Column with the address of the image, in lists of URLs."""
+    download_only: bool = False
+    """Keep the images of lists of URLs as they are, in WebDataset archives, instead of preparing a dataset."""
+    allow_private_hosts: bool = False
+    """Download from private networks and this machine, too, but never from the metadata servers of clouds."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    """Downloads of lists of URLs."""
     class_level: int | None = None
     """Level of the folder that names the class; 1 is the first below the source. None: detect automatically."""
     label_map: str | None = None
@@ -171,4 +181,5 @@ RECIPES: dict[str, Callable[[], PrepareConfig]] = {
 def identity(config: PrepareConfig) -> dict[str, Any]:
     """The settings that affect the content of the dataset. They must be the same when a job is continued."""
     values = configuration.to_dict(config)
+    values["download"] = {name: values["download"][name] for name in CONTENT}
     return {name: value for name, value in values.items() if name not in ("output", "max_reject_fraction")}

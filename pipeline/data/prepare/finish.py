@@ -11,6 +11,7 @@ from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_data
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
+from pipeline.data.prepare.retry import temporary_keys, without_retried
 from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError
 
@@ -31,6 +32,7 @@ def finish_datasets(
 
     mixed: receipts of the shuffled shards, which replace those of the slices. Raises UserError when more inputs were
     rejected than `max_reject_fraction` allows."""
+    receipts = without_retried(plan, receipts)
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     manifests = {}
@@ -58,8 +60,29 @@ def finish_datasets(
         )
     _warn_about_classes(plan, manifests)
     _warn_about_table_rows(plan, receipts)
-    tidy_output(plan, manifests)
+    tidy_output(plan, manifests, keep_work=_may_go_on(plan, receipts, mixed is not None))
     return manifests
+
+
+def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], mixed: bool) -> bool:
+    """Whether the same command may add images whose download failed for a while, and says so."""
+    count = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
+    if not count:
+        return False
+    if mixed or plan.receipts.finished() & set(map(deduplicated_name, range(len(plan.slices)))):
+        logger.warning(
+            "%s: %d downloads failed for reasons that may pass; this dataset cannot be completed later, because its rows were "
+            "shuffled or removed after the downloads (--download-only keeps the files)",
+            plan.config.output,
+            count,
+        )
+        return False
+    logger.warning(
+        "%s: %d downloads failed for reasons that may pass; the same command fetches these again",
+        plan.config.output,
+        count,
+    )
+    return True
 
 
 def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -147,8 +170,8 @@ def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]]) 
         storage.write_bytes(storage.join(uri, PAIRS), sheet)
 
 
-def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
-    """Removes receipts and leftovers of killed tasks: shards without a receipt and partial files."""
+def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest], keep_work: bool = False) -> None:
+    """Removes receipts, unless `keep_work`, and leftovers of killed tasks: shards without a receipt and partial files."""
     for name, manifest in manifests.items():
         known = {shard.name for shard in manifest.shards}
         for file in storage.list_files(plan.split_uri(name), recursive=False):
@@ -156,4 +179,5 @@ def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
                 storage.remove(file.uri)
     if "" not in manifests:
         storage.remove(storage.join(plan.config.output, REJECTS))  # from an attempt with too many rejects
-    storage.remove(plan.work, recursive=True)
+    if not keep_work:
+        storage.remove(plan.work, recursive=True)

@@ -39,6 +39,7 @@ class SourceSlice(NamedTuple):
     fragments: int  # number of fragments
     size: int  # bytes of input
     limit: int = -1  # maximum number of items; -1: all
+    again: int = -1  # the slice whose temporary failures it reads again (retry.py); -1: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,8 @@ class PreparePlan:
         return storage.join(self.config.output, split) if split else self.config.output
 
     def fragments_uri(self, number: int) -> str:
+        while self.slices[number].again >= 0:
+            number = self.slices[number].again
         return storage.join(self.work, f"fragments-{number:05d}.arrow")
 
     def hashes_uri(self, number: int) -> str:
@@ -122,8 +125,9 @@ class PreparePlan:
 
     @property
     def compares_keys(self) -> bool:
-        """Whether keys of different slices can be equal. Keys of listed files are unique paths."""
-        return len(self.slices) > 1 and not all(source.listed for source in self.sources)
+        """Whether keys of different slices can be equal. Keys of listed files are unique paths. Downloads may add slices."""
+        several = len(self.slices) > 1 or any(source.downloads for source in self.sources)
+        return several and not all(source.listed for source in self.sources)
 
     @property
     def compares_looks(self) -> bool:
@@ -159,11 +163,21 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         unit_bytes=config.unit_bytes,
         columns=sources.Columns(file=config.file_column, label=config.label_column, split=config.split_column),
         class_level=config.class_level,
-        unlabelled=config.unlabelled,
+        unlabelled=config.unlabelled or config.download_only,
+        downloads=sources.Downloads(
+            config=config.download,
+            url_column=config.url_column,
+            allow_private=config.allow_private_hosts,
+            keep_rows=config.download_only,
+        ),
     )
     if config.splits == FROM_SOURCE and not config.unlabelled:
         found = [_without_unlabelled_splits(source) for source in found]
-    splits = resolve_splits(config, sorted({split for source in found for split in source.splits}))
+    splits = (
+        {"": 1.0}
+        if config.download_only
+        else resolve_splits(config, sorted({split for source in found for split in source.splits}))
+    )
     labels = sources.make_labels(found, label_map, config.unlabelled)
     fingerprint = fingerprint_input(found, labels)
     rng = np.random.Generator(np.random.Philox(config.seed))

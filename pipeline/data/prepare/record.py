@@ -99,6 +99,13 @@ class Record:
             if storage.exists(sheet := storage.join(uri, PAIRS)):
                 run.log_bytes(storage.read_bytes(sheet), f"duplicates/{role}.png")
 
+    def log_counts(self, inputs: int, rows: int, rejects: Mapping[str, int], size: int) -> None:
+        """Logs the results of downloads. rejects: by reason. size: bytes of the archives."""
+        totals: dict[str, float] = {names.INPUTS: inputs, names.ROWS: rows, names.BYTES: size}
+        totals |= {names.REJECTS: sum(rejects.values())}
+        totals |= {names.REJECTED + reason: count for reason, count in rejects.items()}
+        self._started.result().log(self._newest | totals, step=inputs)
+
     def __enter__(self) -> "Record":
         return self
 

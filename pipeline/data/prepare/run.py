@@ -4,10 +4,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.format import Manifest
+from pipeline.data.prepare import retry
 from pipeline.data.prepare.builtin import BUILTIN, write_builtin
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig
@@ -46,10 +48,12 @@ def prepare(
     plan = make_plan(config)
     if finished is not None:
         check_finished(plan, finished)
-        if storage.exists(plan.work):  # the job was stopped during cleanup
-            tidy_output(plan, finished)
-        logger.info("prepare: %s is already finished", config.output)
-        return finished
+        if not storage.exists(plan.work) or not retry.pending(retry.planned(plan)):
+            if storage.exists(plan.work):  # the job was stopped during cleanup
+                tidy_output(plan, finished)
+            logger.info("prepare: %s is already finished", config.output)
+            return finished
+        logger.info("prepare: %s is finished; downloads that failed for a while are tried again", config.output)
     plan = claim_output(plan)
     watchers = [on_progress] if on_progress else []
     if tracking_uri is None:
@@ -63,7 +67,7 @@ def prepare(
 def _run_phases(
     plan: PreparePlan, watchers: list[Callable[[int, int], None]], record: Record | None = None
 ) -> dict[str, Manifest]:
-    prepare_slices(plan, watchers)
+    plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers))
     if plan.compares_rows:
         deduplicate(plan)
     names = receipt_names(plan)
@@ -74,26 +78,31 @@ def _run_phases(
     return finish_datasets(plan, receipts, mixed)
 
 
-def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]] | None = None) -> None:
-    """Processes the slices without a receipt. Raises the first UserError of a slice."""
+def prepare_slices(
+    plan: PreparePlan,
+    watchers: list[Callable[[int, int], None]] | None = None,
+    work: Callable[[int, PreparePlan], dict[str, Any]] = prepare_slice,
+) -> int:
+    """Processes the slices without a receipt. Returns their number. Raises the first UserError of a slice."""
     finished = plan.receipts.finished()
     slices = {slice_name(number): number for number in range(len(plan.slices))}
     todo = {name: number for name, number in slices.items() if name not in finished}
     if len(todo) < len(slices):
         logger.info("prepare: %d of %d units are already done", len(slices) - len(todo), len(slices))
     if not todo:
-        return
+        return 0
     if plan.config.decontaminate:
         index = index_evaluation_sets(plan.config.decontaminate, plan.config.max_pixels)
         plan = dataclasses.replace(plan, evaluation=index)
         logger.info("prepare: keeping out %d images of %d evaluation sets", index.count, len(index.sets))
     outcomes = workqueue.run(
         todo,
-        prepare_slice,
+        work,
         receipts=plan.receipts,
         context=plan,
         summary=summarize,
         size=lambda number: plan.slices[number].size,
+        num_cpus=0.5 if any(source.downloads for source in plan.sources) else 1,  # one waits while another works
     )
     inputs = rejects = 0
     with Progress("prepare", total=sum(plan.slices[number].size for number in todo.values())) as progress:
@@ -106,3 +115,4 @@ def prepare_slices(plan: PreparePlan, watchers: list[Callable[[int, int], None]]
             progress.advance(plan.slices[slices[outcome.name]].size, note)
             for watcher in watchers or ():
                 watcher(inputs, rejects)
+    return len(todo)

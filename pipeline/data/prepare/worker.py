@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -18,7 +18,8 @@ from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.prepare.plan import PreparePlan
+from pipeline.data.prepare.plan import PreparePlan, SourceSlice, slice_name
+from pipeline.data.prepare.retry import temporary_keys
 from pipeline.data.sources import Item
 from pipeline.errors import UserError
 
@@ -67,7 +68,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     )
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
-        for item in _items(number, plan):
+        for item in items_of_slice(number, plan):
             split = _split_of_item(item, plan, thresholds)
             counts.inputs[split] += 1
             try:
@@ -90,11 +91,13 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     }
 
 
-def _items(number: int, plan: PreparePlan) -> Iterator[Item]:
+def items_of_slice(number: int, plan: PreparePlan) -> Iterator[Item]:
     """The inputs of a slice."""
     part = plan.slices[number]
     source = plan.sources[part.source]
     fragments = pa.ipc.open_stream(storage.read_bytes(plan.fragments_uri(number))).read_all()
+    if source.downloads is not None:
+        source = replace(source, limit=part.limit, only=_keys_again(part, plan))
     items = sources.read(source, fragments, plan.config.include)
     if storage.is_remote(source.uri):
         items = sources.prefetched(items)
@@ -102,6 +105,14 @@ def _items(number: int, plan: PreparePlan) -> Iterator[Item]:
         if i == part.limit:
             return
         yield item
+
+
+def _keys_again(part: SourceSlice, plan: PreparePlan) -> frozenset[str] | None:
+    """The keys that a slice of a further pass reads again; None for all."""
+    if part.again < 0:
+        return None
+    (receipt,) = plan.receipts.read([slice_name(part.again)])
+    return frozenset(temporary_keys(receipt))
 
 
 def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, writer: ShardWriter) -> None:

@@ -64,6 +64,10 @@ class FileScan:
     fields: set[str] = field(default_factory=set)
     """Names of the fields or columns that were searched for a label."""
 
+    def numbered_fragments(self) -> Iterable[tuple[Fragment, int]]:
+        """Each fragment, and the number of its first row."""
+        return zip(self.fragments, self.first_rows or [0] * len(self.fragments), strict=True)
+
 
 ScanFile = Callable[[str, str, int, ScanOptions], FileScan]
 """(URI, path relative to the source, size in bytes, options) -> contents of the file. Runs in a Ray task."""
@@ -91,11 +95,7 @@ def scan_archives(
     ]
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
     by_file = splits_of_files(files["path"].to_pylist())
-    rows = [
-        (*row, by_file.get(row[0]), first)
-        for scan in found
-        for row, first in zip(scan.fragments, scan.first_rows or [0] * len(scan.fragments), strict=True)
-    ]
+    rows = [(*row, by_file.get(row[0]), first) for scan in found for row, first in scan.numbered_fragments()]
     if not rows:
         raise UserError(f"{uri}: its {name} files have no rows")
     naming = _naming(uri, found, options)

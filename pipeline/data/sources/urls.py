@@ -249,8 +249,8 @@ def _joined(source: Source, fragments: pa.Table) -> Iterator[tuple[str, str, dic
     """(URI, name in keys, fragment), where fragments that continue each other are one."""
     last: dict[str, Any] | None = None
     for fragment in [*fragments.to_pylist(), None]:
-        if last is not None and fragment is not None and last["path"] == fragment["path"]:
-            if last["stop"] == fragment["start"]:
+        if last is not None and fragment is not None:
+            if (last["path"], last["stop"]) == (fragment["path"], fragment["start"]):
                 last["stop"] = fragment["stop"]
                 continue
         if last is not None:

@@ -131,9 +131,10 @@ class _ParquetTable:
         names = list(columns) if columns is not None else None
         try:
             for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
-                here = batch.slice(max(0, start - number), max(0, min(stop, number + batch.num_rows) - max(start, number)))
-                for place, values in enumerate(here.to_pylist(), max(start, number)):
-                    yield place, values
+                here = batch.slice(
+                    max(0, start - number), max(0, min(stop, number + batch.num_rows) - max(start, number))
+                )
+                yield from enumerate(here.to_pylist(), max(start, number))
                 number += batch.num_rows
                 if number >= stop:
                     return
@@ -232,8 +233,9 @@ class _TextTable:
 
         def texts() -> Iterator[str]:
             nonlocal end
-            for text, end in lines:  # noqa: B020: the reader takes as many lines as a record has
-                yield text
+            for line in lines:
+                end = line[1]
+                yield line[0]
 
         try:
             for cells in csv.reader(texts(), **self._dialect):

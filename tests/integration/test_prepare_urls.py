@@ -1,0 +1,298 @@
+"""Lists of URLs, from the table to the dataset: formats, labels, counts by reason, continued downloads, archives."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import workqueue
+from pipeline.data import open_dataset
+from pipeline.data.downloads.config import DownloadConfig
+from pipeline.data.prepare import PrepareConfig, download_images, prepare
+from pipeline.errors import UserError
+from tests.images import jpeg
+from tests.prepared import content
+from tests.webserver import web_server
+
+FAST = DownloadConfig(retries=0, passes=0, stall_timeout=2.0, max_bytes=1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def in_process():
+    with workqueue.without_ray():
+        yield
+
+
+@pytest.fixture
+def server():
+    with web_server() as running:
+        yield running
+
+
+def good(server, count=40):
+    """Rows whose images exist."""
+    return [
+        {
+            "url": f"{server.url}/image/{i}.jpg",
+            "caption": f'a "fine" picture, number {i}',
+            "width": 60,
+            "label": "ab"[i % 2],
+        }
+        for i in range(1, count + 1)
+    ]
+
+
+def write(path, rows):
+    """A list of URLs in the format of the file's name."""
+    name = path.name.removesuffix(".gz")
+    text = io.StringIO(newline="")
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+        return str(path)
+    if name.endswith(".jsonl"):
+        text.write("".join(json.dumps(row) + "\n" for row in rows))
+    elif name.endswith(".txt"):
+        text.write("".join(row["url"] + "\n" for row in rows))
+    else:
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if name.endswith(".tsv") else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return str(path)
+
+
+def options(source, output, **more):
+    return PrepareConfig(
+        **{"source": (source,), "output": str(output), "size": 32, "allow_private_hosts": True, "download": FAST} | more
+    )
+
+
+FILES = ["list.parquet", "list.csv", "list.tsv", "list.jsonl", "list.csv.gz", "list.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_list(server, tmp_path, name):
+    source = write(tmp_path / name, good(server))
+    manifest = prepare(options(source, tmp_path / "out"))[""]
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert (manifest.rows, dataset.classes, manifest.class_counts) == (40, ["a", "b"], [20, 20])
+    labels = {dataset[i]["key"]: dataset[i]["label"] for i in range(40)}
+    assert labels == {f"{name}#{i}": (i + 1) % 2 for i in range(40)}
+    assert manifest.rejects == {}
+
+
+def test_plain_addresses_and_lists_without_a_header(server, tmp_path):
+    source = write(tmp_path / "list.txt", good(server, 5))
+    assert prepare(options(source, tmp_path / "out", unlabelled=True))[""].rows == 5
+    lines = [f'"a caption" of {i}\t{server.url}/image/{i}.jpg\n' for i in range(1, 6)]  # as CC3M: not quoted
+    (tmp_path / "cc3m.tsv").write_text("".join(lines))
+    assert prepare(options(str(tmp_path / "cc3m.tsv"), tmp_path / "out3", unlabelled=True))[""].rows == 5
+
+
+def test_columns_of_other_names_a_label_map_and_splits(server, tmp_path):
+    rows = [
+        {"photo": row["url"], "kind": f"{i % 3}.0", "subset": ["train", "val"][i % 2], "id": f"img{i}"}
+        for i, row in enumerate(good(server, 12))
+    ]
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    chosen = {"url_column": "photo", "label_column": "kind", "file_column": "id", "splits": ("from-source",)}
+    source = write(tmp_path / "list.csv", rows)
+    manifests = prepare(options(source, tmp_path / "out", label_map=str(tmp_path / "names.txt"), **chosen))
+    assert {name: manifest.rows for name, manifest in manifests.items()} == {"train": 6, "val": 6}
+    dataset = open_dataset(str(tmp_path / "out" / "train"))
+    assert dataset.classes == ["ant", "bee", "cat"]
+    assert {dataset[i]["key"]: dataset[i]["label"] for i in range(6)} == {
+        f"list.csv/img{i}": i % 3 for i in range(0, 12, 2)
+    }
+    with pytest.raises(UserError, match="--url-column photos: no such column"):
+        prepare(options(source, tmp_path / "other", **chosen | {"url_column": "photos"}, format="urls"))
+
+
+def test_rejects_are_counted_by_reason_and_show_no_password(server, tmp_path):
+    rows = good(server, 30)
+    login = server.url.replace("http://", "http://user:hunter2@")
+    bad = ["/status/404", "/status/404/2", "/html/1.jpg", "/cut/1.jpg", "/reset/1.jpg", "/noai/noai", "/huge/1.jpg"]
+    rows += [{"url": f"{login}{path}?token=hunter2", "label": "a"} for path in bad]
+    rows += [{"url": "", "label": "b"}, {"url": "ftp://h/x.jpg", "label": "b"}, {"url": rows[0]["url"], "label": "b"}]
+    source = write(tmp_path / "list.parquet", rows)
+    config = options(source, tmp_path / "out", max_reject_fraction=0.5)
+    manifest = prepare(config)[""]
+    expected = {"http 404": 2, "not an image": 1, "truncated": 1, "connection failed": 1, "x-robots-tag": 1}
+    expected |= {"too many bytes": 1, "bad address": 2}
+    assert (manifest.rejects, manifest.rows, manifest.inputs) == (expected, 31, 40)
+    table = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert {row["reason"] for row in table} == set(expected)
+    assert server.hits["/image/1.jpg"] == 1
+    assert all(b"hunter2" not in data for data in content(tmp_path / "out").values())
+
+
+def test_hashes_of_the_list_are_checked(server, tmp_path):
+    rows = [row | {"sha256": hashlib.sha256(jpeg(i)).hexdigest()} for i, row in enumerate(good(server, 6), 1)]
+    rows[2]["sha256"], rows[3]["sha256"], rows[4]["sha256"] = "0" * 64, "", "no hash"
+    source = write(tmp_path / "list.csv", rows)
+    config = options(source, tmp_path / "out", max_reject_fraction=0.5)
+    assert prepare(config)[""].rejects == {"hash mismatch": 2}
+    unchecked = DownloadConfig(retries=0, hash_column="none")
+    assert prepare(options(source, tmp_path / "unchecked", download=unchecked))[""].rejects == {}
+
+
+def test_the_same_command_fetches_what_may_have_been_away_and_nothing_else(server, tmp_path):
+    rows = good(server, 100)
+    rows += [
+        {"url": f"{server.url}/{path}", "label": "a"}
+        for path in ("status/404", "flaky/1.jpg", "flaky/2.jpg", "silent/1")
+    ]
+    source = write(tmp_path / "list.csv", rows)
+    config = options(source, tmp_path / "out", max_reject_fraction=0.02)
+    with pytest.raises(UserError, match=r"4 of 104 inputs were rejected.*1 http 404; 2 http 500; 1 timeout"):
+        prepare(config)
+    server.hits.clear()
+    manifest = prepare(config)[""]
+    assert dict(server.hits) == {"/flaky/1.jpg": 1, "/flaky/2.jpg": 1, "/silent/1": 1}
+    assert (manifest.rows, manifest.rejects) == (102, {"http 404": 1, "timeout": 1})
+    server.hits.clear()
+    assert prepare(config)[""].fingerprint == manifest.fingerprint  # finished, but for one address
+    assert dict(server.hits) == {"/silent/1": 1}
+
+
+def test_a_finished_dataset_without_such_failures_is_left_alone(server, tmp_path):
+    source = write(tmp_path / "list.csv", [*good(server, 30), {"url": f"{server.url}/status/404", "label": "a"}])
+    config = options(source, tmp_path / "out")
+    prepare(config)
+    before, server.down = content(tmp_path / "out"), True
+    server.hits.clear()
+    prepare(config)
+    assert content(tmp_path / "out") == before
+    assert not server.hits
+
+
+def test_passes_of_one_command_and_bytes_that_depend_on_the_answers_alone(server, tmp_path):
+    rows = [*good(server, 90), {"url": f"{server.url}/flaky/1.jpg", "label": "a"}]
+    source = write(tmp_path / "list.csv", rows)
+    passes = DownloadConfig(retries=0, passes=1)
+    first = prepare(options(source, tmp_path / "one", download=passes))[""]
+    assert (first.rows, first.rejects) == (91, {})
+    assert server.hits["/image/1.jpg"] == 1
+    server.visits.clear()
+    faster = DownloadConfig(retries=0, passes=1, connections=3, timeout=20.0)
+    prepare(options(source, tmp_path / "two", download=faster))
+    assert {path: data for path, data in content(tmp_path / "one").items() if path.startswith("part")} == {
+        path: data for path, data in content(tmp_path / "two").items() if path.startswith("part")
+    }
+
+
+def test_tables_beside_images_and_parquet_of_images_are_no_lists(tmp_path):
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.jpg").write_bytes(jpeg())
+    for name in ("urls.csv", "more.csv", "third.csv"):
+        (tmp_path / "photos" / name).write_text("url,label\nhttp://h/x.jpg,a\n")
+    manifest = prepare(options(str(tmp_path / "photos"), tmp_path / "out", max_reject_fraction=1.0))[""]
+    assert (manifest.rows, manifest.rejects) == (2, {"not an image": 3})
+    table = pa.table({"image": [jpeg()] * 2, "url": ["http://h/x.jpg"] * 2, "label": ["a", "b"]})
+    pq.write_table(table, tmp_path / "images.parquet")
+    assert prepare(options(str(tmp_path / "images.parquet"), tmp_path / "out2"))[""].rows == 2
+
+
+def test_include_and_sample_spare_the_downloads(server, tmp_path):
+    source = write(tmp_path / "list.csv", good(server, 100))
+    assert prepare(options(source, tmp_path / "some", include=("*#?",), unlabelled=True))[""].rows == 10
+    assert sum(server.hits.values()) <= 11
+    server.hits.clear()
+    assert prepare(options(source, tmp_path / "few", sample=6))[""].rows == 6
+    assert sum(server.hits.values()) <= 7
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("list.csv", b"", "the table is empty|nothing in it|no list of URLs"),
+        ("list.csv", b"url,label\n", "have no rows|no list of URLs"),
+        ("list.csv", b"link_to,label\nx,y\n", "no column of addresses|no list of URLs"),
+        ("list.csv", b"url,label\nhttp://h/\xff,a\n", "not UTF-8|no list of URLs"),
+        ("list.jsonl", b'{"url": "http://h/x.jpg"}\n[1]\n', "no object|no list of URLs"),
+        ("list.csv.gz", b"\x1f\x8bnonsense", "not a gzipped file|no list of URLs"),
+        ("list.parquet", b"PAR1nonsense", "not a Parquet file"),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "urls"])
+def test_files_that_are_no_lists_end_before_any_work(tmp_path, name, data, message, format):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        prepare(options(str(tmp_path / name), tmp_path / "out", format=format))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- --download-only
+
+
+def samples(folder):
+    """{sample: {extension: bytes}} of all archives."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                stem, _, extension = member.name.partition(".")
+                found.setdefault(stem, {})[extension] = archive.extractfile(member).read()
+    return found
+
+
+def test_archives_have_the_files_as_they_came_and_what_the_list_says(server, tmp_path):
+    login = server.url.replace("http://", "http://user:hunter2@")
+    rows = [*good(server, 10), {"url": f"{login}/png/1.png", "caption": "p", "width": 1, "label": "b"}]
+    rows.append({"url": f"{server.url}/status/404", "label": "a"})
+    source = write(tmp_path / "list.parquet", rows)
+    result = download_images(options(source, tmp_path / "tars", download_only=True, max_reject_fraction=0.5))
+    assert (result["inputs"], result["downloaded"], result["rejects"]) == (12, 11, {"http 404": 1})
+    found = list(samples(tmp_path / "tars").values())
+    assert found[0]["jpg"] == jpeg(1)
+    assert found[0]["txt"] == rows[0]["caption"].encode()
+    about = json.loads(found[0]["json"])
+    expected = rows[0] | {"key": "list.parquet#0", "status": "success", "sha256": hashlib.sha256(jpeg(1)).hexdigest()}
+    assert about == expected
+    assert set(found[-1]) == {"png", "json", "txt"}
+    assert all(b"hunter2" not in data for data in content(tmp_path / "tars").values())
+    manifest = prepare(PrepareConfig(source=(str(tmp_path / "tars"),), output=str(tmp_path / "out"), size=32))[""]
+    assert (manifest.rows, manifest.classes) == (11, ["a", "b"])
+
+
+def test_archives_are_continued_and_the_same_again(server, tmp_path):
+    rows = [*good(server, 150), {"url": f"{server.url}/flaky/1.jpg", "label": "a"}]
+    source = write(tmp_path / "list.csv", rows)
+    one, two = (options(source, tmp_path / name, download_only=True) for name in ("one", "two"))
+    assert download_images(one)["may_pass"] == 1
+    server.hits.clear()
+    assert download_images(one)["rejects"] == {}
+    assert dict(server.hits) == {"/flaky/1.jpg": 1}
+    server.hits.clear()
+    assert download_images(one)["downloaded"] == 151
+    assert not server.hits  # finished
+    server.visits.clear()
+
+    def stop(inputs, rejects):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download_images(two, on_progress=stop)
+    assert [path.name for path in (tmp_path / "two").glob("*.tar")] == ["00000.tar"]
+    server.hits.clear()
+    assert download_images(two)["may_pass"] == 1
+    assert not server.hits["/image/1.jpg"]
+    download_images(two)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    with pytest.raises(UserError, match="already contains other downloads"):
+        download_images(options(write(tmp_path / "list.csv", rows[:-1]), tmp_path / "one", download_only=True))
+
+
+def test_download_only_needs_a_list(tmp_path):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "1.jpg").write_bytes(jpeg())
+    with pytest.raises(UserError, match="is read as folder, not as a list of URLs"):
+        download_images(options(str(tmp_path / "photos"), tmp_path / "out", download_only=True))

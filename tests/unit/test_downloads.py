@@ -1,0 +1,370 @@
+"""Downloads from a server that misbehaves: every address ends as an image or as a reason, in bounded time and memory."""
+
+import asyncio
+import itertools
+import multiprocessing
+import socket
+import time
+
+import pytest
+
+from pipeline.data.codecs import Refused
+from pipeline.data.downloads import robots
+from pipeline.data.downloads.addresses import AddressPolicy, CheckedResolver, RefusedAddress
+from pipeline.data.downloads.config import DownloadConfig, check_downloads, is_temporary
+from pipeline.data.downloads.fetch import Fetcher
+from pipeline.data.downloads.limits import HostLimits
+from pipeline.data.downloads.stream import download
+from pipeline.errors import UserError
+from tests.images import jpeg
+from tests.webserver import IMAGE, web_server
+
+FAST = {"retries": 0, "timeout": 5.0, "stall_timeout": 0.5, "connect_timeout": 2.0, "max_bytes": 1 << 20}
+
+
+@pytest.fixture
+def server():
+    with web_server() as running:
+        yield running
+
+
+def fetch(*addresses, private=True, **options):
+    """The outcome of each address: bytes, or its reason."""
+    results = download(addresses, DownloadConfig(**FAST | options), allow_private=private)
+    return [result if isinstance(result, bytes) else result.reason for result in results]
+
+
+ANSWERS = {
+    "image/1.jpg": jpeg(1),
+    "gzip/1.jpg": IMAGE,
+    "status/404": "http 404",
+    "status/410": "http 410",
+    "status/403": "http 403",
+    "status/500": "http 500",
+    "status/204": "http 204",
+    "html/1.jpg": "not an image",
+    "silent/1.jpg": "timeout",
+    "endless/1.jpg": "too many bytes",
+    "huge/1.jpg": "too many bytes",
+    "bomb/1.jpg": "not an image",
+    "imagebomb/1.jpg": "too many bytes",
+    "short/1.jpg": "incomplete body",
+    "reset/1.jpg": "connection failed",
+    "garbage/1.jpg": "bad response",
+    "headers/1.jpg": "bad response",
+    "brotli/1.jpg": "unsupported encoding",
+    "empty/1.jpg": "empty",
+    "loop/1": "too many redirects",
+    "noai/noai": "x-robots-tag",
+}
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_every_misbehaviour_has_a_reason(server, path):
+    assert fetch(f"{server.url}/{path}") == [ANSWERS[path]]
+
+
+def test_a_slow_drip_ends_with_the_time_of_the_request(server):
+    begin = time.monotonic()
+    assert fetch(f"{server.url}/drip/1.jpg", timeout=1.0) == ["timeout"]
+    assert time.monotonic() - begin < 10
+
+
+def test_the_first_bytes_and_not_the_content_type_say_what_an_image_is(server):
+    [png] = fetch(f"{server.url}/png/1.jpg")
+    assert png.startswith(b"\x89PNG")
+
+
+def test_one_bad_answer_spoils_no_other_on_the_same_host(server):
+    bad = [f"{server.url}/{path}" for path in ANSWERS if path.partition("/")[0] not in ("silent", "endless")]
+    good = [f"{server.url}/image/{i}.jpg" for i in range(1, 31)]
+    mixed = [address for pair in zip(good, (bad * 2)[: len(good)], strict=True) for address in pair]
+    results = dict(zip(mixed, fetch(*mixed, f"{server.url}/long/1.jpg", retries=2)[:-1], strict=True))
+    assert [results[address] for address in good] == [jpeg(i) for i in range(1, 31)]
+
+
+def test_what_may_pass_is_tried_again_and_what_may_not_is_not(server):
+    paths = ["flaky/1.jpg", "status/404", "status/503", "html/1.jpg"]
+    results = fetch(*(f"{server.url}/{path}" for path in paths), retries=1)
+    assert results == [jpeg(1), "http 404", "http 503", "not an image"]
+    assert [server.hits[f"/{path}"] for path in paths] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("wait", ["1", "date"])
+def test_retry_after_holds_for_the_whole_host(server, wait):
+    addresses = [f"{server.url}/busy/{wait}", f"{server.url}/image/2.jpg"]
+    assert fetch(*addresses, retries=1, connections=1) == [IMAGE, jpeg(2)]
+    gaps = [b - a for a, b in itertools.pairwise(server.times)]
+    assert max(gaps) >= 0.9
+
+
+def test_a_host_that_asks_for_a_long_pause_is_left_alone(server):
+    results = fetch(f"{server.url}/busy/600", f"{server.url}/image/2.jpg", retries=1, per_host=1, max_wait=2.0)
+    assert results == ["http 429", "http 429"]
+    assert sum(server.hits.values()) <= 2  # robots.txt, and the first address
+    assert is_temporary("http 429")
+
+
+# ---------------------------------------------------------------- addresses
+
+REFUSED = [
+    "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+    "100.100.100.200", "168.63.129.16", "192.0.0.192", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1",
+    "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1",
+    "fe80::1%eth0", "nonsense",
+]  # fmt: skip
+
+
+def test_private_addresses_are_refused_in_every_spelling():
+    policy = AddressPolicy()
+    assert [text for text in REFUSED if policy.allows(text)] == []
+    assert all(
+        map(policy.allows, ["8.8.8.8", "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "64:ff9b::808:808"])
+    )
+
+
+def test_metadata_servers_are_refused_even_where_private_hosts_are_allowed():
+    policy = AddressPolicy(allow_private=True)
+    assert all(map(policy.allows, ["127.0.0.1", "10.0.0.1", "::1", "fd12::1"]))
+    assert not any(
+        map(policy.allows, ["169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254", "100.100.100.200"])
+    )
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "[::ffff:7f00:1]", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "0"],
+)
+def test_no_request_reaches_this_machine(server, host):
+    [reason] = fetch(f"http://{host}:{server.server_port}/image/1.jpg", private=False)
+    assert reason in ("private address", "bad address", "no such host")
+    assert not server.hits
+
+
+@pytest.mark.parametrize("robots_policy", ["obey", "ignore"])
+@pytest.mark.parametrize(
+    "target",
+    ["http://169.254.169.254/latest/meta-data", "http://127.0.0.2:{port}/image/1.jpg", "http://[::1]:{port}/image/1.jpg",
+     "//10.0.0.1/x.jpg", "http://localhost.localdomain./x", "file:///etc/passwd", "ftp://127.0.0.1/x.jpg"],
+)  # fmt: skip
+def test_redirects_to_private_addresses_are_refused(server, target, robots_policy):
+    address = f"{server.url}/redirect?{target.format(port=server.server_port)}"
+    allowed = {"private_networks": ("127.0.0.1/32",), "robots": robots_policy}
+    [reason] = fetch(address, private=False, **allowed)
+    assert reason in ("private address", "bad address", "no such host", "connection failed")
+    assert reason == "private address" or "localdomain" in target or "://" in target[:7]
+    assert set(server.hits) <= {"/robots.txt", "/redirect"}
+    assert fetch(f"{server.url}/redirect?/image/1.jpg", private=False, **allowed) == [jpeg(1)]
+
+
+def test_a_name_that_changes_its_address_gains_nothing(server, monkeypatch):
+    """DNS rebinding: the connection goes to the address that was checked, since there is no second resolution."""
+    answers = iter(["93.184.216.34", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
+    asked = []
+
+    def resolve(host, port, *_, **__):
+        asked.append(host)
+        address = next(answers)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    resolver = None
+
+    async def run():
+        nonlocal resolver
+        resolver = CheckedResolver(AddressPolicy())
+        first = await resolver.resolve("rebind.example", server.server_port)
+        with pytest.raises(RefusedAddress):
+            await resolver.resolve("rebind.example", server.server_port)
+        return first
+
+    assert [entry["host"] for entry in asyncio.run(run())] == ["93.184.216.34"]
+    [reason] = fetch(f"http://rebind.example:{server.server_port}/image/1.jpg", private=False)
+    assert reason == "private address"
+    assert not server.hits
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("", "bad address"), ("no address", "bad address"), ("http://", "bad address"), ("http://h:99999/", "bad address"),
+     ("ftp://h/x.jpg", "bad address"), ("data:image/png;base64,AAAA", "bad address"), ("file:///etc/passwd", "bad address"),
+     ("http://bücher.invalid/ü.jpg", "no such host"), ("http://" + "a" * 300 + ".invalid/", None),
+     ("http://\u2603\u200b..invalid/", None), ("http://[::1", "bad address"), ("http://a b/", None), ("\0", "bad address")],
+)  # fmt: skip
+def test_addresses_that_lead_nowhere(address, reason):
+    [found] = fetch(address)
+    assert found == reason or (reason is None and found in ("bad address", "no such host", "connection failed"))
+
+
+def test_names_and_paths_in_any_script(server, monkeypatch):
+    real, asked = socket.getaddrinfo, []
+
+    def resolve(host, *rest, **options):
+        asked.append(host)
+        return real("127.0.0.1", *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    address = f"http://bücher.example:{server.server_port}/image/grün und blau.jpg?größe=1"
+    assert fetch(address) == [IMAGE]
+    assert set(asked) <= {"xn--bcher-kva.example", b"xn--bcher-kva.example"}
+    assert "/image/gr%C3%BCn%20und%20blau.jpg" in server.hits
+
+
+def test_a_login_is_sent_to_its_host_and_appears_nowhere_else(server, caplog):
+    caplog.set_level(0)
+    address = server.url.replace("http://", "http://user:hunter2@")
+    assert fetch(f"{address}/image/1.jpg") == [jpeg(1)]
+    assert server.seen["/image/1.jpg"]["Authorization"].startswith("Basic ")
+    [target] = fetch(f"{address}/redirect?{server.url}/image/2.jpg")
+    assert target == jpeg(2)
+    assert "Authorization" not in server.seen["/image/2.jpg"]
+    refused = list(download([f"{address}/status/404", address + ":bad"], DownloadConfig(**FAST), allow_private=True))
+    assert "hunter2" not in caplog.text + str(refused)
+
+
+# ---------------------------------------------------------------- robots
+
+
+def test_the_user_agent_is_stated(server):
+    fetch(f"{server.url}/image/1.jpg", user_agent="atlas/2.1 (+https://example.org/atlas)")
+    for path in ("/robots.txt", "/image/1.jpg"):
+        assert server.seen[path]["User-Agent"] == "atlas/2.1 (+https://example.org/atlas)"
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [("noai", "noai"), ("NoImageAI", "noimageai"), ("nofollow, noai", "noai"), ("atlas: noai", "noai"), ("none", "none"),
+     ("otherbot: noai", ""), ("otherbot: noindex, noai", ""), ("all", ""), ("unavailable_after: 25 Jun 2030", ""),
+     ("max-image-preview: none", ""), ("noindex", "noindex"), ("", ""), (":,:", "")],
+)  # fmt: skip
+def test_x_robots_tag(value, word):
+    assert robots.forbidden_by([value], "atlas") == word
+
+
+def test_robots_txt_is_obeyed_with_wildcards_and_the_longest_rule(server):
+    server.robots = (
+        200,
+        b"User-agent: *\nDisallow: /\n\nUser-agent: atlas\nDisallow: /image/*2.jpg$\nDisallow: /png\nAllow: /png/1\n",
+    )
+    paths = ["image/1.jpg", "image/2.jpg", "image/2.jpg?x=1", "png/1.jpg", "png/2.jpg"]
+    addresses = [f"{server.url}/{path}" for path in paths]
+    own = fetch(*addresses, user_agent="atlas/1")
+    assert [isinstance(result, bytes) or result for result in own] == [True, "robots.txt", True, True, "robots.txt"]
+    assert server.hits["/robots.txt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [((404, b""), jpeg(1)), ((403, b""), jpeg(1)), ((500, b""), "robots.txt unreachable"), ((200, b"\xff\xfe\0nonsense"), jpeg(1)),
+     ((200, b"User-agent: *\nCrawl-delay: 9999"), "robots.txt"), ((200, b"x" * (2 << 20)), jpeg(1))],
+)  # fmt: skip
+def test_robots_txt_in_every_state(server, answer, expected):
+    server.robots = answer
+    assert fetch(f"{server.url}/image/1.jpg") == [expected]
+
+
+def test_robots_txt_and_headers_can_be_ignored(server):
+    server.robots = (200, b"User-agent: *\nDisallow: /")
+    assert fetch(f"{server.url}/image/1.jpg", robots="headers") == [jpeg(1)]
+    assert fetch(f"{server.url}/noai/noai", robots="headers") == ["x-robots-tag"]
+    assert fetch(f"{server.url}/noai/noai", robots="ignore") == [IMAGE]
+    assert not server.hits["/robots.txt"]
+
+
+def test_a_crawl_delay_is_kept(server):
+    server.robots = (200, b"User-agent: *\nCrawl-delay: 0.3")
+    assert all(isinstance(result, bytes) for result in fetch(*(f"{server.url}/image/{i}.jpg" for i in range(1, 5))))
+    images = server.times[1:]
+    assert min(b - a for a, b in itertools.pairwise(images)) > 0.2
+
+
+# ---------------------------------------------------------------- many at a time
+
+
+def test_an_address_that_repeats_is_fetched_once(server):
+    one, two = f"{server.url}/image/1.jpg", f"{server.url}/image/2.jpg"
+    assert fetch(one, two, one, one, two) == [jpeg(1), jpeg(2), jpeg(1), jpeg(1), jpeg(2)]
+    assert server.hits["/image/1.jpg"] == server.hits["/image/2.jpg"] == 1
+
+
+def test_results_come_in_order_and_an_early_end_stops_the_downloads(server):
+    addresses = [f"{server.url}/image/{i}.jpg" for i in range(1, 200)]
+    results = download(addresses, DownloadConfig(**FAST), allow_private=True)
+    assert [next(results) for _ in range(3)] == [jpeg(1), jpeg(2), jpeg(3)]
+    begin = time.monotonic()
+    results.close()
+    assert time.monotonic() - begin < 3
+
+
+def test_requests_to_one_host_at_a_time(server):
+    fetch(*(f"{server.url}/image/{i}.jpg" for i in range(1, 60)), per_host=3)
+    assert server.most <= 3
+
+
+def _in_process(address, count, options, answers):
+    answers.put(fetch(*(f"{address}/image/{i}.jpg" for i in range(1, count)), **options))
+
+
+@pytest.mark.parametrize("options", [{"per_host": 2}, {"per_host": 2, "rate": 20.0}])
+def test_limits_hold_for_all_processes(server, options):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    workers = [context.Process(target=_in_process, args=(server.url, 20, options, answers)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        assert answers.get(timeout=120) == [jpeg(i) for i in range(1, 20)]
+    for worker in workers:
+        worker.join()
+    assert server.most <= 2
+    if "rate" in options:
+        times = sorted(server.times)
+        assert len(times) / (times[-1] - times[0]) < 24
+
+
+def test_a_killed_process_gives_its_requests_back(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    worker = context.Process(target=_hold, args=(str(tmp_path), ready))
+    worker.start()
+    assert ready.wait(60)
+
+    async def request():
+        async with HostLimits(1, None, 1.0, str(tmp_path)).request("host"):
+            return True
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(request(), 0.3))
+    worker.kill()
+    worker.join()
+    assert asyncio.run(asyncio.wait_for(request(), 10))
+
+
+def _hold(folder, ready):
+    async def hold():
+        async with HostLimits(1, None, 1.0, folder).request("host"):
+            ready.set()
+            await asyncio.sleep(600)
+
+    asyncio.run(hold())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"connections": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"timeout": 0.0}, {"user_agent": ""}, {"user_agent": "a\r\nX: y"},
+     {"private_networks": ("home",)}, {"max_bytes": 0}, {"retries": -1}, {"connections": 1 << 20}],
+)  # fmt: skip
+def test_settings_that_cannot_be_used_are_named(options):
+    with pytest.raises(UserError, match=f"--download.{next(iter(options)).replace('_', '-')}"):
+        check_downloads(DownloadConfig(**options))
+
+
+def test_fetcher_alone(server):
+    async def run():
+        async with Fetcher(DownloadConfig(**FAST), allow_private=True) as fetcher:
+            with await fetcher.fetch(f"{server.url}/image/1.jpg") as file:
+                assert file.read() == jpeg(1)
+            with pytest.raises(Refused):
+                await fetcher.fetch(f"{server.url}/status/404")
+
+    asyncio.run(run())
