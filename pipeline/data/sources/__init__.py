@@ -6,6 +6,7 @@
     parquet    an image column (bytes, or Hugging Face's struct of bytes and path) and a label column
     arrow      the same in Arrow files, such as those of Hugging Face's save_to_disk
     tfrecord   tf.train.Example with image/encoded and image/class/label or image/class/text
+    urls       lists of addresses (Parquet, CSV, TSV, JSON lines, text), whose images are downloaded
     cifar      CIFAR-10 and CIFAR-100, binary or Python version, as archives or unpacked
 
 `discover` scans a source once, on the driver, and returns a `Source`: a table of *fragments*, each an independent range of the

@@ -249,10 +249,9 @@ def _joined(source: Source, fragments: pa.Table) -> Iterator[tuple[str, str, dic
     """(URI, name in keys, fragment), where fragments that continue each other are one."""
     last: dict[str, Any] | None = None
     for fragment in [*fragments.to_pylist(), None]:
-        if last is not None and fragment is not None:
-            if (last["path"], last["stop"]) == (fragment["path"], fragment["start"]):
-                last["stop"] = fragment["stop"]
-                continue
+        if last and fragment and (last["path"], last["stop"]) == (fragment["path"], fragment["start"]):
+            last["stop"] = fragment["stop"]
+            continue
         if last is not None:
             path = last["path"]
             yield storage.join(source.uri, path) if path else source.uri, path or source.uri.rpartition("/")[2], last
