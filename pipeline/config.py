@@ -173,8 +173,8 @@ def hide_passwords() -> None:
     cleaned = credentials.take_from_arguments(given)
     if cleaned != given:
         logger.warning(
-            "a password in a flag is briefly visible in the process list and stays in the shell history; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            "a password or a signed query in a flag is briefly visible in the process list and stays in the shell history; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or VIT_URL_QUERIES, instead"
         )
         os.execv(sys.executable, [*sys.orig_argv[: len(sys.orig_argv) - len(given)], *cleaned])
 

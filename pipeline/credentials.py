@@ -9,10 +9,13 @@ checkpoints, runs and logs. Therefore `config.run_job` and the readers of config
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
 
+    https://, az://      VIT_URL_QUERIES: a signed query (`?sig=...`), which the store sends with the address again
+
 Proxies and the webhook keep their passwords in the environment; `redacted` hides them in messages. A password in any
 other address (a source, a checkpoint, a hook) is refused."""
 
 import base64
+import json
 import os
 import re
 import urllib.parse
@@ -22,6 +25,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 DATABASE_PASSWORD = "VIT_DATABASE_PASSWORD"
+QUERIES = "VIT_URL_QUERIES"
+"""Environment variable: JSON of {address of a file or folder: signed query}."""
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 
@@ -31,13 +36,53 @@ _USERINFO = re.compile(
 )
 # The same at the beginning of a separate address, which may contain quotes.
 _WHOLE = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#]*|[^/?#:@]*:(?!\d*[/?#])[^@]*)@", re.DOTALL)
-_SECRET_NAMES = r"[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key(?:_?id)?)"
+_SECRET_NAMES = r"(?:[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|account_?key|access_?key(?:_?id)?)|sig)"
 _QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
 
 
+_SIGNED = re.compile(r"(?P<address>(?:https?|az)://[^\s\"'?#]+)\?(?P<query>[^\s\"'#]+)")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w\-]{16,})")  # of Hugging Face and Google, wherever they stand
+
+
 def redacted(text: str) -> str:
-    """The text with `***` in place of the login in each address, and of secrets in its parameters."""
-    return _QUERY.sub(r"\1***", _USERINFO.sub(lambda found: f"{found['scheme']}://***@", text))
+    """The text with `***` in place of the login in each address, of secrets in its parameters, and of tokens."""
+    text = _QUERY.sub(r"\1***", _USERINFO.sub(lambda found: f"{found['scheme']}://***@", text))
+    return _TOKEN.sub("***", text)
+
+
+def take_queries(text: str) -> str:
+    """The text without the signed queries of its https:// and az:// addresses, which go into VIT_URL_QUERIES.
+
+    A query without a secret stays.
+    """
+
+    def take(found: re.Match[str]) -> str:
+        if not _QUERY.search(f"?{found['query']}"):
+            return found[0]
+        queries = _queries() | {found["address"].rstrip("/"): found["query"]}
+        os.environ[QUERIES] = json.dumps(queries)
+        return found["address"]
+
+    return _SIGNED.sub(take, text)
+
+
+def with_query(address: str) -> str:
+    """An address with the query that `take_queries` took from it, or from the folder that it lies in: for the request alone."""
+    for place, query in sorted(_queries().items(), key=lambda item: -len(item[0])):
+        if address == place or address.startswith(f"{place}/"):
+            return f"{address}{'&' if '?' in address else '?'}{query}"
+    return address
+
+
+def _queries() -> dict[str, str]:
+    """{address: its query}. Raises UserError when VIT_URL_QUERIES is something else."""
+    try:
+        queries = json.loads(os.environ.get(QUERIES) or "{}")
+    except ValueError:
+        queries = None
+    if not isinstance(queries, dict) or not all(isinstance(value, str) for value in queries.values()):
+        raise UserError(f'{QUERIES}: write {{"https://host/folder": "sig=..."}}')
+    return queries
 
 
 def take_password(address: str) -> str:
@@ -110,8 +155,8 @@ def take_from_environment() -> None:
 
 
 def take_from_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line without passwords. A password in `--tracking-uri` is moved to the environment. Raises UserError
-    for a password in the address of another flag."""
+    """The command line without passwords. A password in `--tracking-uri` and signed queries are moved to the
+    environment. Raises UserError for a password in the address of another flag."""
     cleaned, is_address, last = [], False, "the command line"
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -121,6 +166,8 @@ def take_from_arguments(arguments: Sequence[str]) -> list[str]:
             argument = take_password(argument)
         elif equals and _is_address_flag(flag):
             argument = f"{flag}={take_password(value)}"
+        else:
+            argument = take_queries(argument)
         refuse_password(argument, last)
         is_address = not equals and _is_address_flag(flag)
         cleaned.append(argument)
@@ -141,6 +188,8 @@ def take_from_values(values: Any, where: str) -> Any:
             if isinstance(item, str):
                 if isinstance(value, dict) and isinstance(key, str) and key.endswith("tracking_uri"):
                     value[key] = item = take_password(item)
+                elif not (isinstance(key, str) and key.endswith("hook")):
+                    value[key] = item = take_queries(item)
                 refuse_password(item, f"{name}.{key}")
             else:
                 waiting.append((item, f"{name}.{key}"))

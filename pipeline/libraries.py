@@ -17,6 +17,7 @@ EXTRAS = {
     "descriptor": ("faiss",),
     "gcs": ("gcsfs",),
     "heic": ("pillow_heif",),
+    "http": ("aiohttp",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pipeline.credentials import redacted
 from pipeline.errors import Unavailable, UserError
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,13 @@ def retry(
             final = permanent(error)
             if final is not None:
                 raise final from error
-            problem = error
+            problem, reason = error, redacted(str(error))
         pause = min(0.1 * 2**failed, LONGEST_PAUSE)
         failed += 1
         on_failure()
-        logger.log(_level(), "%s: attempt %d failed: %s", name, failed, problem)
+        logger.log(_level(), "%s: attempt %d failed: %s", name, failed, reason)
         seconds = patience()
         if time.monotonic() + pause > begin + seconds or (closing or threading.Event()).wait(pause):
             raise Unavailable(
-                f"{name}: no answer after {failed} attempts in {seconds:g} s; the last one: {problem}; {remedy}"
+                f"{name}: no answer after {failed} attempts in {seconds:g} s; the last one: {reason}; {remedy}"
             ) from problem

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import stores
+from pipeline.credentials import take_queries
 from pipeline.errors import UserError
 from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 
@@ -46,6 +47,7 @@ def normalise(uri: str | os.PathLike) -> str:
     """An absolute local path or s3:// without a trailing slash (Ray workers change directory: relative paths break)."""
     uri = os.fspath(uri)
     if is_remote(uri):
+        uri = take_queries(uri)
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
@@ -202,6 +204,12 @@ def iter_files(uri: str | os.PathLike) -> Iterator[FileInfo]:
     if store is not None:
         for entry in store.list(place):
             yield _file_info(place, entry)
+
+
+def can_list(uri: str | os.PathLike) -> bool:
+    """Whether the files of a folder can be listed there: not on a web server."""
+    _, store = _place(uri)
+    return store is None or store.LISTS
 
 
 def list_folders(uri: str | os.PathLike) -> list[str]:

@@ -55,9 +55,11 @@ class FaultProxy:
     def choose(self, method: str, path: str, byte_range: str) -> str | None:
         with self._lock:
             self._seen[method, path, byte_range] += 1
-            fault = self.fault(method, path, self._seen[method, path, byte_range])
+            count = self._seen[method, path, byte_range]
+        fault = self.fault(method, path, count)  # may wait, and other requests go on meanwhile
+        with self._lock:
             self.log.append((method, path, fault))
-            return fault
+        return fault
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.stores.base import BLOCK, Entry, ObjectStore, expect_answers
 from pipeline.stores.gcs import GoogleStore
 from pipeline.stores.s3 import S3Store
+from pipeline.stores.web import WebStore
 
 __all__ = [
     "BLOCK",
@@ -24,7 +25,12 @@ __all__ = [
     "store_of",
 ]
 
-SCHEMES: dict[str, type[ObjectStore]] = {"s3": S3Store, "gs": GoogleStore}
+SCHEMES: dict[str, type[ObjectStore]] = {
+    "s3": S3Store,
+    "gs": GoogleStore,
+    "https": WebStore,
+    "http": WebStore,
+}
 """Scheme of an address -> its store. The libraries are extras of pyproject.toml: `pipeline.libraries.EXTRAS`."""
 
 _making = threading.Lock()  # botocore's sessions are not made by two threads at once

@@ -175,8 +175,7 @@ class ObjectStore(abc.ABC):
     def list(self, uri: str, recursive: bool = True) -> Iterator[Entry]:
         """Every file below the folder, in the store's order, a page at a time; none in a bucket
         that does not exist. Without `recursive`, the files and the folders directly in it."""
-        if not self.LISTS:
-            return
+        self.refuse_listing(uri)
         token = None
         with contextlib.suppress(FileNotFoundError):
             while True:
@@ -232,6 +231,14 @@ class ObjectStore(abc.ABC):
         if not self.WRITABLE:
             raise UserError(
                 f"{redacted(uri)}: {uri.partition('://')[0]}:// can only be read; write to a local path, s3://, gs:// or az://"
+            )
+
+    def refuse_listing(self, uri: str) -> None:
+        """Raises UserError when the files of a folder cannot be listed in this scheme."""
+        if not self.LISTS:
+            raise UserError(
+                f"{redacted(uri)}: files cannot be listed over {uri.partition('://')[0]}://; name a file (several with several "
+                "addresses), or a prepared dataset"
             )
 
     def _write(self, uri: str, attempt: Callable[[], Any]) -> None:

@@ -108,7 +108,7 @@ def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> Source
 
     Tables also lie next to images and archives, so only the content of a table shows that it is a list of URLs."""
     paths = files["path"][:SNIFFED_FILES].to_pylist()
-    names = [path or uri for path in paths]
+    names = [path or uri.partition("?")[0] for path in paths]
     counts = {name: sum(map(found.matches, names)) for name, found in formats().items() if name != urls.NAME}
     best = max(counts, key=lambda name: counts[name])  # the first of them in a tie
     if (not counts[best] or best == parquet.NAME) and urls.is_list(uri, paths, downloads or Downloads()):

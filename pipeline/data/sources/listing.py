@@ -43,6 +43,13 @@ def list_source(uri: str) -> pa.Table:
         if os.path.isfile(uri):
             return listing([("", os.path.getsize(uri))])
         files = _walk(uri, "")
+    elif not storage.can_list(uri):
+        try:
+            return listing([("", storage.file_size(uri))])
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{uri}: no such file; name an archive or a Parquet file, since https:// has no folders"
+            ) from error
     else:
         files = ((file.path, file.size) for file in storage.iter_files(uri))
     parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])

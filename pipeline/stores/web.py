@@ -1,0 +1,135 @@
+"""https:// addresses, read only: files and datasets on any web server, through fsspec's HTTP session (aiohttp).
+
+A web server has no listing, so an address names one file, or a dataset whose manifest names its files. The server has to serve byte
+ranges, except of small files. A signed query (SAS, presigned S3 or Google URLs) is kept out of the address: see
+`pipeline.credentials.take_queries`. http:// is accepted for this machine alone.
+"""
+
+import asyncio
+import urllib.parse
+from typing import Any
+
+from pipeline import credentials
+from pipeline.errors import UserError
+from pipeline.libraries import import_library
+from pipeline.stores import base
+from pipeline.stores.base import Entry, ObjectStore, check_range
+
+WHOLE = 64 << 20  # bytes of a file from a server without ranges: for each part that is read, it sends all of it
+REDIRECTS = 5
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+EMPTY = "bytes */0"  # Content-Range of an empty file
+
+
+class WebStore(ObjectStore):
+    EXAMPLE = "https://host/file.tar"
+    ROOT = "host"
+    WRITABLE = False
+    LISTS = False
+    ACCESS = "check that the address, or its signature, is still valid"
+    REMEDY = "check that the server is up, and the address"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._aiohttp: Any = import_library("aiohttp")
+        from fsspec.implementations.http import HTTPFileSystem
+        from yarl import URL
+
+        self._url: Any = URL
+
+        timeout = self._aiohttp.ClientTimeout(
+            total=None, sock_connect=base.CONNECT_TIMEOUT, sock_read=base.READ_TIMEOUT
+        )
+        # Without automatic decompression: a .tar.gz that is served with Content-Encoding: gzip stays what it is.
+        options = {
+            "timeout": timeout,
+            "trust_env": True,
+            "auto_decompress": False,
+            "headers": {"Accept-Encoding": "identity", "User-Agent": "vit-pipeline"},
+        }
+        self._fs = HTTPFileSystem(client_kwargs=options, skip_instance_cache=True)
+
+    @classmethod
+    def endpoint(cls, uri: str) -> str:
+        scheme, _, rest = credentials.redacted(uri).partition("://")
+        return f"{scheme}://{rest.partition('/')[0]}"
+
+    def _get(self, uri: str, start: int, end: int | None, exact: bool) -> bytes:
+        if not start and end is None:
+            return self._ask(uri, None)[1]
+        headers, data = self._ask(uri, f"bytes={start}-{'' if end is None else end - 1}")
+        return check_range(data, headers.get("Content-Range"), start, end, uri if exact else None)
+
+    def _head(self, uri: str) -> Entry:
+        """Asks for the first byte: many servers, and every presigned URL, refuse HEAD."""
+        try:
+            headers, _ = self._ask(uri, "bytes=0-0", body=False)
+        except self._aiohttp.ClientResponseError as error:
+            if error.status != 416 or (error.headers or {}).get("Content-Range") != EMPTY:
+                raise
+            headers = {"Content-Length": "0"}
+        size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+        if not size.isdigit():
+            raise UserError(
+                f"{credentials.redacted(uri)}: the server does not say how large the file is; download it first"
+            )
+        return Entry("", int(size), headers.get("ETag") or headers.get("Last-Modified") or "")
+
+    def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
+        raise NotImplementedError
+
+    def _ask(self, uri: str, part: str | None, body: bool = True) -> tuple[Any, bytes]:
+        """(headers, body) of an answer. part: the Range header. body: False leaves the body unread."""
+        from fsspec.asyn import sync
+
+        return sync(self._fs.loop, self._request, uri, part, body)
+
+    async def _request(self, uri: str, part: str | None, body: bool) -> tuple[Any, bytes]:
+        session = await self._fs.set_session()
+        address = credentials.with_query(uri)
+        headers = {"Range": part} if part else {}
+        for _ in range(REDIRECTS + 1):
+            _check_scheme(address, uri)
+            # What is quoted already stays as it is: a signature covers it.
+            url = self._url(address, encoded="%" in address and address.isascii() and " " not in address)
+            async with session.get(url, headers=headers, allow_redirects=False) as answer:
+                if answer.status in (301, 302, 303, 307, 308) and (target := answer.headers.get("Location")):
+                    address = urllib.parse.urljoin(address, target)
+                    continue
+                answer.raise_for_status()
+                if part and answer.status == 200 and body:
+                    _refuse_whole(uri, answer.content_length)
+                return answer.headers, await answer.read() if body else b""
+        raise UserError(f"{credentials.redacted(uri)}: more than {REDIRECTS} redirects")
+
+    # ------------------------------------------------------------ errors
+
+    def _status(self, error: Exception) -> int:
+        status = error.status if isinstance(error, self._aiohttp.ClientResponseError) else 0
+        return 404 if status == 410 else status
+
+    def _may_pass(self, error: Exception) -> bool:
+        if isinstance(error, (self._aiohttp.ClientConnectorCertificateError, self._aiohttp.InvalidURL)):
+            return False
+        return isinstance(error, (self._aiohttp.ClientError, asyncio.TimeoutError, OSError))
+
+    def _unsent(self, error: Exception) -> str | None:
+        if isinstance(error, self._aiohttp.ClientConnectorCertificateError):
+            return f"the server's certificate is not trusted ({error}); correct the address, or set SSL_CERT_FILE"
+        return None
+
+
+def _check_scheme(address: str, uri: str) -> None:
+    """Raises UserError for an address that would be read without encryption, or by another protocol."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+        where = credentials.redacted(uri)
+        to = "" if address == uri else f" redirects to {parts.scheme}://{parts.hostname}, which"
+        raise UserError(f"{where}:{to} is not encrypted; use https://")
+
+
+def _refuse_whole(uri: str, size: int | None) -> None:
+    if size is None or size > WHOLE:
+        raise UserError(
+            f"{credentials.redacted(uri)}: the server sends whole files alone (no byte ranges); download the file first"
+        )

@@ -1,0 +1,252 @@
+"""https:// addresses: sources, datasets and weights from a web server. The server is on loopback, where http:// is allowed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline import retry, storage, stores
+from pipeline.credentials import redacted, take_from_arguments, take_from_values, take_queries
+from pipeline.data import Loader, open_dataset
+from pipeline.data.loading.augment import Augment
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.errors import StorageError, UserError
+from pipeline.operations.doctor import store
+from pipeline.outputs import check_output
+from pipeline.stores import base
+from tests import prepared
+from tests.faultproxy import FaultProxy
+from tests.fileserver import FileServer
+
+SIGNATURE = "sv=2026&sp=r&sig=c2VjcmV0LXNpZ25hdHVyZQ%3D%3D"
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_URL_QUERIES", "")  # what is added to it goes with the test
+    (tmp_path / "web").mkdir()
+    with FileServer(tmp_path / "web") as server:
+        yield server
+
+
+def archives(image_folder: Path, folder: Path) -> None:
+    """The images of the folder as tar, zip and Parquet."""
+    files = sorted(path for path in image_folder.rglob("*.*"))
+    with tarfile.open(folder / "photos.tar", "w") as archive, zipfile.ZipFile(folder / "photos.zip", "w") as second:
+        for path in files:
+            archive.add(path, path.relative_to(image_folder))
+            second.write(path, path.relative_to(image_folder))
+    rows = {"image": [path.read_bytes() for path in files], "label": [path.parent.name for path in files]}
+    pq.write_table(pa.table(rows), folder / "photos.parquet", row_group_size=7)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_an_archive_on_the_web_is_prepared_as_one_on_disk(web, image_folder, tmp_path, without_ray, kind):
+    archives(image_folder, web.folder)
+    made = {}
+    for place in (web.address, str(web.folder)):
+        config = PrepareConfig(source=(f"{place}/photos.{kind}",), output=str(tmp_path / f"out{len(made)}"), size=32)
+        made[place] = prepare(config)[""]
+    assert made[web.address].rows == 30
+    assert made[web.address].fingerprint == made[str(web.folder)].fingerprint
+    assert {method for method, _, _ in web.requests} == {"GET"}
+
+
+def test_several_addresses_become_one_dataset_through_faults(web, image_folder, tmp_path, without_ray, monkeypatch):
+    archives(image_folder, web.folder)
+    with FaultProxy(web.address) as proxy:
+        proxy.fault = lambda method, path, n: {1: "503", 2: "cut"}.get(n)
+        sources = (f"{proxy.endpoint}/photos.tar", f"{proxy.endpoint}/photos.parquet")
+        made = prepare(PrepareConfig(source=sources, output=str(tmp_path / "out"), size=32))[""]
+    assert (made.rows, made.duplicates, made.rejects) == (60, 0, {})
+
+
+def test_a_published_dataset_is_loaded_as_from_disk(web, image_folder, tmp_path, without_ray):
+    """A dataset needs no listing; the same batches come through a cache."""
+    prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=40))
+    found = []
+    for uri, cache in [
+        (f"{web.folder}/set", None),
+        (f"{web.address}/set", None),
+        (f"{web.address}/set", str(tmp_path / "c")),
+    ]:
+        with Loader(open_dataset(uri), batch_size=10, lanes=2, augment=Augment(size=32), cache_dir=cache) as loader:
+            found.append([(batch["key"], batch["image"].clone()) for batch in loader])
+    for other in found[1:]:
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(found[0], other, strict=True))
+    assert store.readable(f"{web.address}/set").status == "ok"
+
+
+def test_reading_is_as_from_disk(web, monkeypatch):
+    data = random.Random(0).randbytes(10_000)
+    (web.folder / "a file.bin").write_bytes(data)
+    (web.folder / "empty").write_bytes(b"")
+    uri = f"{web.address}/a file.bin"
+    assert storage.read_bytes(uri) == storage.read_bytes(f"{web.address}/a%20file.bin") == data
+    assert storage.read_bytes(uri, 100, 200) == data[100:200]
+    assert storage.read_bytes(uri, 9_990, 20_000) == data[9_990:]
+    assert storage.read_bytes(uri, 20_000, 30_000) == b""
+    assert (storage.file_size(uri), storage.file_size(f"{web.address}/empty")) == (10_000, 0)
+    assert (storage.exists(uri), storage.exists(f"{web.address}/nothing")) == (True, False)
+    with storage.open_file(uri, block=999) as file:
+        file.seek(-5, 2)
+        assert file.read() == data[-5:]
+    with pytest.raises(FileNotFoundError, match="shorter"):
+        storage.read_range(uri, 9_990, 20_000)
+    with pytest.raises(FileNotFoundError, match=f"{web.address}/nothing: missing"):
+        storage.read_bytes(f"{web.address}/nothing")
+
+
+@pytest.mark.parametrize("fault", ["cut", "short", "stall", "500"])
+def test_every_failed_attempt_is_counted(web, monkeypatch, fault):
+    (web.folder / "x").write_bytes(data := random.Random(0).randbytes(40_000))
+    monkeypatch.setattr(base, "READ_TIMEOUT", 0.5)
+    with FaultProxy(web.address, stall=1.0) as proxy:
+        own = stores.make_store(f"{proxy.endpoint}/x")
+        proxy.fault = lambda method, path, n: fault if n < 3 else None
+        assert own.read(f"{proxy.endpoint}/x", 100, 30_000) == data[100:30_000]
+        assert own.retries == 2
+        monkeypatch.setattr(retry, "PATIENCE", 0.5)
+        proxy.fault = lambda method, path, n: fault
+        with pytest.raises(StorageError, match=rf"{proxy.endpoint}/x: no answer after \d attempts in 0.5 s"):
+            own.read(f"{proxy.endpoint}/x", 100, 30_000)
+
+
+def test_a_server_without_ranges_gives_small_files_and_no_large_ones(web, monkeypatch):
+    web.ranges = False
+    (web.folder / "x").write_bytes(b"0123456789")
+    assert storage.read_bytes(f"{web.address}/x", 2, 4) == b"23"
+    assert storage.file_size(f"{web.address}/x") == 10
+    monkeypatch.setattr(stores.web, "WHOLE", 5)
+    with pytest.raises(UserError, match=r"/x: the server sends whole files alone"):
+        storage.read_bytes(f"{web.address}/x", 2, 4)
+    web.sizes = False
+    with pytest.raises(UserError, match=r"/x: the server does not say how large the file is"):
+        storage.file_size(f"{web.address}/x")
+
+
+def test_redirects_are_followed_but_not_to_where_others_can_read(web):
+    (web.folder / "x").write_bytes(b"0123456789")
+    web.redirects = {
+        "/moved": "/x",
+        "/plain": "http://example.com/x",
+        "/file": "file:///etc/passwd",
+        "/round": "/round",
+    }
+    assert storage.read_bytes(f"{web.address}/moved", 2, 4) == b"23"
+    for path, message in [
+        ("plain", "redirects to http://example.com, which is not encrypted"),
+        ("file", "not encrypted"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            storage.read_bytes(f"{web.address}/{path}")
+    with pytest.raises(UserError, match="more than 5 redirects"):
+        storage.read_bytes(f"{web.address}/round")
+    with pytest.raises(UserError, match=r"http://example\.com/x: is not encrypted; use https://"):
+        storage.read_bytes("http://example.com/x")
+
+
+def test_nothing_is_written_or_listed(web, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for work in (
+        lambda uri: storage.write_bytes(uri, b""),
+        lambda uri: storage.create_bytes(uri, b""),
+        lambda uri: storage.copy_file(tmp_path / "file", uri),
+        storage.remove,
+        check_output,
+    ):
+        with pytest.raises(UserError, match=r"https://host/x.*https:// can only be read; write to a local path"):
+            work("https://host/x")
+    with pytest.raises(UserError, match="files cannot be listed over https://; name a file"):
+        storage.list_files("https://host/folder")
+    (found,) = store.writable("https://host/folder")
+    assert (found.check, found.status) == ("output", "error")
+    with pytest.raises(UserError, match=r"/none: no such file; name an archive or a Parquet file"):
+        prepare(PrepareConfig(source=(f"{web.address}/none",), output=str(tmp_path / "out")))
+
+
+# ---------------------------------------------------------------- signed addresses
+
+
+def test_a_signed_address_is_read_and_its_signature_is_shown_nowhere(web, image_folder, tmp_path):
+    """The whole job: command line, log, errors, and every byte that it writes."""
+    archives(image_folder, web.folder)
+    web.query = SIGNATURE
+    address = f"{web.address}/photos.tar?{SIGNATURE}"
+    options = ("--output", tmp_path / "out", "--size", 32, "--num-cpus", 1, "--json")
+    result = prepared.job("--source", address, *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["dataset"]["prepared"] == 30
+    assert "stays in the shell history" in result.stderr
+    assert all(query.endswith(SIGNATURE) for _, query, _ in web.requests)
+    web.query = "another"
+    failed = prepared.job("--source", address, "--output", tmp_path / "none", *options[2:])
+    assert failed.returncode == 2
+    assert f"{web.address}/photos.tar: access denied" in failed.stderr
+    for text in (result.stdout, result.stderr, failed.stdout, failed.stderr):
+        assert "c2VjcmV0" not in text
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"c2VjcmV0" not in path.read_bytes(), path
+
+
+def test_the_signature_of_a_folder_opens_what_lies_in_it(web, image_folder, monkeypatch, without_ray):
+    prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=32))
+    web.query = SIGNATURE
+    with pytest.raises(UserError, match="access denied"):
+        open_dataset(f"{web.address}/set")
+    dataset = open_dataset(f"{web.address}/set?{SIGNATURE}")
+    assert dataset.uri == f"{web.address}/set"
+    assert len(dataset[0]["image"]) > 100
+
+
+def test_where_signatures_go(monkeypatch):
+    monkeypatch.setenv("VIT_URL_QUERIES", "")
+    signed = "https://host/set/a.tar?X-Amz-Date=1&X-Amz-Signature=5e7f22&x=1"
+    assert take_from_arguments(["--source", signed, f"--labels={signed}"]) == [
+        "--source",
+        "https://host/set/a.tar",
+        "--labels=https://host/set/a.tar",
+    ]
+    assert take_queries("https://host/a?download=1") == "https://host/a?download=1"
+    values = {"source": [signed], "hook": signed, "data": "https://other/b?sig=abc"}
+    expected = {"source": ["https://host/set/a.tar"], "hook": signed, "data": "https://other/b"}
+    assert take_from_values(values, "x.yaml") == expected
+    assert json.loads(os.environ["VIT_URL_QUERIES"]) == {
+        "https://host/set/a.tar": "X-Amz-Date=1&X-Amz-Signature=5e7f22&x=1",
+        "https://other/b": "sig=abc",
+    }
+    monkeypatch.setenv("VIT_URL_QUERIES", "[1]")
+    with pytest.raises(UserError, match="VIT_URL_QUERIES: write"):
+        storage.read_bytes("https://host/a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/a?sv=1&sig=SECRET",
+        "GET https://host/a?X-Goog-Signature=SECRET&x=1 failed",
+        "https://host/a?AWSAccessKeyId=SECRET",
+        "DefaultEndpointsProtocol=https;AccountName=a;AccountKey=SECRET;x=1",
+        "SharedAccessSignature=sv=1&sig=SECRET",
+        "the token hf_SECRETSECRETSECRET is no longer valid",
+        "Authorization: Bearer ya29.SECRET-SECRET_SECRET",
+    ],
+)
+def test_secrets_in_any_text_are_hidden(text):
+    assert "SECRET" not in redacted(text)
+
+
+def test_without_the_library_one_line_names_the_extra():
+    code = "import sys; sys.modules['aiohttp'] = None; from pipeline import storage; storage.exists('https://host/x')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "aiohttp is not installed" in result.stderr.splitlines()[-1]
+    assert "-e '.[http]'" in result.stderr.splitlines()[-1]
