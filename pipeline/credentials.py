@@ -8,7 +8,6 @@ checkpoints, runs and logs. Therefore `config.run_job` and the readers of config
     MLflow over HTTP     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-
     https://, az://      VIT_URL_QUERIES: a signed query (`?sig=...`), which the store sends with the address again
 
 Proxies and the webhook keep their passwords in the environment; `redacted` hides them in messages. A password in any
