@@ -283,6 +283,10 @@ def check(kind: Kind, config: Any, where: str) -> None:
                 raise UserError(f"the field {field} is missing: {kind.name} needs it")
         if kind.name == "prepare":
             _load("pipeline.data.prepare.checks:parse_splits")(config.splits)
+            if config.download_only:
+                raise UserError(
+                    "the field download_only makes archives and no dataset; run jobs/prepare.py for it first"
+                )
         if kind.name == "evaluate" and not config.runs and not config.model:
             raise UserError("nothing to evaluate: give the field runs or model")
     except UserError as error:

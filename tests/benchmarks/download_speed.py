@@ -104,9 +104,10 @@ def commands(source: str, output: str, cpus: int, peer: str | None) -> dict[str,
     return found
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(seconds, CPU seconds of the process tree) of a command that must succeed."""
-    begin, used = time.monotonic(), {}
+def run(command: list[str]) -> tuple[float, float, dict[str, int]]:
+    """(seconds, CPU seconds of the process tree, peak MB of the driver and of the largest other process that downloads or
+    prepares) of a command that must succeed."""
+    begin, used, peaks = time.monotonic(), {}, {"driver": 0, "worker": 0}
     with tempfile.TemporaryFile() as log:
         process = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         while process.poll() is None:
@@ -115,11 +116,16 @@ def run(command: list[str]) -> tuple[float, float]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         times = part.cpu_times()
                         used[part.pid] = times.user + times.system
+                        memory = part.memory_info()
+                        own = (memory.rss - memory.shared) >> 20  # Ray's object store is shared
+                        name = "driver" if part.pid == process.pid else "worker"
+                        if name == "driver" or "MapBatches" in " ".join(part.cmdline()) or command[0] != sys.executable:
+                            peaks[name] = max(peaks[name], own)
             time.sleep(0.1)
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command[0]} failed:\n{log.read().decode()[-2000:]}")
-    return time.monotonic() - begin, sum(used.values())
+    return time.monotonic() - begin, sum(used.values()), peaks
 
 
 def measure(url: str, tool: str, images: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def measure(url: str, tool: str, images: int, arguments: argparse.Namespace) -> 
         rows = [{"url": f"{url}/{i}.jpg", "caption": f"photograph {i}"} for i in range(images)]
         pq.write_table(pa.Table.from_pylist(rows), source)
         urllib.request.urlopen(f"{url}/times").read()
-        seconds, cpu = run(commands(source, f"{folder}/out", arguments.cpus, arguments.peer)[tool])
+        seconds, cpu, peaks = run(commands(source, f"{folder}/out", arguments.cpus, arguments.peer)[tool])
         steady = json.load(urllib.request.urlopen(f"{url}/times"))
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
     assert steady["images"] == images, (tool, steady)
@@ -140,6 +146,7 @@ def measure(url: str, tool: str, images: int, arguments: argparse.Namespace) -> 
         "seconds": round(seconds, 1),
         "per_second": round(images / steady["seconds"]),
         "cpu_ms": round(1000 * cpu / images, 2),
+        "peak_mb": peaks,
         "load": os.getloadavg()[0],
     }
 
@@ -150,13 +157,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--cpus", type=int, default=os.cpu_count())
     parser.add_argument("--peer", default=None, help="path of the command img2dataset")
+    parser.add_argument("--tools", nargs="*", default=None, help="some of the tools")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--output", default=None, help="JSON file for the results")
     arguments = parser.parse_args()
     results = []
     with server(arguments.photos) as url:
         for _ in range(arguments.repeat):
-            for tool in commands("", "", 1, arguments.peer):
+            for tool in arguments.tools or commands("", "", 1, arguments.peer):
                 results.append(measure(url, tool, arguments.images, arguments))
                 print(json.dumps(results[-1]), flush=True)
     if arguments.output:

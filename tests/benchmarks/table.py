@@ -10,6 +10,7 @@ Each function below reads one result file and returns rows of (measurement, this
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def prepare(result: dict) -> Iterator[Row]:
             " / ".join(f"{row[key]:,}" for row in rows) for key in ("images", "driver_mb", "worker_mb")
         )
         yield f"Memory while preparing {counts} small images, {kind}", f"driver {drivers} MB, worker {workers} MB", ""
+
+
+def downloads(result: dict) -> Iterator[Row]:
+    """Lists of URLs; of several runs of a tool, the median of its CPU time and of its rate."""
+
+    def of(tool: str, value: str) -> float:
+        return statistics.median(row[value] for row in result["results"] if row["tool"] == tool)
+
+    kinds = {
+        "prepare": ("Downloading and resizing a list of URLs", "img2dataset"),
+        "download_only": ("Downloading a list of URLs into archives", "img2dataset_keep"),
+    }
+    for tool, (what, peer) in kinds.items():
+        ours, theirs = ([f"{of(name, 'cpu_ms'):.1f} ms", f"{of(name, 'per_second'):,.0f}/s"] for name in (tool, peer))
+        yield f"{what}, CPU time an image; rate", "; ".join(ours), f"img2dataset {'; '.join(theirs)}"
 
 
 def decontamination(result: dict) -> Iterator[Row]:
@@ -149,6 +165,7 @@ def pipeline(result: dict) -> Iterator[Row]:
 SECTIONS = {
     "loader_speed": loader,
     "prepare_speed": prepare,
+    "download_speed": downloads,
     "decontamination": decontamination,
     "model_speed": model,
     "train_step_cpu": train_step,

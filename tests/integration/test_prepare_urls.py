@@ -296,3 +296,24 @@ def test_download_only_needs_a_list(tmp_path):
     (tmp_path / "photos" / "a" / "1.jpg").write_bytes(jpeg())
     with pytest.raises(UserError, match="is read as folder, not as a list of URLs"):
         download_images(options(str(tmp_path / "photos"), tmp_path / "out", download_only=True))
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list.csv", "list.jsonl"])
+def test_a_list_that_changes_is_another_input(server, tmp_path, name):
+    rows = good(server, 20)
+    config = options(write(tmp_path / name, rows), tmp_path / "out")
+    prepare(config)
+    rows[3]["url"] = rows[3]["url"].replace("/4.jpg", "/5.jpg")  # as many rows and bytes as before
+    write(tmp_path / name, rows)
+    with pytest.raises(UserError, match="the source files have changed"):
+        prepare(config)
+
+
+def test_rows_without_a_label_are_not_downloaded(server, tmp_path):
+    rows = good(server, 10)
+    for row in rows[:4]:
+        row["label"] = None
+    config = options(write(tmp_path / "list.parquet", rows), tmp_path / "out", max_reject_fraction=0.5)
+    manifest = prepare(config)[""]
+    assert (manifest.rows, manifest.rejects) == (6, {"no label": 4})
+    assert sum(server.hits.values()) == 7  # with robots.txt

@@ -9,6 +9,7 @@ A download fails with a Refused whose reason is from a small set, for counting: 
 import asyncio
 import contextlib
 import email.utils
+import errno
 import ipaddress
 import random
 import socket
@@ -146,6 +147,8 @@ class Fetcher:
             except Refused:
                 raise
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # the disk of this machine is full, which is no fault of the server
                 raise _refused(error) from error
 
     def _note_pause(self, host: str, answer: aiohttp.ClientResponse) -> None:

@@ -143,8 +143,11 @@ def _place(host: str) -> int:
 
 def _open_private(folder: str, name: str) -> int:
     """A file that this user alone can have put into a folder of this user."""
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
-    return os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UserError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
+        return os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); set TMPDIR to a folder of your own") from error

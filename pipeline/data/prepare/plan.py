@@ -168,6 +168,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
             config=config.download,
             url_column=config.url_column,
             allow_private=config.allow_private_hosts,
+            need_labels=not (config.unlabelled or config.download_only),
             keep_rows=config.download_only,
         ),
     )
@@ -221,7 +222,7 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
     for source in found:
         tables = [source.naming.table, *source.naming.tables.values()]
         said = [source.uri, source.kind, *([table.labels, table.splits] for table in tables)]
-        digest.update(json.dumps(said, sort_keys=True).encode())
+        digest.update(json.dumps([*said, *([source.stamp] if source.stamp else [])], sort_keys=True).encode())
         fragments = source.fragments
         if not source.listed:
             fragments = fragments.sort_by([("path", "ascending"), ("start", "ascending")])

@@ -61,6 +61,8 @@ class FileScan:
     """Number of samples that have one of `texts`."""
     text_column: str = "txt"
     """The column, or the extension of the members, that holds `texts`."""
+    stamp: str = ""
+    """Changes with the content of a list of URLs."""
     fields: set[str] = field(default_factory=set)
     """Names of the fields or columns that were searched for a label."""
 
@@ -129,6 +131,7 @@ def scan_archives(
         prefix=options.prefix,
         splits=tuple(sorted({*by_file.values(), *inside})),
         columns=options.columns,
+        stamp=" ".join(scan.stamp for scan in found).strip(),
     )
 
 

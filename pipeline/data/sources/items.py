@@ -37,6 +37,8 @@ class Downloads:
     config: DownloadConfig = field(default_factory=DownloadConfig)
     url_column: str | None = None
     allow_private: bool = False
+    need_labels: bool = False
+    """Whether rows without a label are rejected, so that their images need not be downloaded."""
     keep_rows: bool = False
     """Whether the items have the columns of their rows."""
 
@@ -74,6 +76,7 @@ class Source:
     apart: bool = False  # whether the members of a sample are not next to each other in an archive
     problem: str = ""  # why an archive could not be scanned to its end, if so
     hint: str = ""  # where labels may be, if none were found
+    stamp: str = ""  # changes with the content, for lists of URLs: the sizes of fragments do not show a change
     downloads: Downloads | None = None  # for lists of URLs
     # For lists of URLs, whose `read` selects rows before it downloads their images:
     include: tuple[str, ...] = ()  # globs over keys

@@ -173,7 +173,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
             found.multilabel |= many
         if wanted and not columns.rows.label and columns.rows.label_of_file:
             names = {columns.rows.label_of_file}
-        found.names, found.splits = names, splits
+        found.names, found.splits, found.stamp = names, splits, table.stamp()
         label = columns.rows.label
         if wanted and label and not options.columns.label and is_text(table.schema.field(label).type):
             found.texts, found.text_samples, found.text_column = names, count, label
@@ -277,13 +277,20 @@ def _row(
         shown or f"{name}#{number}",
         b"",
         labels,
-        None if shown else Refused("bad address", "the row has no address"),
+        _refused_before(shown, labels, source.downloads),
         columns.split(values) or fragment["split"],
         {column: _public(value) for column, value in values.items()} if source.downloads.keep_rows else None,
     )
     digest = values.get(columns.digest) if columns.digest else None
     algorithm = f"{_algorithm(columns.digest or '') or ''}:{_digest_text(digest)}" if digest else None
     return _Row(item, address if isinstance(address, str) else "", algorithm)
+
+
+def _refused_before(address: str, labels: list[str] | None, downloads: Downloads) -> Refused | None:
+    """Why a row is rejected without a download."""
+    if not address:
+        return Refused("bad address", "the row has no address")
+    return Refused("no label") if labels is None and downloads.need_labels else None
 
 
 def _public(value: Any) -> Any:

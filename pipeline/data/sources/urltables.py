@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from pipeline import storage
 from pipeline.data.sources.parquet import OpenParquet
@@ -54,6 +55,9 @@ class Table(Protocol):
 
     schema: pa.Schema
     is_parquet: bool
+
+    def stamp(self) -> str:
+        """Changes with the content: a hash of the metadata of Parquet, and of all rows of text once `spans` has ended."""
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of all rows of Parquet; nothing for text, whose spans have the values."""
@@ -95,6 +99,10 @@ class _ParquetTable:
 
     def __init__(self, file: pq.ParquetFile, uri: str) -> None:
         self._file, self._uri, self.schema = file, uri, file.schema_arrow
+
+    def stamp(self) -> str:
+        metadata = json.dumps(self._file.metadata.to_dict(), default=str, sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(metadata.encode("utf-8", "backslashreplace"))
 
     def first_rows(self) -> list[dict[str, Any]]:
         for batch in self._file.iter_batches(SNIFFED_ROWS):
@@ -158,6 +166,7 @@ class _TextTable:
         self._dialect: dict[str, Any] = {"delimiter": ",", "skipinitialspace": True}
         self._names: list[str] = []
         self._begin = 0  # where the first row is, in bytes
+        self._digest = xxhash.xxh3_128()
         head = list(self._head())
         if not head:
             raise UserError(f"{uri}: the table is empty")
@@ -275,6 +284,9 @@ class _TextTable:
         for name in names:
             yield pa.array([None if row[name] is None else str(row[name]) for row in rows], pa.string())
 
+    def stamp(self) -> str:
+        return self._digest.hexdigest()
+
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return iter(())
 
@@ -284,6 +296,7 @@ class _TextTable:
             number, start, most = 0, self._begin, SPAN_ROWS[0]
             for record, end in self._skip_header(records):
                 rows.append(record)
+                self._digest.update(record if self._is_json else "\x1f".join([*record, "\n"]))
                 if number + len(rows) == SPAN_ROWS[0]:  # the length of the first rows says how many there are, about
                     most = _span_rows(SPAN_ROWS[0] * storage.file_size(self._uri) // max(1, end))
                 if len(rows) >= most:
