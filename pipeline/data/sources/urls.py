@@ -173,7 +173,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
             found.multilabel |= many
         if wanted and not columns.rows.label and columns.rows.label_of_file:
             names = {columns.rows.label_of_file}
-        found.names, found.splits, found.stamp = names, splits, table.stamp()
+        found.names, found.splits, found.stamp = names, splits, table.stamp(columns.url)
         label = columns.rows.label
         if wanted and label and not options.columns.label and is_text(table.schema.field(label).type):
             found.texts, found.text_samples, found.text_column = names, count, label

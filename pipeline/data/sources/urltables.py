@@ -56,8 +56,9 @@ class Table(Protocol):
     schema: pa.Schema
     is_parquet: bool
 
-    def stamp(self) -> str:
-        """Changes with the content: a hash of the metadata of Parquet, and of all rows of text once `spans` has ended."""
+    def stamp(self, column: str) -> str:
+        """Changes with the content: a hash of the metadata and one column of Parquet, and of all rows of text once `spans`
+        has ended."""
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of all rows of Parquet; nothing for text, whose spans have the values."""
@@ -100,9 +101,12 @@ class _ParquetTable:
     def __init__(self, file: pq.ParquetFile, uri: str) -> None:
         self._file, self._uri, self.schema = file, uri, file.schema_arrow
 
-    def stamp(self) -> str:
+    def stamp(self, column: str) -> str:
         metadata = json.dumps(self._file.metadata.to_dict(), default=str, sort_keys=True)
-        return xxhash.xxh3_128_hexdigest(metadata.encode("utf-8", "backslashreplace"))
+        digest = xxhash.xxh3_128(metadata.encode("utf-8", "backslashreplace"))
+        for batch in self.batches([column]):
+            digest.update(batch.serialize())
+        return digest.hexdigest()
 
     def first_rows(self) -> list[dict[str, Any]]:
         for batch in self._file.iter_batches(SNIFFED_ROWS):
@@ -284,7 +288,7 @@ class _TextTable:
         for name in names:
             yield pa.array([None if row[name] is None else str(row[name]) for row in rows], pa.string())
 
-    def stamp(self) -> str:
+    def stamp(self, column: str) -> str:
         return self._digest.hexdigest()
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -296,7 +300,7 @@ class _TextTable:
             number, start, most = 0, self._begin, SPAN_ROWS[0]
             for record, end in self._skip_header(records):
                 rows.append(record)
-                self._digest.update(record if self._is_json else "\x1f".join([*record, "\n"]))
+                self._digest.update((record if self._is_json else "\x1f".join([*record, "\n"])).encode())
                 if number + len(rows) == SPAN_ROWS[0]:  # the length of the first rows says how many there are, about
                     most = _span_rows(SPAN_ROWS[0] * storage.file_size(self._uri) // max(1, end))
                 if len(rows) >= most:
