@@ -67,6 +67,27 @@ def test_runs_are_in_mlflow_as_a_tree(digits):
     assert len(transfer) > 6
 
 
+def test_the_run_of_the_pipeline_links_its_stages_and_has_costs_picture_and_page(digits):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{digits}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("pipeline").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {"graph.png", "report.md", "report.html"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+    tags = run.data.tags
+    stages = {key.removeprefix("stage."): value for key, value in tags.items() if key.startswith("stage.")}
+    assert set(stages) == {"data", "digits", "pretrain", "transfer"}
+    for name, stage in stages.items():
+        assert client.get_run(stage).data.tags["lineage.pipeline"] == run.info.run_id
+        assert f"/runs/{stage}" in tags["mlflow.note.content"]
+        assert {f"stage/{name}/seconds", f"stage/{name}/estimated_seconds"} <= set(run.data.metrics)
+    assert "#/models/demo/versions/1" in tags["mlflow.note.content"]
+    assert {"cost/cpu_hours", "cost/gpu_hours", "cost/read", "cost/written"} <= set(run.data.metrics)
+    (version,) = client.search_model_versions("name = 'demo'")
+    assert set(client.get_registered_model("demo").aliases) == {"champion"}
+    assert version.run_id == stages["pretrain"]
+
+
 def test_repeated_command_continues_and_changed_command_is_refused(digits):
     same = job("pretrain", "--steps", "160steps", cwd=digits)
     assert same.returncode == 0, same.stdout + same.stderr
