@@ -18,6 +18,7 @@ EXTRAS = {
     "gcs": ("gcsfs",),
     "heic": ("pillow_heif",),
     "http": ("aiohttp",),
+    "huggingface": ("aiohttp", "huggingface_hub"),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

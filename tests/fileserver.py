@@ -10,14 +10,15 @@ class FileServer:
     """Serves the files under `folder` while the block lasts.
 
     ranges: whether it serves parts of files. sizes: whether it says how large a file is. query: what an address has to end with.
-    redirects: {path: where it is}. `requests` holds (method, path with its query, Range) of every request.
+    redirects: {path: where it is}. `requests` holds (method, path with its query, Range) of every request, `logins` its Authorization.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ranges, self.sizes, self.query = folder, True, True, ""
         self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
+        self.logins: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (FileHandler,), {"web": self}))
         self._server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -30,7 +31,7 @@ class FileServer:
         self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class FileHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: FileServer
 
@@ -40,32 +41,38 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range", "")
         self.web.requests.append((self.command, self.path, wanted))
+        self.web.logins.append(self.headers.get("Authorization", ""))
         parts = urlsplit(self.path)
         if parts.path in self.web.redirects:
-            self._answer(302, b"", Location=self.web.redirects[parts.path])
+            self.answer(302, b"", Location=self.web.redirects[parts.path])
             return
         if self.web.query and parts.query != self.web.query:
-            self._answer(403, b"no signature")
+            self.answer(403, b"no signature")
             return
         file = self.web.folder / unquote(parts.path).lstrip("/")
+        self.send_file(file)
+
+    def send_file(self, file: Path) -> None:
+        """The file, or the range of it that is asked for."""
+        wanted = self.headers.get("Range", "")
         if not file.is_file():
-            self._answer(404, b"nothing here")
+            self.answer(404, b"nothing here")
             return
         data = file.read_bytes()
         if not wanted or not self.web.ranges:
-            self._answer(200, data, ETag='"whole"')
+            self.answer(200, data, ETag='"whole"')
             return
         first, _, last = wanted.removeprefix("bytes=").partition("-")
         start, end = int(first), min(int(last) + 1 if last else len(data), len(data))
         if start >= len(data):
-            self._answer(416, b"", **{"Content-Range": f"bytes */{len(data)}"})
+            self.answer(416, b"", **{"Content-Range": f"bytes */{len(data)}"})
             return
-        self._answer(206, data[start:end], **{"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
+        self.answer(206, data[start:end], **{"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
 
     def do_HEAD(self) -> None:  # as presigned addresses do
-        self._answer(403, b"")
+        self.answer(403, b"")
 
-    def _answer(self, status: int, data: bytes, **headers: str) -> None:
+    def answer(self, status: int, data: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

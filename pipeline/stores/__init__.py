@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.stores.base import BLOCK, Entry, ObjectStore, expect_answers
 from pipeline.stores.gcs import GoogleStore
+from pipeline.stores.huggingface import HuggingFaceStore
 from pipeline.stores.s3 import S3Store
 from pipeline.stores.web import WebStore
 
@@ -28,6 +29,7 @@ __all__ = [
 SCHEMES: dict[str, type[ObjectStore]] = {
     "s3": S3Store,
     "gs": GoogleStore,
+    "hf": HuggingFaceStore,
     "https": WebStore,
     "http": WebStore,
 }

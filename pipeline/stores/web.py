@@ -84,11 +84,21 @@ class WebStore(ObjectStore):
 
         return sync(self._fs.loop, self._request, uri, part, body)
 
+    def _address(self, uri: str) -> str:
+        """Where the file is asked for."""
+        return credentials.with_query(uri)
+
+    def _login(self) -> dict[str, str]:
+        """The headers that say who asks."""
+        return {}
+
     async def _request(self, uri: str, part: str | None, body: bool) -> tuple[Any, bytes]:
         session = await self._fs.set_session()
-        address = credentials.with_query(uri)
-        headers = {"Range": part} if part else {}
+        address = first = self._address(uri)
         for _ in range(REDIRECTS + 1):
+            headers = {"Range": part} if part else {}
+            if urllib.parse.urlsplit(address).netloc == urllib.parse.urlsplit(first).netloc:
+                headers |= self._login()  # never sent to the host of a redirect
             _check_scheme(address, uri)
             # What is quoted already stays as it is: a signature covers it.
             url = self._url(address, encoded="%" in address and address.isascii() and " " not in address)
