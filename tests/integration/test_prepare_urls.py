@@ -317,3 +317,12 @@ def test_rows_without_a_label_are_not_downloaded(server, tmp_path):
     manifest = prepare(config)[""]
     assert (manifest.rows, manifest.rejects) == (6, {"no label": 4})
     assert sum(server.hits.values()) == 7  # with robots.txt
+
+
+def test_archives_need_no_labels_and_keep_splits_together(server, tmp_path):
+    rows = [{"url": row["url"], "split": ["train", "val"][i % 2]} for i, row in enumerate(good(server, 6))]
+    source = write(tmp_path / "list.csv", rows)
+    result = download_images(options(source, tmp_path / "tars", download_only=True))
+    assert (result["downloaded"], result["rejects"]) == (6, {})
+    found = [json.loads(sample["json"])["split"] for sample in samples(tmp_path / "tars").values()]
+    assert found == ["train", "val"] * 3

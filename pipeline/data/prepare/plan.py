@@ -153,33 +153,34 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
 
     Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
+    unlabelled = config.unlabelled or config.download_only
     label_map = sources.read_label_map(config.label_map)
     found = sources.discover(
         config.source,
         format=config.format,
         labels=config.labels,
         include=config.include,
-        need_names=not config.unlabelled and not isinstance(label_map, list),
+        need_names=not unlabelled and not isinstance(label_map, list),
         unit_bytes=config.unit_bytes,
         columns=sources.Columns(file=config.file_column, label=config.label_column, split=config.split_column),
         class_level=config.class_level,
-        unlabelled=config.unlabelled or config.download_only,
+        unlabelled=unlabelled,
         downloads=sources.Downloads(
             config=config.download,
             url_column=config.url_column,
             allow_private=config.allow_private_hosts,
-            need_labels=not (config.unlabelled or config.download_only),
+            need_labels=not unlabelled,
             keep_rows=config.download_only,
         ),
     )
-    if config.splits == FROM_SOURCE and not config.unlabelled:
+    if config.splits == FROM_SOURCE and not unlabelled:
         found = [_without_unlabelled_splits(source) for source in found]
     splits = (
         {"": 1.0}
         if config.download_only
         else resolve_splits(config, sorted({split for source in found for split in source.splits}))
     )
-    labels = sources.make_labels(found, label_map, config.unlabelled)
+    labels = sources.make_labels(found, label_map, unlabelled)
     fingerprint = fingerprint_input(found, labels)
     rng = np.random.Generator(np.random.Philox(config.seed))
     if config.shuffle:
