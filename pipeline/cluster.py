@@ -52,7 +52,7 @@ STOPS = {signal.SIGTERM, signal.SIGHUP}
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
 
 
-def submitted() -> bool:
+def is_ray_job() -> bool:
     """Whether this process is the entrypoint of a Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
@@ -61,7 +61,7 @@ def warn_of_short_stop(grace: float) -> None:
     """Warns if `ray job stop` would kill this job before it has saved its step, which may take `grace` seconds."""
     wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")  # the job inherits the environment of Ray's job supervisor
     wanted = round(grace) + STOP_RECORDS
-    if submitted() and wait.isdigit() and int(wait) < wanted:
+    if is_ray_job() and wait.isdigit() and int(wait) < wanted:
         logger.warning(
             "`ray job stop` kills this job after %s s, perhaps before its step is saved: start the head with "
             'RAY_JOB_STOP_WAIT_TIME_S=%d, or submit with --runtime-env-json \'{"env_vars": '
@@ -134,7 +134,7 @@ def connect() -> None:
     try:
         what = _join()
     except Exception as error:  # Ray also raises plain exceptions
-        if not address and not submitted():
+        if not address and not is_ray_job():
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise NotStarted(
                 f"Ray does not start on this machine: {first}; is it very busy, or its memory or disk full? Its logs are in "
@@ -145,8 +145,8 @@ def connect() -> None:
             "with the cluster's token when it uses token authentication"
         ) from error
     protect_token()
-    if address or submitted():
-        announce({"CPU": 1})  # a head without CPUs and without other nodes would wait silently
+    if address or is_ray_job():
+        log_waiting({"CPU": 1})  # a head without CPUs and without other nodes would wait silently
     resources = ray.cluster_resources()
     logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
 
@@ -172,18 +172,18 @@ def _join() -> str:
     import ray
 
     address = _settings.address
-    if submitted():
-        with _own_signals():
+    if is_ray_job():
+        with _keep_signal_handler():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return "this job's cluster"
     if address:
-        with _own_signals():
+        with _keep_signal_handler():
             shipped = runtime_env(ship_project=True)
             ray.init(address=address, runtime_env=shipped, logging_level=logging.ERROR, log_to_driver=False)
         return f"the cluster at {address}"
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen on all addresses
     before = psutil.Process().children()
-    with ray_state.on_loopback(), _block_stop_signals(), _own_signals():
+    with ray_state.on_loopback(), _block_stop_signals(), _keep_signal_handler():
         ray.init(
             address="local",  # ignore clusters of earlier sessions in /tmp
             num_cpus=_settings.num_cpus,
@@ -202,7 +202,7 @@ _embedded: list[psutil.Process] = []
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
+def _keep_signal_handler() -> Iterator[None]:
     """Restores the job's SIGTERM handler, which `ray.init` replaces. It saves and exits with the documented code."""
     stop = signal.getsignal(signal.SIGTERM)
     try:
@@ -259,24 +259,24 @@ def protect_token() -> None:
         os.chmod(path, 0o600)
 
 
-# ---------------------------------------------------------------- room
+# ---------------------------------------------------------------- capacity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class Capacity:
     """How many bundles of resources fit on the cluster: now, besides other jobs, and in total."""
 
     free: int
     now: int
 
 
-def room(bundle: Mapping[str, float]) -> Room:
+def capacity(bundle: Mapping[str, float]) -> Capacity:
     """How many bundles fit on the current nodes. Each bundle must fit on one node."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     available = ray_state.available_resources_per_node()
-    return Room(
+    return Capacity(
         free=sum(_fit(available.get(node["NodeID"], {}), bundle) for node in nodes),
         now=sum(_fit(node["Resources"], bundle) for node in nodes),
     )
@@ -286,10 +286,10 @@ def _fit(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     return min((int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items() if amount), default=0)
 
 
-def announce(bundle: Mapping[str, float], count: int = 1) -> None:
+def log_waiting(bundle: Mapping[str, float], count: int = 1) -> None:
     """Logs what a job waits for before it starts: other jobs, or nodes. Logs again
     if the autoscaler can never add the nodes."""
-    here = room(bundle)
+    here = capacity(bundle)
     want = f"{count} x ({', '.join(f'{amount:g} {name}' for name, amount in bundle.items())})"
     if here.free >= count:
         return
@@ -301,13 +301,13 @@ def announce(bundle: Mapping[str, float], count: int = 1) -> None:
         want,
         here.now,
     )
-    threading.Thread(target=_watch_for_never, args=(dict(bundle), count, want), daemon=True).start()
+    threading.Thread(target=_watch_for_infeasible, args=(dict(bundle), count, want), daemon=True).start()
 
 
-def _watch_for_never(bundle: dict[str, float], count: int, want: str) -> None:
+def _watch_for_infeasible(bundle: dict[str, float], count: int, want: str) -> None:
     """Until the request is satisfied, checks whether the autoscaler (v2) has rejected it, and logs that once."""
     try:
-        while room(bundle).now < count:
+        while capacity(bundle).now < count:
             if infeasible(bundle):
                 logger.warning(
                     "waiting for %s: the autoscaler can never add them. Raise max_workers of a node type that has them "

@@ -116,7 +116,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
 
     0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
     output); 129: the terminal was closed; 130: Ctrl-C; 143: SIGTERM."""
-    _hear_stops()
+    _handle_stop_signals()
     logs.setup()
     code: str | int | None
     try:
@@ -144,12 +144,12 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with contextlib.suppress(OSError):  # Ctrl-C may also have ended the `tee` that reads the output
                 print("stopped; repeat the command to continue", file=sys.stderr)
-            _leave(code)
+            _exit_now(code)
     cluster.disconnect()
     sys.exit(code)
 
 
-def _hear_stops() -> None:
+def _handle_stop_signals() -> None:
     """Makes SIGTERM and SIGHUP (unless nohup ignores it) raise SystemExit, so that
     `finally` blocks run as with Ctrl-C."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
@@ -179,7 +179,7 @@ def hide_passwords() -> None:
         os.execv(sys.executable, [*sys.orig_argv[: len(sys.orig_argv) - len(given)], *cleaned])
 
 
-def _leave(code: int) -> typing.NoReturn:
+def _exit_now(code: int) -> typing.NoReturn:
     """Kills the child processes and exits immediately. A normal interpreter exit shuts Ray down while other threads
     still wait in it, which may crash."""
     for stream in (sys.stdout, sys.stderr):

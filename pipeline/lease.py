@@ -158,7 +158,7 @@ def _is_alive(holder: dict[str, Any], uri: str) -> bool:
     return False
 
 
-def held_by(output: str) -> dict[str, Any] | None:
+def current_holder(output: str) -> dict[str, Any] | None:
     """The process that holds an output according to launch.json, without waiting:
     {"name", "host", "pid", "started", ...}; or None."""
     uri = storage.join(output, LAUNCH)

@@ -225,7 +225,7 @@ def _run_on_ray(
     names = list(todo)
     blocks = [
         pa.table({"name": [names[i] for i in share], "unit": [pickle.dumps(todo[names[i]]) for i in share]})
-        for share in shares(sizes, int(ray.cluster_resources().get("CPU", 0)))
+        for share in group_units(sizes, int(ray.cluster_resources().get("CPU", 0)))
     ]
     # In a list, because Ray would replace a direct reference in the arguments by a copy of the value for every actor.
     arguments = {"job": job, "context": [ray.put(context)]}
@@ -253,7 +253,7 @@ def describe_lost(error: Exception) -> str:
     return f"{first}; the same command continues with the unfinished work. {cluster.memory_remedy()}"
 
 
-def shares(sizes: Sequence[int], cpus: int) -> list[list[int]]:
+def group_units(sizes: Sequence[int], cpus: int) -> list[list[int]]:
     """The units of each task, as positions in `sizes`.
 
     Ray Data needs up to 0.3 s to start the next task on a free CPU. Therefore tasks have several small units at first,

@@ -39,7 +39,7 @@ def process_group():
 
 @pytest.fixture(scope="module")
 def alone(process_group):
-    """What a worker that is alone finds: its process group, and its environment."""
+    """The process group and environment of a single worker."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             patch.setenv(key, value)
@@ -148,7 +148,7 @@ def image_folder(tmp_path) -> Path:
 
 @pytest.fixture
 def without_ray():
-    """Work of the queue is done in this process."""
+    """Runs the work queue in this process."""
     from pipeline import workqueue
 
     with workqueue.without_ray():

@@ -1,4 +1,4 @@
-"""Small data sets of tinted pictures: the class of a picture is its brightest channel."""
+"""Small data sets of tinted images; the class of an image is its brightest channel."""
 
 import cv2
 import numpy as np
@@ -24,7 +24,7 @@ def write_tinted(uri: str, count: int, side: int, **options: int) -> str:
 
 
 def write_tinted_patches(uri: str, count: int, side: int, *, seed: int, noise: int, tint: int) -> str:
-    """`count` pictures in 4x4 patches; the less `tint` against `noise`, the harder they are to tell apart."""
+    """`count` images in 4x4 patches; a smaller `tint` relative to `noise` makes the classes harder to distinguish."""
     generator = np.random.default_rng(seed)
 
     def rows():

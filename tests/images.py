@@ -1,4 +1,4 @@
-"""Pictures that tests make on the spot, and files of them."""
+"""Generates test images and image files."""
 
 import io
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
-    """A smooth picture, which JPEG keeps nearly as it is: uint8 (H, W, 3)."""
+    """A smooth image, which JPEG hardly changes: uint8 (H, W, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -35,7 +35,7 @@ def textured(seed: int, height: int = 240, width: int = 320) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, side: float = 0.9, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-    """A box of `side` of both sides, at a position given as a part of the rest."""
+    """A crop with `side` of both sides, at a relative position in the remaining space."""
     height, width = (round(side * n) for n in pixels.shape[:2])
     top, left = round(y * (pixels.shape[0] - height)), round(x * (pixels.shape[1] - width))
     return pixels[top : top + height, left : left + width]

@@ -1,7 +1,7 @@
-"""Pictures that are posed alike and are no copies of each other, for the near-duplicate search: drawn from a seed.
+"""Images with similar poses that are not copies of each other, for the near-duplicate search.
 
-Each function draws one picture (RGB uint8, H x W x 3); two seeds give two pictures that a person calls different.
-"""
+Each function draws one image (RGB uint8, H x W x 3) from a seed. Images of two
+seeds are clearly different to a person."""
 
 import cv2
 import numpy as np
@@ -10,7 +10,7 @@ from tests.images import textured
 
 
 def outlines(seed):
-    """The same outline and light, details of its own."""
+    """The same outline and light with different details."""
     outline = cv2.GaussianBlur(textured(1000), (0, 0), 4).astype(np.float32)
     noise = np.random.default_rng(seed).normal(0, 1, (60, 80, 3)).astype(np.float32)
     detail = cv2.resize(noise, (320, 240), interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""Preparing data sets in a process of its own, and what is in them."""
+"""Prepares data sets in a separate process and reads their content."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ JOB = str(Path(__file__).parents[1] / "jobs" / "prepare.py")
 
 
 def job(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """jobs/prepare.py, ended."""
+    """Runs jobs/prepare.py to its end."""
     quiet = [] if arguments[0] in ("verify", "describe") else ["--no-tracking"]
     return subprocess.run(
         [sys.executable, JOB, *map(str, arguments), *quiet],
@@ -21,14 +21,14 @@ def job(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def content(folder: str | Path) -> dict[str, bytes]:
-    """Every file of a dataset, byte for byte."""
+    """The bytes of every file of a dataset."""
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
     }
 
 
 def many(image_folder: Path, copies: int = 25) -> Path:
-    """The folder grown to several units."""
+    """The folder with enough images for several units."""
     for path in list(image_folder.rglob("*.*")):
         for i in range(copies):
             os.link(path, path.with_name(f"{path.stem}-{i}{path.suffix}"))

@@ -88,7 +88,7 @@ def kill_marked(mark: str) -> None:
 
 
 def _kill(folder: Path) -> None:
-    """Ends at once whatever has the folder of a head in its command line."""
+    """Kills all processes with the folder of a head in their command line."""
     for left in psutil.process_iter(["cmdline"]):
         if str(folder) in " ".join(left.info["cmdline"] or []):
             with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Builders of run folders, checkpoints and configs of runs for the tests of every room."""
+"""Builders of run folders, checkpoints and configs for all tests."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ def commit_checkpoint(folder: str | os.PathLike, step: int, **about: Any) -> str
 
 
 def flip_bit(path: str | os.PathLike, position: int = -1) -> None:
-    """Changes one bit of a file, its last byte's by default; its size stays."""
+    """Flips one bit of a file, by default in its last byte."""
     content = bytearray(Path(path).read_bytes())
     content[position] ^= 1
     Path(path).write_bytes(content)

@@ -1,4 +1,4 @@
-"""What tests of VTAB's data share; the fixtures vtab_raw and vtab_prepared are in conftest.py."""
+"""Helpers for tests of VTAB's data; the fixtures vtab_raw and vtab_prepared are in conftest.py."""
 
 import cv2
 import numpy as np

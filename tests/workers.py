@@ -40,7 +40,7 @@ def run(world: int, *jobs: PretrainConfig) -> list[dict]:
 
 
 def continued(job: PretrainConfig, tmp_path: Path, step: int) -> PretrainConfig:
-    """A copy of a run as it was right after `step`."""
+    """A copy of a run in its state after `step`."""
     copy = changed(job, output=str(tmp_path / f"continued-{Path(job.runtime.output).name}"))
     shutil.copytree(checkpoints.folder(job.runtime.output, step), checkpoints.folder(copy.runtime.output, step))
     return copy

@@ -322,7 +322,7 @@ def status(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> int
     if options.json:
         show(json.dumps(report.status_json(plan, states)))
         return 0
-    holder = lease.held_by(storage.join(plan.state.root, state.FOLDER))
+    holder = lease.current_holder(storage.join(plan.state.root, state.FOLDER))
     text = f"run by process {holder['pid']} on {holder['host']}" if holder else None
     if text is None and any(s.state == RUNNING for s in states.values()):
         text = "no runner; the next `run` takes over the running stages"

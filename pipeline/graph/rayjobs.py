@@ -158,7 +158,7 @@ def _runtime_env() -> dict[str, Any]:
     nothing to ship."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     variables = {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_SECONDS), **submitted.get("env_vars", {}), **_forwarded()}
-    if cluster.submitted():
+    if cluster.is_ray_job():
         kept = ("working_dir", "py_modules", "pip", "uv", "conda", "container", "image_uri")
         return {**{key: submitted[key] for key in kept if submitted.get(key)}, "env_vars": variables}
     return {"working_dir": cluster.PROJECT, "excludes": cluster.EXCLUDES, "env_vars": variables}
@@ -170,4 +170,4 @@ def _forwarded() -> dict[str, str]:
 
 def is_wanted(address: str | None) -> bool:
     """Whether stages run as Ray jobs: with an address, or if this process is itself a Ray job."""
-    return address is not None or cluster.submitted()
+    return address is not None or cluster.is_ray_job()

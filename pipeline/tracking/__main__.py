@@ -15,7 +15,7 @@ from pipeline import config
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.tracking.delivery import deliver_all
-from pipeline.tracking.spool import Spool, Waiting, look_up, spool_root
+from pipeline.tracking.spool import Spool, SpoolFolders, find_spools, spool_root
 
 REASONS = 10  # maximum number of refused records to list for each run
 
@@ -46,7 +46,7 @@ def main() -> NoReturn:
             print(f"error: {redacted(str(error))}", file=sys.stderr)
             sys.exit(2)
         sys.exit(0)
-    waiting = look_up()
+    waiting = find_spools()
     if not waiting.abandoned and not waiting.unreadable:
         print(f"no undelivered records in {spool_root()}")
     left = list_waiting(waiting) if command == "list" else upload(waiting)
@@ -62,14 +62,14 @@ def describe_spool(spool: Spool) -> str:
     return f"{header['experiment']}/{header['name']} for {redacted(header['uri'])}"
 
 
-def list_waiting(waiting: Waiting) -> int:
+def list_waiting(waiting: SpoolFolders) -> int:
     for spool in waiting.abandoned:
         print(f"{describe_spool(spool)}: {spool.pending} undelivered, {spool.rejected} refused; in {spool.folder}")
         spool.close()
     return len(waiting.abandoned)
 
 
-def upload(waiting: Waiting) -> int:
+def upload(waiting: SpoolFolders) -> int:
     """Delivers every abandoned spool. Returns the number of records that remain."""
     left = 0
     for spool, done in deliver_all(waiting.abandoned):

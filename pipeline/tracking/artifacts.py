@@ -4,7 +4,7 @@ import tempfile
 
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
-from pipeline.tracking.server import mlflow_address, process_wide, resolve_tracking_uri
+from pipeline.tracking.server import global_server, mlflow_address, resolve_tracking_uri
 
 SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
@@ -23,7 +23,7 @@ def fetch(uri: str, tracking_uri: str | None = None) -> str:
     folder = tempfile.TemporaryDirectory(prefix="mlflow-artifacts-")
     _KEPT.append(folder)
     try:
-        with process_wide(where):  # MLflow looks up registered models on its global server only
+        with global_server(where):  # MLflow looks up registered models on its global server only
             return mlflow.artifacts.download_artifacts(uri, dst_path=folder.name, tracking_uri=mlflow_address(where))
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise UserError(f"{uri}: {redacted(str(error).splitlines()[0])}; MLflow is at {redacted(where)}") from error

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import names, server
 from pipeline.tracking.description import replace_paragraph
 from pipeline.tracking.server import RunUnavailableError
-from pipeline.tracking.spool import Spool, look_up, offline_id
+from pipeline.tracking.spool import Spool, find_spools, offline_id
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -372,7 +372,7 @@ def deliver_abandoned(spool: Spool) -> Upload:
 def _deliver_earlier(run_id: str) -> None:
     """Delivers the records of an earlier, killed attempt of the run. Raises
     ConnectionError if the server is unreachable."""
-    for spool in look_up(run_id).abandoned:
+    for spool in find_spools(run_id).abandoned:
         done = deliver_abandoned(spool)
         if (
             done.error

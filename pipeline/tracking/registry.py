@@ -26,7 +26,7 @@ from pipeline.tracking import names
 from pipeline.tracking.card import CardFacts, collect_facts, model_card
 from pipeline.tracking.environment import PROJECT
 from pipeline.tracking.search import search_runs
-from pipeline.tracking.server import client, experiment_id, process_wide, resolve_tracking_uri
+from pipeline.tracking.server import client, experiment_id, global_server, resolve_tracking_uri
 
 logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -92,7 +92,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
         raise
     mlflow.finalize_logged_model(model.model_id, "READY")
     _ensure_model(name, uri)
-    with process_wide(uri):  # MLflow looks up the logged model on its global server
+    with global_server(uri):  # MLflow looks up the logged model on its global server
         made = mlflow.create_model_version(
             name,
             f"models:/{model.model_id}",

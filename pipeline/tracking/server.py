@@ -151,7 +151,7 @@ def _connect_once(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def process_wide(uri: str) -> Iterator[None]:
+def global_server(uri: str) -> Iterator[None]:
     """Temporarily makes the server MLflow's global one, which some functions of MLflow use regardless of the client."""
     import mlflow
 

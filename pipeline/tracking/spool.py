@@ -299,7 +299,7 @@ def _read_header(folder: str) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class Waiting:
+class SpoolFolders:
     """The folders in `spool_root()`: spools whose writer has ended, folders of
     active writers, and unreadable folders."""
 
@@ -309,10 +309,10 @@ class Waiting:
     """{folder: reason}"""
 
 
-def look_up(run_id: str | None = None) -> Waiting:
+def find_spools(run_id: str | None = None) -> SpoolFolders:
     """The spools on this machine, oldest first; with `run_id`, only those of one run. Abandoned spools are locked, and
     the caller must close them."""
-    found = Waiting()
+    found = SpoolFolders()
     try:
         entries = sorted(os.scandir(spool_root()), key=lambda entry: entry.stat().st_mtime)
     except FileNotFoundError:

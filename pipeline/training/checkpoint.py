@@ -61,7 +61,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 logger = logging.getLogger(__name__)
 
 
-class NoRoom(UserError):
+class StorageFull(UserError):
     """The storage is full or read-only."""
 
 
@@ -224,7 +224,7 @@ class Writer:
         self.pending = self.thread.submit(self._write, step, tensors, about)
 
     def wait(self) -> None:
-        """Waits until the last save is committed. Raises its error; NoRoom when storage is full or read-only."""
+        """Waits until the last save is committed. Raises its error; StorageFull when storage is full or read-only."""
         problem = self._wait_for_pending()
         if problem is not None:
             raise problem
@@ -259,7 +259,7 @@ class Writer:
         problem = self._from_rank_0(problem)
         if problem is None:
             problem = self._write_parts(target, step, tensors, about)
-        if isinstance(problem, UserError) and not isinstance(problem, (StorageError, NoRoom)):
+        if isinstance(problem, UserError) and not isinstance(problem, (StorageError, StorageFull)):
             raise problem
         if problem is not None:
             self.failed.append(step)
@@ -373,7 +373,7 @@ def _plain(error: Exception) -> UserError:
     """A storage error as an exception that can be sent to other workers."""
     text = str(error)
     full = getattr(error, "errno", None) in FULL or any(f"os error {code})" in text for code in FULL)
-    return NoRoom(text) if full else Unavailable(text)
+    return StorageFull(text) if full else Unavailable(text)
 
 
 def _put_tensors(target: str, name: str, tensors: dict[str, Tensor], metadata: dict | None = None) -> dict[str, dict]:

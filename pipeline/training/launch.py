@@ -187,8 +187,8 @@ def check_room(config: PretrainConfig, workers: int) -> None:
     """Raises UserError when an embedded Ray has too few resources for the workers;
     on a cluster, logs the missing resources."""
     bundle = {"CPU": config.runtime.cpus_per_worker, **({"GPU": 1.0} if config.runtime.gpus else {})}
-    if config.runtime.address is not None or cluster.submitted():
-        cluster.announce(bundle, workers)
+    if config.runtime.address is not None or cluster.is_ray_job():
+        cluster.log_waiting(bundle, workers)
         return
     have = ray.cluster_resources()
     lacking = {name: amount * workers for name, amount in bundle.items() if have.get(name, 0) < amount * workers}

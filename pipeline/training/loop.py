@@ -29,7 +29,7 @@ from pipeline.hardware import device_memory
 from pipeline.tracking import Run, names
 from pipeline.training import checkpoint
 from pipeline.training.advice import data_wait_advice
-from pipeline.training.checkpoint import WRITE_ERRORS, NoRoom
+from pipeline.training.checkpoint import WRITE_ERRORS, StorageFull
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
 from pipeline.training.meter import Meter, describe_scores, describe_step, mixture_metrics
@@ -150,7 +150,7 @@ class Trainer:
         self.heartbeat("writing the last checkpoint")
         try:
             self.writer.wait()
-        except NoRoom as error:  # a retry cannot succeed before the user frees space
+        except StorageFull as error:  # a retry cannot succeed before the user frees space
             return self.result(missing=str(error))
         return self.result()
 
@@ -158,7 +158,7 @@ class Trainer:
         """Ends this worker after step `done`, after waiting for its checkpoint. Raises Preempted."""
         try:
             self.writer.wait()
-        except (NoRoom, *WRITE_ERRORS) as error:
+        except (StorageFull, *WRITE_ERRORS) as error:
             self.warn(f"step {done} could not be saved; the next start continues from the last checkpoint: {error}")
             raise Preempted(f"left at step {done} without a checkpoint: {error}") from error
         self.info("step %d/%d  saved, and the workers leave", done, self.plan.total)

@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     plan = check_run(config)
     logger.info("%s", describe_run(plan, changes))
     output = config.runtime.output
-    record = held_by(plan, output)
+    record = find_record(plan, output)
     newest = checkpoints.latest(output, checksums=False)
     if record is not None and newest is not None and newest.step >= plan.total:
         logger.info("already finished: %s is at step %d of %d", newest.uri, newest.step, plan.total)
@@ -207,7 +207,7 @@ def check_model(plan: TrainPlan) -> None:
 
 def check_devices(config: PretrainConfig) -> None:
     """Raises UserError when this machine has too few GPUs for the run. A cluster is not checked."""
-    if not config.runtime.gpus or config.runtime.address is not None or cluster.submitted():
+    if not config.runtime.gpus or config.runtime.address is not None or cluster.is_ray_job():
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < config.runtime.workers:
@@ -346,7 +346,7 @@ def _about_data(uri: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- run.json
 
 
-def held_by(plan: TrainPlan, output: str) -> dict[str, Any] | None:
+def find_record(plan: TrainPlan, output: str) -> dict[str, Any] | None:
     """run.json of this output; None when there is none. Raises UserError when it belongs to another run, or --resume
     forbids it.
 

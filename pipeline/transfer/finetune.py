@@ -82,7 +82,7 @@ class Diverged(Exception):
 
 
 @dataclass(slots=True)
-class Tuned:
+class FineTunedModel:
     """A fine-tuned model in eval mode, with its training curve of (step, loss, lr)."""
 
     model: nn.Module
@@ -112,7 +112,7 @@ class FineTuning:
         self.progress: tuple[int, int, float] = (0, protocol.steps, math.nan)
         """(steps done, total steps, loss), updated about fifty times."""
 
-    def run(self) -> Tuned:
+    def run(self) -> FineTunedModel:
         """Trains to the last step. Raises Diverged if the loss becomes NaN or infinite."""
         protocol = self.protocol
         every = max(1, protocol.steps // CURVE_POINTS)
@@ -123,7 +123,7 @@ class FineTuning:
         for step, (images, classes) in enumerate(stream):
             if step == protocol.steps:
                 break
-            rate = rate_at(protocol, self.lr, step)
+            rate = learning_rate_at(protocol, self.lr, step)
             losses.append(self._step(images, self.data.labels(classes), rate))
             if (step + 1) % every == 0 or step + 1 == protocol.steps:  # only these steps wait for the device
                 mean = torch.stack(losses).mean().item()
@@ -134,7 +134,7 @@ class FineTuning:
                     raise Diverged(f"loss {mean} at step {step + 1} with learning rate {self.lr:g}; use a smaller one")
         speed = protocol.steps * protocol.batch_size / (time.perf_counter() - start)
         tuned = self.ema.module if self.ema is not None else self.model
-        return Tuned(tuned.eval(), curve, speed)
+        return FineTunedModel(tuned.eval(), curve, speed)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
         """One optimiser step on a batch. Returns its loss. Halves the micro-batch if GPU memory runs out."""
@@ -167,7 +167,7 @@ class FineTuning:
         return total
 
 
-def rate_at(protocol: FineTune, lr: float, step: int) -> float:
+def learning_rate_at(protocol: FineTune, lr: float, step: int) -> float:
     """The learning rate at `step` (0-based): the decayed rate times the linear warm-up."""
     if protocol.decay == "cosine":
         return learning_rate(ScheduleConfig(kind="cosine"), step, peak=lr, total=protocol.steps, warmup=protocol.warmup)

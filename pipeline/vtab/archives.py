@@ -39,7 +39,7 @@ def describe_file(file: OfficialFile) -> str:
     checksum = f"sha256 {file.sha256}, " if file.sha256 else ""
     others = [*(file.within or ())[:1], *file.instead]
     instead = f"; accepted instead: {', '.join(others)}" if others else ""
-    return f"{file.name}: {size}{checksum}from {' or '.join(filter(None, [file.url, file.by_hand]))}{instead}"
+    return f"{file.name}: {size}{checksum}from {' or '.join(filter(None, [file.url, file.manual]))}{instead}"
 
 
 # ---------------------------------------------------------------- locating
@@ -129,7 +129,7 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
     if storage.is_remote(raw):
         raise UserError(f"{raw}: downloads go to a local folder; name one with --raw")
     if file.url is None:
-        raise UserError(f"{file.name} has to be downloaded manually: {file.by_hand}")
+        raise UserError(f"{file.name} has to be downloaded manually: {file.manual}")
     target = os.path.join(raw, dataset, file.name)
     partial = target + ".part"
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -163,6 +163,6 @@ def _fetch_rest(file: OfficialFile, partial: str) -> None:
 def _refused(file: OfficialFile, target: str, error: Exception) -> Exception | None:
     """The error for a response that a retry would not change."""
     if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-        other = f" or get {file.by_hand}" if file.by_hand else ""
+        other = f" or get {file.manual}" if file.manual else ""
         return UserError(f"{file.url}: the server responded with {error}; download it manually to {target}{other}")
     return None if isinstance(error, (OSError, http.client.HTTPException)) else error

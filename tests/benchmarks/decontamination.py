@@ -27,7 +27,7 @@ import simplejpeg
 from pipeline import workqueue
 from pipeline.data import codecs
 from pipeline.data.codecs import decode_stored
-from pipeline.data.duplicates.candidates import LOOK, boxes, candidate_lines, match_rows, unique_pairs
+from pipeline.data.duplicates.candidates import PERCEPTUAL, boxes, candidate_lines, match_rows, unique_pairs
 from pipeline.data.duplicates.descriptors import Descriptor, match_vectors
 from pipeline.data.duplicates.evaluation import EvaluationIndex, index_evaluation_sets
 from pipeline.data.duplicates.hashes import ROW, VIEW, Hashes, hash_image, join_keys
@@ -120,7 +120,7 @@ def inside(hashed: list[Hashes], copies: list[bytes]) -> tuple[set[tuple[int, in
         proposed.add(pair)
         if pair in confirmed:
             continue
-        if pairs["kind"][i] < LOOK:
+        if pairs["kind"][i] < PERCEPTUAL:
             confirmed[pair] = 1.0
             continue
         mirrored = bool(pairs["mirrored"][i])

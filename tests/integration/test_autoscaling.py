@@ -1,8 +1,6 @@
-"""Nodes that come and go: the notices of clouds and Kubernetes reach Ray, and jobs make an autoscaling cluster grow and
-shrink.
+"""Changing nodes: notices of clouds and Kubernetes reach Ray, and jobs make an autoscaling cluster grow and shrink.
 
-The cluster is Ray's fake provider: the real autoscaler and real Ray nodes, which are processes of this machine.
-"""
+The cluster uses Ray's fake provider: the real autoscaler with real Ray nodes, which are processes of this machine."""
 
 import importlib.util
 import json
@@ -329,7 +327,7 @@ class AutoscalingCluster:
         return [json.loads(line) for line in self.seen.read_text().splitlines() if line.startswith("[")]
 
     def wait_for(self, what, seconds: float) -> None:
-        """Until `what()`; otherwise fails with what the job and the cluster said."""
+        """Waits until `what()` is true; otherwise fails with the output of the job and the cluster."""
         deadline = time.time() + seconds
         while not what():
             assert time.time() < deadline, f"{self.output.read_text()[-3000:]}\nnodes: {self.history()}"

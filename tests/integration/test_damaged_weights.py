@@ -1,4 +1,4 @@
-"""One flipped bit in a checkpoint's weights: no command uses them, each says which file in one line."""
+"""One flipped bit in the weights of a checkpoint: every command refuses them with one line that names the file."""
 
 import subprocess
 import sys

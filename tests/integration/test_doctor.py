@@ -106,7 +106,7 @@ def test_a_token_that_others_can_read(home):
 
 @contextmanager
 def server(code: int = 200, body: bytes = b'{"experiment": {}}', delay: float = 0.0):
-    """Answers as MLflow's API would; the requests' headers are in `.seen`."""
+    """Responds like MLflow's API; `.seen` has the headers of the requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -361,7 +361,7 @@ def test_devices_where_there_are_none(monkeypatch):
 
 
 def test_gpus_add_up(monkeypatch):
-    """The check of NCCL with a stand-in that adds up rightly, wrongly, or not at all."""
+    """The NCCL check with a replacement whose sum is right, wrong or missing."""
     import torch
 
     real = torch.ones
@@ -394,20 +394,20 @@ def test_gpus_add_up(monkeypatch):
     ],
 )
 def test_room_for_the_workers(free, now, status, message):
-    found = pretraining.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Room(free=free, now=now))
+    found = pretraining.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Capacity(free=free, now=now))
     assert found.status == status
     assert "4 workers of 2 CPU and 1 GPU" in found.message
     assert message in found.message
 
 
 def test_room_on_real_nodes(ray_local, caplog):
-    assert cluster.room({"CPU": 1}).now == 2
-    assert cluster.room({"CPU": 2}).now == 1
-    assert cluster.room({"CPU": 4}).now == 0  # four CPUs do not fit on a node of two, however many nodes
-    assert cluster.room({"CPU": 0.5, "GPU": 1}).now == 0
-    cluster.announce({"CPU": 1}, 2)
+    assert cluster.capacity({"CPU": 1}).now == 2
+    assert cluster.capacity({"CPU": 2}).now == 1
+    assert cluster.capacity({"CPU": 4}).now == 0  # four CPUs do not fit on a node of two, however many nodes
+    assert cluster.capacity({"CPU": 0.5, "GPU": 1}).now == 0
+    cluster.log_waiting({"CPU": 1}, 2)
     assert caplog.text == ""
-    cluster.announce({"CPU": 4}, 2)
+    cluster.log_waiting({"CPU": 4}, 2)
     assert "waiting for 2 x (4 CPU): the cluster has room for 0; the job starts when an autoscaler" in caplog.text
 
 
@@ -452,7 +452,7 @@ def test_the_name_of_the_run(dataset, tmp_path):
     assert pretraining.run_name(mine).message.endswith("is unused")
     run.claim(run.check_run(mine), mine.runtime.output)
     assert "continues" in pretraining.run_name(mine).message
-    # a run that has saved no checkpoint does not keep its output from another
+    # a run without a checkpoint does not block its output for another run
     assert pretraining.run_name(config(dataset, tmp_path / "run", seed=7)).status == "ok"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()

@@ -1,4 +1,4 @@
-"""The Ray that a job starts for itself: who can reach it, and what is said when its processes run out of memory."""
+"""Embedded Ray: who can connect to it, and the messages when its processes run out of memory."""
 
 import os
 import re

@@ -1,5 +1,5 @@
-"""One worker: bad steps are noticed, dropped, counted and said, and a run that was continued decides as the
-uninterrupted one; every option of the engine computes what it should."""
+"""The engine on one worker: bad steps are detected, dropped, counted and reported; a continued run makes the same
+decisions as an uninterrupted one; every option of the engine computes the right result."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from tests.workers import continued, run
 
 
 def slow(*values):
-    """A parameter of the slow tests alone."""
+    """A parameter for slow tests only."""
     return pytest.param(values if len(values) > 1 else values[0], marks=pytest.mark.slow)
 
 
@@ -56,7 +56,7 @@ def base(tmp_path_factory) -> PretrainConfig:
 
 
 class Recorded:
-    """A run that keeps what is logged."""
+    """A run that stores the logged values."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict]] = []
@@ -196,7 +196,7 @@ def test_options_of_the_engine_change_no_loss(base, alone, tmp_path, option):
     _, _, plain, _ = train(plainly, tmp_path / "plain")
     engine = replace(base.engine, **option)
     _, _, other, _ = train(changed(base, steps="4steps", engine=engine), tmp_path / "other")
-    # Sums of gradients in float32 are other numbers than sums in bf16, and better ones.
+    # Gradient sums in float32 differ from sums in bf16 and are more accurate.
     assert losses(other) == pytest.approx(losses(plain), abs=1e-3 if "gradient_precision" in option else 2e-4)
     assert len(losses(plain)) == 4
 

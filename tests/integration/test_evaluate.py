@@ -1,7 +1,6 @@
-"""Scheduled evaluation against a real MLflow (SQLite): once per checkpoint, whatever runs, overlaps, fails or dies.
+"""Scheduled evaluation with a real MLflow (SQLite): once per checkpoint, despite overlapping, failing or killed passes.
 
-Scores come from a stand-in suite, so that the schedule is what is tested; the ledger, storage and MLflow are real.
-"""
+Scores come from a replacement suite; the ledger, storage and MLflow are real."""
 
 import dataclasses
 import json

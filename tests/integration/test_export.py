@@ -1,4 +1,4 @@
-"""jobs/export.py end to end: the artefact is opened here by the very library it was made for."""
+"""jobs/export.py end to end: the target library opens the exported model."""
 
 import json
 import subprocess

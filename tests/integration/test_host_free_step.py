@@ -1,5 +1,5 @@
-"""A training step asks the device for nothing: no value is read back between logging steps, and the weights are those of
-DeepSpeed's own step, bit for bit."""
+"""A training step does not synchronise with the device between logging steps, and
+gives the same weights as DeepSpeed's own step, bit for bit."""
 
 import math
 
@@ -45,7 +45,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def steps(engine: Engine, guard: LossSpikeGuard) -> list[torch.Tensor]:
-    """Six steps, the fourth with a gradient that is not a number; their losses."""
+    """The losses of six steps, the fourth of which has a NaN gradient."""
     losses = []
     for step in range(STEPS):
         functions = list(micro_losses(batch_of(step), MICRO, CPU, "softmax"))

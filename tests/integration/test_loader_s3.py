@@ -1,4 +1,4 @@
-"""The loader over S3: real clients speak HTTP to a real server process, through a proxy that injects faults."""
+"""The loader with S3: real clients use HTTP to a real server process, through a proxy that injects faults."""
 
 import itertools
 import os

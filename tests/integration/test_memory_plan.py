@@ -1,4 +1,4 @@
-"""What jobs/plan.py says about memory, against what a real run of the engine allocates."""
+"""Compares the memory estimates of jobs/plan.py with the allocations of a real run of the engine."""
 
 import subprocess
 import sys

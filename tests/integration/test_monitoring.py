@@ -1,4 +1,4 @@
-"""infra/monitoring against what is really exported: alarms and dashboards name metrics that a Ray node serves."""
+"""infra/monitoring compared with the exported metrics: alerts and dashboards use metrics that a Ray node provides."""
 
 import inspect
 import json

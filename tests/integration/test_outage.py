@@ -1,7 +1,6 @@
-"""An object store that is away while whole jobs read from it: waited for, then a failed attempt, and never a wrong input.
-
-The jobs are processes; they speak to a real S3 server over HTTP, through a proxy that tears their connections down.
-"""
+"""An object store is unavailable while jobs read from it: requests are retried, then the attempt fails, and the error
+is not reported as wrong input. The jobs are processes that connect to a real S3
+server over HTTP, through a proxy that resets their connections."""
 
 import os
 import re

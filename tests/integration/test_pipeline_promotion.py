@@ -1,4 +1,5 @@
-"""The rule for the champion, on MLflow's registry: what is promoted, what is not and why, and who is the candidate."""
+"""The promotion rule with MLflow's registry: which versions are promoted, which
+are not and why, and which is the candidate."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""`prepare` loses its process, a worker or a node, anywhere, and ends in the same bytes; and none of Ray Data's traps."""
+"""`prepare` loses its process, a worker or a node at any time and produces the
+same bytes; known problems of Ray Data."""
 
 import os
 import random

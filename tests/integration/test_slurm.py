@@ -1,7 +1,7 @@
-"""infra/slurm run by bash with stand-ins for Slurm's programs; Ray, its token and the training are real.
+"""Runs infra/slurm with bash and substitutes for Slurm's programs; Ray, its token and the training are real.
 
-`ray symmetric-run` is a stand-in, too: the real one ends every Ray of the user when it is done, those of other tests included.
-"""
+`ray symmetric-run` is also substituted, because it ends all Ray processes of
+the user, including those of other tests."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Every way in which a run is told to stop: its step is saved, MLflow knows why it ended, the next start goes on from there."""
+"""All ways to stop a run: the current step is saved, MLflow has the reason, and
+the next start continues from that step."""
 
 import contextlib
 import json
@@ -62,7 +63,7 @@ def run(tmp_path) -> PretrainConfig:
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
-    """Whatever a failed test has left running is ended."""
+    """Ends processes that a failed test has left running."""
     before = set(psutil.Process().children(recursive=True))
     yield
     for process in set(psutil.Process().children(recursive=True)) - before:

@@ -1,7 +1,5 @@
-"""An attempt that is suspended between looking whose run it is and writing, and that wakes up when another has committed.
-
-The process really stops (SIGSTOP), or its request hangs at the store, and goes on afterwards.
-"""
+"""An attempt is suspended between the ownership check and its write, and continues after another attempt has committed.
+The process is stopped (SIGSTOP), or its request hangs in the store."""
 
 import contextlib
 import os

@@ -1,8 +1,5 @@
-"""Runs that lose workers, nodes and their driver: the job as a user runs it, killed from outside, and what MLflow holds
-then.
-
-The loss of every step is compared at full precision with that of a run that nothing happened to.
-"""
+"""Runs that lose workers, nodes and their driver: jobs are started like by a user and killed from outside. The loss of
+every step in MLflow is compared at full precision with an uninterrupted run."""
 
 import contextlib
 import json
@@ -193,7 +190,7 @@ def base(data, tmp_path_factory) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def reference(base) -> dict[int, float]:
-    """The losses of two workers that nothing happens to."""
+    """The losses of an uninterrupted run with two workers."""
     job = Job(base)
     job.end()
     points = curve(job)

@@ -332,7 +332,7 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
             patch.setattr(checkpoint, "save_file", refuse)
             writer.save(4, tensors_of(writer, 4), {})
             writer.save(6, tensors_of(writer, 6), {})
-            with pytest.raises(checkpoint.NoRoom, match="No space left"):
+            with pytest.raises(checkpoint.StorageFull, match="No space left"):
                 writer.wait()
         writer.save(8, tensors_of(writer, 8), {})
         writer.wait()

@@ -1,4 +1,4 @@
-"""Models of timm and transformers behind the interface that transfer uses, against the libraries' own outputs."""
+"""Models of timm and transformers with the interface of transfer, compared with the outputs of the libraries."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The engine of resumable work: what has a receipt is not done again, errors stay with their unit, on Ray and in process."""
+"""Resumable work: units with a receipt are skipped, and errors belong to their unit, with Ray and in process."""
 
 import contextlib
 import logging
@@ -75,11 +75,11 @@ def test_records_of_workers_are_logged_on_the_driver(ray_local, tmp_path, caplog
 
 @pytest.mark.parametrize("cpus", [0, 1, 2, 7, 64])
 def test_tasks_take_several_small_units_first_and_one_each_at_the_end(cpus):
-    small = workqueue.shares([10 << 20] * 37, cpus)
+    small = workqueue.group_units([10 << 20] * 37, cpus)
     assert [unit for share in small for unit in share] == list(range(37))
     counts = [len(share) for share in small]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == {0: 1, 1: 4, 2: 4, 7: 2, 64: 1}[cpus]
     assert counts[-max(cpus, 1) :] == [1] * min(max(cpus, 1), len(counts))
-    assert all(len(share) <= 2 for share in workqueue.shares([100 << 20] * 37, cpus))
-    assert workqueue.shares([1 << 30] * 5, cpus) == [[unit] for unit in range(5)]
+    assert all(len(share) <= 2 for share in workqueue.group_units([100 << 20] * 37, cpus))
+    assert workqueue.group_units([1 << 30] * 5, cpus) == [[unit] for unit in range(5)]

@@ -1,8 +1,7 @@
-"""The Vision Transformer once more, in float64 NumPy and straight from the paper's equations.
+"""A reference Vision Transformer in float64 NumPy, written from the equations of the paper.
 
-Shares no code with `models`: images are cut by hand, attention is one query at a time per head, and only a state dict
-and the options come in. For small models.
-"""
+Shares no code with `models`: it cuts images into patches itself, computes attention per query and head, and takes only
+a state dict and the options. For small models."""
 
 import math
 
@@ -10,7 +9,7 @@ import numpy as np
 
 
 def forward(state: dict, image_HWC: np.ndarray, *, patch: int, depth: int, heads: int, **options) -> np.ndarray:
-    """Logits (K,) of one uint8 image. options: those of VisionTransformer that change the maths."""
+    """Logits (K,) of one uint8 image. options: the options of VisionTransformer that affect the result."""
     weights = {name: np.asarray(value, dtype=np.float64) for name, value in state.items()}
     eps, tanh_gelu = options.get("ln_eps", 1e-6), options.get("gelu", "tanh") == "tanh"
     pixels = image_HWC.astype(np.float64) / 127.5 - 1.0

@@ -1,4 +1,4 @@
-"""Files of any JSON, and of none, at every place where a job reads one: one line that names the file, or the file does not count."""
+"""Arbitrary and invalid JSON in every file that a job reads: one line names the file, or the file is ignored."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 from pipeline import storage, workqueue
 from pipeline.errors import UserError
 from pipeline.graph import results, state
-from pipeline.lease import Lease, held_by
+from pipeline.lease import Lease, current_holder
 from pipeline.operations.ledger import Ledger, LedgerError, Target, read_record
-from pipeline.tracking.spool import look_up
+from pipeline.tracking.spool import find_spools
 from pipeline.training import checkpoint
 from pipeline.training import run as training_run
 from pipeline.transfer import corrections, features, scores
@@ -44,7 +44,7 @@ TARGET = Target(key="step-1", checkpoint="c", step=1, images_seen=None, run="r")
 def lease(folder):
     with Lease(folder, "other"):
         pass
-    held_by(folder)
+    current_holder(folder)
 
 
 def ledger(folder):
@@ -97,7 +97,7 @@ def test_spool_of_any_json_is_named_and_kept(tmp_path, monkeypatch, text):
     for name in ("lock", "metrics.jsonl"):
         (tmp_path / "a" / name).write_text("")
     (tmp_path / "a" / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert list(look_up().unreadable) == [str(tmp_path / "a")]
+    assert list(find_spools().unreadable) == [str(tmp_path / "a")]
 
 
 def test_damaged_receipt_is_named_and_its_unit_is_done_again(tmp_path):

@@ -1,4 +1,4 @@
-"""Small archives that would fill the memory: whatever the input, a worker stays under 1 GiB and the error names the archive."""
+"""Small archives that expand to gigabytes: a worker uses less than 1 GiB, and the error names the archive."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def write_sparse_tar(path: Path, names: list[str], size: int) -> None:
-    """Members of `size` bytes each, all of them holes but one byte, so that the archive stays small."""
+    """Sparse members of `size` bytes with one data byte each, so that the archive stays small."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for name in names:
             info = tarfile.TarInfo(name)
@@ -54,7 +54,7 @@ def write_zip(path: Path, members: dict[str, bytes]) -> None:
 
 
 def write_giant_header(path: Path) -> None:
-    """900 MB of extended attributes, which gzip packs into 1 MB."""
+    """900 MB of extended attributes, which gzip compresses to 1 MB."""
     with gzip.open(path, "wb") as file:
         info = tarfile.TarInfo("a.png")
         info.type, info.size = tarfile.XHDTYPE, 900 << 20
@@ -64,7 +64,7 @@ def write_giant_header(path: Path) -> None:
 
 
 def write_parquet(path: Path, image: bytes, label: str, rows: int) -> None:
-    """All rows have the same image and the same label, which Parquet writes once."""
+    """All rows have the same image and label, which Parquet stores once."""
     table = pa.table({"image": pa.array([image] * rows, pa.binary()), "label": pa.array([label] * rows)})
     pq.write_table(table, path, compression="zstd", row_group_size=rows)
 

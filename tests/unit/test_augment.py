@@ -29,7 +29,8 @@ def test_an_inception_box_lies_in_the_image_and_keeps_its_bounds(height, width, 
 
 
 def test_inception_boxes_have_the_distribution_they_state():
-    """Against a direct simulation: uniform aspect, uniform height between the smallest and the largest that fit."""
+    """Compares with a direct simulation: uniform aspect, then uniform height
+    between the smallest and the largest that fit."""
     generator = np.random.default_rng(0)
     draws = generator.random((20_000, 4))
     boxes = np.array([inception_box(300, 400, (0.05, 1.0), (3 / 4, 4 / 3), u) for u in draws.tolist()])
@@ -132,7 +133,7 @@ MAGNITUDES = (2, 10, 15, 20)
 
 
 def pillow_reference(name, image, magnitude, sign):
-    """What the operation does according to Pillow."""
+    """The result of the operation in Pillow."""
     level, picture = magnitude / 10, Image.fromarray(image)
     factor, (width, height) = 1.8 * level + 0.1, picture.size
 

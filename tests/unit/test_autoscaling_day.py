@@ -1,4 +1,4 @@
-"""Ray's own autoscaler on the node types of infra/ray-up/, on a simulated clock (tests/benchmarks/autoscaling_day.py)."""
+"""Ray's autoscaler with the node types of infra/ray-up/ and a simulated clock (tests/benchmarks/autoscaling_day.py)."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run would find wrong later is said before anything is written."""
+"""Errors are reported before anything is written."""
 
 import importlib.util
 import re
@@ -32,7 +32,7 @@ DEMO = RECIPES["demo"]()
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package folder of Ray, with a dataset and a checkpoint that jobs find there; the working directory."""
+    """The working directory: a package folder of Ray with a dataset and a checkpoint."""
     folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     rows = [(f"{i}", picture(i), i % 2, 8, 8) for i in range(64)]
     for name in ("data", "runs/demo/data/train", "runs/demo/data/val"):
@@ -49,7 +49,7 @@ def package(tmp_path, monkeypatch):
 
 
 def main_of(job):
-    """`main` of jobs/JOB.py, whatever else is called `jobs` on the path of the tests."""
+    """`main` of jobs/JOB.py, even if another module `jobs` is on the path."""
     name = f"job_{job}"
     spec = importlib.util.spec_from_file_location(name, PROJECT / "jobs" / f"{job}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -85,7 +85,7 @@ def test_values_that_cannot_work_are_refused_by_name(config, message):
 
 @pytest.fixture
 def fields(tmp_path, monkeypatch):
-    """Of a run that would start: 64 labelled pictures of 4 classes to train on, 16 to validate on."""
+    """Fields of a valid run: 64 labelled training images of 4 classes, and 16 validation images."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     write(tmp_path / "data", 64, "abcd")
     write(tmp_path / "val", 16, "abcd")
@@ -158,7 +158,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("how", ["dry run", "doctor", "start"])
 def test_what_a_run_would_find_wrong_later(what, how, fields, tmp_path, monkeypatch):
-    """Found by the dry run, by doctor and by a real start alike, and nothing is there afterwards."""
+    """The dry run, doctor and a real start report the same error and leave no files."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -204,7 +204,7 @@ def test_output_that_is_a_file_or_below_one(tmp_path):
 
 
 def test_output_on_a_file_system_that_takes_no_files():
-    """/proc looks writable to root, and is not: only writing tells."""
+    """/proc appears writable to root, so only an attempt to write shows that it is not."""
     with pytest.raises(UserError, match="--output /proc/run: /proc cannot be written"):
         check_output("/proc/run")
 
@@ -248,7 +248,7 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
     ],
 )
 def test_other_jobs_check_before_they_work(command, message, package, monkeypatch, tmp_path):
-    """In one working folder with data, a checkpoint and images. Nothing is there afterwards that was not before."""
+    """Jobs in a working folder with data, a checkpoint and images leave no new files."""
     shutil.move(package, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -274,7 +274,8 @@ JOBS = {
 
 @pytest.mark.parametrize("job", JOBS)
 def test_relative_output_in_the_package_folder_of_a_ray_job(job, package, monkeypatch, capsys):
-    """Each job, defaults too, is started in a copy of the project as `ray job submit --working-dir` unpacks it."""
+    """Every job, also with default flags, is started in a copy of the project as
+    unpacked by `ray job submit --working-dir`."""
     name, *rest = job.split()
     main = main_of(name)
     with pytest.raises(UserError, match=r"Ray's temporary copy .* absolute path .* s3://"):

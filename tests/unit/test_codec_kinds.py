@@ -1,4 +1,5 @@
-"""Kinds of image files that people have: HEIC, JPEGs of other precisions, small lossless pictures, slivers, odd EXIF."""
+"""Common kinds of image files: HEIC, JPEGs with other precisions, small
+lossless images, very narrow images, invalid EXIF."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Image formats: what each decodes to, every way in which a file can be bad, and a format that is added."""
+"""Image formats: decoding, invalid files, and adding a format."""
 
 import io
 import math
@@ -144,7 +144,7 @@ def test_bombs_are_refused_by_their_header():
 
 
 def test_the_limit_on_pixels_is_that_of_the_call():
-    """Pillow's own limit, which holds for the whole process, is neither changed nor in the way of a larger one."""
+    """Pillow's process-wide limit is not changed, and does not prevent a larger limit of one call."""
     limit = Image.MAX_IMAGE_PIXELS
     assert limit is not None
     side = math.isqrt(2 * limit) + 1
@@ -250,7 +250,7 @@ def test_damaged_files_are_bad_images(data):
 
 
 class Raw(Codec):
-    """A format that nobody has: a signature, height and width as one byte each, and RGB pixels."""
+    """An invented format: a signature, height and width as one byte each, and RGB pixels."""
 
     def decode(self, data, max_pixels, max_aspect=100):
         if len(data) != 6 + data[4] * data[5] * 3:
@@ -266,7 +266,7 @@ def raw(pixels):
 
 
 def test_a_format_is_one_entry_of_the_list(tmp_path, monkeypatch):
-    """Files are found, labelled, decoded, stored as they came, read back and shown; what is cut short is a reject."""
+    """Files are found, labelled, decoded, stored unchanged, read back and shown; truncated files become rejects."""
     monkeypatch.setattr(codecs, "CODECS", [*codecs.CODECS, Raw(name="RAW", extensions=("raw",), signature=b"RAW1")])
     pictures = {f"{name}/{i}.raw": picture(24, 24, seed=10 * len(name) + i) for name in ("ox", "cow") for i in range(4)}
     for path, pixels in pictures.items():

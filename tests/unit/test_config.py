@@ -1,4 +1,4 @@
-"""Command lines, written configs and horizons."""
+"""Command lines, config files and horizons."""
 
 import dataclasses
 import errno

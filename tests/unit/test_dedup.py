@@ -1,4 +1,5 @@
-"""Duplicate search: what is the same is found, what is not is left alone, and the banded join agrees with all pairs."""
+"""Duplicate search: duplicates are found, other images are kept, and the banded
+join agrees with a comparison of all pairs."""
 
 import itertools
 import logging
@@ -94,7 +95,7 @@ def table(bits, exact=None, keys=None):
 
 
 def join(tables, keys=False, exact=True, near=True, distance=12, buckets=3):
-    """The Ray Data job of `prepare`, by hand."""
+    """Does the work of the Ray Data job of `prepare` without Ray."""
     parts = [candidate_lines(*hashed, unit, keys, exact, near) for unit, hashed in enumerate(tables)]
     lines = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     bucket = (lines["join"] >> np.uint64(40)) % np.uint64(buckets)
@@ -134,7 +135,7 @@ def test_equal_keys_and_only_keys():
 
 
 def hashes_of(pictures):
-    """(rows, views) of pictures, as a slice has them."""
+    """(rows, views) of images, in the form of a slice."""
     hashed = [hash_image(pixels) for pixels in pictures]
     rows = np.zeros(len(hashed), ROW)
     rows["exact"] = [h.exact for h in hashed]
@@ -144,7 +145,7 @@ def hashes_of(pictures):
 
 
 def proposed_and_confirmed(pictures):
-    """(pairs of pictures that hash alike, pairs that verification confirms)."""
+    """(pairs of images with similar hashes, pairs that verification confirms)."""
     copies = [small_copy(pixels) for pixels in pictures]
     pairs = join([hashes_of(pictures)], distance=30)
     first, second, mirrored = (pairs[name].tolist() for name in ("first", "second", "mirrored"))
@@ -173,7 +174,7 @@ def test_a_changed_copy_is_found_inside_a_corpus(change):
 
 @pytest.mark.parametrize("pose", POSES)
 def test_pictures_that_are_posed_alike_are_no_copies(pose):
-    """Whatever hashing proposes, and whichever pairs one compares."""
+    """Neither the pairs that hashing proposes nor other pairs are confirmed."""
     pictures = [POSES[pose](seed) for seed in range(12)]
     _, confirmed = proposed_and_confirmed(pictures)
     assert confirmed == set()
@@ -209,7 +210,7 @@ def test_another_colour_is_another_picture():
 
 
 def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
-    """A damaged image that decodes is kept out; one that does not is counted in a warning."""
+    """Copies of a damaged image that can be decoded are removed; a warning counts images that cannot be decoded."""
     (tmp_path / "x").mkdir()
     data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
     (tmp_path / "x" / "cut.jpg").write_bytes(data[: len(data) * 995 // 1000])
@@ -227,7 +228,7 @@ def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize("spared", [0.995, 0.9, 0.7])
 def test_a_damaged_evaluation_image_keeps_its_whole_copy_out(tmp_path, spared):
-    """Cut at the end, or overwritten from somewhere on."""
+    """The image is truncated, or overwritten from some byte on."""
     data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
     end = int(len(data) * spared)
     noise = np.random.default_rng(0).integers(0, 255, len(data) - end, dtype=np.uint8).tobytes()

@@ -1,4 +1,5 @@
-"""Near duplicates by a network of the user: a small TorchScript network finds what hashing cannot, and pixels still decide."""
+"""Near duplicates by a descriptor network: a small TorchScript network finds
+pairs that hashing misses, and pixels decide."""
 
 import json
 import pickle
@@ -19,7 +20,7 @@ from tests.posed import POSES
 
 
 class Colours(torch.nn.Module):
-    """Mean and deviation of each channel: the same whatever a picture's parts are moved to."""
+    """Mean and standard deviation of each channel, which do not depend on the positions of pixels."""
 
     def forward(self, images):
         flat = images.flatten(2)
@@ -104,7 +105,7 @@ def test_an_evaluation_image_is_what_stays():
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Portraits; one of them again as a third of it (too small a part for hashing) and one as a part of an evaluation set."""
+    """Portraits; a third of one of them (too small for hashing), and a part of another in an evaluation set."""
     for folder, name, picture in [
         *(("photos", f"{i}.jpg", POSES["portraits"](i)) for i in range(5)),
         ("photos", "x-part.jpg", np.ascontiguousarray(POSES["documents"](3)[60:220, 40:190])),
@@ -124,7 +125,7 @@ def keys(output):
 
 
 def test_prepare_with_a_network_that_takes_all_for_alike(corpus):
-    """Pixels decide: of all pairs that the network proposes, the two parts are removed, and no portrait."""
+    """The network proposes all pairs; verification removes the two parts and no portrait."""
     import pyarrow.parquet as pq
 
     config = PrepareConfig(

@@ -1,4 +1,4 @@
-"""README and docs/: links lead somewhere, generated pages are complete, the Python examples and the notebook run."""
+"""README and docs/: links are valid, generated pages are complete, the Python examples and the notebook run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LINK = re.compile(r"\[[^\]]+\]\((?!https?://)([^)#\s]*)(#[^)]*)?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """What a heading is called in a link, as GitHub makes it."""
+    """The anchors of headings, as GitHub creates them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""tests/benchmarks/gpu.py at toy size on a CPU: every section, on a machine that has neither Ray nor MLflow."""
+"""Runs every section of tests/benchmarks/gpu.py at a small size on a CPU, without Ray and MLflow."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# A machine that only computes: the command runs as it is, where these cannot be imported.
+# The command must run on a machine where these packages cannot be imported.
 WITHOUT = """
 import runpy, sys
 class Missing:

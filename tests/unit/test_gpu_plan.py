@@ -1,5 +1,4 @@
-"""What a run on GPUs takes from the planner: the micro-batch, CPU cores, and what helps against running out of
-memory."""
+"""The planner for runs on GPUs: micro-batch, CPU cores, and advice for running out of memory."""
 
 import functools
 import itertools
@@ -144,7 +143,7 @@ def test_the_plan_says_how_many_cpu_cores_feed_a_gpu():
 
 
 def allocated(model, images) -> int:
-    """Most bytes that are allocated at once in a forward and backward pass, without gradients' and weights' own."""
+    """Peak bytes allocated in a forward and backward pass, without weights and gradients."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model(images).float().sum().backward()
         model.zero_grad(set_to_none=True)

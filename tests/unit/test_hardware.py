@@ -1,4 +1,4 @@
-"""Utilisation of a CPU is reported only where it means something."""
+"""CPU utilisation is reported only if it is meaningful."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Pages of help: short, narrow, complete on demand; near misses get an answer."""
+"""Help pages: short, narrow, complete on request; misspelled flags get a suggestion."""
 
 import contextlib
 import importlib.util
@@ -31,7 +31,7 @@ def page(*argv, capsys):
 
 
 def help_of(job, argv):
-    """(docstring, what the job's main() prints before it ends with code 0)"""
+    """(docstring, output of the job's main() before it exits with code 0)"""
     spec = importlib.util.spec_from_file_location(f"help_{job}", JOBS / f"{job}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,7 +110,7 @@ SLOW_TO_IMPORT = {
     ),
     *("ray", "s3fs", "safetensors", "scipy", "sklearn", "sqlalchemy", "timm", "torch", "torchvision", "transformers"),
 }
-# The page, then the names of all modules that were imported to print it.
+# Prints the page, then the names of all imported modules.
 PRINT_MODULES = """
 import runpy, sys
 try:

@@ -1,4 +1,4 @@
-"""What Ray says of a process that it ended for its memory, as the line that a job shows."""
+"""Ray's message about a process that was ended for its memory use is reported as one line."""
 
 import pytest
 

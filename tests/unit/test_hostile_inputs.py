@@ -1,8 +1,7 @@
-"""Inputs made to do harm: every reader refuses them with an error that names the file, and nothing leaves its folder.
+"""Malicious inputs: every reader refuses them with an error that names the file, and no path escapes its folder.
 
-Two parts: a corpus of known attacks, and hypothesis, which damages files of every format that is read and looks for an
-exception that is neither `UserError` nor a counted reject. `-m slow` looks fifty times longer.
-"""
+The file has known attacks, and a fuzzer: hypothesis damages files of every supported format and looks for exceptions
+other than `UserError` or a counted reject. `-m slow` runs fifty times longer."""
 
 import contextlib
 import gzip
@@ -71,7 +70,7 @@ def prepared(source: Path, output: Path, **options) -> tuple[int, dict[str, str]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    """Ten pictures with one label each."""
+    """Ten images with one label each."""
     root = str(tmp_path_factory.mktemp("dataset") / "set")
     write_dataset(root, ((f"{i:02d}", PNG, i % 2, 12, 12) for i in range(10)), classes=["a", "b"])
     return root
@@ -81,7 +80,7 @@ def dataset(tmp_path_factory) -> str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """A PNG that declares a size and has no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -136,7 +135,7 @@ def test_text_in_a_png_does_not_unfold():
 
 @pytest.fixture
 def small_files(monkeypatch):
-    """The limit on one file, at a size that tests can exceed."""
+    """Reduces the file size limit so that tests can exceed it."""
     monkeypatch.setattr(items, "MAX_FILE_BYTES", 100_000)
 
 
@@ -176,7 +175,7 @@ def test_a_zip_that_unfolds_is_refused(tmp_path, monkeypatch, kind, message):
 
 
 def test_weights_that_unfold_are_refused(tmp_path, monkeypatch):
-    """An .npz of zeros grows a thousandfold; weights do not compress."""
+    """An .npz of zeros expands a thousandfold; real weights hardly compress."""
     from pipeline.weights import files
 
     monkeypatch.setattr(files, "MAX_UNFOLDED_BYTES", 100_000)
@@ -197,7 +196,7 @@ def test_a_tfrecord_with_a_giant_record(tmp_path):
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """A picture beside the source, which nothing may take in."""
+    """An image next to the source, which must not be read."""
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "secret.png").write_bytes(PNG)
     return tmp_path / "private" / "secret.png"
@@ -240,7 +239,7 @@ def test_a_label_table_cannot_name_files_outside_the_source(tmp_path, secret, na
 
 
 def test_links_in_circles_end(tmp_path):
-    """Links of a folder that the user names are followed, like everywhere; two that lead upwards would never end."""
+    """Links in the user's folders are followed, but links to a parent folder would be an endless loop."""
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "one.png").write_bytes(PNG)
     for name in ("up", "again", "once-more"):
@@ -316,7 +315,7 @@ def test_yaml_and_archives_never_run_code(tmp_path, unharmed):
 
 
 def test_yaml_that_multiplies_itself(tmp_path):
-    """Ten levels of ten references: a billion of lists when it is written out, ten when it is read."""
+    """Ten levels of ten aliases: ten lists in memory, but billions when written out."""
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     with pytest.raises(UserError, match='unknown key "a0"'):
         configuration.from_yaml(PretrainConfig, "\n".join(lines))
@@ -355,7 +354,7 @@ def test_a_config_that_describes_no_model(tmp_path, model):
 
 # ---------------------------------------------------------------- fuzz: every format, damaged at random
 
-# What a damaged file did: bytes replaced, cut out, put in, or the end cut off.
+# Kinds of damage: bytes replaced, removed or inserted, or the end truncated.
 DAMAGE = st.lists(
     st.tuples(st.sampled_from(["set", "cut", "insert", "end"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
     min_size=1,
@@ -534,7 +533,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 
 def read_dataset(path: Path, files) -> None:
-    """A damaged manifest beside good shards, or good manifest and damaged shards."""
+    """A damaged manifest with good shards, or a good manifest with damaged shards."""
     good = Path(files["_set"].decode())
     for file in good.iterdir():
         target = path.parent / file.name

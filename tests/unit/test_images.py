@@ -1,4 +1,4 @@
-"""The forms that prepare stores."""
+"""The image encodings of prepare."""
 
 import cv2
 import numpy as np

@@ -1,5 +1,5 @@
-"""infra/ against what will read it: Ray's schema, KubeRay's and Kubernetes' kuberay_definitions, kustomize, linters, and each job's
-own command line, in docs/ too."""
+"""Validates infra/ with Ray's schema, the definitions of KubeRay and Kubernetes, kustomize, linters and the command
+lines of the jobs; also the commands in docs/."""
 
 import copy
 import importlib.util
@@ -169,7 +169,7 @@ def test_a_wrong_command_line_is_noticed(monkeypatch):
 
 
 def test_pretrain_commands_ask_for_what_the_clusters_have(monkeypatch):
-    """--workers divides the recipe's lanes, and so many GPUs can come at most."""
+    """--workers divides the lanes of the recipe, and the cluster can have that many GPUs."""
     (cluster,) = of_kind("RayCluster")
     (group,) = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -281,7 +281,7 @@ def test_the_ray_cluster_is_closed_and_scales():
 
 
 def test_pods_have_the_time_that_their_hooks_take():
-    """Kubernetes counts the hook into terminationGracePeriodSeconds, and kills at its end."""
+    """terminationGracePeriodSeconds includes the time of the hook; Kubernetes kills the pod at its end."""
     (cluster,) = of_kind("RayCluster")
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
     for group in groups:
@@ -302,7 +302,8 @@ REFERENCES = [(path, image) for path in sorted(INFRA.rglob("*")) if path.suffix 
 
 @pytest.mark.parametrize(("path", "image"), REFERENCES, ids=lambda value: str(value).removeprefix(f"{INFRA}/"))
 def test_images_are_pinned(path, image):
-    """Others' by digest. Ours by a version: its digest is known after its push alone (infra/README.md says where it goes)."""
+    """Third-party images are pinned by digest. Our images have a version, because their digest is known only after the
+    push (infra/README.md says where to add it)."""
     if "vit-pipeline" in image or "vit-mlflow" in image:
         by_kustomization = image == "vit-pipeline"
         assert by_kustomization or re.search(r"/vit-(pipeline|mlflow):\d+\.\d+\.\d+$", image)
@@ -414,7 +415,7 @@ def test_kueue_admits_the_whole_cluster_or_nothing(kuberay_definitions):
 
 
 def linted(tool, *arguments):
-    """What a linter says; "" is praise."""
+    """The output of a linter; "" means no problems."""
     program = shutil.which(tool, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     if program is None:
         pytest.skip(f"{tool} is not installed: pip install -c constraints.txt -e '.[test]'")
@@ -443,7 +444,7 @@ def test_hadolint_is_content(path, tmp_path):
 
 @pytest.mark.parametrize("path", [*KUBERAY, INFRA / "mlflow" / "kubernetes.yaml"], ids=lambda path: path.name)
 def test_kubernetes_knows_every_field(path):
-    """Against Kubernetes' own schemas. Resources of Ray and Kueue are not in them: those are validated above."""
+    """Validates with Kubernetes' schemas, except resources of Ray and Kueue, which are validated above."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for document in documents(path):
         if document["apiVersion"] not in ("ray.io/v1", "kueue.x-k8s.io/v1beta2"):
@@ -556,13 +557,13 @@ def test_no_secret_is_written_down(path):
 
 
 def test_the_secret_pattern_finds_secrets():
-    # put together here, or a scanner would find them in this file
+    # concatenated, so that scanners do not find them in this file
     for text in ("AKIA" + "A" * 16, "AWS_SECRET_ACCESS_" + "KEY=" + "a" * 40, "RAY_AUTH_" + "TOKEN: " + "b" * 32):
         assert SECRET.search(text)
 
 
 def test_spot_nodes_may_be_asked_for():
-    """RunInstances with a market option asks for rights on the spot request, too."""
+    """RunInstances with a market option also needs permissions for the spot request."""
     cluster = yaml.safe_load((INFRA / "ray-up" / "aws.yaml").read_text())
     assert "InstanceMarketOptions" in cluster["available_node_types"]["cpu"]["node_config"]
     (start,) = [statement for statement in statements("head") if statement["Action"] == "ec2:RunInstances"]
@@ -570,7 +571,7 @@ def test_spot_nodes_may_be_asked_for():
 
 
 def test_roles_are_trusted_by_who_takes_them():
-    """An instance profile by EC2, the pods' role by exactly the service account of account.yaml."""
+    """EC2 may assume the roles of instance profiles, and only the service account of account.yaml the role of pods."""
     (ec2,) = statements("trust-ec2")
     assert ec2["Principal"] == {"Service": "ec2.amazonaws.com"}
     (eks,) = statements("trust-eks")

@@ -1,4 +1,4 @@
-"""Each option of the Kubernetes cluster, built with kustomize and checked against KubeRay's definitions."""
+"""Each component of the Kubernetes cluster, built with kustomize and checked against KubeRay's definitions."""
 
 import re
 import shutil

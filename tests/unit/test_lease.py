@@ -1,4 +1,4 @@
-"""A run folder has one launch at a time, whoever started it and wherever."""
+"""Only one launch can use a run folder at a time, on any machine."""
 
 import json
 import time

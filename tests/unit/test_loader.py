@@ -1,4 +1,4 @@
-"""The loader: the same samples and crops for any number of workers, exact resume, honest failures, no leaks."""
+"""The loader: the same samples and crops for any number of workers, exact resume, errors, no leaks."""
 
 import gc
 import logging
@@ -69,7 +69,7 @@ def take(dataset, steps=None, **options):
 
 
 def joined(ranks):
-    """Batches of several ranks, side by side."""
+    """Concatenates the batches of several ranks."""
     return [
         {k: torch.cat([p[k] for p in parts]) if k != "key" else [key for p in parts for key in p[k]] for k in parts[0]}
         for parts in zip(*ranks, strict=True)
@@ -91,7 +91,7 @@ def assert_same(a, b):
 
 
 def test_batches_are_what_order_and_augment_say(datasets):
-    """Against a loop without threads, lanes' bookkeeping or read-ahead."""
+    """Compares with a simple loop without threads and read-ahead."""
     dataset = datasets["jpeg"]
     order = Order(dataset.row_groups["rows"], seed=3, epoch=2, batch_size=16, lanes=8, shuffle_window=64)
     for step, batch in enumerate(take(dataset, epoch=2)):
@@ -413,7 +413,7 @@ def test_default_augmentation_and_lanes(datasets):
 
 
 def test_real_photos_all_decode(real_data, tmp_path):
-    """300 originals of all sizes, a few greyscale or CMYK: none is refused, in training or evaluation."""
+    """300 photographs of all sizes, a few in greyscale or CMYK, can be used for training and evaluation."""
     with tarfile.open(real_data / "imagenet-sample-300.tar") as archive:
         files = {
             m.name: archive.extractfile(m).read() for m in archive if m.isfile() and m.name.lower().endswith("jpeg")

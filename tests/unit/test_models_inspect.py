@@ -1,4 +1,4 @@
-"""Inspection against counts done by hand, and the figures that come of it."""
+"""Inspection functions compared with manual calculations, and their figures."""
 
 import json
 import subprocess

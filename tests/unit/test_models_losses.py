@@ -1,4 +1,4 @@
-"""Losses against NumPy written from their definitions; masked patch prediction against a patch-by-patch count."""
+"""Losses compared with NumPy implementations of their definitions; masked patch prediction compared per patch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Frozen-feature classifiers against scikit-learn, on data where they do not all get everything right."""
+"""Probes on frozen features compared with scikit-learn, on data that is not perfectly separable."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ TINY = {"width": 32, "depth": 2, "heads": 4, "mlp": 48}
 
 
 def randomise(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch.nn.Module:
-    """Every parameter random, so that none can be left out unnoticed; norms stay near 1."""
+    """Makes every parameter random, so that a missing one is noticed; norms stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -291,7 +291,7 @@ def test_hybrid_logits_equal_timms(epsilons):
     x = images(2, 64).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         difference = (model(x) - reference(x)).abs().max().item()
-    # Google's epsilons move these logits (of about 2) by 3e-4: small, and visibly not nothing
+    # Google's epsilons change these logits (of about 2) by 3e-4, which is small but measurable
     assert difference < 2e-5 if epsilons == "timm" else 2e-5 < difference < 1e-2, difference
 
 
@@ -442,7 +442,7 @@ def test_checkpointing_changes_no_gradient(kind):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products and attentions."""
+    """Counts matrix products and attention operations."""
 
     count = 0
 
@@ -453,7 +453,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_selective_recomputation_repeats_no_product_and_changes_no_gradient(compiled):
-    """What a step computes with blocks recomputed in whole, in part (the first two of four), and but for their products."""
+    """Counts the operations of a step with all blocks recomputed, the first two of four, and all but their products."""
     batch, counts, gradients = images(2, 24), {}, {}
     for name, arguments in {
         "plain": (False,),
@@ -507,7 +507,8 @@ def test_compiles_without_graph_breaks(options):
 
 
 def test_blocks_share_what_is_compiled_whatever_their_stochastic_depth():
-    """As the engine compiles: each block alone. One version a block would end at torch's limit of eight, silently."""
+    """Compiles each block separately, like the engine. One version per block would
+    silently exceed torch's limit of eight."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
@@ -600,7 +601,7 @@ def test_importing_models_does_not_import_torch():
 
 @pytest.mark.parametrize("pool", ["token", "gap", "map"])
 def test_flops_of_every_pooling(pool):
-    """The last block answers only the class token's query; every other pooling needs all tokens."""
+    """The last block computes only the class token's query; other poolings need all tokens."""
     config = create_model("mu/16", 10, 64, pool=pool).config
     published, computed = flops(config), flops(config, computed=True)
     assert computed < published if pool == "token" else computed == published > 0
@@ -608,7 +609,7 @@ def test_flops_of_every_pooling(pool):
 
 @pytest.mark.parametrize("options", [{"posemb": "sincos2d", "pool": "gap"}, {"posemb": "sincos2d"}, {"pool": "map"}])
 def test_parameters_alone_in_bf16(options):
-    """As DeepSpeed's bf16 mode leaves a model: parameters cast, buffers not."""
+    """DeepSpeed's bf16 mode converts parameters but not buffers."""
     model = create_model("Ti/4", 10, image_size=16, depth=2, **options)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()

@@ -1,4 +1,4 @@
-"""What training says about the classes of its data: one class alone, and a validation set prepared apart."""
+"""Checks of classes in training: data with a single class, and a separately prepared validation set."""
 
 import dataclasses
 
@@ -47,8 +47,8 @@ def test_classes_of_a_validation_set_are_matched_by_name(tmp_path):
 
 
 def test_tiny_imagenet_in_one_command(tmp_path, caplog):
-    """Two labelled splits with one class list; the unlabelled one is left out and said, and the demo takes the labelled
-    ones."""
+    """Two labelled splits get one class list; the unlabelled split is skipped with
+    a warning, and the demo uses the others."""
     names = ("n00000001", "n00000002")
     paths = [f"train/{name}/images/{name}_{i}.JPEG" for name in names for i in range(2)]
     paths += ["val/images/val_0.JPEG", "test/images/test_0.JPEG"]

@@ -1,4 +1,4 @@
-"""The sample order: exactly once, the same for any number of workers, resumable anywhere, cheap to plan."""
+"""The sample order: every sample once, the same for any number of workers, resumable at any step, cheap to compute."""
 
 import time
 
@@ -113,7 +113,7 @@ def test_random_numbers_are_uniform_and_independent_of_each_other():
 
 
 def test_shuffling_mixes_across_the_whole_dataset():
-    """The correlation of storage position and time is that of a random order."""
+    """The correlation of storage position and time equals that of a random order."""
     order = Order(np.full(200, 100), seed=0, epoch=0, batch_size=64, lanes=16, shuffle_window=4096)
     groups, rows = order.locate(np.concatenate([order.batch(s, range(16)).ravel() for s in range(order.steps)]))
     stored = groups * 100 + rows

@@ -1,4 +1,4 @@
-"""Plans against what is known: the paper's own FLOPs, DeepSpeed's estimators, tensors that a real backward pass keeps."""
+"""Plans compared with the FLOPs of the paper, DeepSpeed's estimators, and the tensors of a real backward pass."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from pipeline.training.memory import activations, model_states
 from pipeline.training.recipes import RECIPES
 from tests.runs import changed
 
-# Table 6 of the paper: recipe -> exaFLOPs of pre-training. (Of its ResNets, the paper counts 4 to 5% less than we do.)
+# Table 6 of the paper: recipe -> exaFLOPs of pre-training. (For ResNets, the paper counts 4 to 5% less than we do.)
 TABLE_6 = {
     "b32_jft300m_7ep": 55,
     "l16_jft300m_14ep": 1567,
@@ -213,7 +213,7 @@ def test_steps_measured_on_an_h100_are_within_the_error_that_the_documents_state
         assert used == pytest.approx(row["gb"] * GB, rel=0.05)  # measured while compiled
 
 
-# images/s that others published -> what the plan says, as docs/benchmarks.md states
+# published images/s -> planned images/s, as in docs/benchmarks.md
 PUBLISHED = [
     ({"gpus": 8, "gpu": "h100"}, "g/14", 4096, 1428, 2597),
     ({"gpus": 128, "gpu": "h100"}, "g/14", 4096, 21561, 41555),

@@ -1,8 +1,7 @@
-"""What this project takes from inside Ray, DeepSpeed and MLflow, and the versions that it was written against.
+"""Private interfaces of Ray, DeepSpeed and MLflow that this project uses, and the versions that it was written for.
 
-When one of these fails after an upgrade: read what changed behind the names, run the slow tests of tests/integration, then
-change the number in the file that the test names.
-"""
+If a test fails after an upgrade: check what has changed in these interfaces, run the slow tests of tests/integration,
+and then change the version in the file that the test names."""
 
 import dataclasses
 import importlib
@@ -39,7 +38,7 @@ def test_mlflows_server_knows_the_settings_that_make_ui_sets():
 def test_mlflows_ui_has_the_keys_of_the_browser_that_make_ui_sets():
     folder = Path(importlib.import_module("mlflow.server").__file__).parent / "js" / "build" / "static" / "js"
     pages = [file.read_text(errors="replace") for file in folder.glob("main.*.js")]
-    # the version is joined to the key when the page runs
+    # the page appends the version to the key at run time
     for key in (mlflow_private.WORKFLOW, mlflow_private.ASSISTANT):
         assert any(key.removesuffix("_v1") in page for page in pages), key
 
@@ -85,7 +84,7 @@ def test_ray_core_has_the_names_that_are_read():
 
 
 def test_rays_messages_about_processes_can_be_taken(monkeypatch):
-    """Its listener looks the function up by name, and calls it with lines."""
+    """Ray's listener looks up the function by name and calls it with lines."""
     worker = importlib.import_module("ray._private.worker")
     monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
     assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)

@@ -1,4 +1,4 @@
-"""Every recipe resolves, without its data and without a worker, to the numbers of its source and of its docstring."""
+"""Every recipe resolves, without data and workers, to the numbers of its source and of its docstring."""
 
 import dataclasses
 import inspect
@@ -51,7 +51,7 @@ def test_docstring_tells_the_cost(name):
     config, text = RECIPES[name](), inspect.getdoc(RECIPES[name])
     plan = make_plan(config, stand_in(config, name, NOWHERE), config.runtime.workers)
     exaflops = float(re.search(r"Cost: ([\d.]+) exaFLOPs", text)[1])
-    # Without heads: less than 0.1%. The paper counts its ResNets at 4 to 5% less than they take.
+    # Without heads, which are less than 0.1%. For ResNets, the paper's counts are 4 to 5% too low.
     forward = flops({"variant": config.model.variant, "num_classes": 0, "image_size": config.image_size})
     assert exaflops == pytest.approx(3 * forward * plan.total * config.batch_size / 1e18, rel=0.05)
     assert f"jobs/plan.py --recipe {name}" in text

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: the first batch as the loader hands it out, attention on validation images, sheets."""
+"""Images of the model's input: the first batch of the loader, attention on validation images, and sheets."""
 
 import io
 from dataclasses import replace
@@ -48,7 +48,7 @@ def first_batch(config):
 
 
 class Recorded:
-    """A run that keeps what is logged."""
+    """A run that stores the logged values."""
 
     def __init__(self):
         self.files = {}

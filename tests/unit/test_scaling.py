@@ -1,4 +1,4 @@
-"""The scaling model against what can be said without it: limits, bytes that the papers state, links."""
+"""The scaling model compared with known values: limits, communication volumes of the papers, bandwidths."""
 
 import pytest
 

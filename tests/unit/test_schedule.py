@@ -1,4 +1,4 @@
-"""Learning rates against the numbers of the paper's recipes."""
+"""Learning rates compared with the numbers of the paper's recipes."""
 
 import pytest
 

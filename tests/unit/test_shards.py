@@ -1,4 +1,4 @@
-"""The shard format: what is written is read back, by us and by others; damage is found."""
+"""The shard format: this project and other libraries read what is written; damage is detected."""
 
 import json
 import os
@@ -84,7 +84,8 @@ def test_others_read_files_and_several_labels(tmp_path):
     "VIT_PEERS" not in os.environ, reason="VIT_PEERS names no environment (tests/benchmarks/loader_speed.py)"
 )
 def test_hugging_face_datasets_reads_the_shards(tmp_path):
-    """In the environment that VIT_PEERS names: `datasets` is no dependency of ours, and its own contradict ours."""
+    """Runs in the environment in VIT_PEERS, because the dependencies of `datasets`
+    conflict with those of this project."""
     rows = list(make_rows(50, "jpeg"))
     manifest = write_dataset(str(tmp_path / "set"), rows, classes=list("abcde"))
     script = """
@@ -101,7 +102,7 @@ print(table.features, len(table), sum(len(row["image"]) for row in table), table
 
 
 def test_patches_lie_in_place(tmp_path):
-    """The loader's promise: the values of a row group are a plain uint8 matrix in the file, at the stated offset."""
+    """The values of a row group are a plain uint8 matrix in the file, at the stated offset."""
     rows = list(make_rows(300, "patches"))
     write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES, row_group_bytes=5_000)
     dataset = open_dataset(str(tmp_path))
@@ -308,7 +309,7 @@ def test_mean_and_deviation(tmp_path):
 
 @pytest.mark.slow
 def test_three_hundred_million_images_open_plan_and_resume_in_a_second(tmp_path):
-    """A manifest of 10,000 shards with 30 row groups each, in a process of its own: CPU seconds and megabytes."""
+    """A manifest of 10,000 shards with 30 row groups each, in a separate process: CPU seconds and megabytes."""
     script = """
 import sys, time
 import psutil

@@ -1,4 +1,4 @@
-"""A new layout of images is one module and one place in a list."""
+"""A new input format is one module and one entry in a list."""
 
 import types
 

@@ -1,5 +1,4 @@
-"""Kinds of corpora, one input each: archives of every packing, samples apart, splits, columns named by flags,
-tables."""
+"""Kinds of corpora: archives with every compression, scattered samples, splits, columns named by flags, tables."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Corpora as people have them: what is no input, where classes and splits are, and what tables say."""
+"""Common layouts of corpora: ignored files, levels of classes and splits, and label tables."""
 
 import gzip
 import io

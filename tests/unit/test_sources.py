@@ -1,4 +1,4 @@
-"""Every layout that images come in, every way in which one can be bad, without Ray: units run in this process."""
+"""All input formats and their possible errors, without Ray: units run in this process."""
 
 import io
 import json
@@ -278,7 +278,7 @@ def test_cifar(tmp_path):
 
 
 def pickled(entries):
-    """As the authors wrote it, with Python 2: protocol 2, text as bytes, an array of bytes."""
+    """A pickle as written by the authors with Python 2: protocol 2, text as bytes, an array of bytes."""
 
     class Numpy1(pickle._Pickler):  # the array's constructor under the name it had then
         def save_global(self, obj, name=None):
@@ -347,7 +347,7 @@ def test_a_pickle_that_is_a_program_does_not_run(tmp_path):
 
 
 def test_imagenet_validation_with_the_devkit(tmp_path):
-    """The validation tar is flat; the devkit's ids are in an order of their own, which its table resolves."""
+    """The validation tar is flat; the devkit's ids have a separate order, which its table resolves."""
     import scipy.io
 
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
@@ -389,7 +389,7 @@ def test_imagenet_21k(tmp_path):
     for w in wordnet:
         (tmp_path / "tars" / f"{w}.tar").write_bytes(class_tar(w))
     for source in ("winter21_whole.tar.gz", "imagenet21k_resized.tar.gz", "tars"):
-        dataset = run(tmp_path / f"of-{source}", source=(str(tmp_path / source),), mix="never")
+        dataset = run(tmp_path / f"of-{source}", source=(str(tmp_path / source),), shuffle_archives="never")
         assert dataset.classes == list(wordnet)
         found = {key.rpartition("/")[2]: name for key, name in contents(dataset).items()}
         assert found == {f"{w}_{i}.JPEG": w for w in wordnet for i in range(2)}
@@ -444,7 +444,7 @@ def test_archives_sorted_by_class_are_mixed(tmp_path, ray_local, mix, by_class):
                 add(archive, f"{shard}-{i:02d}.cls", str(labels[40 * shard + i]).encode())
     splits = {"a": 0.9, "b": 0.1} if by_class else {}
     fractions = tuple(f"{name}={part}" for name, part in splits.items())
-    run(tmp_path, source=(str(tmp_path / "wds"),), mix=mix, unit_bytes=50_000, splits=fractions)
+    run(tmp_path, source=(str(tmp_path / "wds"),), shuffle_archives=mix, unit_bytes=50_000, splits=fractions)
     found = [open_dataset(tmp_path / "out" / split) for split in splits or [""]]
     tables = [dataset.table(("key", "label")).to_pydict() for dataset in found]
     keys = [key for table in tables for key in table["key"]]
@@ -509,7 +509,7 @@ def test_duplicate_keys_in_an_archive(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_one_error(image_folder, tmp_path):
-    """Another file has the name of the split's folder by the time that shards are written to it."""
+    """A file with the name of the split's folder appears before shards are written."""
     config = PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out"), splits=("a=0.5", "b=0.5"))
     claim_output(make_plan(check_config(config)))
     (tmp_path / "out" / "a").touch()
@@ -593,7 +593,7 @@ def test_read_ahead_passes_errors_on_and_stops():
 
 
 def test_tars_as_strangers_pack_them(tmp_path):
-    """Dots in names, captions beside labels, links, what macOS adds, a name that says .tar of a .tar.gz."""
+    """Dots in names, captions next to labels, links, macOS metadata, and a .tar.gz named .tar."""
     png = encoded(Image.fromarray(picture()), "PNG")
     with tarfile.open(tmp_path / "odd.tar", "w:gz") as archive:
         for name in ("./cat/a.1.jpg", "./cat/a.2.jpg", "./cat/b.jpg", "./._cat", "./cat/._b.jpg", "./cat/.DS_Store"):
@@ -708,12 +708,12 @@ def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monk
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 1000, 40_000])
 def test_large_listings_are_sorted_and_shuffled_in_parts(rows, monkeypatch):
-    """In heaps on disk, of which the largest is dealt again; the order of a shuffle depends on the seed alone."""
+    """Uses buckets on disk, the largest of which is divided again; the order of a shuffle depends only on the seed."""
     monkeypatch.setattr(listing, "SPILL_ROWS", 64)
     places = np.random.default_rng(0).permutation(rows)
     paths = [f"{'é' if place % 3 else 'z'}/{place:05d}" for place in places]
     files = listing.listing([(path, len(path)) for path in paths])
-    assert listing.in_order(files)["path"].to_pylist() == sorted(paths)
+    assert listing.sort_by_path(files)["path"].to_pylist() == sorted(paths)
     orders = [sources.shuffled(files, np.random.default_rng(seed))["path"].to_pylist() for seed in (1, 1, 2)]
     assert all(sorted(order) == sorted(paths) for order in orders)
     assert orders[0] == orders[1]

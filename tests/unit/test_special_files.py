@@ -1,4 +1,4 @@
-"""Links in circles, pipes, devices and streams of the kernel: one line or a counted reject, and never a read without end."""
+"""Link cycles, pipes, devices and kernel files: one line or a counted reject, and never an endless read."""
 
 import os
 import tarfile
@@ -15,7 +15,7 @@ from pipeline.vtab.containers import Tree
 
 @pytest.fixture(params=["pipe", "device", "link to a device", "kernel log"])
 def endless(request, tmp_path):
-    """A file that would be read for ever."""
+    """A file that could be read endlessly."""
     path = tmp_path / "in" / "endless.png"
     path.parent.mkdir()
     if request.param == "pipe":

@@ -1,4 +1,4 @@
-"""Local paths and object stores through the same calls."""
+"""The same functions for local paths and object stores."""
 
 import random
 import sys
@@ -70,7 +70,8 @@ def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
 
 
 def test_listing_page_by_page_finds_what_a_whole_listing_finds(cloud):
-    """More objects than fit on a page; names that URLs and patterns would trip over; no folder marker, no neighbour."""
+    """More objects than fit on a page; names with special characters of URLs and
+    patterns; no folder marker, no similar prefix."""
     names = [f"{i % 7}/{i:04d}.jpg" for i in range(1005)] + ["日本 [1]*?#%20+&.jpg", "a b/<ü>.png", "{0}/%2F.png"]
     bodies = {f"images/{name}": name.encode() for name in names} | {"images-too/1.jpg": b"x", "other.jpg": b"x"}
     with ThreadPoolExecutor(8) as pool:
@@ -87,7 +88,7 @@ def test_listing_page_by_page_finds_what_a_whole_listing_finds(cloud):
 
 
 def in_place(root):
-    """{operation: what it should give} on a bucket that holds folder/one.json = [1, 2]."""
+    """{operation: expected result} on a bucket that contains folder/one.json = [1, 2]."""
     return {
         "read_bytes": (lambda: storage.read_bytes(f"{root}/folder/one.json", 3, 4), b"1"),
         "read_range": (lambda: storage.read_range(f"{root}/folder/one.json", 3, 4), b"1"),
@@ -113,7 +114,7 @@ def opened(uri):
 
 @pytest.mark.parametrize("name", list(in_place("")))
 def test_one_retry_policy_holds_for_every_function(name, cloud, monkeypatch):
-    """Each request is refused, then torn down, then answered; a store that stays away is one error that names the address."""
+    """Each request is refused, then reset, then served; an unavailable store is one error that names the address."""
     storage.write_json(f"{cloud.uri}/folder/one.json", [1, 2])
     with FaultProxy(cloud.server) as proxy:
         monkeypatch.setenv(cloud.variable, proxy.endpoint)
@@ -156,7 +157,7 @@ def test_what_no_attempt_can_change_is_asked_once(cloud, monkeypatch, fault, mes
 
 
 def test_a_file_made_by_an_attempt_whose_answer_was_lost_is_ours(cloud, monkeypatch):
-    """A conditional write that is repeated meets its own file; another caller's file is told from it."""
+    """A repeated conditional write finds its own file, which is distinguished from the file of another caller."""
     with FaultProxy(cloud.server) as proxy:
         monkeypatch.setenv(cloud.variable, proxy.endpoint)
         proxy.fault = lambda method, path, n: "lost" if method in ("PUT", "POST") and n == 1 else None

@@ -1,8 +1,6 @@
-"""The rules that keep the rooms apart: imports go jobs -> pipeline -> models, no circle, and each heavy library has one
-door.
+"""Import rules: imports go jobs -> pipeline -> models, without cycles, and only one package imports each heavy library.
 
-Imports inside functions count like those at the top of a file.
-"""
+Imports inside functions count as well."""
 
 import ast
 import functools
@@ -26,7 +24,7 @@ DOORS = {
 }
 MATHS = {"models", "torch", "numpy"} | sys.stdlib_module_names
 """All that models/ imports."""
-# room -> rooms of pipeline/ that it must not import: arrows never go up
+# package -> packages of pipeline/ that it must not import
 FORBIDDEN = {
     "pipeline/data": ("training", "transfer", "vtab", "operations", "graph"),
     "pipeline/weights": ("training", "transfer", "vtab", "operations", "graph"),

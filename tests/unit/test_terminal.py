@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: one line a step at any width, a bar with the loss, and the next commands."""
+"""Output on a terminal: one line per step at any width, a bar with the loss, and the next commands."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Tracking: what is logged arrives once and whole, whatever the server does, and logging never waits for it."""
+"""Tracking: every record arrives once, despite failures of the server, and logging does not wait for it."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Config:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
-    """MLflow's tables take seconds to make: once, then copied."""
+    """Creating MLflow's tables takes seconds, so they are created once and copied."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     server.client(f"sqlite:///{path}")
     return path
@@ -52,7 +52,7 @@ def uri(empty_database, tmp_path, monkeypatch):
 
 
 class Outage:
-    """Stands between the code and the MLflow client: `down` refuses every call, `lose_answers` performs and then fails."""
+    """Wraps the MLflow client: `down` refuses every call; `lose_answers` performs the call and then fails."""
 
     def __init__(self, monkeypatch):
         self.real = server.client
@@ -348,7 +348,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_record_is_on_disk_when_append_returns(tmp_path):
-    """However often other threads hold the queue's lock: what a process logged before kill -9 is there."""
+    """Records that were logged before kill -9 are on disk, even if other threads held the lock of the queue."""
     environment = {**os.environ, "PYTHONPATH": PROJECT}
     for attempt in range(3):
         place = tmp_path / str(attempt)
@@ -360,7 +360,8 @@ def test_a_record_is_on_disk_when_append_returns(tmp_path):
 
 
 def test_a_signal_handler_logs_into_the_queue_that_it_interrupted(tmp_path):
-    """The handler may find the lock taken by the very code that waits for it to return: no deadlock, nothing lost."""
+    """The interrupted code may hold the lock while it waits for the handler: there
+    is no deadlock, and no record is lost."""
     queue = Queue(str(tmp_path / "queue"))
     signals = []
 

@@ -149,14 +149,14 @@ def test_averaged_weights(model, train, monkeypatch):
 
 def test_schedules():
     cosine = FineTune(steps=100, warmup=10)
-    rates = [finetune.rate_at(cosine, 2.0, step) for step in range(100)]
+    rates = [finetune.learning_rate_at(cosine, 2.0, step) for step in range(100)]
     assert rates[0] == 0
     assert rates[5] == pytest.approx(1.0)
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0)
     assert rates[99] < 0.001
     steps = FineTune(steps=1000, decay="step", warmup=80)
-    rates = [finetune.rate_at(steps, 1.0, step) for step in (0, 40, 80, 299, 300, 599, 600, 900)]
+    rates = [finetune.learning_rate_at(steps, 1.0, step) for step in (0, 40, 80, 299, 300, 599, 600, 900)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.001])
 
 

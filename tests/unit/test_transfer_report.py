@@ -1,4 +1,4 @@
-"""Scores as the paper counts them, ReaL, decontaminated accuracy, reports and comparisons."""
+"""Scores as in the paper, ReaL, decontaminated accuracy, reports and comparisons."""
 
 import dataclasses
 import json
@@ -98,8 +98,8 @@ def test_scores_over_seeds_with_and_without_seen_images(tmp_path):
 
 
 def test_damaged_files_are_noticed_and_computed_again(tmp_path, caplog):
-    """Cut short, without fields, or with one digit changed: such a result does not count. Damaged predictions take
-    their result with them."""
+    """Truncated results, results without fields and results with a changed digit are
+    ignored. Damaged predictions remove their result."""
     store, pets = Store(str(tmp_path)), task()
     found = Predictions([f"k{i}" for i in range(10)], np.arange(10), np.arange(10))
     jobs = next_jobs(pets, 3, {})
@@ -124,7 +124,8 @@ def test_damaged_files_are_noticed_and_computed_again(tmp_path, caplog):
 
 
 def test_seen_images_come_from_the_report_of_prepare(tmp_path):
-    """The very table that prepare writes: only matches with a task's test set count, and the key is that set's."""
+    """With the table that prepare writes: only matches with the test set of a task
+    count, and keys are those of the test set."""
     tasks = [task("pets"), dataclasses.replace(task("dtd"), test=Split(uri="/other"))]
     numbers = {"distance": 3, "similarity": None, "detail": 0.9, "difference": 2.0}
     records = [

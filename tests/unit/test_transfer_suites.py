@@ -1,4 +1,4 @@
-"""Protocols are the papers'; bad requests are refused before anything runs; what is left follows from the results."""
+"""Protocols match the papers; invalid requests are refused first; unfinished jobs follow from the results."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Batches on their way to the device. What happens on a GPU is measured by tests/benchmarks/gpu.py."""
+"""Copying batches to the device. tests/benchmarks/gpu.py measures the behaviour on a GPU."""
 
 import torch
 

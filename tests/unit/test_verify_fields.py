@@ -1,4 +1,5 @@
-"""Every field of a manifest, changed alone: verify says so, or the dataset does not open. What only describes is listed."""
+"""Changes every field of a manifest: verify reports it, or the dataset cannot
+be opened, except for listed descriptive fields."""
 
 import copy
 import json
@@ -12,7 +13,7 @@ from pipeline.data.format.verify import verify_dataset
 from pipeline.errors import UserError
 
 DESCRIBES = {"mean", "std", "input_fingerprint", "config", "reported_by_reason"}
-"""Fields that no reader relies on."""
+"""Fields that no reader uses."""
 FIELDS = "version encoding image multilabel rows inputs duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
 SHARD = ("name", "rows", "bytes", "sha256")
 COLUMNS = {"rows": 0, "start": 1, "values": 2, "end": 3, "checksum": 4}

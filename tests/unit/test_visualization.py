@@ -1,4 +1,4 @@
-"""Which images jobs/visualize.py shows when none are named."""
+"""The images that jobs/visualize.py shows by default."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from pipeline.training.config import PretrainConfig
 
 
 def written_by(validation):
-    """What config.json of a checkpoint says about the run that wrote it."""
+    """The part of a checkpoint's config.json about the run that wrote it."""
     config = PretrainConfig()
     return {"pretrain": to_dict(replace(config, runtime=replace(config.runtime, validation=validation)))}
 

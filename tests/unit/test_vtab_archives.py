@@ -1,4 +1,4 @@
-"""Official files: checked, found in their places, downloaded."""
+"""Official files: verification, lookup, download."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ def packed_files(vtab_raw: str, dataset: str) -> list[str]:
     "dataset", [name for name in DATASETS if name not in ("resisc45", "diabetic_retinopathy_detection")]
 )
 def test_a_truncated_archive_is_named(dataset, vtab_raw, tmp_path):
-    """With verification by its size; without by what the format itself tells. Nothing complete is left behind."""
+    """Detected by size with verification, and by the format without it. No file that looks complete remains."""
     task = next(name for name in TASKS if get(name).dataset == dataset)
     for name in packed_files(vtab_raw, dataset):
         shutil.rmtree(tmp_path / "raw", ignore_errors=True)
@@ -58,7 +58,7 @@ def test_a_changed_archive_is_named(vtab_raw, tmp_path):
 
 
 def test_an_official_name_with_other_contents_is_refused(vtab_raw, tmp_path):
-    """Without the miniature's marker the official sizes and checksums hold."""
+    """Without the marker of miniatures, the official sizes and checksums apply."""
     shutil.copytree(f"{vtab_raw}/eurosat", tmp_path / "eurosat")
     with pytest.raises(UserError, match=r"EuroSAT.zip: truncated: .* bytes, the official file has 94,280,567"):
         prepare(["eurosat"], str(tmp_path), str(tmp_path / "out"))
@@ -75,13 +75,11 @@ def test_every_data_set_states_its_files():
         files = requirements(name)
         assert files
         for file in files:
-            assert file.by_hand or (
-                file.url.startswith("http") and file.bytes and len(bytes.fromhex(file.sha256)) == 32
-            )
+            assert file.manual or (file.url.startswith("http") and file.bytes and len(bytes.fromhex(file.sha256)) == 32)
 
 
 class Server:
-    """Stands in for the owners' servers: hands out a body in pieces, and cuts the first connection short."""
+    """Imitates a download server: sends a body in pieces, and interrupts the first connection."""
 
     def __init__(self, body: bytes, ranges: bool = True) -> None:
         self.body, self.ranges, self.requests = body, ranges, []

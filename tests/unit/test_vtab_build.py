@@ -1,4 +1,4 @@
-"""The command: what is done is not done again, what cannot be done does not stop the rest."""
+"""The command: finished work is not repeated, and failures do not stop other tasks."""
 
 import json
 import runpy
@@ -76,7 +76,8 @@ def test_one_broken_data_set_does_not_stop_the_others(vtab_raw, tmp_path):
 
 
 def test_what_is_done_is_not_done_again(vtab_raw, tmp_path):
-    """Of three archives one is damaged. Once it has been replaced, the images of the others are not written again."""
+    """One of three archives is damaged. After it is replaced, the images of the
+    other archives are not written again."""
     raw, output = tmp_path / "raw", tmp_path / "out"
     shutil.copytree(f"{vtab_raw}/patch_camelyon", raw / "patch_camelyon")
     damaged = raw / "patch_camelyon/camelyonpatch_level_2_split_test_x.h5.gz"
@@ -159,7 +160,7 @@ def test_a_missing_archive_fails_its_task_alone(vtab_raw, tmp_path):
 
 
 def test_an_empty_split_fails_that_split_alone(vtab_raw, tmp_path):
-    """Of the flowers only those of the train split are there."""
+    """Only the flowers of the train split exist."""
     raw = tmp_path / "raw" / "oxford_flowers102"
     shutil.copytree(f"{vtab_raw}/oxford_flowers102", raw)
     with tarfile.open(raw / "102flowers.tgz") as archive:
@@ -200,7 +201,7 @@ def test_a_list_that_is_missing_fails_its_split_alone(vtab_prepared, tmp_path):
 
 
 def test_the_command_ends_with_exit_code_1_and_the_list(vtab_raw, tmp_path, capsys, caplog):
-    """What could be prepared is printed; what could not is logged, one line for each task or split."""
+    """Prepared tasks are printed; failed tasks and splits are logged in one line each."""
     shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
     shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
     command = runpy.run_path(str(PROJECT / "jobs" / "prepare.py"))["main"]

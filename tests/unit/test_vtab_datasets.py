@@ -1,4 +1,4 @@
-"""What comes out of every data set: splits, labels and pixels, from miniature archives in the official layouts."""
+"""Splits, labels and pixels of every data set, from miniature archives in the official layouts."""
 
 import csv
 import gzip
@@ -57,7 +57,7 @@ def test_no_image_is_in_two_pools(task, vtab_prepared):
     assert not val & test
 
 
-# Counting discs is beyond pixel distances: the labels of those tasks are compared exactly further down.
+# Pixel distances cannot count discs; the labels of those tasks are compared exactly below.
 @pytest.mark.parametrize("task", [t for t in TASKS if t not in ("retinopathy", "clevr_count", "clevr_distance")])
 def test_labels_can_be_seen_in_the_pictures(task, vtab_prepared):
     """A nearest-neighbour classifier on small pictures beats guessing: labels and images belong together."""
@@ -78,7 +78,7 @@ def test_labels_can_be_seen_in_the_pictures(task, vtab_prepared):
 
 
 def readable(row: dict) -> dict:
-    """OpenCV alone may not read CMYK or GIF: through the decoder of the pipeline."""
+    """Decodes with the pipeline's decoder, because OpenCV does not read CMYK and GIF."""
 
     image = decode(row["image"], 10**8).pixels[:, :, ::-1]
     return {**row, "image": cv2.imencode(".png", image)[1].tobytes()}
@@ -217,7 +217,7 @@ def test_what_macos_adds_to_archives_is_no_image(task, name, vtab_raw, vtab_prep
 
 
 def other_arrays(folder: Path) -> dict[str, str]:
-    """{task: what is wrong with its pixels}: right containers, other contents."""
+    """{task: the error for its pixels}, for valid containers with wrong contents."""
     with gzip.open(folder / "patch_camelyon/camelyonpatch_level_2_split_valid_x.h5.gz", "wb") as file:
         sink = io.BytesIO()
         with h5py.File(sink, "w") as h5:
@@ -293,7 +293,7 @@ from pipeline.vtab.datasets.base import DataSet, OfficialFile, list_class_folder
 CLASSES = ["red", "grey"]
 DATASET = DataSet(
     name="two_colours",
-    files=(OfficialFile(name="colours", by_hand="nowhere"),),
+    files=(OfficialFile(name="colours", manual="nowhere"),),
     classes={"colours": CLASSES},
     index=lambda files: list_class_folders(files["colours"], "colours", CLASSES, lambda folder, file: folder),
 )

@@ -1,4 +1,4 @@
-"""Real files, where VIT_REAL_DATA names them."""
+"""Real files from VIT_REAL_DATA, if it is set."""
 
 import csv
 import json

@@ -30,7 +30,7 @@ def test_state_dicts_of_training_scripts(tmp_path, wrapper, prefix):
 
 
 def test_files_of_training_scripts_hold_more_than_weights(tmp_path):
-    """A command line and a metric beside the weights; a wrapper's name before some tensors and not before others."""
+    """A command line and a metric in addition to the weights; a wrapper's prefix on some tensors only."""
     state = {f"backbone.{name}": tensor for name, tensor in tiny().state_dict().items()}
     beside = {"args": argparse.Namespace(lr=1e-3), "metric": np.float64(0.5), "epoch": 3}
     torch.save({"state_dict": state, **beside}, tmp_path / "W.PTH")
@@ -115,7 +115,7 @@ def test_own_checkpoint_on_s3(s3):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_training_state_alone(tmp_path, workers):
-    """Slices of every worker, as ZeRO cuts them, give the weights back; a missing worker is noticed."""
+    """Weights are assembled from the ZeRO slices of all workers; a missing worker is detected."""
     model = tiny()
     save_checkpoint_weights(model, {}, str(tmp_path))
     (tmp_path / "model.safetensors").unlink()

@@ -149,7 +149,7 @@ def rectangular(model, rows, columns):
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 5), (1, 9), (4, 16)], ids=str)
 def test_a_rectangular_grid_is_read_by_the_shape_that_its_config_gives(tmp_path, rows, columns):
-    """1x9 and 4x16 patches are as many as 3x3 and 8x8: only the config tells them apart."""
+    """Grids of 1x9 and 3x3, or 4x16 and 8x8, have the same number of patches; only the config distinguishes them."""
     state, plane = rectangular(tiny(), rows, columns)
     torch.save(state, tmp_path / "pytorch_model.bin")
     size = [8 * rows, 8 * columns]

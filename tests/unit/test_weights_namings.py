@@ -1,4 +1,4 @@
-"""Weights in every published naming, built from a random model, must give that model's logits."""
+"""Weights of a random model in every published naming scheme give the logits of the model."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Models of other libraries and of other training methods: read with the same outputs, or refused by what they are."""
+"""Models of other libraries and training methods: they give the same outputs, or the error names the kind of model."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_huggingface_dinov2(tmp_path, registers):
 
 
 def dinov2_names(model, chunked):
-    """The state dict of a model of ours in the names of DINOv2's own code."""
+    """The state dict of a model of this project in the naming scheme of DINOv2's code."""
     scale = {f"blocks.{i}.ls{j}.gamma": torch.full((32,), 0.5) for i in range(2) for j in (1, 2)}
     state = {**model.state_dict(), **scale, "mask_token": torch.zeros(1, 32)}
     state["register_tokens"] = state.pop("reg_token")
@@ -144,7 +144,7 @@ def test_siglip_with_and_without_its_text_tower(tmp_path):
 
 
 def test_open_clip_around_a_timm_model(tmp_path):
-    """open_clip keeps the image tower under visual.trunk. and the text tower beside it."""
+    """open_clip has the image tower under visual.trunk. and also a text tower."""
     model = tiny(classes=0, pool="map")
     state = {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
     text = {"text.transformer.resblocks.0.ln_1.weight": torch.ones(8), "logit_scale": torch.ones(())}

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.duplicates.hashes import compare_bits, join_keys
 
-KEY, PIXELS, LOOK, DESCRIPTOR = range(4)  # kinds of agreement
+KEY, PIXELS, PERCEPTUAL, DESCRIPTOR = range(4)  # kinds of agreement
 Pairs = dict[str, np.ndarray]
 """The columns of PAIR, one line for each agreement; after verification also `detail` and `difference`."""
 PAIR = np.dtype(
@@ -18,7 +18,7 @@ PAIR = np.dtype(
         ("first", "i8"),  # rows, first < second
         ("second", "i8"),
         ("kind", "i1"),
-        ("apart", "i4"),  # number of bits that differ between the two views
+        ("hamming", "i4"),  # number of bits that differ between the two views
         ("similarity", "f4"),  # cosine similarity of descriptors
         ("mirrored", "?"),  # one view is similar to the mirror image of the other
         ("first_box", "u8"),  # boxes of the views (see hashes.VIEW), packed
@@ -48,7 +48,7 @@ def candidate_lines(
     """Lines to join, from the rows (dtype ROW) and views (VIEW) of one slice: rows whose lines have equal `join` may be
     duplicates.
 
-    `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS or LOOK.
+    `row` is slice << 32 | row in the slice; `kind` is KEY, PIXELS or PERCEPTUAL.
     """
     names = (np.int64(number) << 32) | np.arange(len(rows), dtype=np.int64)
     nothing = np.zeros((len(rows), 2), np.uint64), np.zeros(len(rows), np.uint64)
@@ -64,7 +64,7 @@ def candidate_lines(
         which, joins = join_keys(views)
         boxes = np.ascontiguousarray(views["box"]).view(np.uint64).ravel()
         parts.append((joins, names[views["image"][which]], views["bits"][which], boxes[which]))
-        kinds.append(np.full(len(joins), LOOK, np.int8))
+        kinds.append(np.full(len(joins), PERCEPTUAL, np.int8))
     join, row, bits, box = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return {"join": join, "row": row, "kind": np.concatenate(kinds), "low": bits[:, 0], "high": bits[:, 1], "box": box}
 
@@ -82,18 +82,18 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
     begins = np.zeros(len(join), np.int64)
     begins[changes] = changes
     begins = np.maximum.accumulate(begins)
-    rest = np.flatnonzero((kind < LOOK) & (begins != np.arange(len(join))))
+    rest = np.flatnonzero((kind < PERCEPTUAL) & (begins != np.arange(len(join))))
     found = [as_pairs({"first": row[begins[rest]], "second": row[rest], "kind": kind[rest]})]
     # Similarity is not transitive.
-    looks = np.flatnonzero(kind == LOOK)
+    similar = np.flatnonzero(kind == PERCEPTUAL)
     for step in range(1, most + 1):
-        a, b = looks[:-step], looks[step:]
+        a, b = similar[:-step], similar[step:]
         same = join[a] == join[b]
         if not same.any():
             break
         a, b = a[same], b[same]
-        apart, mirrored = compare_bits(bits[a], bits[b])
-        good = (apart <= distance) & (row[a] != row[b])  # lines are sorted by row
+        hamming, mirrored = compare_bits(bits[a], bits[b])
+        good = (hamming <= distance) & (row[a] != row[b])  # lines are sorted by row
         a, b = a[good], b[good]
         found.append(
             as_pairs(
@@ -101,7 +101,7 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
                     "first": row[a],
                     "second": row[b],
                     "kind": kind[a],
-                    "apart": apart[good],
+                    "hamming": hamming[good],
                     "mirrored": mirrored[good],
                     "first_box": box[a],
                     "second_box": box[b],
@@ -113,7 +113,7 @@ def match_rows(lines: dict[str, np.ndarray], distance: int, most: int = 64) -> P
 
 def unique_pairs(pairs: Pairs) -> Pairs:
     """The strongest agreements of each pair of rows: one if keys or pixels are equal, otherwise at most ALIGNMENTS."""
-    names = ("second_box", "first_box", "mirrored", "apart", "similarity", "kind", "second", "first")
+    names = ("second_box", "first_box", "mirrored", "hamming", "similarity", "kind", "second", "first")
     order = np.lexsort([-pairs[name] if name == "similarity" else pairs[name] for name in names])
     sorted_pairs = {name: column[order] for name, column in pairs.items()}
     same = np.ones(max(0, len(order) - 1), bool)
@@ -128,8 +128,8 @@ def unique_pairs(pairs: Pairs) -> Pairs:
     place = np.arange(len(first))
     begins = np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1]))[: len(first)]
     begin = np.maximum.accumulate(np.where(begins, place, 0))
-    keep = begins | ((sorted_pairs["kind"][begin] >= LOOK) & (place - begin < ALIGNMENTS))
-    keep |= (sorted_pairs["kind"] == DESCRIPTOR) & (sorted_pairs["kind"][begin] == LOOK)
+    keep = begins | ((sorted_pairs["kind"][begin] >= PERCEPTUAL) & (place - begin < ALIGNMENTS))
+    keep |= (sorted_pairs["kind"] == DESCRIPTOR) & (sorted_pairs["kind"][begin] == PERCEPTUAL)
     return {name: column[keep] for name, column in sorted_pairs.items()}
 
 
@@ -150,7 +150,7 @@ class Removal(NamedTuple):
 
     @property
     def reason(self) -> str:
-        return {PIXELS: "exact", LOOK: "near", DESCRIPTOR: "descriptor"}[self.kind]
+        return {PIXELS: "exact", PERCEPTUAL: "near", DESCRIPTOR: "descriptor"}[self.kind]
 
     def record(self, key: str, match: str, of_set: str = "") -> dict[str, Any]:
         """The row of duplicates.parquet for the row `key`, a duplicate of `match` (in
@@ -170,7 +170,7 @@ class Removal(NamedTuple):
 def select_removals(pairs: Pairs) -> dict[int, Removal]:
     """{row: why it is removed}. A row is removed only if it is a duplicate of an earlier row that is kept."""
     order = np.lexsort((-pairs["detail"], pairs["kind"], pairs["first"], pairs["second"]))
-    names = ("first", "second", "kind", "apart", "similarity", "detail", "difference")
+    names = ("first", "second", "kind", "hamming", "similarity", "detail", "difference")
     removals: dict[int, Removal] = {}
     for first, second, *why in zip(*(pairs[name][order].tolist() for name in names), strict=True):
         if second not in removals and first not in removals:

@@ -14,7 +14,7 @@ import simplejpeg
 
 from pipeline import storage, workqueue
 from pipeline.data import codecs, sources
-from pipeline.data.duplicates.candidates import ALIGNMENTS, LOOK, PIXELS, Removal
+from pipeline.data.duplicates.candidates import ALIGNMENTS, PERCEPTUAL, PIXELS, Removal
 from pipeline.data.duplicates.hashes import VIEW, Hashes, compare_bits, hash_image, join_keys
 from pipeline.data.duplicates.verification import Agreement, compare_views, small_copy
 from pipeline.data.format import MANIFEST, open_dataset
@@ -56,7 +56,7 @@ class EvaluationIndex:
             picture = self.pictures[proposal.image].as_py()
             agreement = compare_views(mine, picture, box, other_box, proposal.mirrored)
             if agreement.same:
-                return EvaluationMatch(proposal.image, proposal.apart, False, agreement, mine)
+                return EvaluationMatch(proposal.image, proposal.hamming, False, agreement, mine)
         return None
 
     def propose(self, hashed: Hashes, distance: int) -> list["Proposal"]:
@@ -68,17 +68,17 @@ class EvaluationIndex:
         counts = np.minimum(np.searchsorted(self.joins, joins, side="right") - begins, MAX_ENTRIES)
         entries = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         pairs = np.unique(np.stack([np.repeat(views, counts), self.view_of[entries]]), axis=1)
-        apart, mirrored = compare_bits(hashed.views["bits"][pairs[0]], self.views["bits"][pairs[1]])
+        hamming, mirrored = compare_bits(hashed.views["bits"][pairs[0]], self.views["bits"][pairs[1]])
         images = self.views["image"][pairs[1]]
-        good = np.flatnonzero(apart <= distance)
+        good = np.flatnonzero(hamming <= distance)
         found: dict[int, list[Proposal]] = {}
-        for i in good[np.argsort(apart[good], kind="stable")].tolist():
+        for i in good[np.argsort(hamming[good], kind="stable")].tolist():
             image = int(images[i])
             if image in found or len(found) < MAX_PROPOSALS:
                 alignments = found.setdefault(image, [])
                 if len(alignments) < ALIGNMENTS:
                     view, other = int(pairs[0, i]), int(pairs[1, i])
-                    alignments.append(Proposal(image, view, other, bool(mirrored[i]), int(apart[i])))
+                    alignments.append(Proposal(image, view, other, bool(mirrored[i]), int(hamming[i])))
         return [proposal for alignments in found.values() for proposal in alignments]
 
     def name(self, image: int) -> tuple[str, str]:
@@ -93,7 +93,7 @@ class Proposal(NamedTuple):
     view: int
     other_view: int
     mirrored: bool
-    apart: int  # bits
+    hamming: int  # bits
 
 
 class EvaluationMatch(NamedTuple):
@@ -108,7 +108,7 @@ class EvaluationMatch(NamedTuple):
     def record(self, key: str, index: EvaluationIndex) -> dict[str, Any]:
         """The row of duplicates.parquet for the image `key`."""
         uri, name = index.name(self.image)
-        kind, agreement = PIXELS if self.exact else LOOK, self.agreement
+        kind, agreement = PIXELS if self.exact else PERCEPTUAL, self.agreement
         why = Removal(self.image, kind, self.distance, 0.0, agreement.detail, agreement.difference)
         return why.record(key, name, uri)
 
@@ -160,7 +160,7 @@ def parts_of_set(uri: str) -> Iterator[Any]:
         yield from ((folder, group) for group in range(len(open_dataset(folder).row_groups)))
     if not datasets:
         for source in sources.discover([uri], need_names=False, unlabelled=True):
-            step = 512 if source.listed else 1
+            step = 512 if source.one_image_per_fragment else 1
             yield from ((source, first, step) for first in range(0, source.fragments.num_rows, step))
 
 

@@ -11,7 +11,7 @@ processes the remaining slices and produces a byte-identical dataset, independen
     <output>/_work/                 plan and receipts of an unfinished dataset; removed at the end
 
     config        PrepareConfig, recipes; checks: its rules   deduplicate   rows that repeat another row
-    plan          sources -> slices, claim of the output      mix           global shuffle of archives
+    plan          sources -> slices, claim of the output      shuffle       global shuffle of archives
     worker        one slice -> shards and a receipt           finish        receipts -> manifests and reports
     run           the phases in order                         record        the MLflow run
     download      --download-only                             retry         further passes over failed downloads

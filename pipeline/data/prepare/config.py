@@ -73,8 +73,8 @@ class PrepareConfig:
     OUTPUT/NAME. from-source: the splits of the source (folders train/ and val/, train-*.parquet, a split column).
     merge: one dataset of all splits."""
     shuffle: bool = True
-    """Shuffle the images over all shards: files before they are read, archives according to --mix."""
-    mix: Literal["auto", "always", "never"] = "auto"
+    """Shuffle the images over all shards: files before they are read, archives according to --shuffle-archives."""
+    shuffle_archives: Literal["auto", "always", "never"] = "auto"
     """Archives: auto shuffles archives that are sorted by class, always shuffles all archives, never keeps their order.
     Shuffling needs a second pass over the shards."""
     seed: int = 0

@@ -44,7 +44,7 @@ def find_duplicates(plan: PreparePlan) -> dict[int, Removal]:
 
 def propose_pairs(plan: PreparePlan) -> Pairs:
     """Candidate pairs of rows. A Ray Data job: slices -> join keys -> shuffle into buckets -> pairs."""
-    near, count = plan.compares_looks, len(plan.slices)
+    near, count = plan.finds_near_duplicates, len(plan.slices)
     if not workqueue.uses_ray():
         return unique_pairs(match_rows(_lines(range(count), plan), plan.config.distance))
     import ray
@@ -74,7 +74,7 @@ def propose_pairs(plan: PreparePlan) -> Pairs:
 
 def _lines(numbers: Any, plan: PreparePlan) -> dict[str, np.ndarray]:
     exact = plan.config.deduplicate != "off"
-    options: dict[str, Any] = {"keys": plan.compares_keys, "exact": exact, "near": plan.compares_looks}
+    options: dict[str, Any] = {"keys": plan.finds_equal_keys, "exact": exact, "near": plan.finds_near_duplicates}
     parts = [candidate_lines(*read_hashes(plan, number), int(number), **options) for number in numbers]
     parts = parts or [candidate_lines(np.empty(0, ROW), np.empty(0, VIEW), 0, **options)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

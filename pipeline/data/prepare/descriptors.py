@@ -94,7 +94,7 @@ def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
     options: dict[str, Any] = {
         "similarity": plan.config.descriptor_similarity,
         "corpus": len(plan.slices) << 32,
-        "inside": plan.compares_looks,
+        "inside": plan.finds_near_duplicates,
     }
     if not workqueue.uses_ray():
         rows, vectors = (np.concatenate(part) for part in zip(*(read_vectors(plan, n) for n in numbers), strict=True))

@@ -32,7 +32,7 @@ from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.prepare.worker import items_of_slice
 from pipeline.data.sources import Item, urls
-from pipeline.data.sources.columns import plain_name
+from pipeline.data.sources.columns import normalised_name
 from pipeline.data.sources.words import CAPTION_COLUMNS
 from pipeline.errors import UserError
 from pipeline.outputs import check_output
@@ -134,7 +134,7 @@ def _add_sample(archive: tarfile.TarFile, name: str, item: Item) -> None:
     extension = codecs.find(item.image).extensions[0]
     digest = hashlib.sha256(item.image).hexdigest()
     about = item.row | {"key": item.key, "url": item.source, "status": "success", "sha256": digest}
-    caption = next((item.row[column] for column in item.row if plain_name(column) in CAPTION_COLUMNS), None)
+    caption = next((item.row[column] for column in item.row if normalised_name(column) in CAPTION_COLUMNS), None)
     members = [(extension, item.image), ("json", json.dumps(about, ensure_ascii=False, default=_plain).encode())]
     if isinstance(caption, str):
         members.append(("txt", caption.encode("utf-8", "backslashreplace")))

@@ -26,11 +26,11 @@ def receipt_names(plan: PreparePlan) -> list[str]:
 
 
 def finish_datasets(
-    plan: PreparePlan, receipts: Sequence[dict[str, Any]], mixed: Sequence[dict[str, Any]] | None = None
+    plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: Sequence[dict[str, Any]] | None = None
 ) -> dict[str, Manifest]:
     """Writes reports and manifests, {split: manifest}; removes the receipts.
 
-    mixed: receipts of the shuffled shards, which replace those of the slices. Raises UserError when more inputs were
+    shuffled: receipts of the shuffled shards, which replace those of the slices. Raises UserError when more inputs were
     rejected than `max_reject_fraction` allows."""
     receipts = without_retried(plan, receipts)
     without_labels = _splits_without_labels(plan, receipts)
@@ -44,9 +44,9 @@ def finish_datasets(
         if plan.config.deduplicate != "off" or plan.config.decontaminate:
             _write_report(plan, name, duplicates + reported)
         written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
-        if mixed is not None:  # mean and standard deviation are in the receipts of the slices
+        if shuffled is not None:  # mean and standard deviation are in the receipts of the slices
             written = [Receipt(pixels=receipt.pixels) for receipt in written]
-            written += [Receipt.from_dict(receipt[name]) for receipt in mixed]
+            written += [Receipt.from_dict(receipt[name]) for receipt in shuffled]
         manifests[name] = finish_dataset(
             plan.split_uri(name),
             written,
@@ -60,7 +60,7 @@ def finish_datasets(
         )
     _warn_about_classes(plan, manifests)
     _warn_about_table_rows(plan, receipts)
-    tidy_output(plan, manifests, keep_work=_may_go_on(plan, receipts, mixed is not None))
+    tidy_output(plan, manifests, keep_work=_may_go_on(plan, receipts, shuffled is not None))
     return manifests
 
 
@@ -111,7 +111,7 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
 def _warn_about_table_rows(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
     """Warns if the label tables of archives have more rows than the archives have images. (In folders, a row without a
     file is rejected as a missing input.)"""
-    if any(source.listed for source in plan.sources):
+    if any(source.one_image_per_fragment for source in plan.sources):
         return
     namings = [source.naming for source in plan.sources]
     tables = [table for naming in namings for table in ([naming.table] if naming.table else naming.tables.values())]

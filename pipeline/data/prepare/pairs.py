@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage, workqueue
-from pipeline.data.duplicates.candidates import DESCRIPTOR, LOOK, Pairs, boxes
+from pipeline.data.duplicates.candidates import DESCRIPTOR, PERCEPTUAL, Pairs, boxes
 from pipeline.data.duplicates.evaluation import read_part
 from pipeline.data.duplicates.hashes import unpack_hashes
 from pipeline.data.duplicates.verification import Agreement, compare_unaligned, compare_views, small_copy
@@ -27,7 +27,7 @@ def verify_pairs(plan: PreparePlan, pairs: Pairs) -> Pairs:
     """
     size = len(pairs["first"])
     same, detail, difference = np.ones(size, bool), np.ones(size, np.float32), np.zeros(size, np.float32)
-    doubtful = np.flatnonzero(pairs["kind"] >= LOOK)
+    doubtful = np.flatnonzero(pairs["kind"] >= PERCEPTUAL)
     if not len(doubtful):
         return pairs | {"detail": detail, "difference": difference}
     rows = np.unique(np.concatenate([pairs["first"][doubtful], pairs["second"][doubtful]]))

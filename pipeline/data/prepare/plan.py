@@ -124,20 +124,20 @@ class PreparePlan:
         return Dataset(self.split_uri(split), manifest)
 
     @property
-    def compares_keys(self) -> bool:
+    def finds_equal_keys(self) -> bool:
         """Whether keys of different slices can be equal. Keys of listed files are unique paths. Downloads may add slices."""
         several = len(self.slices) > 1 or any(source.downloads for source in self.sources)
-        return several and not all(source.listed for source in self.sources)
+        return several and not all(source.one_image_per_fragment for source in self.sources)
 
     @property
-    def compares_looks(self) -> bool:
+    def finds_near_duplicates(self) -> bool:
         """Whether the corpus is searched for near duplicates."""
         return self.config.deduplicate in ("near", "report")
 
     @property
-    def compares_rows(self) -> bool:
+    def finds_duplicates_of_rows(self) -> bool:
         """Whether the corpus is searched for duplicates after its slices are written."""
-        return self.compares_keys or self.config.deduplicate != "off" or self.config.descriptor is not None
+        return self.finds_equal_keys or self.config.deduplicate != "off" or self.config.descriptor is not None
 
 
 def slice_name(number: int) -> str:
@@ -184,7 +184,10 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     fingerprint = fingerprint_input(found, labels)
     rng = np.random.Generator(np.random.Philox(config.seed))
     if config.shuffle:
-        found = [dataclasses.replace(s, fragments=sources.shuffled(s.fragments, rng)) if s.listed else s for s in found]
+        found = [
+            dataclasses.replace(s, fragments=sources.shuffled(s.fragments, rng)) if s.one_image_per_fragment else s
+            for s in found
+        ]
     return PreparePlan(
         config=config,
         sources=found,
@@ -198,7 +201,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
 
 def _without_unlabelled_splits(source: Source) -> Source:
     """Drops the splits of a source that have no labels, such as the test set of a competition."""
-    if not source.listed:
+    if not source.one_image_per_fragment:
         return source  # labels of archives are known only after reading; `finish` drops such splits
     labelled = source.fragments.filter(pc.is_valid(source.fragments["labels"]))["split"]
     without = set(source.splits) - set(pc.unique(labelled).to_pylist())
@@ -225,7 +228,7 @@ def fingerprint_input(found: Sequence[Source], labels: Labels) -> str:
         said = [source.uri, source.kind, *([table.labels, table.splits] for table in tables)]
         digest.update(json.dumps([*said, *([source.stamp] if source.stamp else [])], sort_keys=True).encode())
         fragments = source.fragments
-        if not source.listed:
+        if not source.one_image_per_fragment:
             fragments = fragments.sort_by([("path", "ascending"), ("start", "ascending")])
         for first in range(0, fragments.num_rows, sources.SPILL_ROWS):
             part = fragments.slice(first, sources.SPILL_ROWS)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.data.duplicates.candidates import KEY, LOOK, Removal
+from pipeline.data.duplicates.candidates import KEY, PERCEPTUAL, Removal
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.prepare.pairs import ROW_BITS, finish_units, places_of_rows, read_copies
 from pipeline.data.prepare.plan import PreparePlan, slice_name
@@ -52,7 +52,7 @@ def _keep_rows(unit: tuple[int, dict[int, tuple[str, Removal]]], plan: PreparePl
     number, removals = unit
     (receipt,), places = plan.receipts.read([slice_name(number)]), places_of_rows(plan, number)
     at = {places[row]: row for row in removals}
-    looked_at = {number << 32 | row: why.first for row, (_, why) in removals.items() if why.kind >= LOOK}
+    looked_at = {number << 32 | row: why.first for row, (_, why) in removals.items() if why.kind >= PERCEPTUAL}
     copies = read_copies(plan, {*looked_at, *looked_at.values()})
     source = plan.sources[plan.slices[number].source].uri
     receipt["reported"] = {}

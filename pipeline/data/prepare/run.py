@@ -16,9 +16,9 @@ from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.deduplicate import deduplicate
 from pipeline.data.prepare.descriptors import check_descriptor
 from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
-from pipeline.data.prepare.mix import mix_rows, wants_mixing
 from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output, find_finished, make_plan, slice_name
 from pipeline.data.prepare.record import Record
+from pipeline.data.prepare.shuffle import needs_shuffle, shuffle_rows
 from pipeline.data.prepare.worker import prepare_slice, summarize
 from pipeline.logs import Progress
 from pipeline.outputs import check_output
@@ -68,14 +68,14 @@ def _run_phases(
     plan: PreparePlan, watchers: list[Callable[[int, int], None]], record: Record | None = None
 ) -> dict[str, Manifest]:
     plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers))
-    if plan.compares_rows:
+    if plan.finds_duplicates_of_rows:
         deduplicate(plan)
     names = receipt_names(plan)
     receipts = plan.receipts.read(names)
-    mixed = mix_rows(plan, names) if wants_mixing(plan, receipts) else None
+    shuffled = shuffle_rows(plan, names) if needs_shuffle(plan, receipts) else None
     if record is not None:
         record.wait()
-    return finish_datasets(plan, receipts, mixed)
+    return finish_datasets(plan, receipts, shuffled)
 
 
 def prepare_slices(

@@ -77,7 +77,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
                 _prepare_item(item, split, plan, counts, writers[split])
             except Refused as refused:
                 counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
-    if plan.compares_rows:
+    if plan.finds_duplicates_of_rows:
         views = np.concatenate([np.empty(0, VIEW), *counts.views])
         storage.write_bytes(plan.hashes_uri(number), pack_hashes(np.frombuffer(counts.hashed, ROW), views))
     for name in names:
@@ -126,17 +126,17 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
     picture, stored, pixels = transform(item.image, plan.config)
     exact = 0
     if plan.evaluation is not None or plan.config.deduplicate != "off":
-        hashed = hash_image(picture, views=plan.evaluation is not None or plan.compares_looks)
+        hashed = hash_image(picture, views=plan.evaluation is not None or plan.finds_near_duplicates)
         exact, index = hashed.exact, plan.evaluation
         match = index.find(hashed, picture, plan.config.distance) if index is not None else None
         if index is not None and match is not None:
             counts.duplicates[split].append(match.record(item.key, index))
             counts.pictures[split].append((match.picture, index.pictures[match.image].as_py()))
             return
-        if plan.compares_looks:
+        if plan.finds_near_duplicates:
             hashed.views["image"] = len(counts.hashed) // ROW.itemsize
             counts.views.append(hashed.views)
-    if plan.compares_rows:
+    if plan.finds_duplicates_of_rows:
         counts.hashed += np.array([(key, exact, list(plan.splits).index(split))], ROW).tobytes()
     counts.keys.add(key)
     counts.alike, counts.label = counts.alike + (label == counts.label), label

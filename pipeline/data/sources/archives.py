@@ -14,13 +14,13 @@ import pyarrow as pa
 from pipeline import storage, workqueue
 from pipeline.data.sources.columns import captions_error, look_like_captions
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, is_included
-from pipeline.data.sources.layout import WORDNET, find_layout, in_names_say_splits, layout_of_source, splits_of_files
+from pipeline.data.sources.layout import WORDNET, file_names_have_splits, find_layout, layout_of_source, splits_of_files
 from pipeline.data.sources.naming import Naming, find_tables, read_tables
 from pipeline.data.sources.tables import LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-ENDING = r"(?i)\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst|zip|parquet|arrow|feather|tfrecords?(\.gz)?)$"
+ARCHIVE_SUFFIX = r"(?i)\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst|zip|parquet|arrow|feather|tfrecords?(\.gz)?)$"
 
 Fragment = tuple[str, int, int, int, list[str] | None]
 
@@ -49,11 +49,11 @@ class FileScan:
     """Folders of the members that have no other label, with the number of images in each folder."""
     wordnet: Iterable[str] = ()
     """WordNet ids at the beginning of the names of those members."""
-    in_names: set[str | None] = field(default_factory=set)
+    splits_in_names: set[str | None] = field(default_factory=set)
     """The splits that the image file names contain; includes None if a name contains no split."""
     tables: list[tuple[str, bytes]] = field(default_factory=list)
     """Label tables in the archive: (name, contents)."""
-    apart: bool = False
+    scattered: bool = False
     """Whether the members of a sample are not next to each other."""
     texts: set[str] = field(default_factory=set)
     """Labels that may be captions."""
@@ -114,8 +114,8 @@ def scan_archives(
     inside |= {split for part in naming.tables.values() for split in part.splits.values()}
     folders = (Counter[tuple[str, ...]](scan.folders) for scan in found)
     inside |= {split for path in sum(folders, Counter()) if (split := naming.layout.split("/".join((*path, ""))))}
-    if naming.layout.in_names:
-        inside |= {split for scan in found for split in scan.in_names if split}
+    if naming.layout.split_in_file_name:
+        inside |= {split for scan in found for split in scan.splits_in_names if split}
     return Source(
         uri=uri,
         kind=name,
@@ -125,7 +125,7 @@ def scan_archives(
         multilabel=naming.multilabel or any(scan.multilabel for scan in found),
         naming=naming,
         by_archive=len(set(first_members)) < len(first_members) or len(set(by_file.values())) > 1,
-        apart=any(scan.apart for scan in found),
+        scattered=any(scan.scattered for scan in found),
         problem=next((scan.problem for scan in found if scan.problem), ""),
         hint=hint or _hint(found),
         prefix=options.prefix,
@@ -148,7 +148,7 @@ def _chosen(paths: list[str], options: ScanOptions) -> list[str]:
 
 def archive_stem(path: str) -> str:
     """The path of an archive without its extension."""
-    return re.sub(ENDING, "", path)
+    return re.sub(ARCHIVE_SUFFIX, "", path)
 
 
 def member_filter(path: str, options: ScanOptions) -> Callable[[str], bool]:
@@ -187,8 +187,8 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
         folders.update(scan.folders)
     named = options.unlabelled or bool(options.table.labels) or "" in tables
     layout = layout_of_source(uri, folders, options.class_level, classes_wanted=not named)
-    if layout.split_level is None and in_names_say_splits(set().union(*(scan.in_names for scan in found))):
-        layout = dataclasses.replace(layout, in_names=True)
+    if layout.split_level is None and file_names_have_splits(set().union(*(scan.splits_in_names for scan in found))):
+        layout = dataclasses.replace(layout, split_in_file_name=True)
     return Naming(table=options.table, tables=tables, layout=layout)
 
 
@@ -260,7 +260,7 @@ def _scan(job: tuple[ScanFile, str, str, int, ScanOptions]) -> FileScan:
     return scan_file(uri, path, size, options)
 
 
-def whole(path: str, size: int) -> list[Fragment]:
+def whole_file(path: str, size: int) -> list[Fragment]:
     """A file as one fragment."""
     return [(path, size, 0, -1, None)]
 
@@ -280,7 +280,7 @@ def read_archives(
         name = fragment["path"] or source.uri.rpartition("/")[2]
         prefix = source.prefix
         if source.by_archive:
-            archive = re.sub(ENDING, "", name)
+            archive = re.sub(ARCHIVE_SUFFIX, "", name)
             prefix += f"{fragment['labels'][0] if fragment['labels'] else archive}/"
         for item in read_fragment(uri, name, fragment, source):
             yield item._replace(key=prefix + item.key, split=item.split or fragment["split"])

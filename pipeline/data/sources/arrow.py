@@ -49,7 +49,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         with _batches(uri) as (schema, batches):
             columns = RowColumns(schema, uri, path, options.columns, lambda column: _distinct(uri, column))
             ordered = huggingface_names(schema, columns.label)
-            found = FileScan(fragments=archives.whole(path, size), names=ordered, ordered_names=tuple(ordered))
+            found = FileScan(fragments=archives.whole_file(path, size), names=ordered, ordered_names=tuple(ordered))
             found.multilabel, found.fields = columns.multilabel, columns.fields
             names: set[str] = set()
             splits = {columns.split_of_file} - {None}

@@ -30,9 +30,9 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)  # what reading a dam
 
 PIXELS = 3 * 32 * 32
 MAX_BATCH_BYTES = 256 << 20  # the largest published batch, CIFAR-100's for Python, has 155 MB
-TEN = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-HUNDRED = ("train", "test")
-PARTS = frozenset(TEN + HUNDRED)
+CIFAR10_PARTS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+CIFAR100_PARTS = ("train", "test")
+PARTS = frozenset(CIFAR10_PARTS + CIFAR100_PARTS)
 META = frozenset({"batches.meta", "meta", "batches.meta.txt", "fine_label_names.txt"})  # files of class names
 
 
@@ -42,7 +42,7 @@ def class_names(members: Iterable[tuple[str, bytes]]) -> list[str]:
     names: list[str] = []
     count = 100
     for member, data in members:
-        if member.removesuffix(".bin") in TEN:
+        if member.removesuffix(".bin") in CIFAR10_PARTS:
             count = 10
         if member in ("batches.meta.txt", "fine_label_names.txt"):
             names = data.decode().split()
@@ -57,7 +57,7 @@ def parse(member: str, data: bytes) -> tuple[np.ndarray, list[int], int]:
     """(uint8 images (N, 32, 32, 3), labels, number of bytes left over) of one part.
     Raises ValueError for other data."""
     if member.endswith(".bin"):
-        skip = 1 if member.removesuffix(".bin") in TEN else 2
+        skip = 1 if member.removesuffix(".bin") in CIFAR10_PARTS else 2
         whole = len(data) // (skip + PIXELS)
         records = np.frombuffer(data, np.uint8, whole * (skip + PIXELS)).reshape(whole, skip + PIXELS)
         rows, labels, left_over = records[:, skip:], records[:, skip - 1].tolist(), len(data) % (skip + PIXELS)
@@ -208,7 +208,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     except (*DAMAGE, ValueError) as error:
         raise UserError(f"{uri}: not an archive of CIFAR, or damaged ({error}); fetch it again") from error
     return FileScan(
-        fragments=archives.whole(path, size),
+        fragments=archives.whole_file(path, size),
         names=names,
         ordered_names=tuple(names),
         splits=set(map(split_of_part, parts)),

@@ -13,7 +13,7 @@ from pipeline.data.sources.columns import (
     Columns,
     label_names,
     named_column,
-    plain_name,
+    normalised_name,
     split_column,
     split_name,
 )
@@ -56,7 +56,7 @@ class RowColumns:
             raise UserError(f"{where}: {error}") from error
         if wanted in self.partitions:
             self.label = None
-        texts = {plain_name(f.name): f.name for f in schema if f.name != self.image and is_text(f.type)}
+        texts = {normalised_name(f.name): f.name for f in schema if f.name != self.image and is_text(f.type)}
         # a column "name" may hold file names or class names
         candidates = [] if image else [texts[n] for n in FILE_COLUMNS if n in texts and n != "name"]
         own = [named.file] if named.file in names else []
@@ -115,7 +115,7 @@ class RowColumns:
         return names, {name for value in splits if (name := split_name(value, self.split or ""))}, many
 
     @property
-    def labelling(self) -> list[str]:
+    def label_columns(self) -> list[str]:
         """The columns that `names_and_splits` needs."""
         return list(dict.fromkeys(column for column in (self.label, self.split, *self.one_hot) if column))
 
@@ -150,16 +150,16 @@ def distinct_values(column: pa.Array) -> Iterable[Any]:
     return column.unique().to_pylist()
 
 
-ENOUGH_VALUES = 100
+MAX_DISTINCT_VALUES = 100
 """Number of distinct values that suffice to recognise the kind of a column."""
 
 
 def first_values(columns: Iterable[pa.Array]) -> set[Any]:
-    """The distinct values of a column that arrives in batches; reading stops after more than ENOUGH_VALUES values."""
+    """The distinct values of a column that arrives in batches; reading stops after more than MAX_DISTINCT_VALUES values."""
     found: set[Any] = set()
     for column in columns:
         found.update(value for value in distinct_values(column) if not isinstance(value, list))
-        if len(found) > ENOUGH_VALUES:
+        if len(found) > MAX_DISTINCT_VALUES:
             break
     return found
 

@@ -14,7 +14,7 @@ from pipeline.data.sources.rows import parse_list
 from pipeline.data.sources.words import (
     CAPTION_COLUMNS,
     LIKELY_SPLIT_COLUMNS,
-    MISSING,
+    MISSING_VALUES,
     SPLIT_COLUMNS,
     TRAINING_COLUMNS,
     split_of_name,
@@ -49,11 +49,11 @@ def named_column(names: Sequence[str], known: Sequence[str], wanted: str | None,
         if wanted not in names:
             raise UserError(f"{flag} {wanted}: no such column{nearest(wanted, names)}; there are: {', '.join(names)}")
         return wanted
-    lower = {plain_name(name): name for name in reversed(names)}
+    lower = {normalised_name(name): name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower), None)
 
 
-def plain_name(name: str) -> str:
+def normalised_name(name: str) -> str:
     """The name of a column in lower case, with _ in place of blanks and hyphens."""
     return re.sub(r"[\s-]+", "_", name.strip().lower().lstrip("#\ufeff"))
 
@@ -117,7 +117,7 @@ def _separator(texts: Iterable[str], plural: bool) -> re.Pattern | None:
     ; and | are separators in a column with a plural name. In other columns ; | and commas are separators if the parts
     also occur in other cells. Blanks are separators between numbers.
     """
-    texts = {text.strip() for text in texts} - MISSING
+    texts = {text.strip() for text in texts} - MISSING_VALUES
     for pattern in (SEPARATORS, re.compile(",")):
         several = [text for text in texts if pattern.search(text)]
         if not several:
@@ -164,7 +164,7 @@ def is_missing(value: Any) -> bool:
     """Whether a value is None, NaN or a text that stands for them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    return isinstance(value, str | bytes) and as_text(value).strip() in MISSING
+    return isinstance(value, str | bytes) and as_text(value).strip() in MISSING_VALUES
 
 
 def as_text(value: Any) -> str:
@@ -189,7 +189,7 @@ def captions_error(where: str, names: Iterable[str], inputs: int, flag: str) -> 
 def no_label_column(uri: str, rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> NoLabelColumn:
     """The error for a table without a label column. Suggests the column with the
     fewest distinct values, captions excluded."""
-    distinct = {n: len({str(row.get(n)) for row in rows}) for n in names if plain_name(n) not in CAPTION_COLUMNS}
+    distinct = {n: len({str(row.get(n)) for row in rows}) for n in names if normalised_name(n) not in CAPTION_COLUMNS}
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
     listed = ", ".join(names) or "no other column"
@@ -205,11 +205,11 @@ def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str |
     if found is not None:
         return found
     for name in names:
-        if plain_name(name) in LIKELY_SPLIT_COLUMNS:
+        if normalised_name(name) in LIKELY_SPLIT_COLUMNS:
             texts = {as_text(value).strip() for value in values(name) if not is_missing(value)}
             if len(texts) > 1 and all(map(split_of_name, texts)):
                 return name
-        elif plain_name(name) in TRAINING_COLUMNS and all(_is_flag(value) for value in values(name)):
+        elif normalised_name(name) in TRAINING_COLUMNS and all(_is_flag(value) for value in values(name)):
             return name
     return None
 
@@ -218,6 +218,6 @@ def split_name(value: Any, column: str) -> str | None:
     """The split that a value of the split column stands for; in a column such as is_train, 1 is train and 0 is test."""
     if is_missing(value):
         return None
-    if plain_name(column) in TRAINING_COLUMNS and _is_flag(value):
+    if normalised_name(column) in TRAINING_COLUMNS and _is_flag(value):
         return "train" if _is_one(value) else "test"
     return as_text(value).strip()

@@ -23,7 +23,7 @@ from pipeline.errors import UserError, nearest
 # the most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
 FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord, urls]
 
-UNREAD = (
+UNSUPPORTED_SUFFIXES = (
     ".7z",
     ".rar",
     ".z01",
@@ -119,7 +119,7 @@ def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> Source
             f"{uri}: a single file that is not an archive ({archives}) and not a list of URLs (a table with a column of "
             "http:// or https:// addresses; --url-column names it); give a folder, an archive or a list"
         )
-    packed = next((name for name in names if name.lower().endswith(UNREAD)), None)
+    packed = next((name for name in names if name.lower().endswith(UNSUPPORTED_SUFFIXES)), None)
     if packed and not counts[best]:
         raise UserError(f"{uri}: {packed} has an unsupported format; unpack it, or pack the images as .tar or .zip")
     return formats()[best if counts[best] else folder.NAME]

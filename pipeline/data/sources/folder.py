@@ -21,13 +21,13 @@ from pipeline.data.sources.items import (
     is_included,
     too_large,
 )
-from pipeline.data.sources.layout import Layout, folders_of, in_names_say_splits, layout_of_source, split_in_name
-from pipeline.data.sources.naming import Naming, Rows, find_tables, read_tables
+from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
+from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, read_tables
 from pipeline.data.sources.tables import LabelTable, read_label_table
 from pipeline.errors import UserError
 
 NAME = "folder"
-BESIDE = (
+SIDECAR_SUFFIXES = (
     ".txt",
     ".json",
     ".cls",
@@ -105,7 +105,7 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
 def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
     """(the files without the sidecars of images, such as 0.txt next to 0.jpg; whether there are sidecars)."""
     paths = files["path"].to_pylist()
-    beside = [path.lower().endswith(BESIDE) for path in paths]
+    beside = [path.lower().endswith(SIDECAR_SUFFIXES) for path in paths]
     if not any(beside):
         return files, False
     stems = {os.path.splitext(path)[0] for path in paths if matches(path)}
@@ -128,14 +128,14 @@ def _hint(files: pa.Table) -> str:
 def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Layout:
     """Finds the folder levels that name splits and classes."""
     folders: Counter[tuple[str, ...]] = Counter()
-    in_names: set[str | None] = set()
+    splits_in_names: set[str | None] = set()
     open_folders = False  # whether some images take their class from a folder
     for batch in listing.in_batches(files):
         for path in batch["path"].to_pylist():
             if matches(path):
                 folders[tuple(folders_of(path))] += 1
-                if None not in in_names:
-                    in_names.add(split_in_name(path))
+                if None not in splits_in_names:
+                    splits_in_names.add(split_in_name(path))
                 if not open_folders:
                     found = naming.row(path)
                     open_folders = found is None or not found[0].labels
@@ -154,8 +154,8 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
             "not classes; --unlabelled reads images alone, --labels FILE reads labels from a table, --class-level 1 "
             "uses folders as classes"
         )
-    if layout.split_level is None and in_names_say_splits(in_names):
-        return dataclasses.replace(layout, in_names=True)
+    if layout.split_level is None and file_names_have_splits(splits_in_names):
+        return dataclasses.replace(layout, split_in_file_name=True)
     return layout
 
 
@@ -164,7 +164,7 @@ def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[
     fragments, so that they are counted."""
     names: set[str] = set()
     tabled = bool(naming.table or naming.tables)
-    rows = Rows(naming)
+    rows = RowMatcher(naming)
 
     def labelled(part: pa.Table) -> pa.Table:
         paths = part["path"].to_pylist()

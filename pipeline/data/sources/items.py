@@ -73,7 +73,7 @@ class Source:
     columns: Columns = field(default_factory=Columns)  # the columns that the user named
     by_folder: bool = False  # whether `names` are folder names
     by_archive: bool = False  # whether keys repeat between archives, so that the archive's name is put before each key
-    apart: bool = False  # whether the members of a sample are not next to each other in an archive
+    scattered: bool = False  # whether the members of a sample are not next to each other in an archive
     problem: str = ""  # why an archive could not be scanned to its end, if so
     hint: str = ""  # where labels may be, if none were found
     stamp: str = ""  # changes with the content, for lists of URLs: the sizes of fragments do not show a change
@@ -84,7 +84,7 @@ class Source:
     limit: int = -1  # maximum number of items; -1: all
 
     @property
-    def listed(self) -> bool:
+    def one_image_per_fragment(self) -> bool:
         """Whether every fragment is one image file, so that shuffling fragments shuffles the images."""
         return self.kind == "folder"
 

@@ -55,7 +55,7 @@ CONTAINERS = frozenset(
         "frames",
     ]
 )
-STRAYS = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
+MAX_STRAY_FRACTION = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class Layout:
     """The class level by split, if the splits differ."""
     splits: dict[str, str] = field(default_factory=dict)
     """Folder -> split."""
-    in_names: bool = False
+    split_in_file_name: bool = False
     """Whether the split is part of the file name."""
     one_class: bool = False
     """Whether all folders of the class level have the same name; a WordNet id in the file name is used instead."""
@@ -78,7 +78,7 @@ class Layout:
 
     def split(self, path: str) -> str | None:
         folders = folders_of(path)
-        if self.in_names:
+        if self.split_in_file_name:
             return split_in_name(path)
         if self.split_level is None or len(folders) <= self.split_level:
             return None
@@ -134,11 +134,11 @@ def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None 
     (train/<class>/) or below them (<class>/train/). Raises UserError if two folder levels could name the classes, or if
     a folder could be a split or a class."""
     dirs = dict(sorted(folders.items()))
-    level = _past_wrappers(dirs)
+    level = _first_varying_level(dirs)
     splits = _splits_at(dirs, level)
     if not splits:
         if class_level is None:
-            _refuse_half_a_split(dirs, level)
+            _refuse_ambiguous_split(dirs, level)
         return _without_splits_above(dirs, class_level)
     by_split: dict[str, dict[tuple[str, ...], int]] = {}
     for inside, count in dirs.items():
@@ -157,7 +157,7 @@ def _without_splits_above(dirs: dict[tuple[str, ...], int], class_level: int | N
     if found is None:
         found = 0 if any(dirs) else None
     below = None if found is None else found + 1
-    while below is not None and dirs and _reach(dirs, below):
+    while below is not None and dirs and _reaches(dirs, below):
         if splits := _splits_at(dirs, below, strict=True):
             return Layout(split_level=below, class_level=found, splits=splits, one_class=one_class, uncertain=uncertain)
         below += 1
@@ -191,7 +191,7 @@ def split_in_name(path: str) -> str | None:
     return found[0].lower() if found else None
 
 
-def in_names_say_splits(found: Iterable[str | None]) -> bool:
+def file_names_have_splits(found: Iterable[str | None]) -> bool:
     """Whether all file names contain a split (`found` has `split_in_name` of each), some training and some held-out."""
     kinds = set(found)
     return None not in kinds and bool(kinds & TRAIN and kinds & HELD_OUT)
@@ -244,7 +244,7 @@ def _plain_split(folder: str) -> str | None:
     return folder if folder.lower() in SPLITS else None
 
 
-def _refuse_half_a_split(dirs: Mapping[tuple[str, ...], int], level: int) -> None:
+def _refuse_ambiguous_split(dirs: Mapping[tuple[str, ...], int], level: int) -> None:
     """Raises UserError if a folder such as `train` contains folders and stands next to folders that are not splits."""
     names = sorted({d[level] for d in dirs if len(d) > level})
     for name in names:
@@ -266,15 +266,15 @@ def _above(dirs: Mapping[tuple[str, ...], int], level: int, name: str) -> tuple[
 # ---------------------------------------------------------------- classes
 
 
-def _reach(dirs: Mapping[tuple[str, ...], int], level: int) -> bool:
+def _reaches(dirs: Mapping[tuple[str, ...], int], level: int) -> bool:
     """Whether nearly all images lie in a folder at this level."""
-    return sum(count for d, count in dirs.items() if len(d) > level) >= (1 - STRAYS) * sum(dirs.values())
+    return sum(count for d, count in dirs.items() if len(d) > level) >= (1 - MAX_STRAY_FRACTION) * sum(dirs.values())
 
 
-def _past_wrappers(dirs: Mapping[tuple[str, ...], int]) -> int:
+def _first_varying_level(dirs: Mapping[tuple[str, ...], int]) -> int:
     """The first level where folder names differ or a folder is a split; 0 if there is no such level."""
     level = 0
-    while dirs and _reach(dirs, level):
+    while dirs and _reaches(dirs, level):
         names = {d[level] for d in dirs if len(d) > level}
         if len(names) > 1 or any(map(_plain_split, names)):
             return level
@@ -289,7 +289,7 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
     """
     names: dict[int, set[str]] = {}
     level = first
-    while dirs and _reach(dirs, level):
+    while dirs and _reaches(dirs, level):
         names[level] = {d[level] for d in dirs if len(d) > level}
         level += 1
     varied = [k for k, found in names.items() if len(found) > 1 and not _splits_at(dirs, k, strict=True)]

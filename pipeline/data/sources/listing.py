@@ -53,27 +53,27 @@ def list_source(uri: str) -> pa.Table:
     else:
         files = ((file.path, file.size) for file in storage.iter_files(uri))
     parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])
-    left_out = LeftOut()
-    found = in_order(spilled((left_out.sift(listing(part)) for part in parts), LISTING))
+    ignored = IgnoredFiles()
+    found = sort_by_path(spilled((ignored.without_ignored(listing(part)) for part in parts), LISTING))
     if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
         return listing([("", storage.file_size(uri))])
-    if left_out.count and not found.num_rows:
+    if ignored.count and not found.num_rows:
         raise UserError(
-            f"{uri}: only {left_out.count:,} hidden or system files, such as {left_out.example}, which are ignored; to "
+            f"{uri}: only {ignored.count:,} hidden or system files, such as {ignored.example}, which are ignored; to "
             "read a hidden folder, name the folder itself with --source"
         )
-    if left_out.count:
-        logger.info("%s: %d hidden or system files, such as %s, are ignored", uri, left_out.count, left_out.example)
+    if ignored.count:
+        logger.info("%s: %d hidden or system files, such as %s, are ignored", uri, ignored.count, ignored.example)
     return found
 
 
-class LeftOut:
+class IgnoredFiles:
     """Removes hidden and system files from a listing and counts them."""
 
     def __init__(self) -> None:
         self.count, self.example = 0, ""
 
-    def sift(self, files: pa.Table) -> pa.Table:
+    def without_ignored(self, files: pa.Table) -> pa.Table:
         """The listing without hidden and system files."""
         junk = pc.match_substring_regex(files["path"], JUNK)
         if pc.any(junk).as_py():
@@ -144,14 +144,14 @@ def spilled(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
-def in_order(files: pa.Table) -> pa.Table:
+def sort_by_path(files: pa.Table) -> pa.Table:
     """A listing sorted by path."""
     if files.num_rows <= SPILL_ROWS:
         return files.sort_by("path")
     places = np.linspace(0, files.num_rows - 1, SPILL_ROWS).astype(np.int64).tolist()
     sample = sorted(files["path"][place].as_py() for place in places)  # `take` would copy the whole column
     bounds = np.array(sample, object)[np.linspace(0, SPILL_ROWS - 1, _bucket_count(files) + 1).astype(np.int64)[1:-1]]
-    return _by_bucket(files, lambda part: np.searchsorted(bounds, part["path"].to_numpy(), "right"), in_order)
+    return _by_bucket(files, lambda part: np.searchsorted(bounds, part["path"].to_numpy(), "right"), sort_by_path)
 
 
 def shuffled(table: pa.Table, rng: np.random.Generator) -> pa.Table:

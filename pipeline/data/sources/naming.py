@@ -112,10 +112,10 @@ def read_tables(
     for folder, doubt in doubtful.items():
         if folder not in tables and folder not in by_split:
             raise doubt
-    return {folder: joined(parts) for folder, parts in by_split.items()} | tables
+    return {folder: join_splits(parts) for folder, parts in by_split.items()} | tables
 
 
-def joined(parts: dict[str, LabelTable]) -> LabelTable:
+def join_splits(parts: dict[str, LabelTable]) -> LabelTable:
     """Joins the tables of several splits. If two splits have the same file names, the split is put before each name."""
     keys = [key for table in parts.values() for key in table.keys]
     prefixes = {split: f"{split}/" if len(set(keys)) < len(keys) else "" for split in parts}
@@ -130,7 +130,7 @@ def joined(parts: dict[str, LabelTable]) -> LabelTable:
     )
 
 
-class Rows:
+class RowMatcher:
     """Matches rows of the tables with files; a row without a file is a missing input."""
 
     def __init__(self, naming: Naming) -> None:

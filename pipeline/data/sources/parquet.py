@@ -48,7 +48,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         )
         names, splits = set(), set()
         wanted = archives.names_wanted(options) and not ordered
-        reading = columns.labelling if wanted else [columns.split] if columns.split else []
+        reading = columns.label_columns if wanted else [columns.split] if columns.split else []
         for batch in _labels(uri, file, reading):
             labels, some, many = columns.names_and_splits(batch)
             names.update(labels)

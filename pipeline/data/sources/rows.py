@@ -19,7 +19,7 @@ from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUM
 from pipeline.errors import UserError
 
 INDEX = re.compile(r"\d+")
-ENDS = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
 MAX_TABLE_BYTES = 8 << 30  # of a compressed table after decompression
 MAX_RATIO = 16  # of its size after to that before
 
@@ -34,7 +34,7 @@ def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = N
     name = uri.lower().removesuffix(".gz")
     reader = next((read for ends, read in _READERS.items() if name.endswith(ends)), None)
     if reader is None:
-        raise UserError(f"{uri}: unsupported label table; supported: {', '.join(ENDS)}")
+        raise UserError(f"{uri}: unsupported label table; supported: {', '.join(TABLE_SUFFIXES)}")
     try:
         rows = reader(read_data(uri) if data is None else data, uri, [column for column in named if column])
     except (ValueError, csv.Error, RecursionError, pa.ArrowException) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columns import Columns, label_names, plain_name, split_name
+from pipeline.data.sources.columns import Columns, label_names, normalised_name, split_name
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
 from pipeline.data.sources.naming import TABLE_FILE
@@ -26,7 +26,7 @@ MAX_TABLE_BYTES = 1 << 30
 MAX_TABLE_RATIO = 16  # of the size of a table to that of its archive
 
 
-class Beside(NamedTuple):
+class Sidecar(NamedTuple):
     """The label and the split in the sidecars of an image."""
 
     labels: list[str] | None = None
@@ -48,11 +48,11 @@ def is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in codecs.extensions()
 
 
-def read_beside(parts: dict[str, bytes], columns: Columns) -> Beside:
+def read_sidecars(parts: dict[str, bytes], columns: Columns) -> Sidecar:
     """The label and the split of one sample from its sidecars, {extension: data}. Captions are ignored."""
     value = _json(parts["json"]) if "json" in parts else None
     fields = {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
-    plain = {plain_name(key): item for key, item in reversed(fields.items())}
+    plain = {normalised_name(key): item for key, item in reversed(fields.items())}
     captioned = not CAPTION_COLUMNS.isdisjoint(plain)
     split = _field(fields, plain, columns.split, SPLIT_COLUMNS)
     found: dict[str, list[str] | None] = {}
@@ -70,7 +70,7 @@ def read_beside(parts: dict[str, bytes], columns: Columns) -> Beside:
     elif columns.label is not None:
         found = {"json": found.get("json")}
     extension = next((e for e in SIDECARS if found.get(e) is not None), "")
-    return Beside(
+    return Sidecar(
         labels=found.get(extension),
         split=split_name(split, columns.split or "split") if isinstance(split, str | int | bool) else None,
         multilabel=many and extension == "json",
@@ -103,7 +103,7 @@ def _text(data: bytes) -> str | None:
 
 
 @dataclass(kw_only=True, slots=True)
-class Members:
+class SampleScanner:
     """Scans the members of one archive and collects labels, folders and tables."""
 
     columns: Columns
@@ -116,7 +116,7 @@ class Members:
     """WordNet ids at the beginning of the names of those images."""
     splits: set[str]
     tables: list[tuple[str, bytes]]
-    in_names: set[str | None]
+    splits_in_names: set[str | None]
     """The splits that the image file names contain; includes None if a name contains no split."""
     texts: set[str]
     """Labels from .txt members, which may be captions."""
@@ -126,15 +126,15 @@ class Members:
     """Field names of JSON members."""
     lone_images: "array[int]"
     """Hashes of the stems of images without sidecars; compared with the stems of sidecars without images."""
-    lone_sidecars: dict[str, Beside]
-    apart: bool = False
+    lone_sidecars: dict[str, Sidecar]
+    scattered: bool = False
     max_table: int = MAX_TABLE_BYTES
     _stem: str = ""
     _parts: dict[str, bytes]
     _images: list[str]
 
     @classmethod
-    def new(cls, columns: Columns, wanted: Callable[[str], bool], packed: int) -> "Members":
+    def new(cls, columns: Columns, wanted: Callable[[str], bool], packed: int) -> "SampleScanner":
         """packed: size of the archive."""
         return cls(
             max_table=min(MAX_TABLE_BYTES, max(16 << 20, MAX_TABLE_RATIO * packed)),
@@ -145,7 +145,7 @@ class Members:
             wordnet=set(),
             splits=set(),
             tables=[],
-            in_names=set(),
+            splits_in_names=set(),
             texts=set(),
             keys=set(),
             lone_images=array("q"),
@@ -179,7 +179,7 @@ class Members:
             self._images.append(name)
 
     def end_sample(self) -> None:
-        beside = read_beside(self._parts, self.columns)
+        beside = read_sidecars(self._parts, self.columns)
         if self._images:
             self._count(beside)
             if not self._parts:
@@ -190,13 +190,13 @@ class Members:
                     if wordnet := WORDNET.match(name.rpartition("/")[2]):
                         self.wordnet.add(wordnet[1])
             for name in self._images:
-                if None not in self.in_names:
-                    self.in_names.add(split_in_name(name))
+                if None not in self.splits_in_names:
+                    self.splits_in_names.add(split_in_name(name))
         elif self._parts:
             self.lone_sidecars[self._stem] = beside
         self._parts, self._images = {}, []
 
-    def _count(self, beside: Beside) -> None:
+    def _count(self, beside: Sidecar) -> None:
         self.keys.update(beside.keys)
         self.names.update(beside.labels or ())
         self.multilabel |= beside.multilabel
@@ -217,9 +217,9 @@ class Members:
             splits=sorted(self.splits),
             folders=dict(self.folders),
             wordnet=sorted(self.wordnet),
-            in_names=self.in_names,
+            splits_in_names=self.splits_in_names,
             tables=self.tables,
-            apart=self.apart,
+            scattered=self.scattered,
             texts=self.texts,
             text_samples=self.text_samples,
             fields=self.keys,
@@ -230,8 +230,8 @@ class Members:
         self.end_sample()
         stems = np.unique(np.array([hash(stem) for stem in self.lone_sidecars], np.int64))
         matched = np.isin(np.array(self.lone_images, np.int64), stems)
-        self.apart = bool(matched.any())
-        if not self.apart:
+        self.scattered = bool(matched.any())
+        if not self.scattered:
             return
         if matched.all():
             self.folders.clear()
@@ -249,23 +249,23 @@ def items_of_sample(
     name: str,
     labels: list[str] | None,
     source: Source,
-    apart: dict[str, Beside] | None = None,
+    scattered: dict[str, Sidecar] | None = None,
 ) -> Iterator[Item]:
     """The items of one sample, {extension: (member, data)}, of the archive `name`.
 
-    labels: labels of the archive itself. apart: sidecars from elsewhere in the archive, by stem. Images that share a
+    labels: labels of the archive itself. scattered: sidecars from elsewhere in the archive, by stem. Images that share a
     stem and have no sidecar (a.1.jpg and a.2.jpg, a.jpg and a.png) are separate inputs.
     """
     rest = [extension for extension in parts if extension not in SIDECARS]
-    beside = read_beside({e: parts[e][1] for e in SIDECARS if e in parts}, source.columns)
+    beside = read_sidecars({e: parts[e][1] for e in SIDECARS if e in parts}, source.columns)
     if not rest:
         member = next(iter(parts.values()))[0]
-        if apart is None or split_extension(member)[0] not in apart:
+        if scattered is None or split_extension(member)[0] not in scattered:
             yield Item(member, f"{name}/{member}", b"", beside.labels, Refused("not an image"))
         return
     alone = len(rest) == len(parts)
-    if apart and alone:
-        beside = apart.get(split_extension(parts[rest[0]][0])[0], beside)
+    if scattered and alone:
+        beside = scattered.get(split_extension(parts[rest[0]][0])[0], beside)
     pictures = [e for e in rest if e in codecs.extensions()] or [e for e in rest if is_image(e)]
     for extension in pictures[:1] if not alone else pictures or rest:
         member, data = parts[extension]

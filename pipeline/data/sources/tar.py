@@ -23,13 +23,13 @@ from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.samples import MAX_TABLE_BYTES, Beside, Members, items_of_sample, split_extension
+from pipeline.data.sources.samples import MAX_TABLE_BYTES, SampleScanner, Sidecar, items_of_sample, split_extension
 
 NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 FIRST_MEMBERS = 64  # members that decide whether a tar has to be scanned
-NUMBERING = 8  # archives with the same first 8 member names number their samples independently
+NUMBERING_MEMBERS = 8  # archives with the same first 8 member names number their samples independently
 MAX_PADDING_BYTES = 16 << 20  # zeros between joined archives
 MAX_HEADER_BYTES = 1 << 20  # a long name or extended attributes, which tarfile holds in memory
 EXTENSIONS = (  # types of headers that describe the next member
@@ -69,7 +69,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     if not (
         archives.names_wanted(options) or cut or any("/" in name or name.lower().endswith(".tar") for name in first)
     ):
-        return FileScan(fragments=archives.whole(path, size), first_members=[first[:NUMBERING]])
+        return FileScan(fragments=archives.whole_file(path, size), first_members=[first[:NUMBERING_MEMBERS]])
     found = _Scan(uri, path, size, options)
     try:
         with storage.open_file(uri) as file:
@@ -78,7 +78,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         raise
     except DAMAGE as error:  # the images before the damage are still read, and reading records the damage
         found.problem = f"{uri}: the archive breaks off: {error}"
-    return found.result(first[:NUMBERING])
+    return found.result(first[:NUMBERING_MEMBERS])
 
 
 class _Scan:
@@ -87,7 +87,7 @@ class _Scan:
     def __init__(self, uri: str, path: str, size: int, options: ScanOptions) -> None:
         self.uri, self.path, self.size = uri, path, size
         self.unit_bytes = options.unit_bytes
-        self.members = Members.new(options.columns, archives.member_filter(path, options), size)
+        self.members = SampleScanner.new(options.columns, archives.member_filter(path, options), size)
         self.cuts = [0]
         self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments of inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
@@ -114,7 +114,7 @@ class _Scan:
         if not packed:
             start = member.offset_data
             self.inner.append((self.path, member.size, start, start + member.size, [label]))
-            self.inner_first.append(_first_members(self.uri, start, start + member.size)[:NUMBERING])
+            self.inner_first.append(_first_members(self.uri, start, start + member.size)[:NUMBERING_MEMBERS])
 
     def result(self, first: tuple[str, ...]) -> FileScan:
         self.members.finish()
@@ -138,23 +138,23 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source) -> Iterator[Item]:
-    start, apart = fragment["start"], None
+    start, scattered = fragment["start"], None
     try:
-        if source.apart:
+        if source.scattered:
             with storage.open_file(uri) as file:
-                apart = _sidecars_apart(file, source)
+                scattered = _scattered_sidecars(file, source)
         with storage.open_file(uri) as file:
             packed = compression(file)
             if start:
                 file.seek(start)
-            yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source, apart)
+            yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source, scattered)
     except DAMAGE as error:
         yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
 
 
-def _sidecars_apart(file: IO[bytes], source: Source) -> dict[str, Beside]:
+def _scattered_sidecars(file: IO[bytes], source: Source) -> dict[str, Sidecar]:
     """The sidecars of an archive by stem, for samples whose members are not next to each other."""
-    members = Members.new(source.columns, lambda name: True, MAX_TABLE_BYTES)
+    members = SampleScanner.new(source.columns, lambda name: True, MAX_TABLE_BYTES)
     try:
         for archive, member in _members(file, compression(file)):
             if member.isfile():
@@ -173,7 +173,7 @@ def _read_members(
     name: str,
     labels: list[str] | None,
     source: Source,
-    apart: dict[str, Beside] | None = None,
+    scattered: dict[str, Sidecar] | None = None,
     nested: bool = False,
 ) -> Iterator[Item]:
     """The items of WebDataset samples: neighbouring members with the same stem, such as an image and its label.
@@ -190,7 +190,7 @@ def _read_members(
             continue
         stem, extension = split_extension(member.name)
         if parts and (stem != current or extension in parts):
-            yield from items_of_sample(parts, name, labels, source, apart)
+            yield from items_of_sample(parts, name, labels, source, scattered)
             parts = {}
         current = stem
         handle = archive.extractfile(member)
@@ -205,7 +205,7 @@ def _read_members(
         parts[extension] = (member.name, handle.read() if handle else b"")
         del handle
     if parts:
-        yield from items_of_sample(parts, name, labels, source, apart)
+        yield from items_of_sample(parts, name, labels, source, scattered)
 
 
 # ---------------------------------------------------------------- members
@@ -229,7 +229,7 @@ def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tar
     Raises tarfile.ReadError for a tar that ends early or has a damaged header; tarfile itself treats a damaged header
     as the end.
     """
-    unpacked: Any = _Forward(_unpacked(file, packed)) if packed else file
+    unpacked: Any = _ForwardStream(_unpacked(file, packed)) if packed else file
     while True:
         # mode "r:" seeks past the data of members
         with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
@@ -284,7 +284,7 @@ def _unpacked(file: IO[bytes], packed: str) -> Any:
     return openers[packed](file)
 
 
-class _Forward:
+class _ForwardStream:
     """A stream that can seek as far as tarfile needs: forward by reading, and back by at most one block."""
 
     def __init__(self, stream: Any) -> None:
@@ -327,7 +327,7 @@ class _Forward:
 
 
 def _first_members(uri: str, start: int = 0, stop: int = -1) -> tuple[str, ...]:
-    """The first member names of a tar between two byte offsets of a file. Archives that share their first NUMBERING
+    """The first member names of a tar between two byte offsets of a file. Archives that share their first NUMBERING_MEMBERS
     names number their samples independently of each other."""
     with storage.open_file(uri) as file:
         packed = compression(file)

@@ -198,7 +198,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """One fragment per file. Label names need a pass over the file, which is skipped if labels are not needed."""
-    found = FileScan(fragments=archives.whole(path, size))
+    found = FileScan(fragments=archives.whole_file(path, size))
     if not archives.names_wanted(options) and size <= 2 * options.unit_bytes and not options.columns.split:
         return found
     names: set[str] = set()

@@ -19,7 +19,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, urltables
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, image_column, is_text
-from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, plain_name, split_name
+from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, normalised_name, split_name
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, is_included
 from pipeline.data.sources.urltables import Table, open_table
 from pipeline.errors import UserError
@@ -95,7 +95,7 @@ class _Columns:
             url = _url_column(names, downloads.url_column)
             digest = None
             if downloads.config.hash_column != "none":
-                known = [name for name in map(plain_name, names) if _algorithm(name)]
+                known = [name for name in map(normalised_name, names) if _algorithm(name)]
                 digest = named_column(names, known, downloads.config.hash_column, "--download.hash-column")
         except UserError as error:
             raise UserError(f"{uri}: {error}") from error
@@ -131,7 +131,7 @@ class _Columns:
 
 def _algorithm(name: str) -> str | None:
     """The hash that a column of this name holds: sha256, image_md5, OriginalMD5. Not those of addresses."""
-    plain = plain_name(name)
+    plain = normalised_name(name)
     return next((hash for hash in HASHES if plain.endswith(hash) and "url" not in plain), None)
 
 
@@ -158,7 +158,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         names: set[str] = set(ordered)
         splits = {columns.rows.split_of_file} if columns.rows.split_of_file else set()
         wanted = archives.names_wanted(options) and not ordered
-        reading = columns.rows.labelling if wanted else [columns.rows.split] if columns.rows.split else []
+        reading = columns.rows.label_columns if wanted else [columns.rows.split] if columns.rows.split else []
         count = 0
         for span in table.spans():
             found.fragments.append((path, span.rows * IMAGE_BYTES, span.start, span.stop, None))

@@ -69,7 +69,9 @@ TRAINING_COLUMNS = (
     "training",
 )  # hold 1 for training, 0 for test
 CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
-MISSING = frozenset({"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"})  # texts that mean a missing label
+MISSING_VALUES = frozenset(
+    {"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"}
+)  # texts that mean a missing label
 
 TRAIN = frozenset({"train", "training", "trn", "trainval"})
 HELD_OUT = frozenset(

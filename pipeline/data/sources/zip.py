@@ -19,7 +19,7 @@ from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.listing import JUNK
-from pipeline.data.sources.samples import Members, items_of_sample, split_extension
+from pipeline.data.sources.samples import SampleScanner, items_of_sample, split_extension
 from pipeline.errors import UserError
 
 NAME = "zip"
@@ -39,7 +39,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """Labels, folders and tables in a zip, and fragments of consecutive members sorted by name. Raises UserError for a
     file that is not a zip archive or has a damaged directory."""
-    found = Members.new(options.columns, archives.member_filter(path, options), size)
+    found = SampleScanner.new(options.columns, archives.member_filter(path, options), size)
     fragments: list[tuple[str, int, int, int, list[str] | None]] = []
     try:
         with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive:

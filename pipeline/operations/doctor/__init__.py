@@ -112,7 +112,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
             compile=config.engine.compile,
         )
     )
-    if config.runtime.address or cluster.submitted():
+    if config.runtime.address or cluster.is_ray_job():
         needed = {"CPU": config.runtime.cpus_per_worker, **({"GPU": 1.0} if config.runtime.gpus else {})}
         try:
             cluster.configure(config.runtime.address)
@@ -120,7 +120,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
         except UserError as cause:
             return [*results, refused("cluster", cause)]
         results += store.places(config, uri)
-        results.append(pretraining.cpu_budget(config.runtime.workers, needed, cluster.room(needed)))
+        results.append(pretraining.cpu_budget(config.runtime.workers, needed, cluster.capacity(needed)))
         results += everywhere(on_node)
     else:
         results += [check(config) for check in OF_THIS_MACHINE]
@@ -145,7 +145,7 @@ def preflight(address: str | None, tracking_uri: str | None, tracking: bool = Tr
     """The checks at the start of every job, in less than half a second. Raises UserError for errors.
 
     A failing tracking server is only a warning, because records are kept on disk. Each job checks --output itself, and
-    `cluster.announce` reports missing resources after connecting to the cluster.
+    `cluster.log_waiting` reports missing resources after connecting to the cluster.
     """
     if (found := authentication.authentication(address)).status == "error":
         raise UserError(f"{found.message}; {found.remedy}")

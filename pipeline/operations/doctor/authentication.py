@@ -18,7 +18,7 @@ def authentication(address: str | None) -> CheckResult:
             "token authentication is off: anyone who can reach Ray's ports can run code as this user",
             "export RAY_AUTH_MODE=token on every node and where you submit",
         )
-    if cluster.submitted():
+    if cluster.is_ray_job():
         return ok(name, "that of the cluster that runs this job")
     if not address:
         return ok(name, "on: the embedded Ray creates a token")

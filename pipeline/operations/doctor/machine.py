@@ -121,7 +121,7 @@ def devices(wanted: bool) -> CheckResult:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        if wanted and not cluster.submitted():
+        if wanted and not cluster.is_ray_job():
             return warning(
                 "GPUs",
                 "none found, but the run needs one per worker",

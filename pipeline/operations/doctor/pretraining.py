@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pipeline.training.config import PretrainConfig
 
 
-def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Room) -> CheckResult:
+def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Capacity) -> CheckResult:
     """Checks whether all workers fit on the cluster, which is required for a start. Nodes that an autoscaler may add
-    are not considered (see `cluster.announce`)."""
+    are not considered (see `cluster.log_waiting`)."""
     each = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
     want = f"{workers} workers of {each}"
     if room.free >= workers:
@@ -51,7 +51,7 @@ def run_name(config: "PretrainConfig") -> CheckResult:
     from pipeline.training import run
 
     try:
-        held = run.held_by(run.check_run(config), storage.normalise(config.runtime.output))
+        held = run.find_record(run.check_run(config), storage.normalise(config.runtime.output))
     except UserError as cause:
         return refused("run", cause)
     if held is None:

@@ -44,7 +44,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
             note += f"  note      {lacking}\n"
     else:
         resolved = run.check_run(training)
-        run.held_by(resolved, storage.normalise(training.runtime.output))
+        run.find_record(resolved, storage.normalise(training.runtime.output))
     text = run.describe_run(resolved, changes) + "\n" + note
     if training.runtime.gpus:
         about = PlanConfig(

@@ -17,7 +17,7 @@ Labels = Sequence[int] | np.ndarray
 class OfficialFile:
     """A file that a data set's owners distribute, with size and SHA-256 as TFDS recorded them from the owners' servers.
 
-    by_hand: where else to get it, or how to when no URL can be fetched without an account.
+    manual: where else to get it, or how to when no URL can be fetched without an account.
     instead: names of what may lie there in the file's stead: the archive unpacked, or the same data in another container.
     within: (archive, member) of a zip that is distributed today and contains the file.
     """
@@ -26,7 +26,7 @@ class OfficialFile:
     bytes: int | None = None
     sha256: str | None = None
     url: str | None = None
-    by_hand: str | None = None
+    manual: str | None = None
     instead: tuple[str, ...] = ()
     within: tuple[str, str] | None = None
 

@@ -68,7 +68,7 @@ DATASET = DataSet(
             bytes=131_740_031,
             sha256="af6ece2f339791ca20f855943d8b55dd60892c0a25105fcd631ee3d6430f9926",
             url="http://www.vision.caltech.edu/Image_Datasets/Caltech101/101_ObjectCategories.tar.gz",
-            by_hand="caltech-101.zip of data.caltech.edu/records/mzrjq-6wc02, which contains it",
+            manual="caltech-101.zip of data.caltech.edu/records/mzrjq-6wc02, which contains it",
             instead=("101_ObjectCategories", "caltech-101/101_ObjectCategories.tar.gz"),
             within=("caltech-101.zip", "caltech-101/101_ObjectCategories.tar.gz"),
         ),

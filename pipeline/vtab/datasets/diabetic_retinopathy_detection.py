@@ -57,16 +57,16 @@ DATASET = DataSet(
         ),
         OfficialFile(
             name="trainLabels.csv",
-            by_hand="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); unpack trainLabels.csv.zip",
+            manual="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); unpack trainLabels.csv.zip",
         ),
         OfficialFile(
             name="train",
-            by_hand="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); join and unpack train.zip.001 to .005: 35,126 JPEGs",
+            manual="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); join and unpack train.zip.001 to .005: 35,126 JPEGs",
             instead=("train.zip",),
         ),
         OfficialFile(
             name="test",
-            by_hand="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); join and unpack test.zip.001 to .007: 53,576 JPEGs",
+            manual="kaggle.com/c/diabetic-retinopathy-detection/data (an account that accepted the rules); join and unpack test.zip.001 to .007: 53,576 JPEGs",
             instead=("test.zip",),
         ),
     ),

@@ -23,7 +23,7 @@ DATASET = DataSet(
             bytes=94_280_567,
             sha256="8ebea626349354c5328b142b96d0430e647051f26efc2dc974c843f25ecf70bd",
             url="http://madm.dfki.de/files/sentinel/EuroSAT.zip",
-            by_hand="EuroSAT_RGB.zip of zenodo.org/records/7711810",
+            manual="EuroSAT_RGB.zip of zenodo.org/records/7711810",
             instead=("2750", "EuroSAT_RGB.zip", "EuroSAT_RGB"),
         ),
     ),

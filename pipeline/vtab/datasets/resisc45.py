@@ -23,7 +23,7 @@ DATASET = DataSet(
     files=(
         OfficialFile(
             name="NWPU-RESISC45",
-            by_hand="NWPU-RESISC45.rar from 1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs (OneDrive): unpack it, 45 folders of 700 JPEGs",
+            manual="NWPU-RESISC45.rar from 1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs (OneDrive): unpack it, 45 folders of 700 JPEGs",
             instead=("NWPU-RESISC45.zip",),
         ),
     ),

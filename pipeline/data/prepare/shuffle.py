@@ -27,11 +27,15 @@ SCATTERED = storage.join(WORK, "scattered")  # folder of the shards between the 
 logger = logging.getLogger(__name__)
 
 
-def wants_mixing(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> bool:
+def needs_shuffle(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> bool:
     """Whether a second pass has to shuffle the rows. Listed files are shuffled before they are read."""
-    if not plan.config.shuffle or plan.config.mix == "never" or all(source.listed for source in plan.sources):
+    if (
+        not plan.config.shuffle
+        or plan.config.shuffle_archives == "never"
+        or all(source.one_image_per_fragment for source in plan.sources)
+    ):
         return False
-    return plan.config.mix == "always" or (not plan.labels.multilabel and sorted_by_class(receipts))
+    return plan.config.shuffle_archives == "always" or (not plan.labels.multilabel and sorted_by_class(receipts))
 
 
 def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
@@ -48,7 +52,7 @@ def sorted_by_class(receipts: Sequence[dict[str, Any]]) -> bool:
     return len(counts) > 1 and alike > (1 + by_chance) / 2
 
 
-def mix_rows(plan: PreparePlan, names: Sequence[str]) -> list[dict[str, Any]]:
+def shuffle_rows(plan: PreparePlan, names: Sequence[str]) -> list[dict[str, Any]]:
     """Shuffles the rows of all slices. `names` are those of the slices' receipts.
 
     Returns the receipts of the shards that replace those of the slices: {split: receipt} for each bucket.
@@ -60,7 +64,7 @@ def mix_rows(plan: PreparePlan, names: Sequence[str]) -> list[dict[str, Any]]:
     units = {}
     for bucket in range(_buckets(plan)):
         parts = {split: [r[split][str(bucket)] for r in receipts if str(bucket) in r[split]] for split in plan.splits}
-        units[f"mixed-{bucket:05d}"] = (bucket, parts)
+        units[f"shuffled-{bucket:05d}"] = (bucket, parts)
     _finish_units(units, gather, plan)
     return plan.receipts.read(list(units))
 
@@ -109,7 +113,7 @@ def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan)
     """Writes the shards of one bucket from the output of `scatter`, {split: shards by slice}. Returns {split:
     receipt}."""
     bucket, scattered = unit
-    mixed = {}
+    shuffled = {}
     for split, shards in scattered.items():
         shards = [shards[i] for i in np.argsort(bits(plan.config.seed, SLICES, bucket, np.arange(len(shards))))]
         dataset = plan.open_rows(Receipt().to_dict() | {"shards": shards}, storage.join(SCATTERED, split))
@@ -120,8 +124,8 @@ def gather(unit: tuple[int, dict[str, list[dict[str, Any]]]], plan: PreparePlan)
                 draws = bits(plan.config.seed, PLACE, bucket, number, np.arange(len(rows)))
                 for i in np.argsort(draws, kind="stable").tolist():
                     writer.write(*rows[i])
-        mixed[split] = writer.receipt.to_dict()
-    return mixed
+        shuffled[split] = writer.receipt.to_dict()
+    return shuffled
 
 
 def _loads(row_groups: np.ndarray) -> Iterator[list[int]]:
