@@ -64,12 +64,12 @@ def finish_datasets(
     return manifests
 
 
-def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], mixed: bool) -> bool:
+def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: bool) -> bool:
     """Whether the same command may add images whose download failed for a while, and says so."""
     count = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
     if not count:
         return False
-    if mixed or plan.receipts.finished() & set(map(deduplicated_name, range(len(plan.slices)))):
+    if shuffled or plan.receipts.finished() & set(map(deduplicated_name, range(len(plan.slices)))):
         logger.warning(
             "%s: %d downloads failed for reasons that may pass; this dataset cannot be completed later, because its rows were "
             "shuffled or removed after the downloads (--download-only keeps the files)",
