@@ -147,8 +147,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
         self.keep_products = False
-        # The rate differs from block to block. As a tensor it is an input of the compiled block, which serves all blocks;
-        # as a number it would be compiled into one version per block, until torch gives up after eight.
+        # The rate differs from block to block. As a tensor it is an input of the compiled block, which serves all
+        # blocks; as a number it would be compiled into one version per block, until torch gives up after eight.
         self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:

@@ -21,9 +21,8 @@ MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @contextlib.contextmanager
 def fake_gcs(folder: Path) -> Iterator[str]:
-    """A new, empty store whose data lie under `folder`; its address. Ends with the block.
-
-    Started here and not by the wheel's own class, which gives the server one second to start.
+    """Yields the address of a new, empty store that keeps its data under `folder`. The class of the package is not
+    used, because it waits only one second for the server.
     """
     name = f"fake-gcs-server-{platform.system().lower()}-{MACHINES.get(platform.machine(), platform.machine())}"
     program = Path(wheel.__file__).parent / "vendor" / "fake-gcs-server" / "bin" / name

@@ -1,4 +1,5 @@
-"""Fits translated weights to a model: resizes position embeddings, leaves out heads of another task, and requires all other shapes to match."""
+"""Fits translated weights to a model: resizes position embeddings, drops the head
+of another task, and requires all other shapes to match."""
 
 import math
 import re

@@ -89,8 +89,8 @@ def draw_filters(model: VisionTransformer) -> Figure:
 def draw_positions(model: VisionTransformer) -> Figure:
     """One tile per patch: similarity of its position embedding to all others. Grids above 14x14 are subsampled."""
     similarity = position_similarity(model)
-    # The paper's colours go from -1 to 1; in a small model all positions may be alike, and one colour would say
-    # nothing.
+    # The paper's colours range from -1 to 1. In a small model all positions may be similar, and the tiles would have
+    # one colour.
     low = -1.0 if similarity.min() < 0 else np.floor(10 * similarity.min()) / 10
     grid = model.grid
     shown = np.arange(0, grid, -(-grid // 14))

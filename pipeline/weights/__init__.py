@@ -5,8 +5,9 @@
     model, config = open_model("models:/b16_imagenet@candidate")
     save_checkpoint_weights(model, {"classes": [...]}, "out")
 
-`locate` turns addresses into places, `checkpoints` finds and verifies committed checkpoints, `description` reads what stands
-beside weights, `files` and `folders` read tensors through `pipeline.storage`, `load` fills models. Names and shapes are the business of `models.weights`.
+`locate` resolves addresses, `checkpoints` finds and verifies committed checkpoints, `description` reads the metadata of
+weights, `files` and `folders` read tensors through `pipeline.storage`, and `load` fills models. `models.weights`
+translates names and shapes.
 """
 
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ __all__ = [
     "save_checkpoint_weights",
 ]
 
-# On first use: torch takes seconds to import, and what finds and checks checkpoints has no need of it.
+# Imported on first use: torch takes seconds to import, and finding and checking checkpoints does not need it.
 __getattr__ = lazy.exports(
     __name__, {"load": ("load_model", "load_weights", "open_model", "read_weights", "save_checkpoint_weights")}
 )

@@ -1,4 +1,4 @@
-"""Finds a run's committed checkpoints and says what is damaged. `pipeline.training.checkpoint` writes them.
+"""Finds the committed checkpoints of a run and detects damaged ones. `pipeline.training.checkpoint` writes them.
 
 <run>/checkpoints/step-00001000/COMMIT.json     written last: step, metrics, sizes and SHA-256 of the other files
 """
@@ -15,13 +15,13 @@ from pipeline.errors import StorageError, UserError
 COMMIT = "COMMIT.json"
 FORMAT = 3  # of checkpoints and run.json; a file without the field has version 1
 THREADS = 8
-"""Files that are read at a time."""
+"""Number of files read in parallel."""
 
 logger = logging.getLogger(__name__)
 
 
 class OtherFormat(UserError):
-    """A checkpoint that another version of this program wrote: it is not damaged, so it is neither skipped nor removed."""
+    """Raised for a checkpoint of another format version. It is not damaged, so it is neither skipped nor removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Checkpoint:
 
 
 def folder(run: str, step: int) -> str:
-    """Where a run keeps the checkpoint of a step."""
+    """The folder of the checkpoint of a step."""
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
 def find(run: str) -> list[Checkpoint]:
-    """The committed checkpoints of a run, oldest first. Uncommitted folders do not exist for this function."""
+    """The committed checkpoints of a run, oldest first. Uncommitted folders are ignored."""
     root = storage.join(run, "checkpoints")
     found = []
     for file in storage.list_files(root):
@@ -58,25 +58,25 @@ def find(run: str) -> list[Checkpoint]:
 
 
 def read_commit(uri: str) -> Checkpoint:
-    """The checkpoint in a folder that has a COMMIT.json. Raises UserError when its content is not understood."""
+    """Reads the COMMIT.json of a folder. Raises UserError if it is invalid."""
     commit = storage.read_json(storage.join(uri, COMMIT))
     try:
         step = int(commit["step"])
         for info in commit["files"].values():
             int(info["size"]), str(info["sha256"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{uri}: its {COMMIT} is not one of ours ({type(error).__name__}: {error})") from error
+        raise UserError(f"{uri}: its {COMMIT} is invalid ({type(error).__name__}: {error})") from error
     if commit.get("format", 1) != FORMAT:
         raise OtherFormat(
-            f"{uri}: its format is {commit.get('format', 1)}, this program reads {FORMAT}: use the version that wrote it"
+            f"{uri}: its format version is {commit.get('format', 1)}, but this program reads {FORMAT}: use the version "
+            "that wrote it"
         )
     return Checkpoint(uri, step, commit)
 
 
 def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Sizes are always compared, contents when `checksums`.
-
-    Raises StorageError for an outage, which says nothing about the checkpoint.
+    """The problem of a checkpoint's files, or None. Always compares sizes; with `checksums` also contents. Raises
+    StorageError for an outage of the store, which is not damage.
     """
     present = {file.path: file.size for file in storage.list_files(checkpoint.uri)}
     files = checkpoint.commit["files"]
@@ -92,7 +92,7 @@ def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
                 if digest is None:
                     return f"{path} is missing"
                 if digest != expected["sha256"]:
-                    return f"{path} does not have the content that was written"
+                    return f"{path} does not match its checksum"
     return None
 
 
@@ -104,7 +104,7 @@ def _digest_or_none(uri: str) -> str | None:
 
 
 def latest(run: str, checksums: bool = True) -> Checkpoint | None:
-    """The newest checkpoint whose files are as written; a damaged one is skipped with a warning for the one before."""
+    """The newest intact checkpoint. Damaged ones are skipped with a warning."""
     skipped: list[str] = []
     for checkpoint in reversed(find(run)):
         problem = damage(checkpoint, checksums)
@@ -114,27 +114,24 @@ def latest(run: str, checksums: bool = True) -> Checkpoint | None:
             return checkpoint
         skipped.append(f"{checkpoint.uri} is skipped: {problem}")
     for broken in skipped:
-        logger.warning("%s; there is no other checkpoint before it", broken)
+        logger.warning("%s; there is no earlier checkpoint", broken)
     return None
 
 
 def resolve(uri: str) -> Checkpoint:
-    """The checkpoint that a user means: a checkpoint folder, or a run folder (then its newest one). Sizes are compared.
-
-    Raises UserError when there is no complete checkpoint there.
+    """The checkpoint in a checkpoint folder, or the newest one of a run folder. Compares sizes. Raises UserError if
+    there is no complete checkpoint.
     """
     uri = storage.normalise(uri)
     if storage.exists(storage.join(uri, COMMIT)):
         checkpoint = read_commit(uri)
         problem = damage(checkpoint, checksums=False)
         if problem:
-            raise UserError(f"{uri}: damaged checkpoint: {problem}; use the one before")
+            raise UserError(f"{uri}: damaged checkpoint: {problem}; use an earlier one")
         return checkpoint
     newest = latest(uri, checksums=False)
     if newest is None:
-        raise UserError(
-            f"{uri}: no complete checkpoint here (a folder with {COMMIT}, or a run folder with checkpoints/)"
-        )
+        raise UserError(f"{uri}: no complete checkpoint (a folder with {COMMIT}, or a run folder with checkpoints/)")
     return newest
 
 

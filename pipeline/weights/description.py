@@ -1,4 +1,4 @@
-"""What stands beside weights in their folder: config.json, and the checksums of COMMIT.json. Needs no torch."""
+"""Metadata in the folder of weights: config.json, and the checksums of COMMIT.json. Does not import torch."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from pipeline.errors import UserError
 from pipeline.weights import checkpoints
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
-"""Of files of weights."""
+"""Suffixes of weights files."""
 
 
 def recorded_checksums(uri: str) -> dict[str, str]:
-    """{path: SHA-256} of the files of a checkpoint folder; empty for a folder that no COMMIT.json describes."""
+    """{path: SHA-256} of the files of a checkpoint folder; empty without a COMMIT.json."""
     if not storage.exists(storage.join(uri, checkpoints.COMMIT)):
         return {}
     commit = checkpoints.read_commit(uri)
@@ -22,7 +22,7 @@ def recorded_checksums(uri: str) -> dict[str, str]:
 
 
 def read_description(uri: str) -> dict[str, Any]:
-    """config.json of a folder, verified where a COMMIT.json records it; empty when there is none."""
+    """config.json of a folder, verified if a COMMIT.json has its checksum; empty if the file is missing."""
     path = storage.join(uri, "config.json")
     if not storage.exists(path):
         return {}
@@ -36,23 +36,23 @@ def read_description(uri: str) -> dict[str, Any]:
 
 
 def model_options(uri: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's options in a config.json. Raises UserError when there are none."""
+    """The model options in a config.json. Raises UserError if there are none."""
     options = config.get("model")
     if not isinstance(options, dict):
         raise UserError(
-            f"{uri}: no config.json with a model in it, so the architecture is not known; "
-            "name the variant and load the file with load_weights"
+            f"{uri}: no config.json with a model, so the architecture is unknown; create the model and load the file "
+            "with load_weights"
         )
     if not isinstance(options.get("variant"), str):
-        raise UserError(f"{uri}: config.json describes no model (its model has no variant)")
+        raise UserError(f"{uri}: config.json describes no model (the variant is missing)")
     return options
 
 
 def check_content(uri: str, found: str, expected: str) -> None:
-    """Raises UserError when a file's checksum is not the one that COMMIT.json records."""
+    """Raises UserError if a file does not match its checksum in COMMIT.json."""
     if found != expected:
         raise UserError(
-            f"{uri}: damaged: its content is not the one that the checkpoint's {checkpoints.COMMIT} records; use another "
+            f"{uri}: damaged: its content does not match the checkpoint's {checkpoints.COMMIT}; use another "
             "checkpoint, or copy this one again"
         )
 
@@ -64,7 +64,8 @@ def folder_of(place: str) -> str:
 
 
 def checkpoint_config(place: str) -> dict[str, Any]:
-    """config.json of our checkpoint's folder, or of a weights file in it. Raises UserError when there is none."""
+    """config.json of a checkpoint folder of this project, or of a weights file in
+    it. Raises UserError if it is missing."""
     config = read_description(folder_of(place))
     model_options(place, config)
     return config

@@ -1,6 +1,7 @@
-"""One file of weights -> its tensors under their own names: .safetensors, .npz, PyTorch's .pt, .pth, .bin, .ckpt, .tar.
+"""Reads the tensors of one weights file under their original names: .safetensors, .npz, PyTorch's .pt, .pth, .bin,
+.ckpt, .tar.
 
-Nothing is unpickled: PyTorch's files are read with `weights_only=True`, .npz without `allow_pickle`.
+Nothing is unpickled: PyTorch files are read with `weights_only=True`, .npz without `allow_pickle`.
 """
 
 import argparse
@@ -26,19 +27,19 @@ STATE_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder"),
     *("state_dict", "model_state_dict", "model", "module", "net", "student", "encoder"),
 )
-"""Where training scripts put a state dict, the first that is found: averaged weights before those that were trained."""
+"""Keys under which training scripts save a state dict, in order of preference: averaged weights before trained ones."""
 
 
 class _AttributeDict(dict):
-    """In the place of the class of Lightning's hyperparameters, which is a dict."""
+    """Replaces the class of Lightning's hyperparameters, which is a dict."""
 
 
 def _path(*parts: str) -> str:
-    """In the place of a pathlib.Path in a training script's settings."""
+    """Replaces a pathlib.Path in the settings of a training script."""
     return "/".join(parts)
 
 
-# What training scripts, timm's and Lightning's among them, keep beside the weights: command line, settings, numbers.
+# Types that training scripts (also of timm and Lightning) save with the weights: command line, settings, numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -52,14 +53,12 @@ HARMLESS: list[Any] = [
 
 
 def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
-    """(tensors of a file, notes on a choice that was made among them).
-
-    sha256: the checksum that the file must have, in hexadecimal. Raises UserError when the file is damaged, hostile or of
-    an unknown kind.
+    """(tensors of a file, notes on choices among several state dicts). sha256: the expected checksum in hexadecimal.
+    Raises UserError if the file is damaged, malicious or of an unknown type.
     """
     kind = uri.lower()
     if not kind.endswith(SUFFIXES):
-        raise UserError(f"{uri}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{uri}: unknown file type; expected one of {', '.join(SUFFIXES)}")
     local = not storage.is_remote(uri)
     data: Any = uri if local else io.BytesIO(storage.read_bytes(uri))
     if sha256 is not None:
@@ -79,25 +78,24 @@ def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{uri}: cannot be read: {f'holds a {what[1]}' if what else 'not a file of tensors'}; a file that holds "
-            "more than tensors is refused, save its state_dict alone"
+            f"{uri}: cannot be read: {f'holds a {what[1]}' if what else 'not a file of tensors'}; a file with other "
+            "objects than tensors is rejected; save its state_dict alone"
         ) from error
-    except Exception as error:  # the errors of zipfile, safetensors, NumPy and torch have no common class
+    except Exception as error:  # zipfile, safetensors, NumPy and torch have no common error class
         raise UserError(f"{uri}: cannot be read: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    """An error's message in one line; the error's class when it has none."""
+    """The first line of an error message, or the class of the error if the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _check_kind(data: Any, uri: str) -> None:
-    """Raises UserError for a Git LFS pointer, for a TorchScript archive, and for a zip that unfolds to much more.
-
-    .npz and .pt are zip files: a small one can claim terabytes, while weights compress by a few percent.
+    """Raises UserError for a Git LFS pointer, a TorchScript archive, and a decompression bomb. .npz and .pt are zip
+    files: a small file can unpack to terabytes, but weights compress by a few percent only.
     """
     if _first_bytes(data).startswith(b"version https://git-lfs"):
-        raise UserError(f"{uri}: a pointer of Git LFS, not the file itself: run git lfs pull where it was cloned")
+        raise UserError(f"{uri}: a Git LFS pointer, not the file itself: run git lfs pull in the clone")
     if not zipfile.is_zipfile(data):
         return
     with zipfile.ZipFile(data) as archive:
@@ -106,16 +104,15 @@ def _check_kind(data: Any, uri: str) -> None:
         data.seek(0)
     if any("/code/" in member.filename for member in members):
         raise UserError(
-            f"{uri}: a TorchScript archive (such as OpenAI's CLIP), which holds code: load it where you trust it with "
-            "torch.jit.load, and save its state_dict()"
+            f"{uri}: a TorchScript archive (such as OpenAI's CLIP), which contains code: if you trust it, load it with torch.jit.load and save its state_dict()"
         )
     packed, unfolded = (sum(getattr(member, f) for member in members) for f in ("compress_size", "file_size"))
     if unfolded > MAX_UNFOLDED_BYTES and unfolded > 100 * packed:
-        raise UserError(f"{uri}: {packed:,} bytes that unfold to {unfolded:,} are no weights")
+        raise UserError(f"{uri}: {packed:,} bytes that unpack to {unfolded:,} are no weights")
 
 
 def _first_bytes(data: Any, count: int = 64) -> bytes:
-    """The beginning of a file, given as a local path or as its content in memory."""
+    """The first bytes of a file, given as a local path or as its content in memory."""
     if isinstance(data, io.BytesIO):
         return bytes(data.getbuffer()[:count])
     with open(data, "rb") as file:
@@ -123,14 +120,14 @@ def _first_bytes(data: Any, count: int = 64) -> bytes:
 
 
 def _float_of_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 for the bfloat16 that JAX stores as a two-byte void type; other arrays as they are."""
+    """Converts bfloat16, which JAX stores as a two-byte void type, to float32; other arrays are unchanged."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array
 
 
 def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
-    """(tensors of a PyTorch file, wherever common training scripts put them; notes on a choice among several)."""
+    """(tensors of a PyTorch file, under the key that a training script used; notes on a choice among several)."""
     notes = []
     while isinstance(loaded, dict):
         keys = [key for key in STATE_KEYS if _holds_tensors(loaded.get(key))]
@@ -150,7 +147,7 @@ def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a value is a state dict, or a dictionary that holds one."""
+    """Whether a value is a state dict or contains one."""
     if not isinstance(value, dict):
         return False
     return any(isinstance(v, torch.Tensor) for v in value.values()) or any(

@@ -1,4 +1,5 @@
-"""A folder of weights -> its tensors: our checkpoints, Hugging Face's and timm's folders, files in several parts."""
+"""Reads the tensors of a folder: checkpoints of this project, folders of
+Hugging Face and timm, and weights in several files."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +19,13 @@ MAX_DEPTH = 1000
 
 
 def read_folder(uri: str) -> tuple[Weights, list[str]]:
-    """(tensors of a folder, notes on a choice). What a COMMIT.json records of its files is verified.
-
-    Raises UserError when there are no weights, several to choose from, or damaged ones.
+    """(tensors of a folder, notes on choices among several state dicts). Files are verified against COMMIT.json if
+    there is one. Raises UserError if weights are missing, ambiguous or damaged.
     """
     names = {file.path for file in storage.list_files(uri, recursive=False)}
     has_state = storage.exists(storage.join(uri, "state"))
     if has_state and checkpoints.COMMIT not in names:
-        raise UserError(f"{uri}: an unfinished checkpoint (no {checkpoints.COMMIT}); use the one before")
+        raise UserError(f"{uri}: an unfinished checkpoint (no {checkpoints.COMMIT}); use an earlier one")
     recorded = recorded_checksums(uri)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in names:
@@ -39,12 +39,12 @@ def read_folder(uri: str) -> tuple[Weights, list[str]]:
     other = [name for name in sorted(names) if name.endswith(SUFFIXES)]
     if len(other) == 1:
         return read_file(storage.join(uri, other[0]))
-    what = f"several files of weights ({shorten(other)}); name one" if other else "no file of weights in this folder"
+    what = f"several weights files ({shorten(other)}); name one" if other else "no weights file in this folder"
     raise UserError(f"{uri}: no model.safetensors, pytorch_model.bin or state/, and {what}")
 
 
 def build_model(options: Mapping[str, Any], uri: str) -> torch.nn.Module:
-    """The model that a config.json asks for. Raises UserError when it asks for nonsense."""
+    """The model that a config.json describes. Raises UserError for invalid options."""
     try:
         if (options.get("depth") or 0) > MAX_DEPTH:
             raise ValueError(f"a depth of {options['depth']}")
@@ -54,37 +54,36 @@ def build_model(options: Mapping[str, Any], uri: str) -> torch.nn.Module:
 
 
 def _read_parts(uri: str, index: str, names: set[str]) -> Weights:
-    """A large model in several files, as Hugging Face splits them: the index says which tensor is in which."""
+    """Reads a large model that Hugging Face split into several files; the index maps each tensor to its file."""
     try:
         places = dict(storage.read_json(storage.join(uri, index))["weight_map"])
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{uri}: {index} is no index of weights ({error})") from error
+        raise UserError(f"{uri}: {index} is not an index of weights ({error})") from error
     if absent := [file for file in files if file not in names]:
         raise UserError(f"{uri}: {len(absent)} of {len(files)} parts are missing: {shorten(absent)}")
     tensors = {name: tensor for file in files for name, tensor in read_file(storage.join(uri, file))[0].items()}
     if lost := [name for name in places if name not in tensors]:
-        raise UserError(f"{uri}: tensors of {index} are in none of its {len(files)} parts: {shorten(lost)}")
+        raise UserError(f"{uri}: tensors of {index} are missing from its {len(files)} parts: {shorten(lost)}")
     return tensors
 
 
 def _other_layout(uri: str, names: set[str]) -> str | None:
-    """What another framework's folder is, and how its own tool makes one file of it."""
+    """The framework that wrote a folder, and how to convert the folder to one file with its tool."""
     if "zero_to_fp32.py" in names or any("zero_pp_rank_" in name for name in names):
-        return "a checkpoint of DeepSpeed: run its zero_to_fp32.py, which stands in the run's folder, and give the file"
+        return "a DeepSpeed checkpoint: run zero_to_fp32.py in the folder of the run, and pass the resulting file"
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
         return (
-            "a distributed checkpoint of PyTorch: make one file of it with "
+            "a distributed PyTorch checkpoint: convert it to one file with "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
         )
     return None
 
 
 def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
-    """Parameters of a checkpoint's training state alone, whatever ZeRO stage wrote it: no engine, GPU or process group.
-
-    Every worker's file holds flat float32 slices named "param:<parameter>:<start>"; config.json beside `state/` gives
-    the shapes. recorded: checksums by path. Raises UserError when slices are missing.
+    """Reads the parameters from a checkpoint's training state, for every ZeRO stage, without an engine, GPU or process
+    group. The file of each worker has flat float32 slices named "param:<parameter>:<start>"; shapes are in config.json
+    next to `state/`. recorded: checksums by path. Raises UserError if slices are missing.
     """
     with torch.device("meta"):
         model = build_model(model_options(uri, read_description(uri)), uri)
@@ -104,5 +103,5 @@ def read_training_state(uri: str, recorded: Mapping[str, str]) -> Weights:
                 missing[name] -= values.numel()
     short = [f"{name} ({count} of {weights[name].numel()} values)" for name, count in missing.items() if count]
     if short:
-        raise UserError(f"{uri}: parts of the training state are missing: {shorten(short)}")
+        raise UserError(f"{uri}: the training state is incomplete: {shorten(short)}")
     return {name: weights[name].reshape(p.shape) for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Weights into models, and models from checkpoints."""
+"""Loads weights into models, and models from checkpoints."""
 
 import dataclasses
 import json
@@ -20,19 +20,18 @@ from pipeline.weights.locate import locate
 def load_weights(
     model: nn.Module, uri: str | os.PathLike, strict_head: bool = False, tracking_uri: str | None = None
 ) -> LoadReport:
-    """Fills a model from weights of any supported naming; the model keeps its own image size and options.
-
-    uri: .npz (Google's ViT, hybrid or BiT), .safetensors, a PyTorch file with a state dict, a folder (our checkpoint or
-    run, a Hugging Face or timm model), local or s3://, or an MLflow URI. A head for other classes, or with or without the
-    tanh layer, is left out and the model's own kept; with `strict_head` that is an error too. Raises UserError that lists
-    missing, unknown and misshapen tensors; the model is then untouched.
+    """Loads weights with any supported naming into a model, which keeps its image size and options. uri: .npz (Google's
+    ViT, hybrid or BiT), .safetensors, a PyTorch file with a state dict, a folder (our checkpoint or run, a Hugging Face
+    or timm model), local or s3://, or an MLflow URI. A head with other classes or another tanh layer is dropped, and
+    the model keeps its head; with `strict_head` this is an error. Raises UserError that lists tensors that are missing,
+    unknown or have another shape; the model is then unchanged.
     """
     place = locate(os.fspath(uri), tracking_uri)
     return load_tensors(model, _read(place), os.fspath(uri), strict_head)
 
 
 def load_model(uri: str | os.PathLike, tracking_uri: str | None = None, **options: Any) -> nn.Module:
-    """The model that a checkpoint's config.json describes, with its weights, in eval mode. `options` override the config."""
+    """Creates the model of a checkpoint's config.json in eval mode, with its weights. `options` override the config."""
     place = locate(os.fspath(uri), tracking_uri)
     model = folders.build_model({**description.checkpoint_config(place)["model"], **options}, os.fspath(uri))
     load_tensors(model, _read(place), os.fspath(uri), strict_head=not options)
@@ -40,9 +39,8 @@ def load_model(uri: str | os.PathLike, tracking_uri: str | None = None, **option
 
 
 def open_model(uri: str, tracking_uri: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint in eval mode on the CPU, and its whole config.json.
-
-    A model of masked patch prediction comes back as the plain encoder inside it, without a head.
+    """The model of a checkpoint in eval mode on the CPU, and its complete config.json. Of a masked patch prediction
+    model, only the encoder is returned, without a head.
     """
     place = locate(uri, tracking_uri)
     config = description.checkpoint_config(place)
@@ -51,9 +49,8 @@ def open_model(uri: str, tracking_uri: str | None = None) -> tuple[nn.Module, di
 
 
 def read_weights(uri: str | os.PathLike) -> NamedWeights:
-    """The tensors of a file or folder under this project's names, with what its config.json says of their use.
-
-    Raises UserError for a file that is missing, damaged, incomplete or of an unknown kind.
+    """The tensors of a file or folder under this project's names, with the usage information of its config.json. Raises
+    UserError for a file that is missing, damaged, incomplete or of an unknown type.
     """
     return _read(locate(os.fspath(uri)))
 
@@ -61,13 +58,14 @@ def read_weights(uri: str | os.PathLike) -> NamedWeights:
 def save_checkpoint_weights(model_or_state: nn.Module | Weights, config: Mapping[str, Any], folder: str) -> None:
     """Writes model.safetensors and config.json, which `load_model` reads, to a local or s3:// folder.
 
-    config: anything JSON-able; its "model" entry is filled from the model when absent, and required beside a state dict.
+    config: any JSON-serialisable values. The entry "model" is taken from the model by default, and is required with a
+    state dict.
     """
     if isinstance(model_or_state, nn.Module):
         config = {"model": model_or_state.config, **config}
         model_or_state = model_or_state.state_dict()
     if "model" not in config:
-        raise ValueError('a state dict alone does not say what it is; give config={"model": model.config}')
+        raise ValueError('a state dict does not describe its architecture; give config={"model": model.config}')
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model_or_state.items()}
     storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(state, {"format": "pt"}))
     storage.write_bytes(storage.join(folder, "config.json"), (json.dumps(config, indent=1) + "\n").encode())

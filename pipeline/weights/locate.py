@@ -1,4 +1,4 @@
-"""From what a user calls a checkpoint to the folder or file of its weights: a folder, a run, an MLflow URI."""
+"""Resolves a user's address of a checkpoint (folder, run or MLflow URI) to the folder or file of its weights."""
 
 import os
 from typing import Any
@@ -10,10 +10,9 @@ from pipeline.weights import checkpoints, description
 
 
 def locate(uri: str, tracking_uri: str | None = None) -> str:
-    """The folder or file of weights that a URI means.
-
-    MLflow URIs are downloaded; a run folder means its newest complete checkpoint; an MLflow model's folder means the
-    checkpoint among its artifacts. Raises UserError when there is nothing.
+    """The folder or file of weights for a URI. MLflow URIs are downloaded. A run folder resolves to its newest complete
+    checkpoint, and the folder of an MLflow model to the checkpoint among its artifacts. Raises UserError if there is
+    none.
     """
     uri = storage.normalise(fetch(uri, tracking_uri))
     run = not storage.exists(storage.join(uri, "config.json")) or storage.exists(storage.join(uri, "checkpoints"))
@@ -29,8 +28,7 @@ def locate(uri: str, tracking_uri: str | None = None) -> str:
 
 
 def read_config(uri: str | os.PathLike, tracking_uri: str | None = None) -> dict[str, Any]:
-    """config.json of the checkpoint that a URI means, with the model's options under "model".
-
-    Raises UserError when there is none, or when it is not one of ours.
+    """config.json of the checkpoint at a URI, with the model options under "model". Raises UserError if it is missing,
+    or was not written by this project.
     """
     return description.checkpoint_config(locate(os.fspath(uri), tracking_uri))

@@ -22,8 +22,8 @@ STEP = 0.25  # minutes of simulated time between two decisions of the autoscaler
 BOOT_MINUTES = 5.0  # assumed: from the request of a machine to a Ray node with the image pulled
 CHECKPOINT_MINUTES = 10.0
 
-# Dollars per hour in us-east-1, Linux. On demand: AWS's price list as of November 2025. The spot price of the CPU nodes changes
-# by the hour; 40% of the on-demand price is assumed.
+# Dollars per hour in us-east-1, Linux. On demand: AWS's price list as of November 2025. The spot price of the CPU nodes
+# changes by the hour; 40% of the on-demand price is assumed.
 PRICES = {"head": 0.4032, "cpu": 0.4 * 1.428, "gpu": 55.04}
 
 

@@ -194,7 +194,8 @@ def webdataset(work: Path, workers: int) -> Iterator[np.ndarray]:
 def mosaicml_streaming(work: Path, workers: int) -> Iterator[np.ndarray]:
     import torch
 
-    # It imports torchvision, whose CUDA wheel beside a CPU torch lacks these two operators; nothing here calls them.
+    # The import loads torchvision. With a CPU build of torch, its CUDA wheel lacks these two operators, which are not
+    # used here.
     with contextlib.suppress(RuntimeError):
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):

@@ -80,7 +80,7 @@ def prepare(library: str, variant: str, precision: str):
     model.train()
     x = torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     label = torch.arange(BATCH)
-    for parameter in model.parameters():  # gradients are there before any measurement: only activations count
+    for parameter in model.parameters():  # allocate gradients before the measurement, which then shows only activations
         parameter.grad = torch.zeros_like(parameter)
 
     def step():

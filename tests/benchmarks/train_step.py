@@ -44,7 +44,8 @@ TIMM = {
 }
 BATCH = {"cpu": {"S/16": 16, "B/16": 8}, "cuda": {"S/16": 1024, "B/16": 512, "L/16": 256, "H/14": 128}}
 CLASSES, SIZE = 1000, 224
-# The environment that pipeline.training.launch gives its workers, here for every row: freed activations stay in the heap.
+# The environment that pipeline.training.launch gives its workers, here for every row: freed activations stay in the
+# heap.
 HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),

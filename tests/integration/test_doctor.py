@@ -161,8 +161,8 @@ def test_credentials_of_a_file_and_of_the_address(home):
         (401, b"", "answers 401", "MLFLOW_TRACKING_PASSWORD"),
         (403, b"", "answers 403", "--allowed-hosts"),
         (500, b"", "answers 500", "log"),
-        (200, b"<html>a hotel's login page</html>", "does not answer as MLflow does", "MLFLOW_TRACKING_URI"),
-        (200, b"[]", "does not answer as MLflow does", "MLFLOW_TRACKING_URI"),
+        (200, b"<html>a hotel's login page</html>", "does not respond like an MLflow server", "MLFLOW_TRACKING_URI"),
+        (200, b"[]", "does not respond like an MLflow server", "MLFLOW_TRACKING_URI"),
     ],
 )
 def test_a_tracking_server_that_does_not(home, code, body, message, remedy):
@@ -389,8 +389,8 @@ def test_gpus_add_up(monkeypatch):
     ("free", "now", "status", "message"),
     [
         (4, 4, "ok", "fit now"),
-        (1, 4, "warning", "other jobs leave room for 1"),
-        (0, 2, "warning", "the nodes that are there have room for 2"),
+        (1, 4, "warning", "other jobs leave capacity for 1"),
+        (0, 2, "warning", "the current nodes have capacity for 2"),
     ],
 )
 def test_room_for_the_workers(free, now, status, message):
@@ -511,6 +511,6 @@ def test_the_job_on_every_node_of_a_cluster(dataset, tmp_path):
         assert room["message"] == "2 workers of 1 CPU fit now"
         assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"all 1 nodes"}  # two of one address
         never = examine(*arguments, "--cpus-per-worker", "2")
-        assert "2 workers of 2 CPU: the nodes that are there have room for 0" in never.stdout
+        assert "2 workers of 2 CPU: the current nodes have capacity for 0" in never.stdout
     finally:
         cluster_of_two.shutdown()

@@ -30,7 +30,7 @@ def rows(n=120):
 
 @pytest.fixture(scope="module")
 def written():
-    """The dataset, once a test has written it: the server keeps it for the others."""
+    """The dataset that the first test writes to the server, for all tests."""
     return []
 
 

@@ -107,7 +107,7 @@ class Job:
 
 @pytest.fixture
 def jobs() -> Iterator[list[Job]]:
-    """Jobs of one test; whatever still runs at its end is ended."""
+    """Starts the jobs of one test, and kills the remaining ones when the test ends."""
     running: list[Job] = []
     yield running
     for job in running:

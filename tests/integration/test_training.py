@@ -267,7 +267,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     caplog.clear()
     assert checkpoints.latest(str(tmp_path)).step == 2
     assert f"a checkpoint is skipped: {six}/COMMIT.json: not valid JSON" in caplog.text
-    wrong = "model.safetensors does not have the content that was written"
+    wrong = "model.safetensors does not match its checksum"
     assert f"{four} is skipped: {wrong}; going back to {two}" in caplog.text
     victim.write_bytes(content[:-10])
     with pytest.raises(UserError, match=r"damaged checkpoint: model\.safetensors has"):
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_p
     commit = Path(checkpoints.folder(str(tmp_path), 2)) / "COMMIT.json"
     commit.write_text(commit.read_text().replace(f'"format": {checkpoints.FORMAT}', '"format": 99'))
     for look in (checkpoints.find, checkpoints.resolve, lambda run: checkpoint.repair(run, delete=True)):
-        with pytest.raises(UserError, match=r"step-00000002: its format is 99, this program reads \d+"):
+        with pytest.raises(UserError, match=r"step-00000002: its format version is 99, but this program reads \d+"):
             look(str(tmp_path))
     assert commit.exists()
 
@@ -296,7 +296,7 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
     lines, is_sound = checkpoint.repair(str(tmp_path))
     assert not is_sound
     assert lines[0].startswith(f"complete     {one}: step 1, 5 files")
-    assert lines[1].startswith(f"damaged      {two}: its COMMIT.json is not one of ours")
+    assert lines[1].startswith(f"damaged      {two}: its COMMIT.json is invalid")
     assert lines[2].startswith(f"damaged      {three}: config.json has 0 bytes")
     assert lines[3].startswith(f"uncommitted  {four}: ")
     assert lines[4] == f"resumes from {one}"

@@ -137,7 +137,7 @@ def test_the_plan_says_how_many_cpu_cores_feed_a_gpu():
     )
     needed = short["data"]["jpeg"]["cores_per_gpu"]
     text = table(short)
-    assert "the recipe asks for 4" in text
+    assert "the recipe requests 4" in text
     assert f"give --cpus-per-worker {needed}," in text
     assert 4 < needed <= RECIPES["s16_imagenet_90ep"]().runtime.cpus_per_worker
 

@@ -180,7 +180,7 @@ def test_weights_that_unfold_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "MAX_UNFOLDED_BYTES", 100_000)
     np.savez_compressed(tmp_path / "bomb.npz", embedding=np.zeros(1_000_000, np.float32))
-    with pytest.raises(UserError, match=r"bomb.npz: .* that unfold to 4,000,"):
+    with pytest.raises(UserError, match=r"bomb.npz: .* that unpack to 4,000,"):
         read_weights(tmp_path / "bomb.npz")
 
 

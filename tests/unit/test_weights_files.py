@@ -69,7 +69,7 @@ def test_a_state_dict_in_several_files_with_one_missing_or_incomplete(tmp_path):
     load_weights(other, tmp_path, strict_head=True)
     assert torch.equal(logits(other), logits(model))
     torch.save(dict(state[10:]), tmp_path / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(UserError, match=f"in none of its 2 parts: {state[9][0]}"):
+    with pytest.raises(UserError, match=f"missing from its 2 parts: {state[9][0]}"):
         load_weights(other, tmp_path)
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match=r"1 of 2 parts are missing: pytorch_model-00002"):
@@ -84,7 +84,7 @@ def test_half_precision_files_and_files_of_any_name(tmp_path, dtype):
     load_weights(other, tmp_path, strict_head=True)
     assert torch.equal(logits(other), logits(model.float()))
     (tmp_path / "older.pth").touch()
-    with pytest.raises(UserError, match=r"several files of weights \(older\.pth, weights_for_you\.safetensors\)"):
+    with pytest.raises(UserError, match=r"several weights files \(older\.pth, weights_for_you\.safetensors\)"):
         load_weights(other, tmp_path)
 
 

@@ -264,5 +264,5 @@ def test_a_torchscript_archive_and_a_git_lfs_pointer_are_named(tmp_path):
     with pytest.raises(UserError, match=r"ViT-B-32\.pt: a TorchScript archive"):
         load_weights(tiny(), tmp_path / "ViT-B-32.pt")
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(UserError, match=r"model\.safetensors: a pointer of Git LFS"):
+    with pytest.raises(UserError, match=r"model\.safetensors: a Git LFS pointer"):
         load_weights(tiny(), tmp_path / "model.safetensors")

@@ -157,7 +157,7 @@ class Manifest:
 
 
 def content_fingerprint(shards: Sequence[Shard], classes: Sequence[str]) -> str:
-    """Names and checksums of the shards in their order, and the classes in theirs, as 16 hexadecimal digits."""
+    """A hash of the names and checksums of the shards and of the classes, in order, as 16 hexadecimal digits."""
     content = [[[shard.name, shard.sha256] for shard in shards], list(classes)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

@@ -134,6 +134,6 @@ def _centres(plan: PreparePlan, count: int) -> np.ndarray:
 
 
 def _described(plan: PreparePlan, count: int) -> list[str]:
-    """Names of the receipts of slices and parts; they depend on the network."""
+    """Receipt names of slices and parts. The names include the network, so another network starts again."""
     digest = hashlib.sha256(read_script(str(plan.config.descriptor))).hexdigest()[:12]
     return [f"described-{digest}-{number:05d}" for number in range(count)]

@@ -22,14 +22,14 @@ def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Capacity
     if room.now >= workers:
         return warning(
             "room",
-            f"{want}: other jobs leave room for {room.free}",
-            "the run waits until they end; `ray job list` shows them",
+            f"{want}: other jobs leave capacity for {room.free}",
+            "the run waits until they finish; `ray job list` shows them",
         )
     return warning(
         "room",
-        f"{want}: the nodes that are there have room for {room.now}",
-        "the run waits until an autoscaler brings more, within max_workers (maxReplicas) of its node types; to a cluster of "
-        "fixed size add nodes (ray start --address), or ask for less",
+        f"{want}: the current nodes have capacity for {room.now}",
+        "the run waits until an autoscaler adds nodes, at most max_workers (maxReplicas) of each type; on a cluster of "
+        "fixed size, add nodes (ray start --address) or request less",
     )
 
 

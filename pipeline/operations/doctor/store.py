@@ -23,7 +23,7 @@ _CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE
 
 
 def data_sets(text: str) -> list[str]:
-    """The data sets of --data; none for a mixture that cannot be, which the check of the run reports."""
+    """The datasets of --data; none for an invalid mixture, which the check of the run reports."""
     try:
         return [storage.normalise(uri) for uri in address.uris(text)]
     except UserError:
@@ -130,13 +130,13 @@ def checksums() -> CheckResult:
     411."""
     mode = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "")
     if mode != "when_required" and os.environ.get("AWS_ENDPOINT_URL"):
-        return warning("checksum mode", f"{mode}: a store other than AWS may refuse uploads", _CHECKSUMS)
-    return ok("checksum mode", f"{mode}: every store understands it" if mode == "when_required" else mode)
+        return warning("checksum mode", f"{mode}: stores other than AWS may reject uploads", _CHECKSUMS)
+    return ok("checksum mode", f"{mode}: supported by every store" if mode == "when_required" else mode)
 
 
 def _reachable(uri: str) -> None:
-    """Raises UserError immediately if the server that the environment names is unreachable; requests are repeated for
-    minutes."""
+    """Raises UserError immediately if the server that the environment names is
+    unreachable; otherwise requests would be retried for minutes."""
     if not storage.is_remote(uri):
         return
     kind = kind_of(uri)
@@ -147,7 +147,7 @@ def _reachable(uri: str) -> None:
     try:
         parts = urllib.parse.urlsplit(endpoint)
         host, port = parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         host, port = None, 0
     if not host:
         raise UserError(f"{where} is not a URL; write http://host:port")
@@ -177,7 +177,7 @@ def places(config: "PretrainConfig", tracking: str) -> list[CheckResult]:
     return [
         warning(
             "places",
-            f"{', '.join(local)}: on a cluster of several machines each has its own",
+            f"{', '.join(local)}: each machine of a cluster has its own",
             "use a store (s3://, gs://) and a server's address, or make sure that the folder is shared",
         )
     ]

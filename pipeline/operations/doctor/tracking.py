@@ -42,7 +42,9 @@ def tracking_server(uri: str, patience: float = 10.0) -> CheckResult:
         if isinstance(reason, TimeoutError):
             return error(name, f"{shown} did not answer in {patience:g} s", "start it, or correct MLFLOW_TRACKING_URI")
         return error(
-            name, f"{shown} does not answer as MLflow does ({reason})", "start it, or correct MLFLOW_TRACKING_URI"
+            name,
+            f"{shown} does not respond like an MLflow server ({reason})",
+            "start it, or correct MLFLOW_TRACKING_URI",
         )
     return ok(name, f"{shown} serves")
 

@@ -9,28 +9,29 @@ from pipeline.hardware import find_gpu
 from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
 from pipeline.operations.planning.speed import step_seconds
 
-# A stored image of side 256 (jpeg) or 224 (patches), and the CPU time to hand it to the device, cropped and flipped
-# (tests/benchmarks/results/loader_speed.json, one core). A part of the time is the same for the smallest image (32 px:
-# 0.048 ms); the rest, and the bytes, grow with the area. "originals" are ImageNet's own files.
+# Bytes of a stored image of side 256 (jpeg) or 224 (patches), and the CPU time to load, crop and flip it
+# (tests/benchmarks/results/loader_speed.json, one core). A part of the time does not depend on the size (32 px: 0.048
+# ms); the rest, and the bytes, are proportional to the area. "originals" are ImageNet's files.
 JPEG_BYTES, JPEG_SECONDS = 24_000, 0.39e-3
 PATCH_SECONDS = 0.021e-3
 IMAGE_SECONDS = 0.04e-3
-# More CPU time of an image of 224 px: each layer of RandAugment, and mixup (loader on one core, 512 JPEGs of 256 px).
+# Additional CPU time for an image of 224 px: each layer of RandAugment, and mixup (loader on one core, 512 JPEGs of 256
+# px).
 RANDAUGMENT_SECONDS, MIXUP_SECONDS = 0.12e-3, 0.03e-3
 LAUNCHING = 1
-"""Cores a GPU for the thread that launches its kernels."""
+"""Cores per GPU for the thread that launches its kernels."""
 ORIGINAL_BYTES, ORIGINAL_SECONDS = 110_000, 1.4e-3
 PREPARE_SECONDS = 2.0e-3  # decode an original, shrink to 256, encode
 
-GET_PRICE = 0.4e-6  # $ per request of S3 standard, one for each row group
+GET_PRICE = 0.4e-6  # $ per request of S3 Standard; one request per row group
 
 # Table 2 of the paper: recipe -> TPUv3 core-days of pre-training.
 PAPER_CORE_DAYS = {"h14_jft300m_14ep": 2500, "l16_jft300m_14ep": 680, "l16_imagenet21k_90ep": 230}
 
 
 def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[str, Any]:
-    """What storage and CPUs must deliver at `rate` images a second, by how the images are stored. cores_per_gpu: whole
-    cores, with the one that launches kernels."""
+    """Required throughput of storage and CPUs at `rate` images per second, for each way of storing images.
+    cores_per_gpu: whole cores, including the one that launches kernels."""
     side, augment = config.training.image_size, config.training.augment
     channels, area = 3, (side / 224) ** 2
     strong = augment.randaug_layers * RANDAUGMENT_SECONDS + (MIXUP_SECONDS if augment.mixup else 0.0)

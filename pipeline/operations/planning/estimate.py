@@ -23,15 +23,15 @@ from pipeline.operations.planning.speed import step_seconds
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
-# Host time of one block's forward and backward pass, with its part of the engine: tests/benchmarks/launch_overhead.py.
+# Host time for the forward and backward pass of one block, including its share of the engine:
+# tests/benchmarks/launch_overhead.py.
 BLOCK_LAUNCH_SECONDS = 1.5e-3
 
 
 def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
-    """The plan as plain values: sizes in bytes, times in seconds or hours as named, costs in dollars.
-
-    Raises UserError for an unknown GPU, a corpus of unknown size, and workers that do not divide the batch and its
-    lanes."""
+    """The plan as plain values: sizes in bytes, times in seconds or hours (the names say which), costs in dollars.
+    Raises UserError for an unknown GPU, a corpus of unknown size, and a number of
+    workers that does not divide the batch and its lanes."""
     training, gpu = config.training, find_gpu(config.gpu)
     for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores", "read_gbps"):
         value = getattr(config, flag)
@@ -75,7 +75,7 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
     """Steps, images, FLOPs, speed, hours and dollars of a run over a corpus of `images`.
 
     split: how a GPU's part of the batch is computed (`memory`): micro_batch and accumulation. The speed is the smallest
-    of `limits`; wanted_images_per_second is that of a run which never waits for data."""
+    of `limits`; wanted_images_per_second is the speed of a run that never waits for data."""
     training = config.training
     train_flops = 3 * flops(options, patch_keep_rate=training.patch_keep_rate)
     rates = limits(config, options, split)
@@ -100,10 +100,8 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
 
 
 def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -> dict[str, float]:
-    """Images per second that each part of the run allows: the GPUs, the launching of their kernels, the decoding of JPEG
-    shards on the CPUs, and reading them.
-
-    Communication between GPUs is not among them (tests/benchmarks/scaling.py models it).
+    """Images per second that each part of the run allows: the GPUs, kernel launches, decoding of JPEG shards on the
+    CPUs, and reading the shards. Communication between GPUs is not included (tests/benchmarks/scaling.py models it).
     """
     training, nodes = config.training, math.ceil(config.gpus / config.gpus_per_node)
     passes = 3 + recomputed_share(training)
@@ -124,13 +122,13 @@ def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -
 
 
 def count_blocks(options: dict[str, Any]) -> int:
-    """Number of transformer blocks and of a stem's or ResNet's units."""
+    """Number of transformer blocks, plus the units of a stem or ResNet."""
     shape = parse_variant(options["variant"])
     return int(options.get("depth") or shape.depth) + sum(shape.stem or ())
 
 
 def recomputed_share(training: PretrainConfig) -> float:
-    """Share of the forward pass that runs a second time. Norms, GELU and dropout alone count as nothing."""
+    """Fraction of the forward pass that is recomputed. Recomputing only norms, GELU and dropout counts as 0."""
     engine, depth = training.engine, training.model.depth or parse_variant(training.model.variant).depth
     if not engine.activation_checkpointing or engine.checkpoint_keeps == "products":
         return 0.0

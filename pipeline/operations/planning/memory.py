@@ -1,4 +1,5 @@
-"""Bytes per GPU of the planned run under each ZeRO stage, and the largest micro-batch that fits beside the model states."""
+"""Bytes per GPU of the planned run under each ZeRO stage, and the largest
+micro-batch that fits in the remaining memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,8 @@ from pipeline.training.memory import activations, fit_micro_batch
 
 
 def memory(config: PlanConfig, options: Mapping[str, Any]) -> dict[str, Any]:
-    """{"stages": {stage: what it takes}, ...}. micro_batch 0: not even one image fits. `used` is that of the largest
-    micro-batch."""
+    """{"stages": {stage: its memory}, ...}. micro_batch 0: not even one image fits.
+    `used` is the memory with the largest micro-batch."""
     training, engine, gpu = config.training, config.training.engine, find_gpu(config.gpu)
     share = training.batch_size // config.gpus
     kept, largest = activations(options, training.loss, engine)

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from pipeline.data.format import Dataset
     from pipeline.training.plan import TrainPlan
 
-CPU_UTILISATION = 0.4  # of the rate of large matrix products, by small models on two cores
+CPU_UTILISATION = 0.4  # fraction of the speed of large matrix products that small models reach on two cores
 
 
 def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
     """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
-    changes: what differs from the recipe. Where the data is in place, everything is checked that a real start checks.
-    Where it is not, the published corpus of the recipe stands in and everything else is checked; GPUs that are missing
-    are then a note, because such a plan is often made on another machine. Raises UserError for what could not work."""
+    changes: differences from the recipe. If the data exists, the checks are those of a real start. Otherwise the plan
+    assumes the published corpus of the recipe, and missing GPUs are only a note, because such a plan is often made on
+    another machine. Raises UserError if the run could not start."""
     from pipeline.data.mixture import open_data
     from pipeline.training import run
     from pipeline.training.plan import make_plan
@@ -33,7 +33,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         open_data(training.runtime.data)
     except UserError as error:
         if all(storage.exists(storage.join(uri, "manifest.json")) for uri in address.uris(training.runtime.data)):
-            raise  # damaged, or data sets that cannot be mixed
+            raise  # damaged, or datasets that cannot be mixed
         run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)

@@ -3,10 +3,10 @@
     seconds = step_seconds(find_gpu("h100"), options, images=256, partition=1 / 8)
 
 Four costs are added. Their constants come from a profile of L/16 and from steps of S/16, B/16, L/16 and H/14 on an H100
-(tests/benchmarks/results/gpu_h100.json), whose times they reproduce within 5%:
+(tests/benchmarks/results/gpu_h100.json), and reproduce the measured times within 5%:
 
     matrix products   at MATMUL_SHARE of the GPU's peak
-    attention         at ATTENTION_SHARE of the peak: 197 to 257 tokens fill the tiles of its kernels badly
+    attention         at ATTENTION_SHARE of the peak: 197 to 257 tokens do not fill the tiles of its kernels
     activations       LayerNorm, GELU, residual sums, biases and changes of layout, limited by the memory's bandwidth
     parameters        optimiser, gradient norm and DeepSpeed's copies, limited by the memory's bandwidth
 
@@ -31,11 +31,9 @@ def step_seconds(
     gpu: Gpu, options: dict[str, Any], *, images: float, partition: float, patch_keep_rate: float = 1.0,
     passes: float = 3.0, mfu: float | None = None,
 ) -> float:  # fmt: skip
-    """Seconds of a step of `images` images on one GPU.
-
-    options: arguments of `create_model`. partition: share of the optimiser's work that falls on this GPU. passes: forward
-    passes that a step costs, 3 without recomputation and 4 when all activations are recomputed. mfu: utilisation of the GPU;
-    None: estimated.
+    """Seconds per step with `images` images on one GPU. options: arguments of `create_model`. partition: fraction of
+    the optimiser's work on this GPU. passes: cost of a step in forward passes, 3 without recomputation and 4 if all
+    activations are recomputed. mfu: utilisation of the GPU; None: estimated.
     """
     shape = parse_variant(options["variant"])
     if mfu is None and (shape.stem is not None or not shape.depth):

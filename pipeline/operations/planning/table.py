@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Formats a plan as text."""
 
 from typing import Any
 
@@ -89,22 +89,22 @@ def _prepare(prepare: dict[str, Any]) -> list[str]:
 
 
 def _cores(result: dict[str, Any]) -> list[str]:
-    """CPU cores for each GPU, beside what the recipe asks for."""
+    """CPU cores per GPU, compared with the request of the recipe."""
     needed, asked = result["data"]["jpeg"]["cores_per_gpu"], result["hardware"]["cpus_per_worker"]
     patches = result["data"]["patches"]["cores_per_gpu"]
-    line = f"  CPU cores    {needed} a GPU from jpeg, {patches} from patches; the recipe asks for {asked:g}"
+    line = f"  CPU cores    {needed} a GPU from jpeg, {patches} from patches; the recipe requests {asked:g}"
     waits = f"               give --cpus-per-worker {needed}, or the GPU waits for images"
     return ["", line, *([waits] if needed > asked else [])]
 
 
 def _limits(run: dict[str, Any]) -> list[str]:
-    """What the parts that do not limit the run would allow."""
+    """The speeds that the other parts of the run would allow."""
     others = [name for name in run["limits"] if name != run["limited_by"]]
     return [f"               {run['limits'][name]:,.0f} img/s allowed by {LIMITS[name]}" for name in others]
 
 
 def _few(value: float) -> str:
-    """Two digits of a small number, whole ones of a large one: 0.023, 1,204."""
+    """Two significant digits for small numbers, and integers for large ones: 0.023, 1,204."""
     return f"{value:,.0f}" if value >= 10 or not value else f"{value:.2g}"
 
 

@@ -36,7 +36,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
         keys = [member.rpartition("/")[2] for member in members]
         for key, scene in zip(keys, scenes, strict=True):
             if scene.get("image_filename", key) != key:
-                raise UserError(f"{tree.uri}: the scene of {scene['image_filename']} stands at the place of {key}")
+                raise UserError(f"{tree.uri}: expected the scene of {key}, found that of {scene['image_filename']}")
         objects = [scene["objects"] for scene in scenes]
         labels = {
             "clevr_count": [clevr_count(len(scene)) for scene in objects],
