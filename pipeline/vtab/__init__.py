@@ -33,7 +33,7 @@ __all__ = [
     "split_keys",
 ]
 
-# On first use: building needs image libraries, which --help of a job that only names tasks does not wait for.
+# Imported on first use: building needs image libraries, which --help should not import.
 __getattr__ = lazy.exports(
     __name__,
     {

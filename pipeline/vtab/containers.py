@@ -21,9 +21,9 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
 
-MAX_MEMBER_BYTES = 64 << 20  # of an image, a label file, a matrix of labels
-MAX_LARGE_BYTES = 256 << 20  # of the few members that hold a whole split: CIFAR-100's rows have 154 MB
-MAX_RATIO = 100  # of a large member of a zip to its compressed bytes; a decompression bomb has 1,000
+MAX_MEMBER_BYTES = 64 << 20  # maximum for an image, a label file or a matrix of labels
+MAX_LARGE_BYTES = 256 << 20  # maximum for members with a complete split; CIFAR-100's rows have 154 MB
+MAX_RATIO = 100  # maximum ratio of a large zip member to its compressed size; decompression bombs reach 1,000
 MAX_UNPACKED = 16 << 30  # bytes; the largest official .h5 has 7.2 GB
 CHUNK = 4 << 20
 
@@ -48,7 +48,8 @@ def damaged(uri: str) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, OSError) as error:
-        # zipfile seeks to wherever a damaged directory points; other errors of the system are not the archive's fault.
+        # With a damaged directory, zipfile seeks to an invalid position. Other system errors do not indicate a damaged
+        # archive.
         archives_fault = errno.EINVAL, errno.EISDIR
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno not in archives_fault:
             raise
@@ -66,7 +67,7 @@ class Tree:
 
     def __init__(self, uri: str, prefix: str = "", nested: str = "") -> None:
         self.uri, self.prefix, self.nested = uri, prefix, nested
-        self._files = contextlib.ExitStack()  # open as long as this object lives
+        self._files = contextlib.ExitStack()  # kept open during the lifetime of this object
         name = (nested or uri).lower()
         self.kind = (
             "zip" if name.endswith(".zip") else "tar" if name.endswith((".tar", ".tgz", ".tar.gz")) else "folder"
@@ -74,7 +75,7 @@ class Tree:
 
     @property
     def random_access(self) -> bool:
-        """Whether a slice of the members costs no more than its share."""
+        """Whether members can be read individually without reading the others."""
         return self.kind != "tar"
 
     def names(self) -> list[str]:
@@ -88,8 +89,8 @@ class Tree:
         return [name for name, _ in self.walk()]
 
     def walk(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, IO[bytes]]]:
-        """(name, open file) of the members that `keep` accepts, in archive order; a file is open until the next is
-        taken."""
+        """Yields (name, open file) of the members that `keep` accepts, in archive order.
+        A file is closed at the next iteration."""
         if self.kind != "tar":
             for name in self.names():
                 if keep(name):
@@ -97,8 +98,8 @@ class Tree:
                         yield name, member
             return
         with damaged(self.uri), open_nested(self.uri, self.nested) as file:
-            # Two of the official "tar.gz" are plain tar files. tarfile's own decompression would treat a gzip stream
-            # that is cut short as the end of the archive; the gzip module does not.
+            # Two of the official "tar.gz" are plain tar files. tarfile's decompression treats a truncated gzip stream
+            # as the end of the archive; the gzip module raises an error.
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             with (
@@ -111,10 +112,8 @@ class Tree:
                         yield name, archive.extractfile(info)  # type: ignore[misc]
 
     def read(self, names: Iterable[str], limit: int | None = None) -> Iterator[tuple[str, bytes]]:
-        """(name, bytes) of the named members: in the order of `names`, or of the archive when it is a tar.
-
-        Members that the archive lacks are left out. Raises UserError for one of more than `limit` bytes, or
-        MAX_MEMBER_BYTES."""
+        """Yields (name, bytes) of the named members, in the order of `names`, or for a tar in archive order. Missing
+        members are skipped. Raises UserError for a member of more than `limit` bytes (default: MAX_MEMBER_BYTES)."""
         limit = limit or MAX_MEMBER_BYTES
         if self.kind == "tar":
             wanted = set(names)
@@ -128,7 +127,7 @@ class Tree:
                 yield name, data
 
     def texts(self, *names: str, limit: int | None = None) -> list[str]:
-        """The contents of text members; `limit` as for `read`. Raises UserError when one is missing."""
+        """The contents of text members; `limit` as for `read`. Raises UserError if a member is missing."""
         contents = dict(self.read(names, limit))
         for name in names:
             if name not in contents:
@@ -151,20 +150,20 @@ class Tree:
                 info = archive.getinfo(name)
                 if info.file_size > max(1 << 20, MAX_RATIO * info.compress_size):
                     raise UserError(
-                        f"{self.uri}: {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes; "
-                        "no file of this data set does"
+                        f"{self.uri}: {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes; no file "
+                        "of this data set is that large"
                     )
                 yield member
         else:
             inside = name[len(self.prefix) + 1 :] if self.prefix else name
             if inside.startswith("/") or ".." in inside.split("/"):  # from an annotation
-                raise FileNotFoundError(f"{name} lies outside {self.uri}")
+                raise FileNotFoundError(f"{name} is outside {self.uri}")
             with storage.open_file(storage.join(self.uri, inside)) as member:
                 yield member
 
 
 def _is_litter(name: str) -> bool:
-    """Whether macOS added the file to a folder or archive: it may be named like a picture, but holds a resource
+    """Whether macOS added the file to a folder or archive: it may have the name of an image, but contains a resource
     fork."""
     *folders, file = name.split("/")
     return "__MACOSX" in folders or file.startswith("._") or file == ".DS_Store"
@@ -183,7 +182,7 @@ def _read_member(member: IO[bytes], where: str, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def open_nested(uri: str, member: str = "") -> Iterator[IO[bytes]]:
-    """A file, or with `member` that member of the zip `uri`. Raises UserError when the zip lacks it."""
+    """Opens a file, or with `member` that member of the zip `uri`. Raises UserError if the member is missing."""
     with storage.open_file(uri) as file:
         if not member:
             yield file
@@ -192,14 +191,14 @@ def open_nested(uri: str, member: str = "") -> Iterator[IO[bytes]]:
             try:
                 stream = archive.open(member)
             except KeyError as error:
-                raise UserError(f"{uri}: {member} is not in there; not the official archive") from error
+                raise UserError(f"{uri}: {member} is missing; not the official archive") from error
             with stream:
                 yield stream
 
 
 @contextlib.contextmanager
 def unzipped(uri: str) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed when its name ends in .gz."""
+    """The bytes of a file, decompressed if its name ends in .gz."""
     with storage.open_file(uri) as file, damaged(uri):
         if uri.endswith(".gz"):
             with gzip.open(file) as stream:
@@ -231,8 +230,8 @@ def open_h5(uri: str) -> Iterator[Any]:
 
 
 def read_mat(uri: str, field: str) -> np.ndarray:
-    """One variable of a MATLAB file. Raises UserError when the file is damaged or has no such variable."""
-    from scipy.io import loadmat  # imported where it is used: two data sets of sixteen need it
+    """One variable of a MATLAB file. Raises UserError if the file is damaged or the variable is missing."""
+    from scipy.io import loadmat  # imported here because only two of the sixteen data sets need it
     from scipy.io.matlab import MatReadError
 
     try:
@@ -243,7 +242,7 @@ def read_mat(uri: str, field: str) -> np.ndarray:
 
 
 def expect_array(array: Any, uri: str, name: str, shape: Sequence[int | None], dtype: Any = np.uint8) -> None:
-    """Raises UserError when an array differs from what the data set has; None stands for any size."""
+    """Raises UserError if an array does not have the expected shape and dtype. None in the shape: any size."""
     fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
     if not fits or array.dtype != dtype:
         wanted = " x ".join("N" if size is None else str(size) for size in shape)
@@ -252,7 +251,7 @@ def expect_array(array: Any, uri: str, name: str, shape: Sequence[int | None], d
 
 
 def png(image: np.ndarray) -> bytes:
-    """A lossless file of an RGB (H, W, 3) or grey (H, W) uint8 array."""
+    """Encodes an RGB (H, W, 3) or grey (H, W) uint8 array as PNG."""
     if image.ndim == 3:
         image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
     return cv2.imencode(".png", image)[1].tobytes()

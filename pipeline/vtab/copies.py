@@ -1,5 +1,5 @@
 """Two kinds of ready-made copies: folders that TensorFlow Datasets prepared, and the VTAB-1k folders of the
-parameter-efficient fine-tuning repositories. Both are in the splits' order already; nothing is recomputed.
+parameter-efficient fine-tuning repositories. Both already have the order of the splits, so nothing is recomputed.
 """
 
 import re
@@ -25,9 +25,9 @@ CONFIGS = {"sun397": "tfds", "eurosat": "rgb", "diabetic_retinopathy_detection":
 
 
 def tfds_folder(raw: str, dataset: str) -> str | None:
-    """RAW/<data set>/[config/]<version>, the newest version, when TFDS prepared the data set there."""
+    """RAW/<data set>/[config/]<version> with the newest version, if TFDS prepared the data set there."""
     parent = storage.join(raw, dataset, *([CONFIGS[dataset]] if dataset in CONFIGS else []))
-    # dataset_info.json may have got lost on the way: names of shards tell as much
+    # dataset_info.json may be missing in a copy; the names of the shards suffice
     wanted = re.compile(rf"dataset_info\.json|{re.escape(dataset)}-.*-of-.*")
     versions = [
         version
@@ -44,13 +44,13 @@ def _numbers(version: str) -> list[int]:
 
 
 def tfds_label(task: Task, example: dict[str, Any]) -> int:
-    """The label of one Example, by task_adaptation's rules over TFDS's features."""
+    """The label of one Example, computed from TFDS's features by the rules of task_adaptation."""
     if task.name == "clevr_count":
         return clevr_count(len(example["objects/size"]))
     if task.name == "clevr_distance":
         return clevr_distance(np.reshape(example["objects/pixel_coords"], (-1, 3))[:, 2])
     if task.name == "kitti_distance":
-        z = np.reshape(example["objects/location"], (-1, 3))[:, 2]  # a frame without objects has neither kind of list
+        z = np.reshape(example["objects/location"], (-1, 3))[:, 2]  # a frame without objects has neither list
         return kitti_distance(z[np.asarray(example["objects/type"]) < 3])  # Car, Van, Truck
     if task.name == "dsprites_location":
         return dsprites_label(int(example["label_x_position"][0]), 32)
@@ -61,18 +61,18 @@ def tfds_label(task: Task, example: dict[str, Any]) -> int:
 
 
 def list_tfds_split(folder: str, task: Task, split: str) -> list[Listing]:
-    """The examples of one TFDS split in order, a listing per shard. A key is the split and the position."""
+    """The examples of one TFDS split in order, one listing per shard. A key consists of the split and the position."""
     names = [info.path for info in storage.list_files(folder, recursive=False)]
     shards = sorted(name for name in names if name.startswith(f"{task.dataset}-{split}.") and "-of-" in name)
     if not shards:
-        raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* there; prepare that split with TFDS, too")
+        raise UserError(f"{folder}: no {task.dataset}-{split}.tfrecord-* files; prepare this split with TFDS, too")
     total = int(shards[0].rpartition("-of-")[2])
     if len(shards) != total:
-        raise UserError(f"{folder}: {len(shards)} of the {total} shards of '{split}' are there")
+        raise UserError(f"{folder}: {len(shards)} of the {total} shards of '{split}' are present")
     position, listings = 0, []
     for shard in shards:
         if ".tfrecord" not in shard:
-            raise UserError(f"{folder}: {shard} is no TFRecord file; prepare with file_format=tfrecord")
+            raise UserError(f"{folder}: {shard} is not a TFRecord file; prepare with file_format=tfrecord")
         uri = storage.join(folder, shard)
         with storage.open_file(uri) as stream:
             try:
@@ -112,7 +112,8 @@ def lists_folder(raw: str, task: Task) -> str | None:
 
 
 def list_split(folder: str, task: Task, split: str) -> Listing:
-    """The examples of one VTAB split, from lines of "<path> <label>". Raises UserError for a missing or malformed list."""
+    """The examples of one VTAB split, from lines of the form "<path> <label>".
+    Raises UserError for a missing or malformed list."""
     rows: list[tuple[str, int]] = []
     for part in ("train800", "val200") if split == "train800val200" else (split,):
         uri = storage.join(folder, f"{part}.txt")
@@ -121,15 +122,15 @@ def list_split(folder: str, task: Task, split: str) -> Listing:
             pairs = (line.rsplit(maxsplit=1) for line in lines if line.strip())
             rows += [(path, int(label)) for path, label in pairs]
         except FileNotFoundError as error:
-            raise UserError(f"{uri} is missing: a VTAB-1k folder has no split {split} without it") from error
+            raise UserError(f"{uri} is missing: a VTAB-1k folder needs this file for the split {split}") from error
         except ValueError as error:
-            raise UserError(f"{uri}: not lines of <path> <label> ({error})") from error
+            raise UserError(f"{uri}: expected lines of the form <path> <label> ({error})") from error
     wrong = next((label for _, label in rows if not 0 <= label < task.num_classes), None)
     if wrong is not None:
         raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {task.num_classes} classes")
     bad = next((path for path, _ in rows if path.startswith("/") or ".." in path.split("/")), None)
     if bad is not None:
-        raise UserError(f"{folder}/{split}: {bad} lies outside the folder")
+        raise UserError(f"{folder}/{split}: {bad} is outside the folder")
     paths = [path for path, _ in rows]
     file = ArchiveFile(uri=folder, read=read_tree, random_access=True)
     return Listing(split=split, file=file, keys=paths, members=paths, labels={task.name: [label for _, label in rows]})

@@ -13,11 +13,11 @@ from pipeline.vtab.plan import Request, TaskPlan, find_layout, identify
 from pipeline.vtab.splits import PARTS, check_split
 from pipeline.vtab.tasks import Task
 
-Counts = dict[str, dict[str, Any]]  # of one task: by split
+Counts = dict[str, dict[str, Any]]  # {split: counts} of one task
 
 
 def open_split(uri: str, split: str) -> Dataset:
-    """One split of a prepared task, `uri` being OUTPUT/<task>. Raises UserError when it has not been prepared."""
+    """One split of a prepared task. uri: OUTPUT/<task>. Raises UserError if the split has not been prepared."""
     check_split(split)
     where = storage.join(uri, split)
     if not storage.exists(storage.join(where, "manifest.json")):
@@ -98,7 +98,7 @@ def _write_manifest(plan: TaskPlan, split: str, parts: Sequence[dict[str, Any]])
         config={"vtab": {**plan.identity, "split": split}},
     )
     known = {shard.name for shard in manifest.shards}
-    for file in storage.list_files(uri, recursive=False):  # what a killed worker left behind
+    for file in storage.list_files(uri, recursive=False):  # files of a killed worker
         if file.path.endswith(".parquet") and file.path.startswith(("part-", "shard-")) and file.path not in known:
             storage.remove(file.uri)
     return manifest

@@ -24,7 +24,7 @@ from pipeline.data.sources.tfrecord import encode_example, write_record
 from pipeline.vtab import tasks
 from pipeline.vtab.archives import MINIATURE
 
-UNDECODABLE = "/t/track/outdoor/sun_aophkoiosslinihb.jpg"  # of SUN397's train split, as in the official archive
+UNDECODABLE = "/t/track/outdoor/sun_aophkoiosslinihb.jpg"  # in SUN397's train split, as in the official archive
 
 
 def write(names: Sequence[str] | str, raw: str, per_class: int = 8, num_classes: int = 4) -> str:
@@ -61,7 +61,7 @@ def write(names: Sequence[str] | str, raw: str, per_class: int = 8, num_classes:
 def picture(label: int, rng: np.random.Generator, height: int = 48, width: int = 64) -> np.ndarray:
     """An RGB picture of a class: stripes of the class's hue, direction and pitch, with noise."""
     y, x = np.mgrid[:height, :width]
-    angle = label * 2.399963  # the golden angle: neighbours in the label list look nothing alike
+    angle = label * 2.399963  # the golden angle: neighbours in the label list look different
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (0.25 + 0.15 * (label % 3)) + rng.uniform(0, 6.3))
     hue = np.full((height, width), int(label * 67) % 180, np.uint8)
     value = (150 + 80 * wave).astype(np.uint8)
@@ -74,7 +74,7 @@ def encode(image: np.ndarray, extension: str = ".jpg") -> bytes:
 
 
 def disguised(image: np.ndarray, number: int) -> bytes:
-    """A file that will be called .jpg: every eighth one is grey, CMYK, PNG or GIF instead of an ordinary JPEG."""
+    """A file that will be named .jpg: every eighth one is grey, CMYK, PNG or GIF instead of an ordinary JPEG."""
     kind = {1: "grey", 3: "cmyk", 5: "png", 7: "gif"}.get(number % 8)
     if kind == "grey":
         return encode(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
@@ -88,7 +88,7 @@ def disguised(image: np.ndarray, number: int) -> bytes:
 
 def tar(path: str, members: dict[str, bytes], compressed: bool = True) -> None:
     with open(path, "wb") as file:
-        # no time stamps anywhere: the same call always writes the same bytes
+        # without time stamps, so that the same call always writes the same bytes
         stream = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if compressed else file
         with stream, tarfile.open(fileobj=stream, mode="w") as archive:  # type: ignore[arg-type]
             for name, data in members.items():
@@ -122,7 +122,7 @@ def _labels(per_class: int, num_classes: int) -> Iterator[int]:
 
 
 def caltech101(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """Of every class 30 pictures train, so there are 30 more than `per_class`."""
+    """30 pictures of every class are for training, so there are 30 more than `per_class`."""
     members = {}
     for label, name in enumerate(["BACKGROUND_Google", "Faces", "accordion", "airplanes", "anchor"][: num_classes + 1]):
         for i in range(30 + per_class):
@@ -144,13 +144,13 @@ def cifar100(folder: str, rng: np.random.Generator, per_class: int, num_classes:
 
 
 def clevr(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """Discs: as many as there are objects, the larger the nearer."""
+    """One disc per object; nearer objects are larger."""
     members = {}
     for split in ("train", "val", "test"):
         scenes = []
         for i, extra in enumerate(_labels(per_class, min(num_classes, 8))):
             image = np.full((80, 120, 4), (90, 90, 90, 255), np.uint8)
-            near = (7.9, 8.0, 8.3, 9.2, 9.7, 11.0)[i % 6]  # 8.0 lies on an edge
+            near = (7.9, 8.0, 8.3, 9.2, 9.7, 11.0)[i % 6]  # 8.0 is an edge
             depths = near + np.arange(3 + extra) * 0.75
             for depth in depths[::-1].tolist():
                 centre = tuple(int(v) for v in rng.integers((15, 15), (105, 65)))
@@ -168,7 +168,7 @@ def clevr(folder: str, rng: np.random.Generator, per_class: int, num_classes: in
 
 
 def diabetic_retinopathy(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """Round eyes on black; the more spots, the higher the grade."""
+    """Round eyes on black; higher grades have more spots."""
     tables: dict[str, list[list]] = {"train": [], "test": []}
     patient = 0
     for usage in ("", "Public", "Private"):
@@ -182,7 +182,7 @@ def diabetic_retinopathy(folder: str, rng: np.random.Generator, per_class: int, 
                 cv2.circle(image, centre, 3, (90, 10, 10), -1)
             image = np.clip(image + rng.normal(0, 2, image.shape) * (image > 0), 0, 255).astype(np.uint8)
             if patient == 2:
-                image = np.zeros_like(image)  # the official set has black frames: no eye to measure
+                image = np.zeros_like(image)  # the official set has black frames without an eye
             name = f"{patient}_{('left', 'right')[patient % 2]}"
             save(f"{folder}/{part}/{name}.jpeg", encode(image, ".jpeg"))
             tables[part].append([name, grade, usage])
@@ -205,7 +205,7 @@ def dmlab(folder: str, rng: np.random.Generator, per_class: int, num_classes: in
 
 
 def dsprites(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """A bar at a position (x of 32) and an angle (40 steps of 9 degrees); the three splits are cut from one file."""
+    """A bar at a position (x of 32) and an angle (40 steps of 9 degrees); the three splits come from one file."""
     import h5py
 
     count = 3 * per_class * num_classes
@@ -236,7 +236,7 @@ def dtd(folder: str, rng: np.random.Generator, per_class: int, num_classes: int)
 
 
 def eurosat(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """All in one split, of which 60, 20 and 20 % are the pools."""
+    """One split; 60, 20 and 20 % of it are the pools."""
     members = {
         f"2750/{name}/{name}_{i + 1}.jpg": encode(picture(label, rng, 64, 64))
         for label, name in enumerate(tasks.get("eurosat").classes[:num_classes])
@@ -246,16 +246,16 @@ def eurosat(folder: str, rng: np.random.Generator, per_class: int, num_classes: 
 
 
 def kitti(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """A box on a road, the larger the nearer; ten drives, one each for validation and test. Class 3 has no vehicle."""
+    """A box on a road, larger if nearer; ten drives, one each for validation and test. Class 3 has no vehicle."""
     lines, images, labels, permutation = [], {}, {}, []
     count = 10 * per_class * 4
     for i in range(count):
         label = i // 10 % 4
-        z = (8.0, 5.0, 20.0, 14.0, 35.0, 60.0)[label * 2 + i % 2] if label < 3 else None  # 8.0 and 20.0 lie on edges
+        z = (8.0, 5.0, 20.0, 14.0, 35.0, 60.0)[label * 2 + i % 2] if label < 3 else None  # 8.0 and 20.0 are edges
         image = np.full((48, 156, 3), (110, 140, 170), np.uint8)
         image[24:] = 90
         rows = ["DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10"]
-        rows.append("Pedestrian 0.00 0 0.1 10.0 20.0 30.0 40.0 1.8 0.5 0.9 1.0 1.5 2.5 0.1")  # nearest, but no vehicle
+        rows.append("Pedestrian 0.00 0 0.1 10.0 20.0 30.0 40.0 1.8 0.5 0.9 1.0 1.5 2.5 0.1")  # not a vehicle
         if z is not None:
             half, centre = int(110 / z) + 2, int(rng.integers(40, 116))
             cv2.rectangle(image, (centre - half, 40 - half), (centre + half, 40), (200, 30, 30), -1)
@@ -265,7 +265,7 @@ def kitti(folder: str, rng: np.random.Generator, per_class: int, num_classes: in
         permutation.append(count - i)  # image i is a line of the mapping counted from 1
         images[count - 1 - i], labels[count - 1 - i] = image, "\n".join(rows) + "\n"
     training = {f"training/image_2/{i:06d}.png": encode(images[i], ".png") for i in range(count)}
-    testing = {"testing/image_2/000000.png": encode(images[0], ".png")}  # unlabelled: no part of the task
+    testing = {"testing/image_2/000000.png": encode(images[0], ".png")}  # unlabelled, so not part of the task
     zip_(f"{folder}/data_object_image_2.zip", training | testing)
     zip_(
         f"{folder}/data_object_label_2.zip", {f"training/label_2/{i:06d}.txt": labels[i].encode() for i in range(count)}
@@ -320,14 +320,15 @@ def patch_camelyon(folder: str, rng: np.random.Generator, per_class: int, num_cl
 
 
 def resisc45(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """The rar, unpacked."""
+    """The unpacked rar archive."""
     for label, name in enumerate(tasks.get("resisc45").classes[:num_classes]):
         for i in range(5 * per_class):
             save(f"{folder}/NWPU-RESISC45/{name}/{name}_{i + 1:03d}.jpg", encode(picture(label, rng, 64, 64)))
 
 
 def smallnorb(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """A bar: its angle is the azimuth, its length the elevation. The right picture of each pair is black."""
+    """A bar whose angle shows the azimuth and whose length shows the elevation. The
+    right picture of each pair is black."""
 
     def matrix(values: np.ndarray) -> bytes:
         magic = 0x1E3D4C55 if values.dtype == np.uint8 else 0x1E3D4C54
@@ -350,7 +351,7 @@ def smallnorb(folder: str, rng: np.random.Generator, per_class: int, num_classes
 
 
 def sun397(folder: str, rng: np.random.Generator, per_class: int, num_classes: int) -> None:
-    """With its own lists of the partition: the official lists name files that a miniature does not have."""
+    """With its own split lists, because the official lists name files that a miniature does not have."""
     members, lists = {}, {}
     for split in ("tr", "va", "te"):
         keys = []

@@ -1,4 +1,4 @@
-"""The units of work: a worker reads the images of one part of an archive and writes them to their splits."""
+"""Units of work: a worker reads the images of one part of an archive and writes them to their splits."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -28,12 +28,12 @@ MAX_HELD_BYTES = (
     640 << 20
 )  # of the images of a small split, which wait in memory; 800 photographs of SUN397 have 300 MB
 
-Row = tuple[int, Example]  # position in the split, what belongs there
+Row = tuple[int, Example]  # (position in the split, example)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchivePart:
-    """Some members of one archive file. rows: per split, what to take from it."""
+    """Some members of one archive file. rows: the rows of each split."""
 
     task: str
     output: str
@@ -45,7 +45,7 @@ class ArchivePart:
 
     @property
     def name(self) -> str:
-        """A name that depends on the content, so that a receipt never matches other data."""
+        """A name that depends on the contents, so that a receipt never matches other data."""
         content = [self.identity, self.file.uri, self.file.prefix, self.file.part, self.rows]
         return f"{self.task}-{self.number:05d}-{fingerprint(content)}"
 
@@ -95,9 +95,8 @@ def cut_parts(plan: TaskPlan) -> list[ArchivePart]:
 
 
 def build_part(part: ArchivePart, context: None = None) -> dict[str, Any]:
-    """Reads the part's images and writes shards of the splits they belong to. Returns {split: {"receipt", "rejects"}}.
-
-    Raises UserError for a damaged archive, and for a missing image when the plan is strict.
+    """Reads the images of a part and writes shards of their splits. Returns {split: {"receipt", "rejects"}}. Raises
+    UserError for a damaged archive, and for a missing image if the plan is strict.
     """
     cv2.setNumThreads(1)
     classes = tasks.get(part.task).classes
@@ -119,7 +118,7 @@ def build_part(part: ArchivePart, context: None = None) -> dict[str, Any]:
 
 
 def count_rows(receipt: dict[str, Any]) -> int:
-    """Images that a part has written."""
+    """The number of images that a part has written."""
     return sum(split["receipt"]["rows"] for split in receipt.values())
 
 
@@ -147,8 +146,8 @@ class _SplitWriter:
             self.held_bytes += len(data)
             if self.held_bytes > MAX_HELD_BYTES:
                 raise UserError(
-                    f"{self.part.file.uri}: {len(self.held):,} images of {self.held_bytes:,} bytes together; those of the "
-                    "official data set are smaller"
+                    f"{self.part.file.uri}: {len(self.held):,} images have {self.held_bytes:,} bytes in total, more "
+                    "than in the official data set"
                 )
 
     def write_held(self) -> None:
@@ -162,7 +161,7 @@ class _SplitWriter:
 
 def _write_images(part: ArchivePart, writers: dict[str, _SplitWriter]) -> None:
     """Reads every member once and hands it to each split that contains it."""
-    places: dict[Any, list[tuple[str, int, Example]]] = {}  # by member: all numbers or all names
+    places: dict[Any, list[tuple[str, int, Example]]] = {}  # {member: ...}; members are all numbers or all names
     for split, rows in part.rows.items():
         for position, example in rows:
             places.setdefault(example.member, []).append((split, position, example))
@@ -181,14 +180,13 @@ def _write_images(part: ArchivePart, writers: dict[str, _SplitWriter]) -> None:
 
 
 def decode_pixels(data: bytes) -> np.ndarray | None:
-    """uint8 RGB (H, W, 3) of an image file, or None when it does not decode; valid until the next one is decoded.
-
-    The official sets hold JPEGs with faults that every common decoder forgives, so an image that OpenCV decodes counts.
+    """uint8 RGB (H, W, 3) of an image file, or None if it cannot be decoded; valid until the next call. Some official
+    JPEGs have faults that common decoders tolerate, so an image is valid if OpenCV decodes it.
     """
     try:
         return codecs.decode(
             data, MAX_PIXELS, math.inf
-        ).pixels  # the official sets are what they are: no limit on slivers
+        ).pixels  # images of any aspect ratio are part of the official sets
     except codecs.Refused as refused:
         if refused.reason not in ("corrupt", "truncated"):
             return None

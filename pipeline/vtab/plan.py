@@ -13,7 +13,7 @@ from pipeline.vtab.examples import list_examples
 from pipeline.vtab.splits import needed, take, tfds_order
 from pipeline.vtab.tasks import Task
 
-TFDS_SPLITS = ("train", "validation", "test")  # archive files are numbered in this order: train800 comes before val200
+TFDS_SPLITS = ("train", "validation", "test")  # order in which archive files are numbered: train800 comes before val200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +47,9 @@ class Example(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class TaskPlan:
-    """All rows of one task, in official order, and the archive files that hold their images.
-
-    identity: what the rows are made from; written to every manifest. strict: an image that is missing from its archive
-    is an error, not a reject. problems: for every split that cannot be prepared, the reason."""
+    """All rows of one task, in official order, and the archive files with their images. identity: the source of the
+    rows, which is written to every manifest. strict: an image that is missing from its archive is an error, not a
+    reject. problems: the reason for each split that cannot be prepared."""
 
     task: str
     output: str
@@ -65,7 +64,7 @@ class TaskPlan:
 
 
 def find_layout(request: Request) -> tuple[str, str]:
-    """Which of the three layouts the data of a task has, and the folder: ("tfds" | "archives" | "lists", URI)."""
+    """The layout of a task's data, and its folder: ("tfds" | "archives" | "lists", URI)."""
     folder = copies.tfds_folder(request.raw, request.entry.dataset)
     if folder is not None:
         return "tfds", folder
@@ -76,7 +75,7 @@ def find_layout(request: Request) -> tuple[str, str]:
 
 
 def identify(request: Request) -> dict[str, Any]:
-    """What a task is made from, without reading the archives: layout, and names and sizes of the files."""
+    """Identifies the source of a task without reading the archives: layout, and names and sizes of the files."""
     layout, _ = find_layout(request)
     files: list[str] = []
     if layout == "archives":
@@ -95,7 +94,7 @@ def identify(request: Request) -> dict[str, Any]:
 
 
 def by_dataset(requests: Sequence[Request]) -> list[list[Request]]:
-    """Tasks of one data set are planned together: its archives are verified and listed once."""
+    """Groups tasks by data set. The archives of a data set are verified and listed once for all its tasks."""
     groups: dict[str, list[Request]] = {}
     for request in requests:
         groups.setdefault(request.entry.dataset, []).append(request)
@@ -115,7 +114,7 @@ def plan_tasks(requests: Sequence[Request]) -> tuple[list[TaskPlan], dict[str, s
 
 
 def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
-    """The rows of every requested split. `listings` reads the archives, which the two other layouts do not need."""
+    """The rows of every requested split. `listings` reads the archives; the two other layouts do not need it."""
     layout, folder = find_layout(request)
     plan = TaskPlan(task=request.task, output=request.output, identity=identify(request), strict=request.verify)
     if layout == "lists":
@@ -127,7 +126,7 @@ def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
         return plan
     wanted = {name for split in request.splits for name in needed(request.entry, split)}
     ordered: dict[str, list[Example]] = {}
-    problems: dict[str, str] = {}  # by TFDS split
+    problems: dict[str, str] = {}  # {TFDS split: reason}
     for name in (name for name in TFDS_SPLITS if name in wanted):
         try:
             if layout == "tfds":
@@ -136,9 +135,7 @@ def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
             else:
                 ordered[name] = _order(plan, [listing for listing in listings() if listing.split == name], name)
         except UserError as error:
-            if (
-                layout == "archives"
-            ):  # a damaged archive, or one that is not the official one: no split is to be trusted
+            if layout == "archives":  # the archive is damaged or not the official one, so no split is reliable
                 raise
             problems[name] = str(error)
     if request.verify and not archives.is_miniature(request.raw):
@@ -185,17 +182,17 @@ def _add(plan: TaskPlan, split: str, examples: list[Example]) -> None:
     if examples:
         plan.examples[split] = examples
     else:
-        plan.problems[split] = "the data holds no image of this split"
+        plan.problems[split] = "the data has no images of this split"
 
 
 def _check_counts(request: Request, ordered: dict[str, list[Example]]) -> None:
-    """Raises UserError when a pool has another size than the official one."""
+    """Raises UserError if the size of a pool is not the official one."""
     for pool, official in zip(("train", "val", "test"), request.entry.counts, strict=True):
         name = getattr(request.entry, pool)[0]
         if name in ordered:
             count = len(take(request.entry, pool, ordered))
             if count != official:
                 raise UserError(
-                    f"{storage.join(request.raw, request.entry.dataset)}: {count:,} {pool} images, officially {official:,}; "
-                    "files are missing or another version (--no-verify takes them as they are)"
+                    f"{storage.join(request.raw, request.entry.dataset)}: {count:,} {pool} images, officially "
+                    f"{official:,}; files are missing or of another version (--no-verify accepts them)"
                 )

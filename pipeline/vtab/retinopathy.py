@@ -1,7 +1,6 @@
-"""TFDS's `diabetic_retinopathy_detection/btgraham-300`: retinas to one scale, one brightness and one round frame.
-
-The recipe comes from the winner of the 2015 competition (B. Graham). It defines the pixels of the task, including JPEG of quality
-72, so this is the one task whose images are computed and not copied.
+"""TFDS's `diabetic_retinopathy_detection/btgraham-300`: normalises retinas to the same scale, brightness and round
+frame. The method comes from the winner of the 2015 competition (B. Graham). It defines the pixels of the task,
+including JPEG of quality 72, so this is the only task whose images are computed instead of copied.
 """
 
 import cv2
@@ -11,18 +10,17 @@ from pipeline.errors import UserError
 
 RADIUS = 300  # pixels from the centre of the eye to its edge
 QUALITY = 72
-MAX_SIDE = 20_000  # pixels after scaling; a few bright pixels on black would otherwise look like a tiny eye
+MAX_SIDE = 20_000  # pixels after scaling; otherwise a few bright pixels on black would be scaled up as a tiny eye
 
 
 def btgraham(data: bytes, name: str) -> bytes:
-    """A photograph of the eye (any format OpenCV reads) to the JPEG file of the task, at most 540 x 540.
-
-    Raises UserError when it does not decode.
+    """Converts a photograph of the eye (any format that OpenCV reads) to the JPEG file of the task, at most 540 x 540.
+    Raises UserError if the photograph cannot be decoded.
     """
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         raise UserError(f"{name}: not a readable image")
-    # The bright pixels of the middle row are the eye. A black frame has none: half its height takes the radius's place.
+    # The bright pixels of the middle row are the eye. For a black frame, half the height is used as the radius.
     brightness = image[image.shape[0] // 2].sum(axis=1)
     radius = (brightness > brightness.mean() / 10).sum() / 2
     if radius < 1:
@@ -33,7 +31,7 @@ def btgraham(data: bytes, name: str) -> bytes:
     # Subtract the local average: lighting differs between cameras, lesions are local.
     image = cv2.addWeighted(image, 4, cv2.GaussianBlur(image, (0, 0), RADIUS / 30), -4, 128)
     height, width = image.shape[:2]
-    y, x, keep = height // 2, width // 2, int(RADIUS * 0.9)  # the rim of the eye is all artefacts
+    y, x, keep = height // 2, width // 2, int(RADIUS * 0.9)  # the rim of the eye has only artefacts
     disc = cv2.circle(np.zeros(image.shape, np.uint8), (x, y), keep, (1, 1, 1), thickness=-1)
     image = np.where(disc, image, 128).astype(np.uint8)
     image = image[max(y - keep, 0) : min(y + keep, height), max(x - keep, 0) : min(x + keep, width)]

@@ -1,7 +1,7 @@
-"""VTAB-1k's splits, recomputed from the keys alone.
+"""Computes the splits of VTAB-1k from the keys alone.
 
-TensorFlow Datasets writes the examples of a split in the order of md5(split name + key) and slices such as train[:800] count
-in that order, whatever the files looked like. So the key list of a data set fixes every split of task_adaptation:
+TensorFlow Datasets writes the examples of a split in the order of md5(split name + key) and slices such as train[:800]
+use that order. So the keys of a data set determine every split of task_adaptation:
 
     train800  train pool[:800]     val200  val pool[:200]     train800val200  both, 1,000 in all
     train, val, test  the pools    trainval  train + val
@@ -19,7 +19,7 @@ Key = int | str | bytes
 K = TypeVar("K", int, str, bytes)
 T = TypeVar("T")
 
-# What each split is made of: pool and how many of its first examples (None: all).
+# {split: (pool, number of its first examples; None: all)}
 PARTS: dict[str, tuple[tuple[str, int | None], ...]] = {
     "train800": (("train", 800),),
     "val200": (("val", 200),),
@@ -32,7 +32,8 @@ PARTS: dict[str, tuple[tuple[str, int | None], ...]] = {
 
 
 def tfds_order(split: str, keys: Iterable[K]) -> list[K]:
-    """The keys of one TFDS split in the order in which TFDS stores them. An integer key stands for its decimal digits."""
+    """The keys of one TFDS split in the order in which TFDS stores them. An integer
+    key is converted to decimal digits."""
     salt = hashlib.md5(split.encode(), usedforsecurity=False)
 
     def position(key: Key) -> bytes:
@@ -44,24 +45,24 @@ def tfds_order(split: str, keys: Iterable[K]) -> list[K]:
 
 
 def check_split(split: str) -> None:
-    """Raises UserError with the nearest name for a split that does not exist."""
+    """Raises UserError with the most similar name for an unknown split."""
     if split not in PARTS:
         raise UserError(f'no split is called "{split}"{nearest(split, SPLITS)}; the splits are {", ".join(SPLITS)}')
 
 
 def needed(task: Task, split: str) -> list[str]:
-    """The TFDS splits that `split` draws from."""
+    """The TFDS splits that contain the examples of `split`."""
     pools: list[Pool] = [getattr(task, pool) for pool, _ in PARTS[split]]
     return list(dict.fromkeys(name for name, _, _ in pools))
 
 
 def take(task: Task, split: str, ordered: Mapping[str, Sequence[T]]) -> list[T]:
-    """The examples of `split`, in order, out of those of each TFDS split in TFDS order."""
+    """Selects the examples of `split`, in order, from the examples of each TFDS split in TFDS order."""
     chosen: list[T] = []
     for pool, first in PARTS[split]:
         name, start, stop = getattr(task, pool)
         examples = ordered[name]
-        # percentages round to the closest example, as TFDS does
+        # percentages are rounded to the closest example, as in TFDS
         bounds = slice(round(len(examples) * start / 100), round(len(examples) * stop / 100))
         chosen += examples[bounds][:first]
     return chosen
@@ -71,9 +72,9 @@ def split_keys(task: str, split: str, keys: Mapping[str, Iterable[K]] | Iterable
     """The keys of one VTAB split, in its official order.
 
     `keys` maps the names of the TFDS splits to all of their keys, in any order: {"train": ..., "validation": ..., "test": ...};
-    splits that are not drawn from may be left out. A plain iterable stands for the one TFDS split that `split` draws from (for
-    most tasks and splits 'train'). Keys have TFDS's form for the data set (docs/vtab.md lists them).
-    Raises UserError for an unknown task or split, and where keys of a needed TFDS split are missing.
+    splits that are not needed may be missing. An iterable is allowed if `split` needs only one TFDS split (for most
+    tasks and splits 'train'). Keys have TFDS's form for the data set (docs/vtab.md lists them). Raises UserError for an
+    unknown task or split, and if keys of a needed TFDS split are missing.
     """
     entry = tasks.get(task)
     check_split(split)
@@ -81,12 +82,10 @@ def split_keys(task: str, split: str, keys: Mapping[str, Iterable[K]] | Iterable
     if not isinstance(keys, Mapping):
         if len(wanted) > 1:
             raise UserError(
-                f"{task} {split} draws from the TFDS splits {' and '.join(wanted)}: pass a mapping {{name: keys}} of them"
+                f"{task} {split} needs the TFDS splits {' and '.join(wanted)}: pass a mapping {{name: keys}}"
             )
         keys = {wanted[0]: keys}
     missing = [name for name in wanted if name not in keys]
     if missing:
-        raise UserError(
-            f"{task} {split} draws from the TFDS split {', '.join(missing)}; keys were given for {list(keys)}"
-        )
+        raise UserError(f"{task} {split} needs the TFDS split {', '.join(missing)}; keys were given for {list(keys)}")
     return take(entry, split, {name: tfds_order(name, keys[name]) for name in wanted})

@@ -1,7 +1,7 @@
 """The nineteen tasks of VTAB (arXiv 1910.04867) in one table, in the order of ViT's Table 9.
 
 Pools follow google-research/task_adaptation: each is a slice, in percent, of a split that TensorFlow Datasets (TFDS) defines.
-A row names its data set: a file in pipeline/vtab/datasets.
+A row names its data set, a module in pipeline/vtab/datasets.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ ALL = 0, 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One task. `counts` are the official sizes of the train, val and test pools. `flip` and `random_crop` say whether the
-    augmentation is allowed: BiT (arXiv 1912.11370, appendix F) switches it off where it would change the label."""
+    """One task. `counts` are the official sizes of the train, val and test pools. `flip` and `random_crop`: whether the
+    augmentation is allowed. BiT (arXiv 1912.11370, appendix F) disables it where it would change the label."""
 
     name: str
     title: str
     group: Group
-    dataset: str  # TFDS's name of the data set, and of its file in datasets/; several tasks may share one
-    folder: str  # its folder in the VTAB-1k copies of the parameter-efficient fine-tuning repositories
+    dataset: str  # TFDS name of the data set and of its module in datasets/; several tasks may share a data set
+    folder: str  # folder in the VTAB-1k copies of the parameter-efficient fine-tuning repositories
     num_classes: int
     train: Pool
     val: Pool
@@ -53,7 +53,7 @@ def _task(
 
 
 def _of_train(percent: int) -> tuple[Pool, Pool, Pool]:
-    """A validation pool cut from the end of 'train', and the data set's own test split."""
+    """A validation pool from the end of 'train', and the test split of the data set."""
     return ("train", 0, percent), ("train", percent, 100), ("test", *ALL)
 
 
@@ -61,7 +61,7 @@ OWN = ("train", *ALL), ("validation", *ALL), ("test", *ALL)
 THREE = ("train", 0, 60), ("train", 60, 80), ("train", 80, 100)
 CLEVR = ("train", 0, 90), ("train", 90, 100), ("validation", *ALL)
 DSPRITES = ("train", 0, 80), ("train", 80, 90), ("train", 90, 100)
-NORB = ("train", *ALL), ("test", 0, 50), ("test", 50, 100)  # val really comes from the official test half
+NORB = ("train", *ALL), ("test", 0, 50), ("test", 50, 100)  # val comes from the official test half
 
 TABLE = {
     task.name: task
@@ -99,7 +99,7 @@ TASKS: tuple[str, ...] = tuple(TABLE)
 
 
 def get(name: str) -> Task:
-    """Raises UserError with the nearest name for one that is not among the nineteen."""
+    """The task with this name. Raises UserError with the most similar name for an unknown task."""
     if name not in TABLE:
         raise UserError(f'no VTAB task is called "{name}"{nearest(name, TASKS)}; the tasks are {", ".join(TASKS)}')
     return TABLE[name]

@@ -104,7 +104,8 @@ def _check_kind(data: Any, uri: str) -> None:
         data.seek(0)
     if any("/code/" in member.filename for member in members):
         raise UserError(
-            f"{uri}: a TorchScript archive (such as OpenAI's CLIP), which contains code: if you trust it, load it with torch.jit.load and save its state_dict()"
+            f"{uri}: a TorchScript archive (such as OpenAI's CLIP), which contains code: if you trust it, load it with "
+            "torch.jit.load and save its state_dict()"
         )
     packed, unfolded = (sum(getattr(member, f) for member in members) for f in ("compress_size", "file_size"))
     if unfolded > MAX_UNFOLDED_BYTES and unfolded > 100 * packed:

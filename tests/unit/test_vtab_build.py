@@ -217,5 +217,5 @@ def test_the_command_ends_with_exit_code_1_and_the_list(vtab_raw, tmp_path, caps
 
 def test_the_images_that_wait_in_memory_are_limited_together(vtab_raw, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "MAX_HELD_BYTES", 10_000)
-    with pytest.raises(Incomplete, match=r"dtd-r1\.0\.1\.tar\.gz: .* images of .* bytes together"):
+    with pytest.raises(Incomplete, match=r"dtd-r1\.0\.1\.tar\.gz: .* images have .* bytes in total"):
         prepare(["dtd"], vtab_raw, str(tmp_path))

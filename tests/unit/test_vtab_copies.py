@@ -117,7 +117,7 @@ def test_lists_of_the_fine_tuning_repositories(vtab_prepared, tmp_path):
         ours = [(row["label"], row["image"]) for row in rows(output, "dtd", split)]
         assert ours == [(row["label"], row["image"]) for row in rows(str(tmp_path / "out"), "dtd", split)]
     (folder / "val200.txt").write_text("../../secret.jpg 0\n")
-    with pytest.raises(UserError, match="lies outside the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         prepare(["dtd"], str(tmp_path / "raw"), str(tmp_path / "out2"))
 
 

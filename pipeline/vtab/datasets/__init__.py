@@ -1,8 +1,7 @@
-"""One file a data set, under TFDS's name: the archives of its owners, what is in them, its labels, and how images are read.
-
-A data set belongs to VTAB by a row in pipeline/vtab/tasks.py, which names the file here. So a new one is a file that defines
-DATASET (a `DataSet`, see base.py) and a row for each of its tasks. Image files are passed on byte for byte; arrays of pixels
-become PNG, which loses nothing.
+"""One module per data set, under its TFDS name: the official archives, their contents, the labels, and how images are
+read. To add a data set, write a module that defines DATASET (a `DataSet`, see base.py), and add a row for each of its
+tasks to pipeline/vtab/tasks.py. Image files are copied unchanged; arrays of pixels are encoded as PNG, which is
+lossless.
 """
 
 import importlib
@@ -13,5 +12,6 @@ if TYPE_CHECKING:
 
 
 def get_dataset(name: str) -> "DataSet":
-    """The data set of TFDS's name `name`. Its file is imported when it is needed: a task needs one of sixteen."""
+    """The data set with the TFDS name `name`. Its module is imported on first use,
+    because a task needs only one of sixteen."""
     return importlib.import_module(f"{__name__}.{name}").DATASET

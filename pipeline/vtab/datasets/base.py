@@ -1,4 +1,4 @@
-"""What a data set of VTAB states about itself, and what several data sets share."""
+"""The description of a VTAB data set, and functions that several data sets use."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,16 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.vtab.containers import Tree
 
-Member = str | int  # a member's name, or the row number in an array
+Member = str | int  # the name of a member, or the row number in an array
 Labels = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialFile:
-    """A file that a data set's owners distribute, with size and SHA-256 as TFDS recorded them from the owners' servers.
-
-    manual: where else to get it, or how to when no URL can be fetched without an account.
-    instead: names of what may lie there in the file's stead: the archive unpacked, or the same data in another container.
-    within: (archive, member) of a zip that is distributed today and contains the file.
+    """A file that the owners of a data set distribute, with the size and SHA-256 that TFDS recorded from their servers.
+    manual: another source, or instructions if every URL needs an account. instead: accepted alternative names: the
+    unpacked archive, or the same data in another container. within: (archive, member) of a zip that is distributed
+    today and contains the file.
     """
 
     name: str
@@ -33,9 +32,8 @@ class OfficialFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundFile:
-    """Where a required file lies. prefix: what the members' names begin with when the archive lies there unpacked.
-
-    nested: the member of the zip `uri` that is the file. packed: whether the file is there as its owners made it.
+    """The location of a required file. prefix: prefix of the member names if the archive is unpacked. nested: the
+    member of the zip `uri` that is the file. packed: whether the file is the original archive.
     """
 
     file: OfficialFile
@@ -53,9 +51,9 @@ class FoundFile:
 class ArchiveFile:
     """A container of images, and how to read it.
 
-    read(file, members) yields (member, image file) of the members asked for, in any order, and leaves out missing ones.
-    part: which part of the container is meant, when it holds several (a split's array, for example).
-    random_access: whether a slice of the members costs no more than its share of the whole.
+    read(file, members) yields (member, image file) of the requested members, in any order, and skips missing ones.
+    part: the part of a container with several parts, such as the array of a split. random_access: whether members can
+    be read individually without reading the others.
     """
 
     uri: str
@@ -72,7 +70,8 @@ class ArchiveFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """Examples of one TFDS split whose images lie in one file: keys in TFDS's form, and labels for each task of the data set."""
+    """Examples of one TFDS split whose images are in one file: keys in TFDS's form,
+    and labels for each task of the data set."""
 
     split: str
     file: ArchiveFile
@@ -83,10 +82,8 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSet:
-    """A data set under TFDS's name.
-
-    files: what its owners distribute. classes: for every task the class names, in label order.
-    index(files) lists every example, given {official name: where that file lies}.
+    """A data set with its TFDS name. files: the official files. classes: for every task the class names, in label
+    order. index(files) lists all examples; files: {official name: location of the file}.
     """
 
     name: str
@@ -96,7 +93,7 @@ class DataSet:
 
 
 def label_of(classes: Sequence[str], name: str, where: str) -> int:
-    """The label of the class `name`. Raises UserError that names `where` it was met."""
+    """The label of the class `name`. Raises UserError with the location `where` for an unknown class."""
     if name not in classes:
         raise UserError(f"{where}: {name!r} is not one of the {len(classes)} classes")
     return classes.index(name)
@@ -106,7 +103,7 @@ def label_of(classes: Sequence[str], name: str, where: str) -> int:
 
 
 def read_tree(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
-    """Image files as they are."""
+    """Reads image files unchanged."""
     yield from file.tree.read(str(member) for member in members)
 
 
@@ -124,7 +121,8 @@ def image_files(found: FoundFile) -> ArchiveFile:
 def list_class_folders(
     found: FoundFile, task: str, classes: Sequence[str], class_of: Callable[[str, str], str]
 ) -> list[Listing]:
-    """A tree of <folder>/<file>.jpg, all of it in 'train'; `class_of(folder, file)` names the class. Keys: <class>_<file>."""
+    """Lists a tree of <folder>/<file>.jpg, all in the split 'train'. `class_of(folder,
+    file)` returns the class. Keys: <class>_<file>."""
     members = [name for name in found.tree.names() if name.lower().endswith((".jpg", ".jpeg"))]
     parts = [member.split("/")[-2:] for member in members]
     if any(len(part) < 2 for part in parts):

@@ -1,4 +1,4 @@
-"""Caltech101: pictures of 101 kinds of objects and of background, one folder a class."""
+"""Caltech101: pictures of 101 kinds of objects and of background, one folder per class."""
 
 from collections.abc import Mapping
 
@@ -25,10 +25,9 @@ CLASSES = [
 
 
 def index(files: Mapping[str, FoundFile]) -> list[Listing]:
-    """30 pictures of every class are for training, the others for testing.
-
-    TFDS draws them by numpy's seed 1234 while it walks the folders in the order of the file system; here folders and files are
-    walked sorted. For TFDS's own draw, prepare from its TFRecords (pipeline/vtab/copies.py).
+    """30 pictures of every class are for training, the others for testing. TFDS draws them with NumPy's seed 1234 in
+    the order in which the file system lists the folders; here the order is sorted. To get the selection of TFDS,
+    prepare from its TFRecords (pipeline/vtab/copies.py).
     """
     found = files["101_ObjectCategories.tar.gz"]
     folders: dict[str, list[str]] = {}
@@ -45,7 +44,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
             raise UserError(f"{found.uri}: only {len(names)} files in {folder}, of which 30 are for training")
         train = set(generator.choice(names, TRAIN_PER_CLASS, replace=False).tolist())
         for file in names:
-            if file.endswith(".jpg"):  # BACKGROUND_Google also holds a file called tmp, which takes part in the draw
+            if file.endswith(".jpg"):  # BACKGROUND_Google also has a file named tmp, which is included in the draw
                 keys["train" if file in train else "test"].append(f"{folder}/{file}")
     images = image_files(found)
     return [

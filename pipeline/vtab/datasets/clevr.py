@@ -1,4 +1,4 @@
-"""CLEVR: rendered scenes of simple solids. Two tasks: how many there are, and how far the closest one is."""
+"""CLEVR: rendered scenes of simple solids. Two tasks: the number of objects, and the distance of the closest one."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,13 +17,13 @@ def clevr_count(objects: int) -> int:
 
 
 def clevr_distance(distances: Iterable[float]) -> int:
-    """The bin of the closest object, -1 without any. An edge belongs to the bin below it; float32, as in TFDS."""
+    """The bin of the closest object, -1 without objects. A bin includes its upper edge; float32, as in TFDS."""
     edges = np.array([0, 8, 8.5, 9, 9.5, 10, 100], np.float32)
     return int(np.sum(edges < np.float32(min(distances, default=0)))) - 1
 
 
 def index(files: Mapping[str, FoundFile]) -> list[Listing]:
-    """Scene number i describes the i-th image in the order of names. The official test images have no scenes: not used."""
+    """Scene i describes the i-th image in name order. The official test images have no scenes and are not used."""
     tree, images = files["CLEVR_v1.0.zip"].tree, image_files(files["CLEVR_v1.0.zip"])
     names = sorted(name for name in tree.names() if name.endswith(".png"))
     listings = []

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.vtab.datasets.base import ArchiveFile, DataSet, FoundFile, Listing, Member, OfficialFile, read_tree
 from pipeline.vtab.retinopathy import btgraham
 
-# TFDS split, table of labels, images, and what the table's column Usage says
+# TFDS split, table of labels, images, and the value in the table's column Usage
 PARTS = (
     ("train", "trainLabels.csv", "train", None),
     ("validation", "retinopathy_solution.csv", "test", "Public"),
@@ -43,7 +43,7 @@ def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member,
         try:
             yield name, btgraham(data, str(name))
         except UserError:
-            yield name, b""  # becomes a reject, like any other image that does not decode
+            yield name, b""  # becomes a reject, like other images that cannot be decoded
 
 
 DATASET = DataSet(

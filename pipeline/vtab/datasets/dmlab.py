@@ -1,4 +1,4 @@
-"""DMLab: views from DeepMind Lab, labelled by the distance to the closest reward and its sign. TFRecords in a tar."""
+"""DMLab: views from DeepMind Lab, labelled with the distance to the closest reward and its sign. TFRecords in a tar."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
             try:
                 listed[split].append((member, example["filename"][0], int(example["label"][0])))
             except (KeyError, IndexError) as error:
-                raise UserError(f"{found.uri}: {member} has no {error}; not a record of DMLab") from error
+                raise UserError(f"{found.uri}: {member} has no {error}; not a DMLab record") from error
     return [
         Listing(
             split=split,
@@ -39,7 +39,8 @@ def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member,
 
 
 def _records(tree: Tree, check: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(member, Example) of all records; a member is <file>#<number in it>. check: compare the records' checksums."""
+    """Yields (member, Example) of all records; a member is <file>#<number of the
+    record>. check: verify the checksums of the records."""
     for name, file in tree.walk(lambda name: name.rpartition("/")[2].startswith("dmlab-")):
         where = f"{tree.uri}: {name}"
         with damaged(where):
@@ -58,7 +59,7 @@ DATASET = DataSet(
             instead=("dmlab-*.tfrecord*",),
         ),
     ),
-    # Distance (close, far, very far) x sign of the reward; the records hold numbers only, in no documented order.
+    # Distance (close, far, very far) x sign of the reward; the records have only numbers, without a documented order.
     classes={"dmlab": [f"distance and reward {label}" for label in range(6)]},
     index=index,
 )

@@ -13,7 +13,7 @@ from pipeline.vtab.containers import damaged, expect_array, open_h5, png
 from pipeline.vtab.datasets.base import ArchiveFile, DataSet, FoundFile, Listing, Member, OfficialFile
 
 BLOCK = (
-    4096  # rows read at once; the file is compressed in chunks, which reading row by row would unpack again and again
+    4096  # rows read at once; the file is compressed in chunks, which reading single rows would decompress repeatedly
 )
 
 
@@ -43,7 +43,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
 
 
 def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
-    """Binary images as grey 0 and 255, in the order of rows."""
+    """Binary images as grey values 0 and 255, in row order."""
     wanted = np.sort(np.array(members, np.int64))
     with damaged(file.uri):
         for first, block in _blocks(file.uri):
@@ -55,7 +55,7 @@ def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member,
 
 
 def _blocks(uri: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """(first row, function that reads the block's rows) for blocks of BLOCK rows, in order."""
+    """Yields (first row, function that reads the rows) for blocks of BLOCK rows, in order."""
     if not uri.endswith(".npz"):
         with open_h5(uri) as h5:
             images = h5["imgs"]

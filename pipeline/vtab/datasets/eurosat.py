@@ -11,7 +11,8 @@ CLASSES = [
 
 
 def index(files: Mapping[str, FoundFile]) -> list[Listing]:
-    """2750/<class>/<class>_<number>.jpg (EuroSAT_RGB/... in Zenodo's copy). As in TFDS, the class is the one in the file name."""
+    """2750/<class>/<class>_<number>.jpg (EuroSAT_RGB/... in Zenodo's copy). As in
+    TFDS, the file name determines the class."""
     return list_class_folders(files["EuroSAT.zip"], "eurosat", CLASSES, lambda folder, file: file.partition("_")[0])
 
 

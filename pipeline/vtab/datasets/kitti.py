@@ -11,19 +11,20 @@ VEHICLES = ("Car", "Van", "Truck")
 
 
 def kitti_distance(vehicle_distances: Iterable[float]) -> int:
-    """The bin of the closest car, van or truck in metres ahead: up to 8, 20, farther, none. An edge belongs to the bin below."""
+    """The bin of the distance to the closest car, van or truck: up to 8 m, up to 20
+    m, farther, none. A bin includes its upper edge."""
     closest = np.float32(min(vehicle_distances, default=1000))
     return int(np.sum(np.array([-100, 8, 20, 999], np.float32) < closest)) - 1
 
 
 def kitti_label(text: str) -> int:
-    """The label of one frame from its label_2 file: type first, z of the location in column 13."""
+    """The label of one frame from its label_2 file: the type is column 0, z of the location column 13."""
     rows = [line.split() for line in text.splitlines() if line.strip()]
     return kitti_distance(float(row[13]) for row in rows if row[0] in VEHICLES)
 
 
 def kitti_videos(permutation: str, mapping: str) -> dict[str, list[int]]:
-    """{TFDS split: image numbers}: 10 % of the videos for test, 10 % for validation, drawn by numpy's seed 123.
+    """{TFDS split: image numbers}: 10 % of the videos for test, 10 % for validation, drawn with NumPy's seed 123.
 
     `permutation` is mapping/train_rand.txt (image i is line permutation[i] of the mapping, counted from 1), `mapping` is
     mapping/train_mapping.txt (date, drive, frame).
@@ -53,7 +54,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
     try:
         videos = kitti_videos(*devkit.texts("mapping/train_rand.txt", "mapping/train_mapping.txt"))
     except (ValueError, IndexError) as error:
-        raise UserError(f"{devkit.uri}: mapping/train_rand.txt does not fit train_mapping.txt ({error})") from error
+        raise UserError(f"{devkit.uri}: mapping/train_rand.txt does not match train_mapping.txt ({error})") from error
     listings = []
     for split, numbers in videos.items():
         unlabelled = [number for number in numbers if number not in labels]

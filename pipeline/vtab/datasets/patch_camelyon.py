@@ -1,4 +1,4 @@
-"""PatchCamelyon: 96 x 96 patches of lymph node sections; is there tumour tissue in the centre? HDF5 arrays."""
+"""PatchCamelyon: 96 x 96 patches of lymph node sections, with or without tumour tissue in the centre. HDF5 arrays."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

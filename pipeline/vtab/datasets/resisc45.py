@@ -1,4 +1,4 @@
-"""NWPU-RESISC45: 256 x 256 aerial pictures of 45 kinds of scenes, one folder a class."""
+"""NWPU-RESISC45: 256 x 256 aerial pictures of 45 kinds of scenes, one folder per class."""
 
 from collections.abc import Mapping
 

@@ -48,12 +48,12 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
 
 
 def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member, bytes]]:
-    """The left picture of each stereo pair, grey, in the order of rows."""
+    """The left picture of each stereo pair, grey, in row order."""
     wanted = set(members)
     with unzipped(file.uri) as stream:
         dtype, (rows, *shape) = _read_header(stream, file.uri)
         if shape != [2, 96, 96] or dtype != np.uint8:
-            raise UserError(f"{file.uri}: pictures of {shape} {dtype}, not pairs of 96 x 96; not the official file")
+            raise UserError(f"{file.uri}: pictures of {shape} {dtype}, not 96 x 96 pairs; not the official file")
         for i in range(rows):
             pair = stream.read(2 * 96 * 96)
             if len(pair) < 2 * 96 * 96:
@@ -63,11 +63,11 @@ def read(file: ArchiveFile, members: Sequence[Member]) -> Iterator[tuple[Member,
 
 
 def _read_header(stream: IO[bytes], uri: str) -> tuple[np.dtype[Any], list[int]]:
-    """(element type, shape) of a matrix; the stream then stands at its elements."""
+    """Reads (element type, shape) of a matrix; the stream is then at the first element."""
     head = stream.read(8)
     magic, dimensions = struct.unpack("<II", head) if len(head) == 8 else (0, 0)
     if magic not in ELEMENT_TYPES or not 1 <= dimensions <= 4:
-        raise UserError(f"{uri}: truncated, or not a matrix of NORB")
+        raise UserError(f"{uri}: truncated, or not a NORB matrix")
     sizes = struct.unpack(f"<{max(3, dimensions)}I", stream.read(4 * max(3, dimensions)))
     return ELEMENT_TYPES[magic], list(sizes[:dimensions])
 

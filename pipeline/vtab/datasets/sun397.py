@@ -1,4 +1,4 @@
-"""SUN397: photographs of 397 kinds of scenes, in TFDS's own partition."""
+"""SUN397: photographs of 397 kinds of scenes, with the splits of TFDS."""
 
 import lzma
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from pipeline.vtab.datasets.base import DataSet, FoundFile, Listing, OfficialFil
 
 @cache
 def sun397_splits() -> dict[str, list[str]]:
-    """{TFDS split: keys}: TFDS's own random partition, which no rule reproduces, so a file of the package lists it."""
+    """{TFDS split: keys}. TFDS drew its splits at random; no rule reproduces them,
+    so a file of this package lists them."""
     packed = resources.files(__package__).joinpath("sun397_splits.txt.xz").read_bytes()
     keys: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for line in lzma.decompress(packed).decode().splitlines():  # class, then the names of each split
@@ -25,7 +26,7 @@ CLASSES = sorted({key.rpartition("/")[0] for key in sun397_splits()["train"]})  
 
 
 def index(files: Mapping[str, FoundFile]) -> list[Listing]:
-    """TFDS's lists beside the archive (sun397_tfds_{tr,va,te}.txt), if there are any, take precedence over ours."""
+    """TFDS's lists next to the archive (sun397_tfds_{tr,va,te}.txt), if present, override the lists of this package."""
     found = files["SUN397.tar.gz"]
     splits = dict(sun397_splits())
     folder = found.uri.rpartition("/")[0]

@@ -1,4 +1,5 @@
-"""SVHN: house numbers from street photographs, format 2: 32 x 32 cropped digits. The extra images are no part of the task."""
+"""SVHN: house numbers from street photographs, format 2: 32 x 32 cropped
+digits. The extra images are not part of the task."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
