@@ -6,6 +6,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -24,7 +25,7 @@ STAGES = {
         "fields": {
             "data": "${data.output}/train",
             "validation": None,
-            "steps": 40,
+            "steps": 80,
             "workers": 1,
             "checkpoint_every": "5steps",
         },
@@ -53,7 +54,7 @@ class Cluster:
         more = ("--num-cpus=2", "--memory=4000000000", *SMALL)
         self.stack.enter_context(ray_node(self.port, self.environment, self.marks["node"], more))
 
-    def submit(self, place: Path, *options: str) -> subprocess.CompletedProcess:
+    def submit(self, place: Path, *options: str) -> None:
         """The runner as a job on the head, as infra/ submits it to clusters whose image has the project.
 
         Shipping the project is no choice here: nodes of one machine unpack it into the same folder, one after the other.
@@ -62,7 +63,8 @@ class Cluster:
         command = [BIN / "ray", "job", "submit", f"--address={self.address}", *options]
         command += [f"--runtime-env-json={json.dumps({'env_vars': variables})}", "--"]
         command += ["python", str(ROOT / "jobs" / "pipeline.py"), "run", str(place)]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=2400)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=2400)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -84,26 +86,42 @@ def committed(folder, name):
     return list((folder / name / "pretrain").glob("*/checkpoints/*/COMMIT.json"))
 
 
+def trainings(folder):
+    """{process id: process} of the entry points of the stage that trains."""
+    return {process.pid: process for process in running_jobs(folder / "lost", "pretrain")}
+
+
+def runners(place):
+    """The entry points of the pipeline itself."""
+    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["run", str(place)]]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
+def test_a_killed_runner_a_killed_stage_a_lost_node_and_a_lost_head_are_survived(cluster, tmp_path):
     place = written(tmp_path, "lost")
-    done = cluster.submit(place, "--no-wait")
-    assert done.returncode == 0, done.stdout + done.stderr
+    cluster.submit(place, "--no-wait")
+    wait_for(lambda: trainings(tmp_path), 1200)
+    for runner in runners(place):
+        runner.kill()
+    (first,) = trainings(tmp_path).values()
+    cluster.submit(place, "--no-wait")
     wait_for(lambda: committed(tmp_path, "lost"), 1200)
+    assert list(trainings(tmp_path).values()) == [first]  # it went on, with the next runner
+    first.kill()
+    wait_for(lambda: set(trainings(tmp_path)) - {first.pid}, 1200)
     node = cluster.marks["node"]
-    assert {one.environ().get("VIT_TEST_NODE") for one in running_jobs(tmp_path / "lost", "pretrain")} == {node}
+    assert {process.environ().get("VIT_TEST_NODE") for process in trainings(tmp_path).values()} == {node}
     kill_marked(node)  # with the entry point of the stage
-    assert not running_jobs(tmp_path / "lost", "pretrain")
+    assert not trainings(tmp_path)
     cluster.start_node()
-    wait_for(lambda: running_jobs(tmp_path / "lost", "pretrain"), 1200)
+    wait_for(lambda: trainings(tmp_path), 1200)
     kill_marked(cluster.marks["head"])  # with the runner; the node and its stage work on for a while
     cluster.start_head()
     cluster.start_node()
-    done = cluster.submit(place)
-    assert done.returncode == 0, done.stdout + done.stderr
+    cluster.submit(place)
     records = state.load(str(tmp_path / "lost")).records
     assert {name: len(record.versions) for name, record in records.items()} == {"data": 1, "pretrain": 1}
     assert records["data"].versions[0].cost["attempts"] == 1
-    assert records["pretrain"].versions[0].result["steps"] == 40
-    assert records["pretrain"].versions[0].cost["attempts"] >= 3
+    assert records["pretrain"].versions[0].result["steps"] == 80
+    assert records["pretrain"].versions[0].cost["attempts"] >= 4  # of the stage, the node and the head, and the last
