@@ -13,10 +13,12 @@ made. """
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 
-from pipeline import config
+from pipeline import config, storage
 from pipeline.operations.planning.config import PlanConfig
+from pipeline.outputs import check_output
 from pipeline.training.recipes import RECIPES, PretrainConfig
 
 
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> None:
     from pipeline.operations.planning.estimate import plan
     from pipeline.operations.planning.table import table
 
+    if options.scaling:
+        check_output(os.path.dirname(storage.normalise(options.scaling)), "scaling")
     result = plan(options, recipe)
     if options.scaling:
         from pipeline.operations import scaling

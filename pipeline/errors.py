@@ -8,6 +8,7 @@ __all__ = [
     "InUse",
     "JobFailed",
     "NotStarted",
+    "NotWritten",
     "StorageError",
     "Unavailable",
     "UserError",
@@ -31,6 +32,12 @@ class Unavailable(StorageError):
 
 class NotStarted(UserError):
     """Ray does not start on this machine, which may be busy. A retry may succeed."""
+
+    exit_code = 1
+
+
+class NotWritten(UserError):
+    """An output can no longer be written, for example because the disk is full."""
 
     exit_code = 1
 

@@ -284,9 +284,11 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # such as a full disk
+                raise OSError(error.errno, error.strerror, path) from error
             raise
 
 

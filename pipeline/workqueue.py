@@ -14,6 +14,7 @@ there is work (`pipeline.cluster`). Units read and write storage themselves, so
 large data does not pass through Ray's object store."""
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import cluster, host_memory, logs, metrics, storage
-from pipeline.errors import JobFailed, UserError
+from pipeline.errors import JobFailed, NotWritten, UserError
 from pipeline.stores import expect_answers
 
 TASK_SIZE = 256 << 20  # maximum input bytes of a task with several units; some seconds of work
@@ -195,7 +196,7 @@ class _Job:
         try:
             receipts.write(name, receipt)
         except OSError as error:
-            raise UserError(
+            raise NotWritten(
                 f"{receipts.folder}: cannot be written ({error}); free some space and repeat the command"
             ) from error
 
@@ -233,7 +234,8 @@ def _run_on_ray(
     if inspect.isclass(job.work):
         options |= {"fn_constructor_kwargs": arguments}
         options |= {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(names)))}
-        options |= {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
+        retries = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
+        options |= {"ray_remote_args_fn": functools.partial(dict, retries)}
     else:
         options |= {"fn_kwargs": arguments}
     function: Any = _Actor if inspect.isclass(job.work) else _task

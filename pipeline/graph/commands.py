@@ -18,7 +18,7 @@ from pipeline.graph import estimate, file, instances, rayjobs, report, runner, s
 from pipeline.graph.executor import Executor
 from pipeline.graph.plan import DONE, RUNNING, Plan, Status
 from pipeline.graph.recipes import RECIPES
-from pipeline.outputs import refuse_package_folder
+from pipeline.outputs import check_output, refuse_package_folder
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +222,7 @@ def run_once(pipeline: file.Pipeline, where: str, options: Any, show: Show) -> i
     if not plan.forced and all(states[name].state == DONE for name in selected):
         _show_end(plan, states, {}, 0.0, options, show)
         return 0
+    check_output(plan.state.root)
     executor = _executor(plan, options.address)
     holder = lease.Lease(
         storage.join(plan.state.root, state.FOLDER),

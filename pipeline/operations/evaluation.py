@@ -6,6 +6,7 @@ weights under an old name are. Checkpoints are only read. The transfer scores of
 separate MLflow run, which is linked to the training run."""
 
 import dataclasses
+import errno
 import http.client
 import json
 import logging
@@ -234,6 +235,8 @@ def _evaluate_target(
         except UserError:
             raise  # the command is wrong, or the store away, and not the checkpoint
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise  # the same would happen to the next checkpoint
             logger.exception("evaluation of %s failed", target.checkpoint)
             claim.fail(f"{type(error).__name__}: {error}")
             done.failed.append(f"{target.checkpoint}: {error}")

@@ -1,8 +1,10 @@
 """Errors are reported before anything is written."""
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,8 @@ from pipeline.training.recipes import RECIPES
 from pipeline.weights import save_checkpoint_weights
 from tests.datasets import write_tinted_patches
 from tests.runs import changed, commit_checkpoint, pretrain_config
+
+ROOT = Path(__file__).parents[2]
 
 PROJECT = Path(__file__).parents[2]
 DEMO = RECIPES["demo"]()
@@ -282,3 +286,35 @@ def test_relative_output_in_the_package_folder_of_a_ray_job(job, package, monkey
         main([*rest, *JOBS[job].split()])
     assert not (package / "out").exists()
     assert not (package / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prepare.py", "--source", "{folder}", "--output"],
+        ["pipeline.py", "run", "--recipe", "demo", "--output"],
+        ["plan.py", "--recipe", "b16_imagenet", "--scaling"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_output_below_a_file_is_one_line_before_any_work(command, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    words = [word.format(folder=tmp_path) for word in command]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / words[0]), *words[1:], str(tmp_path / "file" / "out" / "a.png")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path / 'file'} is not a folder; choose another {words[-1]}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_whole_is_named_and_leaves_nothing(tmp_path):
+    """The limit of a process on the size of files stands for a full disk."""
+    code = "import resource, signal, sys; from pipeline import storage; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); storage.write_bytes(sys.argv[1], bytes(5000))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.bin")], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert f"File too large: '{tmp_path / 'a.bin'}'" in done.stderr
+    assert list(tmp_path.iterdir()) == []

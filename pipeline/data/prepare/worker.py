@@ -21,19 +21,19 @@ from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan, SourceSlice, slice_name
 from pipeline.data.prepare.retry import temporary_keys
 from pipeline.data.sources import Item
-from pipeline.errors import UserError
+from pipeline.errors import NotWritten
 
 
 def prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     """Reads, checks, transforms and writes slice `number` of the plan. Returns its receipt.
 
-    Raises UserError when the output cannot be written.
+    Raises NotWritten when the output cannot be written.
     """
     cv2.setNumThreads(1)
     try:
         return _prepare_slice(number, plan)
     except OSError as error:  # unreadable inputs become rejects, so this is a write error such as a full disk
-        raise UserError(
+        raise NotWritten(
             f"{plan.config.output}: cannot be written ({error}); free some space and repeat the command, finished work is kept"
         ) from error
 
