@@ -299,7 +299,8 @@ def test_relative_output_in_the_package_folder_of_a_ray_job(job, package, monkey
 )
 def test_an_output_below_a_file_is_one_line_before_any_work(command, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    words = [word.format(folder=tmp_path) for word in command]
+    (tmp_path / "photos").mkdir()
+    words = [word.format(folder=tmp_path / "photos") for word in command]
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / words[0]), *words[1:], str(tmp_path / "file" / "out" / "a.png")],
         capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
