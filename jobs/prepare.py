@@ -6,9 +6,10 @@ r"""Turn images into shards: class folders, archives or a bucket become a datase
     python jobs/prepare.py vtab all --raw archives/ --output sets/vtab
     python jobs/prepare.py verify s3://bucket/photos     checksums and counts
     python jobs/prepare.py describe s3://bucket/photos   numbers and pictures
+    python jobs/prepare.py delete s3://bucket/photos --keys keys.txt
     python jobs/prepare.py                               the demo's data
 
-The subcommands vtab (the nineteen tasks of VTAB-1k), verify and describe have their own --help. To continue a stopped
+The subcommands vtab (the nineteen tasks of VTAB-1k), verify, describe and delete have their own --help. To continue a stopped
 job, repeat its command. Files that are not usable images are listed in rejects.parquet with a reason. The AWS_*
 environment variables set the credentials and the endpoint for s3://. """
 
@@ -38,6 +39,8 @@ LESS_MEMORY = "A smaller --num-cpus runs fewer processes in parallel"
 class Command(PrepareJob):
     """jobs/prepare.py"""
 
+    append: bool = False
+    """Add the sources to the finished dataset at --output, as its next revision."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -56,6 +59,24 @@ class VerifyCommand:
 
     uri: tyro.conf.Positional[str]
     """Dataset to check: a folder or an s3:// prefix with a manifest.json."""
+    json: bool = False
+    """Print only the result, as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DeleteCommand:
+    """Delete images by key: the next revision of a dataset is written without them. Repeat a stopped command."""
+
+    uri: tyro.conf.Positional[str]
+    """Dataset, or the folder of its splits."""
+    keys: str | None = None
+    """Text file with one key a line. None: only --purge."""
+    purge: bool = False
+    """Also remove the older revisions that still have deleted images, and the files that only they use."""
+    address: str | None = None
+    """Ray cluster to join (auto or host:port). None: the cluster of the submitted job, or an embedded Ray."""
+    num_cpus: int | None = None
+    """CPU cores for an embedded Ray. None: all."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -85,6 +106,7 @@ def main(argv: list[str]) -> int:
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "vtab": (VtabCommand, vtab),
         "verify": (VerifyCommand, verify),
+        "delete": (DeleteCommand, delete),
         "describe": (DescribeCommand, describe),
     }
     if argv and argv[0] in commands:
@@ -112,9 +134,11 @@ def prepare(argv: list[str]) -> int:
     server = resolve_tracking_uri(options.tracking_uri) if options.tracking else None
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     doctor.preflight(options.address, options.tracking_uri, tracking=options.tracking)
+    if settings.download_only and options.append:
+        raise UserError("--append adds images to a dataset, and --download-only writes none; leave one of them out")
     if settings.download_only:
         return show_downloads(options, download_images(settings, tracking_uri=server), stdout)
-    manifests = prepare(settings, tracking_uri=server)
+    manifests = prepare(settings, tracking_uri=server, append=options.append)
     results = {name or "dataset": summary(settings.output, name, manifest) for name, manifest in manifests.items()}
     if options.json:
         print(json.dumps(results), file=stdout)
@@ -192,6 +216,21 @@ def verify(options: VerifyCommand) -> int:
     else:
         print("\n".join(problems) if problems else f"{options.uri}: verified, no problems found")
     return 1 if problems else 0
+
+
+def delete(options: DeleteCommand) -> int:
+    if not options.keys and not options.purge:
+        raise UserError("delete: give --keys FILE, --purge, or both")
+    from pipeline.data.prepare.delete import delete_keys, purge, summary, to_json
+    from pipeline.operations import doctor
+
+    doctor.preflight(options.address, None, tracking=False)
+    cluster.configure(options.address, options.num_cpus, dashboard=False, memory_remedy=LESS_MEMORY)
+    stdout = logs.reserve_stdout() if options.json else sys.stdout
+    results = delete_keys(options.uri, options.keys) if options.keys else []
+    purged = purge(options.uri) if options.purge else None
+    print(to_json(results, purged) if options.json else "\n".join(summary(results, purged)), file=stdout)
+    return 0
 
 
 def describe(options: DescribeCommand) -> int:

@@ -10,7 +10,7 @@ JOB = str(Path(__file__).parents[1] / "jobs" / "prepare.py")
 
 def job(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs jobs/prepare.py to its end."""
-    quiet = [] if arguments[0] in ("verify", "describe") else ["--no-tracking"]
+    quiet = [] if arguments[0] in ("verify", "describe", "delete") else ["--no-tracking"]
     return subprocess.run(
         [sys.executable, JOB, *map(str, arguments), *quiet],
         capture_output=True,

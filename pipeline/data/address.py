@@ -104,7 +104,8 @@ def data_name(text: str) -> str:
 
 
 def _name(uri: str) -> str:
-    parts = [part for part in re.sub(r"^\w+://", "", uri).split("/") if part]
+    folder = re.sub(r"@[1-9][0-9]*$", "", re.sub(r"^\w+://", "", uri))  # a revision of a dataset has its name
+    parts = [part for part in folder.split("/") if part]
     useful = [part for part in parts if part.lower() not in SPLITS + GENERIC]
     return useful[-1] if useful else (parts[-1] if parts else uri)
 

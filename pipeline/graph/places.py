@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import storage
+from pipeline.data.format.revision_names import manifest_uri, split_address
 from pipeline.errors import UserError
 from pipeline.weights import checkpoints
 
@@ -122,6 +123,8 @@ def describe(uri: str) -> Content | None:
     Raises Missing when there is nothing at the URI, and UserError for a damaged manifest or checkpoint.
     """
     here = set(storage.list_names(uri))
+    if not here and (found := _revision(uri)) is not None:
+        return Content(found)
     if not here:
         if storage.exists(uri) and not os.path.isdir(storage.normalise(uri)):  # a single file
             return None
@@ -170,13 +173,21 @@ def _datasets_below(uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
 
 def _dataset(uri: str) -> str:
     """The fingerprint in a manifest. It is near the beginning, so a manifest of hundreds of MB is not read in full."""
-    place = storage.join(uri, MANIFEST)
+    place = uri if uri.endswith(".json") else storage.join(uri, MANIFEST)
     match = _FINGERPRINT.search(storage.read_bytes(place, 0, 1 << 16))
     if match is None:
         match = _FINGERPRINT.search(storage.read_bytes(place))
     if match is None:
         raise UserError(f"{place}: no fingerprint found; verify the dataset with `jobs/prepare.py verify {uri}`")
     return match[1].decode()
+
+
+def _revision(uri: str) -> str | None:
+    """The fingerprint of FOLDER@2; None when there is no such revision."""
+    number, where = split_address(uri)[1], manifest_uri(uri)
+    if number is None or not storage.exists(where):
+        return None
+    return _dataset(where) if b'"revision": %d,' % number in storage.read_bytes(where, 0, 1 << 16) else None
 
 
 def _weights(checkpoint: checkpoints.Checkpoint) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data import address
+from pipeline.data.format.revision_names import manifest_uri
 from pipeline.errors import UserError
 from pipeline.tracking import names
 
@@ -44,7 +45,7 @@ def _manifest(text: str) -> dict[str, Any]:
         parts = address.shares(text)
     except UserError:
         return {}
-    found = [_read(storage.join(uri, "manifest.json")) for uri, _ in parts]
+    found = [_read(manifest_uri(uri)) for uri, _ in parts]
     if len(found) == 1 or not all(found):
         return found[0] if len(found) == 1 else {}
     configs = [_manifest_config(manifest) for manifest in found]
@@ -55,6 +56,7 @@ def _manifest(text: str) -> dict[str, Any]:
         "rows": sum(manifest.get("rows", 0) for manifest in found),
         "classes": list(dict.fromkeys(name for manifest in found for name in manifest.get("classes") or ())),
         "duplicates": sum(manifest.get("duplicates") or 0 for manifest in found),
+        "history": [entry for manifest in found for entry in manifest.get("history") or ()],
         "config": {
             "source": [source for config in configs for source in config.get("source") or ()],
             "licence": "; ".join(dict.fromkeys(licences)),
@@ -107,7 +109,9 @@ def _manifest_config(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 def _data_line(title: str, uri: Any, manifest: Mapping[str, Any]) -> str:
     if not manifest:
         return f"**{title}:** {uri or NOT_STATED}; its manifest cannot be read."
-    sources = ", ".join(map(str, _manifest_config(manifest).get("source") or ())) or NOT_STATED
+    added = [source for entry in manifest.get("history") or () for source in entry.get("source") or ()]
+    found = dict.fromkeys([*(_manifest_config(manifest).get("source") or ()), *added])
+    sources = ", ".join(map(str, found)) or NOT_STATED
     return (
         f"**{title}:** {uri}, fingerprint {manifest.get('fingerprint')}: {manifest.get('rows', 0):,} images of "
         f"{len(manifest.get('classes') or ())} classes, made from {sources}."

@@ -308,6 +308,7 @@ def test_mixture_after_the_driver_was_killed(base, data, jobs, tmp_path):
     jobs.append(first)
     first.step(23)
     first.process.kill()
+    first.process.wait()
     second = Job(changed(config, resume="must"))
     jobs.append(second)
     assert re.search(r"resumed from .*step-000000\d\d on 2 workers", second.end())

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.data.address import shares
+from pipeline.data.format import open_dataset, revisions
 from pipeline.errors import UserError
 from pipeline.graph import file, instances, places, runner, state
 from pipeline.graph.executor import Ended
@@ -18,6 +19,7 @@ from pipeline.graph.plan import Plan
 from pipeline.graph.runner import Runner
 from pipeline.training.recipes import RECIPES
 from pipeline.weights import checkpoints
+from tests.datasets import write_tinted
 
 
 def chain(root, source, **more):
@@ -204,6 +206,16 @@ def test_a_mixture_depends_on_all_of_its_stages_and_on_their_shares(tmp_path, so
         )
         identities.add(again.tree(other))
     assert len(identities) == 2
+
+
+def test_a_revision_of_a_dataset_is_an_input_of_its_own(tmp_path):
+    uri = write_tinted(str(tmp_path / "set"), 6, 16)
+    newest = open_dataset(uri).manifest
+    revisions.publish(uri, revisions.successor(newest, 2, {"kind": "append"}, fingerprint="other"))
+    found = [places.Places().fingerprint(text) for text in (uri, f"{uri}@2", f"{uri}@1")]
+    assert found == ["other", "other", newest.fingerprint]
+    with pytest.raises(UserError, match="nothing is there"):
+        places.Places().fingerprint(str(tmp_path / "none@1"))
 
 
 def test_a_lost_output_is_made_again(tmp_path, source):

@@ -17,7 +17,7 @@ from pipeline.training.recipes import RECIPES
 JOBS = Path(__file__).parents[2] / "jobs"
 PAGES = [
     *(pytest.param(path.stem, [], id=path.stem) for path in sorted(JOBS.glob("*.py"))),
-    *(pytest.param("prepare", [name], id=f"prepare {name}") for name in ("vtab", "verify", "describe")),
+    *(pytest.param("prepare", [name], id=f"prepare {name}") for name in ("vtab", "verify", "describe", "delete")),
 ]
 
 

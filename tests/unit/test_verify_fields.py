@@ -12,9 +12,9 @@ from pipeline.data.format import write_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.errors import UserError
 
-DESCRIBES = {"mean", "std", "input_fingerprint", "config", "reported_by_reason"}
+DESCRIBES = {"history", "mean", "std", "input_fingerprint", "config", "reported_by_reason"}
 """Fields that no reader uses."""
-FIELDS = "version encoding image multilabel rows inputs duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
+FIELDS = "version encoding image multilabel revision rows inputs deleted duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
 SHARD = ("name", "rows", "bytes", "sha256")
 COLUMNS = {"rows": 0, "start": 1, "values": 2, "end": 3, "checksum": 4}
 

@@ -19,6 +19,7 @@ from pipeline.data.duplicates.hashes import VIEW, Hashes, compare_bits, hash_ima
 from pipeline.data.duplicates.verification import Agreement, compare_views, small_copy
 from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
+from pipeline.data.format.revision_names import split_address
 from pipeline.errors import UserError
 
 MAX_PROPOSALS = 8  # evaluation images that are compared in detail with one image
@@ -154,6 +155,9 @@ def index_evaluation_sets(uris: Sequence[str], max_pixels: int) -> EvaluationInd
 def parts_of_set(uri: str) -> Iterator[Any]:
     """Parts of an evaluation set, for parallel hashing: (dataset URI, row group) or (source, first fragment,
     fragments)."""
+    if split_address(uri)[1] is not None:
+        yield from ((uri, group) for group in range(len(open_dataset(uri).row_groups)))
+        return
     datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
     for manifest in datasets:
         folder = manifest.rpartition("/")[0]

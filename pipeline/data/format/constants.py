@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 UNLABELLED = -1

@@ -18,6 +18,7 @@ from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup, parse_row_group
+from pipeline.data.format.revisions import read_manifest
 from pipeline.errors import UserError
 
 # One row group: shard number, group number in it, rows, first byte, first byte of the image values, end byte, checksum.
@@ -168,22 +169,23 @@ class Dataset:
                 }
         return rows
 
+    def head(self, i: int) -> RowGroup:
+        """Row group i without images (`images` is None): keys, labels and original sizes."""
+        data = self._bytes(i, int(self.row_groups[i]["start"]), int(self.row_groups[i]["values"]))
+        return self._parse(i, data, images=False)
+
     def heads(self) -> Iterator[RowGroup]:
         """All row groups without images (`images` is None), in dataset order: keys, labels and original sizes. Needs
         one small read per row group; reads from S3 run in parallel."""
 
-        def head(i: int) -> RowGroup:
-            data = self._bytes(i, int(self.row_groups[i]["start"]), int(self.row_groups[i]["values"]))
-            return self._parse(i, data, images=False)
-
         if not storage.is_remote(self.uri):
-            yield from map(head, range(len(self.row_groups)))
+            yield from map(self.head, range(len(self.row_groups)))
             return
         with ThreadPoolExecutor(16) as pool:
             for first in range(
                 0, len(self.row_groups), 256
             ):  # bounded: a single map would queue reads of the whole dataset
-                yield from pool.map(head, range(first, min(first + 256, len(self.row_groups))))
+                yield from pool.map(self.head, range(first, min(first + 256, len(self.row_groups))))
 
     def table(self, columns: Sequence[str] = ("key", "label")) -> pa.Table:
         """`key`, `label`, `width` or `height` of the whole dataset as an Arrow table, in dataset order."""
@@ -199,13 +201,8 @@ class Dataset:
 def open_dataset(uri: str | os.PathLike, check: bool = True) -> Dataset:
     """Opens a finished dataset. Raises UserError when there is none at `uri`, when its format has another version, and,
     unless check=False, when the byte ranges in the manifest are impossible."""
-    uri = storage.normalise(uri)
+    uri, manifest = read_manifest(os.fspath(uri))
     where = storage.join(uri, MANIFEST)
-    try:
-        text = storage.read_bytes(where)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{uri}: no dataset here ({MANIFEST} is missing: not prepared, or not finished)") from error
-    manifest = Manifest.from_json(text, where)
     try:
         dataset = Dataset(uri, manifest)
     except (ValueError, OverflowError) as error:

@@ -98,8 +98,10 @@ class Manifest:
     encoding: Encoding
     image: dict[str, Any]
     multilabel: bool = False
+    revision: int = 1  # 1, then one more for each append or deletion (revisions.py)
     rows: int
-    inputs: int  # rows + rejects + duplicates, checked
+    inputs: int  # rows + rejects + duplicates + deleted, checked
+    deleted: int = 0  # rows that deletions have removed
     duplicates: int = 0  # rows removed as duplicates, within the corpus or of an evaluation set
     duplicates_by_reason: dict[str, int] = field(default_factory=dict)  # exact or near, of the corpus or of which set
     reported_by_reason: dict[str, int] = field(default_factory=dict)  # the same of rows that were only reported
@@ -108,7 +110,8 @@ class Manifest:
     std: list[float] | None = None
     fingerprint: str  # hash of the content
     input_fingerprint: str = ""  # hash of the source listing
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # of revision 1
+    history: list[dict[str, Any]] = field(default_factory=list)  # how each later revision was made
     class_counts: list[int] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
@@ -179,7 +182,16 @@ def _version_of(text: str | bytes) -> Any:
 def _check_manifest(manifest: Manifest) -> None:
     """Checks beyond types. Raises ValueError or UserError."""
     manifest.schema  # noqa: B018 checks the encoding and the geometry
-    counts = [manifest.rows, manifest.inputs, manifest.duplicates, *manifest.rejects.values(), *manifest.class_counts]
+    if manifest.revision < 1:
+        raise ValueError(f"revision {manifest.revision}")
+    counts = [
+        manifest.rows,
+        manifest.inputs,
+        manifest.duplicates,
+        manifest.deleted,
+        *manifest.rejects.values(),
+        *manifest.class_counts,
+    ]
     if min(counts) < 0:
         raise ValueError("a negative count")
     for name in ("mean", "std"):

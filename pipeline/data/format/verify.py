@@ -5,7 +5,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,8 @@ from pipeline.data.format.constants import MANIFEST, REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
 from pipeline.data.format.manifest import Shard, content_fingerprint
 from pipeline.data.format.pages import locate_page
+from pipeline.data.format.revision_names import is_of_later_revision, report_name
+from pipeline.data.format.revisions import known_files, revisions
 
 CHUNK = 16 << 20
 
@@ -33,11 +35,16 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(lambda i: _verify_shard(dataset, i), range(len(manifest.shards))):
             problems.extend(found)
-    known = {shard.name for shard in manifest.shards} | {MANIFEST, REJECTS, "duplicates.parquet"}
+    everything = revisions(dataset.uri)
+    known, newest = known_files(everything.values()), max(everything)
     for file in storage.list_files(dataset.uri, recursive=False):
-        if file.path not in known and file.path.endswith(".parquet"):
+        if file.path.endswith(".parquet") and file.path not in known and not is_of_later_revision(file.path, newest):
             problems.append(f"{file.path}: not in the manifest")
-    inputs = manifest.rows + sum(manifest.rejects.values()) + manifest.duplicates
+    if [entry.get("revision") for entry in manifest.history][-1:] != (
+        [manifest.revision] if manifest.revision > 1 else []
+    ):
+        problems.append(f"{MANIFEST}: revision is {manifest.revision}, not that of the last entry of history")
+    inputs = manifest.rows + sum(manifest.rejects.values()) + manifest.duplicates + manifest.deleted
     if manifest.inputs != inputs:
         problems.append(f"{MANIFEST}: inputs is {manifest.inputs}, its parts add up to {inputs}")
     if sum(manifest.duplicates_by_reason.values()) != manifest.duplicates:
@@ -97,16 +104,26 @@ def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> 
 
 
 def _verify_rejects(dataset: Dataset) -> Iterator[str]:
+    name = report_name(REJECTS, dataset.manifest.revision)
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(dataset.uri, REJECTS))))
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(dataset.uri, name))))
         reasons = table["reason"].value_counts().to_pylist()
         counts = {entry["values"]: entry["counts"] for entry in reasons}
         if counts != dataset.manifest.rejects:
-            yield f"{REJECTS}: {counts}, the manifest says {dataset.manifest.rejects}"
+            yield f"{name}: {counts}, the manifest says {dataset.manifest.rejects}"
     except FileNotFoundError:
-        yield f"{REJECTS}: missing"
+        yield f"{name}: missing"
     except (pa.ArrowException, KeyError) as error:
-        yield f"{REJECTS}: not readable ({error})"
+        yield f"{name}: not readable ({error})"
+
+
+def read_report(uri: str, name: str, revision: int) -> list[dict[str, Any]]:
+    """The rows of a report (rejects.parquet, duplicates.parquet) of a revision; none where there is no such report."""
+    try:
+        data = storage.read_bytes(storage.join(uri, report_name(name, revision)))
+    except FileNotFoundError:
+        return []
+    return pq.read_table(io.BytesIO(data)).to_pylist()
 
 
 def _verify_rows(dataset: Dataset) -> Iterator[str]:

@@ -233,11 +233,41 @@ def finish_dataset(
     duplicates, reported: by reason, rows that were removed and rows that were only listed. inputs: default is the sum
     of the receipts and rejects. Raises UserError when there are no rows, RuntimeError when the counts are inconsistent.
     """
+    refused = list(rejects)
+    manifest = build_manifest(
+        uri,
+        receipts,
+        schema,
+        rejects=refused,
+        duplicates=duplicates,
+        reported=reported,
+        inputs=inputs,
+        config=config,
+        input_fingerprint=input_fingerprint,
+    )
+    if not manifest.rows:
+        why = "; ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "no inputs"
+        raise UserError(f"{uri}: no usable images ({why})")
+    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(refused))
+    storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())
+    return manifest
+
+
+def build_manifest(
+    uri: str,
+    receipts: Iterable[Receipt],
+    schema: Schema,
+    *,
+    rejects: Sequence[Reject] = (),
+    duplicates: Mapping[str, int] | None = None,
+    reported: Mapping[str, int] | None = None,
+    inputs: int | None = None,
+    config: dict[str, Any] | None = None,
+    input_fingerprint: str = "",
+) -> Manifest:
+    """The manifest of the written rows, perhaps none. Raises RuntimeError when the counts are inconsistent."""
     total, refused = Receipt.total(receipts), list(rejects)
     reasons = dict(sorted(Counter(reject.reason for reject in refused).items()))
-    if not total.rows:
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no inputs"
-        raise UserError(f"{uri}: no usable images ({why})")
     repeated = sum((duplicates or {}).values())
     accounted = total.rows + len(refused) + repeated
     if inputs is not None and inputs != accounted:
@@ -245,7 +275,7 @@ def finish_dataset(
             f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {repeated} duplicates"
         )
     mean, std = total.moments()
-    manifest = Manifest(
+    return Manifest(
         encoding=schema.encoding,
         image=schema.image,
         multilabel=schema.multilabel,
@@ -264,9 +294,6 @@ def finish_dataset(
         classes=list(schema.classes),
         shards=total.shards,
     )
-    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(refused))
-    storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())
-    return manifest
 
 
 def write_dataset(

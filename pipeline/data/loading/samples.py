@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.codecs import BadImage, decode_stored, extensions, is_image_name
+from pipeline.data.format.revision_names import manifest_uri
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.transform import augment_image
@@ -42,7 +43,7 @@ def _pictures(uri: str | None, limit: int) -> Iterator[np.ndarray]:
 
         crops = [photo[:, left : left + 400] for left in (120, 0, 240, 60) for photo in load_sample_images().images]
         yield from (np.ascontiguousarray(crop) for crop in crops[:limit])
-    elif storage.exists(storage.join(uri, "manifest.json")):
+    elif storage.exists(manifest_uri(uri)):
         from pipeline.data import open_dataset
 
         dataset = open_dataset(uri)

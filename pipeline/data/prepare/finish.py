@@ -7,7 +7,13 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
-from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_dataset, rejects_table
+from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_dataset, open_dataset, rejects_table
+from pipeline.data.format.manifest import content_fingerprint
+from pipeline.data.format.revision_names import report_name
+from pipeline.data.format.revisions import known_files, publish, revisions, successor
+from pipeline.data.format.verify import read_report
+from pipeline.data.format.writer import build_manifest
+from pipeline.data.prepare.append import history_entry, joined
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
@@ -35,32 +41,38 @@ def finish_datasets(
     receipts = without_retried(plan, receipts)
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
+    if plan.append is not None and not any(part["rows"] for receipt in receipts for part in receipt["splits"].values()):
+        logger.info("prepare: %s has all of these images already; there is no new revision", plan.config.output)
+        storage.remove(plan.work, recursive=True)
+        return {name: open_dataset(uri).manifest for name, uri in plan.append.bases.items()}
     manifests = {}
     for name in plan.splits:
         if name in without_labels:
             continue
         reported = [record for receipt in receipts for record in receipt.get("reported", {}).get(name, [])]
         duplicates = [record for receipt in receipts for record in receipt["duplicates"][name]]
-        if plan.config.deduplicate != "off" or plan.config.decontaminate:
+        if plan.append is None and (plan.config.deduplicate != "off" or plan.config.decontaminate):
             _write_report(plan, name, duplicates + reported)
         written = [Receipt.from_dict(receipt["splits"][name]) for receipt in receipts]
         if shuffled is not None:  # mean and standard deviation are in the receipts of the slices
             written = [Receipt(pixels=receipt.pixels) for receipt in written]
             written += [Receipt.from_dict(receipt[name]) for receipt in shuffled]
-        manifests[name] = finish_dataset(
-            plan.split_uri(name),
-            written,
-            plan.schema,
-            rejects=[Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
-            duplicates=_by_reason(duplicates),
-            reported=_by_reason(reported),
-            inputs=sum(receipt["inputs"][name] for receipt in receipts),
-            config=identity(plan.config),
-            input_fingerprint=plan.input_fingerprint,
-        )
+        about: dict[str, Any] = {
+            "rejects": [Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
+            "duplicates": _by_reason(duplicates),
+            "reported": _by_reason(reported),
+            "inputs": sum(receipt["inputs"][name] for receipt in receipts),
+            "config": identity(plan.config),
+            "input_fingerprint": plan.input_fingerprint,
+        }
+        if plan.append is None:
+            manifests[name] = finish_dataset(plan.split_uri(name), written, plan.schema, **about)
+        else:
+            new = build_manifest(plan.split_uri(name), written, plan.schema, **about)
+            manifests[name] = _publish(plan, name, new, about["rejects"], duplicates + reported, receipts)
     _warn_about_classes(plan, manifests)
     _warn_about_table_rows(plan, receipts)
-    tidy_output(plan, manifests, keep_work=_may_go_on(plan, receipts, shuffled is not None))
+    tidy_output(plan, manifests, keep_work=plan.append is None and _may_go_on(plan, receipts, shuffled is not None))
     return manifests
 
 
@@ -83,6 +95,34 @@ def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: 
         count,
     )
     return True
+
+
+def _publish(
+    plan: PreparePlan,
+    split: str,
+    new: Manifest,
+    rejects: Sequence[Reject],
+    records: list[dict[str, Any]],
+    receipts: Sequence[dict[str, Any]],
+) -> Manifest:
+    """Writes the reports of the next revision of a split, then its manifest. new: of what is added."""
+    assert plan.append is not None
+    base, uri, number = open_dataset(plan.append.bases[split]).manifest, plan.split_uri(split), plan.append.revision
+    skipped = sum(receipt["skipped"] for receipt in receipts)
+    entry = history_entry(plan.append, plan.config, plan.input_fingerprint, new.rows, skipped)
+    entry["temporary"] = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
+    fields = joined(base, new)
+    fields["fingerprint"] = content_fingerprint(fields["shards"], fields["classes"])
+    manifest = successor(base, number, entry, **fields)
+    before = read_report(uri, REJECTS, base.revision)
+    refused = [Reject(**row) for row in before] + list(rejects)
+    storage.write_bytes(storage.join(uri, report_name(REJECTS, number)), rejects_table(refused))
+    repeated = read_report(uri, DUPLICATES, base.revision)
+    if repeated or plan.config.deduplicate != "off" or plan.config.decontaminate:
+        _write_report(plan, split, repeated + records, number)
+    publish(uri, manifest)
+    logger.info("prepare: %s@%d: %d images added, %d were there before", uri, number, new.rows, skipped)
+    return manifest
 
 
 def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -152,7 +192,7 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     if not inputs or len(refused) <= plan.config.max_reject_fraction * inputs:
         return
     reasons = Counter(reject.reason for reject in refused)
-    where = storage.join(plan.config.output, REJECTS)
+    where = storage.join(plan.config.output, report_name(REJECTS, plan.append.revision if plan.append else 1))
     storage.write_bytes(where, rejects_table(refused))
     raise UserError(
         f"{len(refused):,} of {inputs:,} inputs were rejected, more than --max-reject-fraction "
@@ -161,23 +201,24 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     )
 
 
-def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]]) -> None:
+def _write_report(plan: PreparePlan, split: str, records: list[dict[str, Any]], revision: int = 1) -> None:
     """duplicates.parquet, and the contact sheet of the least certain pairs."""
     uri = plan.split_uri(split)
-    storage.write_bytes(storage.join(uri, DUPLICATES), duplicates_table(records))
+    storage.write_bytes(storage.join(uri, report_name(DUPLICATES, revision)), duplicates_table(records))
     sheet = contact_sheet(records)
     if sheet is not None:
-        storage.write_bytes(storage.join(uri, PAIRS), sheet)
+        storage.write_bytes(storage.join(uri, report_name(PAIRS, revision)), sheet)
 
 
 def tidy_output(plan: PreparePlan, manifests: dict[str, Manifest], keep_work: bool = False) -> None:
     """Removes receipts, unless `keep_work`, and leftovers of killed tasks: shards without a receipt and partial files."""
-    for name, manifest in manifests.items():
-        known = {shard.name for shard in manifest.shards}
+    for name in manifests:
+        known = known_files(revisions(plan.split_uri(name)).values())
         for file in storage.list_files(plan.split_uri(name), recursive=False):
             if file.path.startswith((".part-", "part-")) and file.path not in known:
                 storage.remove(file.uri)
     if "" not in manifests:
-        storage.remove(storage.join(plan.config.output, REJECTS))  # from an attempt with too many rejects
+        name = report_name(REJECTS, plan.append.revision if plan.append else 1)
+        storage.remove(storage.join(plan.config.output, name))  # from an attempt with too many rejects
     if not keep_work:
         storage.remove(plan.work, recursive=True)

@@ -22,6 +22,8 @@ from pipeline import storage
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, ShardWriter, open_dataset
+from pipeline.data.format.revision_names import shard_prefix
+from pipeline.data.prepare.append import APPEND, Append, join_labels
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
@@ -58,6 +60,7 @@ class PreparePlan:
     work: str  # URI of the folder of receipts
     evaluation: EvaluationIndex | None = None  # images to remove
     evaluation_parts: Sequence[tuple[str, Any]] = ()  # (set, part) whose descriptors are compared
+    append: Append | None = None  # the dataset that is added to
 
     @property
     def image(self) -> dict[str, Any]:
@@ -92,7 +95,7 @@ class PreparePlan:
         sizes = {"row_group_bytes": self.config.row_group_bytes, "shard_bytes": self.config.shard_bytes} | sizes
         return ShardWriter(
             self.split_uri(split),
-            f"{number:05d}{mark}",
+            f"{shard_prefix(self.append.revision) if self.append else ''}{number:05d}{mark}",
             self.schema,
             row_group_bytes=sizes["row_group_bytes"],
             shard_bytes=sizes["shard_bytes"],
@@ -148,7 +151,7 @@ def slice_name(number: int) -> str:
 # ---------------------------------------------------------------- sources -> slices
 
 
-def make_plan(config: PrepareConfig) -> PreparePlan:
+def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePlan:
     """Scans the sources and divides them into slices. Ray tasks scan the archives.
 
     Raises UserError for a source that is missing, empty, unreadable or ambiguous.
@@ -172,6 +175,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
             need_labels=not unlabelled,
             keep_rows=config.download_only,
         ),
+        prefixes=sources.key_prefixes(config.source, append.known) if append is not None else None,
     )
     if config.splits == FROM_SOURCE and not unlabelled:
         found = [_without_unlabelled_splits(source) for source in found]
@@ -182,6 +186,8 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     )
     labels = sources.make_labels(found, label_map, unlabelled)
     fingerprint = fingerprint_input(found, labels)
+    if append is not None:
+        labels = join_labels(append, labels, list(splits))
     rng = np.random.Generator(np.random.Philox(config.seed))
     if config.shuffle:
         found = [
@@ -196,6 +202,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         slices=cut_slices(found, config),
         input_fingerprint=fingerprint,
         work=storage.join(config.output, WORK),
+        append=append,
     )
 
 
@@ -296,6 +303,12 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
     return None
 
 
+def is_changing(output: str) -> bool:
+    """Whether an append or a deletion in this folder was stopped and has to be finished by its own command."""
+    where = storage.join(output, WORK, "plan.json")
+    return storage.exists(where) and bool({APPEND, "delete"} & storage.read_record(where).keys())
+
+
 def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
     """Raises UserError unless the finished dataset matches the plan."""
     for name, manifest in finished.items():
@@ -317,6 +330,8 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
     belongs to an unfinished dataset of another command or input, or is not writable."""
     where = storage.join(plan.work, "plan.json")
     mark = {"config": identity(plan.config), "input_fingerprint": plan.input_fingerprint, "units": len(plan.slices)}
+    if plan.append is not None:
+        mark[APPEND] = plan.append.revision
     mark = json.loads(json.dumps(mark))
     before = storage.read_record(where) if storage.exists(where) else mark
     if before != mark:

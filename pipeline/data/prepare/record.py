@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.data.address import data_name
 from pipeline.data.duplicates.report import PAIRS
 from pipeline.data.format import REJECTS, Manifest
+from pipeline.data.format.revision_names import report_name
 from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description
 
@@ -92,11 +93,13 @@ class Record:
             about["shards"] = len(manifest.shards)  # the list of shards may be long and is in the dataset
             run.log_dataset(uri, about, role=role, made=True)
             if manifest.rejects:
-                table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, REJECTS))))
+                table = pq.read_table(
+                    io.BytesIO(storage.read_bytes(storage.join(uri, report_name(REJECTS, manifest.revision))))
+                )
                 sink = io.BytesIO()
                 pyarrow.csv.write_csv(table.slice(0, MAX_REJECTS), sink)
                 run.log_text(sink.getvalue().decode(), f"rejects/{role}.csv")
-            if storage.exists(sheet := storage.join(uri, PAIRS)):
+            if storage.exists(sheet := storage.join(uri, report_name(PAIRS, manifest.revision))):
                 run.log_bytes(storage.read_bytes(sheet), f"duplicates/{role}.png")
 
     def log_counts(self, inputs: int, rows: int, rejects: Mapping[str, int], size: int) -> None:

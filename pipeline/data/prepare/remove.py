@@ -55,7 +55,7 @@ def _keep_rows(unit: tuple[int, dict[int, tuple[str, Removal]]], plan: PreparePl
     looked_at = {number << 32 | row: why.first for row, (_, why) in removals.items() if why.kind >= PERCEPTUAL}
     copies = read_copies(plan, {*looked_at, *looked_at.values()})
     source = plan.sources[plan.slices[number].source].uri
-    receipt["reported"] = {}
+    receipt.setdefault("reported", {})
     for name in plan.splits:
         found: dict[str, list[Any]] = {"duplicates": [], "reported": []}
         pictures: dict[str, list[Any]] = {"duplicates": [], "reported": []}

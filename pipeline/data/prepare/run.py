@@ -10,13 +10,22 @@ from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.format import Manifest
 from pipeline.data.prepare import retry
+from pipeline.data.prepare.append import find_bases, finished_before, read_keys
 from pipeline.data.prepare.builtin import BUILTIN, write_builtin
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.deduplicate import deduplicate
 from pipeline.data.prepare.descriptors import check_descriptor
 from pipeline.data.prepare.finish import finish_datasets, receipt_names, tidy_output
-from pipeline.data.prepare.plan import PreparePlan, check_finished, claim_output, find_finished, make_plan, slice_name
+from pipeline.data.prepare.plan import (
+    PreparePlan,
+    check_finished,
+    claim_output,
+    find_finished,
+    is_changing,
+    make_plan,
+    slice_name,
+)
 from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.shuffle import needs_shuffle, shuffle_rows
 from pipeline.data.prepare.worker import prepare_slice, summarize
@@ -31,30 +40,38 @@ def prepare(
     *,
     tracking_uri: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    append: bool = False,
 ) -> dict[str, Manifest]:
     """Prepares datasets according to `config`. Returns {split: manifest}, or {"": manifest} without splits.
 
+    append: adds the sources to the finished dataset at the output, as its next revision (append.py).
     Returns a finished dataset immediately. tracking_uri: MLflow server. on_progress: called after every slice with the
     number of inputs and rejects so far. Raises UserError before any work for an invalid configuration or source and for
     an output with other content, and at the end for too many rejects or no usable images."""
     config = check_config(config)
     check_output(config.output)
-    finished = find_finished(config)
+    to = find_bases(config) if append else None
+    finished = None if to else find_finished(config)
     raw = storage.join(os.path.dirname(config.output), "raw")
     sources = tuple(write_builtin(uri, raw) if uri in BUILTIN else uri for uri in config.source)
     config = dataclasses.replace(config, source=sources)
     if config.descriptor and finished is None:
         check_descriptor(config)
-    plan = make_plan(config)
+    plan = make_plan(config, to)
+    if to is not None and not storage.exists(plan.work):
+        finished = finished_before(to, plan.input_fingerprint)
     if finished is not None:
-        check_finished(plan, finished)
-        if not storage.exists(plan.work) or not retry.pending(retry.planned(plan)):
-            if storage.exists(plan.work):  # the job was stopped during cleanup
+        if to is None:
+            check_finished(plan, finished)
+        if not storage.exists(plan.work) or is_changing(config.output) or not retry.pending(retry.planned(plan)):
+            if storage.exists(plan.work) and not is_changing(config.output):  # the job was stopped during cleanup
                 tidy_output(plan, finished)
             logger.info("prepare: %s is already finished", config.output)
             return finished
         logger.info("prepare: %s is finished; downloads that failed for a while are tried again", config.output)
     plan = claim_output(plan)
+    if plan.append is not None:
+        plan = dataclasses.replace(plan, append=read_keys(plan.append))
     watchers = [on_progress] if on_progress else []
     if tracking_uri is None:
         return _run_phases(plan, watchers)
@@ -95,6 +112,9 @@ def prepare_slices(
         index = index_evaluation_sets(plan.config.decontaminate, plan.config.max_pixels)
         plan = dataclasses.replace(plan, evaluation=index)
         logger.info("prepare: keeping out %d images of %d evaluation sets", index.count, len(index.sets))
+    if plan.append is not None and plan.config.deduplicate != "off":
+        index = index_evaluation_sets(list(plan.append.bases.values()), plan.config.max_pixels)
+        plan = dataclasses.replace(plan, append=dataclasses.replace(plan.append, index=index))
     outcomes = workqueue.run(
         todo,
         work,

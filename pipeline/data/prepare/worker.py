@@ -17,6 +17,7 @@ from pipeline.data.duplicates.hashes import ROW, VIEW, hash_image, pack_hashes
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
+from pipeline.data.loading.patches import unpatchify
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan, SourceSlice, slice_name
 from pipeline.data.prepare.retry import temporary_keys
@@ -56,6 +57,9 @@ class _Counts:
     alike: int = 0  # rows with the same label as the previous row
     label: Any = None  # label of the previous row
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
+    skipped: int = 0  # inputs whose key the dataset has that is added to
+    reported: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # duplicates that are written all the same
+    reported_pictures: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
 
 
 def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
@@ -66,12 +70,19 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         duplicates={name: [] for name in names},
         pictures={name: [] for name in names},
     )
+    is_new = plan.append is None or plan.sources[plan.slices[number].source].uri not in plan.append.known
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
         for item in items_of_slice(number, plan):
             split = _split_of_item(item, plan, thresholds)
+            there = plan.append is not None and plan.append.has_key(split, item.key)
+            if there and not is_new:
+                counts.skipped += 1
+                continue
             counts.inputs[split] += 1
             try:
+                if there:
+                    raise Refused("duplicate key")
                 if item.split is None and plan.source_decides:
                     raise item.refused or Refused("no split")
                 _prepare_item(item, split, plan, counts, writers[split])
@@ -82,10 +93,13 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         storage.write_bytes(plan.hashes_uri(number), pack_hashes(np.frombuffer(counts.hashed, ROW), views))
     for name in names:
         attach_pictures(counts.duplicates[name], counts.pictures[name])
+        attach_pictures(counts.reported.get(name, []), counts.reported_pictures.get(name, []))
     return {
         "inputs": counts.inputs,
         "rejects": counts.rejects,
         "duplicates": counts.duplicates,
+        "reported": counts.reported,
+        "skipped": counts.skipped,
         "alike": counts.alike,
         "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
     }
@@ -133,9 +147,18 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
             counts.duplicates[split].append(match.record(item.key, index))
             counts.pictures[split].append((match.picture, index.pictures[match.image].as_py()))
             return
-        if plan.finds_near_duplicates:
-            hashed.views["image"] = len(counts.hashed) // ROW.itemsize
-            counts.views.append(hashed.views)
+    if plan.append is not None and plan.append.index is not None:
+        found = _duplicate_in_dataset(stored, item.key, plan)
+        if found is not None and plan.config.deduplicate != "report":
+            counts.duplicates[split].append(found[0])
+            counts.pictures[split].append(found[1])
+            return
+        if found is not None:
+            counts.reported.setdefault(split, []).append(found[0])
+            counts.reported_pictures.setdefault(split, []).append(found[1])
+    if plan.finds_near_duplicates:
+        hashed.views["image"] = len(counts.hashed) // ROW.itemsize
+        counts.views.append(hashed.views)
     if plan.finds_duplicates_of_rows:
         counts.hashed += np.array([(key, exact, list(plan.splits).index(split))], ROW).tobytes()
     counts.keys.add(key)
@@ -143,6 +166,24 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
     height, width = picture.shape[:2]
     # A quarter of the pixel rows is sufficient for the mean over a corpus, at a quarter of the cost.
     writer.write(item.key, stored, label, width, height, pixels[::4])
+
+
+def _duplicate_in_dataset(
+    stored: bytes | np.ndarray, key: str, plan: PreparePlan
+) -> tuple[dict[str, Any], tuple[bytes, bytes]] | None:
+    """The record of the image of the dataset that a new image repeats, both as they are stored, and small copies of
+    both; None if there is none."""
+    assert plan.append is not None
+    assert plan.append.index is not None
+    c, index = plan.config, plan.append.index
+    if isinstance(stored, np.ndarray):
+        pixels = unpatchify(stored, c.size, c.size, c.patch_size)
+    else:
+        pixels = codecs.decode_stored(stored).copy()
+    match = index.find(hash_image(pixels, views=plan.finds_near_duplicates), pixels, c.distance)
+    if match is None:
+        return None
+    return match.record(key, index) | {"set": ""}, (match.picture, index.pictures[match.image].as_py())
 
 
 def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndarray, bytes | np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ ignored.
 Each format is one module with `matches`, `scan` and `read` (`items.SourceFormat`), listed in `discovery.FORMATS`.
 """
 
-from pipeline.data.sources.discovery import FORMATS, discover, read
+from pipeline.data.sources.discovery import FORMATS, discover, key_prefixes, read
 from pipeline.data.sources.items import FRAGMENTS, Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
@@ -42,6 +42,7 @@ __all__ = [
     "SourceFormat",
     "discover",
     "in_batches",
+    "key_prefixes",
     "make_labels",
     "prefetched",
     "read",

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import cast
@@ -48,6 +48,22 @@ def formats() -> dict[str, SourceFormat]:
     return {module.NAME: cast(SourceFormat, module) for module in FORMATS}
 
 
+def key_prefixes(uris: Sequence[str], known: Mapping[str, str] | None = None) -> list[str]:
+    """What the keys of each source begin with: nothing for a single source, else its name.
+
+    known: prefixes of the sources that a dataset has; each of them keeps its own, and a new source always has one."""
+    bases = [os.path.splitext(uri.rpartition("/")[2])[0] for uri in uris]
+    if not known:
+        several = [base + (f"-{i}" if bases.count(base) > 1 else "") + "/" for i, base in enumerate(bases)]
+        return several if len(uris) > 1 else [""] * len(uris)
+    found = dict(known)
+    for i, uri in enumerate(uris):
+        names = itertools.chain([f"{bases[i]}/"], (f"{bases[i]}-{n}/" for n in itertools.count(2)))
+        if uri not in found:
+            found[uri] = next(name for name in names if name not in found.values())
+    return [found[uri] for uri in uris]
+
+
 def discover(
     uris: Sequence[str],
     *,
@@ -60,23 +76,24 @@ def discover(
     class_level: int | None = None,
     unlabelled: bool = False,
     downloads: Downloads | None = None,
+    prefixes: Sequence[str] | None = None,
 ) -> list[Source]:
     """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
     labels: URI of a label table for all sources. include: globs over keys. need_names: False avoids opening archives of
     at most `unit_bytes` bytes. columns: the columns that the user named. class_level: the level of the class folders; 1
-    is the first below the source. unlabelled: whether to accept images without labels. downloads: for lists of URLs.
-    Raises UserError for a source that is missing, empty, unreadable or ambiguous.
+    is the first below the source. unlabelled: whether to accept images without labels. prefixes: what the keys of each
+    source begin with (default: `key_prefixes`). downloads: for lists of URLs. Raises UserError for a source that is
+    missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
         raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
     uris = [storage.normalise(uri) for uri in uris]
-    bases = [os.path.splitext(uri.rpartition("/")[2])[0] for uri in uris]
+    prefixes = prefixes or key_prefixes(uris)
     columns = columns or Columns()
     table = read_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
     sources = []
     for i, uri in enumerate(uris):
-        prefix = "" if len(uris) == 1 else bases[i] + (f"-{i}" if bases.count(bases[i]) > 1 else "") + "/"
         files = list_source(uri)
         if not files.num_rows:
             raise UserError(f"{uri}: no such file or folder, or nothing in it")
@@ -89,7 +106,7 @@ def discover(
             include=include,
             need_names=need_names,
             unit_bytes=unit_bytes,
-            prefix=prefix,
+            prefix=prefixes[i],
             downloads=downloads or Downloads(),
         )
         if format == "auto":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline import storage
 from pipeline.credentials import redacted
 from pipeline.data import address
+from pipeline.data.format.revision_names import manifest_uri
 from pipeline.errors import UserError
 from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, warning
 from pipeline.stores import kind_of
@@ -34,7 +35,7 @@ def readable(uri: str) -> CheckResult:
     """Checks access to the dataset by reading one byte of its manifest."""
     try:
         _reachable(uri)
-        storage.read_bytes(storage.join(uri, "manifest.json"), 0, 1)
+        storage.read_bytes(manifest_uri(uri), 0, 1)
     except UserError as cause:
         return refused("data", cause)
     except FileNotFoundError:

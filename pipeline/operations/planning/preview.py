@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import address
+from pipeline.data.format.revision_names import manifest_uri
 from pipeline.errors import UserError
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
@@ -32,7 +33,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     try:
         open_data(training.runtime.data)
     except UserError as error:
-        if all(storage.exists(storage.join(uri, "manifest.json")) for uri in address.uris(training.runtime.data)):
+        if all(storage.exists(manifest_uri(uri)) for uri in address.uris(training.runtime.data)):
             raise  # damaged, or datasets that cannot be mixed
         run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)

@@ -1,0 +1,74 @@
+"""Revisions of a dataset: what `prepare --append` and `prepare delete` make of it.
+
+    manifest.json            the newest revision
+    manifest@1.json          an older one, byte for byte as it was written; `FOLDER@1` opens it
+    part-*.parquet           shards, which revisions share; part-rNNNN-* were written by revision N
+    rejects.parquet          reports of revision 1; later ones have the revision in their names (rejects@2.parquet)
+
+A revision is published by its manifest: the manifest before it is kept under its number first, then manifest.json is
+replaced. A folder thus always has a complete newest revision. `FOLDER` is the newest revision.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.format.constants import MANIFEST
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.revision_names import REPORTS, manifest_uri, name_of, report_name, split_address
+from pipeline.errors import UserError
+
+_OLDER = re.compile(r"manifest@([1-9][0-9]{0,5})\.json")
+
+
+def read_manifest(uri: str) -> tuple[str, Manifest]:
+    """The folder and the manifest of a dataset, or of one of its revisions. Raises UserError when there is none."""
+    uri = storage.normalise(uri)
+    folder, revision = split_address(uri)
+    where = manifest_uri(uri)
+    try:
+        manifest = Manifest.from_json(storage.read_bytes(where), where)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{uri}: no dataset here ({MANIFEST} is missing: not prepared, or not finished)") from error
+    if revision is not None and manifest.revision != revision:
+        there = ", ".join(f"@{number}" for number in sorted(revisions(folder)))
+        raise UserError(f"{uri}: {folder} has no revision {revision}; it has {there}")
+    return folder, manifest
+
+
+def revisions(folder: str) -> dict[int, Manifest]:
+    """{revision: manifest} of all revisions of a dataset, oldest first. Raises UserError when there is no dataset."""
+    folder, newest = read_manifest(folder)
+    found = {}
+    for file in storage.list_files(folder, recursive=False):
+        if match := _OLDER.fullmatch(file.path):
+            found[int(match[1])] = Manifest.from_json(storage.read_bytes(file.uri), file.uri)
+    found[newest.revision] = newest  # a stopped publication may have copied it already
+    return dict(sorted(found.items()))
+
+
+def publish(folder: str, manifest: Manifest) -> None:
+    """Makes a manifest, whose shards and reports are written, the newest revision. May be repeated after a stop."""
+    where = storage.join(folder, MANIFEST)
+    text = storage.read_bytes(where)
+    before = Manifest.from_json(text, where)
+    if before.revision < manifest.revision:
+        storage.write_bytes(storage.join(folder, name_of(MANIFEST, before.revision)), text)
+    storage.write_bytes(where, manifest.to_json().encode())
+
+
+def successor(before: Manifest, revision: int, entry: dict[str, Any], **changes: Any) -> Manifest:
+    """The manifest of the next revision. entry: what its line in `history` says, besides the number."""
+    return replace(before, revision=revision, history=[*before.history, {"revision": revision, **entry}], **changes)
+
+
+def known_files(manifests: Iterable[Manifest]) -> set[str]:
+    """Names of the files that these revisions of one dataset consist of, apart from manifest.json."""
+    names: set[str] = set()
+    for manifest in manifests:
+        names |= {shard.name for shard in manifest.shards}
+        names |= {report_name(name, manifest.revision) for name in REPORTS}
+        names.add(name_of(MANIFEST, manifest.revision))
+    return names

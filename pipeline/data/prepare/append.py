@@ -1,0 +1,198 @@
+"""`prepare --append`: new sources into the next revision of a finished dataset.
+
+The shards of the dataset stay as they are; the new images go into shards of their own, and new classes come after the
+old ones, so old labels stay valid. A source that the dataset already has keeps its keys, and inputs whose keys are
+there are skipped: a growing folder can be given again. The keys of a new source begin with its name. With --deduplicate, the new images are also compared with the images of the dataset as they are stored.
+"""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import config as configuration
+from pipeline import storage
+from pipeline.data import sources
+from pipeline.data.duplicates.evaluation import EvaluationIndex
+from pipeline.data.format import MANIFEST, Manifest
+from pipeline.data.format.dataset import open_dataset
+from pipeline.data.format.revisions import revisions
+from pipeline.data.format.verify import key_hash
+from pipeline.data.prepare.checks import parse_splits
+from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
+from pipeline.data.sources import Labels
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+APPEND = "append"
+SAME = ("encoding", "size", "small", "quality", "patch_size", "fit", "splits", "unlabelled", "deduplicate")
+"""Settings that all revisions of a dataset have in common."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Append:
+    """What the tasks of a preparation know of the dataset that they add to."""
+
+    revision: int
+    """The revision that is being made."""
+    bases: dict[str, str]
+    """{split: address of the revision that it continues}."""
+    known: dict[str, str]
+    """{source that the dataset has: what its keys begin with}."""
+    keys: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """{split: sorted hashes of the keys of its rows, uint64}."""
+    index: EvaluationIndex | None = None
+    """The images of the dataset, if new images are compared with them."""
+
+    def has_key(self, split: str, key: str) -> bool:
+        keys, wanted = self.keys[split], np.uint64(key_hash(key))
+        at = int(np.searchsorted(keys, wanted))
+        return at < len(keys) and bool(keys[at] == wanted)
+
+
+def find_bases(config: PrepareConfig) -> Append:
+    """The revision that an append makes, and those that it continues; of a stopped append, the same as before.
+
+    Raises UserError when there is no finished dataset at the output, or it was prepared with other settings."""
+    where = storage.join(config.output, WORK, "plan.json")
+    mark = storage.read_record(where) if storage.exists(where) else {}
+    names = list(parse_splits(config.splits))
+    if config.splits == FROM_SOURCE:
+        files = storage.list_files(config.output)
+        names = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{MANIFEST}"))
+    found = {}
+    for name in names:
+        uri = storage.join(config.output, name) if name else config.output
+        if name and storage.exists(storage.join(uri, WORK, "plan.json")):
+            raise UserError(f"{uri}: has an unfinished deletion; repeat the command that was stopped first")
+        if not storage.exists(storage.join(uri, MANIFEST)):
+            raise UserError(
+                f"--append: {uri} has no finished dataset; prepare it first without --append, with the same --splits"
+            )
+        found[name] = (uri, revisions(uri))
+    if not found:
+        raise UserError(f"--append: {config.output} has no finished dataset; prepare it first without --append")
+    revision = mark.get(APPEND) or 1 + max(max(there) for _, there in found.values())
+    bases = {name: (uri, max(n for n in there if n < revision)) for name, (uri, there) in found.items()}
+    for name, (uri, base) in bases.items():
+        _check_settings(uri, found[name][1][base], config)
+    manifests = [found[name][1][base] for name, (_, base) in bases.items()]
+    known: dict[str, str] = {}
+    for manifest in manifests:
+        made_of = manifest.config["source"]
+        known |= zip(made_of, sources.key_prefixes(made_of), strict=True)
+        for entry in manifest.history:
+            known |= entry.get("prefixes", {})
+    addresses = {name: f"{uri}@{base}" for name, (uri, base) in bases.items()}
+    return Append(revision=revision, bases=addresses, known=known)
+
+
+def _check_settings(uri: str, base: Manifest, config: PrepareConfig) -> None:
+    if "source" not in base.config:
+        raise UserError(
+            f"--append: {uri} was not prepared by `jobs/prepare.py --source`, so its settings are not known"
+        )
+    old, new = identity(PrepareConfig()) | base.config, configuration.to_dict(identity(config))
+    other = [
+        f"--{key.replace('_', '-')} {_text(old[key])} (now {_text(new[key])})" for key in SAME if old[key] != new[key]
+    ]
+    if other:
+        raise UserError(f"--append: {uri} was prepared with {', '.join(other)}; give the same settings")
+    if missing := [one for one in old["decontaminate"] if one not in new["decontaminate"]]:
+        raise UserError(
+            f"--append: {uri} has no images of {', '.join(missing)}; add --decontaminate {' '.join(missing)}, so that this "
+            "stays true"
+        )
+    if config.descriptor:
+        raise UserError("--append: --descriptor does not compare new images with those of the dataset; leave it out")
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def finished_before(append: Append, input_fingerprint: str) -> dict[str, Manifest] | None:
+    """The manifests, when the newest revision was already made by an append of the same input."""
+    found = {name: open_dataset(uri).manifest for name, uri in append.bases.items()}
+    last = [manifest.history[-1] if manifest.history else {} for manifest in found.values()]
+    wanted = {
+        "kind": APPEND,
+        "input_fingerprint": input_fingerprint,
+        "temporary": 0,
+    }  # failed downloads are tried again
+    same = all(wanted.items() <= entry.items() for entry in last)
+    return found if same else None
+
+
+def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels:
+    """The labels of the new sources, in the class list of the dataset with the new classes at its end."""
+    unknown = [name for name in splits if name not in append.bases]
+    if unknown:
+        raise UserError(f"--append: the source has the split {unknown[0]!r}, which the dataset does not have")
+    manifests = [open_dataset(uri).manifest for uri in append.bases.values()]
+    if any(manifest.multilabel != labels.multilabel for manifest in manifests) and not labels.unlabelled:
+        several, one = ("dataset", "source") if manifests[0].multilabel else ("source", "dataset")
+        raise UserError(f"--append: the {several} has several labels for each image, the {one} has one")
+    old = max((manifest.classes for manifest in manifests), key=len)
+    classes = [*old, *(name for name in labels.classes if name not in set(old))]
+    if new := classes[len(old) :]:
+        logger.info("prepare: %d new classes, such as %s", len(new), ", ".join(new[:5]))
+    place = {name: i for i, name in enumerate(classes)}
+    index = {name: place[labels.classes[i]] for name, i in labels.index.items()}
+    return dataclasses.replace(labels, classes=tuple(classes), index=index)
+
+
+def read_keys(append: Append) -> Append:
+    """With the keys of the dataset: 8 bytes for each of its images."""
+    keys = {}
+    for name, uri in append.bases.items():
+        found = [key_hash(key) for head in open_dataset(uri).heads() for key in head.keys]
+        keys[name] = np.sort(np.array(found, np.uint64))
+    return dataclasses.replace(append, keys=keys)
+
+
+def history_entry(
+    append: Append, config: PrepareConfig, input_fingerprint: str, rows: int, skipped: int
+) -> dict[str, Any]:
+    """The line of an append in the manifest's history. prefixes: {source: what its keys begin with}."""
+    about = {
+        "source": list(config.source),
+        "prefixes": dict(zip(config.source, sources.key_prefixes(config.source, append.known), strict=True)),
+        "labels": config.labels,
+        "decontaminate": list(config.decontaminate),
+    }
+    return {"kind": APPEND, **about, "input_fingerprint": input_fingerprint, "rows": rows, "skipped": skipped}
+
+
+def joined(before: Manifest, new: Manifest) -> dict[str, Any]:
+    """The fields of a manifest that an append changes. Mean and standard deviation weigh the two by their images."""
+    counts = [a + b for a, b in zip([*before.class_counts, *[0] * len(new.classes)], new.class_counts, strict=False)]
+    summed = {
+        name: dict(sorted((Counter(getattr(before, name)) + Counter(getattr(new, name))).items()))
+        for name in ("rejects", "duplicates_by_reason", "reported_by_reason")
+    }
+    mean, std = before.mean, before.std
+    if not (before.mean and before.std):
+        mean, std = new.mean, new.std
+    elif new.mean and new.std:
+        w = new.rows / max(before.rows + new.rows, 1)
+        means = np.array([before.mean, new.mean])
+        squares = np.array([before.std, new.std]) ** 2 + means**2
+        mixed, square = (1 - w) * means[0] + w * means[1], (1 - w) * squares[0] + w * squares[1]
+        mean = [round(float(m), 6) for m in mixed]
+        std = [round(float(s), 6) for s in np.sqrt(np.maximum(0, square - mixed**2))]
+    return {
+        "rows": before.rows + new.rows,
+        "inputs": before.inputs + new.inputs,
+        "duplicates": before.duplicates + new.duplicates,
+        **summed,
+        "mean": mean,
+        "std": std,
+        "classes": new.classes,
+        "class_counts": counts,
+        "shards": [*before.shards, *new.shards],
+    }
