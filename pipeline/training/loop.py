@@ -44,6 +44,8 @@ from pipeline.weights import checkpoints, load_weights
 
 logger = logging.getLogger(__name__)
 
+WAIT_WARNING_SECONDS = 600.0  # between two warnings that training waits for data
+
 
 def train(
     config: PretrainConfig,
@@ -90,6 +92,7 @@ class Trainer:
         )
         start = self.writer.start()
         self.first = start.step if start is not None else 0
+        self.next_wait_warning = 0.0  # monotonic time
         heartbeat("building the engine")
         self._load_weights(model, start)
         self.engine = Engine(
@@ -210,10 +213,10 @@ class Trainer:
                 live.TRAIN_GOODPUT: metrics[names.GOODPUT],
             }
         )
-        waited = metrics[names.DATA_WAIT]
-        if (
-            waited > self.config.runtime.wait_warning and done > self.first + 1
-        ):  # the first batch always has to be waited for
+        waited, now = metrics[names.DATA_WAIT], time.monotonic()
+        # the first batch always has to be waited for
+        if waited > self.config.runtime.wait_warning and done > self.first + 1 and now >= self.next_wait_warning:
+            self.next_wait_warning = now + WAIT_WARNING_SECONDS
             self.warn(data_wait_advice(self.config, self.dataset, waited))
 
     def count_skipped(self, newest: bool) -> None:

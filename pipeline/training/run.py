@@ -42,7 +42,7 @@ class Incomplete(JobFailed):
     def __init__(self, result: dict[str, Any]):
         super().__init__(
             f"the checkpoint of step {result['steps']} could not be written ({result['missing']}); free some "
-            "space and repeat the command to continue from the previous checkpoint"
+            "space and repeat the command, which continues from the newest complete checkpoint"
         )
         self.result = result
 
