@@ -2,7 +2,7 @@ r"""Addresses of training data: one data set, or a mixture "sets/a/train=0.7,set
 
 In a mixture, a comma that is part of a path is written "\,": pipelines have such folders (runs/lr=0.1\,seed=1-3f2a/train).
 
-Imports nothing but storage's names, so that configs, trackers and pipeline files can read an address.
+Light imports only, so that configs, trackers and pipeline files can read an address.
 """
 
 import hashlib
@@ -23,21 +23,20 @@ _WEIGHTED = re.compile(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)")
 
 
 def is_mixture(text: str) -> bool:
-    """Whether an address names several data sets: items between commas, each of which ends with =WEIGHT."""
+    """Whether an address names several data sets: items separated by commas, each ending with =WEIGHT."""
     items = _COMMA.split(text)
     return len(items) > 1 and all(_WEIGHTED.fullmatch(item.strip()) for item in items)
 
 
 def hint(text: str) -> str:
-    """What to add to an error about an address where nothing is, if a mixture may have been meant."""
+    """A hint for the error about a missing data set, if the address looks like a mixture."""
     several = "," in text and not is_mixture(text)
     return "; a mixture has a weight above 0 for each data set: sets/a=0.7,sets/b=0.3" if several else ""
 
 
 def shares(text: str) -> list[tuple[str, Fraction]]:
-    """[(address, share of the images)] of the data sets of an address; the shares add up to 1.
-
-    Raises UserError for an impossible weight, and for a data set that is named twice."""
+    """[(address, share of the images)] of the data sets of an address; the shares add up to 1. Raises UserError for an
+    invalid weight, and for a data set that is named twice."""
     if not is_mixture(text):
         return [(text, Fraction(1))]
     weights = {uri: Fraction(weight) for uri, weight in _items(text)}
@@ -45,14 +44,14 @@ def shares(text: str) -> list[tuple[str, Fraction]]:
     for uri, weight in weights.items():
         if weight / total < SMALLEST_SHARE:
             raise UserError(
-                f"--data {text}: the share of {uri} is below one in {SMALLEST_SHARE.denominator:,}; leave it out, or raise "
-                "its weight"
+                f"--data {text}: the share of {uri} is below one in {SMALLEST_SHARE.denominator:,}; remove it, or "
+                "raise its weight"
             )
     return [(uri, weight / total) for uri, weight in weights.items()]
 
 
 def _items(text: str) -> list[tuple[str, str]]:
-    """[(address, weight)] of a mixture, as they are written."""
+    """[(address, weight)] of a mixture, as given."""
     found: list[tuple[str, str]] = []
     for match in (_WEIGHTED.fullmatch(item.strip()) for item in _COMMA.split(text)):
         assert match is not None  # is_mixture
@@ -60,7 +59,7 @@ def _items(text: str) -> list[tuple[str, str]]:
         if not 0 < float(weight) < math.inf:
             raise UserError(f'--data {text}: the weight of "{uri}" must be a number above 0')
         if any(storage.normalise(uri) == storage.normalise(other) for other, _ in found):
-            raise UserError(f"--data {text}: {uri} stands twice; name every data set once, with the sum of its weights")
+            raise UserError(f"--data {text}: {uri} is named twice; name it once, with the sum of its weights")
         found.append((uri, weight))
     return found
 
@@ -90,7 +89,7 @@ def _escape(uri: str) -> str:
 
 
 def mixture_fingerprint(fingerprints: Sequence[str], parts: Sequence[Fraction]) -> str:
-    """The fingerprint of a mixture: of its data sets' contents, in their order, and their shares."""
+    """The fingerprint of a mixture: a hash of the contents of its data sets, in order, and their shares."""
     content = [[fingerprint, str(share)] for fingerprint, share in zip(fingerprints, parts, strict=True)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -111,6 +110,6 @@ def _name(uri: str) -> str:
 
 
 def names(addresses: Sequence[str]) -> list[str]:
-    """A short name for each data set of a mixture, no two the same."""
+    """A unique short name for each data set of a mixture."""
     short = [_name(uri) for uri in addresses]
     return [name if short.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(short, 1)]

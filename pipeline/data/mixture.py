@@ -1,12 +1,12 @@
-"""Several data sets as one, with weights.
+"""Combines several weighted data sets into one.
 
     data = open_data("s3://bucket/photos/train=0.7,s3://bucket/paintings/train=0.3")
     data.names, data.shares                # ["photos", "paintings"], [7/10, 3/10]
-    Loader(data, batch_size=4096)          # 70% of the images of every stretch of training are photos
+    Loader(data, batch_size=4096)          # 70% of the images in any part of the training are photos
 
-A mixture is a `Dataset`: its rows are those of its data sets one after another, with keys `name/key`. Its classes are
-those of the first data set and then the new ones of each further one: the same name is the same class. The order in
-which the loader mixes them is mixed_order.py's.
+A mixture is a `Dataset`: its rows are the concatenated rows of its data sets, with keys `name/key`. Its classes are
+those of the first data set, followed by the new ones of each further data set; equal names are the same class.
+mixed_order.py has the order of the samples.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 
 
 class Mixture(Dataset):
-    """Data sets and their shares of the images (sum 1). Raises UserError for data sets that do not fit together."""
+    """Data sets and their shares of the images (sum 1). Raises UserError for incompatible data sets."""
 
     def __init__(self, uri: str, parts: Sequence[Dataset], shares: Sequence[Fraction]) -> None:
         self.parts, self.shares = list(parts), list(shares)
@@ -40,7 +40,7 @@ class Mixture(Dataset):
         return f"Mixture({self.uri!r}, {len(self)} x {self.encoding}, {len(self.classes)} classes)"
 
     def _part(self, row_group: int) -> tuple[int, Dataset, int]:
-        """The data set of a row group: its number, itself, and the number of the row group in it."""
+        """The number of a row group's data set, the data set, and the number of the row group in it."""
         number = bisect.bisect_right(self._first_groups, row_group) - 1
         return number, self.parts[number], row_group - self._first_groups[number]
 
@@ -64,7 +64,7 @@ class Mixture(Dataset):
 
     @property
     def rows(self) -> list[np.ndarray]:
-        """Rows of the row groups of each data set."""
+        """The row counts of the row groups of each data set."""
         return [part.row_groups["rows"] for part in self.parts]
 
     @property
@@ -87,7 +87,7 @@ def open_data(text: str) -> Dataset:
 
 
 def smallest(data: Dataset) -> int:
-    """Rows of the smallest data set of a mixture; of one data set, its own."""
+    """The number of rows of the smallest data set of a mixture, or of a single data set."""
     return min(map(len, data.parts)) if isinstance(data, Mixture) else len(data)
 
 
@@ -101,7 +101,7 @@ def check_samples(data: Dataset, lanes: int) -> None:
 
 
 def _check_alike(parts: Sequence[Dataset]) -> None:
-    """Raises UserError naming two data sets whose rows cannot go into one batch."""
+    """Raises UserError that names two data sets whose rows cannot be in the same batch."""
     first = parts[0]
     for other in parts[1:]:
         both = f"{first.uri} and {other.uri} cannot be mixed"
@@ -111,15 +111,15 @@ def _check_alike(parts: Sequence[Dataset]) -> None:
             )
         if first.encoding == "patches" and first.manifest.image != other.manifest.image:
             raise UserError(
-                f"{both}: their patches are {_geometry(first)} and {_geometry(other)}; prepare both with the same --size "
-                "and --patch-size, or with --encoding jpeg, which may differ in size"
+                f"{both}: their patches are {_geometry(first)} and {_geometry(other)}; prepare both with the same "
+                "--size and --patch-size, or with --encoding jpeg, which allows different sizes"
             )
         if first.multilabel != other.multilabel:
             several, one = (first, other) if first.multilabel else (other, first)
             raise UserError(f"{both}: {several.uri} has several labels per image, {one.uri} has one")
         if bool(first.classes) != bool(other.classes):
             without = other if first.classes else first
-            raise UserError(f"{both}: {without.uri} has no classes; prepare it with labels, or leave it out")
+            raise UserError(f"{both}: {without.uri} has no classes; prepare it with labels, or remove it")
         if first.manifest.fingerprint == other.manifest.fingerprint:
             raise UserError(f"{both}: they are the same data; name it once, with the sum of the weights")
 
@@ -129,7 +129,7 @@ def _geometry(dataset: Dataset) -> str:
 
 
 def _manifest(parts: Sequence[Dataset], shares: Sequence[Fraction]) -> Manifest:
-    """What the data sets are together. The fingerprint covers their contents, their order and the shares."""
+    """The manifest of the mixture. The fingerprint covers the contents, order and shares of the data sets."""
     manifests = [part.manifest for part in parts]
     classes = list(dict.fromkeys(name for manifest in manifests for name in manifest.classes))
     counts = dict.fromkeys(classes, 0)

@@ -141,5 +141,5 @@ def _check_scheme(address: str, uri: str) -> None:
 def _refuse_whole(uri: str, size: int | None) -> None:
     if size is None or size > WHOLE:
         raise UserError(
-            f"{credentials.redacted(uri)}: the server sends whole files alone (no byte ranges); download the file first"
+            f"{credentials.redacted(uri)}: the server does not support byte ranges; download the file first"
         )

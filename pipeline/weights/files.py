@@ -135,7 +135,7 @@ def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
         if not keys:
             break
         if len(keys) > 1:
-            notes.append(f"the file holds {' and '.join(keys)}: {keys[0]} is read")
+            notes.append(f"the file has {' and '.join(keys)}: {keys[0]} is used")
         loaded = loaded[keys[0]]
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"{uri}: holds a {type(loaded).__name__}, not a state dict")

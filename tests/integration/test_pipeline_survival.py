@@ -77,7 +77,7 @@ def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path
 def test_a_stopped_runner_stops_its_stages(tmp_path):
     process = start(tmp_path, "three", {"data": DATA})
     wait_for(lambda: running_jobs(tmp_path / "three"), 240)
-    time.sleep(2)  # the job has to be as far as its own handler of signals
+    time.sleep(2)  # wait until the job has installed its signal handler
     process.terminate()
     assert process.wait(timeout=240) == 143
     assert not running_jobs(tmp_path / "three")

@@ -141,7 +141,7 @@ def cluster() -> Iterator["Cluster"]:
 
 
 def curve(job: Job) -> dict[int, float]:
-    """The loss of every step, as the one MLflow run of this job's folder has it."""
+    """The loss of every step, from the only MLflow run in the folder of this job."""
     client = mlflow.MlflowClient(job.tracking)
     experiment = client.get_experiment_by_name("pretrain")
     (run,) = client.search_runs([experiment.experiment_id])

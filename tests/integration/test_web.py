@@ -127,7 +127,7 @@ def test_a_server_without_ranges_gives_small_files_and_no_large_ones(web, monkey
     assert storage.read_bytes(f"{web.address}/x", 2, 4) == b"23"
     assert storage.file_size(f"{web.address}/x") == 10
     monkeypatch.setattr(stores.web, "WHOLE", 5)
-    with pytest.raises(UserError, match=r"/x: the server sends whole files alone"):
+    with pytest.raises(UserError, match=r"/x: the server does not support byte ranges"):
         storage.read_bytes(f"{web.address}/x", 2, 4)
     web.sizes = False
     with pytest.raises(UserError, match=r"/x: the server does not say how large the file is"):

@@ -310,7 +310,7 @@ def test_evaluation_reads_every_row_of_a_mixture_once(tmp_path):
     [
         ("a=1,b=0", 'the weight of "b" must be a number above 0'),
         ("a=1,b=1e999", 'the weight of "b" must be a number above 0'),
-        ("a=1,./a=2", r"\./a stands twice"),
+        ("a=1,./a=2", r"\./a is named twice"),
         ("a=1,b=1e-9", "share of b is below one in 1,000,000"),
     ],
 )

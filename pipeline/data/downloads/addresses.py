@@ -1,8 +1,6 @@
-"""Which addresses may be reached: a list of URLs, or a redirect, must not make this machine read its own network.
-
-The check is made where the connection is made: the resolver gives out only addresses that passed, and the socket of every
-connection is created for an address that is checked once more. A name that resolves to another address the second time
-(DNS rebinding) therefore gains nothing.
+"""Restricts the addresses that downloads may connect to: a list of URLs, or a redirect, must not make this machine read
+its own network. The check happens at connection time: the resolver returns only allowed addresses, and every socket is
+checked again before it connects. This prevents DNS rebinding, where a name resolves to another address the second time.
 """
 
 import ipaddress
@@ -26,23 +24,25 @@ METADATA = tuple(
         "192.0.0.192/32",  # Oracle Cloud
     )
 )
-"""Addresses that no setting allows: where clouds hand out credentials."""
+"""Addresses that no setting allows, because clouds serve credentials there."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class RefusedAddress(OSError):
-    """A host has no address that may be reached."""
+    """Raised for a host without an allowed address."""
 
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """allow_private: any address but METADATA. networks: private networks that are allowed besides public addresses."""
+    """allow_private: allow all addresses except METADATA. networks: private networks
+    that are allowed in addition to public addresses."""
 
     allow_private: bool = False
     networks: tuple[Network, ...] = ()
 
     def allows(self, text: str) -> bool:
-        """Whether the IP address `text` may be reached. An IPv6 address that stands for an IPv4 address needs both."""
+        """Whether connections to the IP address `text` are allowed. For an IPv6 address that
+        embeds an IPv4 address, both must be allowed."""
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
@@ -68,7 +68,7 @@ def _embedded(address: Address) -> list[Address]:
 
 
 class CheckedResolver(abc.AbstractResolver):
-    """The system's resolver, without the addresses that may not be reached."""
+    """The system's resolver, restricted to allowed addresses."""
 
     def __init__(self, policy: AddressPolicy) -> None:
         self._policy, self._resolver = policy, resolver.ThreadedResolver()
@@ -76,7 +76,7 @@ class CheckedResolver(abc.AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[abc.ResolveResult]:
-        """Raises RefusedAddress when no address is left, OSError when the name does not resolve."""
+        """Raises RefusedAddress if no address is allowed, OSError if the name does not resolve."""
         found = await self._resolver.resolve(host, port, family)
         allowed = [entry for entry in found if self._policy.allows(entry["host"])]
         if not allowed:
@@ -88,7 +88,7 @@ class CheckedResolver(abc.AbstractResolver):
 
 
 def checked_socket(policy: AddressPolicy) -> Any:
-    """A `socket_factory` for aiohttp's connector: raises RefusedAddress for an address that may not be reached."""
+    """A `socket_factory` for aiohttp's connector. Raises RefusedAddress for an address that is not allowed."""
 
     def create(address_info: tuple[Any, ...]) -> socket.socket:
         family, kind, protocol, _, address = address_info

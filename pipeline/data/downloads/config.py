@@ -11,7 +11,7 @@ CONTENT = ("max_bytes", "robots", "hash_column")
 
 TEMPORARY = frozenset({"timeout", "connection failed", "incomplete body", "bad response", "robots.txt unreachable"})
 TEMPORARY_STATUS = frozenset({408, 421, 425, 429, 500, 502, 503, 504, 507, *range(520, 528), 529, 530})
-"""HTTP status codes after which another attempt may succeed: RFC 9110, and those of Cloudflare for an origin that is away."""
+"""HTTP status codes of temporary errors: RFC 9110, and those of Cloudflare for an unreachable origin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,31 +19,31 @@ class DownloadConfig:
     """How the images of a list of URLs are downloaded."""
 
     connections: int = 64
-    """Requests at a time, of each process. There are two processes per CPU core."""
+    """Concurrent requests per process. There are two processes per CPU core."""
     per_host: int = 8
-    """Requests at a time to one host, of all processes of a node."""
+    """Concurrent requests to one host from all processes of a node."""
     rate: float | None = None
-    """Requests per second to one host, of all processes of a node. None: no limit, apart from a Crawl-delay in its
+    """Requests per second to one host from all processes of a node. None: no limit, apart from a Crawl-delay in its
     robots.txt."""
     retries: int = 2
-    """Further attempts after a failure that may pass, such as a time-out or status 503."""
+    """Retries after a temporary failure, such as a time-out or status 503."""
     passes: int = 1
-    """Further passes over all failures that may pass, after the rest of the list."""
+    """Further passes over all temporary failures, after the rest of the list."""
     connect_timeout: float = 10.0
     """Seconds to connect."""
     stall_timeout: float = 15.0
-    """Seconds without a byte after which an answer is abandoned."""
+    """Seconds without data after which a request fails."""
     timeout: float = 60.0
-    """Seconds for one request and its whole answer."""
+    """Time limit in seconds for a request and its response."""
     max_wait: float = 60.0
     """Longest wait that a server may ask for (Retry-After), in seconds; its other images then fail for this pass."""
     max_bytes: int = 32 << 20
     """Size of an image file, in bytes; larger ones are rejected as soon as the size is known."""
     max_redirects: int = 5
-    """Redirects that are followed; each target is checked like the first address."""
+    """Maximum number of redirects; each target is checked like the first address."""
     robots: Literal["obey", "headers", "ignore"] = "obey"
     """Requests of site owners: obey robots.txt and the X-Robots-Tag directives noai, noimageai, noindex and
-    noimageindex; headers: X-Robots-Tag alone; ignore both."""
+    noimageindex; headers: obey X-Robots-Tag only; ignore: ignore both."""
     user_agent: str = "vit-pipeline/0.1"
     """User agent of the requests. Add an address at which site owners reach you, such as
     "name/1.0 (+https://example.org/crawler)"; the part before the slash is the name in robots.txt."""
@@ -60,7 +60,7 @@ class DownloadConfig:
 
 
 def check_downloads(config: DownloadConfig) -> None:
-    """Raises UserError, naming the flag, for a value that cannot be used."""
+    """Raises UserError, naming the flag, for an invalid value."""
     least: dict[str, float] = {"connections": 1, "per_host": 1, "retries": 0, "passes": 0, "max_bytes": 1}
     least |= {"max_redirects": 0, "max_wait": 0}
     for field in fields(config):

@@ -1,9 +1,8 @@
-"""One address -> the bytes of an image file, or the reason why there are none.
-
-A download fails with a Refused whose reason is from a small set, for counting: `http 404`, `timeout`, `connection failed`,
-`no such host`, `private address`, `bad address`, `too many redirects`, `certificate`, `incomplete body`, `bad response`,
-`too many bytes`, `not an image`, `empty`, `unsupported encoding`, `robots.txt`, `robots.txt unreachable`, `x-robots-tag`.
-`config.is_temporary` says which may pass. Details never hold an address with a password.
+"""Downloads the image file at one address. A failed download raises Refused; its reason is from a small set, for
+counting: `http 404`, `timeout`, `connection failed`, `no such host`, `private address`, `bad address`, `too many
+redirects`, `certificate`, `incomplete body`, `bad response`, `too many bytes`, `not an image`, `empty`, `unsupported
+encoding`, `robots.txt`, `robots.txt unreachable`, `x-robots-tag`. `config.is_temporary` tells which failures are
+temporary. Details never contain an address with a password.
 """
 
 import asyncio
@@ -31,16 +30,16 @@ from pipeline.data.downloads.config import DownloadConfig, is_temporary
 from pipeline.data.downloads.limits import HostLimits
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-HEADER_BYTES = 32 << 10  # of one header field, and of the status line
-MEMORY_BYTES = 2 << 20  # of an answer that are held in memory; the rest of a larger one is in a file
-HEAD_BYTES = 32  # by which image formats are recognised
+HEADER_BYTES = 32 << 10  # limit of one header field and of the status line
+MEMORY_BYTES = 2 << 20  # of a body in memory; larger bodies are in a temporary file
+HEAD_BYTES = 32  # first bytes, which identify the image format
 MAX_BACKOFF = 30.0  # seconds between two attempts
 UNREADABLE_TYPES = ("text/", "application/json", "application/xml", "application/xhtml", "application/pdf", "video/")
-"""Content types whose body is not read to its end when its first bytes are not those of an image."""
+"""Content types whose body is not read completely if it does not start like an image."""
 
 
 class Fetcher:
-    """A session with its limits: `async with Fetcher(config) as fetcher: await fetcher.fetch(address)`."""
+    """An HTTP session with its limits: `async with Fetcher(config) as fetcher: await fetcher.fetch(address)`."""
 
     def __init__(
         self, config: DownloadConfig, *, allow_private: bool = False, limits: HostLimits | None = None
@@ -82,7 +81,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, address: str) -> IO[bytes]:
-        """The image file at an address, from its start. Raises Refused."""
+        """The image file at an address, open at its start. Raises Refused."""
         return await self._with_retries(lambda: self._image(_parse(address)))
 
     async def _with_retries(self, attempt: Any) -> Any:
@@ -133,7 +132,8 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _answer(self, url: yarl.URL, crawl_delay: float) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer to one request, headers read. Errors of the network, also those of the block, become Refused."""
+        """The response to one request, with its headers read. Network errors, also in
+        the with block, are raised as Refused."""
         host = f"{url.host}:{url.port}"
         async with self._limits.request(host, crawl_delay), self._connections:
             try:
@@ -143,12 +143,12 @@ class Fetcher:
                         yield answer
                     finally:
                         if not answer.content.at_eof():
-                            answer.close()  # a connection with the rest of a body on it is of no use
+                            answer.close()  # a connection with an unread body cannot be reused
             except Refused:
                 raise
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise  # the disk of this machine is full, which is no fault of the server
+                    raise  # the local disk is full, which is not an error of the server
                 raise _refused(error) from error
 
     def _note_pause(self, host: str, answer: aiohttp.ClientResponse) -> None:
@@ -156,7 +156,7 @@ class Fetcher:
             self._limits.pause(host, seconds)
 
     async def _body(self, answer: aiohttp.ClientResponse) -> IO[bytes]:
-        """The checked body of an answer that is no redirect."""
+        """The checked body of a response that is not a redirect."""
         if answer.status != 200:
             raise Refused(f"http {answer.status}")
         if self.config.robots != "ignore":
@@ -170,14 +170,14 @@ class Fetcher:
 
 
 class _Decoder:
-    """Reads a body, decompressed, up to a limit. cut: a longer body is cut there instead of refused."""
+    """Reads and decompresses a body up to a limit. cut: truncate a longer body instead of refusing it."""
 
     def __init__(self, answer: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> None:
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
             raise Refused("unsupported encoding", encoding[:40])
         self._answer, self._limit, self._cut = answer, limit, cut
-        self._inflate = None if encoding in ("identity", "") else zlib.decompressobj(15 + 32)  # finds gzip or zlib
+        self._inflate = None if encoding in ("identity", "") else zlib.decompressobj(15 + 32)  # detects gzip or zlib
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115
         self._kept = False
 
@@ -214,7 +214,7 @@ class _Decoder:
         return self._file
 
     def _parts(self, chunk: bytes, room: int):
-        """A chunk, decompressed in parts of at most 64 KiB, of which one may exceed `room`."""
+        """A chunk, decompressed in parts of at most 64 KiB. The last part may exceed `room`."""
         if self._inflate is None:
             yield chunk
             return
@@ -233,14 +233,14 @@ class _Decoder:
 
 
 def _refuse_other_types(answer: aiohttp.ClientResponse, head: bytes) -> None:
-    """Raises Refused when the first bytes are not those of an image, whatever the server says they are."""
+    """Raises Refused if the first bytes are not those of an image, for any content type."""
     if not codecs.is_image_data(head):
         kind = answer.headers.get("Content-Type", "none")[:60]
         raise Refused("not an image", f"content type {kind}, first bytes {head[:12]!r}")
 
 
 def _parse(address: str) -> yarl.URL:
-    """Raises Refused (bad address) for what is not an absolute http:// or https:// address."""
+    """Raises Refused (bad address) unless the text is an absolute http:// or https:// address."""
     try:
         return _checked(yarl.URL(address.strip()))
     except (ValueError, UnicodeError) as error:
@@ -257,7 +257,7 @@ def _checked(url: yarl.URL) -> yarl.URL:
 
 
 def _redirect(answer: aiohttp.ClientResponse, url: yarl.URL) -> yarl.URL | None:
-    """Where an answer leads to; None when it is no redirect. A login of the first address does not travel along."""
+    """The target of a redirect; None for other responses. The login of the first address is not sent to the target."""
     location = answer.headers.get("Location")
     if answer.status not in REDIRECTS or location is None:
         return None
@@ -268,7 +268,7 @@ def _redirect(answer: aiohttp.ClientResponse, url: yarl.URL) -> yarl.URL | None:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which may hold a date; 0 without one."""
+    """Seconds of a Retry-After header, which may contain a date; 0 without the header."""
     if not value:
         return 0.0
     if value.strip().isdecimal():
@@ -279,7 +279,7 @@ def _retry_after(value: str | None) -> float:
 
 
 def _refused(error: BaseException) -> Refused:
-    """The reason for an exception of the network."""
+    """The reason for a network exception."""
     chain: list[Any] = [error]
     while (cause := getattr(chain[-1], "os_error", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)

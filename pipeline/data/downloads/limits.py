@@ -1,8 +1,7 @@
-"""Limits of the requests to one host, over all processes of a node.
-
-Processes agree through the operating system: a request to a host holds a lock on one byte of a file, and there are as many
-bytes for a host as it may have requests at a time. The kernel gives the locks of a killed process back. The times before
-which a host must not be asked again lie in a second, mapped file. Both are sparse and indexed by a hash of the host's name.
+"""Limits the requests to one host, over all processes of a node. Processes are coordinated with file locks: a request
+to a host locks one byte of a file, and each host has as many bytes as it may have concurrent requests. The kernel
+releases the locks of a killed process. A second, memory-mapped file has the times of the next allowed requests. Both
+files are sparse and indexed by a hash of the host name.
 """
 
 import asyncio
@@ -24,16 +23,17 @@ from pipeline.data.codecs import Refused
 from pipeline.errors import UserError
 
 SLOTS = 4096  # bytes of the lock file for each host
-HOSTS = 1 << 18  # entries of the file of times
+HOSTS = 1 << 18  # entries in the file of times
 ENTRY = struct.Struct(
     "dd"
 )  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
-MAX_PAUSE = 86_400.0  # seconds that a time can lie ahead
+MAX_PAUSE = 86_400.0  # maximum seconds until the next allowed request
 POLL = 0.02  # seconds between attempts to get a lock that another process holds
 
 
 class _Files:
-    """The two files in a folder, opened once in a process and never closed: closing a file gives up all locks on it."""
+    """The two files in a folder. A process opens them once and never closes them,
+    because closing a file releases all its locks."""
 
     def __init__(self, folder: str) -> None:
         self.locks, times = _open_private(folder, "locks"), _open_private(folder, "times")
@@ -41,7 +41,7 @@ class _Files:
             os.ftruncate(times, HOSTS * ENTRY.size)
         self.times = mmap.mmap(times, HOSTS * ENTRY.size)
         os.close(times)
-        self.held: set[int] = set()  # positions that this process has locked: its own locks do not stop it
+        self.held: set[int] = set()  # positions locked by this process, which its own locks do not block
         self.mutex = threading.Lock()
 
     def try_lock(self, position: int) -> bool:
@@ -81,8 +81,9 @@ _files = functools.cache(_Files)
 
 
 class HostLimits:
-    """per_host: requests at a time. rate: requests per second, None for no limit. max_wait: longest pause, in seconds, that
-    a host may ask for before requests to it fail. Processes share the limits through the files in `folder`."""
+    """per_host: concurrent requests. rate: requests per second, None for no limit. max_wait: the longest pause in
+    seconds that a host may request; requests fail if it is longer. Processes share
+    the limits through the files in `folder`."""
 
     def __init__(self, per_host: int, rate: float | None, max_wait: float, folder: str | None = None) -> None:
         self.per_host, self.interval, self.max_wait = min(per_host, SLOTS), 1 / rate if rate else 0.0, max_wait
@@ -91,9 +92,8 @@ class HostLimits:
 
     @contextlib.asynccontextmanager
     async def request(self, host: str, crawl_delay: float = 0.0) -> AsyncIterator[None]:
-        """Waits until a request to `host` may be made. crawl_delay: seconds between requests that the host asks for.
-
-        Raises Refused (http 429) when the host has asked for a longer pause than `max_wait`.
+        """Waits until a request to `host` may be made. crawl_delay: seconds between requests that the host requires.
+        Raises Refused (http 429) if the host requested a longer pause than `max_wait`.
         """
         place = _place(host)
         semaphore, users = self._waiting.get(place) or (asyncio.Semaphore(self.per_host), 0)
@@ -119,11 +119,11 @@ class HostLimits:
             await asyncio.sleep(POLL * (0.5 + random.random()))
 
     async def _wait(self, place: int, interval: float) -> None:
-        """Waits for the host's turn, and reserves it."""
+        """Waits until the next request is allowed, and reserves it."""
         with self._files.entry(place) as (at, following, pause):
             now = time.monotonic()
             if pause - now > self.max_wait:
-                raise Refused("http 429", f"the host asks for a pause of {pause - now:.0f} s")
+                raise Refused("http 429", f"the host requests a pause of {pause - now:.0f} s")
             turn = max(now, following, pause)
             if interval:
                 ENTRY.pack_into(self._files.times, at, turn + interval, pause)
@@ -131,7 +131,7 @@ class HostLimits:
             await asyncio.sleep(turn - now)
 
     def pause(self, host: str, seconds: float) -> None:
-        """No process of this node asks `host` again for so many seconds (at most an hour)."""
+        """Stops requests to `host` from this node for this number of seconds (at most an hour)."""
         with self._files.entry(_place(host)) as (at, following, pause):
             until = max(pause, time.monotonic() + min(seconds, 3600.0))
             ENTRY.pack_into(self._files.times, at, following, until)
@@ -142,12 +142,12 @@ def _place(host: str) -> int:
 
 
 def _open_private(folder: str, name: str) -> int:
-    """A file that this user alone can have put into a folder of this user."""
+    """Opens a file in a folder that only this user can write to."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         status = os.lstat(folder)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise UserError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
+            raise UserError(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
         return os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); set TMPDIR to a folder of your own") from error

@@ -1,7 +1,7 @@
-"""What site owners ask of robots: the X-Robots-Tag header of an answer, and robots.txt of a host (RFC 9309).
+"""The rules of site owners for robots: the X-Robots-Tag header of a response, and robots.txt of a host (RFC 9309).
 
-robots.txt is parsed by Protego. Python's urllib.robotparser takes `*` and `$` in a path literally and the first rule that
-matches instead of the longest, so it would allow what `Disallow: /*.jpg$` forbids.
+robots.txt is parsed by Protego. Python's urllib.robotparser treats `*` and `$` in a path literally and uses the first
+matching rule instead of the longest, so it would ignore `Disallow: /*.jpg$`.
 """
 
 import asyncio
@@ -15,26 +15,26 @@ from protego import Protego
 from pipeline.data.codecs import Refused
 
 DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
-"""Directives of X-Robots-Tag that keep an image out; `none` means noindex and nofollow."""
-MAX_BYTES = 500 << 10  # of robots.txt that are read: RFC 9309, section 2.5
-MAX_CRAWL_DELAY = 60.0  # seconds; a host that asks for more is not read at all
-KEPT_HOSTS = 4096  # hosts whose robots.txt is remembered
-KEPT_SECONDS = 3600.0  # the same for how long; RFC 9309: at most a day
+"""Directives of X-Robots-Tag that exclude an image; `none` means noindex and nofollow."""
+MAX_BYTES = 500 << 10  # of robots.txt are read (RFC 9309, section 2.5)
+MAX_CRAWL_DELAY = 60.0  # seconds; images of hosts with a longer delay are not downloaded
+KEPT_HOSTS = 4096  # number of hosts whose robots.txt is cached
+KEPT_SECONDS = 3600.0  # lifetime of the cache; RFC 9309 allows at most a day
 KEPT_FAILURE_SECONDS = 60.0
 
 Get = Callable[[str], Awaitable[tuple[int, bytes]]]
-"""(status, body) of the file at an address; raises Refused when the host does not answer."""
+"""(status, body) of the file at an address; raises Refused if the host does not respond."""
 
 
 def forbidden_by(values: Iterable[str], robot: str) -> str:
-    """The directive among the values of X-Robots-Tag that keeps an image out, for every robot or for `robot`; "" for
+    """The directive among the values of X-Robots-Tag that excludes an image, for every robot or for `robot`; "" for
     none. A value is `noai, noindex` or `NAME: noai`."""
     for value in values:
         named: str | None = None
         for part in value.split(","):
             name, colon, directive = part.partition(":")
             if colon and name.strip().lower() not in ("unavailable_after", "max-snippet", "max-image-preview"):
-                named, part = name.strip().lower(), directive  # holds for the directives after it, too
+                named, part = name.strip().lower(), directive  # also applies to the following directives
             word = part.strip().lower()
             if word in DIRECTIVES and named in (None, "*", robot):
                 return word
@@ -43,19 +43,18 @@ def forbidden_by(values: Iterable[str], robot: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a host's robots.txt, until a time of time.monotonic."""
+    """The cached robots.txt of a host, valid until a time of time.monotonic."""
 
     until: float
     rules: Protego | None = None
     failure: Refused | None = None
 
 
-_answered: OrderedDict[str, _Known] = OrderedDict()  # by origin: outlives a unit of work, unlike failures
+_answered: OrderedDict[str, _Known] = OrderedDict()  # by origin; kept after a unit of work, unlike failures
 
 
 class RobotsFiles:
-    """robots.txt of the hosts that were asked for, each fetched once in a process. robot: the name by which it addresses
-    us."""
+    """robots.txt of each host, fetched once per process. robot: our name in robots.txt."""
 
     def __init__(self, robot: str) -> None:
         self.robot = robot
@@ -63,10 +62,9 @@ class RobotsFiles:
         self._fetching: dict[str, asyncio.Task[_Known]] = {}
 
     async def crawl_delay(self, origin: str, address: str, get: Get) -> float:
-        """Seconds between requests that the host asks for. origin: such as https://example.org.
-
-        Raises Refused: robots.txt (the address is not for us), robots.txt unreachable (the host fails to say), or why
-        the host does not answer at all.
+        """Seconds between requests that the host requires. origin: for example https://example.org. Raises Refused:
+        robots.txt (the address is disallowed), robots.txt unreachable (a server error), or the reason why the host does
+        not respond.
         """
         known = self._failed.get(origin) or _answered.get(origin)
         if known is None or known.until < time.monotonic():
@@ -96,7 +94,7 @@ class RobotsFiles:
             known = self._failed[origin] = _Known(now + KEPT_FAILURE_SECONDS, failure=failure)
             return known
         self._failed.pop(origin, None)
-        rules = None  # any other status: there is none
+        rules = None  # any other status: no robots.txt
         if 200 <= status < 300:
             rules = await asyncio.to_thread(Protego.parse, body[:MAX_BYTES].decode("utf-8-sig", "replace"))
         known = _answered[origin] = _Known(now + KEPT_SECONDS, rules=rules)

@@ -1,4 +1,4 @@
-"""Many downloads at a time, their results in the order of the addresses, in memory that does not depend on their number."""
+"""Parallel downloads with results in the order of the addresses. Memory does not depend on the number of addresses."""
 
 import asyncio
 import threading
@@ -10,15 +10,14 @@ from pipeline.data.codecs import Refused
 from pipeline.data.downloads.config import DownloadConfig
 from pipeline.data.downloads.fetch import Fetcher
 
-HELD_BYTES = 128 << 20  # of files that wait for an earlier one; beyond this no download is started
-AHEAD = 4096  # addresses that may be in progress or waiting
+HELD_BYTES = 128 << 20  # limit of finished files that wait for an earlier one; no download starts above it
+AHEAD = 4096  # maximum number of addresses in progress or waiting
 Result = bytes | Refused
 
 
 def download(addresses: Sequence[str], config: DownloadConfig, *, allow_private: bool = False) -> Iterator[Result]:
-    """The image file at each address, or why there is none, in their order. An address that repeats is fetched once.
-
-    A thread downloads while the caller works; it ends when the iterator is closed.
+    """Yields the image file at each address, or the reason of the failure, in order. A repeated address is fetched
+    once. A thread downloads while the caller works; it ends when the iterator is closed.
     """
     run = _Run(list(addresses), config, allow_private)
     thread = threading.Thread(target=run.work, name="downloads", daemon=True)
@@ -32,7 +31,7 @@ def download(addresses: Sequence[str], config: DownloadConfig, *, allow_private:
 
 
 class _Run:
-    """What the two threads share. `changed` guards `files`, `held`, `head` and `error`."""
+    """State that the two threads share. `changed` guards `files`, `held`, `head` and `error`."""
 
     def __init__(self, addresses: list[str], config: DownloadConfig, allow_private: bool) -> None:
         self.addresses, self.config, self.allow_private = addresses, config, allow_private
@@ -48,7 +47,7 @@ class _Run:
     # ------------------------------------------------------------ the caller's thread
 
     def take(self) -> Result:
-        """The result of the address at `head`, which moves on."""
+        """Returns the result of the address at `head` and advances `head`."""
         address = self.addresses[self.head]
         with self.changed:
             self.changed.wait_for(lambda: address in self.files or self.error is not None)
@@ -86,7 +85,7 @@ class _Run:
 
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
-        # name resolution blocks a thread for each host: by default there would be six of them on two cores
+        # name resolution blocks a thread per host, and by default there are only six threads on two cores
         loop.set_default_executor(ThreadPoolExecutor(min(64, self.config.connections), thread_name_prefix="resolve"))
         self._wake = asyncio.Event()
         with self.changed:
@@ -117,7 +116,8 @@ class _Run:
                 self._loop = None
 
     async def _may_start(self, place: int) -> bool:
-        """Waits until there is room. The file that the caller waits for always has room. False: stop."""
+        """Waits until there is space for a file; the file that the caller waits for may
+        always start. Returns False to stop."""
         assert self._wake is not None
         while not self.stopped:
             self._wake.clear()
@@ -133,7 +133,7 @@ class _Run:
             with await fetcher.fetch(address) as file:
                 result = file.read()
         except Refused as refused:
-            result = Refused(refused.reason, refused.detail)  # without its traceback, which holds frames alive
+            result = Refused(refused.reason, refused.detail)  # without its traceback, which would keep frames alive
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -1,21 +1,22 @@
-"""The order of samples of a mixture of data sets: a pure function of (seed, epoch, step), as of one data set.
+"""The order of samples of a mixture of data sets: a pure function of (seed, epoch, step), as for a single data set.
 
-Every data set has an endless order of its own: its epochs (order.py) one after another, each a permutation in which
-every sample comes once. A lane of the batch has slots, and each slot belongs to one data set: the k-th slot of a lane
-that belongs to data set d takes the k-th sample of the same lane of d's order. So
+Every data set has an endless order of its own: the concatenation of its epochs (order.py), each of which is a permutation
+of its samples. A lane of the batch consists of slots, and each slot belongs to one data set: the k-th slot of a lane that
+belongs to data set d takes the k-th sample of the same lane of d's order. So
 
     (slot, lane)  ->  data set d and k  ->  (epoch of d, index in the lane)  ->  row of a row group
 
-and nothing that happened earlier is needed, nor any list as long as the run.
+can be computed without the previous steps, and without a list as long as the run.
 
-Who has a slot: the shares form a binary tree (Huffman's), and each node deals its slots to its two sides like the digits
-of a line in a grid, `before(i) = floor((i * p + phase) / q)` of the first i slots to the side with the share p/q. With
-integers this is exact for ever: a lane's count stays within four images of its share (one for two data sets), since each
-node adds less than one, and two nodes of a Huffman tree at least halve what comes from above. The phases differ from lane to lane, evenly spaced, so that the deviations of the lanes cancel: for two data
-sets the whole batch's count is the share rounded to the nearest image.
+Slots are assigned with a Huffman tree of the shares. Each node divides its slots between its two sides like the digits of
+a line in a grid: of the first i slots, `before(i) = floor((i * p + phase) / q)` belong to the side with the share p/q.
+Integers make this exact for any length. The count of a lane deviates from its share by less than four images (one for two
+data sets), because each node adds less than one, and two levels of a Huffman tree at least halve the deviation. The phases
+of the lanes are evenly spaced, so that the deviations of the lanes cancel: for two data sets, the count in the whole batch
+is the share rounded to the nearest image.
 
-An epoch of the mixture has as many images as its data sets together. It only counts: data sets with more weight than
-size begin their next epoch before it ends, others do not finish theirs.
+An epoch of the mixture has as many images as its data sets in total. It is only a unit of counting: data sets with a
+larger weight than size start their next epoch before it ends, and others do not complete theirs.
 """
 
 import heapq
@@ -29,8 +30,8 @@ import numpy as np
 
 from pipeline.data.loading.order import MIXTURE, Order, Picks, Read, bits, check_layout
 
-LARGEST = 1 << 24  # of the integers of a ratio: with 2^38 slots a lane, products stay below 2^63
-_KEPT = 3  # orders of one data set that are remembered: a batch may straddle two of its epochs
+LARGEST = 1 << 24  # maximum integer in a ratio; with 2^38 slots per lane, products are below 2^63
+_KEPT = 3  # cached orders per data set; a batch may contain samples of two epochs
 
 
 class Turns:
@@ -41,22 +42,22 @@ class Turns:
         self.levels = levels
 
     def before(self, lane: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """How many of the first `slot` slots of a lane belong to the data set."""
+        """The number of the first `slot` slots of a lane that belong to the data set."""
         for p, q, phase in self.levels:
             slot = (slot * p + phase[lane]) // q
         return slot
 
     def slot(self, lane: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """The slot of a lane with the data set's sample of that number: the inverse of `before`."""
+        """The slot of a lane with sample `number` of the data set: the inverse of `before`."""
         for p, q, phase in reversed(self.levels):
             number = ((number + 1) * q - phase[lane] - 1) // p
         return number
 
 
 def turns(shares: Sequence[Fraction], lanes: int) -> list[Turns]:
-    """Whose turn each slot is, for data sets with these shares (above 0, sum 1)."""
+    """Assigns slots to data sets with these shares (above 0, sum 1)."""
     trees: list[tuple[Fraction, int, list[int]]] = [(share, i, [i]) for i, share in enumerate(shares)]
-    paths: list[list[tuple[Fraction, bool]]] = [[] for _ in shares]  # from the leaf to the root: ratio, which side
+    paths: list[list[tuple[Fraction, bool]]] = [[] for _ in shares]  # from the leaf to the root: (ratio, side)
     heapq.heapify(trees)
     for number in itertools.count(len(shares)):
         if len(trees) == 1:
@@ -73,13 +74,14 @@ def turns(shares: Sequence[Fraction], lanes: int) -> list[Turns]:
 
 def _level(ratio: Fraction, is_left: bool, depth: int, lanes: int) -> tuple[int, int, np.ndarray]:
     p, q = ratio.numerator, ratio.denominator
-    places = np.arange(lanes) * pow(_spread(lanes), depth, lanes) % lanes  # another order of the lanes at each depth
+    # a different order of the lanes at each depth
+    places = np.arange(lanes) * pow(_spread(lanes), depth, lanes) % lanes
     phase = (q * (2 * places + 1)) // (2 * lanes)
     return p, q, phase if is_left else q - 1 - phase
 
 
 def _spread(lanes: int) -> int:
-    """A number coprime to the lanes near their golden section: its multiples spread any run of lanes evenly."""
+    """A number coprime to `lanes`, near its golden section, so that its multiples spread consecutive lanes evenly."""
     near = sorted(range(1, lanes + 1), key=lambda n: abs(n - lanes * 0.618))
     return next(n for n in near if math.gcd(n, lanes) == 1)
 
@@ -89,7 +91,7 @@ class MixedOrder:
     another.
 
     rows: the rows of each data set's row groups. shares: of the images, sum 1. whole_steps: an epoch ends with its last
-    full batch instead of a short one (the images left over come in the next epoch)."""
+    full batch instead of a short one (the remaining images come in the next epoch)."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class MixedOrder:
         return orders[epoch]
 
     def picks(self, step: int, lanes: range) -> Picks:
-        """The samples that `lanes` give to a step: arrays (lanes, n)."""
+        """The samples of `lanes` in a step: arrays (lanes, n)."""
         stop = min((step + 1) * self.per_lane, self.slots)
         slots = self.first_slot + np.arange(step * self.per_lane, stop)
         lane, slot = np.broadcast_arrays(np.arange(lanes.start, lanes.stop)[:, None], slots)
@@ -138,7 +140,7 @@ class MixedOrder:
         return found
 
     def _samples(self, part: int, lanes: range, lane: np.ndarray, number: np.ndarray) -> Picks:
-        """The samples of those numbers in the lanes of one data set's order: arrays of their shape, (n,)."""
+        """The samples with these numbers in the lanes of one data set's order: arrays of shape (n,)."""
         epochs, index = np.divmod(number, self.lane_sizes[part])
         groups, rows = np.empty_like(index), np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
@@ -147,23 +149,23 @@ class MixedOrder:
         return Picks(groups + self.first_groups[part], rows, epochs)
 
     def substitutes(self, lane: int, step: int, offset: int) -> Iterator[Picks]:
-        """As `Order.substitutes`: other samples of the same shuffle window, so of the same data set and epoch."""
+        """Like `Order.substitutes`: other samples of the same shuffle window, data set and epoch."""
         slot = np.array([self.first_slot + step * self.per_lane + offset])
         at = np.array([lane])
         part = next(i for i, turn in enumerate(self.turns) if turn.before(at, slot + 1) > turn.before(at, slot))
         epoch, index = divmod(int(self.turns[part].before(at, slot)[0]), self.lane_sizes[part])
-        order = Order(self.rows[part], seed=self._seeds[part], epoch=epoch, **self._options)  # called in many threads
+        order = Order(self.rows[part], seed=self._seeds[part], epoch=epoch, **self._options)  # called from many threads
         for position in order.replacements(lane, index):
             groups, rows = order.locate(np.array([position]))
             yield Picks(groups + self.first_groups[part], rows, np.array([epoch]))
 
     def reads_from(self, step: int, lanes: range) -> Iterator[Read]:
-        """The reads that a step and those after it need, in order; steps before the epoch's begin are negative."""
+        """The reads for a step and the following ones, in order; steps before the start of the epoch are negative."""
         streams = (self._reads_of(part, step, lanes) for part in range(len(self.rows)))
         return heapq.merge(*streams, key=lambda read: read.first)
 
     def _reads_of(self, part: int, step: int, lanes: range) -> Iterator[Read]:
-        """Of one data set: its epochs one after another, made when they are needed."""
+        """The reads of one data set over its epochs, computed lazily."""
         turn, size, every = self.turns[part], self.lane_sizes[part], np.arange(lanes.start, lanes.stop)
 
         def steps(lane: np.ndarray, number: np.ndarray) -> np.ndarray:
@@ -173,7 +175,7 @@ class MixedOrder:
         epoch, waiting = int(reached.min()) // size, np.empty((0, 3), np.int64)
         while True:
             begins = int(steps(every, np.full(len(every), epoch * size)).min())
-            # What an earlier epoch of some lane needs after this one has begun in another is sorted in.
+            # Lanes enter an epoch at different steps, so the reads of two epochs are merged in order.
             ready = waiting[:, 1] < begins
             yield from (Read(*read) for read in waiting[ready].tolist())
             if begins >= self.steps:
@@ -185,7 +187,7 @@ class MixedOrder:
             waiting, epoch = reads[np.argsort(reads[:, 1], kind="stable")], epoch + 1
 
     def images_seen(self, steps: int) -> list[int]:
-        """Images of each data set in the first steps of a run (whole_steps), from epoch 0 on."""
+        """The number of images of each data set in the first steps of a run (with whole_steps), from epoch 0."""
         every = np.arange(self.lanes)
         slots = np.full(self.lanes, steps * self.per_lane)
         return [int(turn.before(every, slots).sum()) for turn in self.turns]

@@ -1,12 +1,12 @@
-"""`--download-only`: the images of lists of URLs as WebDataset archives, for later preparations.
+"""`--download-only`: the images of lists of URLs as WebDataset archives, for preparing them later.
 
-    <output>/00000.tar           one for each slice: KEY.jpg (or .png, ...), KEY.json, and KEY.txt where there is a caption
-    <output>/rejects.parquet     the addresses without an image, with the reason
+    <output>/00000.tar           one per slice: KEY.jpg (or .png, ...), KEY.json, and KEY.txt for a caption
+    <output>/rejects.parquet     the failed addresses, with the reason
     <output>/downloads.json      counts, and the SHA-256 of each archive; written last
-    <output>/_work/              plan and receipts; kept while some failures may pass
+    <output>/_work/              plan and receipts; kept while there are temporary failures
 
-The JSON of a sample has the columns of its row, and `key` (FILE#ROW), `url`, `status` and `sha256`. The archives depend on
-the answers of the servers alone, not on the number of workers or on interruptions."""
+The JSON of a sample has the columns of its row, and `key` (FILE#ROW), `url`, `status` and `sha256`. The archives depend
+only on the responses of the servers, not on the number of workers or on interruptions."""
 
 import contextlib
 import hashlib
@@ -47,7 +47,7 @@ def download_images(
 ) -> dict[str, Any]:
     """Downloads the images of lists of URLs into archives. Returns the content of downloads.json.
 
-    A finished download is repeated only for failures that may pass. Raises UserError before any work for an invalid
+    A finished download is repeated only for temporary failures. Raises UserError before any work for an invalid
     configuration or source and for an output with other content, and at the end for too many failures."""
     config = check_config(config)
     check_output(config.output)
@@ -77,7 +77,7 @@ def download_images(
 
 
 def _find_finished(config: PrepareConfig) -> dict[str, Any] | None:
-    """What downloads.json says. Raises UserError when the output contains something else."""
+    """The content of downloads.json. Raises UserError if the output contains other files."""
     where = storage.join(config.output, DOWNLOADS)
     if storage.exists(where):
         value = storage.read_record(where, ["version", "config", "input_fingerprint", "archives"])
@@ -139,13 +139,13 @@ def _add_sample(archive: tarfile.TarFile, name: str, item: Item) -> None:
     if isinstance(caption, str):
         members.append(("txt", caption.encode("utf-8", "backslashreplace")))
     for ending, data in members:
-        info = tarfile.TarInfo(f"{name}.{ending}")  # its time and owner are 0: the same download gives the same bytes
+        info = tarfile.TarInfo(f"{name}.{ending}")  # time and owner are 0, so that equal downloads give equal bytes
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no type for: bytes in hex, the rest (dates, decimals) as text."""
+    """Converts values without a JSON type: bytes to hex, others (dates, decimals) to text."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
@@ -153,7 +153,7 @@ def _plain(value: Any) -> Any:
 
 
 def _finish(plan: PreparePlan) -> dict[str, Any]:
-    """Writes rejects.parquet and downloads.json, and removes the receipts unless another attempt may change something."""
+    """Writes rejects.parquet and downloads.json, and removes the receipts unless there are temporary failures."""
     receipts = retry.without_retried(plan, plan.receipts.read(list(map(slice_name, range(len(plan.slices))))))
     rejects = [Reject(*row) for receipt in receipts for row in receipt["rejects"][""]]
     archives = [archive for receipt in receipts for archive in receipt["archives"]]
@@ -178,9 +178,10 @@ def _finish(plan: PreparePlan) -> dict[str, Any]:
     if len(rejects) > plan.config.max_reject_fraction * inputs:
         raise UserError(
             f"{len(rejects):,} of {inputs:,} downloads failed, more than --max-reject-fraction "
-            f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
-            f"(all in {storage.join(plan.config.output, REJECTS)}). Raise the limit, or repeat the command to fetch again what "
-            "may have been away; finished work is kept"
+            f"{plan.config.max_reject_fraction:g}: "
+            f"{'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} (all in "
+            f"{storage.join(plan.config.output, REJECTS)}). Raise the limit, or repeat the command to retry temporary "
+            "failures; finished work is kept"
         )
     _tidy(plan, {archive["name"] for archive in archives})
     storage.write_json(storage.join(plan.config.output, DOWNLOADS), result)
@@ -190,7 +191,7 @@ def _finish(plan: PreparePlan) -> dict[str, Any]:
 
 
 def _tidy(plan: PreparePlan, known: set[str]) -> None:
-    """Removes what killed tasks have left: archives without a receipt and partial files."""
+    """Removes the files of killed tasks: archives without a receipt, and partial files."""
     for file in storage.list_files(plan.config.output, recursive=False):
         if file.path.endswith((".tar", ".tmp")) and file.path not in known:
             with contextlib.suppress(FileNotFoundError):

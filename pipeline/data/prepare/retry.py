@@ -1,8 +1,6 @@
-"""Further passes over downloads that failed for a reason that may pass, such as a time-out.
-
-A pass is more slices of the plan: each reads one earlier slice again, but only the keys whose rejects are temporary, and
-replaces those rejects in the end. `retries.json` in the folder of receipts lists the slices that are read again, so a
-stopped pass is continued as everything else is."""
+"""Further passes over temporary download failures, such as time-outs. A pass adds slices to the plan. Each of them
+reads the keys of an earlier slice whose rejects are temporary, and replaces these rejects. `retries.json` in the folder
+of receipts lists the slices of all passes, so that a stopped pass can continue."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,10 +15,9 @@ RETRIES = "retries.json"
 
 
 def run_passes(plan: PreparePlan, work: Callable[[PreparePlan], int]) -> PreparePlan:
-    """Does the slices of the plan and the passes over temporary failures. work: does the slices of a plan that have no
-    receipt, and says how many there were. Returns the plan with the slices of all passes.
-
-    A command that finds all slices done makes at least one pass."""
+    """Processes the slices of the plan, and the passes over temporary failures. work: processes the slices without a
+    receipt and returns their number. Returns the plan with the slices of all passes. If
+    all slices are already done, at least one pass is made."""
     plan = planned(plan)
     done = work(plan)
     for _ in range(max(plan.config.download.passes, int(not done))):
@@ -33,7 +30,7 @@ def run_passes(plan: PreparePlan, work: Callable[[PreparePlan], int]) -> Prepare
 
 
 def planned(plan: PreparePlan) -> PreparePlan:
-    """The plan with the slices of passes that an earlier command has begun."""
+    """The plan with the slices of passes that an earlier command started."""
     where = storage.join(plan.work, RETRIES)
     if not _downloads(plan) or not storage.exists(where):
         return plan
@@ -41,7 +38,7 @@ def planned(plan: PreparePlan) -> PreparePlan:
 
 
 def add_pass(plan: PreparePlan) -> PreparePlan:
-    """The plan with a slice for each slice with temporary failures; the same plan when there are none."""
+    """Adds a slice for each slice with temporary failures; without failures, returns the same plan."""
     again = pending(plan)
     if not again:
         return plan
@@ -51,7 +48,7 @@ def add_pass(plan: PreparePlan) -> PreparePlan:
 
 
 def pending(plan: PreparePlan) -> list[int]:
-    """The slices with temporary failures that no later slice reads again."""
+    """The slices with temporary failures that no later slice retries."""
     if not _downloads(plan):
         return []
     covered = {part.again for part in plan.slices}
@@ -66,7 +63,7 @@ def temporary_keys(receipt: dict[str, Any]) -> Iterable[str]:
 
 
 def without_retried(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The receipts of all slices, without the rejects that a later slice has read again."""
+    """The receipts of all slices, without the rejects that a later slice retried."""
     covered = {part.again for part in plan.slices}
     settled = []
     for number, receipt in enumerate(receipts):

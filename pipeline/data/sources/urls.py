@@ -1,8 +1,7 @@
-"""Lists of URLs: tables with a column of addresses, whose images are downloaded when they are read.
-
-Parquet, CSV, TSV, JSON lines, and text with an address per line, gzipped or not, as img2dataset takes them. The column of
-addresses is `url` or another known name (--url-column), labels and splits are those of columns, as in Parquet files of images.
-A fragment is a range of rows. The key of an image is FILE#ROW, or FILE/NAME with --file-column.
+"""Lists of URLs: tables with a column of addresses, whose images are downloaded when they are read. Formats are
+Parquet, CSV, TSV, JSON lines, and text with one address per line, with or without gzip, as for img2dataset. The column
+of addresses is `url` or another known name (--url-column). Labels and splits come from columns, as in Parquet files of
+images. A fragment is a range of rows. The key of an image is FILE#ROW, or FILE/NAME with --file-column.
 """
 
 import base64
@@ -41,16 +40,16 @@ URL_COLUMNS = (
     "address",
 )
 HASHES = {"sha256": 32, "sha1": 20, "md5": 16, "sha512": 64}  # name -> bytes
-IMAGE_BYTES = 64 << 10  # of an image of the web, about: units of even work are cut by it
+IMAGE_BYTES = 64 << 10  # typical size of a web image, for dividing the work evenly
 
 
 def matches(path: str) -> bool:
-    """Tables, by the ends of their names: `is_list` looks into them."""
+    """Whether a file has the suffix of a table; `is_list` checks the content."""
     return urltables.matches(path)
 
 
 def is_list(uri: str, paths: Sequence[str], downloads: Downloads) -> bool:
-    """Whether the first table of a source holds addresses of images, and no images."""
+    """Whether the first table of a source contains addresses of images, and no images."""
     path = next((path for path in paths if matches(path or uri)), None)
     if path is None:
         return False
@@ -81,7 +80,7 @@ def _url_column(names: Sequence[str], wanted: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Which columns of a list say what."""
+    """The roles of the columns of a list."""
 
     rows: RowColumns
     text: bool  # whether every cell is text
@@ -110,7 +109,8 @@ class _Columns:
         return list(dict.fromkeys([*self.rows.all, *([self.digest] if self.digest else [])]))
 
     def labels(self, values: Mapping[str, Any], source: Source) -> list[str] | None:
-        """The label names of a row: those of a label table, by its name or the path of its address, else its own."""
+        """The label names of a row: from a label table, by the row's name or the path
+        of its address, otherwise from the row."""
         table = source.naming.table
         if table.labels:
             own = values.get(self.rows.key) if self.rows.key else None
@@ -118,7 +118,7 @@ class _Columns:
         return self.own_labels(values)
 
     def own_labels(self, values: Mapping[str, Any]) -> list[str] | None:
-        """The label names in a row. pandas writes 2.0 for 2 into text where another value of the column is missing."""
+        """The label names in a row. pandas writes 2 as 2.0 if the column has missing values."""
         labels = self.rows.labels(dict(values))
         if not labels or not self.text:
             return labels
@@ -130,7 +130,8 @@ class _Columns:
 
 
 def _algorithm(name: str) -> str | None:
-    """The hash that a column of this name holds: sha256, image_md5, OriginalMD5. Not those of addresses."""
+    """The hash algorithm of a column with this name, such as sha256, image_md5 or
+    OriginalMD5; excludes hashes of addresses."""
     plain = normalised_name(name)
     return next((hash for hash in HASHES if plain.endswith(hash) and "url" not in plain), None)
 
@@ -139,7 +140,7 @@ def _algorithm(name: str) -> str | None:
 
 
 def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
-    """Lists are scanned by Ray tasks: fragments of some thousand rows, and the label names."""
+    """Scans lists with Ray tasks: fragments of some thousand rows, and the label names."""
     source = archives.scan_archives(NAME, uri, files, options, matches, scan_file)
     return replace(source, names=source.names or frozenset(), downloads=options.downloads, include=options.include)
 
@@ -202,7 +203,7 @@ class _Row:
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
-    """The images of the rows, in order. One that cannot be downloaded is an Item with the reason."""
+    """The images of the rows, in order. A failed download is an Item with the reason."""
     from pipeline.data.downloads.stream import download  # aiohttp takes 0.3 s to import
 
     assert source.downloads is not None
@@ -226,7 +227,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 
 def _wanted(source: Source, fragments: pa.Table) -> Iterator[_Row]:
-    """The rows of which images are wanted."""
+    """The rows whose images are requested."""
     taken = 0
     for uri, name, fragment in _joined(source, fragments):
         assert source.downloads is not None
@@ -246,7 +247,7 @@ def _wanted(source: Source, fragments: pa.Table) -> Iterator[_Row]:
 
 
 def _joined(source: Source, fragments: pa.Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(URI, name in keys, fragment), where fragments that continue each other are one."""
+    """(URI, name in keys, fragment), with adjacent fragments merged."""
     last: dict[str, Any] | None = None
     for fragment in [*fragments.to_pylist(), None]:
         if last and fragment and (last["path"], last["stop"]) == (fragment["path"], fragment["start"]):
@@ -287,7 +288,7 @@ def _row(
 
 
 def _refused_before(address: str, labels: list[str] | None, downloads: Downloads) -> Refused | None:
-    """Why a row is rejected without a download."""
+    """The reason for rejecting a row without a download."""
     if not address:
         return Refused("bad address", "the row has no address")
     return Refused("no label") if labels is None and downloads.need_labels else None
@@ -302,7 +303,7 @@ def _digest_text(value: Any) -> str:
 
 
 def _check_digest(data: bytes, expected: str | None) -> str:
-    """Why a file does not have the hash of its row, given as NAME:TEXT in hex or base64; "" when it has."""
+    """The mismatch between a file and the hash of its row, given as NAME:TEXT in hex or base64; "" if they match."""
     if expected is None:
         return ""
     algorithm, _, text = expected.partition(":")
@@ -317,6 +318,6 @@ def _check_digest(data: bytes, expected: str | None) -> str:
             break
         wanted = None
     if wanted is None:
-        return f"{text[:80]!r} is no {algorithm or 'hash'}"
+        return f"{text[:80]!r} is not a valid {algorithm or 'hash'}"
     found = hashlib.new(algorithm, data).digest()
     return "" if found == wanted else f"{algorithm} {found.hex()}, expected {wanted.hex()}"

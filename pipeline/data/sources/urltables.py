@@ -1,7 +1,7 @@
 """Tables of lists of URLs, read a range of rows at a time: Parquet, and text by lines (CSV, TSV, JSON lines, plain addresses).
 
-`rows.read_rows` reads a label table as a whole. A list of URLs may have more rows than memory holds, so a file is divided
-into spans that are read by themselves: of rows in Parquet and in gzipped text, of bytes in plain text.
+`rows.read_rows` reads a complete label table. A list of URLs may be larger than memory, so a file is divided into spans
+that are read independently: of rows in Parquet and gzipped text, of bytes in plain text.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from pipeline.errors import UserError
 TEXT = re.compile(r"(?i)\.(csv|tsv|txt|lst|list|jsonl|ndjson)(\.gz)?$")
 PARQUET = re.compile(r"(?i)\.(parquet|parq|pq)$")
 ADDRESS = re.compile(r"(?i)\s*https?://")
-MAX_LINE = 8 << 20  # bytes of a line
-SNIFFED_ROWS = 100  # that decide about columns
-SPAN_ROWS = (64, 4096)  # least and most rows of a span; a file has about
+MAX_LINE = 8 << 20  # maximum length of a line in bytes
+SNIFFED_ROWS = 100  # number of rows that determine the columns
+SPAN_ROWS = (64, 4096)  # minimum and maximum rows of a span; a file has about
 SPANS = 64
-BUFFER = 4 << 20  # bytes of a column of Parquet that are read at a time
+BUFFER = 4 << 20  # bytes read at a time from a Parquet column
 BATCH_ROWS = 1024
 
 
@@ -47,7 +47,7 @@ class Span:
     start: int
     stop: int
     values: Iterable[dict[str, Any]] = ()
-    """Its rows, of text, which has to be read to be divided."""
+    """The rows, for text, which must be read to be divided."""
 
 
 class Table(Protocol):
@@ -57,16 +57,16 @@ class Table(Protocol):
     is_parquet: bool
 
     def stamp(self, column: str) -> str:
-        """Changes with the content: a hash of the metadata and one column of Parquet, and of all rows of text once `spans`
-        has ended."""
+        """Identifies the content: for Parquet a hash of the metadata and one column, for text
+        a hash of all rows, available after `spans`."""
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of all rows of Parquet; nothing for text, whose spans have the values."""
+        """These columns of all rows for Parquet; nothing for text, whose spans have the values."""
 
     def first_rows(self) -> list[dict[str, Any]]: ...
 
     def columns(self, names: Sequence[str]) -> Iterator[pa.Array]:
-        """Values of columns, one after the other; of text, those of the first rows."""
+        """Values of each column; for text, those of the first rows."""
 
     def spans(self) -> Iterator[Span]: ...
 
@@ -169,7 +169,7 @@ class _TextTable:
         self._is_json = name.endswith((".jsonl", ".ndjson"))
         self._dialect: dict[str, Any] = {"delimiter": ",", "skipinitialspace": True}
         self._names: list[str] = []
-        self._begin = 0  # where the first row is, in bytes
+        self._begin = 0  # offset of the first row in bytes
         self._digest = xxhash.xxh3_128()
         head = list(self._head())
         if not head:
@@ -189,10 +189,10 @@ class _TextTable:
     def _sniff(self, head: list[str], tabbed: bool) -> None:
         delimiter = "\t" if tabbed else max(",;\t|", key=head[0].count)
         if not tabbed and all(ADDRESS.match(line) for line in head) and not self._has_columns(head, delimiter):
-            delimiter = "\0"  # addresses alone, which may hold commas
+            delimiter = "\0"  # only addresses, which may contain commas
         self._dialect["delimiter"] = delimiter
         fields = {line.rstrip("\r\n").count("\t") for line in head}
-        if delimiter == "\0" or (delimiter == "\t" and len(fields) == 1):  # as a rule, TSV is not quoted
+        if delimiter == "\0" or (delimiter == "\t" and len(fields) == 1):  # TSV is usually not quoted
             self._dialect["quoting"] = csv.QUOTE_NONE
         first = next(csv.reader(head, **self._dialect), [])
         if any(ADDRESS.match(cell) for cell in first):
@@ -206,14 +206,14 @@ class _TextTable:
 
     @staticmethod
     def _has_columns(head: list[str], delimiter: str) -> bool:
-        """Whether lines that begin with addresses have columns: the same number in each, and more than one."""
+        """Whether lines that start with addresses have several columns, the same number in each line."""
         return len({line.count(delimiter) for line in head}) == 1 and head[0].count(delimiter) > 0
 
     # ------------------------------------------------------------ lines and records
 
     @contextlib.contextmanager
     def _lines(self, start: int) -> Iterator[Iterator[tuple[str, int]]]:
-        """(line, offset of its end) from a byte offset on; of gzipped text, offsets count unpacked bytes."""
+        """(line, offset of its end) from a byte offset; for gzipped text, offsets count uncompressed bytes."""
         self._file.seek(0 if self._gzipped else start)
         file: Any = gzip.GzipFile(fileobj=self._file) if self._gzipped else io.BufferedReader(_Raw(self._file), 1 << 20)
         yield self._decoded(file, 0 if self._gzipped else start)
@@ -233,7 +233,7 @@ class _TextTable:
 
     @contextlib.contextmanager
     def _records(self, start: int) -> Iterator[Iterator[tuple[Any, int]]]:
-        """(cells or line, offset of the end) of the records from a byte offset on; one may have several lines."""
+        """(cells or line, offset of the end) of the records from a byte offset; a record may have several lines."""
         csv.field_size_limit(MAX_LINE)
         with self._lines(start) as lines:
             yield self._parsed(lines)
@@ -269,7 +269,7 @@ class _TextTable:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self._uri}: row {number} is not JSON ({error})") from error
         if not isinstance(value, dict):
-            raise UserError(f"{self._uri}: row {number} is no object of column and value, but {value!r:.80}")
+            raise UserError(f"{self._uri}: row {number} is not an object of columns and values: {value!r:.80}")
         return value
 
     # ------------------------------------------------------------ the table
@@ -280,7 +280,7 @@ class _TextTable:
             return [self._values(record, number) for number, (record, _) in found]
 
     def _skip_header(self, records: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-        """Gzipped text is read from its start: `_begin` is behind the header."""
+        """Gzipped text is read from its start: `_begin` is after the header."""
         return (record for record in records if not (self._gzipped and record[1] <= self._begin))
 
     def columns(self, names: Sequence[str]) -> Iterator[pa.Array]:
@@ -301,7 +301,7 @@ class _TextTable:
             for record, end in self._skip_header(records):
                 rows.append(record)
                 self._digest.update((record if self._is_json else "\x1f".join([*record, "\n"])).encode())
-                if number + len(rows) == SPAN_ROWS[0]:  # the length of the first rows says how many there are, about
+                if number + len(rows) == SPAN_ROWS[0]:  # estimate the number of rows from the length of the first rows
                     most = _span_rows(SPAN_ROWS[0] * storage.file_size(self._uri) // max(1, end))
                 if len(rows) >= most:
                     yield self._span(rows, number, start, end)
@@ -339,7 +339,7 @@ def _unquoted(cell: str) -> str:
 
 
 class _Raw(io.RawIOBase):
-    """A file of `storage` under a buffer of its own, which may be abandoned without closing the file."""
+    """A file of `storage` with its own buffer, which may be dropped without closing the file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._below = file
