@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import workqueue
+from pipeline import storage, workqueue
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import revision_names, write_dataset
 from pipeline.data.format.verify import verify_dataset
@@ -437,3 +437,19 @@ def test_the_names_of_revisions_of_files():
     assert not revision_names.is_of_later_revision("part-r0003-00001-0000.parquet", 3)
     assert json.dumps(revision_names.split_address("s3")) == '["s3", null]'
     assert workqueue.uses_ray() is False
+
+
+def test_revisions_on_a_store(s3, tmp_path):
+    def options(source):
+        return dataclasses.replace(config(tmp_path, source), output=f"{s3}/set")
+
+    prepare(options(write_images(tmp_path / "first", {"ant": 10, "bee": 10}, 1)))
+    prepare(options(write_images(tmp_path / "second", {"ant": 5, "cow": 5}, 2)), append=True)
+    last = open_dataset(f"{s3}/set@2")[29]
+    storage.write_bytes(f"{s3}/keys.txt", last["key"].encode())
+    (result,) = delete_keys(f"{s3}/set", f"{s3}/keys.txt")
+    assert (result.deleted, result.held_by) == (1, [2])
+    assert purge(f"{s3}/set") == {f"{s3}/set": [2]}
+    assert verify_dataset(f"{s3}/set") == verify_dataset(f"{s3}/set@1") == []
+    assert not any(last["image"] in storage.read_bytes(file.uri) for file in storage.list_files(f"{s3}/set"))
+    assert last["key"] not in keys_of(f"{s3}/set")

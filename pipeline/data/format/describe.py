@@ -45,6 +45,9 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
         "duplicates": manifest.duplicates,
         "rejects": manifest.rejects,
         "fingerprint": manifest.fingerprint,
+        "revision": manifest.revision,
+        "deleted": manifest.deleted,
+        "history": manifest.history,
     }
     order = np.argsort(-counts, kind="stable")
     largest = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order[:3])
@@ -61,7 +64,7 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
         f"fewest: {smallest}\n"
         f"  pixels      mean {_plain(manifest.mean)}, standard deviation {_plain(manifest.std)}\n"
         f"  inputs      {manifest.inputs:,}, duplicates removed {manifest.duplicates:,}, rejects:{refused}\n"
-        f"  content     {manifest.fingerprint}\n"
+        f"  content     {manifest.fingerprint}, revision {manifest.revision}{f', {manifest.deleted:,} images deleted' if manifest.deleted else ''}\n"
         f"  pictures    {storage.join(out_dir, 'contact-sheet.png')}, {storage.join(out_dir, 'classes.png')}"
     )
     rng = np.random.Generator(np.random.Philox(0))
