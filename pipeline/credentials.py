@@ -8,7 +8,8 @@ checkpoints, runs and logs. Therefore `config.run_job` and the readers of config
     MLflow over HTTP     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     MLflow's database    VIT_DATABASE_PASSWORD; the user name stays in the address
     S3 endpoint          AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-    https://, az://      VIT_URL_QUERIES: a signed query (`?sig=...`), which the store sends with the address again
+    https://             VIT_URL_QUERIES: a signed query (`?sig=...`), which the store sends with the address again
+    az://                AZURE_STORAGE_SAS_TOKEN: a signed query
 
 Proxies and the webhook keep their passwords in the environment; `redacted` hides them in messages. A password in any
 other address (a source, a checkpoint, a hook) is refused."""
@@ -24,6 +25,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 DATABASE_PASSWORD = "VIT_DATABASE_PASSWORD"
+SAS_TOKEN = "AZURE_STORAGE_SAS_TOKEN"
 QUERIES = "VIT_URL_QUERIES"
 """Environment variable: JSON of {address of a file or folder: signed query}."""
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
@@ -50,7 +52,8 @@ def redacted(text: str) -> str:
 
 
 def take_queries(text: str) -> str:
-    """The text without the signed queries of its https:// and az:// addresses, which go into VIT_URL_QUERIES.
+    """The text without the signed queries of its https:// and az:// addresses, which go into VIT_URL_QUERIES and
+    AZURE_STORAGE_SAS_TOKEN.
 
     A query without a secret stays.
     """
@@ -58,6 +61,9 @@ def take_queries(text: str) -> str:
     def take(found: re.Match[str]) -> str:
         if not _QUERY.search(f"?{found['query']}"):
             return found[0]
+        if found["address"].startswith("az://"):
+            os.environ[SAS_TOKEN] = found["query"]
+            return found["address"]
         queries = _queries() | {found["address"].rstrip("/"): found["query"]}
         os.environ[QUERIES] = json.dumps(queries)
         return found["address"]

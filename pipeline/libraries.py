@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 EXTRAS = {
+    "azure": ("adlfs",),
     "cloud": ("boto3",),
     "descriptor": ("faiss",),
     "gcs": ("gcsfs",),

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small images made on the spot."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.libraries import load_torchvision
+from tests.azurestore import CONNECTION, CONNECTION_STRING, azurite, make_container
 from tests.definitions import validator
 from tests.googlestore import fake_gcs, make_google_bucket
 from tests.images import tinted
@@ -115,17 +117,44 @@ def gs(gcs_server, monkeypatch):
     return f"gs://{bucket}"
 
 
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory):
+    """An Azurite process on loopback. It is a package of npm: CONTRIBUTING.md says how the tests find it."""
+    program = os.environ.get("VIT_AZURITE") or shutil.which("azurite-blob")
+    if not program:
+        pytest.skip("Azurite is not installed: VIT_AZURITE names its azurite-blob")
+    with azurite(program, tmp_path_factory.mktemp("azurite")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def az(azure_server, monkeypatch):
+    """`az://<fresh container>`, with the environment that reaches it."""
+    monkeypatch.setenv(CONNECTION, CONNECTION_STRING.format(azure_server))
+    container = f"container-{time.time_ns()}"
+    make_container(azure_server, container)
+    return f"az://{container}"
+
+
 class Cloud(NamedTuple):
     """An empty bucket of a store that can be written, its server, and the environment variable that names the server."""
 
     uri: str
     server: str
     variable: str
+    value: str = "{}"
+
+    def at(self, server: str) -> tuple[str, str]:
+        """(variable, value) that name another server."""
+        return self.variable, self.value.format(server)
 
 
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(params=["s3", "gs", "az"])
 def cloud(request) -> Cloud:
     """A bucket on each store that can be written."""
+    if request.param == "az":
+        server = request.getfixturevalue("azure_server")
+        return Cloud(request.getfixturevalue("az"), server, CONNECTION, CONNECTION_STRING)
     server, variable = {"s3": ("s3_server", "AWS_ENDPOINT_URL"), "gs": ("gcs_server", "STORAGE_EMULATOR_HOST")}[
         request.param
     ]

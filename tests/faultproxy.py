@@ -96,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: dict[str, str], payload: bytes, fault: str | None = None) -> None:
         self.send_response(status)
-        length = str(len(payload)) if self.command != "HEAD" else headers.get("Content-Length", "0")
+        told = {name.lower(): value for name, value in headers.items()}.get("content-length", "0")
+        length = str(len(payload)) if self.command != "HEAD" else told
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.stores.azure import AzureStore
 from pipeline.stores.base import BLOCK, Entry, ObjectStore, expect_answers
 from pipeline.stores.gcs import GoogleStore
 from pipeline.stores.huggingface import HuggingFaceStore
@@ -29,6 +30,7 @@ __all__ = [
 SCHEMES: dict[str, type[ObjectStore]] = {
     "s3": S3Store,
     "gs": GoogleStore,
+    "az": AzureStore,
     "hf": HuggingFaceStore,
     "https": WebStore,
     "http": WebStore,

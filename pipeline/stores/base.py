@@ -65,6 +65,8 @@ class ObjectStore(abc.ABC):
     """Whether the files of a folder can be listed."""
     ENDPOINT: ClassVar[str] = ""
     """The environment variable that names another server than the vendor's."""
+    RESENDS: ClassVar[bool] = False
+    """Whether the client may send a write twice by itself."""
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     """The environment variables that a client is made with."""
     ACCESS: ClassVar[str]
@@ -204,7 +206,7 @@ class ObjectStore(abc.ABC):
             self._write(uri, attempt)
         except FileExistsError:
             # an attempt whose answer was lost may have made it
-            return attempts > 1 and self.read(uri) == data
+            return (attempts > 1 or self.RESENDS) and self.read(uri) == data
         return True
 
     def upload(self, uri: str, open_source: Callable[[], AbstractContextManager[IO[bytes]]]) -> None:

