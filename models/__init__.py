@@ -18,11 +18,11 @@ def create_model(variant: str, num_classes: int, image_size: int = 224, **option
     """A freshly initialised model; `create_model(**model.config)` builds the same architecture again.
 
     variant: a name of `models.variants`: "B/16", any width with any patch ("Ti/4"), "R50+B/16", "R50x1".
-    num_classes: width of the linear head; 0 leaves it out, so that the model returns features.
+    num_classes: width of the linear head; with 0 there is no head, and the model returns features.
     options: keyword arguments of `VisionTransformer`, `ResNet` or, with `mpp=...`, `MaskedPatchPredictor`.
     Initial values come from torch's global generator. Raises UserError for a name or option that does not exist.
     """
-    # torch is imported here and not above, so that `--help` of a job does not wait for it
+    # torch is imported here, so that `--help` of a job does not import it
     from models.mpp import MaskedPatchPredictor
     from models.resnet import ResNet
     from models.variants import parse_variant
@@ -45,13 +45,12 @@ def create_model(variant: str, num_classes: int, image_size: int = 224, **option
 
 
 def weight_decay_groups(model, kind: str = "all") -> list[dict]:
-    """Parameter groups for an optimiser, the second with weight_decay 0.
-
-    kind: "all" decays every parameter, as the paper's Adam did; "kernels" only the matrices of dense layers and
-    convolutions, as big_vision does: no biases, norms, tokens or position embeddings.
+    """Parameter groups for an optimiser; the second group has weight_decay 0. kind: "all" decays every parameter, as in
+    the paper; "kernels" decays only the matrices of dense layers and convolutions, as in big_vision: no biases, norms,
+    tokens or position embeddings.
     """
     if kind not in ("all", "kernels"):
-        raise UserError(f'weight decay on "{kind}" is not one of all, kernels')
+        raise UserError(f'weight decay kind "{kind}" is not one of all, kernels')
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = {name for name, p in trainable if kind == "all" or (name.endswith("weight") and p.dim() > 1)}
     groups: list[dict] = [{"params": [p for name, p in trainable if name in decayed]}]

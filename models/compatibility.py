@@ -1,4 +1,5 @@
-"""Which models other libraries can express. Does not import torch, so a job can check before it loads the libraries.
+"""Checks which models other libraries can express. Does not import torch, so a job can check before it loads the
+libraries.
 
 `config` is always `model.config`, or the entry "model" of a checkpoint's config.json.
 """
@@ -30,7 +31,8 @@ TIMM_REGISTERED = (
 
 
 def timm_architecture(variant: str) -> str:
-    """The registered timm model closest to a variant; for a common variant, its own name. Raises UserError when there is none."""
+    """The registered timm model that is closest to a variant, and the same model for a
+    common variant. Raises UserError if there is none."""
     if variant in TIMM_ARCHITECTURES:
         return TIMM_ARCHITECTURES[variant]
     if "R" in variant:

@@ -1,4 +1,4 @@
-"""What a model costs: its parameters and the FLOPs of a forward pass, counted on torch's meta device without memory."""
+"""Parameters and forward FLOPs of a model, counted on torch's meta device without allocating memory."""
 
 import functools
 
@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 
-# Operations that multiply with weights; all others that the counter knows belong to attention.
+# Operations that multiply with weights; all other counted operations belong to attention.
 WITH_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 
 
@@ -19,16 +19,17 @@ def parameters(config: dict) -> int:
 def flops(config: dict, computed: bool = False, patch_keep_rate: float = 1.0) -> int:
     """Forward FLOPs of one image, 2 x multiply-accumulates; a training step takes three times as many.
 
-    Counted by running the model on torch's meta device, so it holds for every option. The default is the architecture's
-    own number, the one that papers print. `computed=True` counts what `forward` really does: with a class token the last
-    block answers only that token's query, which saves 6% of B/16. Use it for the utilisation of the hardware.
-    patch_keep_rate: share of the patches that the model sees (token dropping).
+    Counted by running the model on torch's meta device, so all options are included. The default is the number of the
+    architecture, as in papers. `computed=True` counts the operations of `forward`: with a class token, the last block
+    computes only the output of this token, which saves 6% for B/16. Use it for the utilisation of the hardware.
+    patch_keep_rate: fraction of patches that the model receives (token dropping).
     """
     return _count(tuple(sorted(config.items())), computed, patch_keep_rate)[0]
 
 
 def attention_flops(config: dict, patch_keep_rate: float = 1.0) -> int:
-    """The part of `flops(config, computed=True)` in the products of queries with keys and of weights with values."""
+    """The FLOPs of `flops(config, computed=True)` in the products of queries and
+    keys and of attention weights and values."""
     return _count(tuple(sorted(config.items())), True, patch_keep_rate)[1]
 
 
@@ -40,7 +41,7 @@ def token_features(config: dict, patch_keep_rate: float = 1.0) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _count(config: tuple, computed: bool, patch_keep_rate: float) -> tuple[int, int]:
-    """(all FLOPs, those of attention)"""
+    """(all FLOPs, FLOPs of attention)"""
     model = _on_meta(dict(config)).eval().requires_grad_(False)  # the counter's hooks fail on parameters with gradients
     size, channels = model.config["image_size"], model.config["channels"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():

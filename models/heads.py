@@ -1,4 +1,5 @@
-"""Layers after the encoder (attention pooling, the tanh layer of pre-training, the linear head), and the MLP of both."""
+"""Layers after the encoder (attention pooling, the tanh layer of pre-training,
+the linear head), and the MLP of encoder and pooling."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +7,8 @@ from torch import nn
 
 
 def lecun_normal_(weight: torch.Tensor) -> torch.Tensor:
-    """Normal of variance 1/fan_in, cut at two standard deviations: the default kernel initialiser of flax."""
-    # cutting a unit normal at +-2 leaves a standard deviation of 0.8796
+    """Truncated normal of variance 1/fan_in, cut at two standard deviations: the default kernel initialiser of flax."""
+    # a unit normal truncated at +-2 has a standard deviation of 0.8796
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -48,7 +49,7 @@ class AttentionPool(nn.Module):
         for layer in (self.q, self.kv, self.proj):
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.zeros_(layer.bias)
-        bound = (6 / (1 + width)) ** 0.5  # Xavier again, with the fans of the last two axes as flax computes them
+        bound = (6 / (1 + width)) ** 0.5  # Xavier with flax's fans, from the last two axes
         nn.init.uniform_(self.latent, -bound, bound)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class PreLogits(nn.Module):
 
 
 def linear_head(width: int, num_classes: int, bias: float = 0.0) -> nn.Module:
-    """The zero-initialised linear classifier; Identity for no classes."""
+    """A zero-initialised linear classifier, or Identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(width, num_classes)

@@ -1,4 +1,5 @@
-"""What a Vision Transformer learned: the numbers of the paper's Figure 7, and attention rollout (Figures 6 and 14).
+"""Computes the values of the paper's Figure 7 for a trained Vision Transformer, and attention rollout (Figures 6 and
+14).
 
 Images are uint8 (B,H,W,C) at the model's resolution. `pipeline.operations.visualization` draws the figures.
 Shape suffixes: B batch, T tokens, P patch side, C channels, g patches per side.
@@ -12,19 +13,18 @@ from models.vit import HybridEmbed, VisionTransformer
 
 
 def embedding_filters(model: VisionTransformer, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components of the patch embedding: (n,P,P,C), largest first, and the share of variance of each.
-
-    The D filters of the linear embedding are the samples, their P*P*C weights the variables (section 4.5, Figure 7 left).
-    Raises UserError for a hybrid, whose embedding sees no pixels.
+    """Principal components of the patch embedding: (n,P,P,C), largest first, and their fractions of the variance. The D
+    filters of the linear embedding are the samples, their P*P*C weights the variables (section 4.5, Figure 7 left).
+    Raises UserError for a hybrid, which does not embed pixels.
     """
     if isinstance(model.patch_embed, HybridEmbed):
-        raise UserError(f"{model.config['variant']} embeds a feature map: it has no filters over pixels")
+        raise UserError(f"{model.config['variant']} embeds a feature map, so it has no filters over pixels")
     kernel = model.patch_embed.proj.weight.detach().double().cpu().permute(0, 2, 3, 1)  # D,P,P,C
     samples = kernel.flatten(1)
     samples = samples - samples.mean(dim=0)
     _, scale, components = torch.linalg.svd(samples, full_matrices=False)
     share = scale**2 / (scale**2).sum().clamp(min=1e-30)
-    # the sign of a component is arbitrary: a positive sum makes the pictures of different runs comparable
+    # The sign of a component is arbitrary; a positive sum makes the figures of different runs comparable.
     components = components * torch.where(components.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     return components[:count].reshape(-1, *kernel.shape[1:]).numpy(), share[:count].numpy()
 
@@ -32,7 +32,7 @@ def embedding_filters(model: VisionTransformer, count: int = 28) -> tuple[np.nda
 def position_similarity(model: VisionTransformer) -> np.ndarray:
     """(g,g,g,g): cosine similarity of the position embedding of patch (row, column) to all others (Figure 7 centre).
 
-    The class token's position is left out. Raises UserError for a model without positions.
+    Excludes the position of the class token. Raises UserError for a model without position embeddings.
     """
     if model.pos_embed is None:
         raise UserError(f'{model.config["variant"]} has no position embeddings (posemb="none")')
@@ -60,9 +60,9 @@ def attention_maps(model: VisionTransformer, images: torch.Tensor) -> list[torch
 def attention_distance(model: VisionTransformer, images: torch.Tensor, batch: int = 16) -> np.ndarray:
     """Mean attention distance in pixels, (depth, heads) (section 4.5, appendix D.7).
 
-    For every patch the distance to all patches, weighted by attention; mean over patches and images. Class token and
-    registers are left out of queries and keys and the rest is normalised again, so that a head that attends mostly to the
-    class token does not count as a local one.
+    For every patch, the attention-weighted distance to all patches; mean over patches and images. Class token and
+    registers are excluded from queries and keys, and the remaining attention is normalised again, so that a head that
+    mostly attends to the class token does not count as local.
     """
     axis = torch.arange(model.grid, dtype=torch.float64) * (model.config["image_size"] / model.grid)
     centres = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
@@ -77,10 +77,11 @@ def attention_distance(model: VisionTransformer, images: torch.Tensor, batch: in
 
 
 def attention_rollout(model: VisionTransformer, images: torch.Tensor) -> np.ndarray:
-    """(B,g,g): the share of each patch in the output (appendix D.8, after arXiv 2005.00928), scaled so that the largest is 1.
+    """(B,g,g): the contribution of each patch to the output (appendix D.8, after arXiv 2005.00928), scaled so that the
+    largest is 1.
 
-    Attention is averaged over heads, mixed half and half with the identity for the residual connections, and multiplied
-    through the layers. The output is the class token, or the mean of the patches when there is none.
+    Attention is averaged over heads, averaged with the identity for the residual connections, and multiplied over the
+    layers. The output is the class token, or the mean of the patches for a model without one.
     """
     rollout = None
     for weights in attention_maps(model, images):

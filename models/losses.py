@@ -1,7 +1,6 @@
-"""Losses over logits (B,K) and labels in the form of the loader's batches.
-
-Labels: int64 (B,) class indices, or (B,M) several classes of each sample, padded with -1. A sample whose labels are all -1
-is unlabelled and does not count. Mixup: `label_b` are the labels of the other image, `lam` (B,) is the share of the first.
+"""Losses of logits (B,K) and labels of the loader's batches. Labels: int64 (B,) class indices, or (B,M) several classes
+per sample, padded with -1. A sample whose labels are all -1 is unlabelled and ignored. Mixup: `label_b` are the labels
+of the second image, `lam` (B,) is the weight of the first.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from models.mpp import MaskedPrediction
 
 
 def training_loss(outputs, batch: Mapping, kind: str = "softmax", label_smoothing: float = 0.0) -> torch.Tensor:
-    """The loss of a model's output for a loader's batch: classification, or masked patch prediction."""
+    """The loss of a model's output for a batch of the loader: classification, or masked patch prediction."""
     if isinstance(outputs, MaskedPrediction):
         return masked_patch_loss(outputs)
     loss = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}[kind]
@@ -23,7 +22,7 @@ def training_loss(outputs, batch: Mapping, kind: str = "softmax", label_smoothin
 def multi_hot(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Labels as float32 (B,K): 1 for each class present, nothing for -1."""
     labels = labels if labels.dim() == 2 else labels[:, None]
-    # column K takes the padding and is cut off
+    # column K receives the padding and is removed
     marks = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device)
     return marks.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes]
 
@@ -47,7 +46,8 @@ def softmax_loss(
 ) -> torch.Tensor:
     """Softmax cross-entropy, mean over the labelled samples.
 
-    Several classes share the probability equally. Smoothing moves that share of the target to all classes evenly.
+    Several classes of a sample have equal probabilities. Smoothing distributes this fraction of the target evenly over
+    all classes.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     target = mixed_targets(labels, logits.shape[1], label_b, lam)
@@ -66,10 +66,9 @@ def sigmoid_loss(
     label_b: torch.Tensor | None = None,
     lam: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sigmoid cross-entropy summed over the classes, mean over the labelled samples: the loss on JFT and ImageNet-21k.
-
-    Smoothing s makes the targets 1-s and s (s = 1e-4 on ImageNet-21k). Start the head's bias at -10, so that thousands
-    of absent classes do not dominate the first steps.
+    """Sigmoid cross-entropy summed over the classes, mean over the labelled samples: the loss for JFT and ImageNet-21k.
+    With smoothing s the targets are 1-s and s (s = 1e-4 for ImageNet-21k). Initialise the bias of the head with -10, so
+    that thousands of absent classes do not dominate the first steps.
     """
     logits = logits.float()
     target = mixed_targets(labels, logits.shape[1], label_b, lam)

@@ -25,11 +25,10 @@ class MaskedPrediction(NamedTuple):
 
 
 class MaskedPatchPredictor(VisionTransformer):
-    """A ViT that sees half of its patch embeddings corrupted and predicts the original patches.
-
-    Of the corrupted patches 80% become a learned [mask] embedding, 10% the embedding of another patch of the image and
-    10% stay as they are. mpp: "mean", the 3-bit mean colour (512 classes, the paper's choice); "downsized", a 4x4 version
-    of the patch in 3-bit colours; "full", regression of all pixels. Its encoder has the same parameter names as a plain
+    """A ViT that predicts the original patches after half of its patch embeddings were corrupted. Of the corrupted
+    patches, 80% are replaced by a learned [mask] embedding, 10% by the embedding of another patch of the image, and 10%
+    are unchanged. mpp: "mean", the 3-bit mean colour (512 classes, the paper's choice); "downsized", a 4x4 version of
+    the patch in 3-bit colours; "full", regression of all pixels. Its encoder has the same parameter names as a plain
     ViT, so its checkpoints load into one.
 
     `forward` returns a MaskedPrediction; which patches are corrupted is drawn from torch's generator in every call.
@@ -48,14 +47,14 @@ class MaskedPatchPredictor(VisionTransformer):
         if mpp not in TARGETS:
             raise UserError(f'mpp="{mpp}" is not one of {", ".join(TARGETS)}')
         if options.get("pre_logits") or options.get("fc_norm"):
-            raise UserError("masked patch prediction has no classification head: leave out pre_logits and fc_norm")
+            raise UserError("masked patch prediction has no classification head: remove pre_logits and fc_norm")
         super().__init__(variant, 0, image_size, **options)
         if self.shape.stem is not None:
             raise UserError(f"masked patch prediction needs patches of pixels; {variant} is a hybrid")
         if mpp == "downsized" and self.shape.patch < 4:
             raise UserError(f"a patch of {self.shape.patch} pixels cannot be downsized to 4x4 colours")
         self.config |= {"mpp": mpp, "corrupt": corrupt}
-        colours = 8 ** self.config["channels"]  # 3 bits for each channel
+        colours = 8 ** self.config["channels"]  # 3 bits per channel
         outputs = {"mean": colours, "downsized": 16 * colours, "full": self.shape.patch**2 * self.config["channels"]}
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.shape.width).normal_(std=0.02))
         self.mpp_head = nn.Linear(self.shape.width, outputs[mpp])
@@ -78,11 +77,11 @@ class MaskedPatchPredictor(VisionTransformer):
         return MaskedPrediction(prediction, self.targets(patches))
 
     def corrupt_patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch embeddings (B,N,D) -> indices (B,n) of the corrupted patches, and the embeddings with them corrupted."""
+        """Patch embeddings (B,N,D) -> indices (B,n) of the corrupted patches, and the corrupted embeddings."""
         batch, length, _ = x.shape
         count = max(1, round(self.config["corrupt"] * length))
         chosen = torch.rand(batch, length, device=x.device).argsort(dim=1)[:, :count]
-        # the chosen patches come in random order, so fixed shares of that order are random patches
+        # the chosen patches are in random order, so a fixed fraction of them is a random selection
         masked, replaced = round(0.8 * count), round(0.1 * count)
         other = (chosen + torch.randint(1, max(2, length), chosen.shape, device=x.device)) % length
         index = chosen[:, :, None].expand(-1, -1, x.shape[2])
@@ -98,7 +97,7 @@ class MaskedPatchPredictor(VisionTransformer):
         return chosen, x.scatter(1, index, new)
 
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
-        """The targets of patches (B,n,P*P*C): pixels, or colour classes, as `MaskedPrediction` describes them."""
+        """The targets of patches (B,n,P*P*C): pixels or colour classes (see `MaskedPrediction`)."""
         pixels = normalise(patches, torch.float32)
         if self.config["mpp"] == "full":
             return pixels

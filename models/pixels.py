@@ -1,4 +1,4 @@
-"""Pixels to the input of a model: normalisation, the order of axes, and the cut into patches.
+"""Converts pixels to the input of a model: normalisation, axis order, and patches.
 
 Shape suffixes: B batch, C channels, H W pixels, P patch side, N patches.
 """
@@ -7,14 +7,15 @@ import torch
 
 
 def normalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 pixels to [-1, 1]; floats are expected to be normalised. Computed in float32: bfloat16 would round pixels."""
+    """Converts uint8 pixels to [-1, 1]; floats must already be normalised. Computed
+    in float32: bfloat16 would round pixels."""
     if x.dtype == torch.uint8:
         x = x.float() / 127.5 - 1.0
     return x.to(dtype)
 
 
 def channels_last(x: torch.Tensor, channels: int) -> bool:
-    """Whether images are (B,H,W,C); raises ValueError for another number of channels. Floats are always (B,C,H,W)."""
+    """Whether images are (B,H,W,C). Floats are always (B,C,H,W). Raises ValueError for another number of channels."""
     if x.dtype == torch.uint8 and x.shape[-1] == channels:
         return True
     if x.shape[1] == channels:
@@ -24,14 +25,13 @@ def channels_last(x: torch.Tensor, channels: int) -> bool:
 
 
 def to_images(x: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Any accepted image tensor as normalised (B,C,H,W)."""
+    """Converts every accepted image tensor to normalised (B,C,H,W)."""
     return normalise(x.permute(0, 3, 1, 2) if channels_last(x, channels) else x, dtype)
 
 
 def patchify(x: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
-    """Images -> (B,N,P*P*C), the sequence of eq. 1: patches row by row, inside a patch (row, column, channel).
-
-    Keeps the dtype. Rows and columns that do not fill a patch are dropped, as by a VALID convolution.
+    """Images -> (B,N,P*P*C), the sequence of eq. 1: patches in row-major order, each as (row, column, channel). Keeps
+    the dtype. Rows and columns that do not fill a patch are dropped, as in a VALID convolution.
     """
     if channels_last(x, channels):
         rows, columns = x.shape[1] // patch, x.shape[2] // patch

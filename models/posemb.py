@@ -1,4 +1,4 @@
-"""Position embeddings: fixed 2-D sines, and resizing learned ones to another grid."""
+"""Position embeddings: fixed 2-D sine-cosine embeddings, and resizing of learned ones to another grid."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def sincos2d(grid: int, width: int) -> torch.Tensor:
     """Fixed 2-D sine-cosine embeddings (1, grid*grid, width), float32: [sin x, cos x, sin y, cos y], base 10000.
 
-    The form of MoCo v3 (arXiv 2104.02057), which Google's later ViT code shares. `width` must be a multiple of 4.
+    As in MoCo v3 (arXiv 2104.02057) and Google's later ViT code. `width` must be a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"2-D sine-cosine position embeddings need a width divisible by 4, not {width}")
@@ -20,11 +20,12 @@ def sincos2d(grid: int, width: int) -> torch.Tensor:
 def resize(
     embedding: torch.Tensor, new_grid: int, prefix: int, old_grid: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """(1, prefix + rows*columns, D) -> (1, prefix + new_grid**2, D), bilinear between the corners; the prefix rows stay.
+    """(1, prefix + rows*columns, D) -> (1, prefix + new_grid**2, D), bilinear with aligned corners; the prefix rows are
+    unchanged.
 
     old_grid: (rows, columns) of the embedding, square by default. Google's code calls scipy.ndimage.zoom(order=1), which
     is linear interpolation with the corner points aligned: `align_corners=True` here. The half-pixel convention (False)
-    gives visibly different embeddings. Raises ValueError when the embedding is not of `old_grid`.
+    gives visibly different embeddings. Raises ValueError if the embedding does not have the size of `old_grid`.
     """
     tokens, patches = embedding[:, :prefix], embedding[:, prefix:]
     if old_grid is None:

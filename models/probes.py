@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BIAS = 100.0  # the constant feature: so large that its weight, the bias, is hardly regularised
+BIAS = 100.0  # constant feature, so large that its weight, the bias, is hardly regularised
 
 
 def select_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Indices of `shots` examples of every class, ascending: the first ones of a seeded permutation, so that 5 shots contain
-    the 1 shot. A class with fewer examples gives all of them."""
+    the 1 shot. Of a class with fewer examples, all are used."""
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = labels[order]
     picked = [order[np.flatnonzero(shuffled == k)[:shots]] for k in np.unique(labels)]
@@ -27,8 +27,9 @@ def ridge(
 ) -> torch.Tensor:
     """Least squares from frozen features to {-1, 1}^K in closed form (section 4.1); predictions (len(l2s), M).
 
-    Features are standardised with the training set's mean and deviation and get a constant feature of 100; then
-    W = (X'X + l2 I)^-1 X'Y. One eigendecomposition, of X'X or XX' whichever is smaller, serves every l2. In float64.
+    Features are standardised with the mean and standard deviation of the training set and extended by a constant
+    feature of 100; then W = (X'X + l2 I)^-1 X'Y. One eigendecomposition, of the smaller of X'X and XX', suffices for
+    all values of l2. Computed in float64.
     """
     train, test = train_ND.double(), test_MD.double()
     mean, std = train.mean(0), train.std(0, correction=0) + 1e-5
@@ -40,15 +41,15 @@ def ridge(
     else:
         values, vectors = torch.linalg.eigh(X.T @ X)
         left, right = Z @ vectors, vectors.T @ (X.T @ Y)
-    values = values.clamp_min(0)  # rounding can leave tiny negative ones
+    values = values.clamp_min(0)  # rounding errors can make them slightly negative
     return torch.stack([((left / (values + l2)) @ right).argmax(1) for l2 in l2s])
 
 
 def best_by_mean_rank(accuracy_TL: np.ndarray) -> int:
     """The column (l2) with the best mean rank over the rows (tasks): one l2 for all, as the paper's evaluation chose it.
 
-    accuracy_TL: test accuracy of T tasks and L values of l2; equal accuracies share their mean rank. The choice looks at
-    test accuracy, so it flatters slightly; with a single task it is plain tuning on the test set.
+    accuracy_TL: test accuracy of T tasks and L values of l2; equal accuracies share their mean rank. The choice uses
+    test accuracy, so results are slightly optimistic; with a single task this is tuning on the test set.
     """
     mine, others = accuracy_TL[:, :, None], accuracy_TL[:, None, :]
     ranks_TL = ((mine > others).sum(2) + (mine >= others).sum(2) + 1) / 2
@@ -65,10 +66,9 @@ def linear_probe(
     seed: int = 0,
     iterations: int = 200,
 ) -> tuple[torch.Tensor, float]:
-    """Multinomial logistic regression by L-BFGS on standardised features; predictions (M,) and the l2 that was chosen.
-
-    l2 penalises the weights, not the bias, beside the mean loss. It is chosen on a fifth of the training set, drawn by
-    `seed`; then the classifier is fitted on the whole set.
+    """Multinomial logistic regression by L-BFGS on standardised features; predictions (M,) and the chosen l2. l2 is the
+    penalty on the weights, but not the bias, which is added to the mean loss. It is chosen on a random fifth of the
+    training set (`seed`); then the classifier is fitted on the complete set.
     """
     mean, std = train_ND.double().mean(0), train_ND.double().std(0, correction=0) + 1e-5
     train, test = (train_ND.double() - mean) / std, (test_MD.double() - mean) / std
@@ -78,7 +78,7 @@ def linear_probe(
     best, best_accuracy = l2s[-1], -1.0
     if len(l2s) > 1 and len(held):
         weights = None
-        for l2 in sorted(l2s, reverse=True):  # from strong to weak, each fit starts from the last one's weights
+        for l2 in sorted(l2s, reverse=True):  # decreasing; each fit starts from the previous weights
             weights = fit_logistic(train[kept], labels[kept], num_classes, l2, iterations, weights)
             accuracy = (logits(train[held], weights).argmax(1) == labels[held]).double().mean().item()
             if accuracy > best_accuracy:
@@ -87,7 +87,7 @@ def linear_probe(
 
 
 def logits(x_ND: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Logits (N, K) of features, by `weights` (D+1, K) whose last row is the bias."""
+    """Logits (N, K) of features for `weights` (D+1, K), whose last row is the bias."""
     return x_ND @ weights[:-1] + weights[-1]
 
 
@@ -99,7 +99,7 @@ def fit_logistic(
     iterations: int,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights (D+1, K) that minimise mean cross-entropy + l2/2 * |W|^2; zeros are the `start` by default."""
+    """Weights (D+1, K) that minimise mean cross-entropy + l2/2 * |W|^2; start: initial weights, by default zeros."""
     first = torch.zeros(x_ND.shape[1] + 1, num_classes, dtype=x_ND.dtype, device=x_ND.device)
     weights = (first if start is None else start.clone()).requires_grad_()
     optimiser = torch.optim.LBFGS([weights], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
@@ -124,10 +124,8 @@ def nearest_neighbours(
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """The class with most votes of the k nearest training examples, (M,).
-
-    Near means a large cosine; a vote weighs exp(cosine / temperature) (arXiv 1805.01978, 2104.14294). Test examples are
-    compared `chunk` at a time.
+    """The class with most votes among the k training examples with the largest cosine similarity, (M,). The weight of a
+    vote is exp(cosine / temperature) (arXiv 1805.01978, 2104.14294). Test examples are compared `chunk` at a time.
     """
     train, k = F.normalize(train_ND.float(), dim=1), min(k, len(train_ND))
     predictions = []

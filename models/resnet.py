@@ -38,7 +38,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class StdConv2dSame(StdConv2d):
-    """With TensorFlow's SAME padding: output = ceil(input / stride), the odd row of padding at the bottom and right."""
+    """With TensorFlow's SAME padding: output = ceil(input / stride); an odd row of padding is at the bottom and right."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
@@ -59,15 +59,16 @@ class MaxPoolSame(nn.Module):
 
 
 class Flavour:
-    """How one family builds its layers: padding, epsilons, order of activation."""
+    """The layer conventions of a family: padding, epsilons, order of activation."""
 
     def __init__(self, preact: bool, epsilons: str):
-        """preact: BiT, else the hybrid stem. epsilons: "google" (of that family's original code) or "timm"."""
+        """preact: True for BiT, False for the hybrid stem. epsilons: those of "google"
+        (the original code of the family) or "timm"."""
         if epsilons not in ("google", "timm"):
             raise UserError(f'epsilons="{epsilons}" is not one of google, timm')
         self.preact = preact
-        # Google's hybrids keep flax's GroupNorm default and add 1e-5 to the deviation; timm runs the same weights with
-        # 1e-5 and sqrt(variance + 1e-8). BiT itself has 1e-5 and sqrt(variance + 1e-10).
+        # Google's hybrids keep flax's GroupNorm default and add 1e-5 to the deviation; timm uses the same weights with
+        # 1e-5 and sqrt(variance + 1e-8). BiT has 1e-5 and sqrt(variance + 1e-10).
         google_hybrid = epsilons == "google" and not preact
         self.norm_eps = 1e-6 if google_hybrid else 1e-5
         self.conv_eps = 1e-8 if epsilons == "timm" else (1e-10 if preact else 1e-5)
@@ -101,14 +102,14 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = 4 * hidden
         self.preact = flavour.preact
-        widths = (channels, hidden, hidden) if self.preact else (hidden, hidden, out)  # what each norm normalises
+        widths = (channels, hidden, hidden) if self.preact else (hidden, hidden, out)  # channels of each norm
         self.norm1, self.norm2, self.norm3 = (flavour.norm(width) for width in widths)
         self.conv1 = flavour.conv(channels, hidden, 1)
         self.conv2 = flavour.conv(hidden, hidden, 3, stride)
         self.conv3 = flavour.conv(hidden, out, 1)
         self.downsample = Downsample(channels, out, stride, flavour) if channels != out or stride != 1 else None
         if not self.preact:
-            nn.init.zeros_(self.norm3.weight)  # the unit starts as its shortcut
+            nn.init.zeros_(self.norm3.weight)  # at initialisation the unit computes its shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.preact:
@@ -123,7 +124,8 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Bottleneck units one after the other; the first changes the channels and, but for stage 1, halves the map."""
+    """A sequence of bottleneck units. The first unit changes the channels and,
+    except in stage 1, halves the feature map."""
 
     def __init__(self, channels: int, hidden: int, stride: int, units: int, flavour: Flavour):
         super().__init__()
@@ -141,7 +143,7 @@ class Stage(nn.Module):
 class Stages(nn.Module):
     """Root convolution, max pooling and the stages: (B,C,H,W) -> (B,4*hidden,H/s,W/s).
 
-    units: bottleneck units of each stage; empty for the root alone.
+    units: number of bottleneck units per stage; empty for the root only.
     """
 
     def __init__(self, units: tuple[int, ...], widen: int, channels: int, flavour: Flavour):
@@ -171,20 +173,20 @@ class Stages(nn.Module):
         self, enabled: bool = True, blocks: int | None = None, keep_products: bool = False
     ) -> None:
         """Recompute each unit of the first `blocks` stages (all by default) in the backward pass instead of keeping its
-        activations. keep_products has no effect here: it concerns transformer blocks."""
+        activations. keep_products has no effect here, because it is for transformer blocks."""
         for number, stage in enumerate(self.blocks):
             stage.grad_checkpointing = enabled and (blocks is None or number < blocks)
 
     def compiled_parts(self) -> list[nn.Module]:
-        """What torch.compile takes one at a time. Inside a compiled stage GroupNorm keeps the layout that the convolutions choose
-        (channels last on a GPU); torch's own kernel would go back to NCHW after each."""
+        """The modules that torch.compile compiles separately. In a compiled stage, GroupNorm keeps the layout of the
+        convolutions (channels last on a GPU); torch's kernel would convert to NCHW each time."""
         return [*self.blocks]
 
 
 class ResNet(Stages):
     """The ResNet (BiT) baselines of the paper: R50x1, R101x1, R152x2, ... Head: GroupNorm, ReLU, mean, linear.
 
-    Takes uint8 (B,H,W,C) or (B,C,H,W), or float (B,C,H,W) in [-1, 1]; any image size. Cut patches are refused.
+    Takes uint8 (B,H,W,C) or (B,C,H,W), or float (B,C,H,W) in [-1, 1]; any image size. Raises UserError for patches.
     """
 
     def __init__(
@@ -215,9 +217,7 @@ class ResNet(Stages):
     def features(self, x: torch.Tensor, positions: torch.Tensor | None = None, every_token: bool = False):
         """Mean of the last feature map, (B,D)."""
         if x.dim() == 3 or positions is not None:
-            raise UserError(
-                f"{self.config['variant']} takes whole images, not patches: use a data set of encoding jpeg"
-            )
+            raise UserError(f"{self.config['variant']} needs images, not patches: use a data set with encoding jpeg")
         x = super().forward(to_images(x, self.config["channels"], self.norm.weight.dtype))
         return F.relu(self.norm(x)).mean(dim=(2, 3))
 

@@ -1,4 +1,4 @@
-"""Every model by name, in one table, with its size and cost.
+"""The table of all models, with size and cost.
 
 A name is `width/patch` ("B/16"; any width can have any patch size), `stem+width/stride` for a hybrid ("R50+B/16": the
 number is the total downsampling, the transformer sees 1x1 patches of the feature map), or `RdepthxWidth` for a ResNet
@@ -53,7 +53,7 @@ STEMS = {
 
 RESNETS = {"R50": (3, 4, 6, 3), "R101": (3, 4, 23, 3), "R152": (3, 8, 36, 3), "R200": (3, 24, 36, 3)}
 
-# The published names: the nearest one is offered when a name is misspelt.
+# The published names, from which a suggestion for a misspelt name is chosen.
 VARIANTS = (
     *("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14", "g/14", "G/14"),
     *("R+Ti/16", "R26+S/32", "R26+B/32", "R50+B/16", "R50+B/32", "R50+L/16", "R50+L/32"),
@@ -76,7 +76,7 @@ class Variant:
 
 
 def parse_variant(name: str) -> Variant:
-    """The sizes behind a name. Raises UserError, with the nearest known name, for one that does not exist."""
+    """The sizes of a named model. Raises UserError with the most similar name for an unknown name."""
     if match := re.fullmatch(r"(R\d*)\+([\w-]+)/(\d+)", name):
         stem, transformer, stride = match[1], match[2], int(match[3])
         if (stem, stride) in STEMS and transformer in TRANSFORMERS:
@@ -97,7 +97,7 @@ def parse_variant(name: str) -> Variant:
 def override_sizes(
     shape: Variant, width: int | None = None, depth: int | None = None, heads: int | None = None, mlp: int | None = None
 ) -> Variant:
-    """A variant with other sizes, for ablations. A given width without `mlp` makes the MLP four times as wide."""
+    """A variant with other sizes, for ablations. If only the width is given, the MLP is four times as wide."""
     return replace(
         shape,
         width=width or shape.width,

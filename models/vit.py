@@ -23,9 +23,8 @@ from models.variants import Variant, override_sizes, parse_variant
 
 
 class PatchProjection(nn.Conv2d):
-    """E of eq. 1: stored as a convolution, as by timm and Google, and applied as a matrix.
-
-    (B,N,P*P*C) -> (B,N,D). One matrix product over cut patches gives the same numbers as the strided convolution.
+    """E of eq. 1: stored as a convolution, as in timm and Google's code, and applied as a matrix. (B,N,P*P*C) ->
+    (B,N,D). One matrix product over patches gives the same result as the strided convolution.
     """
 
     def __init__(self, channels: int, width: int, patch: int):
@@ -39,7 +38,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Images or cut patches -> (B,N,D)."""
+    """Images or patches -> (B,N,D)."""
 
     def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
@@ -51,7 +50,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         if x.dim() == 4:
-            x = patchify(x, self.patch, self.channels)  # while still uint8: a quarter of the bytes to move
+            x = patchify(x, self.patch, self.channels)  # as uint8, because this moves a quarter of the bytes
             if positions is not None:
                 x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
         return self.proj(normalise(x, self.proj.weight.dtype))
@@ -75,14 +74,14 @@ class HybridEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         if x.dim() == 3 or positions is not None:
-            raise UserError("a hybrid takes whole images, not patches: use a data set of encoding jpeg")
+            raise UserError("a hybrid needs images, not patches: use a data set with encoding jpeg")
         feature_map = self.backbone(to_images(x, self.channels, self.proj.weight.dtype))
         return self.proj(patchify(feature_map, self.patch, self.backbone.channels))
 
 
 # ---------------------------------------------------------------- the encoder
 
-# What selective recomputation keeps: the operations that cost more than the memory of their results.
+# Operations whose results selective recomputation keeps, because recomputing them costs more than storing them.
 _ATEN = torch.ops.aten
 PRODUCTS: list = [
     _ATEN.mm.default,
@@ -105,8 +104,8 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads, eps=ln_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads, eps=ln_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
-        # Xavier for each of q, k, v alone (fan in = fan out = width). On the fused (3*width, width) matrix the usual
-        # initialiser would take fan out = 3*width and shrink all three by 0.71.
+        # Xavier for each of q, k, v alone (fan in = fan out = width). For the fused (3*width, width) matrix, the usual
+        # initialiser would use fan out = 3*width and scale all three by 0.71.
         bound = (3 / width) ** 0.5
         for layer in (self.qkv, self.proj):
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -147,13 +146,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
         self.keep_products = False
-        # The rate differs from block to block. As a tensor it is an input of the compiled block, which serves all
-        # blocks; as a number it would be compiled into one version per block, until torch gives up after eight.
+        # The rate differs between blocks. As a tensor it is an input, so all blocks share one compilation; as a number,
+        # torch would compile each block separately and give up after eight.
         self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """(B,T,D) -> (B,T,D), or only its first `queries` tokens."""
-        if self.keep_products and self.training:  # inside the block, so that a compiled block has it in its graph
+        if self.keep_products and self.training:  # inside the block, so that it is part of the compiled graph
             keep = partial(create_selective_checkpoint_contexts, PRODUCTS)
             return checkpoint(self.compute, x, queries, use_reentrant=False, context_fn=keep)
         return self.compute(x, queries)
@@ -240,14 +239,14 @@ class VisionTransformer(nn.Module):
         self.head = linear_head(shape.width, num_classes, head_bias)
 
     def _add_tokens_and_positions(self) -> None:
-        """Class token, registers and position embeddings, as `config` asks for them."""
+        """Adds class token, registers and position embeddings according to `config`."""
         width, registers = self.shape.width, self.config["registers"]
         has_cls = self.config["pool"] == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_cls else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, width).normal_(std=0.02)) if registers else None
         self.pos_embed: torch.Tensor | None
         if self.config["posemb"] == "learn":
-            rows = self.grid**2 + has_cls  # the class token has a position of its own, registers have none
+            rows = self.grid**2 + has_cls  # the class token has a position embedding, registers have none
             self.pos_embed = nn.Parameter(torch.empty(1, rows, width).normal_(std=0.02))
         elif self.config["posemb"] == "sincos2d":
             self.fix_positions()
@@ -256,7 +255,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Tokens in front of the patches: class token and registers."""
+        """Number of tokens before the patches: class token and registers."""
         return (self.cls_token is not None) + self.config["registers"]
 
     def embed(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -304,8 +303,8 @@ class VisionTransformer(nn.Module):
     ) -> torch.Tensor:
         """The representation below the head, (B,D); after the tanh layer if there is one.
 
-        With a class token, the last block computes that token alone, since nothing reads the others: the same result for
-        6% less work in B/16. `every_token` computes them all.
+        With a class token, the last block computes only this token, because the others are not used: the same result
+        for 6% less work in B/16. `every_token` computes all tokens.
         """
         alone = self.cls_token is not None and not every_token
         tokens = self.encode(x, positions, queries=1 if alone else None)
@@ -321,7 +320,7 @@ class VisionTransformer(nn.Module):
         """Logits (B,K).
 
         x: uint8 images (B,H,W,C) or (B,C,H,W), float images (B,C,H,W) in [-1, 1], or patches (B,N,P*P*C), uint8 or
-        float. positions: (B,n) int64, the row-major index of each patch, when some were dropped.
+        float. positions: (B,n) int64, the row-major index of each patch, if some were dropped.
         """
         return self.head(self.features(x, positions))
 
@@ -351,8 +350,8 @@ class VisionTransformer(nn.Module):
     ) -> None:
         """Recompute each of the first `blocks` blocks (all by default) in the backward pass instead of keeping its activations.
 
-        keep_products: results of matrix products and attention are kept and the rest recomputed: norms, GELU, dropout. A hybrid's
-        stem is recomputed, too, unless `blocks` says otherwise.
+        keep_products: keep the results of matrix products and attention, and recompute the rest: norms, GELU, dropout.
+        The stem of a hybrid is recomputed, too, unless `blocks` is given.
         """
         self.checkpointed_blocks = (len(self.blocks) if blocks is None else blocks) if enabled else 0
         for number, block in enumerate(self.blocks):
@@ -361,12 +360,13 @@ class VisionTransformer(nn.Module):
             self.patch_embed.backbone.set_grad_checkpointing(enabled and blocks is None)
 
     def compiled_parts(self) -> list[nn.Module]:
-        """What torch.compile takes one at a time: blocks, which share one compilation, and the stages of a hybrid's stem."""
+        """The modules that torch.compile compiles separately: blocks, which share one
+        compilation, and the stages of a hybrid's stem."""
         stem = self.patch_embed.backbone.compiled_parts() if isinstance(self.patch_embed, HybridEmbed) else []
         return [*stem, *self.blocks]
 
     def fix_positions(self) -> None:
-        # a buffer outside the state dict: it follows from the configuration
+        # a buffer outside the state dict, because the configuration determines it
         table = posemb.sincos2d(self.grid, self.shape.width)
         if self.cls_token is not None:
             table = F.pad(table, (0, 0, 1, 0))
@@ -387,7 +387,7 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"patches of {x.shape[2]} values in {self.config['variant']}; expected {values}")
             if positions is None and x.shape[1] != self.grid**2:
                 raise ValueError(
-                    f"{x.shape[1]} patches in a model for {self.grid**2}; give their positions when some were dropped"
+                    f"{x.shape[1]} patches in a model for {self.grid**2}; give their positions if some were dropped"
                 )
         else:
             raise ValueError(f"input of shape {tuple(x.shape)}; expected images (4 axes) or patches (B,N,P*P*C)")
@@ -417,7 +417,8 @@ def _check_options(config: dict, shape: Variant) -> None:
 
 
 def option_names(kind: type) -> list[str]:
-    """Keyword options of a model class, its own and those it passes on, beyond variant, num_classes and image_size."""
+    """Keyword options of a model class and of the classes it passes options to,
+    without variant, num_classes and image_size."""
     makers = [base.__init__ for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
     parameters = [p for maker in makers for p in inspect.signature(maker).parameters.values()]
     return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

@@ -1,11 +1,11 @@
-"""Translates weights between naming schemes: a state dict in, a state dict out, without files or network.
+"""Translates state dicts between naming schemes, without files or network.
 
     named = translate(tensors, config)                 # any naming scheme -> this project's names (timm's)
     report = load_tensors(model, named, "ViT-B_16")    # fits them to the model and loads them
     state, config = timm.to_timm(model)                # the reverse; also huggingface.to_huggingface
 
-Each naming scheme is one file. To add one, write a file with what `tensors.Naming` lists, and add a line to NAMINGS.
-`pipeline.weights` reads the files.
+Each naming scheme is one module. To add one, write a module with the interface of `tensors.Naming`, and add it to
+NAMINGS. `pipeline.weights` reads the files.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 NAMINGS: tuple[Naming, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
-"""The first one that matches is used, so special cases stand before the general one."""
+"""The first match is used, so special cases come before general ones."""
 
 
 def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> NamedWeights:
@@ -54,8 +54,8 @@ def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> Name
     if naming is None:
         what = recognize(tensors)
         raise UserError(
-            f"{f'this is {what}' if what else 'not weights of a Vision Transformer'}; its tensors ({shorten(tensors, 5)}) "
-            f"follow no naming of {', '.join(naming.NAME for naming in NAMINGS)}"
+            f"{f'this is {what}' if what else 'not weights of a Vision Transformer'}; its tensors "
+            f"({shorten(tensors, 5)}) match no naming scheme of {', '.join(naming.NAME for naming in NAMINGS)}"
         )
     weights = naming.translate(tensors)
     other = [name for name in weights if name.startswith(tuple(getattr(naming, "OTHER_PARTS", ())))]
@@ -73,7 +73,7 @@ def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> Name
 
 
 def load_tensors(model: nn.Module, named: NamedWeights, source: str, strict_head: bool = False) -> LoadReport:
-    """Fits weights to a model and loads them. The model does not change when there is an error. Arguments: `fit_weights`."""
+    """Fits weights to a model and loads them. The model is unchanged after an error. Arguments: `fit_weights`."""
     fitted, report = fit_weights(model, named, source, strict_head)
     model.load_state_dict(fitted, strict=False)
     return report

@@ -16,7 +16,7 @@ from models.weights.foreign import hint
 from models.weights.tensors import Conventions, NamedWeights, Weights
 from models.weights.timm import TASK_PARTS
 
-# The forms of GELU by the names they have here, in Hugging Face's configurations and in timm's.
+# The forms of GELU by their names in this project, Hugging Face's and timm's configurations.
 ACTIVATIONS = {
     **dict.fromkeys(("exact", "gelu", "gelu_python"), "exact"),
     **dict.fromkeys(("tanh", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_tanh"), "tanh"),
@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What was loaded, and what was not. `str(report)` is a paragraph for people."""
+    """The loaded and the skipped tensors. `str(report)` is a readable summary."""
 
     source: str
     naming: str
@@ -35,9 +35,9 @@ class LoadReport:
     fresh: tuple[str, ...]
     """Parameters of the model's head that keep their initial values."""
     dropped: tuple[str, ...]
-    """Tensors of the source that the model has no use for: another head, a decoder, a text tower."""
+    """Unused tensors of the source: another head, a decoder, a text tower."""
     notes: tuple[str, ...]
-    """Anything that changes the numbers: resized positions, another GELU."""
+    """Differences that change the results: resized positions, another GELU."""
 
     def __str__(self) -> str:
         lines = [f"{self.source} ({self.naming}): {len(self.loaded)} tensors loaded"]
@@ -51,11 +51,10 @@ class LoadReport:
 def fit_weights(
     model: nn.Module, named: NamedWeights, source: str, strict_head: bool = False
 ) -> tuple[Weights, LoadReport]:
-    """(weights in the model's shapes and precision, report); the model itself is not changed.
-
-    source: the name of the weights in messages. strict_head: a head for other classes, or one that differs in the tanh layer,
-    is an error instead of being left out. Raises UserError that lists missing, unknown and misshapen tensors, or names
-    a convention in which the source differs.
+    """(weights in the model's shapes and precision, report); does not change the model. source: the name of the weights
+    in messages. strict_head: a head with other classes or another tanh layer is an error instead of being dropped.
+    Raises UserError that lists tensors that are missing, unknown or have another shape, or names a convention that
+    differs.
     """
     target = model.state_dict()
     weights = dict(named.weights)
@@ -79,10 +78,9 @@ def fit_weights(
 
 
 def _drop_other_head(weights: Weights, ours: Mapping[str, torch.Size]) -> list[str]:
-    """Removes the source's head where it differs from the model's. Returns the names removed.
-
-    A linear head is useful only on the representation it was trained on, with or without the tanh layer.
-    ours: shapes of the model's head.
+    """Removes the head of the source if it differs from the model's. Returns the removed names. A linear head works
+    only with the representation on which it was trained (with or without the tanh layer). ours: shapes of the model's
+    head.
     """
     theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(TASK_PARTS)}
     tanh_layers = [{name for name in head if name.startswith("pre_logits.")} for head in (ours, theirs)]
@@ -98,7 +96,7 @@ def _drop_other_head(weights: Weights, ours: Mapping[str, torch.Size]) -> list[s
 def _check_fit(
     model: nn.Module, target: Mapping[str, torch.Tensor], weights: Weights, optional: tuple[str, ...], source: str
 ) -> None:
-    """Raises UserError unless the weights fill the model. optional: parameters that may keep their initial values."""
+    """Raises UserError unless the weights match the model. optional: parameters that may keep their initial values."""
     missing = [name for name in target if name not in weights and name not in optional]
     unknown = [name for name in weights if name not in target]
     shared = {name: tensor for name, tensor in weights.items() if name in target}
@@ -108,7 +106,7 @@ def _check_fit(
         if tensor.shape != target[name].shape
     ]
     misshapen += [
-        f"{name} holds {tensor.dtype}, not real numbers"
+        f"{name} has dtype {tensor.dtype}, not real numbers"
         for name, tensor in shared.items()
         if not tensor.is_floating_point()
     ]
@@ -127,7 +125,7 @@ def _fold_layer_scale(weights: Weights) -> list[str]:
         layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weight, bias, gamma = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias"), weights[name]
         if weight is None or bias is None or weight.dim() != 2 or not bias.shape == gamma.shape == weight.shape[:1]:
-            return []  # the error lists it as unknown
+            return []  # it will be listed as unknown
         weights[f"{layer}.weight"], weights[f"{layer}.bias"] = weight * gamma[:, None], bias * gamma
         del weights[name]
     return ["LayerScale folded into attn.proj and mlp.fc2"] if scales else []
@@ -137,10 +135,9 @@ def _fold_layer_scale(weights: Weights) -> list[str]:
 
 
 def _fit_positions(model: nn.Module, weights: Weights, source_says: Conventions, source: str) -> list[str]:
-    """Brings pos_embed in `weights` to the model's tokens and grid; the notes for the report.
-
-    Raises UserError for a grid that is not square and that the source's configuration does not give. A table of another
-    width stays as it is: the error lists it among the tensors that do not fit.
+    """Resizes pos_embed in `weights` to the model's tokens and grid. Returns notes for the report. Raises UserError for
+    a non-square grid that the source's configuration does not describe. A table of another width is unchanged and will
+    be listed in the error.
     """
     config: Any = model.config
     width: int = model.shape.width  # type: ignore[assignment, union-attr]
@@ -162,15 +159,15 @@ def _fit_positions(model: nn.Module, weights: Weights, source_says: Conventions,
     if config["posemb"] != "learn":
         _drop_positions(weights, cls_row, prefix, old, config["posemb"])
         return []
-    if registers is not None and prefix == tokens:  # a register's position is one more constant added to it
+    if registers is not None and prefix == tokens:  # the position of a register is a constant in it
         weights["reg_token"] = registers + table[:, prefix - registers.shape[1] : prefix]
     has_cls = config["pool"] == "token"
     rows = torch.cat([cls_row, table[:, prefix:]], dim=1) if has_cls else table[:, prefix:]
     weights["pos_embed"] = posemb.resize(rows, grid, prefix=int(has_cls), old_grid=old)
     notes = [f"position embeddings resized from {old[0]}x{old[1]} to {grid}x{grid}"] if old != (grid, grid) else []
-    if cls and not prefix and source_says.grid is None:  # 14x16 patches and a class token are as many rows as 15x15
+    if cls and not prefix and source_says.grid is None:  # 14x16 patches with a class token have as many rows as 15x15
         notes.append(
-            f"{table.shape[1]} position embeddings read as {old[0]}x{old[1]} patches and none of the class token"
+            f"{table.shape[1]} position embeddings are interpreted as {old[0]}x{old[1]} patches without a class token"
         )
     return notes
 
@@ -178,9 +175,9 @@ def _fit_positions(model: nn.Module, weights: Weights, source_says: Conventions,
 def _find_grid(
     rows: int, prefixes: set[int], grid: int, known: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int]] | str | None:
-    """(rows before the patches, grid of the patches) of a table of `rows` position embeddings, or why there is no grid.
-
-    prefixes: numbers of rows that may stand before the patches. grid: the model's. None for a damaged table of one row.
+    """(rows before the patches, grid of the patches) of a table of `rows` position embeddings, or the reason why there
+    is no grid. prefixes: possible numbers of rows before the patches. grid: of the model. None for a damaged table of
+    one row.
     """
     counts = sorted(prefixes, reverse=True)
     if known is not None:
@@ -195,8 +192,8 @@ def _find_grid(
         return prefix, (side, side)
     if counts and rows > 2:
         return (
-            f"its {rows - counts[0]} position embeddings of patches form no square grid, as of images that are not "
-            'square: put a config.json beside it that has {"image_size": [height, width]}'
+            f"its {rows - counts[0]} position embeddings of patches do not form a square grid. If the images are not "
+            'square, add a config.json with {"image_size": [height, width]}'
         )
     return None
 
@@ -204,7 +201,8 @@ def _find_grid(
 def _drop_positions(
     weights: Weights, cls_row: torch.Tensor, prefix: int, old: tuple[int, int], posemb_kind: str
 ) -> None:
-    """Removes position embeddings for a model with fixed ones or none. Learned ones stay, so that the error lists them."""
+    """Removes position embeddings for a model with fixed ones or none. Learned ones
+    are kept, so that the error lists them."""
     table = weights.pop("pos_embed")
     if posemb_kind == "none":
         weights["pos_embed (learned position embeddings; the model has none)"] = table
@@ -218,9 +216,8 @@ def _drop_positions(
 
 
 def _check_conventions(model: nn.Module, source_says: Conventions, source: str) -> list[str]:
-    """Returns notes on conventions in which the source differs from the model.
-
-    Raises UserError where the model would compute something else: another number of heads, another activation.
+    """Returns notes on conventions that differ between source and model. Raises UserError if the results would be
+    wrong: another number of heads, another activation.
     """
     config: Any = model.config
     if "gelu" not in config:  # a ResNet
@@ -230,7 +227,7 @@ def _check_conventions(model: nn.Module, source_says: Conventions, source: str) 
     if heads and heads != ours:
         raise UserError(f"{source} has {heads} attention heads, the model {ours} (option heads={heads})")
     if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
-        raise UserError(f"{source} computes with {activation}, the model with GELU: its weights would mean nothing")
+        raise UserError(f"{source} uses {activation}, but the model uses GELU, so the results would be wrong")
     notes: list[str] = []
     form = ACTIVATIONS[activation] if activation is not None else config["gelu"]
     if form != config["gelu"]:

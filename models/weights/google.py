@@ -14,7 +14,7 @@ from models.errors import UserError, shorten
 from models.weights.tensors import Conventions, Weights, fuse, fuse_qkv
 
 NAME = "google"
-ANCHORS: tuple[str, ...] = ()  # no wrapper of a PyTorch script stands before these names
+ANCHORS: tuple[str, ...] = ()  # these names have no prefixes from PyTorch scripts
 PREFIXES = ("params/img/", "opt/target/", "params/", "img/", "")
 
 Put = Callable[[str, np.ndarray], None]
@@ -39,13 +39,14 @@ def translate(tensors: Weights) -> Weights:
             misshapen.append(f"{name} is {array.shape}")
     if misshapen:
         raise UserError(f"wrong shape: {shorten(misshapen)}")
-    for kind in ("weight", "bias"):  # attention pooling keeps its query apart
+    for kind in ("weight", "bias"):  # attention pooling stores its query separately
         fuse(weights, [f"attn_pool.{part}.{kind}" for part in "kv"], f"attn_pool.kv.{kind}")
     return fuse_qkv(weights)
 
 
 def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-    """Heads from the shape of a query's bias. All of Google's models compute `jax.nn.gelu`, the tanh form."""
+    """The number of heads comes from the shape of a query's bias. All Google models
+    use `jax.nn.gelu`, the tanh form."""
     heads = [
         bias.shape[-2]
         for name, bias in tensors.items()
@@ -60,7 +61,7 @@ def to_arrays(tensors: Weights) -> dict[str, np.ndarray]:
 
 
 def leaf_name(leaf: str) -> str:
-    """weight or bias, for flax's and TensorFlow's names of them."""
+    """ "weight" or "bias" for the names of flax and TensorFlow."""
     return {"kernel": "weight", "scale": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
 
 
@@ -70,7 +71,7 @@ def convolution(array: np.ndarray) -> np.ndarray:
 
 
 def _image_tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The image encoder's parameters without their prefix, with the blocks that scan stacked separated."""
+    """The parameters of the image encoder without their prefix. Blocks that scan stacked are separated."""
     for prefix in PREFIXES:
         if f"{prefix}embedding/kernel" in arrays:
             break
@@ -78,7 +79,7 @@ def _image_tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise UserError(
             f"no embedding/kernel among the arrays ({shorten(arrays)}): not weights of a Vision Transformer"
         )
-    # the optimiser's state beside the parameters would otherwise be listed as unknown tensors
+    # otherwise the optimiser state in the file would be listed as unknown tensors
     tree = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     for name in [name for name in tree if name.startswith("Transformer/encoderblock/")]:
         stacked = tree.pop(name)
@@ -88,7 +89,7 @@ def _image_tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _put_array(put: Put, name: str, array: np.ndarray) -> None:
-    """One array under this project's name. Raises ValueError or IndexError when it has the wrong number of axes."""
+    """Stores an array under this project's name. Raises ValueError or IndexError for a wrong number of axes."""
     *path, leaf = name.split("/")
     where = ".".join(path)
     if name == "cls":
@@ -111,14 +112,13 @@ def _put_array(put: Put, name: str, array: np.ndarray) -> None:
     elif match := re.fullmatch(r"(conv_root|gn_root|block(\d+)\.unit(\d+)\.(\w+))", where):
         put(f"patch_embed.backbone.{_stem_name(match)}.{leaf_name(leaf)}", convolution(array))
     else:
-        put(name, array)  # the fit lists it as unknown
+        put(name, array)  # will be listed as unknown
 
 
 def _put_block(put: Put, target: str, module: str, leaf: str, array: np.ndarray) -> None:
-    """One array of an encoder block or of the attention-pooling head.
-
-    Modules are numbered per class in Linen (LayerNorm_0, LayerNorm_1, MlpBlock_0) and across classes before
-    (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3).
+    """Stores an array of an encoder block or of the attention-pooling head. Linen numbers modules per class
+    (LayerNorm_0, LayerNorm_1, MlpBlock_0), the earlier API across classes (LayerNorm_0, MultiHeadDotProductAttention_1,
+    LayerNorm_2, MlpBlock_3).
     """
     kind, _, rest = module.partition(".")
     leaf = leaf_name(leaf)
@@ -142,7 +142,7 @@ def _put_block(put: Put, target: str, module: str, leaf: str, array: np.ndarray)
 
 
 def _stem_name(match: re.Match) -> str:
-    """A module of a hybrid's convolutional stem by timm's name."""
+    """The timm name of a module in a hybrid's convolutional stem."""
     if match[2] is None:
         return "stem.conv" if match[1] == "conv_root" else "stem.norm"
     part = {"conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}.get(match[4], match[4].replace("gn", "norm"))

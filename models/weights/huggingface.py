@@ -1,6 +1,6 @@
 """Hugging Face's ViT family: reads ViT, ViT-MAE, ViT-MSN and DINOv2 (with or without registers), and writes ViT.
 
-Each module has two names: the one of the files, unchanged since 2021, and the one that transformers 5 gives its modules.
+Each module has two names: the one in the files, unchanged since 2021, and the one in transformers 5.
 """
 
 import re
@@ -16,9 +16,9 @@ from models.weights.tensors import Conventions, Weights, fuse_qkv, patch_grid
 NAME = "huggingface"
 ANCHORS = ("embeddings.patch_embeddings.projection.weight",)
 BASES = ("vit.", "dinov2_with_registers.", "dinov2.", "deit.")
-"""What a model with a head on top puts before the names of its encoder, and not before those of the head."""
+"""The prefix of encoder parameters in a model with a head."""
 OTHER_PARTS = ("decoder.", "mask_token")
-"""By this project's names: what pre-training needed beside the encoder."""
+"""Parameters that only pre-training needs, by this project's names."""
 
 # Names of the files of ViT; {i} is the layer.
 VIT = {
@@ -79,7 +79,7 @@ def translate(tensors: Weights) -> Weights:
         pattern = module.replace(layer[0], ".{i}.", 1) if layer else module
         if pattern in _OURS:
             name = _OURS[pattern].format(i=layer[1] if layer else "") + (f".{kind}" if kind else "")
-        weights[name] = tensor  # an unknown name stays as it is, and the fit lists it
+        weights[name] = tensor  # an unknown name is kept and will be listed
     return fuse_qkv(weights)
 
 
@@ -100,7 +100,7 @@ def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
 def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[Weights, dict, dict]:
     """(state dict, config.json, preprocessor_config.json) of ViTForImageClassification, or of ViTModel.
 
-    A model with the tanh layer becomes a ViTModel, whose pooler is that layer; its linear head is left out. Raises
+    A model with the tanh layer becomes a ViTModel, whose pooler is that layer; its linear head is dropped. Raises
     UserError for what Hugging Face's ViT cannot express.
     """
     config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def to_huggingface(model: nn.Module, classes: list[str] | None = None) -> tuple[
 
 
 def _state(weights: Weights, base: str, pooled: bool) -> Weights:
-    """The tensors by Hugging Face's names. pooled: the head is left out."""
+    """The tensors under Hugging Face's names. pooled: drop the head."""
     state: Weights = {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")

@@ -1,4 +1,5 @@
-"""Types and helpers of all naming schemes: a state dict under this project's names, and the facts that tensors do not show."""
+"""Types and helpers of all naming schemes: a state dict under this project's
+names, and conventions that tensors do not show."""
 
 import math
 from collections.abc import Mapping
@@ -13,16 +14,16 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conventions:
-    """How the source computes with its tensors, as far as known. The tensors alone do not show it."""
+    """Conventions of the source, as far as known. The tensors do not show them."""
 
     heads: int | None = None
     """Attention heads."""
     activation: str | None = None
-    """Of the MLPs, by any library's name ("gelu", "gelu_pytorch_tanh", ...)."""
+    """Activation of the MLPs, under any library's name ("gelu", "gelu_pytorch_tanh", ...)."""
     ln_eps: float | None = None
-    """Added to the variance by every LayerNorm."""
+    """Epsilon that LayerNorm adds to the variance."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of patches that the position embeddings belong to."""
+    """Rows and columns of patches in the position embeddings."""
     cls_position: bool | None = None
     """Whether the class token has a position embedding of its own."""
 
@@ -36,9 +37,9 @@ class NamedWeights:
     weights: Weights
     conventions: Conventions = field(default_factory=Conventions)
     dropped: tuple[str, ...] = ()
-    """Names of the source's tensors that belong to another network than the image encoder (a decoder, a text tower)."""
+    """Names of source tensors of networks other than the image encoder (a decoder, a text tower)."""
     notes: tuple[str, ...] = ()
-    """What a reader of the report must know about the choice that was made."""
+    """Notes for the report about a choice among several models."""
 
 
 class Naming(Protocol):
@@ -49,20 +50,20 @@ class Naming(Protocol):
     """
 
     NAME: str
-    """The naming, in reports and errors."""
+    """Name of the naming scheme in reports and errors."""
 
     @property
     def ANCHORS(self) -> tuple[str, ...]:
-        """Names of the patch embedding's weight: what stands before one of them in a file was put there by a wrapper."""
+        """Names of the patch embedding's weight. Text before such a name is the prefix of a wrapper."""
 
     def matches(self, tensors: Weights, config: Mapping[str, Any]) -> bool:
-        """Whether tensors without wrappers, beside a config.json, follow this naming."""
+        """Whether tensors without wrapper prefixes, and their config.json, follow this naming scheme."""
 
     def translate(self, tensors: Weights) -> Weights:
-        """The tensors under this project's names; unknown ones keep theirs, so that the fit lists them."""
+        """The tensors under this project's names; unknown ones keep their names, so that they can be listed."""
 
     def conventions(self, tensors: Weights, config: Mapping[str, Any]) -> Conventions:
-        """How the source computes, from its config.json, its tensors, or the rules of this naming scheme."""
+        """The conventions of the source, from its config.json, its tensors, or the rules of this naming scheme."""
 
 
 def fuse_qkv(weights: Weights) -> Weights:
@@ -76,14 +77,14 @@ def fuse_qkv(weights: Weights) -> Weights:
 def fuse(weights: Weights, parts: list[str], whole: str) -> None:
     """Replaces tensors by their concatenation along axis 0.
 
-    Parts that do not fit together or are incomplete stay, and the fit lists them as unknown.
+    Incomplete or mismatched parts are kept and will be listed as unknown.
     """
     if all(part in weights for part in parts) and len({weights[part].shape[1:] for part in parts}) == 1:
         weights[whole] = torch.cat([weights.pop(part) for part in parts])
 
 
 def rename(name: str, prefixes: dict[str, str]) -> str:
-    """`name` with the first prefix that it starts with replaced."""
+    """Replaces the first matching prefix of `name`."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)

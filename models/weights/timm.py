@@ -37,7 +37,7 @@ def conventions(tensors: Weights, config: Mapping[str, Any]) -> Conventions:
     arguments, pretrained = section(config, "model_args"), section(config, "pretrained_cfg")
     kernel = tensors.get("patch_embed.proj.weight")
     size = arguments.get("img_size") or pretrained.get("input_size") or config.get("image_size")
-    hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)  # its patches are not of pixels
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in tensors)  # its patches are not made of pixels
     return Conventions(
         heads=config.get("num_attention_heads") or arguments.get("num_heads"),
         activation=config.get("hidden_act") or arguments.get("act_layer") or "gelu",
@@ -73,7 +73,7 @@ def to_timm(model: nn.Module) -> tuple[Weights, dict[str, Any]]:
     if model.pos_embed is not None:
         weights["pos_embed"] = model.pos_embed.detach().clone()  # type: ignore[operator, union-attr]
     if config["registers"] and "cls_token" in weights and "pos_embed" in weights:
-        # timm gives positions to registers too, or to no token at all: the class token absorbs its own
+        # In timm, registers have positions too, or no token has one, so the position is added to the class token.
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:].contiguous()
     if model.shape.stem == ():  # type: ignore[union-attr]

@@ -8,23 +8,22 @@ from models.weights.tensors import Weights
 # Anywhere in a name: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
-"""Tensors that classes of averaged models (torch.optim.swa_utils, ema-pytorch, fairseq) keep beside the weights."""
+"""Tensors that classes of averaged models (torch.optim.swa_utils, ema-pytorch, fairseq) save with the weights."""
 CHOICE = ("teacher", "ema", "target", "online", "base_encoder", "encoder_q")
-"""Where a file holds several copies of the encoder, the first of these words decides which one is read: the averaged
-copy, which self-distillation evaluates; for MoCo the copy that was trained."""
+"""If a file contains several copies of the encoder, the first of these words selects one: the averaged copy, which
+self-distillation evaluates; for MoCo the trained copy."""
 OTHER_HALVES = (
     *("text.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
     *("text_projection", "logit_scale", "logit_bias"),
     *("dino_head.", "ibot_head.", "head.mlp.", "head.last_layer"),
 )
-"""Beside the image encoder: the text tower in open_clip's names, the projection heads of self-distillation."""
+"""Other networks in the file: the text tower under open_clip's names, the projection heads of self-distillation."""
 
 
 def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tuple[Weights, list[str], list[str]]:
-    """(the tensors of one encoder without prefixes, names of tensors left out, notes).
-
-    anchors: names of the patch embedding's weight in every naming; what stands before one of them is the prefix. bases:
-    prefixes that belong to a naming and stay. Raises UserError when the file holds several models and none is preferred.
+    """(the tensors of one encoder without prefixes, names of dropped tensors, notes). anchors: names of the patch
+    embedding's weight in all naming schemes; the text before an anchor is the prefix. bases: prefixes that are part of
+    a naming scheme and are kept. Raises UserError if the file contains several models and none is preferred.
     """
     flat = [name for name in tensors if name.endswith("_flat_param")]
     if flat:
@@ -53,12 +52,12 @@ def unwrap(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> tu
     chosen = _choose(prefixes)
     kept = {name.removeprefix(chosen): tensor for name, tensor in bare.items() if name.startswith(chosen)}
     others = [prefix for prefix in prefixes if prefix != chosen]
-    note = f"the source holds several encoders: {chosen} is read, {shorten(others)} not"
+    note = f"the source has several encoders: {chosen} is used, {shorten(others)} ignored"
     return kept, [name for name in bare if not name.startswith(chosen)], [note]
 
 
 def _prefixes(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) -> list[str]:
-    """What stands before the first anchor that is found, in the order of the file; a naming's own bases are left."""
+    """The text before the first anchor in the file, without bases of a naming scheme."""
     for anchor in anchors:
         prefixes = [name.removesuffix(anchor) for name in tensors if name == anchor or name.endswith("." + anchor)]
         if prefixes:
@@ -69,7 +68,7 @@ def _prefixes(tensors: Weights, anchors: Sequence[str], bases: Sequence[str]) ->
 
 
 def _without(name: str, prefix: str) -> str:
-    """A name without the prefix, or, where it stands beside the encoder, without the modules that both are in.
+    """A name without the prefix, or, for a tensor outside the encoder, without the modules that contain both.
 
     With prefix "model.backbone.": "model.backbone.norm.bias" -> "norm.bias", "model.head.bias" -> "head.bias".
     """
@@ -86,4 +85,4 @@ def _choose(prefixes: list[str]) -> str:
         ]
         if len(found) == 1:
             return found[0]
-    raise UserError(f"holds several models ({shorten(prefixes)}): save the state dict of one of them")
+    raise UserError(f"contains several models ({shorten(prefixes)}): save the state dict of one of them")

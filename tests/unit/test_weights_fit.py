@@ -132,7 +132,7 @@ def test_another_number_of_heads_or_activation_is_refused(tmp_path):
     state, config, _ = to_huggingface(tiny())
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
-    with pytest.raises(UserError, match="computes with relu"):
+    with pytest.raises(UserError, match="uses relu"):
         load_weights(tiny(), tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_a_rectangular_grid_is_read_by_the_shape_that_its_config_gives(tmp_path,
 def test_a_rectangular_grid_that_nothing_describes_is_refused(tmp_path):
     state, _ = rectangular(tiny(), 2, 5)
     torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"10 position embeddings of patches form no square grid.*image_size"):
+    with pytest.raises(UserError, match=r"10 position embeddings of patches do not form a square grid.*image_size"):
         load_weights(tiny(), tmp_path / "w.pt")
     (tmp_path / "config.json").write_text('{"image_size": [16, 40]}')  # as the error says
     assert load_weights(tiny(), tmp_path / "w.pt").notes
@@ -176,8 +176,9 @@ def test_a_rectangular_grid_with_a_class_token_is_not_silently_a_square_without(
     state, _ = rectangular(tiny(), 2, 4)
     torch.save(state, tmp_path / "w.pt")
     assert any(
-        "read as 3x3 patches and none of the class token" in n for n in load_weights(tiny(), tmp_path / "w.pt").notes
+        "are interpreted as 3x3 patches without a class token" in n
+        for n in load_weights(tiny(), tmp_path / "w.pt").notes
     )
     torch.save({**state, "decoder_embed.weight": torch.ones(3)}, tmp_path / "mae.pt")  # its class token always has one
-    with pytest.raises(UserError, match="8 position embeddings of patches form no square grid"):
+    with pytest.raises(UserError, match="8 position embeddings of patches do not form a square grid"):
         load_weights(tiny(), tmp_path / "mae.pt")

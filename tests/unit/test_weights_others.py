@@ -236,7 +236,7 @@ KERNEL = torch.zeros(32, 3, 8, 8)
         ({"layer1.0.conv1.weight": KERNEL, "fc.weight": KERNEL}, "ResNet with batch normalisation"),
         ({"model.embed_tokens.weight": KERNEL, "lm_head.weight": KERNEL}, "language model"),
         ({"a.weight": KERNEL}, "not weights of a Vision Transformer"),
-        ({"a.patch_embed.proj.weight": KERNEL, "b.patch_embed.proj.weight": KERNEL}, "holds several models (a., b.)"),
+        ({"a.patch_embed.proj.weight": KERNEL, "b.patch_embed.proj.weight": KERNEL}, "contains several models (a., b.)"),
         ({"_fsdp_wrapped_module._flat_param": KERNEL}, "flat parameters of FSDP"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

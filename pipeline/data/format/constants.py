@@ -1,4 +1,4 @@
-"""Names and sizes that the shard format fixes. Imports no library, so that a config can name them."""
+"""Names and sizes of the shard format. Imports no library, so that a config can use them."""
 
 from typing import Literal
 

@@ -226,7 +226,10 @@ def wrong_ranges(dataset: Dataset) -> Iterator[str]:
         bad[1:] |= (of_shard[1:] == of_shard[:-1]) & (groups["start"][1:] < groups["end"][:-1])
     for i in np.flatnonzero(bad)[:10]:
         shard, (number, rows, start, values, end) = manifest.shards[of_shard[i]], groups[i].item()[1:6]
-        yield f"{shard.name}: row group {number} of {rows} rows cannot lie at {start}, {values}, {end} of {shard.bytes} bytes"
+        yield (
+            f"{shard.name}: row group {number} of {rows} rows cannot be at {start}, {values}, {end} "
+            f"of {shard.bytes} bytes"
+        )
     counts = np.bincount(of_shard, groups["rows"], len(manifest.shards)).astype(np.int64).tolist()
     for shard, count in zip(manifest.shards, counts, strict=True):
         if shard.rows != count:

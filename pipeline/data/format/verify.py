@@ -50,7 +50,7 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     if sum(manifest.duplicates_by_reason.values()) != manifest.duplicates:
         problems.append(f"{MANIFEST}: duplicates is {manifest.duplicates}, not the sum of duplicates_by_reason")
     if manifest.fingerprint != content_fingerprint(manifest.shards, manifest.classes):
-        problems.append(f"{MANIFEST}: the fingerprint is not that of these shards and classes in this order")
+        problems.append(f"{MANIFEST}: the fingerprint does not match the shards and classes")
     problems.extend(_verify_rejects(dataset))
     if not problems:  # keys and labels are only read from valid shards
         problems.extend(_verify_rows(dataset))
@@ -90,17 +90,17 @@ def _verify_ranges(shard: Shard, file: IO[bytes], metadata: pq.FileMetaData) -> 
         group = metadata.row_group(number)
         first, last = group.column(0), group.column(group.num_columns - 1)
         if (start, end) != (first.data_page_offset, last.data_page_offset + last.total_compressed_size):
-            yield f"{shard.name}: row group {number} does not lie at {start}, {end} as the manifest says"
+            yield f"{shard.name}: row group {number} is not at {start}, {end} as in the manifest"
             continue
         file.seek(start)
         data = file.read(end - start)
         if checksum(data) != expected:
             yield f"{shard.name}: the checksum of row group {number} differs from the manifest's"
             continue
-        with contextlib.suppress(ValueError, IndexError):  # a damaged page: the checksum above has named it
+        with contextlib.suppress(ValueError, IndexError):  # a damaged page, already reported by its checksum
             begin, _ = locate_page(memoryview(data), last.data_page_offset - start)
             if values != start + begin:
-                yield f"{shard.name}: the images of row group {number} do not begin at {values} as the manifest says"
+                yield f"{shard.name}: the images of row group {number} do not start at {values} as in the manifest"
 
 
 def _verify_rejects(dataset: Dataset) -> Iterator[str]:
