@@ -18,6 +18,7 @@ from pipeline.graph import cost
 from pipeline.graph.instances import Instance
 from pipeline.graph.plan import Plan
 from pipeline.hardware import find_gpu
+from pipeline.operations.planning.config import CORPORA, PREPARE_SECONDS
 
 START_SECONDS = {"prepare": 8.0, "vtab": 8.0, "pretrain": 20.0, "transfer": 12.0, "promote": 6.0}
 """Seconds from the start of a job to its first unit of work, on two cores; 5 s for jobs not listed."""
@@ -75,8 +76,6 @@ def _cpus(instance: Instance, cpus: float) -> float:
 
 
 def _prepare(plan: Plan, instance: Instance, cpus: float) -> float | None:
-    from pipeline.operations.planning.costs import PREPARE_SECONDS
-
     images = _images(plan, instance)
     return None if images is None else images * PREPARE_SECONDS / cpus
 
@@ -136,8 +135,6 @@ def _rate(plan: Plan, instance: Instance, cpus: float) -> float:
 def _size(plan: Plan, instance: Instance, field: str) -> tuple[int, int] | None:
     """(images, classes) of the dataset that a stage reads or, if it does not exist yet, of the corpus that the name of
     the recipe contains."""
-    from pipeline.operations.planning.config import CORPORA
-
     sizes = []
     for address in instance.reads.get(field, ()):
         place = (

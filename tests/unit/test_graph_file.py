@@ -4,6 +4,7 @@ it."""
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -306,6 +307,19 @@ def test_a_thousand_stages_are_planned_in_two_seconds(tmp_path):
     assert len(states) == 1002
     assert len({plan.folder(name) for name in states}) == 1002
     assert time.process_time() - began < 2.0
+
+
+def test_a_dry_run_imports_no_library_that_is_slow_to_import(tmp_path):
+    """torch alone would take longer than the plan; the estimates of all jobs are formulas."""
+    code = (
+        "import sys; from pipeline.graph import commands; commands.main(sys.argv[1:], '', print); print(*sys.modules)"
+    )
+    words = ["run", "--recipe", "demo", "--output", str(tmp_path), "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    *table, modules = done.stdout.splitlines()
+    assert "?" not in "".join(table)  # every stage has an estimate
+    assert not {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib"} & set(modules.split())
 
 
 def test_the_schema_takes_what_the_program_takes_and_knows_the_fields():

@@ -6,6 +6,8 @@ from pipeline.errors import UserError
 from pipeline.training.config import PretrainConfig
 
 GB = 1e9
+PREPARE_SECONDS = 2.0e-3
+"""CPU time of prepare for an image: decode an original, shrink it to 256 px, encode."""
 
 # Images and classes of the corpora in recipe names (arXiv 2010.11929, section 4.1; torchvision for ImageNet).
 CORPORA = {

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline.data.format import ROW_GROUP_BYTES, SHARD_BYTES
 from pipeline.hardware import find_gpu
-from pipeline.operations.planning.config import CORPORA, GB, PlanConfig
+from pipeline.operations.planning.config import CORPORA, GB, PREPARE_SECONDS, PlanConfig
 from pipeline.operations.planning.speed import step_seconds
 
 # Bytes of a stored image of side 256 (jpeg) or 224 (patches), and the CPU time to load, crop and flip it
@@ -21,7 +21,6 @@ RANDAUGMENT_SECONDS, MIXUP_SECONDS = 0.12e-3, 0.03e-3
 LAUNCHING = 1
 """Cores per GPU for the thread that launches its kernels."""
 ORIGINAL_BYTES, ORIGINAL_SECONDS = 110_000, 1.4e-3
-PREPARE_SECONDS = 2.0e-3  # decode an original, shrink to 256, encode
 
 GET_PRICE = 0.4e-6  # $ per request of S3 Standard; one request per row group
 
