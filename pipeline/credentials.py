@@ -42,7 +42,7 @@ _QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
 
 
 _SIGNED = re.compile(r"(?P<address>(?:https?|az)://[^\s\"'?#]+)\?(?P<query>[^\s\"'#]+)")
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w\-]{16,})")  # of Hugging Face and Google, wherever they stand
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w\-]{16,})")  # of Hugging Face and Google, at any position
 
 
 def redacted(text: str) -> str:
@@ -52,10 +52,8 @@ def redacted(text: str) -> str:
 
 
 def take_queries(text: str) -> str:
-    """The text without the signed queries of its https:// and az:// addresses, which go into VIT_URL_QUERIES and
-    AZURE_STORAGE_SAS_TOKEN.
-
-    A query without a secret stays.
+    """The text without the signed queries of its https:// and az:// addresses, which are moved to VIT_URL_QUERIES and
+    AZURE_STORAGE_SAS_TOKEN. Queries without a secret are kept.
     """
 
     def take(found: re.Match[str]) -> str:
@@ -72,7 +70,7 @@ def take_queries(text: str) -> str:
 
 
 def with_query(address: str) -> str:
-    """An address with the query that `take_queries` took from it, or from the folder that it lies in: for the request alone."""
+    """An address with the query that `take_queries` removed from it or from its folder. Only for requests."""
     for place, query in sorted(_queries().items(), key=lambda item: -len(item[0])):
         if address == place or address.startswith(f"{place}/"):
             return f"{address}{'&' if '?' in address else '?'}{query}"

@@ -1,7 +1,6 @@
-"""One way to open local paths and the addresses of object stores: s3://bucket/prefix, gs://bucket/prefix and so on.
-
-Every function here takes either. `pipeline.stores` speaks to the stores and has the only retry policy: it holds for every
-function and every store alike.
+"""Access to local paths and the addresses of object stores: s3://bucket/prefix, gs://bucket/prefix and so on. Every
+function accepts both. `pipeline.stores` speaks to the stores and has the only retry policy: it holds for every function
+and every store alike.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-COPY_BYTES = 16 << 20  # that a download reads at a time
+COPY_BYTES = 16 << 20  # bytes per read of a download
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +151,7 @@ def _read_or_missing(uri: str) -> bytes | FileNotFoundError:
 
 
 def read_json(uri: str | os.PathLike) -> Any:
-    """Raises UserError for what is not JSON, else as `read_bytes` does."""
+    """Raises UserError for invalid JSON, otherwise like `read_bytes`."""
     try:
         return json.loads(read_bytes(uri))
     except (ValueError, RecursionError) as error:
@@ -317,7 +316,7 @@ def write_json(uri: str | os.PathLike, value: Any) -> None:
 
 
 def remove(uri: str | os.PathLike, recursive: bool = False) -> None:
-    """Removes a file, or a folder when recursive; one that is not there is no error."""
+    """Removes a file, or with `recursive` a folder. A missing file is not an error."""
     place, store = _place(uri)
     if store is not None:
         # One by one: the SDK's bulk request comes without the Content-MD5 that Swift and older Ceph insist on.
@@ -351,7 +350,7 @@ def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int
 
 
 def arrow_filesystem(uri: str | os.PathLike) -> tuple[str, "FileSystem | None"]:
-    """(path, filesystem) as Ray Train wants them for its own few files; None stands for local files."""
+    """(path, filesystem) for the files that Ray Train writes; the filesystem of local files is None."""
     place, store = _place(uri)
     if store is None:
         return place, None

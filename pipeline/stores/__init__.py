@@ -1,4 +1,4 @@
-"""The object stores, one module for each scheme of addresses. `pipeline.storage` is the way in."""
+"""The object stores, one module per address scheme. Use them through `pipeline.storage`."""
 
 import functools
 import importlib
@@ -37,11 +37,11 @@ SCHEMES: dict[str, type[ObjectStore]] = {
 }
 """Scheme of an address -> its store. The libraries are extras of pyproject.toml: `pipeline.libraries.EXTRAS`."""
 
-_making = threading.Lock()  # botocore's sessions are not made by two threads at once
+_making = threading.Lock()  # botocore cannot create sessions in two threads at once
 
 
 def kind_of(uri: str) -> type[ObjectStore]:
-    """The class of the store that an address belongs to. Raises UserError for one that is not supported, or has no bucket."""
+    """The store class of an address. Raises UserError for an unsupported scheme and for an address without a bucket."""
     scheme, _, path = uri.partition("://")
     kind = SCHEMES.get(scheme)
     if kind is None:
@@ -53,7 +53,7 @@ def kind_of(uri: str) -> type[ObjectStore]:
 
 
 def store_of(uri: str) -> ObjectStore:
-    """The store of this process for an address, made with the settings that the environment has now."""
+    """This process's store for an address, with the current settings of the environment."""
     kind = kind_of(uri)
     with _making:
         return _shared(kind, os.getpid(), *map(os.environ.get, kind.SETTINGS))
@@ -65,13 +65,13 @@ def _shared(kind: type[ObjectStore], *settings: Any) -> ObjectStore:
 
 
 def make_store(uri: str) -> ObjectStore:
-    """A store of the caller's own, with its own count of retries, which it may close."""
+    """A separate store for the caller, with its own count of retries, which the caller may close."""
     kind = kind_of(uri)
     with _making:
         return kind()
 
 
 def arrow_filesystem(uri: str) -> Any:
-    """fsspec's filesystem for an address, as Ray Train wants it for its own few files."""
+    """The fsspec filesystem of an address, for the files that Ray Train writes."""
     module: ModuleType = importlib.import_module(kind_of(uri).__module__)
     return module.arrow_filesystem()

@@ -1,8 +1,9 @@
 """az:// addresses: Azure Blob Storage, as az://container/prefix.
 
 adlfs reads the AZURE_STORAGE_* variables and finds the credentials: a connection string, or an account with a key, a SAS token, a
-service principal, or whatever Azure's DefaultAzureCredential finds (`az login`, a managed identity). Requests go through the client
-of Azure's SDK that adlfs makes, because adlfs itself loses `#` and `?` in names and reports refused requests as missing files.
+service principal, or the result of Azure's DefaultAzureCredential (`az login`, a managed identity). Requests use the
+Azure SDK client that adlfs creates, because adlfs loses `#` and `?` in names and reports refused requests as missing
+files.
 """
 
 import logging
@@ -19,14 +20,14 @@ from pipeline.stores.base import Entry, Incomplete, ObjectStore, split, split_fo
 logging.getLogger("azure").setLevel(logging.WARNING)  # it logs every request
 
 CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
-THREADS = 4  # parts of a large file that are sent at a time
+THREADS = 4  # parts of a large file that are uploaded in parallel
 
 
 class AzureStore(ObjectStore):
     EXAMPLE = "az://container/prefix"
     ROOT = "container"
     ENDPOINT = CONNECTION
-    RESENDS = True  # aiohttp does, once, when a connection is closed before an answer
+    RESENDS = True  # aiohttp does this once if a connection is closed before a response
     SETTINGS = (
         CONNECTION,
         "AZURE_STORAGE_ACCOUNT_NAME",
@@ -49,7 +50,7 @@ class AzureStore(ObjectStore):
     def endpoint(cls, uri: str) -> str:
         parts = (part.partition("=") for part in os.environ.get(CONNECTION, "").split(";"))
         address = next((value for name, _, value in parts if name.strip().lower() == "blobendpoint"), "")
-        return "/".join(address.split("/")[:3])  # an emulator's is followed by the account
+        return "/".join(address.split("/")[:3])  # in an emulator, the account follows
 
     def _ask(self, request: Coroutine[Any, Any, Any]) -> Any:
         from fsspec.asyn import sync
@@ -82,7 +83,7 @@ class AzureStore(ObjectStore):
         find = container.list_blobs if recursive else container.walk_blobs
 
         async def page() -> tuple[list[Any], Any]:
-            # The metadata tell folders from files in accounts with a hierarchical namespace.
+            # The metadata distinguish folders from files in accounts with a hierarchical namespace.
             found = find(name_starts_with=prefix, include=["metadata"], results_per_page=limit, **self._once)
             pages = found.by_page(continuation_token=token)
             items = [item async for item in await anext(pages)]
@@ -102,7 +103,7 @@ class AzureStore(ObjectStore):
         return entries, following or None
 
     def _put(self, uri: str, data: bytes, new: bool) -> None:
-        """new: the request says If-None-Match: *, so the store decides."""
+        """new: sends If-None-Match: *, so that the store decides."""
         self._ask(self._blob(uri).upload_blob(data, length=len(data), overwrite=not new, **self._once))
 
     def _put_file(self, uri: str, path: str) -> None:
@@ -120,7 +121,7 @@ class AzureStore(ObjectStore):
     def _status(self, error: Exception) -> int:
         if (
             getattr(error, "error_code", None) == "BlobAlreadyExists"
-        ):  # what Azure says with status 409, which may pass otherwise
+        ):  # Azure's response with status 409, which otherwise is temporary
             return 412
         return int(getattr(error, "status_code", None) or 0)
 
@@ -138,9 +139,8 @@ class AzureStore(ObjectStore):
 
 
 def arrow_filesystem() -> Any:
-    """adlfs's filesystem with the credentials that the environment names, as Ray Train wants it for its own few files.
-
-    Raises UserError when the environment names no account, or what is no account.
+    """The adlfs filesystem with the credentials of the environment, for the files that Ray Train writes. Raises
+    UserError if the environment names no account or an invalid one.
     """
     adlfs: Any = import_library("adlfs")
     if not (os.environ.get(CONNECTION) or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")):

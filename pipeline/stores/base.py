@@ -1,4 +1,4 @@
-"""What every object store has: the requests of `pipeline.storage`, each under the one retry policy.
+"""Base class of the object stores: the requests of `pipeline.storage` with a common retry policy.
 
 A store is a class in a module of its own, with a row in `pipeline.stores.SCHEMES`. It says how one attempt of each request is
 made and which of its errors another attempt cannot change; this module does the rest. Credentials and endpoints come from the
@@ -25,19 +25,19 @@ from pipeline import retry as policy
 from pipeline.credentials import redacted
 from pipeline.errors import StorageError, UserError
 
-FIRST_PATIENCE = 15.0  # seconds, before the endpoint has ever answered this process: the address is more likely wrong
-CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds, of one attempt
-PART_TIMEOUT, PART_ATTEMPTS = 60, 5  # of one part of an upload
+FIRST_PATIENCE = 15.0  # seconds, until the endpoint has responded once: before that, a wrong address is more likely
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 20  # seconds per attempt
+PART_TIMEOUT, PART_ATTEMPTS = 60, 5  # per part of an upload
 BLOCK = 8 << 20  # bytes that an open file reads at a time
-TRY_AGAIN = (408, 409, 429)  # of the statuses below 500, those that another attempt may change
+TRY_AGAIN = (408, 409, 429)  # temporary statuses below 500
 
 T = TypeVar("T")
-_answered: set[str] = set()  # endpoints that this process has had an answer from
+_answered: set[str] = set()  # endpoints that have responded to this process
 _ANY = "any endpoint"
 
 
 class Entry(NamedTuple):
-    """A file or a folder of a listing. `etag` follows the content of a file."""
+    """A file or a folder in a listing. `etag` changes with the content of a file."""
 
     path: str
     size: int
@@ -46,70 +46,68 @@ class Entry(NamedTuple):
 
 
 class Incomplete(OSError):
-    """An answer with fewer bytes than it promises."""
+    """Raised for a response with fewer bytes than announced."""
 
 
 class ObjectStore(abc.ABC):
-    """Requests for the addresses of one scheme, blocking, from any number of threads.
-
-    Every public method raises FileNotFoundError for what is not there, UserError for what no second attempt can change,
-    StorageError for an outage. `retries` counts the attempts that failed and were repeated.
+    """Blocking requests for the addresses of one scheme; thread-safe. Every public method raises FileNotFoundError for
+    a missing file, UserError for a permanent error, and StorageError for an outage. `retries` counts the repeated
+    attempts.
     """
 
     EXAMPLE: ClassVar[str]
-    """An address of the scheme, for errors."""
+    """An example address for error messages."""
     ROOT: ClassVar[str] = "bucket"
-    """What the first part of an address names."""
+    """The kind of the first part of an address, such as bucket."""
     WRITABLE: ClassVar[bool] = True
     LISTS: ClassVar[bool] = True
     """Whether the files of a folder can be listed."""
     ENDPOINT: ClassVar[str] = ""
-    """The environment variable that names another server than the vendor's."""
+    """The environment variable for a server other than the vendor's."""
     RESENDS: ClassVar[bool] = False
-    """Whether the client may send a write twice by itself."""
+    """Whether the client may repeat a write on its own."""
     SETTINGS: ClassVar[tuple[str, ...]] = ()
-    """The environment variables that a client is made with."""
+    """The environment variables that configure a client."""
     ACCESS: ClassVar[str]
-    """Remedy when access is denied."""
+    """Remedy for denied access."""
     REMEDY: ClassVar[str]
-    """Remedy when the store does not answer, or refuses."""
+    """Remedy if the store does not respond, or refuses a request."""
 
     def __init__(self) -> None:
         self._lock, self._closing = threading.Lock(), threading.Event()
         self.retries = 0
 
     def close(self) -> None:
-        """Ends the pauses of requests that wait for the store."""
+        """Ends the waiting of requests for the store."""
         self._closing.set()
 
     @classmethod
     def endpoint(cls, uri: str) -> str:
-        """The server that an address is asked of: `http://host[:port]`, or "" for the vendor's own."""
+        """The server of an address: `http://host[:port]`, or "" for the vendor's server."""
         return ""
 
     # ------------------------------------------------------------ one attempt of each request
 
     @abc.abstractmethod
     def _get(self, uri: str, start: int, end: int | None, exact: bool) -> bytes:
-        """As `read`; Incomplete for an answer that is shorter than it should be."""
+        """Like `read`; raises Incomplete for a response that is too short."""
 
     @abc.abstractmethod
     def _head(self, uri: str) -> Entry:
-        """As `head`."""
+        """Like `head`."""
 
     @abc.abstractmethod
     def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
-        """The next entries of a listing after `token`, None for the first, and the token of the next page; None ends it.
-
-        The paths are relative to the folder `uri`.
+        """(entries, token of the next page) of the page of a listing with this token (None: the first page). The
+        returned token of the last page is None. Paths are relative to the folder `uri`.
         """
 
     def _put(self, uri: str, data: bytes, new: bool) -> None:
-        """Writes a file. new: raises FileExistsError if there is one."""
+        """Writes a file. new: raises FileExistsError if the file exists."""
         raise NotImplementedError
 
     def _put_file(self, uri: str, path: str) -> None:
-        """Writes a copy of a local file, in parts when it is large; the library repeats single parts."""
+        """Uploads a local file, in parts if it is large; the library retries parts."""
         raise NotImplementedError
 
     def _delete(self, uri: str) -> None:
@@ -118,22 +116,21 @@ class ObjectStore(abc.ABC):
 
     @abc.abstractmethod
     def _status(self, error: Exception) -> int:
-        """The HTTP status of an answer that is an error, else 0."""
+        """The HTTP status of an error response, else 0."""
 
     @abc.abstractmethod
     def _may_pass(self, error: Exception) -> bool:
-        """Whether an error without a status is one of the network, which another attempt may not meet."""
+        """Whether an error without a status is a network error, which may be temporary."""
 
     def _unsent(self, error: Exception) -> str | None:
-        """What to say of an error for which no request was sent, such as missing credentials, else None."""
+        """The message for an error before a request was sent, such as missing credentials, else None."""
         return None
 
     # ------------------------------------------------------------ reading
 
     def read(self, uri: str, start: int = 0, end: int | None = None, *, exact: bool = False) -> bytes:
-        """The bytes [start, end) of a file, the rest of it without an end; fewer where the file ends before.
-
-        exact: a file that ends before `end` raises FileNotFoundError.
+        """The bytes [start, end) of a file, or from `start` to its end. Fewer bytes if the file is shorter; with
+        `exact`, this raises FileNotFoundError.
         """
         if end is not None and end <= start:
             return b""
@@ -153,15 +150,15 @@ class ObjectStore(abc.ABC):
         return io.BufferedReader(_OpenObject(self, uri, self.size(uri)), block)
 
     def size(self, uri: str) -> int:
-        """The bytes of a file."""
+        """The size of a file in bytes."""
         return self.head(uri).size
 
     def head(self, uri: str) -> Entry:
-        """What the store knows of a file, under the path ""."""
+        """The entry of a file, with the path ""."""
         return self._try(uri, lambda: self._head(uri))
 
     def exists(self, uri: str) -> bool:
-        """Whether there is a file of this name, or a file below a folder of this name."""
+        """Whether a file with this name exists, or a file in a folder with this name."""
         key = split(uri)[1]
         with contextlib.suppress(FileNotFoundError):
             if key:
@@ -175,8 +172,8 @@ class ObjectStore(abc.ABC):
         return False
 
     def list(self, uri: str, recursive: bool = True) -> Iterator[Entry]:
-        """Every file below the folder, in the store's order, a page at a time; none in a bucket
-        that does not exist. Without `recursive`, the files and the folders directly in it."""
+        """Yields every file below the folder, in the order of the store, page by page; nothing for a missing bucket.
+        Without `recursive`, the files and folders directly in the folder."""
         self.refuse_listing(uri)
         token = None
         with contextlib.suppress(FileNotFoundError):
@@ -190,11 +187,11 @@ class ObjectStore(abc.ABC):
     # ------------------------------------------------------------ writing
 
     def write(self, uri: str, data: bytes) -> None:
-        """One request: readers see the whole file or none."""
+        """Writes a file in one request, so that readers see the complete file or none."""
         self._write(uri, lambda: self._put(uri, data, False))
 
     def create(self, uri: str, data: bytes) -> bool:
-        """Writes a file unless it exists; True for the one caller of many who made it."""
+        """Writes a file unless it exists. Returns True for the only caller that created it."""
         attempts = 0
 
         def attempt() -> None:
@@ -205,16 +202,16 @@ class ObjectStore(abc.ABC):
         try:
             self._write(uri, attempt)
         except FileExistsError:
-            # an attempt whose answer was lost may have made it
+            # an attempt whose response was lost may have created it
             return (attempts > 1 or self.RESENDS) and self.read(uri) == data
         return True
 
     def upload(self, uri: str, open_source: Callable[[], AbstractContextManager[IO[bytes]]]) -> None:
-        """Writes what `open_source` opens, in parts when it is large."""
+        """Uploads the file that `open_source` opens, in parts if it is large."""
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(open_source())
             path = getattr(source, "name", None)
-            if not isinstance(path, str):  # from a store: the library uploads local files alone
+            if not isinstance(path, str):  # from a store; the library uploads only local files
                 copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="upload-"))
                 shutil.copyfileobj(source, copy, 16 << 20)
                 copy.flush()
@@ -222,21 +219,21 @@ class ObjectStore(abc.ABC):
             self._write(uri, lambda: self._put_file(uri, path))
 
     def remove(self, uri: str) -> None:
-        """Removes one file; one that is not there is no error."""
+        """Removes a file. A missing file is not an error."""
         self.refuse_writing(uri)
-        if split(uri)[1]:  # never a whole bucket
+        if split(uri)[1]:  # never a complete bucket
             with contextlib.suppress(FileNotFoundError):
                 self._try(uri, lambda: self._delete(uri))
 
     def refuse_writing(self, uri: str) -> None:
-        """Raises UserError when nothing can be written to addresses of this scheme."""
+        """Raises UserError if addresses of this scheme are read-only."""
         if not self.WRITABLE:
             raise UserError(
                 f"{redacted(uri)}: {uri.partition('://')[0]}:// can only be read; write to a local path, s3://, gs:// or az://"
             )
 
     def refuse_listing(self, uri: str) -> None:
-        """Raises UserError when the files of a folder cannot be listed in this scheme."""
+        """Raises UserError if this scheme has no listings."""
         if not self.LISTS:
             raise UserError(
                 f"{redacted(uri)}: files cannot be listed over {uri.partition('://')[0]}://; name a file (several with several "
@@ -280,7 +277,7 @@ class ObjectStore(abc.ABC):
         )
 
     def _permanent(self, uri: str, error: Exception) -> Exception | None:
-        """What to raise when another attempt cannot do better, else None."""
+        """The exception for a permanent error, else None."""
         if isinstance(error, UserError):
             return error
         if reason := self._unsent(error):
@@ -306,7 +303,7 @@ class ObjectStore(abc.ABC):
 
 
 class _OpenObject(io.RawIOBase):
-    """What BufferedReader reads from."""
+    """The raw file of a BufferedReader."""
 
     def __init__(self, store: ObjectStore, uri: str, size: int) -> None:
         self.store, self.uri, self.size, self.position = store, uri, size, 0
@@ -320,7 +317,7 @@ class _OpenObject(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         if position < 0:
-            raise OSError(22, f"negative position in {self.uri}")  # EINVAL, as a local file raises
+            raise OSError(22, f"negative position in {self.uri}")  # EINVAL, like a local file
         self.position = position
         return position
 
@@ -333,9 +330,8 @@ class _OpenObject(io.RawIOBase):
 
 
 def expect_answers() -> None:
-    """Says that the endpoints of this process have answered another one: a worker calls it, whose driver read the same stores.
-
-    The worker then waits as long for a store as the driver would, where a new process gives an unknown address up soon.
+    """Marks the endpoints as known to respond. Called in a worker whose driver has read from the same stores, so that
+    the worker waits as long for a store as the driver; a new process gives up sooner.
     """
     _answered.add(_ANY)
 
@@ -353,12 +349,10 @@ def split_folder(uri: str) -> tuple[str, str]:
 
 
 def check_range(data: bytes, content_range: str | None, start: int, end: int | None, exact: str | None) -> bytes:
-    """The bytes of a range request, compared with the Content-Range of the answer.
-
-    exact: the address, for a file that must have all the bytes. Raises Incomplete for a short answer and FileNotFoundError for a
-    short file.
+    """The bytes of a range request, checked against the Content-Range of the response. exact: the address of a file
+    that must have all the bytes. Raises Incomplete for a short response and FileNotFoundError for a short file.
     """
-    if content_range is None:  # a store that does not serve ranges sent the whole file
+    if content_range is None:  # the store does not support ranges and sent the complete file
         data = data[start:end]
     else:
         extent, _, total = content_range.removeprefix("bytes ").partition("/")
@@ -374,7 +368,8 @@ def check_range(data: bytes, content_range: str | None, start: int, end: int | N
 
 
 def check_length(data: bytes, size: Callable[[], int], start: int, end: int | None, exact: str | None) -> bytes:
-    """As `check_range`, for a library that does not show the answer's header. size: asks for the size of the file."""
+    """Like `check_range`, for a library that hides the response header. size:
+    function that returns the size of the file."""
     if end is not None and len(data) < end - start:
         there = min(max(size() - start, 0), end - start)
         if len(data) != there:
@@ -393,5 +388,5 @@ def too_short(uri: str, data: bytes, start: int, end: int) -> FileNotFoundError:
 
 
 def _words(error: Exception) -> str:
-    """The error's message on one line, without secrets: libraries put whole addresses and pages into it."""
+    """The message of an error in one line, without secrets, because libraries include complete addresses and pages."""
     return redacted(" ".join(str(error).split())[:500]) or type(error).__name__

@@ -2,7 +2,7 @@
 
 Credentials are Google's application default credentials: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default
 login`, or the service account of the machine. Without any, requests are anonymous, which public buckets allow.
-STORAGE_EMULATOR_HOST names another server than Google's, which is asked without credentials.
+STORAGE_EMULATOR_HOST names another server, which is used without credentials.
 """
 
 import base64
@@ -24,8 +24,8 @@ logging.getLogger("gcsfs").setLevel(
     logging.CRITICAL
 )  # it logs every failed attempt as an error; pipeline.retry does that
 
-IN_PARTS = 8 << 20  # bytes from which a file goes up in parts; gcsfs itself does so from 5 MiB
-PAGE = "items(name,size,generation),prefixes,nextPageToken"  # the fields of a listing that are asked for
+IN_PARTS = 8 << 20  # files from this size in bytes are uploaded in parts; gcsfs's default is 5 MiB
+PAGE = "items(name,size,generation),prefixes,nextPageToken"  # the requested fields of a listing
 
 
 class GoogleStore(ObjectStore):
@@ -71,8 +71,8 @@ class GoogleStore(ObjectStore):
         return folders + files, page.get("nextPageToken") or None
 
     def _put(self, uri: str, data: bytes, new: bool) -> None:
-        """new: the store decides (ifGenerationMatch=0). Not gcsfs's `pipe_file`, which sends each file between the same
-        separators: a file that contains them would arrive in part."""
+        """new: the store decides (ifGenerationMatch=0). Does not use gcsfs's `pipe_file`, which always uses the same
+        multipart separator: a file that contains it would be truncated."""
         bucket, key = split(uri)
         between = uuid.uuid4().hex.encode()
         head = b"--%b\r\nContent-Type: application/json\r\n\r\n%b\r\n--%b\r\nContent-Type: application/octet-stream\r\n\r\n"
@@ -104,7 +104,7 @@ class GoogleStore(ObjectStore):
         try:
             self._uploads.put_file(path, _path(uri))
         except FileNotFoundError as error:
-            # After a failure gcsfs cancels the upload. The store may not know it any more: the failure itself counts.
+            # After a failure gcsfs cancels the upload. If the cancellation fails, too, the first failure is reported.
             if isinstance(error.__context__, Exception):
                 raise error.__context__ from None
             raise
@@ -115,15 +115,15 @@ class GoogleStore(ObjectStore):
     # ------------------------------------------------------------ errors
 
     def _status(self, error: Exception) -> int:
-        if isinstance(error, OSError) and str(error).startswith("Forbidden"):  # what gcsfs makes of a 403
+        if isinstance(error, OSError) and str(error).startswith("Forbidden"):  # gcsfs's error for status 403
             return 403
         if isinstance(error, ValueError) and str(error).startswith(
             "Bad Request"
-        ):  # of any status, with "invalid" in its text
+        ):  # any status, with "invalid" in its text
             return 400
         with contextlib.suppress(TypeError, ValueError):
             status = int(getattr(error, "code", 0) or 0)
-            refreshing = error.__cause__  # gcsfs makes a 401 of a failure to refresh the credentials
+            refreshing = error.__cause__  # gcsfs reports a failed refresh of the credentials as status 401
             return 503 if status == 401 and getattr(refreshing, "retryable", False) else status
         return 0
 
@@ -144,7 +144,7 @@ def _path(uri: str) -> str:
 
 
 def _filesystem(timeout: float, repeats: bool) -> Any:
-    """gcsfs's filesystem. repeats: whether it makes several attempts of each request by itself."""
+    """gcsfs's filesystem. repeats: whether it retries requests on its own."""
     core: Any = import_library("gcsfs.core")
     from aiohttp import ClientTimeout
 
@@ -154,7 +154,7 @@ def _filesystem(timeout: float, repeats: bool) -> Any:
     return make_filesystem(
         kind,
         access="read_write",
-        consistency="md5",  # of what was uploaded
+        consistency="md5",  # checks uploads
         requests_timeout=ClientTimeout(total=None, sock_connect=base.CONNECT_TIMEOUT, sock_read=timeout),
         session_kwargs={"trust_env": True},
         skip_instance_cache=True,
@@ -162,9 +162,8 @@ def _filesystem(timeout: float, repeats: bool) -> Any:
 
 
 def make_filesystem(kind: Any, **options: Any) -> Any:
-    """The filesystem with the credentials and the endpoint that the environment names.
-
-    Raises UserError for GOOGLE_APPLICATION_CREDENTIALS that name no credentials.
+    """The filesystem with the credentials and the endpoint of the environment. Raises UserError if
+    GOOGLE_APPLICATION_CREDENTIALS is invalid.
     """
     from google.auth.exceptions import GoogleAuthError
 
@@ -181,5 +180,5 @@ def make_filesystem(kind: Any, **options: Any) -> Any:
 
 
 def arrow_filesystem() -> Any:
-    """fsspec's filesystem for Ray Train's own few files."""
+    """The fsspec filesystem, for the files that Ray Train writes."""
     return make_filesystem(import_library("gcsfs.core").GCSFileSystem)

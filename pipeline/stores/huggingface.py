@@ -1,8 +1,8 @@
 """hf:// addresses, read only: data sets on the Hugging Face Hub, as hf://datasets/OWNER/NAME[@REVISION]/PATH.
 
-huggingface_hub reads the address, builds the URL of a file and finds the token (HF_TOKEN, or the file of `hf auth login`). The
-requests are those of `pipeline.stores.web`, and not of its HfFileSystem, which repeats requests by itself, lists a folder for each
-file that it opens, and keeps listings for ever. HF_ENDPOINT names another server than the Hub.
+huggingface_hub parses the address, builds the URL of a file and finds the token (HF_TOKEN, or the file of `hf auth
+login`). Requests use `pipeline.stores.web` instead of HfFileSystem, which retries on its own, lists a folder for each
+file that it opens, and never refreshes listings. HF_ENDPOINT names a server other than the Hub.
 """
 
 import json
@@ -57,7 +57,7 @@ class HuggingFaceStore(WebStore):
         )
 
     def _parse(self, uri: str) -> Any:
-        """The parts of an address. Raises UserError for what is no data set."""
+        """The parts of an address. Raises UserError unless it is the address of a data set."""
         from huggingface_hub.utils import parse_hf_uri
 
         if not uri.startswith("hf://datasets/"):
@@ -68,7 +68,7 @@ class HuggingFaceStore(WebStore):
             raise UserError(f"{uri}: {error}; use hf://datasets/OWNER/NAME[@REVISION]/PATH") from error
 
     def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
-        """token: the address of the page, which the server gives."""
+        """token: the address of the page, from the server."""
         place = self._parse(uri)
         prefix = f"{place.path_in_repo.rstrip('/')}/" if place.path_in_repo else ""
         if token is None:

@@ -1,8 +1,8 @@
 """https:// addresses, read only: files and datasets on any web server, through fsspec's HTTP session (aiohttp).
 
-A web server has no listing, so an address names one file, or a dataset whose manifest names its files. The server has to serve byte
-ranges, except of small files. A signed query (SAS, presigned S3 or Google URLs) is kept out of the address: see
-`pipeline.credentials.take_queries`. http:// is accepted for this machine alone.
+Web servers have no listings, so an address names one file, or a dataset whose manifest names its files. The server must
+support byte ranges, except for small files. A signed query (SAS, presigned S3 or Google URLs) is removed from the
+address: see `pipeline.credentials.take_queries`. http:// is accepted only for this machine.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from pipeline.libraries import import_library
 from pipeline.stores import base
 from pipeline.stores.base import Entry, ObjectStore, check_range
 
-WHOLE = 64 << 20  # bytes of a file from a server without ranges: for each part that is read, it sends all of it
+WHOLE = 64 << 20  # maximum file size on a server without ranges, which sends the complete file for each part
 REDIRECTS = 5
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EMPTY = "bytes */0"  # Content-Range of an empty file
@@ -40,7 +40,7 @@ class WebStore(ObjectStore):
         timeout = self._aiohttp.ClientTimeout(
             total=None, sock_connect=base.CONNECT_TIMEOUT, sock_read=base.READ_TIMEOUT
         )
-        # Without automatic decompression: a .tar.gz that is served with Content-Encoding: gzip stays what it is.
+        # Without automatic decompression, so that a .tar.gz that is served with Content-Encoding: gzip is unchanged.
         options = {
             "timeout": timeout,
             "trust_env": True,
@@ -61,7 +61,7 @@ class WebStore(ObjectStore):
         return check_range(data, headers.get("Content-Range"), start, end, uri if exact else None)
 
     def _head(self, uri: str) -> Entry:
-        """Asks for the first byte: many servers, and every presigned URL, refuse HEAD."""
+        """Requests the first byte, because many servers, and all presigned URLs, refuse HEAD."""
         try:
             headers, _ = self._ask(uri, "bytes=0-0", body=False)
         except self._aiohttp.ClientResponseError as error:
@@ -71,7 +71,7 @@ class WebStore(ObjectStore):
         size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
         if not size.isdigit():
             raise UserError(
-                f"{credentials.redacted(uri)}: the server does not say how large the file is; download it first"
+                f"{credentials.redacted(uri)}: the server does not report the size of the file; download it first"
             )
         return Entry("", int(size), headers.get("ETag") or headers.get("Last-Modified") or "")
 
@@ -79,17 +79,17 @@ class WebStore(ObjectStore):
         raise NotImplementedError
 
     def _ask(self, uri: str, part: str | None, body: bool = True) -> tuple[Any, bytes]:
-        """(headers, body) of an answer. part: the Range header. body: False leaves the body unread."""
+        """(headers, body) of a response. part: the Range header. body: False does not read the body."""
         from fsspec.asyn import sync
 
         return sync(self._fs.loop, self._request, uri, part, body)
 
     def _address(self, uri: str) -> str:
-        """Where the file is asked for."""
+        """The URL of the file."""
         return credentials.with_query(uri)
 
     def _login(self) -> dict[str, str]:
-        """The headers that say who asks."""
+        """The headers for authentication."""
         return {}
 
     async def _request(self, uri: str, part: str | None, body: bool) -> tuple[Any, bytes]:
@@ -100,7 +100,7 @@ class WebStore(ObjectStore):
             if urllib.parse.urlsplit(address).netloc == urllib.parse.urlsplit(first).netloc:
                 headers |= self._login()  # never sent to the host of a redirect
             _check_scheme(address, uri)
-            # What is quoted already stays as it is: a signature covers it.
+            # Quoted parts are unchanged, because a signature covers them.
             url = self._url(address, encoded="%" in address and address.isascii() and " " not in address)
             async with session.get(url, headers=headers, allow_redirects=False) as answer:
                 if answer.status in (301, 302, 303, 307, 308) and (target := answer.headers.get("Location")):
@@ -130,7 +130,7 @@ class WebStore(ObjectStore):
 
 
 def _check_scheme(address: str, uri: str) -> None:
-    """Raises UserError for an address that would be read without encryption, or by another protocol."""
+    """Raises UserError for an unencrypted address or another protocol."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
         where = credentials.redacted(uri)

@@ -1,4 +1,4 @@
-"""How fast lists of URLs become images, beside img2dataset, from one web server on this machine.
+"""Download speed of lists of URLs compared with img2dataset, from a web server on this machine.
 
     python tests/benchmarks/download_speed.py --photos FOLDER --images 6000 --peer VENV/bin/img2dataset
 

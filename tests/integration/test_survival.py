@@ -463,7 +463,7 @@ def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_pa
 
 @pytest.mark.slow
 def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
-    """Ray's memory monitor, told that 1% of this machine is too much."""
+    """Sets the threshold of Ray's memory monitor to 1%."""
     environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
     job = Job(changed(base, output=str(tmp_path / "run"), max_failures=0), **environment)
     jobs.append(job)

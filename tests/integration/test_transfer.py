@@ -239,7 +239,7 @@ def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypat
 
 
 def fragile():
-    """A stand-in for a worker: its process dies at the first job, as long as there is no mark on the disk."""
+    """A fake worker whose process dies at the first job, unless a marker file exists."""
 
     class Fragile:  # inside a function, so that Ray ships the class and not the name of this module
         def __init__(self, mark):

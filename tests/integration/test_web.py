@@ -130,7 +130,7 @@ def test_a_server_without_ranges_gives_small_files_and_no_large_ones(web, monkey
     with pytest.raises(UserError, match=r"/x: the server does not support byte ranges"):
         storage.read_bytes(f"{web.address}/x", 2, 4)
     web.sizes = False
-    with pytest.raises(UserError, match=r"/x: the server does not say how large the file is"):
+    with pytest.raises(UserError, match=r"/x: the server does not report the size of the file"):
         storage.file_size(f"{web.address}/x")
 
 

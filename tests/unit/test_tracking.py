@@ -481,7 +481,7 @@ def test_queue_on_a_full_disk_keeps_records_in_memory_and_counts_what_it_loses(t
     real_write = os.write
 
     def full(file, data):
-        real_write(file, data[:3])  # half a line lands before the disk is full
+        real_write(file, data[:3])  # half a line is written before the disk is full
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.tracking.spool.os.write", full)
