@@ -17,7 +17,7 @@ from pipeline.libraries import import_library
 from pipeline.stores import base
 from pipeline.stores.base import Entry, Incomplete, ObjectStore, split, split_folder, too_short
 
-logging.getLogger("azure").setLevel(logging.WARNING)  # it logs every request
+logging.getLogger("azure").setLevel(logging.ERROR)  # it logs every request, and pages about missing credentials
 
 CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
 THREADS = 4  # parts of a large file that are uploaded in parallel

@@ -59,7 +59,8 @@ def check_content(uri: str, found: str, expected: str) -> None:
 
 def folder_of(place: str) -> str:
     """The folder of a weights file; a folder itself."""
-    is_file = place.lower().endswith(SUFFIXES) and not storage.list_files(place, recursive=False)
+    is_file = place.lower().endswith(SUFFIXES)
+    is_file = is_file and not (storage.can_list(place) and storage.list_files(place, recursive=False))
     return place.rpartition("/")[0] if is_file else place
 
 

@@ -15,6 +15,10 @@ def locate(uri: str, tracking_uri: str | None = None) -> str:
     none.
     """
     uri = storage.normalise(fetch(uri, tracking_uri))
+    if not storage.can_list(uri):  # a web server
+        if not storage.exists(uri):
+            raise UserError(f"{uri}: no such file; name the file of the weights, since https:// has no folders")
+        return uri
     run = not storage.exists(storage.join(uri, "config.json")) or storage.exists(storage.join(uri, "checkpoints"))
     if run and storage.list_files(storage.join(uri, "checkpoints")):
         return checkpoints.resolve(uri).uri

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from models import create_model
 from pipeline import retry, storage, stores
 from pipeline.credentials import redacted, take_from_arguments, take_from_values, take_queries
 from pipeline.data import Loader, open_dataset
@@ -23,6 +24,7 @@ from pipeline.errors import StorageError, UserError
 from pipeline.operations.doctor import store
 from pipeline.outputs import check_output
 from pipeline.stores import base
+from pipeline.weights import load_weights, save_checkpoint_weights
 from tests import prepared
 from tests.faultproxy import FaultProxy
 from tests.fileserver import FileServer
@@ -84,6 +86,15 @@ def test_a_published_dataset_is_loaded_as_from_disk(web, image_folder, tmp_path,
     for other in found[1:]:
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(found[0], other, strict=True))
     assert store.readable(f"{web.address}/set").status == "ok"
+
+
+def test_weights_are_loaded_from_a_file_on_the_web(web):
+    source, target = create_model("mu/8", 4, 16), create_model("mu/8", 4, 16)
+    save_checkpoint_weights(source, {"classes": list("abcd")}, str(web.folder / "run"))
+    load_weights(target, f"{web.address}/run/model.safetensors")
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+    with pytest.raises(UserError, match="/run: no such file; name the file of the weights"):
+        load_weights(target, f"{web.address}/run")
 
 
 def test_reading_is_as_from_disk(web, monkeypatch):
