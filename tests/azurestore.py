@@ -26,7 +26,7 @@ CONNECTION_STRING = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};Accoun
 
 @contextlib.contextmanager
 def azurite(program: str, folder: Path) -> Iterator[str]:
-    """A new, empty store whose data lie under `folder`; its address. Ends with the block."""
+    """Yields the address of a new, empty store that keeps its data under `folder`."""
     endpoint = f"http://127.0.0.1:{(port := free_port())}"
     options = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
     command = [program, *options, "--skipApiVersionCheck", "--silent", "--disableTelemetry"]

@@ -32,7 +32,7 @@ load_torchvision()  # timm and transformers import torchvision; the product's ow
 
 @pytest.fixture(scope="session")
 def process_group():
-    """A process group of this process alone. One for the session: DeepSpeed keeps the first that it sees."""
+    """A process group of this process only. One per session, because DeepSpeed keeps the first group."""
     address = f"tcp://127.0.0.1:{free_port()}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     yield

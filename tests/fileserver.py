@@ -1,4 +1,5 @@
-"""A web server of the tests' own on loopback, for https:// addresses: files of a folder, in ranges, with whatever conditions."""
+"""A web server on loopback for tests of https:// addresses: serves the files of
+a folder, with ranges and optional conditions."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,7 +54,7 @@ class FileHandler(BaseHTTPRequestHandler):
         self.send_file(file)
 
     def send_file(self, file: Path) -> None:
-        """The file, or the range of it that is asked for."""
+        """Sends the file, or the requested range."""
         wanted = self.headers.get("Range", "")
         if not file.is_file():
             self.answer(404, b"nothing here")

@@ -86,7 +86,7 @@ def make_bucket(name: str) -> None:
 
 @contextlib.contextmanager
 def swift(folder: Path) -> Iterator[str]:
-    """A new, empty store whose data lie under `folder`; its address. Ends with the block."""
+    """Yields the address of a new, empty store that keeps its data under `folder`."""
     if not shutil.which("swift-ring-builder"):
         raise RuntimeError(f"Swift is not installed: {__doc__.splitlines()[2].strip()}")
     ports = dict(zip(("proxy", "account", "container", "object", "memcached"), _free_ports(5), strict=True))

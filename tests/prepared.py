@@ -9,7 +9,7 @@ JOB = str(Path(__file__).parents[1] / "jobs" / "prepare.py")
 
 
 def job(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs jobs/prepare.py to its end."""
+    """Runs jobs/prepare.py and waits for it."""
     quiet = [] if arguments[0] in ("verify", "describe", "delete") else ["--no-tracking"]
     return subprocess.run(
         [sys.executable, JOB, *map(str, arguments), *quiet],

@@ -79,7 +79,7 @@ def ray_node(port: int, environment: dict[str, str], mark: str, more: Collection
 
 
 def kill_marked(mark: str) -> None:
-    """Kills a head or node with all processes on it, as a lost machine does; returns when none of them is left."""
+    """Kills a head or node with all its processes, like the loss of a machine. Returns when all have ended."""
     while found := [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(MARK) == mark]:
         for process in found:
             with contextlib.suppress(psutil.Error):
@@ -98,7 +98,7 @@ def _kill(folder: Path) -> None:
 def _start(
     command: Sequence[str | Path], environment: dict[str, str], log: Path, ready: Callable[[], bool] = lambda: True
 ) -> subprocess.Popen:
-    """The process of `ray start`, once its node has come up and `ready` says so."""
+    """The process of `ray start`, after its node has started and `ready` returns True."""
     mark = environment[MARK]
     for _ in range(STARTS):
         with open(log, "a") as file:
@@ -122,7 +122,7 @@ def _end(process: subprocess.Popen | None, mark: str) -> None:
 
 
 def _is_up(mark: str) -> bool:
-    """Whether the node of that mark has an agent, which is the last of what it waits for."""
+    """Whether the node with this mark has an agent, which starts last."""
     for process in psutil.process_iter(["name", "cmdline", "environ"]):
         if process.info["name"] == "raylet" and (process.info["environ"] or {}).get(MARK) == mark:
             options = dict(

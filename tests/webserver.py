@@ -22,7 +22,8 @@ KEPT = IMAGE + bytes(200)  # trailing bytes are harmless; a body that is long en
 
 
 class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Counts requests by path in `hits`, keeps their headers in `seen`, and the most requests at a time in `most`."""
+    """Counts requests by path in `hits`, and records their headers in `seen` and
+    the maximum of concurrent requests in `most`."""
 
     daemon_threads = True
     request_queue_size = 256

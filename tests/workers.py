@@ -14,7 +14,7 @@ from tests.runs import changed, lines_of_log
 
 
 def work(rank: int, world: int, port: int, jobs: list) -> None:
-    """Runs `jobs` (name, config) one after the other in one process group; losses of every step go to <output>/losses.json."""
+    """Runs `jobs` (name, config) in sequence in one process group; losses of every step go to <output>/losses.json."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

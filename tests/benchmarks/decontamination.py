@@ -1,5 +1,4 @@
-"""What the duplicate search finds, what it removes wrongly and what it costs, measured with the code that `prepare`
-runs.
+"""Recall, false removals and cost of the duplicate search, measured with the code that `prepare` runs.
 
     python tests/benchmarks/decontamination.py --photos FOLDER... --posed FOLDER... --output FOLDER
 
@@ -173,7 +172,7 @@ def write_sheet(output: Path | None, name: str, shown: list[tuple[float, str, by
 
 
 def wrong_removals(name: str, photos: list[np.ndarray], output: Path | None, alone: int) -> dict[str, int]:
-    """Of images of which none is a copy of another."""
+    """False removals in a set of distinct images."""
     half = len(photos) // 2
     index = index_of(photos[:half])
     hashed = [hash_image(pixels) for pixels in photos]
@@ -282,7 +281,7 @@ def encode_part(pixels: np.ndarray) -> bytes:
 
 
 def join_cost(images_of_corpus: int) -> dict[str, float]:
-    """The join of random views with the lines of that many images: CPU seconds of one process, and what it holds."""
+    """Cost of the join of random views with the lines of `count` images: CPU seconds and memory of one process."""
     draw = np.random.default_rng(0)
     rows, views = np.zeros(images_of_corpus, ROW), np.zeros(33 * images_of_corpus, VIEW)
     rows["exact"] = np.arange(images_of_corpus)

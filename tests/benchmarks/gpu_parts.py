@@ -46,7 +46,7 @@ class Bench:
 
     @contextlib.contextmanager
     def attempt(self, what: str, **row: Any) -> Iterator[None]:
-        """What goes wrong inside becomes a row; the section goes on. Frees the device's memory afterwards."""
+        """Records an exception as a row, so that the section continues. Frees the device memory afterwards."""
         try:
             yield
         except Exception as error:
@@ -167,6 +167,6 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def process_group(device: torch.device) -> None:
-    """A group of this process alone, once."""
+    """Initialises a group of this process only, once."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)

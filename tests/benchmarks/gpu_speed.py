@@ -311,7 +311,8 @@ def objectives(bench: Bench) -> None:
 
 
 def loader(bench: Bench) -> None:
-    """JPEG and patches from disk by decoding threads, and B/16 fed by the loader beside the same step on one batch."""
+    """Speed of loading JPEG and patches for several numbers of threads, and of B/16
+    with the loader and with a fixed batch."""
     process_group(bench.device)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         _write_images(bench, folder)
@@ -379,7 +380,7 @@ def _train_from(
     bench: Bench, engine: Any, options: dict[str, Any], uri: str, batch: int, threads: int, augment: Augment | None,
     alone: float,
 ) -> None:  # fmt: skip
-    """Steps on what the loader gives. alone: seconds of a step whose batch lies on the device."""
+    """Trains on batches of the loader. alone: seconds of a step with a batch on the device."""
     what = f"training from {os.path.basename(uri)}"
     with bench.attempt(what, threads=threads):
         upload, stream = Upload(bench.device), _batches(uri, batch, threads, augment)

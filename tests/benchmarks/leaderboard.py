@@ -1,4 +1,4 @@
-"""How long the leaderboard takes with many runs: MLflow's own search beside the direct reading of its database.
+"""Time of the leaderboard with many runs: MLflow's search compared with reading its database directly.
 
     python tests/benchmarks/leaderboard.py [RUNS]
 

@@ -1,4 +1,4 @@
-"""How fast the loader is beside its limit and beside other loaders: same bytes, same function, same batches.
+"""Speed of the loader compared with its limit and with other loaders: same bytes, same function, same batches.
 
     python tests/benchmarks/loader_speed.py                          # limit, this loader, torch DataLoader, Ray Data, patches, plan
     python tests/benchmarks/loader_speed.py --images photos.tar      # with real photos instead of synthetic ones

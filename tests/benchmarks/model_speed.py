@@ -1,4 +1,4 @@
-"""Forward and backward of ViT beside timm and Hugging Face: time and peak memory on this machine's CPU.
+"""Forward and backward pass of ViT compared with timm and Hugging Face: time and peak memory on this machine's CPU.
 
     python tests/benchmarks/model_speed.py                    S/16 and B/16, fp32 and bf16, batch 8, 224 px
     python tests/benchmarks/model_speed.py --threads 1 --variants S/16

@@ -1,4 +1,4 @@
-"""What a pipeline adds to its jobs: seconds a stage, the answer of one whose stages are all done, the plan of 1,000 stages.
+"""Overhead of a pipeline: seconds per stage, time of a run whose stages are all done, and the plan of 1,000 stages.
 
     python tests/benchmarks/pipeline_overhead.py
 
@@ -47,7 +47,7 @@ FIELDS = {"source": "demo:digits", "size": 32}
 
 
 def with_job(script: str, words: list[str]) -> int:
-    """jobs/pipeline.py in this process, with a script in place of the job prepare."""
+    """Runs jobs/pipeline.py in this process, with a script instead of the job prepare."""
     kinds.KINDS["prepare"] = dataclasses.replace(kinds.KINDS["prepare"], script=script)
     return commands.main(words, "", print)
 
@@ -62,7 +62,7 @@ def measure(words: list[str], folder: Path) -> tuple[float, float]:
 
 
 def chain(folder: Path, count: int) -> str:
-    """The file of a pipeline of so many stages, one after the other."""
+    """The file of a pipeline of `count` consecutive stages."""
     stages: dict = {}
     for i in range(count):
         stages[f"s{i}"] = {"job": "prepare", "fields": {**FIELDS, "seed": i}, "after": [f"s{i - 1}"] if i else []}
@@ -106,7 +106,7 @@ def once(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def thousand(folder: Path) -> dict[str, tuple[float, float]]:
-    """The same for 1,000 stages that run, as many at a time as there are CPUs."""
+    """The same for 1,000 stages, with one running stage per CPU."""
     script = folder / "job.py"
     script.write_text(JOB.format(seconds=0))
     job = measure([str(script), "--output", f"{folder}/alone"], folder)

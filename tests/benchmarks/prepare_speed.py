@@ -1,4 +1,4 @@
-"""How much of the cores `prepare` turns into shards, beside a bare loop, MosaicML's MDSWriter and Ray Data.
+"""Speed of `prepare` compared with a simple loop, MosaicML's MDSWriter and Ray Data.
 
     python tests/benchmarks/prepare_speed.py --photos FOLDER                      JPEG files of ordinary size
     python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and MDSWriter (see loader_speed.py)
@@ -352,7 +352,7 @@ def main() -> None:
         kind, count, room = options.memory
         print(json.dumps(memory(kind, int(count), room)), flush=True)
         os._exit(0)
-    # what is not measured this time stays as it was
+    # keep the results that were not measured now
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     made = {

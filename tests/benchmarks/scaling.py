@@ -1,4 +1,5 @@
-"""Whether pipeline/operations/scaling.py predicts a real two-worker run: two processes on a core each, gloo, the training engine.
+"""Compares the prediction of pipeline/operations/scaling.py with a real run: two processes on one core each, gloo, the
+training engine.
 
     python tests/benchmarks/scaling.py            about a minute on two idle cores; writes results/scaling.json
 
@@ -33,7 +34,7 @@ def free_port() -> int:
 def worker(rank: int, world: int, port: int, stage: int, queue) -> None:
     """Puts (rank, seconds of a step, bytes per second of an all-reduce or 0) into the queue."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
-    own = rank if world == 1 else 0  # alone: a process group of its own
+    own = rank if world == 1 else 0  # alone: a separate process group
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + own), WORLD_SIZE=str(world), LOCAL_RANK="0")
     os.environ.update(RANK=str(rank if world > 1 else 0), DS_ACCELERATOR="cpu")
     import torch
@@ -74,7 +75,7 @@ def worker(rank: int, world: int, port: int, stage: int, queue) -> None:
 
 
 def measure(world: int, stage: int) -> tuple[float, float]:
-    """(seconds of a step, bytes per second) of two processes side by side: of one group, or each alone."""
+    """(seconds of a step, bytes per second) of two concurrent processes, in one group or each alone."""
     import torch.multiprocessing as processes
 
     context = processes.get_context("spawn")

@@ -1,4 +1,4 @@
-"""What tracking costs a training step: the time that `Run.log` takes, whatever the server does.
+"""Cost of tracking per training step: the time of `Run.log` for several states of the server.
 
     python tests/benchmarks/tracking_cost.py
 

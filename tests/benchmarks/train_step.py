@@ -1,4 +1,4 @@
-"""The training step of jobs/pretrain.py without Ray and without data loading, beside plain PyTorch and timm.
+"""The training step of jobs/pretrain.py without Ray and data loading, compared with plain PyTorch and timm.
 
     python tests/benchmarks/train_step.py                                   this machine's CPU: S/16, float32
     python tests/benchmarks/train_step.py --device cuda                     one GPU: S/16 B/16 L/16 H/14, bf16
@@ -55,7 +55,7 @@ HEAP = {
 
 @functools.cache
 def missing_operators():
-    """torchvision's CUDA build beside a CPU torch lacks two operators, which timm imports and never calls."""
+    """With a CPU build of torch, torchvision's CUDA build lacks two operators, which timm imports but does not call."""
     import torch
 
     if torch.cuda.is_available():

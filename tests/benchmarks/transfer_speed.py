@@ -1,4 +1,4 @@
-"""What the fan-out saves, and what the feature pipeline costs.
+"""Time saved by parallel fine-tuning, and the cost of the feature pipeline.
 
     python tests/benchmarks/transfer_speed.py
 

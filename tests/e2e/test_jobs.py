@@ -8,7 +8,7 @@ import pytest
 
 from tests.jobprocess import job
 
-pytestmark = pytest.mark.timeout(900)  # the demo is five jobs, one after the other
+pytestmark = pytest.mark.timeout(900)  # the demo runs five jobs in sequence
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_bad_input_is_one_clear_line(digits, name, arguments, message):
         "AWS_SECRET_ACCESS_KEY": "y",
     }
     done = job(name, *arguments, cwd=digits, timeout=120, **environment)
-    unreachable = message == "s3://"  # a store that is away is no wrong input
+    unreachable = message == "s3://"  # an unavailable store is not wrong input
     assert done.returncode == (75 if unreachable else 2), done.stdout + done.stderr
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

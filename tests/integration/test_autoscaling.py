@@ -249,7 +249,7 @@ class AutoscalingCluster:
     ray.cluster_utils has a class of this name, which stops every Ray of the user, and needs a file that wheels lack.
     """
 
-    HEAD = "f" * 51 + "00000"  # what the provider calls it
+    HEAD = "f" * 51 + "00000"  # its name at the provider
 
     def __init__(self, folder: Path, node_types: dict[str, dict]) -> None:
         from ray._private.services import get_node_ip_address
@@ -296,7 +296,7 @@ class AutoscalingCluster:
             time.sleep(0.2)
 
     def start(self, job: str, *arguments) -> subprocess.Popen:
-        """jobs/<job>.py on this cluster; its output goes to a file."""
+        """Starts jobs/<job>.py on this cluster; its output goes to a file."""
         command = [
             sys.executable,
             "-u",
@@ -368,7 +368,7 @@ while True:
 
 @pytest.fixture(scope="module")
 def autoscaling(tmp_path_factory):
-    folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie below it
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # a short path, because Ray's sockets are below it
     memory = {"object_store_memory": 100_000_000}
     cluster = AutoscalingCluster(
         folder,

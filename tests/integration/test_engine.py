@@ -126,7 +126,8 @@ def test_neither_a_spike_nor_nan_reaches_the_weights(base, alone, tmp_path, monk
 
 @pytest.mark.parametrize("stop", [slow(3), 6, slow(8)])
 def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path, monkeypatch, stop):
-    """Stopped before, in and after bad steps: Adam's step count, the median's window and the counts come back."""
+    """Stopped before, during and after bad steps: Adam's step count, the window of
+    the median and the counts are restored."""
     bad_steps(monkeypatch, {4: math.nan, 7: 50.0})
     whole, expected, lines, _ = train(base, tmp_path / "whole")
     part = changed(base, output=str(tmp_path / "part"))
@@ -174,7 +175,7 @@ def test_waiting_for_data_is_said_with_the_setting_that_helps(base, alone, tmp_p
 
 @pytest.fixture
 def eager():
-    """DeepSpeed compiles Muon's iteration; the same numbers come without a C++ compiler."""
+    """DeepSpeed compiles Muon's iteration; without a C++ compiler the results are the same."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -232,8 +233,8 @@ def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
 
 
 def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
-    """DeepSpeed computes fp16 on GPUs alone. Here its scaler works on float32: a scale that overflows is halved, the
-    step dropped, and a continued run goes on with the scale that it had."""
+    """DeepSpeed supports fp16 only on GPUs. Here its scaler works on float32: after an overflow the scale is halved and
+    the step dropped, and a continued run keeps the scale."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     asked = engine_module.deepspeed_config(OptimizerConfig(), EngineConfig(precision="fp16"), 2, 4)
@@ -301,8 +302,8 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
 
 @pytest.mark.parametrize("zero", [1, slow(3)])
 def test_few_shot_probe_sees_what_the_model_has_learned(base, alone, tmp_path, zero):
-    """Three colours: two images of each teach a linear classifier on the features all others. Training is left
-    alone."""
+    """Three colours: a linear classifier on the features learns from two images of
+    each. The training is not affected."""
     config = changed(base, steps="4steps", engine=replace(base.engine, zero=zero), validate_every="2steps")
     _, plain, lines, _ = train(config, tmp_path / "plain")
     probe = FewShotConfig(train=base.runtime.data, test=base.runtime.data, shots=2, l2=1.0)

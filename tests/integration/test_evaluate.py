@@ -46,7 +46,7 @@ def config(tmp_path, database, monkeypatch):
 
 
 def commit(run, step, content=None):
-    """A committed checkpoint as far as evaluation looks at it; content stands for the weights."""
+    """A committed checkpoint with the files that evaluation reads; `content` replaces the weights."""
     folder = checkpoints.folder(str(run), step)
     weights = (content or f"weights {run} {step}").encode()
     storage.write_bytes(storage.join(folder, "model.safetensors"), weights)
@@ -59,7 +59,7 @@ def commit(run, step, content=None):
 
 
 def scored(table, calls=None):
-    """A suite that gives table[step]; records the checkpoints that it was asked for."""
+    """A suite that returns table[step] and records the evaluated checkpoints."""
 
     def evaluate(config, target, output, uri):
         if calls is not None:

@@ -154,7 +154,7 @@ def test_nothing_is_overwritten_and_nothing_is_written_above_the_tolerance(tmp_p
 
 
 def test_a_torchvision_that_does_not_load_is_reported_with_its_remedy(tmp_path):
-    """A CUDA build beside a CPU torch: the export works, and says why `import timm` will not."""
+    """A CUDA build with a CPU build of torch: the export works, and reports why `import timm` fails."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')"

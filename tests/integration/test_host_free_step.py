@@ -45,7 +45,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def steps(engine: Engine, guard: LossSpikeGuard) -> list[torch.Tensor]:
-    """The losses of six steps, the fourth of which has a NaN gradient."""
+    """The losses of six steps; the fourth has a NaN gradient."""
     losses = []
     for step in range(STEPS):
         functions = list(micro_losses(batch_of(step), MICRO, CPU, "softmax"))

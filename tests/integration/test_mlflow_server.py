@@ -59,7 +59,7 @@ class Service:
             time.sleep(0.3)
 
     def stop(self, number=signal.SIGTERM):
-        """SIGKILL goes to what the service started, which is where the requests are answered."""
+        """Sends SIGKILL to the child processes of the service, which answer the requests."""
         if number == signal.SIGKILL:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 if "postgres" not in child.name():
@@ -82,7 +82,7 @@ def answers(url):
 
 @pytest.fixture(scope="module")
 def room():
-    """A folder that another user may pass through (PostgreSQL's), unlike pytest's own."""
+    """A folder that another user (PostgreSQL's) can enter, unlike pytest's folders."""
     folder = tempfile.mkdtemp(prefix="mlflow-server-")
     os.chmod(folder, 0o755)
     yield folder
@@ -277,7 +277,7 @@ def test_server_killed_in_mid_run_and_back(tracking, server):
     log_steps(run, 400, 500)
     assert run.finish()
     assert steps(tracking, run.id) == list(range(1, 500))
-    assert sorted(costs)[int(len(costs) * 0.99)] < 0.010  # seconds a step waits for tracking, whatever happens
+    assert sorted(costs)[int(len(costs) * 0.99)] < 0.010  # seconds that a step waits for tracking in all cases
 
 
 def test_postgresql_restarted_in_mid_run(tracking, room):

@@ -1,4 +1,5 @@
-"""Jobs whose output would lie in the copy of the project that `ray job submit --working-dir` unpacks, on a real Ray head."""
+"""Jobs whose output would be in the copy of the project that `ray job submit
+--working-dir` unpacks, on a real Ray head."""
 
 import json
 import re

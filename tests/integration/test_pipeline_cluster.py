@@ -34,7 +34,7 @@ STAGES = {
 
 
 class Cluster:
-    """A head without memory for entry points, and nodes that have some: stages stand on nodes that may be lost."""
+    """A head without memory for entry points, and nodes with memory, so that stages run on nodes that can be lost."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.token = home, uuid.uuid4().hex * 2
@@ -57,7 +57,7 @@ class Cluster:
     def submit(self, place: Path, *options: str) -> None:
         """The runner as a job on the head, as infra/ submits it to clusters whose image has the project.
 
-        Shipping the project is no choice here: nodes of one machine unpack it into the same folder, one after the other.
+        The project cannot be uploaded here, because all nodes of one machine unpack it into the same folder.
         """
         variables = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{self.home}/mlflow.db"}
         command = [BIN / "ray", "job", "submit", f"--address={self.address}", *options]

@@ -33,7 +33,7 @@ def transferred(folder, name, score, suite="demo", task="linear", protocol="p"):
 
 @pytest.fixture
 def rule(tmp_path, monkeypatch):
-    """Promotes what the folders hold by a rule; (its answer, {alias: version})."""
+    """Promotes the checkpoints in the folders by a rule. Returns (result, {alias: version})."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setattr(registry, "record_evaluation", _without_run(registry.record_evaluation))
 
@@ -67,7 +67,9 @@ def test_champion_and_candidate_mean_what_they_say(tmp_path, rule):
     better = transferred(tmp_path, "better", 95.0)
     answer, aliases = rule(better, no_worse_than="champion")
     assert (answer["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
-    again, aliases = rule(better, no_worse_than="champion")  # the champion itself stays, and is no second version
+    again, aliases = rule(
+        better, no_worse_than="champion"
+    )  # no second version of the champion
     assert (again["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
     low, _ = rule(transferred(tmp_path, "low", 99.0), at_least=99.5)
     assert low["why"].endswith("is not promoted: less than 99.5")

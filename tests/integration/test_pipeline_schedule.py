@@ -1,4 +1,4 @@
-"""A pipeline on a schedule: new data make new versions of what stands behind them, and runs never overlap."""
+"""A pipeline on a schedule: new data lead to new versions of the dependent stages, and runs never overlap."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def add_images(folder, count):
-    """Two classes of so many images."""
+    """Adds `count` images to each of two classes."""
     for seed, name in enumerate(("ant", "bee")):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -76,7 +76,7 @@ def test_new_data_make_new_versions_and_two_schedules_do_each_once(tmp_path):
     assert logs.count("data: done") == logs.count("pretrain: done") == 2  # by one of the two schedules
     records = state.load(str(tmp_path / "out")).records
     for record in records.values():
-        assert len({version.output for version in record.versions}) == 2  # the old version stays beside the new one
+        assert len({version.output for version in record.versions}) == 2  # the old version is kept next to the new one
     rows = [
         json.loads((tmp_path / "out" / v.output / "manifest.json").read_text())["rows"]
         for v in records["data"].versions

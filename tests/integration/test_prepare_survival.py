@@ -128,8 +128,8 @@ def test_a_worker_or_a_node_goes_away(corpus, tmp_path, what):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
-    """A second run appends nothing, files have the size asked for and not one that grows with the block, a bad image is a
-    row of a table and not the end of the job, and one or two CPUs are enough to continue a stopped one."""
+    """A second run appends nothing, files have the requested size independently of the block size, a bad image is a row
+    of a table and does not end the job, and one or two CPUs are enough to continue a stopped one."""
     source, _ = corpus
     options = ("--num-cpus", cpus, "--shard-bytes", 1_000_000, "--row-group-bytes", 250_000)
     (source / "bee" / "text.jpg").write_text("no picture")
@@ -141,7 +141,7 @@ def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for _ in range(2):  # to its end, and again
+    for _ in range(2):  # complete, and once more
         result = job(*command)
         assert result.returncode == 0, result.stderr
     train, test = (open_dataset(tmp_path / "out" / split) for split in ("train", "test"))

@@ -1,4 +1,5 @@
-"""Records over a real MLflow server that fails, refuses and comes back, with writers that die: nothing is lost, nothing doubled."""
+"""Records are neither lost nor duplicated when a real MLflow server fails,
+refuses requests and recovers, or when writers die."""
 
 import os
 import random

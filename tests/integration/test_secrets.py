@@ -60,7 +60,7 @@ class ProcessList(threading.Thread):
 
 @contextmanager
 def webhook() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(an address, what it was sent: path and login)."""
+    """(an address, received requests: path and login)."""
     received: list[tuple[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):

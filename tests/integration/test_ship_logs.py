@@ -1,4 +1,4 @@
-"""infra/ship_logs.py: logs of a node reach storage while it lives, and once more when it ends."""
+"""infra/ship_logs.py: logs of a node are copied to storage while it runs, and when it ends."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "infra" / "ship_logs.py"
 
 
 def node(folder: Path) -> Path:
-    """Ray's folders as they lie on a node; the folder of its logs."""
+    """Creates Ray's folders of a node; returns the folder of its logs."""
     logs = folder / "session_2026-01-01" / "logs"
     (logs / "old").mkdir(parents=True)
     (folder / "session_latest").symlink_to(logs.parent)

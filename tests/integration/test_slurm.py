@@ -33,7 +33,7 @@ STAND_INS = {
 
 @pytest.fixture
 def submitted(tmp_path):
-    """A folder as Slurm's users have it: the project, its .venv with the stand-ins in front, a home of their own."""
+    """The folder of a Slurm user: the project, its .venv with the fake commands first, and a home folder."""
     for name in ("pipeline", "models", "jobs"):
         (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / ".venv" / "bin"

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 @pytest.fixture
 def run(tmp_path) -> PretrainConfig:
-    """A run of thousands of short steps that saves nothing by itself; config.yaml in its folder."""
+    """A run of thousands of short steps without periodic checkpoints; config.yaml in its folder."""
     import cv2
 
     pictures = np.random.default_rng(0).integers(0, 255, (64, 20, 20, 3), dtype=np.uint8)
@@ -93,7 +93,8 @@ def in_session(command: list[str], log: IO) -> subprocess.Popen:
 
 
 class Terminal:
-    """A real terminal of 200 columns whose foreground group is a command; what it shows is written to `log`, as plain text."""
+    """A pseudo-terminal of 200 columns with a command in the foreground. The output
+    is written to `log` as plain text."""
 
     def __init__(self, command: list[str], log: Path):
         log.touch()
@@ -140,7 +141,7 @@ def saved_step(config: PretrainConfig, reason: str) -> int:
 
 
 def check_continues(config: PretrainConfig, command: list[str], log: Path, saved: int) -> None:
-    """The next start goes on from that very step, and the reason of the last stop is no longer there."""
+    """The next start continues from this step, and the reason of the last stop is removed."""
     with open(log, "w") as out:
         job = in_session(command, out)
         until(log, rf"resumed from .*step-{saved:08d}")
@@ -152,7 +153,7 @@ def check_continues(config: PretrainConfig, command: list[str], log: Path, saved
 
 
 def send_to_all(pid: int, number: int) -> None:
-    """As Slurm's scancel and systemd do: to every process that belongs to the job, whatever its group."""
+    """Signals every process of the job in all process groups, as Slurm's scancel and systemd do."""
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)

@@ -49,11 +49,11 @@ SEEDS = range(5)
 
 
 class Job:
-    """jobs/pretrain.py as a process of its own; its lines are read as they come."""
+    """jobs/pretrain.py in a separate process, whose output is read line by line."""
 
     def __init__(self, config: PretrainConfig, folder: Path | None = None, before: str = "", **environment: str):
-        """folder: of config and MLflow's database, by default that of the output. before: Python that the driver runs
-        first; what it defines reaches the workers by value."""
+        """folder: folder of the config and MLflow's database, by default the output folder. before: Python code that
+        the driver runs first; its definitions are sent to the workers by value."""
         folder = folder or Path(config.runtime.output).parent
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(configuration.to_yaml(config))
@@ -597,8 +597,7 @@ def test_failures_are_told_apart(base, tmp_path):
 
 
 def test_sizes_that_fit_a_run(base):
-    """The batch of 32 in four lanes goes to one, two or four workers; what each does at a time stays what memory
-    holds."""
+    """A batch of 32 in four lanes is divided over one, two or four workers; the micro-batch is limited by memory."""
     plan = check_run(changed(base, workers=4, min_workers=1))
     assert sizes(plan) == [1, 2, 4]
     assert [make_plan(plan.config, open_dataset(base.runtime.data), n).micro_batch for n in (1, 2, 4)] == [8, 8, 8]

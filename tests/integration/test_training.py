@@ -177,7 +177,7 @@ def test_rank_0_reads_the_weights_for_all(tmp_path):
 
 
 def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None) -> None:
-    """`work` that notes the keys of every batch, and can be killed by the kernel when it asks for one."""
+    """`work` that records the keys of every batch, and can be killed when it requests a batch."""
     from pipeline.training import loop
 
     right = loop.training_batches
@@ -254,7 +254,8 @@ def tensors_of(writer: checkpoint.Writer, value: float) -> Callable[[], dict[str
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
-    """Another byte, fewer bytes, a commit that is cut off, no commit: each is told apart, with what is used instead."""
+    """A changed byte, missing bytes, a truncated commit, and no commit: each is
+    reported with the checkpoint that is used instead."""
     written(tmp_path, 2, 4, 6, 8)
     two, four, six, eight = (Path(checkpoints.folder(str(tmp_path), step)) for step in (2, 4, 6, 8))
     assert checkpoints.latest(str(tmp_path)).step == 8
@@ -377,7 +378,7 @@ def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
 
 
 def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
-    """Over S3: what a worker of the same number of workers owns lies in files of its own."""
+    """On S3: with the same number of workers, each worker reads its own files."""
     written(f"{s3}/run", 2).close()
     start = checkpoints.latest(f"{s3}/run")
     with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:

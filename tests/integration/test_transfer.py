@@ -53,7 +53,7 @@ def checkpoint(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Checkpoint and data in the layout of VTAB, three of its tasks, and MLflow's database beside them."""
+    """A checkpoint, data of three tasks in the layout of VTAB, and MLflow's database."""
     root = tmp_path_factory.mktemp("transfer")
     for task in ("pets", "svhn", "dmlab"):
         for seed, (split, n) in enumerate((("train800val200", 90), ("train800", 60), ("val200", 30), ("test", 60))):
@@ -438,8 +438,8 @@ def test_interrupted_command_continues(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_decontaminated_accuracy_from_raw_images_to_the_report(world, tmp_path):
-    """Six test images lie among the pre-training images, two of them re-encoded: prepare finds them, transfer says what
-    the accuracy is without them."""
+    """Six test images are among the pre-training images, two of them re-encoded: prepare finds them, and transfer
+    reports the accuracy without them."""
     generator = np.random.default_rng(0)
 
     def photo(path, label):
@@ -518,7 +518,7 @@ def test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker(world, m
     first = start()
     wait_for(4, first)
     children = psutil.Process(first.pid).children(recursive=True)
-    # Ray's agents notice by polling, a minute later; what computes or keeps memory goes at once
+    # Ray's agents notice by polling, a minute later; processes that compute or hold memory end immediately
     children = [child for child in children if not child.name().endswith("Agent")]
     first.kill()
     first.communicate()

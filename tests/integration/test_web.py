@@ -34,7 +34,7 @@ SIGNATURE = "sv=2026&sp=r&sig=c2VjcmV0LXNpZ25hdHVyZQ%3D%3D"
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    monkeypatch.setenv("VIT_URL_QUERIES", "")  # what is added to it goes with the test
+    monkeypatch.setenv("VIT_URL_QUERIES", "")  # so that additions are undone after the test
     (tmp_path / "web").mkdir()
     with FileServer(tmp_path / "web") as server:
         yield server
@@ -73,7 +73,7 @@ def test_several_addresses_become_one_dataset_through_faults(web, image_folder, 
 
 
 def test_a_published_dataset_is_loaded_as_from_disk(web, image_folder, tmp_path, without_ray):
-    """A dataset needs no listing; the same batches come through a cache."""
+    """A dataset needs no listing; with a cache the batches are the same."""
     prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=40))
     found = []
     for uri, cache in [

@@ -1,4 +1,4 @@
-"""Weights from wherever a user keeps them: a run folder, an MLflow run, the model registry."""
+"""Weights from a run folder, an MLflow run, and the model registry."""
 
 import json
 import subprocess
@@ -114,7 +114,7 @@ TRANSFER = "--suite folder --data sets --lrs 0.01 --steps 4 --batch-size 8 --res
 
 @pytest.fixture
 def google_file(tmp_path):
-    """(model, its weights in a .npz in Google's naming) beside two small sets of noise."""
+    """(model, its weights in a .npz in Google's naming), and two small sets of noise."""
     torch.manual_seed(0)
     model = create_model("mu/8", 3, 24, pre_logits=True)
     np.savez(tmp_path / "vit.npz", **google_arrays(model))

@@ -191,4 +191,4 @@ def test_deeply_nested_json_is_one_line(text, tmp_path):
     (item,) = read_all(tmp_path / "a.tar")
     assert (item.key, item.labels) == ("a/one.png", ["a"])
     with pytest.raises(RecursionError):
-        json.loads(text)  # what the readers have to expect
+        json.loads(text)  # the exceptions that readers must expect

@@ -311,7 +311,7 @@ def test_an_output_below_a_file_is_one_line_before_any_work(command, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_whole_is_named_and_leaves_nothing(tmp_path):
-    """The limit of a process on the size of files stands for a full disk."""
+    """A limit on the file size of the process simulates a full disk."""
     code = "import resource, signal, sys; from pipeline import storage; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); storage.write_bytes(sys.argv[1], bytes(5000))"
     done = subprocess.run(

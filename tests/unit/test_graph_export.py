@@ -73,7 +73,7 @@ def test_commands_are_a_script_of_the_jobs(plan):
     lines = [shlex.split(line) for line in script.splitlines() if line.startswith("python ")]
     assert len(lines) == len(plan.instances)
     assert all((ROOT / line[1]).is_file() for line in lines)
-    seen = []  # each command stands after those whose outputs it reads
+    seen = []  # each command comes after the commands whose outputs it reads
     for line, name in zip(lines, plan.instances, strict=True):
         assert set(plan.instances[name].needs) <= set(seen)
         assert plan.folder(name) in line

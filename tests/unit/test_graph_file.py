@@ -1,5 +1,4 @@
-"""The pipeline file: what it may say, one error for each thing that cannot be, and the instances that follow from
-it."""
+"""The pipeline file: its syntax, an error for each invalid value, and its instances."""
 
 import dataclasses
 import json

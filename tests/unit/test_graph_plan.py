@@ -1,4 +1,4 @@
-"""What is done, what is stale and why; and the runner, with an executor that needs no processes."""
+"""Which stages are done or stale, and why; the runner, with an executor without processes."""
 
 import dataclasses
 import json
@@ -265,7 +265,7 @@ class Dying(Fake):
 
 
 class Later(Fake):
-    """Executor of the next runner: it knows the attempts of the one before."""
+    """Executor of the next runner, which knows the attempts of the previous one."""
 
     def __init__(self, before):
         super().__init__()

@@ -110,7 +110,7 @@ def parse(job, argv, monkeypatch):
     def stop(*args, **options):
         raise Parsed(read(*args, **options))
 
-    def stop_at_repair(run, delete):  # jobs/pretrain.py --repair is no training
+    def stop_at_repair(run, delete):  # jobs/pretrain.py --repair does not train
         raise Parsed(run)
 
     with monkeypatch.context() as patch:
@@ -326,7 +326,7 @@ def test_jobs_run_on_the_cluster_there_is():
     jobs = [job["spec"] for job in of_kind("RayJob")] + [cron["spec"]["jobTemplate"] for cron in of_kind("RayCronJob")]
     for job in jobs:
         assert job["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-        # the operator refuses these beside a clusterSelector
+        # the operator refuses these together with a clusterSelector
         assert not job.keys() & {"backoffLimit", "ttlSecondsAfterFinished", "suspend", "shutdownAfterJobFinishes"}
 
 
@@ -387,7 +387,7 @@ def test_a_rayjob_brings_the_cluster_with_it(kuberay_definitions):
     (cluster,) = [document for document in built("kuberay") if document["kind"] == "RayCluster"]
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
     assert job["spec"]["backoffLimit"] > 0
-    assert "clusterSelector" not in job["spec"]  # KubeRay refuses it beside backoffLimit
+    assert "clusterSelector" not in job["spec"]  # KubeRay refuses it together with backoffLimit
 
 
 def test_kueue_admits_the_whole_cluster_or_nothing(kuberay_definitions):

@@ -156,7 +156,7 @@ def test_reads_name_every_row_group_that_a_step_needs_in_time(arguments, epoch, 
         for step in range(begin % len(steps), len(steps)):
             open_now = {read.group for read in reads if read.first <= step <= read.last}
             needed = set(order.picks(step, part).groups.ravel().tolist())
-            for lane in part:  # a replacement is read from what is open, too
+            for lane in part:  # a replacement is also read from an open row group
                 needed |= {int(pick.groups[0]) for pick in order.substitutes(lane, step, 0)}
             assert needed <= open_now
 
@@ -335,7 +335,7 @@ def test_a_mixture_without_a_weight_for_each_is_told_how_to_write_it(text):
 
 def test_paths_with_commas_in_a_mixture(tmp_path):
     a, b = write(f"{tmp_path}/x=1,y=2-3f/train", 10, ["x"], 1), write(f"{tmp_path}/b", 10, ["x"], 2)
-    assert len(open_data(a)) == 10  # alone it is a path
+    assert len(open_data(a)) == 10  # without a second item it is a path
     text = address.data_address([(a, Fraction(2, 3)), (b, Fraction(1, 3))])
     assert address.shares(text) == [(a, Fraction(2, 3)), (b, Fraction(1, 3))]
     assert address.shares(address.normalise(text)) == address.shares(text)

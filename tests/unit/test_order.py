@@ -65,7 +65,7 @@ def test_reads_name_every_row_group_a_step_needs_and_no_other(arguments):
         for step in range(order.steps):
             open_now = set(reads[(reads[:, 1] <= step) & (step <= reads[:, 2]), 0].tolist())
             needed = set(order.locate(order.batch(step, part))[0].ravel().tolist())
-            for lane in part:  # a replacement is read from what is open too
+            for lane in part:  # a replacement is also read from an open row group
                 index = min(step * order.per_lane, order.lane_size - 1)
                 needed |= {int(order.locate(np.array([p]))[0][0]) for p in order.replacements(lane, index)}
             assert needed <= open_now

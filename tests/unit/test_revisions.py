@@ -1,4 +1,4 @@
-"""Growing corpora: appended sources, deleted keys, revisions by name, and what a stopped command leaves."""
+"""Growing corpora: appended sources, deleted keys, named revisions, and stopped commands."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ def labels_of(uri) -> dict[str, str]:
 
 @pytest.fixture
 def grown(tmp_path) -> Path:
-    """60 images of three classes in two splits, and a second revision with 30 more, of which ten are of a new class."""
+    """60 images of three classes in two splits, and a second revision with 30 more, ten of them of a new class."""
     first = write_images(tmp_path / "first", {"ant": 20, "bee": 20, "cat": 20}, 1)
     second = write_images(tmp_path / "second", {"ape": 10, "bee": 20}, 2)
     prepare(config(tmp_path, first, splits=SPLITS))
@@ -368,7 +368,7 @@ def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path,
         delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys))
     with pytest.raises(UserError, match="unfinished work; repeat the command that was stopped there"):
         delete_keys(f"{grown}/train", str(tmp_path / "keys.txt"))
-    prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS))  # finished; leaves the stopped append alone
+    prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS))  # finished; does not change the stopped append
     prepare(config(tmp_path, third, splits=SPLITS), append=True)
     with stopped_at_write(2, monkeypatch), pytest.raises(Stopped):
         delete_keys(str(grown), str(tmp_path / "keys.txt"))

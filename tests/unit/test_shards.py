@@ -1,4 +1,4 @@
-"""The shard format: this project and other libraries read what is written; damage is detected."""
+"""The shard format: this project and other libraries can read the shards; damage is detected."""
 
 import json
 import os

@@ -708,7 +708,7 @@ def test_a_listing_on_disk_is_the_listing_in_memory(image_folder, tmp_path, monk
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 1000, 40_000])
 def test_large_listings_are_sorted_and_shuffled_in_parts(rows, monkeypatch):
-    """Uses buckets on disk, the largest of which is divided again; the order of a shuffle depends only on the seed."""
+    """Uses buckets on disk and divides the largest one again; the order of a shuffle depends only on the seed."""
     monkeypatch.setattr(listing, "SPILL_ROWS", 64)
     places = np.random.default_rng(0).permutation(rows)
     paths = [f"{'é' if place % 3 else 'z'}/{place:05d}" for place in places]
@@ -721,7 +721,7 @@ def test_large_listings_are_sorted_and_shuffled_in_parts(rows, monkeypatch):
 
 
 def test_a_shuffle_in_parts_is_uniform(monkeypatch):
-    """Every row comes to every quarter of the order equally often."""
+    """Every row is in every quarter of the order equally often."""
     monkeypatch.setattr(listing, "SPILL_ROWS", 8)
     files = listing.listing([(str(i), 1) for i in range(40)])
     rng, counts = np.random.default_rng(0), np.zeros((40, 4))

@@ -141,7 +141,7 @@ def test_every_failed_attempt_is_counted_and_none_changes_what_is_read(cloud, mo
     with FaultProxy(cloud.server, stall=1.0) as proxy:
         monkeypatch.setenv(*cloud.at(proxy.endpoint))
         store = stores.make_store(cloud.uri)
-        # of the file itself, not of its size, which some stores are asked for when an answer is short
+        # requests of the file, without requests of its size, which some stores get after a short response
         proxy.fault = lambda method, path, n: fault if n < 3 and not path.startswith("/storage/v1/") else None
         assert store.read(f"{cloud.uri}/x", 100, 30_000) == data[100:30_000]
         if fault in REPEATED_INSIDE.get(cloud.uri.partition(":")[0], ()):

@@ -162,7 +162,7 @@ def test_learning_rates_are_tried_then_the_best_trains_with_every_seed():
     assert next_jobs(swept, 2, results) == finals[1:]
     results[finals[1].name] = done(finals[1])
     assert next_jobs(swept, 2, results) == []
-    assert len(next_jobs(swept, 3, results)) == 1  # one more seed joins what is there
+    assert len(next_jobs(swept, 3, results)) == 1  # an additional seed adds one job
     assert final_jobs(swept, 2, results) == finals
     assert count_jobs(swept, 2) == 5
 

@@ -69,7 +69,7 @@ def test_one_broken_data_set_does_not_stop_the_others(vtab_raw, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(Incomplete, match=r"cifar100: .*truncated") as error:
         prepare(["cifar100", "dtd"], str(tmp_path / "raw"), str(tmp_path / "out"))
-    assert error.value.counts["dtd"]["test"]["images"] == 24  # what was finished is reported all the same
+    assert error.value.counts["dtd"]["test"]["images"] == 24  # finished splits are still reported
     assert list(error.value.counts) == ["dtd"]
     assert len(open_split(str(tmp_path / "out/dtd"), "test")) == 24
     assert not (tmp_path / "out/cifar100/test/manifest.json").exists()

@@ -42,7 +42,7 @@ def test_every_task_has_its_splits_in_the_official_order(task, vtab_raw, vtab_pr
         if task == "sun397":
             expected = [key for key in expected if key != miniature.UNDECODABLE]
         assert counts["images"] == len(found) == len(expected)
-        if split == "test":  # large splits lie in the order of the archive
+        if split == "test":  # large splits are in archive order
             found, expected = sorted(found), sorted(expected)
         assert found == expected
         assert open_split(f"{output}/{task}", split).classes == get(task).classes
@@ -172,7 +172,7 @@ def test_caltech_draws_thirty_of_each_class(vtab_prepared):
     output, _ = vtab_prepared
     keys = [row["key"] for split in ("train800", "val200") for row in rows(output, "caltech101", split)]
     counts = Counter(key.split("/")[0] for key in keys)
-    assert counts.pop("BACKGROUND_Google") in (29, 30)  # its file `tmp` takes part in the draw and is no picture
+    assert counts.pop("BACKGROUND_Google") in (29, 30)  # its file `tmp` is included in the draw but is not an image
     assert set(counts.values()) == {30}
 
 

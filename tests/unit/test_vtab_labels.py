@@ -33,7 +33,7 @@ def test_clevr_distance(distance, label):
 
 
 def test_clevr_distance_compares_in_float32():
-    """TFDS stores coordinates as float32: what rounds to an edge lies on it."""
+    """TFDS stores coordinates as float32, so a value that rounds to an edge is on the edge."""
     assert clevr_distance([8.0000001]) == 0
     assert clevr_distance([8.000001]) == 1
 

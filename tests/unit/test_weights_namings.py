@@ -42,7 +42,8 @@ def test_the_numbering_of_linen_is_not_mistaken(tmp_path):
 
 
 def test_optimiser_state_and_bfloat16_in_a_training_checkpoint(tmp_path):
-    """opt/target/ holds the parameters, opt/state/ something of the same names; bfloat16 arrives as two-byte void."""
+    """opt/target/ has the parameters, opt/state/ other values with the same names;
+    bfloat16 is stored as two-byte void."""
     model = tiny()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,7 +156,7 @@ def test_huggingface_folder_old_and_new_names(tmp_path):
 
 
 def test_a_new_naming_is_one_module_and_one_line(monkeypatch):
-    """The line is an entry of NAMINGS; the module says what it recognises and how it translates."""
+    """The line is an entry of NAMINGS; the module has the recognition and the translation."""
     shouting = types.SimpleNamespace(
         NAME="shouting",
         ANCHORS=("PATCH_EMBED.PROJ.WEIGHT",),

@@ -159,7 +159,7 @@ def test_open_clip_around_a_timm_model(tmp_path):
 
 
 def test_an_averaged_model_of_pytorch(tmp_path):
-    """torch.optim.swa_utils.AveragedModel counts its updates beside the weights."""
+    """torch.optim.swa_utils.AveragedModel saves the number of updates with the weights."""
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.ModuleDict({"module": tiny()}))
     torch.save({"ema": averaged.state_dict(), "epoch": 3}, tmp_path / "ema.pt")
     assert "n_averaged" in averaged.state_dict()
@@ -169,7 +169,8 @@ def test_an_averaged_model_of_pytorch(tmp_path):
 
 
 def test_lightning(tmp_path):
-    """A checkpoint of Lightning: hyperparameters, loops and callbacks beside the state dict of a LightningModule."""
+    """A checkpoint of Lightning: hyperparameters, loops and callbacks in addition
+    to the state dict of a LightningModule."""
     state = {f"model.{name}": tensor for name, tensor in tiny().state_dict().items()}
     beside = {
         "epoch": 1,
