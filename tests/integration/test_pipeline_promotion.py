@@ -67,9 +67,7 @@ def test_champion_and_candidate_mean_what_they_say(tmp_path, rule):
     better = transferred(tmp_path, "better", 95.0)
     answer, aliases = rule(better, no_worse_than="champion")
     assert (answer["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
-    again, aliases = rule(
-        better, no_worse_than="champion"
-    )  # no second version of the champion
+    again, aliases = rule(better, no_worse_than="champion")  # no second version of the champion
     assert (again["promoted"], aliases) == (4, {"champion": 4, "candidate": 3})
     low, _ = rule(transferred(tmp_path, "low", 99.0), at_least=99.5)
     assert low["why"].endswith("is not promoted: less than 99.5")

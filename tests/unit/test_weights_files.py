@@ -132,7 +132,7 @@ def test_training_state_alone(tmp_path, workers):
     commit_checkpoint(tmp_path, 1)
     assert torch.equal(logits(load_model(tmp_path)), logits(model))
     (tmp_path / "state" / f"rank-00000-of-{workers:05d}.safetensors").unlink()
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="incomplete"):
         load_model(tmp_path)
     (tmp_path / "COMMIT.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
