@@ -3,7 +3,7 @@
     python tests/benchmarks/download_speed.py --photos FOLDER --images 6000 --peer VENV/bin/img2dataset
 
 Both download the same photographs with as many processes as there are cores and 64 connections each. `prepare` and
-`img2dataset` make the shorter side 256, JPEG quality 90; `download_only` and `img2dataset_keep` keep the files. Ours also
+`img2dataset` make the shorter side 256, JPEG quality 90; `unit` does the work of `prepare` in one process without Ray; `download_only` and `img2dataset_keep` keep the files. Ours also
 decodes strictly, computes checksums and statistics, and writes manifests; img2dataset also writes a table of the rows.
 `per_second` is steady: between the first and the last answer of the server. `seconds` is the whole command. `cpu_ms` is
 CPU time an image over the command's process tree, without the server, which runs on the same cores.
@@ -31,6 +31,12 @@ import pyarrow.parquet as pq
 HERE = Path(__file__).parent
 JOB = str(HERE.parents[1] / "jobs" / "prepare.py")
 CONNECTIONS = 64
+IN_PROCESS = """
+from pipeline import workqueue
+from pipeline.data.downloads.config import DownloadConfig
+from pipeline.data.prepare import PrepareConfig, prepare
+with workqueue.without_ray():
+    """
 
 
 # ---------------------------------------------------------------- the server
@@ -84,7 +90,10 @@ def server(folder: str) -> Iterator[str]:
 def commands(source: str, output: str, cpus: int, peer: str | None) -> dict[str, list[str]]:
     ours = [sys.executable, JOB, "--source", source, "--output", output, "--allow-private-hosts", "--no-tracking"]
     ours += ["--num-cpus", str(cpus), "--download.connections", str(CONNECTIONS), "--download.per-host", "4096"]
+    settings = f"source=({source!r},), output={output!r}, unlabelled=True, allow_private_hosts=True, "
+    settings += f"download=DownloadConfig(connections={CONNECTIONS}, per_host=4096)"
     found = {"prepare": [*ours, "--unlabelled"], "download_only": [*ours, "--download-only"]}
+    found |= {"unit": [sys.executable, "-c", f"{IN_PROCESS}prepare(PrepareConfig({settings}))"]}
     if peer:
         theirs = [
             peer,

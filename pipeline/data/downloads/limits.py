@@ -88,6 +88,7 @@ class HostLimits:
     def __init__(self, per_host: int, rate: float | None, max_wait: float, folder: str | None = None) -> None:
         self.per_host, self.interval, self.max_wait = min(per_host, SLOTS), 1 / rate if rate else 0.0, max_wait
         self._files = _files(folder or os.path.join(tempfile.gettempdir(), f"vit-hosts-{os.getuid()}"))
+        self._next = 0
         self._waiting: dict[int, tuple[asyncio.Semaphore, int]] = {}
 
     @contextlib.asynccontextmanager
@@ -113,7 +114,9 @@ class HostLimits:
 
     async def _lock(self, place: int) -> int:
         while True:
-            for position in range(place * SLOTS, place * SLOTS + self.per_host):
+            self._next += 1  # the slot after the last one is the likeliest to be free
+            for offset in range(self._next, self._next + self.per_host):
+                position = place * SLOTS + offset % self.per_host
                 if self._files.try_lock(position):
                     return position
             await asyncio.sleep(POLL * (0.5 + random.random()))
