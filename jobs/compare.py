@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         about = Description(
             what=inside,
             data=[f"{len(rows)} transfer results of the same MLflow server"],
-            to_continue="the same command again makes a new leaderboard.",
+            to_continue="repeat the command to make a new leaderboard.",
         )
         with start_run(names.COMPARE, options.suite or "all suites", about=about, tracking_uri=uri) as run:
             run.log_text(markdown, "leaderboard.md")

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     options = parse_command(argv, Command, prog="jobs/export.py", description=__doc__ or "")
     check_output(options.output)
     if storage.exists(options.output) and storage.list_files(options.output):
-        raise UserError(f"{options.output}: already holds files; give a new folder")
+        raise UserError(f"{options.output}: already has files; give a new folder")
     # Slow imports (torch, MLflow, the target libraries) come after the checks that do not need them.
     from pipeline.weights import locate, read_config
 

@@ -169,9 +169,7 @@ def show_downloads(options: Command, result: dict[str, Any], stdout: TextIO) -> 
         f"{reasons} may_pass={counts['may_pass']} bytes={counts['bytes']}  {counts['uri']}"
     )
     if counts["may_pass"]:
-        logger.warning(
-            "%d downloads failed for reasons that may pass; the same command fetches them again", counts["may_pass"]
-        )
+        logger.warning("%d downloads failed temporarily; repeat the command to retry them", counts["may_pass"])
     logs.show(f"next: python jobs/prepare.py --source {counts['uri']} --output ...")
     return 0
 
@@ -192,7 +190,7 @@ def summary(output: str, split: str, manifest: "Manifest") -> dict[str, Any]:
 
 
 def gather(argv: list[str], flag: str) -> list[str]:
-    """`--source a --source b` as `--source a b`. tyro's UseAppendAction would take the first form alone."""
+    """`--source a --source b` as `--source a b`. tyro's UseAppendAction would accept only the first form."""
     values, rest, i = [], [], 0
     while i < len(argv):
         if argv[i] == flag or argv[i].startswith(flag + "="):
@@ -275,7 +273,7 @@ def vtab(options: VtabCommand) -> int:
             page = Description(
                 what=f"VTAB-1k: tasks {', '.join(tasks)} from the archives of their owners.",
                 data=[f"archives in {options.raw}", f"data sets in {options.output}"],
-                to_continue="the same command again builds what is missing.",
+                to_continue="repeat the command to build missing splits.",
             )
             run = stack.enter_context(start_run(names.PREPARE, name, config=about, about=page, tracking_uri=server))
         vtab.build_datasets(preparation)

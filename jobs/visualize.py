@@ -108,9 +108,9 @@ def log_inspection(
     place = checkpoint if checkpoint.startswith(artifacts.SCHEMES) else locate(checkpoint)
     title = checkpoint_name(place)
     about = Description(
-        what=f"What {numbers['variant']} has learned: filters, positions, attention distance and rollout.",
+        what=f"Inspection of {numbers['variant']}: filters, positions, attention distance and rollout.",
         data=[f"checkpoint {place}", f"{numbers['images']} images of {numbers['source'] or 'scikit-learn'}"],
-        to_continue="the same command again draws the figures again.",
+        to_continue="repeat the command to draw the figures again.",
     )
     tags = {names.CHECKPOINT: place}
     with tracking.start_run(names.VISUALIZE, title, tags=tags, about=about, tracking_uri=server) as run:

@@ -322,7 +322,7 @@ def _about_run(plan: TrainPlan, recipe: str) -> Description:
     config, options = plan.config, plan.model_options
     what = (
         f"Pre-training of {config.model.variant} ({parameters(options) / 1e6:.1f}M parameters) "
-        f"{f'by the recipe {recipe} ' if recipe else ''}at {config.image_size} px: {plan.total:,} steps of "
+        f"{f'with the recipe {recipe} ' if recipe else ''}at {config.image_size} px: {plan.total:,} steps of "
         f"{config.batch_size}, {plan.total / plan.steps_per_epoch:.1f} epochs."
     )
     data = []

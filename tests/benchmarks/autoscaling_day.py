@@ -184,7 +184,7 @@ class Cluster:
 
 
 def place(cluster: Cluster, jobs: list[Job]) -> list[tuple[dict[str, float], int, bool]]:
-    """Starts every task that fits and returns what waits for nodes. GPU nodes are the last choice of tasks without a GPU."""
+    """Starts every task that fits and returns the tasks that wait for nodes. Tasks without a GPU use GPU nodes last."""
     waiting = []
     for job in jobs:
         if job.ended is not None or job.start > cluster.now:

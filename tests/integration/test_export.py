@@ -147,7 +147,7 @@ def test_nothing_is_overwritten_and_nothing_is_written_above_the_tolerance(tmp_p
     (tmp_path / "full" / "mine.txt").write_text("mine")
     failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "full")
     assert failed.returncode == 2
-    assert "already holds files" in failed.stderr
+    assert "already has files" in failed.stderr
     failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "none", "--tolerance", "-1")  # fmt: skip
     assert failed.returncode == 1
     assert not (tmp_path / "none").exists()

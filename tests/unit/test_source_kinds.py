@@ -307,7 +307,7 @@ def test_split_columns_under_other_names(tmp_path):
     table = {"image": [JPEG] * 2, "label": ["a", "b"]}
     pq.write_table(pa.table({**table, "Usage": ["Training", "PublicTest"]}), tmp_path / "x.parquet")
     assert [split for _, split in rows(tmp_path).values()] == ["Training", "PublicTest"]
-    pq.write_table(pa.table({**table, "set": ["red", "blue"]}), tmp_path / "x.parquet")  # not what splits are called
+    pq.write_table(pa.table({**table, "set": ["red", "blue"]}), tmp_path / "x.parquet")  # not names of splits
     assert [split for _, split in rows(tmp_path).values()] == [None, None]
 
 

@@ -1,4 +1,4 @@
-"""Revisions of a dataset: what `prepare --append` and `prepare delete` make of it.
+"""Revisions of a dataset, which `prepare --append` and `prepare delete` create.
 
     manifest.json            the newest revision
     manifest@1.json          an older one, byte for byte as it was written; `FOLDER@1` opens it
@@ -24,7 +24,7 @@ _OLDER = re.compile(r"manifest@([1-9][0-9]{0,5})\.json")
 
 
 def read_manifest(uri: str) -> tuple[str, Manifest]:
-    """The folder and the manifest of a dataset, or of one of its revisions. Raises UserError when there is none."""
+    """The folder and the manifest of a dataset or of one of its revisions. Raises UserError if there is none."""
     uri = storage.normalise(uri)
     folder, revision = split_address(uri)
     where = manifest_uri(uri)
@@ -50,7 +50,8 @@ def revisions(folder: str) -> dict[int, Manifest]:
 
 
 def publish(folder: str, manifest: Manifest) -> None:
-    """Makes a manifest, whose shards and reports are written, the newest revision. May be repeated after a stop."""
+    """Publishes a manifest as the newest revision, after its shards and reports
+    were written. May be repeated after a stop."""
     where = storage.join(folder, MANIFEST)
     text = storage.read_bytes(where)
     before = Manifest.from_json(text, where)
@@ -60,12 +61,12 @@ def publish(folder: str, manifest: Manifest) -> None:
 
 
 def successor(before: Manifest, revision: int, entry: dict[str, Any], **changes: Any) -> Manifest:
-    """The manifest of the next revision. entry: what its line in `history` says, besides the number."""
+    """The manifest of the next revision. entry: the fields of its entry in `history`, without the number."""
     return replace(before, revision=revision, history=[*before.history, {"revision": revision, **entry}], **changes)
 
 
 def known_files(manifests: Iterable[Manifest]) -> set[str]:
-    """Names of the files that these revisions of one dataset consist of, apart from manifest.json."""
+    """Names of all files of these revisions of a dataset, except manifest.json."""
     names: set[str] = set()
     for manifest in manifests:
         names |= {shard.name for shard in manifest.shards}

@@ -43,7 +43,7 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     if [entry.get("revision") for entry in manifest.history][-1:] != (
         [manifest.revision] if manifest.revision > 1 else []
     ):
-        problems.append(f"{MANIFEST}: revision is {manifest.revision}, not that of the last entry of history")
+        problems.append(f"{MANIFEST}: revision is {manifest.revision}, which does not match the last entry of history")
     inputs = manifest.rows + sum(manifest.rejects.values()) + manifest.duplicates + manifest.deleted
     if manifest.inputs != inputs:
         problems.append(f"{MANIFEST}: inputs is {manifest.inputs}, its parts add up to {inputs}")
@@ -118,7 +118,7 @@ def _verify_rejects(dataset: Dataset) -> Iterator[str]:
 
 
 def read_report(uri: str, name: str, revision: int) -> list[dict[str, Any]]:
-    """The rows of a report (rejects.parquet, duplicates.parquet) of a revision; none where there is no such report."""
+    """The rows of a report (rejects.parquet, duplicates.parquet) of a revision; empty if there is no such report."""
     try:
         data = storage.read_bytes(storage.join(uri, report_name(name, revision)))
     except FileNotFoundError:

@@ -58,7 +58,7 @@ class Augment:
         if self.squash and (self.resize is None or self.crop not in ("random", "center")):
             raise UserError("squash=True needs resize, and crop random or center; crop=squash needs neither")
         if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.aspect[0] <= self.aspect[1]:
-            raise UserError(f"area {self.area} must lie in (0, 1] and aspect {self.aspect} above 0, both (low, high)")
+            raise UserError(f"area {self.area} must be in (0, 1] and aspect {self.aspect} above 0, both (low, high)")
         if not 0 <= self.randaug_magnitude <= 30 or self.randaug_layers < 0 or self.mixup < 0:
             raise UserError("randaug_layers and mixup must be at least 0, randaug_magnitude in 0..30")
 

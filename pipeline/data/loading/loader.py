@@ -121,7 +121,7 @@ class Loader:
         if not self.steps_per_epoch or step > self.steps_per_epoch:
             raise UserError(
                 f"{dataset.uri}: an epoch of {len(dataset)} samples has {self.steps_per_epoch} steps of {batch_size}; step "
-                f"{step} is not one of them" + (" (drop_last leaves out a short batch)" if drop_last else "")
+                f"{step} is not one of them" + (" (drop_last drops a short batch)" if drop_last else "")
             )
         self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
         self._queue: deque[_Batch] = deque()

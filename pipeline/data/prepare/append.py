@@ -1,8 +1,8 @@
-"""`prepare --append`: new sources into the next revision of a finished dataset.
-
-The shards of the dataset stay as they are; the new images go into shards of their own, and new classes come after the
-old ones, so old labels stay valid. A source that the dataset already has keeps its keys, and inputs whose keys are
-there are skipped: a growing folder can be given again. The keys of a new source begin with its name. With --deduplicate, the new images are also compared with the images of the dataset as they are stored.
+"""`prepare --append`: adds new sources as the next revision of a finished dataset. The shards of the dataset are
+unchanged; the new images are written to new shards, and new classes follow the old ones, so old labels stay valid. A
+source that is already in the dataset keeps its keys, and inputs with existing keys are skipped, so a growing folder can
+be given again. The keys of a new source begin with its name. With --deduplicate, the new images are also compared with
+the images of the dataset as they are stored.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ SAME = ("encoding", "size", "small", "quality", "patch_size", "fit", "splits", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Append:
-    """What the tasks of a preparation know of the dataset that they add to."""
+    """The information about the dataset that the tasks of an append need."""
 
     revision: int
-    """The revision that is being made."""
+    """The number of the new revision."""
     bases: dict[str, str]
-    """{split: address of the revision that it continues}."""
+    """{split: address of the revision to which the append adds}."""
     known: dict[str, str]
-    """{source that the dataset has: what its keys begin with}."""
+    """{source in the dataset: prefix of its keys}."""
     keys: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """{split: sorted hashes of the keys of its rows, uint64}."""
     index: EvaluationIndex | None = None
@@ -55,9 +55,9 @@ class Append:
 
 
 def find_bases(config: PrepareConfig) -> Append:
-    """The revision that an append makes, and those that it continues; of a stopped append, the same as before.
-
-    Raises UserError when there is no finished dataset at the output, or it was prepared with other settings."""
+    """The number of the new revision, and the revisions to which the append adds; the same when a stopped append
+    continues. Raises UserError if there is no finished dataset at the output, or it
+    was prepared with other settings."""
     where = storage.join(config.output, WORK, "plan.json")
     mark = storage.read_record(where) if storage.exists(where) else {}
     names = list(parse_splits(config.splits))
@@ -93,9 +93,7 @@ def find_bases(config: PrepareConfig) -> Append:
 
 def _check_settings(uri: str, base: Manifest, config: PrepareConfig) -> None:
     if "source" not in base.config:
-        raise UserError(
-            f"--append: {uri} was not prepared by `jobs/prepare.py --source`, so its settings are not known"
-        )
+        raise UserError(f"--append: {uri} was not prepared by `jobs/prepare.py --source`, so its settings are unknown")
     old, new = identity(PrepareConfig()) | base.config, configuration.to_dict(identity(config))
     other = [
         f"--{key.replace('_', '-')} {_text(old[key])} (now {_text(new[key])})" for key in SAME if old[key] != new[key]
@@ -108,7 +106,7 @@ def _check_settings(uri: str, base: Manifest, config: PrepareConfig) -> None:
             "stays true"
         )
     if config.descriptor:
-        raise UserError("--append: --descriptor does not compare new images with those of the dataset; leave it out")
+        raise UserError("--append: --descriptor does not compare new images with those of the dataset; remove it")
 
 
 def _text(value: Any) -> str:
@@ -116,27 +114,27 @@ def _text(value: Any) -> str:
 
 
 def finished_before(append: Append, input_fingerprint: str) -> dict[str, Manifest] | None:
-    """The manifests, when the newest revision was already made by an append of the same input."""
+    """The manifests, if the newest revision is the result of an append of the same input."""
     found = {name: open_dataset(uri).manifest for name, uri in append.bases.items()}
     last = [manifest.history[-1] if manifest.history else {} for manifest in found.values()]
     wanted = {
         "kind": APPEND,
         "input_fingerprint": input_fingerprint,
         "temporary": 0,
-    }  # failed downloads are tried again
+    }  # failed downloads are retried
     same = all(wanted.items() <= entry.items() for entry in last)
     return found if same else None
 
 
 def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels:
-    """The labels of the new sources, in the class list of the dataset with the new classes at its end."""
+    """The labels of the new sources, as indices of the dataset's classes followed by the new classes."""
     unknown = [name for name in splits if name not in append.bases]
     if unknown:
         raise UserError(f"--append: the source has the split {unknown[0]!r}, which the dataset does not have")
     manifests = [open_dataset(uri).manifest for uri in append.bases.values()]
     if any(manifest.multilabel != labels.multilabel for manifest in manifests) and not labels.unlabelled:
         several, one = ("dataset", "source") if manifests[0].multilabel else ("source", "dataset")
-        raise UserError(f"--append: the {several} has several labels for each image, the {one} has one")
+        raise UserError(f"--append: the {several} has several labels per image, the {one} has one")
     old = max((manifest.classes for manifest in manifests), key=len)
     classes = [*old, *(name for name in labels.classes if name not in set(old))]
     if new := classes[len(old) :]:
@@ -147,7 +145,7 @@ def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels
 
 
 def read_keys(append: Append) -> Append:
-    """With the keys of the dataset: 8 bytes for each of its images."""
+    """Adds the hashed keys of the dataset, 8 bytes per image."""
     keys = {}
     for name, uri in append.bases.items():
         found = [key_hash(key) for head in open_dataset(uri).heads() for key in head.keys]
@@ -158,7 +156,7 @@ def read_keys(append: Append) -> Append:
 def history_entry(
     append: Append, config: PrepareConfig, input_fingerprint: str, rows: int, skipped: int
 ) -> dict[str, Any]:
-    """The line of an append in the manifest's history. prefixes: {source: what its keys begin with}."""
+    """The entry of an append in the manifest's history. prefixes: {source: prefix of its keys}."""
     about = {
         "source": list(config.source),
         "prefixes": dict(zip(config.source, sources.key_prefixes(config.source, append.known), strict=True)),
@@ -169,7 +167,8 @@ def history_entry(
 
 
 def joined(before: Manifest, new: Manifest) -> dict[str, Any]:
-    """The fields of a manifest that an append changes. Mean and standard deviation weigh the two by their images."""
+    """The fields of a manifest that an append changes. Mean and standard deviation
+    are averages weighted by the numbers of images."""
     counts = [a + b for a, b in zip([*before.class_counts, *[0] * len(new.classes)], new.class_counts, strict=False)]
     summed = {
         name: dict(sorted((Counter(getattr(before, name)) + Counter(getattr(new, name))).items()))

@@ -1,7 +1,6 @@
-"""Deletion of rows by key, such as takedown requests: the next revision of a dataset without them.
-
-Only the shards that have such a row are written anew, with the row groups of before; all others are shared with the
-revision before. Older revisions keep the deleted rows until `purge` removes them.
+"""Deletes rows by key, for example for takedown requests: creates the next revision of a dataset without them. Only
+shards with such a row are rewritten, with the same row groups; all others are shared with the previous revision. Older
+revisions keep the deleted rows until `purge` removes them.
 """
 
 import hashlib
@@ -26,12 +25,12 @@ from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)
 DELETE = "delete"
-SHARDS_AT_ONCE = 16  # shards that one unit searches for keys
+SHARDS_AT_ONCE = 16  # shards that a unit of work searches for keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deletion:
-    """What a deletion did to one dataset."""
+    """The result of a deletion for one dataset."""
 
     uri: str
     revision: int
@@ -42,9 +41,8 @@ class Deletion:
 
 
 def delete_keys(uri: str, keys: str) -> list[Deletion]:
-    """Deletes the rows with the keys in a text file, one a line, from a dataset or from all splits in a folder.
-
-    Repeating a stopped deletion continues it. Raises UserError before any work when no key is in the data, or nothing
+    """Deletes the rows with the keys in a text file, one per line, from a dataset or from all splits in a folder.
+    Repeat a stopped deletion to continue it. Raises UserError before any work if no key is in the data, or no rows
     would be left."""
     wanted = _read_keys(keys)
     root, sets = find_datasets(uri)
@@ -66,7 +64,7 @@ def delete_keys(uri: str, keys: str) -> list[Deletion]:
             raise UserError(f"{one}: all of its images would be deleted; remove the folder instead")
     missing = len(wanted) - len(present)
     if missing:
-        logger.warning("%d of the %d keys are in no row, such as %s", missing, len(wanted), min(wanted - present))
+        logger.warning("%d of the %d keys are not in the data, such as %s", missing, len(wanted), min(wanted - present))
     storage.write_json(storage.join(work, "plan.json"), {DELETE: digest, "revision": number})
     for one, rows in found.items():
         if rows:
@@ -81,16 +79,16 @@ def _read_keys(uri: str) -> set[str]:
     except FileNotFoundError as error:
         raise UserError(f"--keys {uri}: there is no such file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--keys {uri}: not a text file in UTF-8, with one key a line") from error
+        raise UserError(f"--keys {uri}: not a text file in UTF-8, with one key per line") from error
     keys = {line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")} - {""}
     if not keys:
-        raise UserError(f"--keys {uri}: has no keys; write one a line")
+        raise UserError(f"--keys {uri}: has no keys; write one per line")
     return keys
 
 
 def find_datasets(uri: str) -> tuple[str, list[str]]:
-    """A folder, and the datasets in it: itself, or its splits. Raises UserError when there is none, or a revision is
-    named."""
+    """(folder, its datasets): the folder itself, or its splits. Raises UserError if
+    there is no dataset, or the address names a revision."""
     root = storage.normalise(uri)
     if split_address(root)[1] is not None:
         raise UserError(f"{uri}: a deletion starts from the newest revision; name the folder {split_address(root)[0]}")
@@ -107,13 +105,13 @@ def find_datasets(uri: str) -> tuple[str, list[str]]:
 
 
 def _read_mark(work: str, digest: str) -> dict[str, Any]:
-    """The mark of this deletion if it was stopped; empty for a new one."""
+    """The state of this deletion if it was stopped; empty for a new one."""
     where = storage.join(work, "plan.json")
     mark = storage.read_record(where) if storage.exists(where) else {}
     if mark and mark.get(DELETE) != digest:
         raise UserError(
-            f"{work.removesuffix('/' + WORK)}: has an unfinished append, deletion or download; repeat the command that was "
-            f"stopped first, or remove {work} to give it up"
+            f"{work.removesuffix('/' + WORK)}: has an unfinished append, deletion or download; repeat the command that "
+            f"was stopped first, or remove {work} to abandon it"
         )
     return mark
 
@@ -166,7 +164,7 @@ def _find_rows(shards: range, context: tuple[str, set[str]]) -> dict[int, dict[i
 
 
 def _delete_from(folder: str, base: int, number: int, found: dict[int, dict[int, str]], digest: str, work: str) -> None:
-    """Publishes the revision of one dataset without the rows that were found."""
+    """Publishes the revision of one dataset without the given rows."""
     before, name = open_dataset(f"{folder}@{base}").manifest, folder.rpartition("/")[2]
     units = {f"{DELETE}-{name}-{shard:06d}": (shard, sorted(rows)) for shard, rows in found.items()}
     receipts = Receipts(work)
@@ -202,8 +200,8 @@ def _delete_from(folder: str, base: int, number: int, found: dict[int, dict[int,
 
 
 def _write_shard(unit: tuple[int, list[int]], context: tuple[str, int, int]) -> dict[str, Any]:
-    """Writes a shard without some of its rows. The receipt: the new shard, none if no row is left, and the number of
-    removed rows of each label."""
+    """Writes a shard without some of its rows. Returns a receipt with the new shard (none if no rows are left) and the
+    number of removed rows per label."""
     (shard, rows), (folder, base, number) = unit, context
     dataset, left, removed, row = open_dataset(f"{folder}@{base}"), set(rows), Counter[int](), 0
     prefix = f"{shard_prefix(number)}{shard:05d}d"
@@ -223,7 +221,7 @@ def _write_shard(unit: tuple[int, list[int]], context: tuple[str, int, int]) -> 
 
 
 def held_by(folder: str) -> list[int]:
-    """Older revisions that have rows which a deletion removed: a shard that the newest one does not have."""
+    """Older revisions with deleted rows, which have a shard that is not in the newest revision."""
     everything = revisions(folder)
     newest = everything[max(everything)]
     now = {shard.name for shard in newest.shards}
@@ -240,8 +238,8 @@ def _result(folder: str) -> Deletion:
 
 
 def purge(uri: str) -> dict[str, list[int]]:
-    """Removes the older revisions that have deleted rows, and every file that no other revision has. Returns {dataset:
-    revisions removed}. May be repeated after a stop."""
+    """Removes the older revisions that have deleted rows, and all files that no other revision uses. Returns {dataset:
+    removed revisions}. May be repeated after a stop."""
     root, sets = find_datasets(uri)
     for folder in {root, *sets}:
         if storage.exists(storage.join(folder, WORK, "plan.json")):
@@ -251,7 +249,7 @@ def purge(uri: str) -> dict[str, list[int]]:
     gone = {}
     for folder in sets:
         stale = held_by(folder)
-        for number in stale:  # first, so that nothing partial looks complete
+        for number in stale:  # first, so that no partial revision looks complete
             storage.remove(storage.join(folder, name_of(MANIFEST, number)))
         known = known_files(revisions(folder).values())
         for file in storage.list_files(folder, recursive=False):
@@ -262,7 +260,7 @@ def purge(uri: str) -> dict[str, list[int]]:
 
 
 def summary(results: Sequence[Deletion], purged: dict[str, list[int]] | None) -> list[str]:
-    """The lines that the job prints."""
+    """The lines of the job's output."""
     lines = []
     for one in results:
         held = (

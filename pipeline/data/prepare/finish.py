@@ -42,7 +42,7 @@ def finish_datasets(
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     if plan.append is not None and not any(part["rows"] for receipt in receipts for part in receipt["splits"].values()):
-        logger.info("prepare: %s has all of these images already; there is no new revision", plan.config.output)
+        logger.info("prepare: %s already has all of these images; there is no new revision", plan.config.output)
         storage.remove(plan.work, recursive=True)
         return {name: open_dataset(uri).manifest for name, uri in plan.append.bases.items()}
     manifests = {}
@@ -77,20 +77,20 @@ def finish_datasets(
 
 
 def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: bool) -> bool:
-    """Whether the same command may add images whose download failed for a while, and says so."""
+    """Whether repeating the command may add images whose download failed temporarily. Logs a hint."""
     count = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
     if not count:
         return False
     if shuffled or plan.receipts.finished() & set(map(deduplicated_name, range(len(plan.slices)))):
         logger.warning(
-            "%s: %d downloads failed for reasons that may pass; this dataset cannot be completed later, because its rows were "
+            "%s: %d downloads failed temporarily; this dataset cannot be completed later, because its rows were "
             "shuffled or removed after the downloads (--download-only keeps the files)",
             plan.config.output,
             count,
         )
         return False
     logger.warning(
-        "%s: %d downloads failed for reasons that may pass; the same command fetches these again",
+        "%s: %d downloads failed temporarily; repeat the command to retry them",
         plan.config.output,
         count,
     )

@@ -220,7 +220,7 @@ def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
     for path in paths:
         try:
             if os.path.isabs(path) or ".." in path.split("/"):  # from a label table
-                raise FileNotFoundError(f"{path} lies outside the source")
+                raise FileNotFoundError(f"{path} is outside the source")
             name = os.path.join(folder, path)
             storage.refuse_special(name)
             with open(name, "rb") as file:

@@ -69,7 +69,7 @@ def _labels(uri: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.R
     for group in range(file.num_row_groups if columns else 0):
         largest, refused = _largest_value(file, group, columns)
         if refused:
-            raise UserError(f"{uri}: {refused.detail}; this is no column of labels")
+            raise UserError(f"{uri}: {refused.detail}; this is not a column of labels")
         rows = max(1, LABEL_BYTES // largest) if largest else 1 << 16
         yield from file.iter_batches(columns=columns, row_groups=[group], batch_size=min(rows, 1 << 16))
 
