@@ -1,4 +1,4 @@
-"""A day of one cluster, simulated: what the autoscaler of infra/ray-up/aws.yaml starts and ends, and what the day costs.
+"""Simulates a day of one cluster: the nodes that the autoscaler of infra/ray-up/aws.yaml starts and ends, and the cost.
 
     python tests/benchmarks/autoscaling_day.py --output docs/autoscaling-day.png
 

@@ -57,7 +57,7 @@ SECTIONS = {
     "recompute": (100, 40),
     "convolutions": (90, 40),
 }
-# Only by name: what the driver does when a section fails or hangs.
+# Run only if named: they test the driver with sections that fail or hang.
 TRIALS = {"fails": (60, 1), "hangs": (10, 1)}
 LEFT_OVER = 5.0  # seconds of the budget that are kept for the table
 

@@ -342,8 +342,8 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
 
 
 def test_damaged_checkpoints_do_not_count_and_nothing_valid_goes_before_its_time(tmp_path):
-    """Once the newest ones are damaged, training goes on below them: what it saves is kept, the damaged ones go in the
-    end."""
+    """If the newest checkpoints are damaged, training continues from an older one; new checkpoints are kept, and
+    damaged ones are removed at the end."""
     writer = written(tmp_path, 2, 10, 12, keep_last=2)
     for step in (10, 12):
         flip_bit(Path(checkpoints.folder(str(tmp_path), step), "model.safetensors"))

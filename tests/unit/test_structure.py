@@ -73,7 +73,7 @@ def test_imports_go_one_way(path):
     libraries = {name.partition(".")[0] for name in imported(path)}
     for library, rooms in DOORS.items():
         if library in libraries:
-            assert place(path).startswith(rooms), f"{place(path)} imports {library}, which only {rooms} may"
+            assert place(path).startswith(rooms), f"{place(path)} imports {library}, which only {rooms} may import"
 
 
 @each_file
@@ -121,4 +121,4 @@ def test_no_job_hides_a_module_of_another_name():
     imported."""
     taken = sys.stdlib_module_names | {"models", "tests"} | set(DOORS)
     found = {path.stem for path in (ROOT / "jobs").glob("*.py")} & taken
-    assert found <= {"pipeline"}, found  # jobs/pipeline.py hands out the package: tests/unit/test_pipeline_name.py
+    assert found <= {"pipeline"}, found  # jobs/pipeline.py returns the package: tests/unit/test_pipeline_name.py

@@ -234,7 +234,7 @@ def test_averaged_weights_are_preferred_and_the_report_says_so(tmp_path):
     torch.save({"state_dict": tiny(seed=3).state_dict(), "state_dict_ema": tiny().state_dict()}, tmp_path / "w.pth")
     model = tiny(seed=9)
     assert (
-        "the file holds state_dict_ema and state_dict: state_dict_ema is read"
+        "the file has state_dict_ema and state_dict: state_dict_ema is used"
         in load_weights(model, tmp_path / "w.pth").notes
     )
     assert torch.equal(logits(model), logits(tiny()))

@@ -93,7 +93,7 @@ def test_dinov2_and_its_teacher(tmp_path, chunked):
         assert any("LayerScale" in note for note in report.notes)
     assert torch.equal(logits(read[0]), logits(read[1]))
     assert "dino_head.last_layer.weight_v" in report.dropped
-    assert "the file holds teacher and student: teacher is read" in report.notes
+    assert "the file has teacher and student: teacher is used" in report.notes
 
 
 def test_a_masked_autoencoder_leaves_its_decoder_behind(tmp_path):
@@ -215,7 +215,7 @@ def test_of_several_encoders_one_is_read_and_the_report_says_which(tmp_path, pre
     torch.save(state, tmp_path / "w.pt")
     model = tiny(seed=9)
     report = load_weights(model, tmp_path / "w.pt", strict_head=True)
-    assert any(f"{chosen} is read" in note for note in report.notes)
+    assert any(f"{chosen} is used" in note for note in report.notes)
     assert torch.equal(logits(model), logits(models[chosen]))
 
 

@@ -58,7 +58,7 @@ class _Counts:
     label: Any = None  # label of the previous row
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
     skipped: int = 0  # inputs whose key the dataset has that is added to
-    reported: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # duplicates that are written all the same
+    reported: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # duplicates that are still written
     reported_pictures: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
 
 
