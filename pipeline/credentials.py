@@ -37,7 +37,8 @@ _USERINFO = re.compile(
 )
 # The same at the beginning of a separate address, which may contain quotes.
 _WHOLE = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#]*|[^/?#:@]*:(?!\d*[/?#])[^@]*)@", re.DOTALL)
-_SECRET_NAMES = r"(?:[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|account_?key|access_?key(?:_?id)?)|sig)"
+_KEYS = r"api_?key|account_?key|access_?key(?:_?id)?"
+_SECRET_NAMES = rf"(?:[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|{_KEYS})|sig)"
 _QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
 
 

@@ -1,9 +1,9 @@
 """az:// addresses: Azure Blob Storage, as az://container/prefix.
 
-adlfs reads the AZURE_STORAGE_* variables and finds the credentials: a connection string, or an account with a key, a SAS token, a
-service principal, or the result of Azure's DefaultAzureCredential (`az login`, a managed identity). Requests use the
-Azure SDK client that adlfs creates, because adlfs loses `#` and `?` in names and reports refused requests as missing
-files.
+adlfs reads the AZURE_STORAGE_* variables and finds the credentials: a connection string, or an account with a key, a
+SAS token, a service principal, or the result of Azure's DefaultAzureCredential (`az login`, a managed identity).
+Requests use the Azure SDK client that adlfs creates, because adlfs loses `#` and `?` in names and reports refused
+requests as missing files.
 """
 
 import logging

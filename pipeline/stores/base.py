@@ -1,12 +1,13 @@
 """Base class of the object stores: the requests of `pipeline.storage` with a common retry policy.
 
-A store is a class in a module of its own, with a row in `pipeline.stores.SCHEMES`. It says how one attempt of each request is
-made and which of its errors another attempt cannot change; this module does the rest. Credentials and endpoints come from the
-environment variables of the vendor's own tools, never from arguments, so that no secret passes through a config, a log or a run.
+A store is a class in a module of its own, with a row in `pipeline.stores.SCHEMES`. It says how one attempt of each
+request is made and which of its errors another attempt cannot change; this module does the rest. Credentials and
+endpoints come from the environment variables of the vendor's own tools, never from arguments, so that no secret
+passes through a config, a log or a run.
 
-What may pass (500, 503, 429, time-outs, resets, short bodies) is tried again as `pipeline.retry` says. The client libraries
-repeat nothing themselves, so that every repetition is counted and logged. Uploads in parts are the exception: there the library
-repeats single parts first, because a whole upload can be gigabytes.
+What may pass (500, 503, 429, time-outs, resets, short bodies) is tried again as `pipeline.retry` says. The client
+libraries repeat nothing themselves, so that every repetition is counted and logged. Uploads in parts are the
+exception: there the library repeats single parts first, because a whole upload can be gigabytes.
 """
 
 import abc
@@ -229,15 +230,16 @@ class ObjectStore(abc.ABC):
         """Raises UserError if addresses of this scheme are read-only."""
         if not self.WRITABLE:
             raise UserError(
-                f"{redacted(uri)}: {uri.partition('://')[0]}:// can only be read; write to a local path, s3://, gs:// or az://"
+                f"{redacted(uri)}: {uri.partition('://')[0]}:// can only be read; write to a local path, s3://, gs:// "
+                "or az://"
             )
 
     def refuse_listing(self, uri: str) -> None:
         """Raises UserError if this scheme has no listings."""
         if not self.LISTS:
             raise UserError(
-                f"{redacted(uri)}: files cannot be listed over {uri.partition('://')[0]}://; name a file (several with several "
-                "addresses), or a prepared dataset"
+                f"{redacted(uri)}: files cannot be listed over {uri.partition('://')[0]}://; name a file (several with "
+                "several addresses), or a prepared dataset"
             )
 
     def _write(self, uri: str, attempt: Callable[[], Any]) -> None:

@@ -1,8 +1,8 @@
 """gs:// addresses: Google Cloud Storage, through gcsfs.
 
-Credentials are Google's application default credentials: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default
-login`, or the service account of the machine. Without any, requests are anonymous, which public buckets allow.
-STORAGE_EMULATOR_HOST names another server, which is used without credentials.
+Credentials are Google's application default credentials: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth
+application-default login`, or the service account of the machine. Without any, requests are anonymous, which public
+buckets allow. STORAGE_EMULATOR_HOST names another server, which is used without credentials.
 """
 
 import base64
@@ -75,7 +75,8 @@ class GoogleStore(ObjectStore):
         multipart separator: a file that contains it would be truncated."""
         bucket, key = split(uri)
         between = uuid.uuid4().hex.encode()
-        head = b"--%b\r\nContent-Type: application/json\r\n\r\n%b\r\n--%b\r\nContent-Type: application/octet-stream\r\n\r\n"
+        head = b"--%b\r\nContent-Type: application/json\r\n\r\n%b\r\n--%b\r\n"
+        head += b"Content-Type: application/octet-stream\r\n\r\n"
         body = b"".join(
             (head % (between, json.dumps({"name": key}).encode(), between), data, b"\r\n--%b--\r\n" % between)
         )

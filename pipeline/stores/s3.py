@@ -1,6 +1,7 @@
 """s3:// addresses: S3 and compatible stores.
 
-Endpoint, region and credentials come from the usual AWS_* environment variables (AWS_ENDPOINT_URL for a store other than AWS).
+Endpoint, region and credentials come from the usual AWS_* environment variables (AWS_ENDPOINT_URL for a store other
+than AWS).
 
 Uses botocore's blocking client: 5-11 ms of CPU time per 16 MiB, compared with 9-13 for pyarrow's S3 filesystem and
 19-34 for s3fs, which reads every body in one event loop.

@@ -126,14 +126,16 @@ class RuntimeConfig:
     """Execution settings. They do not affect the result and may differ between attempts of a run."""
 
     data: str = "runs/demo/data/train"
-    """Training dataset written by jobs/prepare.py: a folder or s3:// prefix. Several with weights are a mixture:
-    a/train=0.7,b/train=0.3 takes 70% of the images from a. A run continues after a dataset has moved, but not after its
+    """Training dataset written by jobs/prepare.py: a folder or prefix (s3://, gs://, az://), or a read-only hf:// or
+    https:// address. Several with weights are a mixture: a/train=0.7,b/train=0.3 takes 70% of the images
+    from a. A run continues after a dataset has moved, but not after its
     content or weight has changed."""
     validation: str | None = None
     """Validation dataset, for top-1 accuracy. None: no validation."""
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     output: str = "runs/demo/pretrain"
-    """Folder or s3:// prefix of the run, with run.json and checkpoints. Repeating the command continues the run."""
+    """Folder or prefix (s3://, gs://, az://) of the run, with run.json and checkpoints. Repeating the command
+    continues the run."""
     workers: int = 1
     """Number of training workers, one per GPU."""
     min_workers: int | None = None
@@ -148,7 +150,7 @@ class RuntimeConfig:
     threads: int | None = None
     """Decoding threads per worker. None: one per CPU core of the worker."""
     cache: str | None = None
-    """Local folder for a cache of shards from s3://."""
+    """Local folder for a cache of shards from object stores."""
     one_class: bool = False
     """Allow training on a dataset with only one class."""
     max_replaced: int | None = None

@@ -18,9 +18,11 @@ class PrepareConfig:
     """Settings that affect the content of a dataset, and its location."""
 
     source: tuple[str, ...] = ()
-    """Folders, archives or s3:// prefixes of images, or lists of URLs. Several sources become one dataset."""
+    """Folders, archives or prefixes of images (local, s3://, gs://, az://, hf://; https:// for files),
+    or lists of URLs. Several sources become one dataset."""
     output: str = ""
-    """Folder or s3:// prefix for the dataset: new, empty, or with the unfinished dataset of the same command."""
+    """Folder or prefix (s3://, gs://, az://) for the dataset: new, empty, or with the unfinished dataset of the same
+    command."""
     format: str = "auto"
     """Format of the sources: auto (detected from file names), folder, tar, zip, parquet, arrow, tfrecord, cifar or
     urls (tables of addresses)."""
