@@ -96,7 +96,7 @@ class Downsample(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 to four times the channels, around a shortcut."""
+    """Convolutions 1x1, 3x3 (with the stride) and 1x1 (to four times the channels), with a shortcut."""
 
     def __init__(self, channels: int, hidden: int, stride: int, flavour: Flavour):
         super().__init__()

@@ -129,7 +129,7 @@ def azure_server(tmp_path_factory):
 
 @pytest.fixture
 def az(azure_server, monkeypatch):
-    """`az://<fresh container>`, with the environment that reaches it."""
+    """`az://<new container>`; sets the environment variables for access."""
     monkeypatch.setenv(CONNECTION, CONNECTION_STRING.format(azure_server))
     container = f"container-{time.time_ns()}"
     make_container(azure_server, container)
@@ -145,7 +145,7 @@ class Cloud(NamedTuple):
     value: str = "{}"
 
     def at(self, server: str) -> tuple[str, str]:
-        """(variable, value) that name another server."""
+        """(environment variable, value) that selects another server."""
         return self.variable, self.value.format(server)
 
 

@@ -15,7 +15,7 @@ from tests.ports import free_port
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """MLflow's own server, as a process on loopback."""
+    """Runs an MLflow server on loopback."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", f"{folder}/artifacts", "--port", str(port), "--workers", "1"]

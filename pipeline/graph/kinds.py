@@ -22,7 +22,7 @@ class Kind:
 
     name: str
     script: str
-    """Of the command, relative to the project."""
+    """Path of the command, relative to the project."""
     words: tuple[str, ...] = ()
     """Subcommand."""
     config: str

@@ -11,7 +11,7 @@ from pipeline.training.config import PretrainConfig
 
 
 def after_preparing(datasets: Mapping[str, str]) -> str:
-    """datasets: {split: URI} of the prepared datasets."""
+    """Commands to run after preparation. datasets: {split: URI} of the prepared datasets."""
     train = datasets.get("train") or next(iter(datasets.values()))
     held_out = next((datasets[name] for name in ("val", "validation", "test") if name in datasets), None)
     folder = os.path.dirname(train)
@@ -29,7 +29,7 @@ def after_preparing(datasets: Mapping[str, str]) -> str:
 
 
 def after_pretraining(config: PretrainConfig) -> str:
-    """Addresses stay as the user gave them."""
+    """Commands to run after pre-training, with addresses as given by the user."""
     output = config.runtime.output.rstrip("/")
     sets = os.path.dirname(config.runtime.data.rstrip("/")) or "."
     words = ["python", "jobs/transfer.py", "--checkpoint", output]
@@ -45,12 +45,12 @@ def after_pretraining(config: PretrainConfig) -> str:
 
 
 def after_transfer(suite: str, tracking_uri: str | None) -> str:
-    """suite: the name of the suite that was scored."""
+    """Commands to run after a transfer. suite: the name of the suite."""
     return _listed({"look": look_at(tracking_uri), "compare": f"python jobs/compare.py --suite {suite}"})
 
 
 def look_at(tracking_uri: str | None) -> str:
-    """How a person opens MLflow on the runs of this job."""
+    """The command and address that show the runs of this job in MLflow."""
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith("http"):
         return f"open {redacted(uri)}"

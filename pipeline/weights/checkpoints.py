@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import StorageError, UserError
 
 COMMIT = "COMMIT.json"
-FORMAT = 3  # of checkpoints and run.json; a file without the field has version 1
+FORMAT = 3  # format version of checkpoints and run.json; a file without the field has version 1
 THREADS = 8
 """Number of files read in parallel."""
 

@@ -1,4 +1,5 @@
-"""A pipeline on a Ray head with token authentication: each stage is a Ray job of its name, from inside and from outside."""
+"""A pipeline on a Ray head with token authentication: each stage is a Ray job with its name, for runners inside and
+outside the cluster."""
 
 import contextlib
 import json

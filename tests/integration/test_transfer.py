@@ -128,7 +128,10 @@ def test_what_is_missing_of_a_suite_runs_again_to_the_same_result_and_nothing_el
     before = json.loads(gone.read_text())
     gone.unlink()
     state = json.loads((output / "run.json").read_text())
-    del state["children"]["pets"], state["recorded"]["pets"]  # as a driver leaves it that dies after the last result
+    del (
+        state["children"]["pets"],
+        state["recorded"]["pets"],
+    )  # the state left by a driver that dies after the last result
     (output / "run.json").write_text(json.dumps(state))
     again = run_suite(config(world, output, **TWO_RATES))
     after = results(output)

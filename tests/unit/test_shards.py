@@ -102,7 +102,7 @@ print(table.features, len(table), sum(len(row["image"]) for row in table), table
 
 
 def test_patches_lie_in_place(tmp_path):
-    """The values of a row group are a plain uint8 matrix in the file, at the stated offset."""
+    """The values of a row group are an uncompressed uint8 matrix in the file, at the offset in the manifest."""
     rows = list(make_rows(300, "patches"))
     write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES, row_group_bytes=5_000)
     dataset = open_dataset(str(tmp_path))
