@@ -53,7 +53,7 @@ def with_job(script: str, words: list[str]) -> int:
 
 
 def measure(words: list[str], folder: Path) -> tuple[float, float]:
-    """(seconds, CPU seconds) of a command with all that it waits for."""
+    """(seconds, CPU seconds) of a command and its child processes."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run([sys.executable, *words], check=True, cwd=folder, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -115,7 +115,7 @@ def main() -> None:
     folder = os.environ.get("TRANSFER_SPEED_FOLDER")
     torch.manual_seed(0)
     model = create_model("Ti/16", 10, SIZE).eval()
-    if folder:  # one task in a process of its own
+    if folder:  # one task in a separate process
         in_sequence(folder, model, os.cpu_count() or 1, tasks(folder)[:1])
         return
     with tempfile.TemporaryDirectory() as folder:

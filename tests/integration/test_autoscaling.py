@@ -401,7 +401,8 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_jobs_make_a_cluster_grow_and_shrink(autoscaling, pictures, tmp_path):
-    """prepare brings CPU nodes, which leave; pretrain brings nodes of the GPU pool, loses one, and ends right."""
+    """prepare adds CPU nodes, which are removed afterwards; pretrain adds nodes of the GPU pool, loses one, and
+    succeeds."""
     cluster = autoscaling
     prepare = cluster.start("prepare", "--source", pictures, "--output", tmp_path / "set", "--size", 20)
     assert prepare.wait(240) == 0, cluster.output.read_text()

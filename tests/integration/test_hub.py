@@ -24,7 +24,7 @@ NAME = "hf://datasets/owner/photos"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # no token of this machine
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # ignore the token of this machine
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)

@@ -367,8 +367,8 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
 
 @pytest.mark.slow
 def test_shrinks_and_grows_with_the_nodes(base, jobs, cluster, tmp_path):
-    """Two workers, then one when a node is lost, then two again: saved before it grows, and the same batches
-    throughout."""
+    """Two workers, one after a node is lost, then two again: the run saves before it grows, and the batches are
+    unchanged."""
     config = changed(base, steps="600steps", checkpoint_every="20steps")
     config = changed(config, address=cluster.address, min_workers=1)
     undisturbed = Job(changed(config, output=str(tmp_path / "undisturbed" / "run")))

@@ -526,7 +526,7 @@ def test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker(world, m
     first.kill()
     first.communicate()
     _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive  # a dead driver leaves nothing of its Ray behind
+    assert not alive  # no Ray process of a dead driver is left
     kept = results(output)
     assert 4 <= len(kept) < 19
 

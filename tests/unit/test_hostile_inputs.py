@@ -155,7 +155,7 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path, small_files):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").write_bytes(PNG)
     with open(tmp_path / "in" / "sparse.png", "wb") as file:
-        file.truncate(1 << 40)  # a terabyte that takes no room on disk
+        file.truncate(1 << 40)  # a sparse file of one terabyte
     rows, rejects = prepared(tmp_path / "in", tmp_path / "out")
     assert (rows, rejects) == (1, {"sparse.png": "too many bytes"})
 

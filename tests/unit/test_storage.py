@@ -129,7 +129,7 @@ def test_one_retry_policy_holds_for_every_function(name, cloud, monkeypatch):
             work()
 
 
-# aiohttp sends a request again, once, when a connection is closed before an answer; Azure's SDK reads a body that breaks off again
+# aiohttp repeats a request once if the connection is closed before a response; Azure's SDK retries an incomplete body
 REPEATED_INSIDE = {"gs": ("reset",), "az": ("reset", "cut", "short")}
 
 

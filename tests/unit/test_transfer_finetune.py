@@ -129,7 +129,7 @@ def test_sgd_step_is_momentum_on_clipped_gradients(model, train):
 
 
 def test_averaged_weights(model, train, monkeypatch):
-    """The average starts at w_1, then a_n = 0.9 a_(n-1) + 0.1 w_n, and it is what gets evaluated."""
+    """The average starts at w_1, then a_n = 0.9 a_(n-1) + 0.1 w_n, and the average is evaluated."""
     weights = []
     step = torch.optim.SGD.step
 

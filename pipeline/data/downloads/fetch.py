@@ -204,7 +204,7 @@ class _Decoder:
                 break
         else:
             if self._inflate is not None and not self._inflate.eof:
-                raise Refused("incomplete body", "the compressed body breaks off")
+                raise Refused("incomplete body", "the compressed body is incomplete")
         if not size and check is not None:
             raise Refused("empty")
         if not checked:

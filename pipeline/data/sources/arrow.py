@@ -90,7 +90,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
                     yield columns.item(values, name, row, source, fragment["labels"])
                     row += 1
     except DAMAGE as error:
-        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file is truncated: {error}"))
 
 
 def _refuse_bombs(uri: str) -> None:

@@ -251,4 +251,4 @@ def _read_file(uri: str, name: str) -> Iterator[Item]:
             for i, (pixels, label) in enumerate(zip(pixels_NHWC, labels, strict=True)):
                 yield Item(f"{part}/{i:05d}", where, np.ascontiguousarray(pixels), [str(label)], split=split)
     except DAMAGE as error:
-        yield Item(name, uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
+        yield Item(name, uri, b"", None, Refused("unreadable", f"the archive is truncated: {error}"))

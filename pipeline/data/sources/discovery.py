@@ -123,7 +123,7 @@ def discover(
 def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> SourceFormat:
     """The format that matches most of the first SNIFFED_FILES file names; class folders if no format matches.
 
-    Tables also lie next to images and archives, so only the content of a table shows that it is a list of URLs."""
+    Other sources have tables, too, so only the content of a table shows that it is a list of URLs."""
     paths = files["path"][:SNIFFED_FILES].to_pylist()
     names = [path or uri.partition("?")[0] for path in paths]
     counts = {name: sum(map(found.matches, names)) for name, found in formats().items() if name != urls.NAME}

@@ -103,7 +103,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
                         yield columns.item(values, name, row, source, fragment["labels"])
                         row += 1
             except (pa.ArrowException, OSError) as error:
-                yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}"))
+                yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file is truncated: {error}"))
                 return
 
 

@@ -77,7 +77,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     except FileNotFoundError:
         raise
     except DAMAGE as error:  # the images before the damage are still read, and reading records the damage
-        found.problem = f"{uri}: the archive breaks off: {error}"
+        found.problem = f"{uri}: the archive is truncated: {error}"
     return found.result(first[:NUMBERING_MEMBERS])
 
 
@@ -149,7 +149,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
                 file.seek(start)
             yield from _read_members(file, packed, fragment["stop"], name, fragment["labels"], source, scattered)
     except DAMAGE as error:
-        yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}"))
+        yield Item(f"{name}@{start}", uri, b"", None, Refused("unreadable", f"the archive is truncated: {error}"))
 
 
 def _scattered_sidecars(file: IO[bytes], source: Source) -> dict[str, Sidecar]:

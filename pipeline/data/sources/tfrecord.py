@@ -228,7 +228,7 @@ def _read_file(uri: str, name: str, source: Source) -> Iterator[tuple[Item, Iter
             yield _item(record, name, row, source)
             row += 1
     except (DamagedRecord, EOFError, OSError, zlib.error) as error:
-        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file breaks off: {error}")), ()
+        yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file is truncated: {error}")), ()
 
 
 def _item(record: bytes, name: str, row: int, source: Source) -> tuple[Item, Iterable[str]]:

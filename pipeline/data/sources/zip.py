@@ -89,7 +89,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
                 yield from items_of_sample(parts, name, fragment["labels"], source)
     except DAMAGE as error:
         yield Item(
-            f"{name}@{fragment['start']}", uri, b"", None, Refused("unreadable", f"the archive breaks off: {error}")
+            f"{name}@{fragment['start']}", uri, b"", None, Refused("unreadable", f"the archive is truncated: {error}")
         )
 
 

@@ -92,7 +92,7 @@ def _cores(result: dict[str, Any]) -> list[str]:
     """CPU cores per GPU, compared with the request of the recipe."""
     needed, asked = result["data"]["jpeg"]["cores_per_gpu"], result["hardware"]["cpus_per_worker"]
     patches = result["data"]["patches"]["cores_per_gpu"]
-    line = f"  CPU cores    {needed} a GPU from jpeg, {patches} from patches; the recipe requests {asked:g}"
+    line = f"  CPU cores {needed} per GPU from jpeg, {patches} from patches; the recipe requests {asked:g}"
     waits = f"               give --cpus-per-worker {needed}, or the GPU waits for images"
     return ["", line, *([waits] if needed > asked else [])]
 
