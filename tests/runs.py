@@ -48,7 +48,7 @@ def pretrain_config(**fields: Any) -> PretrainConfig:
 
 @contextlib.contextmanager
 def lines_of_log() -> Iterator[list[str]]:
-    """What is logged meanwhile, there when it ends: the message, "warning: " before that of a warning."""
+    """Yields a list that has the log messages of the block at its end; those of warnings start with "warning: "."""
     lines: list[str] = []
     with logs.captured() as records:
         try:

@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24000, help="images of the corpus")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="virtual environment of MDSWriter")
-    parser.add_argument("--small", type=int, nargs="+", help="numbers of small images to measure memory at")
+    parser.add_argument("--small", type=int, nargs="+", help="numbers of small images for measuring memory")
     parser.add_argument("--room", help="folder for the corpus and what is made of it")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare_speed.json")
     for name, count in (("--measure", 4), ("--mds", "+"), ("--memory", 3)):

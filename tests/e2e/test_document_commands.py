@@ -25,7 +25,7 @@ ELSEWHERE = {
     "docs/security.md": "a test of this suite",
     "docs/gpu.md": "needs a GPU; tests/unit/test_gpu_benchmark.py runs its small form",
 }
-# what cannot be run here, and why
+# commands that cannot run here, with reasons
 REASONS = {
     r"s3://": "needs a bucket",
     r"^ray job submit": "needs a cluster",

@@ -72,7 +72,7 @@ FILE = "s3://bucket/vit/pipeline.yaml"
 
 
 def pipeline_file(folder, name):
-    """A pipeline for this test, instead of the pipeline of the schedules."""
+    """A pipeline for this test, instead of the scheduled one."""
     data = {"job": "prepare", "recipe": "demo", "fields": {"tracking": False}}
     place = folder / "pipeline.yaml"
     place.write_text(yaml.safe_dump({"name": name, "output": str(folder / "out"), "stages": {"data": data}}))

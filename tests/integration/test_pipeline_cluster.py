@@ -107,7 +107,7 @@ def test_a_killed_runner_a_killed_stage_a_lost_node_and_a_lost_head_are_survived
     (first,) = trainings(tmp_path).values()
     cluster.submit(place, "--no-wait")
     wait_for(lambda: committed(tmp_path, "lost"), 1200)
-    assert list(trainings(tmp_path).values()) == [first]  # it went on, with the next runner
+    assert list(trainings(tmp_path).values()) == [first]  # the training continued under the next runner
     first.kill()
     wait_for(lambda: set(trainings(tmp_path)) - {first.pid}, 1200)
     node = cluster.marks["node"]

@@ -49,7 +49,7 @@ def normalised(backbone):
 
 
 def check_interface(backbone, width):
-    """Other resolution, other head, and the same model built again from its arrays."""
+    """Checks another resolution, another head, and rebuilding the model from its arrays."""
     arrays = {name: tensor.numpy().copy() for name, tensor in backbone.state_dict().items()}
     config = dict(backbone.config)
     with torch.no_grad():

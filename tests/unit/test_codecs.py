@@ -291,7 +291,7 @@ def test_no_two_formats_claim_a_file():
     ends = [extension for codec in codecs.CODECS for extension in codec.extensions]
     assert len(ends) == len(set(ends))
     image = Image.fromarray(photo())
-    pillow_heif.register_heif_opener()  # the codec does so with the first file
+    pillow_heif.register_heif_opener()  # as the codec does for its first file
     for codec in codecs.CODECS:
         data = encoded(image.convert("P") if codec.name == "GIF" else image, codec.name)
         assert [other.name for other in codecs.CODECS if other.recognizes(data)] == [codec.name]

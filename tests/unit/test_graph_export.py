@@ -130,7 +130,7 @@ def test_airflows_dagbag_takes_the_dag(sweep, tmp_path):
     folder.mkdir()
     (folder / "sweep.py").write_text(export.export(sweep, "airflow", "image"))
     environment = {**os.environ, "AIRFLOW_HOME": str(tmp_path / "home"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
-    environment.pop("PYTHONPATH", None)  # Airflow's environment is its own
+    environment.pop("PYTHONPATH", None)  # Airflow has a separate environment
     done = subprocess.run(
         [airflow_python(), "-c", DAGBAG, str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )
