@@ -429,7 +429,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             for tool in tools:
                 tried = runs[tool]
                 sweep = range(4) if tool in SWEEP and not repeat else sorted(tried) if tool in SWEEP else [0]
-                if tool in SWEEP and repeat:  # later turns only with the worker count that won the first
+                if tool in SWEEP and repeat:  # later rounds use only the worker count that was fastest in the first
                     sweep = [max(tried, key=lambda n: tried[n][0].get("img_s", 0))]
                 for workers in sweep:
                     python = peers if tool in PEERS else sys.executable

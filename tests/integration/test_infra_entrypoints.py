@@ -109,7 +109,7 @@ def table_command(path):
 
 
 def test_the_tables_of_cron_and_slurm_run(head, tmp_path):
-    """As cron runs them: by a shell in an empty environment but for the table's own. The second has nothing to do."""
+    """Runs them like cron: in a shell with only the environment of the table. The second run has nothing to do."""
     address, environment = head
     place = pipeline_file(tmp_path, "tables")
     (tmp_path / "vit-pipeline").symlink_to(ROOT)

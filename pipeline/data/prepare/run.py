@@ -68,7 +68,7 @@ def prepare(
                 tidy_output(plan, finished)
             logger.info("prepare: %s is already finished", config.output)
             return finished
-        logger.info("prepare: %s is finished; downloads that failed for a while are tried again", config.output)
+        logger.info("prepare: %s is finished; temporarily failed downloads are retried", config.output)
     plan = claim_output(plan)
     if plan.append is not None:
         plan = dataclasses.replace(plan, append=read_keys(plan.append))
