@@ -217,7 +217,7 @@ def test_include_and_sample_spare_the_downloads(server, tmp_path):
         ("list.csv", b"url,label\n", "have no rows|not a list of URLs"),
         ("list.csv", b"link_to,label\nx,y\n", "no column of addresses|not a list of URLs"),
         ("list.csv", b"url,label\nhttp://h/\xff,a\n", "not UTF-8|not a list of URLs"),
-        ("list.jsonl", b'{"url": "http://h/x.jpg"}\n[1]\n', "no object|not a list of URLs"),
+        ("list.jsonl", b'{"url": "http://h/x.jpg"}\n[1]\n', "not an object|not a list of URLs"),
         ("list.csv.gz", b"\x1f\x8bnonsense", "not a gzipped file|not a list of URLs"),
         ("list.parquet", b"PAR1nonsense", "not a Parquet file"),
     ],

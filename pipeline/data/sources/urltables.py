@@ -175,7 +175,9 @@ class _TextTable:
         if not head:
             raise UserError(f"{uri}: the table is empty")
         if self._is_json:
-            self._names = list(dict.fromkeys(key for line in head for key in self._json(line, 1)))
+            self._names = list(
+                dict.fromkeys(key for number, line in enumerate(head, 1) for key in self._json(line, number))
+            )
         else:
             self._sniff(head, tabbed=name.endswith(".tsv"))
         self.schema = pa.schema([(name, pa.string()) for name in self._names])
