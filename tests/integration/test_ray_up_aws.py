@@ -25,7 +25,7 @@ ACCOUNT = "123456789012"  # moto's account, and the one in the files
 
 @pytest.fixture
 def endpoint(tmp_path, monkeypatch):
-    """The address of a moto server; this process's AWS clients, Ray's among them, speak to it."""
+    """The address of a moto server, which all AWS clients of this process use, including Ray's."""
     port = free_port()
     command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 NAME = "parquet"
 BATCH_ROWS = 8  # rows that are decoded at a time; more are not faster
 LABEL_BYTES = 64 << 20  # of labels that are decoded at a time
-MAX_RATIO = 64  # compression that no column of images reaches
+MAX_RATIO = 64  # maximum compression ratio; columns of images are below it
 
 
 def matches(path: str) -> bool:
