@@ -218,6 +218,28 @@ def test_a_revision_of_a_dataset_is_an_input_of_its_own(tmp_path):
         places.Places().fingerprint(str(tmp_path / "none@1"))
 
 
+def test_a_new_checkpoint_of_a_run_makes_a_new_version_of_what_follows(tmp_path):
+    """A run that is still training, outside the pipeline: its newest checkpoint is the input."""
+    storage.write_bytes(str(tmp_path / "data" / "manifest.json"), b'{"fingerprint": "data"}')
+    fields = {"checkpoint": str(tmp_path / "run"), "data": str(tmp_path / "data")}
+    stages = {"transfer": Stage(job="transfer", recipe="demo", fields=fields)}
+    pipeline = file.check(Pipeline(name="follow", output=str(tmp_path / "out"), stages=stages), "test")
+
+    def save(step):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        files = {"model.safetensors": {"sha256": f"weights of step {step}", "size": 1}}
+        storage.write_bytes(str(folder / "model.safetensors"), b"x")
+        storage.write_json(str(folder / "COMMIT.json"), {"step": step, "format": checkpoints.FORMAT, "files": files})
+
+    save(1)
+    go(pipeline)
+    assert states(pipeline)["transfer"][0] == "done"
+    save(2)
+    assert states(pipeline)["transfer"] == ("stale", "checkpoint has changed")
+    assert go(pipeline).done == ["transfer"]
+    assert states(pipeline)["transfer"][0] == "done"
+
+
 def test_a_lost_output_is_made_again(tmp_path, source):
     go(chain(tmp_path / "out", source))
     (scores,) = (tmp_path / "out" / "transfer").glob("tasks=knn-*/scores.json")
