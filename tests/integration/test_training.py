@@ -7,9 +7,10 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from models import create_model
 from models.cost import parameters
+from pipeline.data import Loader
 from pipeline.data.format import open_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
@@ -180,17 +182,24 @@ def _recording(rank: int, world: int, port: int, jobs: list, dies_at: int | None
     """`work` that records the keys of every batch, and can be killed when it requests a batch."""
     from pipeline.training import loop
 
-    right = loop.training_batches
+    folders = (job.runtime.output for job in jobs)
 
-    def batches(plan, first, worker):
-        for step, batch in enumerate(right(plan, first, worker), start=first + 1):
-            if step == dies_at and rank == world - 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            with open(Path(plan.config.runtime.output, f"keys-{world}-{rank}"), "a") as file:
-                file.write(json.dumps([step, batch["key"]]) + "\n")
-            yield batch
+    class RecordingLoader(Loader):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.file = Path(next(folders), f"keys-{world}-{rank}")
+            self.delivered = options["epoch"] * self.steps_per_epoch + options["step"]
 
-    loop.training_batches = batches
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for batch in super().__iter__():
+                self.delivered += 1
+                if self.delivered == dies_at and rank == world - 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with self.file.open("a") as file:
+                    file.write(json.dumps([self.delivered, batch["key"]]) + "\n")
+                yield batch
+
+    loop.Loader = RecordingLoader
     work(rank, world, port, jobs)
 
 
