@@ -6,7 +6,7 @@ kinds       the jobs that can be stages: config, inputs, outputs, identity
 fields      config fields as dotted names and flags
 instances   stages -> instances: `matrix`, references, order, checks
 references  outputs of other instances in the values of fields
-places      fingerprints of the content at a URI
+fingerprints  identifies the content at a URI
 state       state.json in the output of the pipeline: finished, running and failed versions
 recipes     pipelines as Python functions
 plan        states of instances with reasons; the selection of instances to run

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import storage
-from pipeline.graph import places, results
+from pipeline.graph import fingerprints, results
 from pipeline.graph.executor import Ended, Executor
 from pipeline.graph.file import Prices
 from pipeline.graph.instances import Instance
@@ -48,12 +48,12 @@ def finished(
         address for group in (instance.reads, instance.observes) for many in group.values() for address in many
     ):
         if address.instance is not None:
-            read += places.size(storage.join(plan.outputs[address.instance], address.below))
+            read += fingerprints.size(storage.join(plan.outputs[address.instance], address.below))
         elif address.covers:
-            read += sum(places.size(plan.outputs[up]) for up in address.covers)
+            read += sum(fingerprints.size(plan.outputs[up]) for up in address.covers)
         else:
-            read += plan.places.size(address.text)
-    total = {**spent, "read": read, "written": float(places.size(output))}
+            read += plan.external.size(address.text)
+    total = {**spent, "read": read, "written": float(fingerprints.size(output))}
     if not total.get("gpu_hours"):  # a cluster job that used the GPUs it found
         total["gpu_hours"] = results.gpus(instance.kind.name, output) * total.get("seconds", 0.0) / 3600
     money = dollars(plan.pipeline.prices, total)

@@ -9,10 +9,10 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.address import data_address
 from pipeline.errors import UserError, nearest
-from pipeline.graph import fields, kinds, places
+from pipeline.graph import fields, fingerprints, kinds
 from pipeline.graph.file import Pipeline
+from pipeline.graph.fingerprints import Content, Fingerprints, NotFound
 from pipeline.graph.instances import Address, Instance, defaults
-from pipeline.graph.places import Content, Missing, Places
 from pipeline.graph.references import data_of, fill
 from pipeline.graph.state import State, Version
 
@@ -41,7 +41,7 @@ class Plan:
 
     def __init__(self, pipeline: Pipeline, instances: Mapping[str, Instance], state: State, where: str = "pipeline"):
         self.pipeline, self.instances, self.state, self.where = pipeline, instances, state, where
-        self.places = Places(state.sources, pipeline.tracking_uri)
+        self.external = Fingerprints(state.sources, pipeline.tracking_uri)
         self.forced: set[str] = set()
         """Instances that run again although they are done (--force)."""
         self._folders: dict[str, str] = {}
@@ -65,8 +65,8 @@ class Plan:
 
     def _outside(self, instance: Instance, field: str, address: Address) -> str:
         try:
-            return self.places.fingerprint(address.text)
-        except Missing as error:
+            return self.external.fingerprint(address.text)
+        except NotFound as error:
             default = "" if field in instance.given else f" (the default of {field}; give the field)"
             raise UserError(f"{self.where}: stage {instance.stage}: {field}: {error}{default}") from error
 
@@ -300,12 +300,12 @@ def _brief(value: Any) -> str:
 
 def _content(uri: str) -> Content:
     try:
-        return places.describe(uri) or Content("")
+        return fingerprints.describe(uri) or Content("")
     except UserError:
         return Content("")
 
 
 def _absolute(text: str) -> str:
-    if places.ELSEWHERE.match(text) or text.startswith(("models:/", "runs:/")):
+    if fingerprints.NOT_A_PATH.match(text) or text.startswith(("models:/", "runs:/")):
         return text
     return storage.normalise(text)

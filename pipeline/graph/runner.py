@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import TRY_LATER, UserError
-from pipeline.graph import cost, places, results
+from pipeline.graph import cost, fingerprints, results
 from pipeline.graph.executor import Attempt, Ended, Executor
 from pipeline.graph.instances import Instance
 from pipeline.graph.plan import DONE, Identity, Plan
@@ -333,10 +333,12 @@ class Runner:
         instance = self.plan.instances[name]
         output = self.plan.state.address(running.output)
         try:
-            marker = places.complete(output, instance.kind.marker) if instance.kind.marker else ""
+            marker = fingerprints.complete(output, instance.kind.marker) if instance.kind.marker else ""
             if marker is None:
                 raise UserError(f"ended with exit code 0, but {output} has no complete output")
-            content = places.describe(output) or places.Content(places.Places().fingerprint(output))
+            content = fingerprints.describe(output) or fingerprints.Content(
+                fingerprints.Fingerprints().fingerprint(output)
+            )
         except UserError as error:
             self._fail(name, running, Ended(code=1), spent, str(error))
             return

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.graph.places import Content
+from pipeline.graph.fingerprints import Content
 
 FORMAT = 1
 FOLDER = "_pipeline"
@@ -103,7 +103,7 @@ class State:
     root: str
     records: dict[str, Record] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
-    """The cache of `places.Places` for raw files."""
+    """The cache of `fingerprints.Fingerprints` for raw files."""
     run: dict[str, Any] = field(default_factory=dict)
     """The unfinished run of the pipeline: {"id": ..., "run_id": that of MLflow, "started": ...}; empty between runs."""
 

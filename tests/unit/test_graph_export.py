@@ -64,7 +64,7 @@ def sweep(tmp_path):
 @pytest.fixture(autouse=True)
 def sources(monkeypatch):
     """The corpora of the file in infra/ are on no store that a test has."""
-    monkeypatch.setattr("pipeline.graph.places.Places.fingerprint", lambda self, text: text)
+    monkeypatch.setattr("pipeline.graph.fingerprints.Fingerprints.fingerprint", lambda self, text: text)
 
 
 def test_commands_are_a_script_of_the_jobs(plan):

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.data.address import shares
 from pipeline.data.format import open_dataset, revisions
 from pipeline.errors import UserError
-from pipeline.graph import file, instances, places, runner, state
+from pipeline.graph import file, fingerprints, instances, runner, state
 from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
@@ -212,10 +212,10 @@ def test_a_revision_of_a_dataset_is_an_input_of_its_own(tmp_path):
     uri = write_tinted(str(tmp_path / "set"), 6, 16)
     newest = open_dataset(uri).manifest
     revisions.publish(uri, revisions.successor(newest, 2, {"kind": "append"}, fingerprint="other"))
-    found = [places.Places().fingerprint(text) for text in (uri, f"{uri}@2", f"{uri}@1")]
+    found = [fingerprints.Fingerprints().fingerprint(text) for text in (uri, f"{uri}@2", f"{uri}@1")]
     assert found == ["other", "other", newest.fingerprint]
     with pytest.raises(UserError, match="nothing is there"):
-        places.Places().fingerprint(str(tmp_path / "none@1"))
+        fingerprints.Fingerprints().fingerprint(str(tmp_path / "none@1"))
 
 
 def test_a_new_checkpoint_of_a_run_makes_a_new_version_of_what_follows(tmp_path):
@@ -423,10 +423,10 @@ def test_state_and_outputs_on_a_store(s3, source):
 def test_fingerprints_are_those_of_the_content(tmp_path):
     storage.write_bytes(str(tmp_path / "vtab/pets/train/manifest.json"), b'{"fingerprint": "p"}')
     storage.write_bytes(str(tmp_path / "vtab/dtd/test/manifest.json"), b'{"fingerprint": "d"}')
-    content = places.describe(str(tmp_path / "vtab"))
+    content = fingerprints.describe(str(tmp_path / "vtab"))
     assert content.parts == {"pets/train": "p", "dtd/test": "d"}
     assert content.below("pets/train") == "p"
     assert content.below("pets") != content.below("dtd")
     shutil.copytree(tmp_path / "vtab", tmp_path / "copy")
-    assert places.describe(str(tmp_path / "copy")) == content
-    assert places.Places().fingerprint("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
+    assert fingerprints.describe(str(tmp_path / "copy")) == content
+    assert fingerprints.Fingerprints().fingerprint("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"

@@ -26,7 +26,7 @@ MAX_READ = 256 << 20
 """Maximum size in bytes of a folder of raw files that is compared by content."""
 THREADS = 32
 MANIFEST, SCORES = "manifest.json", "scores.json"
-ELSEWHERE = re.compile(r"(timm|hf|demo):")
+NOT_A_PATH = re.compile(r"(timm|hf|demo):")
 """URIs of models of other libraries and of built-in data. They identify their content."""
 _FINGERPRINT = re.compile(rb'"fingerprint": "([^"]*)"')
 
@@ -48,11 +48,11 @@ class Content:
         return configuration.fingerprint(inside) if inside else configuration.fingerprint([self.fingerprint, path])
 
 
-class Missing(UserError):
+class NotFound(UserError):
     """Raised when there is nothing at a URI."""
 
 
-class Places:
+class Fingerprints:
     """Fingerprints of URIs outside the pipeline, each computed once.
 
     memory: earlier results by URI; files with unchanged sizes and times are not read again.
@@ -64,13 +64,13 @@ class Places:
         self._seen: dict[str, str] = {}
 
     def fingerprint(self, text: str) -> str:
-        """The fingerprint of the content at a URI. Raises Missing if there is none."""
+        """The fingerprint of the content at a URI. Raises NotFound if there is none."""
         if text not in self._seen:
             self._seen[text] = self._look(text)
         return self._seen[text]
 
     def _look(self, text: str) -> str:
-        if ELSEWHERE.match(text):
+        if NOT_A_PATH.match(text):
             return text
         if text.startswith(("models:/", "runs:/")):
             return self._registered(text)
@@ -86,7 +86,7 @@ class Places:
         version = registry.version_at(text, self.tracking_uri)
         if version is None:
             if text.startswith("models:/"):
-                raise Missing(f"{text}: no such version of a registered model")
+                raise NotFound(f"{text}: no such version of a registered model")
             return text
         try:
             return checkpoints.resolve(version.checkpoint).commit["files"]["model.safetensors"]["sha256"]
@@ -96,7 +96,7 @@ class Places:
     def _raw(self, uri: str) -> str:
         files = list(_files(uri))
         if not files:
-            raise Missing(f"{uri}: nothing is there")
+            raise NotFound(f"{uri}: nothing is there")
         listing = configuration.fingerprint(sorted([path, size] for path, size, _ in files))
         stamps = configuration.fingerprint(sorted([path, size, stamp] for path, size, stamp in files))
         known = self.memory.get(uri)
@@ -111,7 +111,7 @@ class Places:
 
     def size(self, text: str) -> int:
         """Bytes at a URI outside the pipeline; 0 for models and built-in data."""
-        if ELSEWHERE.match(text) or text.startswith(("models:/", "runs:/")):
+        if NOT_A_PATH.match(text) or text.startswith(("models:/", "runs:/")):
             return 0
         known = self.memory.get(storage.normalise(text), {}).get("bytes")
         return size(text) if known is None else known
@@ -120,7 +120,7 @@ class Places:
 def describe(uri: str) -> Content | None:
     """The fingerprint of an output of one of the jobs; None for other content.
 
-    Raises Missing when there is nothing at the URI, and UserError for a damaged manifest or checkpoint.
+    Raises NotFound when there is nothing at the URI, and UserError for a damaged manifest or checkpoint.
     """
     here = set(storage.list_names(uri))
     if not here and (found := _revision(uri)) is not None:
@@ -128,7 +128,7 @@ def describe(uri: str) -> Content | None:
     if not here:
         if storage.exists(uri) and not os.path.isdir(storage.normalise(uri)):  # a single file
             return None
-        raise Missing(f"{uri}: nothing is there")
+        raise NotFound(f"{uri}: nothing is there")
     if MANIFEST in here:
         return Content(_dataset(uri))
     if checkpoints.COMMIT in here:
