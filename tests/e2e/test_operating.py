@@ -112,6 +112,11 @@ TESTS = {
         "unit/test_tracking.py::test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them",
     ),
     "prepare was killed": ("integration/test_prepare_survival.py::test_killed_at_random_moments",),
+    "a list of URLs has many dead links": (
+        "integration/test_prepare_urls.py::test_rejects_are_counted_by_reason_and_show_no_password",
+        "integration/test_prepare_urls.py::test_the_same_command_fetches_what_may_have_been_away_and_nothing_else",
+        "unit/test_downloads.py::test_retry_after_holds_for_the_whole_host",
+    ),
     "some VTAB tasks failed": (
         "integration/test_transfer.py::test_one_failing_task_does_not_stop_the_others",
         "integration/test_transfer.py::test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker",

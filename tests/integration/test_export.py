@@ -165,4 +165,4 @@ def test_a_torchvision_that_does_not_load_is_reported_with_its_remedy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("install the build of torchvision that belongs to this torch") == 1
+    assert done.stderr.count("install the build of torchvision that matches this torch") == 1
