@@ -79,6 +79,13 @@ def _runtime(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return runtime if isinstance(runtime, dict) else {}
 
 
+def _resize(config: Mapping[str, Any]) -> Any:
+    """Shorter side to which validation resizes images, in pixels."""
+    pretrain, size = config.get("pretrain"), config.get("model", {}).get("image_size")
+    given = pretrain.get("validation_resize") if isinstance(pretrain, dict) else None
+    return given or (round(size * 8 / 7) if isinstance(size, int) else "?")
+
+
 def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """The card as Markdown. evaluations: {suite:suite version: {mean, spread, scores}}, accuracies in percent."""
     model, commit, runtime = facts.config.get("model", {}), facts.commit, _runtime(facts.config)
@@ -87,8 +94,8 @@ def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | 
         f"**Model:** {model.get('variant', 'unknown')} at {model.get('image_size', '?')} px, "
         f"{model.get('num_classes', '?')} classes; step {step}{f', {images:,} images seen' if images else ''}"
         f"{f', recipe {facts.recipe}' if facts.recipe else ''}.",
-        f"**Input:** RGB images, shorter side resized to 8/7 of {model.get('image_size', '?')} px, centre crop; "
-        "the model normalises the pixels.",
+        f"**Input:** RGB images, shorter side resized to {_resize(facts.config)} px, centre crop; the model normalises the "
+        "pixels.",
         _data_line("Training data", runtime.get("data"), facts.data),
         _decontamination_line(facts.data),
         _validation_line(commit.get("metrics", {}), runtime.get("validation"), facts.validation),

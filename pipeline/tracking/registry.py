@@ -107,13 +107,13 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     if present is None or _is_better(version, present):
         mlflow.set_registered_model_alias(name, CANDIDATE, made.version)
         return dataclasses.replace(version, aliases=(*version.aliases, CANDIDATE))
-    logger.info(
-        "%s@%s remains version %d: version %d is not better on the same validation data",
-        name,
-        CANDIDATE,
-        present.version,
-        version.version,
-    )
+    if version.top1 is None:
+        reason = "was not validated"
+    elif version.validation != present.validation:
+        reason = "was measured on other validation data"
+    else:
+        reason = "is not better on the same validation data"
+    logger.info("%s@%s remains version %d: version %d %s", name, CANDIDATE, present.version, version.version, reason)
     return version
 
 

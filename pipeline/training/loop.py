@@ -118,7 +118,11 @@ class Trainer:
             group=self.host_group,
             state=start.commit.get("replaced") if start is not None else None,
         )
-        self.losses: dict[str, float] = dict(start.commit["metrics"]) if start is not None else {}
+        saved: dict[str, float] = dict(start.commit["metrics"]) if start is not None else {}
+        self.losses = {name: value for name, value in saved.items() if not name.startswith("val/")}
+        # scores of the last validation and its step: a checkpoint of another step must not carry them
+        self.scores = {name: value for name, value in saved.items() if name.startswith("val/")}
+        self.scored_step = self.first
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
@@ -233,7 +237,7 @@ class Trainer:
                 scores = validate(self.engine, self.plan, self.config.runtime.validation, self.worker)
             if self.few_shot:
                 scores |= self.few_shot(self.engine)
-        self.losses |= scores
+        self.scores, self.scored_step = scores, done
         text = describe_scores(scores)
         self.info("step %d/%d  validation  %s", done, self.plan.total, text, top1=scores.get(names.VAL_TOP1))
         self.record({**scores, names.IMAGES_SEEN: done * self.config.batch_size}, done)
@@ -245,13 +249,14 @@ class Trainer:
         self.count_skipped(newest=True)
         self.heartbeat("waiting for the checkpoint before this one")
         epoch, position = divmod(done, self.plan.steps_per_epoch)
+        metrics = {**self.losses, **(self.scores if self.scored_step == done else {})}
         about = {
             "epoch": epoch,
             "epoch_step": position,
             "total_steps": self.plan.total,
             "images_seen": done * self.config.batch_size,
             "identity": configuration.fingerprint(self.plan.identity),
-            "metrics": {name: value for name, value in self.losses.items() if math.isfinite(value)},
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
             "spikes": self.guard.state(),
             "replaced": self.replacements.state(),
             "loss_scale": self.engine.loss_scale,
@@ -276,6 +281,7 @@ class Trainer:
             "checkpoint_wait_seconds": self.writer.waited,
             "checkpoint_wait_share": self.writer.waited / (time.perf_counter() - self.began),
             **self.losses,
+            **self.scores,
         }
 
     def close(self) -> None:

@@ -219,6 +219,21 @@ def keys(job: PretrainConfig, world: int) -> dict[int, list[str]]:
     return seen
 
 
+def test_a_checkpoint_has_the_scores_of_its_own_step_alone(base, data, tmp_path):
+    """A run that validates less often than it saves, whole and continued from a checkpoint with scores."""
+    job = changed(base, output=str(tmp_path / "run"), validation=data, validate_every="4steps", steps="8steps")
+    run(1, job)
+    again = continued(job, tmp_path, 4)
+    run(1, again)
+    for output in (job.runtime.output, again.runtime.output):
+        commits = {found.step: found.commit["metrics"] for found in checkpoints.find(output)}
+        assert {step: "val/top1" in metrics for step, metrics in commits.items() if step >= 4} == {
+            4: True,
+            6: False,
+            8: True,
+        }
+
+
 @pytest.mark.slow
 def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_workers(base, tmp_path):
     """Five seeds: two workers, one of them killed at a random step; the rest of the run on one and on four."""
