@@ -20,6 +20,7 @@ import inspect
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -221,6 +222,7 @@ def _run_on_ray(
 ) -> Iterator[Outcome]:
     import pyarrow as pa
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     data_context()
     names = list(todo)
@@ -241,7 +243,10 @@ def _run_on_ray(
     function: Any = _Actor if inspect.isclass(job.work) else _task
     lost = (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
     try:
-        for row in ray.data.from_arrow(blocks).map_batches(function, **options).iter_rows():
+        with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            results = ray.data.from_arrow(blocks).map_batches(function, **options)
+        for row in results.iter_rows():
             yield pickle.loads(row["outcome"])
     except lost as error:
         raise JobFailed(describe_lost(error)) from None

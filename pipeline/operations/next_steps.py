@@ -19,7 +19,7 @@ def after_preparing(datasets: Mapping[str, str]) -> str:
         os.path.dirname(folder) if os.path.basename(folder) == "data" else f"runs/{os.path.basename(folder) or 'run'}"
     )
     run = storage.join(beside or "runs", "pretrain")
-    words = ["python", "jobs/pretrain.py", "--data", train, *(["--validation", held_out] if held_out else [])]
+    words = ["python", "jobs/pretrain.py", "--data", train, "--validation", held_out or "None"]
     return _listed(
         {
             "look": f"python jobs/prepare.py describe {shlex.quote(train)}",
@@ -38,6 +38,8 @@ def after_pretraining(config: PretrainConfig) -> str:
     else:
         words += ["--suite", "vtab1k", "--data", "sets/vtab"]
     steps = {"look": look_at(config.runtime.tracking_uri), "transfer": shlex.join(words)}
+    if "vtab1k" in words and not storage.exists("sets/vtab"):
+        steps["transfer"] += "   (docs/vtab.md prepares sets/vtab)"
     if config.loss != "masked":
         export = ["python", "jobs/export.py", "--checkpoint", output, "--to", "timm", "--output", f"{output}-timm"]
         steps["export"] = f"{shlex.join(export)}   (needs the extra .[export])"

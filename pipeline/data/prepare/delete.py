@@ -264,7 +264,9 @@ def summary(results: Sequence[Deletion], purged: dict[str, list[int]] | None) ->
     lines = []
     for one in results:
         held = (
-            f"; @{', @'.join(map(str, one.held_by))} still has deleted rows (--purge removes it)" if one.held_by else ""
+            f"; @{', @'.join(map(str, one.held_by))} still with deleted rows (--purge removes them)"
+            if one.held_by
+            else ""
         )
         lines.append(f"{one.uri}@{one.revision}: deleted={one.deleted} rows={one.rows}{held}")
     for folder, numbers in (purged or {}).items():

@@ -194,10 +194,12 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     reasons = Counter(reject.reason for reject in refused)
     where = storage.join(plan.config.output, report_name(REJECTS, plan.append.revision if plan.append else 1))
     storage.write_bytes(where, rejects_table(refused))
+    hint = " (--allow-private-hosts permits them)" if "private address" in reasons else ""
     raise UserError(
         f"{len(refused):,} of {inputs:,} inputs were rejected, more than --max-reject-fraction "
-        f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} "
-        f"(such as {refused[0].key}; all in {where}). Fix the inputs or raise the limit; finished work is kept"
+        f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))}"
+        f"{hint} (such as {refused[0].key}; all in {where}). Repeat the command with a higher limit, which keeps the finished "
+        "work; or fix the inputs, remove the output and start again"
     )
 
 

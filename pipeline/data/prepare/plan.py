@@ -338,8 +338,8 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
         changed = _differing(configuration.flatten(before), configuration.flatten(mark))
         raise UserError(
             f"{plan.config.output}: contains an unfinished dataset of another command or input (different: "
-            f"{', '.join(key.removeprefix('config.') for key in changed)}); run that command again to finish it, or choose "
-            "another --output"
+            f"{', '.join(key.removeprefix('config.') for key in changed)}); run that command again to finish it, remove the "
+            "folder to start again, or choose another --output"
         )
     try:
         storage.write_json(where, mark)
