@@ -137,7 +137,9 @@ def _is_alive(holder: dict[str, Any], uri: str) -> bool:
     """Whether the process that wrote launch.json is still running."""
     if holder["host"] == socket.gethostname():
         with contextlib.suppress(psutil.Error, OverflowError):
-            return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
+            process = psutil.Process(holder["pid"])
+            is_same = abs(process.create_time() - holder["started"]) < 1
+            return is_same and process.status() != psutil.STATUS_ZOMBIE  # in a container nobody may wait for the dead
         return False
     if time.time() - holder["renewed"] > 30 * RENEW_EVERY:  # the clocks of two machines may differ by minutes
         return False

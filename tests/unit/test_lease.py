@@ -1,12 +1,15 @@
 """Only one launch can use a run folder at a time, on any machine."""
 
 import json
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from pipeline import lease, storage
-from pipeline.errors import UserError
+from pipeline.errors import InUse, UserError
 from pipeline.lease import Lease
 
 
@@ -66,3 +69,17 @@ def test_of_two_launches_at_once_one_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: written(tmp_path))
     with pytest.raises(UserError, match="by first"):
         Lease(str(tmp_path), "second").__enter__()
+
+
+def test_a_killed_process_that_nobody_waited_for_holds_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = psutil.Process(process.pid).create_time()
+    written(tmp_path, pid=process.pid, started=started)
+    with pytest.raises(InUse):
+        Lease(str(tmp_path), "second").__enter__()
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with Lease(str(tmp_path), "second"):
+        pass
+    process.wait()
