@@ -207,7 +207,8 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, name):
+def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # away from the outputs of `make demo`
     stages, message = STAGES[name]
     place = tmp_path / "pipeline.yaml"
     place.write_text(yaml.safe_dump({"name": "wrong", "output": str(tmp_path / "out"), "stages": stages}))
