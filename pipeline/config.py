@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import sys
 import types
@@ -115,13 +116,14 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Runs a job's `main(argv)` and exits with a documented code.
 
     0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
-    output); 129: the terminal was closed; 130: Ctrl-C; 143: SIGTERM."""
+    output); 129: the terminal was closed; 130: Ctrl-C; 141: the reader of the output has ended; 143: SIGTERM."""
     _handle_stop_signals()
     logs.setup()
     code: str | int | None
     try:
         hide_passwords()
         code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
     except UserError as error:
         # Ray wraps an error raised in a task; the original is its cause.
         error = getattr(error, "cause", error)
@@ -132,6 +134,8 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         code = 1
     except OSError as error:
         error = getattr(error, "cause", error)
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(128 + signal.SIGPIPE)
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not is_full and error.filename is None:
             raise
@@ -147,6 +151,16 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
             _exit_now(code)
     cluster.disconnect()
     sys.exit(code)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output, such as `head`, has ended. If so, the remaining output is discarded."""
+    poll = select.poll()
+    poll.register(1, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_closed
 
 
 def _handle_stop_signals() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import shlex
 import signal
 import subprocess
 import sys
@@ -149,3 +150,10 @@ def test_a_job_that_is_stopped_says_how_to_continue(end, code):
     done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, timeout=120)
     assert done.returncode == code
     assert "stopped; repeat the command to continue" in done.stderr
+
+
+def test_a_reader_of_the_output_that_ends_first_is_no_error():
+    job = "from pipeline.config import run_job\ndef main(argv):\n    print('line\\n' * 100_000)\nrun_job(main)"
+    command = f'{shlex.quote(sys.executable)} -c {shlex.quote(job)} | head -n 1; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")
