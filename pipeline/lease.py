@@ -25,7 +25,8 @@ LAUNCH = "launch.json"
 LAST_TIME = 1e11  # seconds since 1970 (year 5138); larger values are invalid
 RENEW_EVERY = 20.0
 SETTLE = 0.5
-"""Seconds between writing the claim and reading it again. Of two simultaneous launches the last writer wins."""
+"""Seconds between overwriting the file of a dead process and reading it again. Of two simultaneous launches the last
+writer wins."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +57,15 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
+        was_there = storage.exists(self.uri)
         holder = self._read()
         if holder is not None and _is_alive(holder, self.uri):
             raise self._refusal(holder)
-        if not storage.exists(
-            self.uri
-        ):  # the store lets only one process create the file; the file of a dead process is overwritten
-            storage.create_bytes(self.uri, self._text())
-        else:
+        if was_there:  # the file of a dead process, or a damaged one: several processes may overwrite it
             self._write()
-        time.sleep(SETTLE)
+            time.sleep(SETTLE)
+        else:
+            storage.create_bytes(self.uri, self._text())  # the store lets only one process create it
         holder = self._read()
         if holder is not None and holder["id"] != self.mine["id"]:
             raise self._refusal(holder)

@@ -4,13 +4,19 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import psutil
 import pytest
 
-from pipeline import lease, storage
+from pipeline import lease, storage, workqueue
+from pipeline.data.prepare.config import PrepareConfig
+from pipeline.data.prepare.plan import lock_output
+from pipeline.data.prepare.run import prepare
 from pipeline.errors import InUse, UserError
 from pipeline.lease import Lease
+from tests.images import picture
 
 
 def written(path, **changes):
@@ -65,7 +71,21 @@ def test_launch_on_another_machine_is_alive_while_it_renews(tmp_path, monkeypatc
             pass
 
 
-def test_of_two_launches_at_once_one_stays(tmp_path, monkeypatch):
+def test_of_many_launches_at_once_one_stays(tmp_path):
+    def enter(number):
+        try:
+            return Lease(str(tmp_path), f"launch {number}").__enter__()
+        except InUse:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        entered = [holder for holder in pool.map(enter, range(8)) if holder]
+    assert len(entered) == 1
+    entered[0].__exit__()
+
+
+def test_of_two_launches_after_a_dead_one_the_last_writer_stays(tmp_path, monkeypatch):
+    written(tmp_path, started=1.0)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: written(tmp_path))
     with pytest.raises(UserError, match="by first"):
         Lease(str(tmp_path), "second").__enter__()
@@ -83,3 +103,15 @@ def test_a_killed_process_that_nobody_waited_for_holds_nothing(tmp_path):
     with Lease(str(tmp_path), "second"):
         pass
     process.wait()
+
+
+def test_a_second_preparation_of_one_output_is_refused_by_name(tmp_path):
+    (tmp_path / "photos" / "red").mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "photos" / "red" / "1.png"), picture())
+    config = PrepareConfig(source=(str(tmp_path / "photos"),), output=str(tmp_path / "out"), size=16)
+    with workqueue.without_ray():
+        with lock_output(str(tmp_path / "out" / "_work")):
+            with pytest.raises(InUse, match=r"is being written by prepare, process \d+ on .*; wait for that one"):
+                prepare(config)
+        assert prepare(config)[""].rows == 1
+    assert not (tmp_path / "out" / "_work").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage, workqueue
+from pipeline import lease, storage, workqueue
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import revision_names, write_dataset
 from pipeline.data.format.verify import verify_dataset
@@ -174,7 +174,7 @@ def test_an_append_stopped_anywhere_ends_in_the_same_bytes(tmp_path, monkeypatch
     while True:
         shutil.rmtree(tmp_path / "set")
         shutil.copytree(tmp_path / "start", tmp_path / "set")
-        with stopped_at_write(at, monkeypatch) as stop:
+        with stopped_at_write(at, monkeypatch, tmp_path) as stop:
             with contextlib.suppress(Stopped):
                 prepare(more, append=True)
         if not stop.happened:
@@ -193,10 +193,12 @@ class Stopped(BaseException):
 
 
 class stopped_at_write:
-    """Within the block, the write of that number to storage does not happen, nor anything after it."""
+    """Within the block, the write of that number to storage does not happen, nor anything after it. Afterwards the locks
+    below `root` are those of a process that has ended."""
 
-    def __init__(self, at, monkeypatch):
-        self.left, self.monkeypatch, self.happened = at, monkeypatch, False
+    def __init__(self, at, monkeypatch, root):
+        self.left, self.monkeypatch, self.happened, self.root = at, monkeypatch, False, root
+        monkeypatch.setattr(lease, "SETTLE", 0.01)
 
     def __enter__(self):
         from pipeline import storage
@@ -219,6 +221,8 @@ class stopped_at_write:
 
     def __exit__(self, *exception):
         self.context.__exit__(None, None, None)
+        for lock in self.root.rglob(lease.LAUNCH):
+            lock.write_text(json.dumps({**json.loads(lock.read_text()), "started": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -347,7 +351,7 @@ def test_a_deletion_and_a_purge_stopped_anywhere_end_in_the_same_bytes(grown, tm
     while True:
         shutil.rmtree(grown)
         shutil.copytree(tmp_path / "start", grown)
-        with stopped_at_write(at, monkeypatch) as stop:
+        with stopped_at_write(at, monkeypatch, tmp_path) as stop:
             with contextlib.suppress(Stopped):
                 work()
         if not stop.happened:
@@ -362,7 +366,7 @@ def test_a_deletion_and_a_purge_stopped_anywhere_end_in_the_same_bytes(grown, tm
 
 def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path, monkeypatch):
     keys, third = chosen(grown), write_images(tmp_path / "third", {"ant": 4, "bee": 4}, 3)
-    with stopped_at_write(3, monkeypatch), pytest.raises(Stopped):
+    with stopped_at_write(3, monkeypatch, tmp_path), pytest.raises(Stopped):
         prepare(config(tmp_path, third, splits=SPLITS), append=True)
     with pytest.raises(UserError, match="unfinished append, deletion or download"):
         delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys))
@@ -370,7 +374,7 @@ def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path,
         delete_keys(f"{grown}/train", str(tmp_path / "keys.txt"))
     prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS))  # finished; does not change the stopped append
     prepare(config(tmp_path, third, splits=SPLITS), append=True)
-    with stopped_at_write(2, monkeypatch), pytest.raises(Stopped):
+    with stopped_at_write(2, monkeypatch, tmp_path), pytest.raises(Stopped):
         delete_keys(str(grown), str(tmp_path / "keys.txt"))
     with pytest.raises(UserError, match="unfinished dataset of another command"):
         prepare(

@@ -19,6 +19,7 @@ from pipeline.data.format.manifest import Receipt, content_fingerprint
 from pipeline.data.format.revision_names import is_report, name_of, report_name, shard_prefix, split_address
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
 from pipeline.data.prepare.config import WORK
+from pipeline.data.prepare.plan import lock_output
 from pipeline.errors import UserError
 from pipeline.outputs import check_output
 from pipeline.workqueue import Receipts
@@ -65,11 +66,12 @@ def delete_keys(uri: str, keys: str) -> list[Deletion]:
     missing = len(wanted) - len(present)
     if missing:
         logger.warning("%d of the %d keys are not in the data, such as %s", missing, len(wanted), min(wanted - present))
-    storage.write_json(storage.join(work, "plan.json"), {DELETE: digest, "revision": number})
-    for one, rows in found.items():
-        if rows:
-            _delete_from(one, bases[one], number, rows, digest, work)
-    storage.remove(work, recursive=True)
+    with lock_output(work):
+        storage.write_json(storage.join(work, "plan.json"), {DELETE: digest, "revision": number})
+        for one, rows in found.items():
+            if rows:
+                _delete_from(one, bases[one], number, rows, digest, work)
+        storage.remove(work, recursive=True)
     return [_result(one) for one in sets]
 
 

@@ -26,8 +26,8 @@ from pipeline.data.downloads.config import is_temporary
 from pipeline.data.format import REJECTS, Reject, rejects_table
 from pipeline.data.prepare import retry
 from pipeline.data.prepare.checks import check_config
-from pipeline.data.prepare.config import WORK, PrepareConfig, identity
-from pipeline.data.prepare.plan import PreparePlan, claim_output, make_plan, slice_name
+from pipeline.data.prepare.config import PrepareConfig, identity
+from pipeline.data.prepare.plan import PreparePlan, claim_output, lock_output, make_plan, refuse_other_files, slice_name
 from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.prepare.worker import items_of_slice
@@ -63,16 +63,17 @@ def download_images(
         if not storage.exists(plan.work):
             logger.info("prepare: %s is already finished", config.output)
             return finished
-    plan = claim_output(plan)
     watchers = [on_progress] if on_progress else []
-    if tracking_uri is None:
-        return _finish(retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice)))
-    with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
-        watchers.append(record.progress)
-        plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice))
-        record.wait()
-        result = _finish(plan)
-        record.log_counts(result["inputs"], result["downloaded"], result["rejects"], result["bytes"])
+    with lock_output(plan.work):
+        plan = claim_output(plan)
+        if tracking_uri is None:
+            return _finish(retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice)))
+        with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
+            watchers.append(record.progress)
+            plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice))
+            record.wait()
+            result = _finish(plan)
+            record.log_counts(result["inputs"], result["downloaded"], result["rejects"], result["bytes"])
     return result
 
 
@@ -84,13 +85,7 @@ def _find_finished(config: PrepareConfig) -> dict[str, Any] | None:
         if value["version"] != VERSION:
             raise UserError(f"{where}: version {value['version']}, this program reads {VERSION}")
         return value
-    if not storage.exists(storage.join(config.output, WORK, "plan.json")):
-        files = storage.list_files(config.output)
-        if files:
-            raise UserError(
-                f"{config.output}: already contains other files ({files[0].path}{', ...' if len(files) > 1 else ''}); "
-                "choose another --output or empty it"
-            )
+    refuse_other_files(config.output)
     return None
 
 

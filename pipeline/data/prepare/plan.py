@@ -28,6 +28,7 @@ from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
+from pipeline.lease import Lease
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)
@@ -292,15 +293,20 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
             done[name] = open_dataset(uri).manifest
     if len(done) == len(splits):
         return done
-    if storage.exists(storage.join(config.output, WORK, "plan.json")):
-        return None
-    files = storage.list_files(config.output)
+    refuse_other_files(config.output)
+    return None
+
+
+def refuse_other_files(output: str) -> None:
+    """Raises UserError if a folder without a finished dataset has files that are not of an unfinished one."""
+    if storage.exists(storage.join(output, WORK, "plan.json")):
+        return
+    files = [file.path for file in storage.list_files(output) if not file.path.startswith(f"{WORK}/")]
     if files:
         raise UserError(
-            f"{config.output}: already contains other files ({files[0].path}{', ...' if len(files) > 1 else ''}); choose another "
+            f"{output}: already contains other files ({files[0]}{', ...' if len(files) > 1 else ''}); choose another "
             "--output or empty it"
         )
-    return None
 
 
 def is_changing(output: str) -> bool:
@@ -321,6 +327,11 @@ def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
             f"{plan.split_uri(name)}: already contains another dataset "
             f"({'; '.join(changed[:3]) or 'the source files have changed'}); choose another --output or remove it"
         )
+
+
+def lock_output(work: str) -> Lease:
+    """The lock of an unfinished dataset. Entering raises InUse while another process works in the folder `work`."""
+    return Lease(work, "prepare", doing="being written", remedy="wait for that one, or choose another --output")
 
 
 def claim_output(plan: PreparePlan) -> PreparePlan:

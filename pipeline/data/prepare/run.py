@@ -23,6 +23,7 @@ from pipeline.data.prepare.plan import (
     claim_output,
     find_finished,
     is_changing,
+    lock_output,
     make_plan,
     slice_name,
 )
@@ -69,15 +70,16 @@ def prepare(
             logger.info("prepare: %s is already finished", config.output)
             return finished
         logger.info("prepare: %s is finished; temporarily failed downloads are retried", config.output)
-    plan = claim_output(plan)
-    if plan.append is not None:
-        plan = dataclasses.replace(plan, append=read_keys(plan.append))
     watchers = [on_progress] if on_progress else []
-    if tracking_uri is None:
-        return _run_phases(plan, watchers)
-    with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
-        manifests = _run_phases(plan, [*watchers, record.progress], record)
-        record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
+    with lock_output(plan.work):
+        plan = claim_output(plan)
+        if plan.append is not None:
+            plan = dataclasses.replace(plan, append=read_keys(plan.append))
+        if tracking_uri is None:
+            return _run_phases(plan, watchers)
+        with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
+            manifests = _run_phases(plan, [*watchers, record.progress], record)
+            record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
     return manifests
 
 
