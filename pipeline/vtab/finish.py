@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.format import Dataset, Manifest, Receipt, Reject, Schema, finish_dataset, open_dataset
+from pipeline.data.format import (
+    Dataset,
+    Manifest,
+    Receipt,
+    Reject,
+    Schema,
+    build_manifest,
+    finish_dataset,
+    open_dataset,
+)
 from pipeline.errors import UserError
 from pipeline.vtab import archives, tasks
 from pipeline.vtab.parts import is_finished, split_uri
@@ -89,14 +98,16 @@ def finish_task(plan: TaskPlan, receipts: Sequence[dict[str, Any]]) -> tuple[Cou
 
 def _write_manifest(plan: TaskPlan, split: str, parts: Sequence[dict[str, Any]]) -> Manifest:
     uri = split_uri(plan, split)
-    manifest = finish_dataset(
+    rejects = [Reject(**reject) for part in parts for reject in part["rejects"]]
+    manifest = build_manifest(
         uri,
         [Receipt.from_dict(part["receipt"]) for part in parts],
         Schema(classes=tasks.get(plan.task).classes),
-        rejects=[Reject(**reject) for part in parts for reject in part["rejects"]],
+        rejects=rejects,
         inputs=len(plan.examples[split]),
         config={"vtab": {**plan.identity, "split": split}},
     )
+    finish_dataset(uri, manifest, rejects)
     known = {shard.name for shard in manifest.shards}
     for file in storage.list_files(uri, recursive=False):  # files of a killed worker
         if file.path.endswith(".parquet") and file.path.startswith(("part-", "shard-")) and file.path not in known:

@@ -22,6 +22,7 @@ from pipeline.data.loading.order import AUGMENT, Order, uniform
 from pipeline.data.loading.patches import kept_tokens, patchify
 from pipeline.data.loading.transform import augment_image
 from pipeline.errors import UserError
+from tests.datasets import first_batches
 
 CLASSES = list("abcdefg")
 SMALL = Augment(size=16, randaug_layers=1, randaug_magnitude=10)
@@ -57,15 +58,8 @@ def datasets(tmp_path_factory):
 
 
 def take(dataset, steps=None, **options):
-    """The first `steps` batches (default: the epoch), as plain copies."""
     options = {"batch_size": 16, "lanes": 8, "seed": 3, "augment": SMALL, "shuffle_window": 64, "threads": 2} | options
-    batches = []
-    with Loader(dataset, **options) as loader:
-        for batch in loader:
-            batches.append({k: v.clone() if isinstance(v, torch.Tensor) else list(v) for k, v in batch.items()})
-            if len(batches) == steps:
-                break
-    return batches
+    return first_batches(dataset, steps, **options)
 
 
 def joined(ranks):

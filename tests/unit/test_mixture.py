@@ -19,6 +19,7 @@ from pipeline.data.loading.mixed_order import MixedOrder, turns
 from pipeline.data.mixture import open_data
 from pipeline.errors import UserError
 from pipeline.training.plan import make_plan
+from tests.datasets import first_batches
 from tests.images import tinted
 from tests.runs import pretrain_config
 
@@ -224,13 +225,7 @@ def mixture(tmp_path_factory):
 
 def take(dataset, steps=None, **options):
     options = {"batch_size": 20, "lanes": 4, "seed": 3, "augment": VIEW, "shuffle_window": 32, "threads": 2} | options
-    batches = []
-    with Loader(dataset, **options) as loader:
-        for batch in loader:
-            batches.append({k: v.clone() if isinstance(v, torch.Tensor) else list(v) for k, v in batch.items()})
-            if len(batches) == steps:
-                break
-    return batches
+    return first_batches(dataset, steps, **options)
 
 
 def test_classes_of_the_same_name_are_the_same_class(mixture):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.format import Schema, ShardWriter, finish_dataset, open_dataset, write_dataset
+from pipeline.data.format import Schema, ShardWriter, build_manifest, open_dataset, write_dataset
 from pipeline.data.format.verify import verify_dataset
 from pipeline.errors import UserError
 
@@ -299,10 +299,11 @@ def test_a_shard_that_shrank_is_named(dataset, tmp_path):
 def test_mean_and_deviation(tmp_path):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (20, 8, 6, 3), dtype=np.uint8)
-    with ShardWriter(str(tmp_path), "00000", Schema(classes=["a"])) as writer:
+    schema = Schema(classes=["a"])
+    with ShardWriter(str(tmp_path), "00000", schema) as writer:
         for i, picture in enumerate(pictures):
             writer.write(str(i), b"", 0, 6, 8, picture)
-    manifest = finish_dataset(str(tmp_path), [writer.receipt], Schema(classes=["a"]))
+    manifest = build_manifest(str(tmp_path), [writer.receipt], schema)
     assert manifest.mean == pytest.approx((pictures / 255).mean((0, 1, 2)), abs=1e-5)
     assert manifest.std == pytest.approx((pictures / 255).std((0, 1, 2)), abs=1e-5)
 

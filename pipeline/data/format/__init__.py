@@ -13,7 +13,7 @@ page per
 
 constants.py  names of files, default sizes, versions
 manifest.py   Schema, Shard, Manifest, Receipt, Reject
-writer.py     ShardWriter, finish_dataset, write_dataset
+writer.py     ShardWriter, build_manifest, finish_dataset, write_dataset
 dataset.py    Dataset, open_dataset
 pages.py      parses row groups
 verify.py     verify_dataset: checks a dataset against its manifest
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.data.format.dataset import Dataset, open_dataset
     from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard
     from pipeline.data.format.pages import RowGroup
-    from pipeline.data.format.writer import ShardWriter, finish_dataset, rejects_table, write_dataset
+    from pipeline.data.format.writer import ShardWriter, build_manifest, finish_dataset, rejects_table, write_dataset
 
 __all__ = [
     "MANIFEST",
@@ -56,6 +56,7 @@ __all__ = [
     "Schema",
     "Shard",
     "ShardWriter",
+    "build_manifest",
     "finish_dataset",
     "open_dataset",
     "rejects_table",
@@ -68,6 +69,6 @@ __getattr__ = lazy.exports(
         "dataset": ("Dataset", "open_dataset"),
         "manifest": ("Label", "Manifest", "Receipt", "Reject", "Schema", "Shard"),
         "pages": ("RowGroup",),
-        "writer": ("ShardWriter", "finish_dataset", "rejects_table", "write_dataset"),
+        "writer": ("ShardWriter", "build_manifest", "finish_dataset", "rejects_table", "write_dataset"),
     },
 )

@@ -216,39 +216,12 @@ def rejects_table(rejects: Iterable[Reject]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def finish_dataset(
-    uri: str,
-    receipts: Iterable[Receipt],
-    schema: Schema,
-    *,
-    rejects: Iterable[Reject] = (),
-    duplicates: Mapping[str, int] | None = None,
-    reported: Mapping[str, int] | None = None,
-    inputs: int | None = None,
-    config: dict[str, Any] | None = None,
-    input_fingerprint: str = "",
-) -> Manifest:
-    """Finishes a dataset: writes `rejects.parquet`, then `manifest.json`.
-
-    duplicates, reported: by reason, rows that were removed and rows that were only listed. inputs: default is the sum
-    of the receipts and rejects. Raises UserError when there are no rows, RuntimeError when the counts are inconsistent.
-    """
-    refused = list(rejects)
-    manifest = build_manifest(
-        uri,
-        receipts,
-        schema,
-        rejects=refused,
-        duplicates=duplicates,
-        reported=reported,
-        inputs=inputs,
-        config=config,
-        input_fingerprint=input_fingerprint,
-    )
+def finish_dataset(uri: str, manifest: Manifest, rejects: Iterable[Reject] = ()) -> Manifest:
+    """Finishes a dataset: writes `rejects.parquet`, then `manifest.json`. Raises UserError when there are no rows."""
     if not manifest.rows:
         why = "; ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "no inputs"
         raise UserError(f"{uri}: no usable images ({why})")
-    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(refused))
+    storage.write_bytes(storage.join(uri, REJECTS), rejects_table(rejects))
     storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())
     return manifest
 
@@ -265,7 +238,11 @@ def build_manifest(
     config: dict[str, Any] | None = None,
     input_fingerprint: str = "",
 ) -> Manifest:
-    """The manifest of the written rows, perhaps none. Raises RuntimeError when the counts are inconsistent."""
+    """The manifest of the written rows, perhaps none.
+
+    duplicates, reported: by reason, rows that were removed and rows that were only listed. inputs: default is the sum
+    of the receipts and rejects. Raises RuntimeError when the counts are inconsistent.
+    """
     total, refused = Receipt.total(receipts), list(rejects)
     reasons = dict(sorted(Counter(reject.reason for reject in refused).items()))
     repeated = sum((duplicates or {}).values())
@@ -306,12 +283,12 @@ def write_dataset(
     multilabel: bool = False,
     row_group_bytes: int = ROW_GROUP_BYTES,
     shard_bytes: int = SHARD_BYTES,
-    **finish: Any,
+    **about: Any,
 ) -> Manifest:
     """Writes a small dataset from rows of (key, image, label, width, height). Other keyword arguments are passed to
-    `finish_dataset`."""
+    `build_manifest`."""
     schema = Schema(encoding=encoding, image=image or {}, classes=classes, multilabel=multilabel)
     with ShardWriter(uri, "00000", schema, row_group_bytes=row_group_bytes, shard_bytes=shard_bytes) as writer:
         for row in rows:
             writer.write(*row)
-    return finish_dataset(uri, [writer.receipt], schema, **finish)
+    return finish_dataset(uri, build_manifest(uri, [writer.receipt], schema, **about), about.get("rejects", ()))

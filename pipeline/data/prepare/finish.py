@@ -7,12 +7,20 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
-from pipeline.data.format import REJECTS, Manifest, Receipt, Reject, finish_dataset, open_dataset, rejects_table
+from pipeline.data.format import (
+    REJECTS,
+    Manifest,
+    Receipt,
+    Reject,
+    build_manifest,
+    finish_dataset,
+    open_dataset,
+    rejects_table,
+)
 from pipeline.data.format.manifest import content_fingerprint
 from pipeline.data.format.revision_names import report_name
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
 from pipeline.data.format.verify import read_report
-from pipeline.data.format.writer import build_manifest
 from pipeline.data.prepare.append import history_entry, joined
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.plan import PreparePlan, slice_name
@@ -65,10 +73,10 @@ def finish_datasets(
             "config": identity(plan.config),
             "input_fingerprint": plan.input_fingerprint,
         }
+        new = build_manifest(plan.split_uri(name), written, plan.schema, **about)
         if plan.append is None:
-            manifests[name] = finish_dataset(plan.split_uri(name), written, plan.schema, **about)
+            manifests[name] = finish_dataset(plan.split_uri(name), new, about["rejects"])
         else:
-            new = build_manifest(plan.split_uri(name), written, plan.schema, **about)
             manifests[name] = _publish(plan, name, new, about["rejects"], duplicates + reported, receipts)
     _warn_about_classes(plan, manifests)
     _warn_about_table_rows(plan, receipts)
