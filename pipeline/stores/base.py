@@ -1,13 +1,13 @@
 """Base class of the object stores: the requests of `pipeline.storage` with a common retry policy.
 
-A store is a class in a module of its own, with a row in `pipeline.stores.SCHEMES`. It says how one attempt of each
-request is made and which of its errors another attempt cannot change; this module does the rest. Credentials and
-endpoints come from the environment variables of the vendor's own tools, never from arguments, so that no secret
-passes through a config, a log or a run.
+Each store is a class in its own module, with a row in `pipeline.stores.SCHEMES`. The class makes one attempt of each
+request and tells permanent errors from temporary ones; this module does the rest. Credentials and endpoints come from
+the environment variables of the vendor's own tools, never from arguments, so that no secret gets into a config, a log
+or a run.
 
-What may pass (500, 503, 429, time-outs, resets, short bodies) is tried again as `pipeline.retry` says. The client
-libraries repeat nothing themselves, so that every repetition is counted and logged. Uploads in parts are the
-exception: there the library repeats single parts first, because a whole upload can be gigabytes.
+Temporary failures (500, 503, 429, time-outs, resets, short bodies) are retried according to `pipeline.retry`. Retries in
+the client libraries are off, so that every retry is counted and logged. The exception is an upload in parts: the library
+first retries single parts, because a whole upload can be gigabytes.
 """
 
 import abc

@@ -300,7 +300,7 @@ def test_deleted_rows_are_gone_and_all_other_shards_are_as_they_were(grown, tmp_
     before, keys = open_dataset(f"{grown}/train"), chosen(grown)
     images = [row["image"] for row in before.read([0, 1, len(before) - 1])]
     results = delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys))
-    assert [(one.uri, one.deleted, one.held_by) for one in results] == [
+    assert [(one.uri, one.deleted, one.older_revisions) for one in results] == [
         (f"{grown}/test", 0, []),
         (f"{grown}/train", 3, [1, 2]),
     ]
@@ -327,7 +327,7 @@ def test_purge_leaves_no_copy_and_only_what_other_revisions_need(grown, tmp_path
     dataset = open_dataset(f"{grown}/train")
     last = dataset[len(dataset) - 1]  # of the second revision: the first one does not have it
     (result,) = delete_keys(f"{grown}/train", write_keys(tmp_path / "keys.txt", [last["key"]]))
-    assert result.held_by == [2]
+    assert result.older_revisions == [2]
     assert any(last["image"] in path.read_bytes() for path in grown.rglob("*.parquet"))
     assert purge(f"{grown}/train") == {f"{grown}/train": [2]}
     assert not any(last["image"] in path.read_bytes() for path in grown.rglob("*") if path.is_file())
@@ -452,7 +452,7 @@ def test_revisions_on_a_store(s3, tmp_path):
     last = open_dataset(f"{s3}/set@2")[29]
     storage.write_bytes(f"{s3}/keys.txt", last["key"].encode())
     (result,) = delete_keys(f"{s3}/set", f"{s3}/keys.txt")
-    assert (result.deleted, result.held_by) == (1, [2])
+    assert (result.deleted, result.older_revisions) == (1, [2])
     assert purge(f"{s3}/set") == {f"{s3}/set": [2]}
     assert verify_dataset(f"{s3}/set") == verify_dataset(f"{s3}/set@1") == []
     assert not any(last["image"] in storage.read_bytes(file.uri) for file in storage.list_files(f"{s3}/set"))

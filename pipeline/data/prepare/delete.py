@@ -37,7 +37,7 @@ class Deletion:
     revision: int
     rows: int
     deleted: int
-    held_by: list[int]
+    older_revisions: list[int]
     """Older revisions that still have deleted rows."""
 
 
@@ -222,7 +222,7 @@ def _write_shard(unit: tuple[int, list[int]], context: tuple[str, int, int]) -> 
 # ---------------------------------------------------------------- older revisions
 
 
-def held_by(folder: str) -> list[int]:
+def older_revisions(folder: str) -> list[int]:
     """Older revisions with deleted rows, which have a shard that is not in the newest revision."""
     everything = revisions(folder)
     newest = everything[max(everything)]
@@ -235,7 +235,11 @@ def _result(folder: str) -> Deletion:
     last = manifest.history[-1] if manifest.history else {}
     deleted = last["rows"] if last.get("kind") == DELETE else 0
     return Deletion(
-        uri=folder, revision=manifest.revision, rows=manifest.rows, deleted=deleted, held_by=held_by(folder)
+        uri=folder,
+        revision=manifest.revision,
+        rows=manifest.rows,
+        deleted=deleted,
+        older_revisions=older_revisions(folder),
     )
 
 
@@ -250,7 +254,7 @@ def purge(uri: str) -> dict[str, list[int]]:
             )
     gone = {}
     for folder in sets:
-        stale = held_by(folder)
+        stale = older_revisions(folder)
         for number in stale:  # first, so that no partial revision looks complete
             storage.remove(storage.join(folder, name_of(MANIFEST, number)))
         known = known_files(revisions(folder).values())
@@ -266,8 +270,8 @@ def summary(results: Sequence[Deletion], purged: dict[str, list[int]] | None) ->
     lines = []
     for one in results:
         held = (
-            f"; @{', @'.join(map(str, one.held_by))} still with deleted rows (--purge removes them)"
-            if one.held_by
+            f"; @{', @'.join(map(str, one.older_revisions))} still with deleted rows (--purge removes them)"
+            if one.older_revisions
             else ""
         )
         lines.append(f"{one.uri}@{one.revision}: deleted={one.deleted} rows={one.rows}{held}")
@@ -277,5 +281,5 @@ def summary(results: Sequence[Deletion], purged: dict[str, list[int]] | None) ->
 
 
 def to_json(results: Sequence[Deletion], purged: dict[str, list[int]] | None) -> str:
-    fields = ("uri", "revision", "rows", "deleted", "held_by")
+    fields = ("uri", "revision", "rows", "deleted", "older_revisions")
     return json.dumps({"datasets": [{f: getattr(one, f) for f in fields} for one in results], "purged": purged or {}})

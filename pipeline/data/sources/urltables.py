@@ -28,8 +28,8 @@ PARQUET = re.compile(r"(?i)\.(parquet|parq|pq)$")
 ADDRESS = re.compile(r"(?i)\s*https?://")
 MAX_LINE = 8 << 20  # maximum length of a line in bytes
 SNIFFED_ROWS = 100  # number of rows that determine the columns
-SPAN_ROWS = (64, 4096)  # minimum and maximum rows of a span; a file has about
-SPANS = 64
+SPANS = 64  # approximate number of spans of a file
+SPAN_ROWS = (64, 4096)  # minimum and maximum rows of a span
 BUFFER = 4 << 20  # bytes read at a time from a Parquet column
 BATCH_ROWS = 1024
 
