@@ -1,6 +1,7 @@
 """Downloads from a server that misbehaves: every address ends as an image or as a reason, in bounded time and memory."""
 
 import asyncio
+import ipaddress
 import itertools
 import multiprocessing
 import socket
@@ -111,7 +112,10 @@ REFUSED = [
     "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
     "100.100.100.200", "168.63.129.16", "192.0.0.192", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1",
     "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1",
-    "fe80::1%eth0", "nonsense",
+    "fe80::1%eth0", "nonsense", "fec0::1", "5f00::1", "3fff::1", "2001:db8::1", "4000::1", "6000::1", "8000::1", "100::1",
+    "64:ff9b:1::7f00:1", "64:ff9b:1::a9fe:a9fe", "64:ff9b:1:7f00:0:100::", "64:ff9b:1:7f00:0:100:808:808",
+    "64:ff9b:1:7f:0:1::", "64:ff9b:1::7f:0:100:0", "64:ff9b:2::808:808", "::ffff:0:7f00:1", "::ffff:0:a9fe:a9fe",
+    "::8.8.8.8", "2002:a00:1::", "2001:0:a00:1::f7f7:f7f7",
 ]  # fmt: skip
 
 
@@ -119,8 +123,33 @@ def test_private_addresses_are_refused_in_every_spelling():
     policy = AddressPolicy()
     assert [text for text in REFUSED if policy.allows(text)] == []
     assert all(
-        map(policy.allows, ["8.8.8.8", "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "64:ff9b::808:808"])
+        map(
+            policy.allows,
+            [
+                "8.8.8.8",
+                "93.184.216.34",
+                "2606:2800:220:1:248:1893:25c8:1946",
+                "::ffff:8.8.8.8",
+                "64:ff9b::808:808",
+                "64:ff9b:1::808:808",
+                "::ffff:0:808:808",
+                "2002:808:808::",
+                "2001:0:808:808::f7f7:f7f7",
+            ],
+        )
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["::ffff:a9fe:a9fe", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe", "64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1:a9:fe:a9fe::",
+     "64:ff9b:1::a9:fea9:fe00:0", "::ffff:0:a9fe:a9fe", "2002:a9fe:a9fe::", "2001:0:a9fe:a9fe::f7f7:f7f7",
+     "2001:0:808:808::5601:5601", "::a9fe:a9fe", "64:ff9b:1::a83f:8110", "::ffff:0:6464:64c8"],
+)  # fmt: skip
+def test_metadata_servers_are_refused_in_every_embedding(text):
+    networks = (ipaddress.ip_network("::/0"), ipaddress.ip_network("0.0.0.0/0"))
+    assert not AddressPolicy(allow_private=True).allows(text)
+    assert not AddressPolicy(networks=networks).allows(text)
 
 
 def test_metadata_servers_are_refused_even_where_private_hosts_are_allowed():

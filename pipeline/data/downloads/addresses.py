@@ -25,7 +25,13 @@ METADATA = tuple(
     )
 )
 """Addresses that no setting allows, because clouds serve credentials there."""
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""The only IPv6 addresses that are assigned to public hosts (RFC 4291); some of them are not public."""
+DOCUMENTATION = (ipaddress.IPv6Network("2001:db8::/32"), ipaddress.IPv6Network("3fff::/20"))
+TRANSLATED = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::ffff:0:0:0/96"))
+"""NAT64 (RFC 6052) and SIIT (RFC 2765): the last 32 bits are an IPv4 address."""
+LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215; the site chooses the length of the prefix
+COMPATIBLE = ipaddress.IPv6Network("::/96")  # the old form ::a.b.c.d
 
 
 class RefusedAddress(OSError):
@@ -54,17 +60,34 @@ class AddressPolicy:
             return False
         if self.allow_private or any(address in network for network in self.networks):
             return True
-        return (isinstance(address, ipaddress.IPv6Address) and bool(_embedded(address))) or address.is_global
+        if isinstance(address, ipaddress.IPv4Address):
+            return address.is_global
+        if _embedded(address):
+            return address not in COMPATIBLE
+        return address.is_global and address in UNICAST and not any(address in network for network in DOCUMENTATION)
 
 
-def _embedded(address: Address) -> list[Address]:
-    """The IPv4 addresses in an IPv6 address: mapped, 6to4, Teredo, NAT64, and the old form ::a.b.c.d."""
+def _embedded(address: Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses in an IPv6 address: mapped, 6to4, Teredo, NAT64, SIIT, and the old form ::a.b.c.d."""
     if isinstance(address, ipaddress.IPv4Address):
         return []
-    found: list[Address | None] = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in NAT64 or 1 < int(address) < 1 << 32:
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    bits = int(address)
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if any(address in network for network in TRANSLATED) or (address in COMPATIBLE and bits > 1):
+        found.append(ipaddress.IPv4Address(bits & 0xFFFFFFFF))
+    if address in LOCAL_NAT64:
+        found += map(ipaddress.IPv4Address, _local_nat64(bits))
     return [each for each in found if each is not None]
+
+
+def _local_nat64(bits: int) -> list[int]:
+    """The IPv4 addresses that an address of LOCAL_NAT64 may contain, for prefixes of 96, 64, 56 and 48 bits (RFC 6052,
+    section 2.2). Bits 64 to 71 are not part of the IPv4 address."""
+    last = bits & 0xFFFFFFFF
+    if not (bits >> 32) & 0xFFFFFFFFFFFF:  # only zeros after the first 48 bits: the prefix has 96 bits
+        return [last]
+    joined = ((bits >> 64) & 0xFFFF) << 56 | bits & (1 << 56) - 1  # the last 80 bits, without bits 64 to 71
+    return [last, *((joined >> shift) & 0xFFFFFFFF for shift in (24, 32, 40))]
 
 
 class CheckedResolver(abc.AbstractResolver):
