@@ -263,6 +263,32 @@ def test_archives_have_the_files_as_they_came_and_what_the_list_says(server, tmp
     assert (manifest.rows, manifest.classes) == (11, ["a", "b"])
 
 
+def test_archives_contain_valid_json_without_secrets(server, tmp_path):
+    """A secret may be in any column, at any depth, and in the key of an image."""
+    address = "https://me:hunter2@host/1.jpg?sig=hunter3"
+    row = {
+        "url": f"{server.url}/image/1.jpg?token=hunter4",
+        "original": address,
+        "mirrors": [[address], [None, address]],
+        "about": {"source": address, "scores": [float("nan"), 0.5], "raw": address.encode()},
+        "similarity": float("nan"),
+        "most": float("inf"),
+    }
+    tags = pa.array([[(address, address)]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.Table.from_pylist([row]).append_column("tags", tags), tmp_path / "list.parquet")
+    source = str(tmp_path / "list.parquet")
+    download_images(options(source, tmp_path / "out", download_only=True, file_column="original"))
+    with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
+        text = archive.extractfile("0000000000.json").read().decode()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    shown = "https://***@host/1.jpg?sig=***"
+    assert found["mirrors"] == [[shown], [None, shown]]
+    assert found["about"] == {"source": shown, "scores": [None, 0.5], "raw": shown.encode().hex()}
+    assert (found["tags"], found["similarity"], found["most"]) == ([[shown, shown]], None, None)
+    assert found["key"] == f"list.parquet/{shown}"
+    assert not any(b"hunter" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
 def test_archives_are_continued_and_the_same_again(server, tmp_path):
     rows = [*good(server, 150), {"url": f"{server.url}/flaky/1.jpg", "label": "a"}]
     source = write(tmp_path / "list.csv", rows)

@@ -7,6 +7,7 @@ images. A fragment is a range of rows. The key of an image is FILE#ROW, or FILE/
 import base64
 import binascii
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -266,7 +267,7 @@ def _row(
     prefix = source.prefix
     if source.by_archive:
         prefix += f"{archives.archive_stem(name)}/"
-    key = f"{prefix}{name}/{own}" if own else f"{prefix}{name}#{number}"
+    key = f"{prefix}{name}/{credentials.redacted(str(own))}" if own else f"{prefix}{name}#{number}"
     address = values.get(columns.url)
     shown = credentials.redacted(address.strip()) if isinstance(address, str) else ""
     labels = columns.labels(values, source)
@@ -280,7 +281,7 @@ def _row(
         labels,
         _refused_before(shown, labels, source.downloads),
         columns.split(values) or fragment["split"],
-        {column: _public(value) for column, value in values.items()} if source.downloads.keep_rows else None,
+        _public(values) if source.downloads.keep_rows else None,
     )
     digest = values.get(columns.digest) if columns.digest else None
     algorithm = f"{_algorithm(columns.digest or '') or ''}:{_digest_text(digest)}" if digest else None
@@ -295,7 +296,16 @@ def _refused_before(address: str, labels: list[str] | None, downloads: Downloads
 
 
 def _public(value: Any) -> Any:
-    return credentials.redacted(value) if isinstance(value, str) else value
+    """A value of a row without secrets, at any depth; NaN and infinity, which JSON does not have, become None."""
+    if isinstance(value, str):
+        return credentials.redacted(value)
+    if isinstance(value, bytes):
+        return credentials.redacted(value.decode("latin-1")).encode("latin-1")
+    if isinstance(value, Mapping):
+        return {_public(key): _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _digest_text(value: Any) -> str:
