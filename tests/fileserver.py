@@ -1,6 +1,7 @@
 """A web server on loopback for tests of https:// addresses: serves the files of
 a folder, with ranges and optional conditions."""
 
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,17 +12,21 @@ class FileServer:
     """Serves the files under `folder` while the block lasts.
 
     ranges: whether it serves parts of files. sizes: whether it says how large a file is. query: what an address has to end with.
-    redirects: {path: where it is}. `requests` holds (method, path with its query, Range) of every request, `logins` its Authorization.
+    certificate: PEM file for https://, with the key. redirects: {path: where it is}. `requests` holds (method, path with its query, Range) of every request, `logins` its Authorization.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1", certificate: Path | None = None) -> None:
         self.folder, self.ranges, self.sizes, self.query = folder, True, True, ""
         self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.logins: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (FileHandler,), {"web": self}))
+        self._server = ThreadingHTTPServer((host, 0), type("Handler", (FileHandler,), {"web": self}))
         self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self.address = f"http{'s' if certificate else ''}://{host}:{self._server.server_port}"
+        if certificate:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def __enter__(self) -> "FileServer":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

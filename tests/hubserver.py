@@ -21,6 +21,7 @@ class HubServer:
 
     def __init__(self, folder: Path, large: int = 1000, page: int = 7) -> None:
         self.folder, self.large, self.page, self.token = folder, large, page, ""
+        self.pages = ""  # the server that the address of the next page names, if it is another one
         self.requests: list[tuple[str, str]] = []
         self.files = FileServer(folder)
         self._server = ThreadingHTTPServer(
@@ -82,6 +83,6 @@ class _Handler(FileHandler):
         first, page = int(query.get("cursor", ["0"])[0]), int(query.get("limit", [str(self.hub.page)])[0])
         more = {}
         if first + page < len(entries):
-            address = f"{self.hub.address}{self.path.partition('&cursor')[0]}&cursor={first + page}"
+            address = f"{self.hub.pages or self.hub.address}{self.path.partition('&cursor')[0]}&cursor={first + page}"
             more = {"Link": f'<{address}>; rel="next"'}
         self.answer(200, json.dumps(entries[first : first + page]).encode(), **more)

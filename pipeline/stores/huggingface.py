@@ -39,7 +39,8 @@ class HuggingFaceStore(WebStore):
     def endpoint(cls, uri: str) -> str:
         return os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
 
-    def _login(self) -> dict[str, str]:
+    def _login(self, endpoint: str) -> dict[str, str]:
+        """The token; logins of ~/.netrc are for other servers."""
         return self._headers
 
     def _address(self, uri: str) -> str:

@@ -2,11 +2,16 @@
 
 Web servers have no listings, so an address names one file, or a dataset whose manifest names its files. The server must
 support byte ranges, except for small files. A signed query (SAS, presigned S3 or Google URLs) is removed from the
-address: see `pipeline.credentials.take_queries`. http:// is accepted only for this machine.
+address: see `pipeline.credentials.take_queries`. http:// is accepted only for this machine. A login of ~/.netrc is sent
+only to the host of the address.
 """
 
 import asyncio
+import contextlib
+import netrc
+import os
 import urllib.parse
+import urllib.request
 from typing import Any
 
 from pipeline import credentials
@@ -43,7 +48,7 @@ class WebStore(ObjectStore):
         # Without automatic decompression, so that a .tar.gz that is served with Content-Encoding: gzip is unchanged.
         options = {
             "timeout": timeout,
-            "trust_env": True,
+            "trust_env": False,  # aiohttp would send a login of ~/.netrc to the host of a redirect; see `_proxy`
             "auto_decompress": False,
             "headers": {"Accept-Encoding": "identity", "User-Agent": "vit-pipeline"},
         }
@@ -88,21 +93,25 @@ class WebStore(ObjectStore):
         """The URL of the file."""
         return credentials.with_query(uri)
 
-    def _login(self) -> dict[str, str]:
-        """The headers for authentication."""
+    def _login(self, endpoint: str) -> dict[str, str]:
+        """The headers for authentication, from ~/.netrc or the file that NETRC names."""
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            logins = netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+            if found := logins.authenticators(urllib.parse.urlsplit(endpoint).hostname or ""):
+                return {"Authorization": self._aiohttp.BasicAuth(found[0], found[2] or "", "utf-8").encode()}
         return {}
 
     async def _request(self, uri: str, part: str | None, body: bool) -> tuple[Any, bytes]:
         session = await self._fs.set_session()
-        address = first = self._address(uri)
-        for _ in range(REDIRECTS + 1):
+        address, endpoint = self._address(uri), self.endpoint(uri)
+        for count in range(REDIRECTS + 1):
+            _check_scheme(address, uri, endpoint, redirected=count > 0)
             headers = {"Range": part} if part else {}
-            if urllib.parse.urlsplit(address).netloc == urllib.parse.urlsplit(first).netloc:
-                headers |= self._login()  # never sent to the host of a redirect
-            _check_scheme(address, uri)
+            if _origin(address) == _origin(endpoint):
+                headers |= self._login(endpoint)  # never sent to another host, of a redirect or a page
             # Quoted parts are unchanged, because a signature covers them.
             url = self._url(address, encoded="%" in address and address.isascii() and " " not in address)
-            async with session.get(url, headers=headers, allow_redirects=False) as answer:
+            async with session.get(url, headers=headers, proxy=_proxy(address), allow_redirects=False) as answer:
                 if answer.status in (301, 302, 303, 307, 308) and (target := answer.headers.get("Location")):
                     address = urllib.parse.urljoin(address, target)
                     continue
@@ -129,13 +138,29 @@ class WebStore(ObjectStore):
         return None
 
 
-def _check_scheme(address: str, uri: str) -> None:
-    """Raises UserError for an unencrypted address or another protocol."""
+def _check_scheme(address: str, uri: str, endpoint: str, redirected: bool) -> None:
+    """Raises UserError for an unencrypted address or another protocol. http:// is allowed between servers of this
+    machine; no other server may redirect to one of these."""
     parts = urllib.parse.urlsplit(address)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+    is_local = parts.hostname in LOOPBACK and urllib.parse.urlsplit(endpoint).hostname in LOOPBACK
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
         where = credentials.redacted(uri)
-        to = "" if address == uri else f" redirects to {parts.scheme}://{parts.hostname}, which"
+        to = f" redirects to {parts.scheme}://{parts.hostname}, which" if redirected else ""
         raise UserError(f"{where}:{to} is not encrypted; use https://")
+
+
+def _origin(address: str) -> tuple[str, str]:
+    """(protocol, host and port) of an address, for comparison."""
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme, parts.netloc.lower().removesuffix(":443" if parts.scheme == "https" else ":80")
+
+
+def _proxy(address: str) -> str | None:
+    """The proxy of the environment (HTTPS_PROXY, NO_PROXY, ...) for an address."""
+    parts = urllib.parse.urlsplit(address)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _refuse_whole(uri: str, size: int | None) -> None:

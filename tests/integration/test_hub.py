@@ -112,6 +112,30 @@ def test_a_private_data_set_needs_a_token_which_is_sent_to_the_hub_alone_and_sho
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
+def test_the_token_is_not_sent_to_the_host_of_another_page(hub, monkeypatch):
+    for i in range(20):
+        storage.write_bytes(hub.folder / "owner" / "photos" / "main" / f"{i:03d}.jpg", b"x")
+    hub.token, hub.pages = TOKEN, hub.files.address
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    storage.list_files(NAME)
+    assert hub.requests[0][1] == f"Bearer {TOKEN}"
+    assert set(hub.files.logins) == {""}
+    hub.pages = hub.address.replace("http://", "HTTP://")  # the same host, written differently
+    assert len(storage.list_files(NAME)) == 20
+
+
+def test_a_login_of_netrc_is_not_sent_to_the_hub(hub, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("default login bob password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    storage.write_bytes(hub.folder / "owner" / "photos" / "main" / "x.jpg", bytes(2000))
+    for token in ("", TOKEN):
+        monkeypatch.setenv("HF_TOKEN", token)
+        hub.token = token
+        assert storage.read_bytes(f"{NAME}/x.jpg") == bytes(2000)
+    assert {login for _, login in hub.requests} == {"", f"Bearer {TOKEN}"}
+    assert set(hub.files.logins) == {""}
+
+
 def test_what_is_no_data_set_and_what_cannot_be_written(hub, monkeypatch):
     for uri in ("hf://owner/model/x", "hf://datasets/owner", "hf://spaces/owner/x/y"):
         with pytest.raises(UserError, match=f"{uri}: .*use hf://datasets/OWNER/NAME"):

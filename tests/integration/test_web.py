@@ -166,6 +166,51 @@ def test_redirects_are_followed_but_not_to_where_others_can_read(web):
         storage.read_bytes("http://example.com/x")
 
 
+@pytest.mark.parametrize("entry", ["default", "machine 127.0.0.1", "machine localhost"])
+def test_a_login_is_sent_to_the_host_of_the_address_alone(web, tmp_path, monkeypatch, entry):
+    (tmp_path / "netrc").write_text(f"{entry} login bob password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (web.folder / "x").write_bytes(b"0123456789")
+    with FileServer(web.folder) as other:
+        web.redirects = {
+            "/here": "/x",
+            "/there": f"{other.address}/x",
+            "/name": other.address.replace("127.0.0.1", "localhost") + "/x",
+        }
+        for path in ("x", "here", "there", "name"):
+            assert storage.read_bytes(f"{web.address}/{path}") == b"0123456789"
+        assert set(other.logins) == {""}
+    assert set(web.logins) == {"" if "localhost" in entry else "Basic Ym9iOmh1bnRlcjI="}
+
+
+def test_a_server_elsewhere_cannot_redirect_to_this_machine(web, tmp_path):
+    """The server at 127.0.0.2 counts as another machine. The certificate is read when aiohttp is imported."""
+    (web.folder / "x").write_bytes(b"0123456789")
+    pem = tmp_path / "server.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", pem, "-out", tmp_path / "c.pem"]
+    subprocess.run(
+        [*command, "-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.2"], check=True, capture_output=True
+    )
+    pem.write_bytes(pem.read_bytes() + (tmp_path / "c.pem").read_bytes())
+    with FileServer(web.folder, "127.0.0.2", pem) as public:
+        public.redirects = {"/there": f"{web.address}/x", "/again": "/there", "/own": "/x"}
+        code = "import sys; from pipeline import storage; print(storage.read_bytes(sys.argv[1]))"
+        environment = os.environ | {"SSL_CERT_FILE": str(tmp_path / "c.pem")}
+        found = {}
+        for path in ("own", "there", "again"):
+            result = subprocess.run(
+                [sys.executable, "-c", code, f"{public.address}/{path}"],
+                env=environment,
+                text=True,
+                capture_output=True,
+            )
+            found[path] = result.stdout + result.stderr
+    assert found["own"] == "b'0123456789'\n"
+    for path in ("there", "again"):
+        assert f"/{path}: redirects to http://127.0.0.1, which is not encrypted" in found[path]
+    assert not web.requests
+
+
 def test_nothing_is_written_or_listed(web, tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     for work in (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline import credentials
 from pipeline.data.codecs import Refused
 from pipeline.data.sources.columns import (
     PLURAL,
@@ -80,7 +81,7 @@ class RowColumns:
         """The item of row number `row` of the file `name`. A row without a label takes `labels_of_file`."""
         data, where = values[self.image], f"{name}#{row}"
         own = values[self.key] if self.key else None
-        key = f"{name}/{own}" if own else where
+        key = f"{name}/{credentials.redacted(str(own))}" if own else where
         if isinstance(data, dict):
             if not own and data.get("path"):  # Hugging Face drops the folders, so names may repeat
                 own = data["path"]
