@@ -17,7 +17,7 @@ project's files, but no Ray, MLflow, tyro, s3fs or rich; timm for its rows. Chan
     profile       L/16: kinds of kernels, the costliest, idle gaps       objectives   masked patches, dropped patches
     restore       ZeRO 0 to 3: leave and continue, bit for bit           recompute    H/14: what is recomputed, ZeRO-3
     curves        losses of every engine against float32                 convolutions the hybrid's stem
-    modes         ways to compile
+    modes         ways to compile                                    compilers    L/16: kernels tuned and fused otherwise
 """
 
 import argparse
@@ -56,6 +56,7 @@ SECTIONS = {
     "objectives": (70, 35),
     "recompute": (100, 40),
     "convolutions": (90, 40),
+    "compilers": (200, 45),
 }
 # Run only if named: they test the driver with sections that fail or hang.
 TRIALS = {"fails": (60, 1), "hangs": (10, 1)}

@@ -254,7 +254,7 @@ def modes(bench: Bench) -> None:
 
 
 def levers(bench: Bench) -> None:
-    """L/16: attention backends forced, other batches, micro-batches, overlap, fp32 gradients, kernels tuned (minutes)."""
+    """L/16: attention backends forced, other batches, micro-batches, overlap, fp32 gradients."""
     process_group(bench.device)
     variant, batch, side = bench.shape("L/16")
     options = model_options(variant, side)
@@ -269,8 +269,24 @@ def levers(bench: Bench) -> None:
     bench.step_row("overlap", options, batch, overlap_comm=True)
     bench.step_row("fp32 gradients", options, batch, zero=2, gradient_precision="fp32")
     bench.step_row("half of the batch", options, max(1, batch // 2))
-    with torch._inductor.config.patch(coordinate_descent_tuning=True):
-        bench.step_row("kernels tuned", options, batch)
+    bench.step_row("no class token, larger batch", {**options, "pool": "gap"}, batch + batch // 2)
+
+
+def compilers(bench: Bench) -> None:
+    """L/16: what else the compiler can be asked for: kernels fused and tuned otherwise, the model as a whole."""
+    process_group(bench.device)
+    variant, batch, side = bench.shape("L/16")
+    options = model_options(variant, side)
+    asked: dict[str, dict[str, Any]] = {
+        "sums in one kernel": {"split_reductions": False},
+        "pointwise kernels tuned": {"max_autotune_pointwise": True},
+        "kernels tuned": {"coordinate_descent_tuning": True},
+    }
+    for what, patch in asked.items():
+        with bench.attempt(what), torch._inductor.config.patch(patch):
+            bench.step_row(what, options, batch)
+    bench.step_row("autotuned", options, batch, compile_mode="max-autotune-no-cudagraphs")
+    bench.step_row("as a whole", options, batch, compile_scope="model")
 
 
 def recompute(bench: Bench) -> None:
