@@ -1,16 +1,20 @@
 """Downloads from a server that misbehaves: every address ends as an image or as a reason, in bounded time and memory."""
 
 import asyncio
+import errno
+import fcntl
 import ipaddress
 import itertools
 import multiprocessing
 import socket
 import time
+import tracemalloc
+from collections import Counter
 
 import pytest
 
 from pipeline.data.codecs import Refused
-from pipeline.data.downloads import robots
+from pipeline.data.downloads import limits, robots
 from pipeline.data.downloads.addresses import AddressPolicy, CheckedResolver, RefusedAddress
 from pipeline.data.downloads.config import DownloadConfig, check_downloads, is_temporary
 from pipeline.data.downloads.fetch import Fetcher
@@ -264,7 +268,12 @@ def test_the_user_agent_is_stated(server):
     ("value", "word"),
     [("noai", "noai"), ("NoImageAI", "noimageai"), ("nofollow, noai", "noai"), ("atlas: noai", "noai"), ("none", "none"),
      ("otherbot: noai", ""), ("otherbot: noindex, noai", ""), ("all", ""), ("unavailable_after: 25 Jun 2030", ""),
-     ("max-image-preview: none", ""), ("noindex", "noindex"), ("", ""), (":,:", "")],
+     ("max-image-preview: none", ""), ("max-video-preview: 0, noai", "noai"), ("max-snippet: -1, noindex", "noindex"),
+     ("unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai", "noai"), ("unavailable_after: 2030-06-25 15:00:00, noai", "noai"),
+     ("atlas: max-video-preview: 0, noai", "noai"), ("otherbot: max-video-preview: 0, noai", ""), ("Atlas : NoAI", "noai"),
+     ("otherbot: unavailable_after: Friday, 25-Jun-30 15:00:00 GMT, noai", ""), ("unavailable_after: noai, noindex", "noindex"),
+     ("unavailable_after: Jun 25, 2030 15:00:00 GMT, noai", "noai"), ("max-future-preview: 0, noai", "noai"), ("noindex", "noindex"), ("", ""), (":,:", ""),
+     ("360bot: noindex, noai", ""), ("max-image-preview: large, otherbot: noai", ""), ("otherbot: max-image-preview:large, noai", "")],
 )  # fmt: skip
 def test_x_robots_tag(value, word):
     assert robots.forbidden_by([value], "atlas") == word
@@ -290,6 +299,31 @@ def test_robots_txt_is_obeyed_with_wildcards_and_the_longest_rule(server):
 def test_robots_txt_in_every_state(server, answer, expected):
     server.robots = answer
     assert fetch(f"{server.url}/image/1.jpg") == [expected]
+
+
+@pytest.mark.parametrize("size", [0, 1000, 100 << 10])
+def test_the_memory_for_robots_txt_is_bounded(size):
+    """A few large files or many small ones; the hosts that were asked last are kept."""
+    body = (b"User-agent: *\nDisallow: /" + b"x" * size)[: size or None]
+    asked, count = Counter(), 100 if size > 10_000 else 6000
+
+    async def get(address):
+        asked[address] += 1
+        return (200, body) if size else (404, b"")
+
+    async def run():
+        rules = robots.RobotsFiles("atlas")
+        for i in [*range(count), count - 1, 0]:
+            await rules.crawl_delay(f"http://host{i}.size{size}", f"http://host{i}.size{size}/y", get)
+
+    tracemalloc.start()
+    try:
+        asyncio.run(run())
+        assert tracemalloc.get_traced_memory()[0] < 20 * robots.KEPT_BYTES
+    finally:
+        tracemalloc.stop()
+    assert asked[f"http://host{count - 1}.size{size}/robots.txt"] == 1
+    assert asked[f"http://host0.size{size}/robots.txt"] == (1 if size == 0 else 2)
 
 
 def test_robots_txt_and_headers_can_be_ignored(server):
@@ -367,6 +401,39 @@ def test_a_killed_process_gives_its_requests_back(tmp_path):
     worker.kill()
     worker.join()
     assert asyncio.run(asyncio.wait_for(request(), 10))
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    async def request():
+        async with HostLimits(1, None, 1.0, str(tmp_path)).request("host"):
+            pass
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=f"{tmp_path}: files cannot be locked .*; set TMPDIR"):
+        asyncio.run(asyncio.wait_for(request(), 10))
+
+
+def test_pauses_and_turns_end_with_a_restart_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "START", tmp_path / "boot_id")
+
+    def limited(start):
+        limits.START.write_text(start)
+        return HostLimits(1, 0.001, 60.0, str(tmp_path))
+
+    async def request(limit, host):
+        async with limit.request(host):
+            return time.monotonic()
+
+    before = limited("first")
+    before.pause("paused", 3000.0)
+    asyncio.run(request(before, "slow"))  # the next one may begin in 1000 s
+    with pytest.raises(Refused):
+        asyncio.run(request(before, "paused"))
+    for host in ("paused", "slow"):
+        asyncio.run(asyncio.wait_for(request(limited("second"), host), 10))
 
 
 def _hold(folder, ready):

@@ -1,11 +1,13 @@
 """Limits the requests to one host, over all processes of a node. Processes are coordinated with file locks: a request
 to a host locks one byte of a file, and each host has as many bytes as it may have concurrent requests. The kernel
-releases the locks of a killed process. A second, memory-mapped file has the times of the next allowed requests. Both
-files are sparse and indexed by a hash of the host name.
+releases the locks of a killed process. A second, memory-mapped file has the times of the next allowed requests; its
+clock restarts with the machine, so each start of the machine has a file of its own. Both files are sparse and indexed
+by a hash of the host name.
 """
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -18,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 from pipeline.data.codecs import Refused
 from pipeline.errors import UserError
@@ -27,7 +30,9 @@ HOSTS = 1 << 18  # entries in the file of times
 ENTRY = struct.Struct(
     "dd"
 )  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
-MAX_PAUSE = 86_400.0  # maximum seconds until the next allowed request
+MAX_PAUSE = 3600.0  # seconds that a host may ask for
+MAX_QUEUE = 86_400.0  # seconds until the next allowed request, which is later with each waiting request
+START = Path("/proc/sys/kernel/random/boot_id")  # of the machine, on Linux
 POLL = 0.02  # seconds between attempts to get a lock that another process holds
 
 
@@ -35,8 +40,9 @@ class _Files:
     """The two files in a folder. A process opens them once and never closes them,
     because closing a file releases all its locks."""
 
-    def __init__(self, folder: str) -> None:
-        self.locks, times = _open_private(folder, "locks"), _open_private(folder, "times")
+    def __init__(self, folder: str, start: str) -> None:
+        self.folder = folder
+        self.locks, times = _open_private(folder, "locks"), _open_private(folder, f"times-{start}")
         if os.fstat(times).st_size != HOSTS * ENTRY.size:
             os.ftruncate(times, HOSTS * ENTRY.size)
         self.times = mmap.mmap(times, HOSTS * ENTRY.size)
@@ -48,12 +54,21 @@ class _Files:
         with self.mutex:
             if position in self.held:
                 return False
-            try:
-                fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, position)
-            except OSError:
+            if not self._lock(position, fcntl.LOCK_NB):
                 return False
             self.held.add(position)
             return True
+
+    def _lock(self, position: int, flags: int = 0) -> bool:
+        """False if another process has the lock and `flags` has LOCK_NB. Raises UserError if the file system has no
+        locks."""
+        try:
+            fcntl.lockf(self.locks, fcntl.LOCK_EX | flags, 1, position)
+        except OSError as error:
+            if flags and error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise UserError(f"{self.folder}: files cannot be locked ({error}); set TMPDIR to a local folder") from error
+        return True
 
     def unlock(self, position: int) -> None:
         with self.mutex:
@@ -66,12 +81,14 @@ class _Files:
         number = place % HOSTS
         position, at = (1 << 60) + number, number * ENTRY.size
         with self.mutex:
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, position)
+            self._lock(position)
             try:
                 following, pause = ENTRY.unpack_from(self.times, at)
-                latest = time.monotonic() + MAX_PAUSE
-                if not max(following, pause) <= latest:  # written before the machine restarted
-                    following = pause = 0.0
+                now = time.monotonic()  # the file may be older than the machine where START does not exist
+                if not following <= now + MAX_QUEUE:
+                    following = 0.0
+                if not pause <= now + MAX_PAUSE:
+                    pause = 0.0
                 yield at, following, pause
             finally:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, position)
@@ -87,7 +104,7 @@ class HostLimits:
 
     def __init__(self, per_host: int, rate: float | None, max_wait: float, folder: str | None = None) -> None:
         self.per_host, self.interval, self.max_wait = min(per_host, SLOTS), 1 / rate if rate else 0.0, max_wait
-        self._files = _files(folder or os.path.join(tempfile.gettempdir(), f"vit-hosts-{os.getuid()}"))
+        self._files = _files(folder or os.path.join(tempfile.gettempdir(), f"vit-hosts-{os.getuid()}"), _start())
         self._next = 0
         self._waiting: dict[int, tuple[asyncio.Semaphore, int]] = {}
 
@@ -136,8 +153,16 @@ class HostLimits:
     def pause(self, host: str, seconds: float) -> None:
         """Stops requests to `host` from this node for this number of seconds (at most an hour)."""
         with self._files.entry(_place(host)) as (at, following, pause):
-            until = max(pause, time.monotonic() + min(seconds, 3600.0))
+            until = max(pause, time.monotonic() + min(seconds, MAX_PAUSE))
             ENTRY.pack_into(self._files.times, at, following, until)
+
+
+def _start() -> str:
+    """Identifies the start of the machine; "any" where the system does not tell."""
+    try:
+        return START.read_text().strip()
+    except OSError:
+        return "any"
 
 
 def _place(host: str) -> int:

@@ -5,6 +5,8 @@ matching rule instead of the longest, so it would ignore `Disallow: /*.jpg$`.
 """
 
 import asyncio
+import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -16,9 +18,14 @@ from pipeline.data.codecs import Refused
 
 DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 """Directives of X-Robots-Tag that exclude an image; `none` means noindex and nofollow."""
+VALUED = re.compile(r"max-|[\d\s-]+$")
+"""What precedes a colon and is not the name of a robot: a directive with a value, or the hour of a date."""
+DATE = re.compile(r"(?i)\bunavailable_after\s*:(\s*(mon|tue|wed|thu|fri|sat|sun)[a-z]*\s*,)?[^,]*")
+"""A directive with a date, which may contain a comma and colons."""
 MAX_BYTES = 500 << 10  # of robots.txt are read (RFC 9309, section 2.5)
 MAX_CRAWL_DELAY = 60.0  # seconds; images of hosts with a longer delay are not downloaded
-KEPT_HOSTS = 4096  # number of hosts whose robots.txt is cached
+KEPT_BYTES = 4 << 20  # of all cached robots.txt; the parsed rules take about seventeen times as much
+ENTRY_BYTES = 256  # counted for a host without rules
 KEPT_SECONDS = 3600.0  # lifetime of the cache; RFC 9309 allows at most a day
 KEPT_FAILURE_SECONDS = 60.0
 
@@ -31,13 +38,14 @@ def forbidden_by(values: Iterable[str], robot: str) -> str:
     none. A value is `noai, noindex` or `NAME: noai`."""
     for value in values:
         named: str | None = None
-        for part in value.split(","):
-            name, colon, directive = part.partition(":")
-            if colon and name.strip().lower() not in ("unavailable_after", "max-snippet", "max-image-preview"):
-                named, part = name.strip().lower(), directive  # also applies to the following directives
-            word = part.strip().lower()
-            if word in DIRECTIVES and named in (None, "*", robot):
-                return word
+        for part in DATE.sub("", value).split(","):
+            name, colon, directive = (text.strip().lower() for text in part.partition(":"))
+            if colon and VALUED.match(name):
+                continue
+            if colon:
+                named, name = name, directive  # also applies to the following directives
+            if name in DIRECTIVES and named in (None, "*", robot.lower()):
+                return name
     return ""
 
 
@@ -50,7 +58,28 @@ class _Known:
     failure: Refused | None = None
 
 
-_answered: OrderedDict[str, _Known] = OrderedDict()  # by origin; kept after a unit of work, unlike failures
+class _Cache:
+    """The robots.txt of the hosts that were asked last, by origin; together at most KEPT_BYTES of text."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, tuple[_Known, int]] = OrderedDict()
+        self._bytes = 0
+        self._mutex = threading.Lock()
+
+    def get(self, origin: str) -> _Known | None:
+        known = self._known.get(origin)
+        return known and known[0]
+
+    def put(self, origin: str, known: _Known, size: int) -> None:
+        size += ENTRY_BYTES
+        with self._mutex:
+            self._bytes += size - self._known.pop(origin, (known, 0))[1]
+            self._known[origin] = known, size
+            while self._bytes > KEPT_BYTES:
+                self._bytes -= self._known.popitem(last=False)[1][1]
+
+
+_answered = _Cache()  # kept after a unit of work, unlike failures
 
 
 class RobotsFiles:
@@ -94,11 +123,9 @@ class RobotsFiles:
             known = self._failed[origin] = _Known(now + KEPT_FAILURE_SECONDS, failure=failure)
             return known
         self._failed.pop(origin, None)
-        rules = None  # any other status: no robots.txt
-        if 200 <= status < 300:
-            rules = await asyncio.to_thread(Protego.parse, body[:MAX_BYTES].decode("utf-8-sig", "replace"))
-        known = _answered[origin] = _Known(now + KEPT_SECONDS, rules=rules)
-        _answered.move_to_end(origin)
-        while len(_answered) > KEPT_HOSTS:
-            _answered.popitem(last=False)
+        rules, body = None, body[:MAX_BYTES] if 200 <= status < 300 else b""  # any other status: no robots.txt
+        if body:
+            rules = await asyncio.to_thread(Protego.parse, body.decode("utf-8-sig", "replace"))
+        known = _Known(now + KEPT_SECONDS, rules=rules)
+        _answered.put(origin, known, len(body))
         return known
