@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from pipeline import lease, storage, workqueue
+from pipeline.data.prepare.change import lock_output
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.prepare.plan import lock_output
 from pipeline.data.prepare.run import prepare
 from pipeline.errors import InUse, UserError
 from pipeline.lease import Lease

@@ -14,12 +14,14 @@ import pytest
 from pipeline import lease, storage, workqueue
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import revision_names, write_dataset
+from pipeline.data.format.revisions import publish, successor
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.mixture import open_data
 from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.prepare.change import lock_datasets
 from pipeline.data.prepare.delete import delete_keys, purge
-from pipeline.errors import UserError
+from pipeline.errors import InUse, UserError
 from tests.images import photo, tinted
 from tests.prepared import content
 
@@ -316,6 +318,92 @@ def test_deleted_rows_are_gone_and_all_other_shards_are_as_they_were(grown, tmp_
     assert [verify_dataset(f"{grown}/{name}") for name in ("train", "train@1", "train@2", "test")] == [[]] * 4
 
 
+def test_deleted_images_stay_out_of_every_later_append(grown, tmp_path, caplog):
+    """After a purge, a second deletion and an append of other images, too."""
+    first, third = tmp_path / "first", write_images(tmp_path / "third", {"ant": 4, "bee": 4}, 3)
+    keys = [key for key in chosen(grown) if not key.startswith("second/")]
+    keys.append(next(key for key in keys_of(f"{grown}/test") if not key.startswith("second/")))
+    delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys[:1]))
+    purge(str(grown))
+    prepare(config(tmp_path, third, splits=SPLITS), append=True)
+    delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys[1:]))
+    purge(str(grown))
+    with caplog.at_level("INFO"):
+        prepare(config(tmp_path, str(first), splits=SPLITS), append=True)
+    assert f"already has all of these images, except {len(keys)} that were deleted and stay out" in caplog.text
+    write_images(first, {"ant": 3, "bee": 0, "cow": 3}, 4)
+    with caplog.at_level("INFO"):
+        manifests = prepare(config(tmp_path, str(first), splits=SPLITS), append=True)
+    assert not set(keys) & {*keys_of(f"{grown}/train"), *keys_of(f"{grown}/test")}
+    entries = [manifest.history[-1] for manifest in manifests.values()]
+    assert [sum(entry[name] for entry in entries) for name in ("rows", "skipped", "skipped_deleted")] == [
+        6,
+        60 - len(keys),
+        len(keys),
+    ]
+    assert "1 were deleted before and stay out" in caplog.text
+    assert [verify_dataset(f"{grown}/{name}") for name in ("train", "test")] == [[], []]
+    assert not any(key.encode() in path.read_bytes() for key in keys for path in grown.rglob("deleted*"))
+
+
+def test_a_dataset_without_the_hashes_of_its_deleted_keys(grown, tmp_path):
+    delete_keys(f"{grown}/train", write_keys(tmp_path / "keys.txt", chosen(grown)))
+    (grown / "train" / "deleted@3.parquet").unlink()
+    (problem,) = verify_dataset(f"{grown}/train")
+    assert problem.startswith("deleted@3.parquet: missing; it has the hashes of the deleted keys")
+    with pytest.raises(UserError, match="without which deleted images may come back"):
+        prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS), append=True)
+    assert verify_dataset(f"{grown}/train@2") == []
+
+
+@pytest.mark.parametrize("busy", ["", "train"])
+def test_a_dataset_that_another_process_changes_is_left_alone(grown, tmp_path, busy):
+    """The whole and a split of it exclude each other."""
+    keys, third = chosen(grown), write_images(tmp_path / "third", {"ant": 4, "bee": 4}, 3)
+    path, before = write_keys(tmp_path / "keys.txt", keys), content(grown)
+    works = [
+        lambda: delete_keys(str(grown), path),
+        lambda: purge(str(grown)),
+        lambda: prepare(config(tmp_path, third, splits=SPLITS), append=True),
+    ]
+    if not busy:
+        works += [lambda: delete_keys(f"{grown}/train", path), lambda: purge(f"{grown}/train")]
+    root = str(grown / busy) if busy else str(grown)
+    with lock_datasets(root, [root] if busy else [f"{grown}/train", f"{grown}/test"]):
+        for work in works:
+            with pytest.raises(InUse, match="is being written by prepare, process"):
+                work()
+    assert content(grown) == before
+    assert not list(grown.rglob("_work"))
+    for work in works[:3]:
+        work()
+    assert open_dataset(f"{grown}/train").manifest.revision == 4
+
+
+def test_a_revision_is_published_only_on_top_of_the_one_it_began_from(grown, tmp_path):
+    folder = f"{grown}/train"
+    base = open_dataset(folder).manifest
+    late = [successor(base, number, {"kind": "delete", "rows": 1, "keys": "x"}, deleted=1) for number in (3, 4)]
+    delete_keys(folder, write_keys(tmp_path / "keys.txt", chosen(grown)))
+    before = content(grown)
+    for manifest in late:
+        with pytest.raises(UserError, match="another command made revision 3 while this one made revision [34] from"):
+            publish(folder, manifest)
+    assert content(grown) == before
+    publish(folder, open_dataset(folder).manifest)  # the same one again, after a stop
+    assert content(grown) == before
+
+
+def test_a_deletion_reports_its_own_rows(grown, tmp_path):
+    counts = []
+    for name in ("train", "test", "test"):
+        path = write_keys(tmp_path / "keys.txt", [f"{keys_of(f'{grown}/{name}')[0]}"])
+        counts.append([one.deleted for one in delete_keys(str(grown), path)])
+    again = delete_keys(str(grown), path)
+    assert counts == [[0, 1], [1, 0], [1, 0]]
+    assert [(one.deleted, one.revision) for one in again] == [(0, 5), (0, 3)]
+
+
 def test_row_groups_without_a_deleted_row_keep_their_checksums(grown, tmp_path):
     before = open_dataset(f"{grown}/train")
     delete_keys(str(grown / "train"), write_keys(tmp_path / "keys.txt", chosen(grown)[:1]))
@@ -366,7 +454,7 @@ def test_a_deletion_and_a_purge_stopped_anywhere_end_in_the_same_bytes(grown, tm
 
 def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path, monkeypatch):
     keys, third = chosen(grown), write_images(tmp_path / "third", {"ant": 4, "bee": 4}, 3)
-    with stopped_at_write(3, monkeypatch, tmp_path), pytest.raises(Stopped):
+    with stopped_at_write(6, monkeypatch, tmp_path), pytest.raises(Stopped):  # 3 locks, the plan, fragments
         prepare(config(tmp_path, third, splits=SPLITS), append=True)
     with pytest.raises(UserError, match="unfinished append, deletion or download"):
         delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys))
@@ -374,7 +462,7 @@ def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path,
         delete_keys(f"{grown}/train", str(tmp_path / "keys.txt"))
     prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS))  # finished; does not change the stopped append
     prepare(config(tmp_path, third, splits=SPLITS), append=True)
-    with stopped_at_write(2, monkeypatch, tmp_path), pytest.raises(Stopped):
+    with stopped_at_write(5, monkeypatch, tmp_path), pytest.raises(Stopped):
         delete_keys(str(grown), str(tmp_path / "keys.txt"))
     with pytest.raises(UserError, match="unfinished dataset of another command"):
         prepare(

@@ -5,7 +5,8 @@ import re
 from pipeline import storage
 from pipeline.data.format.constants import MANIFEST
 
-REPORTS = ("rejects.parquet", "duplicates.parquet", "duplicates.png")
+DELETED = "deleted.parquet"
+REPORTS = ("rejects.parquet", "duplicates.parquet", "duplicates.png", DELETED)
 _ADDRESS = re.compile(r"(.*[^/])@([1-9][0-9]{0,5})")
 _NUMBERED = re.compile(r"part-r([0-9]{4,6})-.*|\w+@([1-9][0-9]{0,5})\.\w+")
 

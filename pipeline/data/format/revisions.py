@@ -4,6 +4,7 @@
     manifest@1.json          an older one, byte for byte as it was written; `FOLDER@1` opens it
     part-*.parquet           shards, which revisions share; part-rNNNN-* were written by revision N
     rejects.parquet          reports of revision 1; later ones have the revision in their names (rejects@2.parquet)
+    deleted@3.parquet        hashes of the keys that were deleted up to revision 3 (deleted.py)
 
 A revision is published by its manifest: the manifest before it is kept under its number first, then manifest.json is
 replaced. A folder thus always has a complete newest revision. `FOLDER` is the newest revision.
@@ -50,11 +51,21 @@ def revisions(folder: str) -> dict[int, Manifest]:
 
 
 def publish(folder: str, manifest: Manifest) -> None:
-    """Publishes a manifest as the newest revision, after its shards and reports
-    were written. May be repeated after a stop."""
+    """Publishes a manifest as the newest revision, after its shards and reports were written. May be repeated after a
+    stop. Raises UserError if the newest revision is neither the one from which the change began nor this one."""
     where = storage.join(folder, MANIFEST)
     text = storage.read_bytes(where)
     before = Manifest.from_json(text, where)
+    began_from = manifest.history[-2]["revision"] if len(manifest.history) > 1 else 1
+    is_same = before.revision == manifest.revision and before.history[:-1] == manifest.history[:-1]
+    if is_same:
+        last, new = before.history[-1], manifest.history[-1]
+        is_same = all(last.get(name) == new.get(name) for name in ("kind", "keys", "input_fingerprint"))
+    if before.revision != began_from and not is_same:
+        raise UserError(
+            f"{folder}: another command made revision {before.revision} while this one made revision "
+            f"{manifest.revision} from revision {began_from}; nothing was published, remove {folder}/_work and repeat it"
+        )
     if before.revision < manifest.revision:
         storage.write_bytes(storage.join(folder, name_of(MANIFEST, before.revision)), text)
     storage.write_bytes(where, manifest.to_json().encode())

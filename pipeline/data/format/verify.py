@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST, REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
+from pipeline.data.format.deleted import read_deleted, verify_deleted
 from pipeline.data.format.manifest import Shard, content_fingerprint
 from pipeline.data.format.pages import locate_page
 from pipeline.data.format.revision_names import is_of_later_revision, report_name
@@ -52,6 +53,7 @@ def verify_dataset(uri: str, threads: int = 4) -> list[str]:
     if manifest.fingerprint != content_fingerprint(manifest.shards, manifest.classes):
         problems.append(f"{MANIFEST}: the fingerprint does not match the shards and classes")
     problems.extend(_verify_rejects(dataset))
+    problems.extend(verify_deleted(dataset.uri, manifest))
     if not problems:  # keys and labels are only read from valid shards
         problems.extend(_verify_rows(dataset))
     return problems
@@ -143,6 +145,8 @@ def _verify_rows(dataset: Dataset) -> Iterator[str]:
     repeated = int((keys[1:] == keys[:-1]).sum())
     if repeated:
         yield f"{repeated} keys are not unique"
+    if back := int(np.isin(keys, read_deleted(dataset.uri, dataset.manifest)).sum()):
+        yield f"{back} rows have keys that were deleted"
     if counts[:-1].tolist() != dataset.manifest.class_counts:
         yield f"{MANIFEST}: class counts differ from the rows"
 

@@ -20,8 +20,9 @@ from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import MANIFEST, Manifest
 from pipeline.data.format.dataset import open_dataset
-from pipeline.data.format.revisions import revisions
+from pipeline.data.format.deleted import read_deleted
 from pipeline.data.format.verify import key_hash
+from pipeline.data.prepare.change import begin, refuse_unfinished
 from pipeline.data.prepare.checks import parse_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels
@@ -45,49 +46,61 @@ class Append:
     """{source in the dataset: prefix of its keys}."""
     keys: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """{split: sorted hashes of the keys of its rows, uint64}."""
+    deleted: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+    """Sorted hashes of the keys that were deleted from any split, uint64."""
     index: EvaluationIndex | None = None
     """The images of the dataset, if new images are compared with them."""
 
     def has_key(self, split: str, key: str) -> bool:
-        keys, wanted = self.keys[split], np.uint64(key_hash(key))
-        at = int(np.searchsorted(keys, wanted))
-        return at < len(keys) and bool(keys[at] == wanted)
+        return _contains(self.keys[split], key)
+
+    def is_deleted(self, key: str) -> bool:
+        """Whether a deletion has removed the row with this key, from any split."""
+        return _contains(self.deleted, key)
 
 
-def find_bases(config: PrepareConfig) -> Append:
-    """The number of the new revision, and the revisions to which the append adds; the same when a stopped append
-    continues. Raises UserError if there is no finished dataset at the output, or it
-    was prepared with other settings."""
-    where = storage.join(config.output, WORK, "plan.json")
-    mark = storage.read_record(where) if storage.exists(where) else {}
+def _contains(hashes: np.ndarray, key: str) -> bool:
+    wanted = np.uint64(key_hash(key))
+    at = int(np.searchsorted(hashes, wanted))
+    return at < len(hashes) and bool(hashes[at] == wanted)
+
+
+def find_datasets(config: PrepareConfig) -> dict[str, str]:
+    """{split: address} of the finished datasets at the output. Raises UserError if there are none."""
     names = list(parse_splits(config.splits))
     if config.splits == FROM_SOURCE:
         files = storage.list_files(config.output)
         names = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{MANIFEST}"))
-    found = {}
-    for name in names:
-        uri = storage.join(config.output, name) if name else config.output
-        if name and storage.exists(storage.join(uri, WORK, "plan.json")):
-            raise UserError(f"{uri}: has an unfinished deletion; repeat the command that was stopped first")
+    found = {name: storage.join(config.output, name) if name else config.output for name in names}
+    for uri in found.values():
         if not storage.exists(storage.join(uri, MANIFEST)):
             raise UserError(
                 f"--append: {uri} has no finished dataset; prepare it first without --append, with the same --splits"
             )
-        found[name] = (uri, revisions(uri))
     if not found:
         raise UserError(f"--append: {config.output} has no finished dataset; prepare it first without --append")
-    revision = mark.get(APPEND) or 1 + max(max(there) for _, there in found.values())
-    bases = {name: (uri, max(n for n in there if n < revision)) for name, (uri, there) in found.items()}
-    for name, (uri, base) in bases.items():
-        _check_settings(uri, found[name][1][base], config)
-    manifests = [found[name][1][base] for name, (_, base) in bases.items()]
+    return found
+
+
+def find_bases(config: PrepareConfig, datasets: dict[str, str]) -> Append:
+    """The number of the new revision, and the revisions to which the append adds; the same when a stopped append
+    continues. Raises UserError if the datasets were prepared with other settings or have unfinished work."""
+    where = storage.join(config.output, WORK, "plan.json")
+    mark = storage.read_record(where) if storage.exists(where) else None
+    refuse_unfinished(uri for name, uri in datasets.items() if name)
+    # The plan of another command has no number; claim_output refuses it.
+    planned = None if mark is None else mark.get(APPEND, 0)
+    revision, bases = begin(config.output, datasets.values(), planned)
+    manifests = [bases[uri] for uri in datasets.values()]
+    for uri, base in bases.items():
+        _check_settings(uri, base, config)
     known: dict[str, str] = {}
     for manifest in manifests:
         made_of = manifest.config["source"]
         known |= zip(made_of, sources.key_prefixes(made_of), strict=True)
         for entry in manifest.history:
             known |= entry.get("prefixes", {})
-    addresses = {name: f"{uri}@{base}" for name, (uri, base) in bases.items()}
+    addresses = {name: f"{uri}@{bases[uri].revision}" for name, uri in datasets.items()}
     return Append(revision=revision, bases=addresses, known=known)
 
 
@@ -145,25 +158,29 @@ def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels
 
 
 def read_keys(append: Append) -> Append:
-    """Adds the hashed keys of the dataset, 8 bytes per image."""
-    keys = {}
+    """Adds the hashed keys of the dataset, 8 bytes per image, and those of the deleted ones."""
+    keys, deleted = {}, []
     for name, uri in append.bases.items():
-        found = [key_hash(key) for head in open_dataset(uri).heads() for key in head.keys]
+        dataset = open_dataset(uri)
+        found = [key_hash(key) for head in dataset.heads() for key in head.keys]
         keys[name] = np.sort(np.array(found, np.uint64))
-    return dataclasses.replace(append, keys=keys)
+        deleted.append(read_deleted(dataset.uri, dataset.manifest))
+    return dataclasses.replace(append, keys=keys, deleted=np.unique(np.concatenate(deleted)))
 
 
 def history_entry(
-    append: Append, config: PrepareConfig, input_fingerprint: str, rows: int, skipped: int
+    append: Append, config: PrepareConfig, input_fingerprint: str, rows: int, skipped: int, deleted: int
 ) -> dict[str, Any]:
-    """The entry of an append in the manifest's history. prefixes: {source: prefix of its keys}."""
+    """The entry of an append in the manifest's history. prefixes: {source: prefix of its keys}. skipped: inputs whose key
+    the split has. skipped_deleted: inputs whose key was deleted."""
     about = {
         "source": list(config.source),
         "prefixes": dict(zip(config.source, sources.key_prefixes(config.source, append.known), strict=True)),
         "labels": config.labels,
         "decontaminate": list(config.decontaminate),
     }
-    return {"kind": APPEND, **about, "input_fingerprint": input_fingerprint, "rows": rows, "skipped": skipped}
+    counts = {"rows": rows, "skipped": skipped, "skipped_deleted": deleted}
+    return {"kind": APPEND, **about, "input_fingerprint": input_fingerprint, **counts}
 
 
 def joined(before: Manifest, new: Manifest) -> dict[str, Any]:

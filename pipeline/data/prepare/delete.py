@@ -11,15 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipeline import storage, workqueue
 from pipeline.data.duplicates.report import DUPLICATES
-from pipeline.data.format import MANIFEST, REJECTS, Shard, ShardWriter
+from pipeline.data.format import MANIFEST, REJECTS, Manifest, Shard, ShardWriter
 from pipeline.data.format.dataset import open_dataset
+from pipeline.data.format.deleted import read_deleted, write_deleted
 from pipeline.data.format.manifest import Receipt, content_fingerprint
 from pipeline.data.format.revision_names import is_report, name_of, report_name, shard_prefix, split_address
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
+from pipeline.data.format.verify import key_hash
+from pipeline.data.prepare.change import begin, lock_datasets, refuse_unfinished
 from pipeline.data.prepare.config import WORK
-from pipeline.data.prepare.plan import lock_output
 from pipeline.errors import UserError
 from pipeline.outputs import check_output
 from pipeline.workqueue import Receipts
@@ -48,31 +52,41 @@ def delete_keys(uri: str, keys: str) -> list[Deletion]:
     wanted = _read_keys(keys)
     root, sets = find_datasets(uri)
     check_output(root)
-    for folder in sets:
-        if folder != root and storage.exists(storage.join(folder, WORK, "plan.json")):
-            raise UserError(f"{folder}: has an unfinished deletion; repeat the command that was stopped first")
+    with lock_datasets(root, sets):  # before the number of the revision is chosen
+        return _delete(root, sets, keys, wanted)
+
+
+def _delete(root: str, sets: Sequence[str], keys: str, wanted: set[str]) -> list[Deletion]:
+    refuse_unfinished(_others(root, sets))
     digest = hashlib.sha256("\n".join(sorted(wanted)).encode()).hexdigest()
     work = storage.join(root, WORK)
-    mark = _read_mark(work, digest)
-    number = mark.get("revision") or 1 + max(max(revisions(one)) for one in sets)
-    bases = {one: max(n for n in revisions(one) if n < number) for one in sets}
-    found = {one: find_rows(f"{one}@{base}", wanted) for one, base in bases.items()}
+    number, bases = begin(root, sets, _read_mark(work, digest).get("revision"))
+    found = {one: find_rows(f"{one}@{base.revision}", wanted) for one, base in bases.items()}
     present = {key for rows in found.values() for places in rows.values() for key in places.values()}
     if not present:
         return _nothing_found(sets, digest, keys, wanted)
     for one, rows in found.items():
-        if sum(map(len, rows.values())) == len(open_dataset(f"{one}@{bases[one]}")):
+        if _count(rows) == bases[one].rows:
             raise UserError(f"{one}: all of its images would be deleted; remove the folder instead")
     missing = len(wanted) - len(present)
     if missing:
         logger.warning("%d of the %d keys are not in the data, such as %s", missing, len(wanted), min(wanted - present))
-    with lock_output(work):
-        storage.write_json(storage.join(work, "plan.json"), {DELETE: digest, "revision": number})
-        for one, rows in found.items():
-            if rows:
-                _delete_from(one, bases[one], number, rows, digest, work)
-        storage.remove(work, recursive=True)
-    return [_result(one) for one in sets]
+    storage.write_json(storage.join(work, "plan.json"), {DELETE: digest, "revision": number})
+    for one, rows in found.items():
+        if rows:
+            _delete_from(one, bases[one], number, rows, digest, work)
+    results = [_result(one, _count(rows)) for one, rows in found.items()]
+    storage.remove(work, recursive=True)
+    return results
+
+
+def _others(root: str, sets: Sequence[str]) -> list[str]:
+    """The folders in which a stopped command is another one: the splits of the root, or the folder of a split."""
+    return [root.rpartition("/")[0]] if root in sets else list(sets)
+
+
+def _count(rows: dict[int, dict[int, str]]) -> int:
+    return sum(map(len, rows.values()))
 
 
 def _read_keys(uri: str) -> set[str]:
@@ -95,9 +109,6 @@ def find_datasets(uri: str) -> tuple[str, list[str]]:
     if split_address(root)[1] is not None:
         raise UserError(f"{uri}: a deletion starts from the newest revision; name the folder {split_address(root)[0]}")
     if storage.exists(storage.join(root, MANIFEST)):
-        parent = root.rpartition("/")[0]
-        if storage.exists(storage.join(parent, WORK, "plan.json")):
-            raise UserError(f"{parent}: has unfinished work; repeat the command that was stopped there first")
         return root, [root]
     folders = [storage.join(root, name) for name in storage.list_folders(root)]
     sets = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
@@ -122,7 +133,7 @@ def _nothing_found(sets: Sequence[str], digest: str, keys: str, wanted: set[str]
     for one in sets:
         if any(entry.get("keys") == digest for entry in open_dataset(one).manifest.history):
             logger.info("%s: these keys were deleted before", one)
-            return [_result(each) for each in sets]
+            return [_result(each, 0) for each in sets]
     example = next(open_dataset(sets[0]).heads()).keys[0]
     raise UserError(
         f"--keys {keys}: none of its {len(wanted):,} keys, such as {min(wanted)!r}, is in {', '.join(sets)}, whose keys are "
@@ -165,9 +176,11 @@ def _find_rows(shards: range, context: tuple[str, set[str]]) -> dict[int, dict[i
 # ---------------------------------------------------------------- writing anew
 
 
-def _delete_from(folder: str, base: int, number: int, found: dict[int, dict[int, str]], digest: str, work: str) -> None:
+def _delete_from(
+    folder: str, before: Manifest, number: int, found: dict[int, dict[int, str]], digest: str, work: str
+) -> None:
     """Publishes the revision of one dataset without the given rows."""
-    before, name = open_dataset(f"{folder}@{base}").manifest, folder.rpartition("/")[2]
+    base, name = before.revision, folder.rpartition("/")[2]
     units = {f"{DELETE}-{name}-{shard:06d}": (shard, sorted(rows)) for shard, rows in found.items()}
     receipts = Receipts(work)
     outcomes = workqueue.run(
@@ -183,7 +196,7 @@ def _delete_from(folder: str, base: int, number: int, found: dict[int, dict[int,
         replaced[shard] = Receipt.from_dict(receipt["written"]).shards
         counts.subtract({int(label): count for label, count in receipt["removed"].items()})
     kept = [new for i, old in enumerate(before.shards) for new in replaced.get(i, [old])]
-    deleted = sum(map(len, found.values()))
+    deleted = _count(found)
     manifest = successor(
         before,
         number,
@@ -198,6 +211,8 @@ def _delete_from(folder: str, base: int, number: int, found: dict[int, dict[int,
         old = storage.join(folder, report_name(report, base))
         if storage.exists(old):
             storage.write_bytes(storage.join(folder, report_name(report, number)), storage.read_bytes(old))
+    hashes = np.array([key_hash(key) for places in found.values() for key in places.values()], np.uint64)
+    write_deleted(folder, number, np.concatenate([read_deleted(folder, before), hashes]))
     publish(folder, manifest)
 
 
@@ -230,10 +245,8 @@ def older_revisions(folder: str) -> list[int]:
     return [n for n, manifest in everything.items() if not {shard.name for shard in manifest.shards} <= now]
 
 
-def _result(folder: str) -> Deletion:
+def _result(folder: str, deleted: int) -> Deletion:
     manifest = open_dataset(folder).manifest
-    last = manifest.history[-1] if manifest.history else {}
-    deleted = last["rows"] if last.get("kind") == DELETE else 0
     return Deletion(
         uri=folder,
         revision=manifest.revision,
@@ -247,22 +260,20 @@ def purge(uri: str) -> dict[str, list[int]]:
     """Removes the older revisions that have deleted rows, and all files that no other revision uses. Returns {dataset:
     removed revisions}. May be repeated after a stop."""
     root, sets = find_datasets(uri)
-    for folder in {root, *sets}:
-        if storage.exists(storage.join(folder, WORK, "plan.json")):
-            raise UserError(
-                f"{folder}: has an unfinished append or deletion; repeat the command that was stopped first"
-            )
-    gone = {}
-    for folder in sets:
-        stale = older_revisions(folder)
-        for number in stale:  # first, so that no partial revision looks complete
-            storage.remove(storage.join(folder, name_of(MANIFEST, number)))
-        known = known_files(revisions(folder).values())
-        for file in storage.list_files(folder, recursive=False):
-            if file.path not in known and (file.path.startswith(("part-", ".part-")) or is_report(file.path)):
-                storage.remove(file.uri)
-        gone[folder] = stale
-    return gone
+    with lock_datasets(root, sets):
+        refuse_unfinished([root, *_others(root, sets)])
+        return {folder: _purge(folder) for folder in sets}
+
+
+def _purge(folder: str) -> list[int]:
+    stale = older_revisions(folder)
+    for number in stale:  # first, so that no partial revision looks complete
+        storage.remove(storage.join(folder, name_of(MANIFEST, number)))
+    known = known_files(revisions(folder).values())
+    for file in storage.list_files(folder, recursive=False):
+        if file.path not in known and (file.path.startswith(("part-", ".part-")) or is_report(file.path)):
+            storage.remove(file.uri)
+    return stale
 
 
 def summary(results: Sequence[Deletion], purged: dict[str, list[int]] | None) -> list[str]:

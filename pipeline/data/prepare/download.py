@@ -25,9 +25,10 @@ from pipeline.data import codecs
 from pipeline.data.downloads.config import is_temporary
 from pipeline.data.format import REJECTS, Reject, rejects_table
 from pipeline.data.prepare import retry
+from pipeline.data.prepare.change import lock_output
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig, identity
-from pipeline.data.prepare.plan import PreparePlan, claim_output, lock_output, make_plan, refuse_other_files, slice_name
+from pipeline.data.prepare.plan import PreparePlan, claim_output, make_plan, refuse_other_files, slice_name
 from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.prepare.worker import items_of_slice

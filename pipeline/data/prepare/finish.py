@@ -17,6 +17,7 @@ from pipeline.data.format import (
     open_dataset,
     rejects_table,
 )
+from pipeline.data.format.deleted import read_deleted, write_deleted
 from pipeline.data.format.manifest import content_fingerprint
 from pipeline.data.format.revision_names import report_name
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
@@ -50,7 +51,9 @@ def finish_datasets(
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     if plan.append is not None and not any(part["rows"] for receipt in receipts for part in receipt["splits"].values()):
-        logger.info("prepare: %s already has all of these images; there is no new revision", plan.config.output)
+        deleted = sum(count for receipt in receipts for count in receipt["deleted"].values())
+        but = f", except {deleted} that were deleted and stay out" if deleted else ""
+        logger.info("prepare: %s already has all of these images%s; there is no new revision", plan.config.output, but)
         storage.remove(plan.work, recursive=True)
         return {name: open_dataset(uri).manifest for name, uri in plan.append.bases.items()}
     manifests = {}
@@ -116,8 +119,8 @@ def _publish(
     """Writes the reports of the next revision of a split, then its manifest. new: of what is added."""
     assert plan.append is not None
     base, uri, number = open_dataset(plan.append.bases[split]).manifest, plan.split_uri(split), plan.append.revision
-    skipped = sum(receipt["skipped"] for receipt in receipts)
-    entry = history_entry(plan.append, plan.config, plan.input_fingerprint, new.rows, skipped)
+    skipped, deleted = (sum(receipt[what][split] for receipt in receipts) for what in ("skipped", "deleted"))
+    entry = history_entry(plan.append, plan.config, plan.input_fingerprint, new.rows, skipped, deleted)
     entry["temporary"] = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
     fields = joined(base, new)
     fields["fingerprint"] = content_fingerprint(fields["shards"], fields["classes"])
@@ -128,8 +131,11 @@ def _publish(
     repeated = read_report(uri, DUPLICATES, base.revision)
     if repeated or plan.config.deduplicate != "off" or plan.config.decontaminate:
         _write_report(plan, split, repeated + records, number)
+    if base.deleted:
+        write_deleted(uri, number, read_deleted(uri, base))
     publish(uri, manifest)
-    logger.info("prepare: %s@%d: %d images added, %d were there before", uri, number, new.rows, skipped)
+    text = "prepare: %s@%d: %d images added, %d were there before, %d were deleted before and stay out"
+    logger.info(text, uri, number, new.rows, skipped, deleted)
     return manifest
 
 

@@ -28,7 +28,6 @@ from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError
-from pipeline.lease import Lease
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)
@@ -327,11 +326,6 @@ def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
             f"{plan.split_uri(name)}: already contains another dataset "
             f"({'; '.join(changed[:3]) or 'the source files have changed'}); choose another --output or remove it"
         )
-
-
-def lock_output(work: str) -> Lease:
-    """The lock of an unfinished dataset. Entering raises InUse while another process works in the folder `work`."""
-    return Lease(work, "prepare", doing="being written", remedy="wait for that one, or choose another --output")
 
 
 def claim_output(plan: PreparePlan) -> PreparePlan:

@@ -10,8 +10,9 @@ from pipeline import storage, workqueue
 from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.format import Manifest
 from pipeline.data.prepare import retry
-from pipeline.data.prepare.append import find_bases, finished_before, read_keys
+from pipeline.data.prepare.append import Append, find_bases, find_datasets, finished_before, read_keys
 from pipeline.data.prepare.builtin import BUILTIN, write_builtin
+from pipeline.data.prepare.change import has_work, lock_datasets
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.deduplicate import deduplicate
@@ -23,7 +24,6 @@ from pipeline.data.prepare.plan import (
     claim_output,
     find_finished,
     is_changing,
-    lock_output,
     make_plan,
     slice_name,
 )
@@ -51,35 +51,68 @@ def prepare(
     an output with other content, and at the end for too many rejects or no usable images."""
     config = check_config(config)
     check_output(config.output)
-    to = find_bases(config) if append else None
-    finished = None if to else find_finished(config)
+    watchers = [on_progress] if on_progress else []
+    if not append:
+        return _prepare(config, None, tracking_uri, watchers)
+    datasets = find_datasets(config)
+    with lock_datasets(config.output, datasets.values()):  # before the number of the revision is chosen
+        return _prepare(config, find_bases(config, datasets), tracking_uri, watchers)
+
+
+def _prepare(
+    config: PrepareConfig, to: Append | None, tracking_uri: str | None, watchers: list[Callable[[int, int], None]]
+) -> dict[str, Manifest]:
+    found = None if to else find_finished(config)
     raw = storage.join(os.path.dirname(config.output), "raw")
     sources = tuple(write_builtin(uri, raw) if uri in BUILTIN else uri for uri in config.source)
     config = dataclasses.replace(config, source=sources)
-    if config.descriptor and finished is None:
+    if config.descriptor and found is None:
         check_descriptor(config)
     plan = make_plan(config, to)
-    if to is not None and not storage.exists(plan.work):
-        finished = finished_before(to, plan.input_fingerprint)
-    if finished is not None:
-        if to is None:
-            check_finished(plan, finished)
-        if not storage.exists(plan.work) or is_changing(config.output) or not retry.pending(retry.planned(plan)):
-            if storage.exists(plan.work) and not is_changing(config.output):  # the job was stopped during cleanup
-                tidy_output(plan, finished)
-            logger.info("prepare: %s is already finished", config.output)
-            return finished
-        logger.info("prepare: %s is finished; temporarily failed downloads are retried", config.output)
-    watchers = [on_progress] if on_progress else []
-    with lock_output(plan.work):
-        plan = claim_output(plan)
-        if plan.append is not None:
-            plan = dataclasses.replace(plan, append=read_keys(plan.append))
-        if tracking_uri is None:
-            return _run_phases(plan, watchers)
-        with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
-            manifests = _run_phases(plan, [*watchers, record.progress], record)
-            record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
+    if to is not None:
+        finished = None if has_work(config.output) else finished_before(to, plan.input_fingerprint)
+        return _log_finished(plan, finished) if finished else _make(plan, tracking_uri, watchers)
+    if finished := _find_complete(plan, locked=False):
+        return finished
+    with lock_datasets(config.output, map(plan.split_uri, found or ())):
+        return _find_complete(plan, locked=True) or _make(
+            plan, tracking_uri, watchers
+        )  # another process may have finished it
+
+
+def _find_complete(plan: PreparePlan, locked: bool) -> dict[str, Manifest] | None:
+    """The manifests, if the dataset of the plan is finished and there is nothing to retry. Finishes a stopped cleanup,
+    if the output is locked."""
+    finished, output = find_finished(plan.config), plan.config.output
+    if finished is None:
+        return None
+    check_finished(plan, finished)
+    if has_work(output) and not is_changing(output):
+        if not locked:
+            return None
+        if retry.pending(retry.planned(plan)):
+            logger.info("prepare: %s is finished; temporarily failed downloads are retried", output)
+            return None
+        tidy_output(plan, finished)  # the job was stopped during cleanup
+    return _log_finished(plan, finished)
+
+
+def _log_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> dict[str, Manifest]:
+    logger.info("prepare: %s is already finished", plan.config.output)
+    return finished
+
+
+def _make(
+    plan: PreparePlan, tracking_uri: str | None, watchers: list[Callable[[int, int], None]]
+) -> dict[str, Manifest]:
+    plan = claim_output(plan)
+    if plan.append is not None:
+        plan = dataclasses.replace(plan, append=read_keys(plan.append))
+    if tracking_uri is None:
+        return _run_phases(plan, watchers)
+    with Record(tracking_uri, plan.config, plan.work, plan.input_fingerprint) as record:
+        manifests = _run_phases(plan, [*watchers, record.progress], record)
+        record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
     return manifests
 
 

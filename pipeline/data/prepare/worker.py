@@ -57,7 +57,8 @@ class _Counts:
     alike: int = 0  # rows with the same label as the previous row
     label: Any = None  # label of the previous row
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
-    skipped: int = 0  # inputs whose key the dataset has that is added to
+    skipped: dict[str, int]  # inputs whose key the dataset has that is added to
+    deleted: dict[str, int]  # inputs whose key was deleted from that dataset
     reported: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # duplicates that are still written
     reported_pictures: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
 
@@ -69,15 +70,20 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         rejects={name: [] for name in names},
         duplicates={name: [] for name in names},
         pictures={name: [] for name in names},
+        skipped=dict.fromkeys(names, 0),
+        deleted=dict.fromkeys(names, 0),
     )
     is_new = plan.append is None or plan.sources[plan.slices[number].source].uri not in plan.append.known
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
         for item in items_of_slice(number, plan):
             split = _split_of_item(item, plan, thresholds)
+            if plan.append is not None and plan.append.is_deleted(item.key):
+                counts.deleted[split] += 1
+                continue
             there = plan.append is not None and plan.append.has_key(split, item.key)
             if there and not is_new:
-                counts.skipped += 1
+                counts.skipped[split] += 1
                 continue
             counts.inputs[split] += 1
             try:
@@ -100,6 +106,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         "duplicates": counts.duplicates,
         "reported": counts.reported,
         "skipped": counts.skipped,
+        "deleted": counts.deleted,
         "alike": counts.alike,
         "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
     }
