@@ -387,7 +387,7 @@ def test_a_revision_is_published_only_on_top_of_the_one_it_began_from(grown, tmp
     delete_keys(folder, write_keys(tmp_path / "keys.txt", chosen(grown)))
     before = content(grown)
     for manifest in late:
-        with pytest.raises(UserError, match="another command made revision 3 while this one made revision [34] from"):
+        with pytest.raises(UserError, match=r"another command made revision 3 while this one made revision [34] from"):
             publish(folder, manifest)
     assert content(grown) == before
     publish(folder, open_dataset(folder).manifest)  # the same one again, after a stop

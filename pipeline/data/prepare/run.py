@@ -75,9 +75,8 @@ def _prepare(
     if finished := _find_complete(plan, locked=False):
         return finished
     with lock_datasets(config.output, map(plan.split_uri, found or ())):
-        return _find_complete(plan, locked=True) or _make(
-            plan, tracking_uri, watchers
-        )  # another process may have finished it
+        finished = _find_complete(plan, locked=True)  # again, as another process may just have finished it
+        return finished or _make(plan, tracking_uri, watchers)
 
 
 def _find_complete(plan: PreparePlan, locked: bool) -> dict[str, Manifest] | None:
