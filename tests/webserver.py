@@ -10,6 +10,7 @@ import socketserver
 import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,7 +19,8 @@ from tests.images import encoded, jpeg, picture
 IMAGE = jpeg()
 BOMB = gzip.compress(bytes(8 << 20))
 IMAGE_BOMB = gzip.compress(IMAGE + bytes(8 << 20))
-KEPT = IMAGE + bytes(200)  # trailing bytes are harmless; a body that is long enough to be cut
+LARGE = IMAGE + bytes(1_000_000)  # trailing bytes are harmless
+KEPT = IMAGE + bytes(200)  # a body that is long enough to be cut
 
 
 class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -178,6 +180,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_gzip(self, path: str) -> None:
         self.answer(200, gzip.compress(IMAGE), {"Content-Encoding": "gzip"})
+
+    def do_deflate(self, path: str) -> None:
+        self.answer(200, zlib.compress(IMAGE), {"Content-Encoding": "deflate"})
+
+    def do_rawdeflate(self, path: str) -> None:
+        """Without the header of zlib, and the first byte alone."""
+        body = zlib.compress(IMAGE, wbits=-15)
+        self.answer(200, body[:1], {"Content-Encoding": "deflate", "Content-Length": str(len(body))})
+        time.sleep(0.1)
+        self.wfile.write(body[1:])
+
+    def do_large(self, path: str) -> None:
+        self.answer(200, LARGE)
 
     def do_bomb(self, path: str) -> None:
         self.answer(200, BOMB, {"Content-Encoding": "gzip", "Content-Type": "image/jpeg"})

@@ -6,7 +6,9 @@ import fcntl
 import ipaddress
 import itertools
 import multiprocessing
+import resource
 import socket
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
@@ -14,15 +16,15 @@ from collections import Counter
 import pytest
 
 from pipeline.data.codecs import Refused
-from pipeline.data.downloads import limits, robots
+from pipeline.data.downloads import bodies, limits, robots, stream
 from pipeline.data.downloads.addresses import AddressPolicy, CheckedResolver, RefusedAddress
 from pipeline.data.downloads.config import DownloadConfig, check_downloads, is_temporary
 from pipeline.data.downloads.fetch import Fetcher
 from pipeline.data.downloads.limits import HostLimits
 from pipeline.data.downloads.stream import download
-from pipeline.errors import UserError
+from pipeline.errors import NotWritten, UserError
 from tests.images import jpeg
-from tests.webserver import IMAGE, web_server
+from tests.webserver import IMAGE, LARGE, web_server
 
 FAST = {"retries": 0, "timeout": 5.0, "stall_timeout": 0.5, "connect_timeout": 2.0, "max_bytes": 1 << 20}
 
@@ -42,6 +44,8 @@ def fetch(*addresses, private=True, **options):
 ANSWERS = {
     "image/1.jpg": jpeg(1),
     "gzip/1.jpg": IMAGE,
+    "deflate/1.jpg": IMAGE,
+    "rawdeflate/1.jpg": IMAGE,
     "status/404": "http 404",
     "status/410": "http 410",
     "status/403": "http 403",
@@ -350,6 +354,48 @@ def test_an_address_that_repeats_is_fetched_once(server):
     assert server.hits["/image/1.jpg"] == server.hits["/image/2.jpg"] == 1
 
 
+def test_the_memory_of_files_that_wait_is_bounded(server, monkeypatch):
+    """The caller waits while later files arrive: few of them are requested, and few of these are in memory."""
+    monkeypatch.setattr(stream, "HELD_BYTES", 4 * len(LARGE))
+    addresses = [f"{server.url}/large/{i % 60}.jpg" for i in range(120)]
+    options = FAST | {"connections": 8, "per_host": 8, "robots": "ignore"}
+    tracemalloc.start()
+    try:
+        results = download(addresses, DownloadConfig(**options), allow_private=True)
+        assert next(results) == LARGE
+        time.sleep(2)  # more requests could end in this time
+        assert sum(server.hits.values()) < 16
+        assert all(result == LARGE for result in results)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(LARGE)
+    finally:
+        tracemalloc.stop()
+    assert sum(server.hits.values()) == 60
+
+
+def test_few_files_are_open_while_they_wait(server, monkeypatch):
+    """The files that arrive during the time-out of the first are on the disk."""
+    monkeypatch.setattr(bodies, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(stream, "HELD_FILES", 10)
+    addresses = [f"{server.url}/silent/1.jpg", *(f"{server.url}/image/{i}.jpg" for i in range(1, 100))]
+    results = download(addresses, DownloadConfig(**FAST, connections=4, robots="ignore"), allow_private=True)
+    assert next(results).reason == "timeout"
+    assert 10 <= sum(server.hits.values()) < 20
+    assert list(results) == [jpeg(i) for i in range(1, 100)]
+
+
+def test_a_full_temporary_folder_is_no_fault_of_the_server(server, monkeypatch):
+    """A limit on the file size of the process simulates a full disk."""
+    assert fetch(f"{server.url}/image/1.jpg") == [jpeg(1)]  # makes the files of the limits of hosts
+    monkeypatch.setattr(stream, "HELD_BYTES", 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(NotWritten, match=f"{tempfile.gettempdir()}: cannot be written .*TMPDIR"):
+            fetch(f"{server.url}/large/1.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_results_come_in_order_and_an_early_end_stops_the_downloads(server):
     addresses = [f"{server.url}/image/{i}.jpg" for i in range(1, 200)]
     results = download(addresses, DownloadConfig(**FAST), allow_private=True)
@@ -459,7 +505,7 @@ def test_fetcher_alone(server):
     async def run():
         async with Fetcher(DownloadConfig(**FAST), allow_private=True) as fetcher:
             with await fetcher.fetch(f"{server.url}/image/1.jpg") as file:
-                assert file.read() == jpeg(1)
+                assert file.read() == file.read() == jpeg(1)
             with pytest.raises(Refused):
                 await fetcher.fetch(f"{server.url}/status/404")
 

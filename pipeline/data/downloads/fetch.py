@@ -13,11 +13,10 @@ import ipaddress
 import random
 import socket
 import ssl
-import tempfile
 import time
 import zlib
 from collections.abc import AsyncIterator
-from typing import IO, Any
+from typing import Any, Protocol
 
 import aiohttp
 import yarl
@@ -26,25 +25,40 @@ from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.downloads import robots
 from pipeline.data.downloads.addresses import AddressPolicy, CheckedResolver, RefusedAddress, checked_socket
+from pipeline.data.downloads.bodies import Body, Memory
 from pipeline.data.downloads.config import DownloadConfig, is_temporary
 from pipeline.data.downloads.limits import HostLimits
+from pipeline.errors import UserError
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 HEADER_BYTES = 32 << 10  # limit of one header field and of the status line
-MEMORY_BYTES = 2 << 20  # of a body in memory; larger bodies are in a temporary file
+BODY_BYTES = 128 << 20  # of the bodies in memory of a Fetcher, unless it is given a `Memory`
 HEAD_BYTES = 32  # first bytes, which identify the image format
 MAX_BACKOFF = 30.0  # seconds between two attempts
-UNREADABLE_TYPES = ("text/", "application/json", "application/xml", "application/xhtml", "application/pdf", "video/")
-"""Content types whose body is not read completely if it does not start like an image."""
+
+
+class Gate(Protocol):
+    """Says when the request for an image may begin."""
+
+    def is_open(self) -> bool: ...
+
+    async def wait(self) -> None:
+        """Waits until it is open."""
 
 
 class Fetcher:
     """An HTTP session with its limits: `async with Fetcher(config) as fetcher: await fetcher.fetch(address)`."""
 
     def __init__(
-        self, config: DownloadConfig, *, allow_private: bool = False, limits: HostLimits | None = None
+        self,
+        config: DownloadConfig,
+        *,
+        allow_private: bool = False,
+        limits: HostLimits | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.config = config
+        self._memory = memory or Memory(BODY_BYTES)
         networks = tuple(ipaddress.ip_network(text) for text in config.private_networks)
         self._policy = AddressPolicy(allow_private, networks)
         self._limits = limits or HostLimits(config.per_host, config.rate, config.max_wait)
@@ -80,9 +94,10 @@ class Fetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def fetch(self, address: str) -> IO[bytes]:
-        """The image file at an address, open at its start. Raises Refused."""
-        return await self._with_retries(lambda: self._image(_parse(address)))
+    async def fetch(self, address: str, gate: Gate | None = None) -> Body:
+        """The image file at an address. Raises Refused; NotWritten for a problem of the temporary folder; UserError
+        if this machine has no locks or open files left."""
+        return await self._with_retries(lambda: self._image(_parse(address), gate))
 
     async def _with_retries(self, attempt: Any) -> Any:
         for number in range(self.config.retries + 1):
@@ -95,10 +110,10 @@ class Fetcher:
 
     # ------------------------------------------------------------ redirects
 
-    async def _image(self, url: yarl.URL) -> IO[bytes]:
+    async def _image(self, url: yarl.URL, gate: Gate | None) -> Body:
         for _ in range(self.config.max_redirects + 1):
             delay = await self._crawl_delay(url)
-            async with self._answer(url, delay) as answer:
+            async with self._answer(url, delay, gate) as answer:
                 target = _redirect(answer, url)
                 if target is None:
                     return await self._body(answer)
@@ -121,8 +136,9 @@ class Fetcher:
                     if target is None:
                         if answer.status != 200:
                             return answer.status, b""
-                        with _Decoder(answer, robots.MAX_BYTES, cut=True) as decoder:
-                            return answer.status, (await decoder.read()).read()
+                        decoder = _Decoder(answer, robots.MAX_BYTES, cut=True)
+                        with await decoder.read(Body(self._memory)) as body:
+                            return answer.status, body.read()
                 url = target
             return 404, b""  # RFC 9309, section 2.3.1.2: too many redirects count as no robots.txt
 
@@ -131,11 +147,26 @@ class Fetcher:
     # ------------------------------------------------------------ one request
 
     @contextlib.asynccontextmanager
-    async def _answer(self, url: yarl.URL, crawl_delay: float) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _turn(self, host: str, crawl_delay: float, gate: Gate | None) -> AsyncIterator[None]:
+        """Waits until a request may begin. Nothing is reserved while the gate is closed, because the request for which it
+        closed may need a connection."""
+        while gate is not None:
+            await gate.wait()
+            async with self._limits.request(host, crawl_delay), self._connections:
+                if gate.is_open():
+                    yield
+                    return
+        async with self._limits.request(host, crawl_delay), self._connections:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _answer(
+        self, url: yarl.URL, crawl_delay: float, gate: Gate | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response to one request, with its headers read. Network errors, also in
         the with block, are raised as Refused."""
         host = f"{url.host}:{url.port}"
-        async with self._limits.request(host, crawl_delay), self._connections:
+        async with self._turn(host, crawl_delay, gate):
             try:
                 async with self._session.get(url, allow_redirects=False) as answer:
                     try:
@@ -147,15 +178,18 @@ class Fetcher:
             except Refused:
                 raise
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise  # the local disk is full, which is not an error of the server
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise UserError(
+                        f"this process has no open files left ({error.strerror}); lower --download.connections "
+                        f"{self.config.connections}, or raise the limit (ulimit -n)"
+                    ) from error
                 raise _refused(error) from error
 
     def _note_pause(self, host: str, answer: aiohttp.ClientResponse) -> None:
         if answer.status in (429, 503) and (seconds := _retry_after(answer.headers.get("Retry-After"))):
             self._limits.pause(host, seconds)
 
-    async def _body(self, answer: aiohttp.ClientResponse) -> IO[bytes]:
+    async def _body(self, answer: aiohttp.ClientResponse) -> Body:
         """The checked body of a response that is not a redirect."""
         if answer.status != 200:
             raise Refused(f"http {answer.status}")
@@ -165,8 +199,7 @@ class Fetcher:
                 raise Refused("x-robots-tag", directive)
         if (answer.content_length or 0) > self.config.max_bytes:
             raise Refused("too many bytes", f"{answer.content_length:,}, the limit is {self.config.max_bytes:,}")
-        with _Decoder(answer, self.config.max_bytes) as decoder:
-            return await decoder.read(_refuse_other_types)
+        return await _Decoder(answer, self.config.max_bytes).read(Body(self._memory), _refuse_other_types)
 
 
 class _Decoder:
@@ -177,59 +210,62 @@ class _Decoder:
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
             raise Refused("unsupported encoding", encoding[:40])
         self._answer, self._limit, self._cut = answer, limit, cut
+        self._is_deflate = encoding == "deflate"
         self._inflate = None if encoding in ("identity", "") else zlib.decompressobj(15 + 32)  # detects gzip or zlib
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115
-        self._kept = False
+        self._start = b""
 
-    def __enter__(self) -> "_Decoder":
-        return self
+    async def read(self, body: Body, check: Any = None) -> Body:
+        """Writes to `body`. check(answer, first bytes) may raise Refused before the rest is read. Closes the body if it
+        raises an exception."""
+        try:
+            await self._read(body, check)
+        except BaseException:
+            body.close()
+            raise
+        return body
 
-    def __exit__(self, *_: object) -> None:
-        if not self._kept:
-            self._file.close()
-
-    async def read(self, check: Any = None) -> IO[bytes]:
-        """The body as a file, at its start. check(answer, first bytes) may raise Refused before the rest is read."""
-        size, checked = 0, check is None
+    async def _read(self, body: Body, check: Any) -> None:
+        checked = check is None
         async for chunk in self._answer.content.iter_any():
-            for part in self._parts(chunk, self._limit - size):
-                size += len(part)
-                if size > self._limit and not self._cut:
+            for part in self._parts(chunk, self._limit - body.size):
+                if body.size + len(part) > self._limit and not self._cut:
                     raise Refused("too many bytes", f"more than the limit of {self._limit:,}")
-                self._file.write(part)
-                if not checked and size >= HEAD_BYTES:
-                    self._check(check)
+                body.write(part)
+                if not checked and body.size >= HEAD_BYTES:
+                    check(self._answer, body.head(HEAD_BYTES))
                     checked = True
-            if size > self._limit:
+            if body.size > self._limit:
                 break
         else:
             if self._inflate is not None and not self._inflate.eof:
                 raise Refused("incomplete body", "the compressed body is incomplete")
-        if not size and check is not None:
+        if not body.size and check is not None:
             raise Refused("empty")
         if not checked:
-            self._check(check)
-        self._file.seek(0)
-        self._kept = True
-        return self._file
+            check(self._answer, body.head(HEAD_BYTES))
 
     def _parts(self, chunk: bytes, room: int):
         """A chunk, decompressed in parts of at most 64 KiB. The last part may exceed `room`."""
         if self._inflate is None:
             yield chunk
             return
+        if self._is_deflate:
+            chunk = self._start = self._start + chunk
+            if len(chunk) < 2:
+                return
+            self._is_deflate = False
+            if not _has_header(chunk):  # some servers send deflate without the zlib header that RFC 9110 requires
+                self._inflate = zlib.decompressobj(-15)
         while chunk and room >= 0 and not self._inflate.eof:
             part = self._inflate.decompress(chunk, 1 << 16)
             chunk = self._inflate.unconsumed_tail
             room -= len(part)
             yield part
 
-    def _check(self, check: Any) -> None:
-        place = self._file.tell()
-        self._file.seek(0)
-        head = self._file.read(HEAD_BYTES)
-        self._file.seek(place)
-        check(self._answer, head)
+
+def _has_header(data: bytes) -> bool:
+    """Whether compressed data begins like zlib (RFC 1950, section 2.2) or gzip."""
+    return (data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0) or data.startswith(b"\x1f\x8b")
 
 
 def _refuse_other_types(answer: aiohttp.ClientResponse, head: bytes) -> None:
