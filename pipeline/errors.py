@@ -7,6 +7,7 @@ __all__ = [
     "TRY_LATER",
     "InUse",
     "JobFailed",
+    "NotRead",
     "NotStarted",
     "NotWritten",
     "StorageError",
@@ -32,6 +33,12 @@ class Unavailable(StorageError):
 
 class NotStarted(UserError):
     """Ray does not start on this machine, which may be busy. A retry may succeed."""
+
+    exit_code = 1
+
+
+class NotRead(UserError):
+    """An input can no longer be read, for example because it was removed during the work."""
 
     exit_code = 1
 

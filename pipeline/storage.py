@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import stores
 from pipeline.credentials import take_queries
-from pipeline.errors import UserError
+from pipeline.errors import NotWritten, UserError
 from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 
 if TYPE_CHECKING:
@@ -77,6 +78,15 @@ def _rights(path: str) -> Iterator[None]:
         raise UserError(
             f"{path}: access denied ({error.strerror}); correct the rights of the file or folder"
         ) from error
+
+
+def not_written(uri: str | None, error: OSError) -> NotWritten:
+    """The error to raise for an output that cannot be written; None for the temporary folder. A store raises StorageError,
+    and its files are temporary files first, so an OSError comes from the temporary folder."""
+    is_temporary = uri is None or is_remote(uri)
+    where = (tempfile.tempdir or "temporary folder") if is_temporary else uri
+    remedy = "free some space there or set TMPDIR to another folder," if is_temporary else "free some space"
+    return NotWritten(f"{where}: cannot be written ({error}); {remedy} and repeat the command, finished work is kept")
 
 
 def refuse_special(path: str) -> None:

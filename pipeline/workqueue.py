@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import cluster, host_memory, logs, metrics, storage
-from pipeline.errors import JobFailed, NotWritten, UserError
+from pipeline.errors import JobFailed, UserError
 from pipeline.stores import expect_answers
 
 TASK_SIZE = 256 << 20  # maximum input bytes of a task with several units; some seconds of work
@@ -197,9 +197,7 @@ class _Job:
         try:
             receipts.write(name, receipt)
         except OSError as error:
-            raise NotWritten(
-                f"{receipts.folder}: cannot be written ({error}); free some space and repeat the command"
-            ) from error
+            raise storage.not_written(receipts.folder, error) from error
 
 
 # ---------------------------------------------------------------- all units, on Ray Data

@@ -1,11 +1,16 @@
 """Lists of URLs, from the table to the dataset: formats, labels, counts by reason, continued downloads, archives."""
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
+import os
+import resource
+import shutil
 import tarfile
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +20,11 @@ from pipeline import workqueue
 from pipeline.data import open_dataset
 from pipeline.data.downloads.config import DownloadConfig
 from pipeline.data.prepare import PrepareConfig, download_images, prepare
-from pipeline.errors import UserError
+from pipeline.data.prepare.checks import check_config
+from pipeline.data.prepare.download import download_slice
+from pipeline.data.prepare.plan import claim_output, make_plan
+from pipeline.data.prepare.worker import prepare_slice
+from pipeline.errors import NotRead, NotWritten, UserError
 from tests.images import jpeg
 from tests.prepared import content
 from tests.webserver import web_server
@@ -315,6 +324,42 @@ def test_archives_are_continued_and_the_same_again(server, tmp_path):
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(UserError, match="already contains other downloads"):
         download_images(options(write(tmp_path / "list.csv", rows[:-1]), tmp_path / "one", download_only=True))
+
+
+def _first_slice(server, tmp_path, work, **more):
+    """Makes the plan for a list of one large file; `work` is called with the list, then processes its slice."""
+    source = write(tmp_path / "list.csv", [{"url": f"{server.url}/large/1.jpg", "label": "a"}])
+    plan = claim_output(make_plan(check_config(options(source, tmp_path / "out", **more))))
+    with work(source):
+        (download_slice if more else prepare_slice)(0, plan)
+
+
+@contextlib.contextmanager
+def full_disk(_):
+    """A limit on the file size of the process simulates a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def lost_list(source):
+    os.remove(source)
+    yield
+
+
+@pytest.mark.parametrize("more", [{}, {"download_only": True}])
+def test_a_full_disk_and_a_lost_list_are_named(server, tmp_path, more):
+    prepare(options(write(tmp_path / "first.csv", good(server)), tmp_path / "first"))  # makes the files of the limits
+    folder = tempfile.gettempdir() if more else f"{tmp_path}/out"
+    with pytest.raises(NotWritten, match=f"^{folder}: cannot be written .*File too large.*free some space"):
+        _first_slice(server, tmp_path, full_disk, **more)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(NotRead, match=f"^{tmp_path}/list.csv: can no longer be read .*; restore it"):
+        _first_slice(server, tmp_path, lost_list, **more)
 
 
 def test_download_only_needs_a_list(tmp_path):

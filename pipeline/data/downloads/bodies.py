@@ -6,7 +6,7 @@ import tempfile
 import threading
 from typing import IO
 
-from pipeline.errors import NotWritten
+from pipeline import storage
 
 MEMORY_BYTES = 2 << 20  # of a body in memory
 
@@ -59,19 +59,17 @@ class Body:
             try:
                 self._write_to_disk(part)
             except OSError as error:
-                raise NotWritten(
-                    f"{tempfile.tempdir or 'temporary folder'}: cannot be written ({error}); free some space, or set "
-                    "TMPDIR to another folder, and repeat the command, finished work is kept"
-                ) from error
+                raise storage.not_written(None, error) from error
         self.size += len(part)
 
     def _write_to_disk(self, part: bytes) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
-            self._file.write(self._data)
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            part = bytes(self._data) + part
             self._free()
-        self._file.write(part)
-        self._file.flush()
+        rest = memoryview(part)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def head(self, size: int) -> bytes:
         """The first bytes."""

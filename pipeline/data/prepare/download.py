@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from pipeline import storage
 from pipeline.data import codecs
@@ -96,32 +96,43 @@ def _find_finished(config: PrepareConfig) -> dict[str, Any] | None:
 def download_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     """Downloads slice `number` of the plan into an archive. Returns its receipt.
 
-    Raises UserError when the output cannot be written.
+    Raises NotWritten when the temporary folder or the output cannot be written, NotRead when the list has disappeared.
     """
     name = f"{number:05d}.tar"
-    inputs, samples, rejects = 0, 0, []
     try:
         with tempfile.NamedTemporaryFile(prefix="download-", suffix=".tar") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for item in items_of_slice(number, plan):
-                    inputs += 1
-                    if item.refused:
-                        rejects.append([item.key, item.source, item.refused.reason, item.refused.detail[:200]])
-                        continue
-                    _add_sample(archive, f"{number:05d}{samples:05d}", item)
-                    samples += 1
-            file.flush()
-            file.seek(0)
+            inputs, samples, rejects = _write_archive(number, plan, file)
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             size = os.path.getsize(file.name)
             if samples:
-                storage.copy_file(file.name, storage.join(plan.config.output, name))
+                _copy(file.name, plan.config.output, name)
     except OSError as error:
-        raise UserError(
-            f"{plan.config.output}: cannot be written ({error}); free some space and repeat the command, finished work is kept"
-        ) from error
+        raise storage.not_written(None, error) from error
     written = {"name": name, "samples": samples, "bytes": size, "sha256": digest}
     return {"inputs": {"": inputs}, "rejects": {"": rejects}, "archives": [written] if samples else []}
+
+
+def _copy(path: str, output: str, name: str) -> None:
+    try:
+        storage.copy_file(path, storage.join(output, name))
+    except OSError as error:
+        raise storage.not_written(output, error) from error
+
+
+def _write_archive(number: int, plan: PreparePlan, file: IO[bytes]) -> tuple[int, int, list[list[str]]]:
+    """(inputs, images, rejects) of a slice; `file` is at its start."""
+    inputs, samples, rejects = 0, 0, []
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for item in items_of_slice(number, plan):
+            inputs += 1
+            if item.refused:
+                rejects.append([item.key, item.source, item.refused.reason, item.refused.detail[:200]])
+                continue
+            _add_sample(archive, f"{number:05d}{samples:05d}", item)
+            samples += 1
+    file.flush()
+    file.seek(0)
+    return inputs, samples, rejects
 
 
 def _add_sample(archive: tarfile.TarFile, name: str, item: Item) -> None:

@@ -22,21 +22,19 @@ from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan, SourceSlice, slice_name
 from pipeline.data.prepare.retry import temporary_keys
 from pipeline.data.sources import Item
-from pipeline.errors import NotWritten
+from pipeline.errors import NotRead
 
 
 def prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     """Reads, checks, transforms and writes slice `number` of the plan. Returns its receipt.
 
-    Raises NotWritten when the output cannot be written.
+    Raises NotWritten when the output cannot be written, NotRead when a source has disappeared.
     """
     cv2.setNumThreads(1)
     try:
         return _prepare_slice(number, plan)
-    except OSError as error:  # unreadable inputs become rejects, so this is a write error such as a full disk
-        raise NotWritten(
-            f"{plan.config.output}: cannot be written ({error}); free some space and repeat the command, finished work is kept"
-        ) from error
+    except OSError as error:  # such as a full disk; `items_of_slice` raises other exceptions
+        raise storage.not_written(plan.config.output, error) from error
 
 
 def summarize(receipt: dict[str, Any]) -> tuple[int, int]:
@@ -113,7 +111,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
 
 
 def items_of_slice(number: int, plan: PreparePlan) -> Iterator[Item]:
-    """The inputs of a slice."""
+    """The inputs of a slice. Raises NotRead for a source that has disappeared; other problems of inputs are rejects."""
     part = plan.slices[number]
     source = plan.sources[part.source]
     fragments = pa.ipc.open_stream(storage.read_bytes(plan.fragments_uri(number))).read_all()
@@ -122,10 +120,15 @@ def items_of_slice(number: int, plan: PreparePlan) -> Iterator[Item]:
     items = sources.read(source, fragments, plan.config.include)
     if storage.is_remote(source.uri):
         items = sources.prefetched(items)
-    for i, item in enumerate(items):
-        if i == part.limit:
-            return
-        yield item
+    try:
+        for i, item in enumerate(items):
+            if i == part.limit:
+                return
+            yield item
+    except OSError as error:
+        raise NotRead(
+            f"{source.uri}: can no longer be read ({error}); restore it and repeat the command, finished work is kept"
+        ) from error
 
 
 def _keys_again(part: SourceSlice, plan: PreparePlan) -> frozenset[str] | None:
