@@ -19,7 +19,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.format.revision_names import manifest_uri, split_address
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.weights import checkpoints
 
 MAX_READ = 256 << 20
@@ -90,6 +90,8 @@ class Fingerprints:
             return text
         try:
             return checkpoints.resolve(version.checkpoint).commit["files"]["model.safetensors"]["sha256"]
+        except StorageError:
+            raise
         except (UserError, KeyError):  # the checkpoint is on the disk of another machine
             return f"{version.name}/{version.version}"
 

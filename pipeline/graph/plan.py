@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.address import data_address
-from pipeline.errors import UserError, nearest
+from pipeline.errors import StorageError, UserError, nearest
 from pipeline.graph import fields, fingerprints, kinds
 from pipeline.graph.file import Pipeline
 from pipeline.graph.fingerprints import Content, Fingerprints, NotFound
@@ -301,6 +301,8 @@ def _brief(value: Any) -> str:
 def _content(uri: str) -> Content:
     try:
         return fingerprints.describe(uri) or Content("")
+    except StorageError:
+        raise
     except UserError:
         return Content("")
 

@@ -130,6 +130,8 @@ def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
     for version in registry.versions(config.model, uri) if config.model else []:
         try:
             checkpoint = checkpoints.resolve(version.checkpoint)
+        except Unavailable:
+            raise
         except UserError as error:  # deleted, or on the disk of another machine
             logger.warning("version %d of %s cannot be evaluated: %s", version.version, version.name, error)
             continue

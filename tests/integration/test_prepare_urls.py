@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import workqueue
+from pipeline import storage, workqueue
 from pipeline.data import open_dataset
 from pipeline.data.downloads.config import DownloadConfig
 from pipeline.data.prepare import PrepareConfig, download_images, prepare
@@ -24,7 +24,8 @@ from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.download import download_slice
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.prepare.worker import prepare_slice
-from pipeline.errors import NotRead, NotWritten, UserError
+from pipeline.errors import NotRead, NotWritten, Unavailable, UserError
+from tests.faultproxy import FaultProxy
 from tests.images import jpeg
 from tests.prepared import content
 from tests.webserver import web_server
@@ -360,6 +361,22 @@ def test_a_full_disk_and_a_lost_list_are_named(server, tmp_path, more):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(NotRead, match=f"^{tmp_path}/list.csv: can no longer be read .*; restore it"):
         _first_slice(server, tmp_path, lost_list, **more)
+
+
+@pytest.mark.parametrize("name", ["images/list.csv", "pictures/train.txt"])
+def test_an_outage_is_no_other_format_and_no_missing_table(server, s3, s3_server, tmp_path, monkeypatch, name):
+    storage.write_bytes(f"{s3}/images/list.csv", f"url\n{server.url}/image/1.jpg\n".encode())
+    storage.write_bytes(f"{s3}/pictures/train.txt", b"ant/1.jpg 0\n")
+    storage.write_bytes(f"{s3}/pictures/ant/1.jpg", jpeg(1))
+    config = options(f"{s3}/{name.partition('/')[0]}", tmp_path / "out", unlabelled=True)
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("VIT_STORE_PATIENCE", "1")
+        proxy.fault = lambda method, path, n: "reset" if path.endswith(name) and method == "GET" else None
+        with pytest.raises(Unavailable, match=name):
+            prepare(config)
+        proxy.fault = lambda method, path, n: None
+        assert prepare(config)[""].rows == 1
 
 
 def test_download_only_needs_a_list(tmp_path):

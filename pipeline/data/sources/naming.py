@@ -9,7 +9,7 @@ from pipeline.data.sources.columns import NoLabelColumn
 from pipeline.data.sources.layout import Layout
 from pipeline.data.sources.tables import LabelTable, clean_path
 from pipeline.data.sources.words import SPLITS
-from pipeline.errors import UserError, nearest
+from pipeline.errors import StorageError, UserError, nearest
 
 _SPLIT_WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
 TABLE_FILE = re.compile(  # tables that are detected by name; each applies to its own folder
@@ -100,6 +100,8 @@ def read_tables(
                     raise
                 doubtful.setdefault(folder, error)
             logger.warning("%s; the table is ignored", error)
+        except StorageError:
+            raise
         except UserError as error:
             if split is None:
                 raise

@@ -22,7 +22,7 @@ from pipeline.data.sources.columnar import RowColumns, first_values, huggingface
 from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, normalised_name, split_name
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, is_included
 from pipeline.data.sources.urltables import Table, open_table
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 
 NAME = "urls"
 URL_COLUMNS = (
@@ -50,12 +50,15 @@ def matches(path: str) -> bool:
 
 
 def is_list(uri: str, paths: Sequence[str], downloads: Downloads) -> bool:
-    """Whether the first table of a source contains addresses of images, and no images."""
+    """Whether the first table of a source contains addresses of images, and no images. Raises UserError for a table
+    without access, StorageError for an outage."""
     path = next((path for path in paths if matches(path or uri)), None)
     if path is None:
         return False
+    table_uri = storage.join(uri, path) if path else uri
+    storage.read_bytes(table_uri, 0, 1)  # a file that cannot be read is not one of another format
     try:
-        with open_table(storage.join(uri, path) if path else uri) as table:
+        with open_table(table_uri) as table:
             if table.schema.metadata is not None or table.is_parquet:
                 try:
                     image_column(table.schema, uri)
@@ -64,6 +67,8 @@ def is_list(uri: str, paths: Sequence[str], downloads: Downloads) -> bool:
                     pass
             column = _url_column(table.schema.names, downloads.url_column)
             return column is not None and any(_is_address(row.get(column)) for row in table.first_rows())
+    except StorageError:
+        raise
     except UserError:
         return False
 
