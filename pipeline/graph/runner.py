@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import TRY_LATER, UserError
+from pipeline.errors import TRY_LATER, Unavailable, UserError
 from pipeline.graph import cost, fingerprints, results
 from pipeline.graph.executor import Attempt, Ended, Executor
 from pipeline.graph.instances import Instance
@@ -153,7 +153,8 @@ class Runner:
             try:
                 self._start(name, instance, identity)
             except UserError as error:
-                self._refuse(name, identity, str(error))
+                if self._refuse(name, identity, error):
+                    still.append(name)
         self._made.clear()
         return still
 
@@ -254,14 +255,21 @@ class Runner:
         logger.info("%s: started%s", name, f" (attempt {self._tries[name]})" if self._tries[name] > 1 else "")
         self.watch(self.plan, self.running)
 
-    def _refuse(self, name: str, identity: Identity, reason: str) -> None:
-        """Records an instance that could not be started."""
+    def _refuse(self, name: str, identity: Identity, error: UserError) -> bool:
+        """Records an instance that could not be started. Returns whether to try again, as after an attempt that ended
+        with the error's exit code."""
         record = self.plan.state.record(name)
+        spent = record.running.spent if record.running is not None else {}
         record.running = None
-        record.failed = Failed(identity=identity.id, reason=reason, code=WRONG_INPUT, at=time.time())
-        self.outcome.failed.append(name)
+        code = getattr(error, "exit_code", WRONG_INPUT)
+        record.failed = Failed(identity=identity.id, reason=str(error), code=code, at=time.time(), spent=spent)
         self._dirty = True
-        logger.error("%s: %s", name, reason)
+        if self._may_try_again(name, Ended(code=code)):
+            logger.warning("%s: not started: %s; trying again", name, error)
+            return True
+        self.outcome.failed.append(name)
+        logger.error("%s: %s", name, error)
+        return False
 
     def _environment(self, name: str, job: str) -> dict[str, str]:
         return {
@@ -300,16 +308,12 @@ class Runner:
             record.running = None
             again = [name] if name in self.selected else []
         elif ended.code == 0:
-            self._finish(name, running, spent)
-        elif self._stopping or ended.code in STOP_CODES:
-            self._fail(name, running, ended, spent, "stopped; the same command continues", stopped=True)
-        elif self._may_try_again(name, ended):
-            logger.warning("%s: %s; trying again", name, ended.reason or f"exit code {ended.code}")
-            record.running = None
-            record.failed = Failed(identity=running.identity, reason=ended.reason, code=ended.code, spent=spent)
-            again = [name]
+            try:
+                self._finish(name, running, spent)
+            except Unavailable as error:  # a further attempt finds the finished output
+                again = self._end(name, running, Ended(code=TRY_LATER, reason=str(error)), spent)
         else:
-            self._fail(name, running, ended, spent, ended.reason or f"exit code {ended.code}")
+            again = self._end(name, running, ended, spent)
         self.executor.forget(running.job)
         with contextlib.suppress(UserError, OSError):
             storage.remove(results.progress_place(self.plan.state.root, running.job))
@@ -317,11 +321,28 @@ class Runner:
         self.watch(self.plan, self.running)
         return again
 
+    def _end(self, name: str, running: Running, ended: Ended, spent: dict[str, float]) -> list[str]:
+        """Handles an attempt that was not successful. Returns [name] if the instance is to be started again."""
+        reason = ended.reason or f"exit code {ended.code}"
+        if self._stopping or ended.code in STOP_CODES:
+            self._fail(name, running, ended, spent, "stopped; the same command continues", stopped=True)
+        elif self._may_try_again(name, ended):
+            logger.warning("%s: %s; trying again", name, reason)
+            record = self.plan.state.record(name)
+            record.running = None
+            record.failed = Failed(identity=running.identity, reason=ended.reason, code=ended.code, spent=spent)
+            return [name]
+        else:
+            self._fail(name, running, ended, spent, reason)
+        return []
+
     def _may_try_again(self, name: str, ended: Ended) -> bool:
         if ended.code == TRY_LATER:
             self._later[name] = self._later.get(name, 0) + 1
+            if self._later[name] > LATER_AT_MOST:
+                return False
             self._not_before[name] = time.monotonic() + LATER_PAUSE
-            return self._later[name] <= LATER_AT_MOST
+            return True
         if ended.code is None:
             self._lost[name] = self._lost.get(name, 0) + 1
             return self._lost[name] <= LOST_AT_MOST
@@ -329,7 +350,7 @@ class Runner:
         return ended.code != WRONG_INPUT and failures <= self.plan.instances[name].retries
 
     def _finish(self, name: str, running: Running, spent: dict[str, float]) -> None:
-        """Records a finished run. A run without output has failed."""
+        """Records a finished run. A run without output has failed. Raises Unavailable if the store is away."""
         instance = self.plan.instances[name]
         output = self.plan.state.address(running.output)
         try:
@@ -339,6 +360,8 @@ class Runner:
             content = fingerprints.describe(output) or fingerprints.Content(
                 fingerprints.Fingerprints().fingerprint(output)
             )
+        except Unavailable:
+            raise
         except UserError as error:
             self._fail(name, running, Ended(code=1), spent, str(error))
             return

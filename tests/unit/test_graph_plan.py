@@ -11,7 +11,7 @@ import pytest
 from pipeline import storage
 from pipeline.data.address import shares
 from pipeline.data.format import open_dataset, revisions
-from pipeline.errors import UserError
+from pipeline.errors import Unavailable, UserError
 from pipeline.graph import file, fingerprints, instances, runner, state
 from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
@@ -334,6 +334,50 @@ def test_what_is_in_use_is_tried_again_later_and_is_no_failure(tmp_path, source,
     assert "pretrain" in outcome.done
     assert outcome.failed == ["transfer[tasks=knn]"]
     assert executor.started.count("transfer[tasks=knn]") == runner.LATER_AT_MOST + 1
+
+
+class Away(Fake):
+    """A job server that does not answer the first requests to start a stage."""
+
+    def __init__(self, stage, times, error):
+        super().__init__()
+        self.stage, self.times, self.error = stage, times, error
+
+    def start(self, attempt):
+        if attempt.title.endswith(f"/{self.stage}") and self.times:
+            self.times -= 1
+            raise self.error
+        super().start(attempt)
+
+
+def test_an_outage_at_the_start_of_a_stage_is_not_wrong_input(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(runner, "LATER_PAUSE", 0.01)
+    error = Unavailable("the job server did not answer in 180 s")
+    assert sorted(go(chain(tmp_path / "out", source), Away("pretrain", 3, error)).done) == sorted(ALL)
+    assert not any(record.failed for record in state.load(str(tmp_path / "out")).records.values())
+    outcome = go(chain(tmp_path / "long", source), Away("pretrain", 99, error))
+    assert (outcome.failed, outcome.blocked) == (["pretrain"], ALL[2:])
+    failed = state.load(str(tmp_path / "long")).records["pretrain"].failed
+    assert (failed.code, failed.reason) == (75, str(error))
+    assert go(chain(tmp_path / "wrong", source), Away("data", 1, UserError("wrong"))).failed == ["data"]
+    assert state.load(str(tmp_path / "wrong")).records["data"].failed.code == 2
+
+
+def test_an_outage_at_the_end_of_a_stage_does_not_fail_it(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(runner, "LATER_PAUSE", 0.01)
+    find_complete, left = fingerprints.complete, [2]
+
+    def complete(output, marker):
+        if "pretrain" in output and left[0]:
+            left[0] -= 1
+            raise Unavailable("the store did not answer")
+        return find_complete(output, marker)
+
+    plan = plan_of(chain(tmp_path / "out", source))
+    executor = Fake()
+    monkeypatch.setattr(fingerprints, "complete", complete)
+    assert sorted(Runner(plan, plan.select(), executor).run().done) == sorted(ALL)
+    assert (left, executor.started.count("pretrain")) == ([0], 3)
 
 
 def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, source):
