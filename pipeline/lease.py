@@ -133,14 +133,25 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
     return None
 
 
+def _is_running_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a process of this machine is running; None for another machine, and if this user may not look."""
+    if holder["host"] != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(holder["pid"])
+        is_same = abs(process.create_time() - holder["started"]) < 1
+        return is_same and process.status() != psutil.STATUS_ZOMBIE  # in a container nobody may wait for the dead
+    except psutil.AccessDenied:
+        return None
+    except (psutil.Error, OverflowError):
+        return False
+
+
 def _is_alive(holder: dict[str, Any], uri: str) -> bool:
     """Whether the process that wrote launch.json is still running."""
-    if holder["host"] == socket.gethostname():
-        with contextlib.suppress(psutil.Error, OverflowError):
-            process = psutil.Process(holder["pid"])
-            is_same = abs(process.create_time() - holder["started"]) < 1
-            return is_same and process.status() != psutil.STATUS_ZOMBIE  # in a container nobody may wait for the dead
-        return False
+    is_here = _is_running_here(holder)
+    if is_here is not None:
+        return is_here
     if time.time() - holder["renewed"] > 30 * RENEW_EVERY:  # the clocks of two machines may differ by minutes
         return False
     logger.info(
@@ -167,6 +178,7 @@ def current_holder(output: str) -> dict[str, Any] | None:
     holder = _read_holder(uri)
     if holder is None:
         return None
-    if holder["host"] == socket.gethostname():
-        return holder if _is_alive(holder, uri) else None
-    return holder if time.time() - holder["renewed"] < 6 * RENEW_EVERY else None
+    is_here = _is_running_here(holder)
+    if is_here is None:
+        is_here = time.time() - holder["renewed"] < 6 * RENEW_EVERY
+    return holder if is_here else None

@@ -1,5 +1,6 @@
 """Only one launch can use a run folder at a time, on any machine."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -42,6 +43,24 @@ def test_launch_that_ended_holds_nothing(tmp_path, changes):
     written(tmp_path, **changes)
     with Lease(str(tmp_path), "next"):
         pass
+
+
+@pytest.mark.parametrize("renews", [True, False])
+def test_a_process_of_another_user_that_may_not_be_examined_is_alive_while_it_renews(tmp_path, monkeypatch, renews):
+    class Hidden(psutil.Process):
+        def status(self):
+            raise psutil.AccessDenied(self.pid)
+
+    monkeypatch.setattr(lease, "RENEW_EVERY", 0.2)
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    other = Lease(str(tmp_path), "first")
+    with other if renews else contextlib.nullcontext():
+        written(tmp_path, id=other.mine["id"])
+        monkeypatch.setattr(psutil, "Process", Hidden)
+        assert lease.current_holder(str(tmp_path))["name"] == "first"
+        with pytest.raises(InUse, match="by first") if renews else contextlib.nullcontext():
+            with Lease(str(tmp_path), "next"):
+                pass
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '"x"'])
