@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.sources import items, labels, tar
+from pipeline.data.sources import items, labels, tar, urltables
 from pipeline.data.sources.items import Item, ScanOptions
 from pipeline.data.sources.prefetch import prefetched
 from pipeline.errors import UserError
@@ -160,6 +160,23 @@ def test_an_archive_in_an_archive_is_streamed_and_a_third_level_is_no_image(tmp_
     assert found["two.png"] == (b"second", ["n01440764"])
     assert found["after/three.png"] == (b"third", ["after"])
     assert "deep.png" not in found
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.csv.gz", "list.jsonl"])
+def test_the_rows_of_a_list_in_memory_are_limited_by_bytes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(urltables, "SPAN_BYTES", 100_000)
+    rows = [{"url": f"http://h/{i}.jpg", "caption": "x" * 30_000} for i in range(50)]
+    if ".csv" in name:
+        text = "url,caption\n" + "".join(f"{row['url']},{row['caption']}\n" for row in rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    with urltables.open_table(str(tmp_path / name)) as table:
+        assert 0 < len(table.first_rows()) <= 4
+        spans = [(span.first, span.rows, span.start, span.stop) for span in table.spans()]
+        assert max(count for _, count, _, _ in spans) <= 4
+        found = [pair for first, _, start, stop in spans for pair in table.rows(start, stop, first, None)]
+    assert found == list(enumerate(rows))
 
 
 def test_reading_ahead_is_limited_by_bytes(monkeypatch):

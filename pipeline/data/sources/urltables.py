@@ -30,6 +30,7 @@ MAX_LINE = 8 << 20  # maximum length of a line in bytes
 SNIFFED_ROWS = 100  # number of rows that determine the columns
 SPANS = 64  # approximate number of spans of a file
 SPAN_ROWS = (64, 4096)  # minimum and maximum rows of a span
+SPAN_BYTES = 16 << 20  # rows of text that are in memory at a time; a span of longer rows has fewer
 BUFFER = 4 << 20  # bytes read at a time from a Parquet column
 BATCH_ROWS = 1024
 
@@ -184,9 +185,11 @@ class _TextTable:
 
     def _head(self) -> Iterator[str]:
         with self._lines(0) as lines:
-            for _, (text, _) in zip(range(SNIFFED_ROWS), lines, strict=False):
+            for _, (text, end) in zip(range(SNIFFED_ROWS), lines, strict=False):
                 if text.strip():
                     yield text
+                if end > SPAN_BYTES:
+                    return
 
     def _sniff(self, head: list[str], tabbed: bool) -> None:
         delimiter = "\t" if tabbed else max(",;\t|", key=head[0].count)
@@ -278,8 +281,12 @@ class _TextTable:
 
     def first_rows(self) -> list[dict[str, Any]]:
         with self._records(self._begin) as records:
-            found = zip(range(SNIFFED_ROWS), self._skip_header(records), strict=False)
-            return [self._values(record, number) for number, (record, _) in found]
+            found = []
+            for number, (record, end) in zip(range(SNIFFED_ROWS), self._skip_header(records), strict=False):
+                found.append(self._values(record, number))
+                if end > SPAN_BYTES:
+                    break
+            return found
 
     def _skip_header(self, records: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """Gzipped text is read from its start: `_begin` is after the header."""
@@ -305,7 +312,7 @@ class _TextTable:
                 self._digest.update((record if self._is_json else "\x1f".join([*record, "\n"])).encode())
                 if number + len(rows) == SPAN_ROWS[0]:  # estimate the number of rows from the length of the first rows
                     most = _span_rows(SPAN_ROWS[0] * storage.file_size(self._uri) // max(1, end))
-                if len(rows) >= most:
+                if len(rows) >= most or end - start >= SPAN_BYTES:
                     yield self._span(rows, number, start, end)
                     number, start, rows = number + len(rows), end, []
             if rows:
