@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -19,6 +20,7 @@ import pytest
 from pipeline import storage, workqueue
 from pipeline.data import open_dataset
 from pipeline.data.downloads.config import DownloadConfig
+from pipeline.data.format.verify import verify_dataset
 from pipeline.data.prepare import PrepareConfig, download_images, prepare
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.download import download_slice
@@ -170,6 +172,67 @@ def test_the_same_command_fetches_what_may_have_been_away_and_nothing_else(serve
     server.hits.clear()
     assert prepare(config)[""].fingerprint == manifest.fingerprint  # finished, but for one address
     assert dict(server.hits) == {"/silent/1": 1}
+
+
+def test_rows_with_equal_keys_are_fetched_again_one_by_one(server, tmp_path):
+    """Only the row that failed, also if another row of the list has its key."""
+    paths = ["/image/1.jpg", "/flaky/2.jpg", "/image/3.jpg", "/flaky/4.jpg"]
+    rows = [
+        {"url": f"{server.url}{path}", "id": name, "label": label}
+        for path, name, label in zip(paths, "xxyz", "abba", strict=True)
+    ]
+    source = write(tmp_path / "list.csv", rows)
+    again = {"file_column": "id", "download": dataclasses.replace(FAST, passes=2), "max_reject_fraction": 1.0}
+    manifest = prepare(options(source, tmp_path / "out", **again))[""]
+    assert (manifest.rows, manifest.inputs, manifest.rejects) == (3, 4, {"duplicate key": 1})
+    assert [server.hits[path] for path in paths] == [1, 2, 1, 2]
+    server.hits.clear()
+    server.visits.clear()
+    result = download_images(options(source, tmp_path / "files", download_only=True, **again))
+    assert (result["inputs"], result["downloaded"], result["rejects"]) == (4, 4, {})
+    assert [server.hits[path] for path in paths] == [1, 2, 1, 2]
+
+
+def test_an_append_whose_downloads_fail_is_no_success_and_is_repeated(server, tmp_path):
+    prepare(options(write(tmp_path / "one.csv", good(server, 8)), tmp_path / "out"))
+    before, rows = content(tmp_path / "out"), good(server, 20)[10:]
+    config = options(write(tmp_path / "two.csv", rows), tmp_path / "out", max_reject_fraction=1.0)
+    server.down = True
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no image was added to .* because 10 inputs .*\(10 http 503, such as"):
+            prepare(config, append=True)
+        assert {
+            name: data for name, data in content(tmp_path / "out").items() if not name.startswith("_work")
+        } == before
+    server.down = False
+    manifest = prepare(config, append=True)[""]
+    assert (manifest.revision, manifest.rows, manifest.inputs, manifest.rejects) == (2, 18, 18, {})
+    assert verify_dataset(str(tmp_path / "out")) == []
+
+
+def test_a_download_that_a_later_append_makes_up_for_is_no_reject(server, tmp_path):
+    prepare(options(write(tmp_path / "one.csv", good(server, 8)), tmp_path / "out"))
+    rows = [*good(server, 20)[10:], {"url": f"{server.url}/flaky/30.jpg", "label": "a"}]
+    rows += [{"url": f"{server.url}/status/503", "label": "b"}]
+    config = options(write(tmp_path / "two.csv", rows), tmp_path / "out", max_reject_fraction=1.0)
+    counts = [prepare(config, append=True)[""] for _ in range(2)]
+    assert [(m.revision, m.rows, m.inputs, sum(m.rejects.values())) for m in counts] == [(2, 18, 20, 2), (3, 19, 20, 1)]
+    before = content(tmp_path / "out")
+    prepare(config, append=True)  # the one that fails again is known
+    assert content(tmp_path / "out") == before
+    assert [verify_dataset(f"{tmp_path}/out@{number}") for number in (1, 2, 3)] == [[]] * 3
+
+
+def test_a_retry_with_a_lower_limit_leaves_the_report_of_the_finished_dataset(server, tmp_path):
+    rows = [*good(server, 10), {"url": f"{server.url}/status/503", "label": "b"}]
+    rows += [{"url": f"{server.url}/flaky/1.jpg", "label": "b"}]
+    source = write(tmp_path / "list.csv", rows)
+    prepare(options(source, tmp_path / "out", max_reject_fraction=0.5))
+    with pytest.raises(UserError, match="1 of 12 inputs were rejected"):
+        prepare(options(source, tmp_path / "out", max_reject_fraction=0.0))
+    assert not any("rejects" in problem for problem in verify_dataset(str(tmp_path / "out")))
+    assert prepare(options(source, tmp_path / "out", max_reject_fraction=0.5))[""].rows == 11
+    assert verify_dataset(str(tmp_path / "out")) == []
 
 
 def test_a_finished_dataset_without_such_failures_is_left_alone(server, tmp_path):

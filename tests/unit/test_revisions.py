@@ -162,6 +162,46 @@ def test_rejects_of_both_revisions_are_listed_and_the_limit_is_for_the_new_ones(
     assert verify_dataset(str(tmp_path / "set")) == verify_dataset(f"{tmp_path}/set@1") == []
 
 
+def test_an_input_that_was_left_out_and_is_read_again_is_listed_once(tmp_path, caplog):
+    """A reject and a duplicate of revision 1 that are still in the folder, and a reject that was repaired."""
+    folder = tmp_path / "first"
+    write_images(folder, {"ant": 30, "bee": 30}, 1)
+    for name in ("ant/bad.png", "ant/repaired.png"):
+        (folder / name).write_bytes(b"no image")
+    cv2.imwrite(str(folder / "ant" / "alone.png"), photo(64, 64, 1))
+    shutil.copy(folder / "ant" / "alone.png", folder / "bee" / "same.png")
+    first = prepare(config(tmp_path, str(folder), deduplicate="exact"))[""]
+    cv2.imwrite(str(folder / "ant" / "repaired.png"), photo(64, 64, 2))
+    last = prepare(config(tmp_path, str(folder), deduplicate="exact"), append=True)[""]
+    assert [(m.rows, m.inputs, sum(m.rejects.values()), m.duplicates_by_reason) for m in (first, last)] == [
+        (61, 64, 2, {"exact in the corpus": 1}),
+        (62, 64, 1, {"exact in the corpus": 1}),
+    ]
+    reports = [pq.read_table(tmp_path / "set" / f"{name}@2.parquet").to_pylist() for name in ("rejects", "duplicates")]
+    assert [row["key"] for row in reports[0]] == ["ant/bad.png"]
+    assert len(reports[1]) == 1
+    assert {reports[1][0]["key"], reports[1][0]["match"]} == {"ant/alone.png", "bee/same.png"}
+    (folder / "ant" / "worse.png").write_bytes(b"no image")
+    before = content(tmp_path / "set")
+    with caplog.at_level("INFO"):
+        prepare(config(tmp_path, str(folder), deduplicate="exact"), append=True)
+    assert "already has all of these images; there is no new revision" in caplog.text
+    assert "2 inputs could not be used (2 not an image, such as ant/" in caplog.text
+    assert content(tmp_path / "set") == before
+    assert verify_dataset(str(tmp_path / "set")) == verify_dataset(f"{tmp_path}/set@1") == []
+
+
+def test_an_append_without_a_usable_image_is_no_success(tmp_path):
+    prepare(config(tmp_path, write_images(tmp_path / "first", {"ant": 10, "bee": 10}, 1)))
+    before, bad = content(tmp_path / "set"), tmp_path / "second" / "ant" / "bad.png"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"no image was added.*1 inputs could not be used \(1 not an image, such as"):
+        prepare(config(tmp_path, str(tmp_path / "second"), max_reject_fraction=1.0), append=True)
+    shutil.rmtree(tmp_path / "set" / "_work")  # what the error says
+    assert content(tmp_path / "set") == before
+
+
 def test_an_append_stopped_anywhere_ends_in_the_same_bytes(tmp_path, monkeypatch):
     """Every write to storage fails once, from the first to the last: the same command continues."""
     first = write_images(tmp_path / "first", {"ant": 12, "bee": 12}, 1)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ from pipeline.data.codecs import decode_stored
 
 DUPLICATES, PAIRS = "duplicates.parquet", "duplicates.png"
 SHEET_PAIRS = 24
+
+
+def by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Counts of duplicates by reason (exact, near, descriptor) and by where they
+    match (the corpus or an evaluation set)."""
+    return dict(Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in records))
 
 
 def duplicates_table(records: Sequence[dict[str, Any]]) -> bytes:

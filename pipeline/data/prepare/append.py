@@ -8,7 +8,7 @@ the images of the dataset as they are stored.
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
-from pipeline.data.format import MANIFEST, Manifest
+from pipeline.data.duplicates.report import DUPLICATES, by_reason
+from pipeline.data.format import MANIFEST, REJECTS, Manifest
 from pipeline.data.format.dataset import open_dataset
 from pipeline.data.format.deleted import read_deleted
-from pipeline.data.format.verify import key_hash
+from pipeline.data.format.verify import key_hash, read_report
 from pipeline.data.prepare.change import begin, refuse_unfinished
 from pipeline.data.prepare.checks import parse_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
@@ -48,6 +49,8 @@ class Append:
     """{split: sorted hashes of the keys of its rows, uint64}."""
     deleted: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
     """Sorted hashes of the keys that were deleted from any split, uint64."""
+    left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+    """Sorted hashes of the keys in the reports of rejects and duplicates, uint64."""
     index: EvaluationIndex | None = None
     """The images of the dataset, if new images are compared with them."""
 
@@ -57,6 +60,10 @@ class Append:
     def is_deleted(self, key: str) -> bool:
         """Whether a deletion has removed the row with this key, from any split."""
         return _contains(self.deleted, key)
+
+    def is_left_out(self, key: str) -> bool:
+        """Whether the dataset lists the key as a reject or a duplicate."""
+        return _contains(self.left_out, key)
 
 
 def _contains(hashes: np.ndarray, key: str) -> bool:
@@ -158,14 +165,23 @@ def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels
 
 
 def read_keys(append: Append) -> Append:
-    """Adds the hashed keys of the dataset, 8 bytes per image, and those of the deleted ones."""
+    """Adds the hashed keys of the dataset, 8 bytes per image, and those of the deleted ones and of the reports."""
     keys, deleted = {}, []
+    left_out: set[int] = set()
     for name, uri in append.bases.items():
         dataset = open_dataset(uri)
         found = [key_hash(key) for head in dataset.heads() for key in head.keys]
         keys[name] = np.sort(np.array(found, np.uint64))
         deleted.append(read_deleted(dataset.uri, dataset.manifest))
-    return dataclasses.replace(append, keys=keys, deleted=np.unique(np.concatenate(deleted)))
+        for report in (REJECTS, DUPLICATES):
+            records = read_report(dataset.uri, report, dataset.manifest.revision)
+            left_out.update(key_hash(record["key"]) for record in records)
+    return dataclasses.replace(
+        append,
+        keys=keys,
+        deleted=np.unique(np.concatenate(deleted)),
+        left_out=np.sort(np.array(list(left_out), np.uint64)),
+    )
 
 
 def history_entry(
@@ -181,6 +197,31 @@ def history_entry(
     }
     counts = {"rows": rows, "skipped": skipped, "skipped_deleted": deleted}
     return {"kind": APPEND, **about, "input_fingerprint": input_fingerprint, **counts}
+
+
+Records = list[dict[str, Any]]
+"""Rows of a report."""
+
+
+def reports_without(base: Manifest, uri: str, again: Iterable[str]) -> tuple[Manifest, Records, Records]:
+    """(manifest, rejects, duplicates) of the dataset without the entries of inputs that were read again, which have a
+    row or a new entry now. again: their keys."""
+    left, gone = Counter(again), dict[str, Records]()
+    kept = dict[str, Records]()
+    for name in (REJECTS, DUPLICATES):
+        kept[name], gone[name] = [], []
+        for record in read_report(uri, name, base.revision):
+            is_again = left[record["key"]] > 0
+            left[record["key"]] -= is_again
+            (gone if is_again else kept)[name].append(record)
+    changed = dataclasses.replace(
+        base,
+        inputs=base.inputs - sum(map(len, gone.values())),
+        duplicates=base.duplicates - len(gone[DUPLICATES]),
+        rejects=dict(Counter(base.rejects) - Counter(record["reason"] for record in gone[REJECTS])),
+        duplicates_by_reason=dict(Counter(base.duplicates_by_reason) - Counter(by_reason(gone[DUPLICATES]))),
+    )
+    return changed, kept[REJECTS], kept[DUPLICATES]
 
 
 def joined(before: Manifest, new: Manifest) -> dict[str, Any]:

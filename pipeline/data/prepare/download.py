@@ -101,7 +101,8 @@ def download_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     name = f"{number:05d}.tar"
     try:
         with tempfile.NamedTemporaryFile(prefix="download-", suffix=".tar") as file:
-            inputs, samples, rejects = _write_archive(number, plan, file)
+            about = _write_archive(number, plan, file)
+            samples = about.pop("samples")
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             size = os.path.getsize(file.name)
             if samples:
@@ -109,7 +110,7 @@ def download_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     except OSError as error:
         raise storage.not_written(None, error) from error
     written = {"name": name, "samples": samples, "bytes": size, "sha256": digest}
-    return {"inputs": {"": inputs}, "rejects": {"": rejects}, "archives": [written] if samples else []}
+    return about | {"archives": [written] if samples else []}
 
 
 def _copy(path: str, output: str, name: str) -> None:
@@ -119,20 +120,21 @@ def _copy(path: str, output: str, name: str) -> None:
         raise storage.not_written(output, error) from error
 
 
-def _write_archive(number: int, plan: PreparePlan, file: IO[bytes]) -> tuple[int, int, list[list[str]]]:
-    """(inputs, images, rejects) of a slice; `file` is at its start."""
-    inputs, samples, rejects = 0, 0, []
+def _write_archive(number: int, plan: PreparePlan, file: IO[bytes]) -> dict[str, Any]:
+    """The receipt of a slice without the archive's entry, and "samples"; `file` is at its start."""
+    inputs, samples, rejects, temporary = 0, 0, [], []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for item in items_of_slice(number, plan):
+        for place, item in items_of_slice(number, plan):
             inputs += 1
             if item.refused:
                 rejects.append([item.key, item.source, item.refused.reason, item.refused.detail[:200]])
+                temporary += [place] if is_temporary(item.refused.reason) else []
                 continue
             _add_sample(archive, f"{number:05d}{samples:05d}", item)
             samples += 1
     file.flush()
     file.seek(0)
-    return inputs, samples, rejects
+    return {"inputs": {"": inputs}, "rejects": {"": rejects}, "temporary": temporary, "samples": samples}
 
 
 def _add_sample(archive: tarfile.TarFile, name: str, item: Item) -> None:

@@ -2,12 +2,14 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.duplicates.report import DUPLICATES, PAIRS, contact_sheet, duplicates_table
+from pipeline.data.downloads.config import is_temporary
+from pipeline.data.duplicates.report import DUPLICATES, PAIRS, by_reason, contact_sheet, duplicates_table
 from pipeline.data.format import (
+    MANIFEST,
     REJECTS,
     Manifest,
     Receipt,
@@ -21,8 +23,7 @@ from pipeline.data.format.deleted import read_deleted, write_deleted
 from pipeline.data.format.manifest import content_fingerprint
 from pipeline.data.format.revision_names import report_name
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
-from pipeline.data.format.verify import read_report
-from pipeline.data.prepare.append import history_entry, joined
+from pipeline.data.prepare.append import history_entry, joined, reports_without
 from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
@@ -51,9 +52,7 @@ def finish_datasets(
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     if plan.append is not None and not any(part["rows"] for receipt in receipts for part in receipt["splits"].values()):
-        deleted = sum(count for receipt in receipts for count in receipt["deleted"].values())
-        but = f", except {deleted} that were deleted and stay out" if deleted else ""
-        logger.info("prepare: %s already has all of these images%s; there is no new revision", plan.config.output, but)
+        _check_nothing_new(plan, receipts)
         storage.remove(plan.work, recursive=True)
         return {name: open_dataset(uri).manifest for name, uri in plan.append.bases.items()}
     manifests = {}
@@ -70,8 +69,8 @@ def finish_datasets(
             written += [Receipt.from_dict(receipt[name]) for receipt in shuffled]
         about: dict[str, Any] = {
             "rejects": [Reject(*row) for receipt in receipts for row in receipt["rejects"][name]],
-            "duplicates": _by_reason(duplicates),
-            "reported": _by_reason(reported),
+            "duplicates": by_reason(duplicates),
+            "reported": by_reason(reported),
             "inputs": sum(receipt["inputs"][name] for receipt in receipts),
             "config": identity(plan.config),
             "input_fingerprint": plan.input_fingerprint,
@@ -85,6 +84,32 @@ def finish_datasets(
     _warn_about_table_rows(plan, receipts)
     tidy_output(plan, manifests, keep_work=plan.append is None and _may_go_on(plan, receipts, shuffled is not None))
     return manifests
+
+
+def _check_nothing_new(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
+    """Logs why an append adds no row. Raises UserError if no input could be used, or if a download failed temporarily
+    for the first time."""
+    refused = [row for receipt in receipts for rows in receipt["rejects"].values() for row in rows]
+    known = {key for receipt in receipts for keys in receipt["again"].values() for key in keys}
+    deleted = sum(count for receipt in receipts for count in receipt["deleted"].values())
+    skipped = sum(count for receipt in receipts for count in receipt["skipped"].values())
+    repeated = sum(len(records) for receipt in receipts for records in receipt["duplicates"].values())
+    reasons = _text_of_reasons([row[2] for row in refused])
+    about, output = f"{reasons}, such as {refused[0][0]}" if refused else "", plan.config.output
+    failed = any(is_temporary(row[2]) and row[0] not in known for row in refused)
+    if refused and (failed or not (deleted or skipped or repeated)):
+        raise UserError(
+            f"--append: no image was added to {output}, because {len(refused):,} inputs could not be used ({about}); repeat "
+            f"the command to try again, or remove {plan.work} to abandon the append"
+        )
+    but = f", except {deleted} that were deleted and stay out" if deleted else ""
+    logger.info("prepare: %s already has all of these images%s; there is no new revision", output, but)
+    if refused:
+        logger.warning("%s: %d inputs could not be used (%s)", output, len(refused), about)
+
+
+def _text_of_reasons(reasons: Iterable[str]) -> str:
+    return "; ".join(f"{count:,} {reason}" for reason, count in sorted(Counter(reasons).items()))
 
 
 def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: bool) -> bool:
@@ -122,14 +147,14 @@ def _publish(
     skipped, deleted = (sum(receipt[what][split] for receipt in receipts) for what in ("skipped", "deleted"))
     entry = history_entry(plan.append, plan.config, plan.input_fingerprint, new.rows, skipped, deleted)
     entry["temporary"] = sum(1 for receipt in receipts for _ in temporary_keys(receipt))
-    fields = joined(base, new)
+    again = [key for receipt in receipts for key in receipt["again"][split]]
+    earlier, refused_before, repeated = reports_without(base, uri, again)
+    fields = joined(earlier, new)
     fields["fingerprint"] = content_fingerprint(fields["shards"], fields["classes"])
     manifest = successor(base, number, entry, **fields)
-    before = read_report(uri, REJECTS, base.revision)
-    refused = [Reject(**row) for row in before] + list(rejects)
+    refused = [Reject(**row) for row in refused_before] + list(rejects)
     storage.write_bytes(storage.join(uri, report_name(REJECTS, number)), rejects_table(refused))
-    repeated = read_report(uri, DUPLICATES, base.revision)
-    if repeated or plan.config.deduplicate != "off" or plan.config.decontaminate:
+    if repeated or again or plan.config.deduplicate != "off" or plan.config.decontaminate:
         _write_report(plan, split, repeated + records, number)
     if base.deleted:
         write_deleted(uri, number, read_deleted(uri, base))
@@ -137,12 +162,6 @@ def _publish(
     text = "prepare: %s@%d: %d images added, %d were there before, %d were deleted before and stay out"
     logger.info(text, uri, number, new.rows, skipped, deleted)
     return manifest
-
-
-def _by_reason(records: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Counts of duplicates by reason (exact, near, descriptor) and by where they
-    match (the corpus or an evaluation set)."""
-    return dict(Counter(f"{record['reason']} {record['set'] or 'in the corpus'}" for record in records))
 
 
 def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> set[str]:
@@ -201,19 +220,21 @@ def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> No
 
 def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_out: set[str]) -> None:
     kept = [name for name in plan.splits if name not in left_out]
-    inputs = sum(receipt["inputs"][name] for receipt in receipts for name in kept)
+    ways = ("inputs", "skipped", "deleted")  # an append skips inputs whose key it knows
+    inputs = sum(receipt[way][name] for receipt in receipts for name in kept for way in ways)
     refused = [Reject(*row) for receipt in receipts for name in kept for row in receipt["rejects"][name]]
     if not inputs or len(refused) <= plan.config.max_reject_fraction * inputs:
         return
-    reasons = Counter(reject.reason for reject in refused)
+    reasons = [reject.reason for reject in refused]
     where = storage.join(plan.config.output, report_name(REJECTS, plan.append.revision if plan.append else 1))
-    storage.write_bytes(where, rejects_table(refused))
+    if plan.append or not storage.exists(storage.join(plan.config.output, MANIFEST)):  # else it is part of that dataset
+        storage.write_bytes(where, rejects_table(refused))
     hint = " (--allow-private-hosts permits them)" if "private address" in reasons else ""
     raise UserError(
         f"{len(refused):,} of {inputs:,} inputs were rejected, more than --max-reject-fraction "
-        f"{plan.config.max_reject_fraction:g}: {'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))}"
-        f"{hint} (such as {refused[0].key}; all in {where}). Repeat the command with a higher limit, which keeps the finished "
-        "work; or fix the inputs, remove the output and start again"
+        f"{plan.config.max_reject_fraction:g}: {_text_of_reasons(reasons)}{hint} (such as {refused[0].key}; all in {where}). "
+        "Repeat the command with a higher limit, which keeps the finished work; or fix the inputs, remove "
+        f"{plan.work if plan.append else 'the output'} and start again"
     )
 
 

@@ -1,5 +1,5 @@
 """Further passes over temporary download failures, such as time-outs. A pass adds slices to the plan. Each of them
-reads the keys of an earlier slice whose rejects are temporary, and replaces these rejects. `retries.json` in the folder
+reads the rows of an earlier slice whose rejects are temporary, and replaces these rejects. `retries.json` in the folder
 of receipts lists the slices of all passes, so that a stopped pass can continue."""
 
 from collections.abc import Callable, Iterable, Sequence
@@ -55,6 +55,14 @@ def pending(plan: PreparePlan) -> list[int]:
     open_slices = [number for number in range(len(plan.slices)) if number not in covered]
     receipts = plan.receipts.read([slice_name(number) for number in open_slices])
     return [number for number, receipt in zip(open_slices, receipts, strict=True) if any(temporary_keys(receipt))]
+
+
+def places_again(part: SourceSlice, plan: PreparePlan) -> list[int] | None:
+    """The places in its slice of the inputs that a slice of a further pass reads again; None for all."""
+    if part.again < 0:
+        return None
+    (receipt,) = plan.receipts.read([slice_name(part.again)])
+    return sorted(receipt["temporary"])
 
 
 def temporary_keys(receipt: dict[str, Any]) -> Iterable[str]:

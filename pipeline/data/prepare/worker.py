@@ -13,14 +13,15 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data import codecs, images, sources
 from pipeline.data.codecs import Refused
+from pipeline.data.downloads.config import is_temporary
 from pipeline.data.duplicates.hashes import ROW, VIEW, hash_image, pack_hashes
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
 from pipeline.data.loading.patches import unpatchify
+from pipeline.data.prepare import retry
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.prepare.plan import PreparePlan, SourceSlice, slice_name
-from pipeline.data.prepare.retry import temporary_keys
+from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.sources import Item
 from pipeline.errors import NotRead
 
@@ -57,6 +58,8 @@ class _Counts:
     keys: set[int] = field(default_factory=set)  # hashes of the keys written
     skipped: dict[str, int]  # inputs whose key the dataset has that is added to
     deleted: dict[str, int]  # inputs whose key was deleted from that dataset
+    again: dict[str, list[str]]  # keys of inputs that the reports of that dataset list as rejects or duplicates
+    temporary: list[int] = field(default_factory=list)  # places of the inputs whose download failed temporarily
     reported: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # duplicates that are still written
     reported_pictures: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
 
@@ -70,11 +73,13 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         pictures={name: [] for name in names},
         skipped=dict.fromkeys(names, 0),
         deleted=dict.fromkeys(names, 0),
+        again={name: [] for name in names},
     )
     is_new = plan.append is None or plan.sources[plan.slices[number].source].uri not in plan.append.known
+    is_first_pass = plan.slices[number].again < 0
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
-        for item in items_of_slice(number, plan):
+        for place, item in items_of_slice(number, plan):
             split = _split_of_item(item, plan, thresholds)
             if plan.append is not None and plan.append.is_deleted(item.key):
                 counts.deleted[split] += 1
@@ -84,6 +89,8 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
                 counts.skipped[split] += 1
                 continue
             counts.inputs[split] += 1
+            if is_first_pass and plan.append is not None and not is_new and plan.append.is_left_out(item.key):
+                counts.again[split].append(item.key)
             try:
                 if there:
                     raise Refused("duplicate key")
@@ -92,6 +99,8 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
                 _prepare_item(item, split, plan, counts, writers[split])
             except Refused as refused:
                 counts.rejects[split].append([item.key, item.source, refused.reason, refused.detail[:200]])
+                if is_temporary(refused.reason):
+                    counts.temporary.append(place)
     if plan.finds_duplicates_of_rows:
         views = np.concatenate([np.empty(0, VIEW), *counts.views])
         storage.write_bytes(plan.hashes_uri(number), pack_hashes(np.frombuffer(counts.hashed, ROW), views))
@@ -105,18 +114,23 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
         "reported": counts.reported,
         "skipped": counts.skipped,
         "deleted": counts.deleted,
+        "again": counts.again,
+        "temporary": counts.temporary,
         "alike": counts.alike,
         "splits": {name: writer.receipt.to_dict() for name, writer in writers.items()},
     }
 
 
-def items_of_slice(number: int, plan: PreparePlan) -> Iterator[Item]:
-    """The inputs of a slice. Raises NotRead for a source that has disappeared; other problems of inputs are rejects."""
+def items_of_slice(number: int, plan: PreparePlan) -> Iterator[tuple[int, Item]]:
+    """(place, input) of the inputs of a slice. The place is the number of the input in the slice. A slice of a further
+    pass has the places of the first pass, because keys may repeat in a list. Raises NotRead for a source that has
+    disappeared; other problems of inputs are rejects."""
     part = plan.slices[number]
     source = plan.sources[part.source]
     fragments = pa.ipc.open_stream(storage.read_bytes(plan.fragments_uri(number))).read_all()
+    places = retry.places_again(part, plan)
     if source.downloads is not None:
-        source = replace(source, limit=part.limit, only=_keys_again(part, plan))
+        source = replace(source, limit=part.limit, only=None if places is None else frozenset(places))
     items = sources.read(source, fragments, plan.config.include)
     if storage.is_remote(source.uri):
         items = sources.prefetched(items)
@@ -124,19 +138,11 @@ def items_of_slice(number: int, plan: PreparePlan) -> Iterator[Item]:
         for i, item in enumerate(items):
             if i == part.limit:
                 return
-            yield item
+            yield i if places is None else places[i], item
     except OSError as error:
         raise NotRead(
             f"{source.uri}: can no longer be read ({error}); restore it and repeat the command, finished work is kept"
         ) from error
-
-
-def _keys_again(part: SourceSlice, plan: PreparePlan) -> frozenset[str] | None:
-    """The keys that a slice of a further pass reads again; None for all."""
-    if part.again < 0:
-        return None
-    (receipt,) = plan.receipts.read([slice_name(part.again)])
-    return frozenset(temporary_keys(receipt))
 
 
 def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, writer: ShardWriter) -> None:

@@ -80,7 +80,7 @@ class Source:
     downloads: Downloads | None = None  # for lists of URLs
     # For lists of URLs, whose `read` selects rows before it downloads their images:
     include: tuple[str, ...] = ()  # globs over keys
-    only: frozenset[str] | None = None  # the keys to read; None: all
+    only: frozenset[int] | None = None  # numbers of the rows to read, among the included ones; None: all
     limit: int = -1  # maximum number of items; -1: all
 
     @property

@@ -234,7 +234,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
 
 def _wanted(source: Source, fragments: pa.Table) -> Iterator[_Row]:
     """The rows whose images are requested."""
-    taken = 0
+    taken, place = 0, -1
     for uri, name, fragment in _joined(source, fragments):
         assert source.downloads is not None
         with open_table(uri) as table:
@@ -242,9 +242,10 @@ def _wanted(source: Source, fragments: pa.Table) -> Iterator[_Row]:
             needed = None if source.downloads.keep_rows else columns.all
             for number, values in table.rows(fragment["start"], fragment["stop"], fragment["row"], needed):
                 row = _row(source, columns, name, number, values, fragment)
-                if source.only is not None and row.item.key not in source.only:
-                    continue
                 if not is_included(row.item.key, source.include):
+                    continue
+                place += 1
+                if source.only is not None and place not in source.only:
                     continue
                 if taken == source.limit:
                     return
