@@ -1,7 +1,7 @@
 """Tables of lists of URLs, read a range of rows at a time: Parquet, and text by lines (CSV, TSV, JSON lines, plain addresses).
 
 `rows.read_rows` reads a complete label table. A list of URLs may be larger than memory, so a file is divided into spans
-that are read independently: of rows in Parquet and gzipped text, of bytes in plain text.
+that are read independently: of rows in Parquet, of bytes in text. Gzipped text before a span is decompressed and skipped.
 """
 
 import contextlib
@@ -221,10 +221,12 @@ class _TextTable:
         """(line, offset of its end) from a byte offset; for gzipped text, offsets count uncompressed bytes."""
         self._file.seek(0 if self._gzipped else start)
         file: Any = gzip.GzipFile(fileobj=self._file) if self._gzipped else io.BufferedReader(_Raw(self._file), 1 << 20)
-        yield self._decoded(file, 0 if self._gzipped else start)
+        yield self._decoded(file, start)
 
     def _decoded(self, file: IO[bytes], offset: int) -> Iterator[tuple[str, int]]:
         try:
+            if self._gzipped:
+                file.seek(offset)  # decompresses what is before
             while line := file.readline(MAX_LINE):
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     raise UserError(f"{self._uri}: a line of more than {MAX_LINE:,} bytes at byte {offset:,}")
@@ -282,15 +284,11 @@ class _TextTable:
     def first_rows(self) -> list[dict[str, Any]]:
         with self._records(self._begin) as records:
             found = []
-            for number, (record, end) in zip(range(SNIFFED_ROWS), self._skip_header(records), strict=False):
+            for number, (record, end) in zip(range(SNIFFED_ROWS), records, strict=False):
                 found.append(self._values(record, number))
                 if end > SPAN_BYTES:
                     break
             return found
-
-    def _skip_header(self, records: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-        """Gzipped text is read from its start: `_begin` is after the header."""
-        return (record for record in records if not (self._gzipped and record[1] <= self._begin))
 
     def columns(self, names: Sequence[str]) -> Iterator[pa.Array]:
         rows = self.first_rows()
@@ -307,7 +305,7 @@ class _TextTable:
         with self._records(self._begin) as records:
             rows: list[Any] = []
             number, start, most = 0, self._begin, SPAN_ROWS[0]
-            for record, end in self._skip_header(records):
+            for record, end in records:
                 rows.append(record)
                 self._digest.update((record if self._is_json else "\x1f".join([*record, "\n"])).encode())
                 if number + len(rows) == SPAN_ROWS[0]:  # estimate the number of rows from the length of the first rows
@@ -319,21 +317,12 @@ class _TextTable:
                 yield self._span(rows, number, start, end)
 
     def _span(self, rows: list[Any], number: int, start: int, end: int) -> Span:
-        if self._gzipped:
-            start, end = number, number + len(rows)
         return Span(number, len(rows), start, end, map(self._values, rows, range(number, number + len(rows))))
 
     def rows(
         self, start: int, stop: int, first: int, columns: Sequence[str] | None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        with self._records(self._begin if self._gzipped else start) as records:
-            if self._gzipped:
-                for number, (record, _) in enumerate(self._skip_header(records)):
-                    if number >= stop:
-                        return
-                    if number >= start:
-                        yield number, self._values(record, number)
-                return
+        with self._records(start) as records:
             for number, (record, end) in enumerate(records, first):
                 if end > stop:
                     return
