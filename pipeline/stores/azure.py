@@ -26,7 +26,7 @@ THREADS = 4  # parts of a large file that are uploaded in parallel
 class AzureStore(ObjectStore):
     EXAMPLE = "az://container/prefix"
     ROOT = "container"
-    ENDPOINT = CONNECTION
+    ENDPOINT = f"{CONNECTION}: BlobEndpoint"
     RESENDS = True  # aiohttp does this once if a connection is closed before a response
     SETTINGS = (
         CONNECTION,

@@ -64,7 +64,7 @@ class ObjectStore(abc.ABC):
     LISTS: ClassVar[bool] = True
     """Whether the files of a folder can be listed."""
     ENDPOINT: ClassVar[str] = ""
-    """The environment variable for a server other than the vendor's."""
+    """The environment variable, or the part of one, for a server other than the vendor's."""
     RESENDS: ClassVar[bool] = False
     """Whether the client may repeat a write on its own."""
     SETTINGS: ClassVar[tuple[str, ...]] = ()
