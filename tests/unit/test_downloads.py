@@ -6,8 +6,11 @@ import fcntl
 import ipaddress
 import itertools
 import multiprocessing
+import re
 import resource
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -394,6 +397,22 @@ def test_a_full_temporary_folder_is_no_fault_of_the_server(server, monkeypatch):
             fetch(f"{server.url}/large/1.jpg")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+OPEN_FILES = """
+import os, resource, sys
+from pipeline.data.downloads.config import DownloadConfig
+from pipeline.data.downloads.stream import download
+addresses = [f"{sys.argv[1]}/silent/{i}.jpg" for i in range(60)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, 1000))
+config = DownloadConfig(connections=60, per_host=60, robots="ignore", retries=0, stall_timeout=5.0)
+print([result.reason for result in download(addresses, config, allow_private=True)])
+"""
+
+
+def test_a_lack_of_open_files_is_no_fault_of_the_server(server):
+    done = subprocess.run([sys.executable, "-c", OPEN_FILES, server.url], capture_output=True, text=True, timeout=300)
+    assert re.search("UserError: .*no open files left .*; lower --download.connections 60, or raise", done.stderr), done
 
 
 def test_results_come_in_order_and_an_early_end_stops_the_downloads(server):
