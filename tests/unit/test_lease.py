@@ -130,7 +130,7 @@ def test_a_second_preparation_of_one_output_is_refused_by_name(tmp_path):
     config = PrepareConfig(source=(str(tmp_path / "photos"),), output=str(tmp_path / "out"), size=16)
     with workqueue.without_ray():
         with lock_output(str(tmp_path / "out" / "_work")):
-            with pytest.raises(InUse, match=r"is being written by prepare, process \d+ on .*; wait for that one"):
+            with pytest.raises(InUse, match=r"is being written by prepare, process \d+ on .*; repeat the command"):
                 prepare(config)
         assert prepare(config)[""].rows == 1
     assert not (tmp_path / "out" / "_work").exists()

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -418,6 +420,28 @@ def test_a_dataset_that_another_process_changes_is_left_alone(grown, tmp_path, b
     for work in works[:3]:
         work()
     assert open_dataset(f"{grown}/train").manifest.revision == 4
+
+
+def is_deleted(root: str, path: str) -> bool:
+    """In a process of its own: whether the deletion was made, and not refused."""
+    try:
+        with workqueue.without_ray():
+            delete_keys(root, path)
+    except InUse:
+        return False
+    return True
+
+
+def test_of_deletions_at_once_each_is_made_or_refused(grown, tmp_path):
+    keys = [keys_of(f"{grown}/{name}")[i] for name, i in (("train", 0), ("train", 1), ("test", 0))]
+    paths = [write_keys(tmp_path / f"{i}.txt", [key]) for i, key in enumerate(keys)]
+    roots = [str(grown), f"{grown}/train", f"{grown}/test"]
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = list(pool.map(is_deleted, roots, paths))
+    left = {*keys_of(f"{grown}/train"), *keys_of(f"{grown}/test")}
+    assert any(made)
+    assert [key not in left for key in keys] == made
+    assert [verify_dataset(f"{grown}/{name}") for name in ("train", "test")] == [[], []]
 
 
 def test_a_revision_is_published_only_on_top_of_the_one_it_began_from(grown, tmp_path):

@@ -15,7 +15,7 @@ from pipeline.lease import LAUNCH, Lease
 
 def lock_output(work: str) -> Lease:
     """The lock of an unfinished dataset. Entering raises InUse while another process works in the folder `work`."""
-    return Lease(work, "prepare", doing="being written", remedy="wait for that one, or choose another --output")
+    return Lease(work, "prepare", doing="being written", remedy="repeat the command when that one has ended")
 
 
 @contextlib.contextmanager
