@@ -1,6 +1,7 @@
 """The commands of jobs/pipeline.py."""
 
 import argparse
+import contextlib
 import inspect
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Any
 
 from pipeline import credentials, lease, storage
 from pipeline.config import fingerprint
-from pipeline.errors import InUse, JobFailed, UserError, nearest
+from pipeline.errors import InUse, JobFailed, Unavailable, UserError, nearest
 from pipeline.graph import estimate, file, instances, rayjobs, report, runner, state
 from pipeline.graph.executor import Executor
 from pipeline.graph.plan import DONE, RUNNING, Plan, Status
@@ -76,8 +77,15 @@ def _page(command: str, description: str) -> str:
     return "\n".join(lines)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as in the other jobs, instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False, add_help=False)
+    parser = _Parser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False, add_help=False)
     if with_file:
         parser.add_argument("file", help="Pipeline file: .yaml, or .py with a function `pipeline`.")
     parser.add_argument(
@@ -129,7 +137,7 @@ def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
 
 def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options of a command line and the parameters of its recipe. Raises UserError for an invalid command line."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     recipe = first.parse_known_args(words)[0].recipe
     if recipe is None:
@@ -165,7 +173,7 @@ def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Splits the words into the parameters of a recipe and the rest."""
     hints = typing.get_type_hints(function)
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser = _Parser(allow_abbrev=False, add_help=False)
     for name in inspect.signature(function).parameters:
         kinds = [k for k in typing.get_args(hints[name]) or (hints[name],) if k is not types.NoneType]
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kinds[0], default=argparse.SUPPRESS)
@@ -190,7 +198,8 @@ def run(
 ) -> int:
     """Runs one pass, or one per interval of `--every`.
 
-    again: reads the pipeline again for the next pass, because the file or the source may have changed.
+    again: reads the pipeline again for the next pass, because the file or the source may have changed. Wrong input
+    ends a schedule only before its first pass; later it may be repaired before the next pass. Raises UserError.
     """
     if options.parallel is not None and options.parallel < 1:
         raise UserError(f"--parallel {options.parallel} must be at least 1")
@@ -198,7 +207,10 @@ def run(
         return run_once(pipeline, where, options, show)
     from pipeline.operations.evaluation import seconds, ticks
 
-    for _ in ticks(seconds(options.every)):
+    passes = ticks(seconds(options.every))
+    with contextlib.suppress(Unavailable):
+        _select(_plan(pipeline, where), options)
+    for _ in passes:
         try:
             run_once(again() if again else pipeline, where, options, show)
         except InUse:

@@ -341,3 +341,33 @@ def test_everything_the_command_line_says_it_takes(tmp_path):
     with pytest.raises(UserError, match="no pipeline given"):
         commands.main(["status", "--json"], "", print)
     assert sys.modules["pipeline"].__file__ == str(ROOT / "pipeline" / "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--parallel", "many"], "argument --parallel: invalid int value: 'many'"),
+        (["run", "--parallel", "0"], "--parallel 0 must be at least 1"),
+        (["run", "--every", "often"], 'cannot parse the interval "often"'),
+        (["run", "--every", "1h", "--only", "dta"], '--only: no stage "dta" (did you mean "data"?)'),
+        (["run", "--every", "1h", "--force", "dta"], '--force: no stage "dta" (did you mean "data"?)'),
+        (["run", "--only"], "argument --only: expected at least one argument"),
+        (["stop", "dta"], 'no stage "dta" (did you mean "data"?)'),
+        (["export"], "the following arguments are required: --to"),
+        (["export", "--to", "dagster"], "argument --to: invalid choice: 'dagster'"),
+    ],
+)
+def test_wrong_words_are_one_line_before_anything_starts(tmp_path, words, message):
+    place = tmp_path / "p.yaml"
+    place.write_text(f"name: x\noutput: {tmp_path}/out\nstages: {{data: {{job: prepare, recipe: demo}}}}\n")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        commands.main([words[0], str(place), *words[1:]], "", print)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_schedule_of_wrong_input_ends_before_its_first_pass(tmp_path):
+    place = tmp_path / "p.yaml"
+    place.write_text("name: x\nstages: {a: {job: prepare, fields: {source: /nowhere/at/all}}}\n")
+    with pytest.raises(UserError, match="/nowhere/at/all: nothing is there"):
+        commands.main(["run", str(place), "--every", "1h"], "", print)
