@@ -268,10 +268,10 @@ def _run_held(plan: Plan, executor: Executor, options: Any, show: Show) -> int:
     states = plan.survey()
     cpus = executor.cpus if executor.cpus != float("inf") else 1.0
     guesses = {name: estimate.estimate(plan, name, cpus) for name in selected if states[name].state != DONE}
-    runner.about_run(plan)
+    continued = runner.about_run(plan)
     from pipeline.graph.record import PipelineRecord  # MLflow
 
-    record = PipelineRecord(plan)
+    record = PipelineRecord(plan, continued)
     plan.done.clear()
     plan.outputs.clear()
     running = runner.Runner(plan, selected, executor, parallel=options.parallel)

@@ -36,8 +36,9 @@ EXPERIMENTS = {
 class PipelineRecord:
     """The MLflow run of one pipeline run. Failures of MLflow are warnings, because no stage depends on them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, continued: bool = False) -> None:
+        """continued: an earlier runner did not finish this run of the pipeline; see `runner.about_run`."""
+        self.plan, self.continued = plan, continued
         self.uri = tracking.resolve_tracking_uri(plan.pipeline.tracking_uri)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pipeline-record")
         known = plan.state.run.get("run_id")
@@ -45,6 +46,8 @@ class PipelineRecord:
 
     def _start(self, known: str | None) -> tracking.Run:
         pipeline, run = self.plan.pipeline, self.plan.state.run
+        if known is None and self.continued:
+            known = self._unrecorded()
         made = tracking.start_run(
             names.PIPELINE,
             pipeline.name,
@@ -56,6 +59,16 @@ class PipelineRecord:
         run["run_id"] = made.id
         importlib.import_module("matplotlib.figure")  # takes a second, which would delay the end
         return made
+
+    def _unrecorded(self) -> str | None:
+        """The id of the MLflow run of an earlier runner that was killed before it wrote the id to state.json."""
+        try:
+            wanted = f"tags.`{names.PIPELINE_RUN}` = '{self.plan.state.run['id']}'"
+            found = next(search.search_runs(names.PIPELINE, filter=wanted, uri=self.uri), None)
+        except Exception as error:  # an unreachable server is reported by tracking.start_run
+            logger.debug("search for an earlier run of the pipeline: %s", server.first_line(error))
+            return None
+        return found.id if found else None
 
     def finish(
         self, states: Mapping[str, Status], rows: Sequence[Sequence[str]], estimates: Mapping[str, float], status: str

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline import storage
 from pipeline.errors import TRY_LATER, Unavailable, UserError
@@ -434,8 +433,9 @@ def is_finished(plan: Plan, selected: Collection[str]) -> bool:
     return all(status.state == DONE for name, status in plan.survey().items() if name in selected)
 
 
-def about_run(plan: Plan) -> dict[str, Any]:
-    """The unfinished run of the pipeline, or a new one."""
-    if not plan.state.run.get("id"):
-        plan.state.run = {"id": uuid.uuid4().hex[:12], "started": time.time()}
-    return plan.state.run
+def about_run(plan: Plan) -> bool:
+    """Gives the run of the pipeline an id. Returns whether it continues a run that an earlier runner did not finish."""
+    if plan.state.run.get("id"):
+        return True
+    plan.state.run = {"id": uuid.uuid4().hex[:12], "started": time.time()}
+    return False

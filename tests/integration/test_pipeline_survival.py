@@ -13,6 +13,7 @@ import yaml
 
 from pipeline import lease
 from pipeline.graph import state
+from pipeline.tracking import names, search
 from tests.jobprocess import running_jobs, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,11 @@ def results(folder, name):
     return {stage: record.versions[-1].result for stage, record in state.load(str(folder / name)).records.items()}
 
 
+def mlflow_runs(folder, name):
+    """The states of the pipeline's own runs in MLflow."""
+    return [run.status for run in search.search_runs(names.PIPELINE, uri=f"sqlite:///{folder}/{name}.db")]
+
+
 def test_a_killed_runner_finds_its_process_again(tmp_path):
     process = start(tmp_path, "one", {"data": DATA})
     wait_for(lambda: running_jobs(tmp_path / "one"), 240)
@@ -61,6 +67,7 @@ def test_a_killed_runner_finds_its_process_again(tmp_path):
     assert "data: still running from an earlier run" in log
     assert log.count("data: started") == 1
     assert state.load(str(tmp_path / "one")).records["data"].versions[-1].cost["attempts"] == 1
+    assert mlflow_runs(tmp_path, "one") == ["FINISHED"]
 
 
 def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path):
@@ -119,4 +126,5 @@ def test_killed_at_five_random_moments_the_scores_are_the_same(tmp_path):
     assert process.wait(timeout=2400) == 0
     assert results(tmp_path, "wild") == results(tmp_path, "calm")
     assert len(results(tmp_path, "wild")) == 9
+    assert mlflow_runs(tmp_path, "wild") == ["FINISHED"]
     assert "out of date" not in (tmp_path / "wild.log").read_text()  # stages are taken over, not stopped

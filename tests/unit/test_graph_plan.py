@@ -16,7 +16,9 @@ from pipeline.graph import file, fingerprints, instances, runner, state
 from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
+from pipeline.graph.record import PipelineRecord
 from pipeline.graph.runner import Runner
+from pipeline.tracking import names, search, server
 from pipeline.training.recipes import RECIPES
 from pipeline.weights import checkpoints
 from tests.datasets import write_tinted
@@ -474,3 +476,18 @@ def test_fingerprints_are_those_of_the_content(tmp_path):
     shutil.copytree(tmp_path / "vtab", tmp_path / "copy")
     assert fingerprints.describe(str(tmp_path / "copy")) == content
     assert fingerprints.Fingerprints().fingerprint("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
+
+
+def test_a_runner_that_was_killed_before_it_wrote_its_run_leaves_no_second_one(tmp_path, source):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    pipeline = dataclasses.replace(chain(tmp_path / "out", source), tracking_uri=uri)
+    plan = plan_of(pipeline)
+    assert not runner.about_run(plan)
+    plan.state.save()
+    experiment, tags = server.experiment_id(uri, names.PIPELINE), {names.PIPELINE_RUN: plan.state.run["id"]}
+    killed = server.client(uri).create_run(experiment, tags=tags).info.run_id
+    plan = plan_of(pipeline)
+    assert runner.about_run(plan)
+    PipelineRecord(plan, continued=True).finish(plan.survey(), [], {}, "FINISHED")
+    (run,) = search.search_runs(names.PIPELINE, uri=uri)
+    assert (run.id, run.status) == (killed, "FINISHED")
