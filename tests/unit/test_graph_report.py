@@ -1,0 +1,107 @@
+"""What a pipeline shows: the state of each stage, its progress, and its cost beside the estimate."""
+
+import dataclasses
+import time
+
+import pytest
+
+from pipeline import storage
+from pipeline.graph import commands, estimate, report, results
+from pipeline.graph.file import Prices
+from pipeline.graph.runner import Runner
+from tests.graphs import Fake, chain, go, plan_of
+
+
+@pytest.fixture
+def source(tmp_path):
+    storage.write_bytes(str(tmp_path / "source/ant/1.png"), b"ant")
+    return tmp_path / "source"
+
+
+def shown(pipeline):
+    """{stage: the rest of its line} of `status`."""
+    plan = plan_of(pipeline)
+    text = report.status_table(plan, plan.survey())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    return {words[0]: " ".join(words[1].split()) for words in lines if words and words[0] in plan.instances}
+
+
+def test_status_says_what_is_done_stale_failed_or_stopped_and_why(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    assert shown(pipeline)["data"] == "waiting ready"
+    go(pipeline, Fake({"transfer[tasks=knn]": [1, 1], "transfer[tasks=linear]": [143]}))
+    found = shown(pipeline)
+    assert found["data"].startswith("done 1 s")
+    assert found["pretrain"] == "done 1 s: 1 steps"
+    assert found["transfer[tasks=linear]"].startswith("stopped")
+    assert found["transfer[tasks=knn]"].startswith("failed told to")
+    go(pipeline)
+    found = shown(chain(tmp_path / "out", source, pretrain={"augment.area": [0.21, 1.0]}))
+    assert found["data"].startswith("done")
+    assert found["pretrain"].startswith("stale augment.area: ")
+    assert found["transfer[tasks=knn]"] == "stale after pretrain"
+
+
+class Frozen(Fake):
+    """Executor whose first pre-training has done a quarter of its steps in 100 s when its runner is killed."""
+
+    def look(self, job, log):
+        if "pretrain" not in job:
+            return super().look(job, log)
+        now = time.time()
+        progress = {"share": 0.25, "first": 0.0, "began": now - 100, "time": now, "note": "step 25 of 100"}
+        storage.write_json(results.progress_place(self.root, job), progress)
+        raise KeyboardInterrupt
+
+
+def test_status_of_a_running_stage_has_its_progress_and_the_remaining_time(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    executor = Frozen()
+    executor.root = pipeline.root
+    with pytest.raises(KeyboardInterrupt):
+        go(pipeline, executor)
+    assert shown(pipeline)["pretrain"].startswith("running 25%, 5 min left: step 25 of 100")
+    plan = plan_of(pipeline)
+    progress = report.status_json(plan, plan.survey())["stages"]["pretrain"]["progress"]
+    assert progress["share"] == 0.25
+    assert progress["seconds_left"] == pytest.approx(300, abs=60)
+
+
+def test_the_price_of_each_stage_is_beside_its_estimate(tmp_path, source):
+    prices = Prices(cpu_hour=36.0, gpu_hour=360.0)
+    given = chain(tmp_path / "out", source, data={"num_cpus": 2}, transfer={"workers": 1})
+    pipeline = dataclasses.replace(given, prices=prices)
+    plan = plan_of(pipeline)
+    estimates = {name: estimate.estimate(plan, name, 4.0).seconds for name in plan.instances}
+    executor = Fake()
+    executor.gpus = 2.0
+    Runner(plan, list(plan.instances), executor).run()
+    *rows, total = report.cost_rows(plan, plan.survey(), estimates)
+    table = {row[0]: dict(zip(report.HEADER, row, strict=True)) for row in rows}
+    # one second of two CPUs at a cent each, and of a GPU at ten cents
+    assert (table["data"]["$"], table["data"]["GPU-h"], table["data"]["time"]) == ("0.0200", "", "1 s")
+    assert float(table["transfer[tasks=knn]"]["$"]) >= 0.10
+    assert all(row["est."] and row["read"] and row["written"] for row in table.values())
+    assert float(total[-1]) == pytest.approx(sum(float(row["$"]) for row in table.values()))
+    text = report.cost_table([*rows, total])
+    assert "CPU-h GPU-h" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_dry_run_has_hours_and_dollars_in_all(tmp_path, source):
+    place = tmp_path / "p.yaml"
+    place.write_text(
+        f"name: x\noutput: {tmp_path}/out\nprices: {{cpu_hour: 360000}}\n"
+        "stages: {a: {job: prepare, recipe: demo, fields: {num_cpus: 1}, matrix: {seed: [0, 1]}}}\n"
+    )
+    lines = []
+    assert commands.main(["run", str(place), "--dry-run"], "", lines.append) == 0
+    header, first, second, whole = [line.split() for line in lines[0].splitlines()[2:]]
+    assert header == ["stage", "time", "CPU-h", "GPU-h", "$", "why"]
+    seconds, dollars = float(first[1]), float(first[4].replace(",", ""))
+    assert (first[0], first[2]) == ("a[seed=0]", "s")
+    assert dollars == pytest.approx(100 * seconds, abs=51)  # a second costs 100 dollars
+    assert float(whole[5].replace(",", "")) == pytest.approx(2 * dollars, abs=0.02)
+    assert second[0] == "a[seed=1]"
+    assert not (tmp_path / "out").exists()
