@@ -11,9 +11,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.images import tinted
+from tests.webserver import web_server
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md", "docs/pipeline.md", "docs/vtab.md"]
@@ -36,6 +39,10 @@ REASONS = {
     r"infra/pipelines/": "needs a bucket",
     r"run sweep.yaml$": "trains for minutes: tests/integration/test_pipeline_survival.py runs such a file",
 }
+# flags that a command needs here, with reasons in their comments
+MORE = {
+    r"list\.parquet": "--allow-private-hosts",  # the web server of the test is on this machine
+}
 
 
 def commands(page):
@@ -55,8 +62,15 @@ def reason(text):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder like the project's, with photos/, images/ with labels.csv, and the runs of a short demo."""
+def server():
+    with web_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, server):
+    """A folder like the project's, with photos/, images/ with labels.csv, list.parquet of a web server's images, and the
+    runs of a short demo."""
     root = tmp_path_factory.mktemp("documents")
     for name in ("jobs", "pipeline", "models"):
         (root / name).symlink_to(ROOT / name)
@@ -73,6 +87,8 @@ def folder(tmp_path_factory):
             table.append(f"{number:03d}.jpg,{name}")
     (root / "images" / "labels.csv").write_text("\n".join(table))
     (root / "labels.csv").write_text("\n".join(table))
+    addresses = [f"{server.url}/image/{number}.jpg" for number in range(30)] + [f"{server.url}/status/404"]
+    pq.write_table(pa.table({"url": addresses}), root / "list.parquet")
     (root / "sweep.yaml").write_text(
         re.search(r"```yaml\n(.*?)```", (ROOT / "docs/pipeline.md").read_text(), re.DOTALL)[1]
     )
@@ -107,7 +123,8 @@ def test_the_commands_of_a_page_run_in_its_order(folder, page):
     written = ""
     for language, text in commands(page):
         if reason(text) is None:
-            written += run(folder, language, text)
+            more = [flags for pattern, flags in MORE.items() if re.search(pattern, text)]
+            written += run(folder, language, " ".join([text, *more]))
     if page == "README.md":
         assert re.search(r"pretrain: top1=\d+\.\d+", written)
         assert re.search(r"data-linear +\d+\.\d+", written)

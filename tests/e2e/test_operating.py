@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "operating.md"
 COMMANDS = [line for block in code_blocks(GUIDE) for line in block.splitlines()]
 RUN, STEPS = "s3://bucket/vit/b16", 1000
+LOGGED = r"^\S+ INFO +"  # time and level of a line of the log
 
 # Flags that make a job small. If a flag is given twice, the last one applies. Worker counts are divided by eight.
 TRAINING = (
@@ -252,8 +253,8 @@ def resumed(training: Command, line: str, step: int) -> int:
     """Waits until a training command has resumed on the requested number of workers. Returns the step."""
     if step:
         workers = int(re.search(r"--workers (\d+)", line)[1]) // 8
-        step = int(training.until(rf"^resumed from {RUN}/checkpoints/step-(\d+) on {workers} workers")[1])
-    training.until(r"^step \d+/\d+  epoch ")
+        step = int(training.until(rf"{LOGGED}resumed from {RUN}/checkpoints/step-(\d+) on {workers} workers")[1])
+    training.until(LOGGED + r"step \d+/\d+  loss ")
     return step
 
 
@@ -268,8 +269,8 @@ def test_every_command_of_the_guide(store, start, request):
             node = min(cluster.worker_nodes, key=lambda node: node.node_id)  # of the two on this machine
             drain = start(line, "--address", cluster.address, "--node-id", node.node_id)
             assert f"draining {node.node_id}" in drain.end()
-            saved = int(training.until(r"^step (\d+)/\d+  saved, and the workers leave")[1])
-            training.until(rf"^resumed from {RUN}/checkpoints/step-0*{saved} on 2 workers")
+            saved = int(training.until(LOGGED + r"step (\d+)/\d+  saved, and the workers leave")[1])
+            training.until(rf"{LOGGED}resumed from {RUN}/checkpoints/step-0*{saved} on 2 workers")
             assert "starting again" not in training.end()  # draining is not a failure
         elif "--min-workers" in line:
             training = start(line, "--address", request.getfixturevalue("cluster").address)

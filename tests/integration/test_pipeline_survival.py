@@ -47,7 +47,9 @@ def start(folder, name, stages):
 
 
 def results(folder, name):
-    return {stage: record.versions[-1].result for stage, record in state.load(str(folder / name)).records.items()}
+    """{finished stage: result}"""
+    records = state.load(str(folder / name)).records
+    return {stage: record.versions[-1].result for stage, record in records.items() if record.versions}
 
 
 def mlflow_runs(folder, name):
@@ -90,6 +92,24 @@ def test_a_stopped_runner_stops_its_stages(tmp_path):
     assert not running_jobs(tmp_path / "three")
     plain = json.loads((tmp_path / "three" / "_pipeline" / "state.json").read_text())
     assert plain["stages"]["data"]["running"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_one_of_two_running_stages_is_stopped_alone(tmp_path):
+    other, more = ({**DATA, "fields": {**DATA["fields"], "seed": seed}} for seed in (1, 2))
+    stages = {"data": DATA, "other": other, "more": {**more, "after": ["other"]}}
+    process = start(tmp_path, "four", stages)
+    wait_for(lambda: len(running_jobs(tmp_path / "four")) == 2, 240)
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "stop", str(tmp_path / "four.yaml"), "other"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.count("asked to stop")) == (0, 1), done.stdout + done.stderr
+    assert process.wait(timeout=900) == 1
+    assert list(results(tmp_path, "four")) == ["data"]
+    assert state.load(str(tmp_path / "four")).records["other"].failed.stopped
+    assert start(tmp_path, "four", stages).wait(timeout=900) == 0
+    assert list(results(tmp_path, "four")) == ["data", "other", "more"]
+    assert (tmp_path / "four.log").read_text().count("data: started") == 1
 
 
 @pytest.mark.slow

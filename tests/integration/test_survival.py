@@ -360,7 +360,7 @@ def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
     text = job.end()
     assert f"step-{saved:08d} on 2 workers" in text
     assert "starting again" not in text
-    steps = [int(step) for step in re.findall(r"INFO +step (\d+)/\d+  epoch", text)]
+    steps = [int(step) for step in re.findall(r"INFO +step (\d+)/\d+  loss", text)]
     assert steps == list(range(1, 201))  # none was done twice
     assert curve(job) == curve(undisturbed)
 
