@@ -178,9 +178,10 @@ class Stages(nn.Module):
             stage.grad_checkpointing = enabled and (blocks is None or number < blocks)
 
     def compiled_parts(self) -> list[nn.Module]:
-        """The modules that torch.compile compiles separately. In a compiled stage, GroupNorm keeps the layout of the
-        convolutions (channels last on a GPU); torch's kernel would convert to NCHW each time."""
-        return [*self.blocks]
+        """The modules that torch.compile compiles separately: units, of which all but the first of a stage share one
+        compilation. In a compiled unit, GroupNorm keeps the layout of the convolutions (channels last on a GPU); torch's
+        kernel would convert to NCHW each time."""
+        return [unit for stage in self.blocks for unit in stage.blocks]
 
 
 class ResNet(Stages):

@@ -361,7 +361,7 @@ class VisionTransformer(nn.Module):
 
     def compiled_parts(self) -> list[nn.Module]:
         """The modules that torch.compile compiles separately: blocks, which share one
-        compilation, and the stages of a hybrid's stem."""
+        compilation, and the units of a hybrid's stem."""
         stem = self.patch_embed.backbone.compiled_parts() if isinstance(self.patch_embed, HybridEmbed) else []
         return [*stem, *self.blocks]
 

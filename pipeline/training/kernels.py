@@ -9,8 +9,8 @@ from torch import nn
 from models.resnet import Stages
 from pipeline.training.config import EngineConfig
 
-# Every shape and mode of a block is compiled once: training, evaluation, the last block, each stage of a stem, a short
-# batch. torch's default limit is 8; beyond it, torch falls back to eager mode.
+# Every shape and mode of a block is compiled once: training, evaluation, the last block, each kind of unit of a stem, a
+# short batch. torch's default limit is 8; beyond it, torch falls back to eager mode.
 COMPILATIONS = 64
 
 
@@ -32,10 +32,14 @@ def choose_kernels(model: nn.Module, config: EngineConfig, device: torch.device)
 
 
 def compile_model(model: nn.Module, config: EngineConfig) -> None:
-    """Compiles each of `model.compiled_parts()`, or the whole model."""
+    """Compiles each of `model.compiled_parts()`, or the whole model.
+
+    Shapes are static: otherwise the second unit of a stem would be compiled for any number of channels, which takes twice
+    as long.
+    """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
     options = {} if config.compile_mode == "default" else {"mode": config.compile_mode}
     parts = [model] if config.compile_scope == "model" else cast(Any, model).compiled_parts()
     for part in parts:
-        part.compile(**options)
+        part.compile(dynamic=False, **options)

@@ -147,8 +147,11 @@ class Bench:
     ) -> None:
         """Measures one step of the engine and writes its row."""
         with self.attempt(what, variant=options["variant"], batch=batch):
-            step, _ = self.engine(options, batch, **engine)
-            seconds, warmed = self.clock(step)
+            step, built = self.engine(options, batch, **engine)
+            try:
+                seconds, warmed = self.clock(step)
+            finally:
+                built.engine.destroy()  # its hooks hold the parameters and their fp32 copies
             about = {"variant": options["variant"], "batch": batch, "warm_up": round(warmed, 1)}
             self.put(what, **about, **self.speed(options, batch, seconds, keep_rate))
 

@@ -344,7 +344,7 @@ def loader(bench: Bench) -> None:
         step, engine = bench.engine(options, batch)
         alone, _ = bench.clock(step)
         bench.put("one batch on the device", batch=batch, **bench.speed(options, batch, alone))
-        for name, threads in (("jpeg", most), ("patches", min(most, 4))):
+        for name, threads in (("jpeg", most), ("jpeg", min(most, 6)), ("patches", min(most, 4))):
             augment = Augment(size=side) if name == "jpeg" else None
             _train_from(bench, engine, options, f"{folder}/{name}", batch, threads, augment, alone)
 
@@ -436,6 +436,8 @@ def finetuning(bench: Bench) -> None:
                     length = {"steps": 2, "batch_size": 8} if bench.tiny else {"steps": 30, "batch_size": 512}
                     protocol = FineTune(resolution=side, crop=crop, **length)
                     how = dataclasses.replace(execution, compile=compiled)
+                    warm = dataclasses.replace(protocol, steps=2)
+                    FineTuning(model, data, warm, lr=1e-3, seed=0, execution=how).run()  # compiles, allocates
                     tuned = FineTuning(model, data, protocol, lr=1e-3, seed=0, execution=how).run()
                     speed = bench.speed(model_options(variant, side), 1, 1 / tuned.images_per_second)
-                    bench.put(what, loss=round(tuned.curve[-1][1], 4), warm_up_included=True, **speed)
+                    bench.put(what, loss=round(tuned.curve[-1][1], 4), **speed)

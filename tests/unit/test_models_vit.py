@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import reference_vit
 import torch
+import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model, weight_decay_groups
 from models.cost import flops, parameters
 from models.errors import UserError
 from models.pixels import patchify
-from models.resnet import Flavour, Stage, Stages
+from models.resnet import Bottleneck, Flavour, Stages
 from models.variants import VARIANTS
 from models.vit import PRODUCTS
 
@@ -485,12 +486,18 @@ def test_selective_recomputation_repeats_no_product_and_changes_no_gradient(comp
 
 
 @pytest.mark.parametrize("variant", ["R50+B/32", "R50x1"])
-def test_convolutional_stages_are_compiled_parts_too(variant):
+def test_units_of_convolutional_stages_are_compiled_parts_too(variant):
+    """A stage has two kinds of units, so four stages need eight compilations."""
+    torch.compiler.reset()
     model = create_model(variant, 3, image_size=64, **({"depth": 1} if "+" in variant else {}))
-    parts = model.compiled_parts()
-    assert sum(isinstance(part, Stage) for part in parts) == 4
-    x = torch.randn(1, 64, 16, 16)
-    torch.testing.assert_close(torch.compile(parts[0], backend="aot_eager", fullgraph=True)(x), parts[0](x))
+    units = [part for part in model.compiled_parts() if isinstance(part, Bottleneck)]
+    x = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    expected = model(x)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for unit in units:
+        unit.compile(backend=counter, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(model(x), expected)
+    assert (len(units), counter.frame_count) == (16, 8)
     torch.compiler.reset()
 
 

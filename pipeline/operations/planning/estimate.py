@@ -23,9 +23,16 @@ from pipeline.operations.planning.speed import step_seconds
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import model_options
 
-# Host time for the forward and backward pass of one block, including its share of the engine:
-# tests/benchmarks/launch_overhead.py.
-BLOCK_LAUNCH_SECONDS = 1.5e-3
+# Host time for the forward and backward pass of one block, with its share of the engine: a step of S/16 with 128 images on
+# an H100, which the host limits, divided by its 12 blocks (tests/benchmarks/gpu.py, section modes). Keys: what is compiled,
+# and whether CUDA graphs are recorded. With graphs of the whole model the GPU may be the limit.
+BLOCK_LAUNCH_SECONDS = {
+    ("nothing", False): 4.1e-3,
+    ("blocks", False): 4.7e-3,
+    ("blocks", True): 2.1e-3,
+    ("model", False): 3.3e-3,
+    ("model", True): 1.3e-3,
+}
 
 
 def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
@@ -115,10 +122,18 @@ def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -
     )  # fmt: skip
     return {
         "gpus": training.batch_size / computing,
-        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * BLOCK_LAUNCH_SECONDS * passes / 3),
+        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * launch_seconds(training) * passes / 3),
         "decoding": config.gpus * cores / image["cores"],
         "reading": nodes * config.read_gbps * GB / image["read_bytes_per_second"],
     }
+
+
+def launch_seconds(training: PretrainConfig) -> float:
+    """Host time for the forward and backward pass of one block."""
+    engine = training.engine
+    if not engine.compile:
+        return BLOCK_LAUNCH_SECONDS["nothing", False]
+    return BLOCK_LAUNCH_SECONDS[engine.compile_scope, engine.compile_mode in ("reduce-overhead", "max-autotune")]
 
 
 def count_blocks(options: dict[str, Any]) -> int:
