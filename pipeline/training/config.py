@@ -149,6 +149,9 @@ class RuntimeConfig:
     """GPU model for plans: micro-batch, time, CPU cores. Workers use the GPU that they have."""
     threads: int | None = None
     """Decoding threads per worker. None: one per CPU core of the worker."""
+    loading_processes: int | None = None
+    """Processes per worker among which the decoding threads are divided. 1: the worker itself. None: with --gpus and JPEG
+    shards one for each thread, if the lanes divide, otherwise 1."""
     cache: str | None = None
     """Local folder for a cache of shards from object stores."""
     one_class: bool = False

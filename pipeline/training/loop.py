@@ -24,6 +24,7 @@ from pipeline import storage
 from pipeline.data import Loader
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import DROPOUT, bits
+from pipeline.data.loading.processes import ProcessLoader, default_processes
 from pipeline.data.mixture import open_data
 from pipeline.hardware import device_memory
 from pipeline.tracking import Run, names
@@ -356,24 +357,29 @@ def _open_loader(plan: TrainPlan, dataset: Dataset, first: int, worker: Worker) 
     """A loader of this worker's share of the batches, starting at global step `first`."""
     config, runtime = plan.config, plan.config.runtime
     epoch, step = divmod(first, plan.steps_per_epoch)
-    return Loader(
-        dataset,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=worker.rank,
-        world_size=worker.world,
-        lanes=plan.lanes,
-        epoch=epoch,
-        step=step,
-        augment=config.augment,
-        shuffle_window=config.shuffle_window,
-        patch_keep_rate=config.patch_keep_rate,
-        patch_size=parse_variant(config.model.variant).patch if config.patch_keep_rate < 1 else None,
-        threads=loading_threads(config),
-        drop_last=True,
-        cache_dir=runtime.cache,
-        max_replaced=runtime.max_replaced,
-    )
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "rank": worker.rank,
+        "world_size": worker.world,
+        "lanes": plan.lanes,
+        "epoch": epoch,
+        "step": step,
+        "augment": config.augment,
+        "shuffle_window": config.shuffle_window,
+        "patch_keep_rate": config.patch_keep_rate,
+        "patch_size": parse_variant(config.model.variant).patch if config.patch_keep_rate < 1 else None,
+        "threads": loading_threads(config),
+        "drop_last": True,
+        "cache_dir": runtime.cache,
+        "max_replaced": runtime.max_replaced,
+    }
+    processes = runtime.loading_processes or 1
+    if runtime.gpus and runtime.loading_processes is None:
+        processes = default_processes(dataset, options["threads"], plan.lanes // worker.world)
+    if processes == 1:
+        return Loader(dataset, **options)
+    return ProcessLoader(dataset, processes=processes, **options)
 
 
 def _endless(loader: Loader) -> Generator[dict[str, Any], None, None]:

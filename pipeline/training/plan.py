@@ -95,6 +95,11 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
     lanes = config.lanes or default_lanes(batch, smallest(dataset))
     check_layout(batch, lanes, workers)
     check_samples(dataset, lanes)
+    processes = config.runtime.loading_processes or 1
+    if lanes // workers % processes:
+        raise UserError(
+            f"--loading-processes {processes} cannot share the {lanes // workers} lanes of each worker; use a divisor"
+        )
     per_worker = batch // workers
     channels = dataset.manifest.image.get("channels", 3)
     micro = config.engine.micro_batch

@@ -24,6 +24,7 @@ from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import patchify
+from pipeline.data.loading.processes import ProcessLoader
 from pipeline.data.loading.upload import Upload
 from pipeline.hardware import peak_flops
 from pipeline.training.engine import micro_losses
@@ -337,16 +338,23 @@ def loader(bench: Bench) -> None:
         for threads in (1,) if bench.tiny else (1, 4, 8, 14):
             _rate(bench, "JPEG", f"{folder}/jpeg", batch, threads, Augment(size=side))
         most = 1 if bench.tiny else 14
-        _rate(bench, "JPEG, RandAugment and mixup", f"{folder}/jpeg", batch, most, Augment(size=side, **strong))
+        several = 1 if bench.tiny else 8
+        _rate(bench, "JPEG", f"{folder}/jpeg", batch, most, Augment(size=side), several)
+        for processes in (1, several):
+            augment = Augment(size=side, **strong)
+            _rate(bench, "JPEG, RandAugment and mixup", f"{folder}/jpeg", batch, most, augment, processes)
         _rate(bench, "patches", f"{folder}/patches", batch, min(most, 4), None)
         variant = "mu/16" if bench.tiny else "B/16"
         options = model_options(variant, side)
         step, engine = bench.engine(options, batch)
         alone, _ = bench.clock(step)
         bench.put("one batch on the device", batch=batch, **bench.speed(options, batch, alone))
-        for name, threads in (("jpeg", most), ("jpeg", min(most, 6)), ("patches", min(most, 4))):
+        for name, threads, processes in (("jpeg", most, 1), ("jpeg", most, several), ("patches", min(most, 4), 1)):
             augment = Augment(size=side) if name == "jpeg" else None
-            _train_from(bench, engine, options, f"{folder}/{name}", batch, threads, augment, alone)
+            stream = _batches(f"{folder}/{name}", batch, threads, augment, processes)
+            with bench.attempt(f"training from {name}", threads=threads, processes=processes):
+                row = _train_from(bench, engine, options, batch, stream, alone)
+                bench.put(f"training from {name}", threads=threads, processes=processes, batch=batch, **row)
 
 
 def _write_images(bench: Bench, folder: str) -> None:
@@ -373,48 +381,57 @@ def _write_images(bench: Bench, folder: str) -> None:
     write_dataset(f"{folder}/patches", patches(), classes=classes, encoding="patches", image=shape)
 
 
-def _batches(uri: str, batch: int, threads: int, augment: Augment | None) -> Iterator[dict[str, Any]]:
-    with Loader(open_dataset(uri), batch_size=batch, threads=threads, lanes=8, augment=augment, drop_last=True) as feed:
+def _batches(
+    uri: str, batch: int, threads: int, augment: Augment | None, processes: int = 1
+) -> Iterator[dict[str, Any]]:
+    options: dict[str, Any] = {
+        "batch_size": batch,
+        "threads": threads,
+        "lanes": 8,
+        "augment": augment,
+        "drop_last": True,
+    }
+    data = open_dataset(uri)
+    with Loader(data, **options) if processes == 1 else ProcessLoader(data, processes=processes, **options) as feed:
         while True:
             yield from feed
 
 
-def _rate(bench: Bench, what: str, uri: str, batch: int, threads: int, augment: Augment | None) -> None:
-    with bench.attempt(what, threads=threads):
-        stream = _batches(uri, batch, threads, augment)
-        next(stream)
-        start, cpu, images = time.perf_counter(), time.process_time(), 0
+def _rate(
+    bench: Bench, what: str, uri: str, batch: int, threads: int, augment: Augment | None, processes: int = 1
+) -> None:
+    with bench.attempt(what, threads=threads, processes=processes):
+        stream = _batches(uri, batch, threads, augment, processes)
+        for _ in range(1 if processes == 1 else 4):  # what the processes have prepared
+            next(stream)
+        start, images = time.perf_counter(), 0
         while time.perf_counter() < start + (0.2 if bench.tiny else 3):
             images += len(next(stream)["label"])
         seconds = time.perf_counter() - start
         stream.close()  # type: ignore[attr-defined]
-        cost = 1e3 * (time.process_time() - cpu) / images
-        bench.put(what, threads=threads, images_per_second=round(images / seconds), cpu_ms_an_image=round(cost, 3))
+        bench.put(what, threads=threads, processes=processes, images_per_second=round(images / seconds))
 
 
 def _train_from(
-    bench: Bench, engine: Any, options: dict[str, Any], uri: str, batch: int, threads: int, augment: Augment | None,
-    alone: float,
-) -> None:  # fmt: skip
-    """Trains on batches of the loader. alone: seconds of a step with a batch on the device."""
-    what = f"training from {os.path.basename(uri)}"
-    with bench.attempt(what, threads=threads):
-        upload, stream = Upload(bench.device), _batches(uri, batch, threads, augment)
-        waited, begun, steps = [], [], 3 if bench.tiny else 24
-        for step in range(steps + 1):
-            if step % 8 == 0:
-                bench.wait()
-            begun.append(time.perf_counter())
-            data = next(stream)
-            waited.append(time.perf_counter() - begun[-1])
-            engine.train_step(micro_losses(upload(data), batch, bench.device, "softmax"), 1e-3)
-        bench.wait()
-        first = steps // 3
-        seconds = (time.perf_counter() - begun[first]) / (len(begun) - first)
-        stream.close()  # type: ignore[attr-defined]
-        share = statistics.mean(waited[first:]) / seconds
-        row = {"wait_share": round(share, 3), "slower_than_resident": round(seconds / alone - 1, 3)}
-        bench.put(what, threads=threads, batch=batch, **row, **bench.speed(options, batch, seconds))
+    bench: Bench, engine: Any, options: dict[str, Any], batch: int, stream: Iterator[dict[str, Any]], alone: float
+) -> dict[str, Any]:
+    """Trains on batches of a loader. alone: seconds of a step with a batch on the device."""
+    upload = Upload(bench.device)
+    waited, begun, steps = [], [], 3 if bench.tiny else 24
+    for step in range(steps + 1):
+        if step % 8 == 0:
+            bench.wait()
+        begun.append(time.perf_counter())
+        data = next(stream)
+        waited.append(time.perf_counter() - begun[-1])
+        engine.train_step(micro_losses(upload(data), batch, bench.device, "softmax"), 1e-3)
+    bench.wait()
+    first = steps // 3
+    seconds = (time.perf_counter() - begun[first]) / (len(begun) - first)
+    stream.close()  # type: ignore[attr-defined]
+    share = statistics.mean(waited[first:]) / seconds
+    row = {"wait_share": round(share, 3), "slower_than_resident": round(seconds / alone - 1, 3)}
+    return {**row, **bench.speed(options, batch, seconds)}
 
 
 def finetuning(bench: Bench) -> None:

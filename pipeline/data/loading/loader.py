@@ -124,7 +124,7 @@ class Loader:
                 f"{step} is not one of them" + (" (drop_last drops a short batch)" if drop_last else "")
             )
         self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
-        self._queue: deque[_Batch] = deque()
+        self._queue: deque[Batch] = deque()
         self._memory = BatchMemory((self._share, *self.shape), keep=prefetch + 3)
         self.max_replaced = max_replaced
         self.replaced: dict[str, str] = {}  # key -> why the image could not be decoded
@@ -273,6 +273,15 @@ class Loader:
                 return False  # evaluation finishes one pass before it begins the next
             epoch, step = epoch + 1, 0
             self._begin(epoch, step)
+        self._read_ahead(epoch, step)
+        batch = self._plan(epoch, step)
+        self._submit(batch)
+        self._queue.append(batch)
+        self._next = (epoch, step + 1)
+        return True
+
+    def _read_ahead(self, epoch: int, step: int) -> None:
+        """Starts the reads of the batch of a step, and a few more."""
         while self._ahead and self._ahead[0] <= step:
             self._ahead.popleft()
         while len(self._ahead) < READ_AHEAD and (read := next(self._reads, None)) is not None:
@@ -280,15 +289,13 @@ class Loader:
             if read.first > step:
                 self._ahead.append(read.first)
 
-        batch = self._plan(epoch, step)
+    def _submit(self, batch: "Batch") -> None:
+        """Starts the tasks that fill a batch."""
         unit = batch.per_lane if self.mixup else 1  # mixup needs whole lanes in one task
         size = max(unit, -(-max(8, batch.n // (4 * self.threads)) // max(unit, 1)) * unit, 1)
         batch.tasks += [
             self._pool.submit(self._fill, batch, i, min(i + size, batch.n)) for i in range(0, batch.n, size)
         ]
-        self._queue.append(batch)
-        self._next = (epoch, step + 1)
-        return True
 
     def _start(self, read: Read, epoch: int) -> None:
         until = (epoch, read.last)
@@ -298,7 +305,7 @@ class Loader:
         else:
             self._open[read.group] = (self._reader.start(read.group), until)
 
-    def _plan(self, epoch: int, step: int) -> "_Batch":
+    def _plan(self, epoch: int, step: int) -> "Batch":
         """Finds the rows of this rank in a step and allocates their memory."""
         picks = self._order.picks(step, self._lane_range)
         groups, rows, n = picks.groups.ravel(), picks.rows.ravel(), picks.rows.size
@@ -314,7 +321,7 @@ class Loader:
             from scipy.special import betaincinv
 
             lam = float(betaincinv(self.mixup, self.mixup, uniform(self.seed, MIXUP, epoch, step)))
-        return _Batch(
+        return Batch(
             order=self._order,
             step=step,
             per_lane=picks.rows.shape[1],
@@ -333,7 +340,7 @@ class Loader:
 
     # ------------------------------------------------------------ in the decoding threads
 
-    def _fill(self, batch: "_Batch", begin: int, end: int) -> None:
+    def _fill(self, batch: "Batch", begin: int, end: int) -> None:
         """Fills the rows [begin, end) of a batch."""
         if batch.kept is not None:
             tokens, samples = self._tokens, batch.samples[begin:end]
@@ -358,7 +365,7 @@ class Loader:
         numbers = np.arange(self.augment.draws if self.augment else 0)
         return uniform(self.seed, AUGMENT, epochs[:, None], samples[:, None], numbers).tolist()
 
-    def _make(self, stored: Any, draws: list[float], batch: "_Batch", i: int) -> None:
+    def _make(self, stored: Any, draws: list[float], batch: "Batch", i: int) -> None:
         """Decodes and augments a stored image into row i of the batch. Raises BadImage."""
         target = batch.pixels[i]
         if self.augment is None:
@@ -380,7 +387,7 @@ class Loader:
         else:
             np.take(patches, batch.kept[i], axis=0, out=target, mode="clip")
 
-    def _replace(self, batch: "_Batch", i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
+    def _replace(self, batch: "Batch", i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
         """Fills row i with the next sample of its shuffle window that can be decoded. Returns (row group, row in it).
 
         Raises UserError during evaluation, above `max_replaced`, or if no image of the window can be decoded.
@@ -405,18 +412,21 @@ class Loader:
                 )
             self.replaced[key] = str(error)
             if self.max_replaced is not None and len(self.replaced) > self.max_replaced:
-                raise UserError(
-                    f"{self.dataset.uri}: {len(self.replaced)} images cannot be decoded, more than max_replaced "
-                    f"{self.max_replaced}; the last one is {key} ({error}); prepare the data again"
-                )
+                raise self._too_many_replaced(key, str(error))
             return source, row
         raise UserError(
             f"{self.dataset.uri}: {key} cannot be decoded ({error}), nor can any other image of its shuffle window"
         )
 
+    def _too_many_replaced(self, key: str, reason: str) -> UserError:
+        return UserError(
+            f"{self.dataset.uri}: {len(self.replaced)} images cannot be decoded, more than max_replaced "
+            f"{self.max_replaced}; the last one is {key} ({reason}); prepare the data again"
+        )
+
     # ------------------------------------------------------------ finished batches
 
-    def _finish(self, batch: "_Batch") -> dict[str, Any]:
+    def _finish(self, batch: "Batch") -> dict[str, Any]:
         labels = _label_tensor(batch.labels, self.dataset.multilabel)
         result: dict[str, Any] = {
             "patches" if self.patch_size else "image": batch.images,
@@ -448,7 +458,7 @@ class Loader:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Batch:
+class Batch:
     """One rank's share of a step while it is being filled; its n rows are ordered by lane."""
 
     order: Order | MixedOrder

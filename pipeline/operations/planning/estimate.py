@@ -122,7 +122,8 @@ def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -
     )  # fmt: skip
     return {
         "gpus": training.batch_size / computing,
-        "launching": training.batch_size / (max(1, parts) * count_blocks(options) * launch_seconds(training) * passes / 3),
+        "launching": training.batch_size
+        / (max(1, parts) * count_blocks(options) * launch_seconds(training) * passes / 3),
         "decoding": config.gpus * cores / image["cores"],
         "reading": nodes * config.read_gbps * GB / image["read_bytes_per_second"],
     }
