@@ -338,7 +338,7 @@ def loader(bench: Bench) -> None:
         for threads in (1,) if bench.tiny else (1, 4, 8, 14):
             _rate(bench, "JPEG", f"{folder}/jpeg", batch, threads, Augment(size=side))
         most = 1 if bench.tiny else 14
-        several = 1 if bench.tiny else 8
+        several = 2 if bench.tiny else 8
         _rate(bench, "JPEG", f"{folder}/jpeg", batch, most, Augment(size=side), several)
         for processes in (1, several):
             augment = Augment(size=side, **strong)

@@ -112,10 +112,11 @@ def test_validation_counts_every_image_once(runs):
 
 
 def test_continues_bit_for_bit_and_on_another_number_of_workers(runs, tmp_path):
-    """From step 4 to 6 again: equal bits on two workers, for each stage, precision and optimiser; close on one
-    worker."""
+    """From step 4 to 6 again: equal bits on two workers, for each stage, precision and optimiser, and with images from
+    several processes; close on one worker."""
     names = ["zero0", "zero1", "zero2", "zero3", "bf16", "sgd"]
     again = [continued(runs[name][0], tmp_path, 4) for name in names]
+    again[1] = changed(again[1], loading_processes=2)
     for name, result in zip(names, run(2, *again), strict=True):
         original = runs[name][1]
         assert result["losses"] == {step: original["losses"][step] for step in ("5", "6")}, name

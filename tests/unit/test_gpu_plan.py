@@ -127,7 +127,7 @@ def test_no_two_gpus_share_a_name():
 
 def test_the_plan_says_how_many_cpu_cores_feed_a_gpu():
     weak, strong = (
-        plan(PlanConfig(training=replace(RECIPES[name](), steps="1epochs"), gpus=8, images=1e6, classes=10), name)
+        plan(PlanConfig(training=replace(RECIPES[name](), steps="1epochs"), gpus=2, images=1e6, classes=10), name)
         for name in ("b16_imagenet", "s16_imagenet_90ep")
     )
     assert weak["data"]["jpeg"]["cores_per_gpu"] < strong["data"]["jpeg"]["cores_per_gpu"]
