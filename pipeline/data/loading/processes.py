@@ -22,9 +22,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -220,7 +221,7 @@ def main(socket: int, memory: int) -> None:
         threading.Thread(target=_listen, args=(connection, free), daemon=True).start()
         with _ShareLoader(dataset, **options) as loader:
             while True:
-                for batch in loader:
+                for batch in cast(Iterable[Batch], loader):
                     slot = free.get()
                     np.copyto(slots[slot, : batch.n], batch.pixels)
                     share = _Share(
