@@ -97,38 +97,70 @@ try:
     config = PrepareConfig(source=(source,), output=output, max_reject_fraction=1.0, size=16, **flags)
     with workqueue.without_ray():
         prepare_slices(claim_output(make_plan(check_config(config))))
+    print("prepared", file=sys.stderr)
 except UserError as error:
     print(error, file=sys.stderr)
 # not ru_maxrss: a process inherits that of whoever started it
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10)
 """
 TABLE = b"file,label\n" + b"c/a.png,x\n" * 20_000_000
-BOMBS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "one sample": ("a.tar", lambda path: write_sparse_tar(path, [f"a/bomb.x{i}" for i in range(6)], 120 << 20)),
-    "many samples": ("a.tar", lambda path: write_sparse_tar(path, [f"a/bomb{i}.png" for i in range(6)], 120 << 20)),
-    "a tar of tars": ("a.tar", lambda path: write_sparse_tar(path, [f"class{i}.tar" for i in range(3)], 900 << 20)),
-    "a giant header": ("a.tar.gz", write_giant_header),
-    "one giant image": ("a.parquet", lambda path: write_parquet(path, bytes(400 << 20), "x", 3)),
-    "images of one dictionary": ("a.parquet", lambda path: write_parquet(path, bytes(100 << 20), "x", 18)),
-    "labels of one dictionary": ("a.parquet", lambda path: write_parquet(path, b"x", "x" * (60 << 20), 30)),
-    "a compressed message": ("a.arrow", lambda path: write_arrow(path, bytes(300 << 20), 3)),
-    "a table in a tar": ("a.tar.gz", lambda path: write_tar(path, {"c/a.png": b"x", "labels.csv": TABLE})),
-    "a table in a zip": ("a.zip", lambda path: write_zip(path, {"c/a.png": b"x", "labels.csv": TABLE})),
-    "a label table": ("labels.csv.gz", lambda path: path.write_bytes(gzip.compress(TABLE))),
-}
+PARQUET_TABLE = {"file": ["c/a.png"] * 3_000_000, "label": ["x"] * 3_000_000}
+LONG_ADDRESSES = {"url": ["http://h/" + "x" * (20 << 20)] * 64}
+# kind: (file name, how to write it, what prepare says)
+BOMBS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "one sample": ("a.tar", lambda path: write_sparse_tar(path, [f"a/b.x{i}" for i in range(6)], 120 << 20), "prepared"),
+    "many samples": (
+        "a.tar", lambda path: write_sparse_tar(path, [f"a/bomb{i}.png" for i in range(6)], 120 << 20), "prepared",
+    ),
+    "a tar of tars": (
+        "a.tar", lambda path: write_sparse_tar(path, [f"class{i}.tar" for i in range(3)], 900 << 20), "prepared",
+    ),
+    "a giant header": ("a.tar.gz", write_giant_header, "prepared"),
+    "one giant image": ("a.parquet", lambda path: write_parquet(path, bytes(400 << 20), "x", 3), "prepared"),
+    "images of one dictionary": (
+        "a.parquet", lambda path: write_parquet(path, bytes(100 << 20), "x", 18), "prepared",
+    ),
+    "labels of one dictionary": (
+        "a.parquet", lambda path: write_parquet(path, b"x", "x" * (60 << 20), 30), "prepared",
+    ),
+    "addresses of one dictionary": (
+        "list.parquet", lambda path: pq.write_table(pa.table(LONG_ADDRESSES), path, compression="zstd"),
+        "no column of image bytes",
+    ),
+    "a compressed message": ("a.arrow", lambda path: write_arrow(path, bytes(300 << 20), 3), "message 1 unpacks from"),
+    "a table in a tar": (
+        "a.tar.gz", lambda path: write_tar(path, {"c/a.png": b"x", "labels.csv": TABLE}), "bytes, more than the limit of 16,777,216 for a table",
+    ),
+    "a table in a zip": (
+        "a.zip", lambda path: write_zip(path, {"c/a.png": b"x", "labels.csv": TABLE}), "bytes, more than the limit of 16,777,216 for a table",
+    ),
+    "a label table": (
+        "labels.csv.gz", lambda path: path.write_bytes(gzip.compress(TABLE)), "bytes unpack to more than",
+    ),
+    "a label table of one dictionary": (
+        "labels.parquet", lambda path: pq.write_table(pa.table(PARQUET_TABLE), path), "have 3,000,000 rows",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_archive_never_takes_a_gigabyte(kind, tmp_path):
-    name, write = BOMBS[kind]
+    name, write, expected = BOMBS[kind]
     path = tmp_path / "in" / name
     path.parent.mkdir()
     write(path)
     assert path.stat().st_size < 1 << 20
-    labels, source = ("", path) if name != "labels.csv.gz" else (str(path), tmp_path)
+    source, labels = path, ""
+    if name.startswith("labels."):
+        source, labels = tmp_path / "photos", str(path)
+        (source / "c").mkdir(parents=True)
+        (source / "c" / "a.png").write_bytes(b"x")
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), labels]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=240, check=True)
     assert int(done.stdout) < 1024, f"{done.stdout.strip()} MiB, {done.stderr}"
+    assert expected in done.stderr
+    if expected != "prepared":
+        assert name in done.stderr
 
 
 def test_the_members_of_a_sample_are_limited_together(tmp_path, monkeypatch):

@@ -10,15 +10,15 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.codecs import Refused
-from pipeline.data.sources import archives, items
+from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.data.sources.parquet_batches import MAX_COLUMN_BYTES, MAX_RATIO
 from pipeline.errors import UserError
 
 NAME = "arrow"
 MAGIC = b"ARROW1"  # begins the file format; the stream format has no such mark
-MAX_RATIO = 64  # compression that no column of images reaches
 DAMAGE = (pa.ArrowException, OSError, ValueError, struct.error)
 
 
@@ -94,14 +94,14 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 
 def _refuse_bombs(uri: str) -> None:
-    """Raises UserError if a message unpacks to more than MAX_FILE_BYTES and to more than MAX_RATIO times its size. Arrow
+    """Raises UserError if a message unpacks to more than MAX_COLUMN_BYTES and to more than MAX_RATIO times its size. Arrow
     unpacks whole messages, and its interface tells their size only afterwards."""
     with _handle(uri) as handle:
         if handle.read(8)[: len(MAGIC)] != MAGIC:  # a file is its mark, a stream, and a table of contents
             handle.seek(0)
         for number, message in enumerate(pa.ipc.MessageReader.open_stream(handle)):
             size = sum(_unpacked_sizes(message))
-            if size > max(items.MAX_FILE_BYTES, MAX_RATIO * message.body.size):
+            if size > max(MAX_COLUMN_BYTES, MAX_RATIO * message.body.size):
                 raise UserError(f"{uri}: message {number} unpacks from {message.body.size:,} to {size:,} bytes")
 
 

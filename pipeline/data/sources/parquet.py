@@ -9,16 +9,15 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.codecs import Refused
-from pipeline.data.sources import archives, items
+from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.data.sources.parquet_batches import largest_value, read_batches
 from pipeline.errors import UserError
 
 NAME = "parquet"
 BATCH_ROWS = 8  # rows that are decoded at a time; more are not faster
-LABEL_BYTES = 64 << 20  # of labels that are decoded at a time
-MAX_RATIO = 64  # maximum compression ratio; columns of images are below it
 
 
 def matches(path: str) -> bool:
@@ -49,7 +48,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         names, splits = set(), set()
         wanted = archives.names_wanted(options) and not ordered
         reading = columns.label_columns if wanted else [columns.split] if columns.split else []
-        for batch in _labels(uri, file, reading):
+        for batch in read_batches(uri, file, reading):
             labels, some, many = columns.names_and_splits(batch)
             names.update(labels)
             splits.update(some)
@@ -64,18 +63,8 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     return found
 
 
-def _labels(uri: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The values of label and split columns. Raises UserError for a column that unpacks to too many bytes."""
-    for group in range(file.num_row_groups if columns else 0):
-        largest, refused = _largest_value(file, group, columns)
-        if refused:
-            raise UserError(f"{uri}: {refused.detail}; this is not a column of labels")
-        rows = max(1, LABEL_BYTES // largest) if largest else 1 << 16
-        yield from file.iter_batches(columns=columns, row_groups=[group], batch_size=min(rows, 1 << 16))
-
-
 def _distinct(uri: str, file: pq.ParquetFile, column: str) -> set[Any]:
-    return first_values(batch.column(0) for batch in _labels(uri, file, [column]))
+    return first_values(batch.column(0) for batch in read_batches(uri, file, [column]))
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
@@ -91,7 +80,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
         row = sum(file.metadata.row_group(group).num_rows for group in range(fragment["start"]))
         for group in range(fragment["start"], stop):
             end = row + file.metadata.row_group(group).num_rows
-            largest, refused = _largest_value(file, group, columns.all)
+            largest, refused = largest_value(file, group, columns.all)
             if refused:
                 yield Item(f"{name}#{row}", uri, b"", None, refused)
                 row = end
@@ -105,26 +94,6 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
             except (pa.ArrowException, OSError) as error:
                 yield Item(f"{name}#{row}", uri, b"", None, Refused("unreadable", f"the file is truncated: {error}"))
                 return
-
-
-def _largest_value(file: pq.ParquetFile, group: int, columns: list[str]) -> tuple[int, Refused | None]:
-    """(bytes that one value may have, why the row group is not read).
-
-    All rows may refer to one value of the column's dictionary, so in a well compressed column a value may be as large as
-    the column. 0: no column is well compressed."""
-    largest = 0
-    metadata = file.metadata.row_group(group)
-    for i in range(metadata.num_columns):
-        column = metadata.column(i)
-        if column.path_in_schema.partition(".")[0] not in columns:
-            continue
-        size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
-        if size > max(items.MAX_FILE_BYTES, MAX_RATIO * packed):
-            where = f"column {column.path_in_schema} of row group {group} with {metadata.num_rows:,} rows"
-            return 0, Refused("too many bytes", f"{where}: {packed:,} bytes unpack to {size:,}")
-        if size > 4 * packed:
-            largest = max(largest, size)
-    return largest, None
 
 
 # ---------------------------------------------------------------- files

@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.codecs import is_image_name
+from pipeline.data.sources.parquet_batches import read_batches
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
 from pipeline.errors import UserError
 
 INDEX = re.compile(r"\d+")
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet", ".parq", ".pq")
 MAX_TABLE_BYTES = 8 << 30  # of a compressed table after decompression
 MAX_RATIO = 16  # of its size after to that before
+MIN_ROWS, MAX_ROWS_PER_BYTE = 200_000, 2  # of a Parquet table
 
 
 def read_rows(uri: str, named: Sequence[str | None] = (), data: bytes | None = None) -> list[dict[Any, Any]]:
@@ -183,14 +185,18 @@ def _rows_of_coco(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_parquet(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
-    return pq.read_table(io.BytesIO(data)).to_pylist()
+    file = pq.ParquetFile(io.BytesIO(data))
+    rows, limit = file.metadata.num_rows, max(MIN_ROWS, MAX_ROWS_PER_BYTE * len(data))
+    if rows > limit:  # names of files do not repeat, so they do not compress so well
+        raise UserError(f"{uri}: {len(data):,} bytes have {rows:,} rows, more than the limit of {limit:,}")
+    return [row for batch in read_batches(uri, file, file.schema_arrow.names) for row in batch.to_pylist()]
 
 
 _READERS: dict[tuple[str, ...], Callable[[bytes, str, Sequence[str]], Any]] = {
     (".csv", ".tsv", ".txt", ".lst", ".list"): _read_delimited,
     (".jsonl", ".ndjson"): _read_json_lines,
     (".json",): _read_json,
-    (".parquet",): _read_parquet,
+    (".parquet", ".parq", ".pq"): _read_parquet,
 }
 
 

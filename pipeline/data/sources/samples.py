@@ -129,14 +129,16 @@ class SampleScanner:
     lone_sidecars: dict[str, Sidecar]
     scattered: bool = False
     max_table: int = MAX_TABLE_BYTES
+    where: str = ""
     _stem: str = ""
     _parts: dict[str, bytes]
     _images: list[str]
 
     @classmethod
-    def new(cls, columns: Columns, wanted: Callable[[str], bool], packed: int) -> "SampleScanner":
-        """packed: size of the archive."""
+    def new(cls, columns: Columns, wanted: Callable[[str], bool], packed: int, where: str) -> "SampleScanner":
+        """packed: size of the archive. where: its address, for errors."""
         return cls(
+            where=where,
             max_table=min(MAX_TABLE_BYTES, max(16 << 20, MAX_TABLE_RATIO * packed)),
             columns=columns,
             wanted=wanted,
@@ -169,7 +171,7 @@ class SampleScanner:
         if TABLE_FILE.fullmatch(name):
             if size > self.max_table:
                 raise UserError(
-                    f"{name} in the archive has {size:,} bytes, more than the limit of {self.max_table:,} for a table in an "
+                    f"{name} in {self.where} has {size:,} bytes, more than the limit of {self.max_table:,} for a table in an "
                     "archive of this size; unpack it and pass it with --labels"
                 )
             self.tables.append((name, read(self.max_table)))

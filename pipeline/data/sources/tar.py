@@ -87,7 +87,7 @@ class _Scan:
     def __init__(self, uri: str, path: str, size: int, options: ScanOptions) -> None:
         self.uri, self.path, self.size = uri, path, size
         self.unit_bytes = options.unit_bytes
-        self.members = SampleScanner.new(options.columns, archives.member_filter(path, options), size)
+        self.members = SampleScanner.new(options.columns, archives.member_filter(path, options), size, uri)
         self.cuts = [0]
         self.inner: list[tuple[str, int, int, int, list[str] | None]] = []  # fragments of inner archives
         self.inner_first: list[tuple[str, ...]] = []  # their first members
@@ -154,7 +154,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
 
 def _scattered_sidecars(file: IO[bytes], source: Source) -> dict[str, Sidecar]:
     """The sidecars of an archive by stem, for samples whose members are not next to each other."""
-    members = SampleScanner.new(source.columns, lambda name: True, MAX_TABLE_BYTES)
+    members = SampleScanner.new(source.columns, lambda name: True, MAX_TABLE_BYTES, "")
     try:
         for archive, member in _members(file, compression(file)):
             if member.isfile():

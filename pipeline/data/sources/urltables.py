@@ -21,6 +21,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.sources.parquet import OpenParquet
+from pipeline.data.sources.parquet_batches import read_batches
 from pipeline.errors import UserError
 
 TEXT = re.compile(r"(?i)\.(csv|tsv|txt|lst|list|jsonl|ndjson)(\.gz)?$")
@@ -110,12 +111,15 @@ class _ParquetTable:
         return digest.hexdigest()
 
     def first_rows(self) -> list[dict[str, Any]]:
-        for batch in self._file.iter_batches(SNIFFED_ROWS):
-            return batch.to_pylist()
-        return []
+        rows: list[dict[str, Any]] = []
+        for batch in read_batches(self._uri, self._file, self.schema.names, rows=SNIFFED_ROWS):
+            rows += batch.to_pylist()
+            if len(rows) >= SNIFFED_ROWS:
+                break
+        return rows[:SNIFFED_ROWS]
 
     def columns(self, names: Sequence[str]) -> Iterator[pa.Array]:
-        for batch in self._file.iter_batches(1 << 16, columns=list(names)):
+        for batch in self.batches(names):
             yield from batch.columns
 
     def spans(self) -> Iterator[Span]:
@@ -128,7 +132,7 @@ class _ParquetTable:
 
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of all rows."""
-        return self._file.iter_batches(1 << 16, columns=list(names))
+        return read_batches(self._uri, self._file, names)
 
     def rows(
         self, start: int, stop: int, first: int, columns: Sequence[str] | None
@@ -141,9 +145,9 @@ class _ParquetTable:
                 skipped = number if skipped is None else skipped
             number += size
         number = skipped or 0
-        names = list(columns) if columns is not None else None
+        names = self.schema.names if columns is None else list(columns)
         try:
-            for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+            for batch in read_batches(self._uri, self._file, names, groups=groups, rows=BATCH_ROWS):
                 here = batch.slice(
                     max(0, start - number), max(0, min(stop, number + batch.num_rows) - max(start, number))
                 )

@@ -39,7 +39,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
 def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     """Labels, folders and tables in a zip, and fragments of consecutive members sorted by name. Raises UserError for a
     file that is not a zip archive or has a damaged directory."""
-    found = SampleScanner.new(options.columns, archives.member_filter(path, options), size)
+    found = SampleScanner.new(options.columns, archives.member_filter(path, options), size, uri)
     fragments: list[tuple[str, int, int, int, list[str] | None]] = []
     try:
         with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive:
