@@ -8,6 +8,7 @@ Light imports only, so that configs, trackers and pipeline files can read an add
 import hashlib
 import json
 import math
+import itertools
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -112,4 +113,10 @@ def _name(uri: str) -> str:
 def names(addresses: Sequence[str]) -> list[str]:
     """A unique short name for each data set of a mixture."""
     short = [_name(uri) for uri in addresses]
-    return [name if short.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(short, 1)]
+    names: list[str] = []
+    for i, name in enumerate(short, 1):
+        if short.count(name) > 1:
+            numbered = (f"{name}-{n}" for n in itertools.count(i))
+            name = next(other for other in numbered if other not in names and other not in short)
+        names.append(name)
+    return names

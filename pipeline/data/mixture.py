@@ -10,6 +10,7 @@ mixed_order.py has the order of the samples.
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -102,8 +103,7 @@ def check_samples(data: Dataset, lanes: int) -> None:
 
 def _check_alike(parts: Sequence[Dataset]) -> None:
     """Raises UserError that names two data sets whose rows cannot be in the same batch."""
-    first = parts[0]
-    for other in parts[1:]:
+    for first, other in itertools.combinations(parts, 2):
         both = f"{first.uri} and {other.uri} cannot be mixed"
         if first.encoding != other.encoding:
             raise UserError(

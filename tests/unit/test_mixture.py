@@ -360,6 +360,14 @@ def test_data_sets_that_do_not_fit_are_named_with_the_remedy(tmp_path):
     open_dataset(jpeg)
     with pytest.raises(UserError, match="the same data; name it once"):
         open_data(f"{jpeg}=1,{write(f'{tmp_path}/copy', 10, ['x'], 1)}=1")
+    third = write(f"{tmp_path}/third", 12, ["x"], 2)
+    with pytest.raises(UserError, match="copy and .*jpeg.* the same data|jpeg and .*copy .* the same data"):
+        open_data(f"{third}=1,{jpeg}=1,{tmp_path}/copy=1")
+
+
+def test_names_of_data_sets_are_unique():
+    assert address.names(["s3://b/photos/train", "paintings@2"]) == ["photos", "paintings"]
+    assert address.names(["x/a", "y/a", "a-1", "z/a"]) == ["a-2", "a-3", "a-1", "a-4"]
 
 
 def test_the_identity_of_a_run_has_contents_and_shares(mixture):

@@ -119,6 +119,7 @@ class OpenParquet:
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:
+            self._open.close()
             raise UserError(f"{self.uri}: not a Parquet file, or damaged ({error})") from error
 
     def __exit__(self, *_: object) -> None:
