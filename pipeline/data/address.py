@@ -6,9 +6,9 @@ Light imports only, so that configs, trackers and pipeline files can read an add
 """
 
 import hashlib
+import itertools
 import json
 import math
-import itertools
 import re
 from collections.abc import Sequence
 from fractions import Fraction

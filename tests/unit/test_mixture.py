@@ -361,7 +361,7 @@ def test_data_sets_that_do_not_fit_are_named_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match="the same data; name it once"):
         open_data(f"{jpeg}=1,{write(f'{tmp_path}/copy', 10, ['x'], 1)}=1")
     third = write(f"{tmp_path}/third", 12, ["x"], 2)
-    with pytest.raises(UserError, match="copy and .*jpeg.* the same data|jpeg and .*copy .* the same data"):
+    with pytest.raises(UserError, match=r"copy and .*jpeg.* the same data|jpeg and .*copy .* the same data"):
         open_data(f"{third}=1,{jpeg}=1,{tmp_path}/copy=1")
 
 
