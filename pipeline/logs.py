@@ -268,7 +268,7 @@ class Progress:
             if console.width < NARROW:  # the percentage, a short bar and the remaining time need the rest
                 note = note.partition("  ")[0][: max(0, console.width - len(self.name) - 19)]
             self._bar.update(self._task, completed=self.done, note=note + curve)
-        elif self.lines and time.monotonic() - self._shown >= self.EVERY:
+        elif self.lines and self.done < self.total and time.monotonic() - self._shown >= self.EVERY:
             self._shown = time.monotonic()
             logger.info("%s", self.line())
 

@@ -52,7 +52,8 @@ class Measured:
     checkpoint: str
     values: dict[str, float] = field(default_factory=dict)
     """{suite/task: top-1 in percent}"""
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """{suite/task: (test images, standard error)}"""
     measures: list[Any] = field(default_factory=list)
     """Protocols and datasets of the scores. Only scores with equal measures are compared."""
     run_id: str = ""
@@ -66,7 +67,9 @@ class Measured:
     @property
     def spread(self) -> float:
         """Standard error of the mean."""
-        return math.sqrt(sum(error**2 for error in self.errors.values())) / len(self.errors)
+        from pipeline.transfer.scores import error_of_mean
+
+        return error_of_mean(self.errors.values())
 
 
 def main(argv: Sequence[str], show: Callable[[str], None]) -> int:
@@ -164,7 +167,7 @@ def measure(folders: Sequence[str]) -> list[Measured]:
         one.measures.append(_protocols(folder, [score.task for score in scores]))
         for score in scores:
             one.values[f"{about['suite']}/{score.name}"] = score.mean
-            one.errors[f"{about['suite']}/{score.name}"] = score.error
+            one.errors[f"{about['suite']}/{score.name}"] = (score.test, score.error)
     counts = {len(one.values) for one in found.values()}
     if len(counts) > 1:
         raise UserError(

@@ -167,10 +167,13 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
 # ---------------------------------------------------------------- checks
 
 
-def check_run(config: PretrainConfig) -> TrainPlan:
-    """All checks before the workers start. Raises UserError."""
+def check_run(config: PretrainConfig, *, devices: bool = True) -> TrainPlan:
+    """All checks before the workers start. Raises UserError.
+
+    devices: False for a plan, which may be made on a machine without the GPUs of the run."""
     check_places(config)
-    check_devices(config)
+    if devices:
+        check_devices(config)
     dataset = open_data(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
@@ -210,10 +213,12 @@ def check_devices(config: PretrainConfig) -> None:
     if not config.runtime.gpus or config.runtime.address is not None or cluster.is_ray_job():
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < config.runtime.workers:
+    workers = config.runtime.workers
+    if count < workers:
+        lack = "no GPU" if not count else f"{count} of the {workers} GPUs that the workers need"
+        fewer = "fewer --workers, " if count else ""
         raise UserError(
-            f"--gpus: this machine has {count} of the {config.runtime.workers} GPUs that the workers need; use fewer "
-            "--workers, --no-gpus, or --address of a cluster that has them"
+            f"--gpus: this machine has {lack}; to start here, use {fewer}--no-gpus, or --address of a cluster that has them"
         )
 
 

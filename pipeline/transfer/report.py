@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.transfer.references import published_scores
-from pipeline.transfer.scores import Score, read_scores, vtab_means, without_seen
+from pipeline.transfer.scores import Score, error_of_mean, read_scores, vtab_means, without_seen
 from pipeline.transfer.suites import TransferTask
 
 FLAT_MEAN = "The mean is the flat mean over the nineteen tasks, as in the paper; it is not the mean of the group means."
@@ -100,16 +100,18 @@ def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tu
     b_by_name = {score.name: score for score in scores_b}
     rows: list[dict[str, Any]] = []
     table: list[list[str]] = []
+    errors: list[tuple[str, float]] = []
     for a in scores_a:
         if b := b_by_name.get(a.name):
             difference, error = b.mean - a.mean, math.hypot(a.error, b.error)
             star = "*" if abs(difference) > 2 * error and difference else ""
+            errors.append((a.test, error))
             rows.append({"task": a.name, "first": a.mean, "second": b.mean, "difference": difference, "error": error})
             table.append([a.name, plus_minus(a), plus_minus(b), f"{difference:+.2f}", f"{error:.2f}", star])
     if not rows:
         raise UserError(f"{first} and {second} have no task in common")
     differences = [row["difference"] for row in rows]
-    error = math.sqrt(sum(row["error"] ** 2 for row in rows)) / len(rows)
+    error = error_of_mean(errors)
     mean = statistics.fmean(differences)
     star = "*" if abs(mean) > 2 * error and mean else ""
     firsts, seconds = (f"{statistics.fmean(row[key] for row in rows):.2f}" for key in ("first", "second"))
@@ -121,5 +123,5 @@ def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tu
     ]
     alone = {score.name for score in scores_a} ^ set(b_by_name)
     tail = [f"only in one of them: {', '.join(sorted(alone))}"] if alone else []
-    note = "error: between seeds, or (one seed) of a test set of that size; * more than two standard errors"
+    note = "error: between seeds, or (one seed) of a test set of that size; scores on the same images count as dependent; * more than two standard errors"
     return "\n".join([*heads, "", *lines, "", note, *tail]), rows

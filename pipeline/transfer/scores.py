@@ -3,7 +3,8 @@
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.transfer.jobs import Job, Result, final_jobs
 from pipeline.transfer.predictions import Hits, Predictions
 from pipeline.transfer.store import Store
 from pipeline.transfer.suites import L2_GRID, VTAB_GROUPS, Probe, TransferTask
+from pipeline.vtab.tasks import TABLE as VTAB
 
 SCORES = "scores.json"
 RUN_ID = re.compile("(?:runs:/)?([0-9a-f]{32})")  # MLflow's
@@ -32,6 +34,8 @@ class Score:
     group: str
     values: tuple[float, ...]
     images: int
+    test: str
+    """The test images (`find_test_images`). The errors of scores on the same images are not independent."""
     lr: float | None = None
     clean: tuple[float, ...] | None = None
     removed: int = 0
@@ -98,6 +102,7 @@ def _few_shot_score(
         group=task.group,
         values=tuple(result.details[str(shots)][column] for result in found),
         images=found[0].images,
+        test=find_test_images(task),
         clean=tuple(h.accuracy(shots, column, without=seen) for h in hits) if seen else None,
         removed=sum(key in seen for key in hits[0].keys) if seen else 0,
     )
@@ -109,6 +114,7 @@ def _task_scores(
     """The score of a task and, if requested, its score by ReaL labels. predictions: needed for ReaL labels and
     `seen`."""
     about: dict[str, Any] = {"task": task.name, "group": task.group, "lr": found[0].lr or None}
+    about["test"] = find_test_images(task)
     if seen:
         about["removed"] = sum(key in seen for key in predictions[0].keys)
     clean = tuple(p.accuracy(without=seen) for p in predictions) if seen else None
@@ -166,9 +172,28 @@ def vtab_means(scores: Mapping[str, float]) -> tuple[float | None, dict[str, flo
     return flat, groups
 
 
+def find_test_images(task: TransferTask) -> str:
+    """An identifier of the test images of a task: the address of their dataset. Tasks of VTAB that label the same
+    images, such as clevr_count and clevr_distance, have the same one."""
+    folders = task.test.uri.split("/")
+    return "/".join(VTAB[name].dataset if name in VTAB else name for name in folders)
+
+
 def standard_error(scores: Sequence[Score]) -> float:
-    """Standard error of the mean over the rows."""
-    return math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
+    """Standard error of the mean of the scores, in points (`error_of_mean`)."""
+    return error_of_mean((score.test, score.error) for score in scores)
+
+
+def error_of_mean(errors: Iterable[tuple[str, float]]) -> float:
+    """Standard error of a mean. errors: (test images, standard error) of each value.
+
+    Values on the same images are not independent: a model that finds these images easy does well in all of them. Their
+    correlation is unknown, so it is taken to be 1, which makes the result an upper bound; values on different images
+    are independent. Var(sum of x) = sum of Cov(x, y) <= (sum of the errors)^2 within the same images."""
+    sums: defaultdict[str, list[float]] = defaultdict(list)
+    for images, error in errors:
+        sums[images].append(error)
+    return math.hypot(*map(sum, sums.values())) / sum(map(len, sums.values()))
 
 
 def without_seen(scores: Sequence[Score]) -> dict[str, float]:

@@ -224,7 +224,7 @@ def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypat
     with start_run("transfer", "scores", tracking_uri=uri) as parent:
         parent.log({"score_mean": 60.0, "score/pets": 70.0, "score/svhn": 50.0})
         scores = [
-            Score(name=name, task=name, group="natural", values=(value,), images=100)
+            Score(name=name, task=name, group="natural", values=(value,), images=100, test=name)
             for name, value in (("pets", 70.0), ("svhn", 50.0))
         ]
         for _ in range(2):  # again changes nothing

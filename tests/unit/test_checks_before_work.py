@@ -145,7 +145,7 @@ WRONG = {
         "none: no dataset here",
     ),
     "validation smaller than the image": (lambda t: {"validation_resize": 7}, "validation_resize 7 is less than"),
-    "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has 0 of the 1 GPUs"),
+    "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has no GPU"),
     "output that is no folder": (lambda t: {"output": str(t / "data" / "manifest.json" / "x")}, "is not a folder"),
     "output in a bucket without keys": (
         lambda t: {"output": "s3://no-such-bucket/x"},
@@ -163,6 +163,8 @@ WRONG = {
 @pytest.mark.parametrize("how", ["dry run", "doctor", "start"])
 def test_what_a_run_would_find_wrong_later(what, how, fields, tmp_path, monkeypatch):
     """The dry run, doctor and a real start report the same error and leave no files."""
+    if (what, how) == ("GPUs that are not there", "dry run"):
+        pytest.skip("a plan may be made on another machine: the next test")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -192,10 +194,13 @@ def test_dry_run_without_the_data_checks_everything_else(change, message, fields
         preview.dry_run(config, "cifar10", {})
 
 
-def test_dry_run_without_the_data_notes_missing_gpus(fields, tmp_path):
-    changes = {"data": str(tmp_path / "later"), "validation": None, "gpus": True}
+@pytest.mark.parametrize("data", ["later", "data"])
+def test_dry_run_of_a_gpu_run_on_a_machine_without_gpus(data, fields, tmp_path):
+    """The plan is for the GPU of --gpu, whether the data exists or not, and a note says what this machine lacks."""
+    changes = {"data": str(tmp_path / data), "validation": None, "gpus": True, "gpu": "l4"}
     text = preview.dry_run(pretrain_config(**{**fields, **changes}), "cifar10", {})
-    assert "note      --gpus: this machine has 0 of the 1 GPUs" in text
+    assert "note      planned for --gpu l4; --gpus: this machine has no GPU; to start here, use --no-gpus" in text
+    assert "on 1 x l4" in text
 
 
 def test_output_that_is_a_file_or_below_one(tmp_path):

@@ -183,7 +183,7 @@ def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
 
 def test_report_sets_our_numbers_beside_the_papers():
     scores = [
-        Score(name=name, task=name, group=group, values=(50.0, 60.0), images=1000, lr=0.01)
+        Score(name=name, task=name, group=group, values=(50.0, 60.0), images=1000, test=name, lr=0.01)
         for group, names in VTAB_GROUPS.items()
         for name in names
     ]
@@ -218,11 +218,30 @@ def test_figures_of_curves_and_confusions():
     assert figures.confusion_matrices([result()], {}) is None
 
 
+def test_the_error_of_a_mean_counts_scores_on_the_same_images_as_dependent():
+    """Six probes of one test set tell little more than one of them; two test sets are independent."""
+    folder = lambda name: Split(uri=f"/data/{name}/test")  # noqa: E731
+    probes = [TransferTask(name=str(n), train=folder("own"), test=folder("own"), protocol=Probe()) for n in range(6)]
+    many = [
+        Score(name=one.name, task=one.name, group="", values=(50.0,), images=100, test=scores.find_test_images(one))
+        for one in probes
+    ]
+    assert scores.standard_error(many[:1]) == pytest.approx(5)
+    assert scores.standard_error(many) == pytest.approx(5)
+    elsewhere = [dataclasses.replace(score, test="/data/other/test") for score in many]
+    assert scores.standard_error(many + elsewhere) == pytest.approx(5 / 2**0.5)
+    assert scores.error_of_mean([("a", 3.0), ("b", 4.0)]) == pytest.approx(2.5)
+    tasks = [dataclasses.replace(probes[0], test=folder(name)) for name in ("clevr_count", "clevr_distance", "pets")]
+    assert [scores.find_test_images(task) for task in tasks] == ["/data/clevr/test"] * 2 + [
+        "/data/oxford_iiit_pet/test"
+    ]
+
+
 def test_comparison_marks_only_differences_beyond_their_spread(tmp_path):
     first, second = str(tmp_path / "a"), str(tmp_path / "b")
     for uri, near, far, single in ((first, (50, 52), (50, 51), (50,)), (second, (51, 53), (60, 61), (52,))):
         made = [
-            Score(name=name, task=name, group="", values=values, images=1000)
+            Score(name=name, task=name, group="", values=values, images=1000, test=name)
             for name, values in (("near", near), ("far", far), ("single", single))
         ]
         scores.write_scores(uri, {"checkpoint": uri}, made, {})

@@ -22,9 +22,9 @@ CPU_UTILISATION = 0.4  # fraction of the speed of large matrix products that sma
 def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
     """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
-    changes: differences from the recipe. If the data exists, the checks are those of a real start. Otherwise the plan
-    assumes the published corpus of the recipe, and missing GPUs are only a note, because such a plan is often made on
-    another machine. Raises UserError if the run could not start."""
+    changes: differences from the recipe. If the data exists, the checks are those of a real start; otherwise the plan
+    assumes the published corpus of the recipe. Missing GPUs are only a note, because a plan is often made on another
+    machine. Raises UserError if the run could not start on a machine with its GPUs."""
     from pipeline.data.mixture import open_data
     from pipeline.training import run
     from pipeline.training.plan import make_plan
@@ -39,13 +39,13 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)
         note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus{address.hint(training.runtime.data)}\n"
-        try:
-            run.check_devices(training)
-        except UserError as lacking:
-            note += f"  note      {lacking}\n"
     else:
-        resolved = run.check_run(training)
+        resolved = run.check_run(training, devices=False)
         run.find_record(resolved, storage.normalise(training.runtime.output))
+    try:
+        run.check_devices(training)
+    except UserError as lacking:
+        note += f"  note      planned for --gpu {training.runtime.gpu}; {lacking}\n"
     text = run.describe_run(resolved, changes) + "\n" + note
     if training.runtime.gpus:
         about = PlanConfig(
