@@ -2,10 +2,10 @@
 
     python tests/benchmarks/loader_speed.py                          # limit, this loader, torch DataLoader, Ray Data, patches, plan
     python tests/benchmarks/loader_speed.py --images photos.tar      # with real photos instead of synthetic ones
-    python tests/benchmarks/loader_speed.py --peers .venv-bench      # and WebDataset, mosaicml-streaming, Hugging Face datasets
+    python tests/benchmarks/loader_speed.py --peers .venv-bench      # and seven other loaders
 
 `--peers` names a virtual environment for the loaders whose requirements contradict ours (mosaicml-streaming: numpy < 2.2):
-    python -m venv .venv-bench && .venv-bench/bin/pip install "numpy<2.2" mosaicml-streaming webdataset datasets simplejpeg \
+    python -m venv .venv-bench && .venv-bench/bin/pip install "numpy<2.2" mosaicml-streaming webdataset datasets litdata grain spdl simplejpeg \
         opencv-python-headless psutil pillow torch
 
 Protocol. One corpus of JPEGs (shorter side 256, quality 90, 4:2:0), packed for every tool without touching a byte. Every tool
@@ -23,7 +23,6 @@ import io
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,11 +40,8 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
 from pipeline.data.codecs import decode_stored  # noqa: E402
-from pipeline.data.loading.augment import Augment  # noqa: E402
-from pipeline.data.loading.transform import augment_image  # noqa: E402
+from tests.benchmarks.loader_tools import BATCH, MODULES, PEERS, SWEEP, THREADS, TOOLS  # noqa: E402
 
-BATCH, SIZE, THREADS = 256, 224, 2
-AUGMENT = Augment(size=SIZE)
 RESULTS = Path(__file__).parent / "results" / "loader_speed.json"
 
 
@@ -107,183 +102,6 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
     packed = ((f"{i:06d}", patches[i % 64], i % 1000, 224, 224) for i in range(count))
     classes = [str(i) for i in range(1000)]
     write_dataset(str(work / "patches"), packed, classes=classes, encoding="patches", image=image)
-
-
-# ---------------------------------------------------------------- the tools: each yields batches without end
-
-
-def one(data: bytes) -> np.ndarray:
-    out = np.empty((SIZE, SIZE, 3), np.uint8)
-    augment_image(AUGMENT, decode_stored(data), [random.random() for _ in range(5)], out)
-    return out
-
-
-def limit(work: Path, workers: int) -> Iterator[np.ndarray]:
-    images = [path.read_bytes() for path in sorted((work / "files").iterdir())]
-    buffers = [np.empty((BATCH, SIZE, SIZE, 3), np.uint8) for _ in range(4)]
-    generator = np.random.default_rng(0)
-
-    def fill(buffer: np.ndarray, chosen: np.ndarray, draws: list) -> None:
-        for out, i, u in zip(buffer, chosen, draws, strict=True):
-            augment_image(AUGMENT, decode_stored(images[i]), u, out)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        queue, step = [], 0
-        while True:
-            while len(queue) < 3:
-                buffer, chosen = buffers[step % 4], generator.integers(0, len(images), BATCH)
-                draws = generator.random((BATCH, 5)).tolist()
-                parts = [slice(i, i + 32) for i in range(0, BATCH, 32)]
-                queue.append((buffer, [pool.submit(fill, buffer[p], chosen[p], draws[p]) for p in parts]))
-                step += 1
-            buffer, tasks = queue.pop(0)
-            for task in tasks:
-                task.result()
-            yield buffer
-
-
-def ours(work: Path, workers: int) -> Iterator[np.ndarray]:
-    from pipeline.data import Loader, open_dataset
-
-    with Loader(open_dataset(work / "shards"), batch_size=BATCH, threads=THREADS, augment=AUGMENT) as loader:
-        while True:
-            for batch in loader:
-                yield batch["image"].numpy()
-
-
-class _Files:
-    """A map-style dataset for torch's DataLoader."""
-
-    def __init__(self, work: Path) -> None:
-        self.paths = sorted((work / "files").iterdir())
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return one(self.paths[i].read_bytes())
-
-
-def _torch_loader(dataset: object, workers: int, **options: object) -> Iterator[np.ndarray]:
-    import torch
-    from torch.utils.data import DataLoader
-
-    torch.set_num_threads(1)
-    loader = DataLoader(dataset, BATCH, num_workers=workers, persistent_workers=workers > 0, drop_last=True, **options)
-    while True:
-        for batch in loader:
-            yield (batch["image"] if isinstance(batch, dict) else batch).numpy()
-
-
-def torch_dataloader(work: Path, workers: int) -> Iterator[np.ndarray]:
-    return _torch_loader(_Files(work), workers, shuffle=True)
-
-
-def _webdataset_row(row: dict) -> np.ndarray:
-    return one(row["jpg"])
-
-
-def webdataset(work: Path, workers: int) -> Iterator[np.ndarray]:
-    import webdataset as wds
-
-    shards = sorted(str(path) for path in (work / "tar").iterdir())
-    pipeline = wds.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(1000).map(_webdataset_row)
-    return _torch_loader(pipeline, workers)
-
-
-def mosaicml_streaming(work: Path, workers: int) -> Iterator[np.ndarray]:
-    import torch
-
-    # The import loads torchvision. With a CPU build of torch, its CUDA wheel lacks these two operators, which are not
-    # used here.
-    with contextlib.suppress(RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from streaming import MDSWriter, StreamingDataset
-
-    class Rows(StreamingDataset):
-        def __getitem__(self, i: int) -> np.ndarray:
-            return one(super().__getitem__(i)["image"])
-
-    if not (work / "mds").exists():
-        with MDSWriter(out=str(work / "mds"), columns={"image": "bytes", "label": "int"}) as writer:
-            for i, path in enumerate(sorted((work / "files").iterdir())):
-                writer.write({"image": path.read_bytes(), "label": i % 1000})
-    return _torch_loader(Rows(local=str(work / "mds"), shuffle=True, batch_size=BATCH), workers)
-
-
-def _datasets_rows(rows: dict) -> dict:
-    return {"image": [one(data) for data in rows["image"]]}
-
-
-def hf_datasets(work: Path, workers: int) -> Iterator[np.ndarray]:
-    import datasets
-
-    files = [str(path) for path in sorted((work / "shards").glob("part-*.parquet"))]
-    table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(work / "hf"), split="train")
-    return _torch_loader(table.select_columns(["image"]).with_transform(_datasets_rows), workers, shuffle=True)
-
-
-def _ray_rows(rows: dict) -> dict:
-    return {"image": np.stack([one(data) for data in rows["image"]])}
-
-
-def ray_data(work: Path, workers: int) -> Iterator[np.ndarray]:
-    """Stock Ray Data: read_parquet, map_batches with the fast function, iter_batches; default settings, two CPUs."""
-    import ray
-
-    ray.init(address="local", num_cpus=THREADS, include_dashboard=False, logging_level="error", log_to_driver=False,
-             runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}})  # fmt: skip
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.read_parquet([str(p) for p in sorted((work / "shards").glob("part-*.parquet"))], columns=["image"])
-    rows = rows.map_batches(_ray_rows, batch_size=64)
-    while True:
-        for batch in rows.iter_batches(batch_size=BATCH, drop_last=True, local_shuffle_buffer_size=2 * BATCH):
-            yield batch["image"]
-
-
-def patches_copy(work: Path, workers: int) -> Iterator[np.ndarray]:
-    """The limit for patches: rows of memory-mapped files copied into batches by one thread, in order."""
-    from pipeline.data import open_dataset
-
-    dataset = open_dataset(work / "patches")
-    groups = [dataset.read_row_group(i).images for i in range(len(dataset.row_groups))]
-    buffers, step, row = [np.empty((BATCH, 196, 768), np.uint8) for _ in range(4)], 0, 0
-    while True:
-        for group in groups:
-            for patches in group:
-                buffers[step % 4][row] = patches
-                row += 1
-                if row == BATCH:
-                    yield buffers[step % 4]
-                    step, row = step + 1, 0
-
-
-def patches_ours(work: Path, workers: int) -> Iterator[np.ndarray]:
-    from pipeline.data import Loader, open_dataset
-
-    with Loader(open_dataset(work / "patches"), batch_size=BATCH, threads=1) as loader:
-        while True:
-            for batch in loader:
-                yield batch["patches"].numpy()
-
-
-TOOLS = [
-    limit,
-    ours,
-    torch_dataloader,
-    ray_data,
-    webdataset,
-    mosaicml_streaming,
-    hf_datasets,
-    patches_copy,
-    patches_ours,
-]
-SWEEP = {"torch_dataloader", "webdataset", "mosaicml_streaming", "hf_datasets"}
-PEERS = {"webdataset", "mosaicml_streaming", "hf_datasets"}
-MODULES = {"ours": "pipeline.data.loading.loader", "ray_data": "ray.data", "webdataset": "webdataset"}
-MODULES |= {"hf_datasets": "datasets", "patches_ours": "pipeline.data.loading.loader"}
 
 
 # ---------------------------------------------------------------- measuring
@@ -388,7 +206,7 @@ def child(python: str, *arguments: object, timeout: float = 300) -> dict:
 
 def versions(python: str) -> dict:
     names = ["numpy", "opencv-python-headless", "simplejpeg", "torch", "ray", "pyarrow"]
-    names += ["webdataset", "mosaicml-streaming", "datasets"]
+    names += ["webdataset", "mosaicml-streaming", "datasets", "litdata", "grain", "spdl"]
     code = (
         "import importlib.metadata as m, json\nv = {}\n"
         f"for n in {names}:\n  try: v[n] = m.version(n)\n  except m.PackageNotFoundError: pass\nprint(json.dumps(v))"
