@@ -14,6 +14,7 @@ import json
 
 from pipeline import storage
 from pipeline.config import parse_command, run_job
+from pipeline.errors import plural
 from pipeline.operations.options import CompareConfig
 from pipeline.outputs import check_output
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
         inside = comparison.to_markdown(rows, limit=10, inside=True)
         about = Description(
             what=inside,
-            data=[f"{len(rows)} transfer results of the same MLflow server"],
+            data=[f"{plural(len(rows), 'transfer result')} of the same MLflow server"],
             to_continue="repeat the command to make a new leaderboard.",
         )
         with start_run(names.COMPARE, options.suite or "all suites", about=about, tracking_uri=uri) as run:

@@ -22,7 +22,7 @@ import tempfile
 from models.compatibility import check_huggingface, check_timm
 from pipeline import storage
 from pipeline.config import parse_command, run_job
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.operations.options import ExportConfig
 from pipeline.outputs import check_output
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(result))
     else:
         print(
-            f"parity: {options.to} against this project on {parity.images} images: {parity.what} differ by at most "
+            f"parity: {options.to} against this project on {plural(parity.images, 'image')}: {parity.what} differ by at most "
             f"{parity.max_difference:.1e} (largest {parity.max_value:.2f}), same maximum on {parity.same_argmax} of "
             f"{parity.images}"
         )

@@ -25,7 +25,7 @@ import tyro
 
 from pipeline import cluster, config, logs, storage
 from pipeline.data.prepare.config import RECIPES, PrepareConfig, PrepareJob
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.vtab.config import VtabConfig
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class VtabCommand(VtabConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyCommand:
-    """Check a finished dataset against its manifest. Exit code 1 when anything is wrong."""
+    """Check finished datasets against their manifests. Exit code 1 when anything is wrong."""
 
     uri: tyro.conf.Positional[str]
-    """Dataset to check: a folder or an s3:// prefix with a manifest.json."""
+    """Dataset to check, or a folder of datasets, such as the splits that --splits wrote: all are checked."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -169,7 +169,7 @@ def show_downloads(options: Command, result: dict[str, Any], stdout: TextIO) -> 
         f"{reasons} may_pass={counts['may_pass']} bytes={counts['bytes']}  {counts['uri']}"
     )
     if counts["may_pass"]:
-        logger.warning("%d downloads failed temporarily; repeat the command to retry them", counts["may_pass"])
+        logger.warning("%s failed temporarily; repeat the command to retry", plural(counts["may_pass"], "download"))
     logs.show(f"next: python jobs/prepare.py --source {counts['uri']} --output ...")
     return 0
 
@@ -206,14 +206,18 @@ def gather(argv: list[str], flag: str) -> list[str]:
 
 
 def verify(options: VerifyCommand) -> int:
-    from pipeline.data.format.verify import verify_dataset
+    from pipeline.data.format.verify import verify_folder
 
-    problems = verify_dataset(options.uri)
+    found = verify_folder(options.uri)
+    is_sound = not any(found.values())
     if options.json:
-        print(json.dumps({"uri": options.uri, "ok": not problems, "problems": problems}))
+        datasets = [{"uri": uri, "ok": not problems, "problems": problems} for uri, problems in found.items()]
+        print(json.dumps({"uri": options.uri, "ok": is_sound, "datasets": datasets}))
     else:
-        print("\n".join(problems) if problems else f"{options.uri}: verified, no problems found")
-    return 1 if problems else 0
+        for uri, problems in found.items():
+            lines = [f"{uri}: {problem}" for problem in problems] or [f"{uri}: verified, no problems found"]
+            print("\n".join(lines))
+    return 0 if is_sound else 1
 
 
 def delete(options: DeleteCommand) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.config import parse_command, run_job
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.operations.options import VisualizeConfig
 from pipeline.outputs import check_output
 
@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
     source = options.images or sample_uri(config)
     size, channels = model.config["image_size"], model.config["channels"]
     images = torch.from_numpy(sample_images(source, size, options.limit, channels))
-    logger.info("%d images of %s", len(images), source or "scikit-learn's photographs: give your own with --images")
+    logger.info(
+        "%s of %s", plural(len(images), "image"), source or "scikit-learn's photographs: give your own with --images"
+    )
     with torch.inference_mode():
         inspection = inspect_model(model, images)
     numbers = {
@@ -109,7 +111,7 @@ def log_inspection(
     title = checkpoint_name(place)
     about = Description(
         what=f"Inspection of {numbers['variant']}: filters, positions, attention distance and rollout.",
-        data=[f"checkpoint {place}", f"{numbers['images']} images of {numbers['source'] or 'scikit-learn'}"],
+        data=[f"checkpoint {place}", f"{plural(numbers['images'], 'image')} of {numbers['source'] or 'scikit-learn'}"],
         to_continue="repeat the command to draw the figures again.",
     )
     tags = {names.CHECKPOINT: place}

@@ -17,6 +17,16 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def plural(number: float | str, noun: str) -> str:
+    """A number with its noun: "1 image", "1,234 images", "2 classes"."""
+    text = number if isinstance(number, str) else f"{number:,}"
+    if number == 1:
+        return f"{text} {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{text} {noun[:-1]}ies"
+    return f"{text} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+
+
 def shorten(names: Iterable[str], limit: int = 12) -> str:
     """'a, b, c and 7 more': the first `limit` names and the number of remaining ones."""
     names = list(names)

@@ -31,7 +31,7 @@ import psutil
 import yaml
 
 from pipeline import cluster, credentials, help, logs, storage
-from pipeline.errors import JobFailed, UserError, nearest
+from pipeline.errors import JobFailed, UserError, nearest, plural
 
 Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin in (tuple, list) and isinstance(value, (list, tuple)):
         if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
             if len(value) != len(arguments):
-                raise UserError(f"{where}: expected {len(arguments)} values, found {len(value)}")
+                raise UserError(f"{where}: expected {plural(len(arguments), 'value')}, found {len(value)}")
             return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
         return origin(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):

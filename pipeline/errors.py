@@ -1,7 +1,7 @@
 """Errors that a job reports in one line. UserError (wrong input) is defined in
 `models.errors`, because imports go pipeline -> models."""
 
-from models.errors import UserError, nearest, shorten
+from models.errors import UserError, nearest, plural, shorten
 
 __all__ = [
     "TRY_LATER",
@@ -14,6 +14,7 @@ __all__ = [
     "Unavailable",
     "UserError",
     "nearest",
+    "plural",
     "shorten",
 ]
 

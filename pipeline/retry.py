@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline.credentials import redacted
-from pipeline.errors import Unavailable, UserError
+from pipeline.errors import Unavailable, UserError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -82,5 +82,5 @@ def retry(
         seconds = patience()
         if time.monotonic() + pause > begin + seconds or (closing or threading.Event()).wait(pause):
             raise Unavailable(
-                f"{name}: no answer after {failed} attempts in {seconds:g} s; the last one: {reason}; {remedy}"
+                f"{name}: no answer after {plural(failed, 'attempt')} in {seconds:g} s; the last one: {reason}; {remedy}"
             ) from problem

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models import posemb
-from models.errors import UserError, shorten
+from models.errors import UserError, plural, shorten
 from models.weights.foreign import hint
 from models.weights.tensors import Conventions, NamedWeights, Weights
 from models.weights.timm import TASK_PARTS
@@ -40,7 +40,7 @@ class LoadReport:
     """Differences that change the results: resized positions, another GELU."""
 
     def __str__(self) -> str:
-        lines = [f"{self.source} ({self.naming}): {len(self.loaded)} tensors loaded"]
+        lines = [f"{self.source} ({self.naming}): {plural(len(self.loaded), 'tensor')} loaded"]
         if self.fresh:
             lines.append(f"  keeps its initial values: {', '.join(self.fresh)}")
         if self.dropped:

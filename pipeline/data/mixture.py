@@ -21,7 +21,7 @@ from pipeline.data import address
 from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 
 class Mixture(Dataset):
@@ -38,7 +38,7 @@ class Mixture(Dataset):
         self._labels = [np.array([*(index[name] for name in part.classes), -1], np.int32) for part in parts]
 
     def __repr__(self) -> str:
-        return f"Mixture({self.uri!r}, {len(self)} x {self.encoding}, {len(self.classes)} classes)"
+        return f"Mixture({self.uri!r}, {len(self)} x {self.encoding}, {plural(len(self.classes), 'class')})"
 
     def _part(self, row_group: int) -> tuple[int, Dataset, int]:
         """The number of a row group's data set, the data set, and the number of the row group in it."""
@@ -97,7 +97,7 @@ def check_samples(data: Dataset, lanes: int) -> None:
     for part in data.parts if isinstance(data, Mixture) else [data]:
         if len(part) < lanes:
             raise UserError(
-                f"{part.uri}: {len(part)} samples cannot fill {lanes} lanes; set lanes to a smaller divisor of the batch"
+                f"{part.uri}: {plural(len(part), 'sample')} cannot fill {plural(lanes, 'lane')}; set lanes to a smaller divisor of the batch"
             )
 
 

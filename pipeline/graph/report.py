@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import plural
 from pipeline.graph import cost, results
 from pipeline.graph.estimate import Estimate
 from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
@@ -76,10 +77,10 @@ def detail(plan: Plan, name: str, status: Status) -> str:
 def brief(result: Mapping[str, Any]) -> str:
     """A short text for the result of a job."""
     if "prepared" in result:
-        return f"{result['prepared']:,} images, {result['rejects']:,} rejects"
+        return f"{plural(result['prepared'], 'image')}, {plural(result['rejects'], 'reject')}"
     if "steps" in result:
         top1 = f", top-1 {result['top1']:.2f}%" if "top1" in result else ""
-        return f"{result['steps']:,} steps{top1}"
+        return f"{plural(result['steps'], 'step')}{top1}"
     if "promoted" in result:
         if result["promoted"]:
             return f"version {result['promoted']} is champion, {result['score']:.2f}"
@@ -127,7 +128,7 @@ def dry_run(
 ) -> str:
     """The stages that would run, with reasons and estimated costs."""
     todo = [name for name in selected if states[name].state != DONE or name in plan.forced]
-    lines = [f"{plan.pipeline.name}: {len(todo)} of {len(states)} stages would run, in {plan.state.root}", ""]
+    lines = [f"{plan.pipeline.name}: {len(todo)} of {plural(len(states), 'stage')} would run, in {plan.state.root}", ""]
     if not todo:
         return lines[0]
     width = min(36, max(len(name) for name in todo))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import plural
 from pipeline.tracking.leaderboard import GROUPS, Row
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def figure(rows: list[Row]) -> "Figure | None":
         panel.set_xscale("log")
         panel.set_xlabel("pre-training compute [exaFLOPs]")
         panel.set_ylabel("mean transfer accuracy [%]")
-        panel.set_title(f"{suite} ({len(part[0].tasks)} tasks)" if part[0].tasks else suite)
+        panel.set_title(f"{suite} ({plural(len(part[0].tasks), 'task')})" if part[0].tasks else suite)
         panel.grid(True, which="both", alpha=0.25)
         panel.margins(x=0.25, y=0.2)
         panel.set_ylim(top=min(100.0, panel.get_ylim()[1]))

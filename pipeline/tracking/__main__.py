@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from pipeline import config
 from pipeline.credentials import redacted
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.tracking.delivery import deliver_all
 from pipeline.tracking.spool import Spool, SpoolFolders, find_spools, spool_root
 
@@ -75,11 +75,12 @@ def upload(waiting: SpoolFolders) -> int:
     for spool, done in deliver_all(waiting.abandoned):
         what = describe_spool(spool)
         if not done.left:
-            print(f"uploaded {what}: {done.delivered} records")
+            print(f"uploaded {what}: {plural(done.delivered, 'record')}")
             continue
         left += done.left
         print(
-            f"uploaded {done.delivered} records of {what}; remaining: {done.left}, in {spool.folder}", file=sys.stderr
+            f"uploaded {plural(done.delivered, 'record')} of {what}; remaining: {done.left}, in {spool.folder}",
+            file=sys.stderr,
         )
         if done.error:
             print(f"  not sent: {done.error}", file=sys.stderr)

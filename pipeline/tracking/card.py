@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.data import address
 from pipeline.data.format.revision_names import manifest_uri
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.tracking import names
 
 NOT_STATED = "not stated"
@@ -90,9 +90,10 @@ def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | 
     """The card as Markdown. evaluations: {suite:suite version: {mean, spread, scores}}, accuracies in percent."""
     model, commit, runtime = facts.config.get("model", {}), facts.commit, _runtime(facts.config)
     step, images = commit.get("step"), commit.get("images_seen")
+    seen = f", {plural(images, 'image')} seen" if images else ""
     lines = [
         f"**Model:** {model.get('variant', 'unknown')} at {model.get('image_size', '?')} px, "
-        f"{model.get('num_classes', '?')} classes; step {step}{f', {images:,} images seen' if images else ''}"
+        f"{plural(model.get('num_classes', '?'), 'class')}; step {step}{seen}"
         f"{f', recipe {facts.recipe}' if facts.recipe else ''}.",
         f"**Input:** RGB images, shorter side resized to {_resize(facts.config)} px, centre crop; the model normalises the "
         "pixels.",
@@ -120,8 +121,8 @@ def _data_line(title: str, uri: Any, manifest: Mapping[str, Any]) -> str:
     found = dict.fromkeys([*(_manifest_config(manifest).get("source") or ()), *added])
     sources = ", ".join(map(str, found)) or NOT_STATED
     return (
-        f"**{title}:** {uri}, fingerprint {manifest.get('fingerprint')}: {manifest.get('rows', 0):,} images of "
-        f"{len(manifest.get('classes') or ())} classes, made from {sources}."
+        f"**{title}:** {uri}, fingerprint {manifest.get('fingerprint')}: {plural(manifest.get('rows', 0), 'image')} of "
+        f"{plural(len(manifest.get('classes') or ()), 'class')}, made from {sources}."
     )
 
 
@@ -130,7 +131,7 @@ def _decontamination_line(manifest: Mapping[str, Any]) -> str:
         return "**Decontamination:** unknown."
     sets = _manifest_config(manifest).get("decontaminate") or ()
     duplicates = manifest.get("duplicates")
-    removed = f" {duplicates:,} images were removed in all." if isinstance(duplicates, int) and duplicates else ""
+    removed = f" {plural(duplicates, 'image')} removed in all." if isinstance(duplicates, int) and duplicates else ""
     if not sets:
         return f"**Decontamination:** none; the training data may contain images of evaluation sets.{removed}"
     return f"**Decontamination:** without the images of {', '.join(map(str, sets))}.{removed}"
@@ -139,7 +140,7 @@ def _decontamination_line(manifest: Mapping[str, Any]) -> str:
 def _validation_line(metrics: Mapping[str, float], uri: Any, manifest: Mapping[str, Any]) -> str:
     if names.VAL_TOP1 not in metrics:
         return "**Validation:** none."
-    rows = f" ({manifest['rows']:,} images)" if manifest.get("rows") else ""
+    rows = f" ({plural(manifest['rows'], 'image')})" if manifest.get("rows") else ""
     return f"**Validation:** top-1 {metrics[names.VAL_TOP1]:.2f}% on {uri}{rows}."
 
 

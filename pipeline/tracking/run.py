@@ -26,7 +26,7 @@ import yaml
 from pipeline import metrics as live
 from pipeline.config import flatten, to_dict
 from pipeline.credentials import redacted
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.tracking import description, environment, names, server
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.server import first_line, resolve_tracking_uri, run_url
@@ -233,7 +233,7 @@ class Run:
                 self.describe((description.COST,), description.cost_paragraph(self._costs))
             lost = self.spool.metrics.lost + self.spool.artifacts.lost
             if lost:
-                self.set_tags({"lost": f"{lost} records were lost: the buffer was full"})
+                self.set_tags({"lost": f"{plural(lost, 'record')} lost: the buffer was full"})
             end = {"kind": "end", "status": status, "time": int(time.time() * 1000)}
             self.spool.metrics.append(end | {"reason": names.valid_value(redacted(reason))})
         self.flush(timeout)
@@ -250,13 +250,13 @@ class Run:
         lost = self.spool.metrics.lost + self.spool.artifacts.lost
         if lost:
             logger.warning(
-                "tracking: %d records of run %s were lost: the buffer in %s was full", lost, self.id, spool_root()
+                "tracking: %s of run %s lost: the buffer in %s was full", plural(lost, "record"), self.id, spool_root()
             )
         if not delivered:
             logger.warning(
-                "tracking: %d records of run %s were not delivered to %s, %d of them refused (%s); they are kept in %s. "
+                "tracking: %s of run %s not delivered to %s, %d of them refused (%s); kept in %s. "
                 "Upload them with: python -m pipeline.tracking upload",
-                left + rejected,
+                plural(left + rejected, "record"),
                 self.id,
                 redacted(self.uri),
                 rejected,

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline import storage
-from pipeline.errors import StorageError, Unavailable, UserError
+from pipeline.errors import StorageError, Unavailable, UserError, plural
 from pipeline.weights.checkpoints import (
     COMMIT,
     FORMAT,
@@ -119,7 +119,7 @@ def survey(run: str) -> list[FolderState]:
             continue
         files = checkpoint.commit["files"]
         size = sum(info["size"] for info in files.values()) / 1e6
-        about = f"step {checkpoint.step}, {len(files)} files, {size:.1f} MB, {checkpoint.commit['created']}"
+        about = f"step {checkpoint.step}, {plural(len(files), 'file')}, {size:.1f} MB, {checkpoint.commit['created']}"
         findings.append(FolderState(uri=uri, state="complete", about=about))
     return findings
 

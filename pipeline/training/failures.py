@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from pipeline import host_memory, logs, ray_state
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import StorageError, UserError, plural
 from pipeline.training.advice import out_of_memory as memory_advice
 from pipeline.training.config import PretrainConfig
 from pipeline.training.preemption import Preempted, Stopped
@@ -100,7 +100,9 @@ class Elastic(ElasticPolicy):
             self.waiting_since = time.monotonic()
         elif time.monotonic() - self.waiting_since > 30:
             self.waiting_since = time.monotonic()
-            logger.warning("not enough resources for the minimum of %d workers; waiting for nodes", self.sizes[0])
+            logger.warning(
+                "not enough resources for the minimum of %s; waiting for nodes", plural(self.sizes[0], "worker")
+            )
         if self.waiting_since:
             time.sleep(1)  # Ray calls this method again immediately
         return decision
@@ -119,7 +121,7 @@ class Elastic(ElasticPolicy):
         if isinstance(decision, ResizeDecision):
             # The workers save their state and restart with the new number.
             workers, wanted = worker_group_state.num_workers, decision.num_workers
-            logger.info("%d workers save their state to continue as %d", workers, wanted)
+            logger.info("%s: saving the state to continue as %d", plural(workers, "worker"), wanted)
             notify_workers(worker_group_state, RESIZE_WITHIN)
             return NoopDecision()
         return decision

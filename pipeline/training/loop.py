@@ -26,6 +26,7 @@ from pipeline.data.format import Dataset
 from pipeline.data.loading.order import DROPOUT, bits
 from pipeline.data.loading.processes import ProcessLoader, default_processes
 from pipeline.data.mixture import open_data
+from pipeline.errors import plural
 from pipeline.hardware import device_memory
 from pipeline.tracking import Run, names
 from pipeline.training import checkpoint
@@ -77,7 +78,8 @@ class Trainer:
         self.plan = plan = plan_for(config, self.dataset, worker)
         if config.runtime.gpus and config.engine.micro_batch is None:
             self.info(
-                "micro-batches of %d images fit this GPU (--engine.micro-batch sets another number)", plan.micro_batch
+                "micro-batches of %s fit this GPU (--engine.micro-batch sets another number)",
+                plural(plan.micro_batch, "image"),
             )
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         model = create_model(**plan.model_options)
@@ -306,7 +308,7 @@ class Trainer:
         with checkpoint.StateReader(start.uri, list(start.commit["files"])) as reader:
             self.engine.restore(reader.read, reader.kinds, start.step - self.guard.skipped)
         self.engine.loss_scale = start.commit.get("loss_scale", {})
-        self.info("resumed from %s on %d workers", start.uri, self.worker.world)
+        self.info("resumed from %s on %s", start.uri, plural(self.worker.world, "worker"))
 
     # ------------------------------------------------------------ logging, on rank 0
 

@@ -14,7 +14,7 @@ from pipeline import config as configuration
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import check_layout, default_lanes
 from pipeline.data.mixture import Mixture, check_samples, smallest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.hardware import find_gpu
 from pipeline.training.config import EngineConfig, PretrainConfig
 from pipeline.training.memory import fit_micro_batch
@@ -98,7 +98,7 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
     processes = config.runtime.loading_processes or 1
     if lanes // workers % processes:
         raise UserError(
-            f"--loading-processes {processes} cannot share the {lanes // workers} lanes of each worker; use a divisor"
+            f"--loading-processes {processes} cannot share the {plural(lanes // workers, 'lane')} of each worker; use a divisor"
         )
     per_worker = batch // workers
     channels = dataset.manifest.image.get("channels", 3)
@@ -108,8 +108,8 @@ def make_plan(config: PretrainConfig, dataset: Dataset, workers: int, *, gpu_mem
         micro = _micro_batch(config, model_options(config, len(dataset.classes), channels), workers, memory)
     if micro < 1 or per_worker % micro:
         raise UserError(
-            f"engine.micro_batch {micro} does not divide the {per_worker} images of each worker (batch_size {batch} over "
-            f"{workers} workers)"
+            f"engine.micro_batch {micro} does not divide the {plural(per_worker, 'image')} of each worker (batch_size {batch} over "
+            f"{plural(workers, 'worker')})"
         )
     steps_per_epoch = len(dataset) // lanes // (batch // lanes)
     return TrainPlan(
@@ -325,7 +325,7 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
         raise UserError(
-            f"batch_size {config.batch_size} is larger than {uri} with {len(dataset)} images; use a smaller batch"
+            f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; use a smaller batch"
         )
     if dataset.encoding == "patches":
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):

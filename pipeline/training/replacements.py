@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 NAMED = 1000
 """Maximum number of images that a checkpoint lists; beyond it, only the count is saved."""
@@ -49,7 +49,7 @@ class Replacements:
         if self.limit is not None and self.count > self.limit:
             key, why = next(reversed(self.images.items()))
             raise UserError(
-                f"{self.count} images could not be decoded and were replaced; --max-replaced allows {self.limit}. The last one is "
+                f"replaced {plural(self.count, 'image')} that could not be decoded; --max-replaced allows {self.limit}. The last one is "
                 f"{key} ({why}); `jobs/prepare.py verify` finds changed shards, otherwise prepare the data again"
             )
         return self.count

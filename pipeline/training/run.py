@@ -22,7 +22,7 @@ from pipeline import config as configuration
 from pipeline.data import address, open_dataset
 from pipeline.data.address import data_name
 from pipeline.data.mixture import Mixture, open_data
-from pipeline.errors import JobFailed, UserError
+from pipeline.errors import JobFailed, UserError, plural
 from pipeline.lease import LAUNCH, Lease
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
@@ -247,13 +247,13 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         elastic = f", or, elastically, {', '.join(map(str, sizes(plan)))}"
     lines = [
         f"pretrain: {model}",
-        f"  data      {config.runtime.data}: {plan.samples} images, {len(plan.classes)} classes, fingerprint "
+        f"  data      {config.runtime.data}: {plural(plan.samples, 'image')}, {plural(len(plan.classes), 'class')}, fingerprint "
         f"{plan.data_fingerprint}",
         *describe_mixture(plan),
-        f"  schedule  {plan.total} steps of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
+        f"  schedule  {plural(plan.total, 'step')} of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
-        f"  workers   {plan.workers} x {plan.per_worker} images ({plan.accumulation} micro-batch{'es' * (plan.accumulation > 1)} of {plan.micro_batch}), "
-        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plan.lanes} lanes{elastic}",
+        f"  workers   {plan.workers} x {plural(plan.per_worker, 'image')} ({plural(plan.accumulation, 'micro-batch')} of {plan.micro_batch}), "
+        f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plural(plan.lanes, 'lane')}{elastic}",
     ]
     shown = {key.removeprefix("runtime."): values for key, values in changes.items()}
     return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items())])
@@ -315,8 +315,8 @@ def describe_mixture(plan: TrainPlan) -> list[str]:
         epochs = float(share) * plan.total * plan.config.batch_size / len(part)
         others = {label for other in data.parts if other is not part for label in other.classes}
         lines.append(
-            f"            {float(share):7.2%} {name}: {len(part)} images, {epochs:.2f} epochs of it in the run, "
-            f"{len(part.classes)} classes ({len(others & set(part.classes))} also in others), fingerprint "
+            f"            {float(share):7.2%} {name}: {plural(len(part), 'image')}, {epochs:.2f} epochs of it in the run, "
+            f"{plural(len(part.classes), 'class')} ({len(others & set(part.classes))} also in others), fingerprint "
             f"{part.manifest.fingerprint}"
         )
     return lines
@@ -327,13 +327,13 @@ def _about_run(plan: TrainPlan, recipe: str) -> Description:
     config, options = plan.config, plan.model_options
     what = (
         f"Pre-training of {config.model.variant} ({parameters(options) / 1e6:.1f}M parameters) "
-        f"{f'with the recipe {recipe} ' if recipe else ''}at {config.image_size} px: {plan.total:,} steps of "
+        f"{f'with the recipe {recipe} ' if recipe else ''}at {config.image_size} px: {plural(plan.total, 'step')} of "
         f"{config.batch_size}, {plan.total / plan.steps_per_epoch:.1f} epochs."
     )
     data = []
     for role, uri in _datasets(config).items():
         manifest = open_dataset(uri).manifest
-        data.append(f"{role} {uri} ({manifest.rows:,} images, {len(manifest.classes)} classes)")
+        data.append(f"{role} {uri} ({plural(manifest.rows, 'image')}, {plural(len(manifest.classes), 'class')})")
     again = (
         f"repeat the command to continue from the newest checkpoint in {config.runtime.output}, or run "
         "`python jobs/pretrain.py --config config.yaml` with the config.yaml among the artifacts."

@@ -18,6 +18,7 @@ from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.samples import stored_pictures
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.mixture import open_data
+from pipeline.errors import plural
 from pipeline.pictures import sheet
 from pipeline.tracking import Run
 from pipeline.training.config import PretrainConfig
@@ -48,7 +49,7 @@ def log_batch(run: Run, batch: Mapping[str, Any], plan: TrainPlan) -> None:
         if config.loss == "masked":
             share = plan.model_options.get("corrupt", 0.5)
             notes.append(f"the model corrupts {share:.0%} of the patch embeddings, which is not shown")
-        what = f"{len(pictures)} of {config.batch_size} images of the first batch at {config.image_size} px"
+        what = f"{len(pictures)} of {plural(config.batch_size, 'image')} of the first batch at {config.image_size} px"
         run.log_bytes(sheet(pictures, titles, f"{what}: {', '.join(notes)}"), BATCH)
     except Exception as error:  # a failed image must not stop the run
         logger.warning("cannot draw the first batch: %s", error)
@@ -114,7 +115,7 @@ def attention_sheet(model: VisionTransformer, config: PretrainConfig, validation
         pictures += [image, (image * (0.12 + 0.88 * light[:, :, None])).astype(np.uint8)]
         guess = f"predicted {trained[int(model(batch)[0].argmax())]}" if classes else "attention"
         titles += [_label(label, validation.classes), guess]
-    heading = f"Attention of the output to the patches (rollout) in {len(rows)} images of {config.runtime.validation}"
+    heading = f"Attention of the output to the patches (rollout) in {plural(len(rows), 'image')} of {config.runtime.validation}"
     return sheet(pictures, titles, heading)
 
 

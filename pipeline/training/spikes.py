@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from pipeline.errors import plural
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -125,7 +127,7 @@ class LossSpikeGuard:
             reason = "gradient not finite"
         if self.in_a_row >= self.stop_after:
             raise RuntimeError(
-                f"{self.in_a_row} steps in a row were skipped; reason of the last one, {verdict.step}: {reason}. Lower "
+                f"skipped {plural(self.in_a_row, 'step')} in a row; reason of the last one, {verdict.step}: {reason}. Lower "
                 "optimizer.lr, use engine.precision bf16 or fp32, or check the data; the last checkpoint is kept"
             )
         return f"step {verdict.step}: {reason}, step skipped ({self.skipped} so far)"

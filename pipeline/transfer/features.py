@@ -21,7 +21,7 @@ import torch
 from pipeline import logs, storage, workqueue
 from pipeline.config import fingerprint
 from pipeline.data.loading.augment import Augment
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.transfer.backbones import build_model
 from pipeline.transfer.finetune import Examples, Execution, pad_labels, read_examples
 from pipeline.transfer.suites import Probe, Split
@@ -163,7 +163,9 @@ def extract_features(
                 part = parts[outcome.name]
                 if outcome.error is not None:
                     errors[part.features] = str(outcome.error)
-                progress.advance(part.features.rows / part.n, f"{images:.0f} images of {len(missing)} datasets")
+                progress.advance(
+                    part.features.rows / part.n, f"{images:.0f} images of {plural(len(missing), 'dataset')}"
+                )
     for wanted in missing:
         if wanted not in errors:
             names = [part.file for part in wanted.parts(workers)]

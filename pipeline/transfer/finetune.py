@@ -25,6 +25,7 @@ from pipeline.data import Loader
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.upload import Upload
+from pipeline.errors import plural
 from pipeline.training.config import EngineConfig
 from pipeline.training.kernels import compile_model
 from pipeline.training.schedule import ScheduleConfig, learning_rate
@@ -149,7 +150,7 @@ class FineTuning:
                 if self.micro_batch == 1:
                     raise
                 self.micro_batch //= 2
-                logger.warning("out of GPU memory: reducing the micro-batch to %d images", self.micro_batch)
+                logger.warning("out of GPU memory: reducing the micro-batch to %s", plural(self.micro_batch, "image"))
         nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
         self.optimiser.step()
         if self.ema is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import to_dict
 from pipeline.data.loading.samples import stored_pictures
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.pictures import sheet
 from pipeline.tracking import Run, description, names, registry, start_run
 from pipeline.tracking.views import page
@@ -72,11 +72,13 @@ class Recorder:
         train, test = (self.datasets[split].manifest.rows for split in (task.train, task.test))
         group = f" ({task.group})" if task.group else ""
         kind = (
-            f"fine-tuned for {task.protocol.steps} steps" if isinstance(task.protocol, FineTune) else "frozen features"
+            f"fine-tuned for {plural(task.protocol.steps, 'step')}"
+            if isinstance(task.protocol, FineTune)
+            else "frozen features"
         )
         return (
             f"Task {task.name}{group}: {kind} at {task.protocol.resolution} px.\n\n"
-            f"{description.DATA} {train:,} training images of {task.train.uri}, {test:,} test images of {task.test.uri}"
+            f"{description.DATA} {plural(train, 'training image')} of {task.train.uri}, {plural(test, 'test image')} of {task.test.uri}"
         )
 
     def _results(self, child: Run, task: TransferTask, results: Sequence[Result]) -> None:
@@ -117,7 +119,7 @@ class Recorder:
             logger.warning("cannot draw the mistakes of %s: %s", task.name, error)
             return
         titles = [mistakes.describe_mistake(found, int(i), classes) for i in wrong]
-        share = f"{len(found.keys) - int(found.correct().sum()):,} of {len(found.keys):,} test images"
+        share = f"{len(found.keys) - int(found.correct().sum()):,} of {plural(len(found.keys), 'test image')}"
         heading = f"Misclassified by {task.name}: label → prediction ({share})"
         child.log_bytes(sheet(shown, titles, heading, columns=6, side=168), "misclassified.png")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pipeline import cluster, logs, storage
+from pipeline.errors import plural
 from pipeline.outputs import check_output
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
@@ -141,7 +142,9 @@ def record_suite(
         if failures:
             job, error = next(iter(failures.items()))
             tasks = {name.partition("/")[0] for name in failures}
-            parent.finish("FAILED", reason=f"{len(tasks)} of {len(suite.tasks)} tasks failed, such as {job}: {error}")
+            parent.finish(
+                "FAILED", reason=f"{len(tasks)} of {plural(len(suite.tasks), 'task')} failed, such as {job}: {error}"
+            )
         return result
 
 
@@ -162,7 +165,7 @@ def _about_suite(suite: "Suite") -> Description:
     config, tasks = suite.config, suite.tasks
     what = (
         f"Transfer of {suite.checkpoint.config['variant']} ({checkpoint_name(suite.checkpoint.uri)}) to "
-        f"{len(tasks)} tasks of the suite {config.suite}, {config.seeds} seed{'s' if config.seeds > 1 else ''} each."
+        f"{plural(len(tasks), 'task')} of the suite {config.suite}, {plural(config.seeds, 'seed')} each."
     )
     data = [f"checkpoint {suite.checkpoint.uri}", f"data sets of {config.data or 'the suite'}, among the inputs"]
     again = f"repeat the command to continue from the results in {suite.store.output}; you may add tasks and seeds."
@@ -183,7 +186,7 @@ def open_suite(config: TransferConfig) -> Suite:
     seen = corrections.read_seen_images(config.decontamination, tasks) if config.decontamination else {}
     if config.decontamination:
         count = sum(map(len, seen.values()))
-        logger.info("transfer: %d seen test images in %d of %d tasks", count, len(seen), len(tasks))
+        logger.info("transfer: %s in %d of %s", plural(count, "seen test image"), len(seen), plural(len(tasks), "task"))
     corrections.check_real_labels(tasks, datasets)
     identity = {"suite": config.suite, "checkpoint": checkpoint.identity}
     state = open_state(config.output, identity, checkpoint.uri, tasks, datasets)
@@ -191,7 +194,7 @@ def open_suite(config: TransferConfig) -> Suite:
     suite = Suite(config, checkpoint, tasks, datasets, seen, state, store, store.load_all())
     finished = len(tasks) - len(suite.unfinished())
     variant = checkpoint.config["variant"]
-    logger.info("transfer: %s, %s, %d tasks, %d of them done", config.suite, variant, len(tasks), finished)
+    logger.info("transfer: %s, %s, %s, %d done", config.suite, variant, plural(len(tasks), "task"), finished)
     logger.info("transfer: %s -> %s", checkpoint.uri, store.output)
     return suite
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.config import fingerprint, to_dict
-from pipeline.errors import StorageError, UserError, nearest
+from pipeline.errors import StorageError, UserError, nearest, plural
 from pipeline.vtab.tasks import TABLE as VTAB
 
 if TYPE_CHECKING:
@@ -491,7 +491,7 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
     if problems:
         lines = "".join(f"\n  {name}: {problem}" for name, problem in problems.items())
         raise UserError(
-            f"{len(problems)} of {len(tasks)} tasks cannot run:{lines}\n"
+            f"{len(problems)} of {plural(len(tasks), 'task')} cannot run:{lines}\n"
             "prepare the missing data, or select other tasks with --tasks"
         )
     return datasets

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline import storage, workqueue
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.logs import Progress
 from pipeline.outputs import check_output
 from pipeline.vtab import archives
@@ -131,7 +131,8 @@ def build_datasets(preparation: Preparation) -> None:
 def _build_parts(parts: dict[str, ArchivePart], receipts: workqueue.Receipts) -> dict[str, str]:
     """Processes the parts. Returns {task: first problem}."""
     problems: dict[str, str] = {}
-    logger.info("%d tasks, %d parts of archives", len({part.task for part in parts.values()}), len(parts))
+    tasks = len({part.task for part in parts.values()})
+    logger.info("%s, %s of archives", plural(tasks, "task"), plural(len(parts), "part"))
     with Progress("vtab", total=len(parts)) as progress:
         for outcome in workqueue.run(parts, build_part, receipts=receipts, summary=count_rows):
             task = parts[outcome.name].task
@@ -139,7 +140,7 @@ def _build_parts(parts: dict[str, ArchivePart], receipts: workqueue.Receipts) ->
                 problems.setdefault(task, str(outcome.error))
                 progress.advance(1, f"{task}: failed")
             else:
-                progress.advance(1, f"{task}: {outcome.summary:,} images")
+                progress.advance(1, f"{task}: {plural(outcome.summary, 'image')}")
     return problems
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.sources.tfrecord import parse_example, read_records
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.vtab.containers import png
 from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member, read_tree
 from pipeline.vtab.datasets.clevr import clevr_count, clevr_distance
@@ -127,7 +127,7 @@ def list_split(folder: str, task: Task, split: str) -> Listing:
             raise UserError(f"{uri}: expected lines of the form <path> <label> ({error})") from error
     wrong = next((label for _, label in rows if not 0 <= label < task.num_classes), None)
     if wrong is not None:
-        raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {task.num_classes} classes")
+        raise UserError(f"{folder}/{split}: label {wrong}, but {task.name} has {plural(task.num_classes, 'class')}")
     bad = next((path for path, _ in rows if path.startswith("/") or ".." in path.split("/")), None)
     if bad is not None:
         raise UserError(f"{folder}/{split}: {bad} is outside the folder")

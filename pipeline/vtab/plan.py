@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.vtab import archives, copies, tasks
 from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member
 from pipeline.vtab.examples import list_examples
@@ -178,7 +178,9 @@ def _add(plan: TaskPlan, split: str, examples: list[Example]) -> None:
     classes = tasks.get(plan.task).num_classes
     wrong = next((e for e in examples if not 0 <= e.label < classes), None)
     if wrong is not None:
-        raise UserError(f"{plan.files[wrong.file].uri}: {wrong.key} has label {wrong.label} of {classes} classes")
+        raise UserError(
+            f"{plan.files[wrong.file].uri}: {wrong.key} has label {wrong.label} of {plural(classes, 'class')}"
+        )
     if examples:
         plan.examples[split] = examples
     else:

@@ -10,7 +10,7 @@ import torch
 from models import create_model
 from models.weights import Weights
 from pipeline import storage
-from pipeline.errors import UserError, shorten
+from pipeline.errors import UserError, plural, shorten
 from pipeline.weights import checkpoints
 from pipeline.weights.description import model_options, read_description, recorded_checksums
 from pipeline.weights.files import SUFFIXES, first_line, read_file
@@ -64,7 +64,7 @@ def _read_parts(uri: str, index: str, names: set[str]) -> Weights:
         raise UserError(f"{uri}: {len(absent)} of {len(files)} parts are missing: {shorten(absent)}")
     tensors = {name: tensor for file in files for name, tensor in read_file(storage.join(uri, file))[0].items()}
     if lost := [name for name in places if name not in tensors]:
-        raise UserError(f"{uri}: tensors of {index} are missing from its {len(files)} parts: {shorten(lost)}")
+        raise UserError(f"{uri}: tensors of {index} are missing from its {plural(len(files), 'part')}: {shorten(lost)}")
     return tensors
 
 

@@ -509,7 +509,7 @@ def test_the_job_on_every_node_of_a_cluster(dataset, tmp_path):
         assert fits.returncode == 0, answer
         (room,) = [finding for finding in answer["findings"] if finding["check"] == "room"]
         assert room["message"] == "2 workers of 1 CPU fit now"
-        assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"all 1 nodes"}  # two of one address
+        assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"1 node"}  # two of one address
         never = examine(*arguments, "--cpus-per-worker", "2")
         assert "2 workers of 2 CPU: the current nodes have capacity for 0" in never.stdout
     finally:

@@ -143,7 +143,7 @@ def test_a_continued_run_decides_as_the_uninterrupted_one(base, alone, tmp_path,
 
 def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypatch):
     bad_steps(monkeypatch, {6: 50.0, 7: 50.0, 8: math.nan})
-    with pytest.raises(RuntimeError, match="3 steps in a row were skipped; reason of the last one, 8"):
+    with pytest.raises(RuntimeError, match="skipped 3 steps in a row; reason of the last one, 8"):
         train(changed(base, stop_after_skipped=3), tmp_path)
     assert checkpoints.latest(str(tmp_path)).step == 7
 

@@ -451,7 +451,7 @@ def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, m
     assert rows[0].pretrain_path.endswith(f"/runs/{vit.id}")
     assert comparison.to_markdown(rows, limit=1).count("| 1 |") == 2
     panels = comparison.figure(rows).axes
-    assert [panel.get_title() for panel in panels] == ["vtab1k (2 tasks)", "vtab1k, some tasks (1 tasks)"]
+    assert [panel.get_title() for panel in panels] == ["vtab1k (2 tasks)", "vtab1k, some tasks (1 task)"]
     assert {label.get_text() for label in panels[0].get_legend().get_texts()} == {"ViT", "Hybrid"}
     assert all(panel.get_ylim()[1] <= 100 for panel in panels)
     with pytest.raises(UserError, match='of suite "paper"'):

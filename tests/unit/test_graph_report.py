@@ -33,7 +33,7 @@ def test_status_says_what_is_done_stale_failed_or_stopped_and_why(tmp_path, sour
     go(pipeline, Fake({"transfer[tasks=knn]": [1, 1], "transfer[tasks=linear]": [143]}))
     found = shown(pipeline)
     assert found["data"].startswith("done 1 s")
-    assert found["pretrain"] == "done 1 s: 1 steps"
+    assert found["pretrain"] == "done 1 s: 1 step"
     assert found["transfer[tasks=linear]"].startswith("stopped")
     assert found["transfer[tasks=knn]"].startswith("failed told to")
     go(pipeline)

@@ -66,7 +66,7 @@ def test_tiny_imagenet_in_one_command(tmp_path, caplog):
         )
     assert {split: manifest.class_counts for split, manifest in made.items()} == {"train": [2, 2], "val": [0, 1]}
     assert made["train"].rejects == {"not an image": 1}
-    assert "the split test (1 files) has no labels and is skipped" in caplog.text
+    assert "the split test (1 file) has no labels and is skipped" in caplog.text
     stages = demo(data=source).stages
     assert stages["test"].fields["source"] == [f"{source}/val"]
 
@@ -79,4 +79,4 @@ def test_a_class_that_lost_all_its_images_is_said(tmp_path, caplog):
         (tmp_path / "in" / name / "0.jpg").write_bytes(jpeg(len(name)))
     with workqueue.without_ray():
         prepare(PrepareConfig(source=(str(tmp_path / "in"),), output=str(tmp_path / "out"), max_reject_fraction=1.0))
-    assert "1 of 3 classes have no images, such as empty" in caplog.text
+    assert "no images in 1 of 3 classes, such as empty" in caplog.text

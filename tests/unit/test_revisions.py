@@ -198,7 +198,7 @@ def test_an_append_without_a_usable_image_is_no_success(tmp_path):
     before, bad = content(tmp_path / "set"), tmp_path / "second" / "ant" / "bad.png"
     bad.parent.mkdir(parents=True)
     bad.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"no image was added.*1 inputs could not be used \(1 not an image, such as"):
+    with pytest.raises(UserError, match=r"no image was added.*1 input could not be used \(1 not an image, such as"):
         prepare(config(tmp_path, str(tmp_path / "second"), max_reject_fraction=1.0), append=True)
     shutil.rmtree(tmp_path / "set" / "_work")  # what the error says
     assert content(tmp_path / "set") == before
@@ -383,7 +383,7 @@ def test_deleted_images_stay_out_of_every_later_append(grown, tmp_path, caplog):
         60 - len(keys),
         len(keys),
     ]
-    assert "1 were deleted before and stay out" in caplog.text
+    assert "1 deleted before and kept out" in caplog.text
     assert [verify_dataset(f"{grown}/{name}") for name in ("train", "test")] == [[], []]
     assert not any(key.encode() in path.read_bytes() for key in keys for path in grown.rglob("deleted*"))
 
@@ -541,7 +541,7 @@ def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path,
     [
         (
             "nobody/1.png\n",
-            r"none of its 1 keys, such as 'nobody/1.png', is in .*test, .*train, whose keys are like '\w+/s",
+            r"none of its 1 key, such as 'nobody/1.png', is in .*test, .*train, whose keys are like '\w+/s",
         ),
         ("\n\n", "has no keys; write one per line"),
         (b"\xff\xfe\x00", "not a text file in UTF-8"),

@@ -155,7 +155,7 @@ def test_an_exception_leaves_no_half_shard(tmp_path):
 
 def test_labels_outside_the_classes_are_a_bug(tmp_path):
     writer = ShardWriter(str(tmp_path), "00000", Schema(classes=["a"]))
-    with pytest.raises(ValueError, match="outside the 1 classes"):
+    with pytest.raises(ValueError, match="outside the 1 class"):
         writer.write("k", b"", 1, 1, 1)
 
 
@@ -284,7 +284,7 @@ def test_verify_checks_the_manifest_itself(dataset, tmp_path):
 
 def test_verify_finds_repeated_keys(tmp_path):
     write_dataset(str(tmp_path), [("same", b"1", 0, 1, 1), ("same", b"2", 0, 1, 1)], classes=["a"])
-    assert verify_dataset(str(tmp_path)) == ["1 keys are not unique"]
+    assert verify_dataset(str(tmp_path)) == ["not unique: 1 key"]
 
 
 def test_a_shard_that_shrank_is_named(dataset, tmp_path):

@@ -236,7 +236,7 @@ def test_an_archive_of_another_format_beside_is_said(tmp_path, caplog):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("cow/0.jpg", JPEG)
     assert labels(tmp_path) == ANT_BEE
-    assert "1 files of format zip, such as b.zip, are ignored" in caplog.text
+    assert "ignored 1 file of format zip, such as b.zip" in caplog.text
 
 
 # ---------------------------------------------------------------- columnar files, TFRecord, CIFAR

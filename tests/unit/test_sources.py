@@ -743,4 +743,4 @@ def test_rows_of_a_table_without_an_image_in_the_archive_are_warned_about(tmp_pa
             add(archive, name, data)
     options = {} if inside else {"labels": str(tmp_path / "labels.csv")}
     assert len(run(tmp_path, source=(str(tmp_path / "in"),), **options)) == 2
-    assert "4 rows, but the archives have 2 images: at least 2 rows have no image" in caplog.text
+    assert "4 rows, but the archives have 2 images: at least 2 rows without an image" in caplog.text

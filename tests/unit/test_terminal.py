@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import logs
+from pipeline.errors import plural
 from pipeline.operations import next_steps
 from pipeline.training.recipes import RECIPES
 
@@ -99,3 +100,19 @@ def test_a_server_is_opened_by_its_address_without_the_password():
 def test_prepared_splits_become_data_and_validation():
     text = next_steps.after_preparing({"train": "runs/p/data/train", "val": "runs/p/data/val"})
     assert "--data runs/p/data/train --validation runs/p/data/val --output runs/p/pretrain" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "class", "1 class"),
+        (0, "class", "0 classes"),
+        (1, "micro-batch", "1 micro-batch"),
+        (2, "micro-batch", "2 micro-batches"),
+        (1234, "test image", "1,234 test images"),
+        (3, "entry", "3 entries"),
+        ("?", "class", "? classes"),
+    ],
+)
+def test_a_number_with_its_noun(number, noun, text):
+    assert plural(number, noun) == text

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.data.format import write_dataset
-from pipeline.data.format.verify import verify_dataset
+from jobs.prepare import main
+from pipeline.data.format import open_dataset, write_dataset
+from pipeline.data.format.verify import verify_dataset, verify_folder
 from pipeline.errors import UserError
 
 DESCRIBES = {"history", "mean", "std", "input_fingerprint", "config", "reported_by_reason"}
@@ -94,3 +95,27 @@ def test_a_changed_number_of_a_row_group(place, column):
 def test_another_order(place, field):
     path, manifest = place
     assert complaints(path, {**manifest, field: manifest[field][::-1]})
+
+
+def test_a_folder_of_splits_is_verified_as_a_whole(tmp_path, capsys):
+    """`verify FOLDER` checks every split, also those below the folders of tasks; a split without its manifest is a
+    problem. Other commands name the splits instead of claiming that there is no dataset."""
+    for name in ("data/train", "data/val", "tasks/pets/train"):
+        rows = [(f"{i}", b"not decoded", i % 2, 8, 8) for i in range(4)]
+        write_dataset(str(tmp_path / name), rows, classes=list("ab"))
+    assert main(["verify", str(tmp_path / "data")]) == 0
+    assert capsys.readouterr().out == "".join(
+        f"{tmp_path}/data/{name}: verified, no problems found\n" for name in ("train", "val")
+    )
+    assert set(verify_folder(str(tmp_path / "tasks"))) == {f"{tmp_path}/tasks/pets/train"}
+    (shard,) = (tmp_path / "data" / "val").glob("part-*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "data" / "train" / "manifest.json").unlink()
+    assert main(["verify", str(tmp_path / "data"), "--json"]) == 1
+    found = {entry["uri"].rpartition("/")[2]: entry for entry in json.loads(capsys.readouterr().out)["datasets"]}
+    assert "bytes, the manifest says" in found["val"]["problems"][0]
+    assert "manifest.json: missing, but there are shards" in found["train"]["problems"][0]
+    with pytest.raises(UserError, match=r"no dataset here, but in its folders val; name one of them, such as .*/val$"):
+        open_dataset(str(tmp_path / "data"))
+    with pytest.raises(UserError, match="no dataset here"):
+        main(["verify", str(tmp_path / "none")])

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.duplicates.candidates import DESCRIPTOR, Pairs, as_pairs, no_pairs
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.libraries import import_library
 
 METADATA = "descriptor.json"  # extra file of a TorchScript archive
@@ -83,13 +83,13 @@ class Descriptor:
                 out = self.network(images)
         except RuntimeError as error:
             raise UserError(
-                f"--descriptor {self.uri}: fails on {len(pictures)} images of {size}x{size} ({_line(error)}); set the "
+                f"--descriptor {self.uri}: fails on {plural(len(pictures), 'image')} of {size}x{size} ({_line(error)}); set the "
                 "size of its input with --descriptor-size"
             ) from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(pictures):
             shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise UserError(
-                f"--descriptor {self.uri}: returns {shape} for {len(pictures)} images, instead of one vector each"
+                f"--descriptor {self.uri}: returns {shape} for {plural(len(pictures), 'image')}, instead of one vector each"
             )
         vectors = torch.nn.functional.normalize(out.float(), dim=1)
         if not bool(torch.isfinite(vectors).all()):

@@ -19,7 +19,7 @@ from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup, parse_row_group
 from pipeline.data.format.revisions import read_manifest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 # One row group: shard number, group number in it, rows, first byte, first byte of the image values, end byte, checksum.
 ROW_GROUP = np.dtype(
@@ -87,7 +87,7 @@ class Dataset:
             yield from self.read(range(first, stop))
 
     def __repr__(self) -> str:
-        return f"Dataset({self.uri!r}, {len(self)} x {self.encoding}, {len(self.classes)} classes)"
+        return f"Dataset({self.uri!r}, {len(self)} x {self.encoding}, {plural(len(self.classes), 'class')})"
 
     def shard_uri(self, shard: int) -> str:
         return storage.join(self.uri, self.manifest.shards[shard].name)
@@ -152,7 +152,7 @@ class Dataset:
         group is read once. Raises IndexError for a position outside the dataset."""
         wanted = [int(i) for i in indices]
         if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
-            raise IndexError(f"{self.uri} has {len(self)} rows; requested {min(wanted)}..{max(wanted)}")
+            raise IndexError(f"{self.uri} has {plural(len(self), 'row')}; requested {min(wanted)}..{max(wanted)}")
         homes = np.searchsorted(self.starts, wanted, "right") - 1
         rows: list[Any] = [None] * len(wanted)
         for home in np.unique(homes):
@@ -227,12 +227,12 @@ def wrong_ranges(dataset: Dataset) -> Iterator[str]:
     for i in np.flatnonzero(bad)[:10]:
         shard, (number, rows, start, values, end) = manifest.shards[of_shard[i]], groups[i].item()[1:6]
         yield (
-            f"{shard.name}: row group {number} of {rows} rows cannot be at {start}, {values}, {end} "
+            f"{shard.name}: row group {number} of {plural(rows, 'row')} cannot be at {start}, {values}, {end} "
             f"of {shard.bytes} bytes"
         )
     counts = np.bincount(of_shard, groups["rows"], len(manifest.shards)).astype(np.int64).tolist()
     for shard, count in zip(manifest.shards, counts, strict=True):
         if shard.rows != count:
-            yield f"{shard.name}: {shard.rows} rows, its row groups add up to {count}"
+            yield f"{shard.name}: {plural(shard.rows, 'row')}, its row groups add up to {count}"
     if manifest.rows != sum(counts):
         yield f"rows is {manifest.rows}, its shards add up to {sum(counts)}"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.revision_names import DELETED, report_name
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 COLUMN = "key_hash"
 
@@ -52,4 +52,4 @@ def verify_deleted(folder: str, manifest: Manifest) -> Iterator[str]:
         yield f"{name}: {str(error).partition(': ')[2]}"
         return
     if count > manifest.deleted or (manifest.deleted and not count):
-        yield f"{name}: {count} keys, the manifest says {manifest.deleted} deleted rows"
+        yield f"{name}: {plural(count, 'key')}, the manifest says {manifest.deleted} deleted rows"

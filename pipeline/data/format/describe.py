@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.data.codecs import decode_stored
 from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.loading.patches import unpatchify
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
 
 
@@ -53,18 +53,19 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
     largest = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order[:3])
     smallest = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order[::-1][:3])
     refused = "".join(f"\n    {count:,} {reason}" for reason, count in manifest.rejects.items()) or " none"
+    deleted = f", {plural(manifest.deleted, 'image')} deleted" if manifest.deleted else ""
     facts["text"] = (
         f"{dataset.uri}\n"
         f"  images      {len(dataset):,} as {dataset.encoding} {_plain(manifest.image)}\n"
-        f"  on disk     {size / 1e9:,.3f} GB, {size / len(dataset) / 1e3:,.1f} kB per image; {len(manifest.shards):,} shards, "
-        f"{len(dataset.row_groups):,} row groups\n"
+        f"  on disk     {size / 1e9:,.3f} GB, {size / len(dataset) / 1e3:,.1f} kB per image; {plural(len(manifest.shards), 'shard')}, "
+        f"{plural(len(dataset.row_groups), 'row group')}\n"
         f"  originals   width {_span(facts['original_width'])}, height {_span(facts['original_height'])} "
         "(smallest / median / largest)\n"
         f"  classes     {len(dataset.classes):,}{', several per image' if dataset.multilabel else ''}; most: {largest}; "
         f"fewest: {smallest}\n"
         f"  pixels      mean {_plain(manifest.mean)}, standard deviation {_plain(manifest.std)}\n"
         f"  inputs      {manifest.inputs:,}, duplicates removed {manifest.duplicates:,}, rejects:{refused}\n"
-        f"  content     {manifest.fingerprint}, revision {manifest.revision}{f', {manifest.deleted:,} images deleted' if manifest.deleted else ''}\n"
+        f"  content     {manifest.fingerprint}, revision {manifest.revision}{deleted}\n"
         f"  pictures    {storage.join(out_dir, 'contact-sheet.png')}, {storage.join(out_dir, 'classes.png')}"
     )
     rng = np.random.Generator(np.random.Philox(0))
@@ -136,7 +137,7 @@ def _histogram(dataset: Dataset, counts: np.ndarray) -> bytes:
         axis.fill_between(np.arange(len(counts)), np.sort(counts)[::-1], step="mid", color="#3b6ea5")
         axis.set_xlabel("classes, largest first")
     axis.set_ylabel("images")
-    axis.set_title(f"{len(dataset):,} images in {len(counts):,} classes", fontsize=10)
+    axis.set_title(f"{plural(len(dataset), 'image')} in {plural(len(counts), 'class')}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 

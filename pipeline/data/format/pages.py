@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.data.format.constants import UNLABELLED
 from pipeline.data.format.manifest import Label, Schema
 from pipeline.data.varint import read_varint
+from pipeline.errors import plural
 
 
 class RowGroup(NamedTuple):
@@ -51,7 +52,7 @@ def parse_row_group(buffer: bytes | memoryview, rows: int, split: int, schema: S
         labels = flat = np.frombuffer(columns[1], np.int32, rows)
     if len(flat) and not UNLABELLED <= flat.min() <= flat.max() < len(schema.classes):
         worst = flat.max() if flat.max() >= len(schema.classes) else flat.min()
-        raise ValueError(f"label {worst} is outside the {len(schema.classes)} classes")
+        raise ValueError(f"label {worst} is outside the {plural(len(schema.classes), 'class')}")
     if not images:
         return RowGroup(keys, labels, widths, heights, None)
     values = view[split:]

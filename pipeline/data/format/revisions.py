@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.revision_names import REPORTS, manifest_uri, name_of, report_name, split_address
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 
 _OLDER = re.compile(r"manifest@([1-9][0-9]{0,5})\.json")
 
@@ -32,11 +32,35 @@ def read_manifest(uri: str) -> tuple[str, Manifest]:
     try:
         manifest = Manifest.from_json(storage.read_bytes(where), where)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{uri}: no dataset here ({MANIFEST} is missing: not prepared, or not finished)") from error
+        raise UserError(f"{uri}: {_why_none(folder)}") from error
     if revision is not None and manifest.revision != revision:
         there = ", ".join(f"@{number}" for number in sorted(revisions(folder)))
         raise UserError(f"{uri}: {folder} has no revision {revision}; it has {there}")
     return folder, manifest
+
+
+def _why_none(folder: str) -> str:
+    """Why a folder without a manifest cannot be opened: nothing was prepared, or it holds the splits of a dataset."""
+    try:
+        splits = find_datasets(folder)
+    except (UserError, OSError):  # a store that cannot list
+        splits = []
+    if not splits:
+        return f"no dataset here ({MANIFEST} is missing: not prepared, or not finished)"
+    names = [split.rpartition("/")[2] for split in splits]
+    return f"no dataset here, but in its folders {shorten(names, 6)}; name one of them, such as {splits[0]}"
+
+
+def find_datasets(folder: str, depth: int = 1) -> list[str]:
+    """The folder if it is a dataset, otherwise the datasets below it, such as its splits, sorted; empty without any.
+
+    depth: how many levels of folders to search (2: the splits of each task of VTAB)."""
+    if storage.exists(storage.join(folder, MANIFEST)):
+        return [folder]
+    if not depth:
+        return []
+    below = (storage.join(folder, name) for name in storage.list_folders(folder) if not name.startswith(("_", ".")))
+    return [dataset for one in below for dataset in find_datasets(one, depth - 1)]
 
 
 def revisions(folder: str) -> dict[int, Manifest]:

@@ -18,10 +18,37 @@ from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
 from pipeline.data.format.deleted import read_deleted, verify_deleted
 from pipeline.data.format.manifest import Shard, content_fingerprint
 from pipeline.data.format.pages import locate_page
-from pipeline.data.format.revision_names import is_of_later_revision, report_name
-from pipeline.data.format.revisions import known_files, revisions
+from pipeline.data.format.revision_names import is_of_later_revision, report_name, split_address
+from pipeline.data.format.revisions import find_datasets, known_files, revisions
+from pipeline.errors import plural
 
 CHUNK = 16 << 20
+
+
+def verify_folder(uri: str) -> dict[str, list[str]]:
+    """{dataset: its problems} of a dataset, or of all datasets in a folder: splits, or the splits of several tasks.
+
+    A folder beside them with shards but without a manifest is a problem, too. Raises UserError when there is no
+    dataset."""
+    root = storage.normalise(uri)
+    if split_address(root)[1] is not None:
+        return {root: verify_dataset(root)}
+    datasets = find_datasets(root, depth=2)
+    if not datasets:
+        return {root: verify_dataset(root)}  # raises
+    found = {dataset: verify_dataset(dataset) for dataset in datasets}
+    for parent in dict.fromkeys(dataset.rpartition("/")[0] for dataset in datasets if dataset != root):
+        for name in storage.list_folders(parent):
+            folder = storage.join(parent, name)
+            if folder not in found and any(
+                _is_shard(file.path) for file in storage.list_files(folder, recursive=False)
+            ):
+                found[folder] = [f"{MANIFEST}: missing, but there are shards: not finished, or damaged"]
+    return found
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def verify_dataset(uri: str, threads: int = 4) -> list[str]:
@@ -77,7 +104,7 @@ def _verify_shard(dataset: Dataset, i: int) -> Iterator[str]:
                 yield f"{shard.name}: the schema is not that of {dataset.encoding} shards"
             groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
             if groups != [group[0] for group in shard.row_groups]:
-                yield f"{shard.name}: {len(groups)} row groups of {sum(groups)} rows, the manifest says {shard.rows} rows"
+                yield f"{shard.name}: {plural(len(groups), 'row group')} of {plural(sum(groups), 'row')}, the manifest says {plural(shard.rows, 'row')}"
             else:
                 yield from _verify_ranges(shard, file, parquet.metadata)
     except FileNotFoundError:
@@ -138,15 +165,15 @@ def _verify_rows(dataset: Dataset) -> Iterator[str]:
             row += 1
         labels = np.concatenate([np.array(k, np.int64) for k in head.labels]) if dataset.multilabel else head.labels
         if len(labels) and not -1 <= labels.min() <= labels.max() < len(dataset.classes):
-            yield f"row {row}: a label outside the {len(dataset.classes)} classes"
+            yield f"row {row}: a label outside the {plural(len(dataset.classes), 'class')}"
             return
         counts += np.bincount(np.where(labels < 0, len(dataset.classes), labels), minlength=len(counts))
     keys.sort()
     repeated = int((keys[1:] == keys[:-1]).sum())
     if repeated:
-        yield f"{repeated} keys are not unique"
+        yield f"not unique: {plural(repeated, 'key')}"
     if back := int(np.isin(keys, read_deleted(dataset.uri, dataset.manifest)).sum()):
-        yield f"{back} rows have keys that were deleted"
+        yield f"{plural(back, 'row')} with deleted keys"
     if counts[:-1].tolist() != dataset.manifest.class_counts:
         yield f"{MANIFEST}: class counts differ from the rows"
 

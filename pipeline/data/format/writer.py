@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data.format.checksum import checksum
 from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
 from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard, content_fingerprint
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 MAX_ROWS_PER_GROUP = 2048  # bounds memory for tiny images: a row takes a few KB in addition to its bytes
 
@@ -86,7 +86,7 @@ class ShardWriter:
         counts = self.receipt.class_counts
         for k in label if isinstance(label, Sequence) else (label,):
             if not UNLABELLED <= k < len(self.schema.classes):
-                raise ValueError(f"{key}: label {k} outside the {len(self.schema.classes)} classes")
+                raise ValueError(f"{key}: label {k} outside the {plural(len(self.schema.classes), 'class')}")
             counts[k] = counts.get(k, 0) + 1
         if pixels is not None:
             self.measure(pixels)
@@ -249,7 +249,7 @@ def build_manifest(
     accounted = total.rows + len(refused) + repeated
     if inputs is not None and inputs != accounted:
         raise RuntimeError(
-            f"{uri}: {inputs} inputs, but {total.rows} rows + {len(refused)} rejects + {repeated} duplicates"
+            f"{uri}: {plural(inputs, 'input')}, but {plural(total.rows, 'row')} + {plural(len(refused), 'reject')} + {plural(repeated, 'duplicate')}"
         )
     mean, std = total.moments()
     return Manifest(

@@ -33,7 +33,7 @@ from pipeline.data.loading.reader import Reader
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.mixture import Mixture, check_samples, smallest
 from pipeline.data.scratch import scratch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Loader:
         self._begin(epoch, step)
         if not self.steps_per_epoch or step > self.steps_per_epoch:
             raise UserError(
-                f"{dataset.uri}: an epoch of {len(dataset)} samples has {self.steps_per_epoch} steps of {batch_size}; step "
+                f"{dataset.uri}: an epoch of {plural(len(dataset), 'sample')} has {plural(self.steps_per_epoch, 'step')} of {batch_size}; step "
                 f"{step} is not one of them" + (" (drop_last drops a short batch)" if drop_last else "")
             )
         self._open: dict[int, tuple[Future[RowGroup], tuple[int, int]]] = {}  # row group -> data, last (epoch, step)
@@ -177,7 +177,7 @@ class Loader:
         check_layout(self.batch_size, self.lanes, self.world_size)
         if self.mixup and self.batch_size == self.lanes:
             raise UserError(
-                f"mixup pairs samples of one lane, but batch_size {self.batch_size} gives each of {self.lanes} lanes "
+                f"mixup pairs samples of one lane, but batch_size {self.batch_size} gives each of {plural(self.lanes, 'lane')} "
                 f"one sample; set lanes to {self.batch_size // 2} or fewer"
             )
         check_samples(self.dataset, self.lanes)
@@ -420,7 +420,7 @@ class Loader:
 
     def _too_many_replaced(self, key: str, reason: str) -> UserError:
         return UserError(
-            f"{self.dataset.uri}: {len(self.replaced)} images cannot be decoded, more than max_replaced "
+            f"{self.dataset.uri}: {plural(len(self.replaced), 'image')} cannot be decoded, more than max_replaced "
             f"{self.max_replaced}; the last one is {key} ({reason}); prepare the data again"
         )
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 # The second word of every draw, so that different purposes have different random numbers.
 ROW_GROUPS, WINDOWS, AUGMENT, MIXUP, TOKENS, DROPOUT, MIXTURE = range(7)
@@ -70,7 +70,7 @@ def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
     if lanes % workers:
         fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]
         raise UserError(
-            f"lanes {lanes} is not divisible by {workers} workers: each worker reads its own lanes; use "
+            f"lanes {lanes} is not divisible by {plural(workers, 'worker')}: each worker reads its own lanes; use "
             f"{' or '.join(map(str, sorted(fitting)))} workers, or set lanes to a multiple of {workers} that divides "
             f"the batch of {batch_size} (it fixes the order of samples)"
         )

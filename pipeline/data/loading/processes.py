@@ -31,7 +31,7 @@ import numpy as np
 
 from pipeline.data.format import Dataset
 from pipeline.data.loading.loader import Batch, Loader
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ class ProcessLoader(Loader):
         lanes = len(self._lane_range)
         if not self.train or processes < 1 or lanes % processes:
             self.close()
-            raise UserError(f"{processes} loading processes cannot share {lanes} lanes of training: use a divisor")
+            raise UserError(
+                f"{plural(processes, 'loading process')} cannot share {plural(lanes, 'lane')} of training: use a divisor"
+            )
         share = {
             **options, "threads": -(-threads // processes), "lanes": self.lanes, "augment": self.augment,
             "world_size": self.world_size * processes, "pin_memory": False, "prefetch": min(self.prefetch, 1),

@@ -27,7 +27,7 @@ from pipeline.data.prepare.change import begin, refuse_unfinished
 from pipeline.data.prepare.checks import parse_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 APPEND = "append"
@@ -158,7 +158,7 @@ def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels
     old = max((manifest.classes for manifest in manifests), key=len)
     classes = [*old, *(name for name in labels.classes if name not in set(old))]
     if new := classes[len(old) :]:
-        logger.info("prepare: %d new classes, such as %s", len(new), ", ".join(new[:5]))
+        logger.info("prepare: %s, such as %s", plural(len(new), "new class"), ", ".join(new[:5]))
     place = {name: i for i, name in enumerate(classes)}
     index = {name: place[labels.classes[i]] for name, i in labels.index.items()}
     return dataclasses.replace(labels, classes=tuple(classes), index=index)

@@ -20,11 +20,11 @@ from pipeline.data.format.dataset import open_dataset
 from pipeline.data.format.deleted import read_deleted, write_deleted
 from pipeline.data.format.manifest import Receipt, content_fingerprint
 from pipeline.data.format.revision_names import is_report, name_of, report_name, shard_prefix, split_address
-from pipeline.data.format.revisions import known_files, publish, revisions, successor
+from pipeline.data.format.revisions import find_datasets, known_files, publish, revisions, successor
 from pipeline.data.format.verify import key_hash
 from pipeline.data.prepare.change import begin, lock_datasets, refuse_unfinished
 from pipeline.data.prepare.config import WORK
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
 from pipeline.workqueue import Receipts
 
@@ -50,7 +50,7 @@ def delete_keys(uri: str, keys: str) -> list[Deletion]:
     Repeat a stopped deletion to continue it. Raises UserError before any work if no key is in the data, or no rows
     would be left."""
     wanted = _read_keys(keys)
-    root, sets = find_datasets(uri)
+    root, sets = locate_datasets(uri)
     check_output(root)
     with lock_datasets(root, sets):  # before the number of the revision is chosen
         return _delete(root, sets, keys, wanted)
@@ -102,19 +102,16 @@ def _read_keys(uri: str) -> set[str]:
     return keys
 
 
-def find_datasets(uri: str) -> tuple[str, list[str]]:
+def locate_datasets(uri: str) -> tuple[str, list[str]]:
     """(folder, its datasets): the folder itself, or its splits. Raises UserError if
     there is no dataset, or the address names a revision."""
     root = storage.normalise(uri)
     if split_address(root)[1] is not None:
         raise UserError(f"{uri}: a deletion starts from the newest revision; name the folder {split_address(root)[0]}")
-    if storage.exists(storage.join(root, MANIFEST)):
-        return root, [root]
-    folders = [storage.join(root, name) for name in storage.list_folders(root)]
-    sets = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
+    sets = find_datasets(root)
     if not sets:
         raise UserError(f"{uri}: no dataset here ({MANIFEST} is missing: not prepared, or not finished)")
-    return root, sorted(sets)
+    return root, sets
 
 
 def _read_mark(work: str, digest: str) -> dict[str, Any]:
@@ -136,7 +133,7 @@ def _nothing_found(sets: Sequence[str], digest: str, keys: str, wanted: set[str]
             return [_result(each, 0) for each in sets]
     example = next(open_dataset(sets[0]).heads()).keys[0]
     raise UserError(
-        f"--keys {keys}: none of its {len(wanted):,} keys, such as {min(wanted)!r}, is in {', '.join(sets)}, whose keys are "
+        f"--keys {keys}: none of its {plural(len(wanted), 'key')}, such as {min(wanted)!r}, is in {', '.join(sets)}, whose keys are "
         f"like {example!r}"
     )
 
@@ -259,7 +256,7 @@ def _result(folder: str, deleted: int) -> Deletion:
 def purge(uri: str) -> dict[str, list[int]]:
     """Removes the older revisions that have deleted rows, and all files that no other revision uses. Returns {dataset:
     removed revisions}. May be repeated after a stop."""
-    root, sets = find_datasets(uri)
+    root, sets = locate_datasets(uri)
     with lock_datasets(root, sets):
         refuse_unfinished([root, *_others(root, sets)])
         return {folder: _purge(folder) for folder in sets}

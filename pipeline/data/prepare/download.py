@@ -35,7 +35,7 @@ from pipeline.data.prepare.worker import items_of_slice
 from pipeline.data.sources import Item, urls
 from pipeline.data.sources.columns import normalised_name
 from pipeline.data.sources.words import CAPTION_COLUMNS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
 
 DOWNLOADS = "downloads.json"
@@ -181,12 +181,12 @@ def _finish(plan: PreparePlan) -> dict[str, Any]:
     }
     if result["downloaded"] + len(rejects) != inputs:
         raise RuntimeError(
-            f"{plan.config.output}: {inputs} rows, but {result['downloaded']} images + {len(rejects)} rejects"
+            f"{plan.config.output}: {plural(inputs, 'row')}, but {plural(result['downloaded'], 'image')} + {plural(len(rejects), 'reject')}"
         )
     storage.write_bytes(storage.join(plan.config.output, REJECTS), rejects_table(rejects))
     if len(rejects) > plan.config.max_reject_fraction * inputs:
         raise UserError(
-            f"{len(rejects):,} of {inputs:,} downloads failed, more than --max-reject-fraction "
+            f"{len(rejects):,} of {plural(inputs, 'download')} failed, more than --max-reject-fraction "
             f"{plan.config.max_reject_fraction:g}: "
             f"{'; '.join(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))} (all in "
             f"{storage.join(plan.config.output, REJECTS)}). Raise the limit, or repeat the command to retry temporary "

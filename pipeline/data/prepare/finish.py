@@ -29,7 +29,7 @@ from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
 from pipeline.data.prepare.retry import temporary_keys, without_retried
 from pipeline.data.sources.words import HELD_OUT
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,13 @@ def _check_nothing_new(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) ->
     failed = any(is_temporary(row[2]) and row[0] not in known for row in refused)
     if refused and (failed or not (deleted or skipped or repeated)):
         raise UserError(
-            f"--append: no image was added to {output}, because {len(refused):,} inputs could not be used ({about}); repeat "
+            f"--append: no image was added to {output}, because {plural(len(refused), 'input')} could not be used ({about}); repeat "
             f"the command to try again, or remove {plan.work} to abandon the append"
         )
     but = f", except {deleted} that were deleted and stay out" if deleted else ""
     logger.info("prepare: %s already has all of these images%s; there is no new revision", output, but)
     if refused:
-        logger.warning("%s: %d inputs could not be used (%s)", output, len(refused), about)
+        logger.warning("%s: %s could not be used (%s)", output, plural(len(refused), "input"), about)
 
 
 def _text_of_reasons(reasons: Iterable[str]) -> str:
@@ -119,16 +119,16 @@ def _may_go_on(plan: PreparePlan, receipts: Sequence[dict[str, Any]], shuffled: 
         return False
     if shuffled or plan.receipts.finished() & set(map(deduplicated_name, range(len(plan.slices)))):
         logger.warning(
-            "%s: %d downloads failed temporarily; this dataset cannot be completed later, because its rows were "
+            "%s: %s failed temporarily; this dataset cannot be completed later, because its rows were "
             "shuffled or removed after the downloads (--download-only keeps the files)",
             plan.config.output,
-            count,
+            plural(count, "download"),
         )
         return False
     logger.warning(
-        "%s: %d downloads failed temporarily; repeat the command to retry them",
+        "%s: %s failed temporarily; repeat the command to retry",
         plan.config.output,
-        count,
+        plural(count, "download"),
     )
     return True
 
@@ -159,8 +159,8 @@ def _publish(
     if base.deleted:
         write_deleted(uri, number, read_deleted(uri, base))
     publish(uri, manifest)
-    text = "prepare: %s@%d: %d images added, %d were there before, %d were deleted before and stay out"
-    logger.info(text, uri, number, new.rows, skipped, deleted)
+    text = "prepare: %s@%d: %s added, %d there before, %d deleted before and kept out"
+    logger.info(text, uri, number, plural(new.rows, "image"), skipped, deleted)
     return manifest
 
 
@@ -177,7 +177,9 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
         return set()
     for name in sorted(found):
         count = sum(receipt["inputs"][name] for receipt in receipts)
-        logger.warning("the split %s (%d images) has no labels and is skipped; --unlabelled includes it", name, count)
+        logger.warning(
+            "the split %s (%s) has no labels and is skipped; --unlabelled includes it", name, plural(count, "image")
+        )
     return found
 
 
@@ -191,8 +193,9 @@ def _warn_about_table_rows(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
     rows = sum(len(list(table.keys)) for table in tables)
     images = sum(sum(receipt["inputs"].values()) for receipt in receipts)
     if images < rows:
-        text = "%s: %d rows, but the archives have %d images: at least %d rows have no image"
-        logger.warning(text, ", ".join(table.uri for table in tables), rows, images, rows - images)
+        text = "%s: %s, but the archives have %s: at least %s without an image"
+        counts = plural(rows, "row"), plural(images, "image"), plural(rows - images, "row")
+        logger.warning(text, ", ".join(table.uri for table in tables), *counts)
 
 
 def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:
@@ -209,10 +212,10 @@ def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> No
         empty = [label for label, count in zip(classes, manifest.class_counts, strict=True) if not count]
         if empty and (name.lower() not in HELD_OUT or len(manifests) == 1):
             logger.warning(
-                "%s: %d of %d classes have no images, such as %s%s",
+                "%s: no images in %d of %s, such as %s%s",
                 plan.split_uri(name),
                 len(empty),
-                len(classes),
+                plural(len(classes), "class"),
                 ", ".join(empty[:5]),
                 f"; see {REJECTS}" if manifest.rejects else "",
             )

@@ -27,7 +27,7 @@ from pipeline.data.prepare.append import APPEND, Append, join_labels
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)
@@ -218,10 +218,10 @@ def _without_unlabelled_splits(source: Source) -> Source:
     for split in sorted(without):
         count = pc.sum(pc.equal(source.fragments["split"], split)).as_py()
         logger.warning(
-            "%s: the split %s (%d files) has no labels and is skipped; --unlabelled includes it",
+            "%s: the split %s (%s) has no labels and is skipped; --unlabelled includes it",
             source.uri,
             split,
-            count,
+            plural(count, "file"),
         )
     kept = source.fragments.filter(pc.invert(pc.fill_null(gone, False)))
     return dataclasses.replace(source, fragments=kept, splits=tuple(s for s in source.splits if s not in without))

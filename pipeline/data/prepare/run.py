@@ -30,6 +30,7 @@ from pipeline.data.prepare.plan import (
 from pipeline.data.prepare.record import Record
 from pipeline.data.prepare.shuffle import needs_shuffle, shuffle_rows
 from pipeline.data.prepare.worker import prepare_slice, summarize
+from pipeline.errors import plural
 from pipeline.logs import Progress
 from pipeline.outputs import check_output
 
@@ -145,7 +146,9 @@ def prepare_slices(
     if plan.config.decontaminate:
         index = index_evaluation_sets(plan.config.decontaminate, plan.config.max_pixels)
         plan = dataclasses.replace(plan, evaluation=index)
-        logger.info("prepare: keeping out %d images of %d evaluation sets", index.count, len(index.sets))
+        logger.info(
+            "prepare: keeping out %s of %s", plural(index.count, "image"), plural(len(index.sets), "evaluation set")
+        )
     if plan.append is not None and plan.config.deduplicate != "off":
         index = index_evaluation_sets(list(plan.append.bases.values()), plan.config.max_pixels)
         plan = dataclasses.replace(plan, append=dataclasses.replace(plan.append, index=index))
@@ -165,7 +168,7 @@ def prepare_slices(
                 raise outcome.error
             inputs, rejects = inputs + outcome.summary[0], rejects + outcome.summary[1]
             rate = inputs / progress.seconds
-            note = f"{inputs:,} inputs, {rate:,.0f}/s, {rejects:,} reject{'s' * (rejects != 1)}"
+            note = f"{plural(inputs, 'input')}, {rate:,.0f}/s, {rejects:,} reject{'s' * (rejects != 1)}"
             progress.advance(plan.slices[slices[outcome.name]].size, note)
             for watcher in watchers or ():
                 watcher(inputs, rejects)

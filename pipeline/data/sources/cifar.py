@@ -22,7 +22,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 NAME = "cifar"
 ARCHIVE = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
@@ -67,7 +67,7 @@ def parse(member: str, data: bytes) -> tuple[np.ndarray, list[int], int]:
         if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != PIXELS:
             raise ValueError(f"{member}: no data of {PIXELS} bytes a row")
         if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(k) is int for k in labels):
-            raise ValueError(f"{member}: no list of {len(rows)} labels")
+            raise ValueError(f"{member}: no list of {plural(len(rows), 'label')}")
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, left_over
 
 

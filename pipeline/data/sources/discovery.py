@@ -17,7 +17,7 @@ from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, So
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, plural
 
 # One module per format; a new format is a module with NAME, matches, scan and read, and an entry here. The format that
 # the most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
@@ -160,8 +160,8 @@ def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:
         ]
         if beside:
             logger.warning(
-                "%s: read as %s; %d files of format %s, such as %s, are ignored; pass them with a separate --source",
-                uri, chosen.NAME, len(beside), name, beside[0],
+                "%s: read as %s; ignored %s of format %s, such as %s: give a separate --source for other formats",
+                uri, chosen.NAME, plural(len(beside), "file"), name, beside[0],
             )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pipeline.data.sources.items import (
 from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
 from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, read_tables
 from pipeline.data.sources.tables import LabelTable, read_label_table
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 NAME = "folder"
 SIDECAR_SUFFIXES = (
@@ -113,7 +113,7 @@ def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
     count = len(keep) - sum(keep)
     if count:
         example = paths[keep.index(False)]
-        logger.info("%s: %d files next to images, such as %s, are ignored", uri, count, example)
+        logger.info("%s: ignored %s next to images, such as %s", uri, plural(count, "file"), example)
     return files.filter(pa.array(keep, pa.bool_())), count > 0
 
 

@@ -12,7 +12,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources.columns import SYNSET
 from pipeline.data.sources.items import Source
 from pipeline.data.sources.rows import decode_text, read_data
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -44,7 +44,7 @@ class Labels:
         if self.multilabel:
             return sorted(set(indices))
         if len(indices) > 1:
-            raise Refused("unknown label", f"{len(indices)} labels where one is expected")
+            raise Refused("unknown label", f"{plural(len(indices), 'label')} where one is expected")
         return indices[0]
 
 
@@ -150,7 +150,7 @@ def make_labels(
     if isinstance(label_map, list) and names and not any(n in classes or INTEGER.fullmatch(n) for n in names):
         raise UserError(
             f"--label-map: none of the labels in {sources[0].uri}, such as {min(names)!r}, is among its "
-            f"{len(classes):,} classes, such as {classes[0]!r}"
+            f"{plural(len(classes), 'class')}, such as {classes[0]!r}"
         )
     by_number = isinstance(label_map, list) or bool(own)  # the label 7 may mean the class at index 7
     index = {str(i): i for i in range(len(classes))} if by_number else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from pipeline.data.sources.words import HELD_OUT, LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS, TRAIN, split_of_name
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -329,4 +329,4 @@ def _are_wordnet(names: set[str]) -> bool:
 
 def _listed(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
-    return f"{len(names)} classes: {shown}{', ...' if len(names) > 3 else ''}"
+    return f"{plural(len(names), 'class')}: {shown}{', ...' if len(names) > 3 else ''}"

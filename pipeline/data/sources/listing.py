@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.sources.items import LISTING
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
 # Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
@@ -59,11 +59,11 @@ def list_source(uri: str) -> pa.Table:
         return listing([("", storage.file_size(uri))])
     if ignored.count and not found.num_rows:
         raise UserError(
-            f"{uri}: only {ignored.count:,} hidden or system files, such as {ignored.example}, which are ignored; to "
+            f"{uri}: only {plural(ignored.count, 'hidden or system file')}, such as {ignored.example}; to "
             "read a hidden folder, name the folder itself with --source"
         )
     if ignored.count:
-        logger.info("%s: %d hidden or system files, such as %s, are ignored", uri, ignored.count, ignored.example)
+        logger.info("%s: ignored %s, such as %s", uri, plural(ignored.count, "hidden or system file"), ignored.example)
     return found
 
 

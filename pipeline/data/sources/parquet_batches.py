@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.codecs import Refused
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 BATCH_BYTES = 64 << 20  # of labels or addresses that are decoded at a time
 MAX_VALUE_BYTES = 8 << 20  # of a label or address
@@ -54,7 +54,7 @@ def largest_value(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> t
             continue
         size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
         if size > max(MAX_COLUMN_BYTES, MAX_RATIO * packed):
-            where = f"column {column.path_in_schema} of row group {group} with {metadata.num_rows:,} rows"
+            where = f"column {column.path_in_schema} of row group {group} with {plural(metadata.num_rows, 'row')}"
             return 0, Refused("too many bytes", f"{where}: {packed:,} bytes unpack to {size:,}")
         if size > 4 * packed:
             largest = max(largest, size)

@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.data.codecs import is_image_name
 from pipeline.data.sources.parquet_batches import read_batches
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 
 INDEX = re.compile(r"\d+")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet", ".parq", ".pq")
@@ -188,7 +188,7 @@ def _read_parquet(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
     file = pq.ParquetFile(io.BytesIO(data))
     rows, limit = file.metadata.num_rows, max(MIN_ROWS, MAX_ROWS_PER_BYTE * len(data))
     if rows > limit:  # names of files do not repeat, so they do not compress so well
-        raise UserError(f"{uri}: {len(data):,} bytes have {rows:,} rows, more than the limit of {limit:,}")
+        raise UserError(f"{uri}: {len(data):,} bytes have {plural(rows, 'row')}, more than the limit of {limit:,}")
     return [row for batch in read_batches(uri, file, file.schema_arrow.names) for row in batch.to_pylist()]
 
 

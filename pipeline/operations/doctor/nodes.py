@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from pipeline.errors import plural
 from pipeline.operations.doctor.finding import CheckResult, error
 
 
@@ -46,4 +47,4 @@ def _plain(check: Callable[[], Sequence[CheckResult]]) -> list[tuple]:
 
 
 def _where(names: Sequence[str], count: int) -> str:
-    return f"all {count} nodes" if len(names) == count else ", ".join(names)
+    return f"{'all ' if count > 1 else ''}{plural(count, 'node')}" if len(names) == count else ", ".join(names)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipeline import cluster, storage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.operations.doctor.finding import CheckResult, ok, refused, warning
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def cpu_budget(workers: int, needed: Mapping[str, float], room: cluster.Capacity
     """Checks whether all workers fit on the cluster, which is required for a start. Nodes that an autoscaler may add
     are not considered (see `cluster.log_waiting`)."""
     each = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
-    want = f"{workers} workers of {each}"
+    want = f"{plural(workers, 'worker')} of {each}"
     if room.free >= workers:
         return ok("room", f"{want} fit now")
     if room.now >= workers:
@@ -40,10 +40,13 @@ def own_budget(config: "PretrainConfig") -> CheckResult:
     if want > cores:
         return warning(
             "room",
-            f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU share {cores} cores",
+            f"{plural(config.runtime.workers, 'worker')} of {config.runtime.cpus_per_worker:g} CPU share {plural(cores, 'core')}",
             "fewer --workers or --cpus-per-worker are faster",
         )
-    return ok("room", f"{config.runtime.workers} workers of {config.runtime.cpus_per_worker:g} CPU on {cores} cores")
+    return ok(
+        "room",
+        f"{plural(config.runtime.workers, 'worker')} of {config.runtime.cpus_per_worker:g} CPU on {plural(cores, 'core')}",
+    )
 
 
 def run_name(config: "PretrainConfig") -> CheckResult:

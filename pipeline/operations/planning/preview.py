@@ -6,7 +6,7 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data import address
 from pipeline.data.format.revision_names import manifest_uri
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.table import hours_text, table
@@ -38,7 +38,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)
-        note = f"  note      no dataset at {training.runtime.data} yet: planned for {resolved.samples:,} images of the recipe's corpus{address.hint(training.runtime.data)}\n"
+        note = f"  note      no dataset at {training.runtime.data} yet: planned for {plural(resolved.samples, 'image')} of the recipe's corpus{address.hint(training.runtime.data)}\n"
     else:
         resolved = run.check_run(training, devices=False)
         run.find_record(resolved, storage.normalise(training.runtime.output))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pipeline.errors import plural
+
 LIMITS = {
     "gpus": "the GPUs",
     "launching": "launching kernels",
@@ -18,15 +20,15 @@ def table(result: dict[str, Any]) -> str:
         f"{result['recipe']}: {model['variant']} at {model['image_size']} px on {hardware['gpus']} x {hardware['gpu']}, "
         f"{hardware['mfu']:.0%} MFU",
         f"  model        {model['parameters'] / 1e6:,.1f}M parameters, {model['forward_gflops_per_image']:,.2f} GFLOPs an image forward",
-        f"  corpus       {run['images']:,} images, {run['classes']:,} classes",
-        f"  run          {run['steps']:,} steps, {run['images_seen']:,} images seen, {run['train_exaflops']:,.4g} exaFLOPs",
+        f"  corpus       {plural(run['images'], 'image')}, {plural(run['classes'], 'class')}",
+        f"  run          {plural(run['steps'], 'step')}, {plural(run['images_seen'], 'image')} seen, {run['train_exaflops']:,.4g} exaFLOPs",
         f"  speed        {run['images_per_second']:,.0f} img/s, {run['step_seconds']:.3g} s a step, limited by "
         f"{LIMITS[run['limited_by']]}",
         *_limits(run),
         f"  time         {hours_text(run['hours'])}, {_few(run['gpu_hours'])} GPU-hours, ${_few(run['cost'])}",
         "",
         f"  memory per GPU ({_size(memory['usable'])} usable; activations {_size(memory['activations_per_image'])} an image;",
-        f"  {memory['images_per_gpu']} images per GPU and step)",
+        f"  {plural(memory['images_per_gpu'], 'image')} per GPU and step)",
         f"    {'':7s}{'model states':>13s}{'buffers':>9s}{'micro-batch':>12s}{'accumulate':>11s}{'used':>9s}",
     ]
     for stage, row in memory["stages"].items():
@@ -52,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
         f"  checkpoint   {_size(checkpoint['total'])} ({_size(checkpoint['weights'])} weights), written in "
         f"{checkpoint['write_seconds']:.1f} s",
         f"               {checkpoint['expected_failures']:.2g} failures expected: best every "
-        f"{checkpoint['interval_steps']:,} steps ({checkpoint['interval_seconds'] / 60:.0f} min),",
+        f"{plural(checkpoint['interval_steps'], 'step')} ({checkpoint['interval_seconds'] / 60:.0f} min),",
         f"               the recipe has {checkpoint['recipe_interval_steps']:,}",
     ]
     lines += _paper(result)
@@ -79,11 +81,11 @@ def _prepare(prepare: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: {_few(prepare['core_hours'])} core-hours,",
-        f"               {hours_text(prepare['hours'])} on {prepare['cores']} cores",
+        f"               {hours_text(prepare['hours'])} on {plural(prepare['cores'], 'core')}",
     ]
     for name, row in prepare["output"].items():
         lines.append(
-            f"    {name:10s}{_size(row['bytes']):>10s} in {row['shards']:,} shards, ${row['storage_cost_per_month']:,.0f} a month"
+            f"    {name:10s}{_size(row['bytes']):>10s} in {plural(row['shards'], 'shard')}, ${row['storage_cost_per_month']:,.0f} a month"
         )
     return lines
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.vtab.datasets.base import DataSet, FoundFile, Listing, OfficialFile, image_files
 
 TRAIN_PER_CLASS = 30
@@ -41,7 +41,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
         if folder.lower() not in CLASSES:
             continue
         if len(names) < TRAIN_PER_CLASS:
-            raise UserError(f"{found.uri}: only {len(names)} files in {folder}, of which 30 are for training")
+            raise UserError(f"{found.uri}: only {plural(len(names), 'file')} in {folder}, of which 30 are for training")
         train = set(generator.choice(names, TRAIN_PER_CLASS, replace=False).tolist())
         for file in names:
             if file.endswith(".jpg"):  # BACKGROUND_Google also has a file named tmp, which is included in the draw

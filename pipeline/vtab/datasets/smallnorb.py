@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.vtab.containers import MAX_MEMBER_BYTES, png, unzipped
 from pipeline.vtab.datasets.base import ArchiveFile, DataSet, FoundFile, Listing, Member, OfficialFile
 
@@ -32,7 +32,7 @@ def index(files: Mapping[str, FoundFile]) -> list[Listing]:
             size = shape[0] * 4 * dtype.itemsize
             data = stream.read(min(size, MAX_MEMBER_BYTES))
         if len(data) < size:
-            raise UserError(f"{uri}: truncated: {len(data):,} bytes for {shape[0]:,} rows; fetch it again")
+            raise UserError(f"{uri}: truncated: {len(data):,} bytes for {plural(shape[0], 'row')}; fetch it again")
         info = np.frombuffer(data, dtype).reshape(shape)
         numbers = range(len(info))
         listings.append(
