@@ -83,7 +83,7 @@ def test_label_tables(tmp_path):
     (folder / "labels.csv").write_text("file,label\n0.jpg,dog\n1,cat\n2.jpg,dog\nghost.jpg,cat\n")
     dataset = run(tmp_path / "a", source=(str(folder),))
     assert contents(dataset) == {"0.jpg": "dog", "1.jpg": "cat", "2.jpg": "dog"}
-    assert refusals(dataset) == {"3.jpg": "no label", "ghost.jpg": "missing file"}
+    assert refusals(dataset) == {"3.jpg": "no row", "ghost.jpg": "missing file"}
 
     many = tmp_path / "many.jsonl"
     many.write_text(

@@ -171,7 +171,11 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
     found = set()
     for name in plan.splits:
         reasons = {row[2] for receipt in receipts for row in receipt["rejects"][name]}
-        if reasons == {"no label"} and not any(receipt["splits"][name]["rows"] for receipt in receipts):
+        if (
+            reasons
+            and reasons <= {"no label", "no row"}
+            and not any(receipt["splits"][name]["rows"] for receipt in receipts)
+        ):
             found.add(name)
     if len(found) == len(plan.splits):
         return set()

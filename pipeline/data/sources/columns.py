@@ -4,7 +4,7 @@ and split columns and reads their values."""
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,33 +66,39 @@ def label_values(
 ) -> tuple[list[list[str] | None], bool] | None:
     """(label names of every row, whether the data is multi-label), from the column `label`, from the one-hot columns
     that the user named, or from one-hot columns among `names`. None if there are no such columns."""
-    one_hot = [name.strip() for name in wanted.split(",")] if wanted and wanted not in names and "," in wanted else []
-    if missing := next((name for name in one_hot if name not in names), None):
-        raise UserError(f"--label-column {wanted}: no column {missing}{nearest(missing, names)}")
+    one_hot = named_one_hot(wanted, names)
     if label:
         return column_labels([row.get(label) for row in rows], label)
     one_hot = one_hot or one_hot_columns(rows, names)
     if not one_hot:
         return None
-    values: list[list[str] | None] = [[name for name in one_hot if _is_one(row.get(name))] for row in rows]
+    values: list[list[str] | None] = [[name for name in one_hot if is_one(row.get(name))] for row in rows]
     return values, any(value is None or len(value) != 1 for value in values)
+
+
+def named_one_hot(wanted: str | None, names: Sequence[str]) -> list[str]:
+    """The one-hot columns that the user named, separated by commas; empty if the user named one column or none."""
+    one_hot = [name.strip() for name in wanted.split(",")] if wanted and wanted not in names and "," in wanted else []
+    if missing := next((name for name in one_hot if name not in names), None):
+        raise UserError(f"--label-column {wanted}: no column {missing}{nearest(missing, names)}")
+    return one_hot
 
 
 def one_hot_columns(rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> list[str]:
     """The columns that hold only 0 and 1, if all columns do, or if there are at
     least three and each row has exactly one 1."""
-    flags = [name for name in names if all(_is_flag(row.get(name)) for row in rows)]
+    flags = [name for name in names if all(is_flag(row.get(name)) for row in rows)]
     if len(flags) == len(names) > 1:
         return flags
-    alone = len(flags) > 2 and all(sum(_is_one(row.get(name)) for name in flags) == 1 for row in rows)
+    alone = len(flags) > 2 and all(sum(is_one(row.get(name)) for name in flags) == 1 for row in rows)
     return flags if alone else []
 
 
-def _is_flag(value: Any) -> bool:
+def is_flag(value: Any) -> bool:
     return isinstance(value, bool | np.bool_) or str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false")
 
 
-def _is_one(value: Any) -> bool:
+def is_one(value: Any) -> bool:
     return str(value).strip().lower() in ("1", "1.0", "true")
 
 
@@ -186,10 +192,10 @@ def captions_error(where: str, names: Iterable[str], inputs: int, flag: str) -> 
     )
 
 
-def no_label_column(uri: str, rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> NoLabelColumn:
-    """The error for a table without a label column. Suggests the column with the
-    fewest distinct values, captions excluded."""
-    distinct = {n: len({str(row.get(n)) for row in rows}) for n in names if normalised_name(n) not in CAPTION_COLUMNS}
+def no_label_column(uri: str, names: Sequence[str], values: Mapping[str, Iterable[Any]]) -> NoLabelColumn:
+    """The error for a table without a label column. Suggests the column with the fewest distinct values, captions
+    excluded. values: those of the columns that may be suggested."""
+    distinct = {n: len(set(map(str, values[n]))) for n in values if normalised_name(n) not in CAPTION_COLUMNS}
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
     listed = ", ".join(names) or "no other column"
@@ -209,7 +215,7 @@ def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str |
             texts = {as_text(value).strip() for value in values(name) if not is_missing(value)}
             if len(texts) > 1 and all(map(split_of_name, texts)):
                 return name
-        elif normalised_name(name) in TRAINING_COLUMNS and all(_is_flag(value) for value in values(name)):
+        elif normalised_name(name) in TRAINING_COLUMNS and all(is_flag(value) for value in values(name)):
             return name
     return None
 
@@ -218,6 +224,6 @@ def split_name(value: Any, column: str) -> str | None:
     """The split that a value of the split column stands for; in a column such as is_train, 1 is train and 0 is test."""
     if is_missing(value):
         return None
-    if normalised_name(column) in TRAINING_COLUMNS and _is_flag(value):
-        return "train" if _is_one(value) else "test"
+    if normalised_name(column) in TRAINING_COLUMNS and is_flag(value):
+        return "train" if is_one(value) else "test"
     return as_text(value).strip()

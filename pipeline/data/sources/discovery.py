@@ -14,6 +14,7 @@ from pipeline import storage
 from pipeline.data.sources import arrow, cifar, folder, parquet, tar, tfrecord, urls, zip
 from pipeline.data.sources.archives import included
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, SourceFormat
+from pipeline.data.sources.large_tables import LargeTable, open_label_table
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.naming import TABLE_FILE
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
@@ -91,13 +92,19 @@ def discover(
     uris = [storage.normalise(uri) for uri in uris]
     prefixes = prefixes or key_prefixes(uris)
     columns = columns or Columns()
-    table = read_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
+    table = open_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
     sources = []
     for i, uri in enumerate(uris):
         files = list_source(uri)
         if not files.num_rows:
             raise UserError(f"{uri}: no such file or folder, or nothing in it")
         found = _recognise(uri, files, downloads) if format == "auto" else formats()[format]
+        if isinstance(table, LargeTable) and found.NAME != folder.NAME:
+            logger.warning(
+                "%s: its %d rows are read into the memory of every process, because the names of images in archives are "
+                "known only when they are read; labels in the archives take no memory", table.uri, table.rows,
+            )  # fmt: skip
+            table = read_label_table(table.uri, columns, need_labels=not unlabelled)
         options = ScanOptions(
             table=table,
             columns=columns,

@@ -21,9 +21,11 @@ from pipeline.data.sources.items import (
     is_included,
     too_large,
 )
+from pipeline.data.sources.label_join import has_large_tables, join_files
+from pipeline.data.sources.large_tables import open_label_table
 from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
 from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, read_tables
-from pipeline.data.sources.tables import LabelTable, read_label_table
+from pipeline.data.sources.tables import LabelTable
 from pipeline.errors import UserError, plural
 
 NAME = "folder"
@@ -63,18 +65,22 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     files, captioned = _without_sidecars(uri, files)
     naming = Naming(table=options.table, tables=tables)
     naming = dataclasses.replace(naming, layout=_layout(uri, files, naming, options, captioned))
-    fragments, names = _labelled(uri, files, naming)
+    labelled = _joined(uri, files, naming) if has_large_tables(naming) else _labelled(uri, files, naming)
+    fragments = labelled.fragments
     splits = tuple(sorted(set(pc.unique(fragments["split"]).drop_null().to_pylist())))
     return Source(
         uri=uri,
         kind=NAME,
         prefix=options.prefix,
         fragments=fragments,
-        names=frozenset(names),
-        multilabel=naming.multilabel,
+        names=frozenset(labelled.names),
+        multilabel=labelled.multilabel,
         by_folder=naming.by_folder,
         splits=splits,
         hint=hint,
+        missing=labelled.gone,
+        missing_example=labelled.example,
+        need_labels=not options.unlabelled,
     )
 
 
@@ -88,7 +94,7 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
         return files, {}
 
     def read(path: str) -> LabelTable:
-        return read_label_table(storage.join(uri, path), options.columns, need_labels=not options.unlabelled)
+        return open_label_table(storage.join(uri, path), options.columns, need_labels=not options.unlabelled)
 
     tables = read_tables(found, read, not options.unlabelled)
     paths = [path for path, _, _ in found]
@@ -137,8 +143,8 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
                 if None not in splits_in_names:
                     splits_in_names.add(split_in_name(path))
                 if not open_folders:
-                    found = naming.row(path)
-                    open_folders = found is None or not found[0].labels
+                    found = naming.table_of(path)
+                    open_folders = found is None or not found[0].has_labels
     classes_wanted = open_folders and not options.unlabelled
     layout = layout_of_source(uri, folders, options.class_level, classes_wanted=classes_wanted)
     names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
@@ -159,9 +165,20 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
     return layout
 
 
-def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[str]]:
-    """(fragments, label names). Rows of tables whose file is missing also become
-    fragments, so that they are counted."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Labelled:
+    """The files of a source with their labels, and the rows of tables without a file, so that they are counted."""
+
+    fragments: pa.Table
+    names: set[str]
+    multilabel: bool
+    gone: int = 0
+    """Number of rows without a file, of large tables."""
+    example: str = ""
+    """The path of one of them."""
+
+
+def _labelled(uri: str, files: pa.Table, naming: Naming) -> _Labelled:
     names: set[str] = set()
     tabled = bool(naming.table or naming.tables)
     rows = RowMatcher(naming)
@@ -169,24 +186,43 @@ def _labelled(uri: str, files: pa.Table, naming: Naming) -> tuple[pa.Table, set[
     def labelled(part: pa.Table) -> pa.Table:
         paths = part["path"].to_pylist()
         found = [(None, naming.layout.split(path)) if is_document(path) else naming.of(path) for path in paths]
+        without = []
         if tabled:
             for path in paths:
-                rows.add(path)
-        return fragments(part, [label for label, _ in found], [split for _, split in found])
+                row = rows.add(path)
+                without.append(items.NO_ROW if row is not None and row[2] is None and row[0].has_labels else 0)
+        return fragments(part, [label for label, _ in found], [split for _, split in found], without)
 
-    def fragments(part: pa.Table, labels: list[list[str] | None], splits: list[str | None]) -> pa.Table:
+    def fragments(
+        part: pa.Table, labels: list[list[str] | None], splits: list[str | None], without: list[int]
+    ) -> pa.Table:
         names.update(name for label in labels for name in label or ())
-        return fragments_of_files(part, pa.array(labels, FRAGMENTS.field("labels").type), pa.array(splits, pa.string()))
+        found = fragments_of_files(
+            part, pa.array(labels, FRAGMENTS.field("labels").type), pa.array(splits, pa.string())
+        )
+        return items.with_rows(found, pa.array(without, pa.int64())) if without else found
 
     parts = map(labelled, listing.in_batches(files))
     if not tabled:
-        return listing.spilled(parts, FRAGMENTS), names
+        return _Labelled(fragments=listing.spilled(parts, FRAGMENTS), names=names, multilabel=naming.multilabel)
     there = listing.spilled(parts, FRAGMENTS)
     rows.check(uri, files["path"].to_pylist())
-    missing = list(rows.missing())
+    missing = [rows.missing_file(*row) for row in rows.rows_without_file()]
     absent = pa.table({"path": [path for path, _, _ in missing], "size": [0] * len(missing)}, schema=listing.LISTING)
-    gone = fragments(absent, [label for _, label, _ in missing], [split for _, _, split in missing])
-    return pa.concat_tables([there, gone]), names
+    gone = fragments(absent, [label for _, label, _ in missing], [split for _, _, split in missing], [])
+    return _Labelled(fragments=pa.concat_tables([there, gone]), names=names, multilabel=naming.multilabel)
+
+
+def _joined(uri: str, files: pa.Table, naming: Naming) -> _Labelled:
+    """The same with large tables, which are not in memory."""
+    joined = join_files(uri, files, naming, is_document)
+    return _Labelled(
+        fragments=pa.concat_tables([joined.files, joined.gone]),
+        names=joined.names,
+        multilabel=joined.multilabel,
+        gone=joined.gone.num_rows,
+        example=joined.gone["path"][0].as_py() if joined.gone.num_rows else "",
+    )
 
 
 # ---------------------------------------------------------------- reading
@@ -212,6 +248,8 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
                 yield item._replace(refused=Refused("unreadable", str(data)))
             elif names is None and not matches(path) and not is_image_data(data):
                 yield item._replace(refused=Refused("not an image"))  # more helpful than "no label"
+            elif row["row"] == items.NO_ROW and source.need_labels:
+                yield item._replace(refused=Refused("no row"))
             else:
                 yield item._replace(image=data)
 

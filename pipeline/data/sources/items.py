@@ -24,9 +24,10 @@ FRAGMENTS = pa.schema(
         ("stop", pa.int64()),  # end of the range; -1 for the end of the file
         ("labels", pa.list_(pa.string())),  # label names that are known before the fragment is read, or null
         ("split", pa.string()),  # the split of the fragment in the source, or null
-        ("row", pa.int64()),  # number of the first row in the file (lists of URLs); else 0
+        ("row", pa.int64()),  # number of the first row in the file (lists of URLs), or NO_ROW; else 0
     ]
 )
+NO_ROW = -1  # an image that is not in the label table
 LISTING = pa.schema([FRAGMENTS.field("path"), FRAGMENTS.field("size")])
 
 
@@ -77,6 +78,9 @@ class Source:
     problem: str = ""  # why an archive could not be scanned to its end, if so
     hint: str = ""  # where labels may be, if none were found
     stamp: str = ""  # changes with the content, for lists of URLs: the sizes of fragments do not show a change
+    missing: int = 0  # rows of large label tables without a file, which are the last fragments
+    missing_example: str = ""  # path of such a row
+    need_labels: bool = True  # whether images without a row in the label table are rejected
     downloads: Downloads | None = None  # for lists of URLs
     # For lists of URLs, whose `read` selects rows before it downloads their images:
     include: tuple[str, ...] = ()  # globs over keys
@@ -134,6 +138,11 @@ def fragments_of_files(files: pa.Table, labels: pa.Array, splits: pa.Array | Non
     starts, stops = (pa.array(np.full(files.num_rows, value, np.int64)) for value in (0, -1))
     splits = pa.nulls(files.num_rows, pa.string()) if splits is None else splits
     return pa.table([files["path"], files["size"], starts, stops, labels, splits, starts], schema=FRAGMENTS)
+
+
+def with_rows(fragments: pa.Table, rows: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The fragments with another column `row`."""
+    return fragments.set_column(FRAGMENTS.get_field_index("row"), FRAGMENTS.field("row"), rows)
 
 
 def is_included(key: str, include: tuple[str, ...]) -> bool:

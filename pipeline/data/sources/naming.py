@@ -37,30 +37,40 @@ class Naming:
     @property
     def by_folder(self) -> bool:
         """Whether no table has labels."""
-        return not self.table.labels and not any(found.labels for found in self.tables.values())
+        return not self.table.has_labels and not any(found.has_labels for found in self.tables.values())
+
+    def by_folder_of_table(self) -> dict[str, LabelTable]:
+        """The tables that apply, by folder."""
+        return {"": self.table} if self.table else self.tables
+
+    def table_of(self, path: str) -> tuple[LabelTable, str, str] | None:
+        """(table, folder of the table, path in that folder) for a path; None if no table applies."""
+        if self.table:
+            return self.table, "", path
+        for folder in sorted(self.tables, key=len, reverse=True):
+            if not folder or path.startswith(f"{folder}/"):
+                return self.tables[folder], folder, path[len(folder) + 1 :] if folder else path
+        return None
 
     def row(self, path: str) -> tuple[LabelTable, str, str | None] | None:
         """(table, folder of the table, row) for a path; None if no table applies."""
-        if self.table:
-            return self.table, "", self.table.find(path)
-        for folder in sorted(self.tables, key=len, reverse=True):
-            if not folder or path.startswith(f"{folder}/"):
-                return (
-                    self.tables[folder],
-                    folder,
-                    self.tables[folder].find(path[len(folder) + 1 :] if folder else path),
-                )
-        return None
+        found = self.table_of(path)
+        return None if found is None else (found[0], found[1], found[0].find(found[2]))
 
     def of(self, path: str) -> tuple[list[str] | None, str | None]:
         """(label names, split) of a path."""
-        found = self.row(path)
+        return self.said_by(self.row(path), path)
+
+    def said_by(
+        self, found: tuple[LabelTable, str, str | None] | None, path: str
+    ) -> tuple[list[str] | None, str | None]:
+        """(label names, split) of a path. found: what `row` returns for it."""
         if found is None:
             label = self.layout.label(path)
             return None if label is None else [label], self.layout.split(path)
         table, _, row = found
         split = (table.splits.get(row) if row is not None else None) or self.layout.split(path)
-        if table.labels:
+        if table.has_labels:
             return None if row is None else table.labels.get(row), split
         label = self.layout.label(path)
         return None if label is None else [label], split
@@ -139,11 +149,11 @@ class RowMatcher:
         self.naming = naming
         self.files: dict[tuple[str, str], str] = {}  # (folder, row) -> file
 
-    def add(self, path: str) -> None:
-        """Records the row of a file. Raises UserError if the row matches two files."""
+    def add(self, path: str) -> tuple[LabelTable, str, str | None] | None:
+        """Records the row of a file and returns what `Naming.row` does. Raises UserError if the row matches two files."""
         found = self.naming.row(path)
         if found is None or found[2] is None:
-            return
+            return found
         table, folder, row = found[0], found[1], found[2]
         other = self.files.setdefault((folder, row), path)
         if other != path:
@@ -151,31 +161,35 @@ class RowMatcher:
                 f"{table.uri}: the row {row} matches several files, {other} and {path}; write full paths in the table, "
                 "or select the files with --include"
             )
+        return found
 
-    def missing(self) -> Iterator[tuple[str, list[str] | None, str | None]]:
-        """(path, label names, split) of the rows without a file."""
-        tables = {"": self.naming.table} if self.naming.table else self.naming.tables
-        for folder, table in tables.items():
-            for row in table.keys:
-                if (folder, row) not in self.files:
-                    path = f"{folder}/{row}" if folder else row
-                    yield path, table.labels.get(row), table.splits.get(row) or self.naming.layout.split(path)
+    def rows_without_file(self) -> Iterator[tuple[str, str]]:
+        """(folder of the table, row) of the rows without a file."""
+        for folder, table in self.naming.by_folder_of_table().items():
+            yield from ((folder, row) for row in table.keys if (folder, row) not in self.files)
+
+    def missing_file(self, folder: str, row: str) -> tuple[str, list[str] | None, str | None]:
+        """(path, label names, split) of a row without a file."""
+        table, path = self.naming.by_folder_of_table()[folder], f"{folder}/{row}" if folder else row
+        return path, table.labels.get(row), table.splits.get(row) or self.naming.layout.split(path)
 
     def check(self, uri: str, paths: Sequence[str]) -> None:
         """Raises UserError if no row of a table matches a file in `paths`; warns about rows without a file."""
-        tables = {"": self.naming.table} if self.naming.table else self.naming.tables
-        for folder, table in tables.items():
+        for folder, table in self.naming.by_folder_of_table().items():
             gone = [row for row in table.keys if (folder, row) not in self.files]
-            if not gone:
-                continue
-            inside = [clean_path(path) for path in paths[:MAX_COMPARED] if path.startswith(folder)]
-            close = nearest(gone[0], inside) or nearest(gone[0], [path.rpartition("/")[2] for path in inside])
-            if len(gone) == len(list(table.keys)):
-                raise UserError(
-                    f"{uri}: the label table {table.uri} names none of the files; the table has {gone[0]!r}{close}, "
-                    f"the source has {next(iter(inside or paths), '')!r}"
-                )
-            logger.warning(
-                "%s: %d of %d rows of %s have no file, such as %r%s",
-                uri, len(gone), len(list(table.keys)), table.uri, gone[0], close,
-            )  # fmt: skip
+            if gone:
+                check_rows(uri, table.uri, folder, len(list(table.keys)), len(gone), gone[0], paths)
+
+
+def check_rows(uri: str, table: str, folder: str, rows: int, gone: int, example: str, paths: Sequence[str]) -> None:
+    """Warns that `gone` of the rows of a table have no file, such as `example`. Raises UserError if it is all of them.
+
+    paths: files of the source, of which some are compared with the example."""
+    inside = [clean_path(path) for path in paths[:MAX_COMPARED] if path.startswith(folder)]
+    close = nearest(example, inside) or nearest(example, [path.rpartition("/")[2] for path in inside])
+    if gone == rows:
+        raise UserError(
+            f"{uri}: the label table {table} names none of the files; the table has {example!r}{close}, the source has "
+            f"{next(iter(inside or paths), '')!r}"
+        )
+    logger.warning("%s: %d of %d rows of %s have no file, such as %r%s", uri, gone, rows, table, example, close)

@@ -7,7 +7,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -83,26 +84,34 @@ def decode_text(data: bytes, uri: str) -> str:
 # ---------------------------------------------------------------- delimited text
 
 
-def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
-    """Rows of CSV, TSV or plain text, with or without a header."""
-    text = decode_text(data, uri)
-    lines = [line for line in text.splitlines() if line.strip()]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLayout:
+    """How the lines of a text table are divided into columns."""
+
+    columns: list[str]
+    delimiter: str = ""
+    """Empty for lists of a path, which may contain blanks, and a label."""
+    header: bool = False
+    """Whether the first record has the names of the columns."""
+    label_first: bool = False
+    """Whether the label comes before the path, in lists."""
+    ambiguous: bool = False
+    """Whether several columns are running numbers, so that any of them may be the label."""
+
+
+def text_layout(lines: Sequence[str], uri: str, named: Sequence[str]) -> TextLayout:
+    """The layout of CSV, TSV or plain text, with or without a header. lines: those that are not blank."""
     head = lines[0] if lines else ""
     delimiter = max(",;\t|", key=head.count)  # a comma if there are none of these characters
     if not head.count(delimiter) and not uri.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-        return _read_list(lines)
+        # Caffe's lists: a path and a label; or the label first
+        label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
+        return TextLayout(columns=["file_name", "label"], label_first=label_first)
     first = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
     if _is_header(first, named):
-        file = io.StringIO("\n".join(lines), newline="")
-        return list(csv.DictReader(file, delimiter=delimiter, skipinitialspace=True))
-    return _without_header(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)))
-
-
-def _read_list(lines: Sequence[str]) -> list[Any]:
-    """Rows of Caffe's lists: a path, which may contain blanks, and a label; or the label first."""
-    label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
-    rows = [line.split(None, 1)[::-1] if label_first else line.strip().rsplit(None, 1) for line in lines]
-    return [dict(zip(("file_name", "label"), row, strict=False)) for row in rows]
+        with_breaks = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter, skipinitialspace=True)
+        return TextLayout(columns=next(with_breaks, []), delimiter=delimiter, header=True)
+    return _layout_without_header(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)), delimiter)
 
 
 def _is_header(first: Sequence[str], named: Sequence[str]) -> bool:
@@ -110,9 +119,9 @@ def _is_header(first: Sequence[str], named: Sequence[str]) -> bool:
     return any(cell.strip().lower() in known for cell in first) or not any(is_image_name(cell) for cell in first)
 
 
-def _without_header(rows: list[list[str]]) -> list[dict[str, str]]:
-    """Rows of a table without a header. The column of image files becomes file_name; the first other column that is not
-    a running number (MXNet's lists begin with one) becomes label."""
+def _layout_without_header(rows: list[list[str]], delimiter: str) -> TextLayout:
+    """The column of image files becomes file_name; the first other column that is not a running number (MXNet's lists
+    begin with one) becomes label."""
     width = max(map(len, rows))
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
     file = max(range(width), key=lambda i: sum(bool(is_image_name(cell)) for cell in columns[i]))
@@ -122,7 +131,34 @@ def _without_header(rows: list[list[str]]) -> list[dict[str, str]]:
     names = {i: f"column {i + 1}" for i in range(width)} | {file: "file_name"}
     if label is not None:
         names[label] = "label"
-    return [{names[i]: columns[i][number] for i in range(width)} for number in range(len(rows))]
+    return TextLayout(
+        columns=[names[i] for i in range(width)], delimiter=delimiter, ambiguous=len(counted) == len(others) > 1
+    )
+
+
+def rows_of_text(lines: Iterable[str], layout: TextLayout) -> Iterator[dict[str, Any]]:
+    """The rows of lines of text. A header, if there is one, is not among the lines."""
+    if not layout.delimiter:
+        for line in lines:
+            if line.strip():
+                cells = line.split(None, 1)[::-1] if layout.label_first else line.strip().rsplit(None, 1)
+                yield dict(zip(layout.columns, map(str.strip, cells), strict=False))
+        return
+    missing = None if layout.header else ""
+    for cells in csv.reader(lines, delimiter=layout.delimiter, skipinitialspace=True):
+        if cells:
+            yield dict.fromkeys(layout.columns, missing) | dict(zip(layout.columns, cells, strict=False))
+
+
+def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
+    """Rows of CSV, TSV or plain text, with or without a header."""
+    lines = [line for line in decode_text(data, uri).splitlines() if line.strip()]
+    layout = text_layout(lines, uri, named)
+    if not layout.header:
+        return list(rows_of_text(lines, layout))
+    return list(rows_of_text(io.StringIO("\n".join(lines), newline=""), layout))[
+        1:
+    ]  # quoted cells may have line breaks
 
 
 # ---------------------------------------------------------------- JSON and Parquet

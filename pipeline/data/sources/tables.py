@@ -7,9 +7,10 @@ columns, and LabelTable finds the row of an image, however its path is spelled.
 
 import io
 import os
+import re
 import tarfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -33,6 +34,8 @@ from pipeline.errors import UserError, nearest
 
 __all__ = ["Columns", "LabelTable", "NoLabelColumn", "clean_path", "read_label_table"]
 
+EXTENSION = re.compile(r"(?ai)\.(?:[a-z]{1,10}|(?=[0-9]*[a-z])[a-z0-9]{1,5})")  # a number, as in scan.0001, is none
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTable:
@@ -44,9 +47,16 @@ class LabelTable:
     unlabelled: frozenset[str] = frozenset()
     """Files that the table lists without a label."""
     uri: str = ""
+    whole_has_labels: bool | None = None
+    """For some of the rows of a table: whether the table has labels."""
 
     def __bool__(self) -> bool:
-        return bool(self.labels or self.splits)
+        return bool(self.labels or self.splits) or self.whole_has_labels is not None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the labels come from this table; otherwise it has only splits."""
+        return bool(self.labels) if self.whole_has_labels is None else self.whole_has_labels
 
     def __contains__(self, key: str) -> bool:
         return key in self.labels or key in self.splits or key in self.unlabelled
@@ -64,10 +74,10 @@ class LabelTable:
         """
         path = clean_path(path)
         suffixes = list(_suffixes(path))
-        for name in (*suffixes, *(os.path.splitext(name)[0] for name in suffixes)):
+        for name in (*suffixes, *map(without_extension, suffixes)):
             if name in self:
                 return name
-        stem = os.path.splitext(path)[0]
+        stem = without_extension(path)
         loose = self._loose()
         found = (loose.get(name) for name in (path, stem, path.casefold(), stem.casefold()))
         return next((key for key in found if key is not None), None)
@@ -85,7 +95,7 @@ class LabelTable:
             cached = {}
             for key in self.keys:
                 for name in _suffixes(key):
-                    stem = os.path.splitext(name)[0]
+                    stem = without_extension(name)
                     for variant in {name, name.casefold(), stem, stem.casefold()}:
                         cached[variant] = key if cached.get(variant, key) == key else None
             self.__dict__["_loose_index"] = cached
@@ -103,6 +113,20 @@ def clean_path(path: str) -> str:
     while path.startswith("./"):
         path = path[2:]
     return path
+
+
+def without_extension(path: str) -> str:
+    stem, extension = os.path.splitext(path)
+    return stem if EXTENSION.fullmatch(extension) else path
+
+
+def join_key(path: str) -> str:
+    """A key that a file and its row have in common, for every spelling that `LabelTable.find` accepts: the base name
+    in folded case, without extensions. path: a result of `clean_path`."""
+    name = path.rpartition("/")[2].casefold()
+    while (stem := without_extension(name)) != name:
+        name = stem
+    return name
 
 
 def _suffixes(path: str) -> Iterable[str]:
@@ -126,18 +150,39 @@ def read_label_table(
         return LabelTable(labels=_imagenet_devkit(uri))
     rows = read_rows(uri, (columns.file, columns.label, columns.split), data)
     names = [n for n in dict.fromkeys(name for row in rows for name in row) if isinstance(n, str)]
-    file = named_column(names, FILE_COLUMNS, columns.file, "--file-column")
-    if file is None:
-        raise UserError(
-            f"{uri}: no column of file names among: {', '.join(names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
-            "--file-column"
-        )
+    file = file_column(uri, names, columns)
     others = [name for name in names if name != file]
     split = split_column(others, columns.split, lambda name: [row.get(name) for row in rows])
     keys = _row_keys(rows, file, uri)
     labels, multilabel = _row_labels(
         rows, [name for name in others if name != split], columns, uri, need_labels and not split
     )
+    splits = [split_name(row.get(split), split) if split else None for row in rows]
+    if len({name for name in splits if name is not None}) < 2 and not columns.split:
+        splits = [None] * len(rows)
+    return table_of_rows(uri, keys, labels, splits, multilabel)
+
+
+def file_column(uri: str, names: Sequence[str], columns: Columns) -> str:
+    """The column of file names. Raises UserError if there is none."""
+    file = named_column(names, FILE_COLUMNS, columns.file, "--file-column")
+    if file is None:
+        raise UserError(
+            f"{uri}: no column of file names among: {', '.join(names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
+            "--file-column"
+        )
+    return file
+
+
+def table_of_rows(
+    uri: str,
+    keys: Sequence[str],
+    labels: Sequence[list[str] | None],
+    splits: Sequence[str | None],
+    multilabel: bool,
+    whole_has_labels: bool | None = None,
+) -> LabelTable:
+    """The table of some rows; rows of the same file have all their labels. Changes the lists in `labels`."""
     table: dict[str, list[str]] = {}
     for key, found in zip(keys, labels, strict=True):
         if found is not None:
@@ -145,29 +190,40 @@ def read_label_table(
             if known is not found and known != found:
                 multilabel = True
                 known.extend(name for name in found if name not in known)
-    splits: dict[str, str] = {}
-    if split:
-        named = ((key, split_name(row.get(split), split)) for key, row in zip(keys, rows, strict=True))
-        splits = {key: name for key, name in named if name is not None}
-        if len(set(splits.values())) < 2 and not columns.split:
-            splits = {}
-    unlabelled = frozenset(keys) - table.keys()
-    return LabelTable(labels=table, splits=splits, multilabel=multilabel, unlabelled=unlabelled, uri=uri)
+    return LabelTable(
+        labels=table,
+        splits={key: name for key, name in zip(keys, splits, strict=True) if name is not None},
+        multilabel=multilabel,
+        unlabelled=frozenset(keys) - table.keys(),
+        uri=uri,
+        whole_has_labels=whole_has_labels,
+    )
 
 
 def _row_keys(rows: list[dict[Any, Any]], file: str, uri: str) -> list[str]:
     """The normalised file name of every row."""
     keys = []
     for number, row in enumerate(rows, 1):
-        value = row.get(file)
-        if isinstance(value, dict):  # Hugging Face's struct of bytes and path
-            value = value.get("path")
-        if value is None or as_text(value).strip() == "" or value != value:  # NaN
-            raise UserError(f"{uri}: row {number} of the label table has no {file}; fill it in or remove the row")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        keys.append(clean_path(as_text(value)))
+        key = key_of(row.get(file))
+        if key is None:
+            raise no_key(uri, number, file)
+        keys.append(key)
     return keys
+
+
+def key_of(value: Any) -> str | None:
+    """The normalised file name in a cell; None if the cell is empty."""
+    if isinstance(value, dict):  # Hugging Face's struct of bytes and path
+        value = value.get("path")
+    if value is None or as_text(value).strip() == "" or value != value:  # NaN
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return clean_path(as_text(value))
+
+
+def no_key(uri: str, number: int, file: str) -> UserError:
+    return UserError(f"{uri}: row {number} of the label table has no {file}; fill it in or remove the row")
 
 
 def _row_labels(
@@ -183,7 +239,8 @@ def _row_labels(
     found = label_values(rows, names, label, columns.label)
     if found is None or all(value is None for value in found[0]):
         if need_labels:
-            raise no_label_column(uri, rows, [name for name in names if name != label])
+            others = [name for name in names if name != label]
+            raise no_label_column(uri, others, {name: [row.get(name) for row in rows] for name in others})
         return [None] * len(rows), False
     distinct = {name for value in found[0] for name in value or ()}
     if need_labels and not columns.label and not found[1] and look_like_captions(distinct, len(rows)):

@@ -1,0 +1,135 @@
+"""Label tables that stay in their files: the cases of small tables once more, and a comparison of both ways."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import workqueue
+from pipeline.data import sources
+from pipeline.data.sources import large_tables
+from pipeline.errors import UserError
+from tests.unit.test_hostile_inputs import secret, test_a_label_table_cannot_name_files_outside_the_source  # noqa: F401
+from tests.unit.test_source_kinds import (  # noqa: F401
+    JPEG,
+    test_a_row_that_fits_two_files_is_an_error,
+    test_a_table_of_another_encoding,
+    test_a_table_of_splits_leaves_the_labels_to_the_folders,
+    test_forms_of_tables,
+    test_minus_one_beside_indices_is_no_label,
+    test_rows_without_a_file_are_counted_in_split_folders,
+    test_several_labels_in_a_cell,
+    test_split_columns_under_other_names,
+    write,
+)
+from tests.unit.test_source_layouts import (  # noqa: F401
+    test_a_table_in_every_split_folder,
+    test_captions_are_no_labels,
+    test_columns_are_named_by_flags_and_guessed_in_errors,
+    test_labels_in_tables,
+    test_names_in_decomposed_letters_are_matched,
+    test_paths_of_other_systems_are_matched,
+    test_splits_of_files_and_columns,
+)
+from tests.unit.test_sources import (  # noqa: F401
+    test_a_file_on_several_lines_has_all_their_labels,
+    test_label_tables,
+    test_label_tables_as_strangers_write_them,
+)
+
+
+def large(monkeypatch):
+    """Every table is large, and a chunk is a row group or a line."""
+    for name in ("LARGE_ROWS", "LARGE_BYTES", "CHUNK_ROWS", "CHUNK_BYTES"):
+        monkeypatch.setattr(large_tables, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def all_tables_are_large(monkeypatch):
+    large(monkeypatch)
+    with workqueue.without_ray():
+        yield
+
+
+def test_every_table_of_these_tests_is_large(tmp_path):
+    (tmp_path / "t.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n")
+    table = large_tables.open_label_table(str(tmp_path / "t.csv"))
+    assert isinstance(table, large_tables.LargeTable)
+    assert (table.rows, len(table.chunks)) == (2, 27)
+
+
+def spellings(rng, path, number):
+    """A spelling of a path in a table."""
+    changes = [
+        str,
+        str.upper,
+        lambda text: text.replace("/", "\\"),
+        lambda text: f"/data/{text}",
+        lambda text: text.rsplit(".", 1)[0],
+        lambda text: text.rsplit(".", 1)[0] + ".png",
+        lambda text: text.rpartition("/")[2],
+        lambda text: f" ./{text} ",
+        lambda text: text.replace("e", "%65"),
+    ]
+    return changes[int(rng.integers(len(changes)))](path)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_both_ways_find_the_same_rows(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    names = [
+        "a.jpg",
+        "A.jpg",
+        "b.c.jpg",
+        "scan.0001",
+        "scan.0002.jpg",
+        "Bee.JPG",
+        "e",
+        "x.tar.jpeg",
+        "\u00e9.jpg",
+        "e\u0301e.jpg",
+    ]
+    paths = sorted({f"{folder}{name}" for folder in ("", "one/", "two/deep/") for name in rng.permutation(names)[:4]})
+    write(tmp_path / "photos", *paths)
+    listed = [paths[i] for i in rng.permutation(len(paths))[:-2]] + ["gone/other.jpg", "one/none.gif"]
+    keys = [spellings(rng, path, i) for i, path in enumerate(listed)]
+    labels = [str(rng.integers(5)) for _ in keys]
+    splits = [["train", "val", None][int(rng.integers(3))] for _ in keys]
+    pq.write_table(pa.table({"path": keys, "label": labels, "split": splits}), tmp_path / "t.parquet", row_group_size=3)
+    found = [outcome(tmp_path / "photos", tmp_path / "t.parquet")]
+    monkeypatch.undo()
+    found.append(outcome(tmp_path / "photos", tmp_path / "t.parquet"))
+    assert found[0] == found[1]
+
+
+def outcome(folder, table):
+    """What a scan says: every fragment, in order of paths, or the error."""
+    try:
+        [source] = sources.discover([str(folder)], labels=str(table))
+    except UserError as error:
+        return str(error)
+    fragments = source.fragments.sort_by("path").select(["path", "labels", "split", "row"]).to_pydict()
+    return fragments, source.names, source.splits, source.multilabel
+
+
+def test_a_bad_row_far_into_the_table_is_named(tmp_path):
+    write(tmp_path / "photos", "0.jpg")
+    lines = [json.dumps({"file": f"{i}.jpg", "label": "a"}) for i in range(60)]
+    for bad, message in (
+        ('{"label": "a"}', "row 61 of the label table has no file"),
+        ("[]", "must be an object"),
+        ("{", "cannot read the label table"),
+    ):
+        (tmp_path / "t.jsonl").write_text("\n".join([*lines, bad]))
+        with pytest.raises(UserError, match=message):
+            sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.jsonl"))
+
+
+def test_a_column_of_too_many_labels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_tables, "MAX_VALUES", 50)
+    write(tmp_path / "photos", "0.jpg")
+    (tmp_path / "t.csv").write_text("file,label\n" + "".join(f"{i}.jpg,c{i}\n" for i in range(60)))
+    with pytest.raises(UserError, match="column label has more than 50 different values"):
+        sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.csv"))
