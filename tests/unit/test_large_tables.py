@@ -1,5 +1,7 @@
 """Label tables that stay in their files: the cases of small tables once more, and a comparison of both ways."""
 
+import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from pipeline import workqueue
 from pipeline.data import sources
+from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.sources import large_tables
 from pipeline.errors import UserError
 from tests.unit.test_hostile_inputs import secret, test_a_label_table_cannot_name_files_outside_the_source  # noqa: F401
@@ -47,9 +50,9 @@ def large(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def all_tables_are_large(monkeypatch):
+def all_tables_are_large(monkeypatch, request):
     large(monkeypatch)
-    with workqueue.without_ray():
+    with contextlib.nullcontext() if "ray_local" in request.fixturenames else workqueue.without_ray():
         yield
 
 
@@ -132,4 +135,35 @@ def test_a_column_of_too_many_labels_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "photos", "0.jpg")
     (tmp_path / "t.csv").write_text("file,label\n" + "".join(f"{i}.jpg,c{i}\n" for i in range(60)))
     with pytest.raises(UserError, match="column label has more than 50 different values"):
+        sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.csv"))
+
+
+def test_too_many_rows_without_a_file_are_an_error_before_any_work(tmp_path):
+    write(tmp_path / "photos", "0.jpg", "1.jpg")
+    (tmp_path / "t.csv").write_text("file,label\n" + "".join(f"{i}.jpg,a\n" for i in range(10)))
+    config = PrepareConfig(
+        source=(str(tmp_path / "photos"),), output=str(tmp_path / "out"), labels=str(tmp_path / "t.csv")
+    )
+    with pytest.raises(UserError, match=r"8 rows of the label table have no file, of 10 inputs, .* \(such as 2.jpg\)"):
+        prepare(config)
+    assert not (tmp_path / "out").exists()
+    prepared = prepare(dataclasses.replace(config, max_reject_fraction=0.8))[""]
+    assert prepared.rejects == {"missing file": 8}
+
+
+def test_a_join_on_ray(tmp_path, ray_local, caplog):
+    write(tmp_path / "photos", *(f"{i % 3}/{i}.jpg" for i in range(30)))
+    table = pa.table({"path": [f"X/{i % 3}/{i}" for i in range(2, 32)], "label": [f"c{i % 4}" for i in range(2, 32)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=7)
+    fragments, names, _, multilabel = outcome(tmp_path / "photos", tmp_path / "t.parquet")
+    found = dict(zip(fragments["path"], fragments["labels"], strict=True))
+    assert found == {f"{i % 3}/{i}.jpg": [f"c{i % 4}"] if i > 1 else None for i in range(30)} | {
+        f"X/{i % 3}/{i}": [f"c{i % 4}"] for i in (30, 31)
+    }
+    assert [fragments["path"][i] for i, row in enumerate(fragments["row"]) if row] == ["0/0.jpg", "1/1.jpg"]
+    assert (names, multilabel) == ({"c0", "c1", "c2", "c3"}, False)
+    assert "2 of 30 rows of" in caplog.text
+    write(tmp_path / "photos", "again/5.jpg")
+    (tmp_path / "t.csv").write_text("file,label\n5.jpg,a\n6.jpg,b\n")
+    with pytest.raises(UserError, match=r"the row 5.jpg matches several files, 2/5.jpg and again/5.jpg"):
         sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.csv"))

@@ -179,6 +179,7 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
     )
     if config.splits == FROM_SOURCE and not unlabelled:
         found = [_without_unlabelled_splits(source) for source in found]
+    _check_missing(found, config)
     splits = (
         {"": 1.0}
         if config.download_only
@@ -204,6 +205,19 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
         work=storage.join(config.output, WORK),
         append=append,
     )
+
+
+def _check_missing(found: Sequence[Source], config: PrepareConfig) -> None:
+    """Raises UserError if more rows of a large label table have no file than the limit of rejects allows. Each becomes a
+    reject, and the first pass over many millions of them would take hours before the limit is found to be exceeded."""
+    for source in found:
+        inputs = source.fragments.num_rows
+        if source.missing > config.max_reject_fraction * inputs:
+            raise UserError(
+                f"{source.uri}: {source.missing:,} rows of the label table have no file, of {inputs:,} inputs, more than "
+                f"--max-reject-fraction {config.max_reject_fraction:g} (such as {source.missing_example}); name another "
+                "--source or --labels, or set a higher limit"
+            )
 
 
 def _without_unlabelled_splits(source: Source) -> Source:

@@ -180,11 +180,12 @@ def _matched(files: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
     shared = {"plan": [ray.put(plan)]}  # in a list, because Ray would copy the value of a direct reference
     chunks = ray.data.from_items([{"chunk": i} for i in range(len(plan.chunks))], override_num_blocks=len(plan.chunks))
     one_task: dict[str, Any] = {"batch_size": None, "fn_kwargs": shared}
-    entries = chunks.map_batches(_chunk_task, **one_task)
-    listed = ray.data.from_arrow_refs([ray.put(block) for block in blocks])
-    entries = entries.union(listed.map_batches(_files_task, batch_format="pyarrow", **one_task))
+    tasks: Any = (_chunk_task, _files_task, _match_task)  # Ray's stubs do not support functions of Arrow tables
+    refs: Any = [ray.put(block) for block in blocks]
+    listed = ray.data.from_arrow_refs(refs).map_batches(tasks[1], batch_format="pyarrow", **one_task)
+    entries = chunks.map_batches(tasks[0], **one_task).union(listed)
     matched = entries.groupby("bucket", num_partitions=plan.buckets).map_groups(
-        _match_task, batch_format="pyarrow", fn_kwargs=shared
+        tasks[2], batch_format="pyarrow", fn_kwargs=shared
     )
     try:
         for batch in matched.iter_batches(batch_size=listing.SPILL_ROWS, batch_format="pyarrow"):
@@ -198,6 +199,7 @@ def _matched(files: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
 def _chunk_task(batch: Mapping[str, Any], plan: list[Any]) -> Iterator[pa.Table]:
     import ray
 
+    yield ENTRIES.empty_table()  # Ray Data cannot shuffle a block without columns
     for i in batch["chunk"].tolist():
         yield from _entries_of_chunk(i, ray.get(plan[0]))
 
