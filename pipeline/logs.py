@@ -225,7 +225,7 @@ class Progress:
     """Progress of long work: a bar with percentage and remaining time on a terminal, otherwise a line every ten
     seconds.
 
-    total: in the unit of `advance`. lines: False for work that logs its own lines, to show only a bar on a terminal."""
+    total: in the unit of `advance`; the share of it is that of the job, or of its part (`part_of_job`). lines: False for work that logs its own lines, to show only a bar on a terminal."""
 
     EVERY = 10.0  # seconds between two log lines
 
@@ -292,18 +292,39 @@ PROGRESS = "VIT_PROGRESS"
 """Environment variable with the address of a small JSON file for the progress of this job."""
 REPORT_EVERY = 2.0
 _reported: dict[str, float] = {}
+_part = (0.0, 1.0)
+
+
+@contextlib.contextmanager
+def part_of_job(begin: float, end: float) -> Iterator[None]:
+    """The shares that are reported within are those of a part of the job, from `begin` to `end` (0 to 1). Parts may be
+    nested."""
+    global _part
+    outer = _part
+    width = outer[1] - outer[0]
+    _part = (outer[0] + begin * width, outer[0] + end * width)
+    try:
+        yield
+    finally:
+        _part = outer
 
 
 def report_share(share: float, note: str = "") -> None:
-    """Writes the progress of the whole job (0 to 1) to the file in `VIT_PROGRESS`, at most every two seconds. Does
-    nothing without this variable, and ignores failures of the store."""
+    """Writes the progress of the whole job to the file in `VIT_PROGRESS`, at most every two seconds. Does nothing
+    without this variable, and ignores failures of the store.
+
+    share: of the job, or of the `part_of_job` (0 to 1). If it falls, because work is repeated from a checkpoint, the
+    remaining time is estimated anew.
+    """
     place = os.environ.get(PROGRESS)
     now = time.time()
     if not place or now - _reported.get("time", 0.0) < REPORT_EVERY:
         return
+    share = _part[0] + share * (_part[1] - _part[0])
+    if share < _reported.get("share", 0.0):
+        _reported.clear()
     _reported.setdefault("began", now)
     _reported.setdefault("first", share)
-    _reported["time"] = now
-    values = {"share": share, "note": note, **_reported}
+    _reported["share"], _reported["time"] = share, now
     with contextlib.suppress(Exception):
-        storage.write_json(place, values)
+        storage.write_json(place, {"note": note, **_reported})

@@ -80,6 +80,9 @@ def _promoted(output: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- progress
 
+RATE_AFTER = 10.0
+"""Seconds between two reports from which a rate is computed; a shorter time has a few steps of a single kind."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -89,7 +92,7 @@ class Progress:
     """From 0 to 1."""
     note: str = ""
     left: float | None = None
-    """Remaining seconds, by the rate so far."""
+    """Remaining seconds, by the rate so far; None in the first `RATE_AFTER` seconds."""
 
 
 def progress_place(root: str, job: str) -> str:
@@ -103,7 +106,7 @@ def read_progress(root: str, job: str) -> Progress | None:
         plain = storage.read_json(progress_place(root, job))
         share, first = float(plain["share"]), float(plain["first"])
         seconds = float(plain["time"]) - float(plain["began"])
-        rate = (share - first) / seconds if seconds > 0 else 0.0
+        rate = (share - first) / seconds if seconds >= RATE_AFTER else 0.0
         left = max(0.0, (1 - share) / rate - (time.time() - float(plain["time"]))) if rate > 0 else None
         return Progress(share=min(1.0, share), note=str(plain.get("note", "")), left=left)
     return None

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import credentials, metrics, storage
+from pipeline import credentials, logs, metrics, storage
 from pipeline.errors import Unavailable, UserError
 from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
 from pipeline.outputs import check_output
@@ -192,7 +192,8 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
     ledger = Ledger(storage.join(storage.normalise(config.output), f"{config.suite}-{version}"))
     done = Round()
     fresh: list[Target] = []
-    for target in find_targets(dataclasses.replace(config, register=config.register and not dry_run), uri):
+    targets = find_targets(dataclasses.replace(config, register=config.register and not dry_run), uri)
+    for number, target in enumerate(targets):
         try:
             if ledger.result(target) is None:
                 if evaluate is transfer:
@@ -200,7 +201,9 @@ def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Ev
                 if dry_run:
                     done.pending.append(target.checkpoint)
                     continue
-                if not _evaluate_target(config, ledger, target, version, uri, evaluate, done):
+                with logs.part_of_job(number / len(targets), (number + 1) / len(targets)):
+                    is_evaluated = _evaluate_target(config, ledger, target, version, uri, evaluate, done)
+                if not is_evaluated:
                     continue
                 fresh.append(target)
             if not dry_run:

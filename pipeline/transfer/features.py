@@ -150,7 +150,8 @@ def extract_features(
     left = parts.keys() - receipts.finished() if parts else set()
     if left:
         images = sum(parts[name].features.rows / parts[name].n for name in left)
-        with logs.Progress("features", total=images) as progress:
+        # the share of the features in the time of their suite is unknown
+        with logs.part_of_job(0.0, 0.0), logs.Progress("features", total=images) as progress:
             for outcome in workqueue.run(
                 parts,
                 Extraction,

@@ -96,11 +96,15 @@ def run_suite(config: TransferConfig) -> SuiteResult:
     started = time.monotonic()
     suite = open_suite(config)
     random: dict[str, float] = {}
+    begin = 0.0  # of the job's progress
     if _wants_random_encoder(config, suite.checkpoint):
-        uri, output = RANDOM + suite.checkpoint.uri, f"{suite.store.output}-random"
-        random = run_suite(dataclasses.replace(config, checkpoint=uri, output=output, random_encoder=False)).scores
+        uri, output, begin = RANDOM + suite.checkpoint.uri, f"{suite.store.output}-random", 0.5
+        other = dataclasses.replace(config, checkpoint=uri, output=output, random_encoder=False)
+        with logs.part_of_job(0.0, begin):
+            random = run_suite(other).scores
     left = suite.unfinished()
-    with open_pool(suite, left) as pool:  # workers start while MLflow is imported
+    # workers start while MLflow is imported
+    with logs.part_of_job(begin, 1.0), open_pool(suite, left) as pool:
         return record_suite(suite, left, pool, started, random)
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline import storage
+from pipeline import logs, storage
 from pipeline.graph import commands, estimate, report, results
 from pipeline.graph.file import Prices
 from pipeline.graph.runner import Runner
@@ -66,6 +66,29 @@ def test_status_of_a_running_stage_has_its_progress_and_the_remaining_time(tmp_p
     progress = report.status_json(plan, plan.survey())["stages"]["pretrain"]["progress"]
     assert progress["share"] == 0.25
     assert progress["seconds_left"] == pytest.approx(300, abs=60)
+
+
+def test_parts_of_a_job_add_up_and_repeated_work_is_estimated_anew(tmp_path, monkeypatch):
+    """As a transfer of two encoders, whose features take a time that is unknown; then as a restart from a checkpoint."""
+    place = results.progress_place(str(tmp_path), "job")
+    monkeypatch.setenv(logs.PROGRESS, place)
+    monkeypatch.setattr(logs, "REPORT_EVERY", 0.0)
+    shares = []
+
+    def report(share):
+        logs.report_share(share)
+        shares.append(results.read_progress(str(tmp_path), "job").share)
+
+    for begin, end in ((0.0, 0.5), (0.5, 1.0)):
+        with logs.part_of_job(begin, end):
+            with logs.part_of_job(0.0, 0.0):
+                report(0.9)
+            report(0.5)
+    assert shares == [0.0, 0.25, 0.5, 0.75]
+    assert storage.read_json(place)["first"] == 0.0
+    report(0.6)
+    assert storage.read_json(place)["first"] == 0.6
+    assert results.read_progress(str(tmp_path), "job").left is None  # no rate yet
 
 
 def test_the_price_of_each_stage_is_beside_its_estimate(tmp_path, source):
