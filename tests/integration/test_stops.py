@@ -78,13 +78,18 @@ def record(config: PretrainConfig) -> mlflow.entities.Run:
     return found
 
 
+def content(log: Path) -> str:
+    """The text of a log. A terminal may show "^C" between two bytes of one character."""
+    return log.read_text(errors="replace")
+
+
 def until(log: Path, pattern: str, seconds: float = 900) -> re.Match:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := re.search(pattern, log.read_text(errors="replace")):
+        if found := re.search(pattern, content(log)):
             return found
         time.sleep(0.2)
-    raise AssertionError(f"no {pattern} in {seconds} s:\n{log.read_text()}")
+    raise AssertionError(f"no {pattern} in {seconds} s:\n{content(log)}")
 
 
 def in_session(command: list[str], log: IO) -> subprocess.Popen:
@@ -148,7 +153,7 @@ def check_continues(config: PretrainConfig, command: list[str], log: Path, saved
         until(log, rf"step {saved + 1}/")
         assert "reason" not in record(config).data.tags
         job.terminate()
-        assert job.wait(300) == 143, log.read_text()
+        assert job.wait(300) == 143, content(log)
     assert saved_step(config, "stopped with SIGTERM") > saved
 
 
@@ -171,9 +176,9 @@ def test_sigterm_saves_the_very_step(run, tmp_path, send):
         job = in_session(command, out)
         until(log, r"step 30/")
         send(job.pid, signal.SIGTERM)
-        assert job.wait(300) == 143, log.read_text()
+        assert job.wait(300) == 143, content(log)
     saved = saved_step(run, "stopped with SIGTERM")
-    text = log.read_text()
+    text = content(log)
     assert f"step {saved}/4000  saved, and the workers leave" in text
     assert int(re.findall(r"step (\d+)/\d+ .*loss", text)[-1]) == saved  # nothing that was computed is lost
     assert "Traceback" not in text
@@ -186,10 +191,10 @@ def test_control_c_in_a_terminal(run, tmp_path):
     terminal = Terminal(command, log)
     until(log, r"step 30/")
     terminal.press_control_c()
-    assert terminal.wait() == 130, log.read_text()
+    assert terminal.wait() == 130, content(log)
     saved = saved_step(run, "stopped with Ctrl-C")
-    assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
-    assert "Traceback" not in log.read_text()
+    assert f"step {saved}/4000  saved, and the workers leave" in content(log)
+    assert "Traceback" not in content(log)
     check_continues(run, command, tmp_path / "again", saved)
 
 
@@ -236,8 +241,8 @@ def test_second_control_c_ends_at_once_and_says_what_was_saved(run, tmp_path):
     terminal.press_control_c()
     until(log, "stopping: the workers finish their step")
     terminal.press_control_c()
-    assert terminal.wait(60) == 130, log.read_text()
-    assert "stopped at once: the next start begins at step 0" in log.read_text()
+    assert terminal.wait(60) == 130, content(log)
+    assert "stopped at once: the next start begins at step 0" in content(log)
     assert record(run).data.tags["reason"] == "stopped with Ctrl-C"
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
@@ -262,7 +267,7 @@ def test_hook_of_the_heads_pod(run, tmp_path, monkeypatch):
             submitted.wait(300)
             nothing = subprocess.run(hook, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
             assert (nothing.returncode, nothing.stdout) == (0, "stop_jobs: no job runs\n")
-    assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
+    assert f"step {saved}/4000  saved, and the workers leave" in content(log)
 
 
 @pytest.mark.parametrize("wait", ["60", None], ids=["head as infra/ starts it", "Ray's own 3 s"])
@@ -283,8 +288,8 @@ def test_ray_job_stop(run, tmp_path, monkeypatch, wait):
             stop = ["ray", "job", "stop", f"--address={address}", "stopped"]
             subprocess.run(stop, env=environment, check=True, timeout=120)
             submitted.wait(300)
-    warned = "`ray job stop` kills this job after 3 s" in log.read_text()
-    assert warned == (wait is None), log.read_text()
+    warned = "`ray job stop` kills this job after 3 s" in content(log)
+    assert warned == (wait is None), content(log)
     if wait:
         saved = saved_step(run, "stopped with SIGTERM")
-        assert f"step {saved}/4000  saved, and the workers leave" in log.read_text()
+        assert f"step {saved}/4000  saved, and the workers leave" in content(log)
