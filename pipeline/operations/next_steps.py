@@ -58,7 +58,9 @@ def look_at(tracking_uri: str | None) -> str:
         return f"open {redacted(uri)}"
     if uri == f"sqlite:///{os.path.abspath('mlflow.db')}" and os.path.exists("Makefile"):
         return "make ui, then open http://127.0.0.1:5000"
-    return f"mlflow ui --backend-store-uri {shlex.quote(redacted(uri))}, then open http://127.0.0.1:5000"
+    return (
+        f"python -m pipeline.tracking ui --tracking-uri {shlex.quote(redacted(uri))}, then open http://127.0.0.1:5000"
+    )
 
 
 def _listed(steps: Mapping[str, str]) -> str:

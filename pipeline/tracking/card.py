@@ -1,6 +1,6 @@
 """The model card of a registered version: the model, its training data, its scores and its licences.
 
-The card is the description of the version in MLflow, and README.md in its files.
+The card is README.md in the files of the version, and its text is the version's description in MLflow.
 """
 
 from collections.abc import Mapping
@@ -107,6 +107,11 @@ def model_card(facts: CardFacts, evaluations: Mapping[str, Mapping[str, Any]] | 
         f"**Checkpoint:** `{facts.checkpoint}`{f', MLflow run {facts.run_id}' if facts.run_id else ''}.",
     ]
     return "\n\n".join(line for line in lines if line)[: names.MAX_VALUE]
+
+
+def plain_text(card: str) -> str:
+    """A card without marks of Markdown: MLflow shows the description of a version as plain text in lists."""
+    return card.replace("**", "").replace("`", "")
 
 
 def _manifest_config(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

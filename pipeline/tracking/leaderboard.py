@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline import storage
+from pipeline.credentials import redacted
 from pipeline.data.address import data_name
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.tracking.description import checkpoint_name
 from pipeline.tracking.search import RunInfo, read_runs
+from pipeline.tracking.server import resolve_tracking_uri
 
 GROUPS = ("natural", "specialized", "structured")
 
@@ -59,8 +61,11 @@ def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row
         if suite in (None, run.params.get("suite")):
             rows.setdefault((row.suite, row.checkpoint), row)
     if not rows:
+        where = redacted(resolve_tracking_uri(uri))
         what = f'of suite "{suite}" ' if suite else ""
-        raise UserError(f"no transfer run {what}with scores yet; run jobs/transfer.py first, or set --tracking-uri")
+        raise UserError(
+            f"no transfer run {what}with scores yet in {where}; run jobs/transfer.py first, or set --tracking-uri"
+        )
     return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.tracking import names
-from pipeline.tracking.card import CardFacts, collect_facts, model_card
+from pipeline.tracking.card import CardFacts, collect_facts, model_card, plain_text
 from pipeline.tracking.environment import PROJECT
 from pipeline.tracking.search import search_runs
 from pipeline.tracking.server import client, experiment_id, global_server, resolve_tracking_uri
@@ -98,7 +98,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
             f"models:/{model.model_id}",
             run_id,
             {**tags, "model_id": model.model_id},
-            description=model_card(facts),
+            description=plain_text(model_card(facts)),
             model_id=model.model_id,
         )
     everything = versions(name, uri)
@@ -333,7 +333,8 @@ def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], 
     mlflow, number = client(resolve_tracking_uri(uri)), str(version.version)
     recipe = mlflow.get_model_version(version.name, number).tags.get(names.RECIPE, "")
     facts = collect_facts(version.checkpoint, commit, recipe, version.run_id)
-    mlflow.update_model_version(version.name, number, model_card(facts, {**version.evaluations, **evaluations}))
+    card = model_card(facts, {**version.evaluations, **evaluations})
+    mlflow.update_model_version(version.name, number, plain_text(card))
 
 
 def set_alias(version: Version, alias: str, uri: str | None = None) -> None:

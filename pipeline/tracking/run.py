@@ -428,7 +428,8 @@ def _reach(run: Run, announce: bool) -> None:
     else:
         if announce:
             header = run.spool.header
-            logger.info("tracking: %s/%s run %s at %s", header["experiment"], header["name"], run.id, run.url)
+            note = server.note_of_default(header["uri"])
+            logger.info("tracking: %s/%s run %s at %s%s", header["experiment"], header["name"], run.id, run.url, note)
 
 
 def attach_run(run_id: str, tracking_uri: str, *, resume: bool = False) -> Run:

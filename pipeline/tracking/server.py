@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.credentials import redacted, take_password, with_password
 from pipeline.errors import UserError
 from pipeline.tracking import names
+from pipeline.tracking.environment import PROJECT
 from pipeline.tracking.views import SHARE, experiment_tags
 
 if TYPE_CHECKING:
@@ -81,6 +82,15 @@ def _warn_of_database(uri: str) -> None:
         "MLFLOW_TRACKING_URI is not set, so MLflow writes to %s on this node; set it to store runs elsewhere",
         uri,
     )
+
+
+def note_of_default(uri: str) -> str:
+    """A remark for a database that was chosen by the working directory, when that is not the project's folder; else
+    empty."""
+    folder = os.getcwd()
+    if os.environ.get("MLFLOW_TRACKING_URI") or uri != f"{SQLITE}{folder}/mlflow.db" or folder == PROJECT:
+        return ""
+    return f" (of the working directory, as MLFLOW_TRACKING_URI is not set; make ui shows {PROJECT}/mlflow.db)"
 
 
 def run_url(uri: str, experiment: str, run_id: str) -> str:

@@ -6,12 +6,17 @@ models; other choices of the user are kept. /leaderboard compares all transferre
 """
 
 import asyncio
+import errno
 import functools
+import hashlib
+import http.client
 import json
 import logging
 import re
+import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -26,6 +31,8 @@ from pipeline.tracking.views import SHARE, VIEW
 logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+DATABASE = "x-tracking-database"  # header of our pages that identifies the database
+ANSWER = 10.0  # seconds to wait for the page of a UI that is already running
 FRESH = 10.0  # seconds for which a leaderboard is cached
 
 # MLflow keeps columns and charts in the browser, and opens the shared view of an experiment if the address asks for it.
@@ -75,16 +82,53 @@ for _name, _value in {
 
 
 def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = None) -> None:
-    """Serves the UI until it is stopped. Raises UserError for the address of an MLflow server, which has its own UI."""
+    """Serves the UI until it is stopped. Returns at once if it is already running with this database.
+
+    Raises UserError for the address of an MLflow server, which has its own UI, and for a port in use."""
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith("http"):
         raise UserError(f"{redacted(uri)} is an MLflow server with its own UI: open the address in a browser")
+    here = f"MLflow: http://{host}:{port}  leaderboard: http://{host}:{port}/leaderboard  ({redacted(uri)})"
+    if _is_running(host, port, uri):
+        print(f"already running. {here}", flush=True)
+        return
     mlflow_private.use_settings(uri)
     import uvicorn
     from mlflow.server.fastapi_app import app
 
-    print(f"MLflow: http://{host}:{port}  leaderboard: http://{host}:{port}/leaderboard  ({redacted(uri)})", flush=True)
+    print(here, flush=True)
     uvicorn.run(with_pages(app, uri), host=host, port=port, log_level="warning")
+
+
+def _is_running(host: str, port: int, uri: str) -> bool:
+    """Whether this UI already serves the database at this address. Raises UserError if something else does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            probe.bind((host, port))
+        return False
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE:
+            raise UserError(f"--host {host} --port {port}: cannot listen there ({error})") from error
+    shown = (
+        "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else f"[{host}]" if ":" in host else host
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://{shown}:{port}/", timeout=ANSWER) as answer:
+            served = answer.headers.get(DATABASE)
+    except (OSError, http.client.HTTPException):
+        served = None
+    if served == _digest(uri):
+        return True
+    by = "the UI of another database" if served else "another program"
+    raise UserError(f"port {port} is in use by {by}; choose another: python -m pipeline.tracking ui --port {port + 1}")
+
+
+def _digest(uri: str) -> str:
+    """Identifies a database without naming it."""
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def with_pages(app: App, uri: str) -> App:
@@ -112,6 +156,7 @@ def with_pages(app: App, uri: str) -> App:
             body = body.replace(b"<head>", b"<head>" + SCRIPT.encode(), 1)
         kept = [(n, v) for n, v in sent if n.lower() not in (b"content-length", b"etag", b"last-modified")]
         kept += [(b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+        kept += [(DATABASE.encode(), _digest(uri).encode())]
         await send({"type": "http.response.start", "status": status, "headers": kept})
         await send({"type": "http.response.body", "body": body})
 

@@ -296,7 +296,7 @@ def test_candidate_is_the_best_by_validation_and_each_version_has_a_card(model, 
     card = client(model.tracking_uri).get_model_version(model.model, "1").description
     assert "top-1 97.50% on" in card
     assert "mean 61.50% ± 0.40 (standard error): pets 61.50" in card
-    assert "**Licence of the weights:** MIT." in card
+    assert "\n\nLicence of the weights: MIT." in card  # plain: lists of versions do not render Markdown
     assert "cat, dog" in card
 
 

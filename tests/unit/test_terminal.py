@@ -89,7 +89,7 @@ def test_the_next_commands_name_the_run_and_its_data(tmp_path, monkeypatch):
     transfer = next(line for line in text.splitlines() if "transfer" in line)
     command = ["python", "jobs/transfer.py", "--checkpoint", "runs/x", "--suite", "frozen", "--data"]
     assert shlex.split(transfer)[1:] == [*command, "photos data"]
-    assert "mlflow ui --backend-store-uri sqlite:///" in text
+    assert "python -m pipeline.tracking ui --tracking-uri sqlite:///" in text
 
 
 def test_a_server_is_opened_by_its_address_without_the_password():

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.address import data_name
 from pipeline.data.duplicates.report import PAIRS
@@ -24,6 +25,33 @@ from pipeline.tracking.description import Description
 
 EVERY = 10.0  # seconds between two progress records
 MAX_REJECTS = 10_000  # maximum rows of rejects.parquet in the table of the MLflow run
+
+
+AS_DOWNLOADED = "as downloaded"
+OF_IMAGES = frozenset(
+    (
+        *("size", "small", "quality", "patch_size", "fit", "splits", "class_level", "label_map", "label_column"),
+        *("decontaminate", "deduplicate", "distance", "unlabelled", "licence"),
+        *("row_group_bytes", "shard_bytes", "shuffle_archives"),
+    )
+)
+"""Settings of prepared images, which a download does not use; those of descriptors begin with `descriptor`."""
+
+
+def _without_unused(config: Any) -> dict[str, Any]:
+    """The settings to log. A download keeps the images as they are, so it has no encoding or size."""
+    values = configuration.to_dict(config)
+    if not config.download_only:
+        return values
+    kept = {key: v for key, v in values.items() if key not in OF_IMAGES and not key.startswith("descriptor")}
+    return kept | {"encoding": AS_DOWNLOADED}
+
+
+def _purpose(config: Any) -> str:
+    sources = ", ".join(config.source)
+    if config.download_only:
+        return f"Downloads of {sources}: the files as they are, in WebDataset archives."
+    return f"Images of {sources} as {config.encoding} shards at {config.size} px."
 
 
 class Record:
@@ -44,9 +72,9 @@ class Record:
         run = start_run(
             names.PREPARE,
             data_name(config.output),
-            config=config,
+            config=_without_unused(config),
             about=Description(
-                what=f"Images of {', '.join(config.source)} as {config.encoding} shards at {config.size} px.",
+                what=_purpose(config),
                 data=(f"output {config.output}",),
             ),
             tags={f"{names.DATA_FINGERPRINT}.input": input_fingerprint},
