@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import plural
-from pipeline.tracking.leaderboard import GROUPS, Row
+from pipeline.tracking.leaderboard import GROUPS, Row, data_note, differing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,13 +19,29 @@ def to_markdown(rows: list[Row], limit: int | None = None, inside: bool = False)
     for suite in dict.fromkeys(row.suite for row in rows):
         part = [row for row in rows if row.suite == suite][:limit]
         groups = [group for group in GROUPS if any(group in row.groups for row in part)]
-        head = ["#", "pre-training", "model", "images seen", "exaFLOPs", "GPU hours", "mean", *groups, "transfer"]
-        lines += [f"## {suite}", "", _line(head), _line(["---:", "---", "---", *["---:"] * (4 + len(groups)), "---"])]
+        kinds = differing(part)
+        head = [
+            "#",
+            "pre-training",
+            "model",
+            *kinds,
+            "images seen",
+            "exaFLOPs",
+            "GPU hours",
+            "mean",
+            *groups,
+            "transfer",
+        ]
+        note = data_note(part)
+        lines += [f"## {suite}", "", *([note, ""] if note else []), _line(head)]
+        lines.append(_line(["---:", "---", "---", *["---"] * len(kinds), *["---:"] * (4 + len(groups)), "---"]))
         for rank, row in enumerate(part, 1):
             pretrain, transfer = (
                 (row.pretrain_path, row.transfer_path) if inside else (row.pretrain_url, row.transfer_url)
             )
-            cells = [str(rank), _link(row.name, pretrain), row.variant or "–", _si(row.images_seen)]
+            cells = [str(rank), _link(row.name, pretrain), row.variant or "–"]
+            cells += [row.datasets.get(kind, "–") for kind in kinds]
+            cells.append(_si(row.images_seen))
             cells += [
                 _exa(row.train_flops),
                 f"{row.gpu_hours:.1f}" if row.gpu_hours else "–",

@@ -1,8 +1,10 @@
 """Transfer results with their pre-training runs: score, images seen and compute (paper, Figure 5)."""
 
 import functools
+import hashlib
+import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline import storage
@@ -14,6 +16,8 @@ from pipeline.tracking.description import checkpoint_name
 from pipeline.tracking.search import RunInfo, read_runs
 from pipeline.tracking.server import resolve_tracking_uri
 
+TRAINING, VALIDATION, DECONTAMINATION = "training data", "validation data", "decontamination"
+EVALUATION = "evaluation data"
 GROUPS = ("natural", "specialized", "structured")
 
 
@@ -34,6 +38,9 @@ class Row:
     data: str | None
     """Fingerprint of the pre-training data."""
     data_name: str | None
+    datasets: dict[str, str]
+    """What the run was trained, validated and evaluated on, by TRAINING, VALIDATION, DECONTAMINATION and EVALUATION:
+    names with fingerprints. Without what is unknown."""
     spread: float | None
     """Standard error of the mean, in points."""
     config: dict[str, str]
@@ -112,6 +119,7 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         tasks=tasks,
         data=source.tags.get(f"{names.DATA_FINGERPRINT}.train") if source else None,
         data_name=data_name(source.tags.get(f"{names.DATA_URI}.train", "")) if source else None,
+        datasets=_datasets(run, source),
         spread=run.metrics.get(names.MEAN_ERROR),
         config={k: v for k, v in source.params.items() if not k.startswith("runtime.")} if source else {},
         pretrain_run=source.id if source else None,
@@ -121,6 +129,38 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         transfer_url=run.url,
         transfer_path=run.path,
     )
+
+
+def _datasets(run: RunInfo, source: RunInfo | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    tags = source.tags if source else {}
+    for title, role in ((TRAINING, "train"), (VALIDATION, "validation")):
+        if fingerprint := tags.get(f"{names.DATA_FINGERPRINT}.{role}"):
+            found[title] = f"{data_name(tags.get(f'{names.DATA_URI}.{role}', ''))} {fingerprint[:8]}".strip()
+    prefix = f"{names.DATA_DECONTAMINATED}.train"
+    if removed := [tags[key] for key in sorted(tags) if key == prefix or key.startswith(f"{prefix}.")]:
+        found[DECONTAMINATION] = "; ".join(dict.fromkeys(removed))
+    sets = {key: value for key, value in run.tags.items() if key.startswith(f"{names.DATA_FINGERPRINT}.")}
+    if sets:
+        digest = hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()[:8]
+        found[EVALUATION] = f"{data_name(run.tags.get(names.PLACE + 'data', ''))} {digest}".strip()
+    return found
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """The kinds of data (keys of `Row.datasets`) in which the rows of one suite are known to differ."""
+    kinds = (TRAINING, VALIDATION, DECONTAMINATION, EVALUATION)
+    return [kind for kind in kinds if len({row.datasets[kind] for row in rows if kind in row.datasets}) > 1]
+
+
+def data_note(rows: Sequence[Row]) -> str:
+    """One sentence on the data in which the rows of one suite differ; empty if they are not known to differ."""
+    kinds = differing(rows)
+    if not kinds:
+        return ""
+    what = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+    warning = " Scores on different evaluation data are not comparable." if EVALUATION in kinds else ""
+    return f"These models differ in {what}.{warning}"
 
 
 def _name(run: RunInfo, checkpoint: str) -> str:

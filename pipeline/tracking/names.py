@@ -70,6 +70,7 @@ COMMIT = "commit"
 DIRTY = "commit.dirty"  # "true": the artifact code/diff.patch has the uncommitted changes
 DATA_URI = "data.uri"  # + "." + role
 DATA_FINGERPRINT = "data.fingerprint"  # + "." + role
+DATA_DECONTAMINATED = "data.decontaminated"  # + "." + role: evaluation sets whose images were removed, or "none"
 DATA_SHARE = "data.share"  # + "." + role of a data set of a mixture
 CHECKPOINT = "checkpoint"  # URI that was read (transfer) or last written (pretrain)
 PLACE = "place."  # + key of a path or address in the configuration; a tag, because it does not affect results

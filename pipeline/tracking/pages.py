@@ -10,7 +10,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from pipeline.tracking.leaderboard import Row
+from pipeline.tracking.leaderboard import Row, data_note
 
 
 def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
@@ -18,6 +18,9 @@ def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
     "" links to the runs' own addresses."""
     template = resources.files("pipeline.tracking").joinpath("leaderboard.html").read_text()
     common = set(rows[0].config.items()).intersection(*(row.config.items() for row in rows[1:])) if rows else set()
+    suites = dict.fromkeys(row.suite for row in rows)
+    notes = {suite: data_note([row for row in rows if row.suite == suite]) for suite in suites}
+    template = template.replace("/*NOTES*/{}", json.dumps(notes).replace("</", "<\\/"))
     values = json.dumps([_values(row, inside, common) for row in rows], separators=(",", ":"), allow_nan=False)
     return template.replace("/*ROWS*/[]", values.replace("</", "<\\/"))
 
@@ -43,6 +46,7 @@ def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, An
         "tasks": {name: round(value, 3) for name, value in row.tasks.items()},
         "error": None if row.spread is None else round(row.spread, 3),
         "data": row.data_name or "",
+        "datasets": row.datasets,
         "config": dict(row.config.items() - common),
         "pretrain": address(row.pretrain_url, row.pretrain_path),
         "transfer": address(row.transfer_url, row.transfer_path),

@@ -191,6 +191,9 @@ class Run:
         }
         self.spool.metrics.append({"kind": "dataset", "role": names.valid_value(role), "dataset": dataset})
         self.set_tags({f"{names.DATA_URI}.{role}": uri, f"{names.DATA_FINGERPRINT}.{role}": digest})
+        if isinstance(config := manifest.get("config"), Mapping):
+            removed = ", ".join(map(str, config.get("decontaminate") or ())) or "none"
+            self.set_tags({f"{names.DATA_DECONTAMINATED}.{role}": removed})
         if linked or made:
             self.log_text(text, f"data/{role.replace('/', '_')}-manifest.json")
         if linked and not made:

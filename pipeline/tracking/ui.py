@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -94,7 +95,10 @@ def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = 
         return
     mlflow_private.use_settings(uri)
     import uvicorn
-    from mlflow.server.fastapi_app import app
+
+    with warnings.catch_warnings():  # MLflow uses a deprecated module of Starlette
+        warnings.simplefilter("ignore")
+        from mlflow.server.fastapi_app import app
 
     print(here, flush=True)
     uvicorn.run(with_pages(app, uri), host=host, port=port, log_level="warning")

@@ -27,6 +27,8 @@ from pipeline.data.prepare.download import download_slice
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.prepare.worker import prepare_slice
 from pipeline.errors import NotRead, NotWritten, Unavailable, UserError
+from pipeline.tracking import names
+from pipeline.tracking.search import search_runs
 from tests.faultproxy import FaultProxy
 from tests.images import jpeg
 from tests.prepared import content
@@ -334,6 +336,18 @@ def test_archives_have_the_files_as_they_came_and_what_the_list_says(server, tmp
     assert all(b"hunter2" not in data for data in content(tmp_path / "tars").values())
     manifest = prepare(PrepareConfig(source=(str(tmp_path / "tars"),), output=str(tmp_path / "out"), size=32))[""]
     assert (manifest.rows, manifest.classes) == (11, ["a", "b"])
+
+
+def test_the_mlflow_run_of_a_download_names_no_encoding(server, tmp_path):
+    """The files are kept as they are, so settings of prepared images are no parameters of the run."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    source = write(tmp_path / "list.csv", good(server, 2))
+    download_images(options(source, tmp_path / "tars", download_only=True), tracking_uri=uri)
+    (run,) = search_runs(names.PREPARE, uri=uri)
+    assert run.params["encoding"] == "as downloaded"
+    assert not {"size", "quality", "patch_size", "deduplicate"} & set(run.params)
+    assert "the files as they are, in WebDataset archives" in run.tags[names.NOTE]
+    assert run.metrics[names.ROWS] == 2
 
 
 def test_archives_contain_valid_json_without_secrets(server, tmp_path):

@@ -1,0 +1,41 @@
+"""The leaderboard says in which data its rows differ."""
+
+import dataclasses
+
+from pipeline.operations import comparison
+from pipeline.tracking.leaderboard import DECONTAMINATION, EVALUATION, TRAINING, VALIDATION, Row, data_note, differing
+from pipeline.tracking.pages import leaderboard_page
+
+SAME = {TRAINING: "photos 1111", VALIDATION: "photos 2222", DECONTAMINATION: "none", EVALUATION: "vtab 3333"}
+
+
+def row(name, mean, **changes):
+    nothing = {field.name: None for field in dataclasses.fields(Row)}
+    about = {"suite": "vtab1k", "name": name, "checkpoint": name, "mean": mean, "groups": {}, "tasks": {"pets": mean}}
+    links = {"transfer_run": name, "transfer_url": "", "transfer_path": "", "config": {}}
+    return Row(**{**nothing, **about, **links, "datasets": SAME | changes})
+
+
+def test_rows_of_the_same_data_have_no_note():
+    rows = [row("a", 60.0), row("b", 50.0)]
+    assert (differing(rows), data_note(rows)) == ([], "")
+    assert "| # | pre-training | model | images seen |" in comparison.to_markdown(rows)
+    unknown = dataclasses.replace(rows[0], datasets={})  # weights of another library
+    assert data_note([*rows, unknown]) == ""
+
+
+def test_rows_of_other_data_have_a_column_for_what_differs():
+    rows = [row("a", 60.0), row("b", 50.0, **{TRAINING: "birds 4444", DECONTAMINATION: "sets/pets"})]
+    text = comparison.to_markdown(rows)
+    assert "| # | pre-training | model | training data | decontamination | images seen |" in text
+    assert "| 2 | b | – | birds 4444 | sets/pets | – |" in text
+    assert "These models differ in training data and decontamination.\n" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert data_note(rows) in leaderboard_page(rows)
+
+
+def test_other_evaluation_data_is_a_warning():
+    rows = [row("a", 60.0), row("b", 50.0, **{EVALUATION: "vtab 5555"})]
+    assert data_note(rows).endswith(
+        "differ in evaluation data. Scores on different evaluation data are not comparable."
+    )
