@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 1000  # entities in one log_batch request (MLflow's limit)
 BATCH_OF_KIND = 100  # parameters, and tags, in one request
+DATASET_ATTEMPTS = 3  # of a dataset that the server refuses
 MADE_FROM = "Made from:"
 ENDED = ("**Failed:**", "**Stopped:**")  # beginnings of the paragraph with the reason
 
@@ -231,16 +232,28 @@ class Delivery:
         elif kind == "paragraph":
             self._set_tags({names.NOTE: self._note(record["markers"], record["text"])})
         elif kind == "dataset":
-            from mlflow.entities import Dataset, DatasetInput, InputTag
-
-            role = InputTag("mlflow.data.context", record["role"])
-            self.client.log_inputs(self.resolve(), [DatasetInput(Dataset(**record["dataset"]), [role])])
+            self._send_dataset(record["dataset"], record["role"])
         elif kind == "link":
             source = record["run_id"] if "run_id" in record else self._maker(record["digest"])
             if source:
                 self._link(record["role"], source)
         else:
             raise ValueError(f'unknown kind of record "{kind}"')
+
+    def _send_dataset(self, dataset: dict[str, str], role: str) -> None:
+        """Adds an input to the run. MLflow refuses a dataset that another run of the experiment adds in the same moment;
+        the next attempt finds it there."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        given = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", role)])
+        for left in reversed(range(DATASET_ATTEMPTS)):
+            try:
+                self.client.log_inputs(self.resolve(), [given])
+                return
+            except MlflowException as error:
+                if not left or error.error_code not in server.REFUSALS:
+                    raise
 
     def _end(self, status: str, time_ms: int, reason: str) -> None:
         run_id = self.resolve()

@@ -208,6 +208,17 @@ def test_lineage_reaches_back_through_all_sources(uri):
         assert f"/runs/{run.id})" in tags[names.NOTE]
 
 
+def test_runs_that_log_the_same_datasets_at_once_all_have_them(uri):
+    """As the run of a suite and those of its tasks. MLflow refuses a dataset that another run adds in the same moment."""
+    runs = [start_run("transfer", f"run {number}", tracking_uri=uri) for number in range(4)]
+    for number in range(20):
+        for run in runs:
+            run.log_dataset(f"/data/{number}", {"fingerprint": f"{number}"}, role=f"task {number}", linked=False)
+    assert [run.finish() for run in runs] == [True] * 4
+    for run in runs:
+        assert len(server.client(uri).get_run(run.id).inputs.dataset_inputs) == 20
+
+
 def test_system_metrics_of_each_node_join_the_one_run(uri):
     with start_run("pretrain", "nodes", tracking_uri=uri) as run:
         run.flush()
