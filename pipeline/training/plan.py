@@ -325,7 +325,8 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
         raise UserError(
-            f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; use a smaller batch"
+            f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; "
+            f"give --batch-size {1 << len(dataset).bit_length() - 1}, or use more images"
         )
     if dataset.encoding == "patches":
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
