@@ -324,9 +324,11 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
     if dataset.multilabel and config.loss == "softmax":
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
+        batch = 1 << len(dataset).bit_length() - 1
+        one = " --workers 1" if default_lanes(batch, smallest(dataset)) % config.runtime.workers else ""
         raise UserError(
             f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; "
-            f"give --batch-size {1 << len(dataset).bit_length() - 1}, or use more images"
+            f"give --batch-size {batch}{one}, or use more images"
         )
     if dataset.encoding == "patches":
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):
