@@ -15,8 +15,9 @@ from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.sources import large_tables
 from pipeline.errors import UserError
 from tests.unit.test_hostile_inputs import secret, test_a_label_table_cannot_name_files_outside_the_source  # noqa: F401
+from tests.unit.test_source_kinds import labels as kinds_labels
 from tests.unit.test_source_kinds import (  # noqa: F401
-    JPEG,
+    tar,
     test_a_row_that_fits_two_files_is_an_error,
     test_a_table_of_another_encoding,
     test_a_table_of_splits_leaves_the_labels_to_the_folders,
@@ -128,6 +129,21 @@ def test_a_bad_row_far_into_the_table_is_named(tmp_path):
         (tmp_path / "t.jsonl").write_text("\n".join([*lines, bad]))
         with pytest.raises(UserError, match=message):
             sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.jsonl"))
+
+
+def test_large_tables_of_splits_in_one_folder_are_refused(tmp_path):
+    write(tmp_path, "train/0.jpg", "test/0.jpg")
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("file,label\n0.jpg,a\n1.jpg,b\n")
+    with pytest.raises(UserError, match="write one table with the columns file_name, label and split"):
+        sources.discover([str(tmp_path)])
+
+
+def test_an_archive_with_a_large_table_is_read_with_a_warning(tmp_path, caplog):
+    tar(tmp_path / "a.tar", "0.jpg", "1.jpg")
+    (tmp_path / "t.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n")
+    assert kinds_labels(tmp_path / "a.tar", labels=str(tmp_path / "t.csv")) == {"0.jpg": ["a"], "1.jpg": ["b"]}
+    assert "2 rows are read into the memory of every process" in caplog.text
 
 
 def test_a_column_of_too_many_labels_is_refused(tmp_path, monkeypatch):

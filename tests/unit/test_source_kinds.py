@@ -1,5 +1,6 @@
 """Kinds of corpora: archives with every compression, scattered samples, splits, columns named by flags, tables."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from pipeline.data import sources
 from pipeline.data.prepare.checks import resolve_splits
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.sources import Columns, tfrecord
+from pipeline.data.sources import FRAGMENTS, Columns, Source, tfrecord
 from pipeline.errors import UserError
 from tests.images import jpeg
 
@@ -456,3 +457,20 @@ def test_a_label_map_of_other_names_is_an_error(tmp_path):
     label_map = sources.read_label_map(str(tmp_path / "map.txt"))
     with pytest.raises(UserError, match=r"none of the labels .* such as 'ant'"):
         sources.make_labels(sources.discover([str(tmp_path / "photos")]), label_map)
+
+
+@pytest.mark.timeout(60)  # comparing each name with each other takes minutes
+def test_class_lists_of_100_000_names(tmp_path):
+    names = [f"class {i}" for i in range(100_000)]
+    (tmp_path / "map.txt").write_text("\n".join(names))
+    label_map = sources.read_label_map(str(tmp_path / "map.txt"))
+    source = Source(uri="photos", kind="folder", fragments=FRAGMENTS.empty_table(), names=frozenset(names))
+    assert sources.make_labels([source], label_map).encode(["class 99999"]) == 99_999
+    other = dataclasses.replace(source, names=frozenset(f"other {i}" for i in range(100_000)))
+    with pytest.raises(
+        UserError, match="none of the labels in photos, such as 'other 0', is among its 100,000 classes"
+    ):
+        sources.make_labels([other], label_map)
+    (tmp_path / "map.txt").write_text("\n".join([*names, *names]))
+    with pytest.raises(UserError, match="repeats 'class 0'"):
+        sources.read_label_map(str(tmp_path / "map.txt"))

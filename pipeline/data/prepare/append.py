@@ -156,7 +156,8 @@ def join_labels(append: Append, labels: Labels, splits: Sequence[str]) -> Labels
         several, one = ("dataset", "source") if manifests[0].multilabel else ("source", "dataset")
         raise UserError(f"--append: the {several} has several labels per image, the {one} has one")
     old = max((manifest.classes for manifest in manifests), key=len)
-    classes = [*old, *(name for name in labels.classes if name not in set(old))]
+    known = set(old)
+    classes = [*old, *(name for name in labels.classes if name not in known)]
     if new := classes[len(old) :]:
         logger.info("prepare: %s, such as %s", plural(len(new), "new class"), ", ".join(new[:5]))
     place = {name: i for i, name in enumerate(classes)}

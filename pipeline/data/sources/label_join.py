@@ -25,7 +25,7 @@ from pipeline.errors import JobFailed, UserError
 
 logger = logging.getLogger(__name__)
 
-BUCKET_ENTRIES = 1 << 19  # files and rows of a bucket, which a task holds as Arrow data
+BUCKET_ENTRIES = 1 << 17  # files and rows of a bucket, which a task holds as Arrow data
 GROUP_ENTRIES = 1 << 14  # files and rows that are matched at a time, as Python objects
 BUCKETS = (4, 256)  # minimum and maximum number
 MAX_OBJECTS = 50_000  # of a shuffle: one for every task and bucket, each costs the driver some KB

@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,8 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         if len(set(value)) != len(value):
-            raise UserError(f"{uri}: the class list repeats {sorted(n for n in set(value) if value.count(n) > 1)[0]!r}")
+            repeated = min(name for name, count in Counter(value).items() if count > 1)
+            raise UserError(f"{uri}: the class list repeats {repeated!r}")
         return value
     raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
 
@@ -147,7 +149,7 @@ def make_labels(
             "next to the images (or --labels FILE), or labelled tar, Parquet or TFRecord files; --unlabelled accepts "
             "images without labels"
         )
-    if isinstance(label_map, list) and names and not any(n in classes or INTEGER.fullmatch(n) for n in names):
+    if isinstance(label_map, list) and names and names.isdisjoint(classes) and not any(map(INTEGER.fullmatch, names)):
         raise UserError(
             f"--label-map: none of the labels in {sources[0].uri}, such as {min(names)!r}, is among its "
             f"{plural(len(classes), 'class')}, such as {classes[0]!r}"

@@ -51,8 +51,8 @@ from pipeline.errors import StorageError, UserError
 
 LARGE_ROWS = 2_000_000  # rows of a Parquet file; smaller tables are read at once
 LARGE_BYTES = 64 << 20  # of a text file, which has about as many rows
-CHUNK_BYTES = 32 << 20  # of a chunk of text
-CHUNK_ROWS = 1 << 20  # of a chunk of Parquet, which has whole row groups
+CHUNK_BYTES = 8 << 20  # of a chunk of text
+CHUNK_ROWS = 1 << 18  # of a chunk of Parquet, which has whole row groups
 HEAD_BYTES = 4 << 20  # of text, which decide how it is divided into columns
 MAX_LINE = 8 << 20  # length of a line in bytes
 MAX_RATIO = 64  # of the size of gzipped text after decompression to that before
@@ -355,6 +355,10 @@ class LargeTable(LabelTable):
     one_hot: list[str] = field(default_factory=list)
     split: str | None = None
     split_names: dict[Hashable, str | None] = field(default_factory=dict)
+
+    @property
+    def in_memory(self) -> bool:
+        return False
 
     @property
     def keys(self) -> Iterable[str]:

@@ -128,7 +128,13 @@ def read_tables(
 
 
 def join_splits(parts: dict[str, LabelTable]) -> LabelTable:
-    """Joins the tables of several splits. If two splits have the same file names, the split is put before each name."""
+    """Joins the tables of several splits. If two splits have the same file names, the split is put before each name.
+    Raises UserError for tables that are not in memory."""
+    if large := next((table for table in parts.values() if not table.in_memory), None):
+        raise UserError(
+            f"{large.uri}: too large for one table for each split; write one table with the columns file_name, label and "
+            "split, and pass it with --labels"
+        )
     keys = [key for table in parts.values() for key in table.keys]
     prefixes = {split: f"{split}/" if len(set(keys)) < len(keys) else "" for split in parts}
     prefixed = [(prefixes[split], split, table) for split, table in parts.items()]

@@ -50,6 +50,11 @@ class LabelTable:
     whole_has_labels: bool | None = None
     """For some of the rows of a table: whether the table has labels."""
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether `find` and `keys` can be used."""
+        return True
+
     def __bool__(self) -> bool:
         return bool(self.labels or self.splits) or self.whole_has_labels is not None
 
