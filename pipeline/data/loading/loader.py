@@ -14,8 +14,6 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import cv2
@@ -25,6 +23,7 @@ import torch
 from pipeline.data.codecs import BadImage, decode_stored
 from pipeline.data.format import Dataset, RowGroup
 from pipeline.data.loading.augment import Augment
+from pipeline.data.loading.batch import Batch, label_tensor
 from pipeline.data.loading.memory import BatchMemory
 from pipeline.data.loading.mixed_order import MixedOrder
 from pipeline.data.loading.order import AUGMENT, MIXUP, Order, Read, check_layout, default_lanes, uniform
@@ -45,10 +44,11 @@ class Loader:
 
     Training (train=True): every epoch is a different permutation, and every sample occurs once per epoch, except for a
     remainder of fewer than `lanes` samples. For a `Mixture` this holds for the epochs of each data set (mixed_order.py),
-    and an epoch of the loader has as many images as the data sets together. The last batch is short unless drop_last. Samples, crops and mixup pairs
-    depend on seed, epoch, step, batch_size, lanes and shuffle_window, never on rank, world_size or threads. `lanes`
-    (default: order.default_lanes) must be a multiple of world_size; to resume with another number of workers, keep it
-    the same. A row that cannot be decoded is replaced by the next row of its shuffle window, logged and counted.
+    and an epoch of the loader has as many images as the data sets together. The last batch is short unless drop_last.
+    Samples, crops and mixup pairs depend on seed, epoch, step, batch_size, lanes and shuffle_window, never on rank,
+    world_size or threads. `lanes` (default: order.default_lanes) must be a multiple of world_size; to resume with another
+    number of workers, keep it the same. A row that cannot be decoded is replaced by the next row of its shuffle window,
+    logged and counted.
 
     Evaluation (train=False): rank r gets the r-th contiguous part of the dataset, in dataset order, every sample once.
     All ranks take the same number of steps, so the last batch of some ranks may be empty. There is no flip, RandAugment
@@ -289,7 +289,7 @@ class Loader:
             if read.first > step:
                 self._ahead.append(read.first)
 
-    def _submit(self, batch: "Batch") -> None:
+    def _submit(self, batch: Batch) -> None:
         """Starts the tasks that fill a batch."""
         unit = batch.per_lane if self.mixup else 1  # mixup needs whole lanes in one task
         size = max(unit, -(-max(8, batch.n // (4 * self.threads)) // max(unit, 1)) * unit, 1)
@@ -305,7 +305,7 @@ class Loader:
         else:
             self._open[read.group] = (self._reader.start(read.group), until)
 
-    def _plan(self, epoch: int, step: int) -> "Batch":
+    def _plan(self, epoch: int, step: int) -> Batch:
         """Finds the rows of this rank in a step and allocates their memory."""
         picks = self._order.picks(step, self._lane_range)
         groups, rows, n = picks.groups.ravel(), picks.rows.ravel(), picks.rows.size
@@ -340,7 +340,7 @@ class Loader:
 
     # ------------------------------------------------------------ in the decoding threads
 
-    def _fill(self, batch: "Batch", begin: int, end: int) -> None:
+    def _fill(self, batch: Batch, begin: int, end: int) -> None:
         """Fills the rows [begin, end) of a batch."""
         if batch.kept is not None:
             tokens, samples = self._tokens, batch.samples[begin:end]
@@ -365,7 +365,7 @@ class Loader:
         numbers = np.arange(self.augment.draws if self.augment else 0)
         return uniform(self.seed, AUGMENT, epochs[:, None], samples[:, None], numbers).tolist()
 
-    def _make(self, stored: Any, draws: list[float], batch: "Batch", i: int) -> None:
+    def _make(self, stored: Any, draws: list[float], batch: Batch, i: int) -> None:
         """Decodes and augments a stored image into row i of the batch. Raises BadImage."""
         target = batch.pixels[i]
         if self.augment is None:
@@ -387,7 +387,7 @@ class Loader:
         else:
             np.take(patches, batch.kept[i], axis=0, out=target, mode="clip")
 
-    def _replace(self, batch: "Batch", i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
+    def _replace(self, batch: Batch, i: int, key: str, error: BadImage) -> tuple[RowGroup, int]:
         """Fills row i with the next sample of its shuffle window that can be decoded. Returns (row group, row in it).
 
         Raises UserError during evaluation, above `max_replaced`, or if no image of the window can be decoded.
@@ -426,8 +426,8 @@ class Loader:
 
     # ------------------------------------------------------------ finished batches
 
-    def _finish(self, batch: "Batch") -> dict[str, Any]:
-        labels = _label_tensor(batch.labels, self.dataset.multilabel)
+    def _finish(self, batch: Batch) -> dict[str, Any]:
+        labels = label_tensor(batch.labels, self.dataset.multilabel)
         result: dict[str, Any] = {
             "patches" if self.patch_size else "image": batch.images,
             "label": labels,
@@ -457,31 +457,6 @@ class Loader:
         self.close()
 
 
-@dataclass(kw_only=True, slots=True)
-class Batch:
-    """One rank's share of a step while it is being filled; its n rows are ordered by lane."""
-
-    order: Order | MixedOrder
-    step: int
-    per_lane: int  # rows of each lane
-    groups: list[int]  # row group of each row
-    rows: list[int]  # position of each row in its row group
-    samples: np.ndarray  # index of each row in the dataset, int64 (n,)
-    epochs: np.ndarray  # of the data set that each row is of, int64 (n,)
-    sources: dict[int, Future[RowGroup]]  # row groups in memory or being read
-    images: torch.Tensor
-    pixels: np.ndarray  # the same memory as `images`
-    kept: np.ndarray | None  # indices of the patches kept, int64 (n, kept)
-    lam: float
-    labels: list[Any]
-    keys: list[str]
-    tasks: list[Future[None]] = field(default_factory=list)
-
-    @property
-    def n(self) -> int:
-        return len(self.samples)
-
-
 def _blend(rows: np.ndarray, lam: float) -> None:
     """Mixup within one lane, in place: lam * row + (1 - lam) * next row (the last row with the first), rounded to
     uint8."""
@@ -489,15 +464,3 @@ def _blend(rows: np.ndarray, lam: float) -> None:
     first = flat[0].copy()
     for i in range(len(flat)):
         cv2.addWeighted(flat[i], lam, flat[i + 1] if i + 1 < len(flat) else first, 1 - lam, 0, dst=flat[i])
-
-
-def _label_tensor(labels: list[Any], multilabel: bool) -> torch.Tensor:
-    """Labels as int64 (b,), or for multi-label data (b, M) padded with -1, where M
-    >= 1 is the largest number of labels."""
-    if not multilabel:
-        return torch.tensor(labels, dtype=torch.int64)
-    lengths = np.fromiter(map(len, labels), np.int64, len(labels))
-    padded = np.full((len(labels), max(1, int(lengths.max(initial=1)))), -1, np.int64)
-    # One assignment for the batch: this runs in the thread that launches the training step.
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(labels), np.int64)
-    return torch.from_numpy(padded)

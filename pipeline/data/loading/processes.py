@@ -30,7 +30,8 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.data.format import Dataset
-from pipeline.data.loading.loader import Batch, Loader
+from pipeline.data.loading.batch import Batch
+from pipeline.data.loading.loader import Loader
 from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
