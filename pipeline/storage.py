@@ -207,12 +207,20 @@ def _file_info(folder: str, entry: Entry) -> FileInfo:
     return FileInfo(entry.path, entry.size, join(folder, entry.path), entry.etag)
 
 
-def iter_files(uri: str | os.PathLike) -> Iterator[FileInfo]:
-    """Every file under a prefix of a store, in the order of the store, a page at a time; none in a bucket that does not exist."""
+def iter_pages(
+    uri: str | os.PathLike, recursive: bool = True, after: str = "", limit: int | None = None
+) -> Iterator[list[Entry]]:
+    """The entries under a prefix of a store, in the order of the store, a page of at most `limit` at a time; none in a bucket
+    that does not exist. after: only paths greater than this one, where `lists_by_name`."""
     place, store = _place(uri)
     if store is not None:
-        for entry in store.list(place):
-            yield _file_info(place, entry)
+        yield from store.pages(place, recursive, after, limit)
+
+
+def lists_by_name(uri: str | os.PathLike) -> bool:
+    """Whether the store lists files in the order of their names' UTF-8 bytes, from any name on; False for local folders."""
+    place, store = _place(uri)
+    return store is not None and store.lists_by_name(place)
 
 
 def can_list(uri: str | os.PathLike) -> bool:

@@ -21,6 +21,7 @@ import json
 import logging
 import pickle
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -162,6 +163,98 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
         raise JobFailed(describe_lost(error)) from None
 
 
+def run_growing(
+    root: Any,
+    work: Callable[[Any, Any, bool], dict[str, Any]],
+    *,
+    receipts: Receipts,
+    context: Any = None,
+    tasks: int = 16,
+    num_cpus: float = 1,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs a unit and the units that it and they leave, with at most `tasks` Ray tasks at a time, and yields (name,
+    receipt) of each unit, also of those that an earlier run finished.
+
+    work: `work(unit, context, idle) -> receipt`; receipt["rest"] has the units that are left. Units are values of JSON,
+    whose names are their hashes (`unit_name`), so `work` must leave the same unit only once. idle: whether there are
+    fewer units than tasks, so that a unit should soon leave several. Inside `without_ray` the units run in this process.
+    Raises the exceptions of the tasks, JobFailed if processes died repeatedly."""
+    todo: deque[Any] = deque()
+    finished, opened = receipts.finished(), [root]
+    while opened:
+        names = [unit_name(unit) for unit in opened]
+        todo.extend(unit for unit, name in zip(opened, names, strict=True) if name not in finished)
+        there = [name for name in names if name in finished]
+        opened = []
+        for first in range(0, len(there), 256):
+            for name, receipt in zip(
+                there[first : first + 256], receipts.read(there[first : first + 256]), strict=True
+            ):
+                opened += receipt["rest"]
+                yield name, receipt
+    grow = _grow_in_process if not _ray_allowed else functools.partial(_grow_on_ray, tasks=tasks, num_cpus=num_cpus)
+    for unit, receipt in grow(todo, (work, receipts, context)):
+        todo.extend(receipt["rest"])
+        yield unit_name(unit), receipt
+
+
+def unit_name(unit: Any) -> str:
+    """The name of a unit of `run_growing`."""
+    return hashlib.sha256(json.dumps(unit).encode()).hexdigest()[:24]
+
+
+def _grow_in_process(todo: deque[Any], job: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    while todo:
+        unit = todo.popleft()
+        yield unit, _grow(job, unit, not todo)
+
+
+def _grow_on_ray(todo: deque[Any], job: Any, tasks: int, num_cpus: float) -> Iterator[tuple[Any, dict[str, Any]]]:
+    import ray
+
+    if not todo:
+        return
+    cluster.connect()
+    shared = [
+        ray.put(job)
+    ]  # in a list, so that Ray does not replace the reference by a copy of the value for each task
+    remote = ray.remote(_grow_task).options(num_cpus=num_cpus)
+    running: dict[Any, Any] = {}
+    try:
+        while todo or running:
+            while todo and len(running) < tasks:
+                idle = len(todo) + len(running) < tasks
+                unit = todo.popleft()
+                running[remote.remote(shared, unit, idle)] = unit
+            [ready], _ = ray.wait(list(running), num_returns=1)
+            receipt, records = ray.get(ready)
+            logs.replay(records)
+            yield running.pop(ready), receipt
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        raise JobFailed(describe_lost(error)) from None
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _grow_task(shared: list[Any], unit: Any, idle: bool) -> tuple[dict[str, Any], list[logging.LogRecord]]:
+    import ray
+
+    expect_answers()
+    with logs.captured() as records:
+        receipt = _grow(ray.get(shared[0]), unit, idle)
+    return receipt, records
+
+
+def _grow(job: Any, unit: Any, idle: bool) -> dict[str, Any]:
+    work, receipts, context = job
+    receipt = work(unit, context, idle)
+    _write_receipt(receipts, unit_name(unit), receipt)
+    return receipt
+
+
 # ---------------------------------------------------------------- one unit
 
 
@@ -187,17 +280,17 @@ class _Job:
                 return Outcome(name=name, summary=self.summary(self.receipts.read([name])[0]))
             receipt = call(unit)
             if self.receipts is not None:
-                self._write(self.receipts, name, receipt)
+                _write_receipt(self.receipts, name, receipt)
             return Outcome(name=name, summary=self.summary(receipt))
         except UserError as error:
             return Outcome(name=name, error=error)
 
-    @staticmethod
-    def _write(receipts: Receipts, name: str, receipt: Any) -> None:
-        try:
-            receipts.write(name, receipt)
-        except OSError as error:
-            raise storage.not_written(receipts.folder, error) from error
+
+def _write_receipt(receipts: Receipts, name: str, receipt: Any) -> None:
+    try:
+        receipts.write(name, receipt)
+    except OSError as error:
+        raise storage.not_written(receipts.folder, error) from error
 
 
 # ---------------------------------------------------------------- all units, on Ray Data

@@ -11,6 +11,7 @@ first retries single parts, because a whole upload can be gigabytes.
 """
 
 import abc
+import builtins
 import contextlib
 import functools
 import io
@@ -44,6 +45,11 @@ class Entry(NamedTuple):
     size: int
     etag: str
     is_folder: bool = False
+
+
+class After(str):
+    """In place of the token of a page: the page begins with the first file whose path is greater than this one. Only for
+    addresses with `lists_by_name`."""
 
 
 class Incomplete(OSError):
@@ -87,6 +93,11 @@ class ObjectStore(abc.ABC):
         """The server of an address: `http://host[:port]`, or "" for the vendor's server."""
         return ""
 
+    @classmethod
+    def lists_by_name(cls, uri: str) -> bool:
+        """Whether listings are sorted by the UTF-8 bytes of the names and can begin after any name."""
+        return False
+
     # ------------------------------------------------------------ one attempt of each request
 
     @abc.abstractmethod
@@ -99,8 +110,8 @@ class ObjectStore(abc.ABC):
 
     @abc.abstractmethod
     def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
-        """(entries, token of the next page) of the page of a listing with this token (None: the first page). The
-        returned token of the last page is None. Paths are relative to the folder `uri`.
+        """(entries, token of the next page) of the page of a listing with this token (None: the first page; an `After`:
+        a page from there). The returned token of the last page is None. Paths are relative to the folder `uri`.
         """
 
     def _put(self, uri: str, data: bytes, new: bool) -> None:
@@ -175,13 +186,20 @@ class ObjectStore(abc.ABC):
     def list(self, uri: str, recursive: bool = True) -> Iterator[Entry]:
         """Yields every file below the folder, in the order of the store, page by page; nothing for a missing bucket.
         Without `recursive`, the files and folders directly in the folder."""
+        for page in self.pages(uri, recursive):
+            yield from page
+
+    def pages(
+        self, uri: str, recursive: bool = True, after: str = "", limit: int | None = None
+    ) -> Iterator[builtins.list[Entry]]:
+        """Like `list`, one page at a time. after: only paths greater than this one, for addresses with
+        `lists_by_name`. limit: maximum number of entries of a page."""
         self.refuse_listing(uri)
-        token = None
+        token: Any = After(after) if after else None
         with contextlib.suppress(FileNotFoundError):
             while True:
-                request = functools.partial(self._page, uri, recursive, token, None)
-                found, token = self._try(uri, request)
-                yield from found
+                found, token = self._try(uri, functools.partial(self._page, uri, recursive, token, limit))
+                yield found
                 if token is None:
                     return
 

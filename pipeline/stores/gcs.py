@@ -18,7 +18,7 @@ import google_crc32c
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
 from pipeline.stores import base
-from pipeline.stores.base import Entry, Incomplete, ObjectStore, check_length, split, split_folder
+from pipeline.stores.base import After, Entry, Incomplete, ObjectStore, check_length, split, split_folder
 
 logging.getLogger("gcsfs").setLevel(
     logging.CRITICAL
@@ -48,6 +48,10 @@ class GoogleStore(ObjectStore):
         host = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
         return f"http://{host}" if host and "://" not in host else host
 
+    @classmethod
+    def lists_by_name(cls, uri: str) -> bool:
+        return True
+
     def _get(self, uri: str, start: int, end: int | None, exact: bool) -> bytes:
         if not start and end is None:
             return self._fs.cat_file(_path(uri))
@@ -60,13 +64,15 @@ class GoogleStore(ObjectStore):
 
     def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
         bucket, prefix = split_folder(uri)
-        options = {"delimiter": None if recursive else "/", "pageToken": token, "maxResults": limit}
+        options = {"delimiter": None if recursive else "/", "maxResults": limit}
+        # the page of startOffset includes a file with this name, which is removed below
+        options |= {"startOffset": prefix + token} if isinstance(token, After) else {"pageToken": token}
         page = self._fs.call("GET", "b/{}/o", bucket, prefix=prefix, fields=PAGE, json_out=True, **options)
         folders = [Entry(name[len(prefix) :].rstrip("/"), 0, "", is_folder=True) for name in page.get("prefixes", ())]
         files = [
             Entry(found["name"][len(prefix) :], int(found["size"]), found["generation"])
             for found in page.get("items", ())
-            if not found["name"].endswith("/")
+            if not found["name"].endswith("/") and not (isinstance(token, After) and found["name"] == prefix + token)
         ]
         return folders + files, page.get("nextPageToken") or None
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
 from pipeline.stores import base
-from pipeline.stores.base import Entry, ObjectStore, check_range, split, split_folder
+from pipeline.stores.base import After, Entry, ObjectStore, check_range, split, split_folder
 
 # Third-party S3 servers answer 411 to the SDK's newer default of checksummed, chunked bodies; all of them support "when
 # required". Set before any client exists; an explicit setting of the user takes precedence.
@@ -47,6 +47,11 @@ class S3Store(ObjectStore):
     def endpoint(cls, uri: str) -> str:
         return os.environ.get("AWS_ENDPOINT_URL", "")
 
+    @classmethod
+    def lists_by_name(cls, uri: str) -> bool:
+        """False for the directory buckets of S3 Express, whose listings have no order."""
+        return not split(uri)[0].endswith("--x-s3")
+
     def _get(self, uri: str, start: int, end: int | None, exact: bool) -> bytes:
         part = {} if not start and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
         answer = self._client.get_object(**_place(uri), **part)
@@ -60,7 +65,8 @@ class S3Store(ObjectStore):
 
     def _page(self, uri: str, recursive: bool, token: Any, limit: int | None) -> tuple[list[Entry], Any]:
         bucket, prefix = split_folder(uri)
-        options = {"Delimiter": None if recursive else "/", "ContinuationToken": token, "MaxKeys": limit}
+        options = {"Delimiter": None if recursive else "/", "MaxKeys": limit}
+        options |= {"StartAfter": prefix + token} if isinstance(token, After) else {"ContinuationToken": token}
         given = {name: value for name, value in options.items() if value is not None}
         page = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **given)
         folders = [

@@ -78,13 +78,25 @@ def test_listing_page_by_page_finds_what_a_whole_listing_finds(cloud):
         list(pool.map(lambda item: storage.write_bytes(f"{cloud.uri}/{item[0]}", item[1]), bodies.items()))
     if cloud.uri.startswith("s3://"):  # what consoles make of "create folder"
         boto3.client("s3").put_object(Bucket=cloud.uri.removeprefix("s3://"), Key="images/folder/", Body=b"")
-    found = sorted(storage.iter_files(f"{cloud.uri}/images"), key=lambda file: file.path)
-    assert found == storage.list_files(f"{cloud.uri}/images")
+    pages = list(storage.iter_pages(f"{cloud.uri}/images"))
+    found = storage.list_files(f"{cloud.uri}/images")
+    assert sorted((file.path, file.size) for page in pages for file in page) == [(f.path, f.size) for f in found]
     assert {file.path: file.size for file in found} == {name: len(name.encode()) for name in names}
     assert storage.list_folders(f"{cloud.uri}/images")[:3] == ["0", "1", "2"]
     assert storage.read_bytes(found[-1].uri) == found[-1].path.encode()
     nowhere = f"{cloud.uri}-that-is-nowhere"
-    assert list(storage.iter_files(f"{cloud.uri}/nothing")) == list(storage.iter_files(nowhere)) == []
+    assert not any(page for where in (f"{cloud.uri}/nothing", nowhere) for page in storage.iter_pages(where))
+
+
+def test_a_listing_begins_after_any_name_where_the_store_lists_by_name(cloud):
+    names = ["a/1.jpg", "a/2.jpg", "a0.jpg", "b/1.jpg", "z.jpg", "ü.jpg"]
+    for name in names:
+        storage.write_bytes(f"{cloud.uri}/images/{name}", b"x")
+    assert storage.lists_by_name(cloud.uri) == cloud.uri.startswith(("s3://", "gs://"))
+    if storage.lists_by_name(cloud.uri):
+        for after in ["", *names, "a", "a/", "c", "日"]:
+            pages = storage.iter_pages(f"{cloud.uri}/images", after=after, limit=2)
+            assert [file.path for page in pages for file in page] == [name for name in names if name > after]
 
 
 def in_place(root):

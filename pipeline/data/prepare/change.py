@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pipeline import storage
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.revisions import revisions
-from pipeline.data.prepare.config import WORK
+from pipeline.data.prepare.config import LISTINGS, WORK
 from pipeline.errors import UserError
 from pipeline.lease import LAUNCH, Lease
 
@@ -37,8 +37,10 @@ def _remove_if_empty(work: str) -> None:
 
 
 def has_work(folder: str) -> bool:
-    """Whether a folder has plans or receipts of a command that was stopped, in addition to the lock."""
-    return any(file.path != LAUNCH for file in storage.list_files(storage.join(folder, WORK)))
+    """Whether a folder has plans or receipts of a command that was stopped, in addition to the lock and unfinished
+    listings, which are made before an output is claimed."""
+    files = storage.list_files(storage.join(folder, WORK))
+    return any(file.path != LAUNCH and not file.path.startswith(f"{LISTINGS}/") for file in files)
 
 
 def is_unfinished(folder: str) -> bool:

@@ -9,6 +9,7 @@ from pipeline.data.downloads.config import CONTENT, DownloadConfig
 from pipeline.data.format.constants import ROW_GROUP_BYTES, SHARD_BYTES, Encoding
 
 WORK = "_work"  # folder inside the output: plan and receipts of an unfinished dataset
+LISTINGS = "listing"  # folder inside WORK: unfinished listings of large sources
 LETTERS, DIGITS = "demo:letters", "demo:digits"  # sources that builtin.py writes
 FROM_SOURCE, MERGE = ("from-source",), ("merge",)  # values of --splits that use the splits of the source
 

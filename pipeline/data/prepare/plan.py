@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, S
 from pipeline.data.format.revision_names import shard_prefix
 from pipeline.data.prepare.append import APPEND, Append, join_labels
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
-from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
+from pipeline.data.prepare.config import FROM_SOURCE, LISTINGS, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError, plural
 from pipeline.workqueue import Receipts
@@ -152,12 +153,14 @@ def slice_name(number: int) -> str:
 
 
 def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePlan:
-    """Scans the sources and divides them into slices. Ray tasks scan the archives.
+    """Scans the sources and divides them into slices. Ray tasks list large sources and scan the archives.
 
     Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
     unlabelled = config.unlabelled or config.download_only
     label_map = sources.read_label_map(config.label_map)
+    work = storage.join(config.output, WORK)
+    large = sources.ParallelListing(folder=storage.join(work, LISTINGS))
     found = sources.discover(
         config.source,
         format=config.format,
@@ -176,6 +179,7 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
             keep_rows=config.download_only,
         ),
         prefixes=sources.key_prefixes(config.source, append.known) if append is not None else None,
+        large=large,
     )
     if config.splits == FROM_SOURCE and not unlabelled:
         found = [_without_unlabelled_splits(source) for source in found]
@@ -195,6 +199,7 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
             dataclasses.replace(s, fragments=sources.shuffled(s.fragments, rng)) if s.one_image_per_fragment else s
             for s in found
         ]
+    large.remove()
     return PreparePlan(
         config=config,
         sources=found,
@@ -202,7 +207,7 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
         splits=splits,
         slices=cut_slices(found, config),
         input_fingerprint=fingerprint,
-        work=storage.join(config.output, WORK),
+        work=work,
         append=append,
     )
 
@@ -362,19 +367,29 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
         )
     try:
         storage.write_json(where, mark)
-        there = {file.path for file in storage.list_files(plan.work)}
-        for number, part in enumerate(plan.slices):
-            if os.path.basename(plan.fragments_uri(number)) not in there:
-                sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, sources.FRAGMENTS) as stream:
-                    stream.write_table(plan.sources[part.source].fragments.slice(part.first, part.fragments))
-                storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
+        _write_fragments(plan)
     except OSError as error:
         raise UserError(
             f"--output {plan.config.output}: cannot be written ({error}); choose another location"
         ) from error
     without = [dataclasses.replace(source, fragments=source.fragments.slice(0, 0)) for source in plan.sources]
     return dataclasses.replace(plan, sources=without)
+
+
+def _write_fragments(plan: PreparePlan) -> None:
+    """Writes the fragments of the slices, several at a time, because a large corpus has tens of thousands of slices."""
+    there = {file.path for file in storage.list_files(plan.work, recursive=False)}
+
+    def write(number: int) -> None:
+        part, sink = plan.slices[number], pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, sources.FRAGMENTS) as stream:
+            stream.write_table(plan.sources[part.source].fragments.slice(part.first, part.fragments))
+        storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
+
+    missing = [i for i in range(len(plan.slices)) if os.path.basename(plan.fragments_uri(i)) not in there]
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, len(missing), 1024):  # an error ends the writing soon
+            list(pool.map(write, missing[first : first + 1024]))
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

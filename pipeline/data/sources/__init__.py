@@ -25,6 +25,7 @@ from pipeline.data.sources.discovery import FORMATS, discover, key_prefixes, rea
 from pipeline.data.sources.items import FRAGMENTS, Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
+from pipeline.data.sources.parallel import ParallelListing
 from pipeline.data.sources.prefetch import prefetched
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 
@@ -37,6 +38,7 @@ __all__ = [
     "Item",
     "LabelTable",
     "Labels",
+    "ParallelListing",
     "ScanOptions",
     "Source",
     "SourceFormat",

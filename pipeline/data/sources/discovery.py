@@ -11,12 +11,13 @@ from typing import cast
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.sources import arrow, cifar, folder, parquet, tar, tfrecord, urls, zip
+from pipeline.data.sources import arrow, cifar, folder, parallel, parquet, tar, tfrecord, urls, zip
 from pipeline.data.sources.archives import included
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.large_tables import LargeTable, open_label_table
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.naming import TABLE_FILE
+from pipeline.data.sources.parallel import ParallelListing
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest, plural
 
@@ -78,13 +79,14 @@ def discover(
     unlabelled: bool = False,
     downloads: Downloads | None = None,
     prefixes: Sequence[str] | None = None,
+    large: ParallelListing | None = None,
 ) -> list[Source]:
     """Scans the sources: their formats, fragments and label names. Archives are scanned by Ray tasks.
 
     labels: URI of a label table for all sources. include: globs over keys. need_names: False avoids opening archives of
     at most `unit_bytes` bytes. columns: the columns that the user named. class_level: the level of the class folders; 1
     is the first below the source. unlabelled: whether to accept images without labels. prefixes: what the keys of each
-    source begin with (default: `key_prefixes`). downloads: for lists of URLs. Raises UserError for a source that is
+    source begin with (default: `key_prefixes`). downloads: for lists of URLs. large: lists large sources in parallel. Raises UserError for a source that is
     missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
@@ -95,7 +97,7 @@ def discover(
     table = open_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
     sources = []
     for i, uri in enumerate(uris):
-        files = list_source(uri)
+        files = list_source(uri) if large is None else parallel.list_source(uri, large)
         if not files.num_rows:
             raise UserError(f"{uri}: no such file or folder, or nothing in it")
         found = _recognise(uri, files, downloads) if format == "auto" else formats()[format]

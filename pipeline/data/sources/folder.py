@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -57,8 +58,12 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     else from the folders. Raises UserError if --include matches nothing or the labels are ambiguous."""
     files, tables = _tables(uri, files, options)
     if options.include:
-        keep = [is_included(options.prefix + path.as_py(), options.include) for path in files["path"]]
-        files = files.filter(pa.array(keep, pa.bool_()))
+
+        def included(batch: pa.Table) -> pa.Table:
+            keep = [is_included(options.prefix + path, options.include) for path in batch["path"].to_pylist()]
+            return batch.filter(pa.array(keep, pa.bool_()))
+
+        files = listing.spilled(map(included, listing.in_batches(files)), files.schema)
         if not files.num_rows:
             raise UserError(f"{uri}: nothing matches --include {' '.join(options.include)}")
     hint = _hint(files)
@@ -98,11 +103,13 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
 
     tables = read_tables(found, read, not options.unlabelled)
     paths = [path for path, _, _ in found]
-    files = files.filter(pc.invert(pc.is_in(files["path"], pa.array(paths, pa.large_string()))))
+    known = pa.array(paths, pa.large_string())
+    others = (batch.filter(pc.invert(pc.is_in(batch["path"], known))) for batch in listing.in_batches(files))
+    files = listing.spilled(others, files.schema)
     named = {split: folder for _, folder, split in found if split is not None}
     for folder in set(named.values()) & tables.keys():  # train.txt may list something other than images
         naming = Naming(tables={folder: tables[folder]})
-        row = (naming.row(path) for path in files["path"].to_pylist())
+        row = (naming.row(path) for path in _paths(files))
         if not any(found is not None and found[2] is not None for found in row):
             logger.warning("%s: %s names none of the files; the table is ignored", uri, tables.pop(folder).uri)
     return files, tables
@@ -110,25 +117,53 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
 
 def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
     """(the files without the sidecars of images, such as 0.txt next to 0.jpg; whether there are sidecars)."""
-    paths = files["path"].to_pylist()
-    beside = [path.lower().endswith(SIDECAR_SUFFIXES) for path in paths]
-    if not any(beside):
+    if not any(path.lower().endswith(SIDECAR_SUFFIXES) for path in _paths(files)):
         return files, False
-    stems = {os.path.splitext(path)[0] for path in paths if matches(path)}
-    keep = [not (other and os.path.splitext(path)[0] in stems) for path, other in zip(paths, beside, strict=True)]
-    count = len(keep) - sum(keep)
+    count, example = 0, ""
+
+    def keep() -> Iterator[bool]:
+        nonlocal count, example
+        for block in _alike(_paths(files)):
+            stems = {os.path.splitext(path)[0] for path in block if matches(path)}
+            for path in block:
+                beside = path.lower().endswith(SIDECAR_SUFFIXES) and os.path.splitext(path)[0] in stems
+                count, example = count + beside, example or (path if beside else "")
+                yield not beside
+
+    flags = keep()
+    masks = ((batch, list(islice(flags, batch.num_rows))) for batch in listing.in_batches(files))
+    kept = listing.spilled((batch.filter(pa.array(mask, pa.bool_())) for batch, mask in masks), files.schema)
     if count:
-        example = paths[keep.index(False)]
         logger.info("%s: ignored %s next to images, such as %s", uri, plural(count, "file"), example)
-    return files.filter(pa.array(keep, pa.bool_())), count > 0
+    return kept, count > 0
+
+
+def _paths(files: pa.Table) -> Iterator[str]:
+    return (path for batch in listing.in_batches(files) for path in batch["path"].to_pylist())
+
+
+def _alike(paths: Iterator[str]) -> Iterator[list[str]]:
+    """Sorted paths in blocks: each has all files of a folder whose names are equal up to the first dot."""
+    block: list[str] = []
+    begin = ""
+    for path in paths:
+        if not block or not path.startswith(begin):
+            if block:
+                yield block
+            folder, slash, name = path.rpartition("/")
+            block, begin = [], folder + slash + name.partition(".")[0] + "."
+        block.append(path)
+    if block:
+        yield block
 
 
 def _hint(files: pa.Table) -> str:
     """A hint that names the first file that may be a label table; empty if there is no such file."""
-    named = files.filter(
-        pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|jsonl|parquet|lst|xlsx?|txt|json|mat)$")
-    )
-    return f"{named['path'][0].as_py()} may be a label table; pass it with --labels" if named.num_rows else ""
+    for batch in listing.in_batches(files):
+        named = pc.match_substring_regex(batch["path"], r"(?i)\.(csv|tsv|jsonl|parquet|lst|xlsx?|txt|json|mat)$")
+        if pc.any(named).as_py():
+            return f"{batch.filter(named)['path'][0].as_py()} may be a label table; pass it with --labels"
+    return ""
 
 
 def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Layout:

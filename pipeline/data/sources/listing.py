@@ -33,16 +33,21 @@ JUNK = (
 logger = logging.getLogger(__name__)
 
 
-def list_source(uri: str) -> pa.Table:
+class TooLarge(Exception):
+    """Raised by `list_source` when it stops."""
+
+
+def list_source(uri: str, stop: Callable[[int], bool] = lambda files: False) -> pa.Table:
     """The files under a folder as a table of schema LISTING, sorted by path; a single file has the path "".
 
-    Raises UserError for a folder that cannot be read, or that holds only hidden and system files.
+    stop: whether to stop, and to raise TooLarge, after this number of files. Raises UserError for a folder that cannot be
+    read, or that holds only hidden and system files.
     """
     files: Iterator[tuple[str, int]]
     if not storage.is_remote(uri):
         if os.path.isfile(uri):
             return listing([("", os.path.getsize(uri))])
-        files = _walk(uri, "")
+        files = walk(uri, "")
     elif not storage.can_list(uri):
         try:
             return listing([("", storage.file_size(uri))])
@@ -51,10 +56,23 @@ def list_source(uri: str) -> pa.Table:
                 f"{uri}: no such file; name an archive or a Parquet file, since https:// has no folders"
             ) from error
     else:
-        files = ((file.path, file.size) for file in storage.iter_files(uri))
-    parts = iter(lambda: list(itertools.islice(files, SPILL_ROWS)), [])
-    ignored = IgnoredFiles()
-    found = sort_by_path(spilled((ignored.without_ignored(listing(part)) for part in parts), LISTING))
+        files = ((file.path, file.size) for page in storage.iter_pages(uri) for file in page)
+    ignored, count = IgnoredFiles(), 0
+
+    def parts() -> Iterator[pa.Table]:
+        nonlocal count
+        while part := list(itertools.islice(files, SPILL_ROWS)):
+            yield ignored.without_ignored(listing(part))
+            count += len(part)
+            if stop(count):
+                raise TooLarge
+
+    return checked(uri, sort_by_path(spilled(parts(), LISTING)), ignored)
+
+
+def checked(uri: str, found: pa.Table, ignored: "IgnoredFiles") -> pa.Table:
+    """A sorted listing without its ignored files, or the listing of the single file. Raises UserError if there are only
+    ignored files."""
     if not found.num_rows and storage.is_remote(uri) and storage.exists(uri):
         return listing([("", storage.file_size(uri))])
     if ignored.count and not found.num_rows:
@@ -88,11 +106,24 @@ def listing(files: Sequence[tuple[str, int]]) -> pa.Table:
     return pa.table([pa.array(paths, pa.large_string()), pa.array(sizes, pa.int64())], schema=LISTING)
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
-    """(path, size in bytes) of the files below a local folder. Uses os.scandir: fsspec's listing takes ten times as
-    long per file.
+Above = tuple[tuple[int, int], ...]  # (device, inode) of the folders that a folder is in
 
-    Links are followed, except to a folder in `above` (device, inode), which would be an endless loop.
+
+def walk(folder: str, prefix: str, above: Above = ()) -> Iterator[tuple[str, int]]:
+    """(path, size in bytes) of the files below a local folder, whose paths begin with `prefix`."""
+    for found in read_folder(folder, prefix, above):
+        if isinstance(found[1], int):
+            yield found[0], found[1]
+        else:
+            yield from walk(os.path.join(folder, found[0][len(prefix) : -1]), found[0], found[1])
+
+
+def read_folder(folder: str, prefix: str, above: Above = ()) -> Iterator[tuple[str, int | Above]]:
+    """What a local folder has: (path, size in bytes) of a file, (path/, the folders that it is in) of a folder, whose path is
+    not yet text. Uses os.scandir: fsspec's listing takes ten times as long per file.
+
+    Links are followed, except to a folder in `above`, which would be an endless loop. Raises UserError for a folder that
+    cannot be read; a missing one is empty.
     """
     try:
         here = os.stat(folder)
@@ -109,7 +140,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> 
             if _is_folder(entry):
                 target = entry.stat()
                 if (target.st_dev, target.st_ino) not in above:
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
+                    yield f"{prefix}{entry.name}/", above
             else:
                 # a name that is not valid UTF-8 and a dangling link become rejects when they are read
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0
