@@ -86,8 +86,8 @@ def discover(
     labels: URI of a label table for all sources. include: globs over keys. need_names: False avoids opening archives of
     at most `unit_bytes` bytes. columns: the columns that the user named. class_level: the level of the class folders; 1
     is the first below the source. unlabelled: whether to accept images without labels. prefixes: what the keys of each
-    source begin with (default: `key_prefixes`). downloads: for lists of URLs. large: lists large sources in parallel. Raises UserError for a source that is
-    missing, empty, unreadable or ambiguous.
+    source begin with (default: `key_prefixes`). downloads: for lists of URLs. large: lists large sources in parallel.
+    Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
     if format != "auto" and format not in formats():
         raise UserError(f"--format {format}: unknown{nearest(format, formats())}; one of auto, {', '.join(formats())}")
