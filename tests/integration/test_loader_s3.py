@@ -15,6 +15,7 @@ from pipeline import retry
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
+from pipeline.data.loading.processes import ProcessLoader
 from pipeline.errors import StorageError, UserError
 from pipeline.stores import base
 from tests.faultproxy import FaultProxy
@@ -104,6 +105,20 @@ def test_a_shard_that_stays_unreadable_is_named(dataset, monkeypatch, kind):
     proxy.fault = lambda method, path, n: kind if path.endswith(shard) else None
     with pytest.raises(StorageError, match=rf"{shard}: no answer after \d attempts? in 1 s"):
         epoch(data)
+
+
+def test_several_processes_read_the_same_batches_and_report_an_outage_as_one(dataset, on_disk, monkeypatch, tmp_path):
+    data, proxy = dataset
+    options = {**OPTIONS, "processes": 2, "cache_dir": str(tmp_path / "cache")}
+    with ProcessLoader(data, **options) as loader:
+        assert same([(batch["key"], batch["image"].clone()) for batch in loader], on_disk)
+        assert loader.counters["reads"] >= len(data.row_groups)
+    assert list((tmp_path / "cache").iterdir())
+    monkeypatch.setenv(retry.VARIABLE, "1")
+    proxy.fault = lambda method, path, n: "reset"
+    options["cache_dir"] = str(tmp_path / "other")
+    with ProcessLoader(data, **options) as loader, pytest.raises(StorageError, match=r"no answer after \d+ attempt"):
+        list(loader)
 
 
 def test_an_outage_is_waited_for(dataset, on_disk):
