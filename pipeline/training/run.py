@@ -255,7 +255,7 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         f"  workers   {plan.workers} x {plural(plan.per_worker, 'image')} ({plural(plan.accumulation, 'micro-batch')} of {plan.micro_batch}), "
         f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plural(plan.lanes, 'lane')}{elastic}",
     ]
-    shown = {key.removeprefix("runtime."): values for key, values in changes.items()}
+    shown = {key.removeprefix("runtime."): values for key, values in changes.items() if key != "runtime.dry_run"}
     return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items())])
 
 

@@ -419,9 +419,8 @@ def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, m
 
     def transfer(source, step, mean, **scores):
         folder = commit(tmp_path / source.name, step)
-        with start_run(
-            "transfer", "t", config={"suite": "vtab1k"}, tags={names.CHECKPOINT: folder}, tracking_uri=uri
-        ) as run:
+        tags = {names.CHECKPOINT: folder, names.IMAGES_SEEN: step * 64}
+        with start_run("transfer", "t", config={"suite": "vtab1k"}, tags=tags, tracking_uri=uri) as run:
             run.link("pretrain", source.id)
             run.log({names.SCORE + task: score for task, score in scores.items()})
             run.log({names.MEAN_SCORE: mean} if mean else {names.PARTIAL_MEAN: 99.0})
