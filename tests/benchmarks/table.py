@@ -180,10 +180,28 @@ def pipeline(result: dict) -> Iterator[Row]:
     yield "Planning 1,000 stages, including the start of Python (CPU time)", f"{planned:.2f} s", ""
 
 
+def listings(result: dict) -> Iterator[Row]:
+    rows = {row["tasks"]: row for row in result["listings"]}
+    for tasks, row in rows.items():
+        if tasks:
+            yield (
+                f"Listing {row['files']:,} names of a simulated bucket ({row['latency_ms']:.0f} ms a page), {tasks} tasks",
+                f"{row['seconds']:,.0f} s; driver {row['driver_mb']} MB, worker {row['worker_mb']} MB",
+                f"one process {rows[0]['seconds']:,.0f} s",
+            )
+    for row in result["first"]:
+        yield (
+            f"From the command to the first prepared unit of {row['files']:,} files there",
+            f"{row['first_unit_s']:,.0f} s, of which {row['plan_s']:,.0f} s to the plan",
+            "",
+        )
+
+
 SECTIONS = {
     "loader_speed": loader,
     "prepare_speed": prepare,
     "download_speed": downloads,
+    "listing_speed": listings,
     "decontamination": decontamination,
     "model_speed": model,
     "train_step_cpu": train_step,
