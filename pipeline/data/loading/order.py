@@ -70,8 +70,8 @@ def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
     if lanes % workers:
         fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]
         raise UserError(
-            f"lanes {lanes} is not divisible by {plural(workers, 'worker')}: each worker reads its own lanes; use --workers "
-            f"{' or '.join(map(str, sorted(fitting)))}, or set lanes to a multiple of {workers} that divides "
+            f"lanes {lanes} is not divisible by {plural(workers, 'worker')}: each worker reads its own lanes; use "
+            f"{' or '.join(map(str, sorted(fitting)))} as the number of workers, or set lanes to a multiple of {workers} that divides "
             f"the batch of {batch_size} (it fixes the order of samples)"
         )
 
