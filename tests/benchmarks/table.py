@@ -191,7 +191,7 @@ def listings(result: dict) -> Iterator[Row]:
             )
     for row in result["first"]:
         yield (
-            f"From the command to the first prepared unit of {row['files']:,} files there",
+            f"From a running Ray to the first prepared unit of {row['files']:,} files there",
             f"{row['first_unit_s']:,.0f} s, of which {row['plan_s']:,.0f} s to the plan",
             "",
         )
