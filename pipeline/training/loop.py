@@ -77,10 +77,8 @@ class Trainer:
         self.dataset = open_data(config.runtime.data)
         self.plan = plan = plan_for(config, self.dataset, worker)
         if config.runtime.gpus and config.engine.micro_batch is None:
-            self.info(
-                "micro-batches of %s fit this GPU (--engine.micro-batch sets another number)",
-                plural(plan.micro_batch, "image"),
-            )
+            images = plural(plan.micro_batch, "image")
+            self.info("micro-batches of %s fit this GPU (--engine.micro-batch sets another number)", images)
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         model = create_model(**plan.model_options)
         self.flops_per_image = 3 * flops(model.config, patch_keep_rate=config.patch_keep_rate)

@@ -68,6 +68,11 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
         f"  content     {manifest.fingerprint}, revision {manifest.revision}{deleted}\n"
         f"  pictures    {storage.join(out_dir, 'contact-sheet.png')}, {storage.join(out_dir, 'classes.png')}"
     )
+    _write_pictures(dataset, out_dir, pictures, counts)
+    return facts
+
+
+def _write_pictures(dataset: Dataset, out_dir: str, pictures: int, counts: np.ndarray) -> None:
     rng = np.random.Generator(np.random.Philox(0))
     chosen = np.sort(rng.choice(len(dataset), min(pictures, len(dataset)), replace=False))
     samples = dataset.read(chosen)
@@ -75,7 +80,6 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
     sheet = contact_sheet([thumbnail(dataset, row["image"]) for row in samples], titles)
     storage.write_bytes(storage.join(out_dir, "contact-sheet.png"), sheet)
     storage.write_bytes(storage.join(out_dir, "classes.png"), _histogram(dataset, counts))
-    return facts
 
 
 def _quantiles(values: np.ndarray) -> dict[str, int]:

@@ -120,13 +120,17 @@ def discover(
         )
         if format == "auto":
             _warn_about_others(uri, files, found)
-        source = found.scan(uri, files, options)
-        if source.names is None:  # the labels were not scanned, so a few samples are read
-            some = itertools.islice(read(source, source.fragments.slice(0, 1)), SNIFFED_ITEMS)
-            several = any(item.labels is not None and len(item.labels) > 1 for item in some)
-            source = replace(source, multilabel=source.multilabel or several)
-        sources.append(source)
+        sources.append(_with_multilabel(found.scan(uri, files, options)))
     return sources
+
+
+def _with_multilabel(source: Source) -> Source:
+    """Reads a few samples of a source whose labels were not scanned, to see whether images have several labels."""
+    if source.names is not None:
+        return source
+    some = itertools.islice(read(source, source.fragments.slice(0, 1)), SNIFFED_ITEMS)
+    several = any(item.labels is not None and len(item.labels) > 1 for item in some)
+    return replace(source, multilabel=source.multilabel or several)
 
 
 def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> SourceFormat:
