@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -292,21 +293,20 @@ PROGRESS = "VIT_PROGRESS"
 """Environment variable with the address of a small JSON file for the progress of this job."""
 REPORT_EVERY = 2.0
 _reported: dict[str, float] = {}
-_part = (0.0, 1.0)
+_part: ContextVar[tuple[float, float]] = ContextVar("part", default=(0.0, 1.0))  # jobs may run in several threads
 
 
 @contextlib.contextmanager
 def part_of_job(begin: float, end: float) -> Iterator[None]:
     """The shares that are reported within are those of a part of the job, from `begin` to `end` (0 to 1). Parts may be
     nested."""
-    global _part
-    outer = _part
+    outer = _part.get()
     width = outer[1] - outer[0]
-    _part = (outer[0] + begin * width, outer[0] + end * width)
+    _part.set((outer[0] + begin * width, outer[0] + end * width))
     try:
         yield
     finally:
-        _part = outer
+        _part.set(outer)
 
 
 def report_share(share: float, note: str = "") -> None:
@@ -320,7 +320,8 @@ def report_share(share: float, note: str = "") -> None:
     now = time.time()
     if not place or now - _reported.get("time", 0.0) < REPORT_EVERY:
         return
-    share = _part[0] + share * (_part[1] - _part[0])
+    begin, end = _part.get()
+    share = begin + share * (end - begin)
     if share < _reported.get("share", 0.0):
         _reported.clear()
     _reported.setdefault("began", now)

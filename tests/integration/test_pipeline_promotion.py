@@ -24,7 +24,7 @@ def transferred(folder, name, score, suite="demo", task="linear", protocol="p"):
     )
     commit_checkpoint(checkpoint, 1)
     output = folder / f"{name}-{suite}-{task}"
-    values = {"name": task, "task": task, "group": "", "values": [score], "images": 400, "mean": score}
+    values = {"name": task, "task": task, "group": "", "values": [score], "images": 400, "mean": score, "test": "e"}
     summary = {"suite": suite, "checkpoint": str(checkpoint), "run_id": "", "failures": {}, "scores": {task: values}}
     storage.write_json(str(output / "scores.json"), summary)
     storage.write_json(str(output / "run.json"), {"tasks": {task: {"protocol": protocol, "train": "t", "test": "e"}}})

@@ -138,7 +138,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "labels.csv.gz", lambda path: path.write_bytes(gzip.compress(TABLE)), "bytes unpack to more than",
     ),
     "a label table of one dictionary": (
-        "labels.parquet", lambda path: pq.write_table(pa.table(PARQUET_TABLE), path), "have 3,000,000 rows",
+        "labels.parquet", lambda path: pq.write_table(pa.table(PARQUET_TABLE), path), "labels.parquet: 3,000,000 rows, more than the limit of",
     ),
 }  # fmt: skip
 
