@@ -13,7 +13,7 @@ WITHOUT = """
 import runpy, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "mlflow", "tyro", "s3fs", "rich", "botocore", "aiobotocore"):
+        if name.split(".")[0] in ("ray", "mlflow", "tyro", "s3fs", "rich", "botocore", "aiobotocore", "google_crc32c"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 sys.argv = sys.argv[1:]
