@@ -23,6 +23,9 @@ NAMES = {
     "webdataset": "WebDataset",
     "mosaicml_streaming": "mosaicml-streaming",
     "hf_datasets": "Hugging Face datasets",
+    "litdata": "litdata",
+    "grain": "grain",
+    "spdl": "SPDL",
     "mds": "MDSWriter",
 }
 
