@@ -89,7 +89,7 @@ def _start_ray() -> None:
 
 def measure(layout: str, count: int, latency: float, tasks: int, room: str) -> dict[str, Any]:
     """Lists once, with `tasks` Ray tasks; 0: in this process."""
-    from pipeline.data.sources import listing, parallel
+    from pipeline.data.sources import listing
 
     simulatedstore.register()
     uri = f"sim://{layout}-{count}-{latency:g}/photos"
@@ -98,8 +98,8 @@ def measure(layout: str, count: int, latency: float, tasks: int, room: str) -> d
     load, begin, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
     with watched() as peaks:
         if tasks:
-            how = parallel.ParallelListing(folder=room, tasks=tasks, small_files=0, small_seconds=0)
-            found = parallel.list_source(uri, how)
+            how = parallel_listing.ParallelListing(folder=room, tasks=tasks, small_files=0, small_seconds=0)
+            found = parallel_listing.list_source(uri, how)
         else:
             found = listing.list_source(uri)
         seconds = time.perf_counter() - begin

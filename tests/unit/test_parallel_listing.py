@@ -12,8 +12,8 @@ import pytest
 from pipeline import storage, workqueue
 from pipeline.data import sources
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.data.sources import keyranges, listing, parallel
-from pipeline.data.sources.parallel import ParallelListing
+from pipeline.data.sources import keyranges, listing, parallel_listing
+from pipeline.data.sources.parallel_listing import ParallelListing
 from pipeline.errors import NotRead, StorageError, UserError
 from pipeline.stores import SCHEMES
 from tests import simulatedstore
@@ -40,7 +40,7 @@ def receipts_in(folder):
 @pytest.mark.parametrize("store", ["", "folders-"])
 def test_the_parallel_listing_of_a_store_equals_the_sequential_one(tmp_path, layout, store):
     uri = f"sim://{store}{layout}-12345-0/photos"
-    found = parallel.list_source(uri, small_units(tmp_path))
+    found = parallel_listing.list_source(uri, small_units(tmp_path))
     assert found.equals(listing.list_source(uri))
     assert 0 < found.num_rows <= 12345
     assert (found.num_rows < 12345) == (layout == "mixed")
@@ -52,7 +52,7 @@ def test_the_parallel_listing_of_a_bucket_equals_the_sequential_one(tmp_path, cl
     names = [f"{i % 7}/{i:04d}.jpg" for i in range(40)] + ["日本 [1]*?#%20+&.jpg", "a b/<ü>.png", "a b/.git/x.jpg"]
     for name in names:
         storage.write_bytes(f"{cloud.uri}/photos/{name}", name.encode())
-    found = parallel.list_source(f"{cloud.uri}/photos", small_units(tmp_path))
+    found = parallel_listing.list_source(f"{cloud.uri}/photos", small_units(tmp_path))
     assert found.equals(listing.list_source(f"{cloud.uri}/photos"))
     assert found.num_rows == len(names) - 1
 
@@ -69,7 +69,7 @@ def test_the_parallel_listing_of_a_local_folder_equals_the_sequential_one(tmp_pa
     (photos / os.fsdecode(b"\xff.jpg")).write_bytes(b"y")
     caplog.set_level("INFO", "pipeline")
     expected = listing.list_source(str(photos))
-    found = parallel.list_source(str(photos), small_units(tmp_path / "work"))
+    found = parallel_listing.list_source(str(photos), small_units(tmp_path / "work"))
     assert found.equals(expected)
     assert found.num_rows > 200
     ignored = [record.args[1] for record in caplog.records if "hidden or system" in record.message]
@@ -79,7 +79,7 @@ def test_the_parallel_listing_of_a_local_folder_equals_the_sequential_one(tmp_pa
 
 
 def test_a_small_source_stays_in_the_process_and_leaves_no_files(tmp_path):
-    found = parallel.list_source("sim://flat-3000-0/photos", ParallelListing(folder=str(tmp_path / "work")))
+    found = parallel_listing.list_source("sim://flat-3000-0/photos", ParallelListing(folder=str(tmp_path / "work")))
     assert found.num_rows == 3000
     assert not (tmp_path / "work").exists()
 
@@ -88,14 +88,14 @@ def test_a_stopped_listing_continues_and_lists_no_page_twice(tmp_path, monkeypat
     uri, options = "sim://skewed-15000-0/photos", small_units(tmp_path / "work")
     requests = tmp_path / "requests"
     monkeypatch.setenv("SIMULATED_REQUESTS", str(requests))
-    whole = parallel.list_source(uri, options)
+    whole = parallel_listing.list_source(uri, options)
     units, before = receipts_in(tmp_path / "work"), requests.stat().st_size
     for file in random.Random(0).sample(units, len(units) // 2):
         storage.remove(file.uri)  # as after a kill: the units with these receipts are open, or were never found
-    assert parallel.list_source(uri, options).equals(whole)
+    assert parallel_listing.list_source(uri, options).equals(whole)
     assert requests.stat().st_size < 2 * before
     requests.unlink()
-    assert parallel.list_source(uri, options).equals(whole)
+    assert parallel_listing.list_source(uri, options).equals(whole)
     assert not requests.exists()
     options.remove()
     assert not (tmp_path / "work").exists()
@@ -103,25 +103,25 @@ def test_a_stopped_listing_continues_and_lists_no_page_twice(tmp_path, monkeypat
 
 def test_an_old_unfinished_listing_begins_again(tmp_path, caplog):
     uri, options = "sim://flat-5000-0/photos", small_units(tmp_path)
-    whole = parallel.list_source(uri, options)
+    whole = parallel_listing.list_source(uri, options)
     storage.write_json(storage.join(options.parts(uri), "begun.json"), {"uri": uri, "began": 1.0})
-    assert parallel.list_source(uri, options).equals(whole)
+    assert parallel_listing.list_source(uri, options).equals(whole)
     assert "begins again" in caplog.text
 
 
 def test_a_lost_file_of_a_listing_is_an_error(tmp_path):
     uri = "sim://flat-5000-0/photos"
-    parallel.list_source(uri, small_units(tmp_path))
+    parallel_listing.list_source(uri, small_units(tmp_path))
     storage.remove(next(file.uri for file in storage.list_files(str(tmp_path)) if file.path.endswith(".arrow")))
     with pytest.raises(NotRead, match="removed while"):
-        parallel.list_source(uri, small_units(tmp_path))
+        parallel_listing.list_source(uri, small_units(tmp_path))
 
 
 def test_refused_pages_are_requested_again(tmp_path, monkeypatch):
     uri = "sim://nested-9000-0/photos"
     expected = listing.list_source(uri)
     monkeypatch.setenv("SIMULATED_FAULTS", "5")
-    assert parallel.list_source(uri, small_units(tmp_path)).equals(expected)
+    assert parallel_listing.list_source(uri, small_units(tmp_path)).equals(expected)
 
 
 def test_an_outage_ends_the_command_which_then_continues(tmp_path, monkeypatch):
@@ -130,9 +130,9 @@ def test_an_outage_ends_the_command_which_then_continues(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_STORE_PATIENCE", "0.2")
     storage.write_json(storage.join(small_units(tmp_path).parts(uri), "begun.json"), {"uri": uri, "began": 9e9})
     with pytest.raises(StorageError, match="sim://"):
-        parallel.list_source(uri, small_units(tmp_path))
+        parallel_listing.list_source(uri, small_units(tmp_path))
     monkeypatch.delenv("SIMULATED_FAULTS")
-    assert parallel.list_source(uri, small_units(tmp_path)).equals(listing.list_source(uri))
+    assert parallel_listing.list_source(uri, small_units(tmp_path)).equals(listing.list_source(uri))
 
 
 def test_a_store_that_does_not_list_by_name_as_expected_is_listed_by_one_process(tmp_path, monkeypatch, caplog):
@@ -144,7 +144,7 @@ def test_a_store_that_does_not_list_by_name_as_expected_is_listed_by_one_process
 
     monkeypatch.setitem(SCHEMES, "sim", Careless)
     uri = "sim://nested-5000-0/careless"
-    found = parallel.list_source(uri, small_units(tmp_path))
+    found = parallel_listing.list_source(uri, small_units(tmp_path))
     assert found.equals(listing.list_source(uri))
     assert "listed by one process" in caplog.text
 
@@ -154,7 +154,7 @@ def test_only_hidden_files_is_an_error_of_both(tmp_path):
         (tmp_path / "photos" / ".git" / str(i)).mkdir(parents=True)
         (tmp_path / "photos" / ".git" / str(i) / "1.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match="only 9 hidden or system files"):
-        parallel.list_source(str(tmp_path / "photos"), small_units(tmp_path / "work"))
+        parallel_listing.list_source(str(tmp_path / "photos"), small_units(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("layout", simulatedstore.LAYOUTS)
@@ -193,12 +193,12 @@ def test_discover_lists_large_sources_in_parallel(tmp_path):
 KILLED = """
 import sys
 from pipeline import workqueue
-from pipeline.data.sources import parallel
+from pipeline.data.sources import parallel_listing
 from tests import simulatedstore
 simulatedstore.register()
 with workqueue.without_ray():
-    how = parallel.ParallelListing(folder=sys.argv[2], small_files=0, small_seconds=0, unit_seconds=0)
-    parallel.list_source(sys.argv[1], how)
+    how = parallel_listing.ParallelListing(folder=sys.argv[2], small_files=0, small_seconds=0, unit_seconds=0)
+    parallel_listing.list_source(sys.argv[1], how)
 """
 
 
@@ -213,7 +213,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path, monkeypatch):
         process.wait()
     done = len(receipts_in(work))
     assert done >= 10
-    assert (again := parallel.list_source(uri, small_units(work))).equals(
+    assert (again := parallel_listing.list_source(uri, small_units(work))).equals(
         listing.list_source("sim://hex-40000-0/photos")
     )
     assert again.num_rows == 40000

@@ -6,7 +6,7 @@
 Decoding releases Python's interpreter lock, but the code around it does not: a JPEG needs the lock for about 0.1 ms, and with
 RandAugment for 0.25 ms. So the threads of one process deliver 4,000 to 10,000 images per second whatever their number, and the
 thread that trains waits for the lock, too. Here each process has a share of the lanes, as if it were one more rank, and writes
-its rows into memory that it shares with the training process. One thread there puts the shares together.
+its rows into memory that it shares with the training process. A thread of the training process copies them into batches.
 
 The processes start when the loader is created (an import of torch, a few seconds) and end with it, or with the training process
 however that ends."""

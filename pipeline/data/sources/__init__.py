@@ -25,7 +25,7 @@ from pipeline.data.sources.discovery import FORMATS, discover, key_prefixes, rea
 from pipeline.data.sources.items import FRAGMENTS, Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
 from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
-from pipeline.data.sources.parallel import ParallelListing
+from pipeline.data.sources.parallel_listing import ParallelListing
 from pipeline.data.sources.prefetch import prefetched
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 

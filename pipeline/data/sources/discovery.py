@@ -11,13 +11,13 @@ from typing import cast
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.sources import arrow, cifar, folder, parallel, parquet, tar, tfrecord, urls, zip
+from pipeline.data.sources import arrow, cifar, folder, parallel_listing, parquet, tar, tfrecord, urls, zip
 from pipeline.data.sources.archives import included
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.large_tables import LargeTable, open_label_table
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.naming import TABLE_FILE
-from pipeline.data.sources.parallel import ParallelListing
+from pipeline.data.sources.parallel_listing import ParallelListing
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
 from pipeline.errors import UserError, nearest, plural
 
@@ -97,7 +97,7 @@ def discover(
     table = open_label_table(labels, columns, need_labels=not unlabelled) if labels else LabelTable()
     sources = []
     for i, uri in enumerate(uris):
-        files = list_source(uri) if large is None else parallel.list_source(uri, large)
+        files = list_source(uri) if large is None else parallel_listing.list_source(uri, large)
         if not files.num_rows:
             raise UserError(f"{uri}: no such file or folder, or nothing in it")
         found = _recognise(uri, files, downloads) if format == "auto" else formats()[format]

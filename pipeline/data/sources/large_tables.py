@@ -1,7 +1,7 @@
 """Label tables with more rows than fit in memory: Parquet, CSV, TSV, text and JSON lines, divided into chunks.
 
 A first pass over the chunks collects the distinct values of each column, which decide what the columns mean, by the same
-functions as for small tables. `LargeTable.batches` then reads the rows of a chunk, and `label_join` joins them with files.
+functions as for small tables. `LargeTable.labelled_batches` then reads the rows of a chunk, and `label_join` joins them with files.
 """
 
 import csv

@@ -1,10 +1,10 @@
 """Lists a large source with many tasks, which mostly wait for the store. The result is the listing of `list_source`.
 
 A unit of the work (`workqueue.run_growing`) lists for some seconds, writes what it found to files at the output, and leaves
-the rest to several new units. A source that is soon listed stays in the process. There are two kinds of units:
+the rest to several new units. A small source is listed in this process, without tasks. There are two kinds of units:
 
-- a range of names, where the store lists by name from anywhere (s3://, gs://). `keyranges` divides what is left, with or
-  without folders in the names.
+- a range of names, on stores that can list from any name on (s3://, gs://). `keyranges` divides the rest of the range,
+  with or without folders in the names.
 - some folders, elsewhere (az://, hf://, local folders). A folder without folders is listed by one task.
 
 The files stay until the source is scanned, so that a killed command continues. They are used for STALE seconds, because
