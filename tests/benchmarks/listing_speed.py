@@ -89,7 +89,7 @@ def _start_ray() -> None:
 
 def measure(layout: str, count: int, latency: float, tasks: int, room: str) -> dict[str, Any]:
     """Lists once, with `tasks` Ray tasks; 0: in this process."""
-    from pipeline.data.sources import listing
+    from pipeline.data.sources import listing, parallel_listing
 
     simulatedstore.register()
     uri = f"sim://{layout}-{count}-{latency:g}/photos"
