@@ -1,5 +1,6 @@
 """Parallel listing of large sources: the same table as the sequential listing, whatever the layout and the store."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -99,6 +100,25 @@ def test_a_stopped_listing_continues_and_lists_no_page_twice(tmp_path, monkeypat
     assert not requests.exists()
     options.remove()
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("error", "stays"), [(UserError, False), (StorageError, True), (NotRead, True), (None, False)])
+def test_a_listing_is_used_again_after_an_outage_and_not_after_an_error_of_the_user(tmp_path, error, stays):
+    options = small_units(tmp_path / "work")
+    parallel_listing.list_source("sim://flat-3000-0/photos", options)
+    with contextlib.suppress(UserError), options.used():
+        if error:
+            raise error("labels.csv names none of the files")
+    assert (tmp_path / "work").exists() == stays
+
+
+def test_a_damaged_part_of_a_listing_is_named(tmp_path):
+    options = small_units(tmp_path / "work")
+    parallel_listing.list_source("sim://flat-3000-0/photos", options)
+    part = next((tmp_path / "work").rglob("*.arrow"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(NotRead, match=rf"{part.name}: damaged; remove .* and repeat"):
+        parallel_listing.list_source("sim://flat-3000-0/photos", options)
 
 
 def test_an_old_unfinished_listing_begins_again(tmp_path, caplog):

@@ -213,6 +213,16 @@ def test_steps_measured_on_an_h100_are_within_the_error_that_the_documents_state
         assert used == pytest.approx(row["gb"] * GB, rel=0.05)  # measured while compiled
 
 
+def test_launch_times_are_those_measured():
+    rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
+    measured = {row["what"]: row["ms"] for row in rows if row["section"] == "modes"}
+    names = {"eager": ("nothing", False), "by block": ("blocks", False), "CUDA graphs": ("blocks", True),
+             "as a whole": ("model", False), "as a whole, CUDA graphs": ("model", True)}  # fmt: skip
+    for name, key in names.items():
+        each = measured[f"{name}, few images"] / 1e3 / 12  # blocks of S/16
+        assert estimate.BLOCK_LAUNCH_SECONDS[key] == pytest.approx(each, abs=0.6e-4)
+
+
 # published images/s -> planned images/s, as in docs/benchmarks.md
 PUBLISHED = [
     ({"gpus": 8, "gpu": "h100"}, "g/14", 4096, 1428, 2597),

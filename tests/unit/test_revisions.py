@@ -16,6 +16,7 @@ import pytest
 from pipeline import lease, storage, workqueue
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import revision_names, write_dataset
+from pipeline.data.format.deleted import write_deleted
 from pipeline.data.format.revisions import publish, successor
 from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
@@ -390,6 +391,12 @@ def test_deleted_images_stay_out_of_every_later_append(grown, tmp_path, caplog):
 
 def test_a_dataset_without_the_hashes_of_its_deleted_keys(grown, tmp_path):
     delete_keys(f"{grown}/train", write_keys(tmp_path / "keys.txt", chosen(grown)))
+    assert verify_dataset(f"{grown}/train") == []
+    write_deleted(f"{grown}/train", 3, np.array([1], np.uint64))  # a file of another dataset, or a part
+    (problem,) = verify_dataset(f"{grown}/train")
+    assert problem.startswith("deleted@3.parquet: not the hashes that the manifest was written with")
+    with pytest.raises(UserError, match="copy it again from where the dataset came from"):
+        prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS), append=True)
     (grown / "train" / "deleted@3.parquet").unlink()
     (problem,) = verify_dataset(f"{grown}/train")
     assert problem.startswith("deleted@3.parquet: missing; it has the hashes of the deleted keys")

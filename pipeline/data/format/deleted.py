@@ -3,6 +3,7 @@
 Every later revision has all hashes of the one before it, so that an append leaves these images out, also after
 `delete --purge`. The keys themselves, which may name a person, are not kept."""
 
+import hashlib
 import io
 from collections.abc import Iterator
 
@@ -13,9 +14,14 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.revision_names import DELETED, report_name
-from pipeline.errors import UserError, plural
+from pipeline.errors import UserError
 
 COLUMN = "key_hash"
+
+
+def digest_of(hashes: np.ndarray) -> str:
+    """SHA-256 of hashes (uint64), in any order, for the manifest."""
+    return hashlib.sha256(np.unique(hashes).astype("<u8").tobytes()).hexdigest()
 
 
 def write_deleted(folder: str, revision: int, hashes: np.ndarray) -> None:
@@ -40,16 +46,18 @@ def read_deleted(folder: str, manifest: Manifest) -> np.ndarray:
         ) from error
     except (pa.ArrowException, KeyError) as error:
         raise UserError(f"{where}: not readable ({error}); copy it again from where the dataset came from") from error
-    return np.unique(hashes.astype(np.uint64))
+    hashes = np.unique(hashes.astype(np.uint64))
+    if digest_of(hashes) != manifest.deleted_sha256:
+        raise UserError(
+            f"{where}: not the hashes that the manifest was written with; copy it again from where the dataset came from"
+        )
+    return hashes
 
 
 def verify_deleted(folder: str, manifest: Manifest) -> Iterator[str]:
     """The problems of the file, one line each."""
     name = report_name(DELETED, manifest.revision)
     try:
-        count = len(read_deleted(folder, manifest))
+        read_deleted(folder, manifest)
     except UserError as error:
         yield f"{name}: {str(error).partition(': ')[2]}"
-        return
-    if count > manifest.deleted or (manifest.deleted and not count):
-        yield f"{name}: {plural(count, 'key')}, the manifest says {manifest.deleted} deleted rows"

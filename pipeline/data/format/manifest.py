@@ -102,6 +102,7 @@ class Manifest:
     rows: int
     inputs: int  # rows + rejects + duplicates + deleted, checked
     deleted: int = 0  # rows that deletions have removed
+    deleted_sha256: str = ""  # of the hashes of their keys (deleted.py)
     duplicates: int = 0  # rows removed as duplicates, within the corpus or of an evaluation set
     duplicates_by_reason: dict[str, int] = field(default_factory=dict)  # exact or near, of the corpus or of which set
     reported_by_reason: dict[str, int] = field(default_factory=dict)  # the same of rows that were only reported

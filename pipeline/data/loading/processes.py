@@ -12,6 +12,7 @@ The processes start when the loader is created (an import of torch, a few second
 however that ends."""
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -74,6 +75,8 @@ class ProcessLoader(Loader):
             _Child(dataset, {**share, "rank": self.rank * processes + i}, rows, self.shape) for i in range(processes)
         ]
         weakref.finalize(self, _end, self._children)
+        for child in self._children:
+            self._pool.submit(child.begin)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -107,7 +110,7 @@ class _Share:
     labels: list[Any]
     keys: list[str]
     kept: np.ndarray | None
-    replaced: dict[str, str]
+    replaced: dict[str, str]  # since the step before
     counters: dict[str, int]
     messages: list[tuple[int, str]]  # (level, text) for the log
 
@@ -132,8 +135,12 @@ class _Child:
         finally:
             os.close(memory)
             theirs.close()
-        with contextlib.suppress(BrokenPipeError):  # `receive` says so
-            self.connection.send((dataset, options, rows, shape))
+        self._task = (dataset, options, rows, shape)
+
+    def begin(self) -> None:
+        """Sends the process its work. A large dataset is received only after the process has imported torch."""
+        with contextlib.suppress(OSError):  # `receive` says so
+            self.connection.send(self._task)
             for slot in range(SLOTS):
                 self.connection.send(slot)
 
@@ -223,12 +230,15 @@ def main(socket: int, memory: int) -> None:
         slots = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(SLOTS, rows, *shape)
         threading.Thread(target=_listen, args=(connection, free), daemon=True).start()
         with _ShareLoader(dataset, **options) as loader:
+            said = 0
             while True:
                 for batch in cast(Iterable[Batch], loader):
                     slot = free.get()
                     np.copyto(slots[slot, : batch.n], batch.pixels)
+                    replaced = dict(itertools.islice(loader.replaced.items(), said, None))
+                    said += len(replaced)
                     share = _Share(
-                        slot, batch.labels, batch.keys, batch.kept, loader.replaced, loader.counters, messages.take()
+                        slot, batch.labels, batch.keys, batch.kept, replaced, loader.counters, messages.take()
                     )
                     connection.send(share)
                     del batch

@@ -17,7 +17,7 @@ from pipeline import storage, workqueue
 from pipeline.data.duplicates.report import DUPLICATES
 from pipeline.data.format import MANIFEST, REJECTS, Manifest, Shard, ShardWriter
 from pipeline.data.format.dataset import open_dataset
-from pipeline.data.format.deleted import read_deleted, write_deleted
+from pipeline.data.format.deleted import digest_of, read_deleted, write_deleted
 from pipeline.data.format.manifest import Receipt, content_fingerprint
 from pipeline.data.format.revision_names import is_report, name_of, report_name, shard_prefix, split_address
 from pipeline.data.format.revisions import find_datasets, known_files, publish, revisions, successor
@@ -194,12 +194,15 @@ def _delete_from(
         counts.subtract({int(label): count for label, count in receipt["removed"].items()})
     kept = [new for i, old in enumerate(before.shards) for new in replaced.get(i, [old])]
     deleted = _count(found)
+    hashes = np.array([key_hash(key) for places in found.values() for key in places.values()], np.uint64)
+    hashes = np.concatenate([read_deleted(folder, before), hashes])
     manifest = successor(
         before,
         number,
         {"kind": DELETE, "rows": deleted, "keys": digest},
         rows=before.rows - deleted,
         deleted=before.deleted + deleted,
+        deleted_sha256=digest_of(hashes),
         shards=kept,
         class_counts=[counts[label] for label in range(len(before.classes))],
         fingerprint=content_fingerprint(kept, before.classes),
@@ -208,8 +211,7 @@ def _delete_from(
         old = storage.join(folder, report_name(report, base))
         if storage.exists(old):
             storage.write_bytes(storage.join(folder, report_name(report, number)), storage.read_bytes(old))
-    hashes = np.array([key_hash(key) for places in found.values() for key in places.values()], np.uint64)
-    write_deleted(folder, number, np.concatenate([read_deleted(folder, before), hashes]))
+    write_deleted(folder, number, hashes)
     publish(folder, manifest)
 
 

@@ -157,10 +157,14 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
 
     Raises UserError for a source that is missing, empty, unreadable or ambiguous.
     """
+    large = sources.ParallelListing(folder=storage.join(config.output, WORK, LISTINGS))
+    with large.used():
+        return _scan(config, append, large)
+
+
+def _scan(config: PrepareConfig, append: Append | None, large: sources.ParallelListing) -> PreparePlan:
     unlabelled = config.unlabelled or config.download_only
     label_map = sources.read_label_map(config.label_map)
-    work = storage.join(config.output, WORK)
-    large = sources.ParallelListing(folder=storage.join(work, LISTINGS))
     found = sources.discover(
         config.source,
         format=config.format,
@@ -199,7 +203,6 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
             dataclasses.replace(s, fragments=sources.shuffled(s.fragments, rng)) if s.one_image_per_fragment else s
             for s in found
         ]
-    large.remove()
     return PreparePlan(
         config=config,
         sources=found,
@@ -207,7 +210,7 @@ def make_plan(config: PrepareConfig, append: Append | None = None) -> PreparePla
         splits=splits,
         slices=cut_slices(found, config),
         input_fingerprint=fingerprint,
-        work=work,
+        work=storage.join(config.output, WORK),
         append=append,
     )
 

@@ -30,7 +30,7 @@ from pipeline import cluster, storage, workqueue
 from pipeline.data.sources import keyranges, listing
 from pipeline.data.sources.items import LISTING
 from pipeline.data.sources.listing import SPILL_ROWS, Above, IgnoredFiles, TooLarge
-from pipeline.errors import NotRead, UserError
+from pipeline.errors import NotRead, StorageError, UserError
 from pipeline.stores import Entry
 from pipeline.workqueue import Receipts, unit_name
 
@@ -65,8 +65,21 @@ class ParallelListing:
         """The folder of one source."""
         return storage.join(self.folder, hashlib.sha256(uri.encode()).hexdigest()[:16])
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Removes the files once the sources are scanned, and after an error in the input, which the user may correct. A
+        command that was killed or that ended because of an outage continues with them."""
+        try:
+            yield
+        except (StorageError, NotRead):
+            raise
+        except UserError:
+            self.remove()
+            raise
+        self.remove()
+
     def remove(self) -> None:
-        """Removes the files, once the sources are scanned."""
+        """Removes the files."""
         if storage.exists(self.folder):
             storage.remove(self.folder, recursive=True)
             if not storage.is_remote(self.folder):
@@ -170,9 +183,13 @@ def _assembled(uri: str, parts: str, receipts: dict[str, dict[str, Any]]) -> pa.
         for (name, rows), data in zip(files, contents, strict=True):
             if isinstance(data, FileNotFoundError):
                 raise NotRead(f"{parts}/{name}: removed while {uri} was listed; remove {parts} and repeat the command")
-            table = pa.ipc.open_file(pa.BufferReader(data)).read_all().combine_chunks()
+            damaged = NotRead(f"{parts}/{name}: damaged; remove {parts} and repeat the command")
+            try:
+                table = pa.ipc.open_file(pa.BufferReader(data)).read_all().combine_chunks()
+            except pa.ArrowException as error:
+                raise damaged from error
             if table.num_rows != rows:
-                raise NotRead(f"{parts}/{name}: damaged; remove {parts} and repeat the command")
+                raise damaged
             paths = table["path"]
             is_sorted &= last < paths[0].as_py() and pc.all(pc.less(paths[:-1], paths[1:])).as_py() is not False
             last = paths[-1].as_py()
