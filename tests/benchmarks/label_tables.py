@@ -116,9 +116,9 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        from pipeline.data.sources import large_tables
+        from pipeline.data.sources import table_chunks
 
-        large_tables.LARGE_ROWS = large_tables.LARGE_BYTES = 1
+        table_chunks.LARGE_ROWS = table_chunks.LARGE_BYTES = 1
         print(json.dumps(measure(options.millions[0], options.form, options.cpus)))
         return
     print(f"{date.today()}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

@@ -12,7 +12,9 @@ import pytest
 from pipeline import workqueue
 from pipeline.data import sources
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.data.sources import large_tables
+from pipeline.data.sources import large_tables, table_chunks
+from pipeline.data.sources.columns import Columns
+from pipeline.data.sources.rows import read_rows
 from pipeline.errors import UserError
 from tests.unit.test_hostile_inputs import secret, test_a_label_table_cannot_name_files_outside_the_source  # noqa: F401
 from tests.unit.test_source_kinds import labels as kinds_labels
@@ -47,7 +49,7 @@ from tests.unit.test_sources import (  # noqa: F401
 def large(monkeypatch):
     """Every table is large, and a chunk is a row group or a line."""
     for name in ("LARGE_ROWS", "LARGE_BYTES", "CHUNK_ROWS", "CHUNK_BYTES"):
-        monkeypatch.setattr(large_tables, name, 1)
+        monkeypatch.setattr(table_chunks, name, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -80,38 +82,150 @@ def spellings(rng, path, number):
     return changes[int(rng.integers(len(changes)))](path)
 
 
+NAMES = [
+    *("a.jpg", "b.c.jpg", "scan.0001", "scan.0002.jpg", "Bee.JPG", "e", "x.tar.jpeg", "\u00e9.jpg", "e\u0301e.jpg"),
+    *("7.jpg", "007.jpeg", "two words.png"),
+]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_both_ways_find_the_same_rows(tmp_path, monkeypatch, seed):
     rng = np.random.default_rng(seed)
-    names = [
-        "a.jpg",
-        "A.jpg",
-        "b.c.jpg",
-        "scan.0001",
-        "scan.0002.jpg",
-        "Bee.JPG",
-        "e",
-        "x.tar.jpeg",
-        "\u00e9.jpg",
-        "e\u0301e.jpg",
-    ]
-    paths = sorted({f"{folder}{name}" for folder in ("", "one/", "two/deep/") for name in rng.permutation(names)[:4]})
+    paths = [f"{('', 'one/', 'two/deep/')[i % 3]}{name}" for i, name in enumerate(rng.permutation(NAMES))]
     write(tmp_path / "photos", *paths)
     listed = [paths[i] for i in rng.permutation(len(paths))[:-2]] + ["gone/other.jpg", "one/none.gif"]
     keys = [spellings(rng, path, i) for i, path in enumerate(listed)]
     labels = [str(rng.integers(5)) for _ in keys]
     splits = [["train", "val", None][int(rng.integers(3))] for _ in keys]
     pq.write_table(pa.table({"path": keys, "label": labels, "split": splits}), tmp_path / "t.parquet", row_group_size=3)
-    found = [outcome(tmp_path / "photos", tmp_path / "t.parquet")]
-    monkeypatch.undo()
-    found.append(outcome(tmp_path / "photos", tmp_path / "t.parquet"))
-    assert found[0] == found[1]
+    fragments, names, _, _ = both_ways(tmp_path / "photos", tmp_path / "t.parquet", monkeypatch)
+    assert names
+    assert 0 in fragments["row"]
 
 
-def outcome(folder, table):
+def test_both_ways_refuse_a_row_of_two_files(tmp_path, monkeypatch):
+    write(tmp_path / "photos", "one/a.jpg", "two/a.jpg", "two/b.jpg")
+    (tmp_path / "t.csv").write_text("file,label\na.jpg,x\nb.jpg,y\n")
+    assert "the row a.jpg matches several files" in both_ways(tmp_path / "photos", tmp_path / "t.csv", monkeypatch)
+
+
+def numbered(line, count=20):
+    """Rows of many images. line: how the row of an image is written, by its number."""
+    return "".join(line(i) + "\n" for i in range(count))
+
+
+FORMS = {
+    "quote in a name.csv": 'file,label\n1" x.jpg,cat\n' + numbered(lambda i: f'{i}.jpg,"a\nb"'),
+    "quote after a blank.csv": "file,label\n" + numbered(lambda i: f'{i}.jpg, "a {i % 2}\n""b"" c"'),
+    "quotes.csv": "file,label\n" + numbered(lambda i: f'{i}.jpg,5" nail{i % 2}' if i % 3 else f'"{i}.jpg","a,\n\nb"'),
+    "no header.csv": numbered(lambda i: f'{i}.jpg,"a\nb {i % 2}"'),
+    "blank lines.csv": "\n" * 200 + "file,label\n" + numbered(lambda i: f"{i}.jpg,c{i % 3}"),
+    "carriage returns.csv": ("file,label\n" + numbered(lambda i: f"{i}.jpg,c{i % 3}")).replace("\n", "\r"),
+    "one split.csv": "file_name,split\n" + numbered(lambda i: f"{i}.jpg,train"),
+    "late columns.jsonl": numbered(
+        lambda i: json.dumps({"file": f"{i}.jpg"} | ({"label": f"c{i % 3}"} if i > 9 else {}))
+    ),
+    "numbers and flags.jsonl": numbered(
+        lambda i: json.dumps({"file": f"{i}.jpg", "label": (1, True, 2.0, 0, False)[i % 5]})
+    ),
+    "nested lists.jsonl": numbered(lambda i: json.dumps({"file": f"{i}.jpg", "label": [["a"], ["b", i % 2]][: i % 3]})),
+    "empty lists.jsonl": numbered(lambda i: json.dumps({"file": f"{i}.jpg", "label": []})),
+    "one-hot.csv": "file,width,ant,bee,cat\n"
+    + numbered(lambda i: f"{i}.jpg,{i},{i % 3 // 2},{i % 3 % 2},{int(i % 3 == 0)}"),
+    "not one-hot.csv": "file,width,ant,bee,cat\n" + numbered(lambda i: f"{i}.jpg,{i},{i % 2},{i % 3 % 2},1"),
+    "flags alone.csv": "file,ant,bee\n" + numbered(lambda i: f"{i}.jpg,{i % 2},{i % 3 % 2}"),
+}
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+@pytest.mark.parametrize("chunk", [1, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_both_ways_read_the_same_forms(tmp_path, monkeypatch, form, chunk, unlabelled):
+    write(tmp_path / "photos", '1" x.jpg', *(f"{('ant', 'bee')[i % 2]}/{i}.jpg" for i in range(20)))
+    (tmp_path / form).write_bytes(FORMS[form].encode())
+    monkeypatch.setattr(table_chunks, "CHUNK_BYTES", chunk)
+    found = both_ways(tmp_path / "photos", tmp_path / form, monkeypatch, unlabelled=unlabelled)
+    assert isinstance(found, str) == (form == "not one-hot.csv" and not unlabelled), found
+
+
+@pytest.mark.parametrize("values", [[[1.0, 2.0], [float("nan")]], [[1.0, float("nan")], None, [2.0]], [[b"a"], []]])
+def test_both_ways_read_the_same_lists_of_parquet(tmp_path, monkeypatch, values):
+    write(tmp_path / "photos", *(f"{i}.jpg" for i in range(6)))
+    lists = [values[i % len(values)] for i in range(6)]
+    pq.write_table(pa.table({"file": [f"{i}.jpg" for i in range(6)], "label": lists}), tmp_path / "t.parquet", 2)
+    assert not isinstance(both_ways(tmp_path / "photos", tmp_path / "t.parquet", monkeypatch), str)
+
+
+def test_a_table_that_says_nothing_is_ignored_both_ways(tmp_path, monkeypatch):
+    write(tmp_path, *(f"{name}/{i}.jpg" for name in ("ant", "bee") for i in range(3)))
+    (tmp_path / "metadata.csv").write_text("file_name,split\nant/0.jpg,train\nant/gone.jpg,train\n")
+    fragments, names, _, _ = both_ways(tmp_path, None, monkeypatch)
+    assert (len(fragments["path"]), names) == (6, {"ant", "bee"})
+
+
+@pytest.mark.parametrize("header", ["file,label,x\n", ""])
+@pytest.mark.parametrize("seed", range(40))
+def test_chunks_have_the_rows_that_csv_reads(tmp_path, monkeypatch, seed, header):
+    rng = np.random.default_rng(seed)
+    tokens = ['"', '"', '""', ",", ",", " ", "\n", "\n", "a", "b", "\r\n", "\u2028", ',"', '",']
+    text = header + "0.jpg,c,0\n" + "".join(tokens[i] for i in rng.integers(len(tokens), size=200))
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    monkeypatch.setattr(table_chunks, "CHUNK_BYTES", int(rng.integers(1, 60)))
+    reader, chunks = table_chunks.open_chunks(str(tmp_path / "t.csv"), Columns())
+    file, *others = reader.names
+    monkeypatch.setattr(large_tables, "key_of", str)  # rows without a file name count as well
+    profile, chunks = large_tables.profile_table(reader, chunks, file, others)
+    rows = [row for chunk in chunks for batch in reader.batches(chunk, reader.names) for row in rows_of_batch(batch)]
+    assert rows == read_rows(str(tmp_path / "t.csv"))
+    assert profile.rows == len(rows)
+
+
+def rows_of_batch(batch):
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def both_ways(folder, table, monkeypatch, **options):
+    """What a scan says, which does not depend on the size at which a table counts as large."""
+    found = outcome(folder, table, **options)
+    for name in ("LARGE_ROWS", "LARGE_BYTES"):
+        monkeypatch.setattr(table_chunks, name, 1 << 40)
+    assert outcome(folder, table, **options) == found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,label\n0.jpg," + "a" * 140_000, "field larger than"),
+        ("file,label\n0.jpg," + "a" * (9 << 20), "a line of more"),
+    ],
+)
+def test_huge_cells_are_refused(tmp_path, content, message, monkeypatch):
+    write(tmp_path / "photos", "0.jpg")
+    (tmp_path / "t.csv").write_text(content)
+    monkeypatch.setattr(table_chunks, "CHUNK_BYTES", 1 << 18)
+    with pytest.raises(UserError, match=message):
+        sources.discover([str(tmp_path / "photos")], labels=str(tmp_path / "t.csv"))
+
+
+def test_the_line_before_a_chunk_has_a_limit(tmp_path):
+    (tmp_path / "t.csv").write_text("a" * (20 << 20))
+    reader = table_chunks.Reader(uri=str(tmp_path / "t.csv"), names=())
+    with pytest.raises(UserError, match="a line of more than 8,388,608 bytes at byte 99"):
+        next(reader.lines(table_chunks.Chunk(100, 1 << 30)))
+
+
+def test_too_many_columns_of_json_lines_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_chunks, "MAX_COLUMNS", 5)
+    (tmp_path / "t.jsonl").write_text(numbered(lambda i: json.dumps({f"{i}.jpg": "a"})))
+    with pytest.raises(UserError, match="more than 5 names of columns"):
+        large_tables.open_label_table(str(tmp_path / "t.jsonl"))
+
+
+def outcome(folder, table, **options):
     """What a scan says: every fragment, in order of paths, or the error."""
     try:
-        [source] = sources.discover([str(folder)], labels=str(table))
+        [source] = sources.discover([str(folder)], labels=table and str(table), **options)
     except UserError as error:
         return str(error)
     fragments = source.fragments.sort_by("path").select(["path", "labels", "split", "row"]).to_pydict()

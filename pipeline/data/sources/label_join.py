@@ -18,8 +18,9 @@ import xxhash
 from pipeline import workqueue
 from pipeline.data.sources import listing
 from pipeline.data.sources.items import FRAGMENTS, NO_ROW, fragments_of_files, with_rows
-from pipeline.data.sources.large_tables import Chunk, LargeTable
+from pipeline.data.sources.large_tables import LargeTable
 from pipeline.data.sources.naming import MAX_COMPARED, Naming, RowMatcher, check_rows
+from pipeline.data.sources.table_chunks import Chunk
 from pipeline.data.sources.tables import LabelTable, clean_path, join_key, table_of_rows
 from pipeline.errors import JobFailed, UserError
 
@@ -283,7 +284,8 @@ def _match_group(group: pa.Table, plan: _Plan) -> pa.Table:
     for folder, whole in plan.tables.items():
         here = rows.filter(pc.equal(rows["folder"], folder))
         keys, labels = here["key"].to_pylist(), here["labels"].to_pylist()
-        several = whole.multilabel or any(len(names) != 1 for names in labels if names is not None)
+        one_hot = isinstance(whole, LargeTable) and bool(whole.one_hot)
+        several = whole.multilabel or (one_hot and any(len(names) != 1 for names in labels))
         tables[folder] = table_of_rows(whole.uri, keys, labels, here["split"].to_pylist(), several, whole.has_labels)
         for key, number in zip(keys, here["number"].to_pylist(), strict=True):
             numbers.setdefault((folder, key), number)

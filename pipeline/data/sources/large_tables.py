@@ -1,22 +1,15 @@
-"""Label tables with more rows than fit in memory: Parquet, CSV, TSV, text and JSON lines, divided into chunks.
+"""Label tables with more rows than fit in memory: Parquet, CSV, TSV, text and JSON lines.
 
-A first pass over the chunks collects the distinct values of each column, which decide what the columns mean, by the same
+`table_chunks` divides a table into chunks. A first pass over the chunks collects the distinct values of each column, which decide what the columns mean, by the same
 functions as for small tables. `LargeTable.labelled_batches` then reads the rows of a chunk, and `label_join` joins them with files.
 """
 
-import csv
 import dataclasses
-import gzip
-import itertools
-import json
-import zlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
-
-from pipeline import storage, workqueue
+from pipeline import workqueue
 from pipeline.data.sources.columns import (
     SYNSET,
     Columns,
@@ -34,181 +27,13 @@ from pipeline.data.sources.columns import (
     split_column,
     split_name,
 )
-from pipeline.data.sources.parquet import OpenParquet
-from pipeline.data.sources.parquet_batches import read_batches
-from pipeline.data.sources.rows import (
-    MAX_ROWS_PER_BYTE,
-    MIN_ROWS,
-    TABLE_SUFFIXES,
-    TextLayout,
-    parse_list,
-    rows_of_text,
-    text_layout,
-)
+from pipeline.data.sources.rows import parse_list
+from pipeline.data.sources.table_chunks import Chunk, Reader, open_chunks
 from pipeline.data.sources.tables import LabelTable, file_column, key_of, no_key, read_label_table
 from pipeline.data.sources.words import LABEL_COLUMNS, LIKELY_SPLIT_COLUMNS, SPLIT_COLUMNS, TRAINING_COLUMNS
 from pipeline.errors import StorageError, UserError
 
-LARGE_ROWS = 2_000_000  # rows of a Parquet file; smaller tables are read at once
-LARGE_BYTES = 64 << 20  # of a text file, which has about as many rows
-CHUNK_BYTES = 8 << 20  # of a chunk of text
-CHUNK_ROWS = 1 << 18  # of a chunk of Parquet, which has whole row groups
-HEAD_BYTES = 4 << 20  # of text, which decide how it is divided into columns
-MAX_LINE = 8 << 20  # length of a line in bytes
-MAX_RATIO = 64  # of the size of gzipped text after decompression to that before
 MAX_VALUES = 1_000_000  # distinct values of a column of labels or splits
-BATCH_ROWS = 1 << 14
-BUFFER = 4 << 20  # bytes read at a time from a Parquet column
-
-Batch = dict[str, list[Any]]
-"""Values by column, of the same number of rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of a table: row groups of Parquet, or the lines of text that start in a range of bytes."""
-
-    start: int
-    stop: int
-    first: int = 0
-    """Number of the rows before it."""
-
-
-# ---------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reader:
-    """Reads the chunks of a table, in any process."""
-
-    uri: str
-    names: tuple[str, ...]
-    layout: TextLayout | None = None
-    """Of delimited text; None for Parquet and JSON lines."""
-    parquet: bool = False
-
-    def batches(self, chunk: Chunk, columns: Sequence[str]) -> Iterator[Batch]:
-        """The rows of a chunk. Raises UserError for damaged content."""
-        if self.parquet:
-            yield from self._parquet(chunk, columns)
-            return
-        rows = self._rows(chunk)
-        while some := list(itertools.islice(rows, BATCH_ROWS)):
-            yield {name: [row.get(name) for row in some] for name in columns}
-
-    def _parquet(self, chunk: Chunk, columns: Sequence[str]) -> Iterator[Batch]:
-        try:
-            with OpenParquet(self.uri, BUFFER) as file:
-                groups = range(chunk.start, chunk.stop)
-                for batch in read_batches(self.uri, file, columns, groups=groups, rows=BATCH_ROWS):
-                    yield batch.to_pydict()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.uri}: damaged Parquet file ({error})") from error
-
-    def _rows(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
-        if self.layout is None:
-            yield from map(self.parse_json, self.lines(chunk))
-            return
-        rows = rows_of_text(self.lines(chunk), self.layout)
-        try:
-            if self.layout.header and chunk.start == 0:
-                next(rows, None)
-            yield from rows
-        except csv.Error as error:
-            raise UserError(f"{self.uri}: cannot read the label table ({error})") from error
-
-    def parse_json(self, line: str) -> dict[str, Any]:
-        """A row of JSON lines. Raises UserError if the line is not an object."""
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.uri}: cannot read the label table ({error})") from error
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{self.uri}: a row of the label table must be an object with a file name and a label, not {value!r:.80}"
-            )
-        return value
-
-    def lines(self, chunk: Chunk) -> Iterator[str]:
-        """The lines that start in a range of bytes, without blank ones."""
-        with storage.open_file(self.uri) as raw:
-            packed = self.uri.lower().endswith(".gz")
-            most = MAX_RATIO * storage.file_size(self.uri) if packed else None
-            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            try:
-                yield from self._decoded(file, chunk, most)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{self.uri}: not UTF-8 text ({error}); save it as UTF-8") from error
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{self.uri}: not a gzipped file, or damaged ({error})") from error
-
-    def _decoded(self, file: IO[bytes], chunk: Chunk, most: int | None) -> Iterator[str]:
-        offset = chunk.start
-        if offset:  # the line that starts before the chunk belongs to the chunk before
-            file.seek(offset - 1)
-            offset += len(file.readline()) - 1
-        while offset < chunk.stop and (line := file.readline(MAX_LINE)):
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                raise UserError(f"{self.uri}: a line of more than {MAX_LINE:,} bytes at byte {offset:,}")
-            if most is not None and offset > most:
-                raise UserError(f"{self.uri}: unpacks to more than {most:,} bytes; unpack the table if it is right")
-            text = line.decode("utf-8" if offset else "utf-8-sig").rstrip("\r\n")
-            offset += len(line)
-            if text.strip():
-                yield text + "\n"
-
-
-def open_chunks(uri: str, columns: Columns) -> tuple[Reader, list[Chunk]] | None:
-    """The reader and the chunks of a large table; None for a table that is read at once. Raises UserError for a damaged
-    file, StorageError for an outage."""
-    name = uri.lower()
-    if not name.removesuffix(".gz").endswith(TABLE_SUFFIXES) or name.removesuffix(".gz").endswith(".json"):
-        return None
-    try:
-        if name.endswith((".parquet", ".parq", ".pq")):
-            return _open_parquet(uri)
-        size = storage.file_size(uri)
-        if size < (LARGE_BYTES // 8 if name.endswith(".gz") else LARGE_BYTES):
-            return None
-        return _open_text(uri, size, [column for column in (columns.file, columns.label, columns.split) if column])
-    except FileNotFoundError:
-        return None
-
-
-def _open_parquet(uri: str) -> tuple[Reader, list[Chunk]] | None:
-    with OpenParquet(uri, BUFFER) as file:
-        metadata = file.metadata
-        if metadata.num_rows < LARGE_ROWS:
-            return None
-        limit = max(MIN_ROWS, MAX_ROWS_PER_BYTE * storage.file_size(uri))
-        if metadata.num_rows > limit:
-            raise UserError(f"{uri}: {metadata.num_rows:,} rows, more than the limit of {limit:,} for its size")
-        chunks, first, rows, before = [], 0, 0, 0
-        for group in range(metadata.num_row_groups):
-            rows += metadata.row_group(group).num_rows
-            if rows >= CHUNK_ROWS or group == metadata.num_row_groups - 1:
-                chunks.append(Chunk(first, group + 1, before))
-                first, before, rows = group + 1, before + rows, 0
-        return Reader(uri=uri, names=tuple(file.schema_arrow.names), parquet=True), chunks
-
-
-def _open_text(uri: str, size: int, named: Sequence[str]) -> tuple[Reader, list[Chunk]] | None:
-    packed = uri.lower().endswith(".gz")
-    if not packed and storage.read_bytes(uri, 0, min(size, 2)) in (b"\xff\xfe", b"\xfe\xff"):
-        return None  # UTF-16
-    plain = Reader(uri=uri, names=())
-    head = [line.rstrip("\n") for line in plain.lines(Chunk(0, HEAD_BYTES))]
-    if not head:
-        return None
-    starts = [0] if packed else list(range(0, size, CHUNK_BYTES))
-    chunks = [Chunk(start, stop) for start, stop in itertools.pairwise([*starts, 1 << 62])]
-    if uri.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        names = dict.fromkeys(name for row in map(plain.parse_json, head) for name in row)
-        return dataclasses.replace(plain, names=tuple(names)), chunks
-    layout = text_layout(head, uri, named)
-    if layout.ambiguous:
-        raise UserError(f"{uri}: several columns are numbers that do not repeat; give the table a line of column names")
-    return dataclasses.replace(plain, names=tuple(layout.columns), layout=layout), chunks
 
 
 # ---------------------------------------------------------------- what the columns mean
@@ -225,13 +50,17 @@ class Values:
     uneven: bool = False
     """Whether a list has more or fewer elements than one."""
 
+    @property
+    def has_lists(self) -> bool:
+        return bool(self.parts) or self.uneven
+
     def add(self, values: Iterable[Any], column: str) -> None:
         if self.cells is None:
             return
         for value in values:
             cell = cell_of(value, column)
             if isinstance(cell, list):
-                self.parts.update(map(hashable, cell))
+                self.parts.update(map(hashable, parts_of(cell)))
                 self.uneven |= len(cell) != 1
             else:
                 self.cells.add(cell)
@@ -265,8 +94,20 @@ def cell_of(value: Any, column: str) -> Any:
     return value if isinstance(value, list) else hashable(value)
 
 
+def parts_of(cell: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+    """The elements of a cell that is a list, also of lists in it."""
+    for part in cell:
+        if isinstance(part, list | tuple):
+            yield from parts_of(part)
+        else:
+            yield part
+
+
 def hashable(value: Any) -> Hashable:
-    return value if isinstance(value, str | int | float | bool | bytes | None) else str(value)
+    """A value that is equal only to values of the same label: True is not 1, and all missing numbers are None."""
+    if isinstance(value, float) and value != value:
+        return None
+    return value if isinstance(value, str | float | bytes | None) or type(value) is int else str(value)
 
 
 @dataclass(kw_only=True)
@@ -277,8 +118,9 @@ class Profile:
     values: dict[str, Values] = field(default_factory=dict)
     empty: int | None = None
     """Number of the first row without a file name, from 1."""
-    quotes: int = 0
-    """Number of quotation marks, in delimited text."""
+    lines: int = 0
+    open_cell: tuple[bool, bool] = (False, False)
+    """Result of `Reader.quoting`."""
     error: str = ""
 
 
@@ -286,8 +128,7 @@ def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str]]) -> Profile
     """The Profile of a chunk. about: the reader, the column of file names and the columns whose values are collected."""
     reader, file, columns = about
     found = Profile(values={name: Values() for name in columns})
-    if reader.layout is not None and reader.layout.delimiter:
-        found.quotes = sum(line.count('"') for line in reader.lines(chunk))
+    found.lines, found.open_cell = reader.quoting(chunk)
     try:
         for batch in reader.batches(chunk, [file, *columns]):
             keys = batch[file]
@@ -315,13 +156,14 @@ def profile_table(reader: Reader, chunks: list[Chunk], file: str, columns: list[
         for name, values in outcome.summary.values.items():
             total.values[name].merge(values)
         found[outcome.name] = dataclasses.replace(outcome.summary, values={})
-    inside, merged, numbered = 0, list[Chunk](), list[Chunk]()
+    inside, lines, merged, numbered = False, 0, list[Chunk](), list[Chunk]()
     for name, chunk in units.items():
-        if inside % 2:  # the chunk starts in a quoted cell
+        if inside or (merged and not lines):  # the chunk starts in a quoted cell, or has the header
             merged[-1] = dataclasses.replace(merged[-1], stop=chunk.stop)
         else:
             merged.append(chunk)
-        inside += found[name].quotes
+        inside = found[name].open_cell[inside]
+        lines += found[name].lines
     if len(merged) < len(chunks):
         return profile_table(reader, merged, file, columns)
     for name, chunk in units.items():
@@ -351,7 +193,9 @@ class LargeTable(LabelTable):
     """The column of file names."""
     label: str | None = None
     names: dict[Hashable, list[str] | None] = field(default_factory=dict)
-    """{value of the label column, or of an element of a list in it: label names}."""
+    """{value of the label column: label names}."""
+    part_names: dict[Hashable, list[str]] = field(default_factory=dict)
+    """{element of a list in the label column: label names}."""
     one_hot: list[str] = field(default_factory=list)
     split: str | None = None
     split_names: dict[Hashable, str | None] = field(default_factory=dict)
@@ -359,6 +203,9 @@ class LargeTable(LabelTable):
     @property
     def in_memory(self) -> bool:
         return False
+
+    def __bool__(self) -> bool:
+        return self.has_labels or self.split is not None
 
     @property
     def keys(self) -> Iterable[str]:
@@ -386,7 +233,7 @@ class LargeTable(LabelTable):
 
     def _labels(self, cell: Any) -> list[str] | None:
         if isinstance(cell, list):
-            return [name for part in cell for name in self.names[hashable(part)] or ()]
+            return [name for part in parts_of(cell) for name in self.part_names[hashable(part)]]
         found = self.names[cell]
         return None if found is None else list(found)
 
@@ -409,25 +256,24 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
     one_hot = named_one_hot(columns.label, others)
     label = None if one_hot else named_column(others, LABEL_COLUMNS, columns.label, "--label-column")
     needed = need_labels and not split
-    names: dict[Hashable, list[str] | None] = {}
+    names, part_names = dict[Hashable, list[str] | None](), dict[Hashable, list[str]]()
     multilabel = False
     if label:
-        names, multilabel = _label_names(uri, profile, label)
+        names, part_names, multilabel = _label_names(uri, profile, label)
         if needed and not columns.label and not multilabel:
-            distinct = {name for found in names.values() for name in found or ()}
+            distinct = {name for found in (*names.values(), *part_names.values()) for name in found or ()}
             if look_like_captions(distinct, profile.rows):
                 raise captions_error(uri, distinct, profile.rows, f"--label-column {label!r}")
     elif not one_hot:
-        cells = {name: profile.values[name].cells for name in others if name in profile.values}
-        flags = [name for name in others if cells.get(name) and all(map(is_flag, cells[name] or ()))]
-        one_hot = flags if len(flags) == len(others) > 1 else []
-    has_labels = bool(one_hot) or any(found is not None for found in names.values())
+        one_hot = _one_hot_columns(reader, chunks, profile, others)
+    has_lists = label is not None and profile.values[label].has_lists
+    has_labels = bool(one_hot) or has_lists or any(found is not None for found in names.values())
     if not has_labels and needed:
         distinct_cells = {n: list(profile.values[n].cells or ()) for n in others if n in profile.values and n != label}
         raise no_label_column(uri, [name for name in others if name != label], distinct_cells)
     return LargeTable(
         uri=uri,
-        multilabel=multilabel,
+        multilabel=multilabel and has_labels,
         whole_has_labels=has_labels,
         reader=reader,
         chunks=chunks,
@@ -435,6 +281,7 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
         file=file,
         label=label if has_labels else None,
         names=names,
+        part_names=part_names,
         one_hot=one_hot,
         split=split if any(split_names.values()) else None,
         split_names=split_names,
@@ -466,14 +313,46 @@ def _distinct(uri: str, profile: Profile, column: str) -> set[Hashable]:
     return cells
 
 
-def _label_names(uri: str, profile: Profile, label: str) -> tuple[dict[Hashable, list[str] | None], bool]:
-    """({value of a cell, or element of a list in a cell: label names}, whether the table is multi-label)."""
+def _one_hot_columns(reader: Reader, chunks: list[Chunk], profile: Profile, names: Sequence[str]) -> list[str]:
+    """What `one_hot_columns` returns for the rows of all chunks."""
+    flags = []
+    for name in names:
+        found = profile.values.get(name, Values())
+        if found.cells and not found.has_lists and all(map(is_flag, found.cells)):
+            flags.append(name)
+    if len(flags) == len(names) > 1:
+        return flags
+    if len(flags) < 3:
+        return []
+    units = {f"chunk-{i:06d}": chunk for i, chunk in enumerate(chunks)}
+    for outcome in workqueue.run(units, one_in_each_row, context=(reader, flags)):
+        if outcome.error:
+            raise outcome.error
+        if not outcome.summary:
+            return []
+    return flags
+
+
+def one_in_each_row(chunk: Chunk, about: tuple[Reader, list[str]]) -> bool:
+    """Whether exactly one of some columns is 1 in each row of a chunk."""
+    reader, names = about
+    return all(
+        sum(map(is_one, row)) == 1
+        for batch in reader.batches(chunk, names)
+        for row in zip(*(batch[name] for name in names), strict=True)
+    )
+
+
+def _label_names(
+    uri: str, profile: Profile, label: str
+) -> tuple[dict[Hashable, list[str] | None], dict[Hashable, list[str]], bool]:
+    """({cell: label names}, {element of a list in a cell: label names}, whether the table is multi-label)."""
     cells, parts = list(_distinct(uri, profile, label)), list(profile.values[label].parts)
     some_lists: list[Any] = [[part] for part in parts] + ([[]] if profile.values[label].uneven else [])
     found, multilabel = column_labels([*cells, *some_lists], label)
     names = dict(zip(cells, found, strict=False))
-    names |= dict(zip(parts, found[len(cells) :], strict=False))
-    return names, multilabel
+    of_parts = {part: labels or [] for part, labels in zip(parts, found[len(cells) :], strict=False)}
+    return names, of_parts, multilabel
 
 
 def _encodable(name: str) -> str:

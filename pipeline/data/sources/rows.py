@@ -154,11 +154,8 @@ def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
     """Rows of CSV, TSV or plain text, with or without a header."""
     lines = [line for line in decode_text(data, uri).splitlines() if line.strip()]
     layout = text_layout(lines, uri, named)
-    if not layout.header:
-        return list(rows_of_text(lines, layout))
-    return list(rows_of_text(io.StringIO("\n".join(lines), newline=""), layout))[
-        1:
-    ]  # quoted cells may have line breaks
+    rows = list(rows_of_text([line + "\n" for line in lines], layout))  # quoted cells may have line breaks
+    return rows[1:] if layout.header else rows
 
 
 # ---------------------------------------------------------------- JSON and Parquet
