@@ -54,7 +54,9 @@ class Meter:
         }
         # MFU is meaningless on CPUs that other processes also use, and unknown for an unknown GPU.
         if math.isfinite(self.peak) and (self.machine is None or self.machine.is_quiet()):
-            values[names.MFU] = self.rate * self.train_flops / self.peak
+            mfu = self.rate * self.train_flops / self.peak
+            if mfu <= 1 or self.machine is None:  # above, the peak of the CPU was measured beside other work
+                values[names.MFU] = mfu
         self.trained += seconds - min(self.waited, seconds)
         self.images, self.waited, self.since = 0, 0.0, now
         return values

@@ -271,6 +271,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         "engine.micro_batch": (config.engine.micro_batch, 1),
         "engine.checkpointed_blocks": (config.engine.checkpointed_blocks, 1),
         "threads": (runtime.threads, 1),
+        "loading_processes": (runtime.loading_processes, 1),
         "keep_last": (runtime.keep_last, 1),
         "max_failures": (runtime.max_failures, 0),
         "stop_after_skipped": (runtime.stop_after_skipped, 1),
@@ -325,10 +326,14 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
         raise UserError(f"{uri} has several labels per image; use --loss sigmoid (and --model.head-bias -10)")
     if config.batch_size > len(dataset):
         batch = 1 << len(dataset).bit_length() - 1
-        one = " --workers 1" if default_lanes(batch, smallest(dataset)) % config.runtime.workers else ""
+        lanes = config.lanes or default_lanes(batch, smallest(dataset))
+        if batch % lanes:
+            lanes = default_lanes(batch, smallest(dataset))
+        more = f" --lanes {lanes}" if config.lanes not in (None, lanes) else ""
+        more += " --workers 1" if lanes % config.runtime.workers else ""
         raise UserError(
             f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; "
-            f"give --batch-size {batch}{one}, or use more images"
+            f"give --batch-size {batch}{more}, or use more images"
         )
     if dataset.encoding == "patches":
         if (image["height"], image["width"], image["patch_size"]) != (config.image_size, config.image_size, patch):

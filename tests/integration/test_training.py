@@ -443,6 +443,8 @@ def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
     [
         ({"batch_size": 1000}, "larger than"),
         ({"lanes": 5}, "not divisible by lanes"),
+        ({"loading_processes": 0}, "loading_processes 0 must be a number of at least 1"),
+        ({"loading_processes": 3}, "--loading-processes 3 cannot share the 4 lanes"),
         ({"engine": EngineConfig(micro_batch=3)}, "does not divide"),
         ({"steps": "fast"}, "horizon"),
         ({"patch_keep_rate": 0.0}, "patch_keep_rate"),

@@ -189,6 +189,8 @@ def test_checkpoint_size():
         ({"gpus": 100}, "lanes 256 is not divisible by 100 workers.*64 or 128 as the number of workers"),
         ({"gpus": 0}, "--gpus must be more than 0"),
         ({"mfu": 0.0}, "--mfu must be more than 0"),
+        ({"mfu": 3.0}, "--mfu 3: a fraction of the peak"),
+        ({"price": -1.0}, "--price must be at least 0"),
         ({"images": 10}, "less than one batch"),
     ],
 )

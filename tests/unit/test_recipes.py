@@ -116,6 +116,17 @@ def test_the_batch_that_the_error_of_a_small_dataset_names_works(images, tmp_pat
     assert f" steps of {batch} " in dry_run(config, "demo", {})
 
 
+def test_the_batch_for_a_recipe_with_lanes_works_too(tmp_path):
+    from pipeline.data.format import write_dataset
+
+    rows = ((f"{i}", b"not decoded", i % 2, 9, 9) for i in range(92))
+    write_dataset(str(tmp_path / "mine"), rows, classes=["a", "b"])
+    config = changed(RECIPES["b16_imagenet"](), data=str(tmp_path / "mine"), validation=None, workers=1)
+    with pytest.raises(UserError, match=r"; give --batch-size 64 --lanes 4, or use more images"):
+        dry_run(config, "b16_imagenet", {})
+    assert " steps of 64 " in dry_run(changed(config, batch_size=64, lanes=4), "b16_imagenet", {})
+
+
 def test_paper_table_3():
     """B/16, L/16, H/14, a ResNet and a hybrid, line by line: epochs, rate, decay, weight decay, dropout."""
     lines = {

@@ -201,7 +201,10 @@ def test_an_append_without_a_usable_image_is_no_success(tmp_path):
     bad.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no image was added.*1 input could not be used \(1 not an image, such as"):
         prepare(config(tmp_path, str(tmp_path / "second"), max_reject_fraction=1.0), append=True)
-    shutil.rmtree(tmp_path / "set" / "_work")  # what the error says
+    other = write_images(tmp_path / "third", {"ant": 4}, 3)
+    with pytest.raises(UserError, match=r"unfinished append of another .*, or remove .*/set/_work to abandon it"):
+        prepare(config(tmp_path, other), append=True)
+    shutil.rmtree(tmp_path / "set" / "_work")  # what the errors say
     assert content(tmp_path / "set") == before
 
 

@@ -65,7 +65,7 @@ def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
     if batch_size % lanes:
         raise UserError(
             f"batch_size {batch_size} is not divisible by lanes {lanes}: every batch takes the same number of samples "
-            f"from each lane; use a divisor of the batch, such as lanes={default_lanes(batch_size, 2**62)}"
+            f"from each lane; use a divisor of the batch, such as --lanes {default_lanes(batch_size, 2**62)}"
         )
     if lanes % workers:
         fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]

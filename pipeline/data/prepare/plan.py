@@ -363,10 +363,15 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
     before = storage.read_record(where) if storage.exists(where) else mark
     if before != mark:
         changed = _differing(configuration.flatten(before), configuration.flatten(mark))
+        different = ", ".join(key.removeprefix("config.") for key in changed)
+        if plan.append is not None:  # the folder has the finished dataset
+            raise UserError(
+                f"{plan.config.output}: has an unfinished append of another command or input (different: {different}); "
+                f"run that command again to finish it, or remove {plan.work} to abandon it"
+            )
         raise UserError(
-            f"{plan.config.output}: contains an unfinished dataset of another command or input (different: "
-            f"{', '.join(key.removeprefix('config.') for key in changed)}); run that command again to finish it, remove the "
-            "folder to start again, or choose another --output"
+            f"{plan.config.output}: contains an unfinished dataset of another command or input (different: {different}); "
+            "run that command again to finish it, remove the folder to start again, or choose another --output"
         )
     try:
         storage.write_json(where, mark)

@@ -44,6 +44,11 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
         value = getattr(config, flag)
         if value is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
+    if config.mfu is not None and config.mfu > 1:
+        raise UserError(f"--mfu {config.mfu:g}: a fraction of the peak, at most 1")
+    for flag in ("price", "storage_price"):
+        if getattr(config, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 0")
     images, classes = find_corpus(config, recipe)
     check_layout(training.batch_size, training.lanes or default_lanes(training.batch_size, images), config.gpus)
 
