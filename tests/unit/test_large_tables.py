@@ -128,11 +128,14 @@ FORMS = {
     "numbers and flags.jsonl": numbered(
         lambda i: json.dumps({"file": f"{i}.jpg", "label": (1, True, 2.0, 0, False)[i % 5]})
     ),
+    "flags and pairs.jsonl": numbered(lambda i: json.dumps({"file": f"{i}.jpg", "label": ("1 2", True, "3")[i % 3]})),
     "nested lists.jsonl": numbered(lambda i: json.dumps({"file": f"{i}.jpg", "label": [["a"], ["b", i % 2]][: i % 3]})),
     "empty lists.jsonl": numbered(lambda i: json.dumps({"file": f"{i}.jpg", "label": []})),
     "one-hot.csv": "file,width,ant,bee,cat\n"
     + numbered(lambda i: f"{i}.jpg,{i},{i % 3 // 2},{i % 3 % 2},{int(i % 3 == 0)}"),
     "not one-hot.csv": "file,width,ant,bee,cat\n" + numbered(lambda i: f"{i}.jpg,{i},{i % 2},{i % 3 % 2},1"),
+    "lists of splits.csv": "file,label,split\n" + numbered(lambda i: f"{i}.jpg,a,{('train', '[1]')[i % 2]}"),
+    "no labels.csv": "file,label,kind\n" + numbered(lambda i: f"{i}.jpg,,{('a', '[1]')[i % 2]}"),
     "flags alone.csv": "file,ant,bee\n" + numbered(lambda i: f"{i}.jpg,{i % 2},{i % 3 % 2}"),
 }
 
@@ -144,8 +147,10 @@ def test_both_ways_read_the_same_forms(tmp_path, monkeypatch, form, chunk, unlab
     write(tmp_path / "photos", '1" x.jpg', *(f"{('ant', 'bee')[i % 2]}/{i}.jpg" for i in range(20)))
     (tmp_path / form).write_bytes(FORMS[form].encode())
     monkeypatch.setattr(table_chunks, "CHUNK_BYTES", chunk)
+    if form.endswith(".jsonl"):
+        monkeypatch.setattr(table_chunks, "HEAD_BYTES", 100)
     found = both_ways(tmp_path / "photos", tmp_path / form, monkeypatch, unlabelled=unlabelled)
-    assert isinstance(found, str) == (form == "not one-hot.csv" and not unlabelled), found
+    assert isinstance(found, str) == (form in ("not one-hot.csv", "no labels.csv") and not unlabelled), found
 
 
 @pytest.mark.parametrize("values", [[[1.0, 2.0], [float("nan")]], [[1.0, float("nan")], None, [2.0]], [[b"a"], []]])
@@ -174,7 +179,7 @@ def test_chunks_have_the_rows_that_csv_reads(tmp_path, monkeypatch, seed, header
     reader, chunks = table_chunks.open_chunks(str(tmp_path / "t.csv"), Columns())
     file, *others = reader.names
     monkeypatch.setattr(large_tables, "key_of", str)  # rows without a file name count as well
-    profile, chunks = large_tables.profile_table(reader, chunks, file, others)
+    profile, chunks = large_tables.profile_table(reader, chunks, file, others, [])
     rows = [row for chunk in chunks for batch in reader.batches(chunk, reader.names) for row in rows_of_batch(batch)]
     assert rows == read_rows(str(tmp_path / "t.csv"))
     assert profile.rows == len(rows)

@@ -51,14 +51,19 @@ class Values:
     """Whether a list has more or fewer elements than one."""
 
     @property
+    def some_cells(self) -> Iterable[Any]:
+        """The cells, with a text for all lists, and for values of which there are too many."""
+        return [*(self.cells or ()), *([""] if not self.cells else []), *(["[]"] if self.has_lists else [])]
+
+    @property
     def has_lists(self) -> bool:
         return bool(self.parts) or self.uneven
 
-    def add(self, values: Iterable[Any], column: str) -> None:
+    def add(self, values: Iterable[Any], column: str, plain: bool) -> None:
         if self.cells is None:
             return
         for value in values:
-            cell = cell_of(value, column)
+            cell = cell_of(value, column, plain)
             if isinstance(cell, list):
                 self.parts.update(map(hashable, parts_of(cell)))
                 self.uneven |= len(cell) != 1
@@ -80,10 +85,13 @@ class Values:
             self.cells, self.parts = None, set()
 
 
-def cell_of(value: Any, column: str) -> Any:
-    """A cell as a hashable value or a list. All missing numbers are None, since NaN differs from itself."""
+def cell_of(value: Any, column: str, plain: bool = False) -> Any:
+    """A cell as a hashable value or a list. All missing numbers are None, since NaN differs from itself. plain: lists are
+    text, as in a column of splits."""
     if isinstance(value, bytes):
         value = as_text(value)
+    if plain:  # 1.0 is another split than 1, but the same label
+        return Other(str(value)) if isinstance(value, float) and not is_missing(value) else hashable(value)
     if column.lower() == "predictionstring":  # a synset and coordinates, which differ in every row
         match = SYNSET.search(str(value))
         return match[0] if match else None
@@ -107,7 +115,17 @@ def hashable(value: Any) -> Hashable:
     """A value that is equal only to values of the same label: True is not 1, and all missing numbers are None."""
     if isinstance(value, float) and value != value:
         return None
-    return value if isinstance(value, str | float | bytes | None) or type(value) is int else str(value)
+    return value if isinstance(value, str | float | bytes | None) or type(value) is int else Other(str(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A value of another type than text or a number, such as True."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(kw_only=True)
@@ -124,9 +142,10 @@ class Profile:
     error: str = ""
 
 
-def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str]]) -> Profile:
-    """The Profile of a chunk. about: the reader, the column of file names and the columns whose values are collected."""
-    reader, file, columns = about
+def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str], list[str]]) -> Profile:
+    """The Profile of a chunk. about: the reader, the column of file names, the columns whose values are collected, and
+    those of them in which a list is text."""
+    reader, file, columns, plain = about
     found = Profile(values={name: Values() for name in columns})
     found.lines, found.open_cell = reader.quoting(chunk)
     try:
@@ -137,7 +156,7 @@ def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str]]) -> Profile
                 found.empty = next((found.rows + i + 1 for i in missing), None)
             found.rows += len(keys)
             for name in columns:
-                found.values[name].add(batch[name], name)
+                found.values[name].add(batch[name], name, name in plain)
     except StorageError:
         raise
     except UserError as error:  # it may come from a boundary of chunks in a quoted cell
@@ -145,12 +164,15 @@ def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str]]) -> Profile
     return found
 
 
-def profile_table(reader: Reader, chunks: list[Chunk], file: str, columns: list[str]) -> tuple[Profile, list[Chunk]]:
-    """The Profile of a table, and its chunks with the numbers of their rows. Raises UserError for unreadable rows."""
+def profile_table(
+    reader: Reader, chunks: list[Chunk], file: str, columns: list[str], plain: list[str]
+) -> tuple[Profile, list[Chunk]]:
+    """The Profile of a table, and its chunks with the numbers of their rows. The arguments are those of `profile_chunk`.
+    Raises UserError for unreadable rows."""
     found: dict[str, Profile] = {}
     total = Profile(values={name: Values() for name in columns})
     units = {f"chunk-{i:06d}": chunk for i, chunk in enumerate(chunks)}
-    for outcome in workqueue.run(units, profile_chunk, context=(reader, file, columns)):
+    for outcome in workqueue.run(units, profile_chunk, context=(reader, file, columns, plain)):
         if outcome.error:
             raise outcome.error
         for name, values in outcome.summary.values.items():
@@ -165,7 +187,7 @@ def profile_table(reader: Reader, chunks: list[Chunk], file: str, columns: list[
         inside = found[name].open_cell[inside]
         lines += found[name].lines
     if len(merged) < len(chunks):
-        return profile_table(reader, merged, file, columns)
+        return profile_table(reader, merged, file, columns, plain)
     for name, chunk in units.items():
         about = found[name]
         if about.error:
@@ -228,7 +250,7 @@ class LargeTable(LabelTable):
                 labels = [[n for n, value in zip(self.one_hot, row, strict=True) if is_one(value)] for row in flags]
             splits: list[str | None] = [None] * len(keys)
             if self.split:
-                splits = [self.split_names.get(hashable(cell_of(value, self.split))) for value in batch[self.split]]
+                splits = [self.split_names[cell_of(value, self.split, plain=True)] for value in batch[self.split]]
             yield keys, labels, splits
 
     def _labels(self, cell: Any) -> list[str] | None:
@@ -247,8 +269,9 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
     reader, chunks = found
     file = file_column(uri, reader.names, columns)
     others = [name for name in reader.names if name != file]
-    profile, chunks = profile_table(reader, chunks, file, _deciding(others, columns))
-    split = split_column(others, columns.split, lambda name: profile.values[name].cells or [""])
+    plain = [name for name in _split_columns(others, columns) if name != columns.label]
+    profile, chunks = profile_table(reader, chunks, file, _deciding(others, columns), plain)
+    split = split_column(others, columns.split, lambda name: profile.values[name].some_cells)
     split_names = {cell: split_name(cell, split) for cell in _distinct(uri, profile, split)} if split else {}
     if len({name for name in split_names.values() if name is not None}) < 2 and not columns.split:
         split_names = dict.fromkeys(split_names)
@@ -269,8 +292,10 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
     has_lists = label is not None and profile.values[label].has_lists
     has_labels = bool(one_hot) or has_lists or any(found is not None for found in names.values())
     if not has_labels and needed:
-        distinct_cells = {n: list(profile.values[n].cells or ()) for n in others if n in profile.values and n != label}
-        raise no_label_column(uri, [name for name in others if name != label], distinct_cells)
+        unknown = [name for name in others if name != label]
+        texts = profile_table(reader, chunks, file, unknown, unknown)[0].values
+        too_many = range(MAX_VALUES + 1)
+        raise no_label_column(uri, unknown, {name: found.cells or too_many for name, found in texts.items()})
     return LargeTable(
         uri=uri,
         multilabel=multilabel and has_labels,
@@ -298,9 +323,14 @@ def _deciding(names: Sequence[str], columns: Columns) -> list[str]:
         label = [found]
     else:
         return list(names)
-    splits = [named_column(names, SPLIT_COLUMNS, columns.split, "--split-column")]
-    splits += [name for name in names if normalised_name(name) in (*LIKELY_SPLIT_COLUMNS, *TRAINING_COLUMNS)]
-    return list(dict.fromkeys([*label, *(name for name in splits if name)]))
+    return list(dict.fromkeys([*label, *_split_columns(names, columns)]))
+
+
+def _split_columns(names: Sequence[str], columns: Columns) -> list[str]:
+    """The columns that may have the splits."""
+    named = named_column(names, SPLIT_COLUMNS, columns.split, "--split-column")
+    likely = [name for name in names if normalised_name(name) in (*LIKELY_SPLIT_COLUMNS, *TRAINING_COLUMNS)]
+    return [*([named] if named else []), *likely]
 
 
 def _distinct(uri: str, profile: Profile, column: str) -> set[Hashable]:
