@@ -141,5 +141,5 @@ def test_default_lanes(batch_size, samples, lanes):
 
 
 def test_lanes_must_divide_the_batch():
-    with pytest.raises(UserError, match=r"batch_size 100 is not divisible by lanes 64.*lanes=50"):
+    with pytest.raises(UserError, match=r"batch_size 100 is not divisible by lanes 64.*--lanes 50"):
         Order(np.array([1000]), seed=0, epoch=0, batch_size=100, lanes=64, shuffle_window=1)

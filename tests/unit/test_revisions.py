@@ -538,7 +538,7 @@ def test_an_unfinished_change_is_finished_before_another_begins(grown, tmp_path,
     prepare(config(tmp_path, third, splits=SPLITS), append=True)
     with stopped_at_write(5, monkeypatch, tmp_path), pytest.raises(Stopped):
         delete_keys(str(grown), str(tmp_path / "keys.txt"))
-    with pytest.raises(UserError, match="unfinished dataset of another command"):
+    with pytest.raises(UserError, match="an unfinished deletion; repeat the command that was stopped"):
         prepare(
             config(tmp_path, write_images(tmp_path / "fourth", {"ant": 4, "bee": 4}, 4), splits=SPLITS), append=True
         )

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 DESCRIBES = {"history", "mean", "std", "input_fingerprint", "config", "reported_by_reason"}
 """Fields that no reader uses."""
-FIELDS = "version encoding image multilabel revision rows inputs deleted duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
+FIELDS = "version encoding image multilabel revision rows inputs deleted deleted_sha256 duplicates duplicates_by_reason rejects fingerprint class_counts classes shards"
 SHARD = ("name", "rows", "bytes", "sha256")
 COLUMNS = {"rows": 0, "start": 1, "values": 2, "end": 3, "checksum": 4}
 

@@ -34,7 +34,7 @@ def write_deleted(folder: str, revision: int, hashes: np.ndarray) -> None:
 def read_deleted(folder: str, manifest: Manifest) -> np.ndarray:
     """The sorted hashes (uint64) of the keys deleted up to a revision. Raises UserError if their file is missing or
     damaged."""
-    if not manifest.deleted:
+    if not manifest.deleted and not manifest.deleted_sha256:
         return np.empty(0, np.uint64)
     where = storage.join(folder, report_name(DELETED, manifest.revision))
     try:

@@ -23,14 +23,13 @@ from pipeline.data.format import MANIFEST, REJECTS, Manifest
 from pipeline.data.format.dataset import open_dataset
 from pipeline.data.format.deleted import read_deleted
 from pipeline.data.format.verify import key_hash, read_report
-from pipeline.data.prepare.change import begin, refuse_unfinished
+from pipeline.data.prepare.change import APPEND, begin, refuse_unfinished
 from pipeline.data.prepare.checks import parse_splits
 from pipeline.data.prepare.config import FROM_SOURCE, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels
 from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
-APPEND = "append"
 SAME = ("encoding", "size", "small", "quality", "patch_size", "fit", "splits", "unlabelled", "deduplicate")
 """Settings that all revisions of a dataset have in common."""
 

@@ -12,6 +12,8 @@ from pipeline.data.prepare.config import LISTINGS, WORK
 from pipeline.errors import UserError
 from pipeline.lease import LAUNCH, Lease
 
+APPEND, DELETE = "append", "delete"  # fields of plan.json and kinds of revisions
+
 
 def lock_output(work: str) -> Lease:
     """The lock of an unfinished dataset. Entering raises InUse while another process works in the folder `work`."""

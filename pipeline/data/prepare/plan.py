@@ -24,7 +24,8 @@ from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, ShardWriter, open_dataset
 from pipeline.data.format.revision_names import shard_prefix
-from pipeline.data.prepare.append import APPEND, Append, join_labels
+from pipeline.data.prepare.append import Append, join_labels
+from pipeline.data.prepare.change import APPEND, DELETE
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, LISTINGS, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
@@ -333,7 +334,7 @@ def refuse_other_files(output: str) -> None:
 def is_changing(output: str) -> bool:
     """Whether an append or a deletion in this folder was stopped and has to be finished by its own command."""
     where = storage.join(output, WORK, "plan.json")
-    return storage.exists(where) and bool({APPEND, "delete"} & storage.read_record(where).keys())
+    return storage.exists(where) and bool({APPEND, DELETE} & storage.read_record(where).keys())
 
 
 def check_finished(plan: PreparePlan, finished: dict[str, Manifest]) -> None:
@@ -361,6 +362,11 @@ def claim_output(plan: PreparePlan) -> PreparePlan:
         mark[APPEND] = plan.append.revision
     mark = json.loads(json.dumps(mark))
     before = storage.read_record(where) if storage.exists(where) else mark
+    if DELETE in before:
+        raise UserError(
+            f"{plan.config.output}: has an unfinished deletion; repeat the command that was stopped first, or remove "
+            f"{plan.work} to abandon it"
+        )
     if before != mark:
         changed = _differing(configuration.flatten(before), configuration.flatten(mark))
         different = ", ".join(key.removeprefix("config.") for key in changed)
