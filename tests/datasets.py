@@ -8,7 +8,7 @@ import torch
 
 from pipeline.data import Dataset, Loader
 from pipeline.data.format import write_dataset
-from pipeline.data.loading.patches import patchify
+from pipeline.data.patches import patchify
 from tests.images import tinted
 
 CLASSES = ["red", "green", "blue"]

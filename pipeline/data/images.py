@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 
 from pipeline.data.codecs import Picture
-from pipeline.data.loading.patches import patchify
+from pipeline.data.patches import patchify
 
 Fit = Literal["crop", "squash"]
 

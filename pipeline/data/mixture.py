@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data import address
+from pipeline import address
 from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup

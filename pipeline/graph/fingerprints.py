@@ -18,8 +18,8 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data.format.revision_names import manifest_uri, split_address
 from pipeline.errors import StorageError, UserError
+from pipeline.revision_names import manifest_uri, split_address
 from pipeline.weights import checkpoints
 
 MAX_READ = 256 << 20

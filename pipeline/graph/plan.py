@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data.address import data_address
+from pipeline.address import data_address
 from pipeline.errors import StorageError, UserError, nearest
 from pipeline.graph import fields, fingerprints, kinds
 from pipeline.graph.file import Pipeline

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from pipeline.data.address import shares
+from pipeline.address import shares
 
 INSTANCE = re.compile(r"\$<([^>]*)>")
 """An output in a value whose instance is known: $<pretrain[seed=1]>/train."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import storage
-from pipeline.data import address
-from pipeline.data.format.revision_names import manifest_uri
+from pipeline import address, storage
 from pipeline.errors import UserError, plural
+from pipeline.revision_names import manifest_uri
 from pipeline.tracking import names
 
 NOT_STATED = "not stated"

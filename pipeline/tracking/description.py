@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.address import data_name
 from pipeline.credentials import redacted
-from pipeline.data.address import data_name
 from pipeline.tracking import names
 
 DATA, COMMAND, CONTINUE, COST = "**Data:**", "**Command:**", "**To continue:**", "**Cost:**"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline import storage
+from pipeline.address import data_name
 from pipeline.credentials import redacted
-from pipeline.data.address import data_name
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.tracking.description import checkpoint_name

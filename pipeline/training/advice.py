@@ -1,7 +1,6 @@
 """Advice for runs that are out of memory or wait for data."""
 
-from pipeline import storage
-from pipeline.data import address
+from pipeline import address, storage
 from pipeline.data.format import Dataset
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import loading_threads, memory_remedies

@@ -17,10 +17,10 @@ import torch
 
 from models import create_model
 from models.cost import flops, parameters
-from pipeline import cluster, storage, tracking
+from pipeline import address, cluster, storage, tracking
 from pipeline import config as configuration
-from pipeline.data import address, open_dataset
-from pipeline.data.address import data_name
+from pipeline.address import data_name
+from pipeline.data import open_dataset
 from pipeline.data.mixture import Mixture, open_data
 from pipeline.errors import JobFailed, UserError, plural
 from pipeline.lease import LAUNCH, Lease

@@ -14,10 +14,10 @@ from models.variants import parse_variant
 from models.vit import VisionTransformer
 from pipeline.data import open_dataset
 from pipeline.data.format import Dataset
-from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.samples import stored_pictures
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.mixture import open_data
+from pipeline.data.patches import unpatchify
 from pipeline.errors import plural
 from pipeline.pictures import sheet
 from pipeline.tracking import Run

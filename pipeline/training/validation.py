@@ -21,8 +21,8 @@ from pipeline.data import Loader, open_dataset
 from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.transform import augment_image
+from pipeline.data.patches import unpatchify
 from pipeline.errors import UserError, shorten
 from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.data import Loader
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.upload import Upload
+from pipeline.data.patches import unpatchify
 from pipeline.errors import plural
 from pipeline.training.config import EngineConfig
 from pipeline.training.kernels import compile_model

@@ -23,9 +23,9 @@ from models import create_model
 from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.patches import patchify
 from pipeline.data.loading.processes import ProcessLoader
 from pipeline.data.loading.upload import Upload
+from pipeline.data.patches import patchify
 from pipeline.hardware import peak_flops
 from pipeline.training.engine import micro_losses
 from pipeline.transfer.finetune import Examples, Execution, FineTuning

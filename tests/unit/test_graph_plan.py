@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.data.address import shares
+from pipeline.address import shares
 from pipeline.data.format import open_dataset, revisions
 from pipeline.errors import Unavailable, UserError
 from pipeline.graph import file, fingerprints, runner, state

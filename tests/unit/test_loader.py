@@ -18,9 +18,9 @@ from pipeline.data import Loader, open_dataset
 from pipeline.data.codecs import decode_stored
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.order import AUGMENT, Order, uniform
-from pipeline.data.loading.patches import kept_tokens, patchify
+from pipeline.data.loading.order import AUGMENT, Order, kept_tokens, uniform
 from pipeline.data.loading.transform import augment_image
+from pipeline.data.patches import patchify
 from pipeline.errors import UserError
 from tests.datasets import first_batches
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import Loader, address, open_dataset
+from pipeline import address
+from pipeline.data import Loader, open_dataset
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.mixed_order import MixedOrder, turns

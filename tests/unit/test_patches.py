@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
+from pipeline.data.loading.order import kept_tokens
+from pipeline.data.patches import patchify, unpatchify
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 3]))

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import lease, storage, workqueue
+from pipeline import lease, revision_names, storage, workqueue
 from pipeline.data import Loader, open_dataset
-from pipeline.data.format import revision_names, write_dataset
+from pipeline.data.format import write_dataset
 from pipeline.data.format.deleted import write_deleted
 from pipeline.data.format.revisions import publish, successor
 from pipeline.data.format.verify import verify_dataset

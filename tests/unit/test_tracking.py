@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pipeline.address import data_name
 from pipeline.credentials import redacted
-from pipeline.data.address import data_name
 from pipeline.errors import UserError
 from pipeline.tracking import environment, names, resolve_tracking_uri, server, start_run
 from pipeline.tracking import run as run_module

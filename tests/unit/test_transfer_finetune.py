@@ -11,7 +11,7 @@ import torch
 from models import create_model
 from pipeline.data import open_dataset
 from pipeline.data.format import write_dataset
-from pipeline.data.loading.patches import patchify
+from pipeline.data.patches import patchify
 from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
 from pipeline.transfer.finetune import Examples, Execution, FineTuning

@@ -19,8 +19,8 @@ from pipeline.data.duplicates.hashes import VIEW, Hashes, compare_bits, hash_ima
 from pipeline.data.duplicates.verification import Agreement, compare_views, small_copy
 from pipeline.data.format import MANIFEST, open_dataset
 from pipeline.data.format.describe import thumbnail
-from pipeline.data.format.revision_names import split_address
 from pipeline.errors import UserError
+from pipeline.revision_names import split_address
 
 MAX_PROPOSALS = 8  # evaluation images that are compared in detail with one image
 MAX_ENTRIES = 256  # views per join key that are compared

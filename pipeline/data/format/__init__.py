@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from pipeline import lazy
 from pipeline.data.format.constants import (
-    MANIFEST,
     MAX_ROW_GROUP_BYTES,
     REJECTS,
     ROW_GROUP_BYTES,
@@ -32,6 +31,7 @@ from pipeline.data.format.constants import (
     UNLABELLED,
     Encoding,
 )
+from pipeline.revision_names import MANIFEST
 
 if TYPE_CHECKING:
     from pipeline.data.format.dataset import Dataset, open_dataset

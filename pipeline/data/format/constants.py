@@ -3,7 +3,6 @@
 from typing import Literal
 
 VERSION = 4
-MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 UNLABELLED = -1
 ROW_GROUP_BYTES = 16 << 20

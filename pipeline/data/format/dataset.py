@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.format.checksum import checksum
-from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import RowGroup, parse_row_group
 from pipeline.data.format.revisions import read_manifest
 from pipeline.errors import UserError, plural
+from pipeline.revision_names import MANIFEST
 
 # One row group: shard number, group number in it, rows, first byte, first byte of the image values, end byte, checksum.
 ROW_GROUP = np.dtype(

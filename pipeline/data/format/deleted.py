@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.revision_names import DELETED, report_name
 from pipeline.errors import UserError
+from pipeline.revision_names import DELETED, report_name
 
 COLUMN = "key_hash"
 

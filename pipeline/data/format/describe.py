@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.codecs import decode_stored
 from pipeline.data.format.dataset import Dataset, open_dataset
-from pipeline.data.loading.patches import unpatchify
+from pipeline.data.patches import unpatchify
 from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
 

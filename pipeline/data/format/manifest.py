@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.format.constants import MANIFEST, VERSION, Encoding
+from pipeline.data.format.constants import VERSION, Encoding
 from pipeline.errors import UserError
+from pipeline.revision_names import MANIFEST
 
 Label = int | Sequence[int]
 

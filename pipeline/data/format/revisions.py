@@ -16,10 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.format.constants import MANIFEST
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.revision_names import REPORTS, manifest_uri, name_of, report_name, split_address
 from pipeline.errors import UserError, shorten
+from pipeline.revision_names import MANIFEST, REPORTS, manifest_uri, name_of, report_name, split_address
 
 _OLDER = re.compile(r"manifest@([1-9][0-9]{0,5})\.json")
 

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.format.checksum import checksum
-from pipeline.data.format.constants import MANIFEST, REJECTS
+from pipeline.data.format.constants import REJECTS
 from pipeline.data.format.dataset import Dataset, open_dataset, wrong_ranges
 from pipeline.data.format.deleted import read_deleted, verify_deleted
 from pipeline.data.format.manifest import Shard, content_fingerprint
 from pipeline.data.format.pages import locate_page
-from pipeline.data.format.revision_names import is_of_later_revision, report_name, split_address
 from pipeline.data.format.revisions import find_datasets, known_files, revisions
 from pipeline.errors import plural
+from pipeline.revision_names import MANIFEST, is_of_later_revision, report_name, split_address
 
 CHUNK = 16 << 20
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.format.checksum import checksum
-from pipeline.data.format.constants import MANIFEST, REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
+from pipeline.data.format.constants import REJECTS, ROW_GROUP_BYTES, SHARD_BYTES, UNLABELLED, Encoding
 from pipeline.data.format.manifest import Label, Manifest, Receipt, Reject, Schema, Shard, content_fingerprint
 from pipeline.errors import UserError, plural
+from pipeline.revision_names import MANIFEST
 
 MAX_ROWS_PER_GROUP = 2048  # bounds memory for tiny images: a row takes a few KB in addition to its bytes
 

@@ -26,11 +26,11 @@ from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.batch import Batch, label_tensor
 from pipeline.data.loading.memory import BatchMemory
 from pipeline.data.loading.mixed_order import MixedOrder
-from pipeline.data.loading.order import AUGMENT, MIXUP, Order, Read, check_layout, default_lanes, uniform
-from pipeline.data.loading.patches import kept_tokens, patchify, unpatchify
+from pipeline.data.loading.order import AUGMENT, MIXUP, Order, Read, check_layout, default_lanes, kept_tokens, uniform
 from pipeline.data.loading.reader import Reader
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.mixture import Mixture, check_samples, smallest
+from pipeline.data.patches import patchify, unpatchify
 from pipeline.data.scratch import scratch
 from pipeline.errors import UserError, plural
 

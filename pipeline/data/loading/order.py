@@ -228,3 +228,15 @@ class Order:
         first = begins // window * window
         last = np.minimum(-(-ends // window) * window, self.lane_size) - 1
         return groups, lane, first, last
+
+
+def kept_tokens(seed: int, epoch: int | np.ndarray, samples: np.ndarray, num_tokens: int, keep: float) -> np.ndarray:
+    """The indices of the patches that each sample keeps: int64 (B, n), ascending, n = round(keep * N), at least 1.
+
+    The result depends only on (seed, epoch, sample index) and is uniform over all subsets of n patches. epoch: one
+    number, or that of each sample.
+    """
+    n = max(1, round(keep * num_tokens))
+    epochs = np.broadcast_to(epoch, np.shape(samples))[:, None]
+    draws = bits(seed, TOKENS, epochs, np.asarray(samples)[:, None], np.arange(num_tokens))
+    return np.sort(np.argsort(draws, axis=1, kind="stable")[:, :n], axis=1).astype(np.int64)

@@ -7,11 +7,11 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.codecs import BadImage, decode_stored, extensions, is_image_name
-from pipeline.data.format.revision_names import manifest_uri
 from pipeline.data.loading.augment import Augment
-from pipeline.data.loading.patches import unpatchify
 from pipeline.data.loading.transform import augment_image
+from pipeline.data.patches import unpatchify
 from pipeline.errors import UserError
+from pipeline.revision_names import manifest_uri
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset

@@ -19,13 +19,13 @@ from pipeline.data.format import MANIFEST, REJECTS, Manifest, Shard, ShardWriter
 from pipeline.data.format.dataset import open_dataset
 from pipeline.data.format.deleted import digest_of, read_deleted, write_deleted
 from pipeline.data.format.manifest import Receipt, content_fingerprint
-from pipeline.data.format.revision_names import is_report, name_of, report_name, shard_prefix, split_address
 from pipeline.data.format.revisions import find_datasets, known_files, publish, revisions, successor
 from pipeline.data.format.verify import key_hash
 from pipeline.data.prepare.change import DELETE, begin, lock_datasets, refuse_unfinished
 from pipeline.data.prepare.config import WORK
 from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
+from pipeline.revision_names import is_report, name_of, report_name, shard_prefix, split_address
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)

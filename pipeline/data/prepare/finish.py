@@ -21,7 +21,6 @@ from pipeline.data.format import (
 )
 from pipeline.data.format.deleted import read_deleted, write_deleted
 from pipeline.data.format.manifest import content_fingerprint
-from pipeline.data.format.revision_names import report_name
 from pipeline.data.format.revisions import known_files, publish, revisions, successor
 from pipeline.data.prepare.append import history_entry, joined, reports_without
 from pipeline.data.prepare.config import identity
@@ -30,6 +29,7 @@ from pipeline.data.prepare.remove import deduplicated_name
 from pipeline.data.prepare.retry import temporary_keys, without_retried
 from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError, plural
+from pipeline.revision_names import report_name
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from pipeline import storage
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, ShardWriter, open_dataset
-from pipeline.data.format.revision_names import shard_prefix
 from pipeline.data.prepare.append import Append, join_labels
 from pipeline.data.prepare.change import APPEND, DELETE
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, LISTINGS, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
 from pipeline.errors import UserError, plural
+from pipeline.revision_names import shard_prefix
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from pipeline import config as configuration
 from pipeline import storage
-from pipeline.data.address import data_name
+from pipeline.address import data_name
 from pipeline.data.duplicates.report import PAIRS
 from pipeline.data.format import REJECTS, Manifest
-from pipeline.data.format.revision_names import report_name
+from pipeline.revision_names import report_name
 from pipeline.tracking import Run, names, start_run
 from pipeline.tracking.description import Description
 

@@ -18,7 +18,7 @@ from pipeline.data.duplicates.hashes import ROW, VIEW, hash_image, pack_hashes
 from pipeline.data.duplicates.report import attach_pictures
 from pipeline.data.format import ShardWriter
 from pipeline.data.format.verify import key_hash
-from pipeline.data.loading.patches import unpatchify
+from pipeline.data.patches import unpatchify
 from pipeline.data.prepare import retry
 from pipeline.data.prepare.config import PrepareConfig
 from pipeline.data.prepare.plan import PreparePlan

@@ -8,12 +8,11 @@ import urllib.parse
 import uuid
 from typing import TYPE_CHECKING
 
-from pipeline import storage
+from pipeline import address, storage
 from pipeline.credentials import redacted
-from pipeline.data import address
-from pipeline.data.format.revision_names import manifest_uri
 from pipeline.errors import UserError
 from pipeline.operations.doctor.finding import CheckResult, error, ok, refused, warning
+from pipeline.revision_names import manifest_uri
 from pipeline.stores import kind_of
 
 if TYPE_CHECKING:

@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pipeline import address, storage
 from pipeline import config as configuration
-from pipeline import storage
-from pipeline.data import address
-from pipeline.data.format.revision_names import manifest_uri
 from pipeline.errors import UserError, plural
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.table import hours_text, table
+from pipeline.revision_names import manifest_uri
 from pipeline.training.config import PretrainConfig
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
-"""Names of the revisions of a dataset and of their files (revisions.py). Imports no library, as --help needs it."""
+"""Names of the revisions of a dataset and of their files (pipeline/data/format/revisions.py).
+
+Imports no library, because --help needs it."""
 
 import re
 
 from pipeline import storage
-from pipeline.data.format.constants import MANIFEST
 
+MANIFEST = "manifest.json"
 DELETED = "deleted.parquet"
 REPORTS = ("rejects.parquet", "duplicates.parquet", "duplicates.png", DELETED)
 _ADDRESS = re.compile(r"(.*[^/])@([1-9][0-9]{0,5})")
