@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 
 from pipeline import config, storage
+from pipeline.errors import UserError
 from pipeline.operations.planning.config import PlanConfig
 from pipeline.outputs import check_output
 from pipeline.training.recipes import RECIPES, PretrainConfig
@@ -42,6 +43,17 @@ def command(recipe: Callable[[], PretrainConfig]) -> Callable[[], Command]:
     return make
 
 
+def _check_file(uri: str) -> None:
+    """Raises UserError for a plot that cannot be written."""
+    place = storage.normalise(uri)
+    folder = os.path.dirname(place)
+    if not place.endswith(".png"):
+        raise UserError(f"--scaling {uri}: the file name must end in .png")
+    check_output(folder, "scaling")
+    if not storage.is_remote(place) and not os.path.isdir(folder):
+        raise UserError(f"--scaling {uri}: there is no folder {folder}; create it, or correct the name")
+
+
 def main(argv: list[str]) -> None:
     recipes = {name: command(recipe) for name, recipe in RECIPES.items()}
     options, _, recipe = config.parse_recipe(
@@ -51,7 +63,7 @@ def main(argv: list[str]) -> None:
     from pipeline.operations.planning.table import table
 
     if options.scaling:
-        check_output(os.path.dirname(storage.normalise(options.scaling)), "scaling")
+        _check_file(options.scaling)
     result = plan(options, recipe)
     if options.scaling:
         from pipeline.operations import scaling

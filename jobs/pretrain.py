@@ -11,16 +11,14 @@ the plan and exits. Repeating a command continues its run from the last complete
 checkpoint, on any number of workers.
 """
 
-import argparse
-
-from pipeline import cluster, logs
+from pipeline import cluster, help, logs
 from pipeline.config import diff, parse_recipe, run_job
 from pipeline.errors import UserError
 from pipeline.training.recipes import RECIPES
 
 
 def main(argv: list[str]) -> int:
-    repair = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    repair = help.ArgumentParser(add_help=False)
     repair.add_argument("--repair")
     repair.add_argument("--delete", action="store_true")
     wanted, argv = repair.parse_known_args(argv)

@@ -8,12 +8,12 @@ A config is a frozen dataclass. A recipe is a function that returns a config, of
 Precedence, lowest first: recipe (`--recipe NAME`) or saved config (`--config FILE.yaml`), then flags.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import errno
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -24,7 +24,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -53,9 +53,8 @@ def parse_recipe(
     """The config for a command line, the recipe config before any overrides, and the name of the recipe.
 
     --help, --help-all and --list-recipes print their text and raise SystemExit(0). Raises UserError for an unknown flag
-    or recipe (the message suggests the nearest one) and for a bad --config file; SystemExit(2) for a value of the wrong
-    type."""
-    base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    or recipe (the message suggests the nearest one), for a value of the wrong type and for a bad --config file."""
+    base = help.ArgumentParser(add_help=False)
     base.add_argument("--recipe", default=None)
     base.add_argument("--config", default=None)
     base.add_argument("-h", "--help", action="store_true")
@@ -78,25 +77,35 @@ def parse_recipe(
         print(help.help_text(start, prog=prog, description=description, **about), end="")
         raise SystemExit(0)
     help.check_flags(flags, start)
-    import tyro  # imported late: too slow for --help
-
-    return tyro.cli(type(start), prog=prog, description=description, args=flags, default=start), recipe_config, name
+    return _from_flags(type(start), flags, prog=prog, default=start), recipe_config, name
 
 
 def parse_command(argv: list[str], command: type[Config], *, prog: str, description: str) -> Config:
     """The flags of a job that has no recipes, as an instance of the dataclass `command`.
 
-    --help prints its text and raises SystemExit(0). Raises UserError for an unknown or missing flag;
-    SystemExit(2) for a value of the wrong type.
+    --help prints its text and raises SystemExit(0). Raises UserError for an unknown or missing flag, and for a value of
+    the wrong type.
     """
     flags = credentials.take_from_arguments(argv)
     if {"-h", "--help", "--help-all"} & set(flags):
         print(help.help_text(command, prog=prog, description=description, everything="--help-all" in flags), end="")
         raise SystemExit(0)
     help.check_flags(flags, command)
+    return _from_flags(command, flags, prog=prog)
+
+
+def _from_flags(cls: type[Config], flags: Sequence[str], **options: Any) -> Config:
+    """The config that tyro makes of the flags. Raises UserError with the text of the error that tyro prints in a box."""
     import tyro  # imported late: too slow for --help
 
-    return tyro.cli(command, prog=prog, description=description, args=flags)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, args=flags, **options)
+    except SystemExit as ended:
+        if ended.code != 2:
+            raise
+        raise UserError(f"{help.error_in_box(printed.getvalue())}; --help-all lists the flags") from None
 
 
 def _read_config(uri: str) -> str:

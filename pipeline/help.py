@@ -1,14 +1,16 @@
-"""--help, --help-all, --list-recipes and the error for an unknown flag, for all jobs. Imports neither tyro nor torch.
+"""--help, --help-all, --list-recipes and the errors of command lines, for all jobs. Imports neither tyro nor torch.
 
 tyro's own help is not used: it shows all flags at once, does not support recipes, and is slow to import. The help of a
 flag is the string below the field in its config class."""
 
+import argparse
 import ast
 import dataclasses
 import difflib
 import functools
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -267,6 +269,25 @@ def check_flags(arguments: Iterable[str], config: Any) -> None:
         given = any(argument.partition("=")[0].replace("_", "-") == f"--{name}" for argument in arguments)
         if option.required and not option.positional and not given:
             raise UserError(f"--{name} is required ({option.text.rstrip('.')}); --help shows the command")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors of one line, instead of a page of usage. Without abbreviations of flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def error_in_box(printed: str) -> str:
+    """The error of tyro as one line, from the box in which tyro prints it with the help of the flag."""
+    inside = (line.strip("│ ") for line in printed.splitlines() if line.startswith("│"))
+    text = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), inside)).rstrip(".")
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
+    return text.removeprefix("Error parsing ") or " ".join(printed.split())
 
 
 def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:

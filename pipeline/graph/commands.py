@@ -19,6 +19,7 @@ from pipeline.graph import estimate, file, instances, rayjobs, report, runner, s
 from pipeline.graph.executor import Executor
 from pipeline.graph.plan import DONE, RUNNING, Plan, Status
 from pipeline.graph.recipes import RECIPES
+from pipeline.help import ArgumentParser
 from pipeline.outputs import check_output, refuse_package_folder
 
 logger = logging.getLogger(__name__)
@@ -77,15 +78,8 @@ def _page(command: str, description: str) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as in the other jobs, instead of a page of usage."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"jobs/pipeline.py {command}", allow_abbrev=False, add_help=False)
+    parser = ArgumentParser(prog=f"jobs/pipeline.py {command}", add_help=False)
     if with_file:
         parser.add_argument("file", help="Pipeline file: .yaml, or .py with a function `pipeline`.")
     parser.add_argument(
@@ -137,7 +131,7 @@ def _parser(command: str, with_file: bool) -> argparse.ArgumentParser:
 
 def parse(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options of a command line and the parameters of its recipe. Raises UserError for an invalid command line."""
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = ArgumentParser(add_help=False)
     first.add_argument("--recipe")
     recipe = first.parse_known_args(words)[0].recipe
     if recipe is None:
@@ -173,7 +167,7 @@ def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 def _parameters(function: Callable[..., file.Pipeline], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Splits the words into the parameters of a recipe and the rest."""
     hints = typing.get_type_hints(function)
-    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser = ArgumentParser(add_help=False)
     for name in inspect.signature(function).parameters:
         kinds = [k for k in typing.get_args(hints[name]) or (hints[name],) if k is not types.NoneType]
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kinds[0], default=argparse.SUPPRESS)

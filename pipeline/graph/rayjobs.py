@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from typing import Any
 
 from pipeline import cluster, storage
-from pipeline.errors import JobFailed, UserError
+from pipeline.errors import TRY_LATER, Unavailable, UserError
 from pipeline.graph.executor import Attempt, Ended, last_error
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class RayJobs:
     def __init__(self, address: str | None) -> None:
         """address: http(s)://host:port of the job server; auto, or None inside a submitted job, means RAY_ADDRESS.
 
-        Raises UserError if the server cannot be reached or refuses access.
+        Raises UserError if the server cannot be reached or refuses access, Unavailable if it is restarting.
         """
         from ray.job_submission import JobSubmissionClient  # takes seconds to import
 
@@ -48,12 +49,15 @@ class RayJobs:
             self._client = JobSubmissionClient()
             self._client.list_jobs()
         except Exception as error:  # Ray raises RuntimeError, ConnectionError and others
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
+            first = _first(error) or type(error).__name__
+            kind = Unavailable if _is_restarting(error) else UserError
+            raise kind(
                 f"no Ray job server at {address or 'this cluster'}: {first}; check the address (http://HEAD:8265), and "
                 "export RAY_AUTH_MODE=token with the cluster's token when it uses token authentication"
             ) from error
         self._away_since: float | None = None
+        self._uncertain: dict[str, str] = {}
+        """{job: error} of submissions without an answer: the server may have accepted them."""
         self._environment: dict[str, Any] | None = None
 
     def start(self, attempt: Attempt) -> None:
@@ -76,10 +80,9 @@ class RayJobs:
             )
         except Exception as error:
             if not self._exists(attempt.job):
-                if isinstance(error, OSError):
-                    self._is_away(error)  # the next call of look does not find the job, and it is submitted again
-                    return
-                raise UserError(f"the cluster does not accept the stage {attempt.title}: {error}") from error
+                if not isinstance(error, OSError) and not _is_restarting(error):
+                    raise UserError(f"the cluster does not accept the stage {attempt.title}: {error}") from error
+                self._uncertain[attempt.job] = _first(error)
 
     def _exists(self, job: str) -> bool:
         try:
@@ -91,14 +94,16 @@ class RayJobs:
     def look(self, job: str, log: str) -> Ended | None:
         """Returns the end of an attempt; None while it is running or the server does not answer.
 
-        Raises JobFailed if the server does not answer for `PATIENCE` seconds.
+        Raises Unavailable if the server does not answer for `PATIENCE` seconds.
         """
         from ray.job_submission import JobStatus
 
         try:
             info = self._client.get_job_info(job)
         except RuntimeError as error:
-            if "does not exist" in str(error) or "404" in str(error):
+            if "does not exist" in str(error) or "status code 404" in str(error):
+                if job in self._uncertain:
+                    return Ended(code=TRY_LATER, reason=f"the cluster did not accept it: {self._uncertain.pop(job)}")
                 return Ended(code=None, reason="the cluster does not know the job; its head was restarted")
             self._is_away(error)
             return None
@@ -135,7 +140,7 @@ class RayJobs:
             self._away_since = now
             logger.warning("the job server does not answer (%s); waiting for it", _first(error))
         if now - self._away_since > PATIENCE:
-            raise JobFailed(
+            raise Unavailable(
                 f"the job server has not answered for {PATIENCE / 60:.0f} minutes ({_first(error)}); the same command "
                 "continues when it is back"
             )
@@ -147,6 +152,11 @@ class RayJobs:
 
     def forget(self, job: str) -> None:
         """Does nothing: the cluster keeps a list of its jobs."""
+
+
+def _is_restarting(error: Exception) -> bool:
+    """Whether a proxy reports that the job server is away, or the server that its agent is not ready."""
+    return bool(re.search(r"status code 50[234]\b|\b50[234] Server Error|No available agent", str(error)))
 
 
 def _first(error: Any) -> str:

@@ -409,8 +409,11 @@ class Runner:
             self.executor.stop(running.job)
         until = time.monotonic() + STOP_GRACE
         while self.running and time.monotonic() < until:
-            for name in list(self.running):
-                self._look(name)
+            try:
+                for name in list(self.running):
+                    self._look(name)
+            except Unavailable:  # the stages continue without this runner; the next one finds them
+                break
             self._save()
             time.sleep(self.executor.pause)
         self._dirty = True

@@ -14,6 +14,7 @@ from typing import NoReturn
 from pipeline import config
 from pipeline.credentials import redacted
 from pipeline.errors import UserError, plural
+from pipeline.help import ArgumentParser
 from pipeline.tracking.delivery import deliver_all
 from pipeline.tracking.spool import Spool, SpoolFolders, find_spools, spool_root
 
@@ -21,7 +22,7 @@ REASONS = 10  # maximum number of refused records to list for each run
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m pipeline.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["ui", "list", "upload"])

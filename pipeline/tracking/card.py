@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import address, storage
-from pipeline.errors import UserError, plural
+from pipeline.errors import Unavailable, UserError, plural
 from pipeline.revision_names import manifest_uri
 from pipeline.tracking import names
 
@@ -30,7 +30,8 @@ class CardFacts:
 
 
 def collect_facts(checkpoint: str, commit: Mapping[str, Any], recipe: str = "", run_id: str = "") -> CardFacts:
-    """Reads config.json of a checkpoint and the manifests of the data that it was trained and validated on."""
+    """Reads config.json of a checkpoint and the manifests of the data that it was trained and validated on. Raises
+    Unavailable if a store is away: the card would say that these files cannot be read."""
     config = _read(storage.join(checkpoint, "config.json"))
     runtime = _runtime(config)
     manifests = {role: _manifest(str(runtime[role])) if runtime.get(role) else {} for role in ("data", "validation")}
@@ -67,6 +68,8 @@ def _manifest(text: str) -> dict[str, Any]:
 def _read(uri: str) -> dict[str, Any]:
     try:
         values = storage.read_json(uri)
+    except Unavailable:
+        raise
     except (OSError, UserError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -326,13 +326,14 @@ def record_evaluation(
 
 def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], uri: str | None) -> None:
     """Updates the model card with new scores, if the checkpoint can still be read."""
-    try:
-        commit = storage.read_json(storage.join(version.checkpoint, "COMMIT.json"))
-    except (OSError, UserError):
-        return
     mlflow, number = client(resolve_tracking_uri(uri)), str(version.version)
     recipe = mlflow.get_model_version(version.name, number).tags.get(names.RECIPE, "")
-    facts = collect_facts(version.checkpoint, commit, recipe, version.run_id)
+    try:
+        commit = storage.read_json(storage.join(version.checkpoint, "COMMIT.json"))
+        facts = collect_facts(version.checkpoint, commit, recipe, version.run_id)
+    except (OSError, UserError) as error:
+        logger.warning("the card of %s %s keeps its old scores: %s", version.name, number, error)
+        return
     card = model_card(facts, {**version.evaluations, **evaluations})
     mlflow.update_model_version(version.name, number, plain_text(card))
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import fingerprint, to_dict
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.outputs import check_output
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack_predictions
@@ -53,6 +53,8 @@ class Store:
                     if checksum and checksum != fingerprint(values):
                         raise UserError(f"{file.uri}: wrong checksum")
                     result = Result(**{k: v for k, v in values.items() if k in names})
+                except StorageError:
+                    raise
                 except (UserError, TypeError, AttributeError) as error:
                     logger.warning("%s is damaged and will be computed again (%s)", file.uri, error)
                     continue

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline import storage, workqueue
-from pipeline.errors import UserError, plural
+from pipeline.errors import Unavailable, UserError, plural
 from pipeline.logs import Progress
 from pipeline.outputs import check_output
 from pipeline.vtab import archives
@@ -129,13 +129,15 @@ def build_datasets(preparation: Preparation) -> None:
 
 
 def _build_parts(parts: dict[str, ArchivePart], receipts: workqueue.Receipts) -> dict[str, str]:
-    """Processes the parts. Returns {task: first problem}."""
+    """Processes the parts. Returns {task: first problem}. Raises Unavailable if the store is away."""
     problems: dict[str, str] = {}
     tasks = len({part.task for part in parts.values()})
     logger.info("%s, %s of archives", plural(tasks, "task"), plural(len(parts), "part"))
     with Progress("vtab", total=len(parts)) as progress:
         for outcome in workqueue.run(parts, build_part, receipts=receipts, summary=count_rows):
             task = parts[outcome.name].task
+            if isinstance(outcome.error, Unavailable):
+                raise outcome.error
             if outcome.error:  # the other parts of an incomplete archive report the same
                 problems.setdefault(task, str(outcome.error))
                 progress.advance(1, f"{task}: failed")

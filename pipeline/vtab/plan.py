@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline import storage
-from pipeline.errors import UserError, plural
+from pipeline.errors import Unavailable, UserError, plural
 from pipeline.vtab import archives, copies, tasks
 from pipeline.vtab.datasets.base import ArchiveFile, Listing, Member
 from pipeline.vtab.examples import list_examples
@@ -102,12 +102,15 @@ def by_dataset(requests: Sequence[Request]) -> list[list[Request]]:
 
 
 def plan_tasks(requests: Sequence[Request]) -> tuple[list[TaskPlan], dict[str, str]]:
-    """(plans, {task: problem}) of the tasks of one data set."""
+    """(plans, {task: problem}) of the tasks of one data set. Raises Unavailable if the store is away: that is no problem
+    of the data."""
     listings = functools.cache(lambda: _list_archives(requests[0]))
     plans, problems = [], {}
     for request in requests:
         try:
             plans.append(_plan(request, listings))
+        except Unavailable:
+            raise
         except UserError as error:
             problems[request.task] = str(error)
     return plans, problems
@@ -121,6 +124,8 @@ def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
         for split in request.splits:
             try:
                 _add(plan, split, list(_examples(plan, copies.list_split(folder, request.entry, split))))
+            except Unavailable:
+                raise
             except UserError as error:
                 plan.problems[split] = str(error)
         return plan
@@ -134,6 +139,8 @@ def _plan(request: Request, listings: Callable[[], list[Listing]]) -> TaskPlan:
                 ordered[name] = [example for listing in parts for example in _examples(plan, listing)]
             else:
                 ordered[name] = _order(plan, [listing for listing in listings() if listing.split == name], name)
+        except Unavailable:
+            raise
         except UserError as error:
             if layout == "archives":  # the archive is damaged or not the official one, so no split is reliable
                 raise

@@ -178,6 +178,52 @@ def test_suite_keeps_its_version_in_an_outage(store, monkeypatch):
     assert suite_version(config) == version
 
 
+@pytest.mark.parametrize("what", ["archives", "lists"])
+def test_tasks_of_vtab_have_no_problem_in_an_outage(store, vtab_raw, monkeypatch, tmp_path, what):
+    from pipeline import storage
+    from pipeline.vtab.plan import Request, plan_tasks
+
+    bucket, proxy = store
+    storage.copy_file(f"{vtab_raw}/MINIATURE.json", f"{bucket}/raw/MINIATURE.json")
+    if what == "archives":
+        storage.copy_tree(f"{vtab_raw}/dtd", f"{bucket}/raw/dtd")
+    else:
+        for split in ("train800", "val200", "test"):
+            storage.write_bytes(f"{bucket}/raw/dtd/{split}.txt", b"a.jpg 0")
+    request = Request(task="dtd", raw=f"{bucket}/raw", output=str(tmp_path), splits=("train800", "test"), verify=False)
+    assert plan_tasks([request])[1] == {}
+    monkeypatch.setenv("VIT_STORE_PATIENCE", "0.3")
+    proxy.fault = Outage(r"\.tar|train800\.txt", begin=1)
+    with pytest.raises(StorageError, match="no answer"):
+        plan_tasks([request])
+
+
+def test_model_card_does_not_say_in_an_outage_that_files_cannot_be_read(store, monkeypatch):
+    from pipeline.tracking.card import collect_facts
+
+    bucket, proxy = store
+    folder = checkpoints.folder(f"{bucket}/run", 7)
+    facts = collect_facts(folder, {"step": 7})
+    monkeypatch.setenv("VIT_STORE_PATIENCE", "0.3")
+    proxy.fault = Outage(r"config\.json", begin=1)
+    with pytest.raises(StorageError, match="no answer"):
+        collect_facts(folder, {"step": 7})
+    proxy.fault = lambda method, path, n: None
+    assert collect_facts(folder, {"step": 7}) == facts
+
+
+def test_results_of_a_suite_are_not_computed_again_in_an_outage(store, monkeypatch):
+    from pipeline import storage
+    from pipeline.transfer.store import Store
+
+    bucket, proxy = store
+    storage.write_bytes(f"{bucket}/scores/results/dtd/lr-0.1.json", b"{}")
+    monkeypatch.setenv("VIT_STORE_PATIENCE", "0.3")
+    proxy.fault = Outage(r"results/dtd/lr", begin=1)
+    with pytest.raises(StorageError, match="no answer"):
+        Store(f"{bucket}/scores").load_all()
+
+
 @pytest.mark.parametrize("patience", ["soon", "-1", "nan", "1e400"])
 def test_patience_that_is_no_number_of_seconds(monkeypatch, patience):
     from pipeline import retry

@@ -315,6 +315,17 @@ def test_an_output_below_a_file_is_one_line_before_any_work(command, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [("plots/a.png", "there is no folder {folder}/plots; create it, or"), ("a.pdf", "the file name must end in .png")],
+)
+def test_a_plot_that_cannot_be_written_is_one_line_and_makes_no_folder(file, why, tmp_path):
+    place = str(tmp_path / file)
+    with pytest.raises(UserError, match=re.escape(f"--scaling {place}: {why.format(folder=tmp_path)}")):
+        main_of("plan")(["--recipe", "b16_imagenet", "--scaling", place])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_cannot_be_written_whole_is_named_and_leaves_nothing(tmp_path):
     """A limit on the file size of the process simulates a full disk."""
     code = "import resource, signal, sys; from pipeline import storage; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

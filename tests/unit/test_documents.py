@@ -1,5 +1,6 @@
 """README and docs/: links are valid, generated pages are complete, the Python examples and the notebook run."""
 
+import ast
 import json
 import os
 import re
@@ -34,6 +35,27 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page.name} links to {target}{anchor}"
+
+
+def functions(module: Path) -> set[str]:
+    return {item.name for item in ast.parse(module.read_text()).body if isinstance(item, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_a_page_names_exist(page):
+    module = None
+    for file, name in re.findall(r"`((?:[\w/]+/)?test_\w+\.py)?(?:::(test_\w+))?`", page.read_text()):
+        if file:
+            module = next((path for path in ROOT.glob("tests/**/test_*.py") if str(path).endswith(f"/{file}")), None)
+            assert module, f"{page.name} names {file}"
+        assert not name or name in functions(module), f"{page.name} names {name}"
+
+
+def test_every_fault_of_the_guide_names_its_test():
+    table = (ROOT / "docs" / "operating.md").read_text().partition("\n## Faults\n")[2]
+    rows = re.findall(r"^\| (.+) \|$", table, re.MULTILINE)[2:]
+    assert len(rows) > 30
+    assert [row for row in rows if not re.search(r"\| `(unit|integration|e2e)/test_\w+\.py(::test_\w+)?`", row)] == []
 
 
 def test_the_site_builds_without_a_dead_link(tmp_path):

@@ -94,6 +94,26 @@ def test_near_misses_get_one_line(argv, answer):
     assert len(str(caught.value)) < 120
 
 
+@pytest.mark.parametrize(
+    ("job", "argv", "answer"),
+    [
+        ("plan", ["--gpus", "eight"], "--gpus: 'eight' is not a whole number; "),
+        ("pretrain", ["--optimizer.lr", "big"], "--optimizer.lr: 'big' is not a number; "),
+        ("pretrain", ["--engine.precision", "fp8"], "invalid choice 'fp8' for argument '--engine.precision'. "),
+        ("pretrain", ["--steps"], "Missing value for argument '--steps'. "),
+        ("pretrain", ["demo"], "Unrecognized options: demo; "),
+        ("pretrain", ["--recipe"], "argument --recipe: expected one argument; "),
+        ("prepare", ["describe"], "Missing from jobs/prepare.py describe: "),
+        ("pipeline", ["run", "a.yaml", "--parallel", "two"], "argument --parallel: invalid int value: 'two'; "),
+    ],
+)
+def test_a_wrong_value_gets_one_line(job, argv, answer):
+    done = subprocess.run([sys.executable, JOBS / f"{job}.py", *argv], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {answer}")
+    assert done.stderr.count("\n") == 1
+
+
 SLOW_TO_IMPORT = {
     *(
         "PIL",

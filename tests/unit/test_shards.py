@@ -153,6 +153,26 @@ def test_an_exception_leaves_no_half_shard(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pipeline.data.format import Schema, ShardWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+with ShardWriter(sys.argv[1], "00000", Schema(classes=["a"]), row_group_bytes=2_000) as writer:
+    for i in range(10):
+        writer.write(str(i), bytes(1_000), 0, 1, 1)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 3_000, 11_000])  # nothing fits, some row groups, all of them without the footer
+def test_a_full_disk_leaves_no_half_shard(tmp_path, limit):
+    """A limit on the file size of the process simulates a full disk."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels_outside_the_classes_are_a_bug(tmp_path):
     writer = ShardWriter(str(tmp_path), "00000", Schema(classes=["a"]))
     with pytest.raises(ValueError, match="outside the 1 class"):

@@ -1,5 +1,6 @@
 """Writes rows to shards and finishes datasets."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -190,15 +191,23 @@ class ShardWriter:
 
     def close(self) -> Receipt:
         """Writes the remaining rows. Returns the receipt."""
-        self.end_row_group()
-        self._finish_shard()
+        try:
+            self.end_row_group()
+            self._finish_shard()
+        except BaseException:
+            self.abort()
+            raise
         return self.receipt
 
     def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            os.remove(self._path)
+        """Removes the unfinished shard."""
+        with contextlib.suppress(OSError):  # a full disk, on which the footer cannot be written either
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
+        if self._path:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self._path)
 
 
 @functools.cache
