@@ -141,15 +141,28 @@ def connect() -> None:
                 f"Ray does not start on this machine: {first}; is it very busy, or its memory or disk full? Its logs are in "
                 "/tmp/ray/session_latest/logs"
             ) from error
-        raise UserError(
-            f"cannot join Ray at {address or 'this job'}: {error}; check the address, and export RAY_AUTH_MODE=token "
-            "with the cluster's token when it uses token authentication"
-        ) from error
+        raise UserError(_why_not_joined(address, error)) from error
     protect_token()
     if address or is_ray_job():
         log_waiting({"CPU": 1})  # a head without CPUs and without other nodes would wait silently
     resources = ray.cluster_resources()
     logger.info("ray: %s, %g CPUs, %g GPUs", what, resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def _why_not_joined(address: str | None, error: Exception) -> str:
+    """One line about a cluster that cannot be joined, with the remedy."""
+    given = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address or "this job"
+    if given.startswith(("http://", "https://")):
+        source = " (RAY_ADDRESS)" if address == "auto" else ""
+        return (
+            f"cannot join Ray at {given}{source}: this is the address of its job server; start the command as a Ray job, "
+            "with `ray job submit --working-dir . --` before it and without --address"
+        )
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return (
+        f"cannot join Ray at {given}: {first}; check the address, and export RAY_AUTH_MODE=token with the cluster's "
+        "token when it uses token authentication"
+    )
 
 
 def report_message(message: str) -> None:

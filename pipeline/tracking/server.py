@@ -162,15 +162,22 @@ def _connect_once(uri: str) -> None:
 
 @contextlib.contextmanager
 def global_server(uri: str) -> Iterator[None]:
-    """Temporarily makes the server MLflow's global one, which some functions of MLflow use regardless of the client."""
+    """Temporarily makes the server MLflow's global one, which some functions of MLflow use regardless of the client.
+
+    MLflow also writes its global server to MLFLOW_TRACKING_URI, so the variable is restored, too: `resolve_tracking_uri`
+    depends on whether the user has set it."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(mlflow_address(uri))
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+        if variable is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 # ---------------------------------------------------------------- experiments and runs

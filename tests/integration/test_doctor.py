@@ -485,6 +485,20 @@ def test_the_job_on_this_machine(dataset, tmp_path):
     assert examine("--dta", dataset).returncode == 2
 
 
+@pytest.mark.parametrize(("flag", "variable"), [("auto", "http://127.0.0.1:8265"), ("http://127.0.0.1:8265", None)])
+def test_the_address_of_a_job_server_is_not_that_of_a_cluster(home, monkeypatch, flag, variable):
+    """What happens to a job that is started in the shell that submits jobs."""
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    cluster.configure(flag)
+    try:
+        with pytest.raises(UserError, match=r"8265.*job server.*ray job submit") as refused:
+            cluster.connect()
+    finally:
+        cluster.configure()
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.slow
 def test_the_job_on_every_node_of_a_cluster(dataset, tmp_path):
     from ray.cluster_utils import Cluster
@@ -509,7 +523,7 @@ def test_the_job_on_every_node_of_a_cluster(dataset, tmp_path):
         assert fits.returncode == 0, answer
         (room,) = [finding for finding in answer["findings"] if finding["check"] == "room"]
         assert room["message"] == "2 workers of 1 CPU fit now"
-        assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"1 node"}  # two of one address
+        assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"all 2 nodes"}
         never = examine(*arguments, "--cpus-per-worker", "2")
         assert "2 workers of 2 CPU: the current nodes have capacity for 0" in never.stdout
     finally:

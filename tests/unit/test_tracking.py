@@ -779,3 +779,16 @@ def test_checkpoints_and_models_have_names():
     assert checkpoint_name("random:runs/b16/checkpoints/step-00000528") == "random weights like b16 step 528"
     assert model_name("demo", "runs/demo/data/train") == "demo"
     assert model_name("demo", "s3://bucket/photos/train") == "demo-photos"
+
+
+@pytest.mark.parametrize("given", [None, "sqlite:////elsewhere/mlflow.db"])
+def test_the_global_server_of_mlflow_changes_no_later_address(uri, monkeypatch, given):
+    """MLflow writes its global server to MLFLOW_TRACKING_URI, where the next job would take it for the user's choice."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    before = resolve_tracking_uri()
+    with server.global_server(uri):
+        assert os.environ["MLFLOW_TRACKING_URI"] == uri
+    assert os.environ.get("MLFLOW_TRACKING_URI") == given
+    assert resolve_tracking_uri() == before

@@ -18,13 +18,14 @@ def everywhere(check: Callable[[], Sequence[CheckResult]]) -> list[CheckResult]:
     environment = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
     task = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(_plain)
     asked = {
-        node["NodeManagerAddress"]: task.options(
+        node["NodeID"]: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(check)
         for node in nodes
     }
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     by_content: dict[tuple, list[str]] = {}
-    for name, reference in asked.items():
+    for node, reference in asked.items():
         try:
             answers = ray.get(reference, timeout=120)
         except Exception as cause:
@@ -32,7 +33,7 @@ def everywhere(check: Callable[[], Sequence[CheckResult]]) -> list[CheckResult]:
                 dataclasses.astuple(error("node", f"no answer ({type(cause).__name__})", "look at its Ray logs"))
             ]
         for answer in answers:
-            by_content.setdefault(tuple(answer), []).append(name)
+            by_content.setdefault(tuple(answer), []).append(addresses[node])
     return [
         replace(CheckResult(**dict(zip(_FIELDS, content, strict=True))), where=_where(names, len(asked)))
         for content, names in by_content.items()
