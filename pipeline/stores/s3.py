@@ -113,7 +113,8 @@ class S3Store(ObjectStore):
 
         if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
             return f"{error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)"
-        if isinstance(error, (exceptions.ParamValidationError, exceptions.UnknownEndpointError)):
+        wrong = (exceptions.ParamValidationError, exceptions.UnknownEndpointError, exceptions.EndpointProviderError)
+        if isinstance(error, wrong):
             return f"{error}; {self.REMEDY}"
         return None
 

@@ -6,12 +6,15 @@ import functools
 import gc
 import logging
 import os
+import re
+import stat
 import urllib.parse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.credentials import redacted, take_password, with_password
 from pipeline.errors import UserError
+from pipeline.outputs import check_output
 from pipeline.tracking import names
 from pipeline.tracking.environment import PROJECT
 from pipeline.tracking.views import SHARE, experiment_tags
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
+SQLITE_HEADER = b"SQLite format 3\0"
 DATABASES = ("postgresql", "mysql", "mssql")
 CONNECT_SECONDS = 10  # timeout of the first connection to a database
 # Errors after which a record is not sent again. All other errors (connection, 5xx, 401, 403, a locked database) are
@@ -43,8 +47,8 @@ def resolve_tracking_uri(explicit: str | None = None) -> str:
 
     Call this function on the driver and pass the result to workers: Ray workers change directory, so a relative SQLite
     path would create one database per worker. A password in the address is moved to the environment
-    (`pipeline.credentials`). Raises UserError for an address that MLflow cannot use, and for SQLite in the package
-    folder of a Ray job.
+    (`pipeline.credentials`). Raises UserError for an address that no MLflow can have, for a SQLite file that cannot be
+    written, and for SQLite in the package folder of a Ray job.
     """
     uri = take_password(explicit or os.environ.get("MLFLOW_TRACKING_URI") or "")
     if not uri:
@@ -60,6 +64,7 @@ def resolve_tracking_uri(explicit: str | None = None) -> str:
                 f"tracking URI {uri}: {os.path.dirname(path)} is Ray's copy of the project, which Ray deletes; give an "
                 "absolute path outside it, or the address of a server"
             )
+        _check_database(path)
         return SQLITE + path
     scheme = uri.partition("://")[0]
     if "://" not in uri or scheme == "file":
@@ -68,7 +73,38 @@ def resolve_tracking_uri(explicit: str | None = None) -> str:
         raise UserError(
             f"tracking URI {redacted(uri)}: MLflow has no store {scheme}://; use http://, https://, sqlite:/// or postgresql://"
         )
+    _check_server(uri)
     return uri.rstrip("/")
+
+
+@functools.cache
+def _check_database(path: str) -> None:
+    """Raises UserError for a path that cannot be a SQLite database."""
+    where = f"tracking URI {SQLITE}{path}"
+    try:
+        if not os.path.lexists(path):
+            check_output(os.path.dirname(path), "tracking-uri")
+        elif os.path.isdir(path):
+            raise UserError(f"{where}: {path} is a folder; name a file in it, such as mlflow.db")
+        elif not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{where}: {path} is not a regular file; name another one")
+        else:
+            with open(path, "r+b") as file:
+                if file.read(len(SQLITE_HEADER)) not in (b"", SQLITE_HEADER):
+                    raise UserError(f"{where}: {path} is not a SQLite database; name another file")
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be written ({error.strerror}); name another file") from error
+
+
+def _check_server(uri: str) -> None:
+    """Raises UserError for an address without a host or with an impossible one."""
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        port, has_host = parts.port, bool(parts.hostname) and not re.search(r"[\s\\]", parts.netloc)
+        if parts.scheme in ("http", "https") and not (has_host and port != 0):
+            raise ValueError("no valid host name and port")
+    except ValueError as error:
+        raise UserError(f"tracking URI {redacted(uri)}: {error}; write http://HOST:PORT") from error
 
 
 def _is_in_package(path: str) -> bool:

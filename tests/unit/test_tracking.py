@@ -717,6 +717,34 @@ def test_addresses_that_mlflow_cannot_use_are_refused(tmp_path, monkeypatch):
         resolve_tracking_uri("sqlite:///mlflow.db")
 
 
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://", "no valid host name and port; write http://HOST:PORT"),
+        ("http://ex ample.com", "no valid host name and port"),
+        ("http://host:99999", "Port out of range"),
+        ("https://host:https/x", "Port could not be cast to integer"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("postgresql://db:port/mlflow", "Port could not be cast to integer"),
+        ("sqlite:///", "is a folder; name a file in it"),
+        ("sqlite:///folder", "is a folder; name a file in it"),
+        ("sqlite:////dev/null", "is not a regular file"),
+        ("sqlite:///image.png", "is not a SQLite database"),
+        ("sqlite:///image.png/mlflow.db", "is not a folder; choose another --tracking-uri"),
+        ("sqlite:////proc/mlflow.db", "cannot be written"),
+    ],
+)
+def test_addresses_that_can_never_work_are_refused_before_work(address, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "image.png").write_bytes(b"\x89PNG" + bytes(100))
+    with pytest.raises(UserError) as refused:
+        resolve_tracking_uri(address)
+    assert why in str(refused.value)
+    assert str(refused.value).startswith(("tracking URI ", "--tracking-uri "))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.png"]
+
+
 def test_a_database_that_does_not_answer_is_away_at_once(uri, caplog):
     began = time.monotonic()
     run = start_run("pretrain", "x", tracking_uri="postgresql+psycopg://me@127.0.0.1:9/mlflow")

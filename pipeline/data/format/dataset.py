@@ -121,10 +121,6 @@ class Dataset:
             self._intact[i] = checksum(data) == self.row_groups[i]["checksum"]
         return bool(self._intact[i])
 
-    def was_checked(self, i: int) -> bool:
-        """Whether row group i has matched its checksum in this process."""
-        return bool(self._intact[i])
-
     def decode_row_group(self, i: int, data: bytes | memoryview) -> RowGroup:
         """Decodes the bytes of row group i. Raises UserError naming the shard for a wrong checksum or labels outside
         the classes."""

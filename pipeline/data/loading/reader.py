@@ -71,10 +71,8 @@ class Reader:
         mapped, start = data.obj, int(self.dataset.row_groups[i]["start"]) // mmap.PAGESIZE * mmap.PAGESIZE
         if isinstance(mapped, mmap.mmap):
             mapped.madvise(mmap.MADV_WILLNEED, start, int(self.dataset.row_groups[i]["end"]) - start)
-        # Touching every page waits for the disk here, in a read thread that does not hold the interpreter lock. The first
-        # time, the checksum does so.
-        if self.dataset.was_checked(i):
-            np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
+        # Touching every page waits for the disk here, in a read thread that does not hold the interpreter lock.
+        np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
         return data
 
     def _remote_bytes(self, i: int) -> memoryview:
