@@ -94,29 +94,29 @@ TESTS = {
     ),
     "a spot node received a preemption notice": (
         "integration/test_autoscaling.py::test_a_notice_drains_the_node",
-        "integration/test_survival.py::test_preempted_node_costs_nothing",
+        "integration/test_survival.py::test_preempted_node_loses_no_step",
     ),
     # An embedded Ray dies with its driver, so this test covers both.
     "the head or the driver died": ("integration/test_survival.py::test_driver_killed",),
     "the newest checkpoint is damaged": (
-        "integration/test_training.py::test_damaged_checkpoint_is_passed_over",
+        "integration/test_training.py::test_damaged_checkpoint_is_skipped",
         "integration/test_training.py::test_repair_lists_every_checkpoint_and_removes_when_asked",
     ),
     "the object store was unavailable": (
-        "integration/test_training.py::test_uploads_go_side_by_side_and_are_repeated",
+        "integration/test_training.py::test_uploads_run_in_parallel_and_are_retried",
         "integration/test_training.py::test_full_disk_costs_one_checkpoint_and_the_next_one_is_written",
-        "integration/test_loader_s3.py::test_passing_faults_are_retried_counted_and_change_nothing",
+        "integration/test_loader_s3.py::test_temporary_faults_are_retried_and_counted_and_change_nothing",
         "integration/test_loader_s3.py::test_a_shard_that_stays_unreadable_is_named",
     ),
     "MLflow was unavailable or rejected a record": (
         "unit/test_tracking.py::test_refused_records_outlive_uploads_and_are_named_with_the_reason",
-        "integration/test_mlflow_server.py::test_server_killed_in_mid_run_and_back",
+        "integration/test_mlflow_server.py::test_server_is_killed_and_restarted_during_a_run",
         "unit/test_tracking.py::test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them",
     ),
     "prepare was killed": ("integration/test_prepare_survival.py::test_killed_at_random_moments",),
     "a list of URLs has many dead links": (
         "integration/test_prepare_urls.py::test_rejects_are_counted_by_reason_and_show_no_password",
-        "integration/test_prepare_urls.py::test_the_same_command_fetches_what_may_have_been_away_and_nothing_else",
+        "integration/test_prepare_urls.py::test_the_same_command_repeats_only_temporary_failures",
         "unit/test_downloads.py::test_retry_after_holds_for_the_whole_host",
     ),
     "some VTAB tasks failed": (
@@ -130,19 +130,19 @@ TESTS = {
         "integration/test_weights.py::test_google_files_and_registered_models_through_the_jobs",
     ),
     "out of memory": (
-        "integration/test_survival.py::test_what_would_fail_again_is_not_tried_again",
-        "integration/test_engine.py::test_options_of_the_engine_change_no_loss",
+        "integration/test_survival.py::test_permanent_failures_are_not_retried",
+        "integration/test_engine.py::test_options_of_the_engine_do_not_change_the_losses",
         "integration/test_training.py::test_other_number_of_workers_and_stage_see_the_same_samples",
     ),
-    "workers hang at 0% CPU": ("integration/test_doctor.py::test_a_stale_build_lock_is_told_from_one_that_is_held",),
+    "workers hang at 0% CPU": ("integration/test_doctor.py::test_a_stale_build_lock_is_distinguished_from_a_held_one",),
     "Ray responds with 401": ("integration/test_security.py::test_a_submission_without_the_token_is_refused",),
     "MLflow responds with 403": (
-        "integration/test_doctor.py::test_a_tracking_server_that_does_not",
+        "integration/test_doctor.py::test_a_broken_tracking_server",
         "integration/test_mlflow_server.py::test_wrong_password_and_wrong_host_are_errors_that_say_what_to_do",
     ),
     "the disk is full": (
         "integration/test_training.py::test_full_disk_costs_one_checkpoint_and_the_next_one_is_written",
-        "integration/test_evaluate.py::test_pruning_lists_first_and_deletes_when_told",
+        "integration/test_evaluate.py::test_pruning_lists_by_default_and_deletes_on_request",
     ),
 }
 

@@ -84,7 +84,7 @@ def in_seconds(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def test_a_quiet_cloud_says_nothing(metadata, monkeypatch):
+def test_without_a_notice_nothing_is_reported(metadata, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # never asked: the address is link-local
     assert preemption.aws_notice(metadata.url) is None
     assert preemption.gcp_notice(metadata.url) is None
@@ -110,7 +110,7 @@ def test_the_notices_of_compute_engine(metadata):
     assert preemption.gcp_notice(metadata.url) == preemption.Notice("Compute Engine spot: preempted", 30)
 
 
-def test_watching_goes_on_while_the_metadata_server_stutters(metadata, capsys):
+def test_watching_continues_while_the_metadata_server_fails_now_and_then(metadata, capsys):
     metadata.stutter = True
     threading.Timer(0.2, lambda: metadata.notices.update({f"{GCP}preempted": "TRUE"})).start()
     notice = preemption.watch("gcp", metadata.url, 0.02, threading.Event())
@@ -223,7 +223,7 @@ def test_a_pod_that_is_deleted_waits_until_it_is_idle(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_drains_too_and_a_cluster_that_is_gone_is_an_error(metadata):
+def test_sigterm_drains_and_a_missing_cluster_is_an_error(metadata):
     with two_nodes() as (cluster, node):
         watcher = drain(cluster.address, node, "--watch", "gcp", "--metadata", metadata.url, "--grace", "20")
         address = cluster.address

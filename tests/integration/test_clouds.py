@@ -25,7 +25,7 @@ def batches(uri: str) -> list[tuple[list[str], torch.Tensor]]:
         return [(batch["key"], batch["image"].clone()) for batch in loader]
 
 
-def test_a_dataset_is_prepared_on_a_store_as_on_disk_and_loaded_through_faults(
+def test_a_dataset_is_prepared_on_a_store_like_on_disk_and_loaded_despite_faults(
     cloud, image_folder, tmp_path, without_ray, monkeypatch
 ):
     """Each request of the loader fails once; keys and pixels are those of the dataset on disk."""

@@ -41,7 +41,7 @@ def place(tmp_path):
 
 
 @pytest.mark.parametrize("job", COMMANDS)
-def test_damaged_weights_are_refused_by(place, job):
+def test_damaged_weights_are_refused_by_every_command(place, job):
     tracking = [] if job in ("visualize", "export") else ["--tracking-uri", f"sqlite:///{place}/mlflow.db"]
     command = [sys.executable, str(PROJECT / "jobs" / f"{job}.py"), *COMMANDS[job].split(), *tracking]
     failed = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=250)

@@ -131,7 +131,7 @@ def server(code: int = 200, body: bytes = b'{"experiment": {}}', delay: float = 
         httpd.server_close()
 
 
-def test_a_tracking_server_that_serves(home, monkeypatch):
+def test_a_working_tracking_server(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-password")
     with server() as (httpd, uri):
@@ -165,7 +165,7 @@ def test_credentials_of_a_file_and_of_the_address(home):
         (200, b"[]", "does not respond like an MLflow server", "MLFLOW_TRACKING_URI"),
     ],
 )
-def test_a_tracking_server_that_does_not(home, code, body, message, remedy):
+def test_a_broken_tracking_server(home, code, body, message, remedy):
     with server(code, body) as (_, uri):
         found = tracking.tracking_server(uri)
     assert found.status == "error"
@@ -173,7 +173,7 @@ def test_a_tracking_server_that_does_not(home, code, body, message, remedy):
     assert remedy in found.remedy
 
 
-def test_a_tracking_server_that_is_away_or_asleep(home):
+def test_an_unreachable_or_hanging_tracking_server(home):
     found = tracking.tracking_server(f"http://127.0.0.1:{free_port()}")
     assert found.status == "error"
     assert "refused" in found.message
@@ -185,7 +185,7 @@ def test_a_tracking_server_that_is_away_or_asleep(home):
 # ---------------------------------------------------------------- cheap checks of every job
 
 
-def test_preflight_is_quick_and_never_wrong(home, caplog):
+def test_preflight_is_fast_and_gives_no_false_alarm(home, caplog):
     with server(delay=3.0) as (_, uri):
         start = time.perf_counter()
         doctor.preflight(None, uri)
@@ -196,7 +196,7 @@ def test_preflight_is_quick_and_never_wrong(home, caplog):
     assert caplog.text == ""
 
 
-def test_preflight_warns_of_a_server_and_stops_at_a_missing_token(home, monkeypatch, caplog):
+def test_preflight_warns_about_a_server_and_fails_without_a_token(home, monkeypatch, caplog):
     with server(403) as (_, uri):
         doctor.preflight(None, uri)
     assert "answers 403; add 127.0.0.1" in caplog.text
@@ -228,7 +228,7 @@ def broken(s3_server, monkeypatch, fault):
     return proxy
 
 
-def test_a_store_that_may_not_be_written(s3, s3_server, monkeypatch):
+def test_a_store_without_permission_to_write(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "403" if method == "PUT" else None):
         (found,) = store.writable(f"{s3}/run")
     assert (found.check, found.status) == ("output", "error")
@@ -236,12 +236,12 @@ def test_a_store_that_may_not_be_written(s3, s3_server, monkeypatch):
     assert "bucket policy" in found.remedy
 
 
-def test_a_store_that_may_not_be_tidied(s3, monkeypatch):
+def test_a_store_without_permission_to_delete(s3, monkeypatch):
     monkeypatch.setattr(storage, "remove", lambda uri: None)
     assert statuses(store.writable(f"{s3}/run"))["removal"] == "warning"
 
 
-def test_a_store_that_wants_lengths(s3, s3_server, monkeypatch):
+def test_a_store_that_requires_content_lengths(s3, s3_server, monkeypatch):
     with broken(s3_server, monkeypatch, lambda method, path, n: "411" if method == "PUT" else None):
         (found,) = store.writable(f"{s3}/run")
     assert (found.check, found.status) == ("checksum mode", "error"), found
@@ -317,7 +317,7 @@ def test_compiler(tmp_path, monkeypatch):
     assert machine.compiler(required=True).status == "ok"
 
 
-def test_a_stale_build_lock_is_told_from_one_that_is_held(tmp_path, monkeypatch):
+def test_a_stale_build_lock_is_distinguished_from_a_held_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert machine.build_locks().status == "ok"
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
@@ -352,7 +352,7 @@ def test_ports():
         assert f"in the range of Ray's workers: {port} by " in found.message
 
 
-def test_devices_where_there_are_none(monkeypatch):
+def test_a_machine_without_devices(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -393,14 +393,14 @@ def test_gpus_add_up(monkeypatch):
         (0, 2, "warning", "the current nodes have capacity for 2"),
     ],
 )
-def test_room_for_the_workers(free, now, status, message):
+def test_resources_for_the_workers(free, now, status, message):
     found = pretraining.cpu_budget(4, {"CPU": 2, "GPU": 1}, cluster.Capacity(free=free, now=now))
     assert found.status == status
     assert "4 workers of 2 CPU and 1 GPU" in found.message
     assert message in found.message
 
 
-def test_room_on_real_nodes(ray_local, caplog):
+def test_resources_of_real_nodes(ray_local, caplog):
     assert cluster.capacity({"CPU": 1}).now == 2
     assert cluster.capacity({"CPU": 2}).now == 1
     assert cluster.capacity({"CPU": 4}).now == 0  # four CPUs do not fit on a node of two, however many nodes
@@ -412,7 +412,7 @@ def test_room_on_real_nodes(ray_local, caplog):
 
 
 @pytest.mark.parametrize("form", ["resource", "gang", "selector"])
-def test_what_the_autoscaler_has_given_up(monkeypatch, form):
+def test_requests_that_the_autoscaler_has_given_up(monkeypatch, form):
     """The three forms in which autoscaler v2 reports requests that it cannot serve."""
     from ray._private.worker import global_worker
     from ray.core.generated import autoscaler_pb2
@@ -439,7 +439,7 @@ def test_what_the_autoscaler_has_given_up(monkeypatch, form):
     assert not cluster.infeasible({"CPU": 1, "GPU": 1})
 
 
-def test_room_on_this_machine(dataset, tmp_path, monkeypatch):
+def test_resources_of_this_machine(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     assert pretraining.own_budget(config(dataset, tmp_path, workers=2)).status == "ok"
     assert pretraining.own_budget(config(dataset, tmp_path, workers=2, cpus_per_worker=2)).status == "warning"

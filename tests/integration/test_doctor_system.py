@@ -38,7 +38,7 @@ def test_no_driver_and_no_version(tmp_path):
     assert system.driver(True, str(tmp_path / "version"), "13.0").status == "warning"
 
 
-def test_the_driver_in_infra_and_documents_is_the_one_that_is_needed():
+def test_the_driver_in_infra_and_documents_is_the_required_one():
     """torch 2.13 includes CUDA 13. The driver version is in pipeline/hardware.py, infra and the documents."""
     need = str(MINIMUM_DRIVER[13])
     assert f"driver {need} or later" in " ".join((ROOT / "infra" / "README.md").read_text().split())
@@ -71,7 +71,7 @@ def test_the_clock(off, status, message):
     assert (found.status, message in found.message) == (status, True), found
 
 
-def test_a_clock_that_cannot_be_asked_is_no_fault():
+def test_an_unreachable_clock_is_not_a_fault():
     assert system.clock("sqlite:///mlflow.db").status == "ok"
     assert system.clock("http://127.0.0.1:9/").status == "ok"
 

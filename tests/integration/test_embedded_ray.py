@@ -29,7 +29,7 @@ cluster.disconnect()
 """
 
 
-def test_embedded_ray_listens_on_loopback_alone():
+def test_embedded_ray_listens_on_loopback_only():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["RAY_raylet_start_wait_time_s"] = "300"
     command = [sys.executable, "-c", LISTENERS]
@@ -59,7 +59,7 @@ def prepare_without_memory(tmp_path: Path, **environment: str) -> tuple[int, str
     return done.returncode, done.stdout, done.stderr
 
 
-def test_prepare_that_is_out_of_host_memory_says_so_in_one_line_and_continues_later(tmp_path):
+def test_prepare_reports_a_lack_of_host_memory_in_one_line_and_continues_later(tmp_path):
     code, out, text = prepare_without_memory(tmp_path, RAY_task_oom_retries="1")
     assert (code, out) == (1, ""), text
     who = r"process \d+ \(\d+\.\d GB\) was ended: node \S+ ran out of host memory \(\d+\.\d of \d+\.\d GB in use by all programs\)"

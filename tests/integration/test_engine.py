@@ -156,7 +156,7 @@ def test_a_median_of_few_losses_calls_nothing_a_spike():
     assert LossSpikeGuard(factor=None, window=8, stop_after=9, device=torch.device("cpu"), world=1).skip_step is None
 
 
-def test_waiting_for_data_is_said_with_the_setting_that_helps(base, alone, tmp_path):
+def test_waiting_for_data_is_reported_with_the_setting_that_helps(base, alone, tmp_path):
     _, _, lines, record = train(changed(base, steps="3steps", wait_warning=0.0), tmp_path)
     (warning,) = [line for line in lines if line.startswith("warning")]  # one for all steps of ten minutes
     assert "of the time was spent waiting for data: give each worker more CPUs (--cpus-per-worker, now 1)" in warning
@@ -191,7 +191,7 @@ def eager():
         {"zero": 2, "precision": "bf16", "gradient_precision": "fp32"},
     ],
 )
-def test_options_of_the_engine_change_no_loss(base, alone, tmp_path, option):
+def test_options_of_the_engine_do_not_change_the_losses(base, alone, tmp_path, option):
     precision = {"precision": option.get("precision", base.engine.precision)}
     plainly = changed(base, steps="4steps", engine=replace(base.engine, **precision))
     _, _, plain, _ = train(plainly, tmp_path / "plain")
@@ -202,7 +202,7 @@ def test_options_of_the_engine_change_no_loss(base, alone, tmp_path, option):
     assert len(losses(plain)) == 4
 
 
-def test_what_the_engine_cannot_do_is_said(base, alone, tmp_path):
+def test_options_that_the_engine_does_not_support_are_refused(base, alone, tmp_path):
     refused = {
         "fp16 needs a GPU": changed(base, engine=EngineConfig(precision="fp16")),
         "engine.compile with engine.zero 3 would run eagerly": changed(
@@ -287,7 +287,7 @@ def test_muon_learns_and_continues_bit_for_bit(base, alone, tmp_path, eager, eng
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_muon_trains_the_matrices_of_the_blocks_alone(alone):
+def test_muon_trains_only_the_matrices_of_the_blocks(alone):
     from models import create_model
 
     model = create_model("mu/8", 3, 16)

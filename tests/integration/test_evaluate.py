@@ -154,7 +154,7 @@ evaluation.evaluate_once(
 
 
 @pytest.mark.parametrize(("number", "waits"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
-def test_a_dead_evaluator_is_succeeded(config, tmp_path, monkeypatch, number, waits):
+def test_a_dead_evaluator_is_replaced(config, tmp_path, monkeypatch, number, waits):
     folder = commit(tmp_path / "run", 10)
     arguments = [config.runs[0], config.output, config.tracking_uri, str(int(number)), config.data]
     environment = {**os.environ, "PYTHONPATH": PROJECT}
@@ -203,7 +203,7 @@ def test_a_result_whose_recording_was_interrupted_is_recorded_later_without_eval
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b"null", b'{"alive": "x"}', b'{"alive": 1e999}', b"[" * 100_000])
-def test_a_garbage_claim_is_succeeded(config, tmp_path, garbage):
+def test_an_unreadable_claim_is_replaced(config, tmp_path, garbage):
     folder = commit(tmp_path / "run", 10)
     target = evaluation.find_targets(config, config.tracking_uri)[0]
     ledger = storage.join(config.output, f"demo-{evaluation.suite_version(config)}", target.key)
@@ -212,7 +212,7 @@ def test_a_garbage_claim_is_succeeded(config, tmp_path, garbage):
     assert evaluate_once(config, evaluate=scored(40.0)).evaluated == [folder]
 
 
-def test_a_garbage_result_fails_its_checkpoint_alone(config, tmp_path):
+def test_an_unreadable_result_fails_only_its_checkpoint(config, tmp_path):
     first, second = commit(tmp_path / "run", 10), commit(tmp_path / "run", 20)
     target = evaluation.find_targets(config, config.tracking_uri)[0]
     ledger = storage.join(config.output, f"demo-{evaluation.suite_version(config)}", target.key)
@@ -230,7 +230,7 @@ def test_dry_run_changes_nothing(config, tmp_path):
     assert not os.path.exists(config.output)
 
 
-def test_a_suites_version_is_that_of_the_content_of_its_data_wherever_it_lies(config, tmp_path):
+def test_the_version_of_a_suite_depends_on_the_content_of_its_data_and_not_on_the_path(config, tmp_path):
     for place, fingerprint in (("a", "one"), ("moved", "one"), ("other", "two")):
         for split in ("train", "test"):
             storage.write_json(str(tmp_path / place / split / "manifest.json"), {"fingerprint": fingerprint + split})
@@ -300,7 +300,7 @@ def test_candidate_is_the_best_by_validation_and_each_version_has_a_card(model, 
     assert "cat, dog" in card
 
 
-def test_hook_and_webhook_hear_of_events_and_cannot_break_anything(config, tmp_path, monkeypatch, caplog):
+def test_hook_and_webhook_receive_events_and_their_failures_are_harmless(config, tmp_path, monkeypatch, caplog):
     heard = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -341,7 +341,7 @@ def test_bad_input_is_an_error_before_anything_is_written(config, tmp_path):
     assert not os.path.exists(config.output)
 
 
-def test_missed_times_are_skipped_not_piled_up():
+def test_missed_times_are_skipped_and_do_not_accumulate():
     now = [0.0]
     waits = []
 
@@ -358,7 +358,7 @@ def test_missed_times_are_skipped_not_piled_up():
     assert (seen, waits) == ([0, 1, 4], [7.0, 5.0])
 
 
-def test_pruning_spares_what_somebody_refers_to(model, tmp_path):
+def test_pruning_keeps_referenced_checkpoints(model, tmp_path):
     folders = {step: commit(tmp_path / "run", step) for step in (10, 20, 30, 40, 50)}
     registry.register(folders[20], name=model.model, uri=model.tracking_uri)
     with start_run("transfer", "t", tags={names.CHECKPOINT: folders[30]}, tracking_uri=model.tracking_uri):
@@ -370,7 +370,7 @@ def test_pruning_spares_what_somebody_refers_to(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_pruning_lists_first_and_deletes_when_told(tmp_path, database):
+def test_pruning_lists_by_default_and_deletes_on_request(tmp_path, database):
     folders = [commit(tmp_path / "run", step) for step in (10, 20, 30)]
     job = [
         sys.executable,

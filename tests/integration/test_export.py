@@ -119,7 +119,7 @@ runpy.run_path("jobs/export.py", run_name="__main__")
         ("timm", {"variant": "R50x2", "width": None, "depth": None, "heads": None}, "timm has no model like R50x2"),
     ],
 )
-def test_what_a_format_cannot_express_is_said_before_torch_is_imported(tmp_path, form, options, words):
+def test_what_a_format_cannot_express_is_reported_before_torch_is_imported(tmp_path, form, options, words):
     config = {"model": {"variant": "Ti/8", "num_classes": 3, "image_size": 32, **options}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--checkpoint", tmp_path, "--to", form, "--output", tmp_path / "out"]

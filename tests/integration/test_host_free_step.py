@@ -79,7 +79,7 @@ def test_no_step_waits_for_the_device(zero, precision):
     assert reads.counted == {}
 
 
-def test_the_count_sees_what_deepspeed_itself_reads():
+def test_the_counter_detects_the_reads_of_deepspeed():
     engine, guard = make_engine(1, "bf16"), make_guard()
     use_the_step_of_deepspeed(engine)
     with HostReads() as reads:

@@ -45,7 +45,7 @@ def publish(hub, image_folder, revision="main"):
 
 
 @pytest.mark.parametrize("part", ["folders", "data", "data/train-00000-of-00002.parquet"])
-def test_a_data_set_of_the_hub_is_prepared_as_one_on_disk(hub, image_folder, tmp_path, without_ray, part):
+def test_a_data_set_of_the_hub_is_prepared_like_one_on_disk(hub, image_folder, tmp_path, without_ray, part):
     root = publish(hub, image_folder)
     made = [
         prepare(PrepareConfig(source=(source,), output=str(tmp_path / f"out{i}"), size=32))[""]
@@ -55,7 +55,7 @@ def test_a_data_set_of_the_hub_is_prepared_as_one_on_disk(hub, image_folder, tmp
     assert made[0].fingerprint == made[1].fingerprint
 
 
-def test_a_prepared_dataset_of_the_hub_is_loaded_as_from_disk_through_faults(
+def test_a_prepared_dataset_of_the_hub_is_loaded_like_one_on_disk_despite_faults(
     hub, image_folder, without_ray, monkeypatch
 ):
     there = str(hub.folder / "owner" / "photos" / "main" / "set")
@@ -136,7 +136,7 @@ def test_a_login_of_netrc_is_not_sent_to_the_hub(hub, tmp_path, monkeypatch):
     assert set(hub.files.logins) == {""}
 
 
-def test_what_is_no_data_set_and_what_cannot_be_written(hub, monkeypatch):
+def test_addresses_that_are_not_data_sets_and_writing_are_refused(hub, monkeypatch):
     for uri in ("hf://owner/model/x", "hf://datasets/owner", "hf://spaces/owner/x/y"):
         with pytest.raises(UserError, match=f"{uri}: .*use hf://datasets/OWNER/NAME"):
             storage.read_bytes(uri)

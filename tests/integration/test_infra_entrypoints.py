@@ -125,7 +125,7 @@ def test_the_tables_of_cron_and_slurm_run(head, tmp_path):
     assert jobs(head, "tables/data") == 1
 
 
-def test_a_command_in_one_word_does_not(head):
+def test_a_command_in_one_word_does_not_start(head):
     """What a quoted entry point does: Ray looks for a program of that whole name."""
     command = cron_command()
     done = submit(head, [" ".join(command[command.index("--") + 1 :])])

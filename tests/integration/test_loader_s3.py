@@ -78,7 +78,7 @@ def test_one_range_request_per_row_group_and_the_same_batches_as_from_disk(datas
     assert len(proxy.log) == counters["reads"]
 
 
-def test_passing_faults_are_retried_counted_and_change_nothing(dataset, on_disk, monkeypatch):
+def test_temporary_faults_are_retried_and_counted_and_change_nothing(dataset, on_disk, monkeypatch):
     data, proxy = dataset
     monkeypatch.setattr(base, "READ_TIMEOUT", 2)
     proxy.stall = 4.0
@@ -121,7 +121,7 @@ def test_several_processes_read_the_same_batches_and_report_an_outage_as_one(dat
         list(loader)
 
 
-def test_an_outage_is_waited_for(dataset, on_disk):
+def test_the_loader_waits_for_the_end_of_an_outage(dataset, on_disk):
     data, proxy = dataset
     back = time.monotonic() + 4
     proxy.fault = lambda method, path, n: "reset" if time.monotonic() < back else None
@@ -131,7 +131,7 @@ def test_an_outage_is_waited_for(dataset, on_disk):
 
 
 @pytest.mark.parametrize(("kind", "message"), [("403", "access denied"), ("404", "missing, or shorter")])
-def test_what_no_retry_can_fix_fails_at_once(dataset, kind, message):
+def test_permanent_errors_fail_at_once(dataset, kind, message):
     data, proxy = dataset
     proxy.fault = lambda method, path, n: kind
     start = time.monotonic()
@@ -141,7 +141,7 @@ def test_what_no_retry_can_fix_fails_at_once(dataset, kind, message):
     assert len(gets(proxy)) <= len(data.row_groups) + 4  # each once
 
 
-def test_the_cache_spares_requests_and_keeps_its_bound(dataset, on_disk, tmp_path):
+def test_the_cache_saves_requests_and_stays_within_its_limit(dataset, on_disk, tmp_path):
     data, proxy = dataset
     cache = tmp_path / "cache"
     total = int((data.row_groups["end"] - data.row_groups["start"]).sum())
@@ -164,7 +164,7 @@ def test_the_cache_spares_requests_and_keeps_its_bound(dataset, on_disk, tmp_pat
     assert 0 < sum(os.path.getsize(file) for file in small.iterdir()) <= total // 2
 
 
-def test_closing_does_not_wait_for_a_store_that_is_away(dataset):
+def test_closing_does_not_wait_for_an_unavailable_store(dataset):
     data, proxy = dataset
     proxy.fault = lambda method, path, n: "503"
     loader = Loader(data, **OPTIONS)

@@ -55,7 +55,7 @@ print(planned, peak)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_a_real_run_takes_what_was_planned(stage, precision):
+def test_a_real_run_uses_the_planned_memory(stage, precision):
     """The peak of torch's allocations in two steps of S/16 is within 10% of the plan."""
     command = [sys.executable, "-c", RUN, str(free_port()), str(stage), precision]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

@@ -221,7 +221,7 @@ def test_only_an_admin_chooses_where_artifacts_are_stored(tracking, server, monk
     assert run.finish()
 
 
-def test_the_check_tells_a_served_client_from_a_healthy_server(tracking, server):
+def test_the_check_distinguishes_a_served_client_from_a_healthy_server(tracking, server):
     def check(address, password):
         environment = {**os.environ, "MLFLOW_TRACKING_PASSWORD": password}
         return subprocess.run(
@@ -267,7 +267,7 @@ def test_a_registered_model_loads_through_the_server_and_classifies_bytes(tracki
 # ---------------------------------------------------------------- faults
 
 
-def test_server_killed_in_mid_run_and_back(tracking, server):
+def test_server_is_killed_and_restarted_during_a_run(tracking, server):
     run = start_run("pretrain", "server killed", tracking_uri=tracking)
     log_steps(run, 1, 100)
     server.stop(signal.SIGKILL)
@@ -280,7 +280,7 @@ def test_server_killed_in_mid_run_and_back(tracking, server):
     assert sorted(costs)[int(len(costs) * 0.99)] < 0.010  # seconds that a step waits for tracking in all cases
 
 
-def test_postgresql_restarted_in_mid_run(tracking, room):
+def test_postgresql_is_restarted_during_a_run(tracking, room):
     data = f"{room}/data/postgres/data"
     found = (
         shutil.which("pg_ctl")
@@ -336,7 +336,7 @@ def test_disk_full_for_the_buffer(tracking, count):
     assert stored.info.status == "FINISHED"
 
 
-def test_object_store_gone_for_a_while_delays_artifacts_only(tracking, store):
+def test_an_outage_of_the_object_store_delays_only_artifacts(tracking, store):
     run = start_run("pretrain", "store gone", tracking_uri=tracking)
     run.flush()
     store.stop()

@@ -63,7 +63,7 @@ def wait_for(url, *wanted):
     raise AssertionError(f"{url} serves no {wanted}")
 
 
-def test_every_live_number_is_exported_under_the_runs_name(exported):
+def test_every_live_metric_is_exported_under_the_name_of_the_run(exported):
     for name, description in metrics.DESCRIPTIONS.items():
         (line,) = [line for line in exported.splitlines() if line.startswith(f"ray_vit_{name}{{")]
         assert 'run="b16"' in line
@@ -97,7 +97,7 @@ def test_nothing_is_published_outside_ray():
         metrics.publish({"train_los": 1.0}, run="here")
 
 
-def test_each_alarm_has_a_story():
+def test_each_alarm_has_a_test_case():
     stories = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
     raised = {case["alertname"] for story in stories for case in story["alert_rule_test"] if case["exp_alerts"]}
     assert raised == {rule["alert"] for group in RULES for rule in group["rules"]}

@@ -92,7 +92,7 @@ def until(log: Path, pattern: str, seconds: float = 240) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", JOBS)
-def test_outage_that_ends_is_waited_for(store, tmp_path, job):
+def test_job_waits_for_the_end_of_an_outage(store, tmp_path, job):
     bucket, proxy = store
     proxy.fault = outage = Outage(WORK[job], begin=3)
     process, log = start(job, bucket, tmp_path, patience=120)
@@ -111,7 +111,7 @@ def test_outage_that_ends_is_waited_for(store, tmp_path, job):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_outage_longer_than_the_patience_is_a_failed_attempt_and_training_goes_on(store, tmp_path):
+def test_outage_longer_than_the_patience_fails_the_attempt_and_training_continues(store, tmp_path):
     bucket, proxy = store
     proxy.fault = outage = Outage(WORK["pretrain"], begin=5)
     process, log = start("pretrain", bucket, tmp_path, patience=3)
@@ -132,7 +132,7 @@ def test_outage_longer_than_the_patience_is_a_failed_attempt_and_training_goes_o
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", JOBS)
-def test_outage_without_end_is_a_failure_and_no_wrong_input(store, tmp_path, job):
+def test_endless_outage_is_a_failure_and_not_wrong_input(store, tmp_path, job):
     bucket, proxy = store
     proxy.fault = Outage(WORK[job], begin=3)
     process, log = start(job, bucket, tmp_path, patience=2)
@@ -152,7 +152,7 @@ def test_outage_without_end_is_a_failure_and_no_wrong_input(store, tmp_path, job
 
 
 @pytest.mark.parametrize("what", ["find", "latest", "survey"])
-def test_checkpoint_that_cannot_be_read_in_an_outage_is_not_damaged(store, monkeypatch, what):
+def test_checkpoint_that_is_unreadable_in_an_outage_is_not_called_damaged(store, monkeypatch, what):
     from pipeline.training import checkpoint
 
     bucket, proxy = store
@@ -225,7 +225,7 @@ def test_results_of_a_suite_are_not_computed_again_in_an_outage(store, monkeypat
 
 
 @pytest.mark.parametrize("patience", ["soon", "-1", "nan", "1e400"])
-def test_patience_that_is_no_number_of_seconds(monkeypatch, patience):
+def test_patience_must_be_a_number_of_seconds(monkeypatch, patience):
     from pipeline import retry
     from pipeline.errors import UserError
 

@@ -51,7 +51,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("what", COMMANDS)
-def test_is_refused_with_what_to_give(what, head):
+def test_the_refusal_names_the_flag_to_set(what, head):
     address, environment, home, folder = head
     words, names = COMMANDS[what]
     job, *rest = words.format(home=home).split()
@@ -66,7 +66,7 @@ def test_is_refused_with_what_to_give(what, head):
     assert not (home / "run").exists()
 
 
-def test_mlflow_without_an_address_says_where_it_records(head):
+def test_without_an_mlflow_address_the_job_reports_where_it_records(head):
     address, environment, home, folder = head
     runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
     options = [f"--address={address}", f"--working-dir={folder}", f"--runtime-env-json={runtime}"]

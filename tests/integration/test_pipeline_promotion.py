@@ -79,7 +79,7 @@ def test_champion_and_candidate_mean_what_they_say(tmp_path, rule):
     assert aliases["champion"] == 6
 
 
-def test_a_margin_takes_a_score_that_is_below_by_noise_alone(tmp_path, rule):
+def test_a_margin_accepts_a_score_that_is_lower_only_by_noise(tmp_path, rule):
     rule(transferred(tmp_path, "first", 80.0), no_worse_than="champion")
     below = transferred(tmp_path, "below", 79.0)  # of 400 images: a standard error of 2 points
     assert rule(below, no_worse_than="champion")[0]["promoted"] is None

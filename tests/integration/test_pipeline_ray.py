@@ -61,7 +61,7 @@ def runner(head, place, *more):
     return words, environment | {"PYTHONPATH": str(ROOT)}
 
 
-def test_from_outside_every_stage_is_a_job_of_its_name(head, tmp_path):
+def test_from_outside_every_stage_is_a_job_with_its_name(head, tmp_path):
     words, environment = runner(head, pipeline_file(tmp_path, "outside"), "--json")
     code, text = run(words, environment, tmp_path)
     assert code == 0, text
@@ -131,7 +131,7 @@ def progress(folder, stage):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_stage_is_stopped_alone_and_continues_later(head, tmp_path):
+def test_one_stage_can_be_stopped_and_continues_later(head, tmp_path):
     address, _, environment = head
     data = {"job": "prepare", "recipe": "demo_digits", "fields": {"tracking": False, "num_cpus": 1}}
     places = {"data": "${data.output}/train", "validation": None, "output": str(tmp_path / "trained")}

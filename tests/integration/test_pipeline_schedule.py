@@ -58,7 +58,7 @@ def wait_for(condition, seconds=600):
         time.sleep(0.5)
 
 
-def test_new_data_make_new_versions_and_two_schedules_do_each_once(tmp_path):
+def test_new_data_make_new_versions_and_two_schedules_run_each_once(tmp_path):
     place = written(tmp_path)
     schedules = [start(place, f"{name}.log", "--every", "3s") for name in ("first", "second")]
     try:

@@ -37,7 +37,7 @@ def run(folder, output, **training):
     return re.findall(r"(\S+): started", done.stderr), done.stdout
 
 
-def test_the_crop_takes_the_transfer_along_and_a_moved_folder_nothing(tmp_path):
+def test_a_changed_crop_repeats_the_transfer_and_a_moved_folder_repeats_nothing(tmp_path):
     started, _ = run(tmp_path, tmp_path / "out")
     assert sorted(started) == ["data", "other", "pretrain", "transfer"]
     started, _ = run(tmp_path, tmp_path / "out", **{"augment.area": [0.21, 1.0]})

@@ -72,7 +72,7 @@ def test_a_killed_runner_finds_its_process_again(tmp_path):
     assert mlflow_runs(tmp_path, "one") == ["FINISHED"]
 
 
-def test_a_killed_stage_is_tried_again_and_two_runners_are_one_too_many(tmp_path):
+def test_a_killed_stage_is_retried_and_a_second_runner_is_refused(tmp_path):
     process = start(tmp_path, "two", {"data": DATA})
     wait_for(lambda: running_jobs(tmp_path / "two"), 240)
     second = start(tmp_path, "two", {"data": DATA})
@@ -96,7 +96,7 @@ def test_a_stopped_runner_stops_its_stages(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_one_of_two_running_stages_is_stopped_alone(tmp_path):
+def test_one_of_two_running_stages_can_be_stopped(tmp_path):
     other, more = ({**DATA, "fields": {**DATA["fields"], "seed": seed}} for seed in (1, 2))
     stages = {"data": DATA, "other": other, "more": {**more, "after": ["other"]}}
     process = start(tmp_path, "four", stages)
@@ -114,7 +114,7 @@ def test_one_of_two_running_stages_is_stopped_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_an_output_that_is_in_use_is_waited_for(tmp_path):
+def test_the_runner_waits_for_an_output_that_is_in_use(tmp_path):
     """What a lost head leaves behind on another node: its stage still works where the next attempt wants to."""
     training = {"data": "${data.output}/train", "validation": None, "steps": 4, "workers": 1}
     training["output"] = str(tmp_path / "trained")

@@ -181,7 +181,7 @@ def test_s3_in_and_out_through_the_job(image_folder, s3):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tfrecord", "tar"])
-def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_path, monkeypatch, kind):
+def test_a_failing_store_is_not_reported_as_a_damaged_file(image_folder, s3, s3_server, tmp_path, monkeypatch, kind):
     data = (image_folder / "ant" / "001.jpg").read_bytes()
     path = tmp_path / f"a.{kind}"
     if kind == "parquet":
@@ -201,7 +201,7 @@ def test_a_store_that_fails_is_no_damaged_file(image_folder, s3, s3_server, tmp_
             list(sources.read(source, source.fragments))
 
 
-def test_bad_commands_fail_at_once(image_folder, tmp_path):
+def test_invalid_commands_fail_at_once(image_folder, tmp_path):
     begin = time.monotonic()
     for arguments, message in [
         (["--source", image_folder], "no --output"),
@@ -218,7 +218,7 @@ def test_bad_commands_fail_at_once(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_run_again(image_folder, tmp_path):
+def test_a_killed_preparation_continues(image_folder, tmp_path):
     """SIGKILL to the whole process group in mid-run, twice; the third run ends in the dataset of an untroubled one."""
     source = many(image_folder, copies=400)
     command = [sys.executable, JOB, "--source", str(source), "--max-reject-fraction", "1", "--output"]

@@ -111,7 +111,7 @@ def test_killed_at_random_moments(corpus, tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", ["worker", "node"])
-def test_a_worker_or_a_node_goes_away(corpus, tmp_path, what):
+def test_a_worker_or_a_node_is_lost(corpus, tmp_path, what):
     source, whole = corpus
     config = {"max_reject_fraction": 1.0, "deduplicate": "exact", "splits": ("train=0.9", "test=0.1")}
     (tmp_path / "jobs_config.py").write_text(f"CONFIG = {config!r}\n")
@@ -127,7 +127,7 @@ def test_a_worker_or_a_node_goes_away(corpus, tmp_path, what):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cpus", [1, 2])
-def test_none_of_ray_data_s_traps(corpus, tmp_path, cpus):
+def test_known_problems_of_ray_data_do_not_occur(corpus, tmp_path, cpus):
     """A second run appends nothing, files have the requested size independently of the block size, a bad image is a row
     of a table and does not end the job, and one or two CPUs are enough to continue a stopped one."""
     source, _ = corpus

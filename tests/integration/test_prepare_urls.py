@@ -157,7 +157,7 @@ def test_hashes_of_the_list_are_checked(server, tmp_path):
     assert prepare(options(source, tmp_path / "unchecked", download=unchecked))[""].rejects == {}
 
 
-def test_the_same_command_fetches_what_may_have_been_away_and_nothing_else(server, tmp_path):
+def test_the_same_command_repeats_only_temporary_failures(server, tmp_path):
     rows = good(server, 100)
     rows += [
         {"url": f"{server.url}/{path}", "label": "a"}
@@ -195,7 +195,7 @@ def test_rows_with_equal_keys_are_fetched_again_one_by_one(server, tmp_path):
     assert [server.hits[path] for path in paths] == [1, 2, 1, 2]
 
 
-def test_an_append_whose_downloads_fail_is_no_success_and_is_repeated(server, tmp_path):
+def test_an_append_whose_downloads_fail_is_not_a_success_and_is_repeated(server, tmp_path):
     prepare(options(write(tmp_path / "one.csv", good(server, 8)), tmp_path / "out"))
     before, rows = content(tmp_path / "out"), good(server, 20)[10:]
     config = options(write(tmp_path / "two.csv", rows), tmp_path / "out", max_reject_fraction=1.0)
@@ -212,7 +212,7 @@ def test_an_append_whose_downloads_fail_is_no_success_and_is_repeated(server, tm
     assert verify_dataset(str(tmp_path / "out")) == []
 
 
-def test_a_download_that_a_later_append_makes_up_for_is_no_reject(server, tmp_path):
+def test_a_download_that_a_later_append_repeats_is_not_a_reject(server, tmp_path):
     prepare(options(write(tmp_path / "one.csv", good(server, 8)), tmp_path / "out"))
     rows = [*good(server, 20)[10:], {"url": f"{server.url}/flaky/30.jpg", "label": "a"}]
     rows += [{"url": f"{server.url}/status/503", "label": "b"}]
@@ -248,7 +248,7 @@ def test_a_finished_dataset_without_such_failures_is_left_alone(server, tmp_path
     assert not server.hits
 
 
-def test_passes_of_one_command_and_bytes_that_depend_on_the_answers_alone(server, tmp_path):
+def test_passes_of_one_command_and_bytes_that_depend_only_on_the_responses(server, tmp_path):
     rows = [*good(server, 90), {"url": f"{server.url}/flaky/1.jpg", "label": "a"}]
     source = write(tmp_path / "list.csv", rows)
     passes = DownloadConfig(retries=0, passes=1)
@@ -263,7 +263,7 @@ def test_passes_of_one_command_and_bytes_that_depend_on_the_answers_alone(server
     }
 
 
-def test_tables_beside_images_and_parquet_of_images_are_no_lists(tmp_path):
+def test_tables_next_to_images_and_parquet_files_of_images_are_not_lists(tmp_path):
     for name in "ab":
         (tmp_path / "photos" / name).mkdir(parents=True)
         (tmp_path / "photos" / name / "1.jpg").write_bytes(jpeg())
@@ -276,7 +276,7 @@ def test_tables_beside_images_and_parquet_of_images_are_no_lists(tmp_path):
     assert prepare(options(str(tmp_path / "images.parquet"), tmp_path / "out2"))[""].rows == 2
 
 
-def test_include_and_sample_spare_the_downloads(server, tmp_path):
+def test_include_and_sample_limit_the_downloads(server, tmp_path):
     source = write(tmp_path / "list.csv", good(server, 100))
     assert prepare(options(source, tmp_path / "some", include=("*#?",), unlabelled=True))[""].rows == 10
     assert sum(server.hits.values()) <= 11
@@ -298,7 +298,7 @@ def test_include_and_sample_spare_the_downloads(server, tmp_path):
     ],
 )
 @pytest.mark.parametrize("format", ["auto", "urls"])
-def test_files_that_are_no_lists_end_before_any_work(tmp_path, name, data, message, format):
+def test_files_that_are_not_lists_are_refused_before_any_work(tmp_path, name, data, message, format):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         prepare(options(str(tmp_path / name), tmp_path / "out", format=format))
@@ -319,7 +319,7 @@ def samples(folder):
     return found
 
 
-def test_archives_have_the_files_as_they_came_and_what_the_list_says(server, tmp_path):
+def test_archives_have_the_original_files_and_the_columns_of_the_list(server, tmp_path):
     login = server.url.replace("http://", "http://user:hunter2@")
     rows = [*good(server, 10), {"url": f"{login}/png/1.png", "caption": "p", "width": 1, "label": "b"}]
     rows.append({"url": f"{server.url}/status/404", "label": "a"})
@@ -376,7 +376,7 @@ def test_archives_contain_valid_json_without_secrets(server, tmp_path):
     assert not any(b"hunter" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
-def test_archives_are_continued_and_the_same_again(server, tmp_path):
+def test_archives_are_continued_and_reproducible(server, tmp_path):
     rows = [*good(server, 150), {"url": f"{server.url}/flaky/1.jpg", "label": "a"}]
     source = write(tmp_path / "list.csv", rows)
     one, two = (options(source, tmp_path / name, download_only=True) for name in ("one", "two"))
@@ -441,7 +441,9 @@ def test_a_full_disk_and_a_lost_list_are_named(server, tmp_path, more):
 
 
 @pytest.mark.parametrize("name", ["images/list.csv", "pictures/train.txt"])
-def test_an_outage_is_no_other_format_and_no_missing_table(server, s3, s3_server, tmp_path, monkeypatch, name):
+def test_an_outage_is_not_mistaken_for_another_format_or_a_missing_table(
+    server, s3, s3_server, tmp_path, monkeypatch, name
+):
     storage.write_bytes(f"{s3}/images/list.csv", f"url\n{server.url}/image/1.jpg\n".encode())
     storage.write_bytes(f"{s3}/pictures/train.txt", b"ant/1.jpg 0\n")
     storage.write_bytes(f"{s3}/pictures/ant/1.jpg", jpeg(1))
@@ -464,7 +466,7 @@ def test_download_only_needs_a_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["list.parquet", "list.csv", "list.jsonl"])
-def test_a_list_that_changes_is_another_input(server, tmp_path, name):
+def test_a_changed_list_is_another_input(server, tmp_path, name):
     rows = good(server, 20)
     config = options(write(tmp_path / name, rows), tmp_path / "out")
     prepare(config)

@@ -46,7 +46,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", range(4))
-def test_random_life_of_a_run_loses_nothing(server, tmp_path, monkeypatch, seed):
+def test_no_record_is_lost_in_random_sequences_of_faults(server, tmp_path, monkeypatch, seed):
     """Writers that finish or die, uploads, a run that is deleted and restored, a server that resets, fails and loses answers."""
     monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
     (proxy, client), draw = server, random.Random(seed)

@@ -96,7 +96,7 @@ def files_with(folder: Path) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_no_secret_of_any_address_can_be_seen(s3, s3_server, image_folder, tmp_path):
+def test_no_secret_in_any_address_is_visible(s3, s3_server, image_folder, tmp_path):
     """prepare (MLflow away: its records stay on disk), pretrain and evaluate (which transfers) over S3, MLflow and Ray."""
     ray_folder = Path(tempfile.mkdtemp(prefix="ray"))
     config = tmp_path / "private" / "pretrain.yaml"
@@ -173,7 +173,7 @@ PASSWORDS = ["planted", "pl,ant'ed", "pl%2Fant%40ed", "pl/an?t#ed", "pl:an:ted",
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
-def test_password_of_any_letters_leaves_the_address(empty, password):
+def test_password_of_any_characters_is_removed_from_the_address(empty, password):
     from urllib.parse import unquote
 
     assert take_password(f"http://me:{password}@host:5000/x") == "http://host:5000/x"
@@ -199,7 +199,7 @@ def test_secret_parameter_of_an_address_is_shown_in_no_message(name):
 @pytest.mark.parametrize(
     "address", ["http://host:5000/a@b", "s3://bucket/a@b/c", "timm:name@weights", "https://host/x?a=b"]
 )
-def test_address_without_a_password_stays(address):
+def test_address_without_a_password_is_unchanged(address):
     assert redacted(address) == take_password(address) == address
     assert take_from_arguments(["--data", address]) == ["--data", address]
 

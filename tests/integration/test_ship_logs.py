@@ -61,7 +61,7 @@ def test_long_logs_keep_their_end(tmp_path):
     assert len(kept) <= 100
 
 
-def test_storage_that_cannot_be_written_is_said(tmp_path):
+def test_storage_that_cannot_be_written_is_reported(tmp_path):
     node(tmp_path)
     (tmp_path / "file").write_text("")
     done = subprocess.run(command(tmp_path, str(tmp_path / "file"), "--once"), capture_output=True, text=True)

@@ -68,7 +68,7 @@ def test_the_batch_script_trains(submitted):
     assert json.loads(commit.read_text())["step"] == 2
 
 
-def test_the_batch_script_wants_an_mlflow_server(submitted):
+def test_the_batch_script_requires_an_mlflow_server(submitted):
     environment = {"PATH": os.environ["PATH"], "HOME": str(submitted / "home"), "SLURM_SUBMIT_DIR": str(submitted)}
     done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode != 0

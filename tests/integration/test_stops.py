@@ -169,7 +169,7 @@ def send_to_all(pid: int, number: int) -> None:
     [os.kill, os.killpg, send_to_all],
     ids=["to the driver", "to its group, as timeout does", "to every process, as Slurm and systemd do"],
 )
-def test_sigterm_saves_the_very_step(run, tmp_path, send):
+def test_sigterm_saves_the_current_step(run, tmp_path, send):
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     with open(log, "w") as out:
@@ -198,7 +198,7 @@ def test_control_c_in_a_terminal(run, tmp_path):
     check_continues(run, command, tmp_path / "again", saved)
 
 
-def test_terminal_that_is_closed(run, tmp_path):
+def test_closing_the_terminal_saves_the_current_step(run, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     terminal = Terminal(command, log)
@@ -225,7 +225,7 @@ def test_control_c_that_ends_the_reader_of_a_pipe_too(run, tmp_path):
     assert saved_step(run, "stopped with Ctrl-C") >= 30
 
 
-def test_second_control_c_ends_at_once_and_says_what_was_saved(run, tmp_path):
+def test_second_control_c_exits_at_once_and_reports_what_was_saved(run, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "jobs/pretrain.py", "--config", str(tmp_path / "config.yaml"), "--log-every", "5steps"]
     terminal = Terminal([*command, "--steps", "400000steps"], log)
@@ -247,7 +247,7 @@ def test_second_control_c_ends_at_once_and_says_what_was_saved(run, tmp_path):
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
 
-def test_hook_of_the_heads_pod(run, tmp_path, monkeypatch):
+def test_pre_stop_hook_of_the_head_pod(run, tmp_path, monkeypatch):
     """Kubernetes runs infra/stop_jobs.py in the pod before it ends the pod: no job is left when the hook is through."""
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     (tmp_path / "home").mkdir()

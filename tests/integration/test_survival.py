@@ -336,7 +336,7 @@ def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:
 
 
 @pytest.mark.slow
-def test_preempted_node_costs_nothing(base, jobs, cluster, tmp_path):
+def test_preempted_node_loses_no_step(base, jobs, cluster, tmp_path):
     """Notice, checkpoint at that very step, restart from it on another node; no failure is allowed and none is
     counted."""
     config = changed(
@@ -428,7 +428,7 @@ OUT_OF_MEMORY = "raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to
         (OUT_OF_MEMORY, "error: worker 1: out of device memory; try --engine.micro-batch 8 (now 16"),
     ],
 )
-def test_what_would_fail_again_is_not_tried_again(base, jobs, tmp_path, what, message):
+def test_permanent_failures_are_not_retried(base, jobs, tmp_path, what, message):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=1, what=what)
     job = Job(changed(base, output=str(tmp_path / "run")), before=before)
     jobs.append(job)
@@ -450,7 +450,7 @@ def test_memory_that_others_took_for_a_while(base, reference, jobs, tmp_path):
 
 
 @pytest.mark.slow
-def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_path):
+def test_stalled_worker_is_named_and_restarted(base, reference, jobs, tmp_path):
     before = BROKEN_STEP.format(mark=str(tmp_path / "mark"), rank=1, step=10, what="time.sleep(3600)")
     job = Job(changed(base, output=str(tmp_path / "run"), stalled_after=30.0), before=before)
     jobs.append(job)
@@ -462,7 +462,7 @@ def test_stalled_worker_is_named_and_started_again(base, reference, jobs, tmp_pa
 
 
 @pytest.mark.slow
-def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
+def test_worker_killed_by_the_memory_monitor(base, jobs, tmp_path):
     """Sets the threshold of Ray's memory monitor to 1%."""
     environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
     job = Job(changed(base, output=str(tmp_path / "run"), max_failures=0), **environment)
@@ -480,7 +480,7 @@ def test_worker_that_the_node_ends_for_its_memory(base, jobs, tmp_path):
 # ---------------------------------------------------------------- the parts, without Ray's cluster
 
 
-def test_stalled_thread_says_where_it_is_and_ends_its_process(monkeypatch):
+def test_stalled_thread_logs_its_stack_and_ends_its_process(monkeypatch):
     codes, ended, let_go = [], threading.Event(), threading.Event()
 
     def end(code: int) -> None:
@@ -510,7 +510,7 @@ def test_stalled_thread_says_where_it_is_and_ends_its_process(monkeypatch):
     assert codes == [1]
 
 
-def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp_path):
+def test_lock_of_a_killed_builder_is_removed_and_that_of_a_running_one_is_kept(tmp_path):
     """As DeepSpeed's compiled operators leave it: torch then waits for the file to go, for ever."""
     from torch.utils.file_baton import FileBaton
 
@@ -528,7 +528,7 @@ def test_lock_of_a_killed_builder_is_removed_and_that_of_a_living_one_is_not(tmp
     assert FileBaton(str(lock)).try_acquire()
 
 
-def test_what_to_turn_when_memory_is_short(base):
+def test_advice_when_memory_is_short(base):
     config = changed(base, workers=2, engine=EngineConfig(zero=1, precision="fp32"))
     text = out_of_memory(config, 16, host=False)
     for knob in (
@@ -546,7 +546,7 @@ def test_what_to_turn_when_memory_is_short(base):
     assert "fewer workers per node" in out_of_memory(turned, 1, host=True)
 
 
-def test_failures_are_told_apart(base, tmp_path):
+def test_failures_are_classified(base, tmp_path):
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -606,7 +606,7 @@ def test_sizes_that_fit_a_run(base):
         check_run(changed(base, workers=4, min_workers=5))
 
 
-def test_elastic_takes_what_fits_on_nodes_that_stay(monkeypatch):
+def test_elastic_run_uses_the_workers_that_fit_on_the_remaining_nodes(monkeypatch):
     import ray
     from ray.train.v2.api.config import ScalingConfig
 

@@ -92,7 +92,7 @@ def test_stages_agree(runs):
     assert [float(x) for x in runs["bf16"][1]["losses"].values()] == pytest.approx(reference, abs=0.05)
 
 
-def test_model_file_is_what_any_library_reads(runs):
+def test_model_file_can_be_read_by_any_library(runs):
     _job, result = runs["zero3"]
     weights = load_file(Path(result["checkpoint"], "model.safetensors"))
     reference = load_file(Path(runs["zero1"][1]["checkpoint"], "model.safetensors"))
@@ -140,7 +140,7 @@ def test_other_number_of_workers_and_stage_see_the_same_samples(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_stage_goes_on_with_one_and_four_workers(base, tmp_path):
+def test_every_stage_continues_with_one_and_four_workers(base, tmp_path):
     plain = changed(base, model=replace(base.model, dropout=0.0))
     names = [f"zero{stage}" for stage in (1, 2, 3)]
     jobs = [
@@ -220,7 +220,7 @@ def keys(job: PretrainConfig, world: int) -> dict[int, list[str]]:
     return seen
 
 
-def test_a_checkpoint_has_the_scores_of_its_own_step_alone(base, data, tmp_path):
+def test_a_checkpoint_has_only_the_scores_of_its_own_step(base, data, tmp_path):
     """A run that validates less often than it saves, whole and continued from a checkpoint with scores."""
     job = changed(base, output=str(tmp_path / "run"), validation=data, validate_every="4steps", steps="8steps")
     run(1, job)
@@ -236,7 +236,7 @@ def test_a_checkpoint_has_the_scores_of_its_own_step_alone(base, data, tmp_path)
 
 
 @pytest.mark.slow
-def test_samples_after_a_kill_are_those_of_the_whole_run_on_any_number_of_workers(base, tmp_path):
+def test_samples_after_a_kill_are_those_of_an_uninterrupted_run_on_any_number_of_workers(base, tmp_path):
     """Five seeds: two workers, one of them killed at a random step; the rest of the run on one and on four."""
     whole = changed(base, output=str(tmp_path / "whole"), steps="12steps")
     record(2, [whole])
@@ -278,7 +278,7 @@ def tensors_of(writer: checkpoint.Writer, value: float) -> Callable[[], dict[str
     return lambda: tensors
 
 
-def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+def test_damaged_checkpoint_is_skipped(tmp_path, caplog):
     """A changed byte, missing bytes, a truncated commit, and no commit: each is
     reported with the checkpoint that is used instead."""
     written(tmp_path, 2, 4, 6, 8)
@@ -302,7 +302,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     assert checkpoints.resolve(str(tmp_path)).step == 2
 
 
-def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_removed(tmp_path):
+def test_a_checkpoint_of_another_format_is_neither_skipped_nor_removed(tmp_path):
     written(tmp_path, 1, 2)
     commit = Path(checkpoints.folder(str(tmp_path), 2)) / "COMMIT.json"
     commit.write_text(commit.read_text().replace(f'"format": {checkpoints.FORMAT}', '"format": 99'))
@@ -333,7 +333,7 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
         checkpoint.repair(str(tmp_path / "elsewhere"))
 
 
-def test_attempt_that_was_taken_over_commits_nothing(tmp_path):
+def test_superseded_attempt_commits_nothing(tmp_path):
     """A worker that a killed driver left behind, or the same command given twice."""
     old = written(tmp_path, 2)
     new = written(tmp_path)
@@ -366,7 +366,7 @@ def test_full_disk_costs_one_checkpoint_and_the_next_one_is_written(tmp_path, mo
     assert checkpoints.latest(str(tmp_path)).step == 8
 
 
-def test_damaged_checkpoints_do_not_count_and_nothing_valid_goes_before_its_time(tmp_path):
+def test_damaged_checkpoints_do_not_count_and_valid_ones_are_not_removed_early(tmp_path):
     """If the newest checkpoints are damaged, training continues from an older one; new checkpoints are kept, and
     damaged ones are removed at the end."""
     writer = written(tmp_path, 2, 10, 12, keep_last=2)
@@ -392,7 +392,7 @@ def test_damaged_checkpoint_is_written_again_when_training_reaches_its_step(tmp_
     assert len(list((Path(found.uri) / "state").iterdir())) == 3
 
 
-def test_superseded_attempt_touches_nothing_of_a_committed_checkpoint(tmp_path):
+def test_superseded_attempt_does_not_change_a_committed_checkpoint(tmp_path):
     old = written(tmp_path, 2)
     written(tmp_path, 4)
     committed = {path: path.read_bytes() for path in Path(checkpoints.folder(str(tmp_path), 4)).rglob("*.*")}
@@ -416,7 +416,7 @@ def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
 
 
 @pytest.mark.slow
-def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
+def test_uploads_run_in_parallel_and_are_retried(s3, s3_server, monkeypatch):
     """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for
     another."""
     with FaultProxy(s3_server, stall=4.0) as proxy:
@@ -452,7 +452,7 @@ def test_uploads_go_side_by_side_and_are_repeated(s3, s3_server, monkeypatch):
         ({"model": ModelConfig(variant="Q/16")}, "unknown model"),
     ],
 )
-def test_what_cannot_work_is_said_before_any_worker_starts(base, change, message):
+def test_invalid_settings_are_reported_before_any_worker_starts(base, change, message):
     def check() -> None:
         plan = make_plan(changed(base, **change), open_dataset(base.runtime.data), 1)
         parameters(plan.model_options)

@@ -119,7 +119,7 @@ def test_a_suite_has_scores_a_report_and_a_run_with_a_child_for_each_task(finish
 
 
 @pytest.mark.timeout(600)
-def test_what_is_missing_of_a_suite_runs_again_to_the_same_result_and_nothing_else_does(finished, world):
+def test_only_the_missing_results_of_a_suite_are_computed_again_and_they_are_the_same(finished, world):
     import mlflow
 
     output, first = finished
@@ -264,7 +264,7 @@ def fragile():
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_dead_processes_are_replaced_and_given_up_in_the_end(ray_local, tmp_path):
+def test_dead_processes_are_replaced_a_limited_number_of_times(ray_local, tmp_path):
     tasks = [
         TransferTask(name=name, train=Split(uri="/x"), test=Split(uri="/y"), protocol=FineTune(lrs=(0.1,)))
         for name in ("shaky", "steady", "hopeless")
@@ -367,7 +367,7 @@ def run(arguments, cwd, **more):
         (["--compare", "one"], "--compare takes two runs"),
     ],
 )
-def test_bad_requests_are_refused_before_anything_starts(world, tmp_path, monkeypatch, arguments, message):
+def test_invalid_requests_are_refused_before_anything_starts(world, tmp_path, monkeypatch, arguments, message):
     torn = tmp_path / "torn" / "checkpoints" / "step-00000001"
     torn.mkdir(parents=True)
     (torn / "model.safetensors").touch()

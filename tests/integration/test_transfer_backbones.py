@@ -89,7 +89,7 @@ def test_hugging_face_model_from_a_folder(hugging_face_folder):
         ("hf:nowhere", "not a local folder with a config.json"),
     ],
 )
-def test_what_is_not_there_is_said(name, message):
+def test_a_missing_model_is_named_in_the_error(name, message):
     with pytest.raises(UserError, match=message):
         open_backbone(name)
 

@@ -56,7 +56,7 @@ def test_from_s3_to_s3(s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_run_again(tmp_path):
+def test_a_killed_command_continues(tmp_path):
     raw = miniature.write("all", str(tmp_path / "raw"))
     arguments = command("all", "--raw", raw, "--output", str(tmp_path / "sets"))
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -52,7 +52,7 @@ def archives(image_folder: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
-def test_an_archive_on_the_web_is_prepared_as_one_on_disk(web, image_folder, tmp_path, without_ray, kind):
+def test_an_archive_on_the_web_is_prepared_like_one_on_disk(web, image_folder, tmp_path, without_ray, kind):
     archives(image_folder, web.folder)
     made = {}
     for place in (web.address, str(web.folder)):
@@ -72,7 +72,7 @@ def test_several_addresses_become_one_dataset_through_faults(web, image_folder, 
     assert (made.rows, made.duplicates, made.rejects) == (60, 0, {})
 
 
-def test_a_published_dataset_is_loaded_as_from_disk(web, image_folder, tmp_path, without_ray):
+def test_a_published_dataset_is_loaded_like_one_on_disk(web, image_folder, tmp_path, without_ray):
     """A dataset needs no listing; with a cache the batches are the same."""
     prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=40))
     found = []
@@ -97,7 +97,7 @@ def test_weights_are_loaded_from_a_file_on_the_web(web):
         load_weights(target, f"{web.address}/run")
 
 
-def test_reading_is_as_from_disk(web, monkeypatch):
+def test_reading_gives_the_same_bytes_as_from_disk(web, monkeypatch):
     data = random.Random(0).randbytes(10_000)
     (web.folder / "a file.bin").write_bytes(data)
     (web.folder / "empty").write_bytes(b"")
@@ -132,7 +132,7 @@ def test_every_failed_attempt_is_counted(web, monkeypatch, fault):
             own.read(f"{proxy.endpoint}/x", 100, 30_000)
 
 
-def test_a_server_without_ranges_gives_small_files_and_no_large_ones(web, monkeypatch):
+def test_only_small_files_are_read_from_a_server_without_ranges(web, monkeypatch):
     web.ranges = False
     (web.folder / "x").write_bytes(b"0123456789")
     assert storage.read_bytes(f"{web.address}/x", 2, 4) == b"23"
@@ -167,7 +167,7 @@ def test_redirects_are_followed_but_not_to_where_others_can_read(web):
 
 
 @pytest.mark.parametrize("entry", ["default", "machine 127.0.0.1", "machine localhost"])
-def test_a_login_is_sent_to_the_host_of_the_address_alone(web, tmp_path, monkeypatch, entry):
+def test_a_login_is_sent_only_to_the_host_of_the_address(web, tmp_path, monkeypatch, entry):
     (tmp_path / "netrc").write_text(f"{entry} login bob password hunter2\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (web.folder / "x").write_bytes(b"0123456789")
@@ -211,7 +211,7 @@ def test_a_server_elsewhere_cannot_redirect_to_this_machine(web, tmp_path):
     assert not web.requests
 
 
-def test_nothing_is_written_or_listed(web, tmp_path):
+def test_writing_and_listing_are_refused(web, tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     for work in (
         lambda uri: storage.write_bytes(uri, b""),
@@ -254,7 +254,7 @@ def test_a_signed_address_is_read_and_its_signature_is_shown_nowhere(web, image_
         assert not path.is_file() or b"c2VjcmV0" not in path.read_bytes(), path
 
 
-def test_the_signature_of_a_folder_opens_what_lies_in_it(web, image_folder, monkeypatch, without_ray):
+def test_the_signature_of_a_folder_applies_to_its_files(web, image_folder, monkeypatch, without_ray):
     prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=32))
     web.query = SIGNATURE
     with pytest.raises(UserError, match="access denied"):
@@ -264,7 +264,7 @@ def test_the_signature_of_a_folder_opens_what_lies_in_it(web, image_folder, monk
     assert len(dataset[0]["image"]) > 100
 
 
-def test_where_signatures_go(monkeypatch):
+def test_signatures_are_sent_only_where_they_apply(monkeypatch):
     for name in ("VIT_URL_QUERIES", "AZURE_STORAGE_SAS_TOKEN"):
         monkeypatch.setenv(name, "")
     signed = "https://host/set/a.tar?X-Amz-Date=1&X-Amz-Signature=5e7f22&x=1"

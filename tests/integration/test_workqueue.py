@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import os
 import sys
 
 import pytest
 from ray import cloudpickle
 
 from pipeline import storage, workqueue
-from pipeline.errors import UserError
+from pipeline.errors import JobFailed, UserError
 from pipeline.workqueue import Receipts
 
 logger = logging.getLogger("pipeline.tests")
@@ -83,3 +84,23 @@ def test_tasks_take_several_small_units_first_and_one_each_at_the_end(cpus):
     assert counts[-max(cpus, 1) :] == [1] * min(max(cpus, 1), len(counts))
     assert all(len(share) <= 2 for share in workqueue.group_units([100 << 20] * 37, cpus))
     assert workqueue.group_units([1 << 30] * 5, cpus) == [[unit] for unit in range(5)]
+
+
+def fail(error):
+    if error is SystemExit:
+        os._exit(1)
+    raise error("wrong")
+
+
+def test_the_error_of_a_task_keeps_its_type(ray_local):
+    with pytest.raises(UserError, match=r"^wrong$") as caught:
+        workqueue.map_tasks(fail, [UserError] * 3)
+    assert caught.value.__cause__ is None
+    with pytest.raises(ValueError, match=r"^wrong$") as failed:
+        workqueue.map_tasks(fail, [ValueError] * 3)
+    assert "in fail" in str(failed.value.__cause__)  # the traceback of the task
+
+
+def test_a_process_that_dies_repeatedly_is_one_line(ray_local):
+    with pytest.raises(JobFailed, match=r"^[^\n]*the same command continues[^\n]*$"):
+        workqueue.map_tasks(fail, [SystemExit] * 3)

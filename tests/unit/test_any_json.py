@@ -100,7 +100,7 @@ def test_spool_of_any_json_is_named_and_kept(tmp_path, monkeypatch, text):
     assert list(find_spools().unreadable) == [str(tmp_path / "a")]
 
 
-def test_damaged_receipt_is_named_and_its_unit_is_done_again(tmp_path):
+def test_damaged_receipt_is_named_and_its_unit_is_repeated(tmp_path):
     receipts = workqueue.Receipts(str(tmp_path))
     receipt = {"rows": 3, "names": ["ä", 'a"b']}
     receipts.write("unit", receipt)

@@ -24,7 +24,7 @@ def cpu_nodes(config: dict, cpus: int) -> int:
     return -(-cpus // config["available_node_types"]["cpu"]["resources"]["CPU"])
 
 
-def test_prepare_grows_the_cpu_pool_and_lets_it_go(config):
+def test_prepare_grows_the_cpu_pool_and_releases_it(config):
     prepare = Job("prepare", "prepare", 1, {"CPU": 1}, tasks=512, minutes=8, at_once=256)
     samples = simulate(config, [prepare], {}, hours=1)
     assert (samples[0].nodes["cpu"], samples[-1].nodes["cpu"]) == (0, 0)
@@ -43,7 +43,7 @@ def test_training_waits_for_all_of_its_nodes_and_continues_after_a_loss(config):
     assert 60 + BOOT_MINUTES <= pretrain.ended - pretrain.began <= 60 + BOOT_MINUTES + 10 + 2 * STEP
 
 
-def test_evaluation_runs_on_what_is_idle(config):
+def test_evaluation_runs_on_idle_nodes(config):
     pretrain = Job("pretrain", "pretrain", 0, {"CPU": 8, "GPU": 1}, tasks=16, minutes=60, gang=True)
     evaluate = Job("evaluate", "evaluate", 20, {"CPU": 1}, tasks=4, minutes=6)
     samples = simulate(config, [pretrain, evaluate], {}, hours=1)

@@ -161,7 +161,7 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("how", ["dry run", "doctor", "start"])
-def test_what_a_run_would_find_wrong_later(what, how, fields, tmp_path, monkeypatch):
+def test_errors_that_a_run_would_find_later(what, how, fields, tmp_path, monkeypatch):
     """The dry run, doctor and a real start report the same error and leave no files."""
     if (what, how) == ("GPUs that are not there", "dry run"):
         pytest.skip("a plan may be made on another machine: the next test")
@@ -212,7 +212,7 @@ def test_output_that_is_a_file_or_below_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_output_on_a_file_system_that_takes_no_files():
+def test_output_on_a_file_system_that_accepts_no_files():
     """/proc appears writable to root, so only an attempt to write shows that it is not."""
     with pytest.raises(UserError, match="--output /proc/run: /proc cannot be written"):
         check_output("/proc/run")

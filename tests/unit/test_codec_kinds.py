@@ -55,7 +55,7 @@ def test_small_lossless_images_stay_lossless_unless_asked(format):
     assert images.as_jpeg(found, b"", 16, 90, lossless=True)[0].startswith(b"\xff\xd8")  # it is resized
 
 
-def test_slivers_are_refused_unless_the_caller_takes_them():
+def test_slivers_are_refused_unless_the_caller_accepts_them():
     for data in (encoded(Image.new("RGB", (1000, 1)), "PNG"), simplejpeg.encode_jpeg(np.zeros((1, 1000, 3), np.uint8))):
         with pytest.raises(Refused, match="too narrow"):
             codecs.decode(data, LIMIT)

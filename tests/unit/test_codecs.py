@@ -65,7 +65,7 @@ def test_unusual_pixels():
         decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), LIMIT)
 
 
-def test_alpha_lies_over_white():
+def test_transparent_images_are_put_on_white():
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[0] = (200, 100, 0, 255)
     found = decode(encoded(Image.fromarray(rgba), "PNG"), LIMIT)
@@ -221,7 +221,7 @@ def test_jpeg_kinds():
     assert decode_stored(encoded(photo(), "JPEG", exif=tagged)).shape == (120, 160, 3)  # as stored, not turned
 
 
-def test_stray_bytes_between_jpeg_markers_are_no_damage():
+def test_stray_bytes_between_jpeg_markers_are_not_damage():
     data = encoded(photo(), "JPEG", quality=95)
     assert np.array_equal(decode_stored(data[:-2] + b"\x00\x00\x00" + data[-2:]).shape, (120, 160, 3))
 

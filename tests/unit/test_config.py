@@ -38,7 +38,7 @@ def parse(*argv):
     return config.parse(list(argv), RECIPES, "small", prog="job", description="A job.")
 
 
-def test_flags_lie_over_the_recipe():
+def test_flags_override_the_recipe():
     assert parse() == Outer()
     chosen = parse("--recipe", "large", "--inner.betas", "0.8", "0.9", "--dry-run")
     assert chosen == Outer(limit=10, inner=Inner(lr=0.5, betas=(0.8, 0.9)), dry_run=True)
@@ -152,7 +152,7 @@ def test_a_job_that_is_stopped_says_how_to_continue(end, code):
     assert "stopped; repeat the command to continue" in done.stderr
 
 
-def test_a_reader_of_the_output_that_ends_first_is_no_error():
+def test_a_closed_output_pipe_is_not_an_error():
     job = "from pipeline.config import run_job\ndef main(argv):\n    print('line\\n' * 100_000)\nrun_job(main)"
     command = f'{shlex.quote(sys.executable)} -c {shlex.quote(job)} | head -n 1; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)

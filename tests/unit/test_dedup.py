@@ -173,7 +173,7 @@ def test_a_changed_copy_is_found_inside_a_corpus(change):
 
 
 @pytest.mark.parametrize("pose", POSES)
-def test_pictures_that_are_posed_alike_are_no_copies(pose):
+def test_pictures_that_are_posed_alike_are_not_copies(pose):
     """Neither the pairs that hashing proposes nor other pairs are confirmed."""
     pictures = [POSES[pose](seed) for seed in range(12)]
     _, confirmed = proposed_and_confirmed(pictures)
@@ -183,12 +183,12 @@ def test_pictures_that_are_posed_alike_are_no_copies(pose):
     assert not any(compare_views(b, a, mirrored=mirrored).same for a, b in pairs for mirrored in (False, True))
 
 
-def test_hashing_alone_would_take_poses_for_copies():
+def test_hashing_alone_would_mistake_similar_poses_for_copies():
     proposed, _ = proposed_and_confirmed([POSES["outlines"](seed) for seed in range(12)])
     assert len(proposed) >= 20
 
 
-def test_what_is_posed_alike_is_found_when_it_is_copied():
+def test_copies_of_pictures_that_are_posed_alike_are_found():
     pictures = [POSES[pose](0) for pose in ("outlines", "documents", "bicycles", "portraits")]
     changes = [CHANGES["JPEG quality 50"], CHANGES["mirrored"], CHANGES["brighter"]]
     for change in changes:
@@ -227,7 +227,7 @@ def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("spared", [0.995, 0.9, 0.7])
-def test_a_damaged_evaluation_image_keeps_its_whole_copy_out(tmp_path, spared):
+def test_a_damaged_evaluation_image_keeps_its_intact_copy_out(tmp_path, spared):
     """The image is truncated, or overwritten from some byte on."""
     data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
     end = int(len(data) * spared)

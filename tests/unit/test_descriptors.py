@@ -53,7 +53,7 @@ def test_a_network_is_run_as_its_file_and_the_flags_say(tmp_path):
     assert Descriptor(script(tmp_path / "c.pt", about=about), size=32).preprocessing.size == 32
 
 
-def test_files_that_are_no_usable_network(tmp_path):
+def test_unusable_network_files_are_refused(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "opened"), "w"))
@@ -90,7 +90,7 @@ def test_lists_find_what_all_pairs_find(monkeypatch):
     assert found == {(i, 1000 + i) for i in range(100)}
 
 
-def test_an_evaluation_image_is_what_stays():
+def test_an_evaluation_image_is_the_one_that_stays():
     vectors = np.eye(4, 8, dtype=np.float16)[[0, 1, 0, 1, 1]]
     rows = np.array([0, 1, 100, 101, 102])  # from 100 on they are of evaluation sets
     options = {"similarity": 0.9, "corpus": 100}
@@ -124,7 +124,7 @@ def keys(output):
     return {dataset[i]["key"] for i in range(len(dataset))}
 
 
-def test_prepare_with_a_network_that_takes_all_for_alike(corpus):
+def test_prepare_with_a_network_that_considers_all_images_alike(corpus):
     """The network proposes all pairs; verification removes the two parts and no portrait."""
     import pyarrow.parquet as pq
 

@@ -87,7 +87,7 @@ def test_the_first_bytes_and_not_the_content_type_say_what_an_image_is(server):
     assert png.startswith(b"\x89PNG")
 
 
-def test_one_bad_answer_spoils_no_other_on_the_same_host(server):
+def test_a_bad_response_does_not_affect_others_of_the_same_host(server):
     bad = [f"{server.url}/{path}" for path in ANSWERS if path.partition("/")[0] not in ("silent", "endless")]
     good = [f"{server.url}/image/{i}.jpg" for i in range(1, 31)]
     mixed = [address for pair in zip(good, (bad * 2)[: len(good)], strict=True) for address in pair]
@@ -95,7 +95,7 @@ def test_one_bad_answer_spoils_no_other_on_the_same_host(server):
     assert [results[address] for address in good] == [jpeg(i) for i in range(1, 31)]
 
 
-def test_what_may_pass_is_tried_again_and_what_may_not_is_not(server):
+def test_only_temporary_failures_are_retried(server):
     paths = ["flaky/1.jpg", "status/404", "status/503", "html/1.jpg"]
     results = fetch(*(f"{server.url}/{path}" for path in paths), retries=1)
     assert results == [jpeg(1), "http 404", "http 503", "not an image"]
@@ -231,7 +231,7 @@ def test_a_name_that_changes_its_address_gains_nothing(server, monkeypatch):
      ("http://bücher.invalid/ü.jpg", "no such host"), ("http://" + "a" * 300 + ".invalid/", None),
      ("http://\u2603\u200b..invalid/", None), ("http://[::1", "bad address"), ("http://a b/", None), ("\0", "bad address")],
 )  # fmt: skip
-def test_addresses_that_lead_nowhere(address, reason):
+def test_unreachable_addresses(address, reason):
     [found] = fetch(address)
     assert found == reason or (reason is None and found in ("bad address", "no such host", "connection failed"))
 
@@ -386,7 +386,7 @@ def test_few_files_are_open_while_they_wait(server, monkeypatch):
     assert list(results) == [jpeg(i) for i in range(1, 100)]
 
 
-def test_a_full_temporary_folder_is_no_fault_of_the_server(server, monkeypatch):
+def test_a_full_temporary_folder_is_not_blamed_on_the_server(server, monkeypatch):
     """A limit on the file size of the process simulates a full disk."""
     assert fetch(f"{server.url}/image/1.jpg") == [jpeg(1)]  # makes the files of the limits of hosts
     monkeypatch.setattr(stream, "HELD_BYTES", 1000)
@@ -410,7 +410,7 @@ print([result.reason for result in download(addresses, config, allow_private=Tru
 """
 
 
-def test_a_lack_of_open_files_is_no_fault_of_the_server(server):
+def test_a_lack_of_open_files_is_not_blamed_on_the_server(server):
     done = subprocess.run([sys.executable, "-c", OPEN_FILES, server.url], capture_output=True, text=True, timeout=300)
     assert re.search("UserError: .*no open files left .*; lower --download.connections 60, or raise", done.stderr), done
 
@@ -450,7 +450,7 @@ def test_limits_hold_for_all_processes(server, options):
         assert len(times) / (times[-1] - times[0]) < 24
 
 
-def test_a_killed_process_gives_its_requests_back(tmp_path):
+def test_the_requests_of_a_killed_process_are_released(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     worker = context.Process(target=_hold, args=(str(tmp_path), ready))

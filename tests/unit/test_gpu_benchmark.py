@@ -43,7 +43,7 @@ def test_every_section_runs_without_the_libraries_of_a_cluster(tmp_path):
     assert all(row["found"] == {} for row in found if row["section"] == "waits")
 
 
-def test_sections_that_fail_or_hang_cost_themselves_alone(tmp_path):
+def test_failing_or_hanging_sections_do_not_affect_others(tmp_path):
     done = run(tmp_path, "--only", "fails", "hangs", "facts", "--budget", "800")
     assert done.returncode == 1
     assert "RuntimeError: this section fails whenever it is asked for" in done.stdout
@@ -52,7 +52,7 @@ def test_sections_that_fail_or_hang_cost_themselves_alone(tmp_path):
     assert "failed: fails, hangs; no time for: none" in done.stdout
 
 
-def test_what_finds_no_time_is_listed(tmp_path):
+def test_sections_without_time_are_listed(tmp_path):
     began = time.monotonic()
     done = run(tmp_path, "--only", "facts", "--budget", "1")
     assert time.monotonic() - began < 60

@@ -53,7 +53,7 @@ def test_a_given_micro_batch_stays_and_a_cpu_takes_all_images():
     assert resolved("l16_imagenet21k_90ep", gpus=False).micro_batch == 512
 
 
-def test_a_model_of_which_not_one_image_fits_is_refused_with_what_helps():
+def test_a_model_too_large_for_one_image_is_refused_with_a_remedy():
     with pytest.raises(UserError, match=r"needs \d+ GB.*a GPU has 4 GB.*--engine.zero 2.*--engine.micro-batch 1"):
         resolved("h14_jft300m_14ep", gpu_memory=4e9)
 
@@ -116,7 +116,7 @@ def test_every_remedy_goes_together_with_the_settings_of_the_run(optimizer, numb
         ("NVIDIA L400", None),
     ],
 )
-def test_gpus_are_known_by_their_whole_name(name, kind):
+def test_gpus_are_recognised_by_their_whole_name(name, kind):
     assert identify_gpu(name) == kind
 
 
@@ -165,7 +165,7 @@ def allocated(model, images) -> int:
     ],
     ids=["nothing recomputed", "everything", "four of eight blocks", "all but products"],
 )
-def test_what_is_recomputed_takes_the_memory_that_was_planned(engine):
+def test_recomputation_uses_the_planned_memory(engine):
     options = {"variant": "Ti/16", "image_size": 224, "num_classes": 10, "depth": 8, "pool": "gap"}
     torch.manual_seed(0)
     model = create_model(**options).train()

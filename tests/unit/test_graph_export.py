@@ -91,7 +91,7 @@ def test_argo_is_a_workflow_of_its_stages(sweep):
     assert trained["retryStrategy"] == {"limit": 3}
 
 
-def test_argos_definition_takes_the_workflow(plan, real_data):
+def test_argos_definition_accepts_the_workflow(plan, real_data):
     definition = real_data / "argo-crds" / "argoproj.io_workflows.yaml"
     if not definition.exists():
         pytest.skip(f"{definition} is not there")
@@ -125,7 +125,7 @@ def airflow_python():
     pytest.skip("Airflow is not installed here, and AIRFLOW_PYTHON names no Python that has it")
 
 
-def test_airflows_dagbag_takes_the_dag(sweep, tmp_path):
+def test_airflows_dagbag_loads_the_dag(sweep, tmp_path):
     folder = tmp_path / "dags"
     folder.mkdir()
     (folder / "sweep.py").write_text(export.export(sweep, "airflow", "image"))

@@ -207,7 +207,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path, monkeypatch, name):
+def test_invalid_values_are_one_line_before_anything_starts(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)  # away from the outputs of `make demo`
     stages, message = STAGES[name]
     place = tmp_path / "pipeline.yaml"
@@ -261,7 +261,7 @@ BOMB = "".join(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new 
         ),
     ],
 )
-def test_files_that_are_none(tmp_path, text, message):
+def test_files_that_are_not_pipelines(tmp_path, text, message):
     place = tmp_path / "p.yaml"
     place.write_text(text)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -322,7 +322,7 @@ def test_a_dry_run_imports_no_library_that_is_slow_to_import(tmp_path):
     assert not {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib"} & set(modules.split())
 
 
-def test_the_schema_takes_what_the_program_takes_and_knows_the_fields():
+def test_the_schema_accepts_what_the_program_accepts_and_lists_the_fields():
     jsonschema = pytest.importorskip("jsonschema")
     checker = jsonschema.Draft202012Validator(schema.schema())
     assert not list(checker.iter_errors(values()))
@@ -332,7 +332,7 @@ def test_the_schema_takes_what_the_program_takes_and_knows_the_fields():
     assert len(list(checker.iter_errors(wrong))) == 2
 
 
-def test_everything_the_command_line_says_it_takes(tmp_path):
+def test_every_documented_argument_is_accepted(tmp_path):
     shown = []
     assert commands.main(["schema"], "", shown.append) == 0
     assert json.loads(shown[0])["title"]
@@ -357,7 +357,7 @@ def test_everything_the_command_line_says_it_takes(tmp_path):
         (["export", "--to", "dagster"], "argument --to: invalid choice: 'dagster'"),
     ],
 )
-def test_wrong_words_are_one_line_before_anything_starts(tmp_path, words, message):
+def test_invalid_arguments_are_one_line_before_anything_starts(tmp_path, words, message):
     place = tmp_path / "p.yaml"
     place.write_text(f"name: x\noutput: {tmp_path}/out\nstages: {{data: {{job: prepare, recipe: demo}}}}\n")
     with pytest.raises(UserError, match=re.escape(message)) as error:

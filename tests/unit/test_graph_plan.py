@@ -41,7 +41,7 @@ def test_done_stages_are_not_repeated(tmp_path, source):
     assert {state for state, _ in states(chain(tmp_path / "out", source)).values()} == {"done"}
 
 
-def test_a_changed_crop_makes_the_transfers_stale_and_a_changed_worker_nothing(tmp_path, source):
+def test_a_changed_crop_makes_the_transfers_stale_and_a_changed_number_of_workers_does_not(tmp_path, source):
     go(chain(tmp_path / "out", source))
     runtime = chain(
         tmp_path / "out", source, pretrain={"workers": 1, "validate_every": "1steps"}, transfer={"workers": 2}
@@ -253,7 +253,7 @@ def test_the_next_runner_stops_a_stage_that_is_no_longer_wanted(tmp_path, source
     assert outcome.failed == []
 
 
-def test_what_is_in_use_is_tried_again_later_and_is_no_failure(tmp_path, source, monkeypatch):
+def test_an_output_in_use_is_retried_later_and_is_not_a_failure(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "LATER_PAUSE", 0.05)
     executor = Fake({"pretrain": [75, 75, 75, 1, 75, 0], "transfer[tasks=knn]": [75] * 40})
     outcome = go(chain(tmp_path / "out", source), executor)
@@ -306,7 +306,7 @@ def test_an_outage_at_the_end_of_a_stage_does_not_fail_it(tmp_path, source, monk
     assert (left, executor.started.count("pretrain")) == ([0], 3)
 
 
-def test_independent_stages_run_side_by_side_as_far_as_there_is_room(tmp_path, source):
+def test_independent_stages_run_in_parallel_as_far_as_resources_allow(tmp_path, source):
     one = {"transfer": {"workers": 1}}
     executor = Fake()
     go(chain(tmp_path / "out", source, **one), executor)
@@ -325,7 +325,7 @@ def test_equal_stages_are_run_once(tmp_path, source):
     assert (executor.started, outcome.done, outcome.kept) == (["one"], ["one"], ["two"])
 
 
-def test_transfers_take_the_gpus_that_are_there(tmp_path, source):
+def test_transfers_use_the_available_gpus(tmp_path, source):
     one = {"transfer": {"workers": 1}}
     workstation = Fake()
     workstation.gpus = 1.0
@@ -362,7 +362,7 @@ def test_forced_stages_run_again_in_an_empty_folder(tmp_path, source):
     assert not left.exists()
 
 
-def test_another_setting_does_not_write_over_an_output_of_the_files_own_choice(tmp_path, source):
+def test_another_setting_does_not_overwrite_an_output_that_the_file_names(tmp_path, source):
     fixed = {"output": str(tmp_path / "data")}
     go(chain(tmp_path / "out", source, data=fixed))
     outcome = go(chain(tmp_path / "out", source, data={**fixed, "quality": 50}))

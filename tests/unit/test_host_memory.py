@@ -28,7 +28,7 @@ def remedy():
     cluster.configure()
 
 
-def test_who_was_ended_and_how_much_memory_was_in_use():
+def test_the_message_names_the_ended_process_and_the_memory_in_use():
     assert host_memory.describe(KILLED) == (
         "process 9112 (1.8 GB) was ended: node 10.0.0.7 ran out of host memory (9.2 of 23.5 GB in use by all programs)"
     )

@@ -121,7 +121,7 @@ def test_an_animation_costs_one_frame():
     assert codecs.decode(sink.getvalue(), LIMIT).pixels.shape == (300, 300, 3)
 
 
-def test_text_in_a_png_does_not_unfold():
+def test_compressed_text_in_a_png_is_not_expanded():
     """zTXt and iTXt chunks are compressed text: Pillow stops at 1 MB of them."""
     text = zlib.compress(b"\0" * 50_000_000, 9)
 
@@ -140,7 +140,7 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bomb.tar", "bomb.tar.gz"])
-def test_a_member_that_unfolds_is_refused_and_the_rest_is_read(tmp_path, small_files, name):
+def test_a_member_that_expands_is_refused_and_the_rest_is_read(tmp_path, small_files, name):
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
         for member, data in (("a/one.png", PNG), ("a/bomb.png", b"\0" * 5_000_000), ("a/two.png", PNG)):
             info = tarfile.TarInfo(member)
@@ -164,7 +164,7 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path, small_files):
     ("kind", "message"),
     [(zipfile.ZIP_DEFLATED, "unpacks from .* to 5,000,000 bytes"), (zipfile.ZIP_STORED, "more than 100,")],
 )
-def test_a_zip_that_unfolds_is_refused(tmp_path, monkeypatch, kind, message):
+def test_a_zip_that_expands_is_refused(tmp_path, monkeypatch, kind, message):
     from pipeline.vtab import containers
 
     monkeypatch.setattr(containers, "MAX_MEMBER_BYTES", 100_000)
@@ -174,7 +174,7 @@ def test_a_zip_that_unfolds_is_refused(tmp_path, monkeypatch, kind, message):
         list(Tree(str(tmp_path / "bomb.zip")).read(["images/bomb.png"]))
 
 
-def test_weights_that_unfold_are_refused(tmp_path, monkeypatch):
+def test_weights_that_expand_are_refused(tmp_path, monkeypatch):
     """An .npz of zeros expands a thousandfold; real weights hardly compress."""
     from pipeline.weights import files
 
@@ -238,7 +238,7 @@ def test_a_label_table_cannot_name_files_outside_the_source(tmp_path, secret, na
     assert (rows, rejects) == (1, {name: "missing file"})
 
 
-def test_links_in_circles_end(tmp_path):
+def test_cycles_of_links_are_not_followed(tmp_path):
     """Links in the user's folders are followed, but links to a parent folder would be an endless loop."""
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "one.png").write_bytes(PNG)

@@ -141,7 +141,7 @@ def test_commands_are_found_everywhere():
         assert place in places, f"no command found in {place}"
 
 
-def test_the_watcher_is_started_with_options_it_has():
+def test_the_watcher_is_started_with_existing_options():
     spec = importlib.util.spec_from_file_location("preemption", INFRA / "preemption.py")
     preemption = sys.modules.setdefault("preemption", importlib.util.module_from_spec(spec))
     spec.loader.exec_module(preemption)
@@ -321,7 +321,7 @@ def test_images_are_found_everywhere():
     }
 
 
-def test_jobs_run_on_the_cluster_there_is():
+def test_jobs_run_on_the_existing_cluster():
     (cluster,) = of_kind("RayCluster")
     jobs = [job["spec"] for job in of_kind("RayJob")] + [cron["spec"]["jobTemplate"] for cron in of_kind("RayCronJob")]
     for job in jobs:
@@ -425,7 +425,7 @@ def linted(tool, *arguments):
 
 
 @pytest.mark.parametrize("path", sorted(INFRA.glob("slurm/*.sbatch")), ids=lambda path: path.name)
-def test_shellcheck_is_content(path, tmp_path):
+def test_shellcheck_finds_nothing(path, tmp_path):
     assert linted("shellcheck", path) == ""
     (tmp_path / "bad.sh").write_text("#!/bin/bash\ncd $1\n")
     assert "SC2086" in linted("shellcheck", tmp_path / "bad.sh")
@@ -436,7 +436,7 @@ def test_shellcheck_is_content(path, tmp_path):
     sorted(set(INFRA.rglob("Dockerfile*")) - set(INFRA.rglob("*.dockerignore"))),
     ids=lambda path: str(path.relative_to(INFRA)),
 )
-def test_hadolint_is_content(path, tmp_path):
+def test_hadolint_finds_nothing(path, tmp_path):
     assert linted("hadolint", path) == ""
     (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp\n")
     assert "DL3006" in linted("hadolint", tmp_path / "Dockerfile")
@@ -534,7 +534,7 @@ def test_scripts_are_shell():
         assert "--dashboard-host 127.0.0.1" in text
 
 
-def test_slurm_starts_ray_with_options_it_has():
+def test_slurm_starts_ray_with_existing_options():
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
     text = (INFRA / "slurm" / "pretrain.sbatch").read_text().replace("\\\n", " ")
@@ -562,7 +562,7 @@ def test_the_secret_pattern_finds_secrets():
         assert SECRET.search(text)
 
 
-def test_spot_nodes_may_be_asked_for():
+def test_spot_nodes_may_be_requested():
     """RunInstances with a market option also needs permissions for the spot request."""
     cluster = yaml.safe_load((INFRA / "ray-up" / "aws.yaml").read_text())
     assert "InstanceMarketOptions" in cluster["available_node_types"]["cpu"]["node_config"]
@@ -570,7 +570,7 @@ def test_spot_nodes_may_be_asked_for():
     assert "arn:aws:ec2:us-east-1:123456789012:spot-instances-request/*" in start["Resource"]
 
 
-def test_roles_are_trusted_by_who_takes_them():
+def test_roles_are_trusted_by_those_who_assume_them():
     """EC2 may assume the roles of instance profiles, and only the service account of account.yaml the role of pods."""
     (ec2,) = statements("trust-ec2")
     assert ec2["Principal"] == {"Service": "ec2.amazonaws.com"}
@@ -583,7 +583,7 @@ def test_roles_are_trusted_by_who_takes_them():
     assert role == passed
 
 
-def test_every_cluster_knows_its_mlflow_and_brings_a_password():
+def test_every_cluster_has_the_address_and_the_password_of_mlflow():
     for path in RAY_UP:
         config = yaml.safe_load(path.read_text())
         assert any(option.startswith("--env MLFLOW_TRACKING_URI=") for option in config["docker"]["run_options"])

@@ -24,7 +24,7 @@ from tests.unit.test_source_kinds import (  # noqa: F401
     test_a_table_of_another_encoding,
     test_a_table_of_splits_leaves_the_labels_to_the_folders,
     test_forms_of_tables,
-    test_minus_one_beside_indices_is_no_label,
+    test_minus_one_among_indices_means_no_label,
     test_rows_without_a_file_are_counted_in_split_folders,
     test_several_labels_in_a_cell,
     test_split_columns_under_other_names,
@@ -32,7 +32,7 @@ from tests.unit.test_source_kinds import (  # noqa: F401
 )
 from tests.unit.test_source_layouts import (  # noqa: F401
     test_a_table_in_every_split_folder,
-    test_captions_are_no_labels,
+    test_captions_are_not_labels,
     test_columns_are_named_by_flags_and_guessed_in_errors,
     test_labels_in_tables,
     test_names_in_decomposed_letters_are_matched,
@@ -42,7 +42,7 @@ from tests.unit.test_source_layouts import (  # noqa: F401
 from tests.unit.test_sources import (  # noqa: F401
     test_a_file_on_several_lines_has_all_their_labels,
     test_label_tables,
-    test_label_tables_as_strangers_write_them,
+    test_label_tables_in_unusual_forms,
 )
 
 

@@ -39,7 +39,7 @@ def test_second_launch_is_refused_by_the_name_of_the_first(tmp_path):
     [{"pid": 2**22 + 1}, {"started": 1.0}, {"host": "elsewhere", "renewed": 1.0}, {"pid": "many"}, {"id": None}],
     ids=["process gone", "number used again", "not renewed for long", "no number", "no id"],
 )
-def test_launch_that_ended_holds_nothing(tmp_path, changes):
+def test_a_launch_that_ended_holds_no_lock(tmp_path, changes):
     written(tmp_path, **changes)
     with Lease(str(tmp_path), "next"):
         pass
@@ -90,7 +90,7 @@ def test_launch_on_another_machine_is_alive_while_it_renews(tmp_path, monkeypatc
             pass
 
 
-def test_of_many_launches_at_once_one_stays(tmp_path):
+def test_of_many_concurrent_launches_one_remains(tmp_path):
     def enter(number):
         try:
             return Lease(str(tmp_path), f"launch {number}").__enter__()
@@ -103,14 +103,14 @@ def test_of_many_launches_at_once_one_stays(tmp_path):
     entered[0].__exit__()
 
 
-def test_of_two_launches_after_a_dead_one_the_last_writer_stays(tmp_path, monkeypatch):
+def test_of_two_launches_after_a_dead_one_the_last_writer_remains(tmp_path, monkeypatch):
     written(tmp_path, started=1.0)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: written(tmp_path))
     with pytest.raises(UserError, match="by first"):
         Lease(str(tmp_path), "second").__enter__()
 
 
-def test_a_killed_process_that_nobody_waited_for_holds_nothing(tmp_path):
+def test_a_killed_process_that_nobody_waited_for_holds_no_lock(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     started = psutil.Process(process.pid).create_time()
     written(tmp_path, pid=process.pid, started=started)

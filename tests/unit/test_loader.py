@@ -102,7 +102,7 @@ def test_batches_are_what_order_and_augment_say(datasets):
 
 @pytest.mark.parametrize("name", ["jpeg", "bad", "patches"])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_side_by_side_are_the_batches_of_one_worker(datasets, name, world_size):
+def test_all_ranks_together_form_the_batches_of_one_worker(datasets, name, world_size):
     options = {"augment": Augment(size=16, mixup=0.3)}
     whole = take(datasets[name], **options)
     assert_same(
@@ -345,7 +345,7 @@ def test_settings_that_cannot_work_say_what_to_do(datasets, options, message):
 # ---------------------------------------------------------------- memory and threads
 
 
-def test_a_batch_stays_as_it_is_while_any_part_of_it_is_held(datasets):
+def test_a_batch_does_not_change_while_any_part_of_it_is_in_use(datasets):
     expected = take(datasets["jpeg"])
     with Loader(datasets["jpeg"], batch_size=16, lanes=8, seed=3, augment=SMALL, shuffle_window=64) as loader:
         held = [batch["image"][3:5] if i % 2 else batch["image"].numpy()[:, 2:] for i, batch in enumerate(loader)]
@@ -354,7 +354,7 @@ def test_a_batch_stays_as_it_is_while_any_part_of_it_is_held(datasets):
         assert torch.equal(torch.as_tensor(part), whole)
 
 
-def test_memory_is_used_again_once_a_batch_is_dropped(datasets):
+def test_memory_is_reused_after_a_batch_is_dropped(datasets):
     with Loader(datasets["jpeg"], batch_size=16, lanes=8, augment=SMALL, prefetch=2) as loader:
         addresses = []
         for _ in range(3):

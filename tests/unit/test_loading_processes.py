@@ -79,7 +79,7 @@ def test_batches_of_processes_are_those_of_threads(folder, data, options):
     assert rest[1]["reads"] >= len(dataset.row_groups)
 
 
-def test_a_replaced_image_is_said_in_the_training_process_and_counts_against_the_limit(folder, caplog):
+def test_a_replaced_image_is_reported_in_the_training_process_and_counts_against_the_limit(folder, caplog):
     dataset = open_dataset(f"{folder}/one")
     options = {**OPTIONS, "augment": Augment(size=16)}
     with caplog.at_level(logging.WARNING, "pipeline"):

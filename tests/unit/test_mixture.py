@@ -127,7 +127,7 @@ def test_each_image_comes_once_per_epoch_of_its_data_set(arguments):
 
 @given(orders(), st.integers(0, 3), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_a_step_needs_no_history_and_ranks_side_by_side_are_the_same_batch(arguments, epoch, step):
+def test_a_step_needs_no_history_and_all_ranks_together_form_the_same_batch(arguments, epoch, step):
     order, steps = steps_of(arguments, epoch)
     if not steps:
         return
@@ -310,7 +310,7 @@ def test_evaluation_reads_every_row_of_a_mixture_once(tmp_path):
         ("a=1,b=1e-9", "share of b is below one in 1,000,000"),
     ],
 )
-def test_weights_that_cannot_be(text, message):
+def test_invalid_weights(text, message):
     with pytest.raises(UserError, match=message):
         address.shares(text)
 
@@ -324,7 +324,7 @@ def test_addresses_with_equals_and_commas_are_not_mistaken_for_mixtures(tmp_path
 
 
 @pytest.mark.parametrize("text", ["a,b", "a=0.7,b", "a=1,b=-1", "a=1,b=nan", "a=1,,b=1"])
-def test_a_mixture_without_a_weight_for_each_is_told_how_to_write_it(text):
+def test_the_error_for_a_missing_weight_shows_the_syntax(text):
     with pytest.raises(UserError, match=r"no dataset here.*a weight above 0 for each data set: sets/a=0.7"):
         open_data(text)
 

@@ -235,7 +235,7 @@ def test_wrong_input_is_named(x, words):
     assert words in str(error.value)
 
 
-def test_every_token_changes_nothing():
+def test_keeping_every_token_changes_nothing():
     model = randomise(create_model("Ti/8", 7, image_size=24, **TINY))
     batch = images(2, 24)
     model(batch).square().sum().backward()
@@ -615,7 +615,7 @@ def test_flops_of_every_pooling(pool):
 
 
 @pytest.mark.parametrize("options", [{"posemb": "sincos2d", "pool": "gap"}, {"posemb": "sincos2d"}, {"pool": "map"}])
-def test_parameters_alone_in_bf16(options):
+def test_only_parameters_in_bf16(options):
     """DeepSpeed's bf16 mode converts parameters but not buffers."""
     model = create_model("Ti/4", 10, image_size=16, depth=2, **options)
     for parameter in model.parameters():

@@ -71,7 +71,7 @@ def test_tiny_imagenet_in_one_command(tmp_path, caplog):
     assert stages["test"].fields["source"] == [f"{source}/val"]
 
 
-def test_a_class_that_lost_all_its_images_is_said(tmp_path, caplog):
+def test_a_class_that_lost_all_its_images_is_reported(tmp_path, caplog):
     (tmp_path / "in" / "empty").mkdir(parents=True)
     (tmp_path / "in" / "empty" / "0.jpg").write_bytes(b"no image")
     for name in ("ant", "bee"):

@@ -44,7 +44,7 @@ def test_every_sample_once_but_for_a_remainder_smaller_than_the_lanes(arguments)
 
 @given(orders(), st.integers(0, 30))
 @settings(max_examples=60, deadline=None)
-def test_a_step_needs_no_history_and_ranks_side_by_side_are_the_same_batch(arguments, step):
+def test_a_step_needs_no_history_and_all_ranks_together_form_the_same_batch(arguments, step):
     order, lanes = Order(**arguments), arguments["lanes"]
     step = min(step, max(order.steps - 1, 0))
     whole = order.batch(step, range(lanes))

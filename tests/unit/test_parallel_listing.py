@@ -169,7 +169,7 @@ def test_a_store_that_does_not_list_by_name_as_expected_is_listed_by_one_process
     assert "listed by one process" in caplog.text
 
 
-def test_only_hidden_files_is_an_error_of_both(tmp_path):
+def test_a_source_of_hidden_files_is_an_error_in_both_listings(tmp_path):
     for i in range(9):
         (tmp_path / "photos" / ".git" / str(i)).mkdir(parents=True)
         (tmp_path / "photos" / ".git" / str(i) / "1.jpg").write_bytes(b"x")
@@ -195,7 +195,7 @@ def next_of(names, after):
     return names[i] if i < len(names) else None
 
 
-def test_the_successor_of_a_prefix_skips_what_is_no_character():
+def test_the_successor_of_a_prefix_skips_invalid_code_points():
     assert keyranges.successor("a/") == "a0"
     assert keyranges.successor("x\ud7ff") == "x\ue000"
     assert keyranges.successor("x\U0010ffff") == "y"
@@ -222,7 +222,7 @@ with workqueue.without_ray():
 """
 
 
-def test_a_killed_process_continues_where_it_was(tmp_path, monkeypatch):
+def test_a_listing_continues_after_its_process_was_killed(tmp_path, monkeypatch):
     uri, work = "sim://hex-40000-20/photos", tmp_path / "work"
     process = subprocess.Popen([sys.executable, "-c", KILLED, uri, str(work)])
     try:
@@ -240,7 +240,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path, monkeypatch):
     assert len(receipts_in(work)) > done
 
 
-def test_an_unfinished_listing_in_a_finished_dataset_is_no_unfinished_work(tmp_path):
+def test_an_unfinished_listing_in_a_finished_dataset_is_not_unfinished_work(tmp_path):
     for i in range(8):
         path = tmp_path / "photos" / f"class{i % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_package_is_said_as_ever(tmp_path):
+def test_a_missing_package_raises_the_usual_error(tmp_path):
     (tmp_path / "pipeline.py").write_text((ROOT / "jobs/pipeline.py").read_text())
     done = python(
         "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pipeline", cwd=tmp_path, PYTHONPATH=""

@@ -141,7 +141,7 @@ def test_micro_batch_is_the_largest_that_fits():
         assert more > result["usable"], "twice as many would fit, too"
 
 
-def test_a_model_that_cannot_fit_says_so():
+def test_a_model_that_does_not_fit_is_reported():
     training = RECIPES["b16_imagenet"]()
     training = dataclasses.replace(training, model=dataclasses.replace(training.model, variant="e/14", depth=20))
     result = plan(PlanConfig(training=training, gpu="l4"), "b16_imagenet")
@@ -250,7 +250,7 @@ def test_published_runs_are_within_the_error_that_the_documents_state(
     assert rate == pytest.approx(expected, rel=0.01)
 
 
-def test_a_small_model_is_limited_by_launching_and_says_so():
+def test_a_small_model_is_limited_by_kernel_launches_and_the_plan_says_so():
     """40% of an L4 would be 46,126 img/s of Ti/4 at 32 px."""
     result = planned(recipe="cifar10", gpus=1, gpu="l4")
     run = result["run"]
@@ -269,7 +269,7 @@ def test_the_slowest_part_decides(changes, limit):
     assert run["images_per_second"] == min(run["limits"].values()) == run["limits"][limit]
 
 
-def test_few_cpus_limit_a_run_and_the_plan_says_how_many_it_wants():
+def test_few_cpus_limit_a_run_and_the_plan_says_how_many_it_needs():
     training = changed(RECIPES["s16_imagenet_90ep"](), cpus_per_worker=2)
     result = plan(PlanConfig(training=training, read_gbps=100), "s16_imagenet_90ep")
     assert result["run"]["limited_by"] == "decoding"

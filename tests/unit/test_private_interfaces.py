@@ -43,7 +43,7 @@ def test_mlflows_ui_has_the_keys_of_the_browser_that_make_ui_sets():
         assert any(key.removesuffix("_v1") in page for page in pages), key
 
 
-def test_mlflows_tables_hold_what_its_own_search_gives(tmp_path):
+def test_mlflows_tables_agree_with_its_search(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     mlflow, experiment = server.client(uri), server.experiment_id(f"sqlite:///{tmp_path}/mlflow.db", "transfer")
     made = [mlflow.create_run(experiment, run_name=name).info.run_id for name in ("a", "b", "child", "deleted")]
@@ -83,7 +83,7 @@ def test_ray_core_has_the_names_that_are_read():
     assert hasattr(importlib.import_module("ray._private.worker"), "global_worker")
 
 
-def test_rays_messages_about_processes_can_be_taken(monkeypatch):
+def test_rays_messages_about_processes_can_be_captured(monkeypatch):
     """Ray's listener looks up the function by name and calls it with lines."""
     worker = importlib.import_module("ray._private.worker")
     monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
@@ -149,6 +149,6 @@ def test_deepspeed_has_the_names_that_are_read(module, names):
     assert [name for name in names if name not in source] == []
 
 
-def test_a_deepspeed_without_such_a_name_is_named():
+def test_a_missing_name_of_deepspeed_is_reported():
     with pytest.raises(RuntimeError, match=r"has no Linear\._hp_mapping; .* written for 0\.19\.8"):
         zero_layout.private(torch.nn.Linear(1, 1), "_hp_mapping")

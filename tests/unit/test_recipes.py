@@ -47,7 +47,7 @@ def test_recipe_resolves_and_its_docstring_says_what_it_takes(name):
 
 @pytest.mark.slow  # counts the FLOPs of nineteen models
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe().runtime.gpus])
-def test_docstring_tells_the_cost(name):
+def test_docstring_states_the_cost(name):
     config, text = RECIPES[name](), inspect.getdoc(RECIPES[name])
     plan = make_plan(config, stand_in(config, name, NOWHERE), config.runtime.workers)
     exaflops = float(re.search(r"Cost: ([\d.]+) exaFLOPs", text)[1])

@@ -87,7 +87,7 @@ def test_appended_images_are_a_revision_beside_the_old_one(grown, tmp_path):
     assert not (grown / "_work").exists()
 
 
-def test_an_append_that_was_made_is_not_made_again(grown, tmp_path):
+def test_a_finished_append_is_not_repeated(grown, tmp_path):
     before = content(grown)
     prepare(config(tmp_path, str(tmp_path / "second"), splits=SPLITS), append=True)
     prepare(config(tmp_path, str(tmp_path / "first"), splits=SPLITS))  # the first command: finished, too
@@ -97,7 +97,7 @@ def test_an_append_that_was_made_is_not_made_again(grown, tmp_path):
     assert content(grown) == before
 
 
-def test_a_folder_that_grows_is_given_again_and_only_what_is_new_is_added(tmp_path):
+def test_appending_a_folder_that_has_grown_adds_only_the_new_images(tmp_path):
     folder = tmp_path / "first"
     prepare(config(tmp_path, write_images(folder, {"ant": 10, "bee": 10}, 1)))
     write_images(folder, {"ant": 5, "bee": 0, "cow": 3}, 2)
@@ -194,7 +194,7 @@ def test_an_input_that_was_left_out_and_is_read_again_is_listed_once(tmp_path, c
     assert verify_dataset(str(tmp_path / "set")) == verify_dataset(f"{tmp_path}/set@1") == []
 
 
-def test_an_append_without_a_usable_image_is_no_success(tmp_path):
+def test_an_append_without_a_usable_image_is_not_a_success(tmp_path):
     prepare(config(tmp_path, write_images(tmp_path / "first", {"ant": 10, "bee": 10}, 1)))
     before, bad = content(tmp_path / "set"), tmp_path / "second" / "ant" / "bad.png"
     bad.parent.mkdir(parents=True)
@@ -288,7 +288,7 @@ def test_an_append_with_other_settings_is_refused_before_any_work(grown, tmp_pat
     assert content(grown) == before
 
 
-def test_an_append_keeps_the_promise_of_decontamination(tmp_path):
+def test_an_append_is_decontaminated_like_the_dataset(tmp_path):
     sets = write_images(tmp_path / "eval", {"x": 3}, 7)
     shutil.copytree(f"{sets}/x", tmp_path / "second" / "ant")
     first = write_images(tmp_path / "first", {"ant": 10, "bee": 10}, 1)
@@ -344,7 +344,7 @@ def write_keys(path: Path, keys) -> str:
     return str(path)
 
 
-def test_deleted_rows_are_gone_and_all_other_shards_are_as_they_were(grown, tmp_path):
+def test_deleted_rows_are_gone_and_all_other_shards_are_unchanged(grown, tmp_path):
     before, keys = open_dataset(f"{grown}/train"), chosen(grown)
     images = [row["image"] for row in before.read([0, 1, len(before) - 1])]
     results = delete_keys(str(grown), write_keys(tmp_path / "keys.txt", keys))
@@ -442,7 +442,7 @@ def is_deleted(root: str, path: str) -> bool:
     return True
 
 
-def test_of_deletions_at_once_each_is_made_or_refused(grown, tmp_path):
+def test_concurrent_deletions_are_each_made_or_refused(grown, tmp_path):
     keys = [keys_of(f"{grown}/{name}")[i] for name, i in (("train", 0), ("train", 1), ("test", 0))]
     paths = [write_keys(tmp_path / f"{i}.txt", [key]) for i, key in enumerate(keys)]
     roots = [str(grown), f"{grown}/train", f"{grown}/test"]
@@ -567,7 +567,7 @@ def test_keys_that_cannot_be_deleted(grown, tmp_path, text, message):
     assert content(grown) == before
 
 
-def test_what_else_a_deletion_refuses(grown, tmp_path):
+def test_other_deletions_that_are_refused(grown, tmp_path):
     keys = write_keys(tmp_path / "keys.txt", keys_of(f"{grown}/train"))
     before = content(grown)
     with pytest.raises(UserError, match="all of its images would be deleted; remove the folder"):

@@ -57,7 +57,7 @@ class Recorded:
         self.files[path] = Image.open(io.BytesIO(data)).size
 
 
-def test_the_pictures_are_those_that_go_into_the_model(config):
+def test_the_pictures_are_the_inputs_of_the_model(config):
     batch, _ = first_batch(config)
     whole = np.stack(samples.batch_pictures(batch, config))
     assert (whole == batch["image"].numpy()).all()
@@ -91,7 +91,7 @@ def test_a_run_gets_its_first_batch_and_its_attention(config, monkeypatch):
     assert high > 3 * 128
 
 
-def test_a_picture_that_cannot_be_made_stops_no_run(config, caplog):
+def test_a_picture_that_cannot_be_made_does_not_stop_the_run(config, caplog):
     plan = make_plan(config, open_dataset(config.runtime.data), 1)
     run = Recorded()
     samples.log_batch(run, {"label": torch.zeros(2)}, plan)

@@ -58,7 +58,7 @@ def test_round_trip(tmp_path, encoding, multilabel):
     assert verify_dataset(uri) == []
 
 
-def test_others_read_the_shards(tmp_path):
+def test_other_libraries_read_the_shards(tmp_path):
     rows = list(make_rows(50, "patches"))
     manifest = write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES)
     path = tmp_path / manifest.shards[0].name
@@ -70,7 +70,7 @@ def test_others_read_the_shards(tmp_path):
     assert description == {"version": 4, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
 
 
-def test_others_read_files_and_several_labels(tmp_path):
+def test_other_libraries_read_files_and_several_labels(tmp_path):
     rows = list(make_rows(50, "jpeg", multilabel=True))
     manifest = write_dataset(str(tmp_path), rows, classes=list("abcde"), multilabel=True, row_group_bytes=9_000)
     frame = pd.read_parquet(tmp_path / manifest.shards[0].name)
@@ -101,7 +101,7 @@ print(table.features, len(table), sum(len(row["image"]) for row in table), table
     assert result.stdout.strip().endswith(f"50 {size} {rows[49][0].encode()} {labels}")
 
 
-def test_patches_lie_in_place(tmp_path):
+def test_patches_can_be_memory_mapped(tmp_path):
     """The values of a row group are an uncompressed uint8 matrix in the file, at the offset in the manifest."""
     rows = list(make_rows(300, "patches"))
     write_dataset(str(tmp_path), rows, classes=list("abcde"), encoding="patches", image=PATCHES, row_group_bytes=5_000)
@@ -144,7 +144,7 @@ def test_an_image_larger_than_a_row_group(tmp_path):
     assert [row["image"] for row in dataset.read(range(5))] == [row[1] for row in rows]
 
 
-def test_an_exception_leaves_no_half_shard(tmp_path):
+def test_an_exception_leaves_no_partial_shard(tmp_path):
     writer = ShardWriter(str(tmp_path), "00000", Schema(classes=["a"]), row_group_bytes=10)
     for i in range(10):
         writer.write(str(i), b"0123456789", 0, 1, 1)
@@ -253,7 +253,7 @@ def test_a_manifest_with_a_wrong_field_names_it(dataset, tmp_path, field, value)
         open_dataset(tmp_path)
 
 
-def test_row_groups_that_cannot_lie_where_the_manifest_says(dataset, tmp_path):
+def test_impossible_positions_of_row_groups_are_refused(dataset, tmp_path):
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["shards"][1]["row_groups"][0][3] = 10**15

@@ -34,7 +34,7 @@ def hex_lines() -> types.ModuleType:
     return module
 
 
-def test_a_format_is_one_module_and_one_place_in_the_list(tmp_path, monkeypatch):
+def test_a_new_format_is_one_module_and_one_entry_of_the_list(tmp_path, monkeypatch):
     monkeypatch.setattr(discovery, "FORMATS", [*discovery.FORMATS, hex_lines()])
     (tmp_path / "a.hex").write_text("cat 00ff\ndog 01\n")
     for format in ("auto", "hex"):

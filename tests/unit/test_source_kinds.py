@@ -100,7 +100,7 @@ def test_half_a_split_is_asked_about(tmp_path):
     }
 
 
-def test_folds_and_years_are_no_classes(tmp_path, caplog):
+def test_folds_and_years_are_not_classes(tmp_path, caplog):
     write(tmp_path, *(f"fold_{i}/{name}/0.jpg" for i in range(3) for name in ("ant", "bee")))
     assert {name for found in labels(tmp_path).values() for name in found} == {"ant", "bee"}
     assert "--class-level 1 makes those the classes" in caplog.text
@@ -113,14 +113,14 @@ def test_a_source_inside_a_hidden_folder_and_one_that_is_all_hidden(tmp_path):
         labels(tmp_path)
 
 
-def test_files_beside_images_are_no_inputs(tmp_path):
+def test_other_files_next_to_images_are_not_inputs(tmp_path):
     write(tmp_path, *ANT_BEE)
     write(tmp_path, "ant/0.json", "ant/0.txt", data="{}")
     assert labels(tmp_path) == ANT_BEE
     assert refused(tmp_path) == {}
 
 
-def test_a_folder_of_documents_is_no_class(tmp_path):
+def test_a_folder_of_documents_is_not_a_class(tmp_path):
     write(tmp_path, *ANT_BEE)
     write(tmp_path, "meta/classes.txt", data="ant")
     [source] = sources.discover([str(tmp_path)])
@@ -128,7 +128,7 @@ def test_a_folder_of_documents_is_no_class(tmp_path):
     assert refused(tmp_path) == {"meta/classes.txt": "not an image"}
 
 
-def test_folders_of_img2dataset_are_shards_and_no_classes(tmp_path):
+def test_folders_of_img2dataset_are_shards_and_not_classes(tmp_path):
     write(tmp_path, "00000/000000000.jpg", "00001/000010000.jpg")
     write(tmp_path, "00000/000000000.json", "00001/000010000.json", data='{"caption": "a dog"}')
     with pytest.raises(UserError, match="img2dataset, whose captions are not classes; --unlabelled"):
@@ -170,7 +170,7 @@ def test_joined_tars_are_read_to_the_end(tmp_path, packing):
     assert labels(path) == ANT_BEE
 
 
-def test_a_damaged_header_is_no_end_of_the_archive(tmp_path):
+def test_a_damaged_header_is_not_mistaken_for_the_end_of_the_archive(tmp_path):
     path = tar(tmp_path / "a.tar", "ant/0.jpg", "bee/1.jpg", "bee/2.jpg")
     with tarfile.open(path) as archive:
         offset = archive.getmembers()[1].offset
@@ -182,7 +182,7 @@ def test_a_damaged_header_is_no_end_of_the_archive(tmp_path):
 
 @pytest.mark.parametrize("end", ["cls", "json"])
 @pytest.mark.parametrize("images_first", [True, False])
-def test_members_of_samples_that_lie_apart(tmp_path, end, images_first):
+def test_samples_whose_members_are_not_adjacent(tmp_path, end, images_first):
     pictures = [f"{i}.jpg" for i in range(3)]
     beside = {f"{i}.{end}": json.dumps({"label": i}) if end == "json" else str(i) for i in range(3)}
     names = [*pictures, *beside] if images_first else [*beside, *pictures]
@@ -197,7 +197,7 @@ def test_the_same_member_in_the_archives_of_two_splits(tmp_path):
     assert set(rows(tmp_path)) == {"train/a/ant/0.jpg", "val/a/ant/0.jpg", "val/a/bee/0.jpg"}
 
 
-def test_tables_in_and_beside_archives(tmp_path):
+def test_tables_in_archives_and_next_to_them(tmp_path):
     table = "file,label\n0.jpg,x\n1.jpg,y\n"
     inside = tar(tmp_path / "in" / "a.tar", "p/labels.csv", "p/0.jpg", "p/1.jpg", **{"p/labels.csv": table})
     assert labels(inside) == {"p/0.jpg": ["x"], "p/1.jpg": ["y"]}
@@ -206,7 +206,7 @@ def test_tables_in_and_beside_archives(tmp_path):
     assert labels(tmp_path / "by") == {"0.jpg": ["x"], "1.jpg": ["y"]}
 
 
-def test_captions_in_text_members_are_no_classes(tmp_path):
+def test_captions_in_text_members_are_not_classes(tmp_path):
     captions = {f"{i}.txt": f"a photo of dog number {i}" for i in range(4)}
     path = tar(tmp_path / "a.tar", *(name for i in range(4) for name in (f"{i}.jpg", f"{i}.txt")), **captions)
     with pytest.raises(UserError, match="look like captions"):
@@ -232,7 +232,7 @@ def test_zips_of_other_systems(tmp_path):
         labels(tmp_path / "bad")
 
 
-def test_an_archive_of_another_format_beside_is_said(tmp_path, caplog):
+def test_an_archive_of_another_format_in_the_folder_is_reported(tmp_path, caplog):
     tar(tmp_path / "a.tar", *ANT_BEE)
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("cow/0.jpg", JPEG)
@@ -403,7 +403,7 @@ def test_a_table_of_another_encoding(tmp_path):
         labels(tmp_path / "photos", labels=str(tmp_path / "t.csv"))
 
 
-def test_a_table_for_each_split_beside_the_folders(tmp_path):
+def test_a_table_for_each_split_next_to_the_folders(tmp_path):
     write(tmp_path, "train/0.jpg", "train/1.jpg", "test/0.jpg")
     write(tmp_path, "train.csv", data="id,label\n0,a\n1,b\n")
     write(tmp_path, "test.csv", data="id,label\n0,b\n")
@@ -433,7 +433,7 @@ def test_a_row_that_fits_two_files_is_an_error(tmp_path):
         table_labels(tmp_path, "t.csv", "file,label\n0.jpg,a\n", ("ant/0.jpg", "bee/0.jpg"))
 
 
-def test_minus_one_beside_indices_is_no_label(tmp_path, caplog):
+def test_minus_one_among_indices_means_no_label(tmp_path, caplog):
     pq.write_table(pa.table({"image": [JPEG] * 3, "label": [0, 1, -1]}), tmp_path / "x.parquet")
     found = sources.make_labels(sources.discover([str(tmp_path)]))
     assert found.classes == ("0", "1")

@@ -44,12 +44,12 @@ JUNK = (
 )
 
 
-def test_what_systems_leave_behind_is_no_input(tmp_path):
+def test_files_of_operating_systems_are_not_inputs(tmp_path):
     root = write(tmp_path, "ant/a.jpg", "bee/b.jpg", "bee/..c.jpg", *JUNK.split(), "System Volume Information/a.jpg")
     assert labels(root) == {"ant/a.jpg": ["ant"], "bee/b.jpg": ["bee"]}
 
 
-def test_a_file_that_is_no_image_is_counted_as_such(tmp_path):
+def test_a_file_that_is_not_an_image_is_counted_as_such(tmp_path):
     write(tmp_path, "ant/a.jpg", "bee/b.jpg")
     write(tmp_path, "readme.md", data=b"# photos")
     [source] = sources.discover([str(tmp_path)])
@@ -188,7 +188,7 @@ def test_columns_are_named_by_flags_and_guessed_in_errors(tmp_path):
         table_labels(tmp_path, "t.csv", "file,label\nzero.jpg,a\n")
 
 
-def test_captions_are_no_labels(tmp_path):
+def test_captions_are_not_labels(tmp_path):
     write(tmp_path, "ant/0.jpg", "bee/0.jpg")
     lines = [json.dumps({"file_name": f"{name}/0.jpg", "text": f"a photo of {name}"}) for name in ("ant", "bee")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
@@ -244,7 +244,7 @@ def test_compressed_tars(tmp_path, end):
     assert labels(uri) == {"ant/0.jpg": ["ant"], "bee/0.jpg": ["bee"]}
 
 
-def test_captions_in_archives_are_no_labels(tmp_path):
+def test_captions_in_archives_are_not_labels(tmp_path):
     caption = json.dumps({"caption": "a bird", "key": "0"}).encode()
     uri = tar(tmp_path / "a.tar", "w", **{"0_jpg": JPEG, "0_json": caption, "0_txt": b"a bird"})
     [source] = sources.discover([uri])

@@ -130,7 +130,7 @@ def test_webdataset(tmp_path, mode):
 
 
 @pytest.mark.parametrize("layout", ["wds", "gz", "nested"])
-def test_archives_that_count_each_for_itself(tmp_path, layout):
+def test_archives_that_number_their_samples_separately(tmp_path, layout):
     """000.jpg in every archive is another image, not a duplicate key."""
     (tmp_path / "wds").mkdir()
     packed = {}
@@ -196,7 +196,7 @@ def test_a_large_tar_is_cut_between_samples(tmp_path, monkeypatch):
     assert keys == [f"{i:03d}.jpg" for i in range(40)]
 
 
-def test_a_tar_that_breaks_off(tmp_path):
+def test_a_truncated_tar(tmp_path):
     path = tmp_path / "cut.tar"
     with tarfile.open(path, "w") as archive:
         for i in range(4):
@@ -549,7 +549,7 @@ def test_refused_before_anything_starts(image_folder, tmp_path):
         prepare(PrepareConfig(source=(str(image_folder),), output=str(occupied / "thesis.tex")))
 
 
-def test_folders_of_splits_are_no_classes(image_folder, tmp_path):
+def test_folders_of_splits_are_not_classes(image_folder, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     shutil.copytree(image_folder, root / "val")
@@ -592,7 +592,7 @@ def test_read_ahead_passes_errors_on_and_stops():
 # ---------------------------------------------------------------- what strangers pack
 
 
-def test_tars_as_strangers_pack_them(tmp_path):
+def test_tars_packed_in_unusual_ways(tmp_path):
     """Dots in names, captions next to labels, links, macOS metadata, and a .tar.gz named .tar."""
     png = encoded(Image.fromarray(picture()), "PNG")
     with tarfile.open(tmp_path / "odd.tar", "w:gz") as archive:
@@ -626,7 +626,7 @@ def test_tars_as_strangers_pack_them(tmp_path):
     assert contents(run(tmp_path / "c", source=(str(tmp_path / "both.tar"),))) == {"1.jpg": "cat", "dog/2.jpg": "dog"}
 
 
-def test_parquet_as_strangers_write_it(tmp_path):
+def test_parquet_files_of_other_programs(tmp_path):
     def written(**columns):
         pq.write_table(pa.table(columns), tmp_path / "x.parquet")
         return run(tmp_path / str(len(list(tmp_path.iterdir()))), source=(str(tmp_path / "x.parquet"),))
@@ -650,7 +650,7 @@ def test_parquet_as_strangers_write_it(tmp_path):
     assert written(image=data, label=[1, -1, 0]).classes == ["0", "1"]
 
 
-def test_label_tables_as_strangers_write_them(tmp_path):
+def test_label_tables_in_unusual_forms(tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
     for i in range(3):

@@ -27,7 +27,7 @@ def endless(request, tmp_path):
     return str(path)
 
 
-def test_files_without_end_are_refused(endless):
+def test_endless_files_are_refused(endless):
     with pytest.raises(UserError, match=r"endless\.png: a |/dev/zero: a "):
         storage.read_bytes(endless)
     with pytest.raises(UserError, match=r": a "), storage.open_file(endless):
@@ -40,7 +40,7 @@ def test_files_without_end_are_refused(endless):
     assert item.refused.reason == "unreadable"
 
 
-def test_an_archive_without_end_is_refused(tmp_path):
+def test_an_endless_archive_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     files = pa.table({"path": ["a.tar"], "size": [0]}, schema=items.LISTING)
     with pytest.raises(UserError, match=r"a\.tar: a pipe"):
@@ -66,7 +66,7 @@ def test_a_link_that_leads_to_itself_is_a_reject(tmp_path):
         listing.list_source(str(source / "a" / "self.png"))
 
 
-def test_a_tar_without_a_member_is_no_endless_read(tmp_path):
+def test_a_tar_without_members_is_not_read_endlessly(tmp_path):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     files = pa.table({"path": [""], "size": [10240]}, schema=items.LISTING)

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["gopher://x/y", "s3://", "gs://"])
-def test_addresses_that_cannot_be(uri):
+def test_invalid_addresses(uri):
     with pytest.raises(UserError, match=f"{uri}: .*(s3|gs)://bucket/prefix"):
         storage.exists(uri)
 
@@ -164,7 +164,7 @@ def test_every_failed_attempt_is_counted_and_none_changes_what_is_read(cloud, mo
 
 
 @pytest.mark.parametrize(("fault", "message"), [("403", "access denied"), ("404", "missing, or shorter")])
-def test_what_no_attempt_can_change_is_asked_once(cloud, monkeypatch, fault, message):
+def test_permanent_errors_are_not_retried(cloud, monkeypatch, fault, message):
     with FaultProxy(cloud.server) as proxy:
         monkeypatch.setenv(*cloud.at(proxy.endpoint))
         proxy.fault = lambda method, path, n: fault
@@ -173,7 +173,7 @@ def test_what_no_attempt_can_change_is_asked_once(cloud, monkeypatch, fault, mes
         assert len(proxy.log) == 1
 
 
-def test_a_file_made_by_an_attempt_whose_answer_was_lost_is_ours(cloud, monkeypatch):
+def test_a_file_whose_response_was_lost_is_recognised_as_ours(cloud, monkeypatch):
     """A repeated conditional write finds its own file, which is distinguished from the file of another caller."""
     with FaultProxy(cloud.server) as proxy:
         monkeypatch.setenv(*cloud.at(proxy.endpoint))
@@ -199,7 +199,7 @@ def test_bytes_that_protocols_use_as_separators(cloud, data, tmp_path):
     assert storage.read_bytes(f"{cloud.uri}/x") == storage.read_bytes(f"{cloud.uri}/y") == data
 
 
-def test_an_open_file_reads_as_a_local_one_does(cloud, tmp_path):
+def test_an_open_file_reads_like_a_local_one(cloud, tmp_path):
     data = bytes(range(256)) * 40
     storage.write_bytes(f"{cloud.uri}/x", data)
     (tmp_path / "x").write_bytes(data)
@@ -219,7 +219,7 @@ def test_an_open_file_reads_as_a_local_one_does(cloud, tmp_path):
             storage.read_range(place, 10_000, 99_999)
 
 
-def test_a_large_file_goes_up_in_parts_and_comes_back(cloud, tmp_path):
+def test_a_large_file_is_uploaded_in_parts_and_read_back(cloud, tmp_path):
     data = random.Random(1).randbytes((16 << 20) + 5)
     (tmp_path / "large").write_bytes(data)
     storage.copy_file(tmp_path / "large", f"{cloud.uri}/large")

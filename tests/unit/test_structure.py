@@ -84,7 +84,7 @@ def test_models_is_maths_only(path):
 
 
 @each_file
-def test_rooms_of_the_pipeline_do_not_import_upwards(path):
+def test_packages_of_the_pipeline_do_not_import_upwards(path):
     for room, above in FORBIDDEN.items():
         if place(path).startswith(room + "/"):
             up = {

@@ -126,7 +126,7 @@ def test_a_run_carries_config_data_code_and_metrics(uri):
 @pytest.mark.parametrize(
     ("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
 )
-def test_the_end_state_is_honest(uri, error, status):
+def test_the_final_status_of_a_run_is_correct(uri, error, status):
     def body():
         with start_run("prepare", "end", tracking_uri=uri) as run:
             runs.append(run)
@@ -287,7 +287,7 @@ def test_the_commit_and_what_is_not_committed_are_recorded(uri, tmp_path, monkey
 # ---------------------------------------------------------------- the server misbehaves
 
 
-def test_a_server_that_is_away_at_the_start_gets_everything_later(uri, outage, caplog):
+def test_a_server_that_is_unavailable_at_the_start_receives_everything_later(uri, outage, caplog):
     outage.down = True
     parent = start_run("transfer", "parent", tracking_uri=uri)
     child = start_run("transfer", "child", parent_id=parent.id, tracking_uri=uri)
@@ -638,7 +638,7 @@ def test_any_name_of_a_data_set_is_logged(uri, name):
     assert not os.listdir(spool_root())
 
 
-def test_names_that_mlflow_accepts_stay_and_others_stay_apart():
+def test_names_that_mlflow_accepts_are_kept_and_others_stay_distinct():
     for name in (names.LOSS, "system/node-0/cpu_percent", "données"):
         assert names.valid_name(name) == name
     assert len({names.valid_name(name) for name in ("a+b", "a(b", "a)b", "a_b")}) == 4
@@ -648,7 +648,7 @@ def test_names_that_mlflow_accepts_stay_and_others_stay_apart():
     "folder",
     ["x%2Fy", "a?b", "with space", "ünï", "c#d", "dots..", "new\\nline", "100%", "a&b=c", "it's", 'q"', "a:b@c"],
 )
-def test_a_working_folder_of_any_name_tracks_like_any_other(uri, empty_database, tmp_path, monkeypatch, folder):
+def test_tracking_works_in_a_working_folder_of_any_name(uri, empty_database, tmp_path, monkeypatch, folder):
     (tmp_path / folder).mkdir()
     shutil.copy(empty_database, tmp_path / folder / "mlflow.db")
     monkeypatch.chdir(tmp_path / folder)
@@ -690,7 +690,7 @@ def test_only_the_owner_can_read_the_spool(uri, outage):
         (OSError("http://me:hidden@proxy away"), "FAILED", "OSError: http://***@proxy away"),
     ],
 )
-def test_a_run_says_why_it_ended_until_it_goes_on(uri, error, status, reason):
+def test_a_run_says_why_it_ended_until_it_continues(uri, error, status, reason):
     run = start_run("pretrain", "ends", tags={names.NOTE: "My run."}, tracking_uri=uri)
     with pytest.raises(type(error)), run:
         raise error
@@ -745,7 +745,7 @@ def test_addresses_that_can_never_work_are_refused_before_work(address, why, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.png"]
 
 
-def test_a_database_that_does_not_answer_is_away_at_once(uri, caplog):
+def test_a_database_that_does_not_answer_is_unavailable_at_once(uri, caplog):
     began = time.monotonic()
     run = start_run("pretrain", "x", tracking_uri="postgresql+psycopg://me@127.0.0.1:9/mlflow")
     assert "is unreachable" in caplog.text
@@ -760,7 +760,7 @@ def test_a_database_that_does_not_answer_is_away_at_once(uri, caplog):
         ("postgresql://me:p%40ss@db/mlflow", "postgresql://me@db/mlflow", "VIT_DATABASE_PASSWORD"),
     ],
 )
-def test_a_password_leaves_the_address(monkeypatch, address, clean, variable):
+def test_the_password_is_removed_from_the_address(monkeypatch, address, clean, variable):
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "VIT_DATABASE_PASSWORD"):
         monkeypatch.setenv(name, "")
     assert resolve_tracking_uri(address) == clean
@@ -796,7 +796,7 @@ def test_a_run_has_a_name_of_its_own_a_description_and_tags_for_its_places(uri):
         ("/data/train", "train"),
     ],
 )
-def test_data_sets_are_called_by_the_part_of_the_address_that_says_something(uri, name):
+def test_data_sets_are_named_after_the_meaningful_part_of_the_address(uri, name):
     assert data_name(uri) == name
 
 

@@ -97,7 +97,7 @@ def test_compiled_blocks_train_as_eager_ones_and_keep_their_names(model, train):
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_same_seed_same_weights_other_seed_others(model, train):
+def test_the_seed_determines_the_weights(model, train):
     protocol = dataclasses.replace(PROTOCOL, crop="random", flip=True)
     first, again, other = (tune(model, train, protocol, seed=s) for s in (1, 1, 2))
     assert torch.equal(state(first), state(again))
@@ -160,7 +160,7 @@ def test_schedules():
     assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.001])
 
 
-def test_divergence_is_an_error_of_its_own(model, train):
+def test_divergence_is_a_separate_kind_of_error(model, train):
     with torch.no_grad():
         model.norm.bias.fill_(float("nan"))
     with pytest.raises(finetune.Diverged, match=r"step 1 with learning rate 0\.05"):
@@ -192,7 +192,7 @@ def numbered(uri, encoding, n=11):
 
 @pytest.mark.parametrize("encoding", ["patches", "jpeg"])
 @pytest.mark.parametrize("resident", [True, False])
-def test_batches_are_full_cover_every_epoch_and_cross_its_border(tmp_path, monkeypatch, encoding, resident):
+def test_batches_are_full_and_cover_every_epoch_and_cross_its_end(tmp_path, monkeypatch, encoding, resident):
     monkeypatch.setattr(finetune, "RESIDENT_BYTES", 1 << 30 if resident else 0)
     data = numbered(str(tmp_path / "set"), encoding)
     protocol = dataclasses.replace(PROTOCOL, batch_size=4)
@@ -282,7 +282,7 @@ def test_multilabel_and_unlabelled_test_images(tmp_path, model):
 # ---------------------------------------------------------------- features
 
 
-def test_feature_parts_put_together_are_the_whole(tmp_path, model, train):
+def test_concatenated_feature_parts_equal_the_whole(tmp_path, model, train):
     dataset, split = train.dataset, train.split
     model.eval()
     wanted = features.feature_set(split, dataset, "checkpoint", Probe(resolution=SIZE, resize=SIZE))

@@ -38,7 +38,7 @@ def test_vtab_score_is_the_flat_mean_of_table_9(model, flat, groups):
     assert abs(np.mean(list(by_group.values())) - mean) > 1  # the other mean, which papers mix it up with
 
 
-def test_a_missing_task_leaves_no_mean_behind():
+def test_without_all_tasks_there_is_no_mean():
     without = row("ViT-H/14 JFT")
     del without["dmlab"]
     mean, groups = scores.vtab_means(without)
@@ -181,7 +181,7 @@ def test_few_shot_l2_is_the_given_one_or_the_best_by_mean_rank(tmp_path):
     assert [s.mean for s in collect(L2_GRID[3])] == [90, 0]
 
 
-def test_report_sets_our_numbers_beside_the_papers():
+def test_report_shows_our_numbers_next_to_the_papers():
     scores = [
         Score(name=name, task=name, group=group, values=(50.0, 60.0), images=1000, test=name, lr=0.01)
         for group, names in VTAB_GROUPS.items()

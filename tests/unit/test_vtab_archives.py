@@ -64,7 +64,7 @@ def test_an_official_name_with_other_contents_is_refused(vtab_raw, tmp_path):
         prepare(["eurosat"], str(tmp_path), str(tmp_path / "out"))
 
 
-def test_files_may_lie_under_the_name_of_the_task(vtab_raw, tmp_path):
+def test_files_may_be_in_a_folder_with_the_name_of_the_task(vtab_raw, tmp_path):
     shutil.copytree(f"{vtab_raw}/oxford_iiit_pet", tmp_path / "raw" / "pets")
     counts = prepare(["pets"], str(tmp_path / "raw"), str(tmp_path / "out"), verify=False)
     assert counts["pets"]["test"]["images"] == 24
@@ -102,7 +102,7 @@ class Server:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_goes_on_where_it_broke_off(ranges, tmp_path, monkeypatch):
+def test_an_interrupted_download_continues(ranges, tmp_path, monkeypatch):
     body = os.urandom(5000)
     server = Server(body, ranges)
     monkeypatch.setattr(archives.urllib.request, "urlopen", server)
@@ -141,7 +141,7 @@ def test_a_server_that_refuses(code, message, tries, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
-def test_caltech_is_found_in_the_zip_of_its_present_address(unpacked, vtab_raw, vtab_prepared, tmp_path):
+def test_caltech_is_found_in_the_zip_of_its_current_address(unpacked, vtab_raw, vtab_prepared, tmp_path):
     """caltech-101.zip contains the official tar.gz, whose checksum still holds."""
     folder = tmp_path / "raw" / "caltech101"
     folder.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_another_tar_in_the_zip_of_caltech_is_refused(vtab_raw, tmp_path):
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
-def test_eurosat_is_found_under_its_present_name(unpacked, vtab_raw, vtab_prepared, tmp_path):
+def test_eurosat_is_found_under_its_current_name(unpacked, vtab_raw, vtab_prepared, tmp_path):
     with (
         zipfile.ZipFile(f"{vtab_raw}/eurosat/EuroSAT.zip") as old,
         zipfile.ZipFile(tmp_path / "EuroSAT_RGB.zip", "w") as new,
@@ -188,7 +188,7 @@ def test_eurosat_is_found_under_its_present_name(unpacked, vtab_raw, vtab_prepar
         assert rows(str(tmp_path / "out"), "eurosat", split) == rows(vtab_prepared[0], "eurosat", split)
 
 
-def test_the_error_names_what_may_lie_in_the_place_of_a_missing_file(tmp_path):
+def test_the_error_names_the_alternatives_to_a_missing_file(tmp_path):
     with pytest.raises(UserError) as error:
         prepare(["caltech101", "eurosat"], str(tmp_path), str(tmp_path / "out"))
     for name in ("caltech-101.zip", "101_ObjectCategories", "EuroSAT_RGB.zip", "2750", "zenodo.org/records/7711810"):

@@ -26,7 +26,7 @@ def test_the_counts_are_printed_beside_the_official_ones(vtab_prepared):
     )
 
 
-def test_the_loader_takes_every_split(vtab_prepared):
+def test_the_loader_reads_every_split(vtab_prepared):
     output, _ = vtab_prepared
     for task in ("sun397", "smallnorb_azimuth"):
         dataset = open_split(f"{output}/{task}", "train800val200")
@@ -75,7 +75,7 @@ def test_one_broken_data_set_does_not_stop_the_others(vtab_raw, tmp_path):
     assert not (tmp_path / "out/cifar100/test/manifest.json").exists()
 
 
-def test_what_is_done_is_not_done_again(vtab_raw, tmp_path):
+def test_finished_work_is_not_repeated(vtab_raw, tmp_path):
     """One of three archives is damaged. After it is replaced, the images of the
     other archives are not written again."""
     raw, output = tmp_path / "raw", tmp_path / "out"
@@ -97,7 +97,7 @@ def test_what_is_done_is_not_done_again(vtab_raw, tmp_path):
     assert {path.name for path in (output / "patch_camelyon").iterdir()} == set(first["patch_camelyon"])
 
 
-def test_what_is_finished_no_longer_needs_its_archives(vtab_raw, tmp_path):
+def test_finished_tasks_do_not_need_their_archives(vtab_raw, tmp_path):
     shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
     shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
     arguments = str(tmp_path / "raw"), str(tmp_path / "out")
@@ -111,7 +111,7 @@ def test_what_is_finished_no_longer_needs_its_archives(vtab_raw, tmp_path):
         prepare(["pets"], *arguments)
 
 
-def test_another_dataset_in_the_way_is_refused(vtab_raw, tmp_path):
+def test_another_dataset_in_the_output_is_refused(vtab_raw, tmp_path):
     prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
     with pytest.raises(UserError, match="already contains another dataset"):
         prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",), verify=False)
@@ -148,7 +148,7 @@ def test_missing_files_are_listed_at_once(tmp_path):
         assert part in text
 
 
-def test_a_missing_archive_fails_its_task_alone(vtab_raw, tmp_path):
+def test_a_missing_archive_fails_only_its_task(vtab_raw, tmp_path):
     shutil.copytree(f"{vtab_raw}/dtd", tmp_path / "raw" / "dtd")
     shutil.copy(f"{vtab_raw}/{archives.MINIATURE}", tmp_path / "raw")
     with pytest.raises(
@@ -159,7 +159,7 @@ def test_a_missing_archive_fails_its_task_alone(vtab_raw, tmp_path):
     assert not (tmp_path / "out" / "clevr_count").exists()
 
 
-def test_an_empty_split_fails_that_split_alone(vtab_raw, tmp_path):
+def test_an_empty_split_fails_only_that_split(vtab_raw, tmp_path):
     """Only the flowers of the train split exist."""
     raw = tmp_path / "raw" / "oxford_flowers102"
     shutil.copytree(f"{vtab_raw}/oxford_flowers102", raw)
@@ -185,7 +185,7 @@ def prepare_flowers(raw: str, output: Path) -> tuple[str, str]:
     return str(output), "flowers102"
 
 
-def test_a_list_that_is_missing_fails_its_split_alone(vtab_prepared, tmp_path):
+def test_a_missing_list_fails_only_its_split(vtab_prepared, tmp_path):
     folder = tmp_path / "raw" / "dtd"
     (folder / "images").mkdir(parents=True)
     for split in ("train800", "test"):

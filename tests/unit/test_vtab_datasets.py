@@ -100,7 +100,7 @@ def number(row: dict) -> int:
     return int(row["key"].rpartition("_")[2])
 
 
-def test_manifests_know_the_mean_and_deviation_of_their_pixels(vtab_prepared):
+def test_manifests_have_the_mean_and_deviation_of_their_pixels(vtab_prepared):
     output, _ = vtab_prepared
     for task, split in (("svhn", "train800"), ("eurosat", "test")):
         images = [pixels(row["image"])[:, :, ::-1] for row in rows(output, task, split)]
@@ -202,7 +202,7 @@ def test_dsprites_npz(vtab_raw, vtab_prepared, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "name"), [("eurosat", "EuroSAT.zip"), ("clevr_count", "CLEVR_v1.0.zip")])
-def test_what_macos_adds_to_archives_is_no_image(task, name, vtab_raw, vtab_prepared, tmp_path):
+def test_files_that_macos_adds_to_archives_are_ignored(task, name, vtab_raw, vtab_prepared, tmp_path):
     output, _ = vtab_prepared
     dataset = get(task).dataset
     shutil.copytree(f"{vtab_raw}/{dataset}", tmp_path / dataset)

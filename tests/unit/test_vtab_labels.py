@@ -105,7 +105,7 @@ def test_btgraham_black_frame_and_no_image():
         btgraham(b"no image", "10_left")
 
 
-def test_btgraham_refuses_to_blow_up_a_speck():
+def test_btgraham_refuses_to_enlarge_a_speck():
     speck = np.zeros((2000, 3000, 3), np.uint8)
     speck[1000, 1500:1504] = 255
     with pytest.raises(UserError, match="no eye"):

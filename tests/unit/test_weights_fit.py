@@ -24,7 +24,7 @@ def test_positions_are_resized_and_reported(tmp_path):
     torch.testing.assert_close(larger.pos_embed, model.pos_embed)
 
 
-def test_a_head_for_other_classes_stays_behind(tmp_path):
+def test_a_head_for_other_classes_is_not_loaded(tmp_path):
     path = save_npz(tmp_path / "w.npz", google_arrays(tiny(classes=100, pre_logits=True)))
     model = tiny(classes=7)
     before = model.head.weight.clone()
@@ -60,7 +60,7 @@ def test_a_head_above_the_tanh_layer_is_not_put_on_bare_features(tmp_path):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_listed_and_the_model_untouched(tmp_path, ours, theirs, words):
+def test_mismatches_are_listed_and_the_model_is_unchanged(tmp_path, ours, theirs, words):
     torch.save(tiny(**theirs).state_dict(), tmp_path / "w.pt")
     model = tiny(seed=9, **ours)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

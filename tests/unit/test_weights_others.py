@@ -96,7 +96,7 @@ def test_dinov2_and_its_teacher(tmp_path, chunked):
     assert "the file has teacher and student: teacher is used" in report.notes
 
 
-def test_a_masked_autoencoder_leaves_its_decoder_behind(tmp_path):
+def test_the_decoder_of_a_masked_autoencoder_is_ignored(tmp_path):
     """Facebook's file and Hugging Face's."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -242,7 +242,7 @@ KERNEL = torch.zeros(32, 3, 8, 8)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_another_architecture_is_called_what_it_is(tmp_path, state, words):
+def test_the_error_names_another_architecture(tmp_path, state, words):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(UserError) as error:
         load_weights(tiny(), tmp_path / "w.pt")
