@@ -1,4 +1,4 @@
-"""An Azure Blob Storage of the tests' own: Azurite, a package of npm.
+"""An Azure Blob Storage for tests: Azurite, a package of npm.
 
     npm install azurite                           # in a folder outside the project
     export VIT_AZURITE=FOLDER/node_modules/.bin/azurite-blob

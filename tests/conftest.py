@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small images made on the spot."""
+"""Fixtures shared by all tests: embedded Ray, a real S3 endpoint over HTTP, small generated images."""
 
 import os
 import shutil
@@ -27,7 +27,8 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each of the processes has one core
 
-load_torchvision()  # timm and transformers import torchvision; the product's own remedy where its build does not fit torch
+# timm and transformers import torchvision: the product's own workaround for a build that does not match torch
+load_torchvision()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from urllib.parse import unquote, urlsplit
 class FileServer:
     """Serves the files under `folder` while the block lasts.
 
-    ranges: whether it serves parts of files. sizes: whether it says how large a file is. query: what an address has to end with.
+    ranges: whether it serves parts of files. sizes: whether it says how large a file is. query: the required end of
+    every address.
     certificate: PEM file for https://, with the key. redirects: {path: where it is}. `requests` holds (method, path with its query, Range) of every request, `logins` its Authorization.
     """
 

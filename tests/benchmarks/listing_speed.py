@@ -1,4 +1,4 @@
-"""Listing of a large bucket with several tasks and with one, on a simulated store with S3's page size and latency.
+"""Lists a large bucket with several tasks and with one, on a simulated store with S3's page size and latency.
 
     python tests/benchmarks/listing_speed.py --count 10000000 --layout nested flat skewed --tasks 16 1 --output results/listing_speed.json
     python tests/benchmarks/listing_speed.py --count 1000000 --first          time to the first prepared unit

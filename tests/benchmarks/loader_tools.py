@@ -149,7 +149,7 @@ def hf_datasets(work: Path, workers: int) -> Iterator[np.ndarray]:
 
 
 def litdata(work: Path, workers: int) -> Iterator[np.ndarray]:
-    """Its optimized chunks, its StreamingDataset and its own loader."""
+    """Litdata: optimized chunks, StreamingDataset and StreamingDataLoader."""
     import torch
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter

@@ -33,7 +33,7 @@ BATCH, SIZE, CLASSES = 8, 224, 1000
 
 
 def build(library: str, variant: str):
-    """(model, function from images to logits), all three with the weights of ours."""
+    """(model, function from images to logits), all three with the same weights."""
     import torch
 
     sys.path.insert(0, str(PROJECT))

@@ -4,7 +4,8 @@
     python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and MDSWriter (see loader_speed.py)
     python tests/benchmarks/prepare_speed.py --small 10000 1000000                memory against the number of images
 
-Everyone reads the same files and makes the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90, 4:2:0.
+All tools read the same files and make the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90,
+4:2:0.
 `limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode; nothing is checked or written.
 `unit` is one unit of ours without Ray. `job` is our whole job: strict decoding, checksums, statistics, shards, manifest.
 `mds` is MDSWriter, a process for each core with a folder of its own, as its documentation has it. `ray_data` is
@@ -45,7 +46,7 @@ SIZE, QUALITY = 256, 90
 
 
 def shrink(data: bytes) -> bytes:
-    """What every tool does to an image."""
+    """The work of every tool for one image."""
     pixels = simplejpeg.decode_jpeg(data, "RGB")
     height, width = pixels.shape[:2]
     if min(height, width) > SIZE:
@@ -182,12 +183,12 @@ TOOLS = {tool.__name__: tool for tool in (limit, unit, job, mds, ray_data)}
 # ---------------------------------------------------------------- measuring
 
 
-asking = 0.0  # CPU seconds spent on asking: the tree's processes are many where Ray is
+asking = 0.0  # CPU seconds of the measurement itself: with Ray, the tree has many processes
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, its descendants, and those of them that have ended and been waited for, without what the
-    asking itself takes."""
+    """CPU time of this process, its descendants, and those of them that have ended and been waited for, without the
+    cost of the measurement itself."""
     import psutil
 
     global asking

@@ -3,8 +3,9 @@ training engine.
 
     python tests/benchmarks/scaling.py            about a minute on two idle cores; writes results/scaling.json
 
-What goes in is measured apart: the step of one worker alone while the other core computes the same (two cores share caches and
-memory, which is no communication), and the bandwidth of one large all-reduce. What comes out is compared with the real step.
+The inputs are measured separately: the step of one worker alone while the other core computes the same (two cores share
+caches and memory, which is not communication), and the bandwidth of one large all-reduce. What comes out is compared
+with the real step.
 The fastest of 30 steps counts: whatever else the machine does only adds to the others.
 """
 

@@ -69,7 +69,7 @@ def missing_operators():
 def step_function(
     row: str, variant: str, batch_size: int, options: argparse.Namespace, rank: int
 ) -> Callable[[], None]:
-    """One training step of `batch_size` images on this worker."""
+    """One training step with `batch_size` images on this worker."""
     import torch
 
     from models import create_model

@@ -88,7 +88,7 @@ def in_sequence(folder: str, model: torch.nn.Module, threads: int, wanted: list[
 
 
 def feature_rate(folder: str, model: torch.nn.Module) -> dict:
-    """Best of three, both ways of measuring by turns."""
+    """Best of three; the two measurements alternate."""
     torch.set_num_threads(1)
     model.set_image_size(SIZE)
     uri = f"{folder}/test"

@@ -38,7 +38,8 @@ spec.loader.exec_module(preemption)
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """EC2's IMDSv2 and Compute Engine's metadata server, as far as notices go. `server.notices` maps a path to its
+    """EC2's IMDSv2 and Compute Engine's metadata server, as far as preemption notices are concerned. `server.notices`
+    maps a path to its
     answer."""
 
     def answer(self, code: int, text: str = "") -> None:
@@ -101,7 +102,7 @@ def test_the_notice_of_ec2(metadata):
 
 def test_the_notices_of_compute_engine(metadata):
     metadata.notices[f"{GCP}maintenance-event"] = (
-        "MIGRATE_ON_HOST_MAINTENANCE"  # a machine without GPUs moves, and lives on
+        "MIGRATE_ON_HOST_MAINTENANCE"  # a machine without GPUs is migrated and keeps running
     )
     assert preemption.gcp_notice(metadata.url) is None
     metadata.notices[f"{GCP}maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
@@ -212,7 +213,7 @@ def test_a_pod_that_is_deleted_waits_until_it_is_idle(tmp_path):
             while not draining(cluster.address):
                 assert hook.poll() is None
             time.sleep(2)
-            assert hook.poll() is None  # work is going on
+            assert hook.poll() is None  # work is in progress
             busy.kill()
             output, _ = hook.communicate(timeout=50)
             assert hook.returncode == 0, output
@@ -347,7 +348,7 @@ class AutoscalingCluster:
         with suppress(subprocess.TimeoutExpired):
             self.head.wait(60)
         self.head.kill()
-        for process in self.processes(""):  # the provider's nodes outlive it
+        for process in self.processes(""):  # nodes of the provider outlive the head
             with suppress(psutil.Error):
                 process.kill()
 

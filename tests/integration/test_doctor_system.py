@@ -1,4 +1,4 @@
-"""The doctor's checks of the operating system and of the upload, on files and servers that are right and wrong."""
+"""The doctor's checks of the operating system and of the upload, on valid and invalid files and servers."""
 
 import email.utils
 import subprocess

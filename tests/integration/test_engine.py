@@ -248,7 +248,7 @@ def test_fp16_scales_its_loss(base, alone, tmp_path, monkeypatch):
             consecutive_hysteresis=False, raise_error_at_min_scale=True, dtype=torch.float32,
         )  # fmt: skip
         self.engine.optimizer.loss_scaler = scaler
-        del self.engine.optimizer.step  # as in fp16, DeepSpeed's own step: it moves the scale
+        del self.engine.optimizer.step  # as in fp16, DeepSpeed's own step, which changes the loss scale
         self.step_on_device = None
         engine_module.zero_layout.drop_nonfinite_gradients(self.engine.optimizer, self.config.zero)
 

@@ -78,7 +78,7 @@ def test_every_checkpoint_is_evaluated_once_and_becomes_a_learning_curve(config,
     calls: list = []
     commit(tmp_path / "run", 10)
     first = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
-    commit(tmp_path / "run", 20)  # training has gone on
+    commit(tmp_path / "run", 20)  # training has continued
     second = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
     third = evaluate_once(config, evaluate=scored({10: 40.0, 20: 50.0}, calls))
     assert [len(done.evaluated) for done in (first, second, third)] == [1, 1, 0]
@@ -162,7 +162,7 @@ def test_a_dead_evaluator_is_replaced(config, tmp_path, monkeypatch, number, wai
     assert dead.returncode != 0
     calls: list = []
     done = evaluate_once(config, evaluate=scored(40.0, calls))
-    if waits:  # killed without a word: only the lease tells
+    if waits:  # killed without a message: only the lease shows it
         assert (calls, done.claimed_elsewhere) == ([], [folder])
         monkeypatch.setattr(ledger_module.Ledger.__init__, "__defaults__", (0.0,))
         done = evaluate_once(config, evaluate=scored(40.0, calls))
@@ -183,7 +183,7 @@ def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(conf
 
     rounds = [evaluate_once(config, evaluate=failing) for _ in range(5)]
     assert calls.count(10) == ledger_module.ATTEMPTS
-    assert calls.count(20) == 1  # the other checkpoint does not suffer
+    assert calls.count(20) == 1  # the other checkpoint is not affected
     assert "out of memory" in rounds[0].failed[0]
     assert "failed 3 times" in rounds[4].failed[0]
 
@@ -404,7 +404,7 @@ def test_command_line_exit_codes(tmp_path, database):
 
 @pytest.mark.slow
 def test_the_leaderboard_ranks_runs_by_score_and_knows_their_compute(tmp_path, monkeypatch):
-    """Checkpoints of one run, another family, a repeated transfer, and one that left tasks out."""
+    """Checkpoints of one run, another family, a repeated transfer, and a transfer of fewer tasks."""
     from pipeline.operations import comparison
     from pipeline.tracking.leaderboard import leaderboard
 

@@ -106,7 +106,7 @@ def test_a_private_data_set_needs_a_token_which_is_sent_to_the_hub_alone_and_sho
     assert result.returncode == 0, result.stderr
     assert TOKEN not in result.stdout + result.stderr
     assert "cdn-5e7f22" not in result.stdout + result.stderr
-    assert hub.files.requests  # the files were asked of the other server,
+    assert hub.files.requests  # the files were requested from the other server,
     assert not any("Bearer" in login for login in hub.files.logins)  # which never saw the token
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()

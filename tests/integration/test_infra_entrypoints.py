@@ -80,7 +80,7 @@ def pipeline_file(folder, name):
 
 
 def jobs(head, name):
-    """How many jobs of a stage's name the cluster has had."""
+    """How many jobs with the name of a stage the cluster has had."""
     address, environment = head
     command = ["ray", "job", "list", f"--address={address}"]
     listed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
@@ -126,7 +126,7 @@ def test_the_tables_of_cron_and_slurm_run(head, tmp_path):
 
 
 def test_a_command_in_one_word_does_not_start(head):
-    """What a quoted entry point does: Ray looks for a program of that whole name."""
+    """A quoted entry point fails, because Ray looks for a program with that whole name."""
     command = cron_command()
     done = submit(head, [" ".join(command[command.index("--") + 1 :])])
     assert done.returncode != 0

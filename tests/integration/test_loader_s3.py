@@ -91,7 +91,7 @@ def test_temporary_faults_are_retried_and_counted_and_change_nothing(dataset, on
     proxy.fault = fault
     batches, counters = epoch(data)
     assert same(batches, on_disk)
-    injected = [kind for kind in gets(proxy) if kind not in (None, "slow")]  # slow answers are answers
+    injected = [kind for kind in gets(proxy) if kind not in (None, "slow")]  # slow responses are not failures
     assert {"500", "503", "reset", "cut", "short", "stall"} <= set(injected)
     assert counters["retries"] >= len(injected)
     assert counters["retries"] + counters["reads"] == len(proxy.log)  # every request that failed was counted
@@ -169,7 +169,7 @@ def test_closing_does_not_wait_for_an_unavailable_store(dataset):
     proxy.fault = lambda method, path, n: "503"
     loader = Loader(data, **OPTIONS)
     loader.enqueue()
-    while loader.counters["retries"] < 12:  # some reads are in pauses of half a second and more
+    while loader.counters["retries"] < 12:  # some reads wait half a second or more before a retry
         time.sleep(0.05)
     start = time.monotonic()
     loader.close()

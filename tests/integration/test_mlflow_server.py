@@ -1,7 +1,7 @@
 """The real tracking server: infra/mlflow/serve.py on PostgreSQL, artifacts through it to an S3 endpoint, passwords on.
 
 Runs where infra/mlflow/requirements.txt and the Debian package `postgresql` are installed; MLFLOW_SERVER_PYTHON names another
-interpreter that has the former. As root, PostgreSQL runs as an ordinary user, as always.
+interpreter that has the former. If the tests run as root, PostgreSQL runs as an ordinary user.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ def server(room, store):
 
 @pytest.fixture
 def tracking(server, tmp_path, monkeypatch):
-    """The server's address; this process may enter and holds no S3 credentials."""
+    """The server's address. This process has a login and no S3 credentials."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.password)
     monkeypatch.setenv("VIT_SPOOL", str(tmp_path / "spool"))
@@ -316,13 +316,14 @@ print(run.id, run.finish(timeout=120))
 
 @pytest.mark.parametrize("count", [3_000, 40_000])
 def test_disk_full_for_the_buffer(tracking, count):
-    """The kernel refuses the buffer more than 20 kB. What memory can hold arrives; of the rest the end says how much it is."""
+    """The kernel limits the buffer file to 20 kB. Records that fit in memory arrive; at its end the run reports how
+    many others were lost."""
     command = [sys.executable, "-c", FULL, tracking, str(count)]
     environment = {**os.environ, "PYTHONPATH": PROJECT}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     run_id, complete = done.stdout.split()
-    assert complete == "False"  # the large artifact at least found no room
+    assert complete == "False"  # at least the large artifact did not fit
     stored = client(tracking).get_run(run_id)
     lost = int(stored.data.tags["lost"].split()[0])
     assert f"{lost} records of run {run_id} lost" in done.stderr

@@ -38,7 +38,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def exported():
-    """What the exporter of a node serves while a job publishes every live number."""
+    """The output of a node's exporter while a job publishes every live metric."""
     port = free_port()
     command = [sys.executable, "-c", PUBLISHER, str(port)]
     environment = {"PYTHONPATH": str(ROOT), "RAY_enable_metrics_collection": "1", "PATH": "/usr/bin:/bin"}
@@ -74,7 +74,8 @@ def test_every_live_metric_is_exported_under_the_name_of_the_run(exported):
 def test_alarms_and_dashboards_name_metrics_that_exist(exported):
     from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
-    # A machine without GPUs and autoscaler serves no metric of theirs; Ray's own dashboards name those.
+    # A machine without GPUs and without an autoscaler exports none of their metrics; Ray's own dashboards contain the
+    # names.
     known = exported + inspect.getsource(default_dashboard_panels)
     names = {name for expression in EXPRESSIONS for name in NAME.findall(expression)} - {"ray_node_type"}
     assert len(names) > 15
@@ -123,7 +124,7 @@ def test_promtool_agrees(arguments):
 
 
 def test_the_dashboard_is_complete():
-    """What Grafana needs of a panel: a number of its own, a place on the 24 columns, a data source, a unit."""
+    """What Grafana requires of a panel: a number of its own, a place on the 24 columns, a data source, a unit."""
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]

@@ -38,7 +38,8 @@ WORK = {"prepare": r"images/.*\.png", **dict.fromkeys(("pretrain", "transfer", "
 
 
 class Outage:
-    """Of the store behind the proxy: from the request `begin` for a path that matches on, until `over` is set."""
+    """An outage of the store behind the proxy: it begins with request number `begin` for a matching path, and ends when
+    `over` is set."""
 
     def __init__(self, pattern: str, begin: int) -> None:
         self.pattern, self.begin, self.over = re.compile(pattern), begin, False
@@ -53,7 +54,8 @@ class Outage:
 
 @pytest.fixture
 def store(s3, s3_server, monkeypatch) -> Iterator[tuple[str, FaultProxy]]:
-    """A bucket with pictures, data sets and a run of one checkpoint; and the proxy, which the jobs know as the endpoint."""
+    """A bucket with pictures, data sets and a run of one checkpoint; and the proxy that the jobs use as their
+    endpoint."""
     pictures = np.random.default_rng(0).integers(0, 255, (64, 20, 20, 3), dtype=np.uint8)
     files = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
     rows = [(f"{i:02d}", data, i % 4, 20, 20) for i, data in enumerate(files)]

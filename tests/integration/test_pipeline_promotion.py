@@ -46,7 +46,7 @@ def rule(tmp_path, monkeypatch):
 
 
 def _without_run(record):
-    """No run of MLflow has these scores: one is made for them."""
+    """No MLflow run has these scores, so the promotion creates one."""
 
     def with_run(version, key, outcome, run_id, uri):
         made = registry.client(uri).create_run(registry.experiment_id(uri, "transfer"))

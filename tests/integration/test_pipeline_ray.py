@@ -163,7 +163,7 @@ def test_one_stage_can_be_stopped_and_continues_later(head, tmp_path):
     assert code == 0, text
     record = state.load(str(tmp_path / "out")).records["pretrain"]
     assert (record.versions[0].cost["attempts"], record.versions[0].result["steps"]) == (2, 300)
-    assert saved.exists()  # the second attempt went on from it
+    assert saved.exists()  # the second attempt continued from it
 
 
 def test_without_the_token_nothing_starts(head, tmp_path):

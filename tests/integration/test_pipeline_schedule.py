@@ -63,7 +63,7 @@ def test_new_data_make_new_versions_and_two_schedules_run_each_once(tmp_path):
     schedules = [start(place, f"{name}.log", "--every", "3s") for name in ("first", "second")]
     try:
         wait_for(lambda: versions(tmp_path) == {"data": 1, "pretrain": 1})
-        time.sleep(7)  # passes without news
+        time.sleep(7)  # passes without new data
         assert versions(tmp_path) == {"data": 1, "pretrain": 1}
         add_images(tmp_path / "source", 12)
         wait_for(lambda: versions(tmp_path) == {"data": 2, "pretrain": 2})

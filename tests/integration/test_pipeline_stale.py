@@ -1,5 +1,5 @@
-"""A pipeline of real jobs: a changed stage takes its descendants with it and nothing else; a moved folder changes
-nothing."""
+"""A pipeline of real jobs: after a change of a stage, only the stage and its descendants run again; a moved folder
+changes nothing."""
 
 import os
 import re
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 def run(folder, output, **training):
-    """(stages that were started, the log) of a run that has to end well."""
+    """(stages that were started, the log) of a run that must succeed."""
     data = {"tracking": False, "num_cpus": 1, "sample": 200}
     fields = {"data": "${data.output}/train", "validation": None, "steps": 6, "workers": 1, **training}
     tasks = {"checkpoint": "${pretrain.output}", "data": "${data.output}", "workers": 1, "tasks": ["knn"]}

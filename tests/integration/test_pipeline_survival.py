@@ -115,7 +115,7 @@ def test_one_of_two_running_stages_can_be_stopped(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_runner_waits_for_an_output_that_is_in_use(tmp_path):
-    """What a lost head leaves behind on another node: its stage still works where the next attempt wants to."""
+    """After the loss of a head, its stage on another node still uses the output that the next attempt needs."""
     training = {"data": "${data.output}/train", "validation": None, "steps": 4, "workers": 1}
     training["output"] = str(tmp_path / "trained")
     stages = {"data": DATA, "pretrain": {"job": "pretrain", "recipe": "demo", "fields": training}}

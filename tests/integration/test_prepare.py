@@ -55,13 +55,13 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
     (tmp_path / "torn" / "train" / ".part-half.tmp").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="unfinished dataset of another command"):
         prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"size": 128}))
-    logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
+    logging.getLogger("pipeline").propagate = True  # an earlier job in this process may have disabled it
     with caplog.at_level(logging.INFO, "pipeline"):
         prepare(config)
     assert f"2 of {len(plan.slices)} units are already done" in caplog.text
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
-    # Again: finished already. With other options, or another input: refused, and nothing is touched.
+    # The same command has nothing to do. Other options or another input are refused, and nothing is changed.
     assert prepare(config) == whole
     with pytest.raises(UserError, match=r"already contains another dataset .*quality: 90, now 80"):
         prepare(PrepareConfig(output=str(tmp_path / "torn"), **options | {"quality": 80}))
@@ -72,7 +72,7 @@ def test_rerun_after_a_stop_gives_the_same_bytes(ray_local, image_folder, tmp_pa
 
 
 def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_folder, tmp_path):
-    """Counts, rejects and manifest are in the run; the dataset is byte for byte what it is without one; a run that
+    """Counts, rejects and manifest are in the run; the dataset is byte for byte the same as without a run; a run that
     reads a copy of the dataset links back."""
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     options = {"source": (str(image_folder),), "splits": ("train=0.8", "test=0.2")}
@@ -109,7 +109,7 @@ def test_a_preparation_is_one_mlflow_run_over_all_attempts(ray_local, image_fold
 
 
 def test_a_worker_s_error_reaches_the_user(ray_local, image_folder, tmp_path):
-    """An error that stops a worker is raised as it was there, and nothing looks finished."""
+    """An error that stops a worker is raised unchanged on the driver, and the output does not look finished."""
     config = check_config(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "out")))
     plan = make_plan(config)
     wrong = [dataclasses.replace(source, kind="parquet") for source in plan.sources]
@@ -219,7 +219,8 @@ def test_invalid_commands_fail_at_once(image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_preparation_continues(image_folder, tmp_path):
-    """SIGKILL to the whole process group in mid-run, twice; the third run ends in the dataset of an untroubled one."""
+    """Two runs end by SIGKILL to the whole process group; the third run produces the dataset of an uninterrupted
+    run."""
     source = many(image_folder, copies=400)
     command = [sys.executable, JOB, "--source", str(source), "--max-reject-fraction", "1", "--output"]
     for _ in range(2):

@@ -19,7 +19,7 @@ PROJECT = Path(__file__).parents[2]
 JOB = str(PROJECT / "jobs" / "prepare.py")
 OPTIONS = ("--max-reject-fraction", "1", "--deduplicate", "exact", "--splits", "train=0.9", "test=0.1")
 
-# Runs on a cluster of two nodes and takes something away as soon as three units are done.
+# Runs on a cluster of two nodes and kills a process as soon as three units are done.
 LOSS = """
 import glob, os, signal, sys, threading, time
 import psutil, ray
@@ -54,7 +54,8 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """4,051 inputs in 16 units, one of them broken, most of them duplicates; and the dataset of an untroubled run."""
+    """4,051 inputs in 16 units, one of them broken, most of them duplicates; and the dataset of an uninterrupted
+    run."""
     import cv2
     import numpy as np
 

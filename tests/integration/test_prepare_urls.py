@@ -105,7 +105,7 @@ def test_every_kind_of_list(server, tmp_path, name):
 def test_plain_addresses_and_lists_without_a_header(server, tmp_path):
     source = write(tmp_path / "list.txt", good(server, 5))
     assert prepare(options(source, tmp_path / "out", unlabelled=True))[""].rows == 5
-    lines = [f'"a caption" of {i}\t{server.url}/image/{i}.jpg\n' for i in range(1, 6)]  # as CC3M: not quoted
+    lines = [f'"a caption" of {i}\t{server.url}/image/{i}.jpg\n' for i in range(1, 6)]  # like CC3M: not quoted
     (tmp_path / "cc3m.tsv").write_text("".join(lines))
     assert prepare(options(str(tmp_path / "cc3m.tsv"), tmp_path / "out3", unlabelled=True))[""].rows == 5
 
@@ -220,7 +220,7 @@ def test_a_download_that_a_later_append_repeats_is_not_a_reject(server, tmp_path
     counts = [prepare(config, append=True)[""] for _ in range(2)]
     assert [(m.revision, m.rows, m.inputs, sum(m.rejects.values())) for m in counts] == [(2, 18, 20, 2), (3, 19, 20, 1)]
     before = content(tmp_path / "out")
-    prepare(config, append=True)  # the one that fails again is known
+    prepare(config, append=True)  # the input that fails again is counted once
     assert content(tmp_path / "out") == before
     assert [verify_dataset(f"{tmp_path}/out@{number}") for number in (1, 2, 3)] == [[]] * 3
 
@@ -431,7 +431,7 @@ def lost_list(source):
 
 @pytest.mark.parametrize("more", [{}, {"download_only": True}])
 def test_a_full_disk_and_a_lost_list_are_named(server, tmp_path, more):
-    prepare(options(write(tmp_path / "first.csv", good(server)), tmp_path / "first"))  # makes the files of the limits
+    prepare(options(write(tmp_path / "first.csv", good(server)), tmp_path / "first"))  # creates the files of the limits
     folder = tempfile.gettempdir() if more else f"{tmp_path}/out"
     with pytest.raises(NotWritten, match=f"^{folder}: cannot be written .*File too large.*free some space"):
         _first_slice(server, tmp_path, full_disk, **more)

@@ -60,7 +60,7 @@ def use_key(monkeypatch, key: str, secret: str, token: str | None = None) -> Non
 
 
 def forget_clients() -> None:
-    """Ray and boto3 keep clients, with the credentials that they were made with."""
+    """Ray and boto3 cache clients together with their credentials."""
     from ray.autoscaler._private.aws import utils
 
     utils.resource_cache.cache_clear()

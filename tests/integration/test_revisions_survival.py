@@ -1,4 +1,5 @@
-"""`prepare --append` and `prepare delete` as commands, killed with SIGKILL, end in the bytes of an untroubled run."""
+"""`prepare --append` and `prepare delete` as commands, killed with SIGKILL, produce the bytes of an uninterrupted
+run."""
 
 import os
 import random

@@ -1,4 +1,5 @@
-"""A secret in every address that is accepted, by flag and by environment: whole jobs run, and nobody else can see one of them."""
+"""Every address that a job accepts, by flag and by environment variable, contains a secret. Whole jobs run, and no
+other user can see any of the secrets."""
 
 import base64
 import json
@@ -83,7 +84,7 @@ def login(user: str, password: str) -> str:
 
 
 def found_in(content: bytes) -> list[str]:
-    """Names of the secrets in some bytes, as they are or as a login holds them."""
+    """Names of the secrets that some bytes contain, in plain text or encoded as in a login."""
     coded = {name: base64.b64encode(f"me:{value}".encode()) for name, value in SECRETS.items()}
     return [name for name, value in SECRETS.items() if value.encode() in content or coded[name] in content]
 
@@ -97,7 +98,8 @@ def files_with(folder: Path) -> dict[str, list[str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_no_secret_in_any_address_is_visible(s3, s3_server, image_folder, tmp_path):
-    """prepare (MLflow away: its records stay on disk), pretrain and evaluate (which transfers) over S3, MLflow and Ray."""
+    """prepare (MLflow is unavailable, so its records stay on disk), pretrain and evaluate (which transfers) over S3,
+    MLflow and Ray."""
     ray_folder = Path(tempfile.mkdtemp(prefix="ray"))
     config = tmp_path / "private" / "pretrain.yaml"
     config.parent.mkdir(mode=0o700)
@@ -145,7 +147,7 @@ def test_no_secret_in_any_address_is_visible(s3, s3_server, image_folder, tmp_pa
         config.unlink()
         assert (f"/{SECRETS['webhook path']}", login("me", SECRETS["webhook"])) in received
         assert found_in(said.encode()) == []
-        for pid, lines in processes.seen.items():  # a flag is seen until the job has started itself again without it
+        for pid, lines in processes.seen.items():  # a flag is visible until the job has restarted itself without it
             assert not [line for line in (lines[-1:] if pid in pids else lines) if found_in(line.encode())], pid
         assert any("evaluate.py" in line for lines in processes.seen.values() for line in lines)
         assert list((tmp_path / "spool").rglob("metrics.jsonl"))

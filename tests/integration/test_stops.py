@@ -107,7 +107,7 @@ class Terminal:
         if not self.pid:
             os.chdir(ROOT)
             os.environ["COLUMNS"] = "200"
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run in a background that ignores it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background processes may ignore it
             os.execv(command[0], command)
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
@@ -122,7 +122,7 @@ class Terminal:
         os.write(self.fd, b"\x03")
 
     def close(self) -> None:
-        """As a window is closed, or a connection lost: the kernel sends SIGHUP to the group."""
+        """Closes the terminal, as when the connection is lost: the kernel sends SIGHUP to the process group."""
         os.close(self.fd)
 
     def wait(self, seconds: float = 300) -> int:
@@ -237,7 +237,7 @@ def test_second_control_c_exits_at_once_and_reports_what_was_saved(run, tmp_path
     ]
     assert workers
     for worker in workers:
-        worker.suspend()  # a step that takes for ever
+        worker.suspend()  # a step that never ends
     terminal.press_control_c()
     until(log, "stopping: the workers finish their step")
     terminal.press_control_c()
@@ -248,7 +248,7 @@ def test_second_control_c_exits_at_once_and_reports_what_was_saved(run, tmp_path
 
 
 def test_pre_stop_hook_of_the_head_pod(run, tmp_path, monkeypatch):
-    """Kubernetes runs infra/stop_jobs.py in the pod before it ends the pod: no job is left when the hook is through."""
+    """Kubernetes runs infra/stop_jobs.py in the pod before it stops the pod: no job is left when the hook returns."""
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     (tmp_path / "home").mkdir()
     log = tmp_path / "log"

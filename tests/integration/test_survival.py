@@ -1,4 +1,5 @@
-"""Runs that lose workers, nodes and their driver: jobs are started like by a user and killed from outside. The loss of
+"""Runs that lose workers, nodes and their driver: jobs are started as a user starts them and killed from outside. The
+loss of
 every step in MLflow is compared at full precision with an uninterrupted run."""
 
 import contextlib
@@ -229,8 +230,8 @@ def test_driver_killed(base, reference, jobs, tmp_path, seed):
     first = Job(config)
     jobs.append(first)
     first.step(random.Random(seed).randrange(9, 40))
-    first.process.kill()  # and nobody waits for the workers to notice
-    lock = tmp_path / "extensions" / "fused_adam" / "lock"  # as if one had been building an operator
+    first.process.kill()  # without waiting until the workers notice
+    lock = tmp_path / "extensions" / "fused_adam" / "lock"  # as if a worker had been compiling an operator
     lock.parent.mkdir(parents=True)
     lock.touch()
     second = Job(changed(config, resume="must"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
@@ -337,7 +338,8 @@ def drain(cluster: "Cluster", node_id: str, seconds: int) -> None:
 
 @pytest.mark.slow
 def test_preempted_node_loses_no_step(base, jobs, cluster, tmp_path):
-    """Notice, checkpoint at that very step, restart from it on another node; no failure is allowed and none is
+    """A preemption notice, a checkpoint at the current step, and a restart from it on another node; no failure is
+    allowed and none is
     counted."""
     config = changed(
         base, output=str(tmp_path / "run"), address=cluster.address, max_failures=0, checkpoint_every="1000steps"
@@ -354,14 +356,14 @@ def test_preempted_node_loses_no_step(base, jobs, cluster, tmp_path):
     leaving = workers()
     saved = int(job.until(r"step (\d+)/\d+  saved, and the workers leave")[1])
     assert saved > 10
-    psutil.wait_procs(leaving, timeout=60)  # until the cloud's deadline the node is there
+    psutil.wait_procs(leaving, timeout=60)  # the node exists until the cloud's deadline
     cluster.remove_node(victim, allow_graceful=False)
     cluster.add_node(num_cpus=1)
     text = job.end()
     assert f"step-{saved:08d} on 2 workers" in text
     assert "starting again" not in text
     steps = [int(step) for step in re.findall(r"INFO +step (\d+)/\d+  loss", text)]
-    assert steps == list(range(1, 201))  # none was done twice
+    assert steps == list(range(1, 201))  # no step was repeated
     assert curve(job) == curve(undisturbed)
 
 
@@ -511,7 +513,7 @@ def test_stalled_thread_logs_its_stack_and_ends_its_process(monkeypatch):
 
 
 def test_lock_of_a_killed_builder_is_removed_and_that_of_a_running_one_is_kept(tmp_path):
-    """As DeepSpeed's compiled operators leave it: torch then waits for the file to go, for ever."""
+    """A lock file as DeepSpeed's compilation leaves it; torch would wait forever for its removal."""
     from torch.utils.file_baton import FileBaton
 
     lock = tmp_path / "py311_cpu" / "fused_adam" / "lock"

@@ -112,8 +112,8 @@ def test_validation_counts_every_image_once(runs):
 
 
 def test_continues_bit_for_bit_and_on_another_number_of_workers(runs, tmp_path):
-    """From step 4 to 6 again: equal bits on two workers, for each stage, precision and optimiser, and with images from
-    several processes; close on one worker."""
+    """Repeats steps 4 to 6: bit for bit equal on two workers, for each stage, precision and optimiser, and with images
+    from several processes; approximately equal on one worker."""
     names = ["zero0", "zero1", "zero2", "zero3", "bf16", "sgd"]
     again = [continued(runs[name][0], tmp_path, 4) for name in names]
     again[1] = changed(again[1], loading_processes=2)
@@ -334,7 +334,7 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
 
 
 def test_superseded_attempt_commits_nothing(tmp_path):
-    """A worker that a killed driver left behind, or the same command given twice."""
+    """A worker that outlived a killed driver, or the same command started twice."""
     old = written(tmp_path, 2)
     new = written(tmp_path)
     old.save(4, dict, {})
@@ -417,7 +417,7 @@ def test_worker_reads_only_the_files_it_needs(tmp_path, s3):
 
 @pytest.mark.slow
 def test_uploads_run_in_parallel_and_are_retried(s3, s3_server, monkeypatch):
-    """The first try of every file is refused or torn down; each next one gets its answer late, and none waits for
+    """The first request for every file is refused or reset. Later responses are slow, and no upload waits for
     another."""
     with FaultProxy(s3_server, stall=4.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

@@ -227,7 +227,7 @@ def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypat
             Score(name=name, task=name, group="natural", values=(value,), images=100, test=name)
             for name, value in (("pets", 70.0), ("svhn", 50.0))
         ]
-        for _ in range(2):  # again changes nothing
+        for _ in range(2):  # a repetition changes nothing
             attach_scores(settings, weights.uri, {"mean": 60.0}, scores, parent)
     (found,) = registry.versions_of(weights.uri, uri)
     assert found.version == version.version
@@ -326,7 +326,7 @@ def test_two_workers_share_a_gpu(world):
     done = subprocess.run(command, cwd=Path(JOB).parents[1], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("together") > 0  # both were at work, and nothing was left of the GPU
+    assert found.pop("together") > 0  # both workers were busy, and no part of the GPU was free
     assert found == {"num_cpus": 1.0, "num_gpus": 0.5, "workers": 2, "failures": {}, "results": 4}
 
 
@@ -373,7 +373,7 @@ def test_invalid_requests_are_refused_before_anything_starts(world, tmp_path, mo
     (torn / "model.safetensors").touch()
     step = world / "run" / "checkpoints" / "step-00000001"
     places = {"RUN": str(step), "DATA": str(world / "data"), "TORN": str(tmp_path / "torn")}
-    monkeypatch.setattr(sys, "path", sys.path[:])  # the job puts the project in front
+    monkeypatch.setattr(sys, "path", sys.path[:])  # the job puts the project first on the path
     main = runpy.run_path(JOB)["main"]
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

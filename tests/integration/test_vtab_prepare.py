@@ -1,4 +1,4 @@
-"""The command itself: through real Ray Data, from and to an S3 endpoint, and killed in the middle."""
+"""Runs the vtab command on real Ray Data, from and to an S3 endpoint, and kills it while it works."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def fingerprints(results: dict) -> dict:
 
 @pytest.mark.slow
 def test_from_s3_to_s3(s3, tmp_path):
-    """A tar, a zip, gzipped arrays and MATLAB files on S3 give the very datasets that local files give."""
+    """A tar, a zip, gzipped arrays and MATLAB files on S3 give the same datasets as local files."""
     tasks = ["cifar100", "eurosat", "smallnorb_azimuth", "svhn"]
     raw = miniature.write(tasks, str(tmp_path / "raw"), per_class=3)
     storage.copy_tree(raw, f"{s3}/raw")
@@ -67,7 +67,7 @@ def test_a_killed_command_continues(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2)  # workers notice that their driver is gone
+    time.sleep(2)  # workers notice that their driver has died
     kept = {path: path.stat().st_mtime_ns for path in receipts if path.exists()}
     assert not list((tmp_path / "sets").rglob("manifest.json"))
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("part-*.parquet")}

@@ -157,7 +157,7 @@ def test_google_files_and_registered_models_through_the_jobs(google_file, tmp_pa
     from_registry = transfer("out2", "--checkpoint", "models:/demo-own@candidate")
     assert from_npz["scores"] == from_registry["scores"]
     evaluated = [version for version in registry.versions("demo-own", uri) if version.evaluations]
-    (version,) = evaluated  # the scores came back to the one that was transferred
+    (version,) = evaluated  # the scores are recorded at the version that was transferred
     ((key, evaluation),) = version.evaluations.items()
     assert key.startswith("folder:")
     assert evaluation["mean"] == pytest.approx(from_registry["mean"])

@@ -69,7 +69,7 @@ def test_slivers_are_refused_unless_the_caller_accepts_them():
 def test_unreadable_exif_loses_no_pixels(format, exif):
     image = Image.fromarray(picture(12, 16))
     image, format = (image.convert("CMYK"), "JPEG") if format == "CMYK" else (image, format)
-    if format == "AVIF":  # its encoder refuses such EXIF, so that it is put into a finished file
+    if format == "AVIF":  # the encoder refuses such EXIF, so it is inserted into a finished file
         data = encoded(image, format, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0").replace(b"II*\0", exif[6:10])
     else:
         data = encoded(image, format, **({} if format == "TIFF" else {"exif": exif}))

@@ -113,7 +113,7 @@ def test_bad_images_have_reasons():
         (b"", "empty"),
         (b"hello, this is text" * 10, "not an image"),
         (bytes(1000), "not an image"),
-        (good[:-2], "truncated"),  # every pixel is there, only the end marker is not: decoders say nothing
+        (good[:-2], "truncated"),  # only the end marker is missing, not a pixel: decoders report nothing
         (good[: len(good) // 2], "truncated"),
         (png[: len(png) // 2], "truncated"),
         (bytes(broken), "corrupt"),
@@ -163,7 +163,7 @@ def test_orientation_behind_other_segments_and_a_png_without_its_end():
     late = turned[:2] + b"\xff\xed\x80\x00" + bytes(0x8000 - 2) + turned[2:]
     assert decode(late, LIMIT).pixels.shape == (60, 40, 3)
     png = encoded(Image.fromarray(picture()), "PNG")
-    for cut in (png[:-1], png[:-12]):  # every pixel is there: Pillow says nothing
+    for cut in (png[:-1], png[:-12]):  # no pixel is missing: Pillow reports nothing
         with pytest.raises(Refused, match="truncated"):
             decode(cut, LIMIT)
 
@@ -218,7 +218,7 @@ def test_jpeg_kinds():
     assert np.abs(decode_stored(progressive).astype(int) - photo()).mean() < 4
     tagged = Image.Exif()
     tagged[0x0112] = 6
-    assert decode_stored(encoded(photo(), "JPEG", exif=tagged)).shape == (120, 160, 3)  # as stored, not turned
+    assert decode_stored(encoded(photo(), "JPEG", exif=tagged)).shape == (120, 160, 3)  # as stored, not rotated
 
 
 def test_stray_bytes_between_jpeg_markers_are_not_damage():

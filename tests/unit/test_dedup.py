@@ -215,7 +215,7 @@ def test_evaluation_images_that_cannot_be_read_are_counted(tmp_path, caplog):
     data = simplejpeg.encode_jpeg(textured(5), 95, "RGB", "420")
     (tmp_path / "x" / "cut.jpg").write_bytes(data[: len(data) * 995 // 1000])
     (tmp_path / "x" / "text.jpg").write_bytes(b"no picture")
-    logging.getLogger("pipeline").propagate = True  # a job of this process may have switched it off
+    logging.getLogger("pipeline").propagate = True  # an earlier job in this process may have disabled it
     with caplog.at_level(logging.WARNING, "pipeline"):
         index = index_evaluation_sets([str(tmp_path)], 10**8)
     assert (

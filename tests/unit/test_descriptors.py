@@ -92,7 +92,7 @@ def test_lists_find_what_all_pairs_find(monkeypatch):
 
 def test_an_evaluation_image_is_the_one_that_stays():
     vectors = np.eye(4, 8, dtype=np.float16)[[0, 1, 0, 1, 1]]
-    rows = np.array([0, 1, 100, 101, 102])  # from 100 on they are of evaluation sets
+    rows = np.array([0, 1, 100, 101, 102])  # rows from 100 on belong to evaluation sets
     options = {"similarity": 0.9, "corpus": 100}
     for inside in (True, False):
         pairs = match_vectors(rows, vectors, **options, inside=inside)

@@ -388,7 +388,7 @@ def test_few_files_are_open_while_they_wait(server, monkeypatch):
 
 def test_a_full_temporary_folder_is_not_blamed_on_the_server(server, monkeypatch):
     """A limit on the file size of the process simulates a full disk."""
-    assert fetch(f"{server.url}/image/1.jpg") == [jpeg(1)]  # makes the files of the limits of hosts
+    assert fetch(f"{server.url}/image/1.jpg") == [jpeg(1)]  # creates the files of the limits of hosts
     monkeypatch.setattr(stream, "HELD_BYTES", 1000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))

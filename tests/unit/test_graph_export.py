@@ -100,7 +100,7 @@ def test_argos_definition_accepts_the_workflow(plan, real_data):
     assert workflow["kind"] == kind
     checker.validate(workflow)
     workflow["spec"]["templates"][1]["container"]["comand"] = ["python"]
-    assert len(list(checker.iter_errors(workflow))) == 1  # the definition knows a mistake
+    assert len(list(checker.iter_errors(workflow))) == 1  # the definition detects a mistake
 
 
 DAGBAG = """

@@ -196,7 +196,7 @@ def test_attempts_that_are_lost_do_not_count_as_failures(tmp_path, source):
 
 
 class Dies(Exception):
-    """In place of the signal that kills a runner."""
+    """Stands for the signal that kills a runner."""
 
 
 class Dying(Fake):
@@ -330,11 +330,11 @@ def test_transfers_use_the_available_gpus(tmp_path, source):
     workstation = Fake()
     workstation.gpus = 1.0
     go(chain(tmp_path / "out", source, **one), workstation)
-    assert workstation.most == 1  # both would take the one GPU
+    assert workstation.most == 1  # both would use the only GPU
     cluster = Fake()
     cluster.cpus = cluster.gpus = float("inf")
     go(chain(tmp_path / "cluster", source, **one), cluster)
-    for folder, occupied in (("out", 1.0), ("cluster", 2.0)):  # as their scores.json says of a cluster
+    for folder, occupied in (("out", 1.0), ("cluster", 2.0)):  # as the scores.json of a cluster says
         versions = state.load(str(tmp_path / folder)).records["transfer[tasks=knn]"].versions
         assert versions[-1].cost["gpu_hours"] == pytest.approx(occupied / 3600)
 

@@ -1,4 +1,4 @@
-"""What a pipeline shows: the state of each stage, its progress, and its cost beside the estimate."""
+"""What a pipeline shows: the state of each stage, its progress, and its cost next to the estimate."""
 
 import dataclasses
 import time
@@ -69,7 +69,8 @@ def test_status_of_a_running_stage_has_its_progress_and_the_remaining_time(tmp_p
 
 
 def test_parts_of_a_job_add_up_and_repeated_work_is_estimated_anew(tmp_path, monkeypatch):
-    """As a transfer of two encoders, whose features take a time that is unknown; then as a restart from a checkpoint."""
+    """First like a transfer of two encoders, whose features take an unknown time; then like a restart from a
+    checkpoint."""
     place = results.progress_place(str(tmp_path), "job")
     monkeypatch.setenv(logs.PROGRESS, place)
     monkeypatch.setattr(logs, "REPORT_EVERY", 0.0)

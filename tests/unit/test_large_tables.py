@@ -190,7 +190,7 @@ def rows_of_batch(batch):
 
 
 def both_ways(folder, table, monkeypatch, **options):
-    """What a scan says, which does not depend on the size at which a table counts as large."""
+    """The result of a scan, which does not depend on the size at which a table counts as large."""
     found = outcome(folder, table, **options)
     for name in ("LARGE_ROWS", "LARGE_BYTES"):
         monkeypatch.setattr(table_chunks, name, 1 << 40)
@@ -228,7 +228,7 @@ def test_too_many_columns_of_json_lines_are_refused(tmp_path, monkeypatch):
 
 
 def outcome(folder, table, **options):
-    """What a scan says: every fragment, in order of paths, or the error."""
+    """The result of a scan: every fragment, in order of paths, or the error."""
     try:
         [source] = sources.discover([str(folder)], labels=table and str(table), **options)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Only one launch can use a run folder at a time, on any machine."""
+"""Only one launch can use a run folder at a time, whatever the machine."""
 
 import contextlib
 import json

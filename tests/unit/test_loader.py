@@ -387,7 +387,7 @@ def test_no_thread_outlives_the_loader(datasets):
     with pytest.raises(RuntimeError, match="closed"):
         next(iter(loader))
 
-    loader = Loader(datasets["jpeg"], batch_size=16, lanes=8, augment=SMALL)  # never closed, only forgotten
+    loader = Loader(datasets["jpeg"], batch_size=16, lanes=8, augment=SMALL)  # never closed, only dereferenced
     next(iter(loader))
     del loader
     gc.collect()

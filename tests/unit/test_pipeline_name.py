@@ -39,7 +39,7 @@ PACKAGE = "import pipeline, pipeline.config; assert pipeline.__path__ == [{!r}],
 
 
 def test_whoever_has_the_folder_of_jobs_first_gets_the_package():
-    """Like in Ray's workers, whose path contains the folder of the driver's script."""
+    """As in Ray's workers, whose path contains the folder of the driver's script."""
     first = f"import sys; sys.path.insert(0, {str(ROOT / 'jobs')!r}); "
     done = python("-c", first + PACKAGE.format(str(ROOT / "pipeline")))
     assert done.returncode == 0, done.stderr

@@ -246,7 +246,7 @@ def test_published_runs_are_within_the_error_that_the_documents_state(
     model = dataclasses.replace(training.model, variant=variant)
     training = dataclasses.replace(training, model=model, batch_size=batch)
     rate = plan(PlanConfig(training=training, **hardware), "b16_imagenet")["run"]["images_per_second"]
-    assert 0.5 < rate / measured < 2  # other programs than this one, with communication, on other hosts
+    assert 0.5 < rate / measured < 2  # measured with other programs, with communication, on other hosts
     assert rate == pytest.approx(expected, rel=0.01)
 
 

@@ -101,7 +101,7 @@ def test_dry_run_counts_the_data_that_is_there(tmp_path):
 
 @pytest.mark.parametrize("images", [1, 5, 20, 34, 63])
 def test_the_batch_that_the_error_of_a_small_dataset_names_works(images, tmp_path):
-    """A newcomer's first photographs are often fewer than one batch of the demo."""
+    """The first data set of a new user often has fewer images than one batch of the demo."""
     from pipeline.data.format import write_dataset
 
     rows = ((f"{i}", b"not decoded", i % 2, 9, 9) for i in range(images))

@@ -204,7 +204,7 @@ def test_an_append_without_a_usable_image_is_not_a_success(tmp_path):
     other = write_images(tmp_path / "third", {"ant": 4}, 3)
     with pytest.raises(UserError, match=r"unfinished append of another .*, or remove .*/set/_work to abandon it"):
         prepare(config(tmp_path, other), append=True)
-    shutil.rmtree(tmp_path / "set" / "_work")  # what the errors say
+    shutil.rmtree(tmp_path / "set" / "_work")  # the remedy that the errors name
     assert content(tmp_path / "set") == before
 
 
@@ -410,7 +410,7 @@ def test_a_dataset_without_the_hashes_of_its_deleted_keys(grown, tmp_path):
 
 @pytest.mark.parametrize("busy", ["", "train"])
 def test_a_dataset_that_another_process_changes_is_left_alone(grown, tmp_path, busy):
-    """The whole and a split of it exclude each other."""
+    """A change of the whole dataset and a change of one of its splits exclude each other."""
     keys, third = chosen(grown), write_images(tmp_path / "third", {"ant": 4, "bee": 4}, 3)
     path, before = write_keys(tmp_path / "keys.txt", keys), content(grown)
     works = [
@@ -433,7 +433,7 @@ def test_a_dataset_that_another_process_changes_is_left_alone(grown, tmp_path, b
 
 
 def is_deleted(root: str, path: str) -> bool:
-    """In a process of its own: whether the deletion was made, and not refused."""
+    """Deletes in a separate process. Returns whether the deletion was made and not refused."""
     try:
         with workqueue.without_ray():
             delete_keys(root, path)

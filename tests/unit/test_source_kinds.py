@@ -459,7 +459,7 @@ def test_a_label_map_of_other_names_is_an_error(tmp_path):
         sources.make_labels(sources.discover([str(tmp_path / "photos")]), label_map)
 
 
-@pytest.mark.timeout(60)  # comparing each name with each other takes minutes
+@pytest.mark.timeout(60)  # comparing every pair of names would take minutes
 def test_class_lists_of_100_000_names(tmp_path):
     names = [f"class {i}" for i in range(100_000)]
     (tmp_path / "map.txt").write_text("\n".join(names))

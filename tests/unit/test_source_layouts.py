@@ -65,7 +65,7 @@ def test_a_file_that_is_not_an_image_is_counted_as_such(tmp_path):
         ("ant/2019/1.jpg ant/2020/1.jpg bee/2019/1.jpg", ["ant", "ant", "bee"]),
         ("ant/1.jpg", ["ant"]),
         ("train/ant/1.jpg train/bee/1.jpg", ["ant", "bee"]),
-        ("n01440764/1.jpg train/1.jpg", ["n01440764", "train"]),  # not every folder is a split
+        ("n01440764/1.jpg train/1.jpg", ["n01440764", "train"]),  # not all folders are splits
     ],
 )
 def test_the_level_of_the_classes_is_found(tmp_path, paths, expected):

@@ -72,7 +72,7 @@ def test_class_folders(image_folder, tmp_path):
     first = dataset.read(range(31))
     assert [row["key"] for row in first] != sorted(rows)  # listed files are mixed
     original = image_folder / first[0]["key"]
-    assert first[0]["image"] == original.read_bytes()  # no larger than 256: stored as it came
+    assert first[0]["image"] == original.read_bytes()  # no larger than 256: stored unchanged
 
 
 def test_label_tables(tmp_path):
@@ -131,7 +131,7 @@ def test_webdataset(tmp_path, mode):
 
 @pytest.mark.parametrize("layout", ["wds", "gz", "nested"])
 def test_archives_that_number_their_samples_separately(tmp_path, layout):
-    """000.jpg in every archive is another image, not a duplicate key."""
+    """Each archive has another image named 000.jpg, which is not a duplicate key."""
     (tmp_path / "wds").mkdir()
     packed = {}
     for number, name in enumerate("ab"):
@@ -280,7 +280,7 @@ def test_cifar(tmp_path):
 def pickled(entries):
     """A pickle as written by the authors with Python 2: protocol 2, text as bytes, an array of bytes."""
 
-    class Numpy1(pickle._Pickler):  # the array's constructor under the name it had then
+    class Numpy1(pickle._Pickler):  # the array's constructor under its former name
         def save_global(self, obj, name=None):
             if getattr(obj, "__name__", "") == "_reconstruct":
                 self.write(b"cnumpy.core.multiarray\n_reconstruct\n")
@@ -487,7 +487,7 @@ def test_several_sources_splits_sample(image_folder, tmp_path):
     (image_folder / "ant" / "new.jpg").write_bytes(jpeg())
     run(tmp_path / "c", source=(str(image_folder),), splits=("train=0.7", "val=0.3"))
     again = contents(open_dataset(tmp_path / "c" / "out" / "train"))
-    assert set(parts[0]) == set(again) - {"ant/new.jpg"}  # a new image moves no other
+    assert set(parts[0]) == set(again) - {"ant/new.jpg"}  # a new image does not change the split of another
 
 
 def test_unlabelled(tmp_path):

@@ -76,7 +76,7 @@ def test_listing_page_by_page_finds_what_a_whole_listing_finds(cloud):
     bodies = {f"images/{name}": name.encode() for name in names} | {"images-too/1.jpg": b"x", "other.jpg": b"x"}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: storage.write_bytes(f"{cloud.uri}/{item[0]}", item[1]), bodies.items()))
-    if cloud.uri.startswith("s3://"):  # what consoles make of "create folder"
+    if cloud.uri.startswith("s3://"):  # the object that consoles create for a new folder
         boto3.client("s3").put_object(Bucket=cloud.uri.removeprefix("s3://"), Key="images/folder/", Body=b"")
     pages = list(storage.iter_pages(f"{cloud.uri}/images"))
     found = storage.list_files(f"{cloud.uri}/images")
@@ -272,7 +272,7 @@ LIBRARIES = {"s3": ("boto3", "cloud"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "
 def test_a_missing_library_of_an_extra_is_one_line_with_the_install_command(monkeypatch, scheme):
     library, extra = LIBRARIES[scheme]
     for name in [name for name in sys.modules if name.partition(".")[0] == library] + [library]:
-        monkeypatch.setitem(sys.modules, name, None)  # what `import` then meets is an ImportError
+        monkeypatch.setitem(sys.modules, name, None)  # `import` then raises ImportError
     with pytest.raises(
         UserError, match=rf"{library} is not installed.*pip install -c constraints.txt -e '.\[{extra}\]'"
     ):

@@ -20,7 +20,7 @@ PARTS = ["step 20/200", "loss 2.1230", "185 img/s", "lr 9.50e-04", "grad 1.777",
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """terminal(width) shows our logs on a terminal of that width and returns what was written to it."""
+    """terminal(width) shows this project's logs on a terminal of that width and returns the output."""
 
     def show(width):
         text = io.StringIO()

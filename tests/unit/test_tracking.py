@@ -430,7 +430,7 @@ def test_a_refused_record_does_not_hold_up_the_others(uri, monkeypatch, caplog):
     run = start_run("pretrain", "refused", config={"a": 1}, tracking_uri=uri)
     run.flush()
     run.log_params({"a": 2})  # MLflow never changes a parameter
-    monkeypatch.setattr(names, "valid_name", str)  # a name that nobody foresaw
+    monkeypatch.setattr(names, "valid_name", str)  # an unexpected name
     for step in range(5):
         run.log({names.LOSS: 1.0, "bad|name": 2.0} if step == 2 else {names.LOSS: 1.0}, step=step)
     assert run.finish() is False

@@ -171,7 +171,7 @@ def test_divergence_is_a_separate_kind_of_error(model, train):
 
 
 def numbered(uri, encoding, n=11):
-    """Pictures whose pixels say where they are: red = column, green = row, blue = number."""
+    """Images whose pixels encode their position: red = column, green = row, blue = number."""
     import cv2
 
     def rows():

@@ -35,7 +35,7 @@ def test_vtab_score_is_the_flat_mean_of_table_9(model, flat, groups):
     assert mean == pytest.approx(flat, abs=0.006)
     assert list(by_group) == ["natural", "specialized", "structured"]
     assert list(by_group.values()) == pytest.approx(groups, abs=0.006)
-    assert abs(np.mean(list(by_group.values())) - mean) > 1  # the other mean, which papers mix it up with
+    assert abs(np.mean(list(by_group.values())) - mean) > 1  # the other mean, with which papers confuse it
 
 
 def test_without_all_tasks_there_is_no_mean():

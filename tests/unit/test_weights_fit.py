@@ -167,7 +167,7 @@ def test_a_rectangular_grid_that_nothing_describes_is_refused(tmp_path):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"10 position embeddings of patches do not form a square grid.*image_size"):
         load_weights(tiny(), tmp_path / "w.pt")
-    (tmp_path / "config.json").write_text('{"image_size": [16, 40]}')  # as the error says
+    (tmp_path / "config.json").write_text('{"image_size": [16, 40]}')  # as the error message suggests
     assert load_weights(tiny(), tmp_path / "w.pt").notes
 
 
