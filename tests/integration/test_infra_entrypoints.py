@@ -51,11 +51,12 @@ def head(tmp_path_factory):
         yield address, with_token | {"PYTHONPATH": str(ROOT)}
 
 
-def submit(head, words):
+def submit(head, words, more=()):
+    """more: further options of `ray job submit`."""
     address, environment = head
     here = [word.replace("/opt/vit", str(ROOT)) for word in words]
     runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
-    options = [f"--address={address}", f"--runtime-env-json={runtime}"]
+    options = [f"--address={address}", f"--runtime-env-json={runtime}", *more]
     command = ["ray", "job", "submit", *options, "--", *here]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -91,14 +92,16 @@ def test_the_scheduled_pipeline_runs(head, tmp_path):
     """The commands of CronJob and RayCronJob: the stage is a job of the cluster, and the second command has nothing to do."""
     cron = cron_command("pipeline.yaml")
     commands = [cron[cron.index("--") + 1 :], shlex.split(entrypoints()["pipeline-raycronjob.yaml"])]
+    options = [word for word in cron[3 : cron.index("--")] if not word.startswith("--address=")]
     place = pipeline_file(tmp_path, "nightly")
     head[1]["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
     for words in commands:
         assert words.count(FILE) == 1
-        done = submit(head, [str(place) if word == FILE else word for word in words])
+        done = submit(head, [str(place) if word == FILE else word for word in words], options)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "nightly: prepared=" in done.stdout
     assert jobs(head, "nightly/data") == 1
+    assert jobs(head, "pipeline") == 2
 
 
 def table_command(path):

@@ -18,6 +18,7 @@ import yaml
 from botocore.exceptions import ClientError
 
 from tests.ports import free_port
+from tests.rayup import with_option
 
 INFRA = Path(__file__).parents[2] / "infra"
 ACCOUNT = "123456789012"  # moto's account, and the one in the files
@@ -85,15 +86,17 @@ def create_roles() -> None:
         iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
 
 
-def bootstrap() -> dict:
-    """aws.yaml as `ray up` completes it: subnets, a security group, a key pair. The image is one that moto knows."""
+def bootstrap(option: str = "") -> dict:
+    """aws.yaml as `ray up` completes it: subnets, a security group, a key pair. The image is one that moto knows.
+
+    option: the title of an option to use."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     ec2 = boto3.client("ec2")
     group = ec2.create_security_group(GroupName="vit", Description="Ray nodes")["GroupId"]
     image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
-    text = (INFRA / "ray-up" / "aws.yaml").read_text()
+    text = with_option((INFRA / "ray-up" / "aws.yaml").read_text(), option)
     text = text.replace("ami-0123456789abcdef0", image).replace("sg-0123456789abcdef0", group)
     config = prepare_config(yaml.safe_load(text))
     validate_config(config)
@@ -125,6 +128,24 @@ def test_ray_starts_every_node_type(endpoint, monkeypatch):
         "cpu": "spot",
         "gpu": None,
     }
+
+
+@pytest.mark.parametrize("option", ["capacity-block", "reservation"])
+def test_options_of_the_gpu_nodes(endpoint, option):
+    """botocore checks the names of the fields before the request; moto ignores the values of capacity reservations."""
+    create_roles()
+    config = bootstrap(option)
+    settings = config["available_node_types"]["gpu"]["node_config"]
+    target = settings["CapacityReservationSpecification"]["CapacityReservationTarget"]
+    assert target == {"CapacityReservationId": "cr-0123456789abcdef0"}
+    assert (
+        settings.get("InstanceMarketOptions")
+        == {
+            "capacity-block": {"MarketType": "capacity-block"},
+            "reservation": None,
+        }[option]
+    )
+    assert start(config, "gpu")["InstanceType"] == "p5.48xlarge"
 
 
 def test_ray_opens_no_port(endpoint):

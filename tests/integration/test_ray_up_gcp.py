@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.googlecompute import google_cloud
+from tests.rayup import with_option
 
 INFRA = Path(__file__).parents[2] / "infra"
 PROJECT = "my-project"
@@ -33,12 +34,12 @@ def cloud(service, tmp_path, monkeypatch):
     return service
 
 
-def bootstrap(change=lambda config: None) -> dict:
-    """gcp.yaml as `ray up` completes it."""
+def bootstrap(change=lambda config: None, option: str = "") -> dict:
+    """gcp.yaml as `ray up` completes it. option: the title of an option to use."""
     from ray.autoscaler._private.gcp.node_provider import GCPNodeProvider
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = yaml.safe_load((INFRA / "ray-up" / "gcp.yaml").read_text())
+    config = yaml.safe_load(with_option((INFRA / "ray-up" / "gcp.yaml").read_text(), option))
     change(config)
     config = prepare_config(config)
     validate_config(config)
@@ -106,6 +107,15 @@ def test_the_autoscaler_finds_and_ends_its_nodes_with_the_rights_of_an_instance_
     assert set(cloud.calls) <= {f"instances.{name}" for name in ("insert", "list", "get", "setLabels", "delete")} | {
         "operations.get"
     }
+
+
+def test_options_of_the_gpu_nodes(cloud):
+    config = bootstrap(option="placement")
+    node = cloud.instances[start(provider_of(config), config, "gpu")]
+    assert node["resourcePolicies"] == [f"projects/{PROJECT}/regions/us-central1/resourcePolicies/vit"]
+    config = bootstrap(option="reservation")
+    node = cloud.instances[start(provider_of(config), config, "gpu")]
+    assert node["reservationAffinity"]["values"] == ["vit"]
 
 
 def test_what_ray_up_itself_creates_in_the_project(cloud):

@@ -304,7 +304,9 @@ REFERENCES = [(path, image) for path in sorted(INFRA.rglob("*")) if path.suffix 
 def test_images_are_pinned(path, image):
     """Third-party images are pinned by digest. Our images have a version, because their digest is known only after the
     push (infra/README.md says where to add it)."""
-    if "vit-pipeline" in image or "vit-mlflow" in image:
+    if image == "tcpx-daemon":  # Google publishes this one by tag; its kustomization.yaml says so
+        assert re.search(r"newTag: v\d+\.\d+\.\d+$", path.read_text(), re.MULTILINE)
+    elif "vit-pipeline" in image or "vit-mlflow" in image:
         by_kustomization = image == "vit-pipeline"
         assert by_kustomization or re.search(r"/vit-(pipeline|mlflow):\d+\.\d+\.\d+$", image)
     else:
@@ -328,6 +330,17 @@ def test_jobs_run_on_the_existing_cluster():
         assert job["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
         # the operator refuses these together with a clusterSelector
         assert not job.keys() & {"backoffLimit", "ttlSecondsAfterFinished", "suspend", "shutdownAfterJobFinishes"}
+
+
+def test_ray_jobs_have_names():
+    """`ray job list` and the dashboard show metadata, and only the end of a long entry point."""
+    documents_ = [*of_kind("RayJob"), *documents(INFRA / "rayjob" / "all" / "pipeline.yaml")]
+    names = [job["spec"]["metadata"]["job_name"] for job in documents_]
+    names += [cron["spec"]["jobTemplate"]["metadata"]["job_name"] for cron in of_kind("RayCronJob")]
+    for cron in of_kind("CronJob"):
+        (option,) = [word for word in next(word_lists(cron["spec"])) if word.startswith("--metadata-json=")]
+        names.append(json.loads(option.partition("=")[2])["job_name"])
+    assert sorted(names) == [*["evaluate"] * 2, *["pipeline"] * 3, "prepare", "pretrain", "transfer"]
 
 
 def test_the_two_schedules_are_at_one_time():

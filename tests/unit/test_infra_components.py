@@ -32,7 +32,8 @@ def test_components_make_a_cluster_that_kuberay_knows(names, tmp_path, kuberay_d
     gpu = cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]
     assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
     for container in gpu["containers"]:
-        assert container["image"] == "registry.example.com/vit-pipeline:0.1.0"
+        if container["name"] != "tcpx-daemon":  # Google's
+            assert container["image"] == "registry.example.com/vit-pipeline:0.1.0"
         assert not container["securityContext"]["allowPrivilegeEscalation"]
 
 
@@ -50,6 +51,18 @@ def test_what_each_component_adds(tmp_path):
     pod, _ = gpu_pod("gke-rdma")
     interfaces = yaml.safe_load(pod["metadata"]["annotations"]["networking.gke.io/interfaces"])
     assert [row["network"] for row in interfaces] == ["default", *(f"rdma-{i}" for i in range(8))]
+    pod, container = gpu_pod("gke-tcpx")
+    interfaces = yaml.safe_load(pod["metadata"]["annotations"]["networking.gke.io/interfaces"])
+    assert [row["network"] for row in interfaces] == ["default", *(f"vpc{i}" for i in range(1, 5))]
+    daemon = pod["spec"]["containers"][1]
+    socket = {"name": "tcpx", "mountPath": "/run/tcpx"}
+    assert socket in daemon["volumeMounts"]
+    assert socket in container["volumeMounts"]
+    assert {"name": "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "value": "/run/tcpx"} in container["env"]
+    devices = yaml.safe_load(pod["metadata"]["annotations"]["devices.gke.io/container.tcpx-daemon"])
+    assert len(devices) == 8 + 2  # the GPUs, nvidiactl and nvidia-uvm
+    history = cluster_with(["history"], tmp_path / "history")["spec"]["historyServerOptions"]
+    assert {"name": "RAY_ROOT_DIR", "value": "vit/history"} in history["collectorOptions"]["env"]
     pod, _ = gpu_pod("nvme")
     assert {v["name"]: v for v in pod["spec"]["volumes"]}["scratch"]["hostPath"]["path"] == "/mnt/disks/ssd0"
     pod, _ = gpu_pod("logs")
