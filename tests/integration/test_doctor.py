@@ -185,6 +185,12 @@ def test_an_unreachable_or_hanging_tracking_server(home):
 # ---------------------------------------------------------------- cheap checks of every job
 
 
+def test_a_tracking_server_whose_name_is_unknown(home):
+    found = tracking.tracking_server("http://mlflow.invalid:5000")
+    assert (found.status, found.message) == ("error", "the name mlflow.invalid cannot be resolved here")
+    assert "every node" in found.remedy
+
+
 def test_preflight_is_fast_and_gives_no_false_alarm(home, caplog):
     with server(delay=3.0) as (_, uri):
         start = time.perf_counter()

@@ -5,6 +5,7 @@ import configparser
 import contextlib
 import json
 import os
+import socket
 import ssl
 import urllib.error
 import urllib.parse
@@ -39,6 +40,12 @@ def tracking_server(uri: str, patience: float = 10.0) -> CheckResult:
         return error(name, f"{shown} answers {cause.code}", remedies.get(cause.code, "look at the server's log"))
     except (OSError, ValueError, KeyError, TypeError) as cause:
         reason = getattr(cause, "reason", cause)
+        if isinstance(reason, socket.gaierror):
+            return error(
+                name,
+                f"the name {parts.hostname} cannot be resolved here",
+                "correct MLFLOW_TRACKING_URI, or use a name or address that is known on every node",
+            )
         if isinstance(reason, TimeoutError):
             return error(name, f"{shown} did not answer in {patience:g} s", "start it, or correct MLFLOW_TRACKING_URI")
         return error(
