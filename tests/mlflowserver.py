@@ -1,5 +1,6 @@
 """MLflow's own server, for tests that need its answers over HTTP."""
 
+import os
 import subprocess
 import sys
 import time
@@ -14,13 +15,21 @@ from tests.ports import free_port
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Runs an MLflow server on loopback."""
-    port = free_port()
+def mlflow_server(folder: Path, port: int | None = None, password: str | None = None) -> Iterator[str]:
+    """Runs an MLflow server on loopback. password: that of the user admin, whom all requests must name."""
+    port = port or free_port()
+    environment = dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", f"{folder}/artifacts", "--port", str(port), "--workers", "1"]
+    if password:
+        command += ["--app-name", "basic-auth"]
+        accounts = f"default_permission = READ\ndatabase_uri = sqlite:///{folder}/accounts.db\nadmin_username = admin"
+        accounts += f"\nadmin_password = {password}\nauthorization_function = "
+        accounts += "mlflow.server.auth:authenticate_request_basic_auth\n"
+        (folder / "accounts.ini").write_text(f"[mlflow]\n{accounts}")
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "accounts.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "k"}
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(3000):

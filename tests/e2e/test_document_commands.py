@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md", "docs/pipeline.md", "docs/vtab.md"]
 # pages whose commands are run, or not, for a reason of the whole page
 ELSEWHERE = {
+    "docs/clusters.md": "tests/e2e/test_clusters_guide.py runs its jobs on two nodes; the page names what needs an account",
     "docs/operating.md": "tests/e2e/test_operating.py runs it against an S3 server and a cluster",
     "docs/install.md": "makes environments: the page says what was run",
     "docs/benchmarks.md": "the recorded run of 83 minutes",

@@ -41,7 +41,7 @@ def test_no_driver_and_no_version(tmp_path):
 def test_the_driver_in_infra_and_documents_is_the_required_one():
     """torch 2.13 includes CUDA 13. The driver version is in pipeline/hardware.py, infra and the documents."""
     need = str(MINIMUM_DRIVER[13])
-    assert f"driver {need} or later" in " ".join((ROOT / "infra" / "README.md").read_text().split())
+    assert f"driver {need} or later" in " ".join((ROOT / "docs" / "clusters.md").read_text().split())
     assert f"nvidia-{need}" in (ROOT / "infra" / "ray-up" / "gcp.yaml").read_text()
     assert f"driver {need} or later" in (ROOT / "infra" / "ray-up" / "aws.yaml").read_text()
 

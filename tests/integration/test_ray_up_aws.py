@@ -70,7 +70,7 @@ def forget_clients() -> None:
 
 
 def create_roles() -> None:
-    """The roles and instance profiles of infra/README.md. moto does not apply conditions and knows EC2's rights as a whole, so
+    """The roles and instance profiles of docs/clusters.md. moto does not apply conditions and knows EC2's rights as a whole, so
     conditions go, and the policy of the head applies to every resource."""
     iam = boto3.client("iam")
     for role, policies in {"vit-node": ["node"], "vit-head": ["node", "head"]}.items():

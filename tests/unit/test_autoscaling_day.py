@@ -81,6 +81,6 @@ def test_the_table_of_the_guide_is_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["autoscaling_day.py"])
     assert main() == 0
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
-    guide = (RAY_UP[0].parents[1] / "README.md").read_text()
+    guide = (RAY_UP[0].parents[2] / "docs" / "clusters.md").read_text()
     for row in rows:
         assert row.replace("|  |", "| |") in guide

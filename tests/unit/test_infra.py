@@ -68,7 +68,12 @@ def word_lists(value):
 # ---------------------------------------------------------------- command lines
 
 COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
-SHELL = {"RECIPE": "b16_imagenet", "DATA": "s3://bucket/vit/imagenet", "OUTPUT": "s3://bucket/vit/x", "split": "train"}
+SHELL = {
+    "RECIPE": "b16_imagenet",
+    "DATA": "s3://bucket/vit/imagenet",
+    "OUTPUT": "s3://bucket/vit/x",
+    "split": "train",
+} | {"STORE": "s3://bucket/vit"}
 
 
 def command_lines():
@@ -132,7 +137,13 @@ def test_every_command_line_is_one_that_the_job_reads(job, argv, monkeypatch):
 def test_commands_are_found_everywhere():
     places = {where.partition(":")[0] for where, _, _ in COMMAND_LINES}
     for place in (
-        *("infra/README.md", "infra/ray-up/aws.yaml", "infra/slurm/pretrain.sbatch", "infra/kuberay/evaluate.yaml"),
+        *(
+            "infra/README.md",
+            "docs/clusters.md",
+            "infra/ray-up/aws.yaml",
+            "infra/slurm/pretrain.sbatch",
+            "infra/kuberay/evaluate.yaml",
+        ),
         *("infra/kuberay/prepare.yaml", "infra/kuberay/pretrain.yaml", "infra/kuberay/transfer.yaml"),
         *("infra/kuberay/evaluate-raycronjob.yaml", "infra/skypilot/pretrain.yaml"),
         *("infra/kuberay/pipeline.yaml", "infra/kuberay/pipeline-raycronjob.yaml"),
@@ -303,7 +314,7 @@ REFERENCES = [(path, image) for path in sorted(INFRA.rglob("*")) if path.suffix 
 @pytest.mark.parametrize(("path", "image"), REFERENCES, ids=lambda value: str(value).removeprefix(f"{INFRA}/"))
 def test_images_are_pinned(path, image):
     """Third-party images are pinned by digest. Our images have a version, because their digest is known only after the
-    push (infra/README.md says where to add it)."""
+    push (docs/clusters.md says where to add it)."""
     if image == "tcpx-daemon":  # Google publishes this one by tag; its kustomization.yaml says so
         assert re.search(r"newTag: v\d+\.\d+\.\d+$", path.read_text(), re.MULTILINE)
     elif "vit-pipeline" in image or "vit-mlflow" in image:

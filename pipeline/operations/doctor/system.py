@@ -42,7 +42,7 @@ def driver(wanted: bool, version_file: str = "/proc/driver/nvidia/version", cuda
         return error(
             "GPU driver",
             f"driver {have} is older than {need}, which PyTorch's CUDA {cuda} needs",
-            f"install driver {need} or later, or a machine image that has it (infra/README.md)",
+            f"install driver {need} or later, or a machine image that has it (docs/clusters.md)",
         )
     return ok("GPU driver", f"{have}, supports CUDA {cuda}")
 

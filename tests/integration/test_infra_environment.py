@@ -1,0 +1,122 @@
+"""The environment that infra/kuberay/ gives to jobs, given to a job on this machine: settings, MLflow's user and password, the
+role of the service account with the rights of infra/iam/node.json, and the spool on its volume.
+
+Servers stand in for the cluster's: MLflow with its own password check, and moto for S3 and the identity service."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from base64 import b64encode
+from contextlib import suppress
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+
+from tests.images import jpeg
+from tests.mlflowserver import mlflow_server
+from tests.ports import free_port
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+PASSWORD = "correct horse battery"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def settings() -> dict[str, str]:
+    """The ConfigMap of all pods."""
+    (generated,) = yaml.safe_load((INFRA / "kuberay" / "kustomization.yaml").read_text())["configMapGenerator"]
+    return dict(literal.split("=", 1) for literal in generated["literals"])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """(endpoint with the buckets and images, environment that EKS gives to pods of the service account)"""
+    port, folder = free_port(), tmp_path_factory.mktemp("store")
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            assert server.poll() is None
+            with suppress(OSError):
+                urllib.request.urlopen(endpoint, timeout=1).close()
+                break
+            time.sleep(0.1)
+        admin = {"endpoint_url": endpoint, "region_name": "us-east-1"}
+        admin |= {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+        s3, iam = boto3.client("s3", **admin), boto3.client("iam", **admin)
+        for bucket in ("corpus", "bucket"):
+            s3.create_bucket(Bucket=bucket)
+        for number in range(20):
+            s3.put_object(Bucket="corpus", Key=f"raw/{('ant', 'bee')[number % 2]}/{number}.jpg", Body=jpeg(number))
+        policy = json.loads((INFRA / "iam" / "node.json").read_text())
+        for statement in policy["Statement"]:
+            statement.pop("Condition", None)  # moto refuses whatever has one
+        policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::bucket"})
+        (account, _) = list(yaml.safe_load_all((INFRA / "kuberay" / "account.yaml").read_text()))
+        role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        trust = (INFRA / "iam" / "trust-eks.json").read_text()
+        iam.create_role(RoleName=role.rpartition("/")[2], AssumeRolePolicyDocument=trust)
+        iam.put_role_policy(RoleName="vit-node", PolicyName="node", PolicyDocument=json.dumps(policy))
+        (folder / "token").write_text("a token of the cluster")
+        yield endpoint, {"AWS_ROLE_ARN": role, "AWS_WEB_IDENTITY_TOKEN_FILE": str(folder / "token")}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def pod(store, volume: Path, address: str, **more: str) -> dict[str, str]:
+    """The environment of a pod, with local addresses. volume: the one that is mounted at /tmp."""
+    endpoint, role = store
+    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    environment |= settings() | role | {"HOME": str(volume), "PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": endpoint}
+    assert environment["VIT_SPOOL"].startswith("/tmp/")
+    environment["VIT_SPOOL"] = environment["VIT_SPOOL"].replace("/tmp", str(volume))
+    return environment | {"MLFLOW_TRACKING_URI": address} | more
+
+
+def prepare(environment: dict[str, str], output: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), "--source", "s3://corpus/raw", "--size", "20"]
+    command += ["--output", output, "--num-cpus", "2"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+USER = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+
+
+def runs(address: str) -> int:
+    """How many runs of prepare the server has."""
+    headers = {"Content-Type": "application/json"}
+    headers["Authorization"] = "Basic " + b64encode(f"admin:{PASSWORD}".encode()).decode()
+    body = json.dumps({"experiment_ids": [str(number) for number in range(5)]}).encode()
+    request = urllib.request.Request(f"{address}/api/2.0/mlflow/runs/search", body, headers)
+    return len(json.load(urllib.request.urlopen(request, timeout=60)).get("runs", []))
+
+
+def test_a_pod_records_and_writes_with_what_the_manifests_give_it(store, tmp_path):
+    with mlflow_server(tmp_path, password=PASSWORD) as address:
+        done = prepare(pod(store, tmp_path, address, **USER), "s3://bucket/vit/data")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "prepared=" in done.stdout
+        assert runs(address) == 1
+        refused = prepare(pod(store, tmp_path, address), "s3://bucket/vit/other")
+        assert refused.returncode == 2
+        assert "MLFLOW_TRACKING_USERNAME" in refused.stderr
+
+
+def test_records_wait_on_the_volume_while_the_server_is_away(store, tmp_path):
+    port = free_port()
+    environment = pod(store, tmp_path, f"http://127.0.0.1:{port}", **USER)
+    done = prepare(environment, "s3://bucket/vit/later")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "spool").iterdir())
+    with mlflow_server(tmp_path, port, PASSWORD) as address:
+        upload = [sys.executable, "-m", "pipeline.tracking", "upload"]
+        sent = subprocess.run(upload, env=environment, capture_output=True, text=True, timeout=600)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+        assert runs(address) == 1
