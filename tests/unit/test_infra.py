@@ -502,6 +502,17 @@ def test_nodes_read_the_corpus_and_write_one_prefix():
     assert listing["Condition"] == {"StringLike": {"s3:prefix": ["vit", "vit/*"]}}
 
 
+def test_the_mlflow_server_writes_its_artifacts_and_nothing_else():
+    (listing, writing) = statements("mlflow")
+    assert listing["Resource"] == "arn:aws:s3:::bucket"
+    assert listing["Condition"] == {"StringLike": {"s3:prefix": ["mlflow", "mlflow/*"]}}
+    assert writing["Resource"] == "arn:aws:s3:::bucket/mlflow/*"
+    text = (INFRA / "mlflow" / "kubernetes.yaml").read_text()
+    assert "--from-literal=artifacts=s3://bucket/mlflow " in text
+    (account,) = [d for d in yaml.safe_load_all(text) if d["kind"] == "ServiceAccount"]
+    assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].endswith(":role/vit-mlflow")
+
+
 def test_every_address_in_the_examples_is_one_that_nodes_may_use():
     for where, _, argv in COMMAND_LINES:
         for flag, value in itertools.pairwise(argv) if where.startswith("infra/") else ():
