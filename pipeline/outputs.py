@@ -14,20 +14,29 @@ PACKAGES = "/runtime_resources/working_dir_files/"
 """Part of every path in the copy of a working directory that `ray job submit` unpacks on a node."""
 
 
+LONGEST_NAME = 255
+"""Bytes of a file name, on every usual file system."""
+
+
 def refuse_package_folder(uri: str, flag: str = "output") -> None:
     """Raises UserError if a Ray job would write to the temporary copy of its working directory, which Ray deletes."""
     if PACKAGES in storage.normalise(uri) + "/":
-        name = flag if flag.isupper() else f"--{flag}"
         raise UserError(
-            f"{name} {storage.normalise(uri)} is in Ray's temporary copy of this folder, which is removed after the "
+            f"{_shown(flag)} {storage.normalise(uri)} is in Ray's temporary copy of this folder, which is removed after the "
             "job; give an absolute path that the nodes share, or an s3:// address"
         )
 
 
+def _shown(flag: str) -> str:
+    return flag if flag.isupper() else f"--{flag}"
+
+
 def check_output(uri: str, flag: str = "output") -> None:
     """Raises UserError, which names the flag, for an output folder that would be lost or cannot be written: in Ray's
-    package folder, below a file, read-only, owned by another user, or in a missing or inaccessible bucket."""
-    output = storage.normalise(uri)
+    package folder, below a file, read-only, owned by another user, or in a missing or inaccessible bucket.
+
+    flag: a flag without --, or an environment variable."""
+    output, name = storage.normalise(uri), _shown(flag)
     refuse_package_folder(output, flag)
     if storage.is_remote(output):
         probe = storage.join(output, f".probe-{uuid.uuid4().hex[:12]}")
@@ -36,17 +45,19 @@ def check_output(uri: str, flag: str = "output") -> None:
             storage.remove(probe)
         except (UserError, OSError) as error:
             kind = Unavailable if isinstance(error, Unavailable) else UserError
-            raise kind(f"--{flag} {output} cannot be written: {error}") from error
+            raise kind(f"{name} {output} cannot be written: {error}") from error
         return
+    if any("\0" in part or len(os.fsencode(part)) > LONGEST_NAME for part in output.split("/")):
+        raise UserError(f"{name} {output!r:.200}: no folder can have this name; choose another {name}")
     folder = output
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"--{flag} {output}: {folder} is not a folder; choose another --{flag}")
+        raise UserError(f"{name} {output}: {folder} is not a folder; choose another {name}")
     try:
         with tempfile.TemporaryFile(dir=folder) as trial:
             trial.write(b"probe")
     except OSError as error:
         raise UserError(
-            f"--{flag} {output}: {folder} cannot be written ({error.strerror}); make it writable or choose another --{flag}"
+            f"{name} {output}: {folder} cannot be written ({error.strerror}); make it writable or choose another {name}"
         ) from error

@@ -50,6 +50,8 @@ def normalise(uri: str | os.PathLike) -> str:
         uri = take_queries(uri)
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
+    if uri.startswith("file://") and not uri.startswith("file:///"):
+        raise UserError(f"{uri}: an address of a local file has three slashes, file:///PATH; or give its path alone")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 

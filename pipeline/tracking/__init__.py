@@ -17,5 +17,6 @@ classifier   the code in a registered model
 
 from pipeline.tracking.run import Run, attach_run, start_run
 from pipeline.tracking.server import resolve_tracking_uri
+from pipeline.tracking.spool import check_spool
 
-__all__ = ["Run", "attach_run", "resolve_tracking_uri", "start_run"]
+__all__ = ["Run", "attach_run", "check_spool", "resolve_tracking_uri", "start_run"]

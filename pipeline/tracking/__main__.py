@@ -33,20 +33,20 @@ def main() -> NoReturn:
     )
     try:
         config.hide_passwords()
-        options = parser.parse_args()
+        sys.exit(run_command(parser.parse_args()))
     except UserError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Runs the command. Returns the exit code."""
     command = options.command
     if command == "ui":
         from pipeline.tracking.ui import serve  # MLflow's server takes seconds to import
 
-        try:
-            serve(options.host, options.port, options.tracking_uri)
-        except UserError as error:
-            print(f"error: {redacted(str(error))}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit(0)
+        serve(options.host, options.port, options.tracking_uri)
+        return 0
     waiting = find_spools()
     if not waiting.abandoned and not waiting.unreadable:
         print(f"no undelivered records in {spool_root()}")
@@ -55,7 +55,7 @@ def main() -> NoReturn:
         print(f"in use: {folder} belongs to an active run, which delivers its own records")
     for folder, why in waiting.unreadable.items():
         print(f"cannot be read: {folder}: {why}; the folder was left unchanged", file=sys.stderr)
-    sys.exit(1 if command == "upload" and (left or waiting.unreadable) else 0)
+    return 1 if command == "upload" and (left or waiting.unreadable) else 0
 
 
 def describe_spool(spool: Spool) -> str:

@@ -31,7 +31,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from pipeline.outputs import refuse_package_folder
+from pipeline.errors import UserError
+from pipeline.outputs import check_output, refuse_package_folder
 
 MAX_BYTES = 1 << 30  # maximum size of a spool folder; further metrics are dropped and counted as lost
 MAX_IN_MEMORY = 20_000  # maximum number of records in memory while the disk is full
@@ -46,6 +47,11 @@ def spool_root() -> str:
     folder = os.environ.get("VIT_SPOOL") or os.path.expanduser("~/.cache/vit-pipeline/spool")
     refuse_package_folder(folder, "VIT_SPOOL")
     return os.path.abspath(folder)
+
+
+def check_spool() -> None:
+    """Raises UserError if records cannot be kept until the server has them."""
+    check_output(spool_root(), "VIT_SPOOL")
 
 
 class Queue:
@@ -311,12 +317,14 @@ class SpoolFolders:
 
 def find_spools(run_id: str | None = None) -> SpoolFolders:
     """The spools on this machine, oldest first; with `run_id`, only those of one run. Abandoned spools are locked, and
-    the caller must close them."""
+    the caller must close them. Raises UserError if the folder of the spools cannot be read."""
     found = SpoolFolders()
     try:
         entries = sorted(os.scandir(spool_root()), key=lambda entry: entry.stat().st_mtime)
     except FileNotFoundError:
         return found
+    except OSError as error:
+        raise UserError(f"VIT_SPOOL {spool_root()}: {error.strerror}; name the folder that has the records") from error
     for entry in entries:
         if not entry.is_dir() or not os.path.exists(os.path.join(entry.path, "lock")):
             continue  # not a spool, or one that is being created

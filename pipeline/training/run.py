@@ -188,6 +188,7 @@ def check_places(config: PretrainConfig) -> None:
     """Checks that do not depend on the data: values, and whether the output can hold a run. Raises UserError."""
     check_values(config)
     tracking.resolve_tracking_uri(config.runtime.tracking_uri)
+    tracking.check_spool()
     output = storage.normalise(config.runtime.output)
     check_output(output)
     if config.runtime.cache:

@@ -218,6 +218,13 @@ def test_output_on_a_file_system_that_accepts_no_files():
         check_output("/proc/run")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "ü" * 150, "a\0b"])
+def test_output_with_a_name_that_no_folder_can_have(name, tmp_path):
+    with pytest.raises(UserError, match="no folder can have this name; choose another --output"):
+        check_output(f"{tmp_path}/{name}/run")
+    check_output(f"{tmp_path}/{'n' * 255}/run")
+
+
 def test_output_in_a_bucket_that_does_not_exist(s3):
     with pytest.raises(UserError, match="--output s3://no-such-bucket-here/run cannot be written"):
         check_output("s3://no-such-bucket-here/run")
@@ -324,6 +331,20 @@ def test_a_plot_that_cannot_be_written_is_one_line_and_makes_no_folder(file, why
     with pytest.raises(UserError, match=re.escape(f"--scaling {place}: {why.format(folder=tmp_path)}")):
         main_of("plan")(["--recipe", "b16_imagenet", "--scaling", place])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/spool", "/proc/spool"])
+@pytest.mark.parametrize("command", ["prepare --source photos --output out", "pretrain --dry-run"])
+def test_records_that_could_not_be_kept_are_one_line_before_any_work(command, place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIT_SPOOL", place)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    job, *words = command.split()
+    with pytest.raises(UserError, match=f"VIT_SPOOL {os.path.abspath(place)}: .*choose another VIT_SPOOL"):
+        main_of(job)(words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos"]
 
 
 def test_a_file_that_cannot_be_written_whole_is_named_and_leaves_nothing(tmp_path):

@@ -60,6 +60,12 @@ def test_invalid_addresses(uri):
         storage.exists(uri)
 
 
+def test_a_file_address_with_a_host_is_no_path():
+    assert storage.normalise("file:///data/x/") == "/data/x"
+    with pytest.raises(UserError, match="file://host/x: an address of a local file has three slashes"):
+        storage.normalise("file://host/x")
+
+
 def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -67,6 +73,14 @@ def test_no_credentials_is_a_clear_error(monkeypatch, s3_server):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     with pytest.raises(UserError, match="AWS_"):
         storage.read_bytes("s3://some-bucket/file")
+
+
+@pytest.mark.parametrize("endpoint", ["server", "http://", "http://host:99999", "ftp://host"])
+def test_an_endpoint_that_is_no_address_is_refused_at_once(s3, monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UserError, match=r"Invalid endpoint|was not a valid URI") as refused:
+        storage.read_bytes(f"{s3}/file")
+    assert not isinstance(refused.value, StorageError)
 
 
 def test_listing_page_by_page_finds_what_a_whole_listing_finds(cloud):

@@ -31,7 +31,7 @@ from pipeline.operations.doctor import authentication, machine, pretraining, sto
 from pipeline.operations.doctor.finding import CheckResult, refused
 from pipeline.operations.doctor.nodes import everywhere
 from pipeline.operations.doctor.tracking import tracking_server as check_server
-from pipeline.tracking import resolve_tracking_uri
+from pipeline.tracking import check_spool, resolve_tracking_uri
 
 if TYPE_CHECKING:
     from pipeline.training.config import PretrainConfig
@@ -100,6 +100,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
     results = [check(config) for check in OF_THE_LAUNCH]
     try:
         uri = resolve_tracking_uri(config.runtime.tracking_uri)
+        check_spool()
     except UserError as cause:
         results.append(refused("tracking server", cause))
         uri = ""
@@ -152,6 +153,7 @@ def preflight(address: str | None, tracking_uri: str | None, tracking: bool = Tr
     if not tracking:
         return
     uri = resolve_tracking_uri(tracking_uri)
+    check_spool()
     answers: list[CheckResult] = []
     # In a thread, because name resolution has no time-out. A server that does not respond in time is ignored, as it may
     # be busy.
