@@ -502,6 +502,15 @@ def test_nodes_read_the_corpus_and_write_one_prefix():
     assert listing["Condition"] == {"StringLike": {"s3:prefix": ["vit", "vit/*"]}}
 
 
+def test_the_condition_of_google_covers_objects_and_lists():
+    """A list has the name of the bucket as its resource, so that a condition on objects alone would refuse it."""
+    condition = yaml.safe_load((INFRA / "iam" / "gcs-condition.yaml").read_text())
+    objects, lists = condition["expression"].split(" || ")
+    assert objects == 'resource.name.startsWith("projects/_/buckets/bucket/objects/vit/")'
+    assert "objectListPrefix" in lists
+    assert "infra/iam/gcs-condition.yaml" in (ROOT / "docs" / "clusters.md").read_text()
+
+
 def test_the_mlflow_server_writes_its_artifacts_and_nothing_else():
     (listing, writing) = statements("mlflow")
     assert listing["Resource"] == "arn:aws:s3:::bucket"
