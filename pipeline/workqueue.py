@@ -33,6 +33,7 @@ from pipeline.stores import expect_answers
 
 TASK_SIZE = 256 << 20  # maximum input bytes of a task with several units; some seconds of work
 TASK_UNITS = 4  # maximum number of units per task
+MAX_SHUFFLE_OBJECTS = 50_000  # of a shuffle: one for every task and bucket, each costs the driver some KB
 ACTOR_RESTARTS = 5  # restarts per actor; by default Ray Data restarts a dead actor forever, silently
 
 # A receipt is {"sha256": "...", "receipt": ...}, where sha256 is the checksum of the text of the receipt.
@@ -155,12 +156,8 @@ def map_tasks(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[
     import ray
 
     cluster.connect()
-    try:
+    with errors_of_tasks():
         return ray.get([ray.remote(function).remote(argument) for argument in arguments])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
-        raise JobFailed(describe_lost(error)) from None
 
 
 def run_growing(
@@ -226,14 +223,11 @@ def _grow_on_ray(todo: deque[Any], job: Any, tasks: int, num_cpus: float) -> Ite
                 idle = len(todo) + len(running) < tasks
                 unit = todo.popleft()
                 running[remote.remote(shared, unit, idle)] = unit
-            [ready], _ = ray.wait(list(running), num_returns=1)
-            receipt, records = ray.get(ready)
+            with errors_of_tasks():
+                [ready], _ = ray.wait(list(running), num_returns=1)
+                receipt, records = ray.get(ready)
             logs.replay(records)
             yield running.pop(ready), receipt
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
-        raise JobFailed(describe_lost(error)) from None
     finally:
         for reference in running:
             ray.cancel(reference)
@@ -308,6 +302,13 @@ def data_context() -> Any:
     return context
 
 
+def prepare_shuffle(input_bytes: int, buckets: int) -> None:
+    """Connects to Ray, and sets the input bytes of each task of a shuffle in Ray Data's context: at most Ray's default of
+    1 GiB, and enough that tasks x buckets is at most MAX_SHUFFLE_OBJECTS."""
+    each = input_bytes * buckets // MAX_SHUFFLE_OBJECTS
+    data_context().shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, each))
+
+
 def _run_on_ray(
     todo: dict[str, Any], sizes: list[int], job: _Job, context: Any, resources: dict[str, float], workers: int
 ) -> Iterator[Outcome]:
@@ -332,13 +333,26 @@ def _run_on_ray(
     else:
         options |= {"fn_kwargs": arguments}
     function: Any = _Actor if inspect.isclass(job.work) else _task
-    lost = (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
-    try:
-        with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            results = ray.data.from_arrow(blocks).map_batches(function, **options)
+    with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = ray.data.from_arrow(blocks).map_batches(function, **options)
+    with errors_of_tasks():
         for row in results.iter_rows():
             yield pickle.loads(row["outcome"])
+
+
+@contextlib.contextmanager
+def errors_of_tasks() -> Iterator[None]:
+    """Raises the exception of a failed Ray task itself, and JobFailed if processes died repeatedly."""
+    import ray
+
+    lost = (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError)
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise error.cause from error  # with the traceback of the task
     except lost as error:
         raise JobFailed(describe_lost(error)) from None
 

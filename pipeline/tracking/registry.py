@@ -84,7 +84,7 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     model = mlflow.create_logged_model(experiment, step, run_id, tags, {"checkpoint": checkpoint}, "vit")
     try:
         with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-            _save_classifier(checkpoint, os.path.join(scratch, "model"))
+            save_classifier(checkpoint, os.path.join(scratch, "model"))
             storage.write_bytes(os.path.join(scratch, "model", "README.md"), model_card(facts).encode())
             mlflow.log_model_artifacts(model.model_id, os.path.join(scratch, "model"))
     except BaseException:
@@ -150,7 +150,7 @@ def _run_folder(checkpoint: str) -> str:
     return checkpoint.rpartition("/checkpoints/")[0] or checkpoint
 
 
-def _save_classifier(checkpoint: str, folder: str) -> None:
+def save_classifier(checkpoint: str, folder: str) -> None:
     """Writes the pyfunc model to a local folder: weights, `models/`, signature and an input example."""
     import importlib.metadata
 

@@ -127,7 +127,7 @@ class Trainer:
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
-        self.loader = _open_loader(plan, self.dataset, self.first, worker)
+        self.loader = open_loader(plan, self.dataset, self.first, worker)
         self.batches = _endless(self.loader)
         self.began = time.perf_counter()
         self.meter = Meter(worker.device, computed, worker.world, config.engine.precision)
@@ -353,7 +353,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(bits(seed, DROPOUT, step, rank)) >> 1
 
 
-def _open_loader(plan: TrainPlan, dataset: Dataset, first: int, worker: Worker) -> Loader:
+def open_loader(plan: TrainPlan, dataset: Dataset, first: int, worker: Worker) -> Loader:
     """A loader of this worker's share of the batches, starting at global step `first`."""
     config, runtime = plan.config, plan.config.runtime
     epoch, step = divmod(first, plan.steps_per_epoch)

@@ -245,7 +245,7 @@ def test_the_version_of_a_suite_depends_on_the_content_of_its_data_and_not_on_th
 def model(config, tmp_path, monkeypatch):
     """A registered model whose versions need no real weights."""
     monkeypatch.setattr(
-        registry, "_save_classifier", lambda checkpoint, folder: storage.write_bytes(folder + "/MLmodel", b"x: 1\n")
+        registry, "save_classifier", lambda checkpoint, folder: storage.write_bytes(folder + "/MLmodel", b"x: 1\n")
     )
     return dataclasses.replace(config, model=f"vit-{tmp_path.name}", register=True)
 

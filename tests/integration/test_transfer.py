@@ -215,7 +215,7 @@ def test_frozen_suite_computes_features_once(ray_local, world, tmp_path):
 
 def test_scores_reach_the_registered_versions_of_the_checkpoint(world, monkeypatch):
     monkeypatch.setattr(
-        registry, "_save_classifier", lambda _, folder: storage.write_bytes(f"{folder}/MLmodel", b"x: 1\n")
+        registry, "save_classifier", lambda _, folder: storage.write_bytes(f"{folder}/MLmodel", b"x: 1\n")
     )
     settings = config(world, "unused")
     uri = settings.tracking_uri

@@ -16,7 +16,7 @@ from pipeline.pictures import sheet
 from pipeline.training import samples
 from pipeline.training.config import ModelConfig
 from pipeline.training.engine import Worker
-from pipeline.training.loop import _open_loader
+from pipeline.training.loop import open_loader
 from pipeline.training.plan import make_plan
 from tests.images import encoded, photo
 from tests.runs import pretrain_config
@@ -38,7 +38,7 @@ def config(tmp_path_factory):
 
 def first_batch(config):
     plan = make_plan(config, open_dataset(config.runtime.data), 1)
-    loader = _open_loader(
+    loader = open_loader(
         plan, open_dataset(config.runtime.data), 0, Worker(rank=0, world=1, device=torch.device("cpu"))
     )
     try:

@@ -133,6 +133,52 @@ def test_circles_are_found():
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+def own_names(tree: ast.Module) -> set[str]:
+    """Names that a test has imported from this project."""
+    own = ("models", "pipeline", "jobs", "tests")
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in own:
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.asname or a.name.partition(".")[0] for a in node.names if a.name.partition(".")[0] in own}
+    return found
+
+
+def private_names(code: str) -> set[str]:
+    """Private names of this project that a test imports, reads or patches."""
+    tree = ast.parse(code)
+    own, found = own_names(tree), set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root: ast.AST = node
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in own:
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            target = node.args[0]
+            if isinstance(target, ast.Constant):  # setattr("pipeline.module.name", value)
+                found.add(str(target.value).rpartition(".")[2])
+            elif any(isinstance(part, ast.Name) and part.id in own for part in ast.walk(target)):
+                found |= {str(name.value) for name in node.args[1:2] if isinstance(name, ast.Constant)}
+    return {name for name in found | own if name.startswith("_") and not name.startswith("__")} - {"_exit"}  # os._exit
+
+
+def test_tests_use_and_patch_no_private_name():
+    found = {place(path): private_names(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_private_names_are_found():
+    assert private_names("from pipeline.training.loop import _open") == {"_open"}
+    assert private_names("from pipeline import lease\nlease._settle()") == {"_settle"}
+    assert private_names("from pipeline import lease\nmonkeypatch.setattr(lease, '_settle', 0)") == {"_settle"}
+    assert private_names("monkeypatch.setattr('pipeline.lease._settle', 0)") == {"_settle"}
+    assert private_names("from pipeline import lease\nmonkeypatch.setattr(lease.os, '_exit', 0)") == set()
+    assert private_names("from pipeline import lease\nself._mine = lease.__doc__") == set()
+
+
 def test_no_job_hides_a_module_of_another_name():
     """`python jobs/NAME.py` puts jobs/ first on the path: a file there must not be named like anything that is
     imported."""

@@ -63,7 +63,7 @@ class _Gate:
             await future
 
     def wake(self) -> None:
-        """Continues those that may pass. Called in the thread of the downloads."""
+        """Continues the downloads that no longer have to wait. Called in the thread of the downloads."""
         open_places = [
             place for place in (self._waiting if not self._is_closed else [self.head]) if place in self._waiting
         ]

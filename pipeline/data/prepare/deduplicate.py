@@ -18,7 +18,7 @@ from pipeline.data.duplicates.candidates import (
 from pipeline.data.duplicates.evaluation import parts_of_set
 from pipeline.data.duplicates.hashes import ROW, SQUARE_KEYS, SQUARES, VIEW, WHOLE_KEYS
 from pipeline.data.prepare.descriptors import describe_rows, pairs_of_descriptors
-from pipeline.data.prepare.pairs import read_hashes, verify_pairs
+from pipeline.data.prepare.pairs import SLICE_ROWS, Lines, match_in_buckets, read_hashes, verify_pairs
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.prepare.remove import remove_duplicates
 
@@ -43,33 +43,22 @@ def find_duplicates(plan: PreparePlan) -> dict[int, Removal]:
 
 
 def propose_pairs(plan: PreparePlan) -> Pairs:
-    """Candidate pairs of rows. A Ray Data job: slices -> join keys -> shuffle into buckets -> pairs."""
+    """Candidate pairs of rows. On Ray, a bucket has the lines of many join keys."""
     near, count = plan.finds_near_duplicates, len(plan.slices)
     if not workqueue.uses_ray():
         return unique_pairs(match_rows(_lines(range(count), plan), plan.config.distance))
-    import ray
-
-    context = workqueue.data_context()
     # Buckets of one to two million lines: slices have at most some ten thousand rows.
     buckets = max(4, count if near else min(count, max(64, count // 8)))
-    # Input bytes per shuffle task, at most Ray's default of 1 GiB. The limit is about 50,000 objects, one for every
-    # task and bucket.
-    about = count * 16_384 * (LINES if near else 2) * LINE_BYTES
-    context.shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, about * buckets // 50_000))
-    slices = ray.data.from_items([{"slice": number} for number in range(count)], override_num_blocks=count)
+    workqueue.prepare_shuffle(count * SLICE_ROWS * (LINES if near else 2) * LINE_BYTES, buckets)
 
-    def lines(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        joined = _lines(batch["slice"].tolist(), plan)
-        return joined | {"bucket": (joined["join"] >> np.uint64(40)) % np.uint64(buckets)}
+    def lines_of(number: int) -> Lines:
+        lines = _lines([number], plan)
+        return lines | {"bucket": (lines["join"] >> np.uint64(40)) % np.uint64(buckets)}
 
-    def pairs_of(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return unique_pairs(match_rows(group, plan.config.distance))
+    def match(lines: Lines) -> Pairs:
+        return unique_pairs(match_rows(lines, plan.config.distance))
 
-    work: Any = lines  # Ray's stubs do not support a dict of arrays
-    match: Any = pairs_of
-    shuffled = slices.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
-    found = list(shuffled.map_groups(match, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))
-    return unique_pairs(concatenate_pairs([batch for batch in found if "first" in batch]))
+    return match_in_buckets(count, lines_of, match, buckets)
 
 
 def _lines(numbers: Any, plan: PreparePlan) -> dict[str, np.ndarray]:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage, workqueue
-from pipeline.data.duplicates.candidates import Pairs, concatenate_pairs, no_pairs, unique_pairs
+from pipeline.data.duplicates.candidates import Pairs, unique_pairs
 from pipeline.data.duplicates.descriptors import (
     BATCH,
     LIST_ROWS,
+    PROBES,
     TRAINING,
     Descriptor,
     find_centres,
@@ -20,7 +21,7 @@ from pipeline.data.duplicates.descriptors import (
     read_script,
 )
 from pipeline.data.prepare.config import PrepareConfig
-from pipeline.data.prepare.pairs import finish_units, pictures_of_rows
+from pipeline.data.prepare.pairs import SLICE_ROWS, Lines, finish_units, match_in_buckets, pictures_of_rows
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.libraries import import_library
 
@@ -88,8 +89,7 @@ def read_vectors(plan: PreparePlan, number: int) -> tuple[np.ndarray, np.ndarray
 
 
 def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
-    """Pairs of rows with similar descriptors. A Ray Data job: slices -> vectors
-    with their lists -> shuffle by list -> pairs."""
+    """Pairs of rows with similar descriptors. On Ray, a bucket is a list of similar vectors."""
     numbers = range(len(plan.slices) + len(plan.evaluation_parts))
     options: dict[str, Any] = {
         "similarity": plan.config.descriptor_similarity,
@@ -99,28 +99,22 @@ def pairs_of_descriptors(plan: PreparePlan) -> Pairs:
     if not workqueue.uses_ray():
         rows, vectors = (np.concatenate(part) for part in zip(*(read_vectors(plan, n) for n in numbers), strict=True))
         return unique_pairs(match_vectors(rows, vectors, **options))
+    centres = _centres(plan, len(numbers))
+    buckets = max(1, min(len(centres), 1024))
+    workqueue.prepare_shuffle(len(numbers) * SLICE_ROWS * PROBES * 2 * centres.shape[1], buckets)
     import ray
 
-    workqueue.data_context()
-    centres = _centres(plan, len(numbers))
     shared = [ray.put(centres)]
 
-    def by_list(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        parts = [read_vectors(plan, int(number)) for number in batch["number"].tolist()]
-        rows, vectors = (np.concatenate(column) for column in zip(*parts, strict=True))
+    def lines_of(number: int) -> Lines:
+        rows, vectors = read_vectors(plan, number)
         which, lists = nearest_lists(vectors, ray.get(shared[0]))
-        return {"row": rows[which], "list": lists, "vector": vectors[which]}
+        return {"row": rows[which], "bucket": lists, "vector": vectors[which]}
 
-    def pairs_of(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return match_vectors(group["row"], group["vector"], **options)
+    def match(lines: Lines) -> Pairs:
+        return match_vectors(lines["row"], lines["vector"], **options)
 
-    work: Any = by_list
-    match: Any = pairs_of
-    slices = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-    lists = slices.map_batches(work, batch_size=None).groupby("list", num_partitions=max(1, min(len(centres), 1024)))
-    found = list(lists.map_groups(match, batch_format="numpy").iter_batches(batch_size=None, batch_format="numpy"))
-    found = [batch for batch in found if "first" in batch]
-    return unique_pairs(concatenate_pairs(found)) if found else no_pairs()
+    return match_in_buckets(len(numbers), lines_of, match, buckets)
 
 
 def _centres(plan: PreparePlan, count: int) -> np.ndarray:

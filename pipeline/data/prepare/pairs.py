@@ -1,20 +1,31 @@
 """Verification of candidate pairs of rows: small copies of the rows are compared in detail."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage, workqueue
-from pipeline.data.duplicates.candidates import DESCRIPTOR, PERCEPTUAL, Pairs, boxes
+from pipeline.data.duplicates.candidates import (
+    DESCRIPTOR,
+    PERCEPTUAL,
+    Pairs,
+    boxes,
+    concatenate_pairs,
+    unique_pairs,
+)
 from pipeline.data.duplicates.evaluation import read_part
 from pipeline.data.duplicates.hashes import unpack_hashes
 from pipeline.data.duplicates.verification import Agreement, compare_unaligned, compare_views, small_copy
 from pipeline.data.format.describe import thumbnail
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 
+Lines = dict[str, np.ndarray]
+"""Columns of equal length."""
+SLICE_ROWS = 16_384
+"""Rows of a large slice, for estimates."""
 ROW_BITS = 0xFFFFFFFF
 """A row number is slice << 32 | row in the slice. Parts of evaluation sets are numbered after the last slice."""
 
@@ -55,6 +66,26 @@ def finish_units(plan: PreparePlan, units: dict[str, Any], work: Any, **options:
     for outcome in outcomes:
         if outcome.error:
             raise outcome.error
+
+
+def match_in_buckets(
+    count: int, lines_of: Callable[[int], Lines], match: Callable[[Lines], Pairs], buckets: int
+) -> Pairs:
+    """The pairs that `match` finds among the lines with the same "bucket", a column of the lines. A Ray Data job:
+    numbers below `count` -> lines of each -> shuffle into buckets -> pairs. Call `workqueue.prepare_shuffle` before."""
+    import ray
+
+    def lines(batch: Lines) -> Lines:
+        parts = [lines_of(int(number)) for number in batch["number"].tolist()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    work: Any = lines  # Ray's stubs do not support a dict of arrays
+    numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
+    shuffled = numbers.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
+    matched = shuffled.map_groups(cast("Any", match), batch_format="numpy")
+    with workqueue.errors_of_tasks():
+        found = list(matched.iter_batches(batch_size=None, batch_format="numpy"))
+    return unique_pairs(concatenate_pairs([batch for batch in found if "first" in batch]))
 
 
 def places_of_rows(plan: PreparePlan, number: int) -> list[tuple[str, int]]:

@@ -22,14 +22,13 @@ from pipeline.data.sources.large_tables import LargeTable
 from pipeline.data.sources.naming import MAX_COMPARED, Naming, RowMatcher, check_rows
 from pipeline.data.sources.table_chunks import Chunk
 from pipeline.data.sources.tables import LabelTable, clean_path, join_key, table_of_rows
-from pipeline.errors import JobFailed, UserError
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 BUCKET_ENTRIES = 1 << 17  # files and rows of a bucket, which a task holds as Arrow data
 GROUP_ENTRIES = 1 << 14  # files and rows that are matched at a time, as Python objects
 BUCKETS = (4, 256)  # minimum and maximum number
-MAX_OBJECTS = 50_000  # of a shuffle: one for every task and bucket, each costs the driver some KB
 ENTRY_BYTES = 100  # approximate size of a file or a row
 BLOCK_FILES = 1 << 16  # files of a block of the listing
 
@@ -175,9 +174,8 @@ def _matched(files: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
         return
     import ray
 
-    context = workqueue.data_context()
-    total = ENTRY_BYTES * (files.num_rows + sum(getattr(table, "rows", 0) for table in plan.tables.values()))
-    context.shuffle_input_batch_bytes = min(1 << 30, max(4 << 20, total * plan.buckets // MAX_OBJECTS))
+    entries_in_all = files.num_rows + sum(getattr(table, "rows", 0) for table in plan.tables.values())
+    workqueue.prepare_shuffle(ENTRY_BYTES * entries_in_all, plan.buckets)
     shared = {"plan": [ray.put(plan)]}  # in a list, because Ray would copy the value of a direct reference
     chunks = ray.data.from_items([{"chunk": i} for i in range(len(plan.chunks))], override_num_blocks=len(plan.chunks))
     one_task: dict[str, Any] = {"batch_size": None, "fn_kwargs": shared}
@@ -188,13 +186,9 @@ def _matched(files: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
     matched = entries.groupby("bucket", num_partitions=plan.buckets).map_groups(
         tasks[2], batch_format="pyarrow", fn_kwargs=shared
     )
-    try:
+    with workqueue.errors_of_tasks():
         for batch in matched.iter_batches(batch_size=listing.SPILL_ROWS, batch_format="pyarrow"):
             yield cast("pa.Table", batch).cast(JOINED)
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
-    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
-        raise JobFailed(workqueue.describe_lost(error)) from None
 
 
 def _chunk_task(batch: Mapping[str, Any], plan: list[Any]) -> Iterator[pa.Table]:
