@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         argv, recipes, "h14_jft300m_14ep", prog="jobs/plan.py", description=__doc__ or ""
     )
     from pipeline.operations.planning.estimate import plan
-    from pipeline.operations.planning.table import table
+    from pipeline.operations.planning.table import plan_table
 
     if options.scaling:
         _check_file(options.scaling)
@@ -74,9 +74,9 @@ def main(argv: list[str]) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(table(result))
+    print(plan_table(result))
     if options.scaling:
-        print(f"\n{scaling.table(result['scaling'])}\n    wrote {options.scaling}")
+        print(f"\n{scaling.scaling_table(result['scaling'])}\n    wrote {options.scaling}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     cluster.configure(runtime.address, num_cpus=max(2, round(runtime.workers * runtime.cpus_per_worker)))
     try:
         result = run.pretrain(config, base, recipe=recipe)
-    except run.Incomplete as error:
+    except run.IncompleteRun as error:
         print(run.summarize(error.result))
         raise
     if "images" in result:

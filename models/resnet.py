@@ -123,7 +123,7 @@ class Bottleneck(nn.Module):
         return F.relu(shortcut + self.norm3(self.conv3(y)))
 
 
-class Stage(nn.Module):
+class ResNetStage(nn.Module):
     """A sequence of bottleneck units. The first unit changes the channels and,
     except in stage 1, halves the feature map."""
 
@@ -160,9 +160,9 @@ class Stages(nn.Module):
             self.stem.add_module("act", nn.ReLU())
             self.stem.add_module("pool", MaxPoolSame())
         self.channels = root
-        self.blocks: list[Stage] = []
+        self.blocks: list[ResNetStage] = []
         for i, count in enumerate(units):
-            self.blocks.append(Stage(self.channels, root * 2**i, 2 if i else 1, count, flavour))
+            self.blocks.append(ResNetStage(self.channels, root * 2**i, 2 if i else 1, count, flavour))
             self.channels = 4 * root * 2**i
         self.stages = nn.Sequential(*self.blocks)
 

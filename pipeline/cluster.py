@@ -167,7 +167,7 @@ def _why_not_joined(address: str | None, error: Exception) -> str:
 
 def report_message(message: str) -> None:
     """Logs a message of Ray about its processes as one line."""
-    if out_of_memory := host_memory.describe(message):
+    if out_of_memory := host_memory.describe_out_of_memory(message):
         logger.warning("%s; its work is repeated. %s", out_of_memory, _settings.memory_remedy)
     elif "A worker died" in message:
         process = re.search(r"Worker PID: (\d+)", message)

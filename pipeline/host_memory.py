@@ -6,7 +6,7 @@ _NODE = re.compile(r"running low on memory.*?\(IP: ([^,)]+).*? was ([\d.]+)GB us
 _PROCESS = re.compile(r"pid=(\d+), actual memory used=([\d.]+)GB")
 
 
-def describe(message: str) -> str | None:
+def describe_out_of_memory(message: str) -> str | None:
     """One line with the process, the node and the memory in use; None for other messages."""
     if "running low on memory" not in message:
         return None

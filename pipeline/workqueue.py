@@ -360,7 +360,7 @@ def errors_of_tasks() -> Iterator[None]:
 def describe_lost(error: Exception) -> str:
     """One line for a process that died more often than Ray restarts it."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
-    if out_of_memory := host_memory.describe(str(error)):
+    if out_of_memory := host_memory.describe_out_of_memory(str(error)):
         first = f"{out_of_memory}, repeatedly"
     return f"{first}; the same command continues with the unfinished work. {cluster.memory_remedy()}"
 

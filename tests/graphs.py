@@ -19,7 +19,7 @@ def chain(root, source, **more):
         "pretrain": Stage(job="pretrain", recipe="demo", fields=pretrain),
         "transfer": Stage(job="transfer", recipe="demo", fields=transfer, matrix={"tasks": ["linear", "knn"]}),
     }
-    return file.check(Pipeline(name="chain", output=str(root), stages=stages, retries=1), "test")
+    return file.check_pipeline(Pipeline(name="chain", output=str(root), stages=stages, retries=1), "test")
 
 
 class Fake:

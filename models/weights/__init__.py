@@ -19,7 +19,7 @@ from models.weights import bit, dinov2, google, huggingface, mae, own, siglip, t
 from models.weights.fit import LoadReport, fit_weights
 from models.weights.foreign import recognize
 from models.weights.huggingface import to_huggingface
-from models.weights.tensors import Conventions, NamedWeights, Naming, Weights
+from models.weights.tensors import Conventions, NamedWeights, WeightNaming, Weights
 from models.weights.timm import to_timm
 from models.weights.wrappers import unwrap
 
@@ -36,7 +36,7 @@ __all__ = [
     "translate",
 ]
 
-NAMINGS: tuple[Naming, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
+NAMINGS: tuple[WeightNaming, ...] = (bit, google, huggingface, siglip, torchvision, own, mae, dinov2, timm)
 """The first match is used, so special cases come before general ones."""
 
 

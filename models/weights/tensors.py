@@ -42,7 +42,7 @@ class NamedWeights:
     """Notes for the report about a choice among several models."""
 
 
-class Naming(Protocol):
+class WeightNaming(Protocol):
     """The interface of a module that `models.weights.NAMINGS` lists.
 
     Two more names are optional: BASES, prefixes that belong to the naming itself and not to a wrapper, and OTHER_PARTS,

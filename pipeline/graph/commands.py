@@ -152,7 +152,7 @@ def _read(command: str, words: Sequence[str]) -> tuple[argparse.Namespace, file.
     if options.file is not None:
         return options, file.load(options.file), options.file
     where = f"recipe {options.recipe}"
-    return options, file.check(RECIPES[options.recipe](**parameters), where), where
+    return options, file.check_pipeline(RECIPES[options.recipe](**parameters), where), where
 
 
 def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -166,10 +166,10 @@ def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
         if not over:
             raise UserError(f"{where}.promote: the key over is missing: the transfer stages whose scores count")
         values = {**values, "promote": {**values["promote"], "over": [over] if isinstance(over, str) else over}}
-    return check(configuration.from_dict(Pipeline, values, where), where)
+    return check_pipeline(configuration.from_dict(Pipeline, values, where), where)
 
 
-def check(pipeline: Pipeline, where: str) -> Pipeline:
+def check_pipeline(pipeline: Pipeline, where: str) -> Pipeline:
     """Validates a pipeline. Raises UserError for invalid names and numbers."""
     for name in (pipeline.name, *pipeline.stages):
         if not NAME.fullmatch(name):

@@ -75,7 +75,7 @@ class Fingerprints:
         if text.startswith(("models:/", "runs:/")):
             return self._registered(text)
         uri = storage.normalise(text)
-        content = describe(uri)
+        content = content_of(uri)
         if content is not None:
             return content.fingerprint
         return self._raw(uri)
@@ -119,7 +119,7 @@ class Fingerprints:
         return size(text) if known is None else known
 
 
-def describe(uri: str) -> Content | None:
+def content_of(uri: str) -> Content | None:
     """The fingerprint of an output of one of the jobs; None for other content.
 
     Raises NotFound when there is nothing at the URI, and UserError for a damaged manifest or checkpoint.

@@ -255,7 +255,7 @@ def _instance(template: _Template, chosen: Mapping[str, Any], ups: Mapping[str, 
     config = fields.with_values(kinds.start(kind, recipe, given, place), given, place)
     if kind.recipe_flag == "suite" and recipe and config.suite != recipe:
         raise UserError(f"{place}: recipe {recipe} and suite {config.suite} conflict; give one of them")
-    kinds.check(kind, config, place)
+    kinds.check_config(kind, config, place)
     output = given.pop("output", None)
     reads = {key: found for key in kind.reads if (found := _addresses(_value(kind, key, config)))}
     observes = {key: found for key in kind.observes if (found := _addresses(fields.get(config, key)))}

@@ -272,7 +272,7 @@ def task_names(config: Any) -> list[str] | None:
     return _load("pipeline.transfer.suites:task_names")(config)
 
 
-def check(kind: Kind, config: Any, where: str) -> None:
+def check_config(kind: Kind, config: Any, where: str) -> None:
     """Runs the checks of the job that do not need its data. Raises UserError."""
     checks = {"pretrain": "pipeline.training.plan:check_values", "transfer": "pipeline.transfer.suites:check_config"}
     try:

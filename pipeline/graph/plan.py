@@ -14,7 +14,7 @@ from pipeline.graph.file import Pipeline
 from pipeline.graph.fingerprints import Content, Fingerprints, NotFound
 from pipeline.graph.instances import Address, Instance, defaults
 from pipeline.graph.references import data_of, fill
-from pipeline.graph.state import State, Version
+from pipeline.graph.state import StageVersion, State
 
 DONE, RUNNING, FAILED, STOPPED, STALE, WAITING = "done", "running", "failed", "stopped", "stale", "waiting"
 
@@ -33,7 +33,7 @@ class Status:
 
     state: str
     why: str = ""
-    version: Version | None = None
+    version: StageVersion | None = None
 
 
 class Plan:
@@ -47,8 +47,8 @@ class Plan:
         self._folders: dict[str, str] = {}
         self._trees: dict[str, str] = {}
         self._complete: dict[str, bool] = {}
-        self._versions: dict[str, list[Version]] | None = None
-        self.done: dict[str, Version] = {}
+        self._versions: dict[str, list[StageVersion]] | None = None
+        self.done: dict[str, StageVersion] = {}
         """{instance: version} of the instances found done so far."""
         self.outputs: dict[str, str] = {}
         """{instance: URI of its output} of the instances in `done`."""
@@ -125,7 +125,7 @@ class Plan:
 
     # ------------------------------------------------------------ states
 
-    def find(self, name: str, identity: Identity) -> Version | None:
+    def find(self, name: str, identity: Identity) -> StageVersion | None:
         """A finished run of any stage with this identity whose output still exists."""
         if self._versions is None:
             self._versions = {}
@@ -144,17 +144,17 @@ class Plan:
                 return version
         return None
 
-    def is_complete(self, version: Version) -> bool:
+    def is_complete(self, version: StageVersion) -> bool:
         """Whether the output of a finished run still exists."""
         place = self._marker(version)
         if place not in self._complete:
             self._complete[place] = not version.marker or storage.exists(place)
         return self._complete[place]
 
-    def _marker(self, version: Version) -> str:
+    def _marker(self, version: StageVersion) -> str:
         return storage.join(self.state.address(version.output), version.marker)
 
-    def add(self, name: str, version: Version) -> None:
+    def add(self, name: str, version: StageVersion) -> None:
         """Records a finished run of an instance and counts the instance as done."""
         self.state.record(name).add(version)
         if self._versions is not None:
@@ -162,7 +162,7 @@ class Plan:
         self._complete.pop(self._marker(version), None)
         self.mark_done(name, version)
 
-    def mark_done(self, name: str, version: Version) -> None:
+    def mark_done(self, name: str, version: StageVersion) -> None:
         """Marks an instance as done, with the output of that version."""
         self.done[name] = version
         self.outputs[name] = self.state.address(version.output)
@@ -273,7 +273,7 @@ def _key(about: Mapping[str, Any]) -> str:
     return configuration.fingerprint([about["job"], config, about["inputs"], about["formats"]])
 
 
-def why_stale(before: Version, now: Identity) -> str:
+def why_stale(before: StageVersion, now: Identity) -> str:
     """A short description of the differences to the last finished run."""
     if before.identity == now.id:
         return f"the output {before.output} no longer exists"
@@ -300,7 +300,7 @@ def _brief(value: Any) -> str:
 
 def _content(uri: str) -> Content:
     try:
-        return fingerprints.describe(uri) or Content("")
+        return fingerprints.content_of(uri) or Content("")
     except StorageError:
         raise
     except UserError:

@@ -85,7 +85,7 @@ RATE_AFTER = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class JobProgress:
     """The progress of a running job."""
 
     share: float
@@ -100,7 +100,7 @@ def progress_place(root: str, job: str) -> str:
     return storage.join(root, FOLDER, "progress", f"{job}.json")
 
 
-def read_progress(root: str, job: str) -> Progress | None:
+def read_progress(root: str, job: str) -> JobProgress | None:
     """The progress of an attempt; None before its first report."""
     with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):
         plain = storage.read_json(progress_place(root, job))
@@ -108,5 +108,5 @@ def read_progress(root: str, job: str) -> Progress | None:
         seconds = float(plain["time"]) - float(plain["began"])
         rate = (share - first) / seconds if seconds >= RATE_AFTER else 0.0
         left = max(0.0, (1 - share) / rate - (time.time() - float(plain["time"]))) if rate > 0 else None
-        return Progress(share=min(1.0, share), note=str(plain.get("note", "")), left=left)
+        return JobProgress(share=min(1.0, share), note=str(plain.get("note", "")), left=left)
     return None

@@ -17,7 +17,7 @@ from pipeline.graph import cost, fingerprints, results
 from pipeline.graph.executor import Attempt, Ended, Executor
 from pipeline.graph.instances import Instance
 from pipeline.graph.plan import DONE, Identity, Plan
-from pipeline.graph.state import FOLDER, Failed, Running, Version
+from pipeline.graph.state import FOLDER, FailedAttempt, Running, StageVersion
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ STOP_GRACE = 90.0
 
 
 @dataclass(kw_only=True, slots=True)
-class Outcome:
+class PipelineOutcome:
     """Results of a run of the pipeline."""
 
     done: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Runner:
     ) -> None:
         self.plan, self.selected, self.executor, self.watch = plan, list(selected), executor, watch
         self.parallel = parallel or plan.pipeline.parallel
-        self.outcome = Outcome()
+        self.outcome = PipelineOutcome()
         self.running: dict[str, Running] = {}
         self._tries: dict[str, int] = {}
         self._lost: dict[str, int] = {}
@@ -75,7 +75,7 @@ class Runner:
         self._stopping = False
         self._dirty = False
 
-    def run(self) -> Outcome:
+    def run(self) -> PipelineOutcome:
         """Runs until nothing is running and nothing more can be started."""
         began = time.monotonic()
         self._adopt()
@@ -157,7 +157,7 @@ class Runner:
         self._made.clear()
         return still
 
-    def _keep(self, name: str, version: Version) -> None:
+    def _keep(self, name: str, version: StageVersion) -> None:
         """Counts an instance as done by an earlier run, or by another instance with the same identity."""
         self._ready.pop(name, None)
         self.plan.mark_done(name, version)
@@ -261,7 +261,7 @@ class Runner:
         spent = record.running.spent if record.running is not None else {}
         record.running = None
         code = getattr(error, "exit_code", WRONG_INPUT)
-        record.failed = Failed(identity=identity.id, reason=str(error), code=code, at=time.time(), spent=spent)
+        record.failed = FailedAttempt(identity=identity.id, reason=str(error), code=code, at=time.time(), spent=spent)
         self._dirty = True
         if self._may_try_again(name, Ended(code=code)):
             logger.warning("%s: not started: %s; trying again", name, error)
@@ -329,7 +329,7 @@ class Runner:
             logger.warning("%s: %s; trying again", name, reason)
             record = self.plan.state.record(name)
             record.running = None
-            record.failed = Failed(identity=running.identity, reason=ended.reason, code=ended.code, spent=spent)
+            record.failed = FailedAttempt(identity=running.identity, reason=ended.reason, code=ended.code, spent=spent)
             return [name]
         else:
             self._fail(name, running, ended, spent, reason)
@@ -356,7 +356,7 @@ class Runner:
             marker = fingerprints.complete(output, instance.kind.marker) if instance.kind.marker else ""
             if marker is None:
                 raise UserError(f"ended with exit code 0, but {output} has no complete output")
-            content = fingerprints.describe(output) or fingerprints.Content(
+            content = fingerprints.content_of(output) or fingerprints.Content(
                 fingerprints.Fingerprints().fingerprint(output)
             )
         except Unavailable:
@@ -365,7 +365,7 @@ class Runner:
             self._fail(name, running, Ended(code=1), spent, str(error))
             return
         result = results.read(instance.kind.name, output)
-        version = Version(
+        version = StageVersion(
             identity=running.identity,
             about=running.about,
             output=running.output,
@@ -387,7 +387,7 @@ class Runner:
     ) -> None:
         record = self.plan.state.record(name)
         record.running = None
-        record.failed = Failed(
+        record.failed = FailedAttempt(
             identity=running.identity,
             reason=reason,
             code=ended.code,

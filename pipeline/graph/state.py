@@ -20,7 +20,7 @@ KEPT = 10
 
 
 @dataclass(kw_only=True, slots=True)
-class Version:
+class StageVersion:
     """One finished run of an instance."""
 
     identity: str
@@ -64,7 +64,7 @@ class Running:
 
 
 @dataclass(kw_only=True, slots=True)
-class Failed:
+class FailedAttempt:
     """The last attempt, if it failed or was stopped."""
 
     identity: str
@@ -81,15 +81,15 @@ class Failed:
 class Record:
     """The recorded state of one instance."""
 
-    versions: list[Version] = field(default_factory=list)
+    versions: list[StageVersion] = field(default_factory=list)
     running: Running | None = None
-    failed: Failed | None = None
+    failed: FailedAttempt | None = None
 
-    def version(self, identity: str) -> Version | None:
+    def version(self, identity: str) -> StageVersion | None:
         """The finished run with this identity."""
         return next((v for v in reversed(self.versions) if v.identity == identity), None)
 
-    def add(self, version: Version) -> None:
+    def add(self, version: StageVersion) -> None:
         """Adds a finished run as the newest."""
         others = [v for v in self.versions if v.identity != version.identity]
         self.versions = [*others[-KEPT + 1 :], version]
@@ -165,9 +165,9 @@ def _plain(record: Any) -> dict[str, Any]:
 
 def _record(values: dict[str, Any]) -> Record:
     return Record(
-        versions=[_make(Version, version) for version in values["versions"]],
+        versions=[_make(StageVersion, version) for version in values["versions"]],
         running=_make(Running, values["running"]) if values.get("running") else None,
-        failed=_make(Failed, values["failed"]) if values.get("failed") else None,
+        failed=_make(FailedAttempt, values["failed"]) if values.get("failed") else None,
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import credentials, logs, metrics, storage
 from pipeline.errors import Unavailable, UserError
-from pipeline.operations.ledger import ATTEMPTS, Ledger, LedgerError, Outcome, Target, read_record
+from pipeline.operations.ledger import ATTEMPTS, EvaluationScores, Ledger, LedgerError, Target, read_record
 from pipeline.outputs import check_output
 from pipeline.tracking import Run, names, registry, resolve_tracking_uri, search, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
@@ -154,10 +154,10 @@ def _target(checkpoint: checkpoints.Checkpoint, run: str) -> Target:
 # ---------------------------------------------------------------- one pass
 
 
-Evaluate = Callable[[EvaluateConfig, Target, str, str], Outcome]
+Evaluate = Callable[[EvaluateConfig, Target, str, str], EvaluationScores]
 
 
-def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> Outcome:
+def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> EvaluationScores:
     """Runs the suite on one checkpoint (`pipeline.transfer.run_suite`). Results of a killed evaluator are reused."""
     from pipeline.transfer import run_suite
     from pipeline.transfer.scores import read_scores, standard_error
@@ -177,7 +177,7 @@ def transfer(config: EvaluateConfig, target: Target, output: str, uri: str) -> O
     if result.mean is None:
         raise RuntimeError("; ".join(f"{job}: {error}" for job, error in result.failures.items()) or "no scores")
     _, scores = read_scores(result.output)
-    return Outcome(mean=result.mean, spread=standard_error(scores), scores=result.scores, run_id=result.run_id)
+    return EvaluationScores(mean=result.mean, spread=standard_error(scores), scores=result.scores, run_id=result.run_id)
 
 
 def evaluate_once(config: EvaluateConfig, *, dry_run: bool = False, evaluate: Evaluate = transfer) -> Round:
@@ -364,7 +364,10 @@ def regressions(
         if target.version is not None and champion is not None and key in champion.evaluations:
             kept = champion.evaluations[key]
             rivals.append(
-                (f"champion, version {champion.version}", Outcome(mean=kept["mean"], spread=kept["spread"], scores={}))
+                (
+                    f"champion, version {champion.version}",
+                    EvaluationScores(mean=kept["mean"], spread=kept["spread"], scores={}),
+                )
             )
         if not rivals:
             continue
@@ -373,7 +376,7 @@ def regressions(
             yield target, f"{target.checkpoint}: {config.suite} {mine.mean:.2f} after {best.mean:.2f} ({label})"
 
 
-def _readable_result(ledger: Ledger, target: Target) -> Outcome | None:
+def _readable_result(ledger: Ledger, target: Target) -> EvaluationScores | None:
     try:
         return ledger.result(target)
     except LedgerError:  # reported by evaluate_once

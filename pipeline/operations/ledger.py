@@ -46,7 +46,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class EvaluationScores:
     """Scores of one evaluation: top-1 in percent; spread is the standard error of the mean."""
 
     mean: float
@@ -86,7 +86,7 @@ class Ledger:
     def folder(self, target: Target) -> str:
         return storage.join(self.output, target.key)
 
-    def result(self, target: Target) -> Outcome | None:
+    def result(self, target: Target) -> EvaluationScores | None:
         """The scores, or None. Raises LedgerError for an invalid file."""
         uri = storage.join(self.folder(target), "result.json")
         if not storage.exists(uri):
@@ -94,7 +94,7 @@ class Ledger:
         values = read_record(uri)
         try:
             scores = {str(task): float(score) for task, score in values["scores"].items()}
-            return Outcome(
+            return EvaluationScores(
                 mean=float(values["mean"]), spread=float(values["spread"]), scores=scores, run_id=values.get("run_id")
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -149,7 +149,7 @@ class Claim:
             except (OSError, UserError) as error:  # the next heartbeat may succeed; the lease spans several
                 logger.warning("heartbeat of %s: %s", self.target.key, error)
 
-    def finish(self, outcome: Outcome) -> bool:
+    def finish(self, outcome: EvaluationScores) -> bool:
         """Writes the result. Returns False if another process that took over the claim has already written it."""
         uri = storage.join(self.ledger.folder(self.target), "result.json")
         return storage.create_bytes(uri, json.dumps(dataclasses.asdict(outcome), indent=1).encode())

@@ -130,7 +130,7 @@ def simulate(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def scaling_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Efficiency by number of GPUs, one line per mode and stage."""
     counts = sorted({row["gpus"] for row in rows})
     lines = [f"  scaling      {'':14s}" + "".join(f"{count:>7d}" for count in counts) + " GPUs"]

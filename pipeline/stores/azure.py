@@ -15,7 +15,7 @@ from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
 from pipeline.stores import base
-from pipeline.stores.base import Entry, Incomplete, ObjectStore, split, split_folder, too_short
+from pipeline.stores.base import Entry, IncompleteResponse, ObjectStore, split, split_folder, too_short
 
 logging.getLogger("azure").setLevel(logging.ERROR)  # it logs every request, and pages about missing credentials
 
@@ -68,7 +68,7 @@ class AzureStore(ObjectStore):
 
         data, size = self._ask(download())
         if len(data) != size:
-            raise Incomplete(f"{len(data)} of {size} bytes at {start}")
+            raise IncompleteResponse(f"{len(data)} of {size} bytes at {start}")
         if exact and end is not None and size < end - start:
             raise too_short(uri, data, start, end)
         return data

@@ -52,7 +52,7 @@ class After(str):
     addresses with `lists_by_name`."""
 
 
-class Incomplete(OSError):
+class IncompleteResponse(OSError):
     """Raised for a response with fewer bytes than announced."""
 
 
@@ -379,9 +379,9 @@ def check_range(data: bytes, content_range: str | None, start: int, end: int | N
         first, _, last_byte = extent.partition("-")
         last = int(last_byte) + 1
         if int(first) != start or len(data) != last - start:
-            raise Incomplete(f"{len(data)} of {last - start} bytes at {start}")
+            raise IncompleteResponse(f"{len(data)} of {last - start} bytes at {start}")
         if last < (end or 0) and total not in ("*", str(last)):
-            raise Incomplete(f"{len(data)} of {(end or 0) - start} bytes at {start}")
+            raise IncompleteResponse(f"{len(data)} of {(end or 0) - start} bytes at {start}")
     if exact and end is not None and len(data) < end - start:
         raise too_short(exact, data, start, end)
     return data
@@ -393,11 +393,11 @@ def check_length(data: bytes, size: Callable[[], int], start: int, end: int | No
     if end is not None and len(data) < end - start:
         there = min(max(size() - start, 0), end - start)
         if len(data) != there:
-            raise Incomplete(f"{len(data)} of {there} bytes at {start}")
+            raise IncompleteResponse(f"{len(data)} of {there} bytes at {start}")
         if exact:
             raise too_short(exact, data, start, end)
     if end is not None and len(data) > end - start:
-        raise Incomplete(f"{len(data)} bytes instead of {end - start} at {start}")
+        raise IncompleteResponse(f"{len(data)} bytes instead of {end - start} at {start}")
     return data
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
 from pipeline.stores import base
-from pipeline.stores.base import After, Entry, Incomplete, ObjectStore, check_length, split, split_folder
+from pipeline.stores.base import After, Entry, IncompleteResponse, ObjectStore, check_length, split, split_folder
 
 logging.getLogger("gcsfs").setLevel(
     logging.CRITICAL
@@ -98,7 +98,7 @@ class GoogleStore(ObjectStore):
             json_out=True,
         )
         if base64.b64decode(found["crc32c"]) != google_crc32c.Checksum(data).digest():
-            raise Incomplete("the store has other bytes than were sent")
+            raise IncompleteResponse("the store has other bytes than were sent")
 
     def _put_file(self, uri: str, path: str) -> None:
         if os.path.getsize(path) < IN_PARTS:

@@ -353,7 +353,7 @@ def _description(record: dict) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
+class UploadResult:
     """The result of delivering an abandoned spool: how many records were delivered, and how many remain and why."""
 
     delivered: int
@@ -364,7 +364,7 @@ class Upload:
     """Why the other records could not be sent; empty if the server responded."""
 
 
-def deliver_abandoned(spool: Spool) -> Upload:
+def deliver_abandoned(spool: Spool) -> UploadResult:
     """Delivers an abandoned spool in this thread, including records that were refused before, and closes it."""
     spool.requeue_rejected()
     total, error = spool.pending, ""
@@ -379,7 +379,7 @@ def deliver_abandoned(spool: Spool) -> Upload:
     left = spool.pending + spool.rejected
     reasons = tuple(f"{_description(record)}: {record.get('reason', '')}" for record in spool.read_rejected())
     spool.close()
-    return Upload(max(0, total - left), left, reasons, error)
+    return UploadResult(max(0, total - left), left, reasons, error)
 
 
 def _deliver_earlier(run_id: str) -> None:
@@ -395,7 +395,7 @@ def _deliver_earlier(run_id: str) -> None:
             raise ConnectionError(done.error)
 
 
-def deliver_all(spools: Iterable[Spool]) -> Iterator[tuple[Spool, Upload]]:
+def deliver_all(spools: Iterable[Spool]) -> Iterator[tuple[Spool, UploadResult]]:
     """Delivers spools. Parents come first, because a child run needs its parent on the server."""
     for spool in sorted(spools, key=lambda spool: spool.header["parent_id"] is not None):
         yield spool, deliver_abandoned(spool)

@@ -162,7 +162,7 @@ def root_cause(error: Exception) -> tuple[int | None, BaseException]:
 def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
     """One line with the worker, the failure and the remedy."""
     who = "" if rank is None else f"worker {rank}: "
-    if out_of_memory := host_memory.describe(str(cause)):
+    if out_of_memory := host_memory.describe_out_of_memory(str(cause)):
         settings = memory_advice(config, config.runtime.workers, host=True)
         return f"{who}{out_of_memory}; {settings.partition('; ')[2]}"
     if isinstance(cause, ray.exceptions.RayActorError):

@@ -23,7 +23,7 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
 from pipeline.training.preemption import Stopped, StopSignal
-from pipeline.training.ray_compat import FailureConfig, RunConfig, ScalingConfig, Trainer, TrainingFailedError
+from pipeline.training.ray_compat import FailureConfig, PolicyTrainer, RunConfig, ScalingConfig, TrainingFailedError
 from pipeline.training.worker import train_worker
 from pipeline.weights import checkpoints
 
@@ -52,7 +52,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     cluster.warn_of_short_stop(config.runtime.stop_grace)
     collector = logs.Collector()
     stop: Any = ray.remote(num_cpus=0)(StopSignal).remote()  # type: ignore[attr-defined]
-    trainer = Trainer(
+    trainer = PolicyTrainer(
         train_worker,
         train_loop_config={
             "config": configuration.to_dict(config),
@@ -127,7 +127,7 @@ def describe_newest(output: str) -> str:
     return "the next start begins at step 0" if newest is None else f"the next start continues from {newest.uri}"
 
 
-def _fit(trainer: Trainer, fitted: Future) -> None:
+def _fit(trainer: PolicyTrainer, fitted: Future) -> None:
     try:
         fitted.set_result(trainer.fit())
     except BaseException as error:

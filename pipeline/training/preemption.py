@@ -79,15 +79,15 @@ class PreemptionVote:
 
     def poll(self) -> bool:
         """Whether to leave. Call it once per step, on every worker."""
-        told = self.is_preempted()
+        preempted = self.is_preempted()
         if self.group is None:
-            return told
+            return preempted
         answer = False
         if self.asked is not None:
             work, flag = self.asked
             work.wait()
             answer = bool(flag.item())
-        flag = torch.tensor([int(told)], dtype=torch.int32)
+        flag = torch.tensor([int(preempted)], dtype=torch.int32)
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
         self.asked = work, flag

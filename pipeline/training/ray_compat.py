@@ -40,11 +40,11 @@ __all__ = [
     "FailureConfig",
     "FailureDecision",
     "NoopDecision",
+    "PolicyTrainer",
     "ResizeDecision",
     "RunConfig",
     "ScalingConfig",
     "ScalingDecision",
-    "Trainer",
     "TrainingFailedError",
     "WorkerGroupError",
     "WorkerHealthCheckFailedError",
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 
-class Trainer(TorchTrainer):
+class PolicyTrainer(TorchTrainer):
     """TorchTrainer with custom policies, for which Ray has no public interface.
 
     scaling, failures: create the policy from its config; None keeps Ray's policy.

@@ -36,7 +36,7 @@ from pipeline.weights import checkpoints, load_weights
 logger = logging.getLogger(__name__)
 
 
-class Incomplete(JobFailed):
+class IncompleteRun(JobFailed):
     """All steps are done, but the last checkpoint could not be written. result: the final metrics."""
 
     def __init__(self, result: dict[str, Any]):
@@ -100,7 +100,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
         run.log_energy()
         result |= {"run_id": run.id, "seconds": seconds}
         if result["missing"]:
-            raise Incomplete(result)
+            raise IncompleteRun(result)
         run.set_tags({names.CHECKPOINT: result["checkpoint"]})
         log_attention(run, plan, result["checkpoint"])
     return result

@@ -22,7 +22,7 @@ from pipeline.weights.description import SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class PretrainedModel:
     """A pre-trained model, ready to be shared between processes (`backbones.build_model`)."""
 
     uri: str
@@ -37,7 +37,7 @@ class Checkpoint:
     """Number of images that the weights were trained on, if the checkpoint states it."""
 
 
-def load_checkpoint(config: TransferConfig) -> Checkpoint:
+def load_checkpoint(config: TransferConfig) -> PretrainedModel:
     """Loads and checks the weights of --checkpoint. Raises UserError if they are missing, incomplete or do not fit."""
     uri = config.checkpoint or ("runs/demo/pretrain" if config.suite == "demo" else None)
     if uri is None:
@@ -52,7 +52,9 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
             raise UserError(f"--variant is for weights without a configuration; {uri} has one")
         model = open_backbone(uri)
         arrays = _arrays(model)
-        return Checkpoint(uri, fingerprint([model.config["variant"], _content(arrays)]), dict(model.config), arrays)
+        return PretrainedModel(
+            uri, fingerprint([model.config["variant"], _content(arrays)]), dict(model.config), arrays
+        )
     run_id = images_seen = None
     if uri.startswith(artifacts.SCHEMES):
         place = artifacts.fetch(uri, config.tracking_uri)
@@ -74,16 +76,16 @@ def load_checkpoint(config: TransferConfig) -> Checkpoint:
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
         images_seen = found.commit.get("images_seen")
-    return Checkpoint(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id, images_seen)
+    return PretrainedModel(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id, images_seen)
 
 
-def _random_encoder(trained: Checkpoint) -> Checkpoint:
+def _random_encoder(trained: PretrainedModel) -> PretrainedModel:
     """The same architecture with newly initialised weights. Raises UserError for a model of another library."""
     if "library" in trained.config:
         raise UserError(f"{RANDOM}{trained.uri}: only models of this project can have random weights")
     torch.manual_seed(0)
     arrays = _arrays(create_model(**trained.config))
-    return Checkpoint(f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config]), trained.config, arrays)
+    return PretrainedModel(f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config]), trained.config, arrays)
 
 
 def _arrays(model: nn.Module) -> dict[str, np.ndarray]:

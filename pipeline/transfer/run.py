@@ -18,11 +18,11 @@ from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.tracking.names import RANDOM
 from pipeline.transfer import corrections, features, report, scores
-from pipeline.transfer.checkpoint import Checkpoint, load_checkpoint
+from pipeline.transfer.checkpoint import PretrainedModel, load_checkpoint
 from pipeline.transfer.jobs import Result, estimate_flops, next_jobs
 from pipeline.transfer.progress import SuiteProgress
 from pipeline.transfer.record import Recorder, attach_scores
-from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler, Tick
+from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler, Tick
 from pipeline.transfer.store import Store, SuiteState, open_state
 from pipeline.transfer.suites import (
     Probe,
@@ -33,7 +33,7 @@ from pipeline.transfer.suites import (
     check_config,
     open_datasets,
 )
-from pipeline.transfer.worker import Worker
+from pipeline.transfer.worker import TransferWorker
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
@@ -74,7 +74,7 @@ class Suite:
     """The opened and checked inputs of a suite."""
 
     config: TransferConfig
-    checkpoint: Checkpoint
+    checkpoint: PretrainedModel
     tasks: list[TransferTask]
     datasets: "Mapping[Split, Dataset]"
     seen: Mapping[str, frozenset[str]]
@@ -108,7 +108,7 @@ def run_suite(config: TransferConfig) -> SuiteResult:
         return record_suite(suite, left, pool, started, random)
 
 
-def _wants_random_encoder(config: TransferConfig, checkpoint: Checkpoint) -> bool:
+def _wants_random_encoder(config: TransferConfig, checkpoint: PretrainedModel) -> bool:
     if config.random_encoder is None:
         own = "library" not in checkpoint.config and not checkpoint.uri.startswith(RANDOM)
         return config.suite == "demo" and own
@@ -225,7 +225,7 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
     with logs.Collector() as records:
         threads = int(resources["num_cpus"])
         arguments = (suite.checkpoint.config, weights, threads, config.micro_batch, records.handle, config.compile)
-        actor: Any = ray.remote(Worker).options(max_concurrency=2, **resources)  # type: ignore[attr-defined]
+        actor: Any = ray.remote(TransferWorker).options(max_concurrency=2, **resources)  # type: ignore[attr-defined]
         pool = Pool(actor, arguments, limit)
         # Features for probes are extracted first and need the devices.
         if not any(isinstance(task.protocol, Probe) for task in tasks):
@@ -270,7 +270,7 @@ def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Reco
                     progress.finished(job, result)
                     if not next_jobs(job.task, config.seeds, results):
                         recorder.task(job.task, results)
-                case Failed(job, error):
+                case FailedJob(job, error):
                     failures[job.name] = error
                     suite.store.save_failure(job, error)
                     progress.failed(job, error)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class Pool:
     """Up to `limit` processes, which start when there is a job for them. `actor` is a Ray actor class with options, and
-    with the methods `run(job, features)` and `progress()`, such as `worker.Worker`."""
+    with the methods `run(job, features)` and `progress()`, such as `worker.TransferWorker`."""
 
     actor: Any
     arguments: tuple[Any, ...]
@@ -86,7 +86,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedJob:
     job: Job
     error: str
 
@@ -117,7 +117,7 @@ class Scheduler:
     _running: dict[Any, RunningJob] = field(default_factory=dict)
     """By the Ray reference of the call."""
 
-    def run(self) -> Generator[Finished | Failed | Tick, None, None]:
+    def run(self) -> Generator[Finished | FailedJob | Tick, None, None]:
         """Runs until all jobs have ended. All processes of the pool are then ended, also after an error."""
         try:
             while True:
@@ -155,7 +155,7 @@ class Scheduler:
     def _waits_for_resources(self, entry: RunningJob) -> bool:
         return not entry.answered and time.monotonic() - entry.started > self.pool.startup_timeout
 
-    def _collect(self, call: Any) -> Finished | Failed | None:
+    def _collect(self, call: Any) -> Finished | FailedJob | None:
         """The event of a finished call; None if its job is restarted."""
         entry = self._running.pop(call)
         job = entry.job
@@ -166,7 +166,7 @@ class Scheduler:
             ray.exceptions.OutOfMemoryError,
         ) as error:  # the process or its machine has died
             self.pool.discard(entry.worker)
-            out_of_memory = host_memory.describe(str(error))
+            out_of_memory = host_memory.describe_out_of_memory(str(error))
             why = f"{out_of_memory}. {cluster.memory_remedy()}" if out_of_memory else first_line(error)
             if entry.attempt <= self.retries:
                 logger.warning("%s: its process died (%s); restarting the job", job.name, why)
@@ -184,9 +184,9 @@ class Scheduler:
         self.results[job.name] = result
         return Finished(job, result, predictions)
 
-    def _fail(self, job: Job, error: str) -> Failed:
+    def _fail(self, job: Job, error: str) -> FailedJob:
         self._stopped.add(job.task.name)
-        return Failed(job, error)
+        return FailedJob(job, error)
 
 
 def ask_progress(running: Iterable[RunningJob]) -> None:

@@ -24,7 +24,7 @@ CONFUSION_CLASSES = 20
 """Maximum number of classes for which a confusion matrix is stored."""
 
 
-class Worker:
+class TransferWorker:
     """A Ray actor with one device, or a fraction of one. max_concurrency is 2, so
     that `progress` responds during `run`."""
 

@@ -30,9 +30,9 @@ from pipeline.data.format import write_dataset
 from pipeline.transfer import features
 from pipeline.transfer.finetune import Execution
 from pipeline.transfer.jobs import Job
-from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
+from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler
 from pipeline.transfer.suites import FineTune, Probe, Split, TransferTask
-from pipeline.transfer.worker import Worker, finish_finetuning, start_finetuning
+from pipeline.transfer.worker import TransferWorker, finish_finetuning, start_finetuning
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SIZE, TASKS, STEPS = 64, 6, int(os.environ.get("TRANSFER_SPEED_STEPS", "250"))
@@ -63,11 +63,11 @@ def fan_out(folder: str, model_config: dict, arrays: dict) -> dict:
     cluster.configure(num_cpus=os.cpu_count(), dashboard=False)
     cluster.connect()
     connected, finished = time.perf_counter(), []
-    actor = ray.remote(Worker).options(max_concurrency=2, num_cpus=1)
+    actor = ray.remote(TransferWorker).options(max_concurrency=2, num_cpus=1)
     pool = Pool(actor, (model_config, [ray.put(arrays)], 1, 32), limit=os.cpu_count() or 1)
     scheduler = Scheduler(tasks(folder), 1, {}, pool, costs={f"task{i}": 1.0 for i in range(TASKS)})
     for event in scheduler.run():
-        assert not isinstance(event, Failed), event
+        assert not isinstance(event, FailedJob), event
         if isinstance(event, Finished):
             finished.append((time.perf_counter(), event.result.seconds))
     first, training = finished[0]

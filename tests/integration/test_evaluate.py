@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
 from pipeline.operations import ledger as ledger_module
-from pipeline.operations.evaluation import EvaluateConfig, Outcome, evaluate_once
+from pipeline.operations.evaluation import EvaluateConfig, EvaluationScores, evaluate_once
 from pipeline.tracking import names, registry, search, start_run
 from pipeline.tracking.server import client
 from pipeline.weights import checkpoints
@@ -65,7 +65,7 @@ def scored(table, calls=None):
         if calls is not None:
             calls.append(target.checkpoint)
         mean = table[target.step] if isinstance(table, dict) else table
-        return Outcome(mean=mean, spread=0.5, scores={"pets": mean + 1, "dtd": mean - 1})
+        return EvaluationScores(mean=mean, spread=0.5, scores={"pets": mean + 1, "dtd": mean - 1})
 
     return evaluate
 

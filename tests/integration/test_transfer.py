@@ -26,7 +26,7 @@ from pipeline.transfer.checkpoint import load_checkpoint
 from pipeline.transfer.jobs import Result
 from pipeline.transfer.predictions import unpack_predictions
 from pipeline.transfer.record import attach_scores
-from pipeline.transfer.scheduler import Failed, Finished, Pool, Scheduler
+from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler
 from pipeline.transfer.scores import Score
 from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
@@ -275,7 +275,7 @@ def test_dead_processes_are_replaced_a_limited_number_of_times(ray_local, tmp_pa
     scheduler = Scheduler(tasks, 1, results, pool, costs={"shaky": 3, "steady": 2, "hopeless": 1}, retries=1)
     events = list(scheduler.run())
     assert sorted(event.job.task.name for event in events if isinstance(event, Finished)) == ["shaky", "steady"]
-    (failed,) = (event for event in events if isinstance(event, Failed))
+    (failed,) = (event for event in events if isinstance(event, FailedJob))
     assert failed.job.name == "hopeless/final-lr0.1-seed0"
     assert "died 2 times" in failed.error
     assert set(results) == {"shaky/final-lr0.1-seed0", "steady/final-lr0.1-seed0"}
@@ -288,9 +288,9 @@ from models import create_model
 from pipeline import cluster
 from pipeline.transfer import TransferConfig
 from pipeline.transfer.run import plan_workers
-from pipeline.transfer.scheduler import Failed, Pool, Scheduler, Tick
+from pipeline.transfer.scheduler import FailedJob, Pool, Scheduler, Tick
 from pipeline.transfer.suites import FineTune, Split, TransferTask
-from pipeline.transfer.worker import Worker as TransferWorker
+from pipeline.transfer.worker import TransferWorker
 
 data, size = sys.argv[1], int(sys.argv[2])
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, runtime_env=cluster.runtime_env(False))
@@ -311,7 +311,7 @@ actor, results = ray.remote(Worker).options(max_concurrency=2, **resources), {}
 together, failures = 0, {}
 pool = Pool(actor, (model.config, weights, 1, 30), limit=count)
 for event in Scheduler(tasks, 1, results, pool, costs={task.name: 1.0 for task in tasks}).run():
-    if isinstance(event, Failed):
+    if isinstance(event, FailedJob):
         failures[event.job.name] = event.error
     if isinstance(event, Tick) and len(event.running) == 2 and ray.available_resources().get("GPU", 0) == 0:
         together += 1
@@ -342,7 +342,7 @@ def test_more_workers_than_the_machine_holds_still_finish(ray_local, tmp_path):
     pool = Pool(actor, (str(tmp_path / "mark"),), limit=3, startup_timeout=1.0)
     results = {}
     events = list(Scheduler(tasks, 1, results, pool, costs={task.name: 1.0 for task in tasks}).run())
-    assert not [event for event in events if isinstance(event, Failed)]
+    assert not [event for event in events if isinstance(event, FailedJob)]
     assert len(results) == 3
 
 
@@ -532,7 +532,7 @@ def test_nineteen_tasks_survive_the_death_of_the_driver_and_of_a_worker(world, m
 
     second = start()
     wait_for(len(kept) + 3, second)
-    workers = [p for p in psutil.Process(second.pid).children(recursive=True) if p.name().startswith("ray::Worker")]
+    workers = [p for p in psutil.Process(second.pid).children(recursive=True) if p.name().startswith("ray::Transfer")]
     max(workers, key=lambda p: p.cpu_times().user).kill()
     stdout, stderr = second.communicate(timeout=600)
     assert second.returncode == 0, stderr

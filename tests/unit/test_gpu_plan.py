@@ -15,7 +15,7 @@ from pipeline.hardware import GPUS, identify_gpu
 from pipeline.operations.planning.config import PlanConfig
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.preview import dry_run, stand_in
-from pipeline.operations.planning.table import table
+from pipeline.operations.planning.table import plan_table
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.memory import activations
 from pipeline.training.plan import check_values, make_plan, memory_remedies
@@ -136,7 +136,7 @@ def test_the_plan_says_how_many_cpu_cores_feed_a_gpu():
         PlanConfig(training=changed(RECIPES["s16_imagenet_90ep"](), cpus_per_worker=4), gpus=2), "s16_imagenet"
     )
     needed = short["data"]["jpeg"]["cores_per_gpu"]
-    text = table(short)
+    text = plan_table(short)
     assert "the recipe requests 4" in text
     assert f"give --cpus-per-worker {needed}," in text
     assert 4 < needed <= RECIPES["s16_imagenet_90ep"]().runtime.cpus_per_worker

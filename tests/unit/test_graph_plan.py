@@ -110,7 +110,9 @@ def test_a_mixture_depends_on_all_of_its_stages_and_on_their_shares(tmp_path, so
             "large": Stage(job="prepare", fields={**sets, "size": 48}),
             "pretrain": Stage(job="pretrain", recipe="demo", fields={"data": data, "validation": None}),
         }
-        return file.check(Pipeline(name="mixed", output=str(tmp_path / "mixed"), stages=stages, retries=1), "test")
+        return file.check_pipeline(
+            Pipeline(name="mixed", output=str(tmp_path / "mixed"), stages=stages, retries=1), "test"
+        )
 
     pipeline = mixed("${small.output}/train=0.7,${large.output}/train=3e-1")
     plan = plan_of(pipeline)
@@ -149,7 +151,7 @@ def test_a_new_checkpoint_of_a_run_makes_a_new_version_of_what_follows(tmp_path)
     storage.write_bytes(str(tmp_path / "data" / "manifest.json"), b'{"fingerprint": "data"}')
     fields = {"checkpoint": str(tmp_path / "run"), "data": str(tmp_path / "data")}
     stages = {"transfer": Stage(job="transfer", recipe="demo", fields=fields)}
-    pipeline = file.check(Pipeline(name="follow", output=str(tmp_path / "out"), stages=stages), "test")
+    pipeline = file.check_pipeline(Pipeline(name="follow", output=str(tmp_path / "out"), stages=stages), "test")
 
     def save(step):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
@@ -319,7 +321,9 @@ def test_independent_stages_run_in_parallel_as_far_as_resources_allow(tmp_path, 
 
 def test_equal_stages_are_run_once(tmp_path, source):
     stage = Stage(job="prepare", fields={"source": str(source), "size": 32})
-    pipeline = file.check(Pipeline(name="twins", output=str(tmp_path), stages={"one": stage, "two": stage}), "test")
+    pipeline = file.check_pipeline(
+        Pipeline(name="twins", output=str(tmp_path), stages={"one": stage, "two": stage}), "test"
+    )
     executor = Fake()
     outcome = go(pipeline, executor)
     assert (executor.started, outcome.done, outcome.kept) == (["one"], ["one"], ["two"])
@@ -393,12 +397,12 @@ def test_state_and_outputs_on_a_store(s3, source):
 def test_fingerprints_are_those_of_the_content(tmp_path):
     storage.write_bytes(str(tmp_path / "vtab/pets/train/manifest.json"), b'{"fingerprint": "p"}')
     storage.write_bytes(str(tmp_path / "vtab/dtd/test/manifest.json"), b'{"fingerprint": "d"}')
-    content = fingerprints.describe(str(tmp_path / "vtab"))
+    content = fingerprints.content_of(str(tmp_path / "vtab"))
     assert content.parts == {"pets/train": "p", "dtd/test": "d"}
     assert content.below("pets/train") == "p"
     assert content.below("pets") != content.below("dtd")
     shutil.copytree(tmp_path / "vtab", tmp_path / "copy")
-    assert fingerprints.describe(str(tmp_path / "copy")) == content
+    assert fingerprints.content_of(str(tmp_path / "copy")) == content
     assert fingerprints.Fingerprints().fingerprint("timm:vit_base_patch16_224") == "timm:vit_base_patch16_224"
 
 

@@ -29,13 +29,13 @@ def remedy():
 
 
 def test_the_message_names_the_ended_process_and_the_memory_in_use():
-    assert host_memory.describe(KILLED) == (
+    assert host_memory.describe_out_of_memory(KILLED) == (
         "process 9112 (1.8 GB) was ended: node 10.0.0.7 ran out of host memory (9.2 of 23.5 GB in use by all programs)"
     )
-    assert host_memory.describe("2 worker(s) were killed due to the node running low on memory.") == (
+    assert host_memory.describe_out_of_memory("2 worker(s) were killed due to the node running low on memory.") == (
         "a process was ended: its node ran out of host memory"
     )
-    assert host_memory.describe(DIED) is None
+    assert host_memory.describe_out_of_memory(DIED) is None
 
 
 def test_each_message_is_one_line_with_the_setting_that_helps(remedy):

@@ -215,7 +215,7 @@ def test_huge_cells_are_refused(tmp_path, content, message, monkeypatch):
 
 def test_the_line_before_a_chunk_has_a_limit(tmp_path):
     (tmp_path / "t.csv").write_text("a" * (20 << 20))
-    reader = table_chunks.Reader(uri=str(tmp_path / "t.csv"), names=())
+    reader = table_chunks.ChunkReader(uri=str(tmp_path / "t.csv"), names=())
     with pytest.raises(UserError, match="a line of more than 8,388,608 bytes at byte 99"):
         next(reader.lines(table_chunks.Chunk(100, 1 << 30)))
 

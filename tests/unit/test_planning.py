@@ -19,7 +19,7 @@ from pipeline.operations.planning.config import GB, PlanConfig
 from pipeline.operations.planning.costs import checkpoint_bytes, checkpoint_interval
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.speed import step_seconds
-from pipeline.operations.planning.table import table
+from pipeline.operations.planning.table import plan_table
 from pipeline.training.config import EngineConfig
 from pipeline.training.memory import activations, model_states
 from pipeline.training.recipes import RECIPES
@@ -62,7 +62,7 @@ def test_the_papers_largest_run():
     paper = {row["recipe"]: row for row in result["paper"]}
     assert paper["h14_jft300m_14ep"]["cost"] == pytest.approx(run["cost"])
     assert paper["l16_imagenet21k_90ep"]["tpu_v3_core_days"] == 230
-    text = table(result)
+    text = plan_table(result)
     assert "46.7 hours" in text
     assert "ZeRO-1" in text
     assert "<- recipe" in text
@@ -147,7 +147,7 @@ def test_a_model_that_does_not_fit_is_reported():
     result = plan(PlanConfig(training=training, gpu="l4"), "b16_imagenet")
     stages = result["memory"]["stages"]
     assert stages["0"]["micro_batch"] == 0 < stages["1"]["micro_batch"]
-    assert "none fits" in table(result)
+    assert "none fits" in plan_table(result)
 
 
 def test_a_masked_run_has_no_classes():
@@ -256,7 +256,7 @@ def test_a_small_model_is_limited_by_kernel_launches_and_the_plan_says_so():
     run = result["run"]
     assert run["limited_by"] == "launching"
     assert run["images_per_second"] < 10_000 < run["limits"]["gpus"]
-    text = table(result)
+    text = plan_table(result)
     assert "limited by launching kernels" in text
     assert not re.search(r" 0 GPU-hours| \$0$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 80
@@ -273,7 +273,7 @@ def test_few_cpus_limit_a_run_and_the_plan_says_how_many_it_needs():
     training = changed(RECIPES["s16_imagenet_90ep"](), cpus_per_worker=2)
     result = plan(PlanConfig(training=training, read_gbps=100), "s16_imagenet_90ep")
     assert result["run"]["limited_by"] == "decoding"
-    assert re.search(r"give --cpus-per-worker \d+, or the GPU waits", table(result))
+    assert re.search(r"give --cpus-per-worker \d+, or the GPU waits", plan_table(result))
 
 
 def test_an_unknown_corpus_is_asked_for(tmp_path):

@@ -69,7 +69,7 @@ def test_ray_train_has_the_names_that_are_replaced():
 
     for name in ray_compat.__all__:
         assert hasattr(ray_compat, name)
-    trainer = ray_compat.Trainer.__mro__[1]
+    trainer = ray_compat.PolicyTrainer.__mro__[1]
     assert "_initialize_and_run_controller" in vars(trainer) or hasattr(trainer, "_initialize_and_run_controller")
     assert hasattr(ray_compat.ElasticScalingPolicy, "_count_possible_workers")
     policy = ray_compat.DefaultFailurePolicy(ray_compat.FailureConfig(max_failures=1))

@@ -72,4 +72,4 @@ def test_the_figure_and_the_table(rows, tmp_path):
     rows, _ = rows
     scaling.draw(rows, str(tmp_path / "scaling.png"), "b16")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "strong, ZeRO-3" in scaling.table(rows)
+    assert "strong, ZeRO-3" in scaling.scaling_table(rows)

@@ -133,6 +133,16 @@ def test_circles_are_found():
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+def test_a_class_name_has_one_meaning():
+    where: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if not place(path).startswith("jobs/"):  # each job has a Command
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    where.setdefault(node.name, []).append(place(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
 def own_names(tree: ast.Module) -> set[str]:
     """Names that a test has imported from this project."""
     own = ("models", "pipeline", "jobs", "tests")

@@ -29,7 +29,7 @@ from pipeline.data.prepare.change import lock_output
 from pipeline.data.prepare.checks import check_config
 from pipeline.data.prepare.config import PrepareConfig, identity
 from pipeline.data.prepare.plan import PreparePlan, claim_output, make_plan, refuse_other_files, slice_name
-from pipeline.data.prepare.record import Record
+from pipeline.data.prepare.record import PrepareRecord
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.prepare.worker import items_of_slice
 from pipeline.data.sources import Item, urls
@@ -69,7 +69,7 @@ def download_images(
         plan = claim_output(plan)
         if tracking_uri is None:
             return _finish(retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice)))
-        with Record(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
+        with PrepareRecord(tracking_uri, config, plan.work, plan.input_fingerprint) as record:
             watchers.append(record.progress)
             plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers, download_slice))
             record.wait()

@@ -54,7 +54,7 @@ def _purpose(config: Any) -> str:
     return f"Images of {sources} as {config.encoding} shards at {config.size} px."
 
 
-class Record:
+class PrepareRecord:
     """Context manager around a preparation. An exception marks the run as failed or killed.
 
     server: tracking URI. config: a dataclass. work: folder of receipts. An unreachable server does not delay the
@@ -137,7 +137,7 @@ class Record:
         totals |= {names.REJECTED + reason: count for reason, count in rejects.items()}
         self._started.result().log(self._newest | totals, step=inputs)
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "PrepareRecord":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -27,7 +27,7 @@ from pipeline.data.prepare.plan import (
     make_plan,
     slice_name,
 )
-from pipeline.data.prepare.record import Record
+from pipeline.data.prepare.record import PrepareRecord
 from pipeline.data.prepare.shuffle import needs_shuffle, shuffle_rows
 from pipeline.data.prepare.worker import prepare_slice, summarize
 from pipeline.errors import plural
@@ -110,14 +110,14 @@ def _make(
         plan = dataclasses.replace(plan, append=read_keys(plan.append))
     if tracking_uri is None:
         return _run_phases(plan, watchers)
-    with Record(tracking_uri, plan.config, plan.work, plan.input_fingerprint) as record:
+    with PrepareRecord(tracking_uri, plan.config, plan.work, plan.input_fingerprint) as record:
         manifests = _run_phases(plan, [*watchers, record.progress], record)
         record.finish({name: (plan.split_uri(name), manifest) for name, manifest in manifests.items()})
     return manifests
 
 
 def _run_phases(
-    plan: PreparePlan, watchers: list[Callable[[int, int], None]], record: Record | None = None
+    plan: PreparePlan, watchers: list[Callable[[int, int], None]], record: PrepareRecord | None = None
 ) -> dict[str, Manifest]:
     plan = retry.run_passes(plan, lambda part: prepare_slices(part, watchers))
     if plan.finds_duplicates_of_rows:

@@ -28,7 +28,7 @@ from pipeline.data.sources.columns import (
     split_name,
 )
 from pipeline.data.sources.rows import parse_list
-from pipeline.data.sources.table_chunks import Chunk, Reader, open_chunks
+from pipeline.data.sources.table_chunks import Chunk, ChunkReader, open_chunks
 from pipeline.data.sources.tables import LabelTable, file_column, key_of, no_key, read_label_table
 from pipeline.data.sources.words import LABEL_COLUMNS, LIKELY_SPLIT_COLUMNS, SPLIT_COLUMNS, TRAINING_COLUMNS
 from pipeline.errors import StorageError, UserError
@@ -142,7 +142,7 @@ class Profile:
     error: str = ""
 
 
-def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str], list[str]]) -> Profile:
+def profile_chunk(chunk: Chunk, about: tuple[ChunkReader, str, list[str], list[str]]) -> Profile:
     """The Profile of a chunk. about: the reader, the column of file names, the columns whose values are collected, and
     those of them in which a list is text."""
     reader, file, columns, plain = about
@@ -165,7 +165,7 @@ def profile_chunk(chunk: Chunk, about: tuple[Reader, str, list[str], list[str]])
 
 
 def profile_table(
-    reader: Reader, chunks: list[Chunk], file: str, columns: list[str], plain: list[str]
+    reader: ChunkReader, chunks: list[Chunk], file: str, columns: list[str], plain: list[str]
 ) -> tuple[Profile, list[Chunk]]:
     """The Profile of a table, and its chunks with the numbers of their rows. The arguments are those of `profile_chunk`.
     Raises UserError for unreadable rows."""
@@ -208,7 +208,7 @@ def profile_table(
 class LargeTable(LabelTable):
     """A label table that stays in its file. Its rows are read in chunks, in any process."""
 
-    reader: Reader
+    reader: ChunkReader
     chunks: list[Chunk] = field(default_factory=list)
     rows: int = 0
     file: str = ""
@@ -343,7 +343,7 @@ def _distinct(uri: str, profile: Profile, column: str) -> set[Hashable]:
     return cells
 
 
-def _one_hot_columns(reader: Reader, chunks: list[Chunk], profile: Profile, names: Sequence[str]) -> list[str]:
+def _one_hot_columns(reader: ChunkReader, chunks: list[Chunk], profile: Profile, names: Sequence[str]) -> list[str]:
     """What `one_hot_columns` returns for the rows of all chunks."""
     flags = []
     for name in names:
@@ -363,7 +363,7 @@ def _one_hot_columns(reader: Reader, chunks: list[Chunk], profile: Profile, name
     return flags
 
 
-def one_in_each_row(chunk: Chunk, about: tuple[Reader, list[str]]) -> bool:
+def one_in_each_row(chunk: Chunk, about: tuple[ChunkReader, list[str]]) -> bool:
     """Whether exactly one of some columns is 1 in each row of a chunk."""
     reader, names = about
     return all(

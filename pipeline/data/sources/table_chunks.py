@@ -53,7 +53,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reader:
+class ChunkReader:
     """Reads the chunks of a table, in any process."""
 
     uri: str
@@ -170,7 +170,7 @@ def open_cell_pattern(delimiter: str) -> re.Pattern[str]:
     return re.compile(rf'(?:{opened}"{end}| *+(?!"){end})*+{opened}')
 
 
-def all_names(reader: Reader, chunks: list[Chunk]) -> Reader:
+def all_names(reader: ChunkReader, chunks: list[Chunk]) -> ChunkReader:
     """The reader of JSON lines with the names of all columns, which may differ between rows. Raises UserError."""
     units = {f"chunk-{i:06d}": chunk for i, chunk in enumerate(chunks)}
     found: dict[str, list[str]] = {}
@@ -183,11 +183,11 @@ def all_names(reader: Reader, chunks: list[Chunk]) -> Reader:
     return dataclasses.replace(reader, names=tuple(names))
 
 
-def names_of_chunk(chunk: Chunk, reader: Reader) -> list[str]:
+def names_of_chunk(chunk: Chunk, reader: ChunkReader) -> list[str]:
     return reader.names_of(chunk)
 
 
-def open_chunks(uri: str, columns: Columns) -> tuple[Reader, list[Chunk]] | None:
+def open_chunks(uri: str, columns: Columns) -> tuple[ChunkReader, list[Chunk]] | None:
     """The reader and the chunks of a large table; None for a table that is read at once. Raises UserError for a damaged
     file, StorageError for an outage."""
     name = uri.lower()
@@ -204,7 +204,7 @@ def open_chunks(uri: str, columns: Columns) -> tuple[Reader, list[Chunk]] | None
         return None
 
 
-def _open_parquet(uri: str) -> tuple[Reader, list[Chunk]] | None:
+def _open_parquet(uri: str) -> tuple[ChunkReader, list[Chunk]] | None:
     with OpenParquet(uri, BUFFER) as file:
         metadata = file.metadata
         if metadata.num_rows < LARGE_ROWS:
@@ -218,14 +218,14 @@ def _open_parquet(uri: str) -> tuple[Reader, list[Chunk]] | None:
             if rows >= CHUNK_ROWS or group == metadata.num_row_groups - 1:
                 chunks.append(Chunk(first, group + 1, before))
                 first, before, rows = group + 1, before + rows, 0
-        return Reader(uri=uri, names=tuple(file.schema_arrow.names), parquet=True), chunks
+        return ChunkReader(uri=uri, names=tuple(file.schema_arrow.names), parquet=True), chunks
 
 
-def _open_text(uri: str, size: int, named: Sequence[str]) -> tuple[Reader, list[Chunk]] | None:
+def _open_text(uri: str, size: int, named: Sequence[str]) -> tuple[ChunkReader, list[Chunk]] | None:
     packed = uri.lower().endswith(".gz")
     if not packed and storage.read_bytes(uri, 0, min(size, 2)) in (b"\xff\xfe", b"\xfe\xff"):
         return None  # UTF-16
-    plain = Reader(uri=uri, names=())
+    plain = ChunkReader(uri=uri, names=())
     head = [line.rstrip("\n") for line in plain.lines(Chunk(0, HEAD_BYTES))]
     if not head:
         return None

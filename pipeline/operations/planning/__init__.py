@@ -2,7 +2,7 @@
 
     print(dry_run(config, "b16_imagenet", {}))       # what jobs/pretrain.py --dry-run prints
     result = plan(PlanConfig(training=RECIPES["h14_jft300m_14ep"](), gpus=64, gpu="h100"), "h14_jft300m_14ep")
-    print(table(result))
+    print(plan_table(result))
 
     config      PlanConfig, published corpora           estimate    plan: the whole estimate
     memory      bytes per GPU, the micro-batch          preview     dry_run: the plan of one pre-training run

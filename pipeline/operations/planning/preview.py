@@ -7,7 +7,7 @@ from pipeline import config as configuration
 from pipeline.errors import UserError, plural
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
-from pipeline.operations.planning.table import hours_text, table
+from pipeline.operations.planning.table import hours_text, plan_table
 from pipeline.revision_names import manifest_uri
 from pipeline.training.config import PretrainConfig
 
@@ -54,7 +54,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
             images=resolved.samples,
             classes=len(resolved.classes),
         )
-        text += table(plan(about, recipe))
+        text += plan_table(plan(about, recipe))
     else:
         text += _cost_on_cpu(resolved)
     derived = configuration.to_yaml(resolved.derived)

@@ -12,7 +12,7 @@ LIMITS = {
 }
 
 
-def table(result: dict[str, Any]) -> str:
+def plan_table(result: dict[str, Any]) -> str:
     """The plan as a text table."""
     model, hardware, run = result["model"], result["hardware"], result["run"]
     memory, checkpoint = result["memory"], result["checkpoint"]
