@@ -8,7 +8,8 @@ drawn by tests/posed.py; one class of CIFAR-10 is a good one) all are one corpus
 the other; `verification_only` gives pairs to verification that hashing did not propose. Thresholds were chosen on the
 images of even number in `photos` and on drawn pictures of seeds below 1000; only what is left is measured here
 (--choosing measures the former). The `posed` folders were used to choose nothing and are measured whole. Writes
-results/decontamination.json; --output gets contact sheets of the least certain pairs."""
+results/decontamination.json; --output gets contact sheets of the least certain pairs. --parts measures some of the parts
+and keeps the results of the others."""
 
 import argparse
 import itertools
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import simplejpeg
 
 from pipeline import workqueue
@@ -32,6 +34,7 @@ from pipeline.data.duplicates.evaluation import EvaluationIndex, index_evaluatio
 from pipeline.data.duplicates.hashes import ROW, VIEW, Hashes, hash_image, join_keys
 from pipeline.data.duplicates.report import pair_sheet
 from pipeline.data.duplicates.verification import compare_unaligned, compare_views, small_copy
+from pipeline.data.prepare import PrepareConfig, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.posed import POSES
@@ -82,6 +85,8 @@ CHANGES = {
     ),
 }
 
+BRIGHTNESS = ("brightness x 0.7", "brightness x 1.3", "brightness + 40")
+
 
 def photographs(folders: list[str], start: int = 0, step: int = 1, most: int | None = None) -> list[np.ndarray]:
     """The readable images of some folders, by name."""
@@ -129,15 +134,15 @@ def inside(hashed: list[Hashes], copies: list[bytes]) -> tuple[set[tuple[int, in
     return proposed, confirmed
 
 
-def recall(photos: list[np.ndarray], output: Path | None) -> dict[str, dict[str, float]]:
+def recall(photos: list[np.ndarray], changes: list[str], output: Path | None) -> dict[str, dict[str, float]]:
     """By change: part found against an evaluation set and inside a corpus, and how many were matched to another
     image."""
     index = index_of(photos)
     number = {int(key[:-4]): place for place, key in enumerate(index.keys.to_pylist())}
     plain, copies = [hash_image(pixels) for pixels in photos], [small_copy(pixels) for pixels in photos]
     rows, shown = {}, []
-    for change, function in CHANGES.items():
-        found = wrong = 0
+    for change in changes:
+        function, found, wrong = CHANGES[change], 0, 0
         hashed, changed_copies = [], []
         for i, pixels in enumerate(photos):
             changed = np.ascontiguousarray(function(pixels))
@@ -151,6 +156,7 @@ def recall(photos: list[np.ndarray], output: Path | None) -> dict[str, dict[str,
         every = copies + changed_copies
         shown += [(d, change, every[a], every[b]) for (a, b), d in confirmed.items() if d < 1]
         rows[change] = {
+            "photographs": len(photos),
             "evaluation": round(found / len(photos), 4),
             "wrong": wrong,
             "inside": round(len(confirmed.keys() & right) / len(photos), 4),
@@ -276,6 +282,32 @@ def descriptor_cost(photos: list[np.ndarray]) -> dict[str, float]:
     }
 
 
+def through_prepare(photos: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """By change: part of the changed photographs that `prepare` removes, as copies of an evaluation set and of earlier
+    images of the corpus, and how many others it removes. Files are JPEG of quality 95."""
+    rows = {}
+    for change in BRIGHTNESS:
+        found = {}
+        for way in ("evaluation", "inside"):
+            with tempfile.TemporaryDirectory() as folder, workqueue.without_ray():
+                for i, pixels in enumerate(photos):
+                    for name, picture in (("plain", pixels), ("changed", CHANGES[change](pixels))):
+                        path = Path(folder, "set" if name == "plain" and way == "evaluation" else "corpus", name)
+                        path.mkdir(parents=True, exist_ok=True)
+                        picture = np.ascontiguousarray(picture)
+                        (path / f"{i:04d}.jpg").write_bytes(simplejpeg.encode_jpeg(picture, 95, "RGB", "444"))
+                (Path(folder, "corpus") / "other.png").write_bytes(cv2.imencode(".png", POSES["scenes"](0))[1])
+                options = {"deduplicate": "near"} if way == "inside" else {"decontaminate": (f"{folder}/set",)}
+                prepare(PrepareConfig(source=(f"{folder}/corpus",), output=f"{folder}/out", unlabelled=True, **options))
+                gone = pq.read_table(f"{folder}/out/duplicates.parquet").to_pylist()
+            same = [Path(row["key"]).name == Path(row["match"]).name for row in gone]
+            found[way] = round(sum(same) / len(photos), 4)
+            found[f"wrong_{way}"] = len(same) - sum(same)
+        rows[change] = found
+        print(f"prepare, {change:30s} {found}", flush=True)
+    return rows
+
+
 def encode_part(pixels: np.ndarray) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 50, "RGB", "420")
 
@@ -301,6 +333,19 @@ def join_cost(images_of_corpus: int) -> dict[str, float]:
     }
 
 
+PARTS = [
+    "posed",
+    "photographs_as_they_are",
+    "recall",
+    "end_to_end",
+    "cost",
+    "small",
+    "damaged",
+    "descriptor",
+    "join",
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, nargs="+")
@@ -310,34 +355,44 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=100, help="drawn pictures of each pose")
     parser.add_argument("--choosing", action="store_true", help="the images on which thresholds were chosen")
     parser.add_argument("--output", type=Path, help="folder for contact sheets")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure (default: everything)"
+    )
+    parser.add_argument("--changes", nargs="*", choices=CHANGES, default=list(CHANGES), help="the changes of recall")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
+    result = measured(options)
+    print(json.dumps({name: result[name] for name in result if name not in ("posed", "recall")}, indent=1))
+    if not options.choosing:
+        where = Path(__file__).parent / "results" / "decontamination.json"
+        known = json.loads(where.read_text()) if where.exists() and options.parts != PARTS else {}
+        for name in ("posed", "recall", "end_to_end"):
+            result[name] = known.get(name, {}) | result.get(name, {})
+        where.write_text(json.dumps(known | result, indent=1) + "\n")
+
+
+def measured(options: argparse.Namespace) -> dict[str, object]:
+    """The results of the parts that were asked for."""
     start, seed = (0, 0) if options.choosing else (1, 1000)
     photos = [p for folder in options.photos for p in photographs([folder], start, 2, options.most)]
     posed = {Path(folder).name: photographs([folder], most=options.most) for folder in options.posed}
     posed |= {name: [draw(seed + i) for i in range(options.drawn)] for name, draw in POSES.items() if options.drawn}
-    result = {
-        "command": f"decontamination.py on {len(photos)} photographs",
-        "distance": DISTANCE,
-        "photographs": len(photos),
-        "posed": {
+    parts = {
+        "posed": lambda: {
             name: wrong_removals(name, pictures, options.output, options.alone) for name, pictures in posed.items()
         },
-        "photographs_as_they_are": wrong_removals("photographs", photos, options.output, options.alone),
-        "recall": recall(photos, options.output),
-        "cost": costs(photos),
-        "small": small_pictures(photos),
-        "damaged": damaged(photos),
-        "descriptor": descriptor_cost(photos),
-        "join": [join_cost(count) for count in (5_000, 10_000, 20_000, 40_000)],
-        "host": {"cpus": os.cpu_count()},
+        "photographs_as_they_are": lambda: wrong_removals("photographs", photos, options.output, options.alone),
+        "recall": lambda: recall(photos, options.changes, options.output),
+        "end_to_end": lambda: through_prepare(photos),
+        "cost": lambda: {"photographs": len(photos)} | costs(photos),
+        "small": lambda: {"photographs": len(photos)} | small_pictures(photos),
+        "damaged": lambda: {"photographs": len(photos)} | damaged(photos),
+        "descriptor": lambda: descriptor_cost(photos),
+        "join": lambda: [join_cost(count) for count in (5_000, 10_000, 20_000, 40_000)],
     }
-    print(json.dumps({name: result[name] for name in ("cost", "small", "damaged", "descriptor", "join")}, indent=1))
-    if not options.choosing:
-        where = Path(__file__).parent / "results" / "decontamination.json"
-        where.write_text(json.dumps(result, indent=1) + "\n")
+    return {"distance": DISTANCE} | {name: parts[name]() for name in options.parts} | {"host": {"cpus": os.cpu_count()}}
 
 
 if __name__ == "__main__":

@@ -229,7 +229,10 @@ def rejects_table(rejects: Iterable[Reject]) -> bytes:
 def finish_dataset(uri: str, manifest: Manifest, rejects: Iterable[Reject] = ()) -> Manifest:
     """Finishes a dataset: writes `rejects.parquet`, then `manifest.json`. Raises UserError when there are no rows."""
     if not manifest.rows:
-        why = "; ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "no inputs"
+        counts = manifest.rejects | {
+            f"duplicate ({why})": count for why, count in manifest.duplicates_by_reason.items()
+        }
+        why = "; ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "no inputs"
         raise UserError(f"{uri}: no usable images ({why})")
     storage.write_bytes(storage.join(uri, REJECTS), rejects_table(rejects))
     storage.write_bytes(storage.join(uri, MANIFEST), manifest.to_json().encode())

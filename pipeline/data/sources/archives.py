@@ -14,8 +14,15 @@ import pyarrow as pa
 from pipeline import storage, workqueue
 from pipeline.data.sources.columns import captions_error, look_like_captions
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, is_included
-from pipeline.data.sources.layout import WORDNET, file_names_have_splits, find_layout, layout_of_source, splits_of_files
-from pipeline.data.sources.naming import Naming, find_tables, read_tables
+from pipeline.data.sources.layout import (
+    WORDNET,
+    Layout,
+    file_names_have_splits,
+    find_layout,
+    layout_of_source,
+    splits_of_files,
+)
+from pipeline.data.sources.naming import Naming, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable, read_label_table
 from pipeline.errors import UserError, nearest
 
@@ -163,8 +170,8 @@ def _table_beside(uri: str, others: list[str], options: ScanOptions) -> tuple[La
     names a file that may be a label table)."""
     found = find_tables(others)
 
-    def read(path: str) -> LabelTable:
-        return read_label_table(storage.join(uri, path), options.columns, need_labels=not options.unlabelled)
+    def read(path: str, need_labels: bool) -> LabelTable:
+        return read_label_table(storage.join(uri, path), options.columns, need_labels=need_labels)
 
     tables = read_tables(found, read, not options.unlabelled)
     if tables:
@@ -177,24 +184,30 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
     """The labels and splits that tables and folders give to the members of all archives."""
     contents = {name: data for scan in found for name, data in scan.tables}
 
-    def read(name: str) -> LabelTable:
-        where = f"{uri}: {name}"
-        return read_label_table(where, options.columns, need_labels=not options.unlabelled, data=contents[name])
+    def read(name: str, need_labels: bool) -> LabelTable:
+        return read_label_table(f"{uri}: {name}", options.columns, need_labels=need_labels, data=contents[name])
 
     tables = {} if options.table else read_tables(find_tables(contents), read, not options.unlabelled)
     folders: Counter[tuple[str, ...]] = Counter()
     for scan in found:
         folders.update(scan.folders)
-    named = options.unlabelled or bool(options.table.labels) or "" in tables
-    layout = layout_of_source(uri, folders, options.class_level, classes_wanted=not named)
+    within = {"/".join(inside[:n]) for inside in folders for n in range(1, len(inside) + 1)}
+    tables = lifted(tables, within.__contains__) if within else tables
+
+    def layout_with(classes: bool) -> Layout:
+        return layout_of_source(uri, folders, options.class_level, classes_wanted=classes and not options.unlabelled)
+
+    labelled = bool(options.table.labels) or ("" in tables and tables[""].has_labels)
+    naming = with_layout(Naming(table=options.table, tables=tables), folders, layout_with, not labelled)
+    layout = naming.layout
     if layout.split_level is None and file_names_have_splits(set().union(*(scan.splits_in_names for scan in found))):
-        layout = dataclasses.replace(layout, split_in_file_name=True)
-    return Naming(table=options.table, tables=tables, layout=layout)
+        return dataclasses.replace(naming, layout=dataclasses.replace(layout, split_in_file_name=True))
+    return naming
 
 
 def _names_of_folders(found: Sequence[FileScan], naming: Naming) -> set[str]:
     """Class names from folders in the archives; WordNet ids from file names where folders give no class."""
-    if naming.table.labels:
+    if naming.table.labels and not naming.table.of_splits:
         return set()
     folders = {folder for scan in found for folder in scan.folders}
     labels = [naming.of("/".join((*folder, "")))[0] for folder in folders]
@@ -267,7 +280,7 @@ def whole_file(path: str, size: int) -> list[Fragment]:
 
 def names_wanted(options: ScanOptions) -> bool:
     """Whether the labels in the archives are needed; False if the user gave a table."""
-    return options.need_names and not options.table.labels
+    return options.need_names and (not options.table.labels or bool(options.table.of_splits))
 
 
 def read_archives(
@@ -283,7 +296,10 @@ def read_archives(
             archive = re.sub(ARCHIVE_SUFFIX, "", name)
             prefix += f"{fragment['labels'][0] if fragment['labels'] else archive}/"
         for item in read_fragment(uri, name, fragment, source):
-            yield item._replace(key=prefix + item.key, split=item.split or fragment["split"])
+            own = item.key.startswith((f"{name}#", f"{name}/"))  # rows of columnar files are named by their file
+            yield item._replace(
+                key=(source.prefix if own else prefix) + item.key, split=item.split or fragment["split"]
+            )
 
 
 def included(items: Iterator[Item], include: tuple[str, ...]) -> Iterator[Item]:

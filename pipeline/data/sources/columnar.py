@@ -81,14 +81,14 @@ class RowColumns:
         """The item of row number `row` of the file `name`. A row without a label takes `labels_of_file`."""
         data, where = values[self.image], f"{name}#{row}"
         own = values[self.key] if self.key else None
+        if isinstance(own, bytes):
+            own = own.decode("utf-8", "backslashreplace")
         key = f"{name}/{credentials.redacted(str(own))}" if own else where
         if isinstance(data, dict):
             if not own and data.get("path"):  # Hugging Face drops the folders, so names may repeat
                 own = data["path"]
                 key = f"{where}/{own}"
             data = data.get("bytes")
-        if isinstance(own, bytes):
-            own = own.decode("utf-8", "backslashreplace")
         table = source.naming.table
         labels = table.lookup(str(own)) if table.labels and own else self.labels(values)
         if labels is None and labels_of_file:

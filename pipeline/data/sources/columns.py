@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.sources.rows import parse_list
 from pipeline.data.sources.words import (
     CAPTION_COLUMNS,
+    LABEL_COLUMNS,
     LIKELY_SPLIT_COLUMNS,
     MISSING_VALUES,
     SPLIT_COLUMNS,
@@ -25,6 +26,8 @@ SEPARATORS = re.compile(r"[;|]")  # between several labels in one cell
 PLURAL = re.compile(r"(?i)(?:^|[^a-z])(labels|classes|tags|categories|targets)$")
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0*)?")
 NUMBERS = re.compile(r"\d+(\s+\d+)*")
+YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "-1", "-1.0", "false", "no")  # values of one-hot columns
+DECIMAL_COMMA, THOUSANDS = re.compile(r"-?\d+(,0{1,2})?"), re.compile(r"-?\d{1,3}(,\d{3})*")
 SYNSET = re.compile(r"n\d{8}\b")
 
 
@@ -40,6 +43,9 @@ class Columns:
 
 class NoLabelColumn(UserError):
     """A table has file names but no recognised label column."""
+
+    others: tuple[str, ...] = ()
+    """Its other columns."""
 
 
 def named_column(names: Sequence[str], known: Sequence[str], wanted: str | None, flag: str) -> str | None:
@@ -95,11 +101,11 @@ def one_hot_columns(rows: Sequence[dict[Any, Any]], names: Sequence[str]) -> lis
 
 
 def is_flag(value: Any) -> bool:
-    return isinstance(value, bool | np.bool_) or str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false")
+    return isinstance(value, bool | np.bool_) or str(value).strip().lower() in (*YES, *NO)
 
 
 def is_one(value: Any) -> bool:
-    return str(value).strip().lower() in ("1", "1.0", "true")
+    return str(value).strip().lower() in YES
 
 
 def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | None], bool]:
@@ -107,8 +113,12 @@ def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | No
     if name.lower() == "predictionstring":  # Kaggle's ImageNet: a synset and four coordinates per object
         found = [SYNSET.search(as_text(value)) for value in values]
         return [[match[0]] if match else None for match in found], False
-    values = [parse_list(as_text(value) if isinstance(value, bytes) else value) for value in values]
+    values = [name_in_object(parse_list(as_text(value) if isinstance(value, bytes) else value)) for value in values]
+    for value in values:
+        if isinstance(value, dict):
+            raise unnamed_object(name, value)
     plural = bool(PLURAL.search(name))
+    values = values if plural else _without_commas(values, name)
     lists = any(isinstance(value, list) for value in values)
     multilabel = any(isinstance(value, list) and len(value) != 1 for value in values) or (lists and plural)
     texts = {value for value in values if isinstance(value, str)}
@@ -117,13 +127,49 @@ def column_labels(values: Sequence[Any], name: str) -> tuple[list[list[str] | No
     return whole_numbers(labels), multilabel or separator is not None
 
 
+def name_in_object(value: Any) -> Any:
+    """The name in an object such as {"id": 3, "name": "cat"}, also of objects in a list; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return [name_in_object(part) for part in value] if any(isinstance(part, dict) for part in value) else value
+    if not isinstance(value, dict):
+        return value
+    fields = {normalised_name(str(key)): part for key, part in value.items()}
+    found = next((fields[key] for key in ("name", *LABEL_COLUMNS) if key in fields), None)
+    return found if isinstance(found, str | int) else value
+
+
+def unnamed_object(column: str, value: Any) -> UserError:
+    """The error for a label that is an object without a name."""
+    return UserError(
+        f"the column {column} has objects without a name, such as {value!s:.80}; write the name of the class in a "
+        "column of its own"
+    )
+
+
+def _without_commas(values: list[Any], column: str) -> list[Any]:
+    """The values with 2,0 written as 2.0, if all texts are whole numbers with a decimal comma. Raises UserError if they may be
+    numbers with separators of thousands, or several numbers."""
+    texts = {value.strip() for value in values if isinstance(value, str) and not is_missing(value)}
+    if not any("," in text for text in texts):
+        return values
+    if all(map(DECIMAL_COMMA.fullmatch, texts)):
+        return [value.replace(",", ".") if isinstance(value, str) else value for value in values]
+    if all(map(THOUSANDS.fullmatch, texts)):
+        example = min(text for text in texts if "," in text)
+        raise UserError(
+            f"the column {column} has labels such as {example!r}, which are one number or several; write numbers without "
+            "commas, or several labels with blanks or as a list"
+        )
+    return values
+
+
 def _separator(texts: Iterable[str], plural: bool) -> re.Pattern | None:
     """The separator of several labels in one cell, or None.
 
     ; and | are separators in a column with a plural name. In other columns ; | and commas are separators if the parts
     also occur in other cells. Blanks are separators between numbers.
     """
-    texts = {text.strip() for text in texts} - MISSING_VALUES
+    texts = {text.strip() for text in texts if not is_missing(text)}
     for pattern in (SEPARATORS, re.compile(",")):
         several = [text for text in texts if pattern.search(text)]
         if not several:
@@ -170,7 +216,7 @@ def is_missing(value: Any) -> bool:
     """Whether a value is None, NaN or a text that stands for them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    return isinstance(value, str | bytes) and as_text(value).strip() in MISSING_VALUES
+    return isinstance(value, str | bytes) and as_text(value).strip().lower() in MISSING_VALUES
 
 
 def as_text(value: Any) -> str:
@@ -199,7 +245,9 @@ def no_label_column(uri: str, names: Sequence[str], values: Mapping[str, Iterabl
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
     listed = ", ".join(names) or "no other column"
-    return NoLabelColumn(f"{uri}: no label column among: {listed}; {advice}")
+    error = NoLabelColumn(f"{uri}: no label column among: {listed}; {advice}")
+    error.others = tuple(names)
+    return error
 
 
 # ---------------------------------------------------------------- splits

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -25,7 +26,7 @@ from pipeline.data.sources.items import (
 from pipeline.data.sources.label_join import has_large_tables, join_files
 from pipeline.data.sources.large_tables import open_label_table
 from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
-from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, read_tables
+from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable
 from pipeline.errors import UserError, plural
 
@@ -68,8 +69,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
             raise UserError(f"{uri}: nothing matches --include {' '.join(options.include)}")
     hint = _hint(files)
     files, captioned = _without_sidecars(uri, files)
-    naming = Naming(table=options.table, tables=tables)
-    naming = dataclasses.replace(naming, layout=_layout(uri, files, naming, options, captioned))
+    naming = _with_layout(uri, files, Naming(table=options.table, tables=tables), options, captioned)
     labelled = _joined(uri, files, naming) if has_large_tables(naming) else _labelled(uri, files, naming)
     fragments = labelled.fragments
     splits = tuple(sorted(set(pc.unique(fragments["split"]).drop_null().to_pylist())))
@@ -98,16 +98,21 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
     if not found:
         return files, {}
 
-    def read(path: str) -> LabelTable:
-        return open_label_table(storage.join(uri, path), options.columns, need_labels=not options.unlabelled)
+    def read(path: str, need_labels: bool) -> LabelTable:
+        return open_label_table(storage.join(uri, path), options.columns, need_labels=need_labels)
 
-    tables = read_tables(found, read, not options.unlabelled)
+    images = {folder for path in _paths(files) if matches(path) for folder in _folders_above(path)}
+    read_at = read_tables(found, read, not options.unlabelled)
+    tables = lifted(read_at, images.__contains__)
     paths = [path for path, _, _ in found]
     known = pa.array(paths, pa.large_string())
     others = (batch.filter(pc.invert(pc.is_in(batch["path"], known))) for batch in listing.in_batches(files))
     files = listing.spilled(others, files.schema)
-    named = {split: folder for _, folder, split in found if split is not None}
-    for folder in set(named.values()) & tables.keys():  # train.txt may list something other than images
+    places = {id(table): folder for folder, table in tables.items()}
+    named = {folder for _, folder, split in found if split is not None}
+    for folder in {
+        places[id(read_at[name])] for name in named & read_at.keys()
+    }:  # train.txt may list something other than images
         naming = Naming(tables={folder: tables[folder]})
         row = (naming.row(path) for path in _paths(files))
         if not any(found is not None and found[2] is not None for found in row):
@@ -138,6 +143,12 @@ def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
     return kept, count > 0
 
 
+def _folders_above(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
 def _paths(files: pa.Table) -> Iterator[str]:
     return (path for batch in listing.in_batches(files) for path in batch["path"].to_pylist())
 
@@ -158,15 +169,20 @@ def _alike(paths: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _hint(files: pa.Table) -> str:
-    """A hint that names the first file that may be a label table; empty if there is no such file."""
+    """A hint that names the file that is most likely a label table; empty if there is no such file."""
+    found: dict[int, str] = {}
     for batch in listing.in_batches(files):
         named = pc.match_substring_regex(batch["path"], r"(?i)\.(csv|tsv|jsonl|parquet|lst|xlsx?|txt|json|mat)$")
-        if pc.any(named).as_py():
-            return f"{batch.filter(named)['path'][0].as_py()} may be a label table; pass it with --labels"
-    return ""
+        for path in batch.filter(named)["path"].to_pylist():
+            name = path.rpartition("/")[2].lower()
+            if re.search(r"label|class|annot|meta|target|truth|train", name):
+                found.setdefault(0, path)
+            elif not re.search(r"readme|licen[cs]e|requirements", name):
+                found.setdefault(1 if name.endswith((".csv", ".tsv", ".jsonl", ".parquet", ".lst")) else 2, path)
+    return f"{found[min(found)]} may be a label table; pass it with --labels" if found else ""
 
 
-def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Layout:
+def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Naming:
     """Finds the folder levels that name splits and classes."""
     folders: Counter[tuple[str, ...]] = Counter()
     splits_in_names: set[str | None] = set()
@@ -181,7 +197,12 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
                     found = naming.table_of(path)
                     open_folders = found is None or not found[0].has_labels
     classes_wanted = open_folders and not options.unlabelled
-    layout = layout_of_source(uri, folders, options.class_level, classes_wanted=classes_wanted)
+
+    def find(classes: bool) -> Layout:
+        return layout_of_source(uri, folders, options.class_level, classes_wanted=classes and not options.unlabelled)
+
+    naming = with_layout(naming, folders, find, classes_wanted)
+    layout = naming.layout
     names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
     if (
         captioned
@@ -196,8 +217,8 @@ def _layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, cap
             "uses folders as classes"
         )
     if layout.split_level is None and file_names_have_splits(splits_in_names):
-        return dataclasses.replace(layout, split_in_file_name=True)
-    return layout
+        layout = dataclasses.replace(layout, split_in_file_name=True)
+    return dataclasses.replace(naming, layout=layout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +246,8 @@ def _labelled(uri: str, files: pa.Table, naming: Naming) -> _Labelled:
         if tabled:
             for path in paths:
                 row = rows.add(path)
-                without.append(items.NO_ROW if row is not None and row[2] is None and row[0].has_labels else 0)
+                unlisted = row is not None and row[2] is None and naming.applies(row[0], None, path)
+                without.append(items.NO_ROW if unlisted else 0)
         return fragments(part, [label for label, _ in found], [split for _, split in found], without)
 
     def fragments(

@@ -280,7 +280,8 @@ def _match_group(group: pa.Table, plan: _Plan) -> pa.Table:
         keys, labels = here["key"].to_pylist(), here["labels"].to_pylist()
         one_hot = isinstance(whole, LargeTable) and bool(whole.one_hot)
         several = whole.multilabel or (one_hot and any(len(names) != 1 for names in labels))
-        tables[folder] = table_of_rows(whole.uri, keys, labels, here["split"].to_pylist(), several, whole.has_labels)
+        part = table_of_rows(whole.uri, keys, labels, here["split"].to_pylist(), several, whole.has_labels)
+        tables[folder] = replace(part, of_splits=whole.of_splits)
         for key, number in zip(keys, here["number"].to_pylist(), strict=True):
             numbers.setdefault((folder, key), number)
     naming = plan.naming
@@ -301,7 +302,7 @@ def _match_group(group: pa.Table, plan: _Plan) -> pa.Table:
             found = matcher.add(path)
             said = (None, naming.layout.split(path)) if plan.is_document(path) else naming.said_by(found, path)
             number = -1 if found is None or found[2] is None else numbers[found[1], found[2]]
-            without = NO_ROW if found is not None and found[2] is None and found[0].has_labels else 0
+            without = NO_ROW if found is not None and found[2] is None and naming.applies(found[0], None, path) else 0
             add(FILE, path, size, said, found[1] if found else None, number, without)
     except UserError as error:
         add(PROBLEM, str(error), 0, (None, None), None, 0)

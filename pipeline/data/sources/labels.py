@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,35 @@ def read_label_map(uri: str | None) -> list[str] | dict[str, str] | None:
     raise UserError(f"{uri}: expected class names, one per line, or a JSON list, or a JSON object of name: new name")
 
 
+def same_numbers(known: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """{spelling: name of `known`} of numbers with another number of leading zeros: 7 for the class 007. The spellings are
+    those in `names`, and the plain number. Numbers that `known` has in several spellings are left out."""
+    padded: dict[int, str | None] = {}
+    for name in known:
+        if INTEGER.fullmatch(name):
+            padded[int(name)] = name if int(name) not in padded else None
+    if not any(name is not None and name != str(number) for number, name in padded.items()):
+        plain = {name for name in names if INTEGER.fullmatch(name) and name != str(int(name))}
+        return {name: found for name in plain if (found := padded.get(int(name))) is not None}
+    spellings = {name for name in names if INTEGER.fullmatch(name)} | {str(number) for number in padded}
+    return {name: found for name in spellings if (found := padded.get(int(name))) is not None}
+
+
+def _warn_about_similar(uri: str, classes: Sequence[str]) -> None:
+    """Warns about classes that differ in case or in leading zeros alone. Single letters do so on purpose."""
+    found: dict[str, str] = {}
+    for name in classes:
+        plain = str(int(name)) if INTEGER.fullmatch(name) else name.casefold()
+        other = found.setdefault(plain, name)
+        if other != name and len(name) > 1:
+            what = "leading zeros" if INTEGER.fullmatch(name) else "case"
+            logger.warning(
+                "%s: the classes %r and %r differ in %s alone; --label-map with a JSON object of all names and their new names joins "
+                "them", uri, other, name, what,
+            )  # fmt: skip
+            return
+
+
 def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
     """A list or dictionary in Python syntax, such as {0: 'tench', 1: 'goldfish'}; None for other text."""
     if text.lstrip()[:1] not in ("{", "["):
@@ -137,7 +166,8 @@ def make_labels(
     if isinstance(label_map, dict):
         classes = tuple(sorted(set(label_map.values())))
         place = {name: i for i, name in enumerate(classes)}
-        renamed = {old: place[new] for old, new in label_map.items()}
+        renamed = {name: place[label_map[old]] for name, old in same_numbers(label_map, names).items()}
+        renamed |= {old: place[new] for old, new in label_map.items()}
         return Labels(classes=classes, index=renamed, multilabel=multilabel)
     problem = next((source.problem for source in sources if source.problem), "")
     if not classes and problem:
@@ -156,5 +186,9 @@ def make_labels(
         )
     by_number = isinstance(label_map, list) or bool(own)  # the label 7 may mean the class at index 7
     index = {str(i): i for i in range(len(classes))} if by_number else {}
-    index |= {name: i for i, name in enumerate(classes)}
+    places = {name: i for i, name in enumerate(classes)}
+    if isinstance(label_map, list):
+        index |= {name: places[padded] for name, padded in same_numbers(classes, names).items()}
+    index |= places
+    _warn_about_similar(sources[0].uri, classes)
     return Labels(classes=classes, index=index, multilabel=multilabel)

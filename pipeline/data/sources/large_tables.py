@@ -20,12 +20,14 @@ from pipeline.data.sources.columns import (
     is_missing,
     is_one,
     look_like_captions,
+    name_in_object,
     named_column,
     named_one_hot,
     no_label_column,
     normalised_name,
     split_column,
     split_name,
+    unnamed_object,
 )
 from pipeline.data.sources.rows import parse_list
 from pipeline.data.sources.table_chunks import Chunk, ChunkReader, open_chunks
@@ -96,9 +98,10 @@ def cell_of(value: Any, column: str, plain: bool = False) -> Any:
         match = SYNSET.search(str(value))
         return match[0] if match else None
     if isinstance(value, str):
-        return parse_list(value) if value[:1] in ("[", "(", "{") else value
+        return name_in_object(parse_list(value)) if value[:1] in ("[", "(", "{") else value
     if is_missing(value):
         return None
+    value = name_in_object(value)
     return value if isinstance(value, list) else hashable(value)
 
 
@@ -378,8 +381,13 @@ def _label_names(
 ) -> tuple[dict[Hashable, list[str] | None], dict[Hashable, list[str]], bool]:
     """({cell: label names}, {element of a list in a cell: label names}, whether the table is multi-label)."""
     cells, parts = list(_distinct(uri, profile, label)), list(profile.values[label].parts)
+    if unnamed := [cell for cell in (*cells, *parts) if isinstance(cell, Other) and cell.text.startswith("{")]:
+        raise UserError(f"{uri}: {unnamed_object(label, min(map(str, unnamed)))}")
     some_lists: list[Any] = [[part] for part in parts] + ([[]] if profile.values[label].uneven else [])
-    found, multilabel = column_labels([*cells, *some_lists], label)
+    try:
+        found, multilabel = column_labels([*cells, *some_lists], label)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
     names = dict(zip(cells, found, strict=False))
     of_parts = {part: labels or [] for part, labels in zip(parts, found[len(cells) :], strict=False)}
     return names, of_parts, multilabel

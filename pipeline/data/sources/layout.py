@@ -55,6 +55,12 @@ CONTAINERS = frozenset(
         "frames",
     ]
 )
+NUMBERED_SPLIT = re.compile(rf"(?i)({'|'.join(sorted(SPLITS))})[-_ ]?\d{{1,2}}")
+# Folders of targets that are images, too: of segmentation, detection and depth.
+TARGETS = re.compile(
+    r"(?i)((seg(mentation)?|instance|semantic)[-_ ]?)?(masks?|annotations?|annots?|labels?|trimaps?|gt|ground[-_ ]?truths?|depths?)"
+    r"|segmentation(class|object|s)?|edges|heat[-_ ]?maps?"
+)
 MAX_STRAY_FRACTION = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
 
 
@@ -154,8 +160,10 @@ def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None 
 def _without_splits_above(dirs: dict[tuple[str, ...], int], class_level: int | None) -> Layout:
     found, uncertain = (class_level, "") if class_level is not None else _class_level(dirs, 0)
     one_class = found is None
-    if found is None:
-        found = 0 if any(dirs) else None
+    if found is None:  # the first folder that may be a class
+        found = next(
+            (k for k, name in enumerate(max(dirs, key=len, default=())) if name.lower() not in CONTAINERS), None
+        )
     below = None if found is None else found + 1
     while below is not None and dirs and _reaches(dirs, below):
         if splits := _splits_at(dirs, below, strict=True):
@@ -225,6 +233,10 @@ def _splits_at(dirs: Mapping[tuple[str, ...], int], level: int, strict: bool = F
     kinds = {split.lower() for split in plain.values()}
     if plain and (plain.keys() == names or (not strict and kinds & TRAIN and kinds & HELD_OUT)):
         return plain
+    numbered = plain | {name: name for name in names - plain.keys() if NUMBERED_SPLIT.fullmatch(name)}
+    kinds = {split.rstrip("0123456789_- ").lower() for split in numbered.values()}
+    if numbered.keys() == names and kinds & TRAIN and kinds & HELD_OUT:  # train and test1
+        return numbered
     by_rest: dict[str, dict[str, str]] = {}
     for name in names:
         if match := split_of_name(name):
@@ -305,6 +317,8 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
         if not all(name.lower() in CONTAINERS or GROUPING_FOLDERS.fullmatch(name) for name in names[k])
     ]
     candidates = plain or varied
+    if any(map(TARGETS.fullmatch, names[candidates[0]])):
+        _refuse_targets(names[candidates[0]], candidates[0])
     if len(candidates) > 1:
         choices = "; ".join(f"--class-level {k + 1} ({_listed(names[k])})" for k in candidates)
         raise UserError(f"two levels of folders could name the classes; choose {choices}")
@@ -317,6 +331,18 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
             f"{other + 1} ({_listed(names[other])}); --class-level {other + 1} makes those the classes"
         )
     return chosen, uncertain
+
+
+def _refuse_targets(names: set[str], level: int) -> None:
+    """Raises UserError for folders of images beside folders of masks or other targets."""
+    images = sorted(name for name in names if name.lower() in CONTAINERS)
+    targets = sorted(name for name in names if TARGETS.fullmatch(name))
+    if images and len(images) + len(targets) == len(names):
+        raise UserError(
+            f"the folders {', '.join(images)} and {', '.join(targets)} look like images and their masks or annotations, not "
+            f"like classes; --include '*{images[0]}/*' reads the images alone, --class-level {level + 1} uses the folders as "
+            "classes"
+        )
 
 
 def _are_labels(names: set[str]) -> bool:

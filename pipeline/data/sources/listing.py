@@ -26,9 +26,11 @@ SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
 # editors.
 JUNK = (
     r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|recycler|recycled|found\.\d{3}|"
-    r"#recycle|@eadir|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|network trash folder|"
+    r"#recycle|recycle[ ._-]bin|@eadir|@syno[^/]*|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|"
+    r"network trash folder|_thumbs?|_thumbnails?|"
     r"temporary items|lost\+found|__pycache__|node_modules|(?-i:CVS)|thumbs\.db|ehthumbs\.db|desktop\.ini|picasa\.ini|icon\r|"
-    r"zbthumbnail\.info|~\$[^/]*)(?:/|$)|(?:~|\.part|\.partial|\.crdownload|\.download|\.tmp|\.swp|\.bak)$"
+    r"zbthumbnail\.info|~\$[^/]*)(?:/|$)|(?:~|@syno(?:eastream|resource)|\.part|\.partial|\.filepart|\.opdownload|\.crdownload|\.download|\.aria2|\.![uq][tb]|\.bc!|"
+    r"\.tmp|\.swp|\.bak)$"
 )
 logger = logging.getLogger(__name__)
 

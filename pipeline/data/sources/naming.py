@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.data.sources.columns import NoLabelColumn
 from pipeline.data.sources.layout import Layout
@@ -13,8 +13,8 @@ from pipeline.errors import StorageError, UserError, nearest
 
 _SPLIT_WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
 TABLE_FILE = re.compile(  # tables that are detected by name; each applies to its own folder
-    r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|val_annotations\.txt|loc_\w+_solution\.csv"
-    rf"|(?P<split>{_SPLIT_WORDS})(?:[-_](?:labels?|metadata|annotations?|list|set))?\.(?:csv|tsv|txt|lst|jsonl|json))"
+    r"(?i)(?:(?P<folder>.*)/)?(?:(?:labels|metadata)\.(?:csv|tsv|jsonl|parquet)|_classes\.csv|val_annotations\.txt"
+    rf"|loc_(?P<kaggle>{_SPLIT_WORDS})_solution\.csv|(?P<split>{_SPLIT_WORDS})(?:[-_](?:labels?|metadata|annotations?|list|set))?\.(?:csv|tsv|txt|lst|jsonl|json))"
 )
 MAX_COMPARED = 1000  # file names that are searched for a similar name
 logger = logging.getLogger(__name__)
@@ -61,6 +61,17 @@ class Naming:
         """(label names, split) of a path."""
         return self.said_by(self.row(path), path)
 
+    def applies(self, table: LabelTable, row: str | None, path: str) -> bool:
+        """Whether the labels of a table hold for a path. A table for the test set leaves the folders of the training set
+        as they are."""
+        return table.has_labels and (row is not None or self.applies_to(table, self.layout, path))
+
+    @staticmethod
+    def applies_to(table: LabelTable, layout: Layout, path: str) -> bool:
+        """Whether a table is about a path that has no row in it."""
+        split = layout.split(path) if table.of_splits else None
+        return split is None or split.lower() in table.of_splits
+
     def said_by(
         self, found: tuple[LabelTable, str, str | None] | None, path: str
     ) -> tuple[list[str] | None, str | None]:
@@ -70,7 +81,7 @@ class Naming:
             return None if label is None else [label], self.layout.split(path)
         table, _, row = found
         split = (table.splits.get(row) if row is not None else None) or self.layout.split(path)
-        if table.has_labels:
+        if self.applies(table, row, path):
             return None if row is None else table.labels.get(row), split
         label = self.layout.label(path)
         return None if label is None else [label], split
@@ -82,18 +93,53 @@ class Naming:
         }
 
 
+def with_layout(
+    naming: Naming, folders: Iterable[tuple[str, ...]], find: Callable[[bool], Layout], classes_wanted: bool
+) -> Naming:
+    """The naming with the layout that `find(whether classes are taken from folders)` returns.
+
+    classes_wanted: whether folders name classes where no table does. Beside a table that is about some splits, as in
+    train/<class>/ with a table for val/, they do so for the other splits if those have several class folders."""
+    partial = [table for table in naming.by_folder_of_table().values() if table.of_splits]
+    if classes_wanted or not partial:
+        return replace(naming, layout=find(classes_wanted))
+    try:
+        layout = find(True)
+        others = [path for inside in folders if layout.split(path := "/".join((*inside, "")))]
+        names = {layout.label(path) for path in others if not any(naming.applies_to(t, layout, path) for t in partial)}
+        if len(names - {None}) > 1:
+            return replace(naming, layout=layout)
+    except UserError:  # it is unclear which folders are classes
+        pass
+    whole = {folder: replace(table, of_splits=frozenset()) for folder, table in naming.tables.items()}
+    table = replace(naming.table, of_splits=frozenset())
+    return replace(naming, table=table, tables=whole, layout=find(False))
+
+
+def lifted(tables: dict[str, LabelTable], has_images: Callable[[str], bool]) -> dict[str, LabelTable]:
+    """The tables by folder; a table in a folder without images, such as meta/train.txt or annotations/labels.csv, applies to
+    the nearest folder above that has images. has_images: whether there are images in a folder or below it."""
+    found: dict[str, LabelTable] = {}
+    for folder, table in sorted(tables.items()):
+        place = folder
+        while place and not has_images(place):
+            place = place.rpartition("/")[0]
+        found[folder if place in found or place in tables else place] = table
+    return found
+
+
 def find_tables(paths: Iterable[str]) -> list[tuple[str, str, str | None]]:
     """(path, folder, split in the file name) of the files that are named like label tables."""
     found = [(path, match) for path in paths if (match := TABLE_FILE.fullmatch(path))]
-    return [(path, match["folder"] or "", match["split"]) for path, match in found]
+    return [(path, match["folder"] or "", match["split"] or match["kaggle"]) for path, match in found]
 
 
 def read_tables(
-    found: Iterable[tuple[str, str, str | None]], read: Callable[[str], LabelTable], need_labels: bool
+    found: Iterable[tuple[str, str, str | None]], read: Callable[[str, bool], LabelTable], need_labels: bool
 ) -> dict[str, LabelTable]:
-    """Label tables by folder; `read` returns the table at a path.
+    """Label tables by folder; `read` takes a path and whether labels are needed, and returns the table.
 
-    train.csv and test.csv in one folder become one table with splits. A table without labels or splits is ignored with
+    train.csv and test.csv in one folder become one table with splits; they may be lists of files alone. A table without labels or splits is ignored with
     a warning. Raises UserError for a table that cannot be read, or whose label column the user must name.
     """
     tables: dict[str, LabelTable] = {}
@@ -103,8 +149,11 @@ def read_tables(
         if folder in tables:
             continue
         try:
-            table = read(path)
+            table = read(path, need_labels)
         except NoLabelColumn as error:
+            if split is not None and not error.others:
+                by_split.setdefault(folder, {})[split] = read(path, False)
+                continue
             if "perhaps" in str(error) and need_labels:  # an unknown column may hold labels
                 if split is None:
                     raise
@@ -135,6 +184,10 @@ def join_splits(parts: dict[str, LabelTable]) -> LabelTable:
             f"{large.uri}: too large for one table for each split; write one table with the columns file_name, label and "
             "split, and pass it with --labels"
         )
+    both = parts.keys() - {"trainval"}
+    if "trainval" in parts and len(both) > 1:  # the training and the validation set together
+        together = {key for split in both for key in parts[split].keys}
+        parts = {split: parts[split] for split in parts if split in both or not together.issuperset(parts[split].keys)}
     keys = [key for table in parts.values() for key in table.keys]
     prefixes = {split: f"{split}/" if len(set(keys)) < len(keys) else "" for split in parts}
     prefixed = [(prefixes[split], split, table) for split, table in parts.items()]
@@ -145,6 +198,7 @@ def join_splits(parts: dict[str, LabelTable]) -> LabelTable:
         multilabel=any(table.multilabel for table in parts.values()),
         unlabelled=frozenset(prefix + key for prefix, _, table in prefixed for key in table.unlabelled) - labels.keys(),
         uri=next(table.uri for table in parts.values()),
+        of_splits=frozenset(split.lower() for split in parts),
     )
 
 

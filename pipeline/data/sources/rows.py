@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +17,14 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.codecs import is_image_name
 from pipeline.data.sources.parquet_batches import read_batches
-from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
+from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS
 from pipeline.errors import UserError, plural
 
 INDEX = re.compile(r"\d+")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?')
+PATH_AND_WORDS = re.compile(r"(.+?\.[A-Za-z0-9]{2,5})\s+(\S.*)")
+QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json", ".parquet", ".parq", ".pq")
 MAX_TABLE_BYTES = 8 << 30  # of a compressed table after decompression
 MAX_RATIO = 16  # of its size after to that before
@@ -76,6 +80,8 @@ def decode_text(data: bytes, uri: str) -> str:
     try:
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             return data.decode("utf-16")
+        if b"\0" in data[:1024]:
+            raise UserError(f"{uri}: not UTF-8 text (it has NUL bytes, as UTF-16 does); save it as UTF-8")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{uri}: not UTF-8 text ({error}); save it as UTF-8") from error
@@ -95,23 +101,75 @@ class TextLayout:
     """Whether the first record has the names of the columns."""
     label_first: bool = False
     """Whether the label comes before the path, in lists."""
+    skip: int = 0
+    """Number of lines before the first record: comments, Excel's "sep=;", or a number of rows."""
     ambiguous: bool = False
     """Whether several columns are running numbers, so that any of them may be the label."""
 
 
 def text_layout(lines: Sequence[str], uri: str, named: Sequence[str]) -> TextLayout:
     """The layout of CSV, TSV or plain text, with or without a header. lines: those that are not blank."""
+    skip, stated = _preamble(lines, named)
+    lines = lines[skip:]
     head = lines[0] if lines else ""
-    delimiter = max(",;\t|", key=head.count)  # a comma if there are none of these characters
-    if not head.count(delimiter) and not uri.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-        # Caffe's lists: a path and a label; or the label first
-        label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
-        return TextLayout(columns=["file_name", "label"], label_first=label_first)
+    delimiter = stated or max(",;\t|", key=head.count)  # a comma if there are none of these characters
+    if not stated and not head.count(delimiter) and not uri.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        found = _table_with_blanks(lines, named) or _list_of_paths(lines)
+        return replace(found, skip=found.skip + skip)
     first = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
     if _is_header(first, named):
         with_breaks = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter, skipinitialspace=True)
-        return TextLayout(columns=next(with_breaks, []), delimiter=delimiter, header=True)
-    return _layout_without_header(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)), delimiter)
+        return TextLayout(columns=next(with_breaks, []), delimiter=delimiter, header=True, skip=skip)
+    cells = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
+    return replace(_layout_without_header(cells, delimiter), skip=skip)
+
+
+def _preamble(lines: Sequence[str], named: Sequence[str]) -> tuple[int, str]:
+    """(number of lines before the table, the delimiter that Excel's first line states or an empty text)."""
+    count, delimiter = 0, ""
+    for line in lines:
+        if match := SEPARATOR_LINE.fullmatch(line.strip()):
+            delimiter = match[1]
+        elif not line.startswith("#") or _has_known_names(re.split(r"[,;\t|]", line.lstrip("# ")), named):
+            break
+        count += 1
+    return (count, delimiter) if count < len(lines) else (0, "")
+
+
+def _table_with_blanks(lines: Sequence[str], named: Sequence[str]) -> TextLayout | None:
+    """The layout of columns that are separated by blanks; None for lists of a path and a label.
+
+    With a header, as in CelebA (which has the number of rows before it and no name for the column of files), or with
+    columns of numbers, of which the user names one."""
+    skip = 1 if len(lines) > 2 and INDEX.fullmatch(lines[0].strip()) else 0
+    head, rows = lines[skip].lstrip("# ").split() if lines else [], [line.split() for line in lines[skip + 1 :]]
+    widths = {len(row) for row in rows}
+    if len(widths) != 1:
+        return None
+    width = widths.pop()
+    if len(head) == width - 1 and skip and not any(map(is_image_name, head)):
+        return TextLayout(columns=["file_name", *head], delimiter=" ", header=True, skip=skip)
+    if len(head) == width > 1 and not skip and _has_known_names(head, named):
+        return TextLayout(columns=head, delimiter=" ", header=True)
+    numbers = all(map(NUMBER.fullmatch, (cell for row in (head, *rows) for cell in row[1:])))
+    if not skip and len(head) == width > 2 and numbers:
+        return TextLayout(columns=["file_name", *(f"column {i}" for i in range(2, width + 1))], delimiter=" ")
+    return None
+
+
+def _list_of_paths(lines: Sequence[str]) -> TextLayout:
+    """The layout of Caffe's lists: a path and a label; or the label first; perhaps below a line of names."""
+    columns = ["file_name", "label"]
+    first = [cell.lower() for cell in lines[0].split()] if lines else []
+    if len(first) == 2 and first[0] in FILE_COLUMNS and first[1] in LABEL_COLUMNS:
+        return TextLayout(columns=columns, skip=1)
+    label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
+    return TextLayout(columns=columns, label_first=label_first)
+
+
+def _has_known_names(cells: Sequence[str], named: Sequence[str]) -> bool:
+    known = {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *(column.lower() for column in named)}
+    return any(cell.strip().lower() in known for cell in cells) and not any(map(is_image_name, cells))
 
 
 def _is_header(first: Sequence[str], named: Sequence[str]) -> bool:
@@ -126,11 +184,16 @@ def _layout_without_header(rows: list[list[str]], delimiter: str) -> TextLayout:
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
     file = max(range(width), key=lambda i: sum(bool(is_image_name(cell)) for cell in columns[i]))
     others = [i for i in range(width) if i != file]
+    splits = [i for i in others if all(cell.strip().lower() in SPLITS for cell in columns[i])]
+    split = splits[0] if splits and len(others) > 1 else None  # as in tables of AutoML: TRAIN,path,label
+    others = [i for i in others if i != split]
     counted = [i for i in others if len({*columns[i]}) == len(rows) and all(map(INDEX.fullmatch, columns[i]))]
     label = next((i for i in others if i not in counted), others[0] if others else None)
     names = {i: f"column {i + 1}" for i in range(width)} | {file: "file_name"}
     if label is not None:
         names[label] = "label"
+    if split is not None:
+        names[split] = "split"
     return TextLayout(
         columns=[names[i] for i in range(width)], delimiter=delimiter, ambiguous=len(counted) == len(others) > 1
     )
@@ -141,20 +204,33 @@ def rows_of_text(lines: Iterable[str], layout: TextLayout) -> Iterator[dict[str,
     if not layout.delimiter:
         for line in lines:
             if line.strip():
-                cells = line.split(None, 1)[::-1] if layout.label_first else line.strip().rsplit(None, 1)
+                cells = line.split(None, 1)[::-1] if layout.label_first else _path_and_label(line.strip())
                 yield dict(zip(layout.columns, map(str.strip, cells), strict=False))
         return
     missing = None if layout.header else ""
+    lines = (line.strip() + "\n" for line in lines) if layout.delimiter == " " else lines
     for cells in csv.reader(lines, delimiter=layout.delimiter, skipinitialspace=True):
         if cells:
             yield dict.fromkeys(layout.columns, missing) | dict(zip(layout.columns, cells, strict=False))
+
+
+def _path_and_label(line: str) -> list[str]:
+    """[path] or [path, label] of a line. A label may have several words if it has letters and follows an extension of
+    images; a path may have blanks anywhere."""
+    match = PATH_AND_WORDS.fullmatch(line)
+    if match and is_image_name(match[1]) and not is_image_name(match[2]) and re.search(r"[^\W\d_]", match[2]):
+        return [match[1], match[2]]
+    cells = line.rsplit(None, 1)
+    return [line] if len(cells) == 2 and ("/" in cells[1] or is_image_name(cells[1])) else cells
 
 
 def _read_delimited(data: bytes, uri: str, named: Sequence[str]) -> list[Any]:
     """Rows of CSV, TSV or plain text, with or without a header."""
     lines = [line for line in decode_text(data, uri).splitlines() if line.strip()]
     layout = text_layout(lines, uri, named)
-    rows = list(rows_of_text([line + "\n" for line in lines], layout))  # quoted cells may have line breaks
+    rows = list(
+        rows_of_text([line + "\n" for line in lines[layout.skip :]], layout)
+    )  # quoted cells may have line breaks
     return rows[1:] if layout.header else rows
 
 
@@ -173,13 +249,26 @@ def _read_json(data: bytes, uri: str, named: Sequence[str]) -> Any:
         if "\n" in text.strip():  # JSON Lines in a file with another extension
             return _read_json_lines(data, uri, named)
         raise
-    return _rows_of_object(value) if isinstance(value, dict) else value
+    return _rows_of_object(value) if isinstance(value, dict) else _rows_of_list(value)
+
+
+def _rows_of_list(value: Any) -> Any:
+    """Rows of a JSON list: objects, file names, or [file, label] and [file, index, label]; other values unchanged."""
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(row, list) and 1 < len(row) < 4 and isinstance(row[0], str) for row in value):
+        return [{"file": row[0], "label": row[-1]} for row in value]
+    if all(isinstance(row, str) and (is_image_name(row) or "/" in row) for row in value):
+        return [{"file": row} for row in value]
+    return value
 
 
 def _rows_of_object(value: dict[str, Any]) -> Any:
     """Rows of a JSON object: {file: label}, {"labels": [[file, label], ...]}, COCO's {"images", "annotations",
     "categories"}, {class: [files]}, a table by columns, or an object that contains a list of rows."""
     lists = [part for part in value.values() if isinstance(part, list)]
+    if value and all(name.lower() in SPLITS and isinstance(part, list | dict) for name, part in value.items()):
+        return _rows_of_splits(value)
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         return _rows_of_coco(value)
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
@@ -187,7 +276,7 @@ def _rows_of_object(value: dict[str, Any]) -> Any:
     if len(lists) == len(value) and value:
         if set(value) == {"labels"} and all(isinstance(row, list) and len(row) == 2 for row in value["labels"]):
             return [{"file": file, "label": label} for file, label in value["labels"]]
-        if all(isinstance(file, str) and is_image_name(file) for files in lists for file in files):
+        if all(isinstance(file, str) and (is_image_name(file) or "/" in file) for files in lists for file in files):
             return [{"file": file, "label": name} for name, files in value.items() for file in files]
         known = {*FILE_COLUMNS, *LABEL_COLUMNS}
         if {name.lower() for name in value} & known and len(set(map(len, lists))) == 1:
@@ -200,10 +289,29 @@ def _rows_of_object(value: dict[str, Any]) -> Any:
     if value and all(isinstance(part, dict) for part in value.values()):
         if all(is_image_name(name) for name in value):  # {file: {label: ..., ...}}
             return [{"file": name, **part} for name, part in value.items()]
+        if all({*FILE_COLUMNS} & {name.lower() for name in part} for part in value.values()):  # VGG's annotator
+            return [_flat(part) for part in value.values()]
         keys = next(iter(value.values())).keys()  # {column: {row number: value}}
         if all(part.keys() == keys for part in value.values()):
             return [{name: part[key] for name, part in value.items()} for key in keys]
     return [{"file": name, "label": label} for name, label in value.items()]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the fields of the objects in it, except those that it has itself."""
+    inside = {name: part for value in row.values() if isinstance(value, dict) for name, part in value.items()}
+    return inside | {name: value for name, value in row.items() if not isinstance(value, dict)}
+
+
+def _rows_of_splits(value: dict[str, Any]) -> Any:
+    """Rows of a JSON object with a list or an object for each split; the object unchanged if that has no rows."""
+    rows: list[Any] = []
+    for split, part in value.items():
+        some = _rows_of_list(part) if isinstance(part, list) else _rows_of_object(part)
+        if not isinstance(some, list) or not all(isinstance(row, dict) for row in some):
+            return value
+        rows += [{**row, "split": split} for row in some]
+    return rows
 
 
 def _rows_of_coco(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -237,6 +345,8 @@ def parse_list(value: Any) -> Any:
     """Parses a list that was written as text; returns other values unchanged."""
     if not isinstance(value, str) or not (value.startswith(("[", "(", "{")) and value.endswith(("]", ")", "}"))):
         return value
+    if value.startswith("[") and re.search(r"['\"]\s+['\"]", value) and "," not in value:  # texts as numpy prints them
+        return [a or b for a, b in QUOTED.findall(value)]
     try:
         parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -274,7 +274,7 @@ def items_of_sample(
         if not pictures and TABLE_FILE.fullmatch(member):
             return
         own, split = source.naming.of(member)
-        if source.naming.table.labels:
+        if source.naming.table.labels and not source.naming.table.of_splits:
             found = own
         else:  # an empty list is a valid label: the sample has none of the classes
             found = next((value for value in (beside.labels, labels, own) if value is not None), None)

@@ -84,7 +84,8 @@ class ChunkReader:
         if self.layout is None:
             yield from map(self.parse_json, self.lines(chunk))
             return
-        rows = rows_of_text(self.lines(chunk), self.layout)
+        lines = itertools.islice(self.lines(chunk), self.layout.skip if chunk.start == 0 else 0, None)
+        rows = rows_of_text(lines, self.layout)
         try:
             if self.layout.header and chunk.start == 0:
                 next(rows, None)

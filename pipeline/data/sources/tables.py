@@ -6,6 +6,7 @@ columns, and LabelTable finds the row of an image, however its path is spelled.
 """
 
 import io
+import logging
 import os
 import re
 import tarfile
@@ -30,10 +31,12 @@ from pipeline.data.sources.columns import (
 )
 from pipeline.data.sources.rows import read_rows
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, plural
 
 __all__ = ["Columns", "LabelTable", "NoLabelColumn", "clean_path", "read_label_table"]
 
+logger = logging.getLogger(__name__)
+NUMBERED = re.compile(r"(?a)(\d{1,18})(?:\.0+)?")
 EXTENSION = re.compile(r"(?ai)\.(?:[a-z]{1,10}|(?=[0-9]*[a-z])[a-z0-9]{1,5})")  # a number, as in scan.0001, is none
 
 
@@ -47,6 +50,8 @@ class LabelTable:
     unlabelled: frozenset[str] = frozenset()
     """Files that the table lists without a label."""
     uri: str = ""
+    of_splits: frozenset[str] = frozenset()
+    """The splits that the table is about, in lower case, if its file is named after them; empty: all images."""
     whole_has_labels: bool | None = None
     """For some of the rows of a table: whether the table has labels."""
 
@@ -75,7 +80,7 @@ class LabelTable:
         """The row of a file, as one of `keys`, or None.
 
         Exact names are tried first; then without folders that only one side has, then without regard to case, then
-        without the extension. A name that matches several rows, such as 0.jpg for a/0.jpg and b/0.jpg, matches none.
+        without the extension, then as numbers (CSV readers turn 000123 into 123). A name that matches several rows, such as 0.jpg for a/0.jpg and b/0.jpg, matches none.
         """
         path = clean_path(path)
         suffixes = list(_suffixes(path))
@@ -84,7 +89,10 @@ class LabelTable:
                 return name
         stem = without_extension(path)
         loose = self._loose()
-        found = (loose.get(name) for name in (path, stem, path.casefold(), stem.casefold()))
+        found = [loose.get(name) for name in (path, stem, path.casefold(), stem.casefold())]
+        if all(key is None for key in found) and (number := numbered(stem)):
+            whole, ends = self._numbers()
+            found = [*(whole.get(name) for name in _suffixes(number)), ends.get(number)]
         return next((key for key in found if key is not None), None)
 
     def lookup(self, path: str) -> list[str] | None:
@@ -106,13 +114,27 @@ class LabelTable:
             self.__dict__["_loose_index"] = cached
         return cached
 
+    def _numbers(self) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """({`numbered` key: key}, {suffix of a `numbered` key: key}); None where two rows share one."""
+        cached: tuple[dict[str, str | None], dict[str, str | None]] | None = self.__dict__.get("_number_index")
+        if cached is None:
+            cached = {}, {}
+            for key in self.keys:
+                if number := numbered(without_extension(key)):
+                    for index, names in zip(cached, ([number], _suffixes(number)), strict=True):
+                        index.update({name: key if index.get(name, key) == key else None for name in names})
+            self.__dict__["_number_index"] = cached
+        return cached
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_loose_index"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_loose_index", "_number_index")}
 
 
 def clean_path(path: str) -> str:
     """Normalises a path from a table: forward slashes, composed Unicode, no surrounding blanks, no percent encoding."""
     path = unicodedata.normalize("NFC", path.strip().replace("\\", "/"))
+    if "://" in path:
+        path = path.partition("?")[0]  # a signed address
     if "%" in path:
         path = unquote(path)
     while path.startswith("./"):
@@ -128,13 +150,20 @@ def without_extension(path: str) -> str:
     return path[:dot] if path[path.rfind("/", 0, dot) + 1 : dot].strip(".") else path
 
 
+def numbered(stem: str) -> str | None:
+    """The path with the base name 000123 or 123.0 as 123; None for other base names. stem: without extension."""
+    folder, slash, name = stem.rpartition("/")
+    match = NUMBERED.fullmatch(name)
+    return f"{folder}{slash}{int(match[1])}" if match else None
+
+
 def join_key(path: str) -> str:
     """A key that a file and its row have in common, for every spelling that `LabelTable.find` accepts: the base name
     in folded case, without extensions. path: a result of `clean_path`."""
     name = path.rpartition("/")[2].casefold()
     while (stem := without_extension(name)) != name:
         name = stem
-    return name
+    return numbered(name) or name
 
 
 def _suffixes(path: str) -> Iterable[str]:
@@ -192,16 +221,22 @@ def table_of_rows(
 ) -> LabelTable:
     """The table of some rows; rows of the same file have all their labels. Changes the lists in `labels`."""
     table: dict[str, list[str]] = {}
+    different: set[str] = set()  # files whose rows differ
     for key, found in zip(keys, labels, strict=True):
         if found is not None:
             known = table.setdefault(key, found)
             if known is not found and known != found:
-                multilabel = True
+                different.add(key)
                 known.extend(name for name in found if name not in known)
+    if different and not multilabel and whole_has_labels is None:
+        logger.warning(
+            "%s: %s with several rows of different labels, such as %s, so images have several labels", uri,
+            plural(len(different), "file"), min(different),
+        )  # fmt: skip
     return LabelTable(
         labels=table,
         splits={key: name for key, name in zip(keys, splits, strict=True) if name is not None},
-        multilabel=multilabel,
+        multilabel=multilabel or bool(different),
         unlabelled=frozenset(keys) - table.keys(),
         uri=uri,
         whole_has_labels=whole_has_labels,
@@ -244,7 +279,10 @@ def _row_labels(
         if not several
         else None
     )
-    found = label_values(rows, names, label, columns.label)
+    try:
+        found = label_values(rows, names, label, columns.label)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
     if found is None or all(value is None for value in found[0]):
         if need_labels:
             others = [name for name in names if name != label]

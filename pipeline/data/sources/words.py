@@ -18,6 +18,16 @@ FILE_COLUMNS = (
     "image",
     "img",
     "key",
+    "image_filename",
+    "image_file_name",
+    "imagename",
+    "imgname",
+    "img_file",
+    "fname",
+    "filenames",
+    "filepaths",
+    "relative_path",
+    "image_index",
     "image_id",
     "imageid",
     "img_id",
@@ -47,6 +57,7 @@ LABEL_COLUMNS = (
     "fine_label",
     "wnid",
     "synset",
+    "finding_labels",
     "predictionstring",
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
@@ -70,8 +81,8 @@ TRAINING_COLUMNS = (
 )  # hold 1 for training, 0 for test
 CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
 MISSING_VALUES = frozenset(
-    {"", "nan", "NaN", "NAN", "<NA>", "null", "NULL", "N/A", "#N/A"}
-)  # texts that mean a missing label
+    {"", "nan", "-nan", "nat", "<na>", "null", "(null)", "\\n", "n/a", "#n/a"}
+)  # texts that mean a missing label, in lower case
 
 TRAIN = frozenset({"train", "training", "trn", "trainval"})
 HELD_OUT = frozenset(
