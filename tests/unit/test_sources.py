@@ -216,7 +216,7 @@ def test_parquet(tmp_path):
     dataset = run(tmp_path / "a", source=(str(tmp_path / "hf.parquet"),))
     assert dataset.classes == ["zebra", "ant"]
     assert contents(dataset) == {f"hf.parquet#{i}/{i}.jpg": ["zebra", "ant"][i % 2] for i in range(5)}
-    assert refusals(dataset) == {"hf.parquet#5/none.jpg": "empty"}
+    assert refusals(dataset) == {"hf.parquet#5/none.jpg": "path without bytes"}
 
     plain = pa.table({"id": ["a", "b"], "img": [jpeg(0), b"junk"], "labels": [["x", "y"], ["y"]]})
     (tmp_path / "plain").mkdir()
@@ -733,14 +733,33 @@ def test_a_shuffle_in_parts_is_uniform(monkeypatch):
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in the archive", "given by flag"])
-def test_rows_of_a_table_without_an_image_in_the_archive_are_warned_about(tmp_path, caplog, inside):
+@pytest.mark.parametrize("images", [2, 4], ids=["fewer images than rows", "as many images as rows"])
+def test_rows_of_a_table_without_an_image_in_the_archive_are_rejects(tmp_path, inside, images):
+    """Rows 2 and 3 have no image; images 7 and 8, if there are, have no row."""
     table = b"file,label\n0.jpg,x\n1.jpg,y\n2.jpg,x\n3.jpg,y\n"
-    members = {f"{i}.jpg": jpeg(i) for i in range(2)} | ({"labels.csv": table} if inside else {})
+    members = {f"{i}.jpg": jpeg(i) for i in (0, 1, 7, 8)[:images]} | ({"labels.csv": table} if inside else {})
     (tmp_path / "labels.csv").write_bytes(table)
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "a.tar", "w") as archive:
         for name, data in members.items():
             add(archive, name, data)
     options = {} if inside else {"labels": str(tmp_path / "labels.csv")}
-    assert len(run(tmp_path, source=(str(tmp_path / "in"),), **options)) == 2
-    assert "4 rows, but the archives have 2 images: at least 2 rows without an image" in caplog.text
+    dataset = run(tmp_path, source=(str(tmp_path / "in"),), **options)
+    assert len(dataset) == 2
+    assert dataset.manifest.rejects == {"missing file": 2} | ({"no label": 2} if images == 4 else {})
+    assert dataset.manifest.inputs == images + 2
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert {row["key"] for row in rejects if row["reason"] == "missing file"} == {"2.jpg", "3.jpg"}
+    with pytest.raises(UserError, match="2 missing file"):
+        run(tmp_path / "again", source=(str(tmp_path / "in"),), max_reject_fraction=0.05, **options)
+
+
+def test_a_table_in_an_archive_that_lists_something_else_is_ignored(tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as archive:
+        for name, data in {"ant/0.jpg": jpeg(0), "bee/1.jpg": jpeg(1), "train.txt": b"what I trained\n"}.items():
+            add(archive, name, data)
+    dataset = run(tmp_path, source=(str(tmp_path / "in"),))
+    assert dataset.classes == ["ant", "bee"]
+    assert len(dataset) == 2
+    assert "train.txt names none of the images; the table is ignored" in caplog.text

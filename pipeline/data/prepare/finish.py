@@ -27,6 +27,7 @@ from pipeline.data.prepare.config import identity
 from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
 from pipeline.data.prepare.retry import temporary_keys, without_retried
+from pipeline.data.prepare.table_rows import receipt_of_missing
 from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError, plural
 from pipeline.revision_names import report_name
@@ -49,6 +50,8 @@ def finish_datasets(
     shuffled: receipts of the shuffled shards, which replace those of the slices. Raises UserError when more inputs were
     rejected than `max_reject_fraction` allows."""
     receipts = without_retried(plan, receipts)
+    if missing := receipt_of_missing(plan, receipts, shuffled):
+        receipts = [*receipts, missing]
     without_labels = _splits_without_labels(plan, receipts)
     _check_rejects(plan, receipts, without_labels)
     if plan.append is not None and not any(part["rows"] for receipt in receipts for part in receipt["splits"].values()):
@@ -81,7 +84,6 @@ def finish_datasets(
         else:
             manifests[name] = _publish(plan, name, new, about["rejects"], duplicates + reported, receipts)
     _warn_about_classes(plan, manifests)
-    _warn_about_table_rows(plan, receipts)
     tidy_output(plan, manifests, keep_work=plan.append is None and _may_go_on(plan, receipts, shuffled is not None))
     return manifests
 
@@ -185,21 +187,6 @@ def _splits_without_labels(plan: PreparePlan, receipts: Sequence[dict[str, Any]]
             "the split %s (%s) has no labels and is skipped; --unlabelled includes it", name, plural(count, "image")
         )
     return found
-
-
-def _warn_about_table_rows(plan: PreparePlan, receipts: Sequence[dict[str, Any]]) -> None:
-    """Warns if the label tables of archives have more rows than the archives have images. (In folders, a row without a
-    file is rejected as a missing input.)"""
-    if any(source.one_image_per_fragment for source in plan.sources):
-        return
-    namings = [source.naming for source in plan.sources]
-    tables = [table for naming in namings for table in ([naming.table] if naming.table else naming.tables.values())]
-    rows = sum(len(list(table.keys)) for table in tables)
-    images = sum(sum(receipt["inputs"].values()) for receipt in receipts)
-    if images < rows:
-        text = "%s: %s, but the archives have %s: at least %s without an image"
-        counts = plural(rows, "row"), plural(images, "image"), plural(rows - images, "row")
-        logger.warning(text, ", ".join(table.uri for table in tables), *counts)
 
 
 def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> None:

@@ -80,7 +80,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(plan.writer(name, number)) for name in names}
         for place, item in items_of_slice(number, plan):
-            split = _split_of_item(item, plan, thresholds)
+            split = split_of_item(item, plan, thresholds)
             if plan.append is not None and plan.append.is_deleted(item.key):
                 counts.deleted[split] += 1
                 continue
@@ -217,7 +217,7 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
     return picture.pixels, *images.as_patches(picture, config.size, config.patch_size, config.fit)
 
 
-def _split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> str:
+def split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> str:
     """The split of an input. In a source with splits, inputs without one are assigned to the first."""
     names = list(plan.splits)
     if plan.source_decides:

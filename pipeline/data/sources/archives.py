@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import storage, workqueue
@@ -23,11 +24,14 @@ from pipeline.data.sources.layout import (
     splits_of_files,
 )
 from pipeline.data.sources.naming import Naming, find_tables, lifted, read_tables, with_layout
-from pipeline.data.sources.tables import LabelTable, read_label_table
+from pipeline.data.sources.tables import LabelTable, file_hash, read_label_table
 from pipeline.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-ARCHIVE_SUFFIX = r"(?i)\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst|zip|parquet|arrow|feather|tfrecords?(\.gz)?)$"
+MAX_IMAGE_KEYS = 1 << 14  # hashes of image names of an archive, which show whether a table is about them
+ARCHIVE_SUFFIX = (
+    r"(?i)\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst|zip|parquet|arrow|feather|(tfrecords?|tfrec|record)(\.gz)?)$"
+)
 
 Fragment = tuple[str, int, int, int, list[str] | None]
 
@@ -72,6 +76,10 @@ class FileScan:
     """Changes with the content of a list of URLs."""
     fields: set[str] = field(default_factory=set)
     """Names of the fields or columns that were searched for a label."""
+    image_keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """The smallest `tables.file_hash` of the images, at most MAX_IMAGE_KEYS."""
+    nested: str = ""
+    """An archive in the archive that is not read, if there are no images."""
 
     def numbered_fragments(self) -> Iterable[tuple[Fragment, int]]:
         """Each fragment, and the number of its first row."""
@@ -107,6 +115,11 @@ def scan_archives(
     rows = [(*row, by_file.get(row[0]), first) for scan in found for row, first in scan.numbered_fragments()]
     if not rows:
         raise UserError(f"{uri}: its {name} files have no rows")
+    if all(scan.nested for scan in found):
+        raise UserError(
+            f"{uri}: has archives instead of images in it, such as {found[0].nested}; unpack it, and give the archives in it, or "
+            "the folder that has them, with --source"
+        )
     naming = _naming(uri, found, options)
     names = {label for scan in found for label in scan.names}
     names |= naming.names() | _names_of_folders(found, naming)
@@ -193,6 +206,10 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
         folders.update(scan.folders)
     within = {"/".join(inside[:n]) for inside in folders for n in range(1, len(inside) + 1)}
     tables = lifted(tables, within.__contains__) if within else tables
+    hashes = np.concatenate([scan.image_keys for scan in found])
+    for folder, table in list(tables.items()):
+        if table.of_splits and len(hashes) and not _lists_images(table, hashes):  # train.txt may be something else
+            logger.warning("%s: %s names none of the images; the table is ignored", uri, tables.pop(folder).uri)
 
     def layout_with(classes: bool) -> Layout:
         return layout_of_source(uri, folders, options.class_level, classes_wanted=classes and not options.unlabelled)
@@ -203,6 +220,12 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
     if layout.split_level is None and file_names_have_splits(set().union(*(scan.splits_in_names for scan in found))):
         return dataclasses.replace(naming, layout=dataclasses.replace(layout, split_in_file_name=True))
     return naming
+
+
+def _lists_images(table: LabelTable, hashes: np.ndarray) -> bool:
+    """Whether rows of a table may be images. hashes: `file_hash` of some images of each archive."""
+    rows = np.fromiter(map(file_hash, table.keys), np.uint64)
+    return bool(np.isin(rows, hashes).any()) or (len(hashes) >= MAX_IMAGE_KEYS and len(rows) < len(hashes))
 
 
 def _names_of_folders(found: Sequence[FileScan], naming: Naming) -> set[str]:
@@ -236,8 +259,10 @@ def _labelled_by_archive(uri: str, rows: list[tuple], options: ScanOptions) -> t
     if not sure:
         if any(re.search(r"\d", name) for name in names):
             return rows, set()  # the archives are numbered
+        levels = [*layout.class_levels.values(), layout.class_level]
+        level = next((found for found in levels if found is not None), 0)
         raise UserError(
-            f"{uri}: no labels in the archives; --class-level {1 + (layout.class_level or 0)} uses their names as "
+            f"{uri}: no labels in the archives; --class-level {1 + level} uses their names as "
             f"classes ({', '.join(sorted(names)[:3])}), --labels FILE reads labels from a table, --unlabelled accepts "
             "images without labels"
         )
@@ -293,8 +318,8 @@ def read_archives(
         name = fragment["path"] or source.uri.rpartition("/")[2]
         prefix = source.prefix
         if source.by_archive:
-            archive = re.sub(ARCHIVE_SUFFIX, "", name)
-            prefix += f"{fragment['labels'][0] if fragment['labels'] else archive}/"
+            archive, label = archive_stem(name), (fragment["labels"] or [""])[0]
+            prefix += f"{archive if label in ('', archive) or '/' in archive else label}/"
         for item in read_fragment(uri, name, fragment, source):
             own = item.key.startswith((f"{name}#", f"{name}/"))  # rows of columnar files are named by their file
             yield item._replace(

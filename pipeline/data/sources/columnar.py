@@ -13,10 +13,12 @@ from pipeline.data.sources.columns import (
     SEPARATORS,
     Columns,
     label_names,
+    name_in_object,
     named_column,
     normalised_name,
     split_column,
     split_name,
+    unnamed_object,
 )
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import partition_value
@@ -79,7 +81,7 @@ class RowColumns:
         self, values: dict[str, Any], name: str, row: int, source: Source, labels_of_file: Sequence[str] | None
     ) -> Item:
         """The item of row number `row` of the file `name`. A row without a label takes `labels_of_file`."""
-        data, where = values[self.image], f"{name}#{row}"
+        data, where, path = values[self.image], f"{name}#{row}", None
         own = values[self.key] if self.key else None
         if isinstance(own, bytes):
             own = own.decode("utf-8", "backslashreplace")
@@ -88,7 +90,7 @@ class RowColumns:
             if not own and data.get("path"):  # Hugging Face drops the folders, so names may repeat
                 own = data["path"]
                 key = f"{where}/{own}"
-            data = data.get("bytes")
+            path, data = data.get("path"), data.get("bytes")
         table = source.naming.table
         labels = table.lookup(str(own)) if table.labels and own else self.labels(values)
         if labels is None and labels_of_file:
@@ -97,6 +99,9 @@ class RowColumns:
         if self.split and not split:
             split = split_name(values[self.split], self.split)
         split = split or self.split_of_file
+        if data is None and path:
+            advice = "embed the images, or give the table with --labels and the folder of images with --source"
+            return Item(key, where, b"", labels, Refused("path without bytes", f"{path}; {advice}"), split)
         if data is None:
             return Item(key, where, b"", labels, Refused("empty", "no bytes in the row"), split)
         return Item(key, where, bytes(data), labels, split=split)
@@ -139,11 +144,16 @@ def cell_labels(value: Any, column: str) -> list[str] | None:
     separated by ; or | in a column with a plural name."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
-    return label_names(parse_list(value), SEPARATORS if PLURAL.search(column) else None)
+    value = name_in_object(parse_list(value))
+    if isinstance(value, dict):
+        raise unnamed_object(column, value)
+    return label_names(value, SEPARATORS if PLURAL.search(column) else None)
 
 
 def distinct_values(column: pa.Array) -> Iterable[Any]:
     """The distinct values of a column; for a column of lists, the distinct lists."""
+    if pa.types.is_struct(column.type) or (is_list(column.type) and pa.types.is_nested(column.type.value_type)):
+        return list({repr(value): value for value in column.to_pylist()}.values())
     if is_list(column.type):
         return [list(value) for value in {tuple(value) for value in column.to_pylist() if value is not None}]
     if pa.types.is_string_view(column.type):  # Arrow does not implement `unique` for this type

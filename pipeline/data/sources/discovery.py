@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -25,21 +26,14 @@ from pipeline.errors import UserError, nearest, plural
 # the most files match is chosen. In a tie the earlier format wins, so images win over archives next to them.
 FORMATS: list[ModuleType] = [folder, cifar, tar, zip, parquet, arrow, tfrecord, urls]
 
-UNSUPPORTED_SUFFIXES = (
-    ".7z",
-    ".rar",
-    ".z01",
-    ".lzma",
-    ".tar.lz4",
-    ".h5",
-    ".hdf5",
-    ".lmdb",
-    ".mdb",
-    ".mat",
-    ".npz",
-    ".npy",
-    ".rec",
-)  # common archives and containers that no format reads
+# Containers that no format reads, parts of archives, and files that may be something else beside images without extensions.
+UNSUPPORTED = re.compile(
+    r"(?i)\.(7z|rar|z\d\d|lzma|tar\.(lz4?|lz4|z)|h5|hdf5|lmdb|mdb|mat|npz|npy|rec|beton|mds)$|-idx\d-ubyte(\.gz)?$"
+    r"|\.(zip|7z|rar|tar|tgz|gz|bz2|xz)\.?(\d{2,3}|part[-_.]?[a-z0-9]+)$"
+)
+DOUBTFUL = re.compile(
+    r"(?i)(?<!csv|tsv|txt|son)\.(gz|bz2|xz|zst|lz4|lz|z|ace|cab|arj|dmg|iso|img|idx|pkl|pickle|pt|pth|dcm|nii)$"
+)
 logger = logging.getLogger(__name__)
 SNIFFED_FILES = 1000  # number of files whose names decide the format
 SNIFFED_ITEMS = 256  # number of items that decide whether an unscanned archive is multi-label
@@ -143,16 +137,24 @@ def _recognise(uri: str, files: pa.Table, downloads: Downloads | None) -> Source
     best = max(counts, key=lambda name: counts[name])  # the first of them in a tie
     if (not counts[best] or best == parquet.NAME) and urls.is_list(uri, paths, downloads or Downloads()):
         return formats()[urls.NAME]
+    if not counts[best]:
+        _refuse_unsupported(uri, names)
     if files["path"][0].as_py() == "" and (best == folder.NAME or not counts[best]):
         archives = ", ".join(name for name in formats() if name not in (folder.NAME, urls.NAME))
         raise UserError(
             f"{uri}: a single file that is not an archive ({archives}) and not a list of URLs (a table with a column of "
             "http:// or https:// addresses; --url-column names it); give a folder, an archive or a list"
         )
-    packed = next((name for name in names if name.lower().endswith(UNSUPPORTED_SUFFIXES)), None)
-    if packed and not counts[best]:
-        raise UserError(f"{uri}: {packed} has an unsupported format; unpack it, or pack the images as .tar or .zip")
     return formats()[best if counts[best] else folder.NAME]
+
+
+def _refuse_unsupported(uri: str, names: list[str]) -> None:
+    """Raises UserError for archives and containers that no format reads."""
+    packed = [name for name in names if UNSUPPORTED.search(name)]
+    doubtful = [name for name in names if DOUBTFUL.search(name)]
+    if packed or 2 * len(doubtful) > len(names):
+        name = (packed or doubtful)[0].removeprefix(f"{uri.rpartition('/')[0]}/")
+        raise UserError(f"{uri}: {name} has an unsupported format; unpack it, or pack the images as .tar or .zip")
 
 
 def _warn_about_others(uri: str, files: pa.Table, chosen: SourceFormat) -> None:

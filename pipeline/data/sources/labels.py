@@ -100,8 +100,9 @@ def _warn_about_similar(uri: str, classes: Sequence[str]) -> None:
     for name in classes:
         plain = str(int(name)) if INTEGER.fullmatch(name) else name.casefold()
         other = found.setdefault(plain, name)
-        if other != name and len(name) > 1:
-            what = "leading zeros" if INTEGER.fullmatch(name) else "case"
+        number = INTEGER.fullmatch(name)
+        if other != name and (number or len(name) > 1):
+            what = "leading zeros" if number else "case"
             logger.warning(
                 "%s: the classes %r and %r differ in %s alone; --label-map with a JSON object of all names and their new names joins "
                 "them", uri, other, name, what,

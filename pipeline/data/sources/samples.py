@@ -2,6 +2,7 @@
 sample, such as an image and its label."""
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,15 +13,17 @@ import numpy as np
 
 from pipeline.data import codecs
 from pipeline.data.codecs import Refused
-from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columns import Columns, label_names, normalised_name, split_name
+from pipeline.data.sources.archives import MAX_IMAGE_KEYS, FileScan
+from pipeline.data.sources.columns import Columns, label_names, name_in_object, normalised_name, split_name
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
 from pipeline.data.sources.naming import TABLE_FILE
+from pipeline.data.sources.tables import file_hash
 from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
 from pipeline.errors import UserError
 
 SIDECARS = ("cls", "txt", "json")  # extensions of members that may hold the label, in order of preference
+NESTED = re.compile(r"(?i)\.(zip|tar|tgz|tbz2?|txz|tzst|gz|bz2|xz|zst|7z|rar)$")
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 30
 MAX_TABLE_RATIO = 16  # of the size of a table to that of its archive
@@ -63,8 +66,9 @@ def read_sidecars(parts: dict[str, bytes], columns: Columns) -> Sidecar:
             found[extension] = [text] if text else None
     if "json" in parts:
         label = _field(fields, plain, columns.label, LABEL_COLUMNS) if isinstance(value, dict) else value
+        label = name_in_object(label)
         many = isinstance(label, list)
-        found["json"] = label_names(label)
+        found["json"] = None if isinstance(label, dict) else label_names(label)
     if columns.label in ("cls", "txt"):
         found = {columns.label: found.get(columns.label)}
     elif columns.label is not None:
@@ -127,9 +131,14 @@ class SampleScanner:
     lone_images: "array[int]"
     """Hashes of the stems of images without sidecars; compared with the stems of sidecars without images."""
     lone_sidecars: dict[str, Sidecar]
+    image_keys: "array[int]"
+    """`file_hash` of the images."""
     scattered: bool = False
     max_table: int = MAX_TABLE_BYTES
     where: str = ""
+    nested: str = ""
+    """The first archive in the archive."""
+    has_images: bool = False
     _stem: str = ""
     _parts: dict[str, bytes]
     _images: list[str]
@@ -152,6 +161,7 @@ class SampleScanner:
             keys=set(),
             lone_images=array("q"),
             lone_sidecars={},
+            image_keys=array("Q"),
             _parts={},
             _images=[],
         )
@@ -179,6 +189,10 @@ class SampleScanner:
             self._parts[extension] = read(MAX_SIDECAR_BYTES)
         elif is_image(extension) and self.wanted(name):
             self._images.append(name)
+            self.has_images = True
+            self.image_keys.append(file_hash(name))
+        elif not self.nested and NESTED.search(name):
+            self.nested = name
 
     def end_sample(self) -> None:
         beside = read_sidecars(self._parts, self.columns)
@@ -225,6 +239,8 @@ class SampleScanner:
             texts=self.texts,
             text_samples=self.text_samples,
             fields=self.keys,
+            image_keys=np.unique(np.array(self.image_keys, np.uint64))[:MAX_IMAGE_KEYS],
+            nested="" if self.has_images else self.nested,
         )
 
     def finish(self) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+import xxhash
+
 from pipeline import storage
 from pipeline.data.sources.columns import (
     Columns,
@@ -164,6 +166,11 @@ def join_key(path: str) -> str:
     while (stem := without_extension(name)) != name:
         name = stem
     return numbered(name) or name
+
+
+def file_hash(path: str) -> int:
+    """64 bits that a file and its row have in common."""
+    return xxhash.xxh3_64_intdigest(join_key(clean_path(path)).encode("utf-8", "backslashreplace"))
 
 
 def _suffixes(path: str) -> Iterable[str]:

@@ -24,6 +24,7 @@ from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.listing import JUNK
 from pipeline.data.sources.samples import MAX_TABLE_BYTES, SampleScanner, Sidecar, items_of_sample, split_extension
+from pipeline.errors import UserError
 
 NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -331,6 +332,8 @@ def _first_members(uri: str, start: int = 0, stop: int = -1) -> tuple[str, ...]:
     names number their samples independently of each other."""
     with storage.open_file(uri) as file:
         packed = compression(file)
+        if not start and not packed and file.read(4) == b"PK\x03\x04":
+            raise UserError(f"{uri}: a zip archive with the name of a tar archive; rename it to .zip")
         file.seek(start)
         try:
             return tuple(member.name for _, member in itertools.islice(_members(file, packed, stop), FIRST_MEMBERS))

@@ -28,7 +28,9 @@ from pipeline.errors import UserError
 
 NAME = "tfrecord"
 
-SUFFIX = re.compile(r"(\.tfrecords?(\.gz)?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE)
+SUFFIX = re.compile(
+    r"(\.(tfrecords?|tfrec|record)(\.gz)?$|[.-]tfrecord(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$)", re.IGNORECASE
+)
 LABEL_FEATURES = (  # in order of preference
     "image/class/synset",
     "image/class/text",

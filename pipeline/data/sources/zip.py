@@ -55,9 +55,17 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     except FileNotFoundError:
         raise
     except DAMAGE as error:
+        if _is_tar(uri):
+            raise UserError(f"{uri}: a tar archive with the name of a zip archive; rename it to .tar") from error
         raise UserError(f"{uri}: not a zip archive, or damaged or encrypted ({error})") from error
     found.finish()
     return found.scan(fragments if members else [], [tuple(name for name, _ in members[:8])])
+
+
+def _is_tar(uri: str) -> bool:
+    with storage.open_file(uri) as file:
+        head = file.read(512)
+    return head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b"
 
 
 def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
