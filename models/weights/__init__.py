@@ -60,7 +60,9 @@ def translate(tensors: Weights, config: Mapping[str, Any] | None = None) -> Name
     weights = naming.translate(tensors)
     other = [name for name in weights if name.startswith(tuple(getattr(naming, "OTHER_PARTS", ())))]
     weights = {name: tensor for name, tensor in weights.items() if name not in set(other)}
-    not_finite = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    # torch.isfinite does not take floats of 8 bits
+    wide = ((name, tensor.float() if tensor.dtype.itemsize == 1 else tensor) for name, tensor in weights.items())
+    not_finite = [name for name, tensor in wide if not torch.isfinite(tensor).all()]
     if not_finite:
         raise UserError(f"not finite: {shorten(not_finite)}")
     return NamedWeights(

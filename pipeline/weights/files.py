@@ -24,10 +24,17 @@ from pipeline.weights.description import SUFFIXES, check_content
 
 MAX_UNFOLDED_BYTES = 1 << 30
 STATE_KEYS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder"),
-    *("state_dict", "model_state_dict", "model", "module", "net", "student", "encoder"),
+    *("state_dict_ema", "model_ema", "ema_model", "ema_state_dict", "params_ema", "ema", "teacher", "target_encoder"),
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "student", "encoder"),
 )
 """Keys under which training scripts save a state dict, in order of preference: averaged weights before trained ones."""
+
+
+OTHER_FILES = [  # (first bytes, what the file is) of files with the name of weights
+    (rb"$", "an empty file; fetch it again"),
+    (rb"(?i)\s*<(!doctype|html|head|\?xml)", "a web page or an error message in place of the file; fetch it again"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc|Rar!|\x28\xb5\x2f\xfd", "a compressed file; unpack it"),
+]
 
 
 class _AttributeDict(dict):
@@ -96,6 +103,10 @@ def _check_kind(data: Any, uri: str) -> None:
     """
     if _first_bytes(data).startswith(b"version https://git-lfs"):
         raise UserError(f"{uri}: a Git LFS pointer, not the file itself: run git lfs pull in the clone")
+    # a .safetensors file begins with a length, which may look like any of these
+    known = [] if uri.lower().endswith(".safetensors") else OTHER_FILES
+    if what := next((what for start, what in known if re.match(start, _first_bytes(data), re.DOTALL)), None):
+        raise UserError(f"{uri}: {what}")
     if not zipfile.is_zipfile(data):
         return
     with zipfile.ZipFile(data) as archive:
@@ -131,7 +142,7 @@ def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
     """(tensors of a PyTorch file, under the key that a training script used; notes on a choice among several)."""
     notes = []
     while isinstance(loaded, dict):
-        keys = [key for key in STATE_KEYS if _holds_tensors(loaded.get(key))]
+        keys = [key for key in STATE_KEYS if _holds_tensors(loaded.get(key))] or _other_keys(loaded, uri)
         if not keys:
             break
         if len(keys) > 1:
@@ -145,6 +156,17 @@ def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
     if odd := [str(n) for n, t in loaded.items() if not isinstance(n, str) or t.layout != torch.strided or t.is_meta]:
         raise UserError(f"{uri}: not a state dict of dense tensors by name: {shorten(odd)}")
     return loaded, notes
+
+
+def _other_keys(loaded: dict[Any, Any], uri: str) -> list[Any]:
+    """The key of the only state dict in a file without tensors beside it; empty if there is none. Raises UserError if there are
+    several."""
+    if any(isinstance(value, torch.Tensor) for value in loaded.values()):
+        return []
+    keys = [key for key, value in loaded.items() if _holds_tensors(value) and key != "state"]  # of an optimizer
+    if len(keys) > 1:
+        raise UserError(f"{uri}: contains several state dicts ({shorten(list(map(str, keys)))}): save one of them")
+    return keys
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -34,7 +34,7 @@ def read_folder(uri: str) -> tuple[Weights, list[str]]:
             return _read_parts(uri, f"{name}.index.json", names), []
     if has_state:
         return read_training_state(uri, recorded), []
-    if what := _other_layout(uri, names):
+    if what := _other_layout(names or {uri.rpartition("/")[2]}):
         raise UserError(f"{uri}: {what}")
     other = [name for name in sorted(names) if name.endswith(SUFFIXES)]
     if len(other) == 1:
@@ -68,8 +68,21 @@ def _read_parts(uri: str, index: str, names: set[str]) -> Weights:
     return tensors
 
 
-def _other_layout(uri: str, names: set[str]) -> str | None:
-    """The framework that wrote a folder, and how to convert the folder to one file with its tool."""
+OTHER_FRAMEWORKS = {  # by the end of a file name
+    (".gguf", ".ggml"): "a file of llama.cpp",
+    (".onnx",): "an ONNX graph",
+    (".h5", ".hdf5", ".keras"): "a file of Keras",
+    (".msgpack",): "a file of Flax: convert it with from_pretrained(FOLDER, from_flax=True) of transformers 4",
+    (".pdparams",): "a file of PaddlePaddle",
+    (".ckpt.index", ".ckpt.meta", "saved_model.pb", ".pb"): "a checkpoint or graph of TensorFlow",
+    (".mlmodel", ".mlpackage", ".tflite", ".engine", ".plan"): "a compiled model",
+    ("_METADATA", "_CHECKPOINT_METADATA", "_sharding"): "a checkpoint of Orbax",
+    (".pkl", ".pickle", ".joblib"): "a pickle, which may contain code and is not opened",
+}
+
+
+def _other_layout(names: set[str]) -> str | None:
+    """The framework that wrote a folder or a file, and how to convert it with the framework's tool."""
     if "zero_to_fp32.py" in names or any("zero_pp_rank_" in name for name in names):
         return "a DeepSpeed checkpoint: run zero_to_fp32.py in the folder of the run, and pass the resulting file"
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -77,6 +90,11 @@ def _other_layout(uri: str, names: set[str]) -> str | None:
             "a distributed PyTorch checkpoint: convert it to one file with "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
         )
+    if not any(name.endswith(SUFFIXES) for name in names):
+        for name in sorted(names):
+            what = next((what for ends, what in OTHER_FRAMEWORKS.items() if name.endswith(ends)), None)
+            if what is not None:
+                return f"{what}; save its tensors as .safetensors, .npz or a PyTorch state dict"
     return None
 
 

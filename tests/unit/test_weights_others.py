@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.errors import UserError
 from pipeline.weights import load_weights
@@ -239,6 +240,14 @@ KERNEL = torch.zeros(32, 3, 8, 8)
         ({"a.weight": KERNEL}, "not weights of a Vision Transformer"),
         ({"a.patch_embed.proj.weight": KERNEL, "b.patch_embed.proj.weight": KERNEL}, "contains several models (a., b.)"),
         ({"_fsdp_wrapped_module._flat_param": KERNEL}, "flat parameters of FSDP"),
+        ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": KERNEL}, "a LoRA adapter; merge it"),
+        ({"blocks.0.attn.qkv.weight": KERNEL, "blocks.0.attn.qkv.SCB": KERNEL}, "a quantised model"),
+        ({"image_encoder.patch_embed.proj.weight": KERNEL, "image_encoder.blocks.0.attn.rel_pos_h": KERNEL}, "SAM"),
+        ({"embeddings.patch_embeddings.weight": KERNEL, "rope_embeddings.inv_freq": KERNEL}, "rotary positions"),
+        ({"patch_embedding.weight": KERNEL, "positional_embedding.pos_embedding": KERNEL}, "pytorch_pretrained_vit"),
+        ({"transformer.embeddings.patch_embeddings.weight": KERNEL}, "ViT-pytorch"),
+        ({"backbone.patch_embed.projection.weight": KERNEL, "backbone.layers.0.ln1.weight": KERNEL}, "mmpretrain"),
+        ({"conv_stem.weight": KERNEL, "blocks.0.0.conv_pw.weight": KERNEL}, "EfficientNet"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -267,3 +276,61 @@ def test_a_torchscript_archive_and_a_git_lfs_pointer_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(UserError, match=r"model\.safetensors: a Git LFS pointer"):
         load_weights(tiny(), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("key", ["model_state", "network", "ema_model", "params_ema", "my_own_name"])
+def test_a_state_dict_under_any_one_key(tmp_path, key):
+    torch.save(
+        {key: tiny().state_dict(), "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "w.pt"
+    )
+    model = tiny(seed=9)
+    load_weights(model, tmp_path / "w.pt", strict_head=True)
+    assert torch.equal(logits(model), logits(tiny()))
+
+
+def test_state_dicts_under_two_unknown_keys_are_not_chosen_from(tmp_path):
+    torch.save({"generator": tiny().state_dict(), "discriminator": tiny().state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"contains several state dicts \(generator, discriminator\): save one of them"):
+        load_weights(tiny(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("w.onnx", b"\x08\x07", "an ONNX graph"),
+        ("w.gguf", b"GGUF", "llama.cpp"),
+        ("model.weights.h5", b"\x89HDF", "Keras"),
+        ("flax_model.msgpack", b"\x81", "from_flax=True"),
+        ("model.ckpt.index", b"x", "TensorFlow"),
+        ("w.pkl", b"\x80\x04", "which may contain code"),
+        ("w.pth", b"<!DOCTYPE html><html>", "a web page"),
+        ("w.pth.tar", b"\x1f\x8b\x08\0", "a compressed file; unpack it"),
+        ("w.pt", b"", "an empty file"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, file, content, words):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_weights(tiny(), tmp_path / file)
+
+
+def test_a_safetensors_file_may_begin_with_any_bytes(tmp_path):
+    """It begins with the length of its header, whose bytes may be those of another format, here gzip's."""
+    tensors = {name: tensor.contiguous() for name, tensor in tiny().state_dict().items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    data = (tmp_path / "w.safetensors").read_bytes()
+    length, wanted = int.from_bytes(data[:8], "little"), 0x088B1F
+    padded = wanted.to_bytes(8, "little") + data[8 : 8 + length] + b" " * (wanted - length) + data[8 + length :]
+    (tmp_path / "w.safetensors").write_bytes(padded)
+    model = tiny(seed=9)
+    load_weights(model, tmp_path / "w.safetensors", strict_head=True)
+    assert torch.equal(logits(model), logits(tiny()))
+
+
+def test_weights_of_8_bits_are_read(tmp_path):
+    state = {name: tensor.to(torch.float8_e4m3fn).contiguous() for name, tensor in tiny().state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    model = tiny(seed=9)
+    load_weights(model, tmp_path / "w.safetensors", strict_head=True)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name].float())

@@ -3,6 +3,8 @@
 To add a format, add an entry to the list. If Pillow or a Pillow plugin supports the format, an entry with `name`,
 `extensions` and `signature` is enough; otherwise a subclass of `Codec` overrides `open` or both decode methods."""
 
+import re
+
 import numpy as np
 
 from pipeline.data.codecs.avif import AVIF
@@ -40,6 +42,24 @@ CODECS: list[Codec] = [
     AVIF,
     HEIF,
 ]
+OTHER_FILES = [  # (first bytes, reason, detail) of files that are often named like images and are none
+    (rb"version https://git-lfs", "git lfs pointer", "run git lfs pull to fetch the file itself"),
+    (rb"(?i)\s*<(!doctype html|html|head|body)", "web page", "HTML in place of the image, as of a failed download"),
+    (
+        rb"(?i)(\xef\xbb\xbf)?\s*<(\?xml[^>]*\?>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<?svg",
+        "unsupported format",
+        "SVG",
+    ),
+    (rb"\s*<\?xml", "web page", "XML in place of the image, as of a failed download"),
+    (rb"%PDF", "unsupported format", "PDF"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "unsupported format", "JPEG XL"),
+    (rb".{128}DICM", "unsupported format", "DICOM"),
+    (rb"....ftyp(crx)", "unsupported format", "raw file of a camera"),
+    (rb"....ftyp(mp4|iso|qt|M4V|avc)", "unsupported format", "video"),
+    (rb"8BPS", "unsupported format", "Photoshop"),
+    (rb"#\?RADIANCE|v/1\x01", "unsupported format", "high dynamic range (Radiance or OpenEXR)"),
+    (rb"\x1f\x8b|PK\x03\x04|7z\xbc|Rar!|BZh|\xfd7zXZ", "unsupported format", "a compressed file; unpack it"),
+]
 OTHER = AnyOther(name="other")
 
 
@@ -67,11 +87,19 @@ def extensions() -> set[str]:
 def decode(data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
     """Decodes an image file of any format as a viewer shows it (first frame of an animation); see `Codec.decode`.
 
-    Raises Refused: empty, not an image, truncated, corrupt, too many pixels, too narrow, unsupported pixels.
+    Raises Refused: empty, not an image, git lfs pointer, web page, unsupported format, truncated, corrupt, too many pixels,
+    too narrow, unsupported pixels.
     """
     if not data:
         raise Refused("empty")
-    return find(data).decode(data, max_pixels, max_aspect)
+    try:
+        return find(data).decode(data, max_pixels, max_aspect)
+    except Refused as error:
+        if error.reason == "not an image":
+            found = next((found for signature, *found in OTHER_FILES if re.match(signature, data, re.DOTALL)), None)
+            if found is not None:
+                raise Refused(*found) from error
+        raise
 
 
 def decode_stored(data: bytes | memoryview) -> np.ndarray:

@@ -226,7 +226,7 @@ def _check_rejects(plan: PreparePlan, receipts: Sequence[dict[str, Any]], left_o
     hint = " (--allow-private-hosts permits them)" if "private address" in reasons else ""
     raise UserError(
         f"{len(refused):,} of {inputs:,} inputs were rejected, more than --max-reject-fraction "
-        f"{plan.config.max_reject_fraction:g}: {_text_of_reasons(reasons)}{hint} (such as {refused[0].key}; all in {where}). "
+        f"{plan.config.max_reject_fraction:g}: {_text_of_reasons(reasons)}{hint} (such as {refused[0].key}{f': {refused[0].detail}' if refused[0].detail else ''}; all in {where}). "
         "Repeat the command with a higher limit, which keeps the finished work; or fix the inputs, remove "
         f"{plan.work if plan.append else 'the output'} and start again"
     )

@@ -115,11 +115,7 @@ def scan_archives(
     rows = [(*row, by_file.get(row[0]), first) for scan in found for row, first in scan.numbered_fragments()]
     if not rows:
         raise UserError(f"{uri}: its {name} files have no rows")
-    if all(scan.nested for scan in found):
-        raise UserError(
-            f"{uri}: has archives instead of images in it, such as {found[0].nested}; unpack it, and give the archives in it, or "
-            "the folder that has them, with --source"
-        )
+    _refuse_nested(uri, found)
     naming = _naming(uri, found, options)
     names = {label for scan in found for label in scan.names}
     names |= naming.names() | _names_of_folders(found, naming)
@@ -153,6 +149,15 @@ def scan_archives(
         columns=options.columns,
         stamp=" ".join(scan.stamp for scan in found).strip(),
     )
+
+
+def _refuse_nested(uri: str, found: Sequence[FileScan]) -> None:
+    """Raises UserError if the archives have archives in place of images, except tars in a tar, which are read."""
+    if all(scan.nested for scan in found):
+        raise UserError(
+            f"{uri}: has archives instead of images in it, such as {found[0].nested}; unpack it, and give the archives in it, or "
+            "the folder that has them, with --source"
+        )
 
 
 def _chosen(paths: list[str], options: ScanOptions) -> list[str]:

@@ -303,7 +303,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
                 yield item._replace(refused=Refused("missing file"))
             elif isinstance(data, Exception):
                 yield item._replace(refused=Refused("unreadable", str(data)))
-            elif names is None and not matches(path) and not is_image_data(data):
+            elif names is None and source.need_labels and not matches(path) and not is_image_data(data):
                 yield item._replace(refused=Refused("not an image"))  # more helpful than "no label"
             elif row["row"] == items.NO_ROW and source.need_labels:
                 yield item._replace(refused=Refused("no row"))
