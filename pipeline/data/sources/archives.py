@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import storage, workqueue
+from pipeline import workqueue
 from pipeline.data.sources.columns import captions_error, look_like_captions
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source, is_included
 from pipeline.data.sources.layout import (
@@ -23,6 +23,7 @@ from pipeline.data.sources.layout import (
     layout_of_source,
     splits_of_files,
 )
+from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.naming import Naming, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable, file_hash, read_label_table
 from pipeline.errors import UserError, nearest
@@ -107,7 +108,7 @@ def scan_archives(
         raise UserError(f"{uri}: no {name} files in it")
     options = dataclasses.replace(options, table=table)
     jobs = [
-        (scan_file, storage.join(uri, path) if path else uri, path, size, options)
+        (scan_file, address_of(uri, path) if path else uri, path, size, options)
         for path, size in zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
     ]
     found: list[FileScan] = workqueue.map_tasks(_scan, jobs)
@@ -189,7 +190,7 @@ def _table_beside(uri: str, others: list[str], options: ScanOptions) -> tuple[La
     found = find_tables(others)
 
     def read(path: str, need_labels: bool) -> LabelTable:
-        return read_label_table(storage.join(uri, path), options.columns, need_labels=need_labels)
+        return read_label_table(address_of(uri, path), options.columns, need_labels=need_labels)
 
     tables = read_tables(found, read, not options.unlabelled)
     if tables:
@@ -319,7 +320,7 @@ def read_archives(
     """The items of some fragments. `read_fragment` takes the URI of the file, its
     name in keys, the fragment and the source."""
     for fragment in fragments.to_pylist():
-        uri = storage.join(source.uri, fragment["path"]) if fragment["path"] else source.uri
+        uri = address_of(source.uri, fragment["path"]) if fragment["path"] else source.uri
         name = fragment["path"] or source.uri.rpartition("/")[2]
         prefix = source.prefix
         if source.by_archive:

@@ -14,6 +14,7 @@ from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, is_text
 from pipeline.data.sources.items import Item, ScanOptions, Source
+from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.parquet_batches import MAX_COLUMN_BYTES, MAX_RATIO
 from pipeline.errors import UserError
 
@@ -31,7 +32,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     for path in files["path"].to_pylist():
         if path.rpartition("/")[2] == "state.json":
             with contextlib.suppress(ValueError, RecursionError, AttributeError):
-                if json.loads(storage.read_bytes(storage.join(uri, path))).get("_indices_data_files"):
+                if json.loads(storage.read_bytes(address_of(uri, path))).get("_indices_data_files"):
                     raise UserError(
                         f"{uri}/{path}: the data set is a selection of rows kept in another file; save it again after "
                         "flatten_indices()"

@@ -22,6 +22,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
+from pipeline.data.sources.listing import address_of
 from pipeline.errors import UserError, plural
 
 NAME = "cifar"
@@ -175,7 +176,7 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
     beside = [path for path in paths if path.rpartition("/")[0] == folder]
     meta = [path for path in beside if path.rpartition("/")[2] in META]
     try:
-        members = [(path.rpartition("/")[2], storage.read_bytes(storage.join(uri, path))) for path in meta]
+        members = [(path.rpartition("/")[2], storage.read_bytes(address_of(uri, path))) for path in meta]
         names = tuple(class_names([*members, *((path.rpartition("/")[2], b"") for path in unpacked)]))
     except ValueError as error:
         raise UserError(f"{uri}: not CIFAR, or damaged ({error}); fetch it again") from error

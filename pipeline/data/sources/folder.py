@@ -26,6 +26,7 @@ from pipeline.data.sources.items import (
 from pipeline.data.sources.label_join import has_large_tables, join_files
 from pipeline.data.sources.large_tables import open_label_table
 from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
+from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable
 from pipeline.errors import UserError, plural
@@ -99,7 +100,7 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
         return files, {}
 
     def read(path: str, need_labels: bool) -> LabelTable:
-        return open_label_table(storage.join(uri, path), options.columns, need_labels=need_labels)
+        return open_label_table(address_of(uri, path), options.columns, need_labels=need_labels)
 
     images = {folder for path in _paths(files) if matches(path) for folder in _folders_above(path)}
     read_at = read_tables(found, read, not options.unlabelled)
@@ -293,7 +294,7 @@ def read(source: Source, fragments: pa.Table) -> Iterator[Item]:
         contents = read_files(source.uri, [row["path"] for row in rows if row["size"] <= items.MAX_FILE_BYTES])
         for row in rows:
             path, names = row["path"], row["labels"]
-            key, where = source.prefix + path, storage.join(source.uri, path)
+            key, where = source.prefix + path, address_of(source.uri, path)
             item = Item(key, where, b"", names, split=row["split"])
             if row["size"] > items.MAX_FILE_BYTES:
                 yield item._replace(refused=too_large(row["size"]))

@@ -181,9 +181,10 @@ def profile_table(
         for name, values in outcome.summary.values.items():
             total.values[name].merge(values)
         found[outcome.name] = dataclasses.replace(outcome.summary, values={})
+    skip = reader.layout.skip if reader.layout else 0
     inside, lines, merged, numbered = False, 0, list[Chunk](), list[Chunk]()
     for name, chunk in units.items():
-        if inside or (merged and not lines):  # the chunk starts in a quoted cell, or has the header
+        if inside or (merged and lines <= skip):  # the chunk starts in a quoted cell, or has the header
             merged[-1] = dataclasses.replace(merged[-1], stop=chunk.stop)
         else:
             merged.append(chunk)

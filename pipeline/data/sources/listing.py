@@ -35,6 +35,11 @@ JUNK = (
 logger = logging.getLogger(__name__)
 
 
+def address_of(uri: str, path: str) -> str:
+    """The address of a listed file. Keeps the empty names of folders that object stores allow, as in photos//ant.jpg."""
+    return f"{uri.rstrip('/')}/{path}"
+
+
 class TooLarge(Exception):
     """Raised by `list_source` when it stops."""
 

@@ -141,7 +141,8 @@ class ChunkReader:
         """(number of lines, whether a quoted cell is open after the chunk). The latter for a chunk that starts outside a
         quoted cell, and for a chunk that starts in one."""
         if self.layout is None or not self.layout.delimiter:
-            return 1, (False, False)
+            skips = self.layout is not None and self.layout.skip
+            return sum(1 for _ in self.lines(chunk)) if skips else 1, (False, False)
         lines, outside, inside = 0, False, True
         open_cell = open_cell_pattern(self.layout.delimiter)
         for lines, line in enumerate(self.lines(chunk), 1):  # noqa: B007

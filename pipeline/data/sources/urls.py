@@ -21,6 +21,7 @@ from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, image_column, is_text
 from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, normalised_name, split_name
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, is_included
+from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.urltables import Table, open_table
 from pipeline.errors import StorageError, UserError
 
@@ -55,7 +56,7 @@ def is_list(uri: str, paths: Sequence[str], downloads: Downloads) -> bool:
     path = next((path for path in paths if matches(path or uri)), None)
     if path is None:
         return False
-    table_uri = storage.join(uri, path) if path else uri
+    table_uri = address_of(uri, path) if path else uri
     storage.read_bytes(table_uri, 0, 1)  # a file that cannot be read is not one of another format
     try:
         with open_table(table_uri) as table:
@@ -262,7 +263,7 @@ def _joined(source: Source, fragments: pa.Table) -> Iterator[tuple[str, str, dic
             continue
         if last is not None:
             path = last["path"]
-            yield storage.join(source.uri, path) if path else source.uri, path or source.uri.rpartition("/")[2], last
+            yield address_of(source.uri, path) if path else source.uri, path or source.uri.rpartition("/")[2], last
         last = fragment
 
 
