@@ -256,18 +256,27 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
     spots, colour over spots, luma over patches.
 
     The tone curve of a channel is a polynomial of degree two, clipped to 0..255. The better of the two directions
-    counts, because values that are clipped in one image cannot be predicted from it.
+    counts, because values that are clipped in one image cannot be predicted from it. The curve is that of luma, or, if luma
+    differs too much, one for each channel: where brightening has clipped one channel, luma does not follow its curve.
     """
-    one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
-    unexplained = _unexplained(one, other, inside), _unexplained(other, one, inside)
-    spots = min(_largest_mean(d, SPOT) for d in unexplained)
-    if spots > MAX_DIFFERENCE:
-        return spots, 255.0, 255.0
-    colour = spots if grey else min(_largest_mean(_unexplained(*p, inside), SPOT) for p in ((a, b), (b, a)))
     clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)
     use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
     side = max(SPOT, round(PATCH * len(a)) | 1)
-    return spots, colour, min(_largest_mean(d * use[:, :, None], side) for d in unexplained)
+
+    def largest(differences: list[np.ndarray]) -> tuple[float, float]:
+        patches = min(_largest_mean(d * use, side) for d in differences)
+        return min(_largest_mean(d, SPOT) for d in differences), patches
+
+    one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
+    luma = [_unexplained(*pair, inside)[:, :, 0] for pair in ((one, other), (other, one))]
+    spots, patches = largest(luma)
+    if spots > MAX_DIFFERENCE and (grey or not clipped.any()):
+        return spots, 255.0, 255.0
+    colours = [] if grey else [_unexplained(*pair, inside) for pair in ((a, b), (b, a))]
+    if colours and (spots > MAX_DIFFERENCE or patches > MAX_PATCH_DIFFERENCE):
+        by_channel = largest([cv2.cvtColor(d, cv2.COLOR_RGB2GRAY) for d in colours])
+        spots, patches = min(spots, by_channel[0]), min(patches, by_channel[1])
+    return spots, min((_largest_mean(d, SPOT) for d in colours), default=spots), patches
 
 
 def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> np.ndarray:
