@@ -24,12 +24,14 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import simplejpeg
+import torch
 
+from models import create_model
 from pipeline import workqueue
 from pipeline.data import codecs
 from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.candidates import PERCEPTUAL, boxes, candidate_lines, match_rows, unique_pairs
-from pipeline.data.duplicates.descriptors import Descriptor, match_vectors
+from pipeline.data.duplicates.descriptors import LIST_ROWS, PROBES, Descriptor, match_vectors
 from pipeline.data.duplicates.evaluation import EvaluationIndex, index_evaluation_sets
 from pipeline.data.duplicates.hashes import ROW, VIEW, Hashes, hash_image, join_keys
 from pipeline.data.duplicates.report import pair_sheet
@@ -259,11 +261,8 @@ def damaged(photos: list[np.ndarray]) -> dict[str, float]:
 
 
 def descriptor_cost(photos: list[np.ndarray]) -> dict[str, float]:
-    """CPU milliseconds of an image: a ResNet-50 with random weights at 288 pixels, as large as SSCD's, and one search."""
-    import torch
-
-    from models import create_model
-
+    """CPU milliseconds of an image: a ResNet-50 with random weights at 288 pixels, as large as SSCD's, and the search in one
+    full list of vectors, of which an image needs PROBES."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.pt"
@@ -272,14 +271,47 @@ def descriptor_cost(photos: list[np.ndarray]) -> dict[str, float]:
     begin = time.process_time()
     network(photos[:8])
     middle = time.process_time()
-    vectors = np.random.default_rng(0).normal(size=(20_000, 512)).astype(np.float16)
+    vectors = np.random.default_rng(0).normal(size=(LIST_ROWS, 512)).astype(np.float16)
     vectors /= np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True).astype(np.float16)
     end = time.process_time()
     match_vectors(np.arange(len(vectors)), vectors, 0.6, len(vectors), True)
     return {
         "network": round(1e3 * (middle - begin) / 8, 1),
-        "search_of_20000": round(1e3 * (time.process_time() - end) / len(vectors), 3),
+        "search_of_a_list": round(1e3 * (time.process_time() - end) / len(vectors), 3),
+        "lists": PROBES,
     }
+
+
+class Colours(torch.nn.Module):
+    """The smallest network that separates photographs: mean and standard deviation of each channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        flat = images.flatten(2)
+        return torch.cat([flat.mean(2), flat.std(2)], dim=1)
+
+
+def levels(photos: list[np.ndarray]) -> dict[str, float]:
+    """CPU milliseconds an image of the whole of `prepare`, by level of the search, for JPEG files of quality 95."""
+    torch.set_num_threads(1)
+    milliseconds = {}
+    with tempfile.TemporaryDirectory() as folder, workqueue.without_ray():
+        (Path(folder) / "corpus").mkdir()
+        for i, pixels in enumerate(photos):
+            data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 95, "RGB", "444")
+            (Path(folder) / "corpus" / f"{i:04d}.jpg").write_bytes(data)
+        torch.jit.save(torch.jit.script(Colours()), f"{folder}/network.pt")
+        network = {"deduplicate": "near", "descriptor": f"{folder}/network.pt", "descriptor_similarity": 0.999}
+        ways = {
+            "off": {},
+            "exact": {"deduplicate": "exact"},
+            "near": {"deduplicate": "near"},
+            "near with a small network": network,
+        }
+        for i, (name, options) in enumerate(ways.items()):
+            begin = time.process_time()
+            prepare(PrepareConfig(source=(f"{folder}/corpus",), output=f"{folder}/{i}", unlabelled=True, **options))
+            milliseconds[name] = round(1e3 * (time.process_time() - begin) / len(photos), 1)
+    return {"photographs": len(photos)} | milliseconds
 
 
 def through_prepare(photos: list[np.ndarray]) -> dict[str, dict[str, float]]:
@@ -342,6 +374,7 @@ PARTS = [
     "small",
     "damaged",
     "descriptor",
+    "levels",
     "join",
 ]
 
@@ -390,6 +423,7 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
         "small": lambda: {"photographs": len(photos)} | small_pictures(photos),
         "damaged": lambda: {"photographs": len(photos)} | damaged(photos),
         "descriptor": lambda: descriptor_cost(photos),
+        "levels": lambda: levels(photos),
         "join": lambda: [join_cost(count) for count in (5_000, 10_000, 20_000, 40_000)],
     }
     return {"distance": DISTANCE} | {name: parts[name]() for name in options.parts} | {"host": {"cpus": os.cpu_count()}}

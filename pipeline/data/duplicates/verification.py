@@ -225,10 +225,14 @@ def _to_unit(pixel_map: np.ndarray, side: int, larger: int) -> np.ndarray:
 def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float, float, float]:
     grey = [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b)]
     fine = [g - cv2.GaussianBlur(g, (0, 0), 2.5) for g in grey]
-    clipped = (grey[0] > 250) | (grey[1] > 250) | (grey[0] < 5) | (grey[1] < 5)  # clipped pixels have no structure
-    use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    if use.sum() < 0.15 * use.size:
-        use = inside
+    use = inside
+    for channels in ((a, b), grey):  # clipped pixels have no structure, and pixels with a clipped channel less
+        low, high = np.minimum(*channels), np.maximum(*channels)
+        clipped = ((low < 5) | (high > 250)).reshape(*inside.shape, -1).any(axis=2)
+        intact = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+        if intact.sum() >= 0.15 * intact.size:
+            use = intact
+            break
     detail = _correlation(fine[0][use], fine[1][use])
     edges = np.linspace(0, len(a), _blocks(len(a)) + 1).astype(int)
     blocks, places = [], 0
@@ -260,7 +264,7 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
     differs too much, one for each channel: where brightening has clipped one channel, luma does not follow its curve.
     """
     clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)
-    use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    use = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
     side = max(SPOT, round(PATCH * len(a)) | 1)
 
     def largest(differences: list[np.ndarray]) -> tuple[float, float]:

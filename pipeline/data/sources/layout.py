@@ -162,7 +162,7 @@ def _without_splits_above(dirs: dict[tuple[str, ...], int], class_level: int | N
     one_class = found is None
     if found is None:  # the first folder that may be a class
         found = next(
-            (k for k, name in enumerate(max(dirs, key=len, default=())) if name.lower() not in CONTAINERS), None
+            (k for k, name in enumerate(max(dirs, key=len) if dirs else ()) if name.lower() not in CONTAINERS), None
         )
     below = None if found is None else found + 1
     while below is not None and dirs and _reaches(dirs, below):
