@@ -45,4 +45,4 @@ def mlflow_server(folder: Path, port: int | None = None, password: str | None = 
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             child.terminate()
-        process.wait(30)
+        process.wait(120)

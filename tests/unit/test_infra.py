@@ -168,6 +168,11 @@ def test_the_watcher_is_started_with_existing_options():
         command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         starts[group["groupName"]] = command[2:]
         assert preemption.arguments(command[2:]).grace < pod["terminationGracePeriodSeconds"]
+    sky = yaml.safe_load((INFRA / "skypilot" / "pretrain.yaml").read_text())["run"]
+    (command,) = [line for line in sky.splitlines() if "preemption.py" in line]
+    for cloud in ("aws", "gcp"):  # as SKYPILOT_CLUSTER_INFO names them, in lower case
+        words = shlex.split(command.replace("$cloud", cloud).replace("$head", "10.0.0.2"))[2:]
+        assert preemption.arguments(words[: words.index(">")]).watch == cloud
     for name, argv in starts.items():
         options = preemption.arguments([word for word in argv[: argv.index(">")] if word] if ">" in argv else argv)
         assert options.watch == name.removesuffix(".yaml") if name.endswith(".yaml") else options.now
