@@ -1,6 +1,7 @@
 """The engine on one worker: bad steps are detected, dropped, counted and reported; a continued run makes the same
 decisions as an uninterrupted one; every option of the engine computes the right result."""
 
+import errno
 import json
 import math
 import os
@@ -11,19 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.data.format import open_dataset
+from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
 from pipeline.tracking import names
+from pipeline.training import checkpoint, loop
 from pipeline.training import engine as engine_module
-from pipeline.training import loop
 from pipeline.training.advice import data_wait_advice
 from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from pipeline.training.run import Incomplete, summarize
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
 from pipeline.weights import checkpoints
-from tests.datasets import write_tinted
+from tests.datasets import CLASSES, write_tinted
 from tests.runs import changed, lines_of_log, pretrain_config
 from tests.workers import continued, run
 
@@ -146,6 +148,40 @@ def test_too_many_bad_steps_in_a_row_end_the_run(base, alone, tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="skipped 3 steps in a row; reason of the last one, 8"):
         train(changed(base, stop_after_skipped=3), tmp_path)
     assert checkpoints.latest(str(tmp_path)).step == 7
+
+
+def test_replaced_images_are_counted_in_the_log_the_records_and_the_summary(base, alone, tmp_path):
+    rows = open_dataset(base.runtime.data).read(range(48))
+    stored = [(r["key"], b"?" if i in (3, 30) else r["image"], r["label"], 16, 16) for i, r in enumerate(rows)]
+    write_dataset(str(tmp_path / "data"), stored, classes=CLASSES)
+    config = changed(base, data=str(tmp_path / "data"), steps="6steps", spike=None)
+    _, result, lines, record = train(config, tmp_path / "run")
+    assert result["replaced"] == 2
+    assert "pretrain: replaced=2" in summarize({**result, "seconds": 1.0}).splitlines()
+    assert [line for line in lines if line.startswith("step 6/6  loss ") and "  replaced 2  " in line]
+    assert [metrics[names.REPLACED] for _, metrics in record.logged if names.REPLACED in metrics][-1] == 2
+    with pytest.raises(UserError, match=r"replaced 2 images .*; --max-replaced allows 1\. The last one is 00(03|30) "):
+        train(changed(config, max_replaced=1), tmp_path / "limited")
+
+
+def test_the_end_names_the_checkpoints_that_a_full_disk_has_cost(base, alone, tmp_path, monkeypatch):
+    save = checkpoint.save_file
+
+    def refuse_from_step_3(tensors, path, *more):
+        if "step-00000002" not in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, *more)
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse_from_step_3)
+    _, result, lines, _ = train(changed(base, steps="6steps", checkpoint_every="2steps", spike=None), tmp_path)
+    assert [line.split("; ")[0] for line in lines if "could not be written" in line] == [
+        "warning: the checkpoint of step 4 could not be written"
+    ]
+    summary = summarize({**result, "seconds": 1.0}).splitlines()
+    assert {"pretrain: checkpoint=none", "pretrain: missing=checkpoints of steps 4, 6"} <= set(summary)
+    assert str(Incomplete(result)).startswith("the checkpoint of step 6 could not be written (")
+    assert "No space left" in str(Incomplete(result))
+    assert checkpoints.latest(str(tmp_path)).step == 2
 
 
 def test_a_median_of_few_losses_calls_nothing_a_spike():
