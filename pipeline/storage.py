@@ -92,7 +92,7 @@ def not_written(uri: str | None, error: OSError) -> NotWritten:
 
 
 def refuse_special(path: str) -> None:
-    """Raises UserError for a local file that could be read for ever: a pipe, a socket, a device, a stream of the kernel."""
+    """Raises UserError for a local file that could be read forever: a pipe, a socket, a device, a stream of the kernel."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # missing, on a store, or a NUL in its name: opening it says so

@@ -159,7 +159,7 @@ def _state_dict(loaded: Any, uri: str) -> tuple[Weights, list[str]]:
 
 
 def _other_keys(loaded: dict[Any, Any], uri: str) -> list[Any]:
-    """The key of the only state dict in a file without tensors beside it; empty if there is none. Raises UserError if there are
+    """The key of the only state dict in a file that has no tensors next to it; empty if there is none. Raises UserError if there are
     several."""
     if any(isinstance(value, torch.Tensor) for value in loaded.values()):
         return []

@@ -151,7 +151,7 @@ def test_folders_with_similar_names_are_classes(tmp_path, names):
 
 
 def test_a_folder_called_images_is_no_class(tmp_path):
-    """Oxford-IIIT Pet: all images in one folder, a table with columns of numbers beside it."""
+    """Oxford-IIIT Pet: all images in one folder, and a table with columns of numbers."""
     files = {f"images/{name}.jpg": "" for name in ("Abyssinian_1", "beagle_2", "beagle_3")}
     text = "#Image CLASS-ID SPECIES BREED ID\nAbyssinian_1 1 1 1\nbeagle_2 2 2 1\nbeagle_3 2 2 1\n"
     root = write(tmp_path, files | {"annotations/list.txt": text})
