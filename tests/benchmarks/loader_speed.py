@@ -191,10 +191,10 @@ def simulated_manifest(folder: str) -> str:
     return str(path)
 
 
-def child(python: str, *arguments: object, timeout: float = 300) -> dict:
-    """Runs this file again with `arguments` on two cores; its last line of output is JSON."""
+def child(python: str, *arguments: object, script: str = __file__, timeout: float = 300) -> dict:
+    """Runs a script with `arguments` on two cores; its last line of output is JSON."""
     cores = sorted(os.sched_getaffinity(0))[:THREADS]
-    command = ["taskset", "-c", ",".join(map(str, cores)), python, __file__, *map(str, arguments)]
+    command = ["taskset", "-c", ",".join(map(str, cores)), python, script, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -268,7 +268,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "host": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": THREADS,
             "kernel": platform.release(),
             "python": platform.python_version(),
@@ -287,7 +287,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 

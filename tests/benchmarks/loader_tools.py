@@ -86,7 +86,7 @@ class _Files:
         return one(self.paths[i].read_bytes())
 
 
-def _torch_loader(dataset: object, workers: int, **options: object) -> Iterator[np.ndarray]:
+def torch_loader(dataset: object, workers: int, **options: object) -> Iterator[np.ndarray]:
     import torch
     from torch.utils.data import DataLoader
 
@@ -98,10 +98,10 @@ def _torch_loader(dataset: object, workers: int, **options: object) -> Iterator[
 
 
 def torch_dataloader(work: Path, workers: int) -> Iterator[np.ndarray]:
-    return _torch_loader(_Files(work), workers, shuffle=True)
+    return torch_loader(_Files(work), workers, shuffle=True)
 
 
-def _webdataset_row(row: dict) -> np.ndarray:
+def decode_row(row: dict) -> np.ndarray:
     return one(row["jpg"])
 
 
@@ -109,8 +109,8 @@ def webdataset(work: Path, workers: int) -> Iterator[np.ndarray]:
     import webdataset as wds
 
     shards = sorted(str(path) for path in (work / "tar").iterdir())
-    pipeline = wds.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(1000).map(_webdataset_row)
-    return _torch_loader(pipeline, workers)
+    pipeline = wds.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(1000).map(decode_row)
+    return torch_loader(pipeline, workers)
 
 
 def mosaicml_streaming(work: Path, workers: int) -> Iterator[np.ndarray]:
@@ -133,10 +133,10 @@ def mosaicml_streaming(work: Path, workers: int) -> Iterator[np.ndarray]:
         with MDSWriter(out=str(work / "mds"), columns={"image": "bytes", "label": "int"}) as writer:
             for i, path in enumerate(sorted((work / "files").iterdir())):
                 writer.write({"image": path.read_bytes(), "label": i % 1000})
-    return _torch_loader(Rows(local=str(work / "mds"), shuffle=True, batch_size=BATCH), workers)
+    return torch_loader(Rows(local=str(work / "mds"), shuffle=True, batch_size=BATCH), workers)
 
 
-def _datasets_rows(rows: dict) -> dict:
+def decode_rows(rows: dict) -> dict:
     return {"image": [one(data) for data in rows["image"]]}
 
 
@@ -145,7 +145,7 @@ def hf_datasets(work: Path, workers: int) -> Iterator[np.ndarray]:
 
     files = [str(path) for path in sorted((work / "shards").glob("part-*.parquet"))]
     table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(work / "hf"), split="train")
-    return _torch_loader(table.select_columns(["image"]).with_transform(_datasets_rows), workers, shuffle=True)
+    return torch_loader(table.select_columns(["image"]).with_transform(decode_rows), workers, shuffle=True)
 
 
 def litdata(work: Path, workers: int) -> Iterator[np.ndarray]:

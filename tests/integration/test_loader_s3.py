@@ -164,6 +164,20 @@ def test_the_cache_saves_requests_and_stays_within_its_limit(dataset, on_disk, t
     assert 0 < sum(os.path.getsize(file) for file in small.iterdir()) <= total // 2
 
 
+def test_the_workers_of_a_node_fill_one_cache(dataset, tmp_path):
+    data, proxy = dataset
+    shared = {"cache_dir": str(tmp_path / "cache"), "world_size": 2}
+    for number in range(3):
+        before = len(gets(proxy))
+        for rank in range(2):
+            epoch(data, rank=rank, epoch=number, **shared)
+        requests = len(gets(proxy)) - before
+        if number == 0:
+            assert requests == len(data.row_groups)
+        else:
+            assert requests == 0  # although each worker reads other row groups than before
+
+
 def test_closing_does_not_wait_for_an_unavailable_store(dataset):
     data, proxy = dataset
     proxy.fault = lambda method, path, n: "503"
