@@ -1,15 +1,16 @@
-"""Speed of `prepare` compared with a simple loop, MosaicML's MDSWriter and Ray Data.
+"""Speed of `prepare` compared with a simple loop and with the writers of other tools.
 
     python tests/benchmarks/prepare_speed.py --photos FOLDER                      JPEG files of ordinary size
-    python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and MDSWriter (see loader_speed.py)
+    python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and four peers (see loader_speed.py; and Daft)
     python tests/benchmarks/prepare_speed.py --small 10000 1000000                memory against the number of images
 
 All tools read the same files and make the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90,
 4:2:0.
 `limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode; nothing is checked or written.
 `unit` is one unit of ours without Ray. `job` is our whole job: strict decoding, checksums, statistics, shards, manifest.
-`mds` is MDSWriter, a process for each core with a folder of its own, as its documentation has it. `ray_data` is
-read_binary_files, map_batches and write_parquet. Rates are steady: from the first unit, batch or file that is done to the
+`mds` is MosaicML's MDSWriter and `webdataset` is ShardWriter, a process for each core with a folder of its own, `litdata` is
+its optimize with a worker for each core, `daft` its DataFrame on one process with a thread for each core, and `ray_data` is
+read_binary_files, map_batches and write_parquet. The seconds of a tool include its end, which is cluster.disconnect for ours. Rates are steady: from the first unit, batch or file that is done to the
 last; `seconds` is all of it, start included. `cpu_ms` is CPU time per image over the process tree in that same time, which other
 work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the tool's. Ray Data takes up to 0.3 s to start the next
 task on a CPU that has become free, which shows in the rates of small corpora (docs/journal.md).
@@ -93,6 +94,7 @@ def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
     config = PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
     cluster.configure(num_cpus=cpus, dashboard=False)
     yield from _beside(lambda: prepare(config, on_progress=note), done)
+    cluster.disconnect()
 
 
 def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
@@ -110,8 +112,17 @@ def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
 
 
 def mds(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from _processes("mds", paths, output, cpus)
+
+
+def webdataset(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from _processes("webdataset", paths, output, cpus)
+
+
+def _processes(writer: str, paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    """Writes with a process for each CPU."""
     done = f"{output}.done"
-    command = [sys.executable, __file__, "--mds", output, done]
+    command = [sys.executable, __file__, "--write", writer, output, done]
     os.makedirs(output)
     for i in range(cpus):
         Path(f"{done}{i}").unlink(missing_ok=True)  # of the run before
@@ -119,33 +130,107 @@ def mds(paths: list[str], output: str, cpus: int) -> Iterator[int]:
         subprocess.Popen([*command, str(i), *paths[i::cpus]], env={**os.environ, "PYTHONWARNINGS": "ignore"})
         for i in range(cpus)
     ]
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
-        time.sleep(0.02)
-        now = sum(os.path.getsize(f"{done}{i}") for i in range(cpus) if os.path.exists(f"{done}{i}"))
-        if now > seen:
-            yield (now - seen) * 64
-            seen = now
+    yield from _counted(lambda: any(writer.poll() is None for writer in writers), [f"{done}{i}" for i in range(cpus)])
     assert not any(writer.returncode for writer in writers)
 
 
-def write_mds(output: str, done: str, number: int, paths: list[str]) -> None:
-    """One process of MDSWriter; a byte is added to `done` for every 64 images."""
+def _counted(running: Callable[[], bool], logs: list[str]) -> Iterator[int]:
+    """Yields the images that the bytes of the logs count, 64 each."""
+    seen, over = 0, False
+    while not over:
+        over = not running()
+        now = sum(os.path.getsize(log) for log in logs if os.path.exists(log))
+        if now > seen:
+            yield (now - seen) * 64
+            seen = now
+        time.sleep(0.02)
+
+
+def write_part(writer: str, output: str, done: str, number: int, paths: list[str]) -> None:
+    """One process of MDSWriter or ShardWriter; a byte is added to `done` for every 64 images."""
     from pipeline.libraries import load_torchvision
 
     load_torchvision()  # streaming imports torchvision
-    from streaming import MDSWriter
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(f"{done}{number}", "wb", 0))
+        if writer == "mds":
+            from streaming import MDSWriter
 
-    columns = {"key": "str", "image": "bytes", "label": "int"}
-    with (
-        MDSWriter(out=f"{output}/{number}", columns=columns, hashes=["sha1"]) as writer,
-        open(f"{done}{number}", "wb", 0) as log,
-    ):
+            columns = {"key": "str", "image": "bytes", "label": "int"}
+            mds_file = stack.enter_context(MDSWriter(out=f"{output}/{number}", columns=columns, hashes=["sha1"]))
+        else:
+            import webdataset
+
+            shards = webdataset.ShardWriter(f"{output}/{number}-%06d.tar", maxsize=64 << 20, verbose=0)
+            tars = stack.enter_context(shards)
         for i, path in enumerate(paths, 1):
             with open(path, "rb") as file:
-                writer.write({"key": path, "image": shrink(file.read()), "label": 0})
+                image = shrink(file.read())
+            if writer == "mds":
+                mds_file.write({"key": path, "image": image, "label": 0})
+            else:
+                tars.write({"__key__": Path(path).stem, "jpg": image, "cls": b"0"})
             if i % 64 == 0:
                 log.write(b".")
+
+
+def litdata(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    done = f"{output}.done"
+    Path(done).unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--write", "litdata", output, done, str(cpus), *paths]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    yield from _counted(lambda: process.poll() is None, [done])
+    assert not process.returncode
+
+
+def optimize(output: str, done: str, cpus: int, paths: list[str]) -> None:
+    """litdata's optimize. A worker adds a byte to `done` for every 64 images of its own."""
+    import functools
+
+    from litdata import optimize
+
+    optimize(
+        fn=functools.partial(_optimized, done),
+        inputs=paths,
+        output_dir=output,
+        chunk_bytes="64MB",
+        num_workers=cpus,
+        verbose=False,
+    )
+
+
+_written = 0
+
+
+def _counted_shrink(done: str, path: str) -> bytes:
+    """The image of a file; every 64th adds a byte to `done`."""
+    global _written
+    _written += 1
+    if _written % 64 == 0:
+        with open(done, "ab", 0) as log:
+            log.write(b".")
+    with open(path, "rb") as file:
+        return shrink(file.read())
+
+
+def _optimized(done: str, path: str) -> dict:
+    return {"key": path, "image": _counted_shrink(done, path), "label": 0}
+
+
+def daft(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    import daft
+
+    done = f"{output}.done"
+    Path(done).unlink(missing_ok=True)
+
+    @daft.func(return_dtype=daft.DataType.binary())
+    def small(path: str) -> bytes:
+        return _counted_shrink(done, path)
+
+    rows = daft.from_pydict({"path": paths}).into_batches(256)
+    thread = threading.Thread(target=lambda: rows.with_column("image", small(rows["path"])).write_parquet(output))
+    thread.start()
+    yield from _counted(thread.is_alive, [done])
 
 
 def _beside(work: Callable[[], object], done: list[int]) -> Iterator[int]:
@@ -177,7 +262,8 @@ def _files(work: Callable[[], object], output: str, suffix: str, count: int) -> 
     assert sum(pq.read_metadata(path).num_rows for path in Path(output).glob(f"*{suffix}")) == count
 
 
-TOOLS = {tool.__name__: tool for tool in (limit, unit, job, mds, ray_data)}
+TOOLS = {tool.__name__: tool for tool in (limit, unit, job, ray_data, mds, webdataset, litdata, daft)}
+PEERS = ("mds", "webdataset", "litdata", "daft")
 
 
 # ---------------------------------------------------------------- measuring
@@ -304,14 +390,14 @@ def child(python: str, *arguments: object) -> dict:
 def benchmark(options: argparse.Namespace) -> dict:
     peers = str(Path(options.peers) / "bin" / "python") if options.peers else None
     plan = [("limit", 2), ("job", 2), ("limit", 1), ("unit", 1), ("job", 1), ("ray_data", 2)]
-    plan += [("mds", 1), ("mds", 2)] if peers else []
+    plan += [(peer, 2) for peer in PEERS] if peers else []
     runs: dict[str, list[dict]] = {f"{tool}, {cpus} CPU": [] for tool, cpus in plan}
     with tempfile.TemporaryDirectory(dir=options.room) as room:
         source = photos_of(options.photos, options.count, f"{room}/photos")
         size = sum(p.stat().st_size for p in Path(source).rglob("*.jpg")) / options.count
         for _ in range(options.repeats):  # tools take turns
             for tool, cpus in plan:
-                python = peers if tool == "mds" and peers else sys.executable
+                python = peers if tool in PEERS and peers else sys.executable
                 runs[f"{tool}, {cpus} CPU"].append(child(python, "--measure", tool, cpus, source, f"{room}/out"))
                 shutil.rmtree(f"{room}/out", ignore_errors=True)
                 print(tool, cpus, runs[f"{tool}, {cpus} CPU"][-1], flush=True)
@@ -339,11 +425,14 @@ def main() -> None:
     parser.add_argument("--small", type=int, nargs="+", help="numbers of small images for measuring memory")
     parser.add_argument("--room", help="folder for the corpus and what is made of it")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare_speed.json")
-    for name, count in (("--measure", 4), ("--mds", "+"), ("--memory", 3)):
+    for name, count in (("--measure", 4), ("--write", "+"), ("--memory", 3)):
         parser.add_argument(name, nargs=count, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.mds:
-        write_mds(options.mds[0], options.mds[1], int(options.mds[2]), options.mds[3:])
+    if options.write and options.write[0] == "litdata":
+        optimize(options.write[1], options.write[2], int(options.write[3]), options.write[4:])
+        return
+    if options.write:
+        write_part(*options.write[:3], int(options.write[3]), options.write[4:])
         return
     if options.measure:
         tool, cpus, source, output = options.measure
