@@ -8,14 +8,19 @@ import simplejpeg
 
 from pipeline.data.codecs import Picture
 from pipeline.data.patches import patchify
+from pipeline.data.scratch import scratch
 
 Fit = Literal["crop", "squash"]
 
 
 def shrink(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resizes with area averaging (no aliasing) for shrinking and bicubic interpolation for enlarging."""
+    """Resizes with area averaging (no aliasing) for shrinking and bicubic interpolation for enlarging. The result is valid
+    until this thread resizes the next image."""
     smaller = width <= pixels_HWC.shape[1] and height <= pixels_HWC.shape[0]
-    return cv2.resize(pixels_HWC, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
+    resized = scratch("shrink", (height, width, *pixels_HWC.shape[2:]))
+    return cv2.resize(
+        pixels_HWC, (width, height), resized, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
+    )
 
 
 def as_jpeg(picture: Picture, data: bytes, size: int, quality: int, lossless: bool = True) -> tuple[bytes, np.ndarray]:

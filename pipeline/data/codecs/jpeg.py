@@ -1,11 +1,14 @@
 """JPEG, decoded by libjpeg-turbo with Pillow as fallback."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import simplejpeg
 
 from pipeline.data.codecs.base import MAX_ASPECT, Codec, Picture, Refused, check_size, orientation_of, upright
 from pipeline.data.scratch import scratch
 
+SCAN = 0xDA  # marker
 INKS = ("CMYK", "YCCK")  # decoded by Pillow, which supports Adobe's inverted CMYK
 
 
@@ -38,7 +41,7 @@ class Jpeg(Codec):
                 raise Refused("corrupt", message) from error
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=False)
         orientation = 1
-        if b"Exif\0\0" in data or b"tiff:Orientation" in data:  # may follow other segments such as profiles
+        if _has_tags(data):
             orientation = self._orientation(data)
         return Picture(upright(pixels, orientation), orientation == 1)
 
@@ -58,22 +61,36 @@ class Jpeg(Codec):
         return super().decode_stored(data, max_pixels)
 
 
-def uncommon_kind(data: bytes) -> str:
-    """ "12-bit JPEG" or "lossless JPEG" if the frame header has this unsupported kind; otherwise empty."""
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, offset) of the segments with content, up to the first scan. Ends early at stray bytes."""
     position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
+    while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # fill bytes
             position += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
             position += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        else:
+            yield marker, position
+            if marker == SCAN:
+                return
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+
+
+def _has_tags(data: bytes) -> bool:
+    """Whether there may be an orientation: tags precede the first scan, and may follow profiles and other segments."""
+    end = next((position for marker, position in _segments(data) if marker == SCAN), len(data))
+    return data.find(b"Exif\0\0", 0, end) >= 0 or data.find(b"tiff:Orientation", 0, end) >= 0
+
+
+def uncommon_kind(data: bytes) -> str:
+    """ "12-bit JPEG" or "lossless JPEG" if the frame header has this unsupported kind; otherwise empty."""
+    for marker, position in _segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position + 9 <= len(data):
             bits = data[position + 4]
             if marker in (0xC3, 0xC7, 0xCB, 0xCF):
                 return "lossless JPEG"
             return "" if bits == 8 else f"{bits}-bit JPEG"
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return ""
 
 

@@ -25,6 +25,10 @@ from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.sources import Item
 from pipeline.errors import NotRead
 
+MEASURED_ROWS = (
+    16  # rows of pixels for the mean and the standard deviation of a corpus; all rows would take 0.2 ms an image
+)
+
 
 def prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
     """Reads, checks, transforms and writes slice `number` of the plan. Returns its receipt.
@@ -180,8 +184,8 @@ def _prepare_item(item: Item, split: str, plan: PreparePlan, counts: _Counts, wr
     counts.keys.add(key)
     counts.alike, counts.label = counts.alike + (label == counts.label), label
     height, width = picture.shape[:2]
-    # A quarter of the pixel rows is sufficient for the mean over a corpus, at a quarter of the cost.
-    writer.write(item.key, stored, label, width, height, pixels[::4])
+    step = max(1, len(pixels) // MEASURED_ROWS)
+    writer.write(item.key, stored, label, width, height, pixels[step // 2 :: step])
 
 
 def _duplicate_in_dataset(
