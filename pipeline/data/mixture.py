@@ -81,7 +81,7 @@ def open_data(text: str) -> Dataset:
             return open_dataset(text)
         except UserError as error:
             if hint := address.hint(text):
-                raise UserError(f"{error}{hint}") from error
+                raise type(error)(f"{error}{hint}") from error
             raise
     shares = address.shares(text)
     return Mixture(address.normalise(text), [open_dataset(uri) for uri, _ in shares], [share for _, share in shares])

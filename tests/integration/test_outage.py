@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import mlflow
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -198,6 +199,25 @@ def test_tasks_of_vtab_have_no_problem_in_an_outage(store, vtab_raw, monkeypatch
     proxy.fault = Outage(r"\.tar|train800\.txt", begin=1)
     with pytest.raises(StorageError, match="no answer"):
         plan_tasks([request])
+
+
+@pytest.mark.parametrize("begin", [1, 2, 3])
+def test_columns_that_cannot_be_read_in_an_outage_are_not_wrong(store, monkeypatch, begin):
+    from pipeline import storage
+    from pipeline.data import sources
+
+    bucket, proxy = store
+    image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    table = pa.table({"image": [image] * 20_000, "set": ["train", "test"] * 10_000, "label": ["a", "b"] * 10_000})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    storage.write_bytes(f"{bucket}/tables/rows.arrow", sink.getvalue().to_pybytes())
+    monkeypatch.setenv("VIT_STORE_PATIENCE", "0.3")
+    proxy.fault = outage = Outage(r"rows\.arrow", begin=begin)
+    with pytest.raises(StorageError, match="no answer"):
+        sources.discover([f"{bucket}/tables"])
+    assert outage.refused
 
 
 def test_model_card_does_not_say_in_an_outage_that_files_cannot_be_read(store, monkeypatch):

@@ -55,8 +55,8 @@ class RowColumns:
             self.split = split_column(
                 names, None if named.split in self.partitions else named.split, distinct or (lambda _: ())
             )
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        except UserError as error:  # or StorageError, of `distinct`
+            raise type(error)(f"{where}: {error}") from error
         if wanted in self.partitions:
             self.label = None
         texts = {normalised_name(f.name): f.name for f in schema if f.name != self.image and is_text(f.type)}
