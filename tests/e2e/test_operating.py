@@ -61,7 +61,7 @@ EXPECTED_OUTPUT = {
     "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\nval: prepared=\d ",
     "prepare.py vtab": r"^smallnorb_elevation +test ",
     "jobs/doctor.py": r"^doctor: 0 error, ",
-    "--dry-run": rf"^  schedule  {STEPS} steps of 16 ",
+    "--dry-run": rf"^  schedule  {STEPS:,} steps of 16 ",
     "prepare.py describe": r"^  images +29\d as jpeg",
     "prepare.py verify": r"/data/train: verified, no problems found$",
     "jobs/transfer.py": r"^mean of 19 ",
