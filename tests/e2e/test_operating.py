@@ -255,7 +255,7 @@ def resumed(training: Command, line: str, step: int) -> int:
     if step:
         workers = int(re.search(r"--workers (\d+)", line)[1]) // 8
         step = int(
-            training.until(rf"{LOGGED}resumed from {RUN}/checkpoints/step-(\d+){ATTEMPT} on {workers} workers")[1]
+            training.until(rf"{LOGGED}resumed from {RUN}/checkpoints/step-(\d+){ATTEMPT} on {workers} workers?$")[1]
         )
     training.until(LOGGED + r"step \d+/\d+  loss ")
     return step

@@ -28,7 +28,7 @@ from pipeline import config as configuration
 from pipeline import storage
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import StorageError, UserError, plural
 from pipeline.training import build_locks, watchdog
 from pipeline.training.advice import out_of_memory
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
@@ -286,7 +286,7 @@ def test_other_number_of_workers_after_the_driver_was_killed(base, reference, jo
     first.process.kill()
     second = Job(changed(config, workers=count, cpus_per_worker=min(1.0, 2 / count)))
     jobs.append(second)
-    assert f"on {count} workers" in second.end()
+    assert f"on {plural(count, 'worker')}" in second.end()
     points = curve(second)
     assert points.keys() == reference.keys()
     assert list(points.values()) == pytest.approx(list(reference.values()), abs=1e-5)
