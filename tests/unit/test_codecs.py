@@ -128,6 +128,29 @@ def test_bad_images_have_reasons():
     assert decode(good + b"\0" * 100, LIMIT).intact  # padding after the end marker is harmless
 
 
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pointer", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page", "HTML"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page", "XML"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='x'/>", "unsupported format", "SVG"),
+        (b"%PDF-1.7", "unsupported format", "PDF"),
+        (b"\xff\x0a" + bytes(60), "unsupported format", "JPEG XL"),
+        (bytes(128) + b"DICM" + bytes(9), "unsupported format", "DICOM"),
+        (b"\0\0\0\x18ftypmp42" + bytes(60), "unsupported format", "video"),
+        (b"\0\0\0\x18ftypcrx " + bytes(60), "unsupported format", "raw file"),
+        (b"\x1f\x8b\x08\0" + bytes(60), "unsupported format", "compressed"),
+        (b"8BPS\0\1" + bytes(60), "unsupported format", "Photoshop"),
+    ],
+)
+def test_files_that_are_named_like_images_say_what_they_are(data, reason, detail):
+    with pytest.raises(Refused) as refused:
+        decode(data, LIMIT)
+    assert refused.value.reason == reason
+    assert detail in refused.value.detail
+
+
 def test_stray_bytes_between_markers_are_harmless():
     data = jpeg()
     cut = data.index(b"\xff\xdb")

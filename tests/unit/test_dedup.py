@@ -6,6 +6,7 @@ import logging
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 
@@ -25,6 +26,7 @@ from pipeline.data.duplicates.evaluation import index_evaluation_sets
 from pipeline.data.duplicates.hashes import MIRROR, ROW, VIEW, hamming, hash_image
 from pipeline.data.duplicates.verification import compare_unaligned, compare_views, small_copy
 from pipeline.data.format import write_dataset
+from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.errors import UserError
 from tests.images import crop, textured
 from tests.posed import POSES
@@ -257,3 +259,32 @@ def test_an_evaluation_set_without_images(tmp_path):
         index_evaluation_sets([str(tmp_path)], 10**8)
     with pytest.raises(UserError, match="no such file or folder"):
         index_evaluation_sets([str(tmp_path / "none")], 10**8)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p * 0.7, lambda p: p * 1.3, lambda p: p + 40.0], ids=["x 0.7", "x 1.3", "+ 40"]
+)
+@pytest.mark.parametrize("way", ["against a set", "in the corpus"])
+def test_copies_of_other_brightness_through_prepare(tmp_path, change, way):
+    """The bright copies clip a quarter of the pixels. Two other images stay."""
+    for i in range(3):
+        plain = textured(i)
+        changed = np.clip(change(plain.astype(np.float32)), 0, 255).astype(np.uint8)
+        for name, pixels in (
+            ("b" if way == "in the corpus" else "set", plain),
+            ("c", changed),
+            ("other", textured(50 + i)),
+        ):
+            folder = tmp_path / ("set" if name == "set" else "corpus") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 95, "RGB", "444"))
+    options = {"deduplicate": "near"} if way == "in the corpus" else {"decontaminate": (str(tmp_path / "set"),)}
+    with workqueue.without_ray():
+        config = PrepareConfig(
+            source=(str(tmp_path / "corpus"),), output=str(tmp_path / "out"), unlabelled=True, **options
+        )
+        (manifest,) = prepare(config).values()
+    gone = pq.read_table(tmp_path / "out" / "duplicates.parquet").to_pylist()
+    assert sorted(row["key"][-5:] for row in gone) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert all("other" not in row["key"] + row["match"] for row in gone)
+    assert manifest.rows == (6 if way == "in the corpus" else 3)

@@ -6,6 +6,8 @@ import logging
 import tarfile
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import sources
@@ -264,3 +266,24 @@ def test_numbers_match_a_label_map_with_leading_zeros(tmp_path, label_map):
         ["bond", "ten", "bond"],
         ["007", "010", "007"],
     )
+
+
+def test_objects_as_labels_have_their_names(tmp_path):
+    objects = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    pq.write_table(pa.table({"image": [JPEG] * 2, "label": objects}), tmp_path / "a.parquet")
+    assert [row[0] for row in rows(str(tmp_path / "a.parquet")).values()] == [["cat"], ["dog"]]
+    members = {
+        f"{i}.{end}": text for i in range(2) for end, text in (("jpg", ""), ("json", json.dumps({"label": objects[i]})))
+    }
+    assert [row[0] for row in rows(pack(tmp_path / "a.tar", members)).values()] == [["cat"], ["dog"]]
+    pq.write_table(pa.table({"image": [JPEG] * 2, "label": [{"id": 3}, {"id": 4}]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="the column label has objects without a name"):
+        rows(str(tmp_path / "b.parquet"))
+
+
+def test_rows_of_columnar_files_are_named_once(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        table = pa.table({"image": [JPEG], "label": ["a"]})
+        pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    assert set(rows(str(tmp_path))) == {f"data/{split}-00000-of-00001.parquet#0" for split in ("train", "test")}
