@@ -67,7 +67,7 @@ def photos(source: str | None) -> Iterator[np.ndarray]:
 
 
 def make_corpus(work: Path, source: str | None, count: int) -> None:
-    """The same JPEG bytes as files, tar shards and our shards, and an equally large dataset of patches."""
+    """The same JPEG bytes as files, tar shards and our shards."""
     import simplejpeg
 
     from pipeline.data.format import write_dataset
@@ -97,7 +97,13 @@ def make_corpus(work: Path, source: str | None, count: int) -> None:
                     info = tarfile.TarInfo(f"{key}.{suffix}")
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
-    patches = generator.integers(0, 256, (64, 196, 768), dtype=np.uint8)
+
+
+def make_patches(work: Path, count: int) -> None:
+    """A dataset of random patches."""
+    from pipeline.data.format import write_dataset
+
+    patches = np.random.default_rng(0).integers(0, 256, (64, 196, 768), dtype=np.uint8)
     image = {"height": 224, "width": 224, "patch_size": 16, "channels": 3}
     packed = ((f"{i:06d}", patches[i % 64], i % 1000, 224, 224) for i in range(count))
     classes = [str(i) for i in range(1000)]
@@ -242,6 +248,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="loader-speed-") as folder:
         work = Path(folder)
         make_corpus(work, arguments.images, arguments.count)
+        make_patches(work, arguments.count)
         sizes = [path.stat().st_size for path in (work / "files").iterdir()]
         for repeat in range(arguments.repeats):
             for tool in tools:

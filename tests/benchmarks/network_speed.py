@@ -4,8 +4,8 @@
     python tests/benchmarks/network_speed.py --peers .venv-bench                     and four others (see loader_speed.py)
 
 The store (tests/slowstore.py) speaks S3 and HTTP on loopback, waits before each answer, and sends 100 MB/s over all
-connections. Corpus, function, batches and consumer are those of loader_speed.py. Each run is a process of its own and reads
-less than one epoch, so nothing comes from a cache. `of_local` is the rate over the same tool's rate on the local disk in the
+connections. Corpus, function, batches and consumer are those of loader_speed.py. Each run is a process of its own that reads at
+most one epoch, because some tools keep what they have read on the local disk. `of_local` is the rate over the same tool's rate on the local disk in the
 same turn. `first_batch_s` is the time from the construction of the loader to its first batch.
 """
 
@@ -63,6 +63,9 @@ def mosaicml_streaming(work: Path, store: str) -> Iterator[np.ndarray]:
 
     load_torchvision()  # streaming imports torchvision
     from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()  # of the run before, which ended without cleaning up
 
     class Rows(StreamingDataset):
         def __getitem__(self, i: int) -> np.ndarray:
@@ -72,7 +75,10 @@ def mosaicml_streaming(work: Path, store: str) -> Iterator[np.ndarray]:
     if store != LOCAL:
         os.environ["S3_ENDPOINT_URL"] = store
         where = {"local": tempfile.mkdtemp(dir=work), "remote": "s3://bucket/mds"}
-    return torch_loader(Rows(**where, shuffle=True, batch_size=BATCH), WORKERS)
+    workers = (
+        WORKERS if store == LOCAL else 0
+    )  # with two, one reads shards that the other is still downloading (0.13.0)
+    return torch_loader(Rows(**where, shuffle=True, batch_size=BATCH), workers)
 
 
 def litdata(work: Path, store: str) -> Iterator[np.ndarray]:
@@ -115,7 +121,7 @@ MODULES = {"ours": "pipeline.data.loading.loader", "webdataset": "webdataset", "
 # ---------------------------------------------------------------- measuring
 
 
-def measure(tool: str, work: Path, store: str, seconds: float) -> dict:
+def measure(tool: str, work: Path, store: str, count: int, seconds: float) -> dict:
     """One run of one tool, in a process of its own."""
     if store != LOCAL:
         os.environ |= {"AWS_ENDPOINT_URL": store, **CREDENTIALS}
@@ -125,7 +131,7 @@ def measure(tool: str, work: Path, store: str, seconds: float) -> dict:
     len(next(batches))
     first, images = time.perf_counter() - begin, 0
     start, cpu = time.perf_counter(), loader_speed.cpu_seconds()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds and images + 2 * BATCH <= count:
         batch = next(batches, None)
         if batch is None:  # the end of the epoch
             break
@@ -183,7 +189,17 @@ def benchmark(options: argparse.Namespace) -> dict:
                     with slow_store(work, (latency or 0) / 1e3, options.bandwidth * 1e6) as endpoint:
                         store = LOCAL if latency is None else endpoint
                         run = child(
-                            python, "--tool", tool, "--work", work, "--store", store, "--seconds", options.seconds
+                            python,
+                            "--tool",
+                            tool,
+                            "--work",
+                            work,
+                            "--store",
+                            store,
+                            "--count",
+                            options.count,
+                            "--seconds",
+                            options.seconds,
                         )
                     run["load"] = round(os.getloadavg()[0], 1)
                     name = LOCAL if latency is None else f"{latency:g} ms"
@@ -214,8 +230,8 @@ def main() -> None:
     parser.add_argument("--latency", type=float, nargs="+", default=[20, 50, 200], help="ms before each answer")
     parser.add_argument("--bandwidth", type=float, default=100, help="MB/s over all connections")
     parser.add_argument("--images", help="tar archive of photos to make the corpus of (default: synthetic pictures)")
-    parser.add_argument("--count", type=int, default=16_384, help="images in the corpus")
-    parser.add_argument("--seconds", type=float, default=15, help="length of each measurement, or one epoch")
+    parser.add_argument("--count", type=int, default=32_768, help="images in the corpus")
+    parser.add_argument("--seconds", type=float, default=10, help="length of each measurement, or one epoch")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peers", help="virtual environment of the other loaders")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -226,7 +242,10 @@ def main() -> None:
         pack_for_peers(Path(options.pack))
         print("{}")
     elif options.tool:
-        print(json.dumps(measure(options.tool, Path(options.work), options.store, options.seconds)), flush=True)
+        print(
+            json.dumps(measure(options.tool, Path(options.work), options.store, options.count, options.seconds)),
+            flush=True,
+        )
         os._exit(0)  # loaders with threads of their own
     else:
         result = benchmark(options)
