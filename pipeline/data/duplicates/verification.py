@@ -228,7 +228,7 @@ def _structure(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> tuple[float,
     use = inside
     for channels in ((a, b), grey):  # clipped pixels have no structure, and pixels with a clipped channel less
         low, high = np.minimum(*channels), np.maximum(*channels)
-        clipped = ((low < 5) | (high > 250)).reshape(*inside.shape, -1).any(axis=2)
+        clipped: Any = ((low < 5) | (high > 250)).reshape(*inside.shape, -1).any(axis=2)
         intact = inside & ~cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
         if intact.sum() >= 0.15 * intact.size:
             use = intact

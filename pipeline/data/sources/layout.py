@@ -161,9 +161,8 @@ def _without_splits_above(dirs: dict[tuple[str, ...], int], class_level: int | N
     found, uncertain = (class_level, "") if class_level is not None else _class_level(dirs, 0)
     one_class = found is None
     if found is None:  # the first folder that may be a class
-        found = next(
-            (k for k, name in enumerate(max(dirs, key=len) if dirs else ()) if name.lower() not in CONTAINERS), None
-        )
+        deepest = max(dirs, key=lambda inside: len(inside)) if dirs else ()
+        found = next((k for k, name in enumerate(deepest) if name.lower() not in CONTAINERS), None)
     below = None if found is None else found + 1
     while below is not None and dirs and _reaches(dirs, below):
         if splits := _splits_at(dirs, below, strict=True):
