@@ -33,8 +33,8 @@ def receipt_of_missing(
     found: set[tuple[str, str]] = set()
     for key in _keys(plan, receipts, shuffled):
         for source in tabled:
-            if key.startswith(source.prefix) and (row := _row(source, key[len(source.prefix) :])):
-                found.add(row)
+            if key.startswith(source.prefix) and (place := _row(source, key[len(source.prefix) :])):
+                found.add(place)
     tables = {table.uri: table for source in tabled for table in _tables(source)}
     names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
     rejects: dict[str, list[list[str]]] = {name: [] for name in names}
