@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Drains the Ray node of this machine before it is preempted, so that training saves a checkpoint in time.
 
-    python infra/preemption.py --watch aws             on a VM, next to `ray start`: until a notice or SIGTERM python
-    infra/preemption.py --watch gcp python infra/preemption.py --now --grace 60        as the preStop hook of a pod:
-    drains immediately, waits until idle
+    python infra/preemption.py --watch aws         on a VM, next to `ray start`: runs until a notice or SIGTERM
+    python infra/preemption.py --watch gcp
+    python infra/preemption.py --now --grace 60    preStop hook of a pod: drains at once, waits until the node is idle
 
 On a draining node Ray schedules nothing new, and training saves a checkpoint and continues without it. Ray does not
 detect preemptions itself: clouds publish notices on the metadata server of the machine, and Kubernetes sends a signal.

@@ -8,7 +8,7 @@ r"""Pre-train a Vision Transformer on a dataset that jobs/prepare.py wrote.
 
 A recipe sets all hyperparameters, and each flag overrides one. --dry-run prints
 the plan and exits. Repeating a command continues its run from the last complete
-checkpoint, on any number of workers.
+checkpoint, also on another number of workers that divides the lanes.
 """
 
 from pipeline import cluster, help, logs

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """An error that the user can fix. The message names the file, key, flag or task and says what to do.
 
-    Jobs print it as one line and exit with status 2 (`pipeline.config.run_job`); other code does not catch it.
+    Jobs print it as one line and exit with status 2 (`pipeline.config.run_job`). Other code catches it only to add context.
     """
 
 

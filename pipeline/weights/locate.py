@@ -19,13 +19,13 @@ def locate(uri: str, tracking_uri: str | None = None) -> str:
         if not storage.exists(uri):
             raise UserError(f"{uri}: no such file; name the file of the weights, since https:// has no folders")
         return uri
-    run = not storage.exists(storage.join(uri, "config.json")) or storage.exists(storage.join(uri, "checkpoints"))
-    if run and storage.list_files(storage.join(uri, "checkpoints")):
+    is_run = not storage.exists(storage.join(uri, "config.json")) or storage.exists(storage.join(uri, "checkpoints"))
+    if is_run and storage.list_files(storage.join(uri, "checkpoints")):
         return checkpoints.resolve(uri).uri
     if storage.exists(storage.join(uri, "MLmodel")):
-        below = [file.uri for file in storage.list_files(uri) if file.path.endswith("/model.safetensors")]
-        if len(below) == 1:
-            return below[0].rpartition("/")[0]
+        candidates = [file.uri for file in storage.list_files(uri) if file.path.endswith("/model.safetensors")]
+        if len(candidates) == 1:
+            return candidates[0].rpartition("/")[0]
     if not storage.exists(uri):
         raise UserError(f"{uri}: no such file or folder")
     return uri

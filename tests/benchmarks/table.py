@@ -39,7 +39,11 @@ def loader(result: dict) -> Iterator[Row]:
     beside = ", ".join(
         f"{name} {row['of_limit']:.0%}" for name, row in sorted(peers.items(), key=lambda p: -p[1]["of_limit"])
     )
-    yield "Loading JPEG shards, relative to a bare decode and crop loop (CPU time)", f"{ours['of_limit']:.0%}", beside
+    yield (
+        "Loading JPEG shards: images per CPU second, as a share of a bare decode and crop loop (higher is better)",
+        f"{ours['of_limit']:.0%}",
+        beside,
+    )
     first = ", ".join(f"{name} {row['first_batch_s']:.1f} s" for name, row in peers.items())
     yield "First batch", f"{ours['first_batch_s']:.1f} s", first
     patches = table["patches_ours"]
@@ -67,7 +71,7 @@ def prepare(result: dict) -> Iterator[Row]:
         for tool, (cpus, row) in peers.items()
     )
     yield (
-        "Preparing photographs on two cores, relative to a bare decode, resize and encode loop (CPU time)",
+        "Preparing photographs on two cores: images per CPU second, as a share of a bare decode, resize and encode loop (higher is better)",
         f"{table['job', '2']['of_limit']:.0%}",
         beside,
     )

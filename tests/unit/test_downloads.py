@@ -482,10 +482,10 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def test_pauses_and_turns_end_with_a_restart_of_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "START", tmp_path / "boot_id")
+    monkeypatch.setattr(limits, "BOOT_ID", tmp_path / "boot_id")
 
     def limited(start):
-        limits.START.write_text(start)
+        limits.BOOT_ID.write_text(start)
         return HostLimits(1, 0.001, 60.0, str(tmp_path))
 
     async def request(limit, host):

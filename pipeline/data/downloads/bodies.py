@@ -8,11 +8,11 @@ from typing import IO
 
 from pipeline import storage
 
-MEMORY_BYTES = 2 << 20  # of a body in memory
+MEMORY_BYTES = 2 << 20  # a larger body becomes a temporary file
 
 
 class Memory:
-    """The memory that several bodies share: at most `limit` bytes. Threads may share it, too."""
+    """The memory that several bodies share: at most `limit` bytes. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0

@@ -1,7 +1,7 @@
 """Limits the requests to one host, over all processes of a node. Processes are coordinated with file locks: a request
 to a host locks one byte of a file, and each host has as many bytes as it may have concurrent requests. The kernel
 releases the locks of a killed process. A second, memory-mapped file has the times of the next allowed requests; its
-clock restarts with the machine, so each start of the machine has a file of its own. Both files are sparse and indexed
+clock starts at boot, so each boot has a file of its own. Both files are sparse and indexed
 by a hash of the host name.
 """
 
@@ -27,12 +27,11 @@ from pipeline.errors import UserError
 
 SLOTS = 4096  # bytes of the lock file for each host
 HOSTS = 1 << 18  # entries in the file of times
-ENTRY = struct.Struct(
-    "dd"
-)  # earliest next request, end of the pause that the host asked for: seconds of time.monotonic
+# Earliest next request, and end of the pause that the host asked for: seconds of time.monotonic.
+ENTRY = struct.Struct("dd")
 MAX_PAUSE = 3600.0  # seconds that a host may ask for
 MAX_QUEUE = 86_400.0  # seconds until the next allowed request, which is later with each waiting request
-START = Path("/proc/sys/kernel/random/boot_id")  # of the machine, on Linux
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the machine, on Linux
 POLL = 0.02  # seconds between attempts to get a lock that another process holds
 
 
@@ -84,7 +83,7 @@ class _Files:
             self._lock(position)
             try:
                 following, pause = ENTRY.unpack_from(self.times, at)
-                now = time.monotonic()  # the file may be older than the machine where START does not exist
+                now = time.monotonic()  # the file may be older than the machine where BOOT_ID does not exist
                 if not following <= now + MAX_QUEUE:
                     following = 0.0
                 if not pause <= now + MAX_PAUSE:
@@ -160,7 +159,7 @@ class HostLimits:
 def _start() -> str:
     """Identifies the start of the machine; "any" where the system does not tell."""
     try:
-        return START.read_text().strip()
+        return BOOT_ID.read_text().strip()
     except OSError:
         return "any"
 
