@@ -30,11 +30,11 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_each_platform_starts_runs_and_ends():
-    """Each section refers to the jobs or has its own, and says how to end everything."""
+    """Each section refers to the jobs or has its own, and says how to tear everything down."""
     for title in ("AWS", "Google Cloud", "Kubernetes", "Slurm", "Bare machines"):
         text = section(title)
         assert "[the first run](#the-first-run)" in text, title
-        before, found, after = text.partition("End it")
+        before, found, after = text.partition("Tear it down")
         assert found, title
         assert blocks(before, "sh"), title
         assert blocks(after, "sh"), title
