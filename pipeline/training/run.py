@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
 
     base: the recipe of the config, to log the differences. All checks come before the first write and before connecting
     to Ray (`cluster.configure`). Raises UserError when the data, the batch, the workers or the output folder do not
-    fit; JobFailed when training failed permanently, Incomplete when the last checkpoint is missing."""
+    fit; JobFailed when training failed permanently, IncompleteRun when the last checkpoint is missing."""
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
     plan = check_run(config)

@@ -20,7 +20,7 @@ from pipeline.training import checkpoint, loop
 from pipeline.training import engine as engine_module
 from pipeline.training.advice import data_wait_advice
 from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from pipeline.training.run import Incomplete, summarize
+from pipeline.training.run import IncompleteRun, summarize
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import check_fewshot
@@ -179,8 +179,8 @@ def test_the_end_names_the_checkpoints_that_a_full_disk_has_cost(base, alone, tm
     ]
     summary = summarize({**result, "seconds": 1.0}).splitlines()
     assert {"pretrain: checkpoint=none", "pretrain: missing=checkpoints of steps 4, 6"} <= set(summary)
-    assert str(Incomplete(result)).startswith("the checkpoint of step 6 could not be written (")
-    assert "No space left" in str(Incomplete(result))
+    assert str(IncompleteRun(result)).startswith("the checkpoint of step 6 could not be written (")
+    assert "No space left" in str(IncompleteRun(result))
     assert checkpoints.latest(str(tmp_path)).step == 2
 
 
