@@ -45,7 +45,8 @@ def exported():
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
         try:
             assert job.stdout.readline() == "ready\n"
-            yield wait_for(f"http://127.0.0.1:{port}/metrics", "ray_vit_train_loss{", "ray_node_disk_free{")
+            names = [f"ray_vit_{name}{{" for name in metrics.DESCRIPTIONS]  # which Ray exports one after another
+            yield wait_for(f"http://127.0.0.1:{port}/metrics", *names, "ray_node_disk_free{")
         finally:
             job.stdin.close()
 
