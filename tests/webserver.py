@@ -23,6 +23,9 @@ LARGE = IMAGE + bytes(1_000_000)  # trailing bytes are harmless
 KEPT = IMAGE + bytes(200)  # a body that is long enough to be cut
 
 
+_ports: set[int] = set()  # never used again, because a process asks an origin for robots.txt once
+
+
 class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """Counts requests by path in `hits`, and records their headers in `seen` and
     the maximum of concurrent requests in `most`."""
@@ -32,6 +35,10 @@ class WebServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         super().__init__((address, 0), _Handler)
+        while self.server_port in _ports:
+            self.server_close()
+            super().__init__((address, 0), _Handler)
+        _ports.add(self.server_port)
         self.hits: Counter[str] = Counter()
         self.visits: Counter[str] = Counter()  # as `hits`, but never cleared by a test
         self.seen: dict[str, dict[str, str]] = {}
