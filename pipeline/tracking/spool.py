@@ -7,8 +7,8 @@ Each writer has a folder under `spool_root()`:
 
     <id>/run.json         run, experiment and server of the records
     <id>/metrics.jsonl    metrics, parameters, tags, end of the run; one JSON record per line
-    <id>/artifacts.jsonl  artifacts; their bytes are in files/. A separate queue, so that a slow store does not delay
-    metrics <id>/rejected.jsonl   records that the server refused, with the reason; every upload sends them again
+    <id>/artifacts.jsonl  artifacts; their bytes are in files/. A queue of its own: a slow store does not delay metrics
+    <id>/rejected.jsonl   records that the server refused, with the reason; every upload sends them again
     <id>/lock             locked (flock) while the writer lives; a folder with a free lock is abandoned
 
     A folder is removed only after the server has all its records. Only its owner can read it.
