@@ -293,7 +293,9 @@ PROGRESS = "VIT_PROGRESS"
 """Environment variable with the address of a small JSON file for the progress of this job."""
 REPORT_EVERY = 2.0
 _reported: dict[str, float] = {}
-_part: ContextVar[tuple[float, float]] = ContextVar("part", default=(0.0, 1.0))  # jobs may run in several threads
+_part: ContextVar[tuple[float, float]] = ContextVar(
+    "part", default=(0.0, 1.0)
+)  # jobs may run in threads; a new thread starts with the default
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ class RayJobs:
             self._is_away(error)
             return None
         self._away_since = None
+        self._uncertain.pop(job, None)
         if info.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
             return None
         text = self._log(job)

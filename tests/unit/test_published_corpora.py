@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.data import sources
 from pipeline.data.sources import Columns
+from pipeline.data.sources.tables import read_label_table
 from pipeline.errors import UserError
 from tests.images import jpeg
 
@@ -287,3 +288,34 @@ def test_rows_of_columnar_files_are_named_once(tmp_path):
         table = pa.table({"image": [JPEG], "label": ["a"]})
         pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     assert set(rows(str(tmp_path))) == {f"data/{split}-00000-of-00001.parquet#0" for split in ("train", "test")}
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "labels"),
+    [
+        ("labels.json", '{"label": ["shoes/boots", "bags/totes"], "file": ["0.jpg", "1.jpg"]}', ["shoes/boots", "bags/totes"]),
+        ("labels.csv", "file,label\n0.jpg,Null\n1.jpg,nat\n", ["Null", "nat"]),
+        ("labels.csv", "file,label\n0.jpg,NaT\n1.jpg,cat\n", [None, "cat"]),
+        ("labels.txt", "2\n0.jpg cat\n1.jpg dog\n", ["cat", "dog"]),
+        ("labels.txt", "image label\n0.jpg cat\n1.jpg dog\n", ["cat", "dog"]),
+    ],
+)  # fmt: skip
+def test_cells_that_look_like_something_else(table, text, labels):
+    read = read_label_table(table, data=text.encode())
+    assert [(read.labels.get(name) or [None])[0] for name in ("0.jpg", "1.jpg")] == labels
+    assert set(read.keys) == {"0.jpg", "1.jpg"}
+
+
+def test_a_list_may_begin_with_a_word_that_names_a_column():
+    assert read_label_table("labels.txt", data=b"image cat\na dog\n").labels == {"image": ["cat"], "a": ["dog"]}
+
+
+def test_numbers_match_only_where_a_reader_of_csv_has_changed_them(tmp_path):
+    images = dict.fromkeys(("1.jpg", "clips/0001.jpg", "v/1.0.png"), "")
+    write(tmp_path / "exact", images | {"labels.csv": "file,label\n1.jpg,a\n"})
+    assert {key for key, (names, _) in rows(str(tmp_path / "exact")).items() if names} == {"1.jpg"}
+    pack(tmp_path / "packed" / "a.zip", images | {"labels.csv": "file,label\n1.jpg,a\n"})
+    found = rows(str(tmp_path / "packed"))
+    assert {key for key, (names, _) in found.items() if names} == {"1.jpg"}
+    write(tmp_path / "changed", {"0001.jpg": "", "0002.jpg": "", "labels.csv": "id,label\n1,a\n2.0,b\n"})
+    assert [names for names, _ in rows(str(tmp_path / "changed")).values()] == [["a"], ["b"]]

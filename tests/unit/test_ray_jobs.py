@@ -118,6 +118,18 @@ def test_a_submission_without_an_answer_is_repeated_later(address, tmp_path, fau
             executor.start(attempt("wrong"))
 
 
+def test_a_submission_that_was_accepted_after_all_is_lost_with_its_head(address, tmp_path):
+    with serving(port(address)) as server:
+        executor = rayjobs.RayJobs(address)
+        server.refusal = (502, "<html>Bad Gateway</html>")
+        executor.start(attempt("late"))
+        server.jobs["late"] = {"type": "SUBMISSION", "submission_id": "late", "status": "RUNNING", "entrypoint": "x"}
+        assert executor.look("late", str(tmp_path / "log")) is None
+        server.jobs.clear()
+        ended = executor.look("late", str(tmp_path / "log"))
+        assert ended == Ended(code=None, reason="the cluster does not know the job; its head was restarted")
+
+
 def test_a_server_that_restarts_is_told_from_a_wrong_address(address):
     with serving(port(address)) as server:
         server.fault = (503, "no healthy upstream")

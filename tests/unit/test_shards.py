@@ -67,7 +67,7 @@ def test_other_libraries_read_the_shards(tmp_path):
     assert np.array_equal(np.frombuffer(frame["image"][7], np.uint8).reshape(4, 48), rows[7][1])
     assert pq.read_table(path)["key"].to_pylist() == [row[0] for row in rows]
     description = json.loads(pq.read_schema(path).metadata[b"vit_pipeline"])
-    assert description == {"version": 4, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
+    assert description == {"version": 5, "encoding": "patches", "image": PATCHES, "classes": list("abcde")}
 
 
 def test_other_libraries_read_files_and_several_labels(tmp_path):

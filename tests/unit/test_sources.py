@@ -754,6 +754,22 @@ def test_rows_of_a_table_without_an_image_in_the_archive_are_rejects(tmp_path, i
         run(tmp_path / "again", source=(str(tmp_path / "in"),), max_reject_fraction=0.05, **options)
 
 
+def test_a_row_of_a_table_for_several_sources_has_its_image_in_one(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{i}.jpg,{'xy'[i % 2]}\n" for i in range(5)))
+    (tmp_path / "folder").mkdir()
+    for i in (2, 3):
+        (tmp_path / "folder" / f"{i}.jpg").write_bytes(jpeg(i))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in (0, 1):
+            add(archive, f"{i}.jpg", jpeg(i))
+    source = (str(tmp_path / "a.tar"), str(tmp_path / "folder"))
+    dataset = run(tmp_path, source=source, labels=str(tmp_path / "labels.csv"))
+    assert len(dataset) == 4
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    from_archives = [row["key"] for row in rejects if row["detail"] == "no such image in the archives"]
+    assert from_archives == []  # the folder has 2 and 3, and lists 4 as missing
+
+
 def test_a_table_in_an_archive_that_lists_something_else_is_ignored(tmp_path, caplog):
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "a.tar", "w") as archive:

@@ -44,9 +44,13 @@ CODECS: list[Codec] = [
 ]
 OTHER_FILES = [  # (first bytes, reason, detail) of files that are often named like images and are none
     (rb"version https://git-lfs", "git lfs pointer", "run git lfs pull to fetch the file itself"),
-    (rb"(?i)\s*<(!doctype html|html|head|body)", "web page", "HTML in place of the image, as of a failed download"),
     (
-        rb"(?i)(\xef\xbb\xbf)?\s*<(\?xml[^>]*\?>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<?svg",
+        rb"(?is)\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body)",
+        "web page",
+        "HTML in place of the image, as of a failed download",
+    ),
+    (
+        rb"(?is)(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>\s*)?(<!--.*?-->\s*)*(<!doctype svg[^>]*>\s*)?<svg",
         "unsupported format",
         "SVG",
     ),

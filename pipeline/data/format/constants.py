@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-VERSION = 4
+VERSION = 5
 REJECTS = "rejects.parquet"
 UNLABELLED = -1
 ROW_GROUP_BYTES = 16 << 20

@@ -11,6 +11,7 @@ from pipeline.data.format import Receipt
 from pipeline.data.prepare.plan import PreparePlan
 from pipeline.data.prepare.worker import split_of_item
 from pipeline.data.sources import Item, Source
+from pipeline.data.sources.naming import Naming
 from pipeline.data.sources.tables import LabelTable
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def receipt_of_missing(
 ) -> dict[str, Any] | None:
     """A receipt that lists each row without an image as a reject with the reason `missing file`, or None without such rows.
 
-    Rows are not counted if only some of the images were read (--sample, --include, --append). shuffled: receipts of the shuffled
+    A row has an image if any source to which its table applies has one. Rows are not counted if only some of the images were read (--sample, --include, --append). shuffled: receipts of the shuffled
     shards."""
     tabled = [
         source
@@ -30,20 +31,23 @@ def receipt_of_missing(
     ]
     if not tabled or plan.append is not None or plan.config.sample is not None or plan.config.include:
         return None
-    found: set[tuple[str, str]] = set()
-    for key in _keys(plan, receipts, shuffled):
-        for source in tabled:
-            if key.startswith(source.prefix) and (place := _row(source, key[len(source.prefix) :])):
-                found.add(place)
     tables = {table.uri: table for source in tabled for table in _tables(source)}
+    given = next((source.naming for source in tabled if source.naming.table), None)  # --labels, for all sources
+    namings = {source.prefix: source.naming if source in tabled else given for source in plan.sources}
+    found: dict[str, set[str]] = {uri: set() for uri in tables}
+    logger.info("prepare: looking for rows without an image in %s", ", ".join(tables))
+    for key in _keys(plan, receipts, shuffled):
+        for prefix, naming in namings.items():
+            if naming and key.startswith(prefix) and (place := _row(naming, key[len(prefix) :])):
+                found[place[0]].add(place[1])
     names, thresholds = list(plan.splits), np.cumsum(list(plan.splits.values())).tolist()
     rejects: dict[str, list[list[str]]] = {name: [] for name in names}
     for uri, table in tables.items():
-        if not any(uri == where for where, _ in found):  # train.txt may list something other than images
+        if not found[uri]:  # train.txt may list something other than images
             logger.warning("%s: names none of the images; the table is ignored", uri)
             continue
         for row in table.keys:
-            if (uri, row) not in found:
+            if row not in found[uri]:
                 item = Item(row, uri, b"", table.labels.get(row), split=table.splits.get(row))
                 rejects[split_of_item(item, plan, thresholds)].append(
                     [row, uri, "missing file", "no such image in the archives"]
@@ -69,10 +73,10 @@ def _tables(source: Source) -> list[LabelTable]:
     return list(source.naming.by_folder_of_table().values())
 
 
-def _row(source: Source, path: str) -> tuple[str, str] | None:
+def _row(naming: Naming, path: str) -> tuple[str, str] | None:
     """(URI of the table, row) of an image. Its key may have the name of its archive in front."""
     while True:
-        found = source.naming.row(path)
+        found = naming.row(path)
         if found is not None and found[2] is not None:
             return found[0].uri, found[2]
         if "/" not in path:

@@ -216,7 +216,7 @@ def is_missing(value: Any) -> bool:
     """Whether a value is None, NaN or a text that stands for them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    return isinstance(value, str | bytes) and as_text(value).strip().lower() in MISSING_VALUES
+    return isinstance(value, str | bytes) and as_text(value).strip() in MISSING_VALUES
 
 
 def as_text(value: Any) -> str:

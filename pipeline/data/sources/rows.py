@@ -7,7 +7,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +149,12 @@ def _table_with_blanks(lines: Sequence[str], named: Sequence[str]) -> TextLayout
     width = widths.pop()
     if len(head) == width - 1 and skip and not any(map(is_image_name, head)):
         return TextLayout(columns=["file_name", *head], delimiter=" ", header=True, skip=skip)
-    if len(head) == width > 1 and not skip and _has_known_names(head, named):
+    known = (
+        {*LABEL_COLUMNS, *SPLIT_COLUMNS, *named}
+        if width == 2
+        else {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *named}
+    )
+    if len(head) == width > 1 and not skip and _are_names(head, known):
         return TextLayout(columns=head, delimiter=" ", header=True)
     numbers = all(map(NUMBER.fullmatch, (cell for row in (head, *rows) for cell in row[1:])))
     if not skip and len(head) == width > 2 and numbers:
@@ -163,12 +168,19 @@ def _list_of_paths(lines: Sequence[str]) -> TextLayout:
     first = [cell.lower() for cell in lines[0].split()] if lines else []
     if len(first) == 2 and first[0] in FILE_COLUMNS and first[1] in LABEL_COLUMNS:
         return TextLayout(columns=columns, skip=1)
+    if len(lines) > 1 and INDEX.fullmatch(lines[0].strip()) and all(len(line.split()) > 1 for line in lines[1:]):
+        return replace(_list_of_paths(lines[1:]), skip=1)  # the number of rows
     label_first = all(is_image_name(line) for line in lines) and all(len(line.split()) > 1 for line in lines)
     return TextLayout(columns=columns, label_first=label_first)
 
 
 def _has_known_names(cells: Sequence[str], named: Sequence[str]) -> bool:
-    known = {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *(column.lower() for column in named)}
+    return _are_names(cells, {*FILE_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS, *named})
+
+
+def _are_names(cells: Sequence[str], known: Set[str]) -> bool:
+    """Whether the cells are names of columns, of which one is known."""
+    known = {name.lower() for name in known}
     return any(cell.strip().lower() in known for cell in cells) and not any(map(is_image_name, cells))
 
 
@@ -276,11 +288,11 @@ def _rows_of_object(value: dict[str, Any]) -> Any:
     if len(lists) == len(value) and value:
         if set(value) == {"labels"} and all(isinstance(row, list) and len(row) == 2 for row in value["labels"]):
             return [{"file": file, "label": label} for file, label in value["labels"]]
-        if all(isinstance(file, str) and (is_image_name(file) or "/" in file) for files in lists for file in files):
-            return [{"file": file, "label": name} for name, files in value.items() for file in files]
         known = {*FILE_COLUMNS, *LABEL_COLUMNS}
         if {name.lower() for name in value} & known and len(set(map(len, lists))) == 1:
             return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+        if all(isinstance(file, str) and (is_image_name(file) or "/" in file) for files in lists for file in files):
+            return [{"file": file, "label": name} for name, files in value.items() for file in files]
     rows = next((part for part in lists if part and all(isinstance(row, dict) for row in part)), None)
     if rows is not None and not any(
         isinstance(part, str | int) and is_image_name(name) for name, part in value.items()

@@ -122,7 +122,7 @@ class LabelTable:
         if cached is None:
             cached = {}, {}
             for key in self.keys:
-                if number := numbered(without_extension(key)):
+                if key == without_extension(key) and (number := numbered(key)):  # CSV readers do not change 0001.jpg
                     for index, names in zip(cached, ([number], _suffixes(number)), strict=True):
                         index.update({name: key if index.get(name, key) == key else None for name in names})
             self.__dict__["_number_index"] = cached

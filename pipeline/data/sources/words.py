@@ -80,9 +80,27 @@ TRAINING_COLUMNS = (
     "training",
 )  # hold 1 for training, 0 for test
 CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
+# Texts that mean a missing label, as pandas, SQL and spreadsheets spell them; "Null" and "nat" are names.
 MISSING_VALUES = frozenset(
-    {"", "nan", "-nan", "nat", "<na>", "null", "(null)", "\\n", "n/a", "#n/a"}
-)  # texts that mean a missing label, in lower case
+    [
+        "",
+        "nan",
+        "NaN",
+        "NAN",
+        "-nan",
+        "-NaN",
+        "NaT",
+        "<NA>",
+        "<na>",
+        "null",
+        "NULL",
+        "(null)",
+        "\\N",
+        "n/a",
+        "N/A",
+        "#N/A",
+    ]
+)
 
 TRAIN = frozenset({"train", "training", "trn", "trainval"})
 HELD_OUT = frozenset(
