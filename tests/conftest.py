@@ -3,10 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +17,7 @@ from tests.azurestore import CONNECTION, CONNECTION_STRING, azurite, make_contai
 from tests.definitions import validator
 from tests.googlestore import fake_gcs, make_google_bucket
 from tests.images import tinted
-from tests.objectstore import make_bucket
+from tests.objectstore import make_bucket, moto
 from tests.ports import free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
@@ -73,21 +70,9 @@ def ray_local():
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """A moto_server process on loopback: real clients speak real HTTP to it. It is a fake store, in memory."""
-    port = free_port()
-    command = [os.path.join(os.path.dirname(sys.executable), "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(endpoint, timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None, "moto_server ended at start"
-            time.sleep(0.1)
-    yield endpoint
-    process.terminate()
-    process.wait(10)
+    """The endpoint of a moto server."""
+    with moto() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

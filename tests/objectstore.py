@@ -1,4 +1,4 @@
-"""Buckets, and a real object store for tests: OpenStack Swift with its S3 interface, as processes of this user on loopback.
+"""Buckets, moto, and a real object store for tests: OpenStack Swift with its S3 interface, as processes of this user on loopback.
 
     apt-get install --no-install-recommends swift-proxy swift-account swift-container swift-object memcached
     with swift(folder) as endpoint: ...         # AWS_ENDPOINT_URL; ACCESS_KEY and SECRET_KEY are its credentials
@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+
+from tests.ports import free_port
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing-secret"
 
@@ -82,6 +84,26 @@ use = egg:swift#{kind}
 def make_bucket(name: str) -> None:
     """A bucket in the store that the AWS_* environment names."""
     boto3.client("s3").create_bucket(Bucket=name)
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """Yields the endpoint of a moto_server process, a fake of AWS in memory to which real clients speak real HTTP."""
+    port = free_port()
+    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert server.poll() is None, "moto_server ended at start"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(endpoint, timeout=5).close()
+                break
+            time.sleep(0.1)
+        yield endpoint
+    finally:
+        server.kill()
+        server.wait()
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 from base64 import b64encode
-from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -19,6 +17,7 @@ import yaml
 
 from tests.images import jpeg
 from tests.mlflowserver import mlflow_server
+from tests.objectstore import moto
 from tests.ports import free_port
 from tests.rayhead import STARTS
 
@@ -37,17 +36,8 @@ def settings() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """(endpoint with the buckets and images, environment that EKS gives to pods of the service account)"""
-    port, folder = free_port(), tmp_path_factory.mktemp("store")
-    endpoint = f"http://127.0.0.1:{port}"
-    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            assert server.poll() is None
-            with suppress(OSError):
-                urllib.request.urlopen(endpoint, timeout=1).close()
-                break
-            time.sleep(0.1)
+    folder = tmp_path_factory.mktemp("store")
+    with moto() as endpoint:
         admin = {"endpoint_url": endpoint, "region_name": "us-east-1"}
         admin |= {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
         s3, iam = boto3.client("s3", **admin), boto3.client("iam", **admin)
@@ -66,9 +56,6 @@ def store(tmp_path_factory):
         iam.put_role_policy(RoleName="vit-node", PolicyName="node", PolicyDocument=json.dumps(policy))
         (folder / "token").write_text("a token of the cluster")
         yield endpoint, {"AWS_ROLE_ARN": role, "AWS_WEB_IDENTITY_TOKEN_FILE": str(folder / "token")}
-    finally:
-        server.kill()
-        server.wait()
 
 
 def pod(store, volume: Path, address: str, **more: str) -> dict[str, str]:

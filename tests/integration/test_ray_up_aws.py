@@ -5,11 +5,7 @@ What `ray up` does before it logs in to the head, and what the head's autoscaler
 
 import json
 import os
-import subprocess
-import sys
-import time
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -17,7 +13,7 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
-from tests.ports import free_port
+from tests.objectstore import moto
 from tests.rayup import with_option
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -27,28 +23,15 @@ ACCOUNT = "123456789012"  # moto's account, and the one in the files
 @pytest.fixture
 def endpoint(tmp_path, monkeypatch):
     """The address of a moto server, which all AWS clients of this process use, including Ray's."""
-    port = free_port()
-    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair to ~/.ssh
-    (tmp_path / ".ssh").mkdir(mode=0o700)
-    use_key(monkeypatch, "operator", "secret")
-    try:
-        while True:
-            assert server.poll() is None
-            with suppress(OSError):
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            time.sleep(0.1)
+    with moto() as address:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair to ~/.ssh
+        (tmp_path / ".ssh").mkdir(mode=0o700)
+        use_key(monkeypatch, "operator", "secret")
         yield address
-    finally:
-        server.kill()
-        server.wait()
         forget_clients()
 
 

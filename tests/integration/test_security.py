@@ -9,10 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +19,7 @@ import pytest
 from pipeline import cluster, storage
 from pipeline.credentials import redacted
 from pipeline.operations.doctor import store as store_checks
-from tests.ports import free_port
+from tests.objectstore import moto
 from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
@@ -222,16 +220,7 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
     several objects at once on the bucket itself."""
     import boto3
 
-    port = free_port()
-    server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=-3, stderr=-3)
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(endpoint, timeout=1).close()
-                break
-            assert server.poll() is None
-            time.sleep(0.1)
+    with moto() as endpoint:
         admin = {
             "endpoint_url": endpoint,
             "region_name": "us-east-1",
@@ -262,6 +251,3 @@ def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
             (finding,) = store_checks.writable(place)
             assert "access denied" in finding.message, place
         assert store_checks.readable("s3://elsewhere/raw").status == "error"
-    finally:
-        server.terminate()
-        server.wait(10)
