@@ -463,7 +463,7 @@ def test_jobs_say_what_they_wait_for(autoscaling, pictures, tmp_path):
     run += ("--batch-size", 64, "--steps", "10steps")
 
     never = cluster.start("pretrain", *run, "--output", tmp_path / "never", "--workers", 16, "--gpus")
-    said = "waiting for 16 x (1 CPU, 1 GPU): the autoscaler cannot bring them, whatever happens. Raise max_workers"
+    said = "waiting for 16 x (1 CPU, 1 GPU): the autoscaler can never add them. Raise max_workers"
     try:
         cluster.wait_for(lambda: said in cluster.output.read_text(), 120)
     finally:
