@@ -20,6 +20,8 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.libraries import import_library
+from pipeline.matlab import read_variable
+from pipeline.tarheaders import BoundedTarInfo
 
 MAX_MEMBER_BYTES = 64 << 20  # maximum for an image, a label file or a matrix of labels
 MAX_LARGE_BYTES = 256 << 20  # maximum for members with a complete split; CIFAR-100's rows have 154 MB
@@ -104,7 +106,7 @@ class Tree:
             file.seek(0)
             with (
                 gzip.open(file) if compressed else contextlib.nullcontext(file) as stream,
-                tarfile.open(fileobj=stream, mode="r|") as archive,  # type: ignore[arg-type]
+                tarfile.open(fileobj=stream, mode="r|", tarinfo=BoundedTarInfo) as archive,  # type: ignore[arg-type]
             ):
                 for info in archive:
                     name = info.name.removeprefix("./")
@@ -231,14 +233,8 @@ def open_h5(uri: str) -> Iterator[Any]:
 
 def read_mat(uri: str, field: str) -> np.ndarray:
     """One variable of a MATLAB file. Raises UserError if the file is damaged or the variable is missing."""
-    from scipy.io import loadmat  # imported here because only two of the sixteen data sets need it
-    from scipy.io.matlab import MatReadError
-
-    try:
-        with storage.open_file(uri) as file, damaged(uri):
-            return loadmat(file, variable_names=[field])[field]
-    except (*MALFORMED, MatReadError, OSError, NotImplementedError, zlib.error) as error:
-        raise UserError(f"{uri}: truncated, or not a MATLAB file with the variable {field} ({error})") from error
+    with storage.open_file(uri) as file:
+        return read_variable(file, uri, field)
 
 
 def expect_array(array: Any, uri: str, name: str, shape: Sequence[int | None], dtype: Any = np.uint8) -> None:

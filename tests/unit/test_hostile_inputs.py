@@ -40,6 +40,7 @@ from pipeline.data.prepare.finish import receipt_names
 from pipeline.data.prepare.plan import claim_output, make_plan
 from pipeline.data.prepare.run import prepare_slices
 from pipeline.data.sources import items, tfrecord
+from pipeline.data.sources.tables import read_label_table
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
 from pipeline.training.config import PretrainConfig
@@ -498,6 +499,12 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/0.png", PNG)
         archive.writestr("a/1.png", PNG)
+    synsets = np.array([(1, "n02119789"), (2, "n01440764")], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets[:, None]})
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_bytes(b"2\n1\n")
+    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar", "w") as archive:
+        for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"):
+            archive.add(folder / name, f"ILSVRC2012_devkit_t12/data/{name}")
     norb = struct.pack("<IIIII", 0x1E3D4C55, 4, 2, 2, 8) + struct.pack("<I", 8) + bytes(2 * 2 * 64)
     (folder / "norb.mat.gz").write_bytes(gzip.compress(norb))
     np.savez_compressed(
@@ -514,6 +521,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
         "model.npz": (folder / "model.npz").read_bytes(),
         "model.safetensors": save(state),
         "train_32x32.mat": (folder / "train_32x32.mat").read_bytes(),
+        "ILSVRC2012_devkit_t12.tar": (folder / "ILSVRC2012_devkit_t12.tar").read_bytes(),
         "x.h5": (folder / "x.h5").read_bytes(),
         "x.h5.gz": gzip.compress((folder / "x.h5").read_bytes()),
         "images.zip": (folder / "images.zip").read_bytes(),
@@ -556,6 +564,7 @@ READERS = {
     "model.npz": lambda path, files: load_weights(create_model("mu/8", num_classes=2, image_size=16), path),
     "model.safetensors": lambda path, files: load_weights(create_model("mu/8", num_classes=2, image_size=16), path),
     "train_32x32.mat": lambda path, files: read_two(path, svhn_cropped.read),
+    "ILSVRC2012_devkit_t12.tar": lambda path, files: read_label_table(str(path)),
     "x.h5": lambda path, files: read_two(path, patch_camelyon.read),
     "x.h5.gz": lambda path, files: read_two(path, patch_camelyon.read),
     "images.zip": lambda path, files: list(Tree(str(path)).read(Tree(str(path)).names())),
@@ -592,7 +601,7 @@ def test_readers_survive_damage(tmp_path_factory, files, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_readers_survive_much_damage(tmp_path_factory, files, name):
-    @inputs(400)
+    @inputs(100 if name in ("train_32x32.mat", "ILSVRC2012_devkit_t12.tar") else 400)  # a process for each file
     @given(DAMAGE)
     def survives(damage):
         attack(tmp_path_factory, files, name, damage)

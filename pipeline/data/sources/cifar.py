@@ -24,6 +24,7 @@ from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
 from pipeline.data.sources.listing import address_of
 from pipeline.errors import UserError, plural
+from pipeline.tarheaders import BoundedTarInfo
 
 NAME = "cifar"
 ARCHIVE = re.compile(r"cifar-100?-(binary|python)\.(tar|tar\.gz|tgz)$")
@@ -226,7 +227,7 @@ def _members(uri: str) -> Iterator[tuple[str, bytes]]:
         with storage.open_file(uri) as file:
             yield uri.rpartition("/")[2], file.read(MAX_BATCH_BYTES)
         return
-    with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+    with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=BoundedTarInfo) as archive:
         for member in archive:
             if member.isfile():
                 handle = archive.extractfile(member)

@@ -5,11 +5,8 @@ JSON, Tiny-ImageNet's val_annotations.txt and ImageNet's devkit. `rows` reads th
 columns, and LabelTable finds the row of an image, however its path is spelled.
 """
 
-import io
 import logging
-import os
 import re
-import tarfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +15,6 @@ from urllib.parse import unquote
 
 import xxhash
 
-from pipeline import storage
 from pipeline.data.sources.columns import (
     Columns,
     NoLabelColumn,
@@ -31,6 +27,7 @@ from pipeline.data.sources.columns import (
     split_column,
     split_name,
 )
+from pipeline.data.sources.devkit import is_devkit, read_devkit
 from pipeline.data.sources.rows import read_rows
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS
 from pipeline.errors import UserError, nearest, plural
@@ -190,8 +187,8 @@ def read_label_table(
     Raises UserError for a table that cannot be read, NoLabelColumn for a table without a recognised label column.
     """
     columns = columns or Columns()
-    if "devkit" in uri.lower() and uri.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        return LabelTable(labels=_imagenet_devkit(uri))
+    if is_devkit(uri):
+        return LabelTable(labels=read_devkit(uri))
     rows = read_rows(uri, (columns.file, columns.label, columns.split), data)
     names = [n for n in dict.fromkeys(name for row in rows for name in row) if isinstance(n, str)]
     file = file_column(uri, names, columns)
@@ -299,26 +296,3 @@ def _row_labels(
     if need_labels and not columns.label and not found[1] and look_like_captions(distinct, len(rows)):
         raise captions_error(uri, distinct, len(rows), f"--label-column {label!r}")
     return found
-
-
-def _imagenet_devkit(uri: str) -> dict[str, list[str]]:
-    """Validation labels of ILSVRC2012_devkit_t12.tar.gz as {file name: [WordNet id]}."""
-    import scipy.io  # takes 0.3 s
-
-    try:
-        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(uri))) as archive:
-            files = {os.path.basename(member.name): member for member in archive if member.isfile()}
-            meta = archive.extractfile(files["meta.mat"])
-            truth = archive.extractfile(files["ILSVRC2012_validation_ground_truth.txt"])
-            assert meta is not None
-            assert truth is not None
-            synsets = scipy.io.loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
-            wordnet = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-            ids = truth.read().split()
-            return {f"ILSVRC2012_val_{i:08d}.JPEG": [wordnet[int(label)]] for i, label in enumerate(ids, 1)}
-    except FileNotFoundError as error:
-        raise UserError(f"{uri}: no such file") from error
-    except KeyError as error:
-        raise UserError(f"{uri}: not ImageNet's devkit, {error} is missing") from error
-    except (tarfile.TarError, EOFError, OSError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{uri}: not ImageNet's devkit, or damaged ({error}); fetch it again") from error

@@ -13,7 +13,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -25,6 +25,7 @@ from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
 from pipeline.data.sources.listing import JUNK
 from pipeline.data.sources.samples import MAX_TABLE_BYTES, SampleScanner, Sidecar, items_of_sample, split_extension
 from pipeline.errors import UserError
+from pipeline.tarheaders import BoundedTarInfo
 
 NAME = "tar"
 SUFFIX = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -32,14 +33,6 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\
 FIRST_MEMBERS = 64  # members that decide whether a tar has to be scanned
 NUMBERING_MEMBERS = 8  # archives with the same first 8 member names number their samples independently
 MAX_PADDING_BYTES = 16 << 20  # zeros between joined archives
-MAX_HEADER_BYTES = 1 << 20  # a long name or extended attributes, which tarfile holds in memory
-EXTENSIONS = (  # types of headers that describe the next member
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
 DAMAGE = (
     tarfile.TarError,
     EOFError,
@@ -212,18 +205,6 @@ def _read_members(
 # ---------------------------------------------------------------- members
 
 
-class _Header(tarfile.TarInfo):
-    """The header of a member. Raises tarfile.ReadError for a long name or extended
-    attributes above MAX_HEADER_BYTES."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in EXTENSIONS and header.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
-        return header
-
-
 def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Files and links from the current position to `stop`, in one tar or several concatenated ones (cat a.tar b.tar).
 
@@ -233,7 +214,7 @@ def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tar
     unpacked: Any = _ForwardStream(_unpacked(file, packed)) if packed else file
     while True:
         # mode "r:" seeks past the data of members
-        with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
+        with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=BoundedTarInfo) as archive:
             for member in archive:
                 if 0 <= stop <= member.offset:
                     return
@@ -258,7 +239,7 @@ def _at_next_archive(file: Any, end: int, stop: int) -> bool:
         block = file.read(tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
             try:
-                _Header.frombuf(block, "utf-8", "surrogateescape")
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
                 return False  # padding after the end of an archive may contain anything
             file.seek(position)
