@@ -1,12 +1,12 @@
 """A small pipeline, and an executor that simulates its jobs without processes."""
 
 from pipeline import storage
+from pipeline.commit import write_commit
 from pipeline.graph import file, instances, state
 from pipeline.graph.executor import Ended
 from pipeline.graph.file import Pipeline, Stage
 from pipeline.graph.plan import Plan
 from pipeline.graph.runner import Runner
-from pipeline.weights import checkpoints
 
 
 def chain(root, source, **more):
@@ -48,12 +48,8 @@ class Fake:
             content = "-".join(words[words.index("--size") + 1 :][:1])
             storage.write_bytes(f"{output}/manifest.json", f'{{"fingerprint": "data-{content}"}}'.encode())
         elif script == "jobs/pretrain.py":
-            commit = {
-                "step": 1,
-                "format": checkpoints.FORMAT,
-                "files": {"model.safetensors": {"sha256": output, "size": 1}},
-            }
-            storage.write_json(f"{output}/checkpoints/step-00000001/COMMIT.json", commit)
+            files = {"model.safetensors": {"sha256": output, "size": 1}}
+            write_commit(f"{output}/checkpoints/step-00000001", {"step": 1, "files": files})
             storage.write_bytes(f"{output}/checkpoints/step-00000001/model.safetensors", b"x")
         else:
             scores = {"linear": {"mean": 90.0, "values": [90.0]}}

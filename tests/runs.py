@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import logs, storage
+from pipeline.commit import write_commit
 from pipeline.training.config import PretrainConfig, RuntimeConfig
 from pipeline.weights import checkpoints
 
@@ -20,8 +21,7 @@ def commit_checkpoint(folder: str | os.PathLike, step: int, **about: Any) -> str
         for file in storage.list_files(folder)
         if file.path != checkpoints.COMMIT
     }
-    commit = {"format": checkpoints.FORMAT, "step": step, "metrics": {}, **about, "files": files}
-    storage.write_json(storage.join(folder, checkpoints.COMMIT), commit)
+    write_commit(os.fspath(folder), {"step": step, "metrics": {}, **about, "files": files})
     return str(folder)
 
 

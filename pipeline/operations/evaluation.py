@@ -8,6 +8,7 @@ separate MLflow run, which is linked to the training run."""
 import dataclasses
 import errno
 import http.client
+import itertools
 import json
 import logging
 import math
@@ -126,7 +127,10 @@ def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
                 target = _target(checkpoint, run)
                 found[target.key] = target
         if config.register and config.model and here:
-            registry.register(here[-1].uri, name=config.model, uri=uri)
+            try:
+                registry.register(here[-1].uri, name=config.model, uri=uri)
+            except checkpoints.Damaged as error:  # the others can be evaluated
+                logger.warning("not registered: %s", error)
     for version in registry.versions(config.model, uri) if config.model else []:
         try:
             checkpoint = checkpoints.resolve(version.checkpoint)
@@ -436,8 +440,9 @@ def ticks(
 
 
 def prunable(runs: tuple[str, ...], keep_last: int, uri: str) -> list[checkpoints.Checkpoint]:
-    """Checkpoints that can be deleted: all except the last `keep_last` of each run, the best by validation, registered
-    versions, and checkpoints of transfer runs."""
+    """Checkpoints that can be deleted: all except the last `keep_last` valid ones of each run, the best valid one by
+    validation, registered versions, and checkpoints of transfer runs. None of a run with fewer valid checkpoints. Reads
+    the checkpoints that stay."""
     if keep_last < 1:
         raise UserError("--keep-last must be at least 1, because a run cannot continue without its last checkpoint")
     referred = {run.tags.get(names.CHECKPOINT) for run in search.search_runs(names.TRANSFER, uri=uri)}
@@ -446,7 +451,12 @@ def prunable(runs: tuple[str, ...], keep_last: int, uri: str) -> list[checkpoint
     found = []
     for run in runs:
         here = checkpoints.find(run)
+        valid = (c for c in reversed(here) if checkpoints.damage(c) is None)
+        kept = [checkpoint.uri for checkpoint in itertools.islice(valid, keep_last)]
+        if len(kept) < keep_last:
+            continue
         scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
-        best = max(scored, key=lambda c: c.commit["metrics"][names.VAL_TOP1]).uri if scored else None
-        found += [c for c in here[:-keep_last] if c.uri not in spared and c.uri != best]
+        scored.sort(key=lambda c: c.commit["metrics"][names.VAL_TOP1], reverse=True)
+        best = next((c.uri for c in scored if checkpoints.damage(c) is None), None)
+        found += [c for c in here if c.uri not in spared and c.uri not in (*kept, best)]
     return found

@@ -5,6 +5,7 @@ weights of the checkpoint. Serving needs torch, safetensors, numpy, pandas and P
 rest of this project.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from models import create_model
 
@@ -26,10 +27,11 @@ class Classifier(PythonModel):
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["checkpoint"]
-        with open(os.path.join(folder, "config.json")) as file:
-            config = json.load(file)
+        with open(os.path.join(folder, "COMMIT.json")) as file:
+            recorded = json.load(file)["files"]
+        config = json.loads(_read(folder, "config.json", recorded))
         self.model = create_model(**config["model"]).eval()
-        self.model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        self.model.load_state_dict(load(_read(folder, "model.safetensors", recorded)))
         self.size = int(config["model"]["image_size"])
         self.channels = int(config["model"].get("channels", 3))
         # trained with one sigmoid per class (multi-label data) or with a softmax
@@ -56,6 +58,16 @@ class Classifier(PythonModel):
         return np.asarray(resized.crop((left, top, left + self.size, top + self.size))).reshape(
             self.size, self.size, -1
         )
+
+
+def _read(folder: str, name: str, recorded: dict[str, Any]) -> bytes:
+    """A file of the checkpoint. Raises ValueError if it does not match its checksum."""
+    path = os.path.join(folder, name)
+    with open(path, "rb") as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != recorded[name]["sha256"]:
+        raise ValueError(f"{path}: damaged: it does not match its checksum in COMMIT.json; download the model again")
+    return data
 
 
 set_model(Classifier())

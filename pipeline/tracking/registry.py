@@ -9,6 +9,7 @@ is the version with the best validation, or once versions have scores, the best 
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
+from pipeline.commit import COMMIT, Damaged, check_content, read_commit
 from pipeline.errors import UserError
 from pipeline.tracking import names
 from pipeline.tracking.card import CardFacts, collect_facts, model_card, plain_text
@@ -31,6 +33,7 @@ from pipeline.tracking.server import client, experiment_id, global_server, resol
 logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
 PROMOTED = "promoted"  # tag of a version: the time when it became the champion
+WEIGHTS = ("model.safetensors", "config.json")  # files of a checkpoint that a registered model needs
 # Requirements of the registered classifier, pinned to the versions used for training; ray and deepspeed are not needed.
 SERVING = ("mlflow-skinny", "torch", "numpy", "pandas", "pillow", "safetensors", "scipy")
 
@@ -59,37 +62,36 @@ def register(checkpoint: str, *, name: str = "vit", run_id: str | None = None, u
     """Registers a committed checkpoint as a new version of the model `name`, and as `candidate` if it is better.
 
     Returns the existing version if the checkpoint is already registered. Raises UserError for a checkpoint without
-    COMMIT.json.
+    COMMIT.json, and Damaged, before MLflow has anything of it, if a copied file does not match its checksum.
     """
     uri, checkpoint = resolve_tracking_uri(uri), storage.normalise(checkpoint)
     try:
-        commit = storage.read_record(
-            storage.join(checkpoint, "COMMIT.json"), ["step", "files"], "use another checkpoint"
-        )
+        commit = read_commit(checkpoint)
     except FileNotFoundError as error:
         raise UserError(f"{checkpoint}: no complete checkpoint (COMMIT.json is missing)") from error
     for version in versions(name, uri):
         if version.checkpoint == checkpoint:
             return version
-    mlflow = client(uri)
-    run_id = run_id or run_of(checkpoint, uri)
-    if run_id:
-        experiment = mlflow.get_run(run_id).info.experiment_id
-    else:  # weights that do not come from a run on this server
-        experiment = experiment_id(uri, names.PRETRAIN)
-    trained = mlflow.get_run(run_id).data.tags if run_id else {}
-    facts = collect_facts(checkpoint, commit, trained.get(names.RECIPE, ""), run_id or "")
-    tags = _version_tags(facts, trained)
-    step = f"step-{commit['step']}"
-    model = mlflow.create_logged_model(experiment, step, run_id, tags, {"checkpoint": checkpoint}, "vit")
-    try:
-        with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-            save_classifier(checkpoint, os.path.join(scratch, "model"))
-            storage.write_bytes(os.path.join(scratch, "model", "README.md"), model_card(facts).encode())
-            mlflow.log_model_artifacts(model.model_id, os.path.join(scratch, "model"))
-    except BaseException:
-        mlflow.finalize_logged_model(model.model_id, "FAILED")
-        raise
+    with tempfile.TemporaryDirectory(prefix="register-") as scratch:
+        folder = os.path.join(scratch, "model")
+        save_classifier(checkpoint, folder)
+        mlflow = client(uri)
+        run_id = run_id or run_of(checkpoint, uri)
+        if run_id:
+            experiment = mlflow.get_run(run_id).info.experiment_id
+        else:  # weights that do not come from a run on this server
+            experiment = experiment_id(uri, names.PRETRAIN)
+        trained = mlflow.get_run(run_id).data.tags if run_id else {}
+        facts = collect_facts(checkpoint, commit, trained.get(names.RECIPE, ""), run_id or "")
+        storage.write_bytes(os.path.join(folder, "README.md"), model_card(facts).encode())
+        tags = _version_tags(facts, trained)
+        step = f"step-{commit['step']}"
+        model = mlflow.create_logged_model(experiment, step, run_id, tags, {"checkpoint": checkpoint}, "vit")
+        try:
+            mlflow.log_model_artifacts(model.model_id, folder)
+        except BaseException:
+            mlflow.finalize_logged_model(model.model_id, "FAILED")
+            raise
     mlflow.finalize_logged_model(model.model_id, "READY")
     _ensure_model(name, uri)
     with global_server(uri):  # MLflow looks up the logged model on its global server
@@ -151,7 +153,8 @@ def _run_folder(checkpoint: str) -> str:
 
 
 def save_classifier(checkpoint: str, folder: str) -> None:
-    """Writes the pyfunc model to a local folder: weights, `models/`, signature and an input example."""
+    """Writes the pyfunc model to a local folder: weights, `models/`, signature and an input example. Raises Damaged for
+    a file that does not match its checksum in COMMIT.json."""
     import importlib.metadata
 
     import numpy as np
@@ -162,9 +165,15 @@ def save_classifier(checkpoint: str, folder: str) -> None:
 
     weights = os.path.join(folder + "-weights")
     os.makedirs(weights)
-    for file in ("model.safetensors", "config.json", "COMMIT.json"):  # COMMIT.json has the checksums of the other files
-        if file != "COMMIT.json" or storage.exists(storage.join(checkpoint, file)):
-            storage.copy_file(storage.join(checkpoint, file), os.path.join(weights, file))
+    recorded = read_commit(checkpoint)["files"]
+    for file in WEIGHTS:
+        original, copy = storage.join(checkpoint, file), os.path.join(weights, file)
+        storage.copy_file(original, copy)
+        if file not in recorded:
+            raise Damaged(f"{original}: not one of the files that {COMMIT} lists; use another checkpoint")
+        with open(copy, "rb") as opened:
+            check_content(original, hashlib.file_digest(opened, "sha256").hexdigest(), recorded[file]["sha256"])
+    storage.copy_file(storage.join(checkpoint, COMMIT), os.path.join(weights, COMMIT))
     with open(os.path.join(weights, "config.json")) as opened:
         size = int(json.load(opened)["model"]["image_size"])
     picture = io.BytesIO()
@@ -329,7 +338,7 @@ def _renew_card(version: Version, evaluations: Mapping[str, Mapping[str, Any]], 
     mlflow, number = client(resolve_tracking_uri(uri)), str(version.version)
     recipe = mlflow.get_model_version(version.name, number).tags.get(names.RECIPE, "")
     try:
-        commit = storage.read_json(storage.join(version.checkpoint, "COMMIT.json"))
+        commit = read_commit(version.checkpoint)
         facts = collect_facts(version.checkpoint, commit, recipe, version.run_id)
     except (OSError, UserError) as error:
         logger.warning("the card of %s %s keeps its old scores: %s", version.name, number, error)

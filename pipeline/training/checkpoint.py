@@ -5,8 +5,8 @@
         ema.safetensors                    its exponential moving average, when the run keeps one
         state/param-00000-of-00002.safetensors ...   every worker's slices of one kind (param, exp_avg, ...):
                                            "kind:parameter:start" -> 1-D float32
-        COMMIT.json                        sizes and SHA-256 of all files; written last, so a folder without it is
-        incomplete
+        COMMIT.json                        step, and sizes and SHA-256 of all files; written last, so a folder without it
+        is incomplete
 
 Each worker writes the slices that it owns in the background (`Writer`); rank 0 assembles the model file from the
 slices. A reader loads the slices it needs, independent of the number of workers and the ZeRO stage that wrote them
@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline import storage
+from pipeline.commit import write_commit
 from pipeline.errors import StorageError, Unavailable, UserError, plural
 from pipeline.weights.checkpoints import (
     COMMIT,
-    FORMAT,
     THREADS,
     Checkpoint,
     OtherFormat,
@@ -332,10 +332,7 @@ class Writer:
         if self.deliver_records is not None:
             self.deliver_records()
         self._check_owner(step)
-        storage.write_json(
-            storage.join(target, COMMIT),
-            {"format": FORMAT, "step": step, "created": created, "workers": self.world, **commit, "files": files},
-        )
+        write_commit(target, {"step": step, "created": created, "workers": self.world, **commit, "files": files})
         self.verified[target] = True
         self._remove_old(step)
 

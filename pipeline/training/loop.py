@@ -43,6 +43,7 @@ from pipeline.training.schedule import learning_rate
 from pipeline.training.spikes import LossSpikeGuard
 from pipeline.training.validation import FewShot, validate
 from pipeline.weights import checkpoints, load_weights
+from pipeline.weights.files import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -293,9 +294,9 @@ class Trainer:
     def _load_weights(self, model: nn.Module, start: checkpoints.Checkpoint | None) -> None:
         """The weights with which the run starts or continues. Rank 0 reads them and sends them to the other workers."""
         if self.worker.rank == 0 and start is not None:
-            from safetensors.torch import load
-
-            model.load_state_dict(load(storage.read_bytes(storage.join(start.uri, "model.safetensors"))))
+            name = "model.safetensors"
+            tensors, _ = read_file(storage.join(start.uri, name), start.commit["files"][name]["sha256"])
+            model.load_state_dict(tensors)
         elif self.worker.rank == 0 and self.config.init_from:
             report = load_weights(model, self.config.init_from, tracking_uri=self.config.runtime.tracking_uri)
             self.info("%s", report)

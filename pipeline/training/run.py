@@ -59,10 +59,9 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     logger.info("%s", describe_run(plan, changes))
     output = config.runtime.output
     record = find_record(plan, output)
-    newest = checkpoints.latest(output, checksums=False)
-    if record is not None and newest is not None and newest.step >= plan.total:
-        logger.info("already finished: %s is at step %d of %d", newest.uri, newest.step, plan.total)
-        return _finished(config, newest, recipe, record.get("run_id"))
+    if record is not None and (last := finished_checkpoint(plan)):
+        logger.info("already finished: %s is at step %d of %d", last.uri, last.step, plan.total)
+        return _finished(config, last, recipe, record.get("run_id"))
     cluster.connect()
     # Imported late: Ray Train takes seconds to import, and reads the settings that `connect` makes.
     from pipeline.training.launch import check_room
@@ -106,6 +105,18 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     return result
 
 
+def finished_checkpoint(plan: TrainPlan) -> checkpoints.Checkpoint | None:
+    """The checkpoint of the last step; None if training has to continue, also because that checkpoint is damaged.
+
+    Reads all files of that checkpoint, because it is registered and used: nothing reads it before."""
+    output = plan.config.runtime.output
+    for checksums in (False, True):  # an unfinished run is read by its workers
+        newest = checkpoints.latest(output, checksums)
+        if newest is None or newest.step < plan.total:
+            return None
+    return newest
+
+
 def _finished(
     config: PretrainConfig, newest: checkpoints.Checkpoint, recipe: str, run_id: str | None
 ) -> dict[str, Any]:
@@ -127,21 +138,31 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
     command retries."""
     if not config.runtime.register or config.loss == "masked":  # a model trained with masking has no classifier
         return {}
-    here = checkpoints.find(config.runtime.output)
+    here = checkpoints.find(config.runtime.output)[::-1]
     scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
-    best = max(scored, key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), default=here[-1])
+    scored.sort(key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), reverse=True)
     uri = tracking.resolve_tracking_uri(config.runtime.tracking_uri)
     name = config.runtime.register
     if name == "auto":
         name = model_name(recipe or config.model.variant, config.runtime.data)
-    registered = {}
+    registered: dict[str, str] = {}
     try:
-        for worth_keeping in dict.fromkeys((best.uri, here[-1].uri)):
-            version = registry.register(worth_keeping, name=name, run_id=run_id, uri=uri)
-            registered[f"{version.name}/{version.version}"] = worth_keeping
+        for ranked in (scored, here):
+            if version := _register_first(ranked, name=name, run_id=run_id, uri=uri):
+                registered[f"{version.name}/{version.version}"] = version.checkpoint
     except Exception as error:
         logger.warning("not registered in MLflow (%s); repeat the command to retry", error)
     return registered
+
+
+def _register_first(ranked: list[checkpoints.Checkpoint], **options: Any) -> registry.Version | None:
+    """Registers the first checkpoint that is not damaged; None if there is none."""
+    for checkpoint in ranked:
+        try:
+            return registry.register(checkpoint.uri, **options)
+        except checkpoints.Damaged as error:
+            logger.warning("not registered: %s", error)
+    return None
 
 
 def absolute(config: PretrainConfig) -> PretrainConfig:

@@ -1,6 +1,6 @@
 """Finds the committed checkpoints of a run and detects damaged ones. `pipeline.training.checkpoint` writes them.
 
-<run>/checkpoints/step-00001000/COMMIT.json     written last: step, metrics, sizes and SHA-256 of the other files
+<run>/checkpoints/step-00001000/COMMIT.json     written last: see `pipeline.commit`
 """
 
 import hashlib
@@ -9,19 +9,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import storage
+from pipeline import commit, storage
+from pipeline.commit import COMMIT, FORMAT, Damaged, OtherFormat
 from pipeline.errors import StorageError, UserError
 
-COMMIT = "COMMIT.json"
-FORMAT = 3  # format version of checkpoints and run.json; a file without the field has version 1
+__all__ = [
+    "COMMIT",
+    "FORMAT",
+    "THREADS",
+    "Checkpoint",
+    "Damaged",
+    "OtherFormat",
+    "damage",
+    "find",
+    "folder",
+    "latest",
+    "read_commit",
+    "resolve",
+    "sha256",
+]
+
 THREADS = 8
 """Number of files read in parallel."""
 
 logger = logging.getLogger(__name__)
-
-
-class OtherFormat(UserError):
-    """Raised for a checkpoint of another format version. It is not damaged, so it is neither skipped nor removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +69,9 @@ def find(run: str) -> list[Checkpoint]:
 
 
 def read_commit(uri: str) -> Checkpoint:
-    """Reads the COMMIT.json of a folder. Raises UserError if it is invalid."""
-    commit = storage.read_json(storage.join(uri, COMMIT))
-    try:
-        step = int(commit["step"])
-        for info in commit["files"].values():
-            int(info["size"]), str(info["sha256"])
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{uri}: its {COMMIT} is invalid ({type(error).__name__}: {error})") from error
-    if commit.get("format", 1) != FORMAT:
-        raise OtherFormat(
-            f"{uri}: its format version is {commit.get('format', 1)}, but this program reads {FORMAT}: use the version "
-            "that wrote it"
-        )
-    return Checkpoint(uri, step, commit)
+    """The checkpoint in a folder with a valid COMMIT.json. Raises as `pipeline.commit.read_commit` does."""
+    content = commit.read_commit(uri)
+    return Checkpoint(uri, int(content["step"]), content)
 
 
 def damage(checkpoint: Checkpoint, checksums: bool = True) -> str | None:
@@ -127,7 +127,7 @@ def resolve(uri: str) -> Checkpoint:
         checkpoint = read_commit(uri)
         problem = damage(checkpoint, checksums=False)
         if problem:
-            raise UserError(f"{uri}: damaged checkpoint: {problem}; use an earlier one")
+            raise Damaged(f"{uri}: damaged checkpoint: {problem}; use an earlier one")
         return checkpoint
     newest = latest(uri, checksums=False)
     if newest is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import storage
+from pipeline.commit import check_content
 from pipeline.errors import UserError
 from pipeline.weights import checkpoints
 
@@ -46,15 +47,6 @@ def model_options(uri: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options.get("variant"), str):
         raise UserError(f"{uri}: config.json describes no model (the variant is missing)")
     return options
-
-
-def check_content(uri: str, found: str, expected: str) -> None:
-    """Raises UserError if a file does not match its checksum in COMMIT.json."""
-    if found != expected:
-        raise UserError(
-            f"{uri}: damaged: its content does not match the checkpoint's {checkpoints.COMMIT}; use another "
-            "checkpoint, or copy this one again"
-        )
 
 
 def folder_of(place: str) -> str:

@@ -18,9 +18,10 @@ import torch
 
 from models.weights import Weights
 from pipeline import storage
+from pipeline.commit import check_content
 from pipeline.errors import UserError, shorten
 from pipeline.weights import checkpoints
-from pipeline.weights.description import SUFFIXES, check_content
+from pipeline.weights.description import SUFFIXES
 
 MAX_UNFOLDED_BYTES = 1 << 30
 STATE_KEYS = (

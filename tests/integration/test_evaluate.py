@@ -3,6 +3,7 @@
 Scores come from a replacement suite; the ledger, storage and MLflow are real."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from pipeline import storage
+from pipeline.commit import read_commit, write_commit
 from pipeline.errors import UserError
 from pipeline.operations import evaluation
 from pipeline.operations import ledger as ledger_module
@@ -50,11 +52,8 @@ def commit(run, step, content=None):
     folder = checkpoints.folder(str(run), step)
     weights = (content or f"weights {run} {step}").encode()
     storage.write_bytes(storage.join(folder, "model.safetensors"), weights)
-    files = {"model.safetensors": {"size": len(weights), "sha256": weights.hex()}}
-    storage.write_json(
-        storage.join(folder, "COMMIT.json"),
-        {"format": checkpoints.FORMAT, "step": step, "images_seen": step * 64, "metrics": {}, "files": files},
-    )
+    files = {"model.safetensors": {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}}
+    write_commit(folder, {"step": step, "images_seen": step * 64, "metrics": {}, "files": files})
     return folder
 
 
@@ -283,8 +282,7 @@ def test_candidate_is_the_best_by_validation_and_each_version_has_a_card(model, 
     for run, step, top1 in (("first", 10, 97.5), ("second", 20, 81.4), ("third", 30, 98.0)):
         folder = commit(tmp_path / run, step)
         storage.write_json(folder + "/config.json", config)
-        about = storage.read_json(folder + "/COMMIT.json") | {"metrics": {names.VAL_TOP1: top1}}
-        storage.write_json(folder + "/COMMIT.json", about)
+        write_commit(folder, read_commit(folder) | {"metrics": {names.VAL_TOP1: top1}})
         registry.register(folder, name=model.model, uri=model.tracking_uri)
         versions = registry.versions(model.model, model.tracking_uri)
         candidates += [version.step for version in versions if registry.CANDIDATE in version.aliases]
@@ -365,6 +363,11 @@ def test_pruning_keeps_referenced_checkpoints(model, tmp_path):
         pass
     found = evaluation.prunable(model.runs, 1, model.tracking_uri)
     assert [item.step for item in found] == [10, 40]
+    with open(folders[50] + "/model.safetensors", "ab") as file:
+        file.write(b"damage")
+    found = evaluation.prunable(model.runs, 1, model.tracking_uri)
+    assert [item.step for item in found] == [10, 50]  # the newest valid one stays
+    assert evaluation.prunable(model.runs, 5, model.tracking_uri) == []
     with pytest.raises(UserError, match="at least 1"):
         evaluation.prunable(model.runs, 0, model.tracking_uri)
 

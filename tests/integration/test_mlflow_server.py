@@ -26,7 +26,7 @@ from pipeline.tracking import names, registry, search, start_run
 from pipeline.tracking import run as run_module
 from pipeline.tracking.server import client
 from pipeline.tracking.spool import spool_root
-from pipeline.weights import checkpoints
+from tests.runs import commit_checkpoint
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SERVE = os.path.join(PROJECT, "infra", "mlflow", "serve.py")
@@ -247,7 +247,7 @@ def test_a_registered_model_loads_through_the_server_and_classifies_bytes(tracki
     save_checkpoint_weights(model, model.config, folder)
     config = storage.read_json(f"{folder}/config.json")
     storage.write_json(f"{folder}/config.json", {**config, "classes": ["cat", "dog"]})
-    storage.write_json(f"{folder}/COMMIT.json", {"format": checkpoints.FORMAT, "step": 10, "files": {}})
+    commit_checkpoint(folder, 10)
     version = registry.register(folder, name="served", uri=tracking)
     assert registry.register(folder, name="served", uri=tracking).version == version.version
     registry.set_alias(version, registry.CHAMPION, tracking)

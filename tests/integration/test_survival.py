@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from pipeline import config as configuration
-from pipeline import storage
+from pipeline.commit import write_commit
 from pipeline.data.format import open_dataset, write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import StorageError, UserError, plural
@@ -582,10 +582,7 @@ def test_failures_are_classified(base, tmp_path):
         "warning: worker 1: its process ended on 10.0.0.7 (killed, node lost, or out of host memory)"
     )
     assert decide(collateral, StorageError("no answer")) == FailureDecision.RAISE  # one failure was allowed
-    storage.write_json(
-        storage.join(checkpoints.folder(config.runtime.output, 8), checkpoints.COMMIT),
-        {"format": checkpoints.FORMAT, "step": 8, "files": {}},
-    )
+    write_commit(checkpoints.folder(config.runtime.output, 8), {"step": 8, "files": {}})
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE
     lines.clear()

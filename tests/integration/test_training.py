@@ -27,6 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.loop import share_weights
 from pipeline.training.plan import make_plan
+from pipeline.training.run import finished_checkpoint
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
 from tests.datasets import write_tinted
@@ -300,6 +301,29 @@ def test_damaged_checkpoint_is_skipped(tmp_path, caplog):
         checkpoints.resolve(str(four))
     assert checkpoint.remove_orphans(str(tmp_path)) == ["step-00000008"]
     assert checkpoints.resolve(str(tmp_path)).step == 2
+
+
+def damaged_by(kind: str, folder: Path) -> None:
+    """Damage to the last checkpoint that leaves all sizes."""
+    if kind == "step":
+        commit = folder / "COMMIT.json"
+        commit.write_text(commit.read_text().replace('"step": 8,', '"step": 9,'))
+    else:
+        flip_bit(next(folder.glob(f"**/{kind}")))
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "exp_avg-*", "config.json", "step"])
+def test_a_run_with_a_damaged_last_checkpoint_is_not_finished(base, tmp_path, kind):
+    """Nothing hands it on: the same command continues from the checkpoint before."""
+    plan = make_plan(changed(base, output=str(tmp_path), steps="8steps"), open_dataset(base.runtime.data), 1)
+    written(tmp_path, 4, 8)
+    last = finished_checkpoint(plan)
+    assert last is not None
+    assert last.step == 8
+    damaged_by(kind, Path(last.uri))
+    assert finished_checkpoint(plan) is None
+    assert checkpoints.latest(str(tmp_path)).step == 4
+    assert checkpoint.repair(str(tmp_path))[1] is False
 
 
 def test_a_checkpoint_of_another_format_is_neither_skipped_nor_removed(tmp_path):

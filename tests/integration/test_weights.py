@@ -69,6 +69,30 @@ def test_mlflow_run_and_registry(tmp_path):
             locate(address, uri)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "COMMIT.json"])
+def test_a_damaged_checkpoint_is_not_registered(tmp_path, file):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint(tmp_path / "checkpoint", 1)
+    flip_bit(tmp_path / "checkpoint" / file, -4)
+    with pytest.raises(UserError, match=r"damaged|not valid JSON|invalid"):
+        registry.register(str(tmp_path / "checkpoint"), name="vit", uri=uri)
+    assert registry.model_names(uri) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_registered_model_with_damaged_weights_does_not_load(tmp_path, file):
+    """`mlflow.pyfunc` of a version whose files were damaged in the store of artifacts."""
+    import mlflow
+
+    checkpoint(tmp_path / "checkpoint", 1)
+    registry.save_classifier(str(tmp_path / "checkpoint"), str(tmp_path / "model"))
+    mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    (copy,) = (tmp_path / "model").glob(f"**/{file}")
+    flip_bit(copy, -4)
+    with pytest.raises(ValueError, match=f"{file}: damaged"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
 ALONE = """
 import io, sys
 for absent in ("pipeline", "ray", "deepspeed"):

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.address import shares
+from pipeline.commit import write_commit
 from pipeline.data.format import open_dataset, revisions
 from pipeline.errors import Unavailable, UserError
 from pipeline.graph import file, fingerprints, runner, state
@@ -18,7 +19,6 @@ from pipeline.graph.record import PipelineRecord
 from pipeline.graph.runner import Runner
 from pipeline.tracking import names, search, server
 from pipeline.training.recipes import RECIPES
-from pipeline.weights import checkpoints
 from tests.datasets import write_tinted
 from tests.graphs import Fake, chain, go, plan_of, states
 
@@ -157,7 +157,7 @@ def test_a_new_checkpoint_of_a_run_makes_a_new_version_of_what_follows(tmp_path)
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
         files = {"model.safetensors": {"sha256": f"weights of step {step}", "size": 1}}
         storage.write_bytes(str(folder / "model.safetensors"), b"x")
-        storage.write_json(str(folder / "COMMIT.json"), {"step": step, "format": checkpoints.FORMAT, "files": files})
+        write_commit(str(folder), {"step": step, "files": files})
 
     save(1)
     go(pipeline)
