@@ -14,7 +14,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError, nearest
@@ -47,21 +47,33 @@ SHORT = 12
 # Flags of other tools -> flags of this project with the same meaning. The first one that the job has is suggested; {}
 # is the given value.
 SYNONYMS = {
-    "epochs": ("steps {}epochs",),
-    "examples": ("steps {}examples",),
-    "max-steps": ("steps {}",),
-    "lr": ("optimizer.lr {}", "lrs {}"),
-    "learning-rate": ("optimizer.lr {}", "lrs {}"),
-    "weight-decay": ("optimizer.weight-decay {}",),
-    "batch": ("batch-size {}",),
-    "bs": ("batch-size {}",),
-    "size": ("image-size {}", "resolution {}"),
-    "input": ("source {}", "data {}"),
-    "train": ("data {}",),
-    "val": ("validation {}",),
-    "out": ("output {}",),
-    "output-dir": ("output {}",),
-    "arch": ("model.variant {}", "variant {}"),
+    ("epoch", "epochs", "max-epochs", "num-epochs", "num-train-epochs"): ("steps {}epochs",),
+    ("examples", "samples", "num-samples"): ("steps {}examples",),
+    ("iters", "iterations", "max-iters", "max-steps", "num-steps", "total-steps"): ("steps {}",),
+    ("lr", "learning-rate", "base-lr", "peak-lr"): ("optimizer.lr {}", "lrs {}"),
+    ("wd", "wdecay", "weight-decay"): ("optimizer.weight-decay {}",),
+    ("opt", "optim"): ("optimizer.name {}",),
+    ("clip-grad", "grad-clip", "gradient-clipping", "max-grad-norm"): ("optimizer.clip {}",),
+    ("warmup-epochs",): ("schedule.warmup {}epochs",),
+    ("warmup-iters", "warmup-steps"): ("schedule.warmup {}",),
+    ("sched", "lr-scheduler", "scheduler"): ("schedule.kind {}",),
+    ("batch", "bs", "total-batch-size"): ("batch-size {}",),
+    ("size", "img-size", "imgsz", "input-size", "res"): ("image-size {}", "resolution {}", "size {}"),
+    ("input",): ("source {}", "data {}"),
+    ("train", "data-dir", "data-path", "dataset", "train-data"): ("data {}", "source {}"),
+    ("val", "val-data", "valid", "eval-data"): ("validation {}",),
+    ("out", "out-dir", "output-dir", "save-dir"): ("output {}",),
+    ("ckpt", "checkpoint-path", "weights"): ("checkpoint {}", "init-from {}"),
+    ("pretrained", "finetune"): ("init-from {}", "checkpoint {}"),
+    ("arch", "model", "model-name"): ("model.variant {}", "variant {}"),
+    ("drop-path-rate", "stochastic-depth"): ("model.drop-path {}",),
+    ("num-workers",): ("threads {}", "workers {}"),
+    ("amp", "dtype", "fp16", "bf16", "mixed-precision"): ("engine.precision {}",),
+    ("zero-stage", "stage"): ("engine.zero {}",),
+    ("grad-checkpointing", "gradient-checkpointing"): ("engine.activation-checkpointing",),
+    ("ema", "model-ema", "model-ema-decay"): ("ema-decay {}",),
+    ("smoothing",): ("label-smoothing {}",),
+    ("ngpus", "num-gpus", "n-gpus"): ("gpus {}",),
 }
 
 
@@ -291,7 +303,7 @@ def error_in_box(printed: str) -> str:
 
 
 def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
-    for synonym in SYNONYMS.get(name, ()):
+    for synonym in next((flags for names, flags in SYNONYMS.items() if name in names), ()):
         if synonym.partition(" ")[0] in options:
             return f" (did you mean --{synonym.format(value).strip()}?)"
     # Users tend to remember the last part of a dotted name.
@@ -300,5 +312,14 @@ def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
-def unknown_recipe(name: str, recipes: Iterable[str]) -> UserError:
-    return UserError(f'unknown recipe "{name}"{nearest(name, recipes)}; --list-recipes shows them all')
+def unknown_recipe(name: str, recipes: Collection[str]) -> UserError:
+    """Suggests the recipes of a model, such as ViT-B/16 or vit_base_patch16_224, or the recipe with the nearest name."""
+    plain = re.sub(r"^vit[-_ ]?|[-_]?patch|[/ ]", "", name.lower())
+    for size, short in (("tiny", "ti"), ("small", "s"), ("base", "b"), ("large", "l"), ("huge", "h")):
+        plain = re.sub(rf"^{size}[-_]?", short, plain)
+    words = re.split("[-_]", plain)
+    found = [recipe for recipe in recipes if recipe.startswith(f"{words[0]}_")]
+    found = [recipe for recipe in found if set(words[1:]) & set(re.split("[-_]", recipe))] or found
+    misspelt = difflib.get_close_matches(name, recipes, 1, cutoff=0.85)
+    hint = f" (did you mean {' or '.join(found[:3])}?)" if found and not misspelt else nearest(name, recipes)
+    return UserError(f'unknown recipe "{name}"{hint}; --list-recipes shows them all')

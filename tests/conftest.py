@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import cv2
@@ -50,6 +52,10 @@ def alone(process_group):
         yield
 
 
+SHARED_RAY: list[ModuleType] = []
+"""ray, while `ray_local` is running in this process."""
+
+
 @pytest.fixture(scope="session")
 def ray_local():
     """Embedded Ray with two CPUs, shared by every test of the session that needs one."""
@@ -64,8 +70,20 @@ def ray_local():
         runtime_env=cluster.runtime_env(ship_project=False),
         logging_level="warning",
     )
+    SHARED_RAY.append(ray)
     yield ray
+    SHARED_RAY.clear()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_ray_of_its_own():
+    """Fails a test that leaves Ray running in this process: `ray_local` could not start after it."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized() and not SHARED_RAY:
+        ray.shutdown()
+        pytest.fail("the test left Ray running in this process; use the fixture ray_local")
 
 
 @pytest.fixture(scope="session")

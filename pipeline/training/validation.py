@@ -3,6 +3,7 @@
 The images are divided among the workers. All workers take part in every forward pass, as ZeRO-3 requires.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +30,14 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
 from pipeline.training.plan import TrainPlan, loading_threads
 
+DIVERGED = "the model has diverged; continue from an earlier checkpoint with a lower --optimizer.lr or weight decay"
+
 
 @torch.no_grad()
 def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[str, float]:
     """Top-1 accuracy in percent and mean loss over a dataset. Each image counts once.
 
-    Masked patch prediction has no classes and returns only the loss.
+    Masked patch prediction has no classes and returns only the loss. Raises RuntimeError if the loss is not finite.
     """
     config = plan.config
     device = worker.device
@@ -55,6 +58,8 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
     if worker.world > 1:
         dist.all_reduce(sums)
     loss, top1 = float(sums[0] / sums[2]), 100.0 * float(sums[1] / sums[2])
+    if not math.isfinite(loss):  # the classes of such outputs would be counted like guesses
+        raise RuntimeError(f"the loss on {uri} is {loss}: {DIVERGED}")
     return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
 
 
@@ -74,7 +79,7 @@ class FewShot:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> dict[str, float]:
-        """Metrics: top-1 in percent, and the time in seconds."""
+        """Metrics: top-1 in percent, and the time in seconds. Raises RuntimeError if features are not finite."""
         start = time.perf_counter()
         rank, world, device = self.worker.rank, self.worker.world, self.worker.device
         share = -(-len(self.chosen) // world)
@@ -89,6 +94,8 @@ class FewShot:
                 for images, labels in _batches(self.test, self.plan, self.worker)
             ]
         examples = torch.cat([x for x, _ in tests])
+        if not (features.isfinite().all() and examples.isfinite().all()):
+            raise RuntimeError(f"the features of the few-shot probe are not finite: {DIVERGED}")
         if len(examples):
             labels = torch.cat([labels for _, labels in tests]).to(device)
             classes = len(self.train.classes)

@@ -84,8 +84,8 @@ def feature_set(split: Split, dataset: Any, checkpoint: str, probe: Probe) -> Fe
 def compute_features(
     model: Any, wanted: FeatureSet, execution: Execution, part: tuple[int, int] = (0, 1)
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(keys, labels (N,) or (N,M), features (N,D) float32) of one part. The model
-    must have the image size of the set."""
+    """(keys, labels (N,) or (N,M), features (N,D) float32) of one part. The model must have the image size of the set.
+    Raises UserError if features are not finite."""
     crop = Augment(size=wanted.resolution, crop="center", resize=max(wanted.resize, wanted.resolution), squash=True)
     keys: list[str] = []
     labels, features = [], []
@@ -96,7 +96,12 @@ def compute_features(
             features.append(model.features(images.to(execution.device, non_blocking=True)).float().cpu())
         labels.append(label)
         keys += key
-    return keys, pad_labels(labels), torch.cat(features).numpy()
+    found = torch.cat(features)
+    if bad := int((~found.isfinite().all(1)).sum()):
+        raise UserError(
+            f"the features of {bad} of {plural(len(found), 'image')} are not finite: the model has diverged"
+        )
+    return keys, pad_labels(labels), found.numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,8 @@ class Extraction:
             self.model.to(self.execution.device)
             found = compute_features(self.model, wanted, self.execution, (part.i, part.n))
             write_part(storage.join(self.output, wanted.name, part.file), *found)
+        except UserError:
+            raise
         except Exception as error:  # one broken dataset must not stop the others
             raise UserError(f"{type(error).__name__}: {error}") from error
         return {"rows": len(found[0])}

@@ -301,18 +301,22 @@ def crop_and_flip(
 
 @torch.inference_mode()
 def predict(model: nn.Module, test: Examples, *, resolution: int, execution: Execution) -> Predictions:
-    """Predicts every example once, with images squashed to the resolution. Without
-    gradients a batch is four micro-batches."""
+    """Predicts every example once, with images squashed to the resolution. Without gradients a batch is four
+    micro-batches. Raises Diverged if outputs are not finite."""
     keys: list[str] = []
-    labels, classes = [], []
+    labels, classes, finite = [], [], []
     squash = Augment(size=resolution, crop="squash")
     for images, label, key in read_examples(
         test, squash, batch_size=4 * execution.micro_batch, threads=execution.threads
     ):
         with execution.autocast():
-            classes.append(model(images.to(execution.device, non_blocking=True)).argmax(1).cpu())
+            logits = model(images.to(execution.device, non_blocking=True))
+        finite.append(logits.isfinite().all(1).cpu())
+        classes.append(logits.argmax(1).cpu())
         labels.append(test.labels(label))
         keys += key
+    if bad := int((~torch.cat(finite)).sum()):
+        raise Diverged(f"the outputs for {bad} of {plural(len(keys), 'image')} are not finite")
     return Predictions(keys, pad_labels(labels), torch.cat(classes).numpy())
 
 

@@ -79,12 +79,12 @@ def finish_finetuning(job: Job, training: FineTuning) -> tuple[Result, bytes | N
     about["host"] = platform.node()
     try:
         tuned = training.run()
+        found = predict(tuned.model, test, resolution=training.protocol.resolution, execution=training.execution)
     except Diverged as error:
         if job.phase == "final":
             raise
         seconds = time.perf_counter() - start
         return Result(**about, accuracy={"": 0.0}, images=0, seconds=seconds, details={"diverged": str(error)}), None
-    found = predict(tuned.model, test, resolution=training.protocol.resolution, execution=training.execution)
     result = Result(
         **about,
         accuracy={"": found.accuracy()},

@@ -164,3 +164,17 @@ def test_validation_reads_its_sums_once_whatever_the_number_of_batches(tmp_path)
         counts.append(reads.counted)
     assert counts[0] == counts[1]
     assert counts[0]["_local_scalar_dense"] > 0
+
+
+def test_a_diverged_model_has_no_accuracy(tmp_path):
+    """Outputs that are not finite would count as class 0."""
+    uri = str(tmp_path / "data")
+    write_dataset(uri, [(f"{i}", jpeg(i), i % 3, 60, 40) for i in range(12)], classes=["a", "b", "c"])
+    config = pretrain_config(
+        data=uri, image_size=16, augment=Augment(size=16), model=ModelConfig(variant="mu/8", depth=2), batch_size=4
+    )
+    engine, plan = make_engine(1, "fp32"), make_plan(config, open_dataset(uri), 1)
+    with torch.no_grad():
+        next(engine.module.parameters()).fill_(1e38)
+    with pytest.raises(RuntimeError, match="the model has diverged"):
+        validate(engine, plan, uri, Worker(rank=0, world=1, device=CPU))

@@ -279,6 +279,16 @@ def test_multilabel_and_unlabelled_test_images(tmp_path, model):
     assert math.isnan(found.accuracy(without=frozenset({"k0", "k2", "k3"})))
 
 
+def test_outputs_that_are_not_finite_are_no_predictions(model, train):
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.fill_(1e38)
+    with pytest.raises(finetune.Diverged, match="the outputs for 60 of 60 images are not finite"):
+        predict(model.eval(), train)
+    wanted = features.feature_set(train.split, train.dataset, "checkpoint", Probe(resolution=SIZE, resize=SIZE))
+    with pytest.raises(UserError, match="the features of 60 of 60 images are not finite"):
+        features.compute_features(model, wanted, Execution(micro_batch=2))
+
+
 # ---------------------------------------------------------------- features
 
 
