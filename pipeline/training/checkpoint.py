@@ -17,6 +17,7 @@ was suspended after the check cannot overwrite checkpoints that a later attempt 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -181,9 +182,10 @@ class Writer:
         """Suffix of the folders of this attempt; empty for the first attempt of a run."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Exception | None] | None = None
-        self.verified: dict[str, bool] = {}
-        """Checkpoint -> whether its checksums match. Checkpoints of this attempt are trusted, older ones are read
-        once."""
+        self.newest = ""
+        """The checkpoint that was written last. Its files were read for their checksums a moment ago."""
+        self.verified: dict[str, frozenset[tuple[str, int, str]]] = {}
+        """Checkpoint on a store -> its files (`_stamps`) when they were as committed."""
         self.failed: list[int] = []
         """Steps whose checkpoint could not be written."""
         self.waited = 0.0
@@ -333,37 +335,55 @@ class Writer:
             self.deliver_records()
         self._check_owner(step)
         write_commit(target, {"step": step, "created": created, "workers": self.world, **commit, "files": files})
-        self.verified[target] = True
-        self._remove_old(step)
+        try:
+            self.newest = target
+            if storage.is_remote(target):
+                self.verified[target] = _stamps(target)
+            self._remove_old(step)
+        except (UserError, OSError) as error:  # the new checkpoint is complete all the same
+            logger.warning("old checkpoints of %s stay: %s", self.run, error)
 
     def _remove_old(self, step: int) -> None:
         """Keeps the newest `keep_last` valid checkpoints and the best valid one by metric `best`.
 
         Nothing is removed until `keep_last` valid checkpoints exist; then damaged ones are removed too. A damaged
         checkpoint of the step that was just written is removed immediately."""
-        spared: list[Checkpoint] = []
         checkpoints = find(self.run)
         for checkpoint in checkpoints:
             if checkpoint.step == step and not self._is_valid(checkpoint):
                 remove(checkpoint)
-        checkpoints = [c for c in checkpoints if c.step != step or self._is_valid(c)]
-        for checkpoint in reversed(checkpoints):
-            if len(spared) < self.keep_last and self._is_valid(checkpoint):
-                spared.append(checkpoint)
+                checkpoints = [other for other in checkpoints if other is not checkpoint]
+        if len(checkpoints) <= self.keep_last:  # nothing to remove, so nothing to verify
+            return
+        spared = list(itertools.islice(filter(self._is_valid, reversed(checkpoints)), self.keep_last))
         if len(spared) < self.keep_last:
             return
         scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
-        scored.sort(key=lambda c: (c.commit["metrics"][self.best], c.step))
-        best = next((c for c in reversed(scored) if self._is_valid(c)), None)
+        scored.sort(key=lambda c: (c.commit["metrics"][self.best], c.step), reverse=True)
+        best = next((c for c in scored if c in spared or self._is_valid(c)), None)
         kept = {checkpoint.uri for checkpoint in (*spared, *([best] if best else []))}
         for checkpoint in checkpoints:
             if checkpoint.uri not in kept:
                 remove(checkpoint)
 
     def _is_valid(self, checkpoint: Checkpoint) -> bool:
-        if checkpoint.uri not in self.verified:
-            self.verified[checkpoint.uri] = damage(checkpoint) is None
-        return self.verified[checkpoint.uri]
+        """Whether the files are those that were committed, now: others are removed because of it.
+
+        Local files are read every time. A store never changes the content of an object without changing its ETag, so
+        its objects are read once, and those that this attempt wrote are not read at all."""
+        if not storage.is_remote(checkpoint.uri):
+            return checkpoint.uri == self.newest or damage(checkpoint) is None
+        stamps = _stamps(checkpoint.uri)
+        if self.verified.get(checkpoint.uri) != stamps:
+            if damage(checkpoint) is not None:
+                return False
+            self.verified[checkpoint.uri] = stamps
+        return True
+
+
+def _stamps(uri: str) -> frozenset[tuple[str, int, str]]:
+    """Path, size and ETag of every file of a checkpoint."""
+    return frozenset((file.path, file.size, file.stamp) for file in storage.list_files(uri))
 
 
 def _plain(error: Exception) -> UserError:

@@ -1,6 +1,7 @@
 """Training with two real workers and real DeepSpeed engines: stages agree, runs continue bit for bit, on any number of
 workers, and a checkpoint is complete or does not exist."""
 
+import errno
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from models import create_model
 from models.cost import parameters
+from pipeline import storage
 from pipeline.data import Loader
 from pipeline.data.format import open_dataset
 from pipeline.data.loading.augment import Augment
@@ -258,7 +260,7 @@ def test_samples_after_a_kill_are_those_of_an_uninterrupted_run_on_any_number_of
             assert keys(copy, world) == {k: batch for k, batch in expected.items() if k > step}
 
 
-def written(run: Path, *steps: int, **options) -> checkpoint.Writer:
+def written(run: str | Path, *steps: int, **options) -> checkpoint.Writer:
     """Checkpoints of a small model as one worker writes them."""
     model = create_model("mu/8", num_classes=3, image_size=16, depth=1)
     writer = checkpoint.Writer(str(run), model, **{"keep_last": 10, **options})
@@ -402,6 +404,39 @@ def test_damaged_checkpoints_do_not_count_and_valid_ones_are_not_removed_early(t
     resumed.save(6, tensors_of(writer, 6), {"metrics": {}})
     resumed.wait()
     assert [found.step for found in checkpoints.find(str(tmp_path))] == [4, 6]
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_checkpoint_damaged_during_the_run_does_not_count(tmp_path, s3, place):
+    """Step 4 is damaged after this attempt has committed it: step 2 stays until there are two valid ones without it."""
+    where = str(tmp_path) if place == "disk" else f"{s3}/run"
+    writer = written(where, 2, 4, keep_last=2)
+    damaged = storage.join(checkpoints.folder(where, 4), "model.safetensors")
+    content = bytearray(storage.read_bytes(damaged))
+    content[-1] ^= 1
+    storage.write_bytes(damaged, bytes(content))
+    left = []
+    for step in (6, 8):
+        writer.save(step, tensors_of(writer, step), {"metrics": {}})
+        writer.wait()
+        left.append([found.step for found in checkpoints.find(where) if checkpoints.damage(found) is None])
+    assert left == [[2, 6], [6, 8]]
+    assert [found.step for found in checkpoints.find(where)] == [6, 8]
+
+
+def test_a_checkpoint_stays_when_an_old_one_cannot_be_removed(tmp_path, monkeypatch):
+    writer = written(tmp_path, 2, keep_last=1)
+
+    def refuse(uri, recursive=False):
+        raise OSError(errno.EACCES, "Permission denied", uri)
+
+    with lines_of_log() as lines, monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", refuse)
+        writer.save(4, tensors_of(writer, 4), {"metrics": {}})
+        writer.wait()
+    assert any("old checkpoints of" in line and "Permission denied" in line for line in lines)
+    assert checkpoints.latest(str(tmp_path)).step == 4
+    assert writer.failed == []
 
 
 def test_damaged_checkpoint_is_written_again_when_training_reaches_its_step(tmp_path):
