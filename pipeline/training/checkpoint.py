@@ -346,11 +346,13 @@ class Writer:
     def _remove_old(self, step: int) -> None:
         """Keeps the newest `keep_last` valid checkpoints and the best valid one by metric `best`.
 
-        Nothing is removed until `keep_last` valid checkpoints exist; then damaged ones are removed too. A damaged
-        checkpoint of the step that was just written is removed immediately."""
+        Nothing is removed until `keep_last` valid checkpoints exist; then damaged ones are removed too. Another
+        checkpoint of the step that was just written is removed immediately if it is damaged, or lacks the scores of a
+        validation that was stopped."""
         checkpoints = find(self.run)
         for checkpoint in checkpoints:
-            if checkpoint.step == step and not self._is_valid(checkpoint):
+            is_replaced = checkpoint.uri != self.newest and checkpoint.commit.get("unvalidated")
+            if checkpoint.step == step and (is_replaced or not self._is_valid(checkpoint)):
                 remove(checkpoint)
                 checkpoints = [other for other in checkpoints if other is not checkpoint]
         if len(checkpoints) <= self.keep_last:  # nothing to remove, so nothing to verify

@@ -36,7 +36,7 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker, micro_losses
 from pipeline.training.meter import Meter, describe_scores, describe_step, mixture_metrics
 from pipeline.training.plan import TrainPlan, loading_threads, make_plan
-from pipeline.training.preemption import Preempted, PreemptionVote, host_group
+from pipeline.training.preemption import Preempted, PreemptionVote, ValidationStopped, host_group
 from pipeline.training.replacements import Replacements
 from pipeline.training.samples import log_batch
 from pipeline.training.schedule import learning_rate
@@ -125,6 +125,8 @@ class Trainer:
         # scores of the last validation and its step: a checkpoint of another step must not carry them
         self.scores = {name: value for name, value in saved.items() if name.startswith("val/")}
         self.scored_step = self.first
+        # whether the validation of the last step is still to be done, because the workers had to leave during it
+        self.unvalidated = bool(start.commit.get("unvalidated")) if start is not None else False
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
@@ -136,6 +138,10 @@ class Trainer:
     def train(self, vote: PreemptionVote) -> dict[str, Any]:
         plan, runtime = self.plan, self.config.runtime
         validates = bool(runtime.validation or self.few_shot)
+        if validates and self.unvalidated:  # an earlier start was stopped in this validation
+            if not self.validate(self.first, vote.poll):
+                self.leave(self.first)
+            self.save(self.first)
         for step in range(self.first, plan.total):
             done = step + 1
             is_last = done == plan.total
@@ -150,8 +156,8 @@ class Trainer:
                 self.log(done, loss)
             self.count_skipped(newest=logs)
             if validates and (done % plan.validate_every == 0 or is_last):
-                self.validate(done)
-            leaves = vote.poll() and not is_last
+                self.validate(done, vote.poll)
+            leaves = vote.poll() and (not is_last or self.unvalidated)
             if done % plan.checkpoint_every == 0 or is_last or leaves:
                 self.save(done)
             if leaves:
@@ -231,20 +237,28 @@ class Trainer:
             self.warn(warning)
             self.record({names.SPIKES: self.guard.spikes, names.SKIPPED: self.guard.skipped}, step)
 
-    def validate(self, done: int) -> None:
+    def validate(self, done: int, leaves: Callable[[], bool]) -> bool:
+        """Validates the state after `done` steps. False if the workers have to leave before the end of it."""
         self.heartbeat("validating")
         scores: dict[str, float] = {}
-        with self.meter.paused():
-            if self.config.runtime.validation:
-                scores = validate(self.engine, self.plan, self.config.runtime.validation, self.worker)
-            if self.few_shot:
-                scores |= self.few_shot(self.engine)
+        self.unvalidated = True
+        try:
+            with self.meter.paused():
+                if self.config.runtime.validation:
+                    scores = validate(self.engine, self.plan, self.config.runtime.validation, self.worker, leaves)
+                if self.few_shot:
+                    scores |= self.few_shot(self.engine, leaves)
+        except ValidationStopped:
+            self.info("step %d/%d  the validation is stopped; the next start repeats it", done, self.plan.total)
+            return False
+        self.unvalidated = False
         self.scores, self.scored_step = scores, done
         text = describe_scores(scores)
         self.info("step %d/%d  validation  %s", done, self.plan.total, text, top1=scores.get(names.VAL_TOP1))
         self.record({**scores, names.IMAGES_SEEN: done * self.config.batch_size}, done)
         if names.VAL_TOP1 in scores:
             self.publish({live.VALIDATION_TOP1: scores[names.VAL_TOP1]})
+        return True
 
     def save(self, done: int) -> None:
         """Starts writing a checkpoint of the state after `done` steps."""
@@ -262,6 +276,7 @@ class Trainer:
             "spikes": self.guard.state(),
             "replaced": self.replacements.state(),
             "loss_scale": self.engine.loss_scale,
+            "unvalidated": self.unvalidated,
             "config": {"classes": list(self.plan.classes), "pretrain": configuration.to_dict(self.config)},
         }
         with self.meter.paused():

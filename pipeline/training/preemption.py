@@ -23,6 +23,11 @@ class Stopped(Preempted):
     """Raised by a worker after saving its state, because the driver was stopped. The run is not restarted."""
 
 
+class ValidationStopped(Exception):
+    """Raised on every worker between two batches of a validation, because the workers have to leave. The next start
+    validates the same step."""
+
+
 class StopSignal:
     """An actor through which the driver stops the workers: `ray.remote(num_cpus=0)(StopSignal).remote()`."""
 
@@ -76,9 +81,16 @@ class PreemptionVote:
     def __init__(self, is_preempted: Callable[[], bool], group: dist.ProcessGroup | None):
         self.is_preempted, self.group = is_preempted, group
         self.asked: tuple[dist.Work, torch.Tensor] | None = None
+        self.leaves = False
+        """The answer of the last poll; True is final."""
 
     def poll(self) -> bool:
-        """Whether to leave. Call it once per step, on every worker."""
+        """Whether to leave. Call it once per step, and per batch of a validation, on every worker."""
+        if not self.leaves:
+            self.leaves = self._ask()
+        return self.leaves
+
+    def _ask(self) -> bool:
         preempted = self.is_preempted()
         if self.group is None:
             return preempted

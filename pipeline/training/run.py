@@ -106,7 +106,8 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
 
 
 def finished_checkpoint(plan: TrainPlan) -> checkpoints.Checkpoint | None:
-    """The checkpoint of the last step; None if training has to continue, also because that checkpoint is damaged.
+    """The checkpoint of the last step; None if training has to continue, also because that checkpoint is damaged or a
+    stop has prevented its validation.
 
     Reads all files of that checkpoint, because it is registered and used: nothing reads it before."""
     output = plan.config.runtime.output
@@ -114,6 +115,9 @@ def finished_checkpoint(plan: TrainPlan) -> checkpoints.Checkpoint | None:
         newest = checkpoints.latest(output, checksums)
         if newest is None or newest.step < plan.total:
             return None
+    runtime = plan.config.runtime
+    if newest is not None and newest.commit.get("unvalidated") and (runtime.validation or runtime.fewshot.train):
+        return None
     return newest
 
 

@@ -5,7 +5,7 @@ The images are divided among the workers. All workers take part in every forward
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -29,15 +29,19 @@ from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
 from pipeline.training.plan import TrainPlan, loading_threads
+from pipeline.training.preemption import ValidationStopped
 
 DIVERGED = "the model has diverged; continue from an earlier checkpoint with a lower --optimizer.lr or weight decay"
 
 
 @torch.no_grad()
-def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[str, float]:
+def validate(
+    engine: Engine, plan: TrainPlan, uri: str, worker: Worker, leaves: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Top-1 accuracy in percent and mean loss over a dataset. Each image counts once.
 
-    Masked patch prediction has no classes and returns only the loss. Raises RuntimeError if the loss is not finite.
+    Masked patch prediction has no classes and returns only the loss. leaves: called before each batch, on every worker;
+    when it says that the workers have to leave, raises ValidationStopped. Raises RuntimeError if the loss is not finite.
     """
     config = plan.config
     device = worker.device
@@ -45,7 +49,7 @@ def validate(engine: Engine, plan: TrainPlan, uri: str, worker: Worker) -> dict[
     with _evaluating(engine):
         validation = open_dataset(uri)
         places = places_of_classes(validation, plan.classes) if config.loss != "masked" else None
-        for images, labels in _batches(validation, plan, worker):
+        for images, labels in _batches(validation, plan, worker, leaves):
             labels = labels if places is None else places[labels]
             count, batch = len(labels), engine.upload({"image": images, "label": labels})
             labels, output = batch["label"], engine.engine(batch["image"])
@@ -78,20 +82,25 @@ class FewShot:
         self.labels = torch.from_numpy(labels[self.chosen].astype(np.int64))
 
     @torch.no_grad()
-    def __call__(self, engine: Engine) -> dict[str, float]:
-        """Metrics: top-1 in percent, and the time in seconds. Raises RuntimeError if features are not finite."""
+    def __call__(self, engine: Engine, leaves: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Metrics: top-1 in percent, and the time in seconds. leaves: as for `validate`. Raises RuntimeError if features
+        are not finite."""
         start = time.perf_counter()
         rank, world, device = self.worker.rank, self.worker.world, self.worker.device
         share = -(-len(self.chosen) // world)
         mine = np.resize(self.chosen, share * world)[rank * share : (rank + 1) * share]  # pads by repetition
         with _evaluating(engine, features=True):
             step = self.plan.micro_batch
-            parts = [self._features(engine, mine[i : i + step], device) for i in range(0, share, step)]
+            parts = []
+            for i in range(0, share, step):
+                if leaves():
+                    raise ValidationStopped
+                parts.append(self._features(engine, mine[i : i + step], device))
             features = _gather(torch.cat(parts), world)[: len(self.chosen)]
             right, total = 0, 0
             tests = [
                 (engine.engine(engine.upload({"image": images})["image"]).float()[: len(labels)], labels)
-                for images, labels in _batches(self.test, self.plan, self.worker)
+                for images, labels in _batches(self.test, self.plan, self.worker, leaves)
             ]
         examples = torch.cat([x for x, _ in tests])
         if not (features.isfinite().all() and examples.isfinite().all()):
@@ -223,9 +232,11 @@ def _evaluating(engine: Engine, features: bool = False) -> Iterator[None]:
         module.train()
 
 
-def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (or patches) and labels of this worker's part of a dataset. A batch has at least one image but may have no
-    label."""
+def _batches(
+    dataset: Dataset, plan: TrainPlan, worker: Worker, leaves: Callable[[], bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (or patches) and labels of this worker's part of a dataset: the same number of batches on every worker. A
+    batch has at least one image but may have no label. Raises ValidationStopped when the workers have to leave."""
     rank, world = worker.rank, worker.world
     batch_size = max(world, plan.micro_batch * world)
     view = evaluation_view(plan.config)
@@ -240,6 +251,8 @@ def _batches(dataset: Dataset, plan: TrainPlan, worker: Worker) -> Iterator[tupl
         threads=loading_threads(plan.config),
     ) as loader:
         for batch in loader:
+            if leaves():
+                raise ValidationStopped
             images = batch["image"] if "image" in batch else batch["patches"]
             if len(images) == 0:
                 images = images.new_zeros(1, *images.shape[1:])

@@ -25,6 +25,7 @@ from pipeline.data import Loader
 from pipeline.data.format import open_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
+from pipeline.tracking import names
 from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.loop import share_weights
@@ -238,6 +239,24 @@ def test_a_checkpoint_has_only_the_scores_of_its_own_step(base, data, tmp_path):
         }
 
 
+def test_a_stop_during_a_validation_saves_the_step_and_the_next_start_validates_it(base, data, tmp_path):
+    """Two workers, one of which is told to leave while both validate after step 4 of 8, and after the last step."""
+    whole = changed(base, output=str(tmp_path / "whole"), validation=data, validate_every="4steps", steps="8steps")
+    stopped = changed(whole, output=str(tmp_path / "stopped"))
+    first, second, expected, result = run(2, stopped, stopped, whole, stopped, stops_at=(4, 8))
+    assert (first["left"], second["left"]) == ("saved at step 4", "saved at step 8")
+    assert second["lines"][-2] == "step 8/8  the validation is stopped; the next start repeats it"
+    assert result["lines"][-1].startswith("step 8/8  validation  ")
+    scores = [
+        [(c.step, c.commit["metrics"].get(names.VAL_TOP1)) for c in checkpoints.find(job.runtime.output)]
+        for job in (whole, stopped)
+    ]
+    assert scores[0] == scores[1]
+    assert [step for step, score in scores[0] if score is not None] == [4, 8]
+    same = [load_file(Path(r["checkpoint"], "model.safetensors")) for r in (expected, result)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
 @pytest.mark.slow
 def test_samples_after_a_kill_are_those_of_an_uninterrupted_run_on_any_number_of_workers(base, tmp_path):
     """Five seeds: two workers, one of them killed at a random step; the rest of the run on one and on four."""
@@ -326,6 +345,16 @@ def test_a_run_with_a_damaged_last_checkpoint_is_not_finished(base, tmp_path, ki
     assert finished_checkpoint(plan) is None
     assert checkpoints.latest(str(tmp_path)).step == 4
     assert checkpoint.repair(str(tmp_path))[1] is False
+
+
+def test_a_run_is_not_finished_before_the_validation_that_a_stop_has_prevented(base, data, tmp_path):
+    job = changed(base, output=str(tmp_path), steps="8steps")
+    writer = written(tmp_path, 4)
+    writer.save(8, tensors_of(writer, 8), {"metrics": {}, "unvalidated": True})
+    writer.wait()
+    validated, plain = (make_plan(changed(job, validation=uri), open_dataset(data), 1) for uri in (data, None))
+    assert finished_checkpoint(plain) is not None
+    assert finished_checkpoint(validated) is None
 
 
 def test_a_checkpoint_of_another_format_is_neither_skipped_nor_removed(tmp_path):
