@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pipeline import stores
 from pipeline.credentials import take_queries
 from pipeline.errors import NotWritten, UserError
+from pipeline.links import Roots, follow_link
 from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ def refuse_special(path: str) -> None:
         raise UserError(f"{path}: a file of the kernel, not of data")
 
 
+def open_regular(path: str, mode: str = "rb") -> IO[Any]:
+    """Like `open`, for a local path. Raises UserError for a special file (`refuse_special`): opening a pipe would wait
+    for its other end for ever."""
+    refuse_special(path)
+    return open(path, mode)
+
+
+def refuse_special_files(folder: str) -> None:
+    """Raises UserError for a special file directly in a local folder, which a library reads as a whole."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _rights(folder):
+        for name in os.listdir(folder):
+            refuse_special(os.path.join(folder, name))
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -125,8 +140,7 @@ def read_bytes(uri: str | os.PathLike, start: int = 0, end: int | None = None) -
     place, store = _place(uri)
     if store is not None:
         return store.read(place, start, end)
-    refuse_special(place)
-    with _rights(place), open(place, "rb") as file:
+    with _rights(place), open_regular(place) as file:
         file.seek(start)
         return file.read() if end is None else file.read(end - start)
 
@@ -188,8 +202,7 @@ def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]
         with store.open(place, block) as file:
             yield file
         return
-    refuse_special(place)
-    with _rights(place), open(place, "rb") as file:
+    with _rights(place), open_regular(place) as file:
         yield file
 
 
@@ -256,14 +269,10 @@ def file_info(uri: str | os.PathLike) -> FileInfo:
     return FileInfo("", status.st_size, place, str(status.st_mtime_ns))
 
 
-def _local_files(
-    folder: str, prefix: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[FileInfo]:
-    """Regular files. Links are followed, except to a folder in `above` (device, inode): that would never end.
-    What is removed meanwhile is left out."""
+def _local_files(folder: str, prefix: str, recursive: bool, roots: Roots = ()) -> Iterator[FileInfo]:
+    """Regular files. Links are followed as `follow_link` says. What is removed meanwhile is left out."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), _rights(folder):
-        status = os.stat(folder)
-        above = (*above, (status.st_dev, status.st_ino))
+        roots = roots or (os.path.realpath(folder),)
         with os.scandir(folder) as entries:
             for entry in entries:
                 try:
@@ -274,8 +283,10 @@ def _local_files(
                     raise
                 if stat.S_ISREG(status.st_mode):
                     yield FileInfo(prefix + entry.name, status.st_size, entry.path, str(status.st_mtime_ns))
-                elif recursive and stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
-                    yield from _local_files(entry.path, f"{prefix}{entry.name}/", recursive, above)
+                elif recursive and stat.S_ISDIR(status.st_mode):
+                    below = follow_link(entry.path, roots) if entry.is_symlink() else roots
+                    if below:
+                        yield from _local_files(entry.path, f"{prefix}{entry.name}/", recursive, below)
 
 
 # ---------------------------------------------------------------- writing

@@ -51,7 +51,7 @@ class Processes:
         environment = {**os.environ, **attempt.environment, "STAGE_FOLDER": place}
         script = os.path.join(PROJECT, attempt.words[0])
         command = ["/bin/sh", "-c", _WAIT, "stage", sys.executable, script, *attempt.words[1:]]
-        with open(os.path.join(place, "lock"), "a") as lock, open(log, "ab") as output:
+        with storage.open_regular(os.path.join(place, "lock"), "a") as lock, storage.open_regular(log, "ab") as output:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -95,7 +95,7 @@ class Processes:
         if not _held(os.path.join(self.folder, job, "lock")):
             return
         with contextlib.suppress(OSError, ValueError, psutil.Error):
-            with open(os.path.join(self.folder, job, "pid")) as file:
+            with storage.open_regular(os.path.join(self.folder, job, "pid"), "r") as file:
                 for process in psutil.Process(int(file.read())).children():
                     process.send_signal(signal.SIGTERM)
 
@@ -107,7 +107,7 @@ class Processes:
 def _held(lock: str) -> bool:
     """Whether some process holds a lock file."""
     try:
-        with open(lock) as file:
+        with storage.open_regular(lock) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -118,7 +118,7 @@ def _held(lock: str) -> bool:
 
 def _code(place: str) -> int | None:
     try:
-        with open(os.path.join(place, "code")) as file:
+        with storage.open_regular(os.path.join(place, "code")) as file:
             code = int(file.read())
     except (OSError, ValueError):
         return None
@@ -127,7 +127,7 @@ def _code(place: str) -> int | None:
 
 def _tail_error(log: str) -> str:
     try:
-        with open(log, "rb") as file:
+        with storage.open_regular(log) as file:
             file.seek(max(0, os.path.getsize(log) - 16_384))
             return last_error(file.read().decode(errors="replace"))
     except OSError:
@@ -179,7 +179,7 @@ class _Meter:
 
 def _spent(place: str) -> dict[str, float]:
     try:
-        with open(os.path.join(place, "spent.json")) as file:
+        with storage.open_regular(os.path.join(place, "spent.json")) as file:
             return {key: float(value) for key, value in json.load(file).items()}
     except (OSError, ValueError, AttributeError):
         return {}

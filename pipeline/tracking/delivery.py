@@ -11,12 +11,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from pipeline.credentials import redacted
 from pipeline.errors import UserError
 from pipeline.tracking import names, server
 from pipeline.tracking.description import replace_paragraph
+from pipeline.tracking.records import ENTITIES, INVALID, Entity, check_artifact, check_end, entities_of
 from pipeline.tracking.server import RunUnavailableError
 from pipeline.tracking.spool import Spool, find_spools, offline_id
 
@@ -30,17 +31,6 @@ BATCH_OF_KIND = 100  # parameters, and tags, in one request
 DATASET_ATTEMPTS = 3  # of a dataset that the server refuses
 MADE_FROM = "Made from:"
 ENDED = ("**Failed:**", "**Stopped:**")  # beginnings of the paragraph with the reason
-
-
-class Entity(NamedTuple):
-    """One metric point, parameter or tag."""
-
-    kind: str
-    key: str
-    value: Any
-    """A number for a metric; text for a parameter or tag."""
-    time: int = 0
-    step: int = 0
 
 
 class Delivery:
@@ -130,8 +120,8 @@ class Delivery:
         self.resolve()
         entities: list[Entity] = []
         for record in records:
-            if record.get("kind") in ("metrics", "tags", "params"):
-                entities += self._entities(record)
+            if record.get("kind") in ENTITIES:
+                self._guarded(record, lambda record, found=entities: found.extend(self._entities(record)))
                 continue
             self._send(entities)
             entities = []
@@ -151,7 +141,7 @@ class Delivery:
         return True
 
     def _guarded(self, record: dict, send: Callable[[dict], None]) -> None:
-        """Sends a record, or moves it to rejected.jsonl if the server refuses it."""
+        """Sends a record, or moves it to rejected.jsonl if the server refuses it or it is no record."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -165,7 +155,9 @@ class Delivery:
             self._reject(record, error)
         except OSError:
             raise
-        except (KeyError, ValueError, TypeError) as error:  # a record that this program did not write
+        except KeyError as error:
+            self._reject(record, ValueError(f"the record has no {error}"))
+        except (UserError, *INVALID) as error:
             self._reject(record, error)
 
     def _reject(self, record: dict, error: Exception) -> None:
@@ -175,9 +167,7 @@ class Delivery:
     # -------- metrics, parameters and tags
 
     def _entities(self, record: dict) -> list[Entity]:
-        kind, time, step = record["kind"], record.get("time", 0), record.get("step", 0)
-        found = [Entity(kind, key, value, time, step) for key, value in record["values"].items()]
-        return [entity for entity in found if kind != "metrics" or self._is_new(entity)]
+        return [entity for entity in entities_of(record) if entity.kind != "metrics" or self._is_new(entity)]
 
     def _is_new(self, point: Entity) -> bool:
         """Whether the run does not have this point. At step 0 (summaries) a changed value is also new."""
@@ -210,13 +200,19 @@ class Delivery:
             if error.error_code not in server.REFUSALS:
                 raise
             self._require_run()
-            if len(entities) > 1:
-                self._send_portion(entities[: len(entities) // 2])
-                self._send_portion(entities[len(entities) // 2 :])
-            else:
-                (refused,) = entities
-                record = {"kind": refused.kind, "values": {refused.key: refused.value}}
-                self._reject(record | {"time": refused.time, "step": refused.step}, error)
+            self._send_halves(entities, error)
+        except INVALID as error:  # of MLflow's client, which does not check everything
+            self._send_halves(entities, error)
+
+    def _send_halves(self, entities: Sequence[Entity], error: Exception) -> None:
+        """Sends the halves of a refused portion; rejects a single entity."""
+        if len(entities) > 1:
+            self._send_portion(entities[: len(entities) // 2])
+            self._send_portion(entities[len(entities) // 2 :])
+        else:
+            (refused,) = entities
+            record = {"kind": refused.kind, "values": {refused.key: refused.value}}
+            self._reject(record | {"time": refused.time, "step": refused.step}, error)
 
     def _set_tags(self, tags: dict[str, str]) -> None:
         self._send([Entity("tags", key, value) for key, value in tags.items()])
@@ -226,6 +222,7 @@ class Delivery:
     def _send_record(self, record: dict) -> None:
         kind = record["kind"]
         if kind == "end":
+            check_end(record["status"], record["time"], record.get("reason", ""))
             self._end(record["status"], record["time"], record.get("reason", ""))
         elif kind == "resume":
             self._resume(record["params"])
@@ -315,9 +312,12 @@ class Delivery:
         self._set_tags({**lineage, names.NOTE: self._note([MADE_FROM], "\n".join(lines))})
 
     def _send_artifact(self, record: dict) -> None:
+        check_artifact(record["path"], record["file"])
         source = os.path.join(self.spool.folder, "files", os.path.basename(record["file"]))
         if not os.path.exists(source):  # delivered before a crash that prevented the commit
             return
+        if not os.path.isfile(source):
+            raise ValueError(f"{source} is not a regular file")
         folder, name = os.path.split(record["path"])
         named = os.path.join(f"{source}.d", name)  # MLflow uses the file name on disk
         os.makedirs(os.path.dirname(named), mode=0o700, exist_ok=True)

@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline import storage
 from pipeline.credentials import redacted, take_password, with_password
 from pipeline.errors import UserError
 from pipeline.outputs import check_output
@@ -162,7 +163,8 @@ def client(uri: str) -> "MlflowClient":
         return MlflowClient(mlflow_address(uri))
     path = uri.removeprefix(SQLITE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "w") as lock:
+    lock_path = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    with storage.open_regular(lock_path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = MlflowClient(mlflow_address(uri))
         made.get_experiment("0")

@@ -31,11 +31,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.outputs import check_output, refuse_package_folder
 
 MAX_BYTES = 1 << 30  # maximum size of a spool folder; further metrics are dropped and counted as lost
 MAX_IN_MEMORY = 20_000  # maximum number of records in memory while the disk is full
+FILES = ("run.json", "metrics.jsonl", "artifacts.jsonl", "rejected.jsonl")
 LOCK_PATIENCE = 0.1  # seconds to wait for the lock of a queue, which is held for microseconds
 # bytes per delivery, about a thousand metrics; parsing more at once would delay the threads that log
 READ_BYTES = 1 << 15
@@ -204,7 +206,9 @@ class Spool:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.id = os.path.basename(self.folder)
             self.header = _read_header(self.folder) if header is None else header
-        except (OSError, ValueError):
+            for name in FILES:
+                storage.refuse_special(os.path.join(self.folder, name))
+        except (OSError, ValueError, UserError):
             os.close(self.lock)
             raise
         self.save_header()
@@ -287,8 +291,8 @@ class Spool:
 
 
 def _read_header(folder: str) -> dict[str, Any]:
-    """run.json of a spool folder. Raises OSError if it cannot be read, and ValueError if its content is invalid."""
-    with open(os.path.join(folder, "run.json"), "rb") as file:
+    """run.json of a spool folder. Raises OSError or UserError if it cannot be read, and ValueError if its content is invalid."""
+    with storage.open_regular(os.path.join(folder, "run.json")) as file:
         try:
             header = json.load(file)
         except RecursionError as error:
@@ -326,7 +330,8 @@ def find_spools(run_id: str | None = None) -> SpoolFolders:
     except OSError as error:
         raise UserError(f"VIT_SPOOL {spool_root()}: {error.strerror}; name the folder that has the records") from error
     for entry in entries:
-        if not entry.is_dir() or not os.path.exists(os.path.join(entry.path, "lock")):
+        # A copy of a spool, for example from a backup, may have no lock.
+        if not entry.is_dir() or not any(os.path.lexists(os.path.join(entry.path, name)) for name in ("lock", *FILES)):
             continue  # not a spool, or one that is being created
         try:
             header = _read_header(entry.path)
@@ -334,9 +339,9 @@ def find_spools(run_id: str | None = None) -> SpoolFolders:
                 found.abandoned.append(Spool(folder=entry.path))
         except BlockingIOError:
             found.in_use.append(entry.path)
-        except (OSError, ValueError) as error:
-            if any(os.path.exists(os.path.join(entry.path, name)) for name in ("metrics.jsonl", "artifacts.jsonl")):
-                found.unreadable[entry.path] = f"run.json: {error}"
+        except (OSError, ValueError, UserError) as error:
+            if any(os.path.lexists(os.path.join(entry.path, name)) for name in FILES):
+                found.unreadable[entry.path] = str(error) if isinstance(error, UserError) else f"run.json: {error}"
     return found
 
 

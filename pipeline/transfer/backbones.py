@@ -134,6 +134,10 @@ def _open_timm(name: str) -> TimmBackbone:
     overlay = {"file": storage.normalise(file)} if file else None
     if file and not storage.exists(file):
         raise UserError(f"{file}: no such file (weights for {TIMM}{name})")
+    if file and not storage.is_remote(file):
+        storage.refuse_special(storage.normalise(file))
+    if name.startswith("local-dir:"):
+        storage.refuse_special_files(name.removeprefix("local-dir:"))
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except Exception as error:  # errors of the hub's client, torch and timm have no common class
@@ -170,6 +174,7 @@ def _open_hugging_face(folder: str) -> HuggingFaceBackbone:
             f"{HUGGING_FACE}{folder}: not a local folder with a config.json of transformers; download one with "
             "`hf download NAME --local-dir FOLDER`"
         )
+    storage.refuse_special_files(place)
     transformers = import_library("transformers")
     try:
         options = transformers.AutoConfig.from_pretrained(place, local_files_only=True)

@@ -135,7 +135,7 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
     logger.info("fetching %s", describe_file(file))
     retry(file.url, lambda: _fetch_rest(file, partial), lambda error: _refused(file, target, error), GO_ON)
-    with open(partial, "rb") as source:
+    with storage.open_regular(partial) as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
     if digest != file.sha256:
         size = os.path.getsize(partial)
@@ -148,6 +148,7 @@ def download(raw: str, dataset: str, file: OfficialFile) -> None:
 
 def _fetch_rest(file: OfficialFile, partial: str) -> None:
     """Downloads the rest of `partial`."""
+    storage.refuse_special(partial)
     have = os.path.getsize(partial) if os.path.exists(partial) else 0
     if file.bytes and have >= file.bytes:
         return

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline import storage
 from pipeline.data.sources.tfrecord import encode_example, write_record
 from pipeline.vtab import tasks
 from pipeline.vtab.archives import MINIATURE
@@ -37,8 +38,7 @@ def write(names: Sequence[str] | str, raw: str, per_class: int = 8, num_classes:
     files: dict[str, dict[str, dict]] = {}
     marker = os.path.join(raw, MINIATURE)
     if os.path.exists(marker):
-        with open(marker) as file:
-            files = json.load(file)["files"]
+        files = storage.read_record(marker, ["files"])["files"]
     for dataset in dict.fromkeys(tasks.get(name).dataset for name in names):
         folder = os.path.join(raw, dataset)
         os.makedirs(folder, exist_ok=True)

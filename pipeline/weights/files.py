@@ -68,6 +68,8 @@ def read_file(uri: str, sha256: str | None = None) -> tuple[Weights, list[str]]:
     if not kind.endswith(SUFFIXES):
         raise UserError(f"{uri}: unknown file type; expected one of {', '.join(SUFFIXES)}")
     local = not storage.is_remote(uri)
+    if local:
+        storage.refuse_special(uri)
     data: Any = uri if local else io.BytesIO(storage.read_bytes(uri))
     if sha256 is not None:
         found = checkpoints.sha256(uri) if local else hashlib.sha256(data.getbuffer()).hexdigest()

@@ -610,20 +610,89 @@ def test_a_spool_that_cannot_be_read_is_named_and_kept(uri):
     assert os.path.exists(os.path.join(folder, "metrics.jsonl"))
 
 
+BAD_LINES = [
+    "{garbage",
+    "[1]",
+    "{}",
+    "[" * 100_000,
+    '{"kind":"link"}',
+    '{"kind":"link","role":1,"run_id":[1]}',
+    '{"kind":"unknown"}',
+    '{"kind":"metrics"}',
+    '{"kind":"metrics","values":[1]}',
+    '{"kind":"metrics","values":{"a":"text"}}',
+    '{"kind":"metrics","values":{"a":null}}',
+    '{"kind":"metrics","values":{"\\ud800":1}}',
+    '{"kind":"metrics","values":{"a":1' + "0" * 400 + "}}",
+    '{"kind":"metrics","values":{"a":1},"step":"x"}',
+    '{"kind":"metrics","values":{"a":1},"step":1e400}',
+    '{"kind":"metrics","values":{"a":1},"time":99999999999999999999}',
+    '{"kind":"params","values":{"a":{"b":1}}}',
+    '{"kind":"tags","values":{"a":1}}',
+    '{"kind":"tags","values":{"a":"\\u0000"}}',
+    '{"kind":"end","status":"DONE","time":1}',
+    '{"kind":"end","status":"FINISHED","time":"now"}',
+    '{"kind":"resume","params":[1]}',
+    '{"kind":"paragraph","markers":1,"text":[]}',
+    '{"kind":"dataset","dataset":5,"role":"x"}',
+]
+BAD_ARTIFACTS = [
+    '{"kind":"artifact"}',
+    '{"file":"a","path":5}',
+    '{"file":"","path":"a"}',
+    '{"file":"a","path":"b/"}',
+    '{"file":"pipe","path":"a"}',
+]
+
+
 def test_a_damaged_line_does_not_hold_up_the_others(uri, outage):
     outage.down = True
     run = start_run("pretrain", "damaged", tracking_uri=uri)
     run.log({names.LOSS: 1.0}, step=1)
+    run.log_text("hello", "notes/hello.txt")
     run.finish(timeout=0.2)
-    path = os.path.join(spool_root(), os.listdir(spool_root())[0], "metrics.jsonl")
-    with open(path, "r+b") as file:
-        lines = file.readlines()
-        file.seek(0)
-        file.writelines([b"{garbage\n", b"[1]\n", b'{"kind":"link"}\n', *lines])
+    folder = os.path.join(spool_root(), os.listdir(spool_root())[0])
+    os.mkfifo(os.path.join(folder, "files", "pipe"))
+    for name, bad in (("metrics.jsonl", BAD_LINES), ("artifacts.jsonl", BAD_ARTIFACTS)):
+        with open(os.path.join(folder, name), "r+b") as file:
+            lines = file.readlines()
+            file.seek(0)
+            file.writelines([*(f"{line}\n".encode() for line in bad), *lines])
+    outage.down = False
+    for _ in range(2):
+        code, said = upload()
+        assert (code, f"remaining: {len(BAD_LINES) + len(BAD_ARTIFACTS)}," in said) == (1, True), said
+        with open(os.path.join(folder, "rejected.jsonl"), "rb") as file:
+            assert len(file.readlines()) == len(BAD_LINES) + len(BAD_ARTIFACTS)
+    found = server.find_run(uri, run.id)
+    assert history(uri, found, names.LOSS) == [(1, 1.0)]
+    assert [file.path for file in server.client(uri).list_artifacts(found, "notes")] == ["notes/hello.txt"]
+    assert server.client(uri).get_run(found).info.status == "FINISHED"
+
+
+def test_a_copy_of_a_spool_without_its_lock_is_delivered(uri, outage):
+    outage.down = True
+    run = start_run("pretrain", "copied", tracking_uri=uri)
+    run.log({names.LOSS: 1.0}, step=1)
+    run.finish(timeout=0.2)
+    os.remove(os.path.join(spool_root(), os.listdir(spool_root())[0], "lock"))
+    outage.down = False
+    assert upload()[0] == 0
+    assert history(uri, server.find_run(uri, run.id), names.LOSS) == [(1, 1.0)]
+    assert not os.listdir(spool_root())
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "artifacts.jsonl", "rejected.jsonl"])
+def test_a_pipe_in_a_spool_is_named(uri, outage, name):
+    outage.down = True
+    start_run("pretrain", "piped", tracking_uri=uri).finish(timeout=0.2)
+    path = os.path.join(spool_root(), os.listdir(spool_root())[0], name)
+    if os.path.exists(path):
+        os.remove(path)
+    os.mkfifo(path)
     outage.down = False
     code, said = upload()
-    assert (code, said.count("refused: ")) == (1, 3), said
-    assert history(uri, server.find_run(uri, run.id), names.LOSS) == [(1, 1.0)]
+    assert (code, f"{path}: a pipe" in said) == (1, True), said
 
 
 @pytest.mark.parametrize("name", ["bad+name", "v (1)", "données+2", "a//b", "../up", "x" * 400, "\udce9t\0"])

@@ -38,7 +38,7 @@ ROW_GROUP = np.dtype(
 @functools.lru_cache(maxsize=256)
 def _map(path: str, sha256: str) -> memoryview:
     """A memory-mapped local shard. sha256: cache key that distinguishes a rewritten dataset at the same path."""
-    with open(path, "rb") as file:
+    with storage.open_regular(path) as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 

@@ -318,8 +318,7 @@ def _load(folder: str, paths: list[str]) -> Iterator[bytes | Exception]:
             if os.path.isabs(path) or ".." in path.split("/"):  # from a label table
                 raise FileNotFoundError(f"{path} is outside the source")
             name = os.path.join(folder, path)
-            storage.refuse_special(name)
-            with open(name, "rb") as file:
+            with storage.open_regular(name) as file:
                 yield file.read()
         except (OSError, ValueError, UserError) as error:  # ValueError: a NUL in a name from a label table
             yield error

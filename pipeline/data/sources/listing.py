@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.data.sources.items import LISTING
 from pipeline.errors import UserError, plural
+from pipeline.links import Roots, follow_link
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
 # Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
@@ -52,6 +53,7 @@ def list_source(uri: str, stop: Callable[[int], bool] = lambda files: False) -> 
     """
     files: Iterator[tuple[str, int]]
     if not storage.is_remote(uri):
+        storage.refuse_special(uri)
         if os.path.isfile(uri):
             return listing([("", os.path.getsize(uri))])
         files = walk(uri, "")
@@ -113,28 +115,24 @@ def listing(files: Sequence[tuple[str, int]]) -> pa.Table:
     return pa.table([pa.array(paths, pa.large_string()), pa.array(sizes, pa.int64())], schema=LISTING)
 
 
-Above = tuple[tuple[int, int], ...]  # (device, inode) of the folders that a folder is in
-
-
-def walk(folder: str, prefix: str, above: Above = ()) -> Iterator[tuple[str, int]]:
+def walk(folder: str, prefix: str, roots: Roots = ()) -> Iterator[tuple[str, int]]:
     """(path, size in bytes) of the files below a local folder, whose paths begin with `prefix`."""
-    for found in read_folder(folder, prefix, above):
+    for found in read_folder(folder, prefix, roots):
         if isinstance(found[1], int):
             yield found[0], found[1]
         else:
             yield from walk(os.path.join(folder, found[0][len(prefix) : -1]), found[0], found[1])
 
 
-def read_folder(folder: str, prefix: str, above: Above = ()) -> Iterator[tuple[str, int | Above]]:
-    """What a local folder has: (path, size in bytes) of a file, (path/, the folders that it is in) of a folder, whose path is
-    not yet text. Uses os.scandir: fsspec's listing takes ten times as long per file.
+def read_folder(folder: str, prefix: str, roots: Roots = ()) -> Iterator[tuple[str, int | Roots]]:
+    """What a local folder has: (path, size in bytes) of a file, (path/, its roots) of a folder, whose path is not yet text.
+    Uses os.scandir: fsspec's listing takes ten times as long per file.
 
-    Links are followed, except to a folder in `above`, which would be an endless loop. Raises UserError for a folder that
-    cannot be read; a missing one is empty.
+    roots: as in `follow_link`, which decides which links are followed; empty for the listed folder itself.
+    Raises UserError for a folder that cannot be read; a missing one is empty.
     """
     try:
-        here = os.stat(folder)
-        above = (*above, (here.st_dev, here.st_ino))
+        roots = roots or (os.path.realpath(folder),)
         entries = os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -145,9 +143,9 @@ def read_folder(folder: str, prefix: str, above: Above = ()) -> Iterator[tuple[s
     with entries:
         for entry in entries:
             if _is_folder(entry):
-                target = entry.stat()
-                if (target.st_dev, target.st_ino) not in above:
-                    yield f"{prefix}{entry.name}/", above
+                below = follow_link(entry.path, roots) if entry.is_symlink() else roots
+                if below:
+                    yield f"{prefix}{entry.name}/", below
             else:
                 # a name that is not valid UTF-8 and a dangling link become rejects when they are read
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0

@@ -29,8 +29,9 @@ import pyarrow.compute as pc
 from pipeline import cluster, storage, workqueue
 from pipeline.data.sources import keyranges, listing
 from pipeline.data.sources.items import LISTING
-from pipeline.data.sources.listing import SPILL_ROWS, Above, IgnoredFiles, TooLarge
+from pipeline.data.sources.listing import SPILL_ROWS, IgnoredFiles, TooLarge
 from pipeline.errors import NotRead, StorageError, UserError
+from pipeline.links import Roots
 from pipeline.stores import Entry
 from pipeline.workqueue import Receipts, unit_name
 
@@ -42,7 +43,7 @@ WHOLE_PAGES = 4  # pages of a folder that are listed with its folders, before ea
 EVERY = 10.0  # seconds between two lines of the log
 logger = logging.getLogger(__name__)
 
-Unit = list[Any]  # ["names", after, upto, generation] or ["folders", [[path/, above], ...], generation]
+Unit = list[Any]  # ["names", after, upto, generation] or ["folders", [[path/, roots], ...], generation]
 Write = Callable[[Sequence[tuple[str, int]]], None]
 
 
@@ -305,27 +306,27 @@ def _first(uri: str, after: str) -> str | None:
 def _list_folders(write: Write, uri: str, folders: Sequence[Any], until: float) -> list[Any]:
     """Lists folders and the folders in them, at least one. Returns the folders that are left after the time `until`."""
     expand = _expand_prefix if storage.is_remote(uri) else _expand_local
-    waiting = [(path, tuple(map(tuple, above))) for path, above in reversed(folders)]
+    waiting = [(path, tuple(roots)) for path, roots in reversed(folders)]
     while waiting:
-        path, above = waiting.pop()
-        waiting += expand(write, uri, path, above)
+        path, roots = waiting.pop()
+        waiting += expand(write, uri, path, roots)
         if time.monotonic() >= until:
             break
-    return [[path, above] for path, above in reversed(waiting)]
+    return [[path, roots] for path, roots in reversed(waiting)]
 
 
-def _expand_local(write: Write, uri: str, path: str, above: Above) -> list[tuple[str, Above]]:
+def _expand_local(write: Write, uri: str, path: str, roots: Roots) -> list[tuple[str, Roots]]:
     """Lists a local folder. Returns the folders in it."""
     if not os.path.isdir(uri):
         raise UserError(f"{uri}: no such folder on a node of the cluster; put the source where all nodes have it")
-    found, folders = listing.read_folder(os.path.join(uri, path), path, above), []
+    found, folders = listing.read_folder(os.path.join(uri, path), path, roots), []
     while part := list(islice(found, SPILL_ROWS)):
         write([(name, size) for name, size in part if isinstance(size, int)])
         folders += [(name, inside) for name, inside in part if not isinstance(inside, int)]
     return folders
 
 
-def _expand_prefix(write: Write, uri: str, path: str, above: Above) -> list[tuple[str, Above]]:
+def _expand_prefix(write: Write, uri: str, path: str, roots: Roots) -> list[tuple[str, Roots]]:
     """Lists a folder of a store with everything in it, if that takes few pages, otherwise without its folders. Returns
     these."""
     place = storage.join(uri, path) if path else uri

@@ -115,6 +115,7 @@ class OpenParquet:
             if storage.is_remote(self.uri):
                 file = self._open.enter_context(storage.open_file(self.uri))
                 return pq.ParquetFile(file, pre_buffer=False, buffer_size=self.buffer)
+            storage.refuse_special(self.uri)
             return pq.ParquetFile(self._open.enter_context(pa.memory_map(self.uri)), buffer_size=self.buffer)
         except FileNotFoundError:
             raise
