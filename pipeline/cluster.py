@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import psutil
 
 from pipeline import host_memory, ray_state
+from pipeline.credentials import forwarded
 from pipeline.errors import NotStarted, UserError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def warn_of_short_stop(grace: float) -> None:
 
 def runtime_env(ship_project: bool) -> dict:
     """The runtime_env of workers. Includes the project folder if they run on other machines."""
-    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    env_vars = forwarded(FORWARDED)
     if importlib.util.find_spec("torch") is not None:
         env_vars["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # ninja
     if ship_project:

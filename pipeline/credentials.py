@@ -12,7 +12,8 @@ checkpoints, runs and logs. Therefore `config.run_job` and the readers of config
     az://                AZURE_STORAGE_SAS_TOKEN: a signed query
 
 Proxies and the webhook keep their passwords in the environment; `redacted` hides them in messages. A password in any
-other address (a source, a checkpoint, a hook) is refused."""
+other address (a source, a checkpoint, a hook, HF_ENDPOINT, RAY_ADDRESS) is refused, and so is a token in place of a user
+of an https:// address."""
 
 import base64
 import json
@@ -30,6 +31,12 @@ QUERIES = "VIT_URL_QUERIES"
 """Environment variable: JSON of {address of a file or folder: signed query}."""
 MLFLOW_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 S3_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
+REMEDIES = {  # variables with an address that must not have a login: where the login belongs
+    "HF_ENDPOINT": "HF_TOKEN",
+    "STORAGE_EMULATOR_HOST": "GOOGLE_APPLICATION_CREDENTIALS",
+    "RAY_ADDRESS": "RAY_AUTH_TOKEN",
+    "RAY_API_SERVER_ADDRESS": "RAY_AUTH_TOKEN",
+}
 
 # Up to the last @ before the path, so that a / in a password does not begin a path.
 _USERINFO = re.compile(
@@ -37,13 +44,19 @@ _USERINFO = re.compile(
 )
 # The same at the beginning of a separate address, which may contain quotes.
 _WHOLE = re.compile(r"(?P<scheme>[A-Za-z][\w+.\-]*)://(?P<userinfo>[^/?#]*|[^/?#:@]*:(?!\d*[/?#])[^@]*)@", re.DOTALL)
-_KEYS = r"api_?key|account_?key|access_?key(?:_?id)?"
-_SECRET_NAMES = rf"(?:[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credential|{_KEYS})|sig)"
-_QUERY = re.compile(rf"([?&;]{_SECRET_NAMES}=)([^&;\s\"'#]+)", re.IGNORECASE)
-
-
+_KEYS = r"api[_\-]?key|account[_\-]?key|access[_\-]?key(?:[_\-]?id)?|private[_\-]?key"
+_SECRET_NAMES = rf"(?:[\w.\-]*(?:password|passwd|pwd|token|secret|signature|credentials?|{_KEYS})|sig|auth|jwt|code)"
+# A parameter `key` is a secret if its value is like a key: long, and not the name of a file.
+_QUERY = re.compile(
+    rf"([?&;](?:{_SECRET_NAMES}=|key=(?=[\w+~%=\-]{{20,}}(?:[&;\s\"'#]|$))))([^&;\s\"'#]+)", re.IGNORECASE
+)
+_NO_SCHEME = "http+x://"
 _SIGNED = re.compile(r"(?P<address>(?:https?|az)://[^\s\"'?#]+)\?(?P<query>[^\s\"'#]+)")
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w\-]{16,})")  # of Hugging Face and Google, at any position
+# Tokens of Hugging Face, Google, GitHub, GitLab and Slack, at any position.
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w\-]{16,}|AIza[\w\-]{30,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
+    r"glpat-[\w\-]{16,}|xox[a-z]-[\w\-]{10,})"
+)
 
 
 def redacted(text: str) -> str:
@@ -54,7 +67,8 @@ def redacted(text: str) -> str:
 
 def take_queries(text: str) -> str:
     """The text without the signed queries of its https:// and az:// addresses, which are moved to VIT_URL_QUERIES and
-    AZURE_STORAGE_SAS_TOKEN. Queries without a secret are kept.
+    AZURE_STORAGE_SAS_TOKEN. Queries without a secret are kept. Raises UserError for two addresses that differ only in
+    their queries, such as `?id=1&sig=...` and `?id=2&sig=...`: without them they would be one.
     """
 
     def take(found: re.Match[str]) -> str:
@@ -63,11 +77,23 @@ def take_queries(text: str) -> str:
         if found["address"].startswith("az://"):
             os.environ[SAS_TOKEN] = found["query"]
             return found["address"]
-        queries = _queries() | {found["address"].rstrip("/"): found["query"]}
-        os.environ[QUERIES] = json.dumps(queries)
+        queries, place = _queries(), found["address"].rstrip("/")
+        if place in queries and _public(queries[place]) != _public(found["query"]):
+            raise UserError(
+                f"{place}: two files of this address differ only in their queries; give them in two commands"
+            )
+        os.environ[QUERIES] = json.dumps(queries | {place: found["query"]})
         return found["address"]
 
     return _SIGNED.sub(take, text)
+
+
+def _public(query: str) -> list[str]:
+    """The parameters of a query that are no secrets and not part of a signature."""
+    parameters = (part for part in query.split("&") if not _QUERY.search(f"?{part}"))
+    signed = ("x-amz-", "x-goog-", "expires", "awsaccesskeyid", "googleaccessid", "policy", "key-pair-id")
+    sas = ("sv", "se", "st", "sp", "sr", "spr", "ss", "srt", "sip", "skoid", "sktid", "skt", "ske", "sks", "skv")
+    return [p for p in parameters if not p.lower().startswith(signed) and p.partition("=")[0] not in sas]
 
 
 def with_query(address: str) -> str:
@@ -82,7 +108,7 @@ def _queries() -> dict[str, str]:
     """{address: its query}. Raises UserError when VIT_URL_QUERIES is something else."""
     try:
         queries = json.loads(os.environ.get(QUERIES) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         queries = None
     if not isinstance(queries, dict) or not all(isinstance(value, str) for value in queries.values()):
         raise UserError(f'{QUERIES}: write {{"https://host/folder": "sig=..."}}')
@@ -144,7 +170,13 @@ def split_login(address: str) -> tuple[str, dict[str, str]]:
 
 
 def take_from_environment() -> None:
-    """Moves passwords from the addresses of MLflow and S3 in the environment to their own variables."""
+    """Moves passwords from the addresses of MLflow and S3 in the environment to their own variables. Raises UserError for
+    a login in an address that has none."""
+    for name, remedy in REMEDIES.items():
+        if _WHOLE.match(_with_scheme(os.environ.get(name, ""))):
+            raise UserError(
+                f"{name}: a login in the address would be visible to others; give the address without it, and the token or key in {remedy}"
+            )
     for name in MLFLOW_ADDRESSES:
         if os.environ.get(name):
             os.environ[name] = take_password(os.environ[name])
@@ -170,6 +202,8 @@ def take_from_arguments(arguments: Sequence[str]) -> list[str]:
             argument = take_password(argument)
         elif equals and _is_address_flag(flag):
             argument = f"{flag}={take_password(value)}"
+        elif _is_command(last):
+            refuse_query(argument, last)
         else:
             argument = take_queries(argument)
         refuse_password(argument, last)
@@ -192,7 +226,9 @@ def take_from_values(values: Any, where: str) -> Any:
             if isinstance(item, str):
                 if isinstance(value, dict) and isinstance(key, str) and key.endswith("tracking_uri"):
                     value[key] = item = take_password(item)
-                elif not (isinstance(key, str) and key.endswith("hook")):
+                elif isinstance(key, str) and _is_command(key):
+                    refuse_query(item, f"{name}.{key}")
+                else:
                     value[key] = item = take_queries(item)
                 refuse_password(item, f"{name}.{key}")
             else:
@@ -201,14 +237,64 @@ def take_from_values(values: Any, where: str) -> Any:
 
 
 def refuse_password(text: str, where: str) -> None:
-    """Raises UserError for text that contains an address with a password. where: its flag or key."""
-    found = _USERINFO.search(text)
-    if found and ":" in found["userinfo"]:
+    """Raises UserError for text that contains an address with a password, or an http(s):// address with a user, which may
+    be a token. where: its flag or key."""
+    found = next(filter(_is_login, _USERINFO.finditer(text)), None)
+    if found:
         raise UserError(
             f"{where}: a password in the address {redacted(found[0])}... would be visible in process lists and "
             "records; give the address without it, and the password in an environment variable (S3: AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY)"
         )
+
+
+def _is_login(found: re.Match[str]) -> bool:
+    web = found["scheme"].lower().startswith("http")
+    return ":" in found["userinfo"] or (web and bool(found["userinfo"]) and not found["userinfo"].startswith("***"))
+
+
+def refuse_query(text: str, where: str) -> None:
+    """Raises UserError for a secret in a query of a command. where: its flag or key."""
+    if _QUERY.search(text):
+        raise UserError(
+            f"{where}: a secret in {redacted(text)} would be visible in process lists and records; put the command into a "
+            "script that reads it from the environment"
+        )
+
+
+def without_logins(values: Any) -> Any:
+    """A copy of plain values (mappings, lists, text) without the passwords in their addresses: http://host in place of
+    http://me:password@host, postgresql://me@host in place of postgresql://me:password@host."""
+    if isinstance(values, dict):
+        return {key: without_logins(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [without_logins(value) for value in values]
+    if not isinstance(values, str):
+        return values
+
+    def shown(found: re.Match[str]) -> str:
+        user = "" if _is_login(found) and found["scheme"].startswith("http") else found["userinfo"].partition(":")[0]
+        return f"{found['scheme']}://{user}{'@' if user else ''}"
+
+    return _QUERY.sub(r"\1***", _USERINFO.sub(shown, values))
+
+
+def forwarded(names: Sequence[str]) -> dict[str, str]:
+    """The environment variables of these names that are set, with addresses without logins. For Ray, which shows them."""
+    return {
+        name: without_logins(_with_scheme(os.environ[name])).removeprefix(_NO_SCHEME)
+        for name in names
+        if name in os.environ
+    }
+
+
+def _with_scheme(address: str) -> str:
+    """An address as a URL: me:password@host, too."""
+    return address if "://" in address else _NO_SCHEME + address
+
+
+def _is_command(name: str) -> bool:
+    return name.endswith("hook")
 
 
 def _is_address_flag(flag: str) -> bool:

@@ -181,5 +181,5 @@ def _spent(place: str) -> dict[str, float]:
     try:
         with storage.open_regular(os.path.join(place, "spent.json")) as file:
             return {key: float(value) for key, value in json.load(file).items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

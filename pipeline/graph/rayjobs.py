@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from pipeline import cluster, storage
+from pipeline.credentials import forwarded
 from pipeline.errors import TRY_LATER, Unavailable, UserError
 from pipeline.graph.executor import Attempt, Ended, last_error
 
@@ -168,15 +169,15 @@ def _runtime_env() -> dict[str, Any]:
     """The runtime environment of the stages: the package of this job, the folder of the project, or (in an image)
     nothing to ship."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
-    variables = {STOP_WAIT: os.environ.get(STOP_WAIT, STOP_SECONDS), **submitted.get("env_vars", {}), **_forwarded()}
+    variables = {
+        STOP_WAIT: os.environ.get(STOP_WAIT, STOP_SECONDS),
+        **submitted.get("env_vars", {}),
+        **forwarded(cluster.FORWARDED),
+    }
     if cluster.is_ray_job():
         kept = ("working_dir", "py_modules", "pip", "uv", "conda", "container", "image_uri")
         return {**{key: submitted[key] for key in kept if submitted.get(key)}, "env_vars": variables}
     return {"working_dir": cluster.PROJECT, "excludes": cluster.EXCLUDES, "env_vars": variables}
-
-
-def _forwarded() -> dict[str, str]:
-    return {name: os.environ[name] for name in cluster.FORWARDED if name in os.environ}
 
 
 def is_wanted(address: str | None) -> bool:

@@ -79,15 +79,20 @@ class HuggingFaceStore(WebStore):
             where = f"{self.endpoint(uri)}/api/datasets/{place.id}/tree/{revision}{path}"
             token = f"{where}?{urllib.parse.urlencode(options)}"
         headers, page = self._ask(token, None)
-        found = [
-            Entry(
-                entry["path"].removeprefix(prefix),
-                int(entry.get("size") or 0),
-                entry.get("oid", ""),
-                is_folder=entry["type"] == "directory",
-            )
-            for entry in json.loads(page)
-            if entry["path"].startswith(prefix) and (entry["type"] == "file" or not recursive)
-        ]
+        try:
+            found = [
+                Entry(
+                    entry["path"].removeprefix(prefix),
+                    int(entry.get("size") or 0),
+                    entry.get("oid", ""),
+                    is_folder=entry["type"] == "directory",
+                )
+                for entry in json.loads(page)
+                if entry["path"].startswith(prefix) and (entry["type"] == "file" or not recursive)
+            ]
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{uri}: the server does not answer like the Hub ({type(error).__name__}); {self.REMEDY}"
+            ) from error
         following = NEXT.search(headers.get("Link", ""))
         return found, following[1] if following else None

@@ -21,6 +21,7 @@ from models.variants import parse_variant
 from pipeline import config as configuration
 from pipeline import metrics as live
 from pipeline import storage
+from pipeline.credentials import without_logins
 from pipeline.data import Loader
 from pipeline.data.format import Dataset
 from pipeline.data.loading.order import DROPOUT, bits
@@ -277,7 +278,10 @@ class Trainer:
             "replaced": self.replacements.state(),
             "loss_scale": self.engine.loss_scale,
             "unvalidated": self.unvalidated,
-            "config": {"classes": list(self.plan.classes), "pretrain": configuration.to_dict(self.config)},
+            "config": {
+                "classes": list(self.plan.classes),
+                "pretrain": without_logins(configuration.to_dict(self.config)),
+            },
         }
         with self.meter.paused():
             self.writer.save(done, self.engine.snapshot, about)

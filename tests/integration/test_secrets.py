@@ -18,10 +18,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import storage
-from pipeline.credentials import redacted, take_from_arguments, take_from_values, take_password
+from pipeline import cluster, storage
+from pipeline.config import to_dict
+from pipeline.credentials import (
+    redacted,
+    take_from_arguments,
+    take_from_environment,
+    take_from_values,
+    take_password,
+    take_queries,
+    without_logins,
+)
 from pipeline.errors import UserError
+from pipeline.training.config import PretrainConfig, RuntimeConfig
 from tests.faultproxy import FaultProxy
+from tests.fileserver import FileServer
 from tests.mlflowserver import mlflow_server
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +48,15 @@ SECRETS = {
     "webhook path": "hooktoken-0aa1",
     "Ray": "0f5e" * 16,
     "Hugging Face": "hf_17cc09",
+    "MLflow registry": "registry-55d1",
+    "https, by flag": "signature-0b77ae",
+    "az, by flag": "sas-e90c41",
+    "https, as a user": "user-token-7f3a",
+    "hook": "hook-query-31c8",
+    "HF_ENDPOINT": "hub-90ab1c",
+    "STORAGE_EMULATOR_HOST": "emulator-cc01",
+    "RAY_ADDRESS": "cluster-1d2e3f",
+    "RAY_API_SERVER_ADDRESS": "jobs-4a5b6c",
 }
 SMALL = (
     "--model.variant mu/8 --image-size 16 --augment.size 16 --batch-size 8 --workers 1 --validation None --steps 6steps"
@@ -95,24 +115,60 @@ def files_with(folder: Path) -> dict[str, list[str]]:
     return {path: names for path, names in found.items() if names}
 
 
+def run_refused(environment: dict[str, str], folder: Path) -> str:
+    """The output of jobs with a secret where none is accepted."""
+    names = ("HF_ENDPOINT", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    commands = [(["prepare", "--source", "x"], {name: f"http://me:{SECRETS[name]}@127.0.0.1:1"}) for name in names]
+    commands += [
+        (["prepare", "--source", f"https://{SECRETS['https, as a user']}@127.0.0.1:1/a.tar"], {}),
+        (["evaluate", "--hook", f"curl https://127.0.0.1:1/x?token={SECRETS['hook']}"], {}),
+    ]
+    said = ""
+    for (job, *arguments), variables in commands:
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
+        done = subprocess.run(
+            command,
+            env=environment | variables,
+            stdout=-1,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=folder,
+            timeout=300,
+        )
+        assert done.returncode == 2, done.stdout
+        said += done.stdout
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_no_secret_in_any_address_is_visible(s3, s3_server, image_folder, tmp_path):
     """prepare (MLflow is unavailable, so its records stay on disk), pretrain and evaluate (which transfers) over S3,
-    MLflow and Ray."""
+    MLflow and Ray; prepare from signed addresses."""
     ray_folder = Path(tempfile.mkdtemp(prefix="ray"))
     config = tmp_path / "private" / "pretrain.yaml"
     config.parent.mkdir(mode=0o700)
     hidden = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))}
     processes = ProcessList()
     try:
-        with mlflow_server(tmp_path) as mlflow, FaultProxy(mlflow) as proxy, webhook() as (hook, received):
+        with (
+            mlflow_server(tmp_path) as mlflow,
+            FaultProxy(mlflow) as proxy,
+            webhook() as (hook, received),
+            FileServer(tmp_path) as web,
+        ):
             place = proxy.endpoint.removeprefix("http://")
+            endpoint = s3_server.replace("//", f"//{SECRETS['S3 key']}:{SECRETS['S3 secret']}@")
+            web.query = f"sv=1&sig={SECRETS['https, by flag']}"
+            shutil.make_archive(str(tmp_path / "images"), "tar", image_folder)
             environment = hidden | {
-                "AWS_ENDPOINT_URL": s3_server.replace("//", f"//{SECRETS['S3 key']}:{SECRETS['S3 secret']}@"),
+                **dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"), endpoint),
+                "AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/away;AccountName=away",
+                "VIT_STORE_PATIENCE": "5",
                 "AWS_SESSION_TOKEN": SECRETS["S3 session"],
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "MLFLOW_TRACKING_URI": f"http://me:{SECRETS['MLflow, by environment']}@{place}",
+                "MLFLOW_REGISTRY_URI": f"http://me:{SECRETS['MLflow registry']}@{place}",
                 **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), f"http://me:{SECRETS['proxy']}@127.0.0.1:1"),
                 "NO_PROXY": "127.0.0.1,localhost",
                 "VIT_WEBHOOK": f"http://me:{SECRETS['webhook']}@{hook}/{SECRETS['webhook path']}",
@@ -126,24 +182,39 @@ def test_no_secret_in_any_address_is_visible(s3, s3_server, image_folder, tmp_pa
             config.write_text(f"runtime:\n  tracking_uri: http://me:{SECRETS['MLflow, in a file']}@{place}\n")
             away = f"http://me:{SECRETS['MLflow, by flag']}@127.0.0.1:1"
             folder = f"--suite folder --data {s3}/sets --transfer.steps 2 --transfer.batch-size 8 --transfer.lrs 0.001 --transfer.workers 1"
-            commands = {
-                "prepare": f"--source {image_folder} --output {s3}/sets/own --size 20 --splits train=0.5 test=0.5 "
-                f"--num-cpus 2 --tracking-uri {away}",
-                "pretrain": f"--config {config} --data {s3}/sets/own/train --output {s3}/run {SMALL} --register None",
-                "evaluate": f"--runs {s3}/run {folder} --output {tmp_path}/evaluate",
-            }
+            commands = [
+                (
+                    "prepare",
+                    0,
+                    f"--source {image_folder} --output {s3}/sets/own --size 20 --splits train=0.5 test=0.5 "
+                    f"--num-cpus 2 --tracking-uri {away}",
+                ),
+                (
+                    "pretrain",
+                    0,
+                    f"--config {config} --data {s3}/sets/own/train --output {s3}/run {SMALL} --register None",
+                ),
+                ("evaluate", 0, f"--runs {s3}/run {folder} --output {tmp_path}/evaluate"),
+                (
+                    "prepare",
+                    0,
+                    f"--source {web.address}/images.tar?{web.query} --output {tmp_path}/web --size 20 --num-cpus 2",
+                ),
+                ("prepare", 75, f"--source az://box/a.tar?sv=1&sig={SECRETS['az, by flag']} --output {tmp_path}/az"),
+            ]
             processes.start()
             said, pids = "", []
-            for job, arguments in commands.items():
+            for job, code, arguments in commands:
                 command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments.split()]
                 started = subprocess.Popen(
                     command, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
                 )
                 pids.append(started.pid)
                 said += started.communicate(timeout=500)[0]
-                assert started.returncode == 0, said
+                assert started.returncode == code, said
             processes.stop.set()
             processes.join()
+            said += run_refused(environment, tmp_path)
         config.unlink()
         assert (f"/{SECRETS['webhook path']}", login("me", SECRETS["webhook"])) in received
         assert found_in(said.encode()) == []
@@ -193,9 +264,39 @@ def test_password_is_shown_in_no_message(password, text):
     assert password not in redacted(text.format(f"https://me:{password}@host:5000/x"))
 
 
-@pytest.mark.parametrize("name", ["password", "token", "X-Amz-Signature", "api_key", "access_token", "client-secret"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "password",
+        "token",
+        "X-Amz-Signature",
+        "X-Goog-Credential",
+        "sig",
+        "api_key",
+        "x-api-key",
+        "access_token",
+        "auth",
+        "code",
+    ],
+)
 def test_secret_parameter_of_an_address_is_shown_in_no_message(name):
     assert redacted(f"https://host/x?a=1&{name}=planted&b=2") == f"https://host/x?a=1&{name}=***&b=2"
+
+
+@pytest.mark.parametrize("value", ["AIzaSyA" + "b1_-" * 8, "0123456789abcdef0123456789abcdef"])
+def test_key_is_shown_unless_it_is_a_file_name(value):
+    assert redacted(f"https://host/x?key={value}&b=2") == "https://host/x?key=***&b=2"
+    assert (
+        redacted("https://host/x?key=photos/2024/train-part-0001.tar")
+        == "https://host/x?key=photos/2024/train-part-0001.tar"
+    )
+
+
+@pytest.mark.parametrize(
+    "token", ["AIzaSyA" + "b1_-" * 8, "hf_" + "a1" * 12, "ghp_" + "A1" * 18, "glpat-" + "a_1-" * 5]
+)
+def test_tokens_are_shown_nowhere(token):
+    assert redacted(f"the server refused {token}: bad request") == "the server refused ***: bad request"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +314,62 @@ def test_password_in_the_address_of_another_flag_is_refused(flag, form):
     with pytest.raises(UserError, match=rf"{flag}: a password in the address s3://\*\*\*@") as refused:
         take_from_arguments(arguments)
     assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", ["--source", "--checkpoint", "--output"])
+def test_user_of_an_https_address_is_refused(flag):
+    with pytest.raises(UserError, match=rf"{flag}: a password in the address https://\*\*\*@") as refused:
+        take_from_arguments([flag, "https://planted@host/x.tar"])
+    assert "planted" not in str(refused.value)
+
+
+def test_secret_in_the_query_of_a_hook_is_refused_by_flag_and_in_a_file():
+    command = "curl -d @- https://host/x?{}=planted"
+    for name in ("token", "sig", "api_key"):
+        for arguments in (["--hook", command.format(name)], [f"--hook={command.format(name)}"]):
+            with pytest.raises(UserError, match=r"--hook: a secret .*=\*\*\* would be visible"):
+                take_from_arguments(arguments)
+        with pytest.raises(UserError, match=r"x\.yaml\.hook: a secret"):
+            take_from_values({"hook": command.format(name)}, "x.yaml")
+    harmless = ["--hook", command.format("channel")]
+    assert take_from_arguments(harmless) == harmless
+
+
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+@pytest.mark.parametrize("address", ["http://me:planted@host:1", "me:planted@host:1", "https://planted@host"])
+def test_login_in_an_address_without_logins_is_refused(empty, monkeypatch, name, address):
+    monkeypatch.setenv(name, address)
+    with pytest.raises(UserError, match=f"{name}: a login in the address") as refused:
+        take_from_environment()
+    assert "planted" not in str(refused.value) + str(cluster.runtime_env(ship_project=False))
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"])
+def test_login_of_an_s3_endpoint_is_taken(monkeypatch, name):
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv(name, "https://key:pl%2Fanted@host:1")
+    take_from_environment()
+    assert os.environ[name] == "https://host:1"
+    assert (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]) == ("key", "pl/anted")
+
+
+def test_two_files_that_differ_only_in_their_queries_are_refused(monkeypatch):
+    monkeypatch.setenv("VIT_URL_QUERIES", "")
+    assert take_queries("https://host/get?id=1&sig=planted") == "https://host/get"
+    assert take_queries("https://host/get?id=1&sig=renewed") == "https://host/get"
+    with pytest.raises(UserError, match="https://host/get: two files"):
+        take_queries("https://host/get?id=2&sig=planted")
+
+
+def test_config_of_a_checkpoint_has_no_password():
+    """`pretrain` called from Python has no command line from which they are taken."""
+    runtime = RuntimeConfig(tracking_uri="http://me:planted@host:5000/x", data="https://host/x?sig=planted")
+    config = PretrainConfig(runtime=runtime)
+    written = without_logins(to_dict(config))
+    assert "planted" not in json.dumps(written)
+    assert written["runtime"]["tracking_uri"] == "http://host:5000/x"
+    assert without_logins("postgresql://me:planted@host/db") == "postgresql://me@host/db"
 
 
 def test_passwords_in_a_file_are_taken_or_refused_wherever_they_are(empty):

@@ -65,7 +65,11 @@ def test_the_parallel_listing_of_a_local_folder_equals_the_sequential_one(tmp_pa
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}.jpg").write_bytes(b"x" * i)
     os.symlink(photos, photos / "1" / "loop")
-    os.symlink(photos / "2", photos / "3" / "linked")
+    os.symlink(photos / "2", photos / "3" / "again")
+    (tmp_path / "elsewhere").mkdir()
+    for i in range(40):
+        (tmp_path / "elsewhere" / f"{i}.jpg").write_bytes(b"z")
+    os.symlink(tmp_path / "elsewhere", photos / "3" / "linked")
     os.symlink("nothing", photos / "3" / "dangling.jpg")
     (photos / os.fsdecode(b"\xff.jpg")).write_bytes(b"y")
     caplog.set_level("INFO", "pipeline")

@@ -125,7 +125,7 @@ def _preprocessing(
             tuple(map(float, mean or stated.get("mean", MEAN))),
             tuple(map(float, std or stated.get("std", STD))),
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"--descriptor {uri}: its {METADATA} must be an object with size, mean and std ({error})"
         ) from error

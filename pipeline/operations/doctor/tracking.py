@@ -38,7 +38,7 @@ def tracking_server(uri: str, patience: float = 10.0) -> CheckResult:
             403: f"add {parts.netloc.rpartition('@')[2]} to the server's --allowed-hosts, or give the account permission",
         }
         return error(name, f"{shown} answers {cause.code}", remedies.get(cause.code, "look at the server's log"))
-    except (OSError, ValueError, KeyError, TypeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
         reason = getattr(cause, "reason", cause)
         if isinstance(reason, socket.gaierror):
             return error(
