@@ -21,7 +21,7 @@ COMMIT = "COMMIT.json"
 FORMAT = 4  # format version of checkpoints and run.json; a file without the field has version 1
 CHECKSUM = "checksum"
 """Key of the SHA-256 of all other entries."""
-STEP_FOLDER = re.compile(r"step-(\d+)(?:-[0-9a-f]+)?")
+STEP_FOLDER = re.compile(r"step-(\d{8,})(?:-[0-9a-f]{12})?")
 """The name of a checkpoint's folder; attempts after the first add their id."""
 
 
@@ -65,10 +65,15 @@ def read_commit(folder: str) -> dict[str, Any]:
         )
     if commit.get(CHECKSUM) != checksum:
         raise Damaged(f"{folder}: its {COMMIT} is damaged: it does not match its own checksum")
-    name = STEP_FOLDER.fullmatch(folder.rstrip("/").rpartition("/")[2])
-    if name and int(name[1]) != step:
+    if step_of(folder.rstrip("/").rpartition("/")[2]) not in (step, None):
         raise Damaged(f"{folder}: its {COMMIT} belongs to step {step}; was the folder renamed?")
     return commit
+
+
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None for another name."""
+    match = STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def _checksum(commit: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline import storage
-from pipeline.commit import write_commit
+from pipeline.commit import STEP_FOLDER, step_of, write_commit
 from pipeline.errors import StorageError, Unavailable, UserError, plural
 from pipeline.weights.checkpoints import (
     COMMIT,
@@ -74,17 +74,26 @@ def remove(checkpoint: Checkpoint) -> None:
 
 
 def remove_orphans(run: str) -> list[str]:
-    """Deletes folders of earlier attempts without COMMIT.json. Call it on one worker only, before training starts."""
+    """Deletes folders of earlier attempts without COMMIT.json, and nothing else: a user may keep files beside them.
+    Call it on one worker only, before training starts."""
     orphans = _uncommitted(run)
     for name in orphans:
         storage.remove(storage.join(run, "checkpoints", name), recursive=True)
     return orphans
 
 
+def _folders(run: str) -> dict[str, bool]:
+    """{name of a checkpoint's folder: whether it has a COMMIT.json}, sorted by step."""
+    found: dict[str, bool] = {}
+    for file in storage.list_files(storage.join(run, "checkpoints")):
+        name, _, rest = file.path.partition("/")
+        if rest and STEP_FOLDER.fullmatch(name):
+            found[name] = found.get(name, False) or rest == COMMIT
+    return dict(sorted(found.items(), key=lambda item: (step_of(item[0]) or 0, item[0])))
+
+
 def _uncommitted(run: str) -> list[str]:
-    files = storage.list_files(storage.join(run, "checkpoints"))
-    committed = {file.path.split("/")[0] for file in files if file.path.endswith("/" + COMMIT)}
-    return sorted({file.path.split("/")[0] for file in files} - committed)
+    return [name for name, is_committed in _folders(run).items() if not is_committed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,13 +106,11 @@ class FolderState:
 
 
 def survey(run: str) -> list[FolderState]:
-    """State of every folder under checkpoints/, sorted by name. Reads all files and verifies their checksums."""
-    root = storage.join(run, "checkpoints")
-    uncommitted = set(_uncommitted(run))
+    """State of every checkpoint's folder, sorted by step. Reads all files and verifies their checksums."""
     findings = []
-    for name in sorted({file.path.split("/")[0] for file in storage.list_files(root)}):
-        uri = storage.join(root, name)
-        if name in uncommitted:
+    for name, is_committed in _folders(run).items():
+        uri = storage.join(run, "checkpoints", name)
+        if not is_committed:
             findings.append(
                 FolderState(uri=uri, state="uncommitted", about=f"no {COMMIT}: incomplete, or still being written")
             )
@@ -120,7 +127,7 @@ def survey(run: str) -> list[FolderState]:
             continue
         files = checkpoint.commit["files"]
         size = sum(info["size"] for info in files.values()) / 1e6
-        about = f"step {checkpoint.step}, {plural(len(files), 'file')}, {size:.1f} MB, {checkpoint.commit['created']}"
+        about = f"step {checkpoint.step}, {plural(len(files), 'file')}, {size:.1f} MB, {checkpoint.commit.get('created', '')}"
         findings.append(FolderState(uri=uri, state="complete", about=about))
     return findings
 

@@ -22,7 +22,7 @@ from pipeline import config as configuration
 from pipeline.address import data_name
 from pipeline.data import open_dataset
 from pipeline.data.mixture import Mixture, open_data
-from pipeline.errors import JobFailed, UserError, plural
+from pipeline.errors import JobFailed, UserError, plural, shorten
 from pipeline.lease import LAUNCH, Lease
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
@@ -218,9 +218,17 @@ def check_places(config: PretrainConfig) -> None:
     check_output(output)
     if config.runtime.cache:
         check_output(storage.normalise(config.runtime.cache), "cache")
-    present = {file.path for file in storage.list_files(output, recursive=False)} - {LAUNCH}
+    present = {name for name in storage.list_names(output) if not name.startswith(".")} - {LAUNCH, "lost+found"}
     if present and "run.json" not in present:
-        raise UserError(f"{output} is not empty and does not contain a run; choose another --output")
+        raise UserError(
+            f"{output} is not empty and does not contain a run (it has {shorten(sorted(present), 3)}, but no run.json); "
+            "choose another --output"
+        )
+    parent, _, name = output.rpartition("/")
+    if name == "checkpoints" and storage.exists(storage.join(parent, "run.json")):
+        raise UserError(
+            f"{output} holds the checkpoints of the run {parent}; give --output {parent}, or another folder"
+        )
 
 
 def check_model(plan: TrainPlan) -> None:
@@ -404,6 +412,12 @@ def find_record(plan: TrainPlan, output: str) -> dict[str, Any] | None:
             raise UserError(
                 f"{output} contains another run ({'; '.join(changed[:6])}); use its settings to continue it, or choose another "
                 "--output"
+            )
+    own = (record["identity"], configuration.fingerprint(identity))
+    for checkpoint in checkpoints.find(output):
+        if checkpoint.commit.get("identity", own[0]) not in own:
+            raise UserError(
+                f"{checkpoint.uri} belongs to another run than {uri}; move it away, or choose another --output"
             )
     return record
 

@@ -55,7 +55,7 @@ def find(run: str) -> list[Checkpoint]:
     found = []
     for file in storage.list_files(root):
         name, _, rest = file.path.partition("/")
-        if rest == COMMIT and name.startswith("step-"):
+        if rest == COMMIT and commit.step_of(name) is not None:
             uri = storage.join(root, name)
             try:
                 found.append(read_commit(uri))
@@ -65,7 +65,7 @@ def find(run: str) -> list[Checkpoint]:
                 raise
             except UserError as error:
                 logger.warning("a checkpoint is skipped: %s", error)
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.uri))
 
 
 def read_commit(uri: str) -> Checkpoint:

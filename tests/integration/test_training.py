@@ -388,6 +388,33 @@ def test_repair_lists_every_checkpoint_and_removes_when_asked(tmp_path):
         checkpoint.repair(str(tmp_path / "elsewhere"))
 
 
+def test_files_of_others_beside_the_checkpoints_are_never_removed(tmp_path):
+    """Own notes, an export, another run, and a committed copy under another name."""
+    written(tmp_path, 2)
+    root = tmp_path / "checkpoints"
+    for name in (
+        "README.txt",
+        "my-export/model.onnx",
+        "resnet50-sota/epoch_90.pt",
+        "step-2/x",
+        "step-best/COMMIT.json",
+    ):
+        storage.write_bytes(str(root / name), b"{}")
+    storage.write_bytes(str(root / "step-00000004" / "model.safetensors"), b"interrupted")
+    shutil.copytree(checkpoints.folder(str(tmp_path), 2), root / "zz-copy")
+    kept = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "step-00000004" not in path.parts}
+    lines, is_sound = checkpoint.repair(str(tmp_path))
+    assert not is_sound
+    assert [line.split()[0] for line in lines] == ["complete", "uncommitted", "resumes"]
+    assert lines[-1] == f"resumes from {checkpoints.latest(str(tmp_path)).uri}"
+    checkpoint.repair(str(tmp_path), delete=True)
+    written(tmp_path, 6, 8, keep_last=1)
+    for path, content in kept.items():
+        assert path.exists() == ("step-00000002" not in path.parts), path
+        assert not path.exists() or path.read_bytes() == content
+    assert not (root / "step-00000004").exists()
+
+
 def test_superseded_attempt_commits_nothing(tmp_path):
     """A worker that outlived a killed driver, or the same command started twice."""
     old = written(tmp_path, 2)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from models import create_model
+from pipeline.config import fingerprint
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError
@@ -113,8 +114,19 @@ def write(folder, count, classes, label=lambda i, n: i % n):
     return str(folder)
 
 
-def weights(folder):
+def others(folder):
+    """The output of another project."""
+    for name in ("checkpoints/resnet50/epoch_90.pt", "logs/1/events"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("theirs")
+    return str(folder)
+
+
+def weights(folder, run=False):
     """A checkpoint for two classes and 16 pixels."""
+    if run:
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
     step = folder / "checkpoints" / "step-00000001"
     save_checkpoint_weights(create_model("S/16", 2, 16), {"classes": ["a", "b"]}, str(step))
     commit_checkpoint(step, 1)
@@ -152,6 +164,14 @@ WRONG = {
         "--output s3://.* cannot be written",
     ),
     "output that holds other files": (lambda t: {"output": str(t / "val")}, "is not empty and does not contain a run"),
+    "output that holds folders of others": (
+        lambda t: {"output": others(t / "x")},
+        "is not empty and does not contain a run .it has checkpoints, logs, but no run.json",
+    ),
+    "output that holds the checkpoints of a run": (
+        lambda t: {"output": weights(t / "other", run=True) + "/checkpoints"},
+        "other/checkpoints (is not empty|holds the checkpoints of the run)",
+    ),
     "cache that cannot be written": (lambda t: {"cache": "/proc/cache"}, "--cache /proc/cache"),
     "weights that are not there": (lambda t: {"init_from": str(t / "none.npz")}, "none.npz"),
     "weights of another shape": (lambda t: {"init_from": weights(t / "other")}, "other|shape"),
@@ -178,6 +198,21 @@ def test_errors_that_a_run_would_find_later(what, how, fields, tmp_path, monkeyp
             preview.dry_run(config, "", {}) if how == "dry run" else run.pretrain(config)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_checkpoints_of_another_run_are_not_continued(fields, tmp_path):
+    """A folder of checkpoints that was copied into the output of a run with another seed."""
+    config = pretrain_config(**fields)
+    plan, output = run.check_run(config), fields["output"]
+    run.claim(plan, output)
+    place = tmp_path / "run" / "checkpoints"
+    for step, identity in ((2, fingerprint(plan.identity)), (3, "of another run")):
+        (place / f"step-{step:08d}").mkdir(parents=True)
+        commit_checkpoint(place / f"step-{step:08d}", step, identity=identity)
+    with pytest.raises(UserError, match=r"step-00000003 belongs to another run than .*run\.json; move it away"):
+        run.pretrain(config)
+    shutil.rmtree(place / "step-00000003")
+    assert run.find_record(plan, output) is not None
 
 
 @pytest.mark.parametrize(
