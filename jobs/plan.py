@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
 
     if options.scaling:
         _check_file(options.scaling)
+    if options.network is not None and options.network <= 0:
+        raise UserError("--network must be more than 0")
     result = plan(options, recipe)
     if options.scaling:
         from pipeline.operations import scaling

@@ -101,7 +101,7 @@ def _from_flags(cls: type[Config], flags: Sequence[str], **options: Any) -> Conf
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=flags, **options)
+            return check_finite(tyro.cli(cls, args=flags, **options))
     except SystemExit as ended:
         if ended.code != 2:
             raise
@@ -231,12 +231,60 @@ def from_yaml(cls: type[Config], text: str, where: str = "config") -> Config:
     try:
         values = credentials.take_from_values(yaml.safe_load(text), where)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: for example an invalid date
-        raise UserError(f"{where}: not valid YAML ({error})") from error
+        raise UserError(f"{where}: not valid YAML: {yaml_problem(error)}") from None
     return from_dict(cls, values, where)
 
 
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a YAML document, and where, without its text: it may be another file, and have a password."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return "nested too deeply" if isinstance(error, RecursionError) else _unquoted(str(error).partition(";")[0])
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{place}{_unquoted(error.problem or error.context or 'an error')}"
+
+
+def _unquoted(text: str) -> str:
+    """A message in one line, without the parts of the document in it. Single signs, which are syntax, are kept."""
+    return re.sub(
+        r"(['\"])(.*?)\1",
+        lambda found: found[0] if len(found[2]) < 2 or found[2][0] == "<" else "...",
+        " ".join(text.split()),
+    )
+
+
+def shown(value: Any) -> str:
+    """A value of a file, for an error: a number or a word as it is, anything longer by its kind."""
+    if isinstance(value, str):
+        return repr(value) if re.fullmatch(r"[\w.%/+\-]{0,24}", value) else f"text of {plural(len(value), 'character')}"
+    if isinstance(value, (int, float)) or value is None:
+        return f"{value!r:.40}"
+    kinds = {dict: "a mapping", list: "a list", tuple: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def check_finite(config: Config, where: str = "") -> Config:
+    """The config. Raises UserError, which names the field, for a number in it that is infinite or not a number."""
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        name, value = waiting.pop()
+        if dataclasses.is_dataclass(value):
+            waiting += [(f"{name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+        elif isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, float) and not math.isfinite(value):
+            field = name.removeprefix(".").removeprefix("runtime.")
+            raise UserError(f"{where}{field} {value} must be a finite number")
+    return config
+
+
 def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
-    return _read(cls, values, where)
+    if dataclasses.is_dataclass(cls) and not isinstance(values, dict):
+        kind = "an empty file" if values is None else "text" if isinstance(values, str) else shown(type(values)())
+        raise UserError(f"{where}: expected a mapping with the keys of {cls.__name__}, found {kind}")
+    return check_finite(_read(cls, values, where), f"{where}: ")
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
@@ -246,11 +294,11 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a mapping with the keys of {hint.__name__}, found {value!r}")
+            raise UserError(f"{where}: expected a mapping with the keys of {hint.__name__}, found {shown(value)}")
         hints = typing.get_type_hints(hint)
         for key in value:
             if key not in hints:
-                raise UserError(f'{where}: unknown key "{key}"{nearest(str(key), hints)}')
+                raise UserError(f'{where}: unknown key "{key!s:.40}"{nearest(str(key), hints)}')
         return hint(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -265,7 +313,9 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value not in arguments:
             options = ", ".join(str(argument) for argument in arguments)
-            raise UserError(f"{where}: {value!r} is not one of {options}{nearest(str(value), map(str, arguments))}")
+            raise UserError(
+                f"{where}: {shown(value)} is not one of {options}{nearest(str(value), map(str, arguments))}"
+            )
         return value
     if origin in (tuple, list) and isinstance(value, (list, tuple)):
         if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
@@ -284,7 +334,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             pass
     elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {shown(value)}")
 
 
 def diff(config: Any, base: Any) -> dict[str, tuple[Any, Any]]:

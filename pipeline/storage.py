@@ -189,7 +189,7 @@ def read_record(uri: str | os.PathLike, keys: Iterable[str] = (), remedy: str = 
     value = read_json(uri)
     missing = [key for key in keys if key not in value] if isinstance(value, dict) else []
     if not isinstance(value, dict) or missing:
-        what = f"has no {', '.join(missing)}" if missing else f"holds {value!r:.40} instead of an object"
+        what = f"has no {', '.join(missing)}" if missing else f"holds a {type(value).__name__} instead of an object"
         raise UserError(f"{uri}: not what this program writes: {what}; {remedy}")
     return value
 

@@ -128,12 +128,10 @@ def _read_yaml(data: bytes, place: str) -> Any:
         return credentials.take_from_values(yaml.load(data.decode("utf-8-sig"), Loader=_Strict), place)
     except UserError:
         raise
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "not valid YAML: "
-        raise UserError(f"{place}{line}: {what}{' '.join(str(error.problem).split())}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+    except _NotStrict as error:
+        raise UserError(f"{place}, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{place}: not valid YAML: {configuration.yaml_problem(error)}") from None
 
 
 def _load_python(place: str) -> Pipeline:
@@ -154,7 +152,9 @@ def _load_python(place: str) -> Pipeline:
 def from_dict(values: Any, where: str = "pipeline") -> Pipeline:
     """Builds a pipeline from plain values. Raises UserError that names an unknown key and the nearest valid one."""
     if not isinstance(values, dict):
-        raise UserError(f"{where}: a pipeline has the keys name, output and stages; found {values!r:.60}")
+        raise UserError(
+            f"{where}: a pipeline has the keys name, output and stages; found {configuration.shown(values) if isinstance(values, (dict, list)) else type(values).__name__}"
+        )
     for key in ("name", "stages"):
         if not values.get(key):
             raise UserError(f"{where}: the key {key} is missing")
@@ -219,6 +219,10 @@ def to_yaml(pipeline: Pipeline) -> str:
     return yaml.safe_dump(kept, sort_keys=False, width=110)
 
 
+class _NotStrict(yaml.constructor.ConstructorError):
+    """A document that is YAML, but not that of a pipeline. Its `problem` names at most one key."""
+
+
 class _Strict(yaml.SafeLoader):
     """YAML loader for pipeline files.
 
@@ -238,15 +242,13 @@ class _Strict(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
-                text = f'"{key.value}"' if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                text = f'"{key.value:.40}"' if isinstance(key, yaml.ScalarNode) else "a list or mapping"
                 remedy = "; put it in quotes" if isinstance(key, yaml.ScalarNode) else ""
-                raise yaml.constructor.ConstructorError(
+                raise _NotStrict(
                     None, None, f"a key must be a string, and YAML does not parse {text} as one{remedy}", key.start_mark
                 )
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key.value}" is given twice', key.start_mark
-                )
+                raise _NotStrict(None, None, f'the key "{key.value:.40}" is given twice', key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -260,9 +262,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         return 1
     if id(node) in known:
         if known[id(node)] == 0:
-            raise yaml.constructor.ConstructorError(
-                None, None, "an alias refers to a node that contains it", node.start_mark
-            )
+            raise _NotStrict(None, None, "an alias refers to a node that contains it", node.start_mark)
         return known[id(node)]
     known[id(node)] = 0
     children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
@@ -271,6 +271,6 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         count += _count(child, known)
         if count > MAX_VALUES:
             problem = f"more than {MAX_VALUES:,} values with expanded aliases"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            raise _NotStrict(None, None, problem, node.start_mark)
     known[id(node)] = count
     return count

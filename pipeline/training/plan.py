@@ -20,6 +20,7 @@ from pipeline.training.config import EngineConfig, PretrainConfig
 from pipeline.training.memory import fit_micro_batch
 
 logger = logging.getLogger(__name__)
+MAX_SEED = 1 << 63  # of PyTorch's generators, as a signed number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,10 +258,7 @@ def _check_engine(engine: EngineConfig) -> None:
 def _check_ranges(config: PretrainConfig) -> None:
     """Range checks: negative counts, infinite rates, fractions above one. Raises UserError naming the field."""
     runtime, optimizer = config.runtime, config.optimizer
-    for field, value in configuration.flatten(configuration.to_dict(config)).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{field.removeprefix('runtime.')} {number} must be a finite number")
+    configuration.check_finite(config)
     at_least = {
         "batch_size": (config.batch_size, 1),
         "image_size": (config.image_size, 1),
@@ -282,6 +280,9 @@ def _check_ranges(config: PretrainConfig) -> None:
         "optimizer.lr": (optimizer.lr, 0),
         "optimizer.muon_lr": (optimizer.muon_lr, 0),
         "schedule.end": (config.schedule.end, 0),
+        "schedule.timescale": (config.schedule.timescale, 1),
+        "model.depth": (config.model.depth, 1),
+        "max_replaced": (runtime.max_replaced, 0),
         "fewshot.shots": (runtime.fewshot.shots, 1),
         "fewshot.l2": (runtime.fewshot.l2, 0),
     }
@@ -289,6 +290,7 @@ def _check_ranges(config: PretrainConfig) -> None:
         if value is not None and not (math.isfinite(value) and value >= least):
             raise UserError(f"{field} {value} must be a number of at least {least}")
     positive = {"cpus_per_worker": runtime.cpus_per_worker, "optimizer.clip": optimizer.clip, "spike": config.spike}
+    positive["optimizer.eps"] = optimizer.eps
     for field, value in positive.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{field} {value} must be a number above 0")
@@ -297,10 +299,15 @@ def _check_ranges(config: PretrainConfig) -> None:
         "label_smoothing": config.label_smoothing,
         "model.dropout": config.model.dropout,
         "model.drop_path": config.model.drop_path,
+        "optimizer.betas[0]": optimizer.betas[0],
+        "optimizer.betas[1]": optimizer.betas[1],
+        "optimizer.momentum": optimizer.momentum,
     }
     for field, value in shares.items():
         if not 0 <= value < 1:
             raise UserError(f"{field} {value} must be at least 0 and below 1")
+    if config.seed >= MAX_SEED:
+        raise UserError(f"seed {config.seed} must be below {MAX_SEED}")
     least_workers = runtime.min_workers
     if least_workers is not None and not 1 <= least_workers <= runtime.workers:
         raise UserError(f"min_workers {least_workers} must be between 1 and workers ({runtime.workers})")

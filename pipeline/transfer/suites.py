@@ -381,8 +381,10 @@ def check_config(config: TransferConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < config.gpus_per_worker <= 1:
         raise UserError(f"--gpus-per-worker must be above 0 and at most 1, not {config.gpus_per_worker:g}")
-    if config.retries < 0:
-        raise UserError(f"--retries must be at least 0, not {config.retries}")
+    for name in ("retries", "warmup"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name} must be at least 0, not {value}")
     if not all(0 < lr < math.inf for lr in config.lrs):
         raise UserError(f"--lrs must be positive, not {' '.join(f'{lr:g}' for lr in config.lrs)}")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:

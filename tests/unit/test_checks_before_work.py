@@ -78,6 +78,25 @@ def picture(seed):
         (changed(DEMO, fewshot=FewShotConfig(l2=float("nan"))), "fewshot.l2 nan"),
         (changed(DEMO, register="a/b"), 'register "a/b" is not a valid model name'),
         (changed(DEMO, ema_decay=1.0), "ema_decay 1.0"),
+        *(
+            (changed(DEMO, optimizer=replace(DEMO.optimizer, betas=betas)), rf"optimizer\.betas\[{i}\] {value}")
+            for i in (0, 1)
+            for value in (-1.0, 1.0, 2.0)
+            for betas in [tuple(value if i == j else 0.9 for j in (0, 1))]
+        ),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, betas=(0.9, float("nan")))), r"optimizer\.betas nan"),
+        *(
+            (changed(DEMO, optimizer=replace(DEMO.optimizer, momentum=x)), f"optimizer.momentum {x}")
+            for x in (-0.1, 1.0)
+        ),
+        *((changed(DEMO, optimizer=replace(DEMO.optimizer, eps=x)), f"optimizer.eps {x}") for x in (-1e-8, 0.0)),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, weight_decay=-0.1)), "optimizer.weight_decay -0.1"),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, muon_lr=-0.1)), "optimizer.muon_lr -0.1"),
+        (changed(DEMO, optimizer=replace(DEMO.optimizer, clip=0.0)), "optimizer.clip 0.0"),
+        (changed(DEMO, schedule=replace(DEMO.schedule, timescale=0)), "schedule.timescale 0"),
+        (changed(DEMO, model=replace(DEMO.model, depth=0)), "model.depth 0"),
+        (changed(DEMO, max_replaced=-1), "max_replaced -1"),
+        (changed(DEMO, seed=1 << 63), "seed 9223372036854775808"),
         (changed(DEMO, image_size=64), "validation_resize 32 is less than image_size 64; give --validation-resize 73"),
         (changed(DEMO, workers=0), "workers 0"),
         (changed(DEMO, workers=2, min_workers=3), "min_workers 3 must be between 1 and workers"),

@@ -101,7 +101,7 @@ class ChunkReader:
             raise UserError(f"{self.uri}: cannot read the label table ({error})") from error
         if not isinstance(value, dict):
             raise UserError(
-                f"{self.uri}: a row of the label table must be an object with a file name and a label, not {value!r:.80}"
+                f"{self.uri}: a row of the label table must be an object with a file name and a label, not a {type(value).__name__}"
             )
         return value
 

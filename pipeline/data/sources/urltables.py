@@ -280,7 +280,7 @@ class _TextTable:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self._uri}: row {number} is not JSON ({error})") from error
         if not isinstance(value, dict):
-            raise UserError(f"{self._uri}: row {number} is not an object of columns and values: {value!r:.80}")
+            raise UserError(f"{self._uri}: row {number} is not an object of columns and values")
         return value
 
     # ------------------------------------------------------------ the table

@@ -40,7 +40,8 @@ def plan(config: PlanConfig, recipe: str = "") -> dict[str, Any]:
     Raises UserError for an unknown GPU, a corpus of unknown size, and a number of
     workers that does not divide the batch and its lanes."""
     training, gpu = config.training, find_gpu(config.gpu)
-    for flag in ("gpus", "gpus_per_node", "mfu", "failure_hours", "write_gbps", "cores", "read_gbps"):
+    sizes = ("gpus", "gpus_per_node", "cores", "images", "classes", "corpus_images")
+    for flag in (*sizes, "mfu", "failure_hours", "write_gbps", "read_gbps"):
         value = getattr(config, flag)
         if value is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0")
