@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--register needs --model: the name of the registered model")
     if command.prune:
         return prune(command)
+    if command.delete:
+        raise UserError("--delete removes what --prune lists; give --prune, too")
     fields = dataclasses.fields(evaluation.EvaluateConfig)
     what = evaluation.EvaluateConfig(**{field.name: getattr(command, field.name) for field in fields})
     from pipeline.operations import doctor

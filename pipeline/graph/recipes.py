@@ -26,8 +26,8 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
     training: dict[str, object] = {}
     folder = "${data.output}"
     if data is None:
-        stages["data"] = Stage(job="prepare", recipe="demo", fields={"output": f"{root}/data"})
-        stages["digits"] = Stage(job="prepare", recipe="demo_digits", fields={"output": f"{root}/digits"})
+        for name, recipe in (("data", "demo"), ("digits", "demo_digits")):  # side by side on two CPUs
+            stages[name] = Stage(job="prepare", recipe=recipe, fields={"output": f"{root}/{name}", "num_cpus": 1})
         folder = "${digits.output}"
     else:
         source = storage.normalise(data)

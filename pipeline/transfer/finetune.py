@@ -62,20 +62,14 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The examples of a split, with the labels of a task."""
+    """The examples of a split."""
 
     dataset: "Dataset"
     split: Split
-    parity: bool = False
-    """Whether the label is the parity of the class index."""
 
     @property
     def num_classes(self) -> int:
-        return 2 if self.parity else len(self.dataset.classes)
-
-    def labels(self, classes: torch.Tensor) -> torch.Tensor:
-        """Converts class indices to labels of the task; -1 (no label) stays -1."""
-        return torch.where(classes >= 0, classes % 2, classes) if self.parity else classes
+        return len(self.dataset.classes)
 
 
 class Diverged(Exception):
@@ -125,7 +119,7 @@ class FineTuning:
             if step == protocol.steps:
                 break
             rate = learning_rate_at(protocol, self.lr, step)
-            losses.append(self._step(images, self.data.labels(classes), rate))
+            losses.append(self._step(images, classes, rate))
             if (step + 1) % every == 0 or step + 1 == protocol.steps:  # only these steps wait for the device
                 mean = torch.stack(losses).mean().item()
                 losses.clear()
@@ -313,7 +307,7 @@ def predict(model: nn.Module, test: Examples, *, resolution: int, execution: Exe
             logits = model(images.to(execution.device, non_blocking=True))
         finite.append(logits.isfinite().all(1).cpu())
         classes.append(logits.argmax(1).cpu())
-        labels.append(test.labels(label))
+        labels.append(label)
         keys += key
     if bad := int((~torch.cat(finite)).sum()):
         raise Diverged(f"the outputs for {bad} of {plural(len(keys), 'image')} are not finite")

@@ -32,9 +32,16 @@ class Recorder:
     """Logs to MLflow, and writes figures to the output folder."""
 
     def __init__(
-        self, config: TransferConfig, parent: Run, state: SuiteState, datasets: Mapping[Split, "Dataset"]
+        self,
+        config: TransferConfig,
+        checkpoint: str,
+        parent: Run,
+        state: SuiteState,
+        datasets: Mapping[Split, "Dataset"],
     ) -> None:
+        """checkpoint: its URI."""
         self.config, self.parent, self.state, self.datasets = config, parent, state, datasets
+        self._model = description.checkpoint_name(checkpoint)
         self._tasks: dict[str, TransferTask] = {}
 
     def task(self, task: TransferTask, known: Mapping[str, Result]) -> None:
@@ -48,7 +55,7 @@ class Recorder:
             return
         child = start_run(
             self.config.experiment,
-            task.name,
+            description.run_name(task.name, self._model),
             config={"task": task.name, "group": task.group, **to_dict(task.protocol)},
             tags={names.NOTE: self._about_task(task)},
             run_id=self.state.children.get(task.name),
@@ -99,7 +106,7 @@ class Recorder:
         self._mistakes(child, task, finals)
 
     def _classes(self, task: TransferTask) -> list[str]:
-        return ["even", "odd"] if task.parity else list(self.datasets[task.test].classes)
+        return list(self.datasets[task.test].classes)
 
     def _mistakes(self, child: Run, task: TransferTask, finals: Sequence[Result]) -> None:
         """Logs the most confused pairs of classes and misclassified test images, for the first seed."""

@@ -137,7 +137,7 @@ def record_suite(
             parent.link("pretrain", suite.checkpoint.run_id)
         suite.state.run_id = parent.id
         suite.state.save()
-        recorder = Recorder(config, parent, suite.state, suite.datasets)
+        recorder = Recorder(config, suite.checkpoint.uri, parent, suite.state, suite.datasets)
         for task in suite.tasks:
             if task not in left:
                 recorder.task(task, suite.results)

@@ -99,8 +99,6 @@ class TransferTask:
     tune: tuple[Split, Split] | None = None
     """(train, validation) for choosing the learning rate; does not overlap `test`."""
     protocol: FineTune | Probe
-    parity: bool = False
-    """Predict whether the class index is odd instead of the class, as a second task on the same images."""
     real_labels: str | None = None
     """URI of ImageNet's real.json; adds the ReaL accuracy."""
 
@@ -212,17 +210,15 @@ def _train_and_test(uri: str) -> bool:
 
 def demo(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     """Small tasks on images that are not in the demo's pre-training data (runs/demo/digits): fine-tuning at 1.5x
-    resolution and on odd/even labels, few-shot, linear probe and k-NN. One minute on two cores."""
+    resolution, few-shot, linear probe and k-NN. Half a minute on two cores."""
     root = storage.normalise(config.data or "runs/demo/digits")
     train, test = Split(uri=storage.join(root, "train")), Split(uri=storage.join(root, "test"))
     tune, image_size = _dev_split(train, 0.2), model["image_size"]
     tuned = {"steps": 60, "batch_size": 64, "lrs": (0.03,), "warmup": 6, "crop": "squash", "flip": False}
-    highres = config.fine_tune(**{**tuned, "resolution": round(1.5 * image_size)})
-    parity = config.fine_tune(**{**tuned, "resolution": image_size})
+    protocol = config.fine_tune(**{**tuned, "resolution": round(1.5 * image_size)})
     probes = [Probe(kind=kind, resolution=image_size, resize=image_size) for kind in PROBES]
     return [
-        TransferTask(name="highres", train=train, test=test, tune=tune, protocol=highres),
-        TransferTask(name="parity", train=train, test=test, tune=tune, protocol=parity, parity=True),
+        TransferTask(name="finetune", train=train, test=test, tune=tune, protocol=protocol),
         *(TransferTask(name=probe.kind, train=train, test=test, protocol=probe) for probe in probes),
     ]
 

@@ -101,7 +101,7 @@ def _examples(job: Job) -> tuple[Examples, Examples]:
     """(training examples, test examples) of a job."""
     task = job.task
     train, test = (task.tune or (task.train, task.test)) if job.phase == "tune" else (task.train, task.test)
-    return Examples(train.open(), train, task.parity), Examples(test.open(), test, task.parity)
+    return Examples(train.open(), train), Examples(test.open(), test)
 
 
 @dataclass(slots=True)

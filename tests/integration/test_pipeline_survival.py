@@ -32,7 +32,7 @@ def sweep():
             "job": "transfer",
             "recipe": "demo",
             "fields": tasks,
-            "matrix": {"tasks": ["parity", "linear", "knn"]},
+            "matrix": {"tasks": ["finetune", "linear", "knn"]},
         },
     }
 

@@ -114,7 +114,8 @@ def test_a_suite_has_scores_a_report_and_a_run_with_a_child_for_each_task(finish
     assert "score_mean" not in parent.data.metrics  # that is VTAB's
     assert {"report.md", "scores.json", "scores.png"} <= {file.path for file in client.list_artifacts(result.run_id)}
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{result.run_id}'")
-    assert {child.info.run_name for child in children} == {"pets", "svhn", "dmlab"}
+    assert {child.info.run_name.partition(" · ")[0] for child in children} == {"pets", "svhn", "dmlab"}
+    assert all(child.info.run_name.partition(" · ")[2] for child in children)  # the checkpoint
     assert all(any("train/loss" in key for key in child.data.metrics) for child in children)
 
 

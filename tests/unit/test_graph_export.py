@@ -37,7 +37,7 @@ SWEEP = {
             "job": "transfer",
             "recipe": "demo",
             "fields": {"checkpoint": "${pretrain.output}", "data": "${data.output}"},
-            "matrix": {"tasks": ["parity", ["linear", "knn"]]},
+            "matrix": {"tasks": ["finetune", ["linear", "knn"]]},
         },
     },
     "promote": {"over": "transfer"},
@@ -84,7 +84,7 @@ def test_argo_is_a_workflow_of_its_stages(sweep):
     workflow = yaml.safe_load(export.export(sweep, "argo", "image"))
     first, *steps = workflow["spec"]["templates"]
     tasks = {task["name"]: task["dependencies"] for task in first["dag"]["tasks"]}
-    assert set(tasks["transfer-lr-0-001-tasks-parity"]) == {"pretrain-lr-0-001", "data"}
+    assert set(tasks["transfer-lr-0-001-tasks-finetune"]) == {"pretrain-lr-0-001", "data"}
     assert {task["template"] for task in first["dag"]["tasks"]} == {step["name"] for step in steps}
     (trained,) = [step for step in steps if step["name"] == "pretrain-lr-0-001"]
     assert trained["container"]["resources"]["limits"]["nvidia.com/gpu"] == "2"

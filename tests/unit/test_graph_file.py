@@ -30,7 +30,7 @@ stages:
     job: transfer
     recipe: demo
     fields: {checkpoint: "${pretrain.output}", data: "${data.output}"}
-    matrix: {tasks: [highres, parity, [linear, knn]]}
+    matrix: {tasks: [finetune, fewshot, [linear, knn]]}
 promote: {over: transfer, at_least: 50, no_worse_than: champion}
 """
 
@@ -53,7 +53,7 @@ def test_a_sweep_and_its_transfers(tmp_path):
         *(
             f"transfer[lr={lr},tasks={tasks}]"
             for lr in ("1e-3", "3e-4")
-            for tasks in ("highres", "parity", "linear+knn")
+            for tasks in ("finetune", "fewshot", "linear+knn")
         ),
         "promote",
     ]

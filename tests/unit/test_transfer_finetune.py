@@ -254,14 +254,6 @@ def test_parts_train_and_score_only_their_examples(model, train):
     assert len(scored) + len(seen) == 60
 
 
-def test_parity_is_a_task_of_two_classes(model, train):
-    odd = dataclasses.replace(train, parity=True)
-    tuned = tune(model, odd, dataclasses.replace(PROTOCOL, steps=30))
-    found = predict(tuned.model, odd)
-    assert set(found.labels.tolist()) == {0, 1}
-    assert found.accuracy() > 90
-
-
 def test_multilabel_and_unlabelled_test_images(tmp_path, model):
     rows = [
         (f"k{i}", np.zeros((16, 48), np.uint8), labels, 16, 16) for i, labels in enumerate([[0, 2], [], [1], [0, 1, 2]])
