@@ -15,6 +15,7 @@ from pipeline.outputs import check_output
 from pipeline.stores import base
 from tests import prepared
 from tests.faultproxy import FaultProxy
+from tests.fileserver import FileServer
 from tests.hubserver import HubServer
 from tests.ports import free_port
 
@@ -149,3 +150,20 @@ def test_addresses_that_are_not_data_sets_and_writing_are_refused(hub, monkeypat
     ):
         storage.read_bytes(f"{NAME}/x")
     assert "no response from HF_ENDPOINT" in store.readable(f"{NAME}/set").message
+
+
+@pytest.mark.parametrize(
+    "page", ["[" * 100_000, "{}", "null", "[1]", '[{"path": 1}]', '[{"path": "a", "type": "file", "size": 1e400}]']
+)
+def test_a_server_that_is_not_the_hub_is_one_line(tmp_path, monkeypatch, page):
+    listing = tmp_path / "api" / "datasets" / "owner" / "photos" / "tree" / "main"
+    listing.parent.mkdir(parents=True)
+    listing.write_text(page)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with FileServer(tmp_path) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        if page == "{}":
+            assert storage.list_files(NAME) == []
+            return
+        with pytest.raises(UserError, match=f"{NAME}: the server does not answer like the Hub"):
+            storage.list_files(NAME)

@@ -181,3 +181,12 @@ def test_flags_that_say_nothing(tmp_path):
         prepare(PrepareConfig(**common, deduplicate="near", descriptor_similarity=2))
     with pytest.raises(UserError, match="--descriptor-mean"):
         prepare(PrepareConfig(**common, deduplicate="near", descriptor_mean=(0.5,)))
+
+
+@pytest.mark.parametrize(
+    "about", ["[" * 100_000, '{"size": 1e400}', '{"size": {}}', '{"mean": 5}', '{"std": [1e400, 1, 1]}', "null"]
+)
+def test_any_json_about_the_input_is_one_line(tmp_path, about):
+    torch.jit.save(torch.jit.script(Colours()), str(tmp_path / "a.pt"), _extra_files={"descriptor.json": about})
+    with pytest.raises(UserError, match=r"--descriptor .*a\.pt: (its descriptor\.json must be|invalid size)"):
+        Descriptor(str(tmp_path / "a.pt"))

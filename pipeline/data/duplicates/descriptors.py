@@ -129,7 +129,13 @@ def _preprocessing(
         raise UserError(
             f"--descriptor {uri}: its {METADATA} must be an object with size, mean and std ({error})"
         ) from error
-    if not 8 <= known.size <= 4096 or len(known.mean) != 3 or len(known.std) != 3 or not min(known.std) > 0:
+    if (
+        not 8 <= known.size <= 4096
+        or len(known.mean) != 3
+        or len(known.std) != 3
+        or not min(known.std) > 0
+        or not np.isfinite(known.mean + known.std).all()
+    ):
         raise UserError(f"--descriptor {uri}: invalid size {known.size}, mean {known.mean} or std {known.std}")
     return known
 

@@ -20,7 +20,7 @@ from pipeline.data.sources.words import (
     TRAINING_COLUMNS,
     split_of_name,
 )
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, shorten
 
 SEPARATORS = re.compile(r"[;|]")  # between several labels in one cell
 PLURAL = re.compile(r"(?i)(?:^|[^a-z])(labels|classes|tags|categories|targets)$")
@@ -244,7 +244,7 @@ def no_label_column(uri: str, names: Sequence[str], values: Mapping[str, Iterabl
     distinct = {n: len(set(map(str, values[n]))) for n in values if normalised_name(n) not in CAPTION_COLUMNS}
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
-    listed = ", ".join(names) or "no other column"
+    listed = shorten((f"{name:.60}" for name in names), 40) or "no other column"
     error = NoLabelColumn(f"{uri}: no label column among: {listed}; {advice}")
     error.others = tuple(names)
     return error

@@ -30,7 +30,7 @@ from pipeline.data.sources.columns import (
 from pipeline.data.sources.devkit import is_devkit, read_devkit
 from pipeline.data.sources.rows import read_rows
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS
-from pipeline.errors import UserError, nearest, plural
+from pipeline.errors import UserError, nearest, plural, shorten
 
 __all__ = ["Columns", "LabelTable", "NoLabelColumn", "clean_path", "read_label_table"]
 
@@ -209,7 +209,7 @@ def file_column(uri: str, names: Sequence[str], columns: Columns) -> str:
     file = named_column(names, FILE_COLUMNS, columns.file, "--file-column")
     if file is None:
         raise UserError(
-            f"{uri}: no column of file names among: {', '.join(names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
+            f"{uri}: no column of file names among: {shorten(f'{name:.60}' for name in names)}{nearest(names[0], FILE_COLUMNS)}; name it with "
             "--file-column"
         )
     return file
