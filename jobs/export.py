@@ -22,7 +22,8 @@ import tempfile
 from models.compatibility import check_huggingface, check_timm
 from pipeline import storage
 from pipeline.config import parse_command, run_job
-from pipeline.errors import UserError, plural
+from pipeline.errors import plural
+from pipeline.operations.export_output import check_unused, claim, publish
 from pipeline.operations.options import ExportConfig
 from pipeline.outputs import check_output
 
@@ -37,9 +38,9 @@ class Command(ExportConfig):
 
 def main(argv: list[str]) -> int:
     options = parse_command(argv, Command, prog="jobs/export.py", description=__doc__ or "")
-    check_output(options.output)
-    if storage.exists(options.output) and storage.list_files(options.output):
-        raise UserError(f"{options.output}: already has files; give a new folder")
+    output = storage.normalise(options.output)
+    check_output(output)
+    check_unused(output)
     # Slow imports (torch, MLflow, the target libraries) come after the checks that do not need them.
     from pipeline.weights import locate, read_config
 
@@ -59,11 +60,11 @@ def main(argv: list[str]) -> int:
     model, config = open_model(folder)
     size, channels = model.config["image_size"], model.config["channels"]
     images = torch.from_numpy(sample_images(options.images, size, limit=8, channels=channels))
-    with tempfile.TemporaryDirectory(prefix="export-") as scratch, torch.inference_mode():
+    with claim(output), tempfile.TemporaryDirectory(prefix="export-") as scratch, torch.inference_mode():
         parity = export(model, config, options.to, scratch, images)
         passed = parity.within(options.tolerance)
         if passed:
-            storage.copy_tree(scratch, options.output)
+            publish(scratch, output)
     if options.json:
         result = {"output": options.output, "format": options.to, **dataclasses.asdict(parity), "passed": passed}
         print(json.dumps(result))

@@ -270,6 +270,7 @@ def vtab(options: VtabCommand) -> int:
     cluster.configure(options.address, options.num_cpus, dashboard=False, memory_remedy=LESS_MEMORY)
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     with contextlib.ExitStack() as stack:
+        stack.enter_context(vtab.lock_output(preparation))
         run: Run | None = None
         if options.tracking and preparation.todo:
             name = storage.normalise(options.output).rpartition("/")[2]

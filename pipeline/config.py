@@ -145,7 +145,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         error = getattr(error, "cause", error)
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(128 + signal.SIGPIPE)
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not is_full and error.filename is None:
             raise
         logger.debug("file system error", exc_info=error)

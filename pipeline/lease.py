@@ -4,12 +4,13 @@
         ...
 
 <output>/launch.json names the process that holds the lock and renews it while it runs. The lock of a killed process
-becomes free: immediately on the same machine, on other machines after `2 * RENEW_EVERY` seconds without renewal. In
-addition, `training.checkpoint.Writer` prevents a superseded attempt from committing checkpoints."""
+becomes free: immediately on the same machine and in the same container, elsewhere after `2 * RENEW_EVERY` seconds
+without renewal. In addition, `training.checkpoint.Writer` prevents a superseded attempt from committing checkpoints."""
 
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -50,6 +51,7 @@ class Lease:
             "id": uuid.uuid4().hex[:12],
             "name": name,
             "host": socket.gethostname(),
+            "machine": _machine(),
             "pid": me.pid,
             "started": me.create_time(),
         }
@@ -119,6 +121,7 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
             "id": str,
             "name": str,
             "host": str,
+            "machine": str,
             "pid": int,
             "started": (int, float),
             "renewed": (int, float),
@@ -133,9 +136,22 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
     return None
 
 
+def _machine() -> str:
+    """What the process ids of this process belong to: the boot of the kernel, and the namespace of process ids.
+
+    Containers may share a host name with others and with their host (`--network host`, `localhost`). Where there is no
+    /proc, the host name has to do."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
 def _is_running_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a process of this machine is running; None for another machine, and if this user may not look."""
-    if holder["host"] != socket.gethostname():
+    """Whether a process of this machine and container is running; None for another one, and if this user may not
+    look."""
+    if holder["machine"] != _machine():
         return None
     try:
         process = psutil.Process(holder["pid"])

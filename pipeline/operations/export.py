@@ -4,6 +4,7 @@ Every exported model takes float images (B,C,H,W) in [-1, 1], which is pixels / 
 function and add it to EXPORTERS."""
 
 import copy
+import io
 import logging
 import os
 from collections.abc import Callable
@@ -126,7 +127,9 @@ def export_torch(model: nn.Module, config: dict[str, Any], folder: str) -> tuple
     batch = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(model, (_example(model),), dynamic_shapes={"x": batch})
     path = os.path.join(folder, "model.pt2")
-    torch.export.save(program, path)
+    content = io.BytesIO()  # on a full disk, writing the file itself would raise an error without a class of its own
+    torch.export.save(program, content)
+    storage.write_bytes(path, content.getvalue())
     _describe_input(config, folder)
     return model, torch.export.load(path).module()
 
@@ -152,7 +155,8 @@ def _example(model: nn.Module) -> Tensor:
 
 def _save(weights: dict[str, Tensor], folder: str) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(contiguous, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    # not save_file: its error on a full disk is no OSError
+    storage.write_bytes(os.path.join(folder, "model.safetensors"), safetensors.torch.save(contiguous, {"format": "pt"}))
 
 
 def _describe_input(config: dict[str, Any], folder: str) -> None:

@@ -13,6 +13,7 @@ import ray
 
 from pipeline import cluster, logs, storage
 from pipeline.errors import plural
+from pipeline.lease import Lease
 from pipeline.outputs import check_output
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
@@ -95,6 +96,20 @@ def run_suite(config: TransferConfig) -> SuiteResult:
     listed in `failures` and do not stop the others."""
     started = time.monotonic()
     suite = open_suite(config)
+    name = run_name(config.suite, checkpoint_name(suite.checkpoint.uri))
+    with Lease(suite.store.output, name, doing="being written"):
+        return _run_alone(reread(suite), started)
+
+
+def reread(suite: "Suite") -> "Suite":
+    """The suite with the state and results that its output has now: another command may just have ended there."""
+    identity = {key: suite.state.values[key] for key in ("suite", "checkpoint")}
+    state = open_state(suite.store.output, identity, suite.checkpoint.uri, suite.tasks, suite.datasets)
+    return dataclasses.replace(suite, state=state, results=suite.store.load_all())
+
+
+def _run_alone(suite: "Suite", started: float) -> SuiteResult:
+    config = suite.config
     random: dict[str, float] = {}
     begin = 0.0  # of the job's progress
     if _wants_random_encoder(config, suite.checkpoint):

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.config import fingerprint, to_dict
 from pipeline.errors import StorageError, UserError
+from pipeline.lease import LAUNCH
 from pipeline.outputs import check_output
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack_predictions
@@ -143,7 +144,7 @@ def open_state(
     check_output(output)
     uri = storage.join(output, IDENTITY)
     if not storage.exists(uri):
-        if storage.list_files(output):
+        if any(file.path != LAUNCH for file in storage.list_files(output)):
             raise UserError(f"{output} contains other files than transfer results; choose another --output")
         new = {"checkpoint_uri": checkpoint_uri, "tasks": described, "children": {}, "recorded": {}}
         return SuiteState(output, {**identity, **new})

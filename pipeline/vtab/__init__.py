@@ -13,7 +13,7 @@ from pipeline import lazy
 
 if TYPE_CHECKING:
     from pipeline.vtab.archives import requirements
-    from pipeline.vtab.build import Incomplete, build_datasets, check_requests, prepare
+    from pipeline.vtab.build import Incomplete, build_datasets, check_requests, lock_output, prepare
     from pipeline.vtab.finish import counts_table, open_split
     from pipeline.vtab.splits import split_keys
     from pipeline.vtab.tasks import SPLITS, TASKS, Task, get
@@ -27,6 +27,7 @@ __all__ = [
     "check_requests",
     "counts_table",
     "get",
+    "lock_output",
     "open_split",
     "prepare",
     "requirements",
@@ -38,7 +39,7 @@ __getattr__ = lazy.exports(
     __name__,
     {
         "archives": ("requirements",),
-        "build": ("Incomplete", "build_datasets", "check_requests", "prepare"),
+        "build": ("Incomplete", "build_datasets", "check_requests", "lock_output", "prepare"),
         "finish": ("counts_table", "open_split"),
         "splits": ("split_keys",),
         "tasks": ("SPLITS", "TASKS", "Task", "get"),

@@ -8,12 +8,15 @@
 Finished work is not repeated. A task or a split that cannot be built does not stop the others.
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline import storage, workqueue
 from pipeline.errors import Unavailable, UserError, plural
+from pipeline.lease import Lease
 from pipeline.logs import Progress
 from pipeline.outputs import check_output
 from pipeline.vtab import archives
@@ -65,7 +68,8 @@ def prepare(
     images become rejects. Raises UserError before any work when no part of the request can be built, and Incomplete
     after all other work when a task or a split cannot be built."""
     preparation = check_requests(names, raw, output, splits=splits, download=download, verify=verify)
-    build_datasets(preparation)
+    with lock_output(preparation):
+        build_datasets(preparation)
     if preparation.problems:
         raise Incomplete(preparation)
     return preparation.counts
@@ -102,6 +106,14 @@ def check_requests(
     if missing and not preparation.todo and not preparation.counts:
         raise UserError("\n".join(preparation.problems))
     return preparation
+
+
+def lock_output(preparation: Preparation) -> contextlib.AbstractContextManager[Any]:
+    """The lock of the output. Entering raises InUse while another process builds data sets there."""
+    if not preparation.todo:
+        return contextlib.nullcontext()
+    remedy = "repeat the command when that one has ended"
+    return Lease(preparation.output, "prepare vtab", doing="being written", remedy=remedy)
 
 
 def build_datasets(preparation: Preparation) -> None:

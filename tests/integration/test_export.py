@@ -1,6 +1,7 @@
 """jobs/export.py end to end: the target library opens the exported model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from models import create_model
+from pipeline import storage
+from pipeline.errors import InUse, UserError
+from pipeline.operations import export_output
 from pipeline.weights import load_model, save_checkpoint_weights
 from tests.runs import commit_checkpoint, flip_bit
 
@@ -151,6 +155,49 @@ def test_nothing_is_overwritten_and_nothing_is_written_above_the_tolerance(tmp_p
     failed = export("--checkpoint", tmp_path / "checkpoint", "--to", "safetensors", "--output", tmp_path / "none", "--tolerance", "-1")  # fmt: skip
     assert failed.returncode == 1
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "timm",
+        "huggingface",
+        "safetensors",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("onnx", "torch-export")),
+    ],
+)
+def test_a_full_temporary_folder_is_one_line_and_leaves_nothing(tmp_path, form):
+    """Writing stops at 20 kB a file, as on a full disk."""
+    checkpoint(tmp_path / "checkpoint")
+    limit = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", sys.executable, "jobs/export.py"]
+    command = [*limit, "--checkpoint", tmp_path / "checkpoint", "--to", form, "--output", tmp_path / "out"]
+    failed = subprocess.run(list(map(str, command)), cwd=PROJECT, capture_output=True, text=True)
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+    assert "repeat the command" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_is_marked_and_repeated(tmp_path):
+    """A copy that fails leaves nothing; one that is killed leaves a marker, and the same command replaces everything."""
+    output = str(tmp_path / "out")
+    for name in ("config.json", "model.safetensors"):
+        storage.write_bytes(str(tmp_path / "made" / name), name.encode())
+    (tmp_path / "out" / "model.safetensors").mkdir(parents=True)  # cannot be replaced by a file
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        export_output.publish(str(tmp_path / "made"), output)
+    assert not (tmp_path / "out" / "config.json").exists()
+    (tmp_path / "out" / "model.safetensors").rmdir()
+    storage.write_json(f"{output}/incomplete.json", {"files": ["config.json", "model.safetensors", "model.onnx"]})
+    (tmp_path / "out" / "model.onnx").write_text("half of another format")
+    with export_output.claim(output):
+        with pytest.raises(InUse, match=r"out is being written by export, process \d+"), export_output.claim(output):
+            pass
+        export_output.publish(str(tmp_path / "made"), output)
+    assert sorted(os.listdir(output)) == ["config.json", "model.safetensors"]
+    with pytest.raises(UserError, match=r"already has files \(config\.json, model\.safetensors\)"):
+        export_output.check_unused(output)
 
 
 def test_a_torchvision_that_does_not_load_is_reported_with_its_remedy(tmp_path):

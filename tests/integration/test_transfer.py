@@ -19,7 +19,8 @@ import torch
 from models import create_model
 from pipeline import storage, workqueue
 from pipeline.data import open_dataset
-from pipeline.errors import UserError
+from pipeline.errors import InUse, UserError
+from pipeline.lease import Lease
 from pipeline.tracking import registry, search, server, start_run
 from pipeline.transfer import TransferConfig, report, run_suite, suites
 from pipeline.transfer.checkpoint import load_checkpoint
@@ -172,6 +173,13 @@ def test_another_checkpoint_protocol_or_folder_does_not_mix_with_a_suite(finishe
 
 
 @pytest.mark.timeout(600)
+def test_a_second_command_into_one_output_is_refused_by_the_name_of_the_first(world, tmp_path):
+    with Lease(str(tmp_path / "out"), "vtab1k-first"):
+        with pytest.raises(InUse, match=r"out is being written by vtab1k-first, process \d+"):
+            run_suite(config(world, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_one_failing_task_does_not_stop_the_others(ray_local, world, tmp_path):
     broken = tmp_path / "data"
     for task in ("pets", "svhn"):

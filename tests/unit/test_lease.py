@@ -36,7 +36,7 @@ def test_second_launch_is_refused_by_the_name_of_the_first(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pid": 2**22 + 1}, {"started": 1.0}, {"host": "elsewhere", "renewed": 1.0}, {"pid": "many"}, {"id": None}],
+    [{"pid": 2**22 + 1}, {"started": 1.0}, {"machine": "another", "renewed": 1.0}, {"pid": "many"}, {"id": None}],
     ids=["process gone", "number used again", "not renewed for long", "no number", "no id"],
 )
 def test_a_launch_that_ended_holds_no_lock(tmp_path, changes):
@@ -73,13 +73,13 @@ def test_launch_json_of_any_content_is_replaced(tmp_path, text):
 @pytest.mark.parametrize("renews", [True, False])
 def test_launch_on_another_machine_is_alive_while_it_renews(tmp_path, monkeypatch, renews):
     monkeypatch.setattr(lease, "RENEW_EVERY", 0.2)
-    written(tmp_path, host="elsewhere")
+    written(tmp_path, host="elsewhere", machine="another")
     looks = lease.time.sleep
 
     def sleep(seconds):
         looks(seconds)
         if renews:
-            written(tmp_path, host="elsewhere", renewed=time.time() + 1)
+            written(tmp_path, host="elsewhere", machine="another", renewed=time.time() + 1)
 
     monkeypatch.setattr(lease.time, "sleep", sleep)
     if renews:
@@ -88,6 +88,14 @@ def test_launch_on_another_machine_is_alive_while_it_renews(tmp_path, monkeypatc
     else:
         with Lease(str(tmp_path), "next"):
             pass
+
+
+def test_a_container_with_the_same_host_name_is_another_machine(tmp_path):
+    """Its process ids mean nothing here: number 4194305 is no process of ours and may be one there."""
+    written(tmp_path, machine="the same boot pid:[4026531999]", pid=2**22 + 1)
+    assert lease.current_holder(str(tmp_path))["name"] == "first"
+    written(tmp_path, pid=2**22 + 1)
+    assert lease.current_holder(str(tmp_path)) is None
 
 
 def test_of_many_concurrent_launches_one_remains(tmp_path):

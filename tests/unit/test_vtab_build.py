@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.data import Loader, open_dataset
 from pipeline.data.loading.augment import Augment
-from pipeline.errors import UserError
+from pipeline.errors import InUse, UserError
+from pipeline.lease import Lease
 from pipeline.vtab import Incomplete, archives, counts_table, open_split, parts, prepare
 from tests.vtab import rows
 
@@ -115,6 +116,13 @@ def test_another_dataset_in_the_output_is_refused(vtab_raw, tmp_path):
     prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
     with pytest.raises(UserError, match="already contains another dataset"):
         prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",), verify=False)
+
+
+def test_a_second_command_into_one_output_is_refused_by_the_name_of_the_first(vtab_raw, tmp_path):
+    with Lease(str(tmp_path / "out"), "prepare vtab", doing="being written"):
+        with pytest.raises(InUse, match=r"out is being written by prepare vtab, process \d+"):
+            prepare(["flowers102"], vtab_raw, str(tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_full_pools(vtab_raw, tmp_path):
