@@ -22,6 +22,7 @@ import re
 import select
 import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from pipeline.errors import JobFailed, UserError, nearest, plural
 
 Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
+ONE_STOP = 5.0
+"""Seconds in which further SIGTERM and SIGHUP belong to the first one."""
 
 
 # ---------------------------------------------------------------- command lines
@@ -174,10 +177,18 @@ def _output_is_closed() -> bool:
 
 def _handle_stop_signals() -> None:
     """Makes SIGTERM and SIGHUP (unless nohup ignores it) raise SystemExit, so that
-    `finally` blocks run as with Ctrl-C."""
+    `finally` blocks run as with Ctrl-C.
+
+    One stop may send the signal twice: `timeout` signals the process and then its group, Slurm all processes of a job,
+    whose batch script passes the signal on. Signals of the next seconds therefore count as the same stop."""
+    stopped_at = -ONE_STOP
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def stop(signum: int, frame: types.FrameType | None) -> None:
+        nonlocal stopped_at
+        if time.monotonic() < stopped_at + ONE_STOP:
+            return
+        stopped_at = time.monotonic()
         if signum == signal.SIGHUP:
             for stream in terminals:  # the terminal is closed, so writing would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

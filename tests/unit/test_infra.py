@@ -67,7 +67,7 @@ def word_lists(value):
 
 # ---------------------------------------------------------------- command lines
 
-COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>]*)")
+COMMAND = re.compile(r"\bpython (?:\S*/)?jobs/(\w+)\.py\b([^\n|;>&]*)")
 SHELL = {
     "RECIPE": "b16_imagenet",
     "DATA": "s3://bucket/vit/imagenet",
@@ -572,26 +572,6 @@ def test_the_image_has_every_dependency_pinned_and_no_root():
         for name in source.split():
             assert (ROOT / name).exists()
             assert f"!{name}" in (INFRA / "Dockerfile.dockerignore").read_text().split()
-
-
-def test_scripts_are_shell():
-    for path in (INFRA / "slurm").glob("*.sbatch"):
-        subprocess.run([shutil.which("bash"), "-n", path], check=True)
-        text = path.read_text()
-        assert "set -euo pipefail" in text
-        assert "RAY_AUTH_MODE=token" in text
-        assert "--dashboard-host 127.0.0.1" in text
-
-
-def test_slurm_starts_ray_with_existing_options():
-    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
-
-    text = (INFRA / "slurm" / "pretrain.sbatch").read_text().replace("\\\n", " ")
-    (options,) = re.findall(r"ray symmetric-run (.*?) -- ", text)
-    values = {"address": "10.0.0.1", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "96", "SLURM_GPUS_ON_NODE": "8"}
-    options = shlex.split(re.sub(r"\$(\w+)", lambda match: values[match[1]], options))
-    kept = curate_and_validate_ray_start_args(options)
-    assert kept == ["--num-cpus", "96", "--num-gpus", "8", "--dashboard-host", "127.0.0.1"]
 
 
 SECRET = re.compile(
