@@ -16,7 +16,7 @@ import torch
 
 from pipeline.libraries import load_torchvision
 from tests.azurestore import CONNECTION, CONNECTION_STRING, azurite, make_container
-from tests.definitions import validator
+from tests.definitions import KUBERAY, KUEUE, definitions, validator
 from tests.googlestore import fake_gcs, make_google_bucket
 from tests.images import tinted
 from tests.objectstore import make_bucket, moto
@@ -219,8 +219,23 @@ def real_data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def kuberay_definitions(real_data) -> dict:
-    """{kind: validator of ray.io/v1}, from KubeRay's custom resource definitions."""
-    files = (real_data / "kuberay-crds" / f"ray.io_{kind}.yaml" for kind in ("rayclusters", "rayjobs", "raycronjobs"))
+@pytest.fixture(scope="session", params=KUBERAY)
+def kuberay_definitions(request) -> dict:
+    """{kind: validator of ray.io/v1}, from the custom resource definitions of each version of KubeRay."""
+    folder = definitions(f"kuberay-{request.param}")
+    if folder is None:
+        pytest.skip(
+            f"no definitions of KubeRay {request.param}: python -m tests.definitions FOLDER, VIT_DEFINITIONS=FOLDER"
+        )
+    files = (folder / f"ray.io_{kind}.yaml" for kind in ("rayclusters", "rayjobs", "raycronjobs"))
     return dict(validator(file, "v1") for file in files)
+
+
+@pytest.fixture(scope="session")
+def kueue_definitions() -> dict:
+    """{kind: validator of kueue.x-k8s.io/v1beta2}"""
+    folder = definitions(f"kueue-{KUEUE}")
+    if folder is None:
+        pytest.skip(f"no definitions of Kueue {KUEUE}: python -m tests.definitions FOLDER, VIT_DEFINITIONS=FOLDER")
+    kinds = ("resourceflavors", "clusterqueues", "localqueues")
+    return dict(validator(folder / f"kueue.x-k8s.io_{kind}.yaml", "v1beta2") for kind in kinds)

@@ -9,6 +9,7 @@ cluster of it does but replication. Signatures are checked, uploads in parts are
 
 import contextlib
 import getpass
+import json
 import os
 import shutil
 import socket
@@ -104,6 +105,31 @@ def moto() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+
+
+ADMIN = {"region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
+
+
+def policy_for_moto(policy: Path, bucket: str) -> str:
+    """A policy of infra/iam as moto can enforce it. In two things moto is not AWS: it refuses whatever has a condition on
+    prefixes, and wants the right to delete several objects at once on the bucket itself."""
+    document = json.loads(policy.read_text())
+    for statement in document["Statement"]:
+        statement.pop("Condition", None)
+    delete = {"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{bucket}"}
+    return json.dumps(document | {"Statement": [*document["Statement"], delete]})
+
+
+def restricted_user(endpoint: str, policy: Path, bucket: str = "bucket") -> dict[str, str]:
+    """The AWS_ environment of a user with exactly the rights of a policy; moto checks all requests from now on."""
+    iam = boto3.client("iam", endpoint_url=endpoint, **ADMIN)
+    iam.create_user(UserName=policy.stem)
+    iam.put_user_policy(UserName=policy.stem, PolicyName=policy.stem, PolicyDocument=policy_for_moto(policy, bucket))
+    key = iam.create_access_key(UserName=policy.stem)["AccessKey"]
+    headers = {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0", headers)).close()
+    environment = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+    return environment | {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
 
 
 @contextlib.contextmanager

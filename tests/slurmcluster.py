@@ -73,7 +73,7 @@ def slurm(nodes: int = 2) -> Iterator[dict[str, str]]:
         text += f"NodeName=node{number} {place} CPUs=1 RealMemory=4000 Gres=gpu:1 State=UNKNOWN\n"
     text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text("Name=gpu Count=1\n")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     munge = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}
     commands = [["munged", "--foreground", "--force", *(f"--{name}={folder}/{file}" for name, file in munge.items())]]
     commands[0].append(f"--log-file={folder}/munge.log")

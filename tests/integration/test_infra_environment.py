@@ -17,7 +17,7 @@ import yaml
 
 from tests.images import jpeg
 from tests.mlflowserver import mlflow_server
-from tests.objectstore import moto
+from tests.objectstore import ADMIN, moto, policy_for_moto
 from tests.ports import free_port
 from tests.rayhead import STARTS
 
@@ -38,22 +38,18 @@ def store(tmp_path_factory):
     """(endpoint with the buckets and images, environment that EKS gives to pods of the service account)"""
     folder = tmp_path_factory.mktemp("store")
     with moto() as endpoint:
-        admin = {"endpoint_url": endpoint, "region_name": "us-east-1"}
-        admin |= {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
-        s3, iam = boto3.client("s3", **admin), boto3.client("iam", **admin)
+        s3 = boto3.client("s3", endpoint_url=endpoint, **ADMIN)
+        iam = boto3.client("iam", endpoint_url=endpoint, **ADMIN)
         for bucket in ("corpus", "bucket"):
             s3.create_bucket(Bucket=bucket)
         for number in range(20):
             s3.put_object(Bucket="corpus", Key=f"raw/{('ant', 'bee')[number % 2]}/{number}.jpg", Body=jpeg(number))
-        policy = json.loads((INFRA / "iam" / "node.json").read_text())
-        for statement in policy["Statement"]:
-            statement.pop("Condition", None)  # moto refuses whatever has one
-        policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::bucket"})
+        policy = policy_for_moto(INFRA / "iam" / "node.json", "bucket")
         (account, _) = list(yaml.safe_load_all((INFRA / "kuberay" / "account.yaml").read_text()))
         role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
         trust = (INFRA / "iam" / "trust-eks.json").read_text()
         iam.create_role(RoleName=role.rpartition("/")[2], AssumeRolePolicyDocument=trust)
-        iam.put_role_policy(RoleName="vit-node", PolicyName="node", PolicyDocument=json.dumps(policy))
+        iam.put_role_policy(RoleName="vit-node", PolicyName="node", PolicyDocument=policy)
         (folder / "token").write_text("a token of the cluster")
         yield endpoint, {"AWS_ROLE_ARN": role, "AWS_WEB_IDENTITY_TOKEN_FILE": str(folder / "token")}
 

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -19,7 +17,7 @@ import pytest
 from pipeline import cluster, storage
 from pipeline.credentials import redacted
 from pipeline.operations.doctor import store as store_checks
-from tests.objectstore import moto
+from tests.objectstore import ADMIN, moto, restricted_user
 from tests.rayhead import ray_head
 
 ROOT = Path(__file__).parents[2]
@@ -214,36 +212,16 @@ def test_credentials_appear_nowhere(s3_server, s3, image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_can_do_what_its_policy_says_and_no_more(tmp_path, monkeypatch):
-    """infra/iam/node.json, enforced by moto's identity service: the doctor's probes pass and fail where they should.
-
-    In two things moto is not AWS: it refuses whatever has a condition on prefixes, and wants the right to delete
-    several objects at once on the bucket itself."""
+    """infra/iam/node.json, enforced by moto's identity service: the doctor's probes pass and fail where they should."""
     import boto3
 
     with moto() as endpoint:
-        admin = {
-            "endpoint_url": endpoint,
-            "region_name": "us-east-1",
-            "aws_access_key_id": "a",
-            "aws_secret_access_key": "b",
-        }
-        store, iam = boto3.client("s3", **admin), boto3.client("iam", **admin)
+        store = boto3.client("s3", endpoint_url=endpoint, **ADMIN)
         for bucket in ("corpus", "bucket", "elsewhere"):
             store.create_bucket(Bucket=bucket)
             store.put_object(Bucket=bucket, Key="raw/manifest.json", Body=b"{}")
-        iam.create_user(UserName="node")
-        policy = json.loads((ROOT / "infra" / "iam" / "node.json").read_text())
-        for statement in policy["Statement"]:
-            statement.pop("Condition", None)
-        policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": "arn:aws:s3:::bucket"})
-        iam.put_user_policy(UserName="node", PolicyName="node", PolicyDocument=json.dumps(policy))
-        key = iam.create_access_key(UserName="node")["AccessKey"]
-        headers = {"Content-Type": "text/plain"}
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0", headers)).close()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        for name, value in restricted_user(endpoint, ROOT / "infra" / "iam" / "node.json").items():
+            monkeypatch.setenv(name, value)
         assert store_checks.readable("s3://corpus/raw").status == "ok"
         found = store_checks.writable("s3://bucket/vit/run")
         assert {finding.status for finding in found} == {"ok"}, found
