@@ -12,6 +12,7 @@ Exit codes: 0 after SIGINT, or after the head has ended; 1 if this node failed; 
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ import psutil
 
 PATIENCE = 600
 """Seconds that a node waits for the head."""
+OPEN_FILES = 65536
+"""Wanted limit of open files. A Ray node keeps the soft limit with which it was started."""
 
 
 def main() -> int:
@@ -37,6 +40,10 @@ def main() -> int:
         if not answers(host, int(port), PATIENCE):
             print(f"ray_node: no Ray head at {host}:{port} after {PATIENCE} seconds", file=sys.stderr)
             return 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if 0 <= soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})  # inherited by all processes of the node
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     node = subprocess.Popen(["ray", "start", *role, "--block", *sys.argv[2:]], start_new_session=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Copies the Ray logs of this node to storage, so that they outlive the node and the cluster.
 
-    python infra/ship_logs.py --to s3://bucket/vit/logs                 next to `ray start`, until SIGTERM, then once
-    more python infra/ship_logs.py --to s3://bucket/vit/logs --once
+    python infra/ship_logs.py --to s3://bucket/vit/logs           next to `ray start`: until SIGTERM, then one more round
+    python infra/ship_logs.py --to s3://bucket/vit/logs --once    one round
 
 Changed files are copied to TO/SESSION/NODE/NAME. The output of jobs is in job-driver-ID.log of the head, that of
 workers in worker-*.out and worker-*.err. Only the last --most MB of a file are copied. If storage is unavailable, the

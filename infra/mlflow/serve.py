@@ -11,8 +11,8 @@ kubernetes.yaml) it uses the existing database in MLFLOW_DATABASE. Secrets come 
 only the owner can read, never from arguments.
 
     MLFLOW_DATABASE              postgresql://user:password@host/mlflow (and a database mlflow_auth on the same server)
-    MLFLOW_AUTH_ADMIN_PASSWORD   initial password of "admin"; otherwise in <data>/admin-password AWS_ENDPOINT_URL, AWS_*
-    the object store of --artifacts; clients do not need these, because the server proxies artifacts
+    MLFLOW_AUTH_ADMIN_PASSWORD   initial password of "admin"; otherwise in <data>/admin-password
+    AWS_ENDPOINT_URL, AWS_*      the object store of --artifacts; clients do not need them: the server proxies artifacts
 
     python infra/mlflow/serve.py --check http://mlflow:5000     # exit 0 if clients at that address are accepted
 

@@ -2,6 +2,7 @@
 
 import email.utils
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,9 +78,11 @@ def test_an_unreachable_clock_is_not_a_fault():
 
 
 def test_open_files():
-    assert system.limits(16).status == "ok"
-    assert "open" in system.limits(1 << 40).check
-    assert system.limits(1 << 40).status == "warning"
+    assert system.limits(wanted=16).status == "ok"
+    assert system.limits(is_node=True, wanted=16).status == "ok"
+    found = system.limits(wanted=1 << 40)
+    assert found.check == "open files"
+    assert found.status == "warning"
 
 
 def test_rdma_devices(tmp_path):
@@ -119,6 +122,18 @@ def test_ray_refuses_what_the_doctor_refuses(tmp_path):
         words = ["ray", "job", "submit", f"--address={address}", f"--working-dir={tmp_path / 'package'}", "--", "true"]
         done = subprocess.run(words, env=with_token, capture_output=True, text=True, timeout=280)
     assert done.returncode != 0, done.stdout
+
+
+CODE = "from pipeline.operations.doctor import system; print(system.limits({}), system.limits(False).status)"
+
+
+@pytest.mark.parametrize(("is_node", "status"), [(True, "warning"), (False, "ok")])
+def test_a_low_soft_limit_matters_to_nodes_only(is_node, status):
+    """`ulimit -S -n 1024` is the default of many systems; ray.init raises it, `ray start` does not."""
+    command = f"ulimit -S -n 1024 && {sys.executable} -c '{CODE.format(is_node)}'"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert f"status='{status}'" in done.stdout, done.stdout + done.stderr
+    assert ("soft limit" in done.stdout and "before `ray start`" in done.stdout) == is_node
 
 
 def test_the_doctor_runs_inside_a_ray_job(tmp_path):

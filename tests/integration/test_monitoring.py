@@ -105,6 +105,31 @@ def test_each_alarm_has_a_test_case():
     assert raised == {rule["alert"] for group in RULES for rule in group["rules"]}
 
 
+def runbook() -> set[str]:
+    """The problems in the runbook of docs/operating.md."""
+    section = (ROOT / "docs" / "operating.md").read_text().partition("\n## Runbook\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| ([^|]+?) \|", section, re.MULTILINE))
+
+
+def flags() -> str:
+    """The --help-all of the jobs that the alarms are about."""
+    jobs = [[sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help-all"] for name in ("prepare", "pretrain")]
+    jobs.append([sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--help"])
+    return "".join(subprocess.run(job, capture_output=True, text=True, timeout=200).stdout for job in jobs)
+
+
+def test_each_alarm_advises_what_exists():
+    """A row of the runbook, and flags of the jobs, in the alarms and in the runbook itself."""
+    known, advice = flags(), []
+    for group in RULES:
+        for rule in group["rules"]:
+            (row,) = re.findall(r"^docs/operating\.md, '(.*?)': ", rule["annotations"]["runbook"])
+            assert row in runbook(), rule["alert"]
+            advice.append(rule["annotations"]["runbook"])
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", " ".join(advice))):
+        assert re.search(rf"(?<![\w-]){flag}\b(?!-)", known), flag
+
+
 def test_kubernetes_loads_the_same_alarms():
     kinds = {d["kind"]: d for d in yaml.safe_load_all((MONITORING / "kubernetes.yaml").read_text())}
     assert kinds["PrometheusRule"]["spec"]["groups"] == RULES

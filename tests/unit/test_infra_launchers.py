@@ -1,5 +1,6 @@
 """Scripts of Slurm and SkyPilot: their commands name options and variables that exist, and the documents give what they need."""
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -108,3 +109,33 @@ def test_ray_node_reports_wrong_arguments(capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", argv)
         assert module.main() == code
     assert "infra/ray_node.py" in capsys.readouterr().out
+
+
+def test_nodes_have_the_labels_and_taints_that_pods_expect():
+    """Commands of the page give both, and pods tolerate each taint."""
+    page = CLUSTERS.read_text()
+    (cluster,) = [d for d in yaml.safe_load_all((INFRA / "kuberay" / "cluster.yaml").read_text()) if d]
+    tolerated = set()
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        for name, value in pod["nodeSelector"].items():
+            assert f"--node-labels {name}={value}" in page
+            assert f"{name}={value}`" in page  # kubectl label
+        tolerated |= {toleration["key"] for toleration in pod["tolerations"]}
+    tainted = re.findall(r"--node-taints ([\w./-]+)=|kubectl taint node NODE\s+([\w./-]+)=", page)
+    assert {name for names in tainted for name in names if name} == tolerated
+
+
+@pytest.mark.parametrize("path", sorted(p for p in INFRA.rglob("*.py") if "ArgumentParser" in p.read_text()), ids=str)
+def test_help_shows_commands_that_the_script_reads(path):
+    """Each command is one line, and each of its flags exists."""
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    name = str(path.relative_to(ROOT))
+    commands = re.findall(rf"^    python {re.escape(name)}( .*)?$", docstring, re.MULTILINE)
+    assert commands
+    assert len(commands) == docstring.count(f"python {name}"), "a command that does not begin its line"
+    for command in commands:
+        words = re.split(r"\s{3,}|\s#", command)[0]
+        for flag in re.findall(r"--[\w-]+", words):
+            assert f'"{flag}"' in text, flag

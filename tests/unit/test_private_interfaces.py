@@ -8,6 +8,7 @@ import importlib
 import inspect
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_ray_train_has_the_names_that_are_replaced():
     assert hasattr(ray_compat.ElasticScalingPolicy, "_count_possible_workers")
     policy = ray_compat.DefaultFailurePolicy(ray_compat.FailureConfig(max_failures=1))
     assert ray_compat.count_failures(policy) == 0
+
+
+def test_ray_train_ranks_the_workers_of_a_node_consecutively():
+    """docs/clusters.md says so: neighbours in NCCL's rings share a node. The order of nodes is that of their first workers."""
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    placed = [("far", "1"), ("near", "0"), ("far", "0"), ("near", "1"), ("third", "0")]
+    workers = [
+        SimpleNamespace(metadata=SimpleNamespace(node_id=node, accelerator_ids={"GPU": [gpu]})) for node, gpu in placed
+    ]
+    ranked = WorkerGroup._sort_workers_by_gpu_id_grouped_by_node(workers)
+    found = [(worker.metadata.node_id, worker.metadata.accelerator_ids["GPU"][0]) for worker in ranked]
+    assert found == [("far", "0"), ("far", "1"), ("near", "0"), ("near", "1"), ("third", "0")]
 
 
 def test_ray_core_has_the_names_that_are_read():

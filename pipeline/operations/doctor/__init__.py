@@ -48,6 +48,8 @@ class NodeSettings:
     output: str
     gpus: bool
     compile: bool
+    is_cluster: bool
+    """Whether the nodes were started by `ray start`."""
 
 
 # Checks on the machine where the job is started.
@@ -65,7 +67,7 @@ OF_A_NODE: tuple[Callable[[NodeSettings], Sequence[CheckResult]], ...] = (
     lambda node: [system.driver(node.gpus)],
     lambda node: [machine.devices(node.gpus)],
     lambda node: [system.network(node.gpus)],
-    lambda node: [system.limits()],
+    lambda node: [system.limits(node.is_cluster)],
     lambda node: [system.clock(_time_server(node.tracking_uri))],
     lambda node: [tracking.tracking_server(node.tracking_uri)] if node.tracking_uri else [],
     lambda node: [store.readable(uri) for uri in node.data],
@@ -111,6 +113,7 @@ def examine(config: "PretrainConfig") -> list[CheckResult]:
             output=config.runtime.output,
             gpus=config.runtime.gpus,
             compile=config.engine.compile,
+            is_cluster=config.runtime.address is not None or cluster.is_ray_job(),
         )
     )
     if config.runtime.address or cluster.is_ray_job():

@@ -74,16 +74,26 @@ def clock(uri: str, patience: float = 5.0) -> CheckResult:
     )
 
 
-def limits(wanted: int = OPEN_FILES) -> CheckResult:
-    """Checks the limit of open files per process."""
+def limits(is_node: bool = False, wanted: int = OPEN_FILES) -> CheckResult:
+    """Checks the limits of open files per process.
+
+    is_node: whether this process belongs to a node of `ray start`, which keeps the soft limit of the shell that started
+    it. `ray.init` raises the soft limit of an embedded Ray up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard >= wanted:
-        return ok("open files", f"{soft:,} now, {hard:,} at most" if hard >= 0 else f"{soft:,} now, no limit")
-    return warning(
-        "open files",
-        f"at most {hard:,}; Ray and its workers want {wanted:,}",
-        "raise it: ulimit -n 65536, --ulimit nofile=65536:65536, or LimitNOFILE in systemd",
-    )
+    most = wanted if hard == resource.RLIM_INFINITY else hard
+    if most < wanted:
+        return warning(
+            "open files",
+            f"at most {hard:,}; Ray and its workers want {wanted:,}",
+            "raise it: --ulimit nofile=65536:65536, LimitNOFILE in systemd, or /etc/security/limits.conf",
+        )
+    if is_node and 0 <= soft < wanted:
+        return warning(
+            "open files",
+            f"{soft:,} for this node (soft limit); Ray and its workers want {wanted:,}, and {most:,} are permitted",
+            "run `ulimit -n 65536` in the shell before `ray start`",
+        )
+    return ok("open files", f"{soft:,} now, {hard:,} at most" if hard >= 0 else f"{soft:,} now, no limit")
 
 
 def network(wanted: bool, devices: str = "/sys/class/infiniband") -> CheckResult:
