@@ -1,10 +1,12 @@
 """MLflow's own server, for tests that need its answers over HTTP."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +48,12 @@ def mlflow_server(folder: Path, port: int | None = None, password: str | None = 
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             child.terminate()
         process.wait(120)
+
+
+def count_runs(address: str, password: str) -> int:
+    """How many runs a server has whose user admin has this password."""
+    headers = {"Content-Type": "application/json"}
+    headers["Authorization"] = "Basic " + b64encode(f"admin:{password}".encode()).decode()
+    body = json.dumps({"experiment_ids": [str(number) for number in range(5)]}).encode()
+    request = urllib.request.Request(f"{address}/api/2.0/mlflow/runs/search", body, headers)
+    return len(json.load(urllib.request.urlopen(request, timeout=60)).get("runs", []))

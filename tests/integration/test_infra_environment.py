@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
-from base64 import b64encode
 from pathlib import Path
 
 import boto3
@@ -19,7 +17,7 @@ import yaml
 from pipeline import storage
 from tests.googlestore import make_google_bucket
 from tests.images import jpeg
-from tests.mlflowserver import mlflow_server
+from tests.mlflowserver import count_runs, mlflow_server
 from tests.objectstore import ADMIN, moto, policy_for_moto, restricted_user
 from tests.ports import free_port
 from tests.rayhead import STARTS
@@ -80,21 +78,12 @@ def prepare(environment: dict[str, str], output: str, source: str = "s3://corpus
 USER = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
 
-def runs(address: str) -> int:
-    """How many runs of prepare the server has."""
-    headers = {"Content-Type": "application/json"}
-    headers["Authorization"] = "Basic " + b64encode(f"admin:{PASSWORD}".encode()).decode()
-    body = json.dumps({"experiment_ids": [str(number) for number in range(5)]}).encode()
-    request = urllib.request.Request(f"{address}/api/2.0/mlflow/runs/search", body, headers)
-    return len(json.load(urllib.request.urlopen(request, timeout=60)).get("runs", []))
-
-
 def test_a_pod_records_and_writes_with_what_the_manifests_give_it(store, tmp_path):
     with mlflow_server(tmp_path, password=PASSWORD) as address:
         done = prepare(pod(store, tmp_path, address, **USER), "s3://bucket/vit/data")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "prepared=" in done.stdout
-        assert runs(address) > 0
+        assert count_runs(address, PASSWORD) > 0
         refused = prepare(pod(store, tmp_path, address), "s3://bucket/vit/other")
         assert refused.returncode == 2
         assert "MLFLOW_TRACKING_USERNAME" in refused.stderr
@@ -110,7 +99,7 @@ def test_records_wait_on_the_volume_while_the_server_is_away(store, tmp_path):
         upload = [sys.executable, "-m", "pipeline.tracking", "upload"]
         sent = subprocess.run(upload, env=environment, capture_output=True, text=True, timeout=600)
         assert sent.returncode == 0, sent.stdout + sent.stderr
-        assert runs(address) == 1
+        assert count_runs(address, PASSWORD) == 1
 
 
 # ---------------------------------------------------------------- ray up
@@ -180,4 +169,4 @@ def test_a_machine_of_ray_up_writes_and_records(name, store_of_a_node, tmp_path,
         upload = [sys.executable, "-m", "pipeline.tracking", "upload"]
         sent = subprocess.run(upload, env=environment, capture_output=True, text=True, timeout=600)
         assert sent.returncode == 0, sent.stdout + sent.stderr
-        assert runs(address) == 1
+        assert count_runs(address, PASSWORD) == 1

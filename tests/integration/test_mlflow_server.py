@@ -1,4 +1,4 @@
-"""The real tracking server: infra/mlflow/serve.py on PostgreSQL, artifacts through it to an S3 endpoint, passwords on.
+"""The real tracking server: infra/mlflow/serve.py with authorization.py on PostgreSQL, artifacts through it to an S3 endpoint, passwords on.
 
 Runs where infra/mlflow/requirements.txt and the Debian package `postgresql` are installed; MLFLOW_SERVER_PYTHON names another
 interpreter that has the former. If the tests run as root, PostgreSQL runs as an ordinary user.

@@ -157,3 +157,13 @@ def test_the_dashboard_is_complete():
         assert place["x"] in range(25 - place["w"])
         assert panel["fieldConfig"]["defaults"]["unit"]
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+
+
+def test_grafana_finds_the_dashboards():
+    """What Grafana requires of a provider of dashboards: a name of its own, a type that it knows, and a folder."""
+    provisioning = yaml.safe_load((MONITORING / "grafana" / "provisioning.yaml").read_text())
+    assert provisioning["apiVersion"] == 1
+    assert len({provider["name"] for provider in provisioning["providers"]}) == 2
+    for provider in provisioning["providers"]:
+        assert provider["type"] == "file"
+        assert provider["options"]["path"].startswith("/")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.weights import checkpoints
+from tests.mlflowserver import count_runs, mlflow_server
 from tests.rayhead import STARTS
 from tests.submitters import PROGRAMS, ROOT, User, user
 
@@ -83,14 +84,24 @@ def variables(rank: int, nodes: int) -> dict[str, str]:
     return found | {"SKYPILOT_CLUSTER_INFO": json.dumps({"cluster_name": "vit", "cloud": "AWS", "region": "us-east-1"})}
 
 
-def run_on(submitter: User, nodes: int, metadata: str) -> list[subprocess.Popen]:
-    """`run` on each node, in the folder to which SkyPilot copies `workdir`; its output is in node-RANK.log."""
+SECRETS = {
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": "correct horse",
+    "RAY_AUTH_TOKEN": "51ab" * 16,
+}
+
+
+def run_on(submitter: User, nodes: int, mlflow: str, metadata: str) -> list[subprocess.Popen]:
+    """`run` on each node, with the variables and secrets of the task, in the folder to which SkyPilot copies `workdir`. Its output
+    is in node-RANK.log."""
     script = TASK["run"].replace(":6379", f":{submitter.environment['RAY_PORT']}")
     script = script.replace("--resume auto", f"--resume auto {SMALL}")
-    token = {"RAY_AUTH_TOKEN": "51ab" * 16, "METADATA": metadata}
+    assert SECRETS.keys() == TASK["secrets"].keys()
+    given = {"MLFLOW_TRACKING_URI": mlflow, "METADATA": metadata} | SECRETS
     started = []
     for rank in range(nodes):
-        environment = submitter.environment | token | variables(rank, nodes)
+        environment = submitter.environment | given | variables(rank, nodes)
+        assert TASK["envs"].keys() <= environment.keys()
         with open(submitter.folder / f"node-{rank}.log", "w") as log:
             command = ["bash", "-c", script]
             started.append(subprocess.Popen(command, cwd=submitter.folder, env=environment, stdout=log, stderr=log))
@@ -108,15 +119,17 @@ def submitter(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_run_script_trains_on_two_nodes(submitter):
-    with metadata() as address:
+    with metadata() as address, mlflow_server(submitter.folder, password=SECRETS["MLFLOW_TRACKING_PASSWORD"]) as mlflow:
         for _ in range(STARTS):  # a Ray node ends when its agent does not start in time, as on a busy machine
-            jobs = run_on(submitter, 2, address)
+            jobs = run_on(submitter, 2, mlflow, address)
             codes = [job.wait(900) for job in jobs]
             logs = "\n".join((submitter.folder / f"node-{rank}.log").read_text() for rank in range(2))
+            recorded = count_runs(mlflow, SECRETS["MLFLOW_TRACKING_PASSWORD"])
             if codes == [0, 0] or "step " in logs:
                 break
     assert codes == [0, 0], logs
     assert "pretrain: steps=20" in logs
+    assert recorded == 1
     assert checkpoints.latest(str(submitter.folder / "out")).step == 20
     head, worker = sorted(submitter.calls.splitlines()[-2:], key=lambda line: "--head" not in line)
     assert "--num-gpus 1 --dashboard-host 127.0.0.1 --dashboard-agent-listen-port 52366" in head

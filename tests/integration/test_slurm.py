@@ -1,5 +1,5 @@
-"""infra/slurm/pretrain.sbatch: run by bash with substitutes for srun and scontrol, and by Slurm itself where it is installed. Ray's
-nodes, the token and the training are real.
+"""infra/slurm/pretrain.sbatch and infra/ray_node.py: run by bash with substitutes for srun and scontrol, and by Slurm itself where it is
+installed. Ray's nodes, the token and the training are real.
 
 Slurm stops a job in two ways: a signal to the batch script alone (--signal=B:, scancel --batch) and a signal to all
 processes (scancel, preemption, requeue)."""

@@ -139,3 +139,44 @@ def test_help_shows_commands_that_the_script_reads(path):
         words = re.split(r"\s{3,}|\s#", command)[0]
         for flag in re.findall(r"--[\w-]+", words):
             assert f'"{flag}"' in text, flag
+
+
+def table():
+    """The rows of "What executed or validated each file": (files and folders, test files)"""
+    text = (
+        (INFRA / "README.md").read_text().partition("## What executed or validated each file")[2].partition("\n## ")[0]
+    )
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith(("| file", "| ---")):
+            what, how = line.split(" | ")[:2]
+            named = list(re.findall(r"`([^`]+)`", what.removeprefix("| ")))
+            tests = re.findall(r"`((?:unit|integration|e2e)/[\w.]+\.py)`", how)
+            yield named, tests
+
+
+def test_the_table_names_every_file_and_tests_that_exist():
+    rows = list(table())
+    assert len(rows) > 20
+    named = [name for names, _ in rows for name in names]
+    for name in named:
+        assert (INFRA / name).exists(), name
+    for path in INFRA.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md":
+            name = str(path.relative_to(INFRA))
+            assert any(name == one or (one.endswith("/") and name.startswith(one)) for one in named), name
+    for names, tests in rows:
+        assert tests, f"no test for {names}"
+        text = "".join((ROOT / "tests" / test).read_text() for test in tests)
+        for name in names:
+            assert mentioned(name, text), f"{tests} do not mention {name}"
+
+
+def mentioned(name, text):
+    """Whether a test names a file, or reads it with others of its folder or suffix."""
+    path = Path(name)
+    globs = (
+        f'"{path.parent.name}/*{path.suffix}"',
+        f'/ "{path.parent.name}").glob(',
+        f'glob("{path.name.split(".")[0]}*")',
+    )
+    return path.name in text or f'"{path.stem}"' in text or any(glob in text for glob in globs)
