@@ -4,7 +4,6 @@ password, the rights of infra/iam/node.json, and the spool on its volume.
 Servers stand in for the cluster's: MLflow with its own password check, moto for S3 and the identity service, and an
 imitation of Google Cloud Storage."""
 
-import json
 import os
 import subprocess
 import sys
