@@ -53,6 +53,8 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 KillWait=120
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 """
 
@@ -71,7 +73,8 @@ def slurm(nodes: int = 2) -> Iterator[dict[str, str]]:
     for number in range(1, nodes + 1):
         place = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()}"
         text += f"NodeName=node{number} {place} CPUs=1 RealMemory=4000 Gres=gpu:1 State=UNKNOWN\n"
-    text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+    text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=5\n"
+    text += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2\n"
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     munge = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}

@@ -204,10 +204,15 @@ def test_scancel_saves_the_step(slurm_user, real_slurm, how):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_requeued_job_continues_from_the_saved_step(slurm_user, real_slurm):
+@pytest.mark.parametrize("how", ["requeue", "preemption"])
+def test_a_requeued_job_continues_from_the_saved_step(slurm_user, real_slurm, how):
+    """A preemption first signals the steps alone; Ray's nodes survive that. At the end of GraceTime it is a requeue."""
     job = Job(slurm_user, real_slurm)
     until(job.log, r"step 20/")
-    job.run("scontrol", "requeue", job.id)
+    if how == "requeue":
+        job.run("scontrol", "requeue", job.id)
+    else:
+        job.run("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5")
     step = int(until(job.log, r"step (\d+)/100000  saved, and the workers leave")[1])
     until(job.log, rf"resumed from .*step-{step:08d}[\s\S]*step {step + 5}/")
     assert job.field("Restarts") == "1"
