@@ -38,6 +38,7 @@ Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
 ONE_STOP = 5.0
 """Seconds in which further SIGTERM and SIGHUP belong to the first one."""
+MAX_CONFIG_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------- command lines
@@ -114,7 +115,10 @@ def _from_flags(cls: type[Config], flags: Sequence[str], **options: Any) -> Conf
 def _read_config(uri: str) -> str:
     """The text of a --config file. Raises UserError if the file is missing or is not text."""
     try:
-        return storage.read_bytes(uri).decode()
+        data = storage.read_bytes(uri, 0, MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise UserError(f"--config {uri}: more than {MAX_CONFIG_BYTES:,} bytes; no configuration is that large")
+        return data.decode()
     except (OSError, ValueError) as error:
         raise UserError(f"--config {uri} cannot be read: {error}") from error
 

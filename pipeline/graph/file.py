@@ -114,11 +114,11 @@ def load(place: str) -> Pipeline:
     if place.endswith(".py"):
         return _load_python(place)
     try:
-        data = storage.read_bytes(place)
+        data = storage.read_bytes(place, 0, MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{place}: no such pipeline file") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{place}: {len(data)} bytes; a pipeline file has at most {MAX_BYTES}")
+        raise UserError(f"{place}: a pipeline file has at most {MAX_BYTES} bytes")
     return from_dict(_read_yaml(data, place), place)
 
 

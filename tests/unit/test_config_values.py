@@ -13,6 +13,7 @@ from pipeline.operations.evaluation import EvaluateConfig
 from pipeline.operations.options import ExportConfig
 from pipeline.operations.planning.config import PlanConfig
 from pipeline.training.config import PretrainConfig
+from pipeline.training.recipes import RECIPES
 from pipeline.transfer.suites import TransferConfig
 
 SECRET = "hunter2-planted"
@@ -83,3 +84,12 @@ def float_fields(config, prefix=""):
             yield from float_fields(value, f"{prefix}{field.name}.")
         elif "float" in hint:
             yield prefix + field.name
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path):
+    with open(tmp_path / "x.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"x\.yaml: more than 1,048,576 bytes"):
+        configuration.parse(["--config", str(tmp_path / "x.yaml")], RECIPES, "demo", prog="x", description="x")
+    with pytest.raises(UserError, match=r"x\.yaml: a pipeline file has at most"):
+        load(str(tmp_path / "x.yaml"))

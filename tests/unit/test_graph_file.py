@@ -247,7 +247,7 @@ BOMB = "".join(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new 
         ("name: x\nstages: {a: prepare}\n", "stages.a: expected a mapping with the keys of Stage, found"),
         ("name: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("[" * 5000, "not valid YAML"),
-        ("#" * (2 << 20), "bytes; a pipeline file has at most"),
+        ("#" * (2 << 20), "a pipeline file has at most"),
         (f"name: x\nparallel: 0\n{STAGE}", "parallel 0 must be at least 1"),
         (f"name: x\nprices: {{cpu_hour: -1}}\n{STAGE}", "prices.cpu_hour -1.0 must be a number of at least 0"),
         (f"name: x\nprices: {{gpu: h1000}}\n{STAGE}", 'prices.gpu: unknown GPU "h1000" (did you mean "h100"?)'),
