@@ -6,6 +6,8 @@ r"""Evaluate one checkpoint on many tasks: fine-tuning and probes run in paralle
         --data s3://bucket/vtab --seeds 3
     python jobs/transfer.py --suite vtab1k-224 --checkpoint ViT-B_16.npz \
         --variant B/16 --data sets/vtab --tasks pets dtd
+    python jobs/transfer.py --suite head --checkpoint runs/x \
+        --data data/val                        top-1 of its own classifier
     python jobs/transfer.py --compare runs/a/transfer runs/b/transfer
 
 Scores are top-1 accuracies in percent. The VTAB score is the mean over the nineteen tasks. The report, the figures and
@@ -29,6 +31,8 @@ class Command(TransferConfig):
     compare: tuple[str, ...] = ()
     """Two earlier runs, as output folders or MLflow run ids. Prints the score differences and their standard errors,
     and exits."""
+    dry_run: bool = False
+    """Check the command, the checkpoint and the data, print the tasks, and exit."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -48,8 +52,10 @@ def main(argv: list[str]) -> int:
         return compare(options)
     settings = TransferConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TransferConfig)})
     check_config(settings)  # before torch and Ray are imported
+    if options.dry_run:
+        return dry_run(options, settings)
     from pipeline.operations import doctor, next_steps
-    from pipeline.transfer import run_suite
+    from pipeline.transfer import report, run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)
     stdout = logs.reserve_stdout() if options.json else sys.stdout
@@ -60,7 +66,8 @@ def main(argv: list[str]) -> int:
         for name, score in result.scores.items():
             spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
             unseen = f"  ({result.clean[name]:.2f} without seen images)" if name in result.clean else ""
-            print(f"{name:24s}{score:7.2f}{spread}{unseen}")
+            more = "".join(f"  {title} {text}" for title, text in report.describe(result.details.get(name, {})))
+            print(f"{name:24s}{score:7.2f}{spread}{more}{unseen}")
         for group, mean in result.group_means.items():
             print(f"{f'mean {group}':24s}{mean:7.2f}")
         if result.mean is not None:
@@ -70,6 +77,23 @@ def main(argv: list[str]) -> int:
         print(f"failed: {job}: {error}", file=sys.stderr)
     logs.show(next_steps.after_transfer(settings.suite, settings.tracking_uri))
     return 1 if result.failures else 0
+
+
+def dry_run(options: Command, settings: TransferConfig) -> int:
+    from pipeline.transfer.run import open_suite
+
+    suite = open_suite(settings)
+    left = {task.name for task in suite.unfinished()}
+    images = {task.name: len(suite.datasets[task.test]) for task in suite.tasks}
+    if options.json:
+        rows = [{"task": name, "images": count, "finished": name not in left} for name, count in images.items()]
+        print(json.dumps({"checkpoint": suite.checkpoint.uri, "output": suite.store.output, "tasks": rows}))
+        return 0
+    for task in suite.tasks:
+        state = "" if task.name in left else "  finished"
+        print(f"{task.name:24s}{images[task.name]:9d} test images  {task.protocol}{state}")
+    print(f"output: {suite.store.output}")
+    return 0
 
 
 def compare(options: Command) -> int:

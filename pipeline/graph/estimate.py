@@ -108,7 +108,8 @@ def _pretrain(plan: Plan, instance: Instance, cpus: float) -> float | None:
 
 
 def _transfer(plan: Plan, instance: Instance, cpus: float) -> float | None:
-    from pipeline.transfer.suites import FineTune, build_tasks
+    from pipeline.transfer.protocols import FineTune
+    from pipeline.transfer.suites import build_tasks
 
     trained = _trained(plan, instance)
     if trained is None:

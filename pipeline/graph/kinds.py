@@ -124,7 +124,7 @@ KINDS: dict[str, Kind] = {
             recipes="pipeline.transfer.suites:SUITES",
             default="demo",
             recipe_flag="suite",
-            reads=("checkpoint", "data", "decontamination", "real_labels"),
+            reads=("checkpoint", "data", "decontamination", "real_labels", "class_names"),
             required=("checkpoint", "data"),
             ignores=(
                 *WHERE,

@@ -99,7 +99,17 @@ USER = "mlflow.user"
 _PLACES = frozenset(
     (
         *("data", "validation", "output", "cache", "checkpoint", "init_from", "source", "labels", "label_map", "raw"),
-        *("decontaminate", "decontamination", "real_labels", "runs", "hook", "address", "tracking_uri", "register"),
+        *(
+            "decontaminate",
+            "decontamination",
+            "real_labels",
+            "class_names",
+            "runs",
+            "hook",
+            "address",
+            "tracking_uri",
+            "register",
+        ),
         *("fewshot.train", "fewshot.test", "runtime.name"),
     )
 )

@@ -249,3 +249,9 @@ class PretrainConfig:
         """The settings that identify a run, as plain values."""
         plain = configuration.to_dict(replace(self, engine=EngineConfig(precision=self.engine.precision)))
         return {name: value for name, value in plain.items() if name != "runtime"}
+
+    @property
+    def evaluation_view(self) -> Augment:
+        """Preprocessing of evaluation images: resize the shorter side, centre crop."""
+        size = self.image_size
+        return Augment(size=size, crop="center", resize=self.validation_resize or round(size * 8 / 7), flip=False)

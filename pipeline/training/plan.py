@@ -64,7 +64,7 @@ class TrainPlan:
         """Values derived from the config and the dataset, for display."""
         left_out = ("config", "classes")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
-        resize = self.config.validation_resize or round(self.config.image_size * 8 / 7)
+        resize = self.config.evaluation_view.resize
         return {**plain, "classes": len(self.classes), "validation_resize": resize, "model": self.model_options}
 
 

@@ -23,7 +23,6 @@ from pipeline.pictures import sheet
 from pipeline.tracking import Run
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import TrainPlan
-from pipeline.training.validation import evaluation_view
 from pipeline.weights import open_model
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def _label(label: Any, classes: Sequence[str]) -> str:
 
 def _validation_images(config: PretrainConfig, validation: Dataset, rows: list[int]) -> list[tuple[np.ndarray, Any]]:
     """[(image as in validation, uint8 (S,S,3), label)]"""
-    view, found = evaluation_view(config), []
+    view, found = config.evaluation_view, []
     labels = validation.table(["label"])["label"].take(rows).to_pylist()
     for stored, label in zip(stored_pictures(validation, rows), labels, strict=True):
         out = np.empty((view.size, view.size, 3), np.uint8)

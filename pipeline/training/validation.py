@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from models.losses import correct, training_loss
 from models.probes import ridge, select_shots
 from models.variants import parse_variant
 from pipeline.data import Loader, open_dataset
 from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
-from pipeline.data.loading.augment import Augment
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.patches import unpatchify
 from pipeline.errors import UserError, shorten
@@ -30,6 +28,7 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
 from pipeline.training.plan import TrainPlan, loading_threads
 from pipeline.training.preemption import ValidationStopped
+from pipeline.training.scoring import ScoreSums, match_classes, relabel
 
 DIVERGED = "the model has diverged; continue from an earlier checkpoint with a lower --optimizer.lr or weight decay"
 
@@ -38,33 +37,27 @@ DIVERGED = "the model has diverged; continue from an earlier checkpoint with a l
 def validate(
     engine: Engine, plan: TrainPlan, uri: str, worker: Worker, leaves: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent and mean loss over a dataset. Each image counts once.
+    """Top-1 accuracy in percent and mean loss over a dataset. Each labelled image counts once.
 
-    Masked patch prediction has no classes and returns only the loss. leaves: called before each batch, on every worker;
-    when it says that the workers have to leave, raises ValidationStopped. Raises RuntimeError if the loss is not finite.
+    Masked patch prediction has no classes and returns only the loss, over all images. leaves: called before each batch,
+    on every worker; when it says that the workers have to leave, raises ValidationStopped. Raises RuntimeError if the
+    loss is not finite.
     """
     config = plan.config
-    device = worker.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    scores = ScoreSums(config.loss, worker.device)
     with _evaluating(engine):
         validation = open_dataset(uri)
         places = places_of_classes(validation, plan.classes) if config.loss != "masked" else None
         for images, labels in _batches(validation, plan, worker, leaves):
-            labels = labels if places is None else places[labels]
-            count, batch = len(labels), engine.upload({"image": images, "label": labels})
-            labels, output = batch["label"], engine.engine(batch["image"])
-            if count == 0:
-                continue
-            sums[0] += training_loss(output, {"label": labels}, config.loss) * count  # stays on the device
-            sums[2] += count
-            if isinstance(output, Tensor):
-                sums[1] += correct(output, labels).sum()
+            batch = engine.upload({"image": images, "label": relabel(labels, places)})
+            output = engine.engine(batch["image"])
+            if len(labels):
+                scores.add(output, batch["label"])
     if worker.world > 1:
-        dist.all_reduce(sums)
-    loss, top1 = float(sums[0] / sums[2]), 100.0 * float(sums[1] / sums[2])
-    if not math.isfinite(loss):  # the classes of such outputs would be counted like guesses
-        raise RuntimeError(f"the loss on {uri} is {loss}: {DIVERGED}")
-    return {names.VAL_LOSS: loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: top1})
+        dist.all_reduce(scores.sums)
+    if not math.isfinite(scores.loss):  # the classes of such outputs would be counted like guesses
+        raise RuntimeError(f"the loss on {uri} is {scores.loss}: {DIVERGED}")
+    return {names.VAL_LOSS: scores.loss} | ({} if config.loss == "masked" else {names.VAL_TOP1: scores.top1})
 
 
 class FewShot:
@@ -109,7 +102,7 @@ class FewShot:
             labels = torch.cat([labels for _, labels in tests]).to(device)
             classes = len(self.train.classes)
             predicted = ridge(features, self.labels.to(device), examples, classes, [self.config.l2])[0]
-            right, total = int((predicted == labels).sum()), len(labels)
+            right, total = int((predicted == labels).sum()), int((labels >= 0).sum())
         counts = torch.tensor([right, total], device=device)
         if world > 1:
             dist.all_reduce(counts)
@@ -117,7 +110,7 @@ class FewShot:
         return {names.FEWSHOT_TOP1: top1, names.FEWSHOT_SECONDS: time.perf_counter() - start}
 
     def _features(self, engine: Engine, rows: np.ndarray, device: torch.device) -> Tensor:
-        augment = evaluation_view(self.plan.config)
+        augment = self.plan.config.evaluation_view
         size, kind = augment.size, self.train.manifest.image
         images = np.empty((len(rows), size, size, 3), np.uint8)
 
@@ -171,14 +164,10 @@ def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Da
 def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | None:
     """(K,) int64: the index in `classes` of each class of the validation set; None when both have the same class list.
     Raises UserError when the validation set has images of a class that is not in `classes`."""
-    if list(validation.classes) == list(classes):
-        return None
-    index = {name: i for i, name in enumerate(classes)}
-    counts = validation.manifest.class_counts
-    unknown = [n for n, count in zip(validation.classes, counts, strict=True) if count and n not in index]
-    if unknown or validation.multilabel or not validation.classes:
+    places, unknown = match_classes(validation, classes)
+    if places is not None and (unknown or validation.multilabel or not validation.classes):
         missing = (
-            f": {len(unknown)} of its classes are not among the run's {len(index)}, such as {shorten(unknown, 3)}"
+            f": {len(unknown)} of its classes are not among the run's {len(classes)}, such as {shorten(list(unknown), 3)}"
             if unknown
             else ""
         )
@@ -186,7 +175,7 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
             f"--validation {validation.uri} has other classes than the training data{missing}; prepare both with one command "
             "(--splits from-source), or the validation set with --label-map and the training set's classes"
         )
-    return torch.tensor([index.get(name, 0) for name in validation.classes])
+    return places
 
 
 def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[Dataset, Dataset]:
@@ -206,12 +195,6 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
         if dataset.manifest.class_counts and not sum(dataset.manifest.class_counts):
             raise UserError(f"--{flag} {dataset.uri} has no labelled images")
     return train, scored
-
-
-def evaluation_view(config: PretrainConfig) -> Augment:
-    """Preprocessing of evaluation images: resize the shorter side, centre crop."""
-    size = config.image_size
-    return Augment(size=size, crop="center", resize=config.validation_resize or round(size * 8 / 7), flip=False)
 
 
 @contextmanager
@@ -239,7 +222,6 @@ def _batches(
     batch has at least one image but may have no label. Raises ValidationStopped when the workers have to leave."""
     rank, world = worker.rank, worker.world
     batch_size = max(world, plan.micro_batch * world)
-    view = evaluation_view(plan.config)
     with Loader(
         dataset,
         batch_size=batch_size,
@@ -247,7 +229,7 @@ def _batches(
         world_size=world,
         lanes=world,
         train=False,
-        augment=view,
+        augment=plan.config.evaluation_view,
         threads=loading_threads(plan.config),
     ) as loader:
         for batch in loader:

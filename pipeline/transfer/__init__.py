@@ -2,11 +2,12 @@
 
 run_suite(config) -> SuiteResult   a whole suite                              run.py
 open_backbone(name) -> module      a model: a checkpoint, timm, transformers  backbones.py, checkpoint.py
-TransferConfig, SUITES             tasks and protocols                        suites.py
+TransferConfig, SUITES             suites; tasks and their protocols          suites.py, protocols.py
 next_jobs                          the unfinished jobs                        jobs.py
 Scheduler, Worker                  jobs on Ray actors                         scheduler.py, worker.py
 FineTuning, predict                one task in one process                    finetune.py, predictions.py
 extract_features                   features of frozen models                  features.py
+check_heads, run_head              the checkpoint's own classifier            head.py
 Store, SuiteState                  the output folder                          store.py
 Recorder                           MLflow                                     record.py
 collect_scores, suite_report       scores and their table                     scores.py, corrections.py, references.py

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,15 @@ from torch import nn
 from models import create_model
 from pipeline import storage
 from pipeline.config import fingerprint
+from pipeline.data import open_dataset
 from pipeline.errors import UserError
+from pipeline.revision_names import manifest_uri
 from pipeline.tracking import artifacts, registry
 from pipeline.tracking.names import RANDOM
 from pipeline.transfer.backbones import LIBRARIES, open_backbone
 from pipeline.transfer.suites import TransferConfig
 from pipeline.weights import checkpoints, load_model, load_weights, read_config, read_weights
-from pipeline.weights.description import SUFFIXES
+from pipeline.weights.description import SUFFIXES, folder_of, read_description
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,38 @@ class PretrainedModel:
     """MLflow run of the pre-training."""
     images_seen: int | None = None
     """Number of images that the weights were trained on, if the checkpoint states it."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of the model's head, if known."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration of the pre-training (plain `PretrainConfig`), if known."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The model configuration for `suites.build_tasks`, with the classes and the pre-training."""
+        return {**self.config, "classes": self.classes, "pretrain": self.training}
 
 
 def load_checkpoint(config: TransferConfig) -> PretrainedModel:
     """Loads and checks the weights of --checkpoint. Raises UserError if they are missing, incomplete or do not fit."""
+    loaded = _load(config)
+    return replace(loaded, classes=read_class_names(config.class_names)) if config.class_names else loaded
+
+
+def read_class_names(uri: str) -> tuple[str, ...]:
+    """The class names of a prepared dataset, or the lines of a text file. Raises UserError if there are none."""
+    uri = storage.normalise(uri)
+    if storage.exists(manifest_uri(uri)):
+        return tuple(open_dataset(uri).classes)
+    try:
+        lines = storage.read_bytes(uri).decode().splitlines()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names {uri}: neither a text file nor a prepared dataset") from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"--class-names {uri} is empty")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _load(config: TransferConfig) -> PretrainedModel:
     uri = config.checkpoint or ("runs/demo/pretrain" if config.suite == "demo" else None)
     if uri is None:
         raise UserError(
@@ -46,7 +76,7 @@ def load_checkpoint(config: TransferConfig) -> PretrainedModel:
             "--variant"
         )
     if uri.startswith(RANDOM):
-        return _random_encoder(load_checkpoint(replace(config, checkpoint=uri.removeprefix(RANDOM))))
+        return _random_encoder(_load(replace(config, checkpoint=uri.removeprefix(RANDOM))))
     if uri.startswith(LIBRARIES):
         if config.variant:
             raise UserError(f"--variant is for weights without a configuration; {uri} has one")
@@ -62,21 +92,42 @@ def load_checkpoint(config: TransferConfig) -> PretrainedModel:
             uri, run_id = registered.checkpoint, registered.run_id or None
     else:
         uri = place = storage.normalise(uri)
+    described: Mapping[str, Any] = {}
     if config.variant:
         model, identity = _bare_model(config.variant, place), _file_identity(place)
+        described = {"classes": labels_of(read_description(folder_of(place)))}
     elif place.endswith(SUFFIXES) or storage.exists(storage.join(place, "MLmodel")):
-        read_config(place)  # raises UserError if there is no config.json next to the weights
+        described = read_config(place)  # raises UserError if there is no config.json next to the weights
         model, identity = load_model(place), _file_identity(place)
     else:
         found = checkpoints.resolve(place)
         uri = found.uri
         record = storage.join(uri.rpartition("/checkpoints/")[0] or uri, "run.json")  # run.json of pre-training
         run_id = recorded_run(record) if storage.exists(record) else None
-        masked = {"mpp": None} if read_config(uri)["model"].get("mpp") else {}  # transfer needs the encoder only
+        described = read_config(uri)
+        masked = {"mpp": None} if described["model"].get("mpp") else {}  # transfer needs the encoder only
         model = load_model(uri, **masked)
         identity = found.commit["files"]["model.safetensors"]["sha256"]
         images_seen = found.commit.get("images_seen")
-    return PretrainedModel(uri, fingerprint(identity), dict(model.config), _arrays(model), run_id, images_seen)
+    return PretrainedModel(
+        uri,
+        fingerprint(identity),
+        dict(model.config),
+        _arrays(model),
+        run_id,
+        images_seen,
+        tuple(described.get("classes") or ()),
+        described.get("pretrain") or {},
+    )
+
+
+def labels_of(config: Mapping[str, Any]) -> list[str]:
+    """The class names in a config.json of Hugging Face; empty if there are none, or only LABEL_0, LABEL_1, ..."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))):
+        return []
+    names = [str(labels[str(i)]) for i in range(len(labels))]
+    return [] if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _random_encoder(trained: PretrainedModel) -> PretrainedModel:
@@ -85,7 +136,8 @@ def _random_encoder(trained: PretrainedModel) -> PretrainedModel:
         raise UserError(f"{RANDOM}{trained.uri}: only models of this project can have random weights")
     torch.manual_seed(0)
     arrays = _arrays(create_model(**trained.config))
-    return PretrainedModel(f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config]), trained.config, arrays)
+    uri, identity = f"{RANDOM}{trained.uri}", fingerprint([RANDOM, trained.config])
+    return replace(trained, uri=uri, identity=identity, arrays=arrays, run_id=None, images_seen=None)
 
 
 def _arrays(model: nn.Module) -> dict[str, np.ndarray]:
@@ -109,9 +161,11 @@ def recorded_run(uri: str) -> str | None:
 def _bare_model(variant: str, place: str) -> Any:
     """A model of the given architecture, with weights that have no configuration."""
     state = read_weights(place).weights
-    model = create_model(variant, num_classes=0, image_size=_native_size(variant, state))
-    if "pre_logits.fc.weight" in state:  # the features are the output of this layer
-        model = create_model(variant, 0, model.config["image_size"], pre_logits=True)
+    head = state.get("head.weight")
+    classes = len(head) if head is not None and head.dim() == 2 else 0
+    # the features are the output of the tanh layer
+    options = {"pre_logits": True} if "pre_logits.fc.weight" in state else {}
+    model = create_model(variant, classes, _native_size(variant, state), **options)
     load_weights(model, place)
     return model
 

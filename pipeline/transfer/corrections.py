@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.transfer.suites import Split, TransferTask
+from pipeline.transfer.protocols import Split, TransferTask
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset

@@ -7,6 +7,7 @@ Finished parts are skipped when the job runs again.
 """
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,14 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import logs, storage, workqueue
-from pipeline.config import fingerprint
+from pipeline.config import fingerprint, to_dict
 from pipeline.data.loading.augment import Augment
 from pipeline.errors import UserError, plural
+from pipeline.training.config import EngineConfig
+from pipeline.training.kernels import choose_kernels
 from pipeline.transfer.backbones import build_model
 from pipeline.transfer.finetune import Examples, Execution, pad_labels, read_examples
-from pipeline.transfer.suites import Probe, Split
+from pipeline.transfer.protocols import Head, Probe, Split
 
 PART = re.compile(r"part-\d+-of-\d+\.parquet")
 INDEX = "features.json"
@@ -42,13 +45,16 @@ class FeatureSet:
     fingerprint: str
     """Fingerprint of the dataset and the weights."""
     rows: int
-    resolution: int
-    resize: int
+    view: Augment
+    precision: str | None = None
+    """fp32, bf16 or fp16 for the parameters and activations of the model. None: float32 parameters, on GPUs with matrix
+    products in bfloat16."""
 
     @property
     def name(self) -> str:
         folder = "-".join(self.split.uri.rstrip("/").split("/")[-2:])
-        return f"{folder}-{self.resolution}-{fingerprint([self.fingerprint, self.resize, self.split.part])}"
+        about = [self.fingerprint, to_dict(self.view), self.precision, self.split.part]
+        return f"{folder}-{self.view.size}-{fingerprint(about)}"
 
     def parts(self, workers: int) -> list["Part"]:
         """The units of work: at least two per worker, unless they would have fewer than 256 images."""
@@ -75,8 +81,8 @@ def feature_set(split: Split, dataset: Any, checkpoint: str, probe: Probe) -> Fe
         split=split,
         fingerprint=fingerprint([dataset.manifest.fingerprint, checkpoint]),
         rows=len(dataset),
-        resolution=probe.resolution,
-        resize=probe.resize,
+        view=probe.view,
+        precision=probe.precision if isinstance(probe, Head) else None,
     )
 
 
@@ -84,15 +90,17 @@ def feature_set(split: Split, dataset: Any, checkpoint: str, probe: Probe) -> Fe
 def compute_features(
     model: Any, wanted: FeatureSet, execution: Execution, part: tuple[int, int] = (0, 1)
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(keys, labels (N,) or (N,M), features (N,D) float32) of one part. The model must have the image size of the set.
-    Raises UserError if features are not finite."""
-    crop = Augment(size=wanted.resolution, crop="center", resize=max(wanted.resize, wanted.resolution), squash=True)
+    """(keys, labels (N,) or (N,M), features (N,D) float32) of one part. The model must have the image size and the
+    precision of the set. Raises UserError if features are not finite."""
+    autocast = execution.autocast() if wanted.precision is None else contextlib.nullcontext()
     keys: list[str] = []
     labels, features = [], []
     data = Examples(wanted.split.open(), wanted.split)
     batch_size = 4 * execution.micro_batch  # without gradients more images fit in memory
-    for images, label, key in read_examples(data, crop, batch_size=batch_size, threads=execution.threads, part=part):
-        with execution.autocast():
+    for images, label, key in read_examples(
+        data, wanted.view, batch_size=batch_size, threads=execution.threads, part=part
+    ):
+        with autocast:
             features.append(model.features(images.to(execution.device, non_blocking=True)).float().cpu())
         labels.append(label)
         keys += key
@@ -102,6 +110,13 @@ def compute_features(
             f"the features of {bad} of {plural(len(found), 'image')} are not finite: the model has diverged"
         )
     return keys, pad_labels(labels), found.numpy()
+
+
+def precision_type(precision: str, device: str) -> torch.dtype:
+    """The type of parameters and activations. fp16 is for GPUs; a CPU computes in float32."""
+    if precision == "fp16":
+        return torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +141,30 @@ class Extraction:
         self.output = context.output
         self.execution = Execution(device=device, micro_batch=context.micro_batch, threads=context.threads)
         self.model: Any = build_model(context.model, ray.get(context.weights)).eval().to(device)
+        self.lowered: tuple[str, Any] | None = None
+        """(precision, a copy of the model in it) for sets with a precision."""
 
     def __call__(self, part: Part) -> dict[str, Any]:
         wanted = part.features
         try:
-            self.model.set_image_size(wanted.resolution)
-            self.model.to(self.execution.device)
-            found = compute_features(self.model, wanted, self.execution, (part.i, part.n))
+            model = self._model(wanted.precision)
+            model.set_image_size(wanted.view.size)
+            model.to(self.execution.device)
+            found = compute_features(model, wanted, self.execution, (part.i, part.n))
             write_part(storage.join(self.output, wanted.name, part.file), *found)
         except UserError:
             raise
         except Exception as error:  # one broken dataset must not stop the others
             raise UserError(f"{type(error).__name__}: {error}") from error
         return {"rows": len(found[0])}
+
+    def _model(self, precision: str | None) -> Any:
+        if precision is None:
+            return self.model
+        if self.lowered is None or self.lowered[0] != precision:
+            choose_kernels(self.model, EngineConfig(), torch.device(self.execution.device))
+            self.lowered = precision, copy.deepcopy(self.model).to(precision_type(precision, self.execution.device))
+        return self.lowered[1]
 
 
 def extract_features(
@@ -177,7 +203,7 @@ def extract_features(
     for wanted in missing:
         if wanted not in errors:
             names = [part.file for part in wanted.parts(workers)]
-            about = {"dataset": wanted.split.uri, "resolution": wanted.resolution, "parts": names}
+            about = {"dataset": wanted.split.uri, "resolution": wanted.view.size, "parts": names}
             storage.write_json(storage.join(folders[wanted], INDEX), about)
     return errors
 

@@ -30,7 +30,7 @@ from pipeline.training.config import EngineConfig
 from pipeline.training.kernels import compile_model
 from pipeline.training.schedule import ScheduleConfig, learning_rate
 from pipeline.transfer.predictions import Predictions
-from pipeline.transfer.suites import FineTune, Split
+from pipeline.transfer.protocols import FineTune, Split
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset

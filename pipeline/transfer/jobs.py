@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.cost import flops
-from pipeline.transfer.suites import Probe, TransferTask
+from pipeline.transfer.protocols import SEEDLESS, Probe, TransferTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def next_jobs(task: TransferTask, seeds: int, results: Mapping[str, Result]) -> 
     the smaller rate is used.
     """
     if isinstance(task.protocol, Probe):
-        probes = [Job(task=task, seed=seed) for seed in range(1 if task.protocol.kind == "knn" else seeds)]
+        probes = [Job(task=task, seed=seed) for seed in range(1 if task.protocol.kind in SEEDLESS else seeds)]
         return [job for job in probes if job.name not in results]
     lrs = sorted(task.protocol.lrs)
     if len(lrs) > 1:
@@ -83,7 +83,7 @@ def final_jobs(task: TransferTask, seeds: int, results: Mapping[str, Result]) ->
 def count_jobs(task: TransferTask, seeds: int) -> int:
     """The number of jobs of a task, finished or not."""
     if isinstance(task.protocol, Probe):
-        return 1 if task.protocol.kind == "knn" else seeds
+        return 1 if task.protocol.kind in SEEDLESS else seeds
     return seeds + (len(task.protocol.lrs) if len(task.protocol.lrs) > 1 else 0)
 
 

@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.transfer.suites import L2_GRID
+from pipeline.transfer.protocols import L2_GRID
+
+CONFUSION_CLASSES = 20
+"""Maximum number of classes for which a confusion matrix is stored."""
 
 
 @dataclass(slots=True)
@@ -41,13 +44,29 @@ class Predictions:
         return replace(self, labels=labels)
 
     def confusion(self, classes: int) -> list[list[int]] | None:
-        """Counts by label (row) and prediction (column); None for multi-label data."""
+        """Counts by label (row) and prediction (column); None for multi-label data. A head may have more classes than
+        its task: then the last row and column are all its other classes."""
         if self.labels.ndim > 1:
             return None
-        counts = np.zeros((classes, classes), np.int64)
         known = self.labelled()
-        np.add.at(counts, (self.labels[known], self.classes[known]), 1)
+        guesses = np.minimum(self.classes[known], classes)
+        size = max(classes, int(guesses.max(initial=-1)) + 1)
+        counts = np.zeros((size, size), np.int64)
+        np.add.at(counts, (self.labels[known], guesses), 1)
         return counts.tolist()
+
+    def small_confusion(self, classes: int) -> list[list[int]] | None:
+        """`confusion` for at most CONFUSION_CLASSES classes, otherwise None."""
+        return self.confusion(classes) if classes <= CONFUSION_CLASSES else None
+
+    def by_class(self, classes: int) -> list[tuple[int, int]] | None:
+        """(images, correct images) of each class; None for multi-label data."""
+        if self.labels.ndim > 1:
+            return None
+        known = self.labels[self.labelled()]
+        right = known[self.correct()[self.labelled()]]
+        images, correct = (np.bincount(values, minlength=classes).tolist() for values in (known, right))
+        return list(zip(images, correct, strict=True))
 
 
 def pack_predictions(found: Predictions) -> bytes:

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from pipeline import logs
 from pipeline.transfer.jobs import Job, Result, count_jobs
+from pipeline.transfer.protocols import TransferTask
 from pipeline.transfer.scheduler import RunningJob
-from pipeline.transfer.suites import TransferTask
 
 EVERY = 30.0  # seconds between two log lines
 

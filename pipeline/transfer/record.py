@@ -1,6 +1,7 @@
 """Logs a suite to MLflow: a parent run, a child run per task, scores of registered versions. Used only by the
 driver."""
 
+import csv
 import io
 import logging
 import statistics
@@ -17,10 +18,14 @@ from pipeline.pictures import sheet
 from pipeline.tracking import Run, description, names, registry, start_run
 from pipeline.tracking.views import page
 from pipeline.transfer import figures, mistakes
+from pipeline.transfer.checkpoint import PretrainedModel
+from pipeline.transfer.head import class_names
 from pipeline.transfer.jobs import Job, Result
+from pipeline.transfer.predictions import Predictions
+from pipeline.transfer.protocols import NUMBERS, FineTune, Head, Probe, Split, TransferTask
 from pipeline.transfer.scores import SCORES, Score, standard_error
 from pipeline.transfer.store import Store, SuiteState
-from pipeline.transfer.suites import FineTune, Probe, Split, TransferConfig, TransferTask, suite_version
+from pipeline.transfer.suites import TransferConfig, suite_version
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
@@ -34,14 +39,13 @@ class Recorder:
     def __init__(
         self,
         config: TransferConfig,
-        checkpoint: str,
+        checkpoint: PretrainedModel,
         parent: Run,
         state: SuiteState,
         datasets: Mapping[Split, "Dataset"],
     ) -> None:
-        """checkpoint: its URI."""
         self.config, self.parent, self.state, self.datasets = config, parent, state, datasets
-        self._model = description.checkpoint_name(checkpoint)
+        self._model, self._head_classes = description.checkpoint_name(checkpoint.uri), checkpoint.classes
         self._tasks: dict[str, TransferTask] = {}
 
     def task(self, task: TransferTask, known: Mapping[str, Result]) -> None:
@@ -64,7 +68,7 @@ class Recorder:
         )
         self.state.children[task.name] = child.id
         self.state.save()
-        for role, split in (("train", task.train), ("test", task.test)):
+        for role, split in task.splits.items():
             manifest = self.datasets[split].manifest
             about = {"fingerprint": manifest.fingerprint, "rows": manifest.rows}
             child.log_dataset(split.uri, about, role=role)
@@ -76,17 +80,20 @@ class Recorder:
         self.state.save()
 
     def _about_task(self, task: TransferTask) -> str:
-        train, test = (self.datasets[split].manifest.rows for split in (task.train, task.test))
         group = f" ({task.group})" if task.group else ""
         kind = (
             f"fine-tuned for {plural(task.protocol.steps, 'step')}"
             if isinstance(task.protocol, FineTune)
+            else "the checkpoint's own classifier"
+            if isinstance(task.protocol, Head)
             else "frozen features"
         )
-        return (
-            f"Task {task.name}{group}: {kind} at {task.protocol.resolution} px.\n\n"
-            f"{description.DATA} {plural(train, 'training image')} of {task.train.uri}, {plural(test, 'test image')} of {task.test.uri}"
+        titles = {"train": "training image", "test": "test image"}
+        images = ", ".join(
+            f"{plural(self.datasets[split].manifest.rows, titles[role])} of {split.uri}"
+            for role, split in task.splits.items()
         )
+        return f"Task {task.name}{group}: {kind} at {task.protocol.resolution} px.\n\n{description.DATA} {images}"
 
     def _results(self, child: Run, task: TransferTask, results: Sequence[Result]) -> None:
         for result in results:
@@ -94,19 +101,27 @@ class Recorder:
             for step, loss, lr in result.curve:
                 child.log({names.LOSS + suffix: loss, names.LEARNING_RATE + suffix: lr}, step=int(step))
             accuracy = {f"{result.phase}_top1{suffix}": result.accuracy[""]} if "" in result.accuracy else {}
-            child.log({**accuracy, names.IMAGES_PER_SECOND + suffix: result.images_per_second})
+            numbers = {f"{result.phase}_{name}": result.details[name] for name in NUMBERS if name in result.details}
+            child.log({**accuracy, **numbers, names.IMAGES_PER_SECOND + suffix: result.images_per_second})
         finals = [result for result in results if result.phase == "final"]
         if all("" in result.accuracy for result in finals):
             mean = sum(result.accuracy[""] for result in finals) / len(finals)
             child.log({names.MEAN_SCORE: mean})
             self.parent.log({names.SCORE + task.name: mean})
-        classes = {task.name: self._classes(task)}
+        classes = {task.name: self._confusion_classes(task)}
         if figure := figures.confusion_matrices(finals, classes):
             child.log_figure(figure, "confusion.png")
         self._mistakes(child, task, finals)
 
     def _classes(self, task: TransferTask) -> list[str]:
-        return list(self.datasets[task.test].classes)
+        """Names of the classes in predictions."""
+        own = list(self.datasets[task.test].classes)
+        return class_names(own, self._head_classes) if isinstance(task.protocol, Head) else own
+
+    def _confusion_classes(self, task: TransferTask) -> list[str]:
+        """Names of the rows of a confusion matrix."""
+        names, count = self._classes(task), len(self.datasets[task.test].classes)
+        return [*names[:count], *(["(others)"] if len(names) > count else [])]
 
     def _mistakes(self, child: Run, task: TransferTask, finals: Sequence[Result]) -> None:
         """Logs the most confused pairs of classes and misclassified test images, for the first seed."""
@@ -115,6 +130,7 @@ class Recorder:
         try:
             found = Store(self.state.output).predictions(Job(task=task, lr=finals[0].lr, seed=finals[0].seed))
             dataset, classes = self.datasets[task.test], self._classes(task)
+            self._per_class(child, task, found)
             if figure := figures.confused_pairs(mistakes.most_confused(found, classes)):
                 child.log_figure(figure, "confused-pairs.png")
             wrong = mistakes.misclassified(found)
@@ -129,6 +145,22 @@ class Recorder:
         share = f"{len(found.keys) - int(found.correct().sum()):,} of {plural(len(found.keys), 'test image')}"
         heading = f"Misclassified by {task.name}: label → prediction ({share})"
         child.log_bytes(sheet(shown, titles, heading, columns=6, side=168), "misclassified.png")
+
+    def _per_class(self, child: Run, task: TransferTask, found: Predictions) -> None:
+        """Logs the top-1 of each class to the child run, and writes it to the output folder."""
+        classes = self._classes(task)
+        counts = found.by_class(len(classes))
+        if counts is None:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["class", "images", "correct", "top1"])
+        for name, (images, correct) in zip(classes, counts, strict=True):
+            if images:
+                writer.writerow([name, images, correct, f"{100 * correct / images:.2f}"])
+        child.log_text(text.getvalue(), "classes.csv")
+        place = storage.join(self.state.output, "classes", f"{task.name}.csv")
+        storage.write_bytes(place, text.getvalue().encode())
 
     def suite(
         self,
@@ -158,7 +190,7 @@ class Recorder:
             "scores.png": figures.score_bars(scores, others) if scores else None,
             "curves.png": figures.loss_curves(results),
             "confusion.png": figures.confusion_matrices(
-                results, {name: self._classes(task) for name, task in self._tasks.items()}
+                results, {name: self._confusion_classes(task) for name, task in self._tasks.items()}
             ),
         }
         pictures: dict[str, bytes] = {}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.transfer.protocols import NUMBERS, TransferTask
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score, error_of_mean, read_scores, vtab_means, without_seen
-from pipeline.transfer.suites import TransferTask
 
 FLAT_MEAN = "The mean is the flat mean over the nineteen tasks, as in the paper; it is not the mean of the group means."
+NUMBER_FORMATS = {"loss": ".4f", "left_out": "d"}
 SEEN_IMAGES = (
     "*Without seen images*: without the test images in the decontamination report. Tasks without such images are "
     "included unchanged in the means."
@@ -44,10 +45,12 @@ def suite_report(
         published = {model: {k: v for k, v in row.items() if k != "mean"} for model, row in published.items()}
     references = {**(others or {}), **published}
     clean = any(score.clean is not None for score in scores)
-    rows = [_score_row(score, clean, references) for score in scores]
-    rows += _mean_rows(scores, clean, references, complete=not failures)
+    numbers = [name for name in NUMBERS if any(name in score.details for score in scores)]
+    rows = [_score_row(score, numbers, clean, references) for score in scores]
+    rows += _mean_rows(scores, numbers, clean, references, complete=not failures)
     corrected = ["without seen images", "removed"] if clean else []
-    lines += ["", *_table(["task", "group", "top-1 %", *corrected, "images", "lr", *references], rows)]
+    titles = [NUMBERS[name] for name in numbers]
+    lines += ["", *_table(["task", "group", "top-1 %", *titles, *corrected, "images", "lr", *references], rows)]
     if published and complete_vtab is not None:
         lines += ["", FLAT_MEAN]
     if clean:
@@ -57,30 +60,50 @@ def suite_report(
     return "\n".join(lines) + "\n"
 
 
-def _score_row(score: Score, clean: bool, references: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    row = [score.name, score.group, plus_minus(score)]
+def _score_row(
+    score: Score, numbers: Sequence[str], clean: bool, references: Mapping[str, Mapping[str, float | None]]
+) -> list[str]:
+    """numbers: keys of `protocols.NUMBERS`."""
+    row = [score.name, score.group, plus_minus(score), *(show_number(score.details, name) for name in numbers)]
     if clean:
         row += [f"{statistics.fmean(score.clean):.2f}" if score.clean else "", str(score.removed or "")]
     row += [str(score.images), f"{score.lr:g}" if score.lr else ""]
     return [*row, *(_cell(reference.get(score.name)) for reference in references.values())]
 
 
+def show_number(details: Mapping[str, float], name: str) -> str:
+    """A number of `protocols.NUMBERS` as text; empty if there is none."""
+    if name not in details:
+        return ""
+    return f"{details[name]:{NUMBER_FORMATS.get(name, '.2f')}}"
+
+
+def describe(details: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(title, text) of the numbers of `protocols.NUMBERS` that a score has."""
+    return [(title, show_number(details, name)) for name, title in NUMBERS.items() if name in details]
+
+
 def _mean_rows(
-    scores: Sequence[Score], clean: bool, references: Mapping[str, Mapping[str, float | None]], complete: bool
+    scores: Sequence[Score],
+    numbers: Sequence[str],
+    clean: bool,
+    references: Mapping[str, Mapping[str, float | None]],
+    complete: bool,
 ) -> list[list[str]]:
     """Means of VTAB's groups, and the mean of all rows unless a task is missing."""
     rows = []
+    empty = [""] * len(numbers)
     flat, groups = vtab_means({score.name: score.mean for score in scores})
     _, clean_groups = vtab_means(without_seen(scores)) if clean else (None, {})
     for group, value in groups.items():
         theirs = [_cell(reference.get(f"mean {group}")) for reference in references.values()]
         corrected = [f"{clean_groups[group]:.2f}", ""] if clean else []
-        rows.append([f"mean {group}", group, f"{value:.2f}", *corrected, "", "", *theirs])
+        rows.append([f"mean {group}", group, f"{value:.2f}", *empty, *corrected, "", "", *theirs])
     if scores and (flat is not None or complete):
         theirs = [_cell(reference.get("mean")) for reference in references.values()]
         corrected = [f"{statistics.fmean(without_seen(scores).values()):.2f}", ""] if clean else []
         mean = statistics.fmean(score.mean for score in scores)
-        rows.append([f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", *corrected, "", "", *theirs])
+        rows.append([f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", *empty, *corrected, "", "", *theirs])
     return rows
 
 

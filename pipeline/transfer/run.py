@@ -20,20 +20,14 @@ from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.tracking.names import RANDOM
 from pipeline.transfer import corrections, features, report, scores
 from pipeline.transfer.checkpoint import PretrainedModel, load_checkpoint
+from pipeline.transfer.head import check_heads
 from pipeline.transfer.jobs import Result, estimate_flops, next_jobs
 from pipeline.transfer.progress import SuiteProgress
+from pipeline.transfer.protocols import Probe, Split, TransferTask
 from pipeline.transfer.record import Recorder, attach_scores
 from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler, Tick
 from pipeline.transfer.store import Store, SuiteState, open_state
-from pipeline.transfer.suites import (
-    Probe,
-    Split,
-    TransferConfig,
-    TransferTask,
-    build_tasks,
-    check_config,
-    open_datasets,
-)
+from pipeline.transfer.suites import TransferConfig, build_tasks, check_config, open_datasets
 from pipeline.transfer.worker import TransferWorker
 
 if TYPE_CHECKING:
@@ -68,6 +62,8 @@ class SuiteResult:
     seconds: float
     random: dict[str, float]
     """Scores of the same architecture with random weights, if requested."""
+    details: dict[str, dict[str, float]]
+    """{score: more numbers} of the suite head (`protocols.NUMBERS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +148,7 @@ def record_suite(
             parent.link("pretrain", suite.checkpoint.run_id)
         suite.state.run_id = parent.id
         suite.state.save()
-        recorder = Recorder(config, suite.checkpoint.uri, parent, suite.state, suite.datasets)
+        recorder = Recorder(config, suite.checkpoint, parent, suite.state, suite.datasets)
         for task in suite.tasks:
             if task not in left:
                 recorder.task(task, suite.results)
@@ -196,9 +192,10 @@ def open_suite(config: TransferConfig) -> Suite:
     check_config(config)
     check_output(config.output or "runs")
     checkpoint = load_checkpoint(config)
-    tasks = build_tasks(config, checkpoint.config)
+    tasks = build_tasks(config, checkpoint.about)
     datasets = open_datasets(tasks)
-    if "library" in checkpoint.config and (own := [t.name for t in tasks if datasets[t.train].encoding == "patches"]):
+    check_heads(tasks, datasets, checkpoint)
+    if "library" in checkpoint.config and (own := [t.name for t in tasks if datasets[t.test].encoding == "patches"]):
         logger.info(
             "transfer: %s receives whole images, reassembled from the patches of %s", checkpoint.uri, ", ".join(own)
         )
@@ -239,7 +236,8 @@ def open_pool(suite: Suite, tasks: list[TransferTask]) -> Iterator[Pool | None]:
     weights = [ray.put(suite.checkpoint.arrays)]
     with logs.Collector() as records:
         threads = int(resources["num_cpus"])
-        arguments = (suite.checkpoint.config, weights, threads, config.micro_batch, records.handle, config.compile)
+        model, classes = suite.checkpoint.config, suite.checkpoint.classes
+        arguments = (model, weights, threads, config.micro_batch, records.handle, config.compile, classes)
         actor: Any = ray.remote(TransferWorker).options(max_concurrency=2, **resources)  # type: ignore[attr-defined]
         pool = Pool(actor, arguments, limit)
         # Features for probes are extracted first and need the devices.
@@ -296,13 +294,13 @@ def run_jobs(suite: Suite, tasks: list[TransferTask], pool: Pool, recorder: Reco
 
 def compute_features(
     suite: Suite, tasks: list[TransferTask], pool: Pool
-) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Computes the features of tasks with probes. Returns {task: folders of train
     and test features} and {job: error}."""
     sets = {
         task: tuple(
             features.feature_set(split, suite.datasets[split], suite.checkpoint.identity, task.protocol)
-            for split in (task.train, task.test)
+            for split in task.splits.values()
         )
         for task in tasks
         if isinstance(task.protocol, Probe)
@@ -319,14 +317,14 @@ def compute_features(
     wanted = list(dict.fromkeys(one for pair in sets.values() for one in pair))
     errors = features.extract_features(wanted, context, workers=pool.limit, **resources)
     folders, failures = {}, {}
-    for task, (train, test) in sets.items():
-        if error := errors.get(train) or errors.get(test):
+    for task, found in sets.items():
+        if error := next((errors[one] for one in found if one in errors), None):
             job = next_jobs(task, config.seeds, suite.results)[0]
             failures[job.name] = error
             suite.store.save_failure(job, error)
             logger.error("transfer: %s failed: %s", job.name, error)
         else:
-            folders[task.name] = (storage.join(root, train.name), storage.join(root, test.name))
+            folders[task.name] = tuple(storage.join(root, one.name) for one in found)
     return folders, failures
 
 
@@ -350,7 +348,7 @@ def report_suite(
         "run_id": parent.id,
         "gpus": occupied_gpus(config),
     }
-    partial = len(tasks) < len(build_tasks(dataclasses.replace(config, tasks=()), suite.checkpoint.config))
+    partial = len(tasks) < len(build_tasks(dataclasses.replace(config, tasks=()), suite.checkpoint.about))
     summary = scores.write_scores(output, {**about, "random_encoder": dict(random)}, found, failures, partial)
     references = {RANDOM_ENCODER: _as_reference(random, found)} if random else {}
     text = report.suite_report(about, tasks, found, failures, references)
@@ -371,6 +369,7 @@ def report_suite(
         run_id=parent.id,
         seconds=time.monotonic() - started,
         random=dict(random),
+        details={score.name: score.details for score in found if score.details},
     )
 
 

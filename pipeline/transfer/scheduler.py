@@ -20,7 +20,7 @@ import ray
 from pipeline import cluster, host_memory
 from pipeline.errors import StorageError
 from pipeline.transfer.jobs import Job, Result, next_jobs
-from pipeline.transfer.suites import TransferTask
+from pipeline.transfer.protocols import TransferTask
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Scheduler:
     pool: Pool
     costs: Mapping[str, float]
     """{task: cost of one of its jobs}; the longest job starts first."""
-    features: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """{task: folders of its train and test features}, for probes."""
     retries: int = 0
     """Maximum number of restarts of a job after its process or machine died or storage was unavailable. Other errors

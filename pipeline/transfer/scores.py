@@ -5,7 +5,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from pipeline.tracking import artifacts
 from pipeline.transfer.corrections import read_real_labels, real_labels
 from pipeline.transfer.jobs import Job, Result, final_jobs
 from pipeline.transfer.predictions import Hits, Predictions
+from pipeline.transfer.protocols import L2_GRID, NUMBERS, SEEDLESS, Probe, TransferTask
 from pipeline.transfer.store import Store
-from pipeline.transfer.suites import L2_GRID, VTAB_GROUPS, Probe, TransferTask
+from pipeline.transfer.suites import VTAB_GROUPS
 from pipeline.vtab.tasks import TABLE as VTAB
 
 SCORES = "scores.json"
@@ -39,6 +40,8 @@ class Score:
     lr: float | None = None
     clean: tuple[float, ...] | None = None
     removed: int = 0
+    details: dict[str, float] = field(default_factory=dict)
+    """More numbers of the suite head (`protocols.NUMBERS`)."""
 
     @property
     def mean(self) -> float:
@@ -76,7 +79,7 @@ def collect_scores(
     complete = {
         task: jobs
         for task, jobs in done.items()
-        if len(jobs) >= (1 if isinstance(task.protocol, Probe) and task.protocol.kind == "knn" else seeds)
+        if len(jobs) >= (1 if isinstance(task.protocol, Probe) and task.protocol.kind in SEEDLESS else seeds)
     }
     column = {shots: _l2_column(tasks, done, results, shots, l2) for shots in _all_shots(tasks)}
     scores: list[Score] = []
@@ -119,7 +122,8 @@ def _task_scores(
         about["removed"] = sum(key in seen for key in predictions[0].keys)
     clean = tuple(p.accuracy(without=seen) for p in predictions) if seen else None
     values = tuple(result.accuracy[""] for result in found)
-    scores = [Score(name=task.name, values=values, images=found[0].images, clean=clean, **about)]
+    numbers = {name: found[0].details[name] for name in NUMBERS if name in found[0].details}
+    scores = [Score(name=task.name, values=values, images=found[0].images, clean=clean, details=numbers, **about)]
     if task.real_labels:
         real = read_real_labels(task.real_labels)
         relabelled = [p.with_labels(real_labels(p.keys, real)) for p in predictions]

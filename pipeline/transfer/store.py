@@ -5,6 +5,7 @@
 <output>/predictions/<task>/<job>.parquet
 <output>/failures/<task>/<job>.json     the error of a job that failed last time
 <output>/features/                      feature sets of frozen models (features.py)
+<output>/classes/<task>.csv             images and top-1 of each class, for the first seed
 <output>/report.md, scores.json, *.png
 """
 
@@ -23,7 +24,7 @@ from pipeline.lease import LAUNCH
 from pipeline.outputs import check_output
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Hits, Predictions, unpack_hits, unpack_predictions
-from pipeline.transfer.suites import Split, TransferTask
+from pipeline.transfer.protocols import Split, TransferTask
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
@@ -134,8 +135,7 @@ def open_state(
     described = {
         task.name: {
             "protocol": to_dict(task.protocol),
-            "train": datasets[task.train].manifest.fingerprint,
-            "test": datasets[task.test].manifest.fingerprint,
+            **{role: datasets[split].manifest.fingerprint for role, split in task.splits.items()},
         }
         for task in tasks
     }

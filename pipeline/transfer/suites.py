@@ -1,4 +1,4 @@
-"""Tasks, protocols and suites of transfer.
+"""The suites of transfer.
 
 A suite is a function that maps a TransferConfig to tasks; its docstring gives its source. Values are from the paper
 (arXiv 2010.11929, table 4 and appendix B.1.1; BiT is arXiv 1912.11370, VTAB arXiv 1910.04867)."""
@@ -7,100 +7,26 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.config import fingerprint, to_dict
+from pipeline.config import fingerprint, from_dict, to_dict
 from pipeline.errors import StorageError, UserError, nearest, plural
+from pipeline.revision_names import manifest_uri
+from pipeline.training.config import PretrainConfig
+from pipeline.transfer.protocols import L2_GRID, PROBES, FineTune, Head, Probe, Split, TransferTask
 from pipeline.vtab.tasks import TABLE as VTAB
 
 if TYPE_CHECKING:
     from pipeline.data.format import Dataset
-
-L2_GRID = tuple(2.0**i for i in range(-10, 20))  # few-shot regularisation, of the paper's evaluator
 
 # {group: tasks} of VTAB, in the order of the paper's Table 9.
 VTAB_GROUPS = {
     group: tuple(name for name, task in VTAB.items() if task.group == group)
     for group in ("natural", "specialized", "structured")
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FineTune:
-    """Fine-tuning of all weights with a new zero-initialised head: SGD, no weight decay, softmax cross-entropy."""
-
-    resolution: int = 384
-    """Input size of the model; position embeddings are resized accordingly. Test images are squashed to this size."""
-    crop: Literal["inception", "random", "squash"] = "inception"
-    """For training: inception (a random box of 5-100% of the area), random (a random square from the image squashed to
-    `enlarge` x resolution), or squash (squashed only)."""
-    enlarge: float = 448 / 384
-    flip: bool = True
-    steps: int = 500
-    batch_size: int = 512
-    lrs: tuple[float, ...] = (0.01,)
-    """Several learning rates are compared on the dev split of the task; the best is used for the final training."""
-    decay: Literal["cosine", "step"] = "cosine"
-    """Half-cosine decay to zero, or x0.1 at 30, 60 and 90% of the steps."""
-    warmup: int = 0
-    momentum: float = 0.9
-    clip: float = 1.0
-    ema_decay: float = 0.0
-    """Decay per step of the averaged weights that are evaluated; 0 evaluates the last weights."""
-
-
-ProbeKind = Literal["fewshot", "linear", "knn"]
-PROBES: tuple[ProbeKind, ...] = ("fewshot", "linear", "knn")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probe:
-    """A classifier on frozen features. Images are squashed to `resize` and centre-cropped to `resolution`."""
-
-    kind: ProbeKind = "fewshot"
-    resolution: int = 224
-    resize: int = 256
-    shots: tuple[int, ...] = (1, 5, 10, 25)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """A dataset, or a part of it."""
-
-    uri: str
-    part: tuple[float, float] = (0.0, 1.0)
-    """Only the examples whose hash falls in this range of [0, 1): (0.02, 1.0) and (0.0, 0.02) make a 2% dev split."""
-
-    def open(self) -> "Dataset":
-        """Opens the whole dataset; `chosen` selects the examples. Raises UserError when it is missing."""
-        from pipeline.data import open_dataset
-
-        return open_dataset(self.uri)
-
-    def chosen(self, keys: Sequence[str]) -> list[bool]:
-        """Selects the examples of the part, as a function of the key only, independent of order and shard size."""
-        low, high = self.part
-        if (low, high) == (0.0, 1.0):
-            return [True] * len(keys)
-        return [low <= int.from_bytes(hashlib.md5(key.encode()).digest()[:8]) / 2**64 < high for key in keys]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransferTask:
-    """A task: training data, test data and protocol."""
-
-    name: str
-    group: str = ""
-    train: Split
-    test: Split
-    tune: tuple[Split, Split] | None = None
-    """(train, validation) for choosing the learning rate; does not overlap `test`."""
-    protocol: FineTune | Probe
-    real_labels: str | None = None
-    """URI of ImageNet's real.json; adds the ReaL accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +77,9 @@ class TransferConfig:
     """Also run the suite with random weights as a baseline without pre-training. None: only for the suite demo."""
     variant: str | None = None
     """Architecture of weights without a configuration, such as B/16."""
+    class_names: str | None = None
+    """Names of the checkpoint's classes, for the suite head: a text file with one name per line, or a prepared dataset
+    with the same classes in the same order. None: those in the checkpoint."""
 
     micro_batch: int = 64
     """Images per forward pass, with gradient accumulation. It is halved when GPU memory runs out."""
@@ -198,7 +127,7 @@ def _dev_split(train: Split, share: float) -> tuple[Split, Split]:
 
 
 def _prepared(uri: str) -> bool:
-    return storage.exists(storage.join(uri, "manifest.json"))
+    return storage.exists(manifest_uri(uri))
 
 
 def _train_and_test(uri: str) -> bool:
@@ -338,6 +267,44 @@ def frozen(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
     return tasks
 
 
+def head(config: TransferConfig, model: dict[str, Any]) -> list[TransferTask]:
+    """No training: top-1, top-5 and loss of the checkpoint's own classifier on labelled datasets, as in the validation
+    of its training (resolution, preprocessing, precision). Classes are matched by name.
+
+    DATA itself, DATA/test or DATA/val, or such datasets DATA/<name>. --resolution interpolates position embeddings.
+    """
+    trained = from_dict(PretrainConfig, model["pretrain"], "pretrain in config.json") if model.get("pretrain") else None
+    view = (trained or PretrainConfig(image_size=model["image_size"])).evaluation_view
+    size = config.resolution or view.size
+    protocol = Head(
+        resolution=size,
+        resize=round((view.resize or view.size) * size / view.size),
+        loss="sigmoid" if trained is not None and trained.loss == "sigmoid" else "softmax",
+        precision=trained.engine.precision if trained is not None else "fp32",
+        classes=fingerprint(list(model["classes"])) if model.get("classes") else "",
+    )
+    return [TransferTask(name=name, test=Split(uri=uri), protocol=protocol) for name, uri in _labelled_datasets(config)]
+
+
+def _labelled_datasets(config: TransferConfig) -> list[tuple[str, str]]:
+    """(name, dataset) of DATA, of its test or validation split, or of each folder in DATA with one of these."""
+    root = _data(config)
+
+    def find(folder: str) -> str | None:
+        places = (folder, *(storage.join(folder, split) for split in ("test", "val", "validation")))
+        return next((place for place in places if _prepared(place)), None)
+
+    if place := find(root):
+        return [(root.rsplit("/", 1)[-1], place)]
+    found = [(name, find(storage.join(root, name))) for name in storage.list_folders(root)]
+    datasets = [(name, place) for name, place in found if place]
+    if not datasets:
+        raise UserError(
+            f"{root}: no prepared dataset; expected {root}/manifest.json, {root}/test, {root}/val, or these in {root}/<name>"
+        )
+    return datasets
+
+
 def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
     """(name, folder) of all datasets under --data with both a train and a test split."""
     root = _data(config)
@@ -360,6 +327,7 @@ SUITES: dict[str, Callable[[TransferConfig, dict[str, Any]], list[TransferTask]]
     "paper": paper,
     "folder": folder,
     "frozen": frozen,
+    "head": head,
 }
 NOMINAL = {"variant": "B/16", "image_size": 224}
 """A placeholder model configuration, for the data sets of a suite, which do not depend on the model."""
@@ -407,13 +375,13 @@ def suite_version(config: TransferConfig) -> str:
     elsewhere = {
         *("checkpoint", "output", "micro_batch", "compile", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
         *("address", "experiment", "tracking_uri", "data", "real_labels", "decontamination"),
-        *("variant", "random_encoder"),
+        *("variant", "random_encoder", "class_names"),
     }
     settings = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
-    files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination")}
+    files = {name: _content(getattr(config, name)) for name in ("real_labels", "decontamination", "class_names")}
     try:
         content: object = {
-            task.name: [_content(split.uri) for split in (task.train, task.test, *(task.tune or ()))]
+            task.name: [_content(split.uri) for split in (*task.splits.values(), *(task.tune or ()))]
             for task in build_tasks(config, NOMINAL)
         }
     except StorageError:  # an outage must not change the version of the suite
@@ -427,9 +395,9 @@ def find_datasets(config: TransferConfig) -> Iterator[tuple[str, str, dict[str, 
     """(task.role, URI, manifest) of the readable datasets of a suite."""
     with contextlib.suppress(UserError, OSError):
         for task in build_tasks(config, NOMINAL):
-            for role, split in (("train", task.train), ("test", task.test)):
+            for role, split in task.splits.items():
                 with contextlib.suppress(UserError, OSError):
-                    yield f"{task.name}.{role}", split.uri, storage.read_json(storage.join(split.uri, "manifest.json"))
+                    yield f"{task.name}.{role}", split.uri, storage.read_json(manifest_uri(split.uri))
 
 
 def _content(uri: str | None) -> str | None:
@@ -437,7 +405,7 @@ def _content(uri: str | None) -> str | None:
     if not uri:
         return None
     try:
-        manifest = storage.join(uri, "manifest.json")
+        manifest = manifest_uri(uri)
         if storage.exists(manifest):
             return str(storage.read_json(manifest)["fingerprint"])
         return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
@@ -465,7 +433,7 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
     problems: dict[str, str] = {}
     for task in tasks:
         swept = isinstance(task.protocol, FineTune) and len(task.protocol.lrs) > 1
-        for split in (task.train, task.test, *((task.tune or ()) if swept else ())):
+        for split in (*task.splits.values(), *((task.tune or ()) if swept else ())):
             try:
                 if split not in datasets:
                     datasets[split] = split.open()
@@ -473,23 +441,33 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
                 raise
             except UserError as error:
                 problems.setdefault(task.name, str(error))
-        if task.name in problems:
-            continue
-        train, test = datasets[task.train], datasets[task.test]
-        if list(train.classes) != list(test.classes):
-            problems[task.name] = f"{task.train.uri} and {task.test.uri} have different classes"
-        elif train.multilabel or not train.classes:
-            problems[task.name] = f"{task.train.uri}: transfer needs exactly one label per training image"
-        elif any(
-            d.encoding == "patches" and task.protocol.resolution % d.manifest.image["patch_size"] for d in (train, test)
-        ):
-            problems[task.name] = f"resolution {task.protocol.resolution} is not a multiple of the stored patch size"
-        elif swept and not task.tune:
-            problems[task.name] = "this task has no dev split for choosing a learning rate; give one value to --lrs"
+        if task.name not in problems and (problem := _problem(task, datasets, swept)):
+            problems[task.name] = problem
+    check_problems(problems, tasks)
+    return datasets
+
+
+def check_problems(problems: Mapping[str, str], tasks: Sequence[TransferTask]) -> None:
+    """Raises a UserError that lists all problems, if there are any. problems: {task: problem}."""
     if problems:
         lines = "".join(f"\n  {name}: {problem}" for name, problem in problems.items())
         raise UserError(
             f"{len(problems)} of {plural(len(tasks), 'task')} cannot run:{lines}\n"
             "prepare the missing data, or select other tasks with --tasks"
         )
-    return datasets
+
+
+def _problem(task: TransferTask, datasets: "Mapping[Split, Dataset]", swept: bool) -> str | None:
+    """Why a task cannot run on its opened datasets. swept: it compares learning rates."""
+    found = [datasets[split] for split in task.splits.values()]
+    if task.train is not None:
+        train, test = found
+        if list(train.classes) != list(test.classes):
+            return f"{task.train.uri} and {task.test.uri} have different classes"
+        if train.multilabel or not train.classes:
+            return f"{task.train.uri}: transfer needs exactly one label per training image"
+    if any(d.encoding == "patches" and task.protocol.resolution % d.manifest.image["patch_size"] for d in found):
+        return f"resolution {task.protocol.resolution} is not a multiple of the stored patch size"
+    if swept and not task.tune:
+        return "this task has no dev split for choosing a learning rate; give one value to --lrs"
+    return None

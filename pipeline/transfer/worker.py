@@ -16,12 +16,10 @@ from pipeline.stores import expect_answers
 from pipeline.transfer.backbones import build_model
 from pipeline.transfer.features import load_features
 from pipeline.transfer.finetune import Diverged, Examples, Execution, FineTuning, predict
+from pipeline.transfer.head import run_head
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_predictions
-from pipeline.transfer.suites import L2_GRID, FineTune, Probe
-
-CONFUSION_CLASSES = 20
-"""Maximum number of classes for which a confusion matrix is stored."""
+from pipeline.transfer.protocols import L2_GRID, FineTune, Head, Probe
 
 
 class TransferWorker:
@@ -36,14 +34,17 @@ class TransferWorker:
         micro_batch: int,
         records: Any = None,
         compile: bool = False,
+        classes: tuple[str, ...] = (),
     ) -> None:
-        """weights: a Ray reference to the model's arrays. records: handle of a `logs.Collector`."""
+        """weights: a Ray reference to the model's arrays. records: handle of a `logs.Collector`. classes: names of the
+        classes of the model's head."""
         if records is not None:
             logs.send_to(records)
         expect_answers()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.execution = Execution(device=device, micro_batch=micro_batch, threads=threads, compile=compile)
         self.model: nn.Module = build_model(config, ray.get(weights[0]))
+        self.classes = classes
         self.training: FineTuning | None = None
 
     def progress(self) -> tuple[int, int, float]:
@@ -51,13 +52,16 @@ class TransferWorker:
         training = self.training
         return training.progress if training is not None else (0, 0, 0.0)
 
-    def run(self, job: Job, features: tuple[str, str] | None) -> tuple[Result, bytes | None]:
+    def run(self, job: Job, features: tuple[str, ...] | None) -> tuple[Result, bytes | None]:
         """The result of a job, and its packed predictions. features: folders of the train and test features of a
-        probe."""
+        probe; of the test features alone for the model's own head."""
         torch.set_num_threads(self.execution.threads)  # OpenMP keeps the number per thread
         if isinstance(job.task.protocol, Probe):
             assert features is not None
-            return run_probe(job, *features, device=self.execution.device)
+            if isinstance(job.task.protocol, Head):
+                return run_head(job, features[-1], self.model, self.classes, self.execution.device)
+            train, test = features
+            return run_probe(job, train, test, device=self.execution.device)
         try:
             self.training = start_finetuning(job, self.model, self.execution)
             return finish_finetuning(job, self.training)
@@ -92,7 +96,7 @@ def finish_finetuning(job: Job, training: FineTuning) -> tuple[Result, bytes | N
         seconds=time.perf_counter() - start,
         images_per_second=tuned.images_per_second,
         curve=[list(row) for row in tuned.curve],
-        confusion=_confusion(found, test.num_classes),
+        confusion=found.small_confusion(test.num_classes),
     )
     return result, pack_predictions(found) if job.phase == "final" else None
 
@@ -101,6 +105,7 @@ def _examples(job: Job) -> tuple[Examples, Examples]:
     """(training examples, test examples) of a job."""
     task = job.task
     train, test = (task.tune or (task.train, task.test)) if job.phase == "tune" else (task.train, task.test)
+    assert train is not None
     return Examples(train.open(), train), Examples(test.open(), test)
 
 
@@ -143,7 +148,7 @@ def run_probe(job: Job, train_folder: str, test_folder: str, device: str) -> tup
         **about,
         accuracy={"": found.accuracy()},
         seconds=time.perf_counter() - start,
-        confusion=_confusion(found, classes),
+        confusion=found.small_confusion(classes),
         details=details,
     )
     return result, pack_predictions(found)
@@ -159,7 +164,3 @@ def _few_shot(frozen: _Frozen, train_labels: np.ndarray, found: Predictions, sho
         )
         correct[n] = np.stack([replace(found, classes=row).correct() for row in guesses.cpu().numpy()])
     return Hits(found.keys, found.labelled(), correct)
-
-
-def _confusion(found: Predictions, classes: int) -> list[list[int]] | None:
-    return found.confusion(classes) if classes <= CONFUSION_CLASSES else None

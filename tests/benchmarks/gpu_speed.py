@@ -30,7 +30,7 @@ from pipeline.data.patches import patchify
 from pipeline.hardware import peak_flops
 from pipeline.training.engine import micro_losses
 from pipeline.transfer.finetune import Examples, Execution, FineTuning
-from pipeline.transfer.suites import FineTune, Split
+from pipeline.transfer.protocols import FineTune, Split
 from tests.benchmarks import train_step
 from tests.benchmarks.gpu_parts import CLASSES, Bench, model_options, process_group
 

@@ -30,8 +30,8 @@ from pipeline.data.format import write_dataset
 from pipeline.transfer import features
 from pipeline.transfer.finetune import Execution
 from pipeline.transfer.jobs import Job
+from pipeline.transfer.protocols import FineTune, Probe, Split, TransferTask
 from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler
-from pipeline.transfer.suites import FineTune, Probe, Split, TransferTask
 from pipeline.transfer.worker import TransferWorker, finish_finetuning, start_finetuning
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

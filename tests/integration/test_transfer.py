@@ -26,10 +26,10 @@ from pipeline.transfer import TransferConfig, report, run_suite, suites
 from pipeline.transfer.checkpoint import load_checkpoint
 from pipeline.transfer.jobs import Result
 from pipeline.transfer.predictions import unpack_predictions
+from pipeline.transfer.protocols import FineTune, Split, TransferTask
 from pipeline.transfer.record import attach_scores
 from pipeline.transfer.scheduler import FailedJob, Finished, Pool, Scheduler
 from pipeline.transfer.scores import Score
-from pipeline.transfer.suites import FineTune, Split, TransferTask
 from pipeline.vtab import TASKS, miniature, prepare
 from pipeline.weights import save_checkpoint_weights
 from tests.datasets import write_tinted_patches
@@ -298,7 +298,7 @@ from pipeline import cluster
 from pipeline.transfer import TransferConfig
 from pipeline.transfer.run import plan_workers
 from pipeline.transfer.scheduler import FailedJob, Pool, Scheduler, Tick
-from pipeline.transfer.suites import FineTune, Split, TransferTask
+from pipeline.transfer.protocols import FineTune, Split, TransferTask
 from pipeline.transfer.worker import TransferWorker
 
 data, size = sys.argv[1], int(sys.argv[2])

@@ -15,7 +15,7 @@ from pipeline.data.patches import patchify
 from pipeline.errors import UserError
 from pipeline.transfer import features, finetune
 from pipeline.transfer.finetune import Examples, Execution, FineTuning
-from pipeline.transfer.suites import FineTune, Probe, Split
+from pipeline.transfer.protocols import FineTune, Probe, Split
 from tests.datasets import write_tinted_patches
 
 CPU = Execution()

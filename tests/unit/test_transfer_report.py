@@ -12,9 +12,10 @@ from pipeline.transfer import corrections, figures, mistakes, references, report
 from pipeline.transfer.corrections import read_seen_images
 from pipeline.transfer.jobs import Result, final_jobs, next_jobs
 from pipeline.transfer.predictions import Hits, Predictions, pack_hits, pack_predictions
+from pipeline.transfer.protocols import L2_GRID, FineTune, Probe, Split, TransferTask
 from pipeline.transfer.scores import Score, collect_scores
 from pipeline.transfer.store import Store
-from pipeline.transfer.suites import L2_GRID, VTAB_GROUPS, FineTune, Probe, Split, TransferTask
+from pipeline.transfer.suites import VTAB_GROUPS
 from pipeline.vtab.tasks import TASKS
 
 

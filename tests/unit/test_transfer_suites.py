@@ -8,16 +8,8 @@ import pytest
 from pipeline.data.format import write_dataset
 from pipeline.errors import UserError
 from pipeline.transfer.jobs import Result, count_jobs, estimate_flops, final_jobs, next_jobs
-from pipeline.transfer.suites import (
-    FineTune,
-    Probe,
-    Split,
-    TransferConfig,
-    TransferTask,
-    build_tasks,
-    check_config,
-    open_datasets,
-)
+from pipeline.transfer.protocols import FineTune, Probe, Split, TransferTask
+from pipeline.transfer.suites import TransferConfig, build_tasks, check_config, open_datasets
 
 MODEL = {"variant": "B/16", "image_size": 224}
 
