@@ -3,7 +3,10 @@
 Shape suffixes: B batch, C channels, H W pixels, P patch side, N patches.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 
 def normalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -12,6 +15,16 @@ def normalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype == torch.uint8:
         x = x.float() / 127.5 - 1.0
     return x.to(dtype)
+
+
+@torch.no_grad()
+def fold_normalisation(projection: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Changes a projection of pixels normalised with a mean and standard deviation (of pixels in [0, 1], one for each
+    channel) so that it computes the same from pixels in [-1, 1]."""
+    assert projection.bias is not None
+    means, deviations = (torch.tensor(values).to(projection.weight)[:, None, None] for values in (mean, std))
+    projection.bias += (projection.weight * (0.5 - means) / deviations).sum(dim=(1, 2, 3))
+    projection.weight *= 0.5 / deviations
 
 
 def channels_last(x: torch.Tensor, channels: int) -> bool:

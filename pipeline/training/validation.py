@@ -165,7 +165,7 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
     """(K,) int64: the index in `classes` of each class of the validation set; None when both have the same class list.
     Raises UserError when the validation set has images of a class that is not in `classes`."""
     places, unknown = match_classes(validation, classes)
-    if places is not None and (unknown or validation.multilabel or not validation.classes):
+    if places is not None and (unknown or not validation.classes):
         missing = (
             f": {len(unknown)} of its classes are not among the run's {len(classes)}, such as {shorten(list(unknown), 3)}"
             if unknown

@@ -18,9 +18,10 @@ from pipeline.revision_names import manifest_uri
 from pipeline.tracking import artifacts, registry
 from pipeline.tracking.names import RANDOM
 from pipeline.transfer.backbones import LIBRARIES, open_backbone
+from pipeline.transfer.imported import imported_model
 from pipeline.transfer.suites import TransferConfig
-from pipeline.weights import checkpoints, load_model, load_weights, read_config, read_weights
-from pipeline.weights.description import SUFFIXES, folder_of, read_description
+from pipeline.weights import checkpoints, load_model, read_config
+from pipeline.weights.description import SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def _load(config: TransferConfig) -> PretrainedModel:
         uri = place = storage.normalise(uri)
     described: Mapping[str, Any] = {}
     if config.variant:
-        model, identity = _bare_model(config.variant, place), _file_identity(place)
-        described = {"classes": labels_of(read_description(folder_of(place)))}
+        model, labels = imported_model(config.variant, place)
+        identity, described = _file_identity(place), {"classes": labels}
     elif place.endswith(SUFFIXES) or storage.exists(storage.join(place, "MLmodel")):
         described = read_config(place)  # raises UserError if there is no config.json next to the weights
         model, identity = load_model(place), _file_identity(place)
@@ -119,15 +120,6 @@ def _load(config: TransferConfig) -> PretrainedModel:
         tuple(described.get("classes") or ()),
         described.get("pretrain") or {},
     )
-
-
-def labels_of(config: Mapping[str, Any]) -> list[str]:
-    """The class names in a config.json of Hugging Face; empty if there are none, or only LABEL_0, LABEL_1, ..."""
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))):
-        return []
-    names = [str(labels[str(i)]) for i in range(len(labels))]
-    return [] if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _random_encoder(trained: PretrainedModel) -> PretrainedModel:
@@ -156,27 +148,6 @@ def recorded_run(uri: str) -> str | None:
     record = storage.read_json(uri)
     run_id = record.get("run_id") if isinstance(record, dict) else None
     return run_id if isinstance(run_id, str) else None
-
-
-def _bare_model(variant: str, place: str) -> Any:
-    """A model of the given architecture, with weights that have no configuration."""
-    state = read_weights(place).weights
-    head = state.get("head.weight")
-    classes = len(head) if head is not None and head.dim() == 2 else 0
-    # the features are the output of the tanh layer
-    options = {"pre_logits": True} if "pre_logits.fc.weight" in state else {}
-    model = create_model(variant, classes, _native_size(variant, state), **options)
-    load_weights(model, place)
-    return model
-
-
-def _native_size(variant: str, state: Mapping[str, Any]) -> int:
-    """The training resolution of weights, from the number of their position embeddings; 224 if it is unknown."""
-    if "pos_embed" not in state or "/" not in variant:
-        return 224
-    positions = state["pos_embed"].shape[1]
-    grid = round((positions - 1) ** 0.5)
-    return int(variant.rpartition("/")[2]) * (grid if grid**2 == positions - 1 else round(positions**0.5))
 
 
 def _file_identity(uri: str) -> list[Any]:

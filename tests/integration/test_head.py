@@ -10,17 +10,22 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import create_model
+from models.weights import to_huggingface
 from pipeline.data.format import write_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.data.patches import patchify
 from pipeline.errors import UserError
+from pipeline.libraries import import_library
 from pipeline.tracking import names, search
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.engine import Worker
 from pipeline.training.loop import train
 from pipeline.transfer import TransferConfig, run_suite
+from pipeline.transfer.backbones import build_model
+from pipeline.transfer.imported import IMAGENET
 from pipeline.transfer.run import open_suite
 from pipeline.weights import save_checkpoint_weights
 from tests.images import tinted
@@ -93,7 +98,7 @@ CASES = {
     ),
     "several labels": (
         {"label": several, "multilabel": True},
-        {"label": several, "multilabel": True},
+        {"classes": CLASSES[::-1], "label": several, "multilabel": True},
         {"loss": "sigmoid", "model": ModelConfig(variant="mu/8", depth=1, pool="gap", head_bias=-2.0)},
     ),
     "hybrid": ({}, {}, {"model": ModelConfig(variant="R+mu/16", depth=1), "image_size": 64}),
@@ -230,3 +235,39 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys, monkey
     assert not (tmp_path / "transfer").exists()
     with pytest.raises(UserError, match="no prepared dataset"):
         main([*arguments, "--data", str(tmp_path / "run")])
+
+
+# ---------------------------------------------------------------- weights of other programs
+
+
+def test_weights_of_torchvision_give_its_logits_for_its_normalisation(tmp_path):
+    torchvision = import_library("torchvision")
+    torch.manual_seed(0)
+    shape = {"image_size": SIDE, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 128}
+    theirs = torchvision.models.VisionTransformer(**shape, num_classes=8).eval()
+    torch.nn.init.normal_(theirs.heads.head.weight)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    images = torch.randint(0, 256, (4, SIDE, SIDE, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    data = write(tmp_path / "val", 16)
+    config = transfer_config(tmp_path, data, checkpoint=str(tmp_path / "weights.pth"), variant="mu/8")
+    checkpoint = open_suite(config).checkpoint
+    ours = build_model(checkpoint.config, checkpoint.arrays).eval()
+    with torch.inference_mode():
+        expected = theirs((images.permute(0, 3, 1, 2) / 255 - mean) / std)
+        torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_of_hugging_face_has_class_names_and_a_normalisation(tmp_path, named):
+    labels = {str(i): name if named else f"LABEL_{i}" for i, name in enumerate(CLASSES)}
+    state, config, processor = to_huggingface(create_model("mu/8", 8, SIDE), ["x"] * 8)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    data = write(tmp_path / "val", 16)
+    suite = open_suite(transfer_config(tmp_path, data, checkpoint=str(folder), variant="mu/8"))
+    assert suite.checkpoint.classes == (CLASSES if named else ())
+    assert suite.tasks[0].protocol.resize == round(SIDE * 8 / 7)
