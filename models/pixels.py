@@ -23,8 +23,8 @@ def fold_normalisation(projection: nn.Conv2d, mean: Sequence[float], std: Sequen
     channel) so that it computes the same from pixels in [-1, 1]."""
     assert projection.bias is not None
     means, deviations = (torch.tensor(values).to(projection.weight)[:, None, None] for values in (mean, std))
-    projection.bias += (projection.weight * (0.5 - means) / deviations).sum(dim=(1, 2, 3))
-    projection.weight *= 0.5 / deviations
+    projection.bias.add_((projection.weight * (0.5 - means) / deviations).sum(dim=(1, 2, 3)))
+    projection.weight.mul_(0.5 / deviations)
 
 
 def channels_last(x: torch.Tensor, channels: int) -> bool:

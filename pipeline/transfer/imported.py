@@ -43,8 +43,9 @@ def imported_model(variant: str, place: str) -> tuple[Any, list[str]]:
 
 def _conventions(named: NamedWeights) -> dict[str, Any]:
     """Options of the model for what the tensors do not show."""
-    found, options = named.conventions, {}
-    if found.activation in ACTIVATIONS:
+    found = named.conventions
+    options: dict[str, Any] = {}
+    if found.activation is not None and found.activation in ACTIVATIONS:
         options["gelu"] = ACTIVATIONS[found.activation]
     if isinstance(found.ln_eps, int | float):
         options["ln_eps"] = found.ln_eps
