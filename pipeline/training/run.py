@@ -28,6 +28,7 @@ from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, model_name, run_name
 from pipeline.training.config import PretrainConfig
+from pipeline.training.disk import check_disk, checkpoint_bytes
 from pipeline.training.plan import TrainPlan, check_values, make_plan
 from pipeline.training.samples import log_attention
 from pipeline.training.validation import check_fewshot, check_validation
@@ -62,6 +63,8 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     if record is not None and (last := finished_checkpoint(plan)):
         logger.info("already finished: %s is at step %d of %d", last.uri, last.step, plan.total)
         return _finished(config, last, recipe, record.get("run_id"))
+    if scarce := check_space(plan):
+        logger.warning("%s", scarce)
     cluster.connect()
     # Imported late: Ray Train takes seconds to import, and reads the settings that `connect` makes.
     from pipeline.training.launch import check_room
@@ -229,6 +232,17 @@ def check_places(config: PretrainConfig) -> None:
         raise UserError(
             f"{output} holds the checkpoints of the run {parent}; give --output {parent}, or another folder"
         )
+
+
+def check_space(plan: TrainPlan) -> str:
+    """A warning if the disk of this machine may be too small for the checkpoints that the run keeps, or "". Raises
+    UserError if not even one fits. On a cluster the disks of the workers are unknown here."""
+    config, runtime = plan.config, plan.config.runtime
+    if runtime.address is not None or cluster.is_ray_job():
+        return ""
+    count = parameters(plan.model_options)
+    size = checkpoint_bytes(count, optimizer=config.optimizer.name, ema=bool(config.ema_decay))
+    return check_disk(runtime.output, size["total"], runtime.keep_last + bool(runtime.validation))
 
 
 def check_model(plan: TrainPlan) -> None:

@@ -1,5 +1,6 @@
 """Errors are reported before anything is written."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -219,6 +220,44 @@ def test_errors_that_a_run_would_find_later(what, how, fields, tmp_path, monkeyp
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize("how", ["dry run", "doctor", "start"])
+def test_a_disk_without_space_for_one_checkpoint(how, fields, tmp_path, monkeypatch):
+    """mu/8 with one block has 19,172 parameters of 16 bytes: 0.3 MB a checkpoint."""
+    config = pretrain_config(**fields)
+    free_space(monkeypatch, 100_000)
+    message = "--output .*: 0.1 MB free, and a checkpoint of this run takes 0.3 MB"
+    if how == "doctor":
+        (found,) = [result for result in doctor.examine(config) if result.check == "run"]
+        assert (found.status, found.remedy) == ("error", "free some space or choose another --output")
+        assert re.search(message, found.message)
+    else:
+        with pytest.raises(UserError, match=message):
+            preview.dry_run(config, "", {}) if how == "dry run" else run.pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_space_for_all_kept_checkpoints(fields, monkeypatch):
+    config = pretrain_config(**{**fields, "keep_last": 3})
+    free_space(monkeypatch, 900_000)  # of three, the best one and the next one
+    warning = "0.9 MB free, and 4 kept checkpoints and the next one take 1.6 MB; free some space or lower --keep-last"
+    assert warning in preview.dry_run(config, "", {})
+    (found,) = [result for result in doctor.examine(config) if result.check == "run"]
+    assert found.status == "warning"
+    assert f"{found.message}; {found.remedy}".endswith(warning)
+    free_space(monkeypatch, 1_700_000)
+    assert "free some space" not in preview.dry_run(config, "", {})
+    free_space(monkeypatch, 100_000)
+    plan = run.check_run(config)
+    there = dataclasses.replace(plan, config=changed(plan.config, output="s3://bucket/run"))
+    assert "goes through this folder; free some space there or set TMPDIR" in run.check_space(there)
+
+
+def free_space(monkeypatch, count):
+    """A disk with `count` free bytes."""
+    usage = shutil.disk_usage("/")._replace(free=count)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+
 def test_checkpoints_of_another_run_are_not_continued(fields, tmp_path):
     """A folder of checkpoints that was copied into the output of a run with another seed."""
     config = pretrain_config(**fields)
@@ -289,7 +328,10 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
     ("command", "message"),
     [
         ("transfer --suite folder --checkpoint run --data nowhere --output out", "nowhere: no dataset with train"),
-        ("transfer --suite folder --checkpoint run --data data --output out --lrs nan", "--lrs must be positive"),
+        (
+            "transfer --suite folder --checkpoint run --data data --output out --lrs nan",
+            "lrs nan must be a finite number",
+        ),
         (
             "transfer --suite folder --checkpoint run --data data --output out --retries -1",
             "--retries must be at least 0",
@@ -305,7 +347,7 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
         ),
         ("evaluate --suite folder --runs run --data data --output out --margin nan", "--margin must be a number"),
         ("evaluate --suite folder --model a/b --data data --output out", '--model "a/b"'),
-        ("evaluate --suite folder --runs run --data data --output out --transfer.lrs inf", "--lrs must be positive"),
+        ("evaluate --suite folder --runs run --data data --output out --transfer.lrs inf", "lrs inf must be a finite number"),
         ("evaluate --suite folder --runs run --data data --output /proc/x", "--output /proc/x"),
         ("evaluate --runs run --prune --keep-last -1", "--keep-last must be at least 1"),
         ("prepare --source images --output out --num-cpus 0", "--num-cpus must be at least 1"),

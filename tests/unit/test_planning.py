@@ -16,11 +16,12 @@ from pipeline.errors import UserError
 from pipeline.hardware import find_gpu
 from pipeline.operations.planning import estimate
 from pipeline.operations.planning.config import GB, PlanConfig
-from pipeline.operations.planning.costs import checkpoint_bytes, checkpoint_interval
+from pipeline.operations.planning.costs import checkpoint_interval
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.speed import step_seconds
 from pipeline.operations.planning.table import plan_table
 from pipeline.training.config import EngineConfig
+from pipeline.training.disk import checkpoint_bytes
 from pipeline.training.memory import activations, model_states
 from pipeline.training.recipes import RECIPES
 from tests.runs import changed

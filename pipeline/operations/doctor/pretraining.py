@@ -1,4 +1,4 @@
-"""Checks of the run: resources for its workers, and whether --output is unused."""
+"""Checks of the run: resources for its workers, and whether --output is unused and large enough."""
 
 import os
 from collections.abc import Mapping
@@ -50,13 +50,19 @@ def own_budget(config: "PretrainConfig") -> CheckResult:
 
 
 def run_name(config: "PretrainConfig") -> CheckResult:
-    """Checks whether --output is unused, contains this run, or contains another run."""
+    """Checks whether --output is unused, contains this run, or contains another run, and whether its disk has space for
+    the checkpoints."""
     from pipeline.training import run
 
     try:
-        held = run.find_record(run.check_run(config), storage.normalise(config.runtime.output))
+        plan = run.check_run(config)
+        held = run.find_record(plan, storage.normalise(config.runtime.output))
+        scarce = run.check_space(plan)
     except UserError as cause:
         return refused("run", cause)
+    if scarce:
+        message, _, remedy = scarce.rpartition("; ")
+        return warning("run", message, remedy)
     if held is None:
         return ok("run", f"{config.runtime.output} is unused")
     return ok("run", f"{config.runtime.output} contains this run, which continues")

@@ -54,13 +54,6 @@ def data_plane(config: PlanConfig, images: int, seen: int, rate: float) -> dict[
     }
 
 
-def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", ema: bool = False) -> dict[str, int]:
-    """Bytes of one checkpoint in float32: model.safetensors and the training state."""
-    copies = {"adamw": 3, "sgd": 2, "muon": 2}[optimizer] + ema
-    weights = 4 * parameters * (1 + ema)  # the average is a separate file
-    return {"weights": weights, "state": 4 * parameters * copies, "total": weights + 4 * parameters * copies}
-
-
 def checkpoint_interval(write_seconds: float, seconds_between_failures: float) -> float:
     """Optimal checkpoint interval in seconds, which minimises the time for writing and for repeated work.
 

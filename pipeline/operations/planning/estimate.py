@@ -12,7 +12,6 @@ from pipeline.hardware import find_gpu
 from pipeline.operations.planning.config import GB, PlanConfig, find_corpus
 from pipeline.operations.planning.costs import (
     LAUNCHING,
-    checkpoint_bytes,
     checkpoint_interval,
     data_plane,
     paper_costs,
@@ -21,6 +20,7 @@ from pipeline.operations.planning.costs import (
 from pipeline.operations.planning.memory import memory
 from pipeline.operations.planning.speed import step_seconds
 from pipeline.training.config import PretrainConfig
+from pipeline.training.disk import checkpoint_bytes
 from pipeline.training.plan import model_options
 
 # Host time for the forward and backward pass of one block, with its share of the engine: a step of S/16 with 128 images on

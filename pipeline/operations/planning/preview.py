@@ -45,6 +45,8 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         run.check_devices(training)
     except UserError as lacking:
         note += f"  note      planned for --gpu {training.runtime.gpu}; {lacking}\n"
+    if scarce := run.check_space(resolved):
+        note += f"  note      {scarce}\n"
     text = run.describe_run(resolved, changes) + "\n" + note
     if training.runtime.gpus:
         about = PlanConfig(
