@@ -347,7 +347,10 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
         ),
         ("evaluate --suite folder --runs run --data data --output out --margin nan", "--margin must be a number"),
         ("evaluate --suite folder --model a/b --data data --output out", '--model "a/b"'),
-        ("evaluate --suite folder --runs run --data data --output out --transfer.lrs inf", "lrs inf must be a finite number"),
+        (
+            "evaluate --suite folder --runs run --data data --output out --transfer.lrs inf",
+            "lrs inf must be a finite number",
+        ),
         ("evaluate --suite folder --runs run --data data --output /proc/x", "--output /proc/x"),
         ("evaluate --runs run --prune --keep-last -1", "--keep-last must be at least 1"),
         ("prepare --source images --output out --num-cpus 0", "--num-cpus must be at least 1"),
