@@ -274,8 +274,8 @@ def shown(value: Any) -> str:
         return repr(value) if re.fullmatch(r"[\w.%/+\-]{0,24}", value) else f"text of {plural(len(value), 'character')}"
     if isinstance(value, (int, float)) or value is None:
         return f"{value!r:.40}"
-    kinds = {dict: "a mapping", list: "a list", tuple: "a list"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    kinds = {"dict": "a mapping", "list": "a list", "tuple": "a list"}
+    return kinds.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def check_finite(config: Config, where: str = "") -> Config:

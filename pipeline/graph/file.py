@@ -129,7 +129,8 @@ def _read_yaml(data: bytes, place: str) -> Any:
     except UserError:
         raise
     except _NotStrict as error:
-        raise UserError(f"{place}, line {error.problem_mark.line + 1}: {error.problem}") from None
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{place}{line}: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{place}: not valid YAML: {configuration.yaml_problem(error)}") from None
 

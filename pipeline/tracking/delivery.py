@@ -5,6 +5,7 @@ the others. If a run was deleted, its records stay in their queues and are deliv
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -121,7 +122,7 @@ class Delivery:
         entities: list[Entity] = []
         for record in records:
             if record.get("kind") in ENTITIES:
-                self._guarded(record, lambda record, found=entities: found.extend(self._entities(record)))
+                self._guarded(record, functools.partial(self._collect, entities))
                 continue
             self._send(entities)
             entities = []
@@ -165,6 +166,10 @@ class Delivery:
         self.spool.reject(record, redacted(str(error)[:1000]))
 
     # -------- metrics, parameters and tags
+
+    def _collect(self, entities: list[Entity], record: dict) -> None:
+        """Adds the entities of a record: all of them, or none."""
+        entities += self._entities(record)
 
     def _entities(self, record: dict) -> list[Entity]:
         return [entity for entity in entities_of(record) if entity.kind != "metrics" or self._is_new(entity)]
