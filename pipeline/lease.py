@@ -104,6 +104,8 @@ class Lease:
                 holder = self._read()
                 if holder is not None and holder["id"] == self.mine["id"]:
                     self._write()
+                elif holder is None and not storage.exists(self.uri):  # somebody has removed it
+                    storage.create_bytes(self.uri, self._text())
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:

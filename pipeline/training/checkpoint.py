@@ -206,12 +206,11 @@ class Writer:
 
     def _take_over(self) -> str:
         """Makes this attempt the owner of the run. Returns the suffix of its folders."""
-        about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
         place = storage.join(self.run, ATTEMPT)
         others = bool(storage.list_files(storage.join(self.run, "checkpoints")))
-        if storage.create_bytes(place, json.dumps(about).encode()) and not others:
+        if storage.create_bytes(place, self._about_me()) and not others:
             return ""
-        storage.write_json(place, about)
+        storage.write_bytes(place, self._about_me())
         for name in remove_orphans(self.run):
             logger.info("removed uncommitted checkpoint %s", name)
         return f"-{self.attempt}"
@@ -304,8 +303,15 @@ class Writer:
             return error
         return None
 
+    def _about_me(self) -> bytes:
+        about = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "workers": self.world}
+        return json.dumps(about).encode()
+
     def _check_owner(self, step: int) -> None:
         place = storage.join(self.run, ATTEMPT)
+        # An attempt that takes over writes the file, so if somebody has removed it, this attempt still owns the run.
+        if not storage.exists(place) and storage.create_bytes(place, self._about_me()):
+            logger.warning("%s was removed during the run; it is written again", place)
         owner = storage.read_json(place)
         if not isinstance(owner, dict) or "attempt" not in owner:
             raise UserError(f"{place} does not name the attempt that owns this run; repeat the command to continue")

@@ -93,9 +93,13 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
     start = time.perf_counter()
     with run:  # records the status, and the reason of a stop or failure
         if record.get("run_id") != run.id:
-            storage.write_json(storage.join(output, "run.json"), {**record, "run_id": run.id})
+            record = {**record, "run_id": run.id}
+            storage.write_json(storage.join(output, "run.json"), record)
         log_datasets(run, plan)
-        result = launch(plan, run.id, run.uri, sizes(plan))
+        try:
+            result = launch(plan, run.id, run.uri, sizes(plan))
+        finally:
+            restore_record(output, record)
         seconds = time.perf_counter() - start
         gpus = plan.workers if config.runtime.gpus else 0
         run.log_cost({names.GPU_HOURS: gpus * seconds / 3600, names.TRAIN_FLOPS: result["train_flops"]})
@@ -450,6 +454,15 @@ def read_record(uri: str) -> dict[str, Any]:
     ):
         raise UserError(f"{uri} is not a valid run.json; remove it, or choose another --output")
     return record
+
+
+def restore_record(output: str, record: dict[str, Any]) -> None:
+    """Writes run.json again if somebody has removed it during the run: without it, the same command is refused."""
+    uri = storage.join(output, "run.json")
+    with contextlib.suppress(UserError, OSError):  # the error that ended the run matters more
+        if not storage.exists(uri):
+            logger.warning("%s was removed during the run; it is written again", uri)
+            storage.write_json(uri, record)
 
 
 def claim(plan: TrainPlan, output: str) -> dict[str, Any]:

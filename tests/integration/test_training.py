@@ -30,7 +30,7 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.loop import share_weights
 from pipeline.training.plan import make_plan
-from pipeline.training.run import finished_checkpoint
+from pipeline.training.run import claim, find_record, finished_checkpoint, restore_record
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
 from tests.datasets import write_tinted
@@ -478,6 +478,26 @@ def test_a_checkpoint_damaged_during_the_run_does_not_count(tmp_path, s3, place)
         left.append([found.step for found in checkpoints.find(where) if checkpoints.damage(found) is None])
     assert left == [[2, 6], [6, 8]]
     assert [found.step for found in checkpoints.find(where)] == [6, 8]
+
+
+def test_an_output_that_is_removed_during_the_run_costs_only_what_was_in_it(base, tmp_path):
+    """`rm -rf` on the output: the run goes on, writes its next checkpoints, and can be continued from them."""
+    job = changed(base, output=str(tmp_path / "run"), steps="8steps")
+    plan = make_plan(job, open_dataset(base.runtime.data), 1)
+    record = claim(plan, job.runtime.output)
+    writer = written(tmp_path / "run", 2)
+    shutil.rmtree(tmp_path / "run")
+    with lines_of_log() as lines:
+        writer.save(4, tensors_of(writer, 4), {"metrics": {}})
+        writer.wait()
+        restore_record(job.runtime.output, record)
+    assert sum("was removed during the run; it is written again" in line for line in lines) == 2
+    assert checkpoints.latest(job.runtime.output).step == 4
+    assert find_record(plan, job.runtime.output) == record
+    written(tmp_path / "run")  # another attempt takes over
+    writer.save(6, tensors_of(writer, 6), {"metrics": {}})
+    with pytest.raises(UserError, match="was taken over by another attempt"):
+        writer.wait()
 
 
 def test_a_checkpoint_stays_when_an_old_one_cannot_be_removed(tmp_path, monkeypatch):

@@ -98,6 +98,17 @@ def test_a_container_with_the_same_host_name_is_another_machine(tmp_path):
     assert lease.current_holder(str(tmp_path)) is None
 
 
+def test_a_lock_that_somebody_removes_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_EVERY", 0.05)
+    with Lease(str(tmp_path), "first"):
+        (tmp_path / lease.LAUNCH).unlink()
+        until = time.monotonic() + 60
+        while not (tmp_path / lease.LAUNCH).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(InUse, match="by first"):
+            Lease(str(tmp_path), "second").__enter__()
+
+
 def test_of_many_concurrent_launches_one_remains(tmp_path):
     def enter(number):
         try:
