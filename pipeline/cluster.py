@@ -14,6 +14,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -218,10 +219,16 @@ _embedded: list[psutil.Process] = []
 
 @contextlib.contextmanager
 def _keep_signal_handler() -> Iterator[None]:
-    """Restores the job's SIGTERM handler, which `ray.init` replaces. It saves and exits with the documented code."""
+    """Restores the job's SIGTERM handler, which `ray.init` replaces. It saves and exits with the documented code.
+
+    A SIGTERM meanwhile (a thread that does not block it may take it) ends Ray's handler with exit code 1."""
     stop = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as ended:
+        if any(frame.name == "sigterm_handler" for frame in traceback.extract_tb(ended.__traceback__)):
+            raise SystemExit(128 + signal.SIGTERM) from ended
+        raise
     finally:
         if callable(stop) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)

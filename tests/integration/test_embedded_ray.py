@@ -70,3 +70,29 @@ def test_prepare_reports_a_lack_of_host_memory_in_one_line_and_continues_later(t
     again = subprocess.run([*command, "--no-tracking"], cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert again.returncode == 0, again.stderr
     assert "prepared=8" in again.stdout
+
+
+STOPPED = """
+import os, signal, threading, time
+from pipeline import cluster
+from pipeline.config import run_job
+
+def main(argv):
+    ours = signal.getsignal(signal.SIGTERM)
+    def stop():
+        while signal.getsignal(signal.SIGTERM) is ours:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)  # this thread does not block the signal
+    threading.Thread(target=stop, daemon=True).start()
+    cluster.configure(None, 1, dashboard=False)
+    cluster.connect()
+    time.sleep(60)
+
+run_job(main)
+"""
+
+
+def test_sigterm_while_ray_starts_ends_with_the_documented_code():
+    """Ray has handlers of its own at that time, which end the process without a word."""
+    done = subprocess.run([sys.executable, "-c", STOPPED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (143, ["stopped; repeat the command to continue"])
