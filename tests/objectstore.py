@@ -9,6 +9,7 @@ cluster of it does but replication. Signatures are checked, uploads in parts are
 
 import contextlib
 import getpass
+import http.client
 import json
 import os
 import shutil
@@ -90,21 +91,30 @@ def make_bucket(name: str) -> None:
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
     """Yields the endpoint of a moto_server process, a fake of AWS in memory to which real clients speak real HTTP."""
-    port = free_port()
-    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
+    while True:  # another process may take the port before moto does
+        port = free_port()
+        command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        endpoint = f"http://127.0.0.1:{port}"
+        if _answers(endpoint, server):
+            break
     try:
-        while True:
-            assert server.poll() is None, "moto_server ended at start"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(endpoint, timeout=5).close()
-                break
-            time.sleep(0.1)
         yield endpoint
     finally:
         server.kill()
         server.wait()
+
+
+def _answers(endpoint: str, server: subprocess.Popen, seconds: float = 300) -> bool:
+    """Whether a server answers HTTP before it ends; one whose port is taken ends."""
+    deadline = time.monotonic() + seconds
+    while server.poll() is None:
+        assert time.monotonic() < deadline, f"{server.args} does not answer"
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            urllib.request.urlopen(endpoint, timeout=5).close()
+            return server.poll() is None
+        time.sleep(0.1)
+    return False
 
 
 ADMIN = {"region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
