@@ -22,7 +22,6 @@ import re
 import select
 import signal
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +30,11 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import cluster, credentials, help, logs, storage
+from pipeline import cluster, credentials, help, logs, stops, storage
 from pipeline.errors import JobFailed, UserError, nearest, plural
 
 Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
-ONE_STOP = 5.0
-"""Seconds in which further SIGTERM and SIGHUP belong to the first one."""
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -133,7 +130,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
 
     0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
     output); 129: the terminal was closed; 130: Ctrl-C; 141: the reader of the output has ended; 143: SIGTERM."""
-    _handle_stop_signals()
+    stops.handle_signals()
     logs.setup()
     code: str | int | None
     try:
@@ -160,7 +157,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         print(f"error: {error}{full}; repeat the command to continue", file=sys.stderr)
         code = 1
     except (KeyboardInterrupt, SystemExit) as ended:
-        code = 130 if isinstance(ended, KeyboardInterrupt) else ended.code
+        code = stops.exit_code(ended)
         if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with contextlib.suppress(OSError):  # Ctrl-C may also have ended the `tee` that reads the output
                 print("stopped; repeat the command to continue", file=sys.stderr)
@@ -177,30 +174,6 @@ def _output_is_closed() -> bool:
     if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return is_closed
-
-
-def _handle_stop_signals() -> None:
-    """Makes SIGTERM and SIGHUP (unless nohup ignores it) raise SystemExit, so that
-    `finally` blocks run as with Ctrl-C.
-
-    One stop may send the signal twice: `timeout` signals the process and then its group, Slurm all processes of a job,
-    whose batch script passes the signal on. Signals of the next seconds therefore count as the same stop."""
-    stopped_at = -ONE_STOP
-    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-
-    def stop(signum: int, frame: types.FrameType | None) -> None:
-        nonlocal stopped_at
-        if time.monotonic() < stopped_at + ONE_STOP:
-            return
-        stopped_at = time.monotonic()
-        if signum == signal.SIGHUP:
-            for stream in terminals:  # the terminal is closed, so writing would fail
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, stop)
 
 
 def hide_passwords() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from pipeline import metrics as live
+from pipeline import stops
 from pipeline.config import flatten, to_dict
 from pipeline.credentials import redacted
 from pipeline.errors import UserError, plural
@@ -41,7 +42,7 @@ STOPPED: dict[int | str | None, str] = {
     128 + signal.SIGTERM: "stopped with SIGTERM",
     128 + signal.SIGHUP: "stopped because its terminal was closed (SIGHUP)",
 }
-"""Reasons by exit code; `config.run_job` converts signals to these codes."""
+"""Reasons by exit code."""
 
 logger = logging.getLogger(__name__)
 
@@ -312,14 +313,11 @@ def _status_of(error: BaseException | None) -> tuple[str, str]:
     """(status, reason) of a run whose `with` block ended with this exception. A requested stop is not a failure."""
     if error is None:
         return "FINISHED", ""
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", STOPPED[128 + signal.SIGINT]
-    if isinstance(error, SystemExit):  # `config.run_job` raises it after SIGTERM
-        if error.code in (None, 0):
-            return "FINISHED", ""
-        if error.code in STOPPED:
-            return "KILLED", STOPPED[error.code]
-        return "FAILED", f"exit code {error.code}"
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        code = stops.exit_code(error)
+        if code in STOPPED:
+            return "KILLED", STOPPED[code]
+        return ("FINISHED", "") if code in (None, 0) else ("FAILED", f"exit code {code}")
     return "FAILED", first_line(error)
 
 

@@ -142,11 +142,31 @@ def test_exit_codes(capsys):
     assert "error: [Errno 28] No space left on device: free some space; repeat the command to continue" in printed
 
 
+IGNORED = """class Thing:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+    Thing()
+    time.sleep(60)"""
+IN_RAY = """import ray
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    stops.handle_signals()  # as `cluster.connect` does, because Ray replaces the handler
+    threading.Timer(1, signal.raise_signal, [signal.SIGTERM]).start()
+    ray.get(ray.remote(lambda: time.sleep(60)).remote())"""
+
+
 @pytest.mark.parametrize(
-    ("end", "code"), [("raise KeyboardInterrupt", 130), ("signal.raise_signal(signal.SIGTERM)", 143)]
+    ("end", "code"),
+    [
+        ("raise KeyboardInterrupt", 130),
+        ("signal.raise_signal(signal.SIGTERM)", 143),
+        (IGNORED, 143),
+        (IN_RAY, 143),
+    ],
+    ids=["ctrl-c", "sigterm", "in a destructor", "while Ray waits"],
 )
 def test_a_job_that_is_stopped_says_how_to_continue(end, code):
-    job = f"import signal\nfrom pipeline.config import run_job\ndef main(argv):\n    {end}\nrun_job(main)"
+    job = "import signal, threading, time\nfrom pipeline import stops\nfrom pipeline.config import run_job\n"
+    job += f"def main(argv):\n    {end}\nrun_job(main)"
     done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, timeout=120)
     assert done.returncode == code
     assert "stopped; repeat the command to continue" in done.stderr
