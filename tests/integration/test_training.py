@@ -30,7 +30,7 @@ from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from pipeline.training.loop import share_weights
 from pipeline.training.plan import make_plan
-from pipeline.training.run import claim, find_record, finished_checkpoint, restore_record
+from pipeline.training.run import claim, find_record, finished_checkpoint, pretrain, restore_record
 from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import checkpoints
 from tests.datasets import write_tinted
@@ -345,6 +345,25 @@ def test_a_run_with_a_damaged_last_checkpoint_is_not_finished(base, tmp_path, ki
     assert finished_checkpoint(plan) is None
     assert checkpoints.latest(str(tmp_path)).step == 4
     assert checkpoint.repair(str(tmp_path))[1] is False
+
+
+def test_a_finished_run_registers_only_what_is_not_damaged(base, data, tmp_path):
+    """The best checkpoint by validation is damaged: the next best one is registered, and the last one as always."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    job = changed(base, output=str(tmp_path / "run"), steps="8steps", workers=1, tracking_uri=uri, register="demo")
+    claim(make_plan(job, open_dataset(data), 1), job.runtime.output)
+    writer = written(tmp_path / "run")
+    for step, top1 in ((2, 50.0), (4, 90.0), (6, 70.0), (8, 60.0)):
+        metrics = {names.VAL_TOP1: top1}
+        writer.save(step, tensors_of(writer, step), {"metrics": metrics, "config": {"classes": ["a", "b", "c"]}})
+    writer.wait()
+    two, four, six, eight = (checkpoints.folder(job.runtime.output, step) for step in (2, 4, 6, 8))
+    flip_bit(Path(four, "model.safetensors"))
+    with lines_of_log() as lines:
+        result = pretrain(job)
+    assert result["registered"] == {"demo/1": six, "demo/2": eight}
+    assert any(f"not registered: {four}/model.safetensors: damaged" in line for line in lines)
+    assert two not in result["registered"].values()
 
 
 def test_a_run_is_not_finished_before_the_validation_that_a_stop_has_prevented(base, data, tmp_path):
