@@ -87,7 +87,11 @@ class Tree:
             return [inside + info.path for info in storage.list_files(self.uri) if not _is_litter(info.path)]
         if self.kind == "zip":
             with self._zip() as archive:
-                return [i.filename for i in archive.infolist() if not i.is_dir() and not _is_litter(i.filename)]
+                return [
+                    i.filename
+                    for i in archive.infolist()
+                    if i.filename and not i.is_dir() and not _is_litter(i.filename)
+                ]
         return [name for name, _ in self.walk()]
 
     def walk(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, IO[bytes]]]:

@@ -607,3 +607,13 @@ def test_readers_survive_much_damage(tmp_path_factory, files, name):
         attack(tmp_path_factory, files, name, damage)
 
     survives()
+
+
+def test_a_member_without_a_name_is_skipped(tmp_path):
+    """zipfile ends names at a NUL; the name of this member begins with one."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.png", PNG)
+        archive.writestr("a/1.png", PNG)
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"x.png", b"\0.png"))
+    assert Tree(str(tmp_path / "a.zip")).names() == ["a/1.png"]
