@@ -96,7 +96,7 @@ def moto() -> Iterator[str]:
         command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         endpoint = f"http://127.0.0.1:{port}"
-        if _answers(endpoint, server):
+        if _serves(endpoint, server):
             break
     try:
         yield endpoint
@@ -105,14 +105,14 @@ def moto() -> Iterator[str]:
         server.wait()
 
 
-def _answers(endpoint: str, server: subprocess.Popen, seconds: float = 300) -> bool:
-    """Whether a server answers HTTP before it ends; one whose port is taken ends."""
+def _serves(endpoint: str, server: subprocess.Popen, seconds: float = 300) -> bool:
+    """Whether moto answers before it ends, which it does when its port is taken."""
     deadline = time.monotonic() + seconds
     while server.poll() is None:
         assert time.monotonic() < deadline, f"{server.args} does not answer"
         with contextlib.suppress(OSError, http.client.HTTPException):
-            urllib.request.urlopen(endpoint, timeout=5).close()
-            return server.poll() is None
+            urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5).close()  # another server has no such page
+            return True
         time.sleep(0.1)
     return False
 
