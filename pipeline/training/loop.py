@@ -126,8 +126,7 @@ class Trainer:
         # scores of the last validation and its step: a checkpoint of another step must not carry them
         self.scores = {name: value for name, value in saved.items() if name.startswith("val/")}
         self.scored_step = self.first
-        # whether the validation of the last step is still to be done, because the workers had to leave during it
-        self.unvalidated = bool(start.commit.get("unvalidated")) if start is not None else False
+        self.unvalidated = start is not None and bool(start.commit.get("unvalidated"))  # was stopped in a validation
         if start is not None:
             self._restore(start)
         self.few_shot = FewShot(plan, worker) if config.runtime.fewshot.train else None
