@@ -3,7 +3,7 @@ this project (timm, torchvision, Hugging Face, Google, ...)."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from models import create_model
 from models.pixels import fold_normalisation
@@ -61,14 +61,19 @@ def _normalisation(
     place = folder_of(place)
     processor = storage.join(place, "preprocessor_config.json")  # of Hugging Face
     if config := section(description, "pretrained_cfg"):  # of timm
-        found = [config.get(name) for name in ("mean", "std")]
+        mean, std = (config.get(name) for name in ("mean", "std"))
     elif storage.exists(processor):
         config = section({"values": storage.read_json(processor)}, "values")
-        found = [config.get(name) for name in ("image_mean", "image_std")]
+        mean, std = (config.get(name) for name in ("image_mean", "image_std"))
     else:
         return None
-    usable = all(isinstance(v, list) and len(v) == 3 and all(isinstance(x, int | float) for x in v) for v in found)
-    return (found[0], found[1]) if usable and all(found[1]) else None
+    if not _are_colours(mean) or not _are_colours(std) or not all(std):
+        return None
+    return mean, std
+
+
+def _are_colours(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
 
 
 def labels_of(description: Mapping[str, Any]) -> list[str]:

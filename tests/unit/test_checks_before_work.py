@@ -345,7 +345,10 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
             "evaluate --suite folder --runs run --data data --output out --every-step 0",
             "--every-step must be at least 1",
         ),
-        ("evaluate --suite folder --runs run --data data --output out --margin nan", "--margin must be a number"),
+        (
+            "evaluate --suite folder --runs run --data data --output out --margin nan",
+            "margin nan must be a finite number",
+        ),
         ("evaluate --suite folder --model a/b --data data --output out", '--model "a/b"'),
         (
             "evaluate --suite folder --runs run --data data --output out --transfer.lrs inf",
@@ -354,7 +357,10 @@ def test_output_in_a_bucket_that_does_not_exist(s3):
         ("evaluate --suite folder --runs run --data data --output /proc/x", "--output /proc/x"),
         ("evaluate --runs run --prune --keep-last -1", "--keep-last must be at least 1"),
         ("prepare --source images --output out --num-cpus 0", "--num-cpus must be at least 1"),
-        ("prepare --source images --output out --max-reject-fraction nan", "--max-reject-fraction nan"),
+        (
+            "prepare --source images --output out --max-reject-fraction nan",
+            "max_reject_fraction nan must be a finite number",
+        ),
         ("prepare --source images --output out --splits train=0.5 val=0.7", "fractions that add up to 1"),
         ("prepare --source images --output /proc/x", "--output /proc/x"),
         ("prepare --source images --output out --tracking-uri nonsense://x", "no store nonsense://"),
