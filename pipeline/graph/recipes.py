@@ -9,7 +9,7 @@ from pipeline.config import fingerprint
 from pipeline.errors import UserError
 from pipeline.graph.file import Pipeline, Promotion, Stage
 
-HELD_OUT = ("test", "val", "validation")
+PREFERRED = ("test", "val", "validation")  # held-out splits
 
 
 def demo(data: str | None = None, output: str | None = None, sample: int = 3000, steps: int | None = None) -> Pipeline:
@@ -33,7 +33,7 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
         source = storage.normalise(data)
         fields = {"source": [source], "size": 40, "sample": sample}
         splits = _splits(source)
-        seen, unseen = hold_out_classes(f"{source}/train" if splits else source) or ([], [])
+        seen, unseen = hold_out_classes(f"{splits[0]}/{splits[1]}" if splits else source) or ([], [])
         parts = {"data": seen, **({"unseen": unseen} if unseen else {})}
         if splits is None:
             for part, classes in parts.items():
@@ -43,8 +43,8 @@ def demo(data: str | None = None, output: str | None = None, sample: int = 3000,
         else:
             folder = f"{root}/{list(parts)[-1]}"
             for part, classes in parts.items():
-                for split, name, share in (("train", "train", 4 * sample // 5), ("test", splits, sample // 5)):
-                    own = {"source": [f"{source}/{name}"], "sample": share, "splits": [], "include": classes}
+                for split, name, share in (("train", splits[1], 4 * sample // 5), ("test", splits[2], sample // 5)):
+                    own = {"source": [f"{splits[0]}/{name}"], "sample": share, "splits": [], "include": classes}
                     stage = split if part == "data" else f"{part}_{split}"
                     own["output"] = f"{root}/{part}/{split}"
                     stages[stage] = Stage(job="prepare", recipe="demo", fields={**fields, **own})
@@ -90,21 +90,29 @@ def _default_output(data: str | None) -> str:
     return f"runs/demo-{name}-{fingerprint(storage.normalise(data))[:6]}"
 
 
-def _splits(source: str) -> str | None:
-    """The name of the labelled held-out folder next to train/; None if the folders of the source are classes."""
-    folders = storage.list_folders(source)
-    held_out = [name for name in HELD_OUT if name in folders]
-    if "train" not in folders or len(held_out) < 2:
-        return held_out[0] if held_out and "train" in folders else None
+def _splits(source: str) -> tuple[str, str, str] | None:
+    """(folder of the splits, training folder in it, labelled held-out folder in it); None if the folders of the source are
+    classes. The splits may have other names, as in Training and Testing, and lie deeper, as in images/train."""
     from pipeline.data import sources  # late: --help does not need its libraries
+    from pipeline.data.sources.layout import split_folders, split_of_folder, visible_folders
+    from pipeline.data.sources.words import TRAIN
 
-    with contextlib.suppress(UserError):
-        [found] = sources.discover([source])
-        labelled = {row["split"] for row in found.fragments.to_pylist() if row["labels"]}
-        held_out.sort(
-            key=lambda name: name not in labelled
-        )  # unlabelled splits last, such as the test split of Tiny-ImageNet
-    return held_out[0]
+    folder, names = source, visible_folders(source)
+    while not (found := split_folders(names)) and len(names) == 1:
+        folder = f"{folder}/{names[0]}"
+        names = visible_folders(folder)
+    train = next((name for name, split in found.items() if split in TRAIN), None)
+    held_out = [name for name, split in found.items() if split not in TRAIN]
+    if train is None or not held_out:
+        return None
+    held_out.sort(key=lambda name: PREFERRED.index(found[name]) if found[name] in PREFERRED else len(PREFERRED))
+    if len(held_out) > 1:
+        with contextlib.suppress(UserError):
+            [scanned] = sources.discover([source])
+            rows = scanned.fragments.to_pylist()
+            labelled = {split_of_folder(row["split"]) for row in rows if row["labels"] and row["split"]}
+            held_out.sort(key=lambda name: found[name] not in labelled)  # unlabelled ones last, as of Tiny-ImageNet
+    return folder, train, held_out[0]
 
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {"demo": demo}

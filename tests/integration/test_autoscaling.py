@@ -283,7 +283,6 @@ class AutoscalingCluster:
         }
         (folder / "cluster.json").write_text(json.dumps(config))
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
-        command += [f"--dashboard-port={free_port()}"]
         command += ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={folder}/cluster.json"]
         command += [f"--temp-dir={folder}", "--object-store-memory=100000000", "--disable-usage-stats"]
         command += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]

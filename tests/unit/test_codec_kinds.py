@@ -3,6 +3,7 @@ lossless images, very narrow images, invalid EXIF."""
 
 import io
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from tests.images import encoded, jpeg, picture
 LIMIT = 10**7
 
 
-def heic(pixels):
+def heic(pixels, **options):
     heif = pytest.importorskip("pillow_heif")
     sink = io.BytesIO()
-    heif.from_pillow(Image.fromarray(pixels)).save(sink, quality=95)
+    heif.from_pillow(Image.fromarray(pixels)).save(sink, quality=95, **options)
     return sink.getvalue()
 
 
@@ -62,7 +63,19 @@ def test_slivers_are_refused_unless_the_caller_accepts_them():
         assert codecs.decode(data, LIMIT, math.inf).pixels.shape == (1, 1000, 3)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "CMYK"])
+def tiff(pixels, exif):
+    """A TIFF whose last tag is the offset of its EXIF: that of `exif`, which is put at its end."""
+    data = encoded(Image.fromarray(pixels), "TIFF")
+    (first,) = struct.unpack("<I", data[4:8])
+    (count,) = struct.unpack("<H", data[first : first + 2])
+    tags = data[first + 2 : first + 2 + 12 * count]
+    place = len(data) + 2 + 12 * (count + 1) + 4
+    directory = struct.pack("<H", count + 1) + tags + struct.pack("<HHII", 0x8769, 4, 1, place) + bytes(4)
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + directory + exif
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Tag data larger", "ignore:Possibly corrupt EXIF")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "CMYK", "HEIC"])
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
@@ -71,6 +84,11 @@ def test_unreadable_exif_loses_no_pixels(format, exif):
     image, format = (image.convert("CMYK"), "JPEG") if format == "CMYK" else (image, format)
     if format == "AVIF":  # the encoder refuses such EXIF, so it is inserted into a finished file
         data = encoded(image, format, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0").replace(b"II*\0", exif[6:10])
+    elif format == "HEIC":
+        data = heic(picture(12, 16), exif=exif)
+    elif format == "TIFF":
+        data = tiff(picture(12, 16), exif[6:])
     else:
-        data = encoded(image, format, **({} if format == "TIFF" else {"exif": exif}))
+        data = encoded(image, format, exif=exif)
+    assert exif[6:10] in data
     assert codecs.decode(data, LIMIT).pixels.shape == (12, 16, 3)

@@ -1,8 +1,12 @@
 """Duplicate search: duplicates are found, other images are kept, and the banded
 join agrees with a comparison of all pairs."""
 
+import io
 import itertools
 import logging
+import os
+import tarfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import simplejpeg
 
 from pipeline import workqueue
+from pipeline.data import codecs
 from pipeline.data.duplicates.candidates import (
     KEY,
     PIXELS,
@@ -185,6 +190,22 @@ def test_pictures_that_are_posed_alike_are_not_copies(pose):
     assert not any(compare_views(b, a, mirrored=mirrored).same for a, b in pairs for mirrored in (False, True))
 
 
+REAL_DATA = os.environ.get("VIT_REAL_DATA")
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="VIT_REAL_DATA is not set")
+def test_photographs_that_are_posed_alike_are_not_copies():
+    """Aeroplanes from the side: no pair that hashing proposes, and none of 150 others, is confirmed."""
+    paths = sorted(Path(REAL_DATA, "caltech-airplanes-80").glob("*.jpg"))
+    assert len(paths) == 80
+    photos = [codecs.decode(path.read_bytes(), 10**8).pixels.copy() for path in paths]
+    _, confirmed = proposed_and_confirmed(photos)
+    assert confirmed == set()
+    copies = [small_copy(pixels) for pixels in photos]
+    some = np.random.default_rng(0).permutation(list(itertools.combinations(range(80), 2)))[:150].tolist()
+    assert not any(compare_views(copies[b], copies[a]).same for a, b in some)
+
+
 def test_hashing_alone_would_mistake_similar_poses_for_copies():
     proposed, _ = proposed_and_confirmed([POSES["outlines"](seed) for seed in range(12)])
     assert len(proposed) >= 20
@@ -250,6 +271,34 @@ def test_another_light_on_the_same_things_is_another_picture():
     turned = POSES["turned"]
     lit = [(small_copy(turned(seed)), small_copy(turned(seed + 18))) for seed in range(0, 18, 3)]
     assert not any(compare_views(a, b).same for a, b in lit)
+
+
+def test_raw_images_and_archives_beside_datasets_belong_to_the_set(tmp_path, caplog):
+    """All images below the address of --decontaminate count, whatever form they have; reports and tables are none."""
+    data = [simplejpeg.encode_jpeg(textured(i), 95, "RGB", "420") for i in range(6)]
+    write_dataset(str(tmp_path / "sets" / "done"), [("a", data[0], 0, 320, 240)], classes=["x"])
+    for name, content in {
+        "raw/b/1.jpg": data[1],
+        "raw/b/labels.csv": b"file,label\n1.jpg,x\n",
+        "2.png": cv2.imencode(".png", textured(2)[:, :, ::-1])[1].tobytes(),
+        "raw/3": data[3],
+        "done/duplicates.png": data[5],
+    }.items():
+        path = tmp_path / "sets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with tarfile.open(tmp_path / "sets" / "more.tar", "w") as tar:
+        member = tarfile.TarInfo("4.jpg")
+        member.size = len(data[4])
+        tar.addfile(member, io.BytesIO(data[4]))
+    logging.getLogger("pipeline").propagate = True
+    with caplog.at_level(logging.INFO, "pipeline"), workqueue.without_ray():
+        index = index_evaluation_sets([str(tmp_path / "sets")], 10**8)
+    assert index.count == 5
+    for i in range(5):
+        assert index.find(hash_image(textured(i)), textured(i), 30) is not None
+    assert index.find(hash_image(textured(5)), textured(5), 30) is None
+    assert "beside the datasets are part of the set, such as 2.png" in caplog.text
 
 
 def test_an_evaluation_set_without_images(tmp_path):

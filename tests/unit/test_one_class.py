@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pipeline import workqueue
-from pipeline.data import open_dataset
+from pipeline.data import open_dataset, sources
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.errors import UserError
 from pipeline.graph.recipes import demo
@@ -36,6 +36,38 @@ def test_one_class_is_a_warning_in_prepare_and_an_error_in_training(tmp_path, ca
     with pytest.raises(UserError, match=r"has one class \(ant\).*--one-class"):
         check_data(config(), dataset)
     check_data(config(one_class=True), dataset)
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_said(tmp_path, caplog):
+    dataset = prepared(tmp_path, "ant", "bee")
+    check_data(config(), dataset)
+    assert "multiple of the patch size" not in caplog.text
+    odd = dataclasses.replace(config(), image_size=20)
+    check_data(dataclasses.replace(odd, augment=dataclasses.replace(odd.augment, size=20)), dataset)
+    assert "--image-size 20 is not a multiple of the patch size" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Training", "Testing"), ("images/train", "images/val"), ("TRAIN", "TEST"), ("train", "test1")]
+)
+def test_the_demo_takes_splits_of_other_names_and_places(tmp_path, train, test):
+    for split in (train, test):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.jpg").write_bytes(jpeg())
+    stages = demo(data=str(tmp_path)).stages
+    assert stages["train"].fields["source"] == [f"{tmp_path}/{train}"]
+    assert stages["test"].fields["source"] == [f"{tmp_path}/{test}"]
+
+
+def test_an_empty_class_folder_is_mentioned(tmp_path, caplog):
+    for name in ("ant", "bee", "cow", ".hidden"):
+        (tmp_path / "in" / "photos" / name).mkdir(parents=True)
+    for name in ("ant", "bee"):
+        (tmp_path / "in" / "photos" / name / "0.jpg").write_bytes(jpeg())
+    with workqueue.without_ray():
+        sources.discover([str(tmp_path / "in")])
+    assert "1 folder without files, such as photos/cow, is not among the classes" in caplog.text
 
 
 def test_classes_of_a_validation_set_are_matched_by_name(tmp_path):

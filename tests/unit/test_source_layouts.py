@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import logging
 import tarfile
 import unicodedata
+import zipfile
 
 import cv2
 import numpy as np
@@ -12,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import workqueue
 from pipeline.data import sources
-from pipeline.data.sources import Columns, tfrecord
+from pipeline.data.sources import Columns, table_chunks, tfrecord
+from pipeline.data.sources.large_tables import open_label_table
 from pipeline.errors import UserError
 
 JPEG = cv2.imencode(".jpg", np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))[1].tobytes()
@@ -40,13 +44,36 @@ def rows(uri, **options):
 
 JUNK = (
     ".git/a.jpg .ipynb_checkpoints/a.jpg .Trash-1000/a.jpg ant/.hidden.jpg ant/@eaDir/a.jpg #recycle/a.jpg $RECYCLE.BIN/a.jpg "
-    "lost+found/a.jpg __MACOSX/ant/a.jpg CVS/a.jpg __pycache__/a.jpg ant/Thumbs.db ant/._a.jpg"
+    "lost+found/a.jpg __MACOSX/ant/a.jpg CVS/Entries ant/CVS/Root RECYCLER/a.jpg recycled/Dc1.jpg __pycache__/a.jpg "
+    "ant/Thumbs.db ant/._a.jpg"
 )
 
 
 def test_files_of_operating_systems_are_not_inputs(tmp_path):
     root = write(tmp_path, "ant/a.jpg", "bee/b.jpg", "bee/..c.jpg", *JUNK.split(), "System Volume Information/a.jpg")
     assert labels(root) == {"ant/a.jpg": ["ant"], "bee/b.jpg": ["bee"]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_classes_that_are_called_like_system_folders(tmp_path, caplog, kind):
+    """Folders of recycled things and of a chain of shops are classes. Ignored members of archives are counted."""
+    names = ["recycled/0.jpg", "CVS/1.jpg", "glass/2.jpg", "CVS/Entries", "recycled/INFO2", "glass/._2.jpg"]
+    if kind == "folder":
+        write(tmp_path, *names)
+    elif kind == "tar":
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(JPEG)
+                archive.addfile(member, io.BytesIO(JPEG))
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, JPEG)
+    logging.getLogger("pipeline").propagate = True
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert sorted(labels(str(tmp_path)).values()) == [["CVS"], ["glass"], ["recycled"]]
+    assert "ignored 3 hidden or system files" in caplog.text
 
 
 def test_a_file_that_is_not_an_image_is_counted_as_such(tmp_path):
@@ -269,3 +296,45 @@ def test_a_parquet_file_without_rows_is_one_error(tmp_path):
     )
     with pytest.raises(UserError, match="no rows"):
         sources.discover([str(tmp_path)])
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["read at once", "in chunks"])
+@pytest.mark.parametrize(("name", "rows"), [("labels.tsv", "{:02d}.jpg\t{}"), ("labels.csv", "{:02d},{}")])
+def test_a_label_that_begins_with_a_quotation_mark_swallows_no_rows(tmp_path, monkeypatch, large, name, rows):
+    """The rows up to the next quotation mark would be part of the label. Texts of several lines stay as they are."""
+    if large:
+        monkeypatch.setattr(table_chunks, "LARGE_BYTES", 1)
+    separator = rows[-3]
+    things = ["nut", '"3/4 bolt', "saw", '"3/4 bolt', "nut"]
+    head = [f"file{separator}label"]
+    (tmp_path / name).write_text("\n".join(head + [rows.format(i, thing) for i, thing in enumerate(things)]))
+    with workqueue.without_ray(), pytest.raises(UserError, match="has an opening quotation mark"):
+        open_label_table(str(tmp_path / name))
+    texts = ['"3/4"" bolt"', "saw", '"a nut, of\nsteel"']
+    (tmp_path / name).write_text("\n".join(head + [rows.format(i, thing) for i, thing in enumerate(texts)]))
+    with workqueue.without_ray():
+        assert open_label_table(str(tmp_path / name)).has_labels
+
+
+def test_rows_in_other_case_match_files_in_folders(tmp_path):
+    """0.JPG in a table is images/0.jpg unless several rows or files could be meant; errors name the nearest file."""
+    root = write(tmp_path, "images/0.jpg", "images/1.jpg")
+    write(tmp_path, "labels.csv", data=b"file,label\n0.JPG,ant\n1.Jpg,bee\n")
+    assert labels(root) == {"images/0.jpg": ["ant"], "images/1.jpg": ["bee"]}
+    write(tmp_path, "labels.csv", data=b"file,label\n0.JPG,ant\n0.Jpg,bee\n")
+    with pytest.raises(UserError, match=r"names none of the files; the table has '0.JPG' \(did you mean"):
+        labels(root)
+
+
+def test_a_column_for_each_class_is_advised_as_such(tmp_path):
+    root = write(tmp_path, "0.jpg", "1.jpg")
+    write(tmp_path, "labels.csv", data=b"file,age,cat,dog\n0.jpg,3,0,1\n1.jpg,5,1,0\n")
+    with pytest.raises(UserError, match="perhaps with --label-column cat,dog"):
+        labels(root)
+    assert list(labels(root, columns=Columns(label="cat,dog")).values()) == [["dog"], ["cat"]]
+
+
+def test_partitions_of_any_column_are_classes(tmp_path):
+    root = write(tmp_path, "species=cat/0.jpg", "species=big%20dog/1.jpg")
+    assert labels(root) == {"species=cat/0.jpg": ["cat"], "species=big%20dog/1.jpg": ["big dog"]}
+    assert list(labels(write(tmp_path / "other", "a=1/0.jpg", "b=1/1.jpg")).values()) == [["a=1"], ["b=1"]]

@@ -16,10 +16,11 @@ from pipeline import storage, workqueue
 from pipeline.data import codecs, sources
 from pipeline.data.duplicates.candidates import ALIGNMENTS, PERCEPTUAL, PIXELS, Removal
 from pipeline.data.duplicates.hashes import VIEW, Hashes, compare_bits, hash_image, join_keys
+from pipeline.data.duplicates.report import DUPLICATES, PAIRS
 from pipeline.data.duplicates.verification import Agreement, compare_views, small_copy
-from pipeline.data.format import MANIFEST, open_dataset
+from pipeline.data.format import MANIFEST, REJECTS, open_dataset
 from pipeline.data.format.describe import thumbnail
-from pipeline.errors import UserError
+from pipeline.errors import UserError, plural
 from pipeline.revision_names import split_address
 
 MAX_PROPOSALS = 8  # evaluation images that are compared in detail with one image
@@ -158,14 +159,36 @@ def parts_of_set(uri: str) -> Iterator[Any]:
     if split_address(uri)[1] is not None:
         yield from ((uri, group) for group in range(len(open_dataset(uri).row_groups)))
         return
-    datasets = [f.uri for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
-    for manifest in datasets:
-        folder = manifest.rpartition("/")[0]
-        yield from ((folder, group) for group in range(len(open_dataset(folder).row_groups)))
-    if not datasets:
-        for source in sources.discover([uri], need_names=False, unlabelled=True):
-            step = 512 if source.one_image_per_fragment else 1
-            yield from ((source, first, step) for first in range(0, source.fragments.num_rows, step))
+    folders = [f.path[: -len(MANIFEST)] for f in storage.list_files(uri) if f.path.rpartition("/")[2] == MANIFEST]
+    for folder in folders:
+        dataset = f"{uri}/{folder}".rstrip("/")
+        yield from ((dataset, group) for group in range(len(open_dataset(dataset).row_groups)))
+    if not folders:
+        found = sources.discover([uri], need_names=False, unlabelled=True)
+    elif "" not in folders:
+        found = _beside_datasets(uri, folders)
+    else:
+        return
+    for source in found:
+        step = 512 if source.one_image_per_fragment else 1
+        yield from ((source, first, step) for first in range(0, source.fragments.num_rows, step))
+
+
+def _beside_datasets(uri: str, folders: Sequence[str]) -> list[sources.Source]:
+    """Images and archives that are not in the folders of datasets, whose paths end in a slash. Reports of `prepare` are
+    none."""
+    files = sources.list_source(uri)
+    keep = [
+        not path.startswith(tuple(folders)) and path.rpartition("/")[2] not in (REJECTS, DUPLICATES, PAIRS)
+        for path in files["path"].to_pylist()
+    ]
+    found = sources.discover_unlabelled(uri, files.filter(pa.array(keep, pa.bool_())))
+    for source in found:
+        logger.info(
+            "--decontaminate %s: %s of format %s beside the datasets are part of the set, such as %s", uri,
+            plural(source.fragments.num_rows, "fragment"), source.kind, source.fragments["path"][0].as_py(),
+        )  # fmt: skip
+    return found
 
 
 def read_part(part: Any, max_pixels: int) -> Iterator[tuple[str, np.ndarray | None, str]]:

@@ -10,6 +10,7 @@ from pipeline.data.duplicates.hashes import BITS
 from pipeline.data.format import MAX_ROW_GROUP_BYTES
 from pipeline.data.prepare.builtin import BUILTIN
 from pipeline.data.prepare.config import FROM_SOURCE, MERGE, WORK, PrepareConfig
+from pipeline.data.sources.split_columns import split_of_others
 from pipeline.errors import UserError
 
 MAX_SPLITS = 64  # a column with more values is not a split column
@@ -94,11 +95,13 @@ def parse_splits(splits: Sequence[str]) -> dict[str, float]:
 
 
 def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, float]:
-    """{split: fraction} of the dataset, given the splits of the sources; fractions are 0 when the source determines the
-    splits.
+    """{split: fraction} of the dataset, given the splits of the sources, with "" if some images have none; fractions are
+    0 when the source determines the splits.
 
     Raises UserError when splits of the source would be merged without --splits merge, or when the source has no splits.
     """
+    others = split_of_others(found) if "" in found else None
+    unnamed, found = "" in found, [name for name in found if name]
     if config.splits == FROM_SOURCE:
         if not found:
             raise UserError(
@@ -110,11 +113,17 @@ def resolve_splits(config: PrepareConfig, found: Sequence[str]) -> dict[str, flo
                 f"--splits from-source: {f'{odd[0]!r} is not a valid folder name' if odd else f'{len(found)} splits'}; name the "
                 "column of the splits with --split-column, or give fractions (train=0.9 val=0.1)"
             )
-        return dict.fromkeys(found, 0.0)
+        return dict.fromkeys([*found, *([others] if others else [])], 0.0)
     if len(found) > 1 and config.splits != MERGE:
         shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
         raise UserError(
             f"{config.source[0]}: has the splits {shown}, which would become one dataset; --splits from-source keeps "
             f"them separate, --splits merge merges them, --include (or --source with its folder) selects one"
+        )
+    if found and unnamed and config.splits != MERGE:
+        what = f"makes the others the split {others}" if others else "rejects the others"
+        raise UserError(
+            f"{config.source[0]}: some images belong to the split {found[0]}, the others to none, and all would become one "
+            f"dataset; --splits from-source {what}, --splits merge merges them, --include selects some"
         )
     return parse_splits(config.splits)

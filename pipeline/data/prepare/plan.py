@@ -28,6 +28,7 @@ from pipeline.data.prepare.change import APPEND, DELETE
 from pipeline.data.prepare.checks import parse_splits, resolve_splits
 from pipeline.data.prepare.config import FROM_SOURCE, LISTINGS, WORK, PrepareConfig, identity
 from pipeline.data.sources import Labels, Source
+from pipeline.data.sources.split_columns import split_of_others
 from pipeline.errors import UserError, plural
 from pipeline.revision_names import shard_prefix
 from pipeline.workqueue import Receipts
@@ -75,6 +76,12 @@ class PreparePlan:
     def source_decides(self) -> bool:
         """Whether the source determines the splits."""
         return not any(self.splits.values())
+
+    @property
+    def split_of_others(self) -> str | None:
+        """The split of the images without one, if the source determines the splits; None: they are rejected."""
+        named = {split for source in self.sources for split in source.splits}
+        return split_of_others(named) if self.source_decides and "" in named else None
 
     @property
     def receipts(self) -> Receipts:
@@ -234,8 +241,9 @@ def _without_unlabelled_splits(source: Source) -> Source:
     if not source.one_image_per_fragment:
         return source  # labels of archives are known only after reading; `finish` drops such splits
     labelled = source.fragments.filter(pc.is_valid(source.fragments["labels"]))["split"]
-    without = set(source.splits) - set(pc.unique(labelled).to_pylist())
-    if not without or len(without) == len(source.splits):
+    named = {split for split in source.splits if split}
+    without = named - set(pc.unique(labelled).to_pylist())
+    if not without or without == named:
         return source
     gone = pc.is_in(source.fragments["split"], pa.array(sorted(without)))
     for split in sorted(without):

@@ -98,7 +98,7 @@ def _prepare_slice(number: int, plan: PreparePlan) -> dict[str, Any]:
             try:
                 if there:
                     raise Refused("duplicate key")
-                if item.split is None and plan.source_decides:
+                if item.split is None and plan.source_decides and plan.split_of_others is None:
                     raise item.refused or Refused("no split")
                 _prepare_item(item, split, plan, counts, writers[split])
             except Refused as refused:
@@ -222,10 +222,10 @@ def transform(image: bytes | np.ndarray, config: PrepareConfig) -> tuple[np.ndar
 
 
 def split_of_item(item: Item, plan: PreparePlan, thresholds: list[float]) -> str:
-    """The split of an input. In a source with splits, inputs without one are assigned to the first."""
+    """The split of an input. In a source with splits, inputs without one are assigned to `split_of_others` or the first."""
     names = list(plan.splits)
     if plan.source_decides:
-        return item.split if item.split in plan.splits else names[0]
+        return item.split if item.split in plan.splits else plan.split_of_others or names[0]
     return names[0] if len(names) == 1 else names[_split_of(item.key, thresholds)]
 
 

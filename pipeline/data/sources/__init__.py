@@ -11,7 +11,7 @@
 
 `discover` scans a source once, on the driver, and returns a `Source`: a table of *fragments*, each an independent range of the
 input (one image file, a stretch of a tar, some row groups) with its size. `read` turns fragments into `Item`s, anywhere.
-Label names are text throughout; `Labels` turns them into class indices. Hidden and system files (`listing.JUNK`) are
+Label names are text throughout; `Labels` turns them into class indices. Hidden and system files (`words.JUNK`) are
 ignored.
 
     layout     which folders name the classes and the splits        naming     tables and folders together, for every path
@@ -21,10 +21,10 @@ ignored.
 Each format is one module with `matches`, `scan` and `read` (`items.SourceFormat`), listed in `discovery.FORMATS`.
 """
 
-from pipeline.data.sources.discovery import FORMATS, discover, key_prefixes, read
+from pipeline.data.sources.discovery import FORMATS, discover, discover_unlabelled, key_prefixes, read
 from pipeline.data.sources.items import FRAGMENTS, Downloads, Item, ScanOptions, Source, SourceFormat
 from pipeline.data.sources.labels import Labels, make_labels, read_label_map
-from pipeline.data.sources.listing import SPILL_ROWS, in_batches, shuffled
+from pipeline.data.sources.listing import SPILL_ROWS, in_batches, list_source, shuffled
 from pipeline.data.sources.parallel_listing import ParallelListing
 from pipeline.data.sources.prefetch import prefetched
 from pipeline.data.sources.tables import Columns, LabelTable, read_label_table
@@ -43,8 +43,10 @@ __all__ = [
     "Source",
     "SourceFormat",
     "discover",
+    "discover_unlabelled",
     "in_batches",
     "key_prefixes",
+    "list_source",
     "make_labels",
     "prefetched",
     "read",

@@ -26,7 +26,7 @@ from pipeline.data.sources.layout import (
 from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.naming import Naming, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable, file_hash, read_label_table
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, plural
 
 logger = logging.getLogger(__name__)
 MAX_IMAGE_KEYS = 1 << 14  # hashes of image names of an archive, which show whether a table is about them
@@ -56,13 +56,13 @@ class FileScan:
     problem: str = ""
     """Why the archive could not be read to its end."""
     splits: Iterable[str] = ()
-    """The splits that the rows or members belong to."""
+    """The splits that the rows or members belong to; with "" if some belong to none."""
     folders: Mapping[tuple[str, ...], int] = field(default_factory=dict)
     """Folders of the members that have no other label, with the number of images in each folder."""
     wordnet: Iterable[str] = ()
     """WordNet ids at the beginning of the names of those members."""
-    splits_in_names: set[str | None] = field(default_factory=set)
-    """The splits that the image file names contain; includes None if a name contains no split."""
+    splits_in_names: Counter[str | None] = field(default_factory=Counter)
+    """The splits that the image file names contain; None for names without one."""
     tables: list[tuple[str, bytes]] = field(default_factory=list)
     """Label tables in the archive: (name, contents)."""
     scattered: bool = False
@@ -79,6 +79,8 @@ class FileScan:
     """Names of the fields or columns that were searched for a label."""
     image_keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """The smallest `tables.file_hash` of the images, at most MAX_IMAGE_KEYS."""
+    ignored: tuple[int, str] = (0, "")
+    """Number of hidden and system files among the members, and the name of one."""
     nested: str = ""
     """An archive in the archive that is not read, if there are no images."""
 
@@ -117,6 +119,9 @@ def scan_archives(
     if not rows:
         raise UserError(f"{uri}: its {name} files have no rows")
     _refuse_nested(uri, found)
+    if ignored := sum(scan.ignored[0] for scan in found):
+        example = next(scan.ignored[1] for scan in found if scan.ignored[0])
+        logger.info("%s: ignored %s in archives, such as %s", uri, plural(ignored, "hidden or system file"), example)
     naming = _naming(uri, found, options)
     names = {label for scan in found for label in scan.names}
     names |= naming.names() | _names_of_folders(found, naming)
@@ -127,8 +132,10 @@ def scan_archives(
     fragments = pa.table([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
     ordered = {scan.ordered_names for scan in found if scan.ordered_names}
     first_members = [names for scan in found for names in scan.first_members if names]
-    inside = {s for scan in found for s in scan.splits} | set(table.splits.values())
-    inside |= {split for part in naming.tables.values() for split in part.splits.values()}
+    inside = {s for scan in found for s in scan.splits} | table.named_splits
+    inside |= {split for part in naming.tables.values() for split in part.named_splits}
+    if any(part.of_splits and not _lists_all(part, found) for part in (table, *naming.tables.values())):
+        inside.add("")  # test.txt beside class folders
     folders = (Counter[tuple[str, ...]](scan.folders) for scan in found)
     inside |= {split for path in sum(folders, Counter()) if (split := naming.layout.split("/".join((*path, ""))))}
     if naming.layout.split_in_file_name:
@@ -146,10 +153,24 @@ def scan_archives(
         problem=next((scan.problem for scan in found if scan.problem), ""),
         hint=hint or _hint(found),
         prefix=options.prefix,
-        splits=tuple(sorted({*by_file.values(), *inside})),
+        splits=_named(by_file, inside, files.num_rows),
         columns=options.columns,
         stamp=" ".join(scan.stamp for scan in found).strip(),
     )
+
+
+def _named(by_file: Mapping[str, str], inside: set[str], files: int) -> tuple[str, ...]:
+    """The splits of a source, with "" if there is one split and some images may have none. by_file: the splits of the
+    archives that have one. inside: those of members and rows. files: number of archives."""
+    named = {*by_file.values(), *inside} - {""}
+    without = 0 < len(by_file) < files or ("" in inside and len(by_file) < files)
+    return tuple(sorted(named | {""} if len(named) == 1 and without else named))
+
+
+def _lists_all(table: LabelTable, found: Sequence[FileScan]) -> bool:
+    """Whether a table has rows for all images that are known by name."""
+    hashes = np.concatenate([scan.image_keys for scan in found])
+    return bool(np.isin(hashes, np.fromiter(map(file_hash, table.keys), np.uint64)).all())
 
 
 def _refuse_nested(uri: str, found: Sequence[FileScan]) -> None:
@@ -223,7 +244,7 @@ def _naming(uri: str, found: Sequence[FileScan], options: ScanOptions) -> Naming
     labelled = bool(options.table.labels) or ("" in tables and tables[""].has_labels)
     naming = with_layout(Naming(table=options.table, tables=tables), folders, layout_with, not labelled)
     layout = naming.layout
-    if layout.split_level is None and file_names_have_splits(set().union(*(scan.splits_in_names for scan in found))):
+    if layout.split_level is None and file_names_have_splits(sum((scan.splits_in_names for scan in found), Counter())):
         return dataclasses.replace(naming, layout=dataclasses.replace(layout, split_in_file_name=True))
     return naming
 

@@ -65,7 +65,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
         raise UserError(f"{uri}: not an Arrow file, or damaged ({error})") from error
     if columns.label_of_file and not columns.label:
         names = {columns.label_of_file}
-    found.names, found.splits = ordered or names, {split for split in splits if split}
+    found.names, found.splits = ordered or names, {split for split in splits if split is not None}
     if columns.label and not ordered and not options.columns.label and is_text(schema.field(columns.label).type):
         found.texts, found.text_samples, found.text_column = names, count, columns.label
     return found if count else FileScan(fragments=[])

@@ -16,13 +16,12 @@ from pipeline.data.sources.columns import (
     name_in_object,
     named_column,
     normalised_name,
-    split_column,
-    split_name,
     unnamed_object,
 )
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import partition_value
 from pipeline.data.sources.rows import parse_list
+from pipeline.data.sources.split_columns import split_column, split_name, with_unnamed
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
 from pipeline.errors import UserError
 
@@ -53,7 +52,11 @@ class RowColumns:
             in_files = None if wanted in self.partitions or self.one_hot else wanted
             self.label = None if self.one_hot else named_column(names, LABEL_COLUMNS, in_files, "--label-column")
             self.split = split_column(
-                names, None if named.split in self.partitions else named.split, distinct or (lambda _: ())
+                names,
+                None if named.split in self.partitions else named.split,
+                distinct or (lambda _: ()),
+                [f.name for f in schema if f.name in names and is_text(f.type) and not _holds_bytes(f.type)],
+                named.label,
             )
         except UserError as error:  # or StorageError, of `distinct`
             raise type(error)(f"{where}: {error}") from error
@@ -107,8 +110,8 @@ class RowColumns:
         return Item(key, where, bytes(data), labels, split=split)
 
     def names_and_splits(self, batch: pa.RecordBatch) -> tuple[set[str], set[str], bool]:
-        """(label names, splits, whether a row has more or fewer labels than one) of a
-        batch of label and split columns."""
+        """(label names, splits with "" for rows without one, whether a row has more or fewer labels than one) of a batch
+        of label and split columns."""
         names, many = set(self.one_hot), False
         if self.one_hot:
             many = any(len(self.labels(row) or ()) != 1 for row in batch.select(self.one_hot).to_pylist())
@@ -118,7 +121,7 @@ class RowColumns:
                 many |= found is not None and len(found) > 1
                 names.update(found or ())
         splits = distinct_values(batch.column(self.split)) if self.split else ()
-        return names, {name for value in splits if (name := split_name(value, self.split or ""))}, many
+        return names, with_unnamed(split_name(value, self.split or "") for value in splits), many
 
     @property
     def label_columns(self) -> list[str]:

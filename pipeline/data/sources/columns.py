@@ -1,5 +1,4 @@
-"""Columns of tables and of Parquet, JSON and TFRecord samples: finds the label
-and split columns and reads their values."""
+"""Columns of tables and of Parquet, JSON and TFRecord samples: finds the label columns and reads their values."""
 
 import math
 import re
@@ -14,11 +13,7 @@ from pipeline.data.sources.rows import parse_list
 from pipeline.data.sources.words import (
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
-    LIKELY_SPLIT_COLUMNS,
     MISSING_VALUES,
-    SPLIT_COLUMNS,
-    TRAINING_COLUMNS,
-    split_of_name,
 )
 from pipeline.errors import UserError, nearest, shorten
 
@@ -28,6 +23,7 @@ WHOLE_NUMBER = re.compile(r"-?\d+(\.0*)?")
 NUMBERS = re.compile(r"\d+(\s+\d+)*")
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "-1", "-1.0", "false", "no")  # values of one-hot columns
 DECIMAL_COMMA, THOUSANDS = re.compile(r"-?\d+(,0{1,2})?"), re.compile(r"-?\d{1,3}(,\d{3})*")
+MAX_FLAG_VALUES = len(YES) + len(NO)
 SYNSET = re.compile(r"n\d{8}\b")
 
 
@@ -243,35 +239,11 @@ def no_label_column(uri: str, names: Sequence[str], values: Mapping[str, Iterabl
     excluded. values: those of the columns that may be suggested."""
     distinct = {n: len(set(map(str, values[n]))) for n in values if normalised_name(n) not in CAPTION_COLUMNS}
     guess = min((n for n in distinct if distinct[n] > 1), key=lambda n: distinct[n], default=None)
+    flags = [n for n in distinct if 0 < distinct[n] <= MAX_FLAG_VALUES and all(map(is_flag, values[n]))]
+    if len(flags) > 1:  # a column for each class
+        guess = ",".join(flags)
     advice = f"name it, perhaps with --label-column {shlex.quote(guess)}" if guess else "name it with --label-column"
     listed = shorten((f"{name:.60}" for name in names), 40) or "no other column"
     error = NoLabelColumn(f"{uri}: no label column among: {listed}; {advice}")
     error.others = tuple(names)
     return error
-
-
-# ---------------------------------------------------------------- splits
-
-
-def split_column(names: Sequence[str], wanted: str | None, values: Any) -> str | None:
-    """The split column. `values(name)` returns the values of a column; it is called if the name is ambiguous."""
-    found = named_column(names, SPLIT_COLUMNS, wanted, "--split-column")
-    if found is not None:
-        return found
-    for name in names:
-        if normalised_name(name) in LIKELY_SPLIT_COLUMNS:
-            texts = {as_text(value).strip() for value in values(name) if not is_missing(value)}
-            if len(texts) > 1 and all(map(split_of_name, texts)):
-                return name
-        elif normalised_name(name) in TRAINING_COLUMNS and all(is_flag(value) for value in values(name)):
-            return name
-    return None
-
-
-def split_name(value: Any, column: str) -> str | None:
-    """The split that a value of the split column stands for; in a column such as is_train, 1 is train and 0 is test."""
-    if is_missing(value):
-        return None
-    if normalised_name(column) in TRAINING_COLUMNS and is_flag(value):
-        return "train" if is_one(value) else "test"
-    return as_text(value).strip()

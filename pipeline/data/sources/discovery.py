@@ -118,6 +118,23 @@ def discover(
     return sources
 
 
+def discover_unlabelled(uri: str, files: pa.Table) -> list[Source]:
+    """Scans the images without labels among some files, each with the format of its name; files without an extension are
+    taken for images. files: schema LISTING, sorted by path. Raises UserError for files that cannot be read."""
+    paths = files["path"].to_pylist()
+    kinds: list[str | None] = []
+    for path in paths:
+        names = (name for name, found in formats().items() if name != urls.NAME and found.matches(path))
+        plain = folder.NAME if "." not in path.rpartition("/")[2] else None
+        kinds.append(None if TABLE_FILE.fullmatch(path) else next(names, plain))
+    options = ScanOptions(unlabelled=True, need_names=False)
+    return [
+        _with_multilabel(formats()[name].scan(uri, files.filter(pa.array([k == name for k in kinds])), options))
+        for name in dict.fromkeys(kinds)
+        if name is not None
+    ]
+
+
 def _with_multilabel(source: Source) -> Source:
     """Reads a few samples of a source whose labels were not scanned, to see whether images have several labels."""
     if source.names is not None:

@@ -1,12 +1,12 @@
 """Folders of image files. Labels come from folder names or from label tables."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,10 +25,18 @@ from pipeline.data.sources.items import (
 )
 from pipeline.data.sources.label_join import has_large_tables, join_files
 from pipeline.data.sources.large_tables import open_label_table
-from pipeline.data.sources.layout import Layout, file_names_have_splits, folders_of, layout_of_source, split_in_name
+from pipeline.data.sources.layout import (
+    Layout,
+    file_names_have_splits,
+    folders_of,
+    layout_of_source,
+    split_in_name,
+    warn_about_empty_folders,
+)
 from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, lifted, read_tables, with_layout
 from pipeline.data.sources.tables import LabelTable
+from pipeline.data.sources.unused_tables import check_unused_tables
 from pipeline.errors import UserError, plural
 
 NAME = "folder"
@@ -70,10 +78,17 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
             raise UserError(f"{uri}: nothing matches --include {' '.join(options.include)}")
     hint = _hint(files)
     files, captioned = _without_sidecars(uri, files)
-    naming = _with_layout(uri, files, Naming(table=options.table, tables=tables), options, captioned)
+    try:
+        naming = _with_layout(uri, files, Naming(table=options.table, tables=tables), options, captioned)
+    except UserError as error:
+        raise UserError(f"{error} ({hint})" if hint and "--labels" in str(error) else str(error)) from error
     labelled = _joined(uri, files, naming) if has_large_tables(naming) else _labelled(uri, files, naming)
+    if naming.by_folder and labelled.names and options.class_level is None and not options.unlabelled:
+        check_unused_tables(uri, files, naming.layout, options.columns, matches)
     fragments = labelled.fragments
-    splits = tuple(sorted(set(pc.unique(fragments["split"]).drop_null().to_pylist())))
+    splits = set(pc.unique(fragments["split"]).drop_null().to_pylist())
+    if len(splits) == 1 and _some_without_split(fragments, options.unlabelled):
+        splits.add("")
     return Source(
         uri=uri,
         kind=NAME,
@@ -82,12 +97,22 @@ def scan(uri: str, files: pa.Table, options: ScanOptions) -> Source:
         names=frozenset(labelled.names),
         multilabel=labelled.multilabel,
         by_folder=naming.by_folder,
-        splits=splits,
+        splits=tuple(sorted(splits)),
         hint=hint,
         missing=labelled.gone,
         missing_example=labelled.example,
         need_labels=not options.unlabelled,
     )
+
+
+def _some_without_split(fragments: pa.Table, unlabelled: bool) -> bool:
+    """Whether an image without a split has a label, or may have none."""
+    for batch in listing.in_batches(fragments):
+        without = batch.filter(pc.is_null(batch["split"]))
+        known = itertools.repeat(True) if unlabelled else pc.is_valid(without["labels"]).to_pylist()
+        if any(label and matches(path) for path, label in zip(without["path"].to_pylist(), known, strict=False)):
+            return True
+    return False
 
 
 def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, dict[str, LabelTable]]:
@@ -137,7 +162,7 @@ def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
                 yield not beside
 
     flags = keep()
-    masks = ((batch, list(islice(flags, batch.num_rows))) for batch in listing.in_batches(files))
+    masks = ((batch, list(itertools.islice(flags, batch.num_rows))) for batch in listing.in_batches(files))
     kept = listing.spilled((batch.filter(pa.array(mask, pa.bool_())) for batch, mask in masks), files.schema)
     if count:
         logger.info("%s: ignored %s next to images, such as %s", uri, plural(count, "file"), example)
@@ -186,14 +211,13 @@ def _hint(files: pa.Table) -> str:
 def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions, captioned: bool) -> Naming:
     """Finds the folder levels that name splits and classes."""
     folders: Counter[tuple[str, ...]] = Counter()
-    splits_in_names: set[str | None] = set()
+    splits_in_names: Counter[str | None] = Counter()
     open_folders = False  # whether some images take their class from a folder
     for batch in listing.in_batches(files):
         for path in batch["path"].to_pylist():
             if matches(path):
                 folders[tuple(folders_of(path))] += 1
-                if None not in splits_in_names:
-                    splits_in_names.add(split_in_name(path))
+                splits_in_names[split_in_name(path)] += 1
                 if not open_folders:
                     found = naming.table_of(path)
                     open_folders = found is None or not found[0].has_labels
@@ -204,6 +228,8 @@ def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions
 
     naming = with_layout(naming, folders, find, classes_wanted)
     layout = naming.layout
+    if classes_wanted and not options.include:
+        warn_about_empty_folders(uri, layout, folders)
     names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
     if (
         captioned

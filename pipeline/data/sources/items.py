@@ -69,7 +69,7 @@ class Source:
     prefix: str = ""  # put before every key if there are several sources
     ordered_names: tuple[str, ...] | None = None  # class names by index, if the source states them
     multilabel: bool = False
-    splits: tuple[str, ...] = ()  # the splits that the source defines
+    splits: tuple[str, ...] = ()  # the splits that the source defines; with "" if some images have none
     naming: Naming = field(default_factory=Naming)  # for archives: labels and splits from tables and folders
     columns: Columns = field(default_factory=Columns)  # the columns that the user named
     by_folder: bool = False  # whether `names` are folder names

@@ -5,7 +5,7 @@ functions as for small tables. `LargeTable.labelled_batches` then reads the rows
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +24,13 @@ from pipeline.data.sources.columns import (
     named_column,
     named_one_hot,
     no_label_column,
-    normalised_name,
-    split_column,
-    split_name,
     unnamed_object,
 )
 from pipeline.data.sources.rows import parse_list
+from pipeline.data.sources.split_columns import is_likely, split_column, split_name, split_of_flag
 from pipeline.data.sources.table_chunks import Chunk, ChunkReader, open_chunks
 from pipeline.data.sources.tables import LabelTable, file_column, key_of, no_key, read_label_table
-from pipeline.data.sources.words import LABEL_COLUMNS, LIKELY_SPLIT_COLUMNS, SPLIT_COLUMNS, TRAINING_COLUMNS
+from pipeline.data.sources.words import LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS
 from pipeline.errors import StorageError, UserError
 
 MAX_VALUES = 1_000_000  # distinct values of a column of labels or splits
@@ -273,11 +271,19 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
     reader, chunks = found
     file = file_column(uri, reader.names, columns)
     others = [name for name in reader.names if name != file]
-    plain = [name for name in _split_columns(others, columns) if name != columns.label]
-    profile, chunks = profile_table(reader, chunks, file, _deciding(others, columns), plain)
-    split = split_column(others, columns.split, lambda name: profile.values[name].some_cells)
+    first = _first_rows(reader, chunks[0], others)
+    plain = [name for name in _split_columns(others, columns, first) if name != columns.label]
+    profile, chunks = profile_table(reader, chunks, file, _deciding(others, columns, plain), plain)
+
+    def values(name: str) -> Iterable[Any]:
+        return profile.values[name].some_cells if name in profile.values else first.get(name, ())
+
+    try:
+        split = split_column(others, columns.split, values, plain, columns.label)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
     split_names = {cell: split_name(cell, split) for cell in _distinct(uri, profile, split)} if split else {}
-    if len({name for name in split_names.values() if name is not None}) < 2 and not columns.split:
+    if len(set(split_names.values())) < 2 and not columns.split:
         split_names = dict.fromkeys(split_names)
     others = [name for name in others if name != split]
     one_hot = named_one_hot(columns.label, others)
@@ -317,7 +323,7 @@ def open_label_table(uri: str, columns: Columns | None = None, need_labels: bool
     )
 
 
-def _deciding(names: Sequence[str], columns: Columns) -> list[str]:
+def _deciding(names: Sequence[str], columns: Columns, splits: Sequence[str]) -> list[str]:
     """The columns whose values decide what is a label or a split: all of them, unless the name of a column says that it
     is the label."""
     others = [name for name in names if name != columns.split]
@@ -327,14 +333,28 @@ def _deciding(names: Sequence[str], columns: Columns) -> list[str]:
         label = [found]
     else:
         return list(names)
-    return list(dict.fromkeys([*label, *_split_columns(names, columns)]))
+    return list(dict.fromkeys([*label, *splits]))
 
 
-def _split_columns(names: Sequence[str], columns: Columns) -> list[str]:
-    """The columns that may have the splits."""
+def _split_columns(names: Sequence[str], columns: Columns, first: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The columns that may have the splits, by their names or by the values of the first rows."""
     named = named_column(names, SPLIT_COLUMNS, columns.split, "--split-column")
-    likely = [name for name in names if normalised_name(name) in (*LIKELY_SPLIT_COLUMNS, *TRAINING_COLUMNS)]
-    return [*([named] if named else []), *likely]
+    likely = [name for name in names if is_likely(name) or split_of_flag(name) or _are_splits(first.get(name, ()))]
+    return list(dict.fromkeys([*([named] if named else []), *likely]))
+
+
+def _first_rows(reader: ChunkReader, chunk: Chunk, names: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    try:
+        return next(reader.batches(chunk, names), {})
+    except StorageError:
+        raise
+    except UserError:  # `profile_table` reports it, unless it comes from the end of the chunk in a quoted cell
+        return {}
+
+
+def _are_splits(values: Sequence[Any]) -> bool:
+    texts = {as_text(value).strip().lower() for value in values if not is_missing(value)}
+    return bool(texts) and texts <= SPLITS
 
 
 def _distinct(uri: str, profile: Profile, column: str) -> set[Hashable]:

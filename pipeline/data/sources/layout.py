@@ -1,12 +1,14 @@
 """Finds which levels of folders name the split and the class of an image."""
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
-from pipeline.data.sources.words import HELD_OUT, LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS, TRAIN, split_of_name
+from pipeline import storage
+from pipeline.data.sources.words import HELD_OUT, JUNK, LABEL_COLUMNS, SPLIT_COLUMNS, SPLITS, TRAIN, split_of_name
 from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,10 @@ WORDNET = re.compile(r"(n\d{8})(?![0-9])")
 GROUPING_FOLDERS = re.compile(
     r"(?i)(fold|part|batch|shard|session|set|chunk|group|vol|volume|disc|disk|day|week|month|take|dump|archive)s?[-_ ]?\d+"
     r"|(19|20)\d\d([-_.]?\d\d){0,2}"
+)
+# ... also with more words, which are the same for all parts: HAM10000_images_part_1, images_001 ...
+PART = re.compile(
+    r"(?i)(.*[^a-z])?(part|batch|shard|chunk|images?|imgs?|photos?|pictures?|data|frames?|files?)[-_ ]?\d+"
 )
 # ... and names for images in general.
 CONTAINERS = frozenset(
@@ -61,6 +67,7 @@ TARGETS = re.compile(
     r"(?i)((seg(mentation)?|instance|semantic)[-_ ]?)?(masks?|annotations?|annots?|labels?|trimaps?|gt|ground[-_ ]?truths?|depths?)"
     r"|segmentation(class|object|s)?|edges|heat[-_ ]?maps?"
 )
+MAX_SCANNED_FOLDERS = 100  # folders that hold class folders
 MAX_STRAY_FRACTION = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
 
 
@@ -77,6 +84,8 @@ class Layout:
     """Folder -> split."""
     split_in_file_name: bool = False
     """Whether the split is part of the file name."""
+    class_column: str = ""
+    """The column of Hive partitions that are the classes, as in species=cat; empty for plain folder names."""
     one_class: bool = False
     """Whether all folders of the class level have the same name; a WordNet id in the file name is used instead."""
     uncertain: str = ""
@@ -96,7 +105,7 @@ class Layout:
         level = self.class_levels.get(self.split(path) or "", self.class_level)
         wordnet = WORDNET.match(path.rpartition("/")[2])
         if level is not None and len(folders) > level and not (wordnet and self.one_class):
-            return partition_value(folders[level], LABEL_COLUMNS)
+            return partition_value(folders[level], (self.class_column.lower(), *LABEL_COLUMNS))
         return wordnet[1] if wordnet else None
 
 
@@ -129,7 +138,37 @@ def layout_of_source(
         raise UserError(f"{uri}: {error}") from error
     if layout.uncertain:
         logger.warning("%s: %s", uri, layout.uncertain)
-    return layout
+    return replace(layout, class_column=_class_column(layout, folders))
+
+
+def warn_about_empty_folders(uri: str, layout: Layout, folders: Iterable[tuple[str, ...]]) -> None:
+    """Warns about folders without files beside class folders of a local source."""
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for inside in folders:
+        level = layout.class_levels.get(layout.split("/".join((*inside, ""))) or "", layout.class_level)
+        if level is not None and len(inside) > level:
+            beside.setdefault(inside[:level], set()).add(inside[level])
+    if storage.is_remote(uri) or len(beside) > MAX_SCANNED_FOLDERS:
+        return
+    empty = [
+        "/".join((*parent, name))
+        for parent, names in sorted(beside.items())
+        for name in visible_folders("/".join((uri, *parent)))
+        if name not in names and not any(True for _ in os.scandir("/".join((uri, *parent, name))))
+    ]
+    if empty:
+        logger.warning(
+            "%s: %s without files, such as %s, is not among the classes", uri, plural(len(empty), "folder"), empty[0]
+        )
+
+
+def _class_column(layout: Layout, folders: Iterable[tuple[str, ...]]) -> str:
+    columns = set()
+    for inside in folders:
+        level = layout.class_levels.get(layout.split("/".join((*inside, ""))) or "", layout.class_level)
+        if level is not None and len(inside) > level:
+            columns.add(inside[level].partition("=")[0] if "=" in inside[level] else "")
+    return columns.pop() if len(columns) == 1 else ""
 
 
 def find_layout(folders: Mapping[tuple[str, ...], int], class_level: int | None = None) -> Layout:
@@ -192,22 +231,41 @@ def _levels_of_splits(by_split: dict[str, dict[tuple[str, ...], int]], first: in
 # ---------------------------------------------------------------- splits
 
 
+def split_folders(names: Iterable[str]) -> dict[str, str]:
+    """{folder: split in lower case} of folders side by side, such as Training and test1; empty if they are no splits."""
+    found = _splits_at({(name,): 1 for name in names}, 0)
+    return {name: split_of_folder(split) for name, split in found.items()}
+
+
+def visible_folders(uri: str) -> list[str]:
+    """The folders directly in a folder, without hidden and system folders."""
+    return [name for name in storage.list_folders(uri) if not re.search(JUNK, name)]
+
+
+def split_of_folder(split: str) -> str:
+    """The name of a split in lower case, without a number."""
+    return split.lower().rstrip("0123456789_- ")
+
+
 def split_in_name(path: str) -> str | None:
     """The split in a file name such as ILSVRC2012_val_00000001.JPEG or train-00000-of-00003.parquet."""
     found = split_of_name(path.rpartition("/")[2].partition(".")[0])
     return found[0].lower() if found else None
 
 
-def file_names_have_splits(found: Iterable[str | None]) -> bool:
-    """Whether all file names contain a split (`found` has `split_in_name` of each), some training and some held-out."""
-    kinds = set(found)
-    return None not in kinds and bool(kinds & TRAIN and kinds & HELD_OUT)
+def file_names_have_splits(found: Mapping[str | None, int]) -> bool:
+    """Whether nearly all file names contain a split, some training and some held-out. found: number of names for each
+    result of `split_in_name`."""
+    without = found.get(None, 0)
+    return without <= MAX_STRAY_FRACTION * sum(found.values()) and bool(
+        found.keys() & TRAIN and found.keys() & HELD_OUT
+    )
 
 
 def splits_of_files(paths: Iterable[str]) -> dict[str, str]:
     """The split of every file, from its name or folder (train-00000-of-00003.parquet, val/0001.tar).
 
-    Empty if some files have no split, unless both a training and a held-out split occur.
+    Empty if some files have no split and no held-out split occurs.
     """
     found: dict[str, str] = {}
     unnamed = False
@@ -220,7 +278,7 @@ def splits_of_files(paths: Iterable[str]) -> dict[str, str]:
             found[path] = split
         unnamed |= split is None
     kinds = {split.lower() for split in found.values()}
-    return {} if unnamed and not (kinds & TRAIN and kinds & HELD_OUT) else found
+    return {} if unnamed and not kinds & HELD_OUT else found
 
 
 def _splits_at(dirs: Mapping[tuple[str, ...], int], level: int, strict: bool = False) -> dict[str, str]:
@@ -314,8 +372,16 @@ def _class_level(dirs: Mapping[tuple[str, ...], int], first: int) -> tuple[int |
         k
         for k in varied
         if not all(name.lower() in CONTAINERS or GROUPING_FOLDERS.fullmatch(name) for name in names[k])
+        and not _are_parts(names[k])
     ]
     candidates = plain or varied
+    if not plain and all(_are_parts(names[k]) for k in varied):
+        some = sorted(names[varied[0]])
+        raise UserError(
+            f"the folders {', '.join(some[:3])}{', ...' if len(some) > 3 else ''} look like parts of one collection, not like "
+            f"classes; --labels FILE reads labels from a table, --unlabelled reads the images alone, --class-level {varied[0] + 1} "
+            "uses the folders as classes"
+        )
     if any(map(TARGETS.fullmatch, names[candidates[0]])):
         _refuse_targets(names[candidates[0]], candidates[0])
     if len(candidates) > 1:
@@ -342,6 +408,11 @@ def _refuse_targets(names: set[str], level: int) -> None:
             f"like classes; --include '*{images[0]}/*' reads the images alone, --class-level {level + 1} uses the folders as "
             "classes"
         )
+
+
+def _are_parts(names: set[str]) -> bool:
+    alike = len({re.sub(r"\d+", "0", name) for name in names}) == 1
+    return all(GROUPING_FOLDERS.fullmatch(name) or (alike and PART.fullmatch(name)) for name in names)
 
 
 def _are_labels(names: set[str]) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -18,21 +19,11 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.sources.items import LISTING
+from pipeline.data.sources.words import JUNK
 from pipeline.errors import UserError, plural
 from pipeline.links import Roots, follow_link
 
 SPILL_ROWS = 1 << 12  # rows of a listing that are held in memory at once
-# Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
-# macOS, thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads, and backup copies of
-# editors.
-JUNK = (
-    r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|recycler|recycled|found\.\d{3}|"
-    r"#recycle|recycle[ ._-]bin|@eadir|@syno[^/]*|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|"
-    r"network trash folder|_thumbs?|_thumbnails?|"
-    r"temporary items|lost\+found|__pycache__|node_modules|(?-i:CVS)|thumbs\.db|ehthumbs\.db|desktop\.ini|picasa\.ini|icon\r|"
-    r"zbthumbnail\.info|~\$[^/]*)(?:/|$)|(?:~|@syno(?:eastream|resource)|\.part|\.partial|\.filepart|\.opdownload|\.crdownload|\.download|\.aria2|\.![uq][tb]|\.bc!|"
-    r"\.tmp|\.swp|\.bak)$"
-)
 logger = logging.getLogger(__name__)
 
 
@@ -95,7 +86,7 @@ def checked(uri: str, found: pa.Table, ignored: "IgnoredFiles") -> pa.Table:
 
 
 class IgnoredFiles:
-    """Removes hidden and system files from a listing and counts them."""
+    """Removes hidden and system files from a listing, or from the members of an archive, and counts them."""
 
     def __init__(self) -> None:
         self.count, self.example = 0, ""
@@ -107,6 +98,13 @@ class IgnoredFiles:
             gone = files.filter(junk)["path"]
             self.count, self.example = self.count + len(gone), self.example or gone[0].as_py()
         return files.filter(pc.invert(junk))
+
+    def has(self, member: str) -> bool:
+        """Whether a member of an archive is a hidden or system file, which is counted."""
+        if not re.search(JUNK, member):
+            return False
+        self.count, self.example = self.count + 1, self.example or member
+        return True
 
 
 def listing(files: Sequence[tuple[str, int]]) -> pa.Table:

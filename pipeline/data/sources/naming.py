@@ -246,7 +246,9 @@ def check_rows(uri: str, table: str, folder: str, rows: int, gone: int, example:
 
     paths: files of the source, of which some are compared with the example."""
     inside = [clean_path(path) for path in paths[:MAX_COMPARED] if path.startswith(folder)]
-    close = nearest(example, inside) or nearest(example, [path.rpartition("/")[2] for path in inside])
+    names = dict.fromkeys([*inside, *(path.rpartition("/")[2] for path in inside)])
+    folded = {name.casefold(): name for name in reversed(names)}
+    close = nearest(example, inside) or nearest(example, names) or nearest(folded.get(example.casefold(), ""), names)
     if gone == rows:
         raise UserError(
             f"{uri}: the label table {table} names none of the files; the table has {example!r}{close}, the source has "

@@ -14,12 +14,14 @@ import numpy as np
 from pipeline.data import codecs
 from pipeline.data.codecs import Refused
 from pipeline.data.sources.archives import MAX_IMAGE_KEYS, FileScan
-from pipeline.data.sources.columns import Columns, label_names, name_in_object, normalised_name, split_name
+from pipeline.data.sources.columns import Columns, label_names, name_in_object, normalised_name
 from pipeline.data.sources.items import Item, Source
 from pipeline.data.sources.layout import WORDNET, folders_of, split_in_name
+from pipeline.data.sources.listing import IgnoredFiles
 from pipeline.data.sources.naming import TABLE_FILE
+from pipeline.data.sources.split_columns import split_name, split_of_fields
 from pipeline.data.sources.tables import file_hash
-from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS
+from pipeline.data.sources.words import CAPTION_COLUMNS, LABEL_COLUMNS
 from pipeline.errors import UserError
 
 SIDECARS = ("cls", "txt", "json")  # extensions of members that may hold the label, in order of preference
@@ -57,7 +59,7 @@ def read_sidecars(parts: dict[str, bytes], columns: Columns) -> Sidecar:
     fields = {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
     plain = {normalised_name(key): item for key, item in reversed(fields.items())}
     captioned = not CAPTION_COLUMNS.isdisjoint(plain)
-    split = _field(fields, plain, columns.split, SPLIT_COLUMNS)
+    split = split_of_fields(fields) if columns.split is None else fields.get(columns.split)
     found: dict[str, list[str] | None] = {}
     many = False
     for extension in ("cls", "txt"):
@@ -76,7 +78,7 @@ def read_sidecars(parts: dict[str, bytes], columns: Columns) -> Sidecar:
     extension = next((e for e in SIDECARS if found.get(e) is not None), "")
     return Sidecar(
         labels=found.get(extension),
-        split=split_name(split, columns.split or "split") if isinstance(split, str | int | bool) else None,
+        split=split_name(split, columns.split or "split") if isinstance(split, str | int) else None,
         multilabel=many and extension == "json",
         from_text=extension == "txt" and columns.label != "txt",
         keys=tuple(fields),
@@ -120,8 +122,8 @@ class SampleScanner:
     """WordNet ids at the beginning of the names of those images."""
     splits: set[str]
     tables: list[tuple[str, bytes]]
-    splits_in_names: set[str | None]
-    """The splits that the image file names contain; includes None if a name contains no split."""
+    splits_in_names: Counter[str | None]
+    """The splits that the image file names contain; None for names without one."""
     texts: set[str]
     """Labels from .txt members, which may be captions."""
     text_samples: int = 0
@@ -134,6 +136,8 @@ class SampleScanner:
     image_keys: "array[int]"
     """`file_hash` of the images."""
     scattered: bool = False
+    ignored: IgnoredFiles
+    """Hidden and system files among the members."""
     max_table: int = MAX_TABLE_BYTES
     where: str = ""
     nested: str = ""
@@ -156,11 +160,12 @@ class SampleScanner:
             wordnet=set(),
             splits=set(),
             tables=[],
-            splits_in_names=set(),
+            splits_in_names=Counter(),
             texts=set(),
             keys=set(),
             lone_images=array("q"),
             lone_sidecars={},
+            ignored=IgnoredFiles(),
             image_keys=array("Q"),
             _parts={},
             _images=[],
@@ -206,8 +211,7 @@ class SampleScanner:
                     if wordnet := WORDNET.match(name.rpartition("/")[2]):
                         self.wordnet.add(wordnet[1])
             for name in self._images:
-                if None not in self.splits_in_names:
-                    self.splits_in_names.add(split_in_name(name))
+                self.splits_in_names[split_in_name(name)] += 1
         elif self._parts:
             self.lone_sidecars[self._stem] = beside
         self._parts, self._images = {}, []
@@ -216,8 +220,7 @@ class SampleScanner:
         self.keys.update(beside.keys)
         self.names.update(beside.labels or ())
         self.multilabel |= beside.multilabel
-        if beside.split:
-            self.splits.add(beside.split)
+        self.splits.add(beside.split or "")
         if beside.from_text:
             self.texts.update(beside.labels or ())
             self.text_samples += 1
@@ -230,7 +233,7 @@ class SampleScanner:
             multilabel=self.multilabel,
             first_members=first,
             problem=problem,
-            splits=sorted(self.splits),
+            splits=sorted(self.splits) if any(self.splits) else (),
             folders=dict(self.folders),
             wordnet=sorted(self.wordnet),
             splits_in_names=self.splits_in_names,
@@ -240,6 +243,7 @@ class SampleScanner:
             text_samples=self.text_samples,
             fields=self.keys,
             image_keys=np.unique(np.array(self.image_keys, np.uint64))[:MAX_IMAGE_KEYS],
+            ignored=(self.ignored.count, self.ignored.example),
             nested="" if self.has_images else self.nested,
         )
 

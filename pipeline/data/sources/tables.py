@@ -24,11 +24,10 @@ from pipeline.data.sources.columns import (
     look_like_captions,
     named_column,
     no_label_column,
-    split_column,
-    split_name,
 )
 from pipeline.data.sources.devkit import is_devkit, read_devkit
 from pipeline.data.sources.rows import read_rows
+from pipeline.data.sources.split_columns import split_column, split_name
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS
 from pipeline.errors import UserError, nearest, plural, shorten
 
@@ -67,6 +66,12 @@ class LabelTable:
         """Whether the labels come from this table; otherwise it has only splits."""
         return bool(self.labels) if self.whole_has_labels is None else self.whole_has_labels
 
+    @property
+    def named_splits(self) -> set[str]:
+        """The splits of the rows, with "" if some rows with a label have none."""
+        found = set(self.splits.values())
+        return found | {""} if found and not self.labels.keys() <= self.splits.keys() else found
+
     def __contains__(self, key: str) -> bool:
         return key in self.labels or key in self.splits or key in self.unlabelled
 
@@ -78,8 +83,8 @@ class LabelTable:
     def find(self, path: str) -> str | None:
         """The row of a file, as one of `keys`, or None.
 
-        Exact names are tried first; then without folders that only one side has, then without regard to case, then
-        without the extension, then as numbers (CSV readers turn 000123 into 123). A name that matches several rows, such as 0.jpg for a/0.jpg and b/0.jpg, matches none.
+        Exact names are tried first; then without folders that only one side has, then without the extension, then
+        without regard to case, then as numbers (CSV readers turn 000123 into 123). A name that matches several rows, such as 0.jpg for a/0.jpg and b/0.jpg, matches none.
         """
         path = clean_path(path)
         suffixes = list(_suffixes(path))
@@ -89,6 +94,10 @@ class LabelTable:
         stem = without_extension(path)
         loose = self._loose()
         found = [loose.get(name) for name in (path, stem, path.casefold(), stem.casefold())]
+        if all(key is None for key in found):  # other case, and folders that the row has not
+            whole = self._folded()
+            names = (*map(str.casefold, suffixes), *(without_extension(name).casefold() for name in suffixes))
+            found = [whole[name] for name in names if name in whole][:1]
         if all(key is None for key in found) and (number := numbered(stem)):
             whole, ends = self._numbers()
             found = [*(whole.get(name) for name in _suffixes(number)), ends.get(number)]
@@ -113,6 +122,17 @@ class LabelTable:
             self.__dict__["_loose_index"] = cached
         return cached
 
+    def _folded(self) -> dict[str, str | None]:
+        """{key in folded case, with and without extension: key}; None where two rows share one."""
+        cached: dict[str, str | None] | None = self.__dict__.get("_folded_index")
+        if cached is None:
+            cached = {}
+            for key in self.keys:
+                for name in {key.casefold(), without_extension(key).casefold()}:
+                    cached[name] = key if cached.get(name, key) == key else None
+            self.__dict__["_folded_index"] = cached
+        return cached
+
     def _numbers(self) -> tuple[dict[str, str | None], dict[str, str | None]]:
         """({`numbered` key: key}, {suffix of a `numbered` key: key}); None where two rows share one."""
         cached: tuple[dict[str, str | None], dict[str, str | None]] | None = self.__dict__.get("_number_index")
@@ -126,7 +146,7 @@ class LabelTable:
         return cached
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_loose_index", "_number_index")}
+        return {name: value for name, value in self.__dict__.items() if not name.endswith("_index")}
 
 
 def clean_path(path: str) -> str:
@@ -193,13 +213,16 @@ def read_label_table(
     names = [n for n in dict.fromkeys(name for row in rows for name in row) if isinstance(n, str)]
     file = file_column(uri, names, columns)
     others = [name for name in names if name != file]
-    split = split_column(others, columns.split, lambda name: [row.get(name) for row in rows])
+    try:
+        split = split_column(others, columns.split, lambda name: [row.get(name) for row in rows], label=columns.label)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
     keys = _row_keys(rows, file, uri)
     labels, multilabel = _row_labels(
         rows, [name for name in others if name != split], columns, uri, need_labels and not split
     )
     splits = [split_name(row.get(split), split) if split else None for row in rows]
-    if len({name for name in splits if name is not None}) < 2 and not columns.split:
+    if len(set(splits)) < 2 and not columns.split:
         splits = [None] * len(rows)
     return table_of_rows(uri, keys, labels, splits, multilabel)
 

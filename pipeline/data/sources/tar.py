@@ -22,7 +22,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
-from pipeline.data.sources.listing import JUNK
+from pipeline.data.sources.listing import IgnoredFiles
 from pipeline.data.sources.samples import MAX_TABLE_BYTES, SampleScanner, Sidecar, items_of_sample, split_extension
 from pipeline.errors import UserError
 from pipeline.tarheaders import BoundedTarInfo
@@ -90,7 +90,7 @@ class _Scan:
 
     def read(self, file: IO[bytes]) -> None:
         packed = compression(file)
-        for archive, member in _members(file, packed):
+        for archive, member in _members(file, packed, ignored=self.members.ignored):
             if not member.isfile():
                 continue
             if member.name.lower().endswith(".tar"):
@@ -205,12 +205,16 @@ def _read_members(
 # ---------------------------------------------------------------- members
 
 
-def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _members(
+    file: IO[bytes], packed: str, stop: int = -1, ignored: IgnoredFiles | None = None
+) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Files and links from the current position to `stop`, in one tar or several concatenated ones (cat a.tar b.tar).
+    ignored: counts hidden and system files.
 
     Raises tarfile.ReadError for a tar that ends early or has a damaged header; tarfile itself treats a damaged header
     as the end.
     """
+    ignored = ignored or IgnoredFiles()
     unpacked: Any = _ForwardStream(_unpacked(file, packed)) if packed else file
     while True:
         # mode "r:" seeks past the data of members
@@ -219,7 +223,7 @@ def _members(file: IO[bytes], packed: str, stop: int = -1) -> Iterator[tuple[tar
                 if 0 <= stop <= member.offset:
                     return
                 member.name = member.name.removeprefix("./").replace("\\", "/")
-                if (member.isfile() or member.islnk() or member.issym()) and not re.search(JUNK, member.name):
+                if (member.isfile() or member.islnk() or member.issym()) and not ignored.has(member.name):
                     yield archive, member
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
             end = archive.offset  # type: ignore[attr-defined]

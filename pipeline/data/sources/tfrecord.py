@@ -20,9 +20,9 @@ from pipeline import storage
 from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives
 from pipeline.data.sources.archives import FileScan
-from pipeline.data.sources.columns import label_names, split_name
+from pipeline.data.sources.columns import label_names
 from pipeline.data.sources.items import FRAGMENTS, Item, ScanOptions, Source
-from pipeline.data.sources.words import SPLIT_COLUMNS
+from pipeline.data.sources.split_columns import split_name, split_of_fields
 from pipeline.data.varint import read_varint
 from pipeline.errors import UserError
 
@@ -208,11 +208,11 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     source = Source(uri=uri, kind=NAME, fragments=FRAGMENTS.empty_table(), names=None, columns=options.columns)
     for item, fields in _read_file(uri, path, source):
         names.update(item.labels or ())
-        splits.update([item.split] if item.split else ())
+        splits.add(item.split or "")
         found.fields.update(fields)
         found.multilabel |= item.labels is not None and len(item.labels) > 1
         found.problem = found.problem or (item.refused.detail if item.refused else "")
-    found.names, found.splits = sorted(names), sorted(splits)
+    found.names, found.splits = sorted(names), sorted(splits) if any(splits) else ()
     return found
 
 
@@ -247,8 +247,8 @@ def _item(record: bytes, name: str, row: int, source: Source) -> tuple[Item, Ite
     names = table.lookup(own) if table.labels and own else _class_names(example, columns.label)
     split = table.splits.get(table.find(own) or "") if table.splits and own else None
     if split is None:
-        value = _first(example, *((columns.split,) if columns.split else SPLIT_COLUMNS))
-        split = split_name(value, columns.split or "split") if value is not None else None
+        value = _first(example, columns.split) if columns.split else None
+        split = split_name(value, columns.split) if columns.split else _split_of_example(example)
     key = f"{name}/{own}" if own else where
     if not isinstance(image, bytes):
         return Item(key, where, b"", names, Refused("not an image", "no image bytes in the example"), split), example
@@ -261,6 +261,11 @@ def _records(uri: str) -> Iterator[bytes]:
         file.seek(0)
         records: Any = gzip.GzipFile(fileobj=file) if packed else file
         yield from read_records(records, uri)
+
+
+def _split_of_example(example: dict[str, Any]) -> str | None:
+    short = {name: values for name, values in example.items() if len(values) == 1 and "/" not in name}
+    return split_of_fields({name: _plain(values[0]) for name, values in short.items()})
 
 
 def _class_names(example: dict[str, Any], wanted: str | None) -> list[str] | None:

@@ -19,9 +19,10 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, urltables
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.columnar import RowColumns, first_values, huggingface_names, image_column, is_text
-from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, normalised_name, split_name
+from pipeline.data.sources.columns import WHOLE_NUMBER, named_column, normalised_name
 from pipeline.data.sources.items import Downloads, Item, ScanOptions, Source, is_included
 from pipeline.data.sources.listing import address_of
+from pipeline.data.sources.split_columns import split_name
 from pipeline.data.sources.urltables import Table, open_table
 from pipeline.errors import StorageError, UserError
 
@@ -195,8 +196,8 @@ def _add_names(
         labels = columns.own_labels(values)
         names.update(labels or ())
         found.multilabel |= labels is not None and len(labels) > 1
-        if split := columns.split(values):
-            splits.add(split)
+        if columns.rows.split:
+            splits.add(columns.split(values) or "")
 
 
 # ---------------------------------------------------------------- reading

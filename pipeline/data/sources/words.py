@@ -1,4 +1,4 @@
-"""Common names of columns and splits in data sets."""
+"""Common names of columns, splits, and hidden and system files in data sets."""
 
 import re
 
@@ -60,25 +60,11 @@ LABEL_COLUMNS = (
     "finding_labels",
     "predictionstring",
 )
-SPLIT_COLUMNS = ("split", "subset", "partition")
-LIKELY_SPLIT_COLUMNS = (
-    "usage",
-    "set",
-    "data_set",
-    "dataset",
-    "phase",
-    "mode",
-    "fold",
-    "type",
-    "group",
-)  # split columns if their values are splits
-TRAINING_COLUMNS = (
-    "is_train",
-    "is_training",
-    "is_training_image",
-    "train",
-    "training",
-)  # hold 1 for training, 0 for test
+SPLIT_COLUMNS = ("split", "subset", "partition", "data_split", "dataset_split", "split_name")
+# Split columns if their values are splits ...
+LIKELY_SPLIT_COLUMNS = ("usage", "set", "data_set", "dataset", "phase", "mode", "fold", "type", "group")
+# ... also under longer names with one of these words.
+SPLIT_WORDS = frozenset({"split", "splits", "subset", "partition", "usage", "set", "phase", "fold", "tvt"})
 CAPTION_COLUMNS = frozenset({"text", "caption", "captions", "title", "prompt", "description", "alt", "alt_text"})
 # Texts that mean a missing label, as pandas, SQL and spreadsheets spell them; "Null" and "nat" are names.
 MISSING_VALUES = frozenset(
@@ -119,3 +105,16 @@ def split_of_name(name: str) -> tuple[str, str] | None:
         return None
     rest = "".join(words[: places[0]] + words[places[0] + 1 :])
     return words[places[0]], "".join(filter(str.isalnum, rest)).lower()
+
+
+# Hidden and system files: hidden files and folders (version control, notebooks, trash), system files of Windows and
+# macOS, thumbnails, snapshots and recycle bins of network storage, caches, unfinished downloads, and backup copies of
+# editors. Folders that may be classes, such as recycled and CVS, count only for the files that Windows and CVS put there.
+JUNK = (
+    r"(?i)(?:^|/)(?:\.[^/.][^/]*|\.\.[^/]+|_{1,2}macosx|\$recycle\.bin|system volume information|(?-i:RECYCLER)|recycle[rd]/(?:s-1-[\d-]+|info2?|d[a-z]\d+\.[^/.]+)|found\.\d{3}|"
+    r"#recycle|recycle[ ._-]bin|@eadir|@syno[^/]*|@recycle|@recently-snapshot|@__thumb|@tmp|#snapshot|~snapshot|_vti_cnf|_gsdata_|"
+    r"network trash folder|_thumbs?|_thumbnails?|"
+    r"temporary items|lost\+found|__pycache__|node_modules|(?-i:CVS)/(?:entries[^/]*|root|repository|tag|template|baserev)|thumbs\.db|ehthumbs\.db|desktop\.ini|picasa\.ini|icon\r|"
+    r"zbthumbnail\.info|~\$[^/]*)(?:/|$)|(?:~|@syno(?:eastream|resource)|\.part|\.partial|\.filepart|\.opdownload|\.crdownload|\.download|\.aria2|\.![uq][tb]|\.bc!|"
+    r"\.tmp|\.swp|\.bak)$"
+)

@@ -5,7 +5,6 @@ Members are never extracted to disk, so their names cannot escape a folder.
 """
 
 import functools
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources import archives, items
 from pipeline.data.sources.archives import FileScan
 from pipeline.data.sources.items import Item, ScanOptions, Source, too_large
-from pipeline.data.sources.listing import JUNK
+from pipeline.data.sources.listing import IgnoredFiles
 from pipeline.data.sources.samples import SampleScanner, items_of_sample, split_extension
 from pipeline.errors import UserError
 
@@ -43,7 +42,7 @@ def scan_file(uri: str, path: str, size: int, options: ScanOptions) -> FileScan:
     fragments: list[tuple[str, int, int, int, list[str] | None]] = []
     try:
         with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive:
-            members = _members(archive)
+            members = _members(archive, found.ignored)
             first = held = 0
             for number, (name, member) in enumerate(members):
                 if found.starts_sample(name) and held >= options.unit_bytes:
@@ -77,7 +76,7 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
         with storage.open_file(uri) as file, zipfile.ZipFile(file) as archive:
             parts: dict[str, tuple[str, bytes]] = {}
             current = ""
-            for member_name, member in _members(archive)[fragment["start"] : fragment["stop"]]:
+            for member_name, member in _members(archive, IgnoredFiles())[fragment["start"] : fragment["stop"]]:
                 stem, extension = split_extension(member_name)
                 if parts and (stem != current or extension in parts):
                     yield from items_of_sample(parts, name, fragment["labels"], source)
@@ -101,11 +100,11 @@ def _read_fragment(uri: str, name: str, fragment: dict[str, Any], source: Source
         )
 
 
-def _members(archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
+def _members(archive: zipfile.ZipFile, ignored: IgnoredFiles) -> list[tuple[str, zipfile.ZipInfo]]:
     """(path with forward slashes, member) of the files, sorted so that the members
     of a sample are next to each other."""
     named = ((member.filename.replace("\\", "/").removeprefix("./"), member) for member in archive.infolist())
-    found = [(name, member) for name, member in named if not name.endswith("/") and not re.search(JUNK, name)]
+    found = [(name, member) for name, member in named if not name.endswith("/") and not ignored.has(name)]
     return sorted(found, key=lambda pair: (split_extension(pair[0])[0], pair[0]))
 
 
