@@ -98,6 +98,13 @@ TESTS = {
     ),
     # An embedded Ray dies with its driver, so this test covers both.
     "the head or the driver died": ("integration/test_survival.py::test_driver_killed",),
+    "a run makes no steps": (
+        "integration/test_survival.py::test_stalled_worker_is_named_and_restarted",
+        "integration/test_survival.py::test_stalled_thread_logs_its_stack_and_ends_its_process",
+    ),
+    "training waits for data": (
+        "integration/test_engine.py::test_waiting_for_data_is_reported_with_the_setting_that_helps",
+    ),
     "the newest checkpoint is damaged": (
         "integration/test_training.py::test_damaged_checkpoint_is_skipped",
         "integration/test_training.py::test_repair_lists_every_checkpoint_and_removes_when_asked",
@@ -112,6 +119,13 @@ TESTS = {
         "unit/test_tracking.py::test_refused_records_outlive_uploads_and_are_named_with_the_reason",
         "integration/test_mlflow_server.py::test_server_is_killed_and_restarted_during_a_run",
         "unit/test_tracking.py::test_a_server_that_never_comes_leaves_records_and_the_command_that_uploads_them",
+    ),
+    "units of work failed": (
+        "integration/test_workqueue.py::test_a_finished_unit_is_not_done_again",
+        "integration/test_workqueue.py::test_a_process_that_dies_repeatedly_is_one_line",
+    ),
+    "checkpoints cannot be evaluated": (
+        "integration/test_evaluate.py::test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person",
     ),
     "prepare was killed": ("integration/test_prepare_survival.py::test_killed_at_random_moments",),
     "a list of URLs has many dead links": (
@@ -133,6 +147,10 @@ TESTS = {
         "integration/test_survival.py::test_permanent_failures_are_not_retried",
         "integration/test_engine.py::test_options_of_the_engine_do_not_change_the_losses",
         "integration/test_training.py::test_other_number_of_workers_and_stage_see_the_same_samples",
+    ),
+    "host memory is almost full": (
+        "integration/test_survival.py::test_worker_killed_by_the_memory_monitor",
+        "integration/test_embedded_ray.py::test_prepare_reports_a_lack_of_host_memory_in_one_line_and_continues_later",
     ),
     "workers hang at 0% CPU": ("integration/test_doctor.py::test_a_stale_build_lock_is_distinguished_from_a_held_one",),
     "Ray responds with 401": ("integration/test_security.py::test_a_submission_without_the_token_is_refused",),
