@@ -132,14 +132,6 @@ def scan_archives(
     fragments = pa.table([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
     ordered = {scan.ordered_names for scan in found if scan.ordered_names}
     first_members = [names for scan in found for names in scan.first_members if names]
-    inside = {s for scan in found for s in scan.splits} | table.named_splits
-    inside |= {split for part in naming.tables.values() for split in part.named_splits}
-    if any(part.of_splits and not _lists_all(part, found) for part in (table, *naming.tables.values())):
-        inside.add("")  # test.txt beside class folders
-    folders = (Counter[tuple[str, ...]](scan.folders) for scan in found)
-    inside |= {split for path in sum(folders, Counter()) if (split := naming.layout.split("/".join((*path, ""))))}
-    if naming.layout.split_in_file_name:
-        inside |= {split for scan in found for split in scan.splits_in_names if split}
     return Source(
         uri=uri,
         kind=name,
@@ -153,10 +145,24 @@ def scan_archives(
         problem=next((scan.problem for scan in found if scan.problem), ""),
         hint=hint or _hint(found),
         prefix=options.prefix,
-        splits=_named(by_file, inside, files.num_rows),
+        splits=_named(by_file, _splits_inside(found, table, naming), files.num_rows),
         columns=options.columns,
         stamp=" ".join(scan.stamp for scan in found).strip(),
     )
+
+
+def _splits_inside(found: Sequence[FileScan], table: LabelTable, naming: Naming) -> set[str]:
+    """The splits that tables, members and rows name; "" stands for images without one. table: the table beside the
+    archives."""
+    inside = {s for scan in found for s in scan.splits} | table.named_splits
+    inside |= {split for part in naming.tables.values() for split in part.named_splits}
+    if any(part.of_splits and not _lists_all(part, found) for part in (table, *naming.tables.values())):
+        inside.add("")  # test.txt beside class folders
+    folders = (Counter[tuple[str, ...]](scan.folders) for scan in found)
+    inside |= {split for path in sum(folders, Counter()) if (split := naming.layout.split("/".join((*path, ""))))}
+    if naming.layout.split_in_file_name:
+        inside |= {split for scan in found for split in scan.splits_in_names if split}
+    return inside
 
 
 def _named(by_file: Mapping[str, str], inside: set[str], files: int) -> tuple[str, ...]:
