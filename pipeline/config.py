@@ -270,7 +270,7 @@ def check_finite(config: Config, where: str = "") -> Config:
 
 def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
     if dataclasses.is_dataclass(cls) and not isinstance(values, dict):
-        kind = "an empty file" if values is None else "text" if isinstance(values, str) else shown(type(values)())
+        kind = "an empty file" if values is None else "text" if isinstance(values, str) else shown(values)
         raise UserError(f"{where}: expected a mapping with the keys of {cls.__name__}, found {kind}")
     return check_finite(_read(cls, values, where), f"{where}: ")
 

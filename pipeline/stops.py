@@ -13,7 +13,7 @@ from typing import Any
 
 ONE_STOP = 5.0
 """Seconds in which further signals belong to the first one."""
-AGAIN = 0.1  # seconds until a signal whose exception was ignored is sent again
+RESEND_AFTER = 0.1  # seconds until a signal whose exception was ignored is sent again
 
 _received: list[tuple[int, float]] = []
 """(signal, time) of the stop."""
@@ -65,6 +65,6 @@ def _send_again(report: Any) -> Any:
         else:
             report(ignored)
             return
-        threading.Timer(AGAIN, os.kill, (os.getpid(), signum)).start()
+        threading.Timer(RESEND_AFTER, os.kill, (os.getpid(), signum)).start()
 
     return hook

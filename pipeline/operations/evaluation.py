@@ -455,8 +455,7 @@ def prunable(runs: tuple[str, ...], keep_last: int, uri: str) -> list[checkpoint
         kept = [checkpoint.uri for checkpoint in itertools.islice(valid, keep_last)]
         if len(kept) < keep_last:
             continue
-        scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
-        scored.sort(key=lambda c: c.commit["metrics"][names.VAL_TOP1], reverse=True)
-        best = next((c.uri for c in scored if checkpoints.damage(c) is None), None)
+        ranked = checkpoints.by_score(here, names.VAL_TOP1)
+        best = next((c.uri for c in ranked if c.uri in kept or checkpoints.damage(c) is None), None)
         found += [c for c in here if c.uri not in spared and c.uri not in (*kept, best)]
     return found

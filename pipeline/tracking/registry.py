@@ -168,9 +168,12 @@ def save_classifier(checkpoint: str, folder: str) -> None:
     recorded = read_commit(checkpoint)["files"]
     for file in WEIGHTS:
         original, copy = storage.join(checkpoint, file), os.path.join(weights, file)
-        storage.copy_file(original, copy)
         if file not in recorded:
             raise Damaged(f"{original}: not one of the files that {COMMIT} lists; use another checkpoint")
+        try:
+            storage.copy_file(original, copy)
+        except FileNotFoundError as error:
+            raise Damaged(f"{original}: missing; use another checkpoint") from error
         with open(copy, "rb") as opened:
             check_content(original, hashlib.file_digest(opened, "sha256").hexdigest(), recorded[file]["sha256"])
     storage.copy_file(storage.join(checkpoint, COMMIT), os.path.join(weights, COMMIT))

@@ -46,6 +46,7 @@ from pipeline.weights.checkpoints import (
     THREADS,
     Checkpoint,
     OtherFormat,
+    by_score,
     damage,
     find,
     folder,
@@ -373,9 +374,7 @@ class Writer:
         spared = list(itertools.islice(filter(self._is_valid, reversed(checkpoints)), self.keep_last))
         if len(spared) < self.keep_last:
             return
-        scored = [c for c in checkpoints if isinstance(c.commit.get("metrics", {}).get(self.best), (int, float))]
-        scored.sort(key=lambda c: (c.commit["metrics"][self.best], c.step), reverse=True)
-        best = next((c for c in scored if c in spared or self._is_valid(c)), None)
+        best = next((c for c in by_score(checkpoints, self.best) if c in spared or self._is_valid(c)), None)
         kept = {checkpoint.uri for checkpoint in (*spared, *([best] if best else []))}
         for checkpoint in checkpoints:
             if checkpoint.uri not in kept:

@@ -142,6 +142,7 @@ class Trainer:
             if not self.validate(self.first, vote.poll):
                 self.leave(self.first)
             self.save(self.first)
+        self.unvalidated = False  # without validation, nothing is left to repeat
         for step in range(self.first, plan.total):
             done = step + 1
             is_last = done == plan.total

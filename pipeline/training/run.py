@@ -150,15 +150,13 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
     if not config.runtime.register or config.loss == "masked":  # a model trained with masking has no classifier
         return {}
     here = checkpoints.find(config.runtime.output)[::-1]
-    scored = [c for c in here if names.VAL_TOP1 in c.commit.get("metrics", {})]
-    scored.sort(key=lambda c: (c.commit["metrics"][names.VAL_TOP1], c.step), reverse=True)
     uri = tracking.resolve_tracking_uri(config.runtime.tracking_uri)
     name = config.runtime.register
     if name == "auto":
         name = model_name(recipe or config.model.variant, config.runtime.data)
     registered: dict[str, str] = {}
     try:
-        for ranked in (scored, here):
+        for ranked in (checkpoints.by_score(here, names.VAL_TOP1), here):
             if version := _register_first(ranked, name=name, run_id=run_id, uri=uri):
                 registered[f"{version.name}/{version.version}"] = version.checkpoint
     except Exception as error:

@@ -23,6 +23,8 @@ from pipeline.transfer.suites import TransferConfig
 from pipeline.weights import checkpoints, load_model, read_config
 from pipeline.weights.description import SUFFIXES
 
+MAX_NAMES_BYTES = 16 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class PretrainedModel:
@@ -61,7 +63,12 @@ def read_class_names(uri: str) -> tuple[str, ...]:
     if storage.exists(manifest_uri(uri)):
         return tuple(open_dataset(uri).classes)
     try:
-        lines = storage.read_bytes(uri).decode().splitlines()
+        data = storage.read_bytes(uri, 0, MAX_NAMES_BYTES + 1)
+        if len(data) > MAX_NAMES_BYTES:
+            raise UserError(
+                f"--class-names {uri}: more than {MAX_NAMES_BYTES:,} bytes; give a text file with one name a line"
+            )
+        lines = data.decode().splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {uri}: neither a text file nor a prepared dataset") from error
     if not any(line.strip() for line in lines):

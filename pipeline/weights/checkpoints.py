@@ -5,6 +5,7 @@
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "Damaged",
     "OtherFormat",
+    "by_score",
     "damage",
     "find",
     "folder",
@@ -116,6 +118,12 @@ def latest(run: str, checksums: bool = True) -> Checkpoint | None:
     for broken in skipped:
         logger.warning("%s; there is no earlier checkpoint", broken)
     return None
+
+
+def by_score(found: Iterable[Checkpoint], metric: str | None) -> list[Checkpoint]:
+    """The checkpoints that have the metric, best first; of equal scores, the newest first. Without a metric, none."""
+    scored = [c for c in found if isinstance(c.commit.get("metrics", {}).get(metric), (int, float))]
+    return sorted(scored, key=lambda c: (c.commit["metrics"][metric], c.step), reverse=True)
 
 
 def resolve(uri: str) -> Checkpoint:

@@ -310,7 +310,7 @@ def test_a_label_that_begins_with_a_quotation_mark_swallows_no_rows(tmp_path, mo
     (tmp_path / name).write_text("\n".join(head + [rows.format(i, thing) for i, thing in enumerate(things)]))
     with workqueue.without_ray(), pytest.raises(UserError, match="has an opening quotation mark"):
         open_label_table(str(tmp_path / name))
-    texts = ['"3/4"" bolt"', "saw", '"a nut, of\nsteel"']
+    texts = ['"3/4"" bolt"', "saw", '"a nut, of\nsteel"', f'"1{separator}mix.\n2{separator}stir"']
     (tmp_path / name).write_text("\n".join(head + [rows.format(i, thing) for i, thing in enumerate(texts)]))
     with workqueue.without_ray():
         assert open_label_table(str(tmp_path / name)).has_labels

@@ -96,6 +96,14 @@ def test_a_flag_that_the_user_names_is_read_as_splits(tmp_path):
     assert prepared(root, split_column="is_valid", splits=("from-source",)) == {"train": 4, "val": 4}
 
 
+def test_images_that_are_mostly_valid_are_no_validation_split(tmp_path, caplog):
+    root = write(
+        tmp_path / "in", {**dict.fromkeys(IMAGES, JPEG), "labels.csv": table("is_valid", ["1", "1", "1", "0"])}
+    )
+    assert set(prepared(root)) == {""}  # no split
+    assert "is_valid is 1 for most of the images" in caplog.text
+
+
 def test_flags_that_may_be_classes_or_several_splits_are_asked_about(tmp_path):
     rows = [f"{name},{i % 2},{i % 3 // 2},1,{i % 5 // 4}" for i, name in enumerate(IMAGES)]
     voc = "\n".join(["file,bus,train,dog,car", *rows])

@@ -22,7 +22,6 @@ from pipeline.errors import UserError, plural
 
 INDEX = re.compile(r"\d+")
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-DIGITS = re.compile(r"\d+")
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?')
 PATH_AND_WORDS = re.compile(r"(.+?\.[A-Za-z0-9]{2,5})\s+(\S.*)")
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
@@ -222,28 +221,36 @@ def rows_of_text(lines: Iterable[str], layout: TextLayout) -> Iterator[dict[str,
         return
     missing = None if layout.header else ""
     lines = (line.strip() + "\n" for line in lines) if layout.delimiter == " " else lines
-    for cells in csv.reader(lines, delimiter=layout.delimiter, skipinitialspace=True):
+    taken: list[str] = []  # the lines of the row
+    for cells in csv.reader(_remember(lines, taken), delimiter=layout.delimiter, skipinitialspace=True):
         if cells:
-            if any("\n" in cell for cell in cells):
-                _refuse_rows_in_cells(cells, layout.delimiter)
+            if len(taken) > 1:
+                _refuse_rows_in_cells(cells, taken, layout.delimiter)
             yield dict.fromkeys(layout.columns, missing) | dict(zip(layout.columns, cells, strict=False))
+        taken.clear()
 
 
-def _refuse_rows_in_cells(cells: Sequence[str], delimiter: str) -> None:
+def _remember(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _refuse_rows_in_cells(cells: Sequence[str], lines: Sequence[str], delimiter: str) -> None:
     """Raises csv.Error for a cell that has other rows in it, because it begins with a quotation mark that is part of the
-    text, as in "3/4 bolt. Cells of several lines are texts such as captions."""
-    shapes = [DIGITS.sub("0", cell.partition("\n")[0].strip()) for cell in cells]
-    for cell in cells:
-        for line in cell.split("\n")[1:]:
-            parts = [part.strip() for part in line.split(delimiter)]
-            alike = any(
-                "0" in shape and shape == DIGITS.sub("0", part) for shape, part in zip(shapes, parts, strict=False)
-            )
-            if len(parts) > 1 and (alike or any(map(is_image_name, parts))):
-                raise csv.Error(
-                    f"the row {delimiter.join(cells).partition(chr(10))[0]!r:.80} has an opening quotation mark, and the rows up "
-                    'to the next quotation mark are in its cell; write a label with quotation marks as "3/4"" bolt"'
-                )
+    text, as in "3/4 bolt. Then text follows the next quotation mark, there is none, or the cell has lines with names of
+    images. Other cells of several lines are texts such as captions. lines: those of the row."""
+    try:
+        list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
+        parts = [line.split(delimiter) for cell in cells for line in cell.split("\n")[1:]]
+        if not any(len(some) > 1 and any(is_image_name(part.strip()) for part in some) for some in parts):
+            return
+    except csv.Error:
+        pass
+    raise csv.Error(
+        f"the row {delimiter.join(cells).partition(chr(10))[0]!r:.80} has an opening quotation mark, and the rows up "
+        'to the next quotation mark are in its cell; write a label with quotation marks as "3/4"" bolt"'
+    )
 
 
 def _path_and_label(line: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Finds the column of the splits in tables, Parquet files and samples, and reads its values."""
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from pipeline.data.sources.words import (
     split_of_name,
 )
 from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FILLERS = frozenset(
     [
@@ -45,6 +48,8 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 VALIDATION = frozenset({"val", "valid", "validation", "dev"})
 MAX_SPLIT_NAMES = 16  # in a column that only its values show to be one of splits
 OTHER_KINDS = frozenset({*LABEL_COLUMNS, *FILE_COLUMNS, *CAPTION_COLUMNS})
+HELD_OUT_ALONE = "train"
+"""The split of the images that have none, if all splits of a source are held out."""
 
 
 def split_column(
@@ -70,7 +75,9 @@ def split_column(
         enough = len(set(kinds)) > 1 or not is_doubtful(name)
         if kinds and enough and all(map(split_of_name, kinds)):
             return name
-    if flags := [name for name in names if split_of_flag(name) and _are_flags(values(name))]:
+    flags = [name for name in names if split_of_flag(name) and _are_flags(values(name))]
+    flags = [name for name in flags if not _means_usable(name, values(name))]
+    if flags:
         return _flag_column(flags, names, values)
     for name in names if texts is None else texts:
         if name in names and name not in likely and normalised_name(name) not in OTHER_KINDS:
@@ -146,6 +153,19 @@ def _are_flags(values: Iterable[Any]) -> bool:
     return bool(present) and all(map(is_flag, present))
 
 
+def _means_usable(name: str, values: Iterable[Any]) -> bool:
+    """Whether a column such as valid or is_valid is 1 for most images. Then it does not mean validation images, which
+    are fewer than the others."""
+    flags = [is_one(value) for value in values if not is_missing(value)]
+    usable = split_of_flag(name) == "val" and "valid" in _words(name) and 2 * sum(flags) > len(flags)
+    if usable:
+        logger.warning(
+            "the column %s is 1 for most of the images, so it is not taken for the validation split; --split-column %s "
+            "reads it as one", name, name,
+        )  # fmt: skip
+    return usable
+
+
 def _flag_column(flags: list[str], names: Sequence[str], values: Callable[[str], Iterable[Any]]) -> str:
     """The only one of the columns that flag the images of a split."""
     if len(flags) > 1:
@@ -162,10 +182,6 @@ def _flag_column(flags: list[str], names: Sequence[str], values: Callable[[str],
                 f"with --split-column {flag}, or the classes with --label-column A,B,..."
             )
     return flag
-
-
-HELD_OUT_ALONE = "train"
-"""The split of the images that have none, if all splits of a source are held out."""
 
 
 def split_of_others(named: Iterable[str]) -> str | None:
