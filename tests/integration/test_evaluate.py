@@ -398,7 +398,10 @@ def test_command_line_exit_codes(tmp_path, database):
     assert (bad.returncode, bad.stderr.startswith("error: --once and --every")) == (2, True)
     commit(tmp_path / "run", 10)
     pending = subprocess.run(
-        [*job, "--runs", str(tmp_path / "run"), "--dry-run", "--json"], capture_output=True, text=True, timeout=120
+        [*job, "--runs", str(tmp_path / "run"), "--data", str(tmp_path / "none"), "--dry-run", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert pending.returncode == 2, pending.stderr  # the suite's data is not there, and nothing was claimed
     assert "tasks cannot run" in pending.stderr
