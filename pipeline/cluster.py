@@ -14,13 +14,12 @@ import stat
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
 
-from pipeline import host_memory, ray_state
+from pipeline import host_memory, ray_state, stops
 from pipeline.credentials import forwarded
 from pipeline.errors import NotStarted, UserError
 
@@ -221,13 +220,13 @@ _embedded: list[psutil.Process] = []
 def _keep_signal_handler() -> Iterator[None]:
     """Restores the job's SIGTERM handler, which `ray.init` replaces. It saves and exits with the documented code.
 
-    A SIGTERM meanwhile (a thread that does not block it may take it) ends Ray's handler with exit code 1."""
+    A SIGTERM meanwhile (a thread that does not block it may take it) reaches Ray's handler, which exits with 15."""
     stop = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit as ended:
-        if any(frame.name == "sigterm_handler" for frame in traceback.extract_tb(ended.__traceback__)):
-            raise SystemExit(128 + signal.SIGTERM) from ended
+        if ended.code == signal.SIGTERM:
+            raise stops.Stop(128 + signal.SIGTERM) from ended
         raise
     finally:
         if callable(stop) and threading.current_thread() is threading.main_thread():

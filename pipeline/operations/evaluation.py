@@ -127,10 +127,7 @@ def find_targets(config: EvaluateConfig, uri: str) -> list[Target]:
                 target = _target(checkpoint, run)
                 found[target.key] = target
         if config.register and config.model and here:
-            try:
-                registry.register(here[-1].uri, name=config.model, uri=uri)
-            except checkpoints.Damaged as error:  # the others can be evaluated
-                logger.warning("not registered: %s", error)
+            registry.register_first([c.uri for c in reversed(here)], name=config.model, uri=uri)
     for version in registry.versions(config.model, uri) if config.model else []:
         try:
             checkpoint = checkpoints.resolve(version.checkpoint)

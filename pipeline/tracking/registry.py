@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,16 @@ def _is_better(new: Version, present: Version) -> bool:
         same_run = _run_folder(new.checkpoint) == _run_folder(present.checkpoint)
         return new.top1 is not None or (present.top1 is None and same_run and new.step > present.step)
     return new.validation == present.validation and new.top1 >= present.top1
+
+
+def register_first(ranked: Iterable[str], **options: Any) -> Version | None:
+    """Registers the first of some checkpoints that is not damaged, as `register` does; None if all are."""
+    for checkpoint in ranked:
+        try:
+            return register(checkpoint, **options)
+        except Damaged as error:
+            logger.warning("not registered: %s", error)
+    return None
 
 
 def _run_folder(checkpoint: str) -> str:

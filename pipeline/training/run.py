@@ -157,21 +157,11 @@ def _register(config: PretrainConfig, recipe: str, run_id: str | None) -> dict[s
     registered: dict[str, str] = {}
     try:
         for ranked in (checkpoints.by_score(here, names.VAL_TOP1), here):
-            if version := _register_first(ranked, name=name, run_id=run_id, uri=uri):
+            if version := registry.register_first([c.uri for c in ranked], name=name, run_id=run_id, uri=uri):
                 registered[f"{version.name}/{version.version}"] = version.checkpoint
     except Exception as error:
         logger.warning("not registered in MLflow (%s); repeat the command to retry", error)
     return registered
-
-
-def _register_first(ranked: list[checkpoints.Checkpoint], **options: Any) -> registry.Version | None:
-    """Registers the first checkpoint that is not damaged; None if there is none."""
-    for checkpoint in ranked:
-        try:
-            return registry.register(checkpoint.uri, **options)
-        except checkpoints.Damaged as error:
-            logger.warning("not registered: %s", error)
-    return None
 
 
 def absolute(config: PretrainConfig) -> PretrainConfig:

@@ -162,8 +162,9 @@ class Extraction:
         if precision is None:
             return self.model
         if self.lowered is None or self.lowered[0] != precision:
-            choose_kernels(self.model, EngineConfig(), torch.device(self.execution.device))
-            self.lowered = precision, copy.deepcopy(self.model).to(precision_type(precision, self.execution.device))
+            model = copy.deepcopy(self.model)
+            choose_kernels(model, EngineConfig(), torch.device(self.execution.device))
+            self.lowered = precision, model.to(precision_type(precision, self.execution.device))
         return self.lowered[1]
 
 

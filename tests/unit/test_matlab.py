@@ -111,8 +111,7 @@ def giant_map() -> dict[str, str]:
     return {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a", "GNU.sparse.realsize": "1"}
 
 
-@pytest.mark.parametrize("headers", [giant_attributes, giant_map])
-@pytest.mark.parametrize("damage", ["", "not a number"])
+@pytest.mark.parametrize(("headers", "damage"), [(giant_attributes, ""), (giant_map, ""), (giant_map, "not a number")])
 def test_headers_of_a_tar_are_read_in_bounded_memory(tmp_path, headers, damage):
     info = tarfile.TarInfo("meta.mat")
     info.pax_headers = headers()
