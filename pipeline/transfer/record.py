@@ -197,7 +197,7 @@ class Recorder:
         for name, figure in drawn.items():
             if figure is not None:
                 picture = io.BytesIO()
-                figure.savefig(picture, format="png")
+                figure.savefig(picture, format="png", bbox_inches="tight")
                 pictures[name] = picture.getvalue()
                 storage.write_bytes(storage.join(self.state.output, name), pictures[name])
                 parent.log_bytes(pictures[name], name)
