@@ -1,7 +1,7 @@
-"""The commands of README and docs/ that need one machine only, word for word, on small data.
+"""The commands of all pages that need one machine only, word for word, on small data.
 
-Commands of `tests/e2e/test_operating.py` (docs/operating.md) and `tests/unit/test_infra.py` (the flags of every
-command) are tested there."""
+`tests/e2e/test_operating.py` runs those of docs/operating.md, and `tests/unit/test_document_commands.py` reads the flags
+of every command."""
 
 import os
 import re
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.documents import SHELL, code_blocks, pages, script_lines
 from tests.images import tinted
 from tests.webserver import web_server
 
@@ -25,7 +26,11 @@ ELSEWHERE = {
     "docs/clusters.md": "tests/e2e/test_clusters_guide.py runs its jobs on two nodes; the page names what needs an account",
     "docs/operating.md": "tests/e2e/test_operating.py runs it against an S3 server and a cluster",
     "docs/install.md": "makes environments: the page says what was run",
-    "docs/benchmarks.md": "the recorded run of 83 minutes",
+    "CONTRIBUTING.md": "installs, and runs this suite",
+    "docs/benchmarks.md": "the recorded run of 83 minutes, and measurements",
+    "docs/decontamination.md": "measurements with photographs; tests/unit/test_dedup.py has small ones",
+    "docs/index.md": "installs, and runs this suite",
+    "infra/README.md": "needs a bucket; docs/operating.md has the same commands",
     "docs/security.md": "a test of this suite",
     "docs/gpu.md": "needs a GPU; tests/unit/test_gpu_benchmark.py runs its small form",
 }
@@ -33,8 +38,8 @@ ELSEWHERE = {
 REASONS = {
     r"s3://": "needs a bucket",
     r"^ray job submit": "needs a cluster",
-    r"\bvtab all\b": "needs the published archives",
-    r"sets/vtab/pets": "needs a VTAB task",
+    r"^make ": "installs; CI runs `make demo` and `make test`",
+    r"sets/vtab": "needs the VTAB tasks, from the published archives",
     r"^source ": "activates an environment",
     r"recipe b16_imagenet": "needs ImageNet",
     r"infra/pipelines/": "needs a bucket",
@@ -47,13 +52,13 @@ MORE = {
 
 
 def commands(page):
-    """[(language, text)] of a page in its order: each line of a bash block, and each python block as a whole."""
+    """[(language, text)] of a page in its order: each line of a shell block, and each python block as a whole."""
     found = []
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
-        if language == "bash":
-            found += [("bash", line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-        elif language == "python":
-            found.append(("python", block))
+    for block in code_blocks(ROOT / page):
+        if block.language in SHELL:
+            found += [("bash", line) for line in script_lines(block)]
+        elif block.language == "python":
+            found.append(("python", block.text))
     return found
 
 
@@ -108,8 +113,13 @@ def run(folder, language, text):
 
 
 def test_every_page_with_commands_is_run_or_says_where():
-    pages = ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
-    assert {page for page in pages if commands(page)} == {*PAGES, *ELSEWHERE}
+    every = [str(path.relative_to(ROOT)) for path in pages()]
+    assert {page for page in every if commands(page)} == {*PAGES, *ELSEWHERE}
+
+
+def test_no_reason_is_left_over():
+    every = [text for page in PAGES for _, text in commands(page)]
+    assert [pattern for pattern in REASONS if not any(re.search(pattern, text) for text in every)] == []
 
 
 def test_most_commands_can_be_run():

@@ -26,7 +26,7 @@ import pytest
 from pipeline import storage
 from pipeline.vtab import miniature
 from pipeline.weights import checkpoints
-from tests.documents import code_blocks
+from tests.documents import code_blocks, script_lines
 from tests.images import tinted
 from tests.objectstore import make_bucket
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "operating.md"
-COMMANDS = [line for block in code_blocks(GUIDE) for line in block.splitlines()]
+COMMANDS = [line for block in code_blocks(GUIDE) for line in script_lines(block)]
 RUN, STEPS = "s3://bucket/vit/b16", 1000
 LOGGED = r"^\S+ INFO +"  # time and level of a line of the log
 ATTEMPT = r"(?:-\w+)?"  # end of the name of a checkpoint that a later attempt has saved

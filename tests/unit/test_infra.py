@@ -1,5 +1,5 @@
 """Validates infra/ with Ray's schema, the definitions of KubeRay and Kubernetes, kustomize, linters and the command
-lines of the jobs; also the commands in docs/."""
+lines of the jobs. tests/unit/test_document_commands.py does so for the commands of pages."""
 
 import copy
 import importlib.util
@@ -16,14 +16,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import tyro
 import yaml
 
 from pipeline.cluster import STOP_RECORDS
 from pipeline.errors import UserError
-from pipeline.graph import commands, file, instances
+from pipeline.graph import file, instances
 from pipeline.training.config import PretrainConfig
-from tests.documents import code_blocks
+from tests.commandlines import parse_job as parse
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -77,12 +76,10 @@ SHELL = {
 
 
 def command_lines():
-    """(where, job, argv) of every job that infra/, README.md or docs/ start."""
-    for path in [*EVERY_FILE, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    """(where, job, argv) of every job that a file of infra/ starts, without its pages."""
+    for path in [path for path in EVERY_FILE if path.suffix != ".md"]:
         text = path.read_text().replace("\\\n", " ")
-        if path.suffix == ".md":
-            texts = code_blocks(path)
-        elif path.suffix == ".yaml":
+        if path.suffix == ".yaml":
             comments = [line.lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
             texts = [*comments, *(string for document in documents(path) for string in strings(document))]
             texts += [shlex.join(words) for document in documents(path) for words in word_lists(document)]
@@ -93,37 +90,6 @@ def command_lines():
                 rest = re.sub(r"\$\(\(.*?\)\)", "16", rest)
                 rest = re.sub(r"\$\{?(\w+)\}?", lambda match: SHELL[match[1]], rest.replace('"$@"', ""))
                 yield f"{path.relative_to(ROOT)}: {job}{rest}", job, shlex.split(rest, comments=True)
-
-
-class Parsed(Exception):
-    """Stops a job behind its command line; holds the config that was read."""
-
-
-def parse(job, argv, monkeypatch):
-    """The config that jobs/<job>.py reads from argv, by its own main()."""
-    if job == "pipeline":
-        command = argv[0] if argv[0] in commands.COMMANDS else "run"
-        return commands.parse(command, argv[argv[0] == command :])[0]
-    name = f"jobs_{job}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "jobs" / f"{job}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    read = tyro.cli
-
-    def stop(*args, **options):
-        raise Parsed(read(*args, **options))
-
-    def stop_at_repair(run, delete):  # jobs/pretrain.py --repair does not train
-        raise Parsed(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tyro, "cli", stop)
-        patch.setattr("pipeline.training.checkpoint.repair", stop_at_repair)
-        with pytest.raises(Parsed) as parsed:
-            sys.modules[name].main(argv)
-    return parsed.value.args[0]
 
 
 COMMAND_LINES = list(command_lines())
@@ -138,8 +104,6 @@ def test_commands_are_found_everywhere():
     places = {where.partition(":")[0] for where, _, _ in COMMAND_LINES}
     for place in (
         *(
-            "infra/README.md",
-            "docs/clusters.md",
             "infra/ray-up/aws.yaml",
             "infra/slurm/pretrain.sbatch",
             "infra/kuberay/evaluate.yaml",

@@ -58,7 +58,7 @@ def test_slurm_signals_the_script_alone_and_in_time():
 def launch_commands():
     """{where: words of `sky jobs launch`}"""
     header = "\n".join(line.lstrip("# ") for line in SKYPILOT.read_text().splitlines() if line.startswith("#"))
-    texts = {SKYPILOT: header, CLUSTERS: "\n".join(code_blocks(CLUSTERS))}
+    texts = {SKYPILOT: header, CLUSTERS: "\n".join(block.text for block in code_blocks(CLUSTERS))}
     for path, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
             if line.startswith("sky jobs launch"):
