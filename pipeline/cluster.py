@@ -49,6 +49,8 @@ STOP_RECORDS = 20
 MEMORY_REMEDY = "run fewer processes in parallel"
 OUT_OF_MEMORY_RETRIES = "5"
 """Retries of a task whose node ran out of host memory, with growing pauses; by default Ray retries forever."""
+EMBEDDED_STARTS = 3
+"""How often an embedded Ray is started, if its processes do not start in time."""
 STOPS = {signal.SIGTERM, signal.SIGHUP}
 """Signals that stop a job. SIGINT is not listed, because Ray does not pass it to its processes."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]
@@ -196,20 +198,40 @@ def _join() -> str:
             shipped = runtime_env(ship_project=True)
             ray.init(address=address, runtime_env=shipped, logging_level=logging.ERROR, log_to_driver=False)
         return f"the cluster at {address}"
+    _start_embedded()
+    return "embedded Ray"
+
+
+def _start_embedded() -> None:
+    """Starts Ray on this machine. Starts it again if it was too slow: Ray waits only 30 s for its own processes."""
+    import ray
+
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen on all addresses
     before = psutil.Process().children()
-    with ray_state.on_loopback(), _block_stop_signals(), _keep_signal_handler():
-        ray.init(
-            address="local",  # ignore clusters of earlier sessions in /tmp
-            num_cpus=_settings.num_cpus,
-            include_dashboard=_settings.dashboard,
-            dashboard_host="127.0.0.1",
-            runtime_env=runtime_env(ship_project=False),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    _embedded[:] = [child for child in psutil.Process().children() if child not in before]
-    return "embedded Ray"
+    for left in reversed(range(EMBEDDED_STARTS)):
+        try:
+            with ray_state.on_loopback(), _block_stop_signals(), _keep_signal_handler():
+                ray.init(
+                    address="local",  # ignore clusters of earlier sessions in /tmp
+                    num_cpus=_settings.num_cpus,
+                    include_dashboard=_settings.dashboard,
+                    dashboard_host="127.0.0.1",
+                    runtime_env=runtime_env(ship_project=False),
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+        except Exception as error:  # Ray raises a plain one
+            _kill([family for child in _children_since(before) for family in _descent(child)])
+            if "timed out" not in str(error) or not left:
+                raise
+            logger.warning("Ray did not start in time, perhaps because this machine is very busy; starting it again")
+        else:
+            _embedded[:] = _children_since(before)
+            return
+
+
+def _children_since(before: list[psutil.Process]) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child not in before]
 
 
 _embedded: list[psutil.Process] = []

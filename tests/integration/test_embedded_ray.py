@@ -96,3 +96,48 @@ def test_sigterm_while_ray_starts_ends_with_the_documented_code():
     """Ray has handlers of its own at that time, which end the process without a word."""
     done = subprocess.run([sys.executable, "-c", STOPPED], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr.splitlines()[-1:]) == (143, ["stopped; repeat the command to continue"])
+
+
+SLOW = """
+import os, signal, subprocess, sys
+
+class Popen(subprocess.Popen):
+    raylets = []
+
+    def __init__(self, args, *rest, **options):
+        super().__init__(args, *rest, **options)
+        if os.path.basename(args[0]) == "raylet":
+            self.raylets.append(self)
+            if len(self.raylets) <= int(sys.argv[1]):
+                self.send_signal(signal.SIGSTOP)  # does not start before Ray loses its patience
+
+subprocess.Popen = Popen
+from pipeline import cluster
+from pipeline.config import run_job
+
+def main(argv):
+    cluster.configure(None, 1, dashboard=False)
+    try:
+        cluster.connect()
+        import ray
+        print(ray.get(ray.remote(lambda: "it works").remote()))
+    finally:
+        print([raylet.wait(60) if i < int(sys.argv[1]) else raylet.poll() for i, raylet in enumerate(Popen.raylets)])
+        cluster.disconnect()
+
+run_job(main)
+"""
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_ray_that_does_not_start_in_time_is_started_again(slow):
+    """Ray waits 30 s for its processes, which a busy machine may need. Of each attempt that failed, no process stays."""
+    command = [sys.executable, "-c", SLOW, str(slow)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.stderr.count("Ray did not start in time") == min(slow, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    if slow == 1:
+        assert (done.returncode, done.stdout) == (0, "it works\n[-9, None]\n"), done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (1, "[-9, -9, -9]\n"), done.stderr
+        assert "error: Ray does not start on this machine: " in done.stderr

@@ -85,7 +85,7 @@ def start(job: str, bucket: str, folder: Path, patience: float) -> tuple[subproc
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out), log
 
 
-def until(log: Path, pattern: str, seconds: float = 240) -> None:
+def until(log: Path, pattern: str, seconds: float = 800) -> None:
     deadline = time.monotonic() + seconds
     while not re.search(pattern, log.read_text(errors="replace")):
         assert time.monotonic() < deadline, f"no {pattern}:\n{log.read_text()}"
@@ -93,7 +93,7 @@ def until(log: Path, pattern: str, seconds: float = 240) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("job", JOBS)
 def test_job_waits_for_the_end_of_an_outage(store, tmp_path, job):
     bucket, proxy = store
@@ -103,7 +103,7 @@ def test_job_waits_for_the_end_of_an_outage(store, tmp_path, job):
         while outage.refused < 20 and process.poll() is None:
             time.sleep(0.2)
         outage.over = True
-        assert process.wait(300) == 0, log.read_text()
+        assert process.wait(800) == 0, log.read_text()
     finally:
         process.kill()
     text = log.read_text()
@@ -113,7 +113,7 @@ def test_job_waits_for_the_end_of_an_outage(store, tmp_path, job):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_outage_longer_than_the_patience_fails_the_attempt_and_training_continues(store, tmp_path):
     bucket, proxy = store
     proxy.fault = outage = Outage(WORK["pretrain"], begin=5)
@@ -121,7 +121,7 @@ def test_outage_longer_than_the_patience_fails_the_attempt_and_training_continue
     try:
         until(log, r"starting again from the last checkpoint \(failure 1 of at most 3 in a row\)")
         outage.over = True
-        assert process.wait(300) == 0, log.read_text()
+        assert process.wait(800) == 0, log.read_text()
     finally:
         process.kill()
     text = log.read_text()
@@ -133,14 +133,14 @@ def test_outage_longer_than_the_patience_fails_the_attempt_and_training_continue
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("job", JOBS)
 def test_endless_outage_is_a_failure_and_not_wrong_input(store, tmp_path, job):
     bucket, proxy = store
     proxy.fault = Outage(WORK[job], begin=3)
     process, log = start(job, bucket, tmp_path, patience=2)
     try:
-        assert process.wait(300) == 75, log.read_text()
+        assert process.wait(800) == 75, log.read_text()
     finally:
         process.kill()
     text = log.read_text()
@@ -148,7 +148,7 @@ def test_endless_outage_is_a_failure_and_not_wrong_input(store, tmp_path, job):
     assert "Traceback" not in text
     proxy.fault = lambda method, path, n: None
     again, log = start(job, bucket, tmp_path, patience=60)
-    assert again.wait(300) == 0, log.read_text()
+    assert again.wait(800) == 0, log.read_text()
 
 
 # ---------------------------------------------------------------- the parts
