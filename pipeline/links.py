@@ -8,9 +8,10 @@ MAX_LINKS = 3  # links to folders on the path of a listed file
 MOST_NAMED = 10  # links that are not followed, in the log
 HIDDEN = re.compile(r"/\.")
 Roots = tuple[str, ...]
+"""Real paths of a listed folder and of the folders behind the links on the way."""
 
 logger = logging.getLogger(__name__)
-_named: set[str] = set()
+_warned: set[str] = set()
 
 
 def follow_link(path: str, roots: Roots) -> Roots:
@@ -29,9 +30,9 @@ def follow_link(path: str, roots: Roots) -> Roots:
         reason = f"it is behind {MAX_LINKS} other links"
     if not reason:
         return (*roots, target)
-    if len(_named) < MOST_NAMED and path not in _named:
-        _named.add(path)
-        last = "; further ones are not named" if len(_named) == MOST_NAMED else ""
+    if len(_warned) < MOST_NAMED and path not in _warned:
+        _warned.add(path)
+        last = "; further ones are not named" if len(_warned) == MOST_NAMED else ""
         logger.warning("%s: the link is not followed, because %s%s", path, reason, last)
     return ()
 

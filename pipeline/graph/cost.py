@@ -94,13 +94,3 @@ def duration(seconds: float) -> str:
 def money(dollars: float) -> str:
     """12,345.67, or 0.0123 below a dollar."""
     return f"{dollars:,.2f}" if dollars >= 1 or not dollars else f"{dollars:.4f}"
-
-
-def size(count: float | None) -> str:
-    """12 MB."""
-    if count is None:
-        return ""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"

@@ -134,7 +134,7 @@ def content_of(uri: str) -> Content | None:
     if MANIFEST in here:
         return Content(_dataset(uri))
     if checkpoints.COMMIT in here:
-        return Content(_weights(checkpoints.read_commit(uri)))
+        return Content(_weights(checkpoints.read(uri)))
     if "checkpoints" in here:
         newest = checkpoints.latest(uri, checksums=False)
         return Content(_weights(newest)) if newest else None

@@ -9,6 +9,7 @@ from pipeline.errors import plural
 from pipeline.graph import cost, results
 from pipeline.graph.estimate import Estimate
 from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
+from pipeline.units import bytes_text
 
 WIDTH = 80
 COLOURS = {
@@ -183,8 +184,8 @@ def _cost_row(name: str, spent: Mapping[str, Any], estimate: float | None) -> li
         "" if estimate is None else cost.duration(estimate),
         f"{spent['cpu_hours']:.3f}" if "cpu_hours" in spent else "",
         f"{spent['gpu_hours']:.3f}" if spent.get("gpu_hours") else "",
-        cost.size(spent.get("read")),
-        cost.size(spent.get("written")),
+        bytes_text(spent["read"]) if "read" in spent else "",
+        bytes_text(spent["written"]) if "written" in spent else "",
         "" if spent.get("dollars") is None else cost.money(spent["dollars"]),
     ]
 

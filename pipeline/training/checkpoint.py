@@ -51,7 +51,7 @@ from pipeline.weights.checkpoints import (
     find,
     folder,
     latest,
-    read_commit,
+    read,
     sha256,
 )
 
@@ -117,7 +117,7 @@ def survey(run: str) -> list[FolderState]:
             )
             continue
         try:
-            checkpoint = read_commit(uri)
+            checkpoint = read(uri)
             problem = damage(checkpoint)
         except (OtherFormat, StorageError):
             raise

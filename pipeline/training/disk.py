@@ -6,6 +6,7 @@ import tempfile
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.units import bytes_text
 
 
 def checkpoint_bytes(parameters: int, *, optimizer: str = "adamw", ema: bool = False) -> dict[str, int]:
@@ -25,7 +26,7 @@ def check_disk(output: str, size: int, keep: int) -> str:
     if storage.is_remote(output):
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
-        scarce = f"{folder}: {_text(free)} free, and a checkpoint of up to {_text(size)} goes through this folder; "
+        scarce = f"{folder}: {bytes_text(free)} free, and a checkpoint of up to {bytes_text(size)} goes through this folder; "
         return f"{scarce}free some space there or set TMPDIR" if free < size else ""
     folder = output
     while not os.path.exists(folder):
@@ -33,18 +34,14 @@ def check_disk(output: str, size: int, keep: int) -> str:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"--output {output}: {_text(free)} free, and a checkpoint of this run takes {_text(size)}; free some space or "
+            f"--output {output}: {bytes_text(free)} free, and a checkpoint of this run takes {bytes_text(size)}; free some space or "
             "choose another --output"
         )
     present = sum(file.size for file in storage.list_files(storage.join(output, "checkpoints")))
     needed = (keep + 1) * size - present
     if free < needed:
         return (
-            f"--output {output}: {_text(free)} free, and {keep} kept checkpoints and the next one take {_text(needed)}; "
+            f"--output {output}: {bytes_text(free)} free, and {keep} kept checkpoints and the next one take {bytes_text(needed)}; "
             "free some space or lower --keep-last"
         )
     return ""
-
-
-def _text(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

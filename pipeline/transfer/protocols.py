@@ -80,7 +80,7 @@ class Head(Probe):
         return Augment(size=self.resolution, crop="center", resize=self.resize, flip=False)
 
 
-NUMBERS = {
+HEAD_METRICS = {
     "top5": "top-5 %",
     "top1_among": "top-1 % among its classes",
     "loss": "loss",

@@ -22,7 +22,7 @@ from pipeline.transfer.checkpoint import PretrainedModel
 from pipeline.transfer.head import class_names
 from pipeline.transfer.jobs import Job, Result
 from pipeline.transfer.predictions import Predictions
-from pipeline.transfer.protocols import NUMBERS, FineTune, Head, Probe, Split, TransferTask
+from pipeline.transfer.protocols import HEAD_METRICS, FineTune, Head, Probe, Split, TransferTask
 from pipeline.transfer.scores import SCORES, Score, standard_error
 from pipeline.transfer.store import Store, SuiteState
 from pipeline.transfer.suites import TransferConfig, suite_version
@@ -101,7 +101,9 @@ class Recorder:
             for step, loss, lr in result.curve:
                 child.log({names.LOSS + suffix: loss, names.LEARNING_RATE + suffix: lr}, step=int(step))
             accuracy = {f"{result.phase}_top1{suffix}": result.accuracy[""]} if "" in result.accuracy else {}
-            numbers = {f"{result.phase}_{name}": result.details[name] for name in NUMBERS if name in result.details}
+            numbers = {
+                f"{result.phase}_{name}": result.details[name] for name in HEAD_METRICS if name in result.details
+            }
             child.log({**accuracy, **numbers, names.IMAGES_PER_SECOND + suffix: result.images_per_second})
         finals = [result for result in results if result.phase == "final"]
         if all("" in result.accuracy for result in finals):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.transfer.protocols import NUMBERS, TransferTask
+from pipeline.transfer.protocols import HEAD_METRICS, TransferTask
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score, error_of_mean, read_scores, vtab_means, without_seen
 
@@ -45,11 +45,11 @@ def suite_report(
         published = {model: {k: v for k, v in row.items() if k != "mean"} for model, row in published.items()}
     references = {**(others or {}), **published}
     clean = any(score.clean is not None for score in scores)
-    numbers = [name for name in NUMBERS if any(name in score.details for score in scores)]
+    numbers = [name for name in HEAD_METRICS if any(name in score.details for score in scores)]
     rows = [_score_row(score, numbers, clean, references) for score in scores]
     rows += _mean_rows(scores, numbers, clean, references, complete=not failures)
     corrected = ["without seen images", "removed"] if clean else []
-    titles = [NUMBERS[name] for name in numbers]
+    titles = [HEAD_METRICS[name] for name in numbers]
     lines += ["", *_table(["task", "group", "top-1 %", *titles, *corrected, "images", "lr", *references], rows)]
     if published and complete_vtab is not None:
         lines += ["", FLAT_MEAN]
@@ -63,7 +63,7 @@ def suite_report(
 def _score_row(
     score: Score, numbers: Sequence[str], clean: bool, references: Mapping[str, Mapping[str, float | None]]
 ) -> list[str]:
-    """numbers: keys of `protocols.NUMBERS`."""
+    """numbers: keys of `protocols.HEAD_METRICS`."""
     row = [score.name, score.group, plus_minus(score), *(show_number(score.details, name) for name in numbers)]
     if clean:
         row += [f"{statistics.fmean(score.clean):.2f}" if score.clean else "", str(score.removed or "")]
@@ -72,15 +72,15 @@ def _score_row(
 
 
 def show_number(details: Mapping[str, float], name: str) -> str:
-    """A number of `protocols.NUMBERS` as text; empty if there is none."""
+    """A number of `protocols.HEAD_METRICS` as text; empty if there is none."""
     if name not in details:
         return ""
     return f"{details[name]:{NUMBER_FORMATS.get(name, '.2f')}}"
 
 
 def describe(details: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(title, text) of the numbers of `protocols.NUMBERS` that a score has."""
-    return [(title, show_number(details, name)) for name, title in NUMBERS.items() if name in details]
+    """(title, text) of the numbers of `protocols.HEAD_METRICS` that a score has."""
+    return [(title, show_number(details, name)) for name, title in HEAD_METRICS.items() if name in details]
 
 
 def _mean_rows(

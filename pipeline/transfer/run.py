@@ -63,7 +63,7 @@ class SuiteResult:
     random: dict[str, float]
     """Scores of the same architecture with random weights, if requested."""
     details: dict[str, dict[str, float]]
-    """{score: more numbers} of the suite head (`protocols.NUMBERS`)."""
+    """{score: more numbers} of the suite head (`protocols.HEAD_METRICS`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pipeline.tracking import artifacts
 from pipeline.transfer.corrections import read_real_labels, real_labels
 from pipeline.transfer.jobs import Job, Result, final_jobs
 from pipeline.transfer.predictions import Hits, Predictions
-from pipeline.transfer.protocols import L2_GRID, NUMBERS, SEEDLESS, Probe, TransferTask
+from pipeline.transfer.protocols import HEAD_METRICS, L2_GRID, SEEDLESS, Probe, TransferTask
 from pipeline.transfer.store import Store
 from pipeline.transfer.suites import VTAB_GROUPS
 from pipeline.vtab.tasks import TABLE as VTAB
@@ -41,7 +41,7 @@ class Score:
     clean: tuple[float, ...] | None = None
     removed: int = 0
     details: dict[str, float] = field(default_factory=dict)
-    """More numbers of the suite head (`protocols.NUMBERS`)."""
+    """More numbers of the suite head (`protocols.HEAD_METRICS`)."""
 
     @property
     def mean(self) -> float:
@@ -122,7 +122,7 @@ def _task_scores(
         about["removed"] = sum(key in seen for key in predictions[0].keys)
     clean = tuple(p.accuracy(without=seen) for p in predictions) if seen else None
     values = tuple(result.accuracy[""] for result in found)
-    numbers = {name: found[0].details[name] for name in NUMBERS if name in found[0].details}
+    numbers = {name: found[0].details[name] for name in HEAD_METRICS if name in found[0].details}
     scores = [Score(name=task.name, values=values, images=found[0].images, clean=clean, details=numbers, **about)]
     if task.real_labels:
         real = read_real_labels(task.real_labels)

@@ -26,7 +26,7 @@ __all__ = [
     "find",
     "folder",
     "latest",
-    "read_commit",
+    "read",
     "resolve",
     "sha256",
 ]
@@ -60,7 +60,7 @@ def find(run: str) -> list[Checkpoint]:
         if rest == COMMIT and commit.step_of(name) is not None:
             uri = storage.join(root, name)
             try:
-                found.append(read_commit(uri))
+                found.append(read(uri))
             except FileNotFoundError:  # another process removed it meanwhile
                 continue
             except (OtherFormat, StorageError):
@@ -70,7 +70,7 @@ def find(run: str) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.uri))
 
 
-def read_commit(uri: str) -> Checkpoint:
+def read(uri: str) -> Checkpoint:
     """The checkpoint in a folder with a valid COMMIT.json. Raises as `pipeline.commit.read_commit` does."""
     content = commit.read_commit(uri)
     return Checkpoint(uri, int(content["step"]), content)
@@ -132,7 +132,7 @@ def resolve(uri: str) -> Checkpoint:
     """
     uri = storage.normalise(uri)
     if storage.exists(storage.join(uri, COMMIT)):
-        checkpoint = read_commit(uri)
+        checkpoint = read(uri)
         problem = damage(checkpoint, checksums=False)
         if problem:
             raise Damaged(f"{uri}: damaged checkpoint: {problem}; use an earlier one")

@@ -18,7 +18,7 @@ def recorded_checksums(uri: str) -> dict[str, str]:
     """{path: SHA-256} of the files of a checkpoint folder; empty without a COMMIT.json."""
     if not storage.exists(storage.join(uri, checkpoints.COMMIT)):
         return {}
-    commit = checkpoints.read_commit(uri)
+    commit = checkpoints.read(uri)
     return {path: str(info["sha256"]) for path, info in commit.commit["files"].items()}
 
 

@@ -225,7 +225,7 @@ def test_a_disk_without_space_for_one_checkpoint(how, fields, tmp_path, monkeypa
     """mu/8 with one block has 19,172 parameters of 16 bytes: 0.3 MB a checkpoint."""
     config = pretrain_config(**fields)
     free_space(monkeypatch, 100_000)
-    message = "--output .*: 0.1 MB free, and a checkpoint of this run takes 0.3 MB"
+    message = "--output .*: 100 kB free, and a checkpoint of this run takes 324 kB"
     if how == "doctor":
         (found,) = [result for result in doctor.examine(config) if result.check == "run"]
         assert (found.status, found.remedy) == ("error", "free some space or choose another --output")
@@ -239,7 +239,7 @@ def test_a_disk_without_space_for_one_checkpoint(how, fields, tmp_path, monkeypa
 def test_a_disk_without_space_for_all_kept_checkpoints(fields, monkeypatch):
     config = pretrain_config(**{**fields, "keep_last": 3})
     free_space(monkeypatch, 900_000)  # of three, the best one and the next one
-    warning = "0.9 MB free, and 4 kept checkpoints and the next one take 1.6 MB; free some space or lower --keep-last"
+    warning = "900 kB free, and 4 kept checkpoints and the next one take 1.62 MB; free some space or lower --keep-last"
     assert warning in preview.dry_run(config, "", {})
     (found,) = [result for result in doctor.examine(config) if result.check == "run"]
     assert found.status == "warning"

@@ -35,7 +35,7 @@ def test_no_flipped_bit_changes_what_a_commit_says(folder):
 
 
 def test_a_commit_belongs_to_the_step_in_the_name_of_its_folder(folder):
-    assert checkpoints.read_commit(str(folder)).step == 20
+    assert checkpoints.read(str(folder)).step == 20
     folder.rename(folder.parent / "step-00000070")
     with pytest.raises(Damaged, match=r"step-00000070: its COMMIT\.json belongs to step 20"):
         read_commit(str(folder.parent / "step-00000070"))

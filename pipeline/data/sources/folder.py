@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,7 +31,7 @@ from pipeline.data.sources.layout import (
     folders_of,
     layout_of_source,
     split_in_name,
-    warn_about_empty_folders,
+    visible_folders,
 )
 from pipeline.data.sources.listing import address_of
 from pipeline.data.sources.naming import Naming, RowMatcher, find_tables, lifted, read_tables, with_layout
@@ -48,6 +48,7 @@ SIDECAR_SUFFIXES = (
     ".caption",
     ".npy",
 )  # extensions of files that describe the image of the same name
+MAX_SCANNED_FOLDERS = 100  # folders that hold class folders, when empty ones are searched
 logger = logging.getLogger(__name__)
 
 
@@ -229,7 +230,7 @@ def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions
     naming = with_layout(naming, folders, find, classes_wanted)
     layout = naming.layout
     if classes_wanted and not options.include:
-        warn_about_empty_folders(uri, layout, folders)
+        _warn_about_empty_folders(uri, layout, folders)
     names = {layout.label("/".join((*inside, ""))) for inside in folders} - {None}
     if (
         captioned
@@ -246,6 +247,26 @@ def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions
     if layout.split_level is None and file_names_have_splits(splits_in_names):
         layout = dataclasses.replace(layout, split_in_file_name=True)
     return dataclasses.replace(naming, layout=layout)
+
+
+def _warn_about_empty_folders(uri: str, layout: Layout, folders: Iterable[tuple[str, ...]]) -> None:
+    """Warns about folders without files beside class folders of a local source."""
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for inside in folders:
+        if (level := layout.class_level_within(inside)) is not None:
+            beside.setdefault(inside[:level], set()).add(inside[level])
+    if storage.is_remote(uri) or len(beside) > MAX_SCANNED_FOLDERS:
+        return
+    empty = [
+        "/".join((*parent, name))
+        for parent, names in sorted(beside.items())
+        for name in visible_folders("/".join((uri, *parent)))
+        if name not in names and not any(True for _ in os.scandir("/".join((uri, *parent, name))))
+    ]
+    if empty:
+        logger.warning(
+            "%s: %s without files, such as %s, is not among the classes", uri, plural(len(empty), "folder"), empty[0]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,6 @@
 """Finds which levels of folders name the split and the class of an image."""
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -67,7 +66,6 @@ TARGETS = re.compile(
     r"(?i)((seg(mentation)?|instance|semantic)[-_ ]?)?(masks?|annotations?|annots?|labels?|trimaps?|gt|ground[-_ ]?truths?|depths?)"
     r"|segmentation(class|object|s)?|edges|heat[-_ ]?maps?"
 )
-MAX_SCANNED_FOLDERS = 100  # folders that hold class folders
 MAX_STRAY_FRACTION = 0.2  # the largest fraction of images that may lie above the class folders, and so have no label
 
 
@@ -99,10 +97,18 @@ class Layout:
             return None
         return self.splits.get(folders[self.split_level])
 
+    def class_level_of(self, path: str) -> int | None:
+        """The class level of the split that a path belongs to."""
+        return self.class_levels.get(self.split(path) or "", self.class_level)
+
+    def class_level_within(self, inside: tuple[str, ...]) -> int | None:
+        """The class level of a file in a folder, given as its levels; None if the folder lies above the class folders."""
+        level = self.class_level_of("/".join((*inside, "")))
+        return level if level is not None and len(inside) > level else None
+
     def label(self, path: str) -> str | None:
         """The class from the folder name, or the WordNet id at the beginning of the file name."""
-        folders = folders_of(path)
-        level = self.class_levels.get(self.split(path) or "", self.class_level)
+        folders, level = folders_of(path), self.class_level_of(path)
         wordnet = WORDNET.match(path.rpartition("/")[2])
         if level is not None and len(folders) > level and not (wordnet and self.one_class):
             return partition_value(folders[level], (self.class_column.lower(), *LABEL_COLUMNS))
@@ -141,32 +147,10 @@ def layout_of_source(
     return replace(layout, class_column=_class_column(layout, folders))
 
 
-def warn_about_empty_folders(uri: str, layout: Layout, folders: Iterable[tuple[str, ...]]) -> None:
-    """Warns about folders without files beside class folders of a local source."""
-    beside: dict[tuple[str, ...], set[str]] = {}
-    for inside in folders:
-        level = layout.class_levels.get(layout.split("/".join((*inside, ""))) or "", layout.class_level)
-        if level is not None and len(inside) > level:
-            beside.setdefault(inside[:level], set()).add(inside[level])
-    if storage.is_remote(uri) or len(beside) > MAX_SCANNED_FOLDERS:
-        return
-    empty = [
-        "/".join((*parent, name))
-        for parent, names in sorted(beside.items())
-        for name in visible_folders("/".join((uri, *parent)))
-        if name not in names and not any(True for _ in os.scandir("/".join((uri, *parent, name))))
-    ]
-    if empty:
-        logger.warning(
-            "%s: %s without files, such as %s, is not among the classes", uri, plural(len(empty), "folder"), empty[0]
-        )
-
-
 def _class_column(layout: Layout, folders: Iterable[tuple[str, ...]]) -> str:
     columns = set()
     for inside in folders:
-        level = layout.class_levels.get(layout.split("/".join((*inside, ""))) or "", layout.class_level)
-        if level is not None and len(inside) > level:
+        if (level := layout.class_level_within(inside)) is not None:
             columns.add(inside[level].partition("=")[0] if "=" in inside[level] else "")
     return columns.pop() if len(columns) == 1 else ""
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.errors import plural
+from pipeline.units import bytes_text
 
 LIMITS = {
     "gpus": "the GPUs",
@@ -27,7 +28,7 @@ def plan_table(result: dict[str, Any]) -> str:
         *_limits(run),
         f"  time         {hours_text(run['hours'])}, {_few(run['gpu_hours'])} GPU-hours, ${_few(run['cost'])}",
         "",
-        f"  memory per GPU ({_size(memory['usable'])} usable; activations {_size(memory['activations_per_image'])} an image;",
+        f"  memory per GPU ({bytes_text(memory['usable'])} usable; activations {bytes_text(memory['activations_per_image'])} an image;",
         f"  {plural(memory['images_per_gpu'], 'image')} per GPU and step)",
         f"    {'':7s}{'model states':>13s}{'buffers':>9s}{'micro-batch':>12s}{'accumulate':>11s}{'used':>9s}",
     ]
@@ -35,8 +36,8 @@ def plan_table(result: dict[str, Any]) -> str:
         chosen = "  <- recipe" if int(stage) == memory["stage"] else ""
         micro, accumulation = (row["micro_batch"], row["accumulation"]) if row["micro_batch"] else ("none fits", "")
         lines.append(
-            f"    {f'ZeRO-{stage}':7s}{_size(row['model_states']):>13s}{_size(row['buffers']):>9s}{micro:>12}{accumulation:>11}"
-            f"{_size(row['used']):>9s}{chosen}"
+            f"    {f'ZeRO-{stage}':7s}{bytes_text(row['model_states']):>13s}{bytes_text(row['buffers']):>9s}{micro:>12}{accumulation:>11}"
+            f"{bytes_text(row['used']):>9s}{chosen}"
         )
     lines += [
         "",
@@ -45,13 +46,13 @@ def plan_table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["data"].items():
         lines.append(
-            f"    {name:10s}{_size(row['bytes_per_image']):>9s}{_size(row['stored']):>9s}{row['storage_cost_per_month']:>9,.0f}"
-            f"{_size(row['read_bytes_per_second']) + '/s':>11s}{row['cores']:>9,.1f}{_size(row['read']):>12s}{row['request_cost']:>7,.0f}"
+            f"    {name:10s}{bytes_text(row['bytes_per_image']):>9s}{bytes_text(row['stored']):>9s}{row['storage_cost_per_month']:>9,.0f}"
+            f"{bytes_text(row['read_bytes_per_second']) + '/s':>11s}{row['cores']:>9,.1f}{bytes_text(row['read']):>12s}{row['request_cost']:>7,.0f}"
         )
     lines += _cores(result)
     lines += [
         "",
-        f"  checkpoint   {_size(checkpoint['total'])} ({_size(checkpoint['weights'])} weights), written in "
+        f"  checkpoint   {bytes_text(checkpoint['total'])} ({bytes_text(checkpoint['weights'])} weights), written in "
         f"{checkpoint['write_seconds']:.1f} s",
         f"               {checkpoint['expected_failures']:.2g} failures expected: best every "
         f"{plural(checkpoint['interval_steps'], 'step')} ({checkpoint['interval_seconds'] / 60:.0f} min),",
@@ -80,12 +81,12 @@ def _paper(result: dict[str, Any]) -> list[str]:
 def _prepare(prepare: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        f"  prepare      {prepare['images']:,} originals, {_size(prepare['input_bytes'])}: {_few(prepare['core_hours'])} core-hours,",
+        f"  prepare      {prepare['images']:,} originals, {bytes_text(prepare['input_bytes'])}: {_few(prepare['core_hours'])} core-hours,",
         f"               {hours_text(prepare['hours'])} on {plural(prepare['cores'], 'core')}",
     ]
     for name, row in prepare["output"].items():
         lines.append(
-            f"    {name:10s}{_size(row['bytes']):>10s} in {plural(row['shards'], 'shard')}, ${row['storage_cost_per_month']:,.0f} a month"
+            f"    {name:10s}{bytes_text(row['bytes']):>10s} in {plural(row['shards'], 'shard')}, ${row['storage_cost_per_month']:,.0f} a month"
         )
     return lines
 
@@ -108,13 +109,6 @@ def _limits(run: dict[str, Any]) -> list[str]:
 def _few(value: float) -> str:
     """Two significant digits for small numbers, and integers for large ones: 0.023, 1,204."""
     return f"{value:,.0f}" if value >= 10 or not value else f"{value:.2g}"
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def hours_text(hours: float) -> str:
