@@ -241,10 +241,11 @@ def test_second_control_c_exits_at_once_and_reports_what_was_saved(run, tmp_path
     terminal.press_control_c()
     until(log, "stopping: the workers finish their step")
     terminal.press_control_c()
-    assert terminal.wait(60) == 130, content(log)
+    assert terminal.wait() == 130, content(log)
     assert "stopped at once: the next start begins at step 0" in content(log)
     assert record(run).data.tags["reason"] == "stopped with Ctrl-C"
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    _, alive = psutil.wait_procs(workers, timeout=60)  # a busy kernel takes a moment to end them
+    assert [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_pre_stop_hook_of_the_head_pod(run, tmp_path, monkeypatch):
