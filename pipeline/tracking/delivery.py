@@ -70,6 +70,9 @@ class Delivery:
             if wanted:
                 _deliver_earlier(wanted)
             run_id = server.find_run(self.uri, wanted) if wanted else None
+            if wanted and run_id is None and header.get("connected") and server.is_deleted(self.uri, wanted):
+                # It may have some of these records: in another run they would be there twice after it is restored.
+                raise RunUnavailableError(f"run {wanted} was deleted; restore it in MLflow")
             if run_id is None:
                 self.experiment = server.experiment_id(self.uri, header["experiment"])
                 run_id = self._create(wanted)
@@ -78,6 +81,7 @@ class Delivery:
             self.started = run.info.start_time / 1000
             self.costs = {key: value for key, value in run.data.metrics.items() if key.startswith(names.COST)}
             header["run_id"] = run_id
+            header["connected"] = True
             self.spool.save_header()
             self.run_id = run_id
             return run_id

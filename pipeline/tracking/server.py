@@ -270,6 +270,18 @@ def find_run(uri: str, run_id: str) -> str | None:
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
+def is_deleted(uri: str, run_id: str) -> bool:
+    """Whether the server has this run as a deleted one, which can be restored."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client(uri).get_run(run_id).info.lifecycle_stage == "deleted"
+    except MlflowException as error:
+        if error.error_code in NOT_FOUND:
+            return False
+        raise
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -561,14 +561,16 @@ def upload():
     return done.returncode, done.stdout + done.stderr
 
 
-def test_records_of_a_deleted_experiment_wait_until_it_is_restored(uri):
+@pytest.mark.parametrize("what", ["experiment", "run"])
+def test_records_of_a_deleted_experiment_or_run_wait_until_it_is_restored(uri, what):
     run = start_run("pretrain", "deleted", tracking_uri=uri)
     for step in range(10):
         run.log({names.LOSS: float(step)}, step=step)
     assert run.flush()
     client = server.client(uri)
     experiment = client.get_experiment_by_name("pretrain").experiment_id
-    client.delete_experiment(experiment)
+    deleted = {"experiment": experiment, "run": run.id}[what]
+    getattr(client, f"delete_{what}")(deleted)
     for step in range(10, 20):
         run.log({names.LOSS: float(step)}, step=step)
     run.log_text("late", "late.txt")
@@ -576,8 +578,9 @@ def test_records_of_a_deleted_experiment_wait_until_it_is_restored(uri):
     for _ in range(2):  # any number of uploads
         code, said = upload()
         assert (code, "remaining: " in said) == (1, True), said
-    client.restore_experiment(experiment)
+    getattr(client, f"restore_{what}")(deleted)
     assert upload()[0] == 0
+    assert len(client.search_runs([experiment])) == 1
     assert history(uri, run.id, names.LOSS) == [(step, float(step)) for step in range(20)]
     assert client.get_run(run.id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.id) if file.path == "late.txt"]
