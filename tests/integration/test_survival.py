@@ -414,7 +414,7 @@ BROKEN_STEP = """
             return right(self, *arguments)
 
         Engine.train_step = train_step
-        train_worker(task)
+        return train_worker(task)
 
     import pipeline.training.launch as launch
     launch.train_worker = broken
@@ -474,7 +474,7 @@ def test_worker_killed_by_the_memory_monitor(base, jobs, tmp_path):
         r"training failed: (worker \d: )?process \d+ \(\d+\.\d GB\) was ended: node \S+ ran out of host memory "
         r"\(\d+\.\d of \d+\.\d GB in use by all programs\); try --engine.micro-batch 8",
         text,
-    )
+    ), text
     assert "(raylet)" not in text
     assert "Traceback" not in text
 
