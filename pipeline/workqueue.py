@@ -333,10 +333,10 @@ def _run_on_ray(
     else:
         options |= {"fn_kwargs": arguments}
     function: Any = _Actor if inspect.isclass(job.work) else _task
-    with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = ray.data.from_arrow(blocks).map_batches(function, **options)
-    with errors_of_tasks():
+    with errors_of_tasks():  # `from_arrow` starts tasks, too
+        with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            results = ray.data.from_arrow(blocks).map_batches(function, **options)
         for row in results.iter_rows():
             yield pickle.loads(row["outcome"])
 

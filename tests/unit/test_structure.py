@@ -195,3 +195,16 @@ def test_no_job_hides_a_module_of_another_name():
     taken = sys.stdlib_module_names | {"models", "tests"} | set(DOORS)
     found = {path.stem for path in (ROOT / "jobs").glob("*.py")} & taken
     assert found <= {"pipeline"}, found  # jobs/pipeline.py returns the package: tests/unit/test_pipeline_name.py
+
+
+def test_errors_of_ray_data_become_one_line():
+    """Calls that create a dataset of Ray start tasks, which may fail as those that read it do."""
+    made, guarded = set(), set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ray.data.from_"):
+                made.add((place(path), node.lineno))
+            if isinstance(node, ast.With) and any("errors_of_tasks" in ast.unparse(item) for item in node.items):
+                guarded |= {(place(path), line) for line in range(node.lineno, node.end_lineno + 1)}
+    assert made
+    assert made - guarded == set()

@@ -80,10 +80,10 @@ def match_in_buckets(
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     work: Any = lines  # Ray's stubs do not support a dict of arrays
-    numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
-    shuffled = numbers.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
-    matched = shuffled.map_groups(cast("Any", match), batch_format="numpy")
     with workqueue.errors_of_tasks():
+        numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
+        shuffled = numbers.map_batches(work, batch_size=None).groupby("bucket", num_partitions=buckets)
+        matched = shuffled.map_groups(cast("Any", match), batch_format="numpy")
         found = list(matched.iter_batches(batch_size=None, batch_format="numpy"))
     return unique_pairs(concatenate_pairs([batch for batch in found if "first" in batch]))
 

@@ -177,16 +177,17 @@ def _matched(files: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
     entries_in_all = files.num_rows + sum(getattr(table, "rows", 0) for table in plan.tables.values())
     workqueue.prepare_shuffle(ENTRY_BYTES * entries_in_all, plan.buckets)
     shared = {"plan": [ray.put(plan)]}  # in a list, because Ray would copy the value of a direct reference
-    chunks = ray.data.from_items([{"chunk": i} for i in range(len(plan.chunks))], override_num_blocks=len(plan.chunks))
     one_task: dict[str, Any] = {"batch_size": None, "fn_kwargs": shared}
     tasks: Any = (_chunk_task, _files_task, _match_task)  # Ray's stubs do not support functions of Arrow tables
     refs: Any = [ray.put(block) for block in blocks]
-    listed = ray.data.from_arrow_refs(refs).map_batches(tasks[1], batch_format="pyarrow", **one_task)
-    entries = chunks.map_batches(tasks[0], **one_task).union(listed)
-    matched = entries.groupby("bucket", num_partitions=plan.buckets).map_groups(
-        tasks[2], batch_format="pyarrow", fn_kwargs=shared
-    )
-    with workqueue.errors_of_tasks():
+    with workqueue.errors_of_tasks():  # `from_arrow_refs` starts tasks, too
+        items = [{"chunk": i} for i in range(len(plan.chunks))]
+        chunks = ray.data.from_items(items, override_num_blocks=len(items))
+        listed = ray.data.from_arrow_refs(refs).map_batches(tasks[1], batch_format="pyarrow", **one_task)
+        entries = chunks.map_batches(tasks[0], **one_task).union(listed)
+        matched = entries.groupby("bucket", num_partitions=plan.buckets).map_groups(
+            tasks[2], batch_format="pyarrow", fn_kwargs=shared
+        )
         for batch in matched.iter_batches(batch_size=listing.SPILL_ROWS, batch_format="pyarrow"):
             yield cast("pa.Table", batch).cast(JOINED)
 
