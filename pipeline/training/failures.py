@@ -41,10 +41,11 @@ class Failures(DefaultFailurePolicy):
     deliberately, and never retries wrong input. A new checkpoint resets the count, because a long run may lose many
     workers."""
 
-    def __init__(self, failure_config: FailureConfig, config: PretrainConfig, records: Any = None):
-        """records: handle of the driver's `logs.Collector`, because Ray runs the policy in a separate process."""
+    def __init__(self, failure_config: FailureConfig, config: PretrainConfig, micro_batch: int, records: Any = None):
+        """micro_batch: images of one forward pass of a worker. records: handle of the driver's `logs.Collector`, because
+        Ray runs the policy in a separate process."""
         super().__init__(failure_config)
-        self.config, self.records = config, records
+        self.config, self.micro_batch, self.records = config, micro_batch, records
         self.reached = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -71,7 +72,7 @@ class Failures(DefaultFailurePolicy):
                 counted = f" (failure {count} of at most {self.config.runtime.max_failures} in a row)"
                 logger.warning(
                     "%s; starting again from the last checkpoint%s",
-                    describe_failure(rank, cause, self.config),
+                    describe_failure(rank, cause, self.config, self.micro_batch),
                     counted if count > before else "",
                 )
         return decision
@@ -159,11 +160,11 @@ def root_cause(error: Exception) -> tuple[int | None, BaseException]:
         cause = below
 
 
-def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig) -> str:
-    """One line with the worker, the failure and the remedy."""
+def describe_failure(rank: int | None, cause: BaseException, config: PretrainConfig, micro_batch: int) -> str:
+    """One line with the worker, the failure and the remedy. micro_batch: images of one forward pass of a worker."""
     who = "" if rank is None else f"worker {rank}: "
     if out_of_memory := host_memory.describe_out_of_memory(str(cause)):
-        settings = memory_advice(config, config.runtime.workers, host=True)
+        settings = memory_advice(config, micro_batch, host=True)
         return f"{who}{out_of_memory}; {settings.partition('; ')[2]}"
     if isinstance(cause, ray.exceptions.RayActorError):
         node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")

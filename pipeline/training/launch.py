@@ -65,7 +65,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
         scaling_config=_scaling(config, sizes),
         run_config=_run_config(config),
     )
-    trainer.failures = partial(Failures, config=config, records=collector.handle)
+    trainer.failures = partial(Failures, config=config, micro_batch=plan.micro_batch, records=collector.handle)
     if len(sizes) > 1:
         trainer.scaling = partial(Elastic, sizes=sizes, records=collector.handle)
     try:
@@ -84,7 +84,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             raise cause from None
         logger.debug("training failed", exc_info=error)
         kind = Unavailable if isinstance(cause, StorageError) else JobFailed
-        raise kind(f"training failed: {describe_failure(rank, cause, config)}") from None
+        raise kind(f"training failed: {describe_failure(rank, cause, config, plan.micro_batch)}") from None
     finally:
         with contextlib.suppress(StorageError):  # the next launch removes it
             storage.remove(storage.join(output, "ray"), recursive=True)

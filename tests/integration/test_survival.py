@@ -558,7 +558,7 @@ def test_failures_are_classified(base, tmp_path):
     from pipeline.training.failures import Failures
 
     config = changed(base, output=str(tmp_path), max_failures=1)
-    policy = Failures(FailureConfig(max_failures=1), config)
+    policy = Failures(FailureConfig(max_failures=1), config, micro_batch=16)
     collateral = RuntimeError("[pair.cc:534] gloo: Connection closed by peer")
     dead = WorkerHealthCheckFailedError("", RayActorError(error_msg="died\n\tip: 10.0.0.7\n"))
     full = WorkerHealthCheckFailedError(
@@ -586,13 +586,15 @@ def test_failures_are_classified(base, tmp_path):
     assert decide(collateral, dead) == FailureDecision.RETRY  # there has been progress since
     assert decide(collateral, dead) == FailureDecision.RAISE
     lines.clear()
-    policy = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3))
+    policy = Failures(FailureConfig(max_failures=3), changed(config, max_failures=3), micro_batch=16)
     decide(collateral, StorageError("no answer"))
     decide(collateral, full)
     assert lines[0] == (
         "warning: worker 1: StorageError: no answer; starting again from the last checkpoint (failure 1 of at most 3 in a row)"
     )
-    assert "worker 1: a process was ended: its node ran out of host memory; try --engine.micro-batch 1" in lines[1]
+    assert (
+        "worker 1: a process was ended: its node ran out of host memory; try --engine.micro-batch 8 (now 16" in lines[1]
+    )
 
 
 def test_sizes_that_fit_a_run(base):
