@@ -236,7 +236,7 @@ def experiment_id(uri: str, name: str) -> str:
             location = f"file://{urllib.parse.quote(f'{folder}/mlruns/{name}')}"  # MLflow decodes it
         try:
             made = mlflow.create_experiment(name, artifact_location=location)
-            for key, value in experiment_tags(name, made).items():
+            for key, value in experiment_tags(name, made, on_server=uri.startswith("http")).items():
                 mlflow.set_experiment_tag(made, key, value)
             return made
         except Exception:  # another process created it first, or the name is invalid, which raises again below

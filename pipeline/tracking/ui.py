@@ -88,7 +88,10 @@ def serve(host: str = "127.0.0.1", port: int = 5000, tracking_uri: str | None = 
     Raises UserError for the address of an MLflow server, which has its own UI, and for a port in use."""
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith("http"):
-        raise UserError(f"{redacted(uri)} is an MLflow server with its own UI: open the address in a browser")
+        raise UserError(
+            f"{redacted(uri)} is an MLflow server with its own UI: open the address in a browser; "
+            "python jobs/compare.py writes the leaderboard"
+        )
     here = f"MLflow: http://{host}:{port}  leaderboard: http://{host}:{port}/leaderboard  ({redacted(uri)})"
     if _is_running(host, port, uri):
         print(f"already running. {here}", flush=True)

@@ -1,6 +1,7 @@
 """Prepared views of the experiments in MLflow's UI.
 
-A view is MLflow's "shared view", a tag of the experiment that the UI of `make ui` opens automatically. It has columns
+A view is MLflow's "shared view", a tag of the experiment that the UI of `make ui` opens automatically; on an MLflow
+server, the link in the experiment's description opens it. It has columns
 for progress, quality and cost of the runs, and charts over images seen, because steps are not comparable between batch
 sizes.
 """
@@ -16,8 +17,8 @@ SHARE = "mlflow.sharedViewState."
 VIEW = "overview"
 
 TITLES = {
-    names.PREPARE: "Datasets made from raw images.",
-    names.PRETRAIN: "Pre-training runs.",
+    names.PREPARE: "Datasets made from raw images, with their size, rejected images and duplicates.",
+    names.PRETRAIN: "Pre-training runs, the best validation accuracy first.",
     names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
     names.EVALUATE: "Transfer scores of every checkpoint of a run.",
     names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py); stages, costs and graphs are in the artifacts.",
@@ -52,7 +53,6 @@ COLUMNS = {
         "params.`suite`",
         f"tags.`{names.VARIANT}`",
         f"tags.`{names.IMAGES_SEEN}`",
-        f"tags.`{names.CHECKPOINT}`",
         f"tags.`{names.REASON}`",
     ],
     names.EVALUATE: [
@@ -63,6 +63,7 @@ COLUMNS = {
         f"tags.`{names.CHECKPOINT}`",
     ],
 }
+LEADERBOARD_OF_SERVER = "`python jobs/compare.py` writes the leaderboard, in the experiment compare"
 QUALITY = {
     names.PRETRAIN: f"metrics.`{names.VAL_TOP1}`",
     names.TRANSFER: f"metrics.`{names.MEAN_SCORE}`",
@@ -82,16 +83,19 @@ CHARTS = {
 }
 
 
-def experiment_tags(name: str, identifier: str) -> dict[str, str]:
-    """Tags of an experiment: its kind, its description with a link to the view, and the view."""
+def experiment_tags(name: str, identifier: str, on_server: bool = False) -> dict[str, str]:
+    """Tags of an experiment: its kind, its description with links to the view, and the view.
+
+    on_server: on an MLflow server, which has no /leaderboard and does not open the view by itself."""
     tags = {"mlflow.experimentKind": "custom_model_development", names.NOTE: TITLES.get(name, "")}
     if name in COLUMNS:
-        mode = "&compareRunsMode=CHART" if name in CHARTS else ""
-        link = f"#/experiments/{identifier}/runs?viewStateShareKey={VIEW}{mode}"
-        what = "Curves by images seen" if name in CHARTS else "Scores"
-        tags[names.NOTE] += f" [{what}]({link})"
+        view = f"#/experiments/{identifier}/runs?viewStateShareKey={VIEW}"
+        links = [f"[Table]({view})"]
+        if name in CHARTS:
+            links.append(f"[Curves by images seen]({view}&compareRunsMode=CHART)")
         if name == names.TRANSFER:
-            tags[names.NOTE] += " [Leaderboard](/leaderboard), with `make ui`."
+            links.append(LEADERBOARD_OF_SERVER if on_server else "[Leaderboard](/leaderboard), with `make ui`")
+        tags[names.NOTE] += " " + " · ".join(links)
         tags[SHARE + VIEW] = json.dumps(_view(name))
     return tags
 

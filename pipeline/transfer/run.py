@@ -136,7 +136,9 @@ def record_suite(
     config = suite.config
     parent = start_run(
         config.experiment,
-        run_name(config.suite, checkpoint_name(suite.checkpoint.uri)),
+        run_name(
+            checkpoint_name(suite.checkpoint.uri), config.suite
+        ),  # MLflow's table cuts long names: first what differs
         config=config,
         about=_about_suite(suite),
         tags=_tags(suite),
