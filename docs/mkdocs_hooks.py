@@ -1,8 +1,10 @@
-"""MkDocs hooks: pages from outside docs/, lists of flags from the --help of the jobs, and links to source files."""
+"""MkDocs hooks: pages from outside docs/, the notebook as a page, lists of flags from the --help of the jobs, and links to
+source files."""
 
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,15 +14,33 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 ELSEWHERE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "infra/README.md": "infra.md"}
+NOTEBOOK = {"docs/notebook.ipynb": "notebook.md"}
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?://|#)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files, config):
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for source, page in NOTEBOOK.items():
+        files.append(File.generated(config, page, content=notebook_page(ROOT / source)))
     listed = set(re.findall(r"[\w-]+\.md", str(config["nav"])))
     config["nav"] += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in listed]
     return files
+
+
+def notebook_page(path):
+    """The cells of a notebook as Markdown, with their text and pictures where it has outputs."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if png := output.get("data", {}).get("image/png"):
+                parts.append(f'<img alt="figure" src="data:image/png;base64,{"".join(png).strip()}">')
+            elif text := "".join(output.get("text", ())):
+                parts.append(f"```text\n{text}\n```")
+    parts[1:1] = [f"This page is the notebook `{path.relative_to(ROOT)}` of the project."]
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -37,7 +57,7 @@ def relinked(match, folder, files):
     if not path.is_relative_to(ROOT):
         return match[0]
     place = path.relative_to(ROOT).as_posix()
-    page = ELSEWHERE.get(place, place.removeprefix("docs/"))
+    page = (ELSEWHERE | NOTEBOOK).get(place, place.removeprefix("docs/"))
     if files.get_file_from_path(page) is not None:
         return f"[{text}]({page}{anchor})"
     return text if path.exists() else match[0]
