@@ -69,7 +69,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path):
     assert "A freshly initialised model" in (tmp_path / "api.html").read_text()
     notebook = (tmp_path / "notebook.html").read_text()
     assert "attention_rollout" in notebook
-    assert notebook.count("<img alt=\"figure\"") == 2
+    assert notebook.count('<img alt="figure"') == 2
     assert 'href="notebook.html"' in (tmp_path / "index.html").read_text()
 
 
