@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from pipeline import host_memory, ray_state, stops
+from pipeline import host_memory, ray_state, ray_watch, stops
 from pipeline.credentials import forwarded
 from pipeline.errors import NotStarted, UserError
 
@@ -227,6 +227,7 @@ def _start_embedded() -> None:
             logger.warning("Ray did not start in time, perhaps because this machine is very busy; starting it again")
         else:
             _embedded[:] = _children_since(before)
+            ray_watch.watch(_embedded)
             return
 
 
@@ -270,6 +271,7 @@ def _block_stop_signals() -> Iterator[None]:
 
 def disconnect() -> None:
     """Disconnects from Ray, and ends an embedded Ray. Does nothing if this process is not connected."""
+    ray_watch.release()
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return

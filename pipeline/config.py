@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipeline import cluster, credentials, help, logs, stops, storage
+from pipeline import cluster, credentials, help, logs, ray_watch, stops, storage
 from pipeline.errors import JobFailed, UserError, nearest, plural
 
 Config = TypeVar("Config")
@@ -137,33 +137,43 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
         hide_passwords()
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-    except UserError as error:
-        # Ray wraps an error raised in a task; the original is its cause.
-        error = getattr(error, "cause", error)
-        print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
-    except JobFailed as error:
-        print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
-        code = 1
-    except OSError as error:
-        error = getattr(error, "cause", error)
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
-            sys.exit(128 + signal.SIGPIPE)
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not is_full and error.filename is None:
-            raise
-        logger.debug("file system error", exc_info=error)
-        full = ": free some space" if is_full else ""
-        print(f"error: {error}{full}; repeat the command to continue", file=sys.stderr)
-        code = 1
+    except Exception as error:
+        code = _report(error)
     except (KeyboardInterrupt, SystemExit) as ended:
-        code = stops.exit_code(ended)
+        code = _report(ended) if ray_watch.ended() else stops.exit_code(ended)
         if code in (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with contextlib.suppress(OSError):  # Ctrl-C may also have ended the `tee` that reads the output
                 print("stopped; repeat the command to continue", file=sys.stderr)
             _exit_now(code)
+    if ray_watch.ended():
+        _exit_now(int(code or 0))  # disconnecting would wait for the process that has ended
     cluster.disconnect()
     sys.exit(code)
+
+
+def _report(error: BaseException) -> int:
+    """Prints the line for an error that ends a job. Returns the exit code; raises an error that only a traceback explains."""
+    if ended := ray_watch.ended():  # whatever failed, failed because of it
+        logger.debug("Ray has ended", exc_info=error)
+        print(f"error: {ended}", file=sys.stderr)
+        return 1
+    if isinstance(error, UserError | JobFailed):
+        # Ray wraps an error raised in a task; the original is its cause.
+        error = getattr(error, "cause", error)
+        print(f"error: {credentials.redacted(str(error))}", file=sys.stderr)
+        return 1 if isinstance(error, JobFailed) else getattr(error, "exit_code", 2)
+    if not isinstance(error, OSError):
+        raise error
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, BrokenPipeError) and _output_is_closed():
+        sys.exit(128 + signal.SIGPIPE)
+    is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not is_full and cause.filename is None:
+        raise error
+    logger.debug("file system error", exc_info=cause)
+    full = ": free some space" if is_full else ""
+    print(f"error: {cause}{full}; repeat the command to continue", file=sys.stderr)
+    return 1
 
 
 def _output_is_closed() -> bool:
@@ -196,6 +206,7 @@ def _exit_now(code: int) -> typing.NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
+    ray_watch.release()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -211,11 +211,16 @@ def open_file(uri: str | os.PathLike, block: int = BLOCK) -> Iterator[IO[bytes]]
 
 def list_files(uri: str | os.PathLike, recursive: bool = True) -> list[FileInfo]:
     """Every file under a folder, sorted by path; empty when the folder is empty or does not exist."""
+    return sorted(iter_files(uri, recursive), key=lambda file: file.path)
+
+
+def iter_files(uri: str | os.PathLike, recursive: bool = True) -> Iterator[FileInfo]:
+    """Every file under a folder, as the listing goes on and in no order, for those who need only the first ones."""
     place, store = _place(uri)
-    found: Iterable[FileInfo] = _local_files(place, "", recursive)
-    if store is not None:
-        found = (_file_info(place, entry) for entry in store.list(place, recursive) if not entry.is_folder)
-    return sorted(found, key=lambda file: file.path)
+    if store is None:
+        yield from _local_files(place, "", recursive)
+    else:
+        yield from (_file_info(place, entry) for entry in store.list(place, recursive) if not entry.is_folder)
 
 
 def _file_info(folder: str, entry: Entry) -> FileInfo:

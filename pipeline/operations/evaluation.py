@@ -243,7 +243,8 @@ def _evaluate_target(
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise  # the same would happen to the next checkpoint
-            logger.exception("evaluation of %s failed", target.checkpoint)
+            logger.error("evaluation of %s failed: %s", target.checkpoint, error)
+            logger.debug("evaluation of %s failed", target.checkpoint, exc_info=error)
             claim.fail(f"{type(error).__name__}: {error}")
             done.failed.append(f"{target.checkpoint}: {error}")
             notify(config, "failed", target, reason=str(error))

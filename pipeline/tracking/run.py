@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from pipeline import metrics as live
-from pipeline import stops
+from pipeline import ray_watch, stops
 from pipeline.config import flatten, to_dict
 from pipeline.credentials import redacted
 from pipeline.errors import UserError, plural
@@ -89,7 +89,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        status, reason = _status_of(error)
+        status, reason = status_of(error)
         self.finish(status, reason=reason)
 
     # -------- what the jobs log
@@ -309,10 +309,12 @@ class Run:
             self._threads.append(thread)
 
 
-def _status_of(error: BaseException | None) -> tuple[str, str]:
+def status_of(error: BaseException | None) -> tuple[str, str]:
     """(status, reason) of a run whose `with` block ended with this exception. A requested stop is not a failure."""
     if error is None:
         return "FINISHED", ""
+    if ended := ray_watch.ended():
+        return "FAILED", ended
     if isinstance(error, KeyboardInterrupt | SystemExit):
         code = stops.exit_code(error)
         if code in STOPPED:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import glob
 import logging
 import os
 import re
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 SQLITE_HEADER = b"SQLite format 3\0"
 DATABASES = ("postgresql", "mysql", "mssql")
+INCOMPLETE = ("already exists", "no such table", "no such column", "duplicate column name")
+"""Errors of SQLite for tables whose creation was interrupted; MLflow cannot continue it."""
 CONNECT_SECONDS = 10  # timeout of the first connection to a database
 # Errors after which a record is not sent again. All other errors (connection, 5xx, 401, 403, a locked database) are
 # retried.
@@ -166,13 +169,42 @@ def client(uri: str) -> "MlflowClient":
     lock_path = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
     with storage.open_regular(lock_path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path) or not os.path.getsize(path):
+            _create_database(path)
         made = MlflowClient(mlflow_address(uri))
-        made.get_experiment("0")
+        try:
+            made.get_experiment("0")
+        except Exception as error:
+            if any(sign in str(error) for sign in INCOMPLETE):
+                raise _incomplete(path, error) from error
+            raise
     quoted = mlflow_address(uri).removeprefix(SQLITE)
     if quoted != path:  # MLflow also creates the folder of the quoted path
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(quoted))
     return made
+
+
+def _create_database(path: str) -> None:
+    """Creates MLflow's tables in a file of another name, which gets its name when it is complete: where the disk becomes
+    full, or the process is killed, MLflow would leave a database that it can neither use nor repair."""
+    from mlflow import MlflowClient
+
+    new = f"{path}.{os.getpid()}.new"
+    try:
+        MlflowClient(mlflow_address(SQLITE + new)).get_experiment("0")
+        os.replace(new, path)
+    finally:
+        for rest in glob.glob(f"{glob.escape(path)}.*.new*"):  # also of killed processes: the caller holds the lock
+            with contextlib.suppress(OSError):
+                os.remove(rest)
+
+
+def _incomplete(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: MLflow's tables are incomplete, as after a disk that was full when the file was made ({first_line(error)}); "
+        "if it has no runs, remove it and repeat the command; otherwise, restore a backup or give another --tracking-uri"
+    )
 
 
 def mlflow_address(uri: str) -> str:

@@ -24,6 +24,7 @@ from pipeline.training.ray_compat import (
     ScalingConfig,
     ScalingDecision,
     TrainingFailedError,
+    WorkerHealthCheckTimeoutError,
     count_failures,
     notify_workers,
     reset_failures,
@@ -169,6 +170,8 @@ def describe_failure(rank: int | None, cause: BaseException, config: PretrainCon
     if isinstance(cause, ray.exceptions.RayActorError):
         node = next((x.split(":")[1].strip() for x in str(cause).splitlines() if x.strip().startswith("ip:")), "")
         return f"{who}its process ended{' on ' + node if node else ''} (killed, node lost, or out of host memory)"
+    if isinstance(cause, WorkerHealthCheckTimeoutError):
+        return f"{who}its process does not answer (stopped, or hanging in the kernel; --stalled-after sets the time)"
     return f"{who}{type(cause).__name__}: {first_line(cause)}"
 
 

@@ -5,6 +5,7 @@ two of Ray's policies (`failures`): wrong input is not retried, and a group save
 
 import contextlib
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -16,14 +17,22 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig
 
-from pipeline import cluster, logs, storage
+from pipeline import cluster, logs, ray_watch, storage
 from pipeline import config as configuration
 from pipeline.errors import JobFailed, StorageError, Unavailable, UserError
 from pipeline.training.config import PretrainConfig
 from pipeline.training.failures import Elastic, Failures, describe_failure, root_cause
 from pipeline.training.plan import TrainPlan
 from pipeline.training.preemption import Stopped, StopSignal
-from pipeline.training.ray_compat import FailureConfig, PolicyTrainer, RunConfig, ScalingConfig, TrainingFailedError
+from pipeline.training.ray_compat import (
+    DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+    FailureConfig,
+    PolicyTrainer,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from pipeline.training.worker import train_worker
 from pipeline.weights import checkpoints
 
@@ -49,6 +58,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     config = plan.config
     output = config.runtime.output
     check_room(config, sizes[0])
+    limit_silence(config.runtime.stalled_after)
     cluster.warn_of_short_stop(config.runtime.stop_grace)
     collector = logs.Collector()
     stop: Any = ray.remote(num_cpus=0)(StopSignal).remote()  # type: ignore[attr-defined]
@@ -76,7 +86,8 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             try:
                 return fitted.result().return_value
             except (KeyboardInterrupt, SystemExit):
-                _stop(stop, fitted, config)
+                if not ray_watch.ended():  # the workers ended with Ray
+                    _stop(stop, fitted, config)
                 raise
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         rank, cause = root_cause(error)
@@ -88,6 +99,14 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     finally:
         with contextlib.suppress(StorageError):  # the next launch removes it
             storage.remove(storage.join(output, "ray"), recursive=True)
+
+
+def limit_silence(stalled_after: float) -> None:
+    """Sets the seconds after which Ray Train gives up a worker process that does not answer at all, because it is stopped
+    or hangs inside the kernel: its watchdog does not run then. Without --stalled-after, or a shorter one, Ray's own limit
+    stays. Ray Train passes its variables on to the process that asks the workers."""
+    if 0 < stalled_after < DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S:
+        os.environ.setdefault(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, str(stalled_after))
 
 
 def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:

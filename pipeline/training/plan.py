@@ -18,6 +18,7 @@ from pipeline.errors import UserError, plural
 from pipeline.hardware import find_gpu
 from pipeline.training.config import EngineConfig, PretrainConfig
 from pipeline.training.memory import fit_micro_batch
+from pipeline.training.schedule import describe_misfit
 
 logger = logging.getLogger(__name__)
 MAX_SEED = 1 << 63  # of PyTorch's generators, as a signed number
@@ -47,6 +48,8 @@ class TrainPlan:
     log_every: int
     validate_every: int
     checkpoint_every: int
+    misfit: str = ""
+    """Why the schedule does not fit the length of the run (`schedule.describe_misfit`)."""
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class TrainPlan:
     @property
     def derived(self) -> dict[str, Any]:
         """Values derived from the config and the dataset, for display."""
-        left_out = ("config", "classes")
+        left_out = ("config", "classes", "misfit")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         resize = self.config.evaluation_view.resize
         return {**plain, "classes": len(self.classes), "validation_resize": resize, "model": self.model_options}
@@ -169,7 +172,7 @@ def memory_remedies(config: PretrainConfig) -> list[str]:
     return settings
 
 
-def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, int]:
+def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, Any]:
     """Fields of TrainPlan that the config gives as horizons ("7epochs"), in steps."""
     units = {"batch_size": config.batch_size, "examples_per_epoch": examples_per_epoch}
     total = configuration.steps(config.steps, **units)
@@ -179,10 +182,12 @@ def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, i
     def steps(horizon: str) -> int:
         return configuration.steps(horizon, **units, total_steps=total)
 
+    lengths = {"warmup": steps(config.schedule.warmup), "cooldown": steps(config.schedule.cooldown)}
     return {
         "total": total,
-        "warmup": min(steps(config.schedule.warmup), total),
-        "cooldown": steps(config.schedule.cooldown),
+        "warmup": min(lengths["warmup"], total),
+        "cooldown": lengths["cooldown"],
+        "misfit": describe_misfit(config.schedule, total=total, **lengths),
         "log_every": max(1, steps(config.runtime.log_every)),
         "validate_every": max(1, steps(config.runtime.validate_every)),
         "checkpoint_every": max(1, steps(config.runtime.checkpoint_every)),

@@ -13,7 +13,11 @@ import ray
 from pipeline.ray_state import WRITTEN_FOR
 
 try:
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.constants import (
+        DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S,
+        WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+    )
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
     from ray.train.v2._internal.execution.context import get_train_context
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
     from ray.train.v2._internal.execution.scaling_policy import (
@@ -33,6 +37,8 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S",
+    "WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR",
     "ControllerError",
     "DefaultFailurePolicy",
     "ElasticPolicy",
@@ -48,6 +54,7 @@ __all__ = [
     "TrainingFailedError",
     "WorkerGroupError",
     "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError",
     "count_failures",
     "is_preempted",
     "notify_workers",

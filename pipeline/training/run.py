@@ -197,6 +197,8 @@ def check_run(config: PretrainConfig, *, devices: bool = True) -> TrainPlan:
     dataset = open_data(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
+    if plan.misfit:
+        logger.warning("%s", plan.misfit)
     if config.runtime.validation:
         check_validation(config, dataset)
     if config.runtime.fewshot.train:

@@ -21,6 +21,26 @@ class ScheduleConfig:
     """Time scale of rsqrt: steps after the warm-up until the rate is 1/sqrt(2) of the peak."""
 
 
+def describe_misfit(config: ScheduleConfig, *, total: int, warmup: int, cooldown: int) -> str:
+    """Why a run of `total` steps never trains with its peak learning rate, or ignores its cool-down; "" if it fits.
+
+    warmup: steps as written, which may be more than `total`."""
+    if cooldown and config.kind not in ("rsqrt", "constant"):
+        return (
+            f"schedule.cooldown {config.cooldown} has no effect, because schedule.kind {config.kind} ends at schedule.end by "
+            "itself; leave it out, or use rsqrt or constant"
+        )
+    if warmup + cooldown <= total or not warmup + cooldown:
+        return ""
+    parts = [f"schedule.warmup {config.warmup} ({warmup} steps)"] if warmup else []
+    parts += [f"schedule.cooldown {config.cooldown} ({cooldown} steps)"] if cooldown else []
+    longer = "are together" if len(parts) > 1 else "is"
+    return (
+        f"{' and '.join(parts)} {longer} longer than the run of {total} steps, so its peak learning rate is never reached; "
+        "give shorter ones (10% of the run: 10%), or more --steps"
+    )
+
+
 def learning_rate(
     config: ScheduleConfig, step: int, *, peak: float, total: int, warmup: int, cooldown: int = 0
 ) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.losses import correct, training_loss
 from pipeline.data.format import Dataset
+from pipeline.errors import plural
 
 
 def match_classes(dataset: Dataset, classes: Sequence[str]) -> tuple[Tensor | None, dict[str, int]]:
@@ -23,6 +24,19 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> tuple[Tensor | No
     counts = zip(dataset.classes, dataset.manifest.class_counts, strict=True)
     unknown = {name: count for name, count in counts if count and name not in index}
     return torch.tensor([index.get(name, -1) for name in dataset.classes], dtype=torch.int64), unknown
+
+
+def describe_scarce(dataset: Dataset, shots: int) -> str:
+    """What a few-shot probe of `shots` images per class lacks in a dataset; "" if every class that has images has enough."""
+    counts = {name: n for name, n in zip(dataset.classes, dataset.manifest.class_counts, strict=False) if n}
+    few = {name: count for name, count in counts.items() if count < shots}
+    if not few:
+        return ""
+    least = min(few, key=lambda name: few[name])
+    return (
+        f"{plural(len(few), 'class')} of {dataset.uri} ({len(few)} of {len(counts)}) with fewer than {shots} images, such as {least} with {few[least]}: "
+        "all of its images are used"
+    )
 
 
 def relabel(labels: Tensor, places: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 The images are divided among the workers. All workers take part in every forward pass, as ZeRO-3 requires.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,9 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
 from pipeline.training.plan import TrainPlan, loading_threads
 from pipeline.training.preemption import ValidationStopped
-from pipeline.training.scoring import ScoreSums, match_classes, relabel
+from pipeline.training.scoring import ScoreSums, describe_scarce, match_classes, relabel
+
+logger = logging.getLogger(__name__)
 
 DIVERGED = "the model has diverged; continue from an earlier checkpoint with a lower --optimizer.lr or weight decay"
 
@@ -194,6 +197,8 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
             _check_images(flag, dataset, config, data)
         if dataset.manifest.class_counts and not sum(dataset.manifest.class_counts):
             raise UserError(f"--{flag} {dataset.uri} has no labelled images")
+    if data is not None and (scarce := describe_scarce(train, config.runtime.fewshot.shots)):
+        logger.warning("--fewshot.shots %d: %s", config.runtime.fewshot.shots, scarce)
     return train, scored
 
 

@@ -141,3 +141,31 @@ def test_ray_that_does_not_start_in_time_is_started_again(slow):
     else:
         assert (done.returncode, done.stdout) == (1, "[-9, -9, -9]\n"), done.stderr
         assert "error: Ray does not start on this machine: " in done.stderr
+
+
+LOST = """
+import sys, threading, time
+import psutil
+from pipeline import cluster
+from pipeline.config import run_job
+
+def main(argv):
+    cluster.configure(None, 1, dashboard=False)
+    cluster.connect()
+    import ray
+    (victim,) = [child for child in psutil.Process().children() if child.name() == argv[0]]
+    threading.Timer(3, victim.kill).start()
+    ray.get(ray.remote(lambda: time.sleep(300)).remote())
+
+run_job(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_killed_process_of_ray_ends_the_job_with_one_line(name):
+    """Ray alone gives a traceback, or a line of C++ after a minute."""
+    command = [sys.executable, "-c", LOST, name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: Ray's process {name} on this machine has ended")
+    assert "Traceback" not in done.stderr

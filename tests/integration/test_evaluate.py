@@ -169,7 +169,7 @@ def test_a_dead_evaluator_is_replaced(config, tmp_path, monkeypatch, number, wai
     assert done.evaluated == [folder]
 
 
-def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(config, tmp_path):
+def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(config, tmp_path, caplog):
     commit(tmp_path / "run", 10)
     commit(tmp_path / "run", 20)
     calls: list = []
@@ -181,6 +181,9 @@ def test_a_failing_suite_is_retried_a_few_times_and_then_waits_for_a_person(conf
         return scored(50.0)(config, target, output, uri)
 
     rounds = [evaluate_once(config, evaluate=failing) for _ in range(5)]
+    reported = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert all("step-00000010 failed: out of memory" in record.getMessage() for record in reported)
+    assert not any(record.exc_info for record in reported)  # no traceback: its reason is one line
     assert calls.count(10) == ledger_module.ATTEMPTS
     assert calls.count(20) == 1  # the other checkpoint is not affected
     assert "out of memory" in rounds[0].failed[0]

@@ -464,6 +464,20 @@ def test_stalled_worker_is_named_and_restarted(base, reference, jobs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stopped_worker_process_is_replaced_after_the_time_for_stalled_ones(base, jobs, tmp_path):
+    """Its watchdog is stopped too, and no other worker waits for it."""
+    job = Job(changed(base, output=str(tmp_path / "run"), workers=1, stalled_after=30.0))
+    jobs.append(job)
+    job.step(10)
+    (stopped,) = workers()
+    stopped.suspend()
+    text = job.until(r"WARNING worker 0: its process does not answer .*--stalled-after.*; starting again", 300).string
+    assert "failure 1 of at most" in text
+    job.end()
+    assert not stopped.is_running()
+
+
+@pytest.mark.slow
 def test_worker_killed_by_the_memory_monitor(base, jobs, tmp_path):
     """Sets the threshold of Ray's memory monitor to 1%."""
     environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
@@ -546,6 +560,21 @@ def test_advice_when_memory_is_short(base):
     )
     assert out_of_memory(turned, 1, host=False).endswith("try --engine.offload (optimiser states in host memory)")
     assert "fewer workers per node" in out_of_memory(turned, 1, host=True)
+
+
+@pytest.mark.parametrize(("stalled_after", "limit"), [(30.0, "30.0"), (0.0, None), (1800.0, None)])
+def test_silent_workers_are_given_up_after_the_shorter_time(monkeypatch, stalled_after, limit):
+    """Of --stalled-after and Ray's ten minutes, unless the user has set Ray's variable."""
+    from pipeline.training.launch import limit_silence
+
+    name = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+    monkeypatch.setenv(name, "7")
+    limit_silence(stalled_after)
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    limit_silence(stalled_after)
+    assert os.environ.get(name) == limit
+    monkeypatch.delenv(name, raising=False)
 
 
 def test_failures_are_classified(base, tmp_path):

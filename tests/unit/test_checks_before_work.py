@@ -26,6 +26,7 @@ from pipeline.training import run
 from pipeline.training.config import EngineConfig, FewShotConfig, ModelConfig
 from pipeline.training.plan import check_values
 from pipeline.training.recipes import RECIPES
+from pipeline.training.schedule import ScheduleConfig
 from pipeline.weights import save_checkpoint_weights
 from tests.datasets import write_tinted_patches
 from tests.runs import changed, commit_checkpoint, pretrain_config
@@ -151,6 +152,18 @@ def weights(folder, run=False):
     save_checkpoint_weights(create_model("S/16", 2, 16), {"classes": ["a", "b"]}, str(step))
     commit_checkpoint(step, 1)
     return str(folder)
+
+
+def test_settings_that_mean_less_than_they_say_are_warned_of(fields, tmp_path, caplog):
+    probe = FewShotConfig(train=write(tmp_path / "few", 10, "abcd"), shots=3)  # 3, 3, 2 and 2 images
+    config = changed(pretrain_config(**fields), fewshot=probe, schedule=ScheduleConfig(warmup="5steps"))
+    run.check_run(config)
+    assert "--fewshot.shots 3: 2 classes of" in caplog.text
+    assert "(2 of 4) with fewer than 3 images, such as c with 2: all of its images are used" in caplog.text
+    assert "schedule.warmup 5steps (5 steps) is longer than the run of 4 steps" in caplog.text
+    caplog.clear()
+    run.check_run(changed(config, fewshot=replace(probe, shots=2), schedule=ScheduleConfig(warmup="4steps")))
+    assert not caplog.records
 
 
 WRONG = {

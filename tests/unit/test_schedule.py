@@ -1,8 +1,10 @@
 """Learning rates compared with the numbers of the paper's recipes."""
 
+import re
+
 import pytest
 
-from pipeline.training.schedule import ScheduleConfig, learning_rate
+from pipeline.training.schedule import ScheduleConfig, describe_misfit, learning_rate
 
 
 def rate(step, **config):
@@ -32,3 +34,21 @@ def test_rsqrt_with_cooldown():
 def test_no_warm_up_starts_at_the_peak():
     config = ScheduleConfig(kind="cosine")
     assert learning_rate(config, 0, peak=1.0, total=10, warmup=0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "cooldown", "message"),
+    [
+        ("cosine", 100, 0, ""),
+        ("cosine", 101, 0, r"schedule.warmup 101steps \(101 steps\) is longer than the run of 100 steps"),
+        ("rsqrt", 60, 40, ""),
+        ("rsqrt", 60, 41, r"schedule.warmup .* and schedule.cooldown .* are together longer"),
+        ("constant", 0, 101, r"schedule.cooldown 101steps \(101 steps\) is longer"),
+        ("cosine", 0, 10, "schedule.cooldown 10steps has no effect, because schedule.kind cosine"),
+        ("linear", 10, 10, "schedule.cooldown 10steps has no effect"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_described(kind, warmup, cooldown, message):
+    config = ScheduleConfig(kind=kind, warmup=f"{warmup}steps", cooldown=f"{cooldown}steps")
+    text = describe_misfit(config, total=100, warmup=warmup, cooldown=cooldown)
+    assert re.match(message, text) if message else text == ""

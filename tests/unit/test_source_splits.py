@@ -111,9 +111,48 @@ def test_flags_that_may_be_classes_or_several_splits_are_asked_about(tmp_path):
     with pytest.raises(UserError, match=r"train may be a split or one of the classes bus, dog, car"):
         prepared(root)
     assert prepared(root, label_column="bus,train,dog,car") == {"": 8}
-    three = "\n".join(["file,label,is_train,is_val", *(f"{name},a,1,0" for name in IMAGES)])
+    three = "\n".join(["file,label,is_train,is_val", *(f"{name},a,1,1" for name in IMAGES)])
     write(root, {"labels.csv": three})
     with pytest.raises(UserError, match="the columns is_train, is_val each say"):
+        prepared(root)
+
+
+FLAGS = [
+    (("is_train", "is_test"), [(1, 0), (0, 1)], {"train": 4, "test": 4}),
+    (("is_train", "is_val"), [(1, 0), (0, 1)], {"train": 4, "val": 4}),
+    (
+        ("is_train", "is_val", "is_test"),
+        [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)],
+        {"train": 4, "val": 2, "test": 2},
+    ),
+    (("is_val", "is_test"), [(0, 0), (1, 0), (0, 1), (0, 0)], {"train": 4, "val": 2, "test": 2}),
+]
+
+
+@pytest.mark.parametrize(("columns", "values", "splits"), FLAGS, ids=[",".join(case[0]) for case in FLAGS])
+def test_a_flag_for_each_split(tmp_path, columns, values, splits):
+    cells = [values[i // 2 % len(values)] for i in range(8)]
+    rows = [f"{name},{'ab'[i % 2]},{','.join(map(str, cells[i]))}" for i, name in enumerate(IMAGES)]
+    text = "\n".join([f"file,label,{','.join(columns)}", *rows])
+    root = write(tmp_path / "table", {**dict.fromkeys(IMAGES, JPEG), "labels.csv": text})
+    with pytest.raises(UserError, match=r"has the splits .* --splits from-source"):
+        prepared(root)
+    assert prepared(root, splits=("from-source",)) == splits
+    fields = [json.dumps({"label": i % 2, **dict(zip(columns, cell, strict=True))}) for i, cell in enumerate(cells)]
+    samples = {f"{i}.{end}": data for i, text in enumerate(fields) for end, data in (("jpg", JPEG), ("json", text))}
+    write(tmp_path / "samples", {"a.tar": packed(samples)})
+    assert prepared(tmp_path / "samples", splits=("from-source",)) == splits
+
+
+@pytest.mark.parametrize("cells", ["1,1", "0,0", "1,"], ids=["both", "neither", "one is missing"])
+def test_flags_that_contradict_one_another_are_refused(tmp_path, cells):
+    rows = [f"{name},{'ab'[i % 2]},1,0" for i, name in enumerate(IMAGES[1:])]
+    text = "\n".join(["file,label,is_train,is_test", f"00.jpg,a,{cells}", *rows])
+    root = write(tmp_path / "table", {**dict.fromkeys(IMAGES, JPEG), "labels.csv": text})
+    if cells == "1,":
+        assert prepared(root) == {"": 8}  # all are train
+        return
+    with pytest.raises(UserError, match="the columns is_train, is_test each say"):
         prepared(root)
 
 

@@ -779,3 +779,17 @@ def test_a_table_in_an_archive_that_lists_something_else_is_ignored(tmp_path, ca
     assert dataset.classes == ["ant", "bee"]
     assert len(dataset) == 2
     assert "train.txt names none of the images; the table is ignored" in caplog.text
+
+
+def test_an_output_with_many_other_files_is_refused_without_listing_them(tmp_path, image_folder, monkeypatch):
+    """Such as /, for which the listing takes minutes."""
+    for i in range(30):
+        (tmp_path / "home" / f"user{i}").mkdir(parents=True)
+        (tmp_path / "home" / f"user{i}" / "thesis.tex").touch()
+    looked, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder=".": (looked.append(folder), real(folder))[1])
+    for splits in ((), ("from-source",), ("a=0.5", "b=0.5")):
+        looked.clear()
+        with pytest.raises(UserError, match=r"home: already contains other files \(user\d+/thesis.tex, ...\)"):
+            prepare(PrepareConfig(source=(str(image_folder),), output=str(tmp_path / "home"), splits=splits))
+        assert len(looked) < 10

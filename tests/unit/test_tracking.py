@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -892,3 +893,33 @@ def test_the_global_server_of_mlflow_changes_no_later_address(uri, monkeypatch, 
         assert os.environ["MLFLOW_TRACKING_URI"] == uri
     assert os.environ.get("MLFLOW_TRACKING_URI") == given
     assert resolve_tracking_uri() == before
+
+
+CREATE = """
+import resource, sys
+from pipeline.tracking import server
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+server.client(f"sqlite:///{sys.argv[1]}")
+"""
+
+
+@pytest.mark.parametrize("limit", [10_000, 300_000, 700_000])
+def test_a_disk_that_is_full_when_the_database_is_made_leaves_no_broken_one(tmp_path, limit):
+    path = tmp_path / "mlflow.db"
+    command = [sys.executable, "-c", CREATE, str(path)]
+    made = subprocess.run([*command, str(limit)], cwd=PROJECT, capture_output=True, text=True)
+    assert made.returncode == 1
+    assert [file.name for file in tmp_path.iterdir()] == [".mlflow.db.lock"]
+    again = subprocess.run([*command, str(1 << 30)], cwd=PROJECT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert path.stat().st_size > limit
+
+
+def test_a_database_with_incomplete_tables_is_named_with_the_remedy(empty_database, tmp_path):
+    """As MLflow leaves it, if its creation is interrupted."""
+    path = tmp_path / "mlflow.db"
+    broken = sqlite3.connect(path)
+    broken.executescript("CREATE TABLE experiments (experiment_id INTEGER); CREATE TABLE _alembic_tmp_runs (x INTEGER)")
+    broken.close()
+    with pytest.raises(UserError, match=rf"{path}: MLflow's tables are incomplete.*remove it and repeat the command"):
+        server.client(f"sqlite:///{path}")

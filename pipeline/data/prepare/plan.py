@@ -5,6 +5,7 @@ same shards."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -313,8 +314,8 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
     done = {}
     splits = list(parse_splits(config.splits))
     if config.splits == FROM_SOURCE:
-        files = storage.list_files(config.output)
-        splits = sorted(f.path.partition("/")[0] for f in files if f.path.endswith(f"/{MANIFEST}")) or splits
+        folders = storage.list_folders(config.output)
+        splits = [f for f in folders if storage.exists(storage.join(config.output, f, MANIFEST))] or splits
         if storage.exists(storage.join(config.output, WORK, "plan.json")):
             return None
     for name in splits:
@@ -331,10 +332,11 @@ def refuse_other_files(output: str) -> None:
     """Raises UserError if a folder without a finished dataset has files that are not of an unfinished one."""
     if storage.exists(storage.join(output, WORK, "plan.json")):
         return
-    files = [file.path for file in storage.list_files(output) if not file.path.startswith(f"{WORK}/")]
-    if files:
+    others = (file.path for file in storage.iter_files(output) if not file.path.startswith(f"{WORK}/"))
+    some = sorted(itertools.islice(others, 2))  # the folder may be the root of a disk, so not all are listed
+    if some:
         raise UserError(
-            f"{output}: already contains other files ({files[0]}{', ...' if len(files) > 1 else ''}); choose another "
+            f"{output}: already contains other files ({some[0]}{', ...' if len(some) > 1 else ''}); choose another "
             "--output or empty it"
         )
 

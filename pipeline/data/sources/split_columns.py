@@ -52,6 +52,12 @@ HELD_OUT_ALONE = "train"
 """The split of the images that have none, if all splits of a source are held out."""
 
 
+class SeveralFlags(UserError):
+    """Several columns, such as is_train and is_test, say which images belong to a split."""
+
+    columns: tuple[str, ...] = ()
+
+
 def split_column(
     names: Sequence[str],
     wanted: str | None,
@@ -123,19 +129,33 @@ def split_name(value: Any, column: str) -> str | None:
     return as_text(value).strip()
 
 
+def split_of_flags(cells: Mapping[str, Any]) -> str | None:
+    """The split of an image by several flags, such as {"is_train": 0, "is_val": 1}: that of the only 1. If none is 1, and
+    all of them are of held-out splits, it is train. None if they are missing, or contradict one another."""
+    flags = {name: split_of_flag(name) for name in cells}
+    ones = [flags[name] for name, value in cells.items() if not is_missing(value) and is_one(value)]
+    if len(ones) == 1:
+        return ones[0]
+    unknown = ones or "train" in flags.values() or any(map(is_missing, cells.values()))
+    return None if unknown else "train"
+
+
 def split_of_fields(fields: Mapping[str, Any]) -> str | None:
     """The split in the fields of one sample, of which only this sample is known; None if no field says it."""
     plain = {normalised_name(name): name for name in reversed(list(fields))}
     known = next((plain[name] for name in SPLIT_COLUMNS if name in plain), None)
     if known is not None:
         return split_name(fields[known], known) if isinstance(fields[known], str | bytes | int) else None
+    flags: dict[str, str] = {}
     for name, value in fields.items():
         if is_likely(name) and not is_doubtful(name) and isinstance(value, str | bytes):
             if as_text(value).strip().lower() in SPLITS:
                 return split_name(value, name)
         elif split_of_flag(name) and isinstance(value, str | bytes | int) and is_flag(as_text(value)):
-            return split_name(as_text(value), name)
-    return None
+            flags[name] = as_text(value)
+    if len(flags) > 1:
+        return split_of_flags(flags)
+    return next((split_name(value, name) for name, value in flags.items()), None)
 
 
 def with_unnamed(named: Iterable[str | None]) -> set[str]:
@@ -169,10 +189,12 @@ def _means_usable(name: str, values: Iterable[Any]) -> bool:
 def _flag_column(flags: list[str], names: Sequence[str], values: Callable[[str], Iterable[Any]]) -> str:
     """The only one of the columns that flag the images of a split."""
     if len(flags) > 1:
-        raise UserError(
+        error = SeveralFlags(
             f"the columns {', '.join(flags)} each say which images belong to a split; name one of them with "
             "--split-column, or write one column split with the name of the split"
         )
+        error.columns = tuple(flags)
+        raise error
     (flag,) = flags
     if flag.lower() in SPLITS and named_column(names, LABEL_COLUMNS, None, "") is None:
         others = [name for name in names if name != flag and _are_flags(values(name))]

@@ -27,7 +27,7 @@ from pipeline.data.sources.columns import (
 )
 from pipeline.data.sources.devkit import is_devkit, read_devkit
 from pipeline.data.sources.rows import read_rows
-from pipeline.data.sources.split_columns import split_column, split_name
+from pipeline.data.sources.split_columns import SeveralFlags, split_column, split_name, split_of_flags
 from pipeline.data.sources.words import FILE_COLUMNS, LABEL_COLUMNS
 from pipeline.errors import UserError, nearest, plural, shorten
 
@@ -214,14 +214,13 @@ def read_label_table(
     file = file_column(uri, names, columns)
     others = [name for name in names if name != file]
     try:
-        split = split_column(others, columns.split, lambda name: [row.get(name) for row in rows], label=columns.label)
+        read, splits = _row_splits(rows, others, columns)
     except UserError as error:
         raise UserError(f"{uri}: {error}") from error
     keys = _row_keys(rows, file, uri)
     labels, multilabel = _row_labels(
-        rows, [name for name in others if name != split], columns, uri, need_labels and not split
+        rows, [name for name in others if name not in read], columns, uri, need_labels and not read
     )
-    splits = [split_name(row.get(split), split) if split else None for row in rows]
     if len(set(splits)) < 2 and not columns.split:
         splits = [None] * len(rows)
     return table_of_rows(uri, keys, labels, splits, multilabel)
@@ -294,6 +293,20 @@ def key_of(value: Any) -> str | None:
 
 def no_key(uri: str, number: int, file: str) -> UserError:
     return UserError(f"{uri}: row {number} of the label table has no {file}; fill it in or remove the row")
+
+
+def _row_splits(rows: list[dict[Any, Any]], names: list[str], columns: Columns) -> tuple[list[str], list[str | None]]:
+    """(the columns of the splits, the split of every row): of one column, or of several flags that never contradict one
+    another. Raises UserError for flags that do."""
+    try:
+        found = split_column(names, columns.split, lambda name: [row.get(name) for row in rows], label=columns.label)
+    except SeveralFlags as error:
+        flags = list(error.columns)
+        several = [split_of_flags({name: row.get(name) for name in flags}) for row in rows]
+        if None in several:
+            raise
+        return flags, several
+    return ([found], [split_name(row.get(found), found) for row in rows]) if found else ([], [None] * len(rows))
 
 
 def _row_labels(

@@ -1,0 +1,86 @@
+"""Watches the processes of an embedded Ray: without them the job cannot go on, but Ray may let it wait forever, end it
+without a message, or raise errors that do not name the cause.
+
+If one of them ends, `RayEnded` is raised in the main thread, so that `finally` blocks run and MLflow gets the reason."""
+
+import contextlib
+import os
+import signal
+import threading
+import types
+from collections.abc import Sequence
+
+import psutil
+
+NEEDED = ("raylet", "gcs_server")
+"""Names of the processes without which no task runs. The others, such as the dashboard, are not needed."""
+EVERY = 1.0
+"""Seconds between two looks at the processes."""
+ANSWER = 10.0
+"""Seconds until the main thread has to take the exception; without an answer it hangs in Ray's C++."""
+PATIENCE = 120.0
+"""Seconds after the exception in which the job has to end by itself, for example to record the reason in MLflow."""
+
+_needed: list[tuple[str, psutil.Process]] = []
+_released, _taken = threading.Event(), threading.Event()
+
+
+class RayEnded(SystemExit):
+    """A process of the embedded Ray has ended. A SystemExit, because Ray's C++ ignores other exceptions while it waits."""
+
+    code = 1
+
+
+def watch(processes: Sequence[psutil.Process]) -> None:
+    """Watches the needed ones of the child processes `processes` until `release`. Outside the main thread no signal
+    handler can be set, so then only `ended` looks at them."""
+    _needed.clear()
+    _released.clear()
+    _taken.clear()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.name() in NEEDED:
+                _needed.append((process.name(), process))
+    if _needed and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR2, _raise)
+        threading.Thread(target=_look, name="ray-watch", daemon=True).start()
+
+
+def release() -> None:
+    """Ends the watch, because this process ends Ray or itself."""
+    _released.set()
+
+
+def ended() -> str | None:
+    """What has ended and what to do, as one line; None while Ray runs, and after `release`."""
+    gone = None if _released.is_set() else next((name for name, process in _needed if _is_gone(process)), None)
+    return gone and (
+        f"Ray's process {gone} on this machine has ended (killed, or out of memory), and the job with it; its logs are in "
+        "/tmp/ray/session_latest/logs; repeat the command to continue"
+    )
+
+
+def _raise(signum: int, frame: types.FrameType | None) -> None:
+    _taken.set()
+    if text := ended():
+        raise RayEnded(text)
+
+
+def _look() -> None:
+    while not _released.wait(EVERY):
+        if text := ended():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+            if not (_taken.wait(ANSWER) and _released.wait(PATIENCE)):
+                os.write(2, f"error: {text}\n".encode())
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+                os._exit(1)
+            return
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
