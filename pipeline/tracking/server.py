@@ -171,8 +171,8 @@ def client(uri: str) -> "MlflowClient":
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(path) or not os.path.getsize(path):
             _create_database(path)
-        made = MlflowClient(mlflow_address(uri))
         try:
+            made = MlflowClient(mlflow_address(uri))  # changes the tables of an earlier version
             made.get_experiment("0")
         except Exception as error:
             if any(sign in str(error) for sign in INCOMPLETE):
