@@ -15,7 +15,8 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
 SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides of the images that are compared: smallest, first alignment, largest
-COPY = 160  # shorter side of the small copies, so that a crop of 80% still has MAX_SIDE
+COPY, COPY_QUALITY = 256, 85
+"""Shorter side and JPEG quality of the small copies: MAX_SIDE pixels of a crop of 80% have all their colours (4:2:0)."""
 STEPS, FINE_STEPS = 60, 20  # maximum iterations of the alignment
 BLOCKS, FINE_BLOCKS = 4, 8  # blocks per side, for images up to COARSE and larger ones
 STRUCTURE = 3.0  # minimum standard deviation (on a scale of 255) of a block with fine structure
@@ -77,7 +78,7 @@ def small_copy(pixels_HWC: np.ndarray) -> bytes:
     small = cv2.resize(pixels_HWC, size, interpolation=cv2.INTER_AREA)[:, :, ::-1]
     if min(size) < 64:
         return cv2.imencode(".png", small)[1].tobytes()
-    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, COPY_QUALITY])[1].tobytes()
 
 
 WHOLE = np.array([0, 0, 1, 1], np.float16)
@@ -272,7 +273,7 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
         return min(_largest_mean(d, SPOT) for d in differences), patches
 
     one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY)[:, :, None] for p in (a, b))
-    luma = [_unexplained(*pair, inside)[:, :, 0] for pair in ((one, other), (other, one))]
+    luma = [_unexplained(*pair, inside, ~clipped)[:, :, 0] for pair in ((one, other), (other, one))]
     spots, patches = largest(luma)
     if spots > MAX_DIFFERENCE and (grey or not clipped.any()):
         return spots, 255.0, 255.0
@@ -283,14 +284,18 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
     return spots, min((_largest_mean(d, SPOT) for d in colours), default=spots), patches
 
 
-def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """`target` minus its prediction from `source` by a fitted tone curve per channel; zero outside `inside`."""
+def _unexplained(
+    source: np.ndarray, target: np.ndarray, inside: np.ndarray, intact: np.ndarray | bool = True
+) -> np.ndarray:
+    """`target` minus its prediction from `source` by a fitted tone curve per channel; zero outside `inside`.
+
+    The curve is fitted to `intact` pixels that are clipped in neither image, if there are enough."""
     different = np.zeros(target.shape, np.float32)
     for channel in range(source.shape[2]):
         x, y = source[:, :, channel], target[:, :, channel]
-        use = inside & (y > 5) & (y < 250)
-        if use.sum() < 0.1 * use.size:
-            use = inside
+        for use in (inside & intact & _unclipped(x, y), inside & (y > 5) & (y < 250), inside):
+            if use.sum() >= 0.1 * use.size:
+                break
         terms, values = _powers(x[use]), y[use].astype(np.float64)
         weights = np.ones(len(values))
         for _ in range(2):  # the second fit gives less weight to pixels that differ in the first
@@ -300,6 +305,10 @@ def _unexplained(source: np.ndarray, target: np.ndarray, inside: np.ndarray) -> 
         predicted = np.clip(_powers(x) @ curve, 0, 255)
         different[:, :, channel] = np.where(inside, y - predicted, 0)
     return different
+
+
+def _unclipped(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (np.minimum(x, y) > 5) & (np.maximum(x, y) < 250)
 
 
 def _largest_mean(values: np.ndarray, side: int) -> float:
