@@ -131,6 +131,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
     output); 129: the terminal was closed; 130: Ctrl-C; 141: the reader of the output has ended; 143: SIGTERM."""
     stops.handle_signals()
+    ray_watch.enable()
     logs.setup()
     code: str | int | None
     try:

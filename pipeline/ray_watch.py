@@ -1,7 +1,8 @@
 """Watches the processes of an embedded Ray: without them the job cannot go on, but Ray may let it wait forever, end it
 without a message, or raise errors that do not name the cause.
 
-If one of them ends, `RayEnded` is raised in the main thread, so that `finally` blocks run and MLflow gets the reason."""
+If one of them ends, `RayEnded` is raised in the main thread, so that `finally` blocks run and MLflow gets the reason.
+This happens only in jobs (`enable`): a notebook or a program that imports the project may end Ray by itself."""
 
 import contextlib
 import os
@@ -21,6 +22,7 @@ ANSWER = 10.0
 PATIENCE = 120.0
 """Seconds after the exception in which the job has to end by itself, for example to record the reason in MLflow."""
 
+_enabled = threading.Event()
 _needed: list[tuple[str, psutil.Process]] = []
 _released, _taken = threading.Event(), threading.Event()
 
@@ -31,9 +33,16 @@ class RayEnded(SystemExit):
     code = 1
 
 
+def enable() -> None:
+    """Lets `watch` end this process. A job calls it at its start."""
+    _enabled.set()
+
+
 def watch(processes: Sequence[psutil.Process]) -> None:
-    """Watches the needed ones of the child processes `processes` until `release`. Outside the main thread no signal
-    handler can be set, so then only `ended` looks at them."""
+    """Watches the needed ones of the child processes `processes` until `release`, in jobs only. Outside the main thread no
+    signal handler can be set, so then only `ended` looks at them."""
+    if not _enabled.is_set():
+        return
     _needed.clear()
     _released.clear()
     _taken.clear()

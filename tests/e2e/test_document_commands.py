@@ -1,6 +1,6 @@
 """The commands of all pages that need one machine only, word for word, on small data.
 
-`tests/e2e/test_operating.py` runs those of docs/operating.md, and `tests/unit/test_document_commands.py` reads the flags
+`tests/e2e/test_operating.py` runs those of docs/operating.md, and `tests/unit/test_command_lines.py` reads the flags
 of every command."""
 
 import os

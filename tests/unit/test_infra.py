@@ -1,5 +1,5 @@
 """Validates infra/ with Ray's schema, the definitions of KubeRay and Kubernetes, kustomize, linters and the command
-lines of the jobs. tests/unit/test_document_commands.py does so for the commands of pages."""
+lines of the jobs. tests/unit/test_command_lines.py does so for the commands of pages."""
 
 import copy
 import importlib.util

@@ -60,6 +60,21 @@ def test_a_ray_that_the_job_itself_ends_is_not_missed(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_program_that_imports_the_project_goes_on(tmp_path):
+    """As a notebook that calls `ray.shutdown()`."""
+    sleeper = shutil.copy(shutil.which("sleep"), tmp_path / "raylet")
+    code = f"""if True:
+        import subprocess, time, psutil
+        from pipeline import ray_watch
+        process = subprocess.Popen(["{sleeper}", "100"])
+        ray_watch.watch([psutil.Process(process.pid)])
+        process.kill()
+        time.sleep(2.5)
+        assert ray_watch.ended() is None"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=80)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_mlflow_shows_the_run_of_such_a_job_as_failed(tmp_path):
     """The exception is a SystemExit, which otherwise means that a user has stopped the job."""
     work = """from pipeline.tracking.run import status_of

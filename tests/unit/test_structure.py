@@ -5,6 +5,7 @@ Imports inside functions count as well."""
 import ast
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -187,6 +188,12 @@ def test_private_names_are_found():
     assert private_names("monkeypatch.setattr('pipeline.lease._settle', 0)") == {"_settle"}
     assert private_names("from pipeline import lease\nmonkeypatch.setattr(lease.os, '_exit', 0)") == set()
     assert private_names("from pipeline import lease\nself._mine = lease.__doc__") == set()
+
+
+def test_no_two_test_files_have_the_same_name():
+    """pytest imports them by this name, so a run of all tests would not find the second one."""
+    counts = Counter(path.stem for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in counts.items() if count > 1]
 
 
 def test_no_job_hides_a_module_of_another_name():

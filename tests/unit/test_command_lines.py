@@ -111,13 +111,13 @@ def test_every_program_is_read_by_its_own_parser_or_listed():
 
 
 def test_commands_are_found_in_blocks_text_and_docstrings(tmp_path):
-    found = " ".join(where for where, _ in COMMANDS)
+    found = " ".join(re.sub(r":\d+ ", ": ", where) for where, _ in COMMANDS)
     for known in (
-        "README.md:6 make demo",
-        "docs/decontamination.md:153 python tests/benchmarks/decontamination.py --photos",
-        "docs/vtab.md:6 python jobs/prepare.py vtab all",
-        "docs/clusters.md:354 .venv/bin/python jobs/prepare.py --source s3://corpus/raw",
-        "jobs/doctor.py:1 python jobs/doctor.py --recipe",
+        "README.md: make demo",
+        "docs/decontamination.md: python tests/benchmarks/decontamination.py --photos",
+        "docs/vtab.md: python jobs/prepare.py vtab all",
+        "docs/clusters.md: .venv/bin/python jobs/prepare.py --source s3://corpus/raw",
+        "jobs/doctor.py: python jobs/doctor.py --recipe",
     ):
         assert known in found
     script = "a --b | c > d; for x in 1 2; do\n  e=1 f \"$(g -h)\" || i\ndone\nssh host 'j && k l'\n(umask 077; m -n)"
