@@ -50,7 +50,7 @@ MEMORY_REMEDY = "run fewer processes in parallel"
 OUT_OF_MEMORY_RETRIES = "5"
 """Retries of a task whose node ran out of host memory, with growing pauses; by default Ray retries forever."""
 EMBEDDED_STARTS = 3
-"""How often an embedded Ray is started, if its processes do not start in time."""
+"""Attempts to start an embedded Ray whose processes do not start in time."""
 STOPS = {signal.SIGTERM, signal.SIGHUP}
 """Signals that stop a job. SIGINT is not listed, because Ray does not pass it to its processes."""
 EXCLUDES = [".git", ".venv*", "runs", "mlruns", "mlflow.db*", "**/__pycache__", "docs", "tests/benchmarks/results"]

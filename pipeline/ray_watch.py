@@ -13,18 +13,18 @@ from collections.abc import Sequence
 
 import psutil
 
-NEEDED = ("raylet", "gcs_server")
-"""Names of the processes without which no task runs. The others, such as the dashboard, are not needed."""
-EVERY = 1.0
-"""Seconds between two looks at the processes."""
-ANSWER = 10.0
-"""Seconds until the main thread has to take the exception; without an answer it hangs in Ray's C++."""
-PATIENCE = 120.0
-"""Seconds after the exception in which the job has to end by itself, for example to record the reason in MLflow."""
+REQUIRED = ("raylet", "gcs_server")
+"""Names of the processes without which no task runs. Others, such as the dashboard, may end."""
+INTERVAL = 1.0
+"""Seconds between two checks of the processes."""
+SIGNAL_TIMEOUT = 10.0
+"""Seconds within which the main thread handles the signal; later, it hangs in Ray's C++ and this process is ended."""
+EXIT_TIMEOUT = 120.0
+"""Seconds after the exception within which the job ends by itself, for example to record the reason in MLflow."""
 
 _enabled = threading.Event()
-_needed: list[tuple[str, psutil.Process]] = []
-_released, _taken = threading.Event(), threading.Event()
+_required: list[tuple[str, psutil.Process]] = []
+_released, _received = threading.Event(), threading.Event()
 
 
 class RayEnded(SystemExit):
@@ -39,20 +39,20 @@ def enable() -> None:
 
 
 def watch(processes: Sequence[psutil.Process]) -> None:
-    """Watches the needed ones of the child processes `processes` until `release`, in jobs only. Outside the main thread no
+    """Watches the required ones of the child processes `processes` until `release`, in jobs only. Outside the main thread no
     signal handler can be set, so then only `ended` looks at them."""
     if not _enabled.is_set():
         return
-    _needed.clear()
+    _required.clear()
     _released.clear()
-    _taken.clear()
+    _received.clear()
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            if process.name() in NEEDED:
-                _needed.append((process.name(), process))
-    if _needed and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR2, _raise)
-        threading.Thread(target=_look, name="ray-watch", daemon=True).start()
+            if process.name() in REQUIRED:
+                _required.append((process.name(), process))
+    if _required and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR2, _on_signal)
+        threading.Thread(target=_poll, name="ray-watch", daemon=True).start()
 
 
 def release() -> None:
@@ -62,24 +62,24 @@ def release() -> None:
 
 def ended() -> str | None:
     """What has ended and what to do, as one line; None while Ray runs, and after `release`."""
-    gone = None if _released.is_set() else next((name for name, process in _needed if _is_gone(process)), None)
+    gone = None if _released.is_set() else next((name for name, process in _required if _is_gone(process)), None)
     return gone and (
         f"Ray's process {gone} on this machine has ended (killed, or out of memory), and the job with it; its logs are in "
         "/tmp/ray/session_latest/logs; repeat the command to continue"
     )
 
 
-def _raise(signum: int, frame: types.FrameType | None) -> None:
-    _taken.set()
+def _on_signal(signum: int, frame: types.FrameType | None) -> None:
+    _received.set()
     if text := ended():
         raise RayEnded(text)
 
 
-def _look() -> None:
-    while not _released.wait(EVERY):
+def _poll() -> None:
+    while not _released.wait(INTERVAL):
         if text := ended():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-            if not (_taken.wait(ANSWER) and _released.wait(PATIENCE)):
+            if not (_received.wait(SIGNAL_TIMEOUT) and _released.wait(EXIT_TIMEOUT)):
                 os.write(2, f"error: {text}\n".encode())
                 for child in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.Error):

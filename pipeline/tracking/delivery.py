@@ -70,9 +70,10 @@ class Delivery:
             if wanted:
                 _deliver_earlier(wanted)
             run_id = server.find_run(self.uri, wanted) if wanted else None
-            if wanted and run_id is None and header.get("connected") and server.is_deleted(self.uri, wanted):
+            lost = wanted if run_id is None and header.get("connected") else None
+            if lost and server.lifecycle_stage(self.uri, lost) == "deleted":
                 # It may have some of these records: in another run they would be there twice after it is restored.
-                raise RunUnavailableError(f"run {wanted} was deleted; restore it in MLflow")
+                raise RunUnavailableError(f"run {lost} was deleted; restore it in MLflow")
             if run_id is None:
                 self.experiment = server.experiment_id(self.uri, header["experiment"])
                 run_id = self._create(wanted)

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import functools
 import gc
-import glob
 import logging
 import os
 import re
@@ -190,14 +189,20 @@ def _create_database(path: str) -> None:
     full, or the process is killed, MLflow would leave a database that it can neither use nor repair."""
     from mlflow import MlflowClient
 
-    new = f"{path}.{os.getpid()}.new"
+    new = f"{path}.incomplete"
+    _remove_database(new)  # of a process that was killed: the caller holds the lock
     try:
         MlflowClient(mlflow_address(SQLITE + new)).get_experiment("0")
         os.replace(new, path)
     finally:
-        for rest in glob.glob(f"{glob.escape(path)}.*.new*"):  # also of killed processes: the caller holds the lock
-            with contextlib.suppress(OSError):
-                os.remove(rest)
+        _remove_database(new)
+
+
+def _remove_database(path: str) -> None:
+    """Removes a file of SQLite, and those that SQLite keeps beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + suffix)
 
 
 def _incomplete(path: str, error: Exception) -> UserError:
@@ -286,31 +291,23 @@ def experiment_id(uri: str, name: str) -> str:
 
 def find_run(uri: str, run_id: str) -> str | None:
     """The server's id of a run, given its id or its offline id; None if the server has no such active run."""
-    from mlflow.exceptions import MlflowException
-
     mlflow = client(uri)
     if run_id.startswith("offline-"):
         experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
         found = mlflow.search_runs(experiments, f"tags.{names.SPOOL} = '{run_id}'", max_results=1)
         return found[0].info.run_id if found else None
-    try:
-        run = mlflow.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in NOT_FOUND:
-            return None
-        raise
-    return run_id if run.info.lifecycle_stage == "active" else None
+    return run_id if lifecycle_stage(uri, run_id) == "active" else None
 
 
-def is_deleted(uri: str, run_id: str) -> bool:
-    """Whether the server has this run as a deleted one, which can be restored."""
+def lifecycle_stage(uri: str, run_id: str) -> str | None:
+    """MLflow's stage of a run: active, or deleted, which can be restored; None if the server does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client(uri).get_run(run_id).info.lifecycle_stage == "deleted"
+        return client(uri).get_run(run_id).info.lifecycle_stage
     except MlflowException as error:
         if error.error_code in NOT_FOUND:
-            return False
+            return None
         raise
 
 

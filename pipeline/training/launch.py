@@ -58,7 +58,6 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     config = plan.config
     output = config.runtime.output
     check_room(config, sizes[0])
-    limit_silence(config.runtime.stalled_after)
     cluster.warn_of_short_stop(config.runtime.stop_grace)
     collector = logs.Collector()
     stop: Any = ray.remote(num_cpus=0)(StopSignal).remote()  # type: ignore[attr-defined]
@@ -79,7 +78,7 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
     if len(sizes) > 1:
         trainer.scaling = partial(Elastic, sizes=sizes, records=collector.handle)
     try:
-        with _progress(plan), collector:
+        with _progress(plan), collector, health_check_timeout(config.runtime.stalled_after):
             # Outside the main thread Ray does not handle Ctrl-C; the workers end with this process.
             fitted: Future = Future()
             threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
@@ -101,12 +100,20 @@ def launch(plan: TrainPlan, run_id: str, tracking_uri: str, sizes: list[int]) ->
             storage.remove(storage.join(output, "ray"), recursive=True)
 
 
-def limit_silence(stalled_after: float) -> None:
+@contextlib.contextmanager
+def health_check_timeout(stalled_after: float) -> Iterator[None]:
     """Sets the seconds after which Ray Train gives up a worker process that does not answer at all, because it is stopped
     or hangs inside the kernel: its watchdog does not run then. Without --stalled-after, or a shorter one, Ray's own limit
     stays. Ray Train passes its variables on to the process that asks the workers."""
-    if 0 < stalled_after < DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S:
-        os.environ.setdefault(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, str(stalled_after))
+    name = WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+    if name in os.environ or not 0 < stalled_after < DEFAULT_WORKER_HEALTH_CHECK_TIMEOUT_S:
+        yield
+        return
+    os.environ[name] = str(stalled_after)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _stop(stop: Any, fitted: Future, config: PretrainConfig) -> None:

@@ -18,7 +18,7 @@ from pipeline.errors import UserError, plural
 from pipeline.hardware import find_gpu
 from pipeline.training.config import EngineConfig, PretrainConfig
 from pipeline.training.memory import fit_micro_batch
-from pipeline.training.schedule import describe_misfit
+from pipeline.training.schedule import schedule_warning
 
 logger = logging.getLogger(__name__)
 MAX_SEED = 1 << 63  # of PyTorch's generators, as a signed number
@@ -48,8 +48,8 @@ class TrainPlan:
     log_every: int
     validate_every: int
     checkpoint_every: int
-    misfit: str = ""
-    """Why the schedule does not fit the length of the run (`schedule.describe_misfit`)."""
+    schedule_warning: str = ""
+    """Why the schedule does not fit the length of the run (`schedule.schedule_warning`)."""
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class TrainPlan:
     @property
     def derived(self) -> dict[str, Any]:
         """Values derived from the config and the dataset, for display."""
-        left_out = ("config", "classes", "misfit")
+        left_out = ("config", "classes", "schedule_warning")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         resize = self.config.evaluation_view.resize
         return {**plain, "classes": len(self.classes), "validation_resize": resize, "model": self.model_options}
@@ -187,7 +187,7 @@ def _horizons(config: PretrainConfig, examples_per_epoch: int) -> Mapping[str, A
         "total": total,
         "warmup": min(lengths["warmup"], total),
         "cooldown": lengths["cooldown"],
-        "misfit": describe_misfit(config.schedule, total=total, **lengths),
+        "schedule_warning": schedule_warning(config.schedule, total=total, **lengths),
         "log_every": max(1, steps(config.runtime.log_every)),
         "validate_every": max(1, steps(config.runtime.validate_every)),
         "checkpoint_every": max(1, steps(config.runtime.checkpoint_every)),

@@ -63,8 +63,8 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     if record is not None and (last := finished_checkpoint(plan)):
         logger.info("already finished: %s is at step %d of %d", last.uri, last.step, plan.total)
         return _finished(config, last, recipe, record.get("run_id"))
-    if scarce := check_space(plan):
-        logger.warning("%s", scarce)
+    if small := check_space(plan):
+        logger.warning("%s", small)
     cluster.connect()
     # Imported late: Ray Train takes seconds to import, and reads the settings that `connect` makes.
     from pipeline.training.launch import check_room
@@ -197,8 +197,8 @@ def check_run(config: PretrainConfig, *, devices: bool = True) -> TrainPlan:
     dataset = open_data(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
-    if plan.misfit:
-        logger.warning("%s", plan.misfit)
+    if plan.schedule_warning:
+        logger.warning("%s", plan.schedule_warning)
     if config.runtime.validation:
         check_validation(config, dataset)
     if config.runtime.fewshot.train:

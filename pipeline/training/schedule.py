@@ -21,7 +21,7 @@ class ScheduleConfig:
     """Time scale of rsqrt: steps after the warm-up until the rate is 1/sqrt(2) of the peak."""
 
 
-def describe_misfit(config: ScheduleConfig, *, total: int, warmup: int, cooldown: int) -> str:
+def schedule_warning(config: ScheduleConfig, *, total: int, warmup: int, cooldown: int) -> str:
     """Why a run of `total` steps never trains with its peak learning rate, or ignores its cool-down; "" if it fits.
 
     warmup: steps as written, which may be more than `total`."""

@@ -26,7 +26,7 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> tuple[Tensor | No
     return torch.tensor([index.get(name, -1) for name in dataset.classes], dtype=torch.int64), unknown
 
 
-def describe_scarce(dataset: Dataset, shots: int) -> str:
+def describe_small_classes(dataset: Dataset, shots: int) -> str:
     """What a few-shot probe of `shots` images per class lacks in a dataset; "" if every class that has images has enough."""
     counts = {name: n for name, n in zip(dataset.classes, dataset.manifest.class_counts, strict=False) if n}
     few = {name: count for name, count in counts.items() if count < shots}

@@ -29,7 +29,7 @@ from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
 from pipeline.training.plan import TrainPlan, loading_threads
 from pipeline.training.preemption import ValidationStopped
-from pipeline.training.scoring import ScoreSums, describe_scarce, match_classes, relabel
+from pipeline.training.scoring import ScoreSums, describe_small_classes, match_classes, relabel
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,8 @@ def check_fewshot(config: PretrainConfig, data: Dataset | None = None) -> tuple[
             _check_images(flag, dataset, config, data)
         if dataset.manifest.class_counts and not sum(dataset.manifest.class_counts):
             raise UserError(f"--{flag} {dataset.uri} has no labelled images")
-    if data is not None and (scarce := describe_scarce(train, config.runtime.fewshot.shots)):
-        logger.warning("--fewshot.shots %d: %s", config.runtime.fewshot.shots, scarce)
+    if data is not None and (small := describe_small_classes(train, config.runtime.fewshot.shots)):
+        logger.warning("--fewshot.shots %d: %s", config.runtime.fewshot.shots, small)
     return train, scored
 
 

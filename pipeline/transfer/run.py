@@ -18,7 +18,7 @@ from pipeline.outputs import check_output
 from pipeline.tracking import names, start_run
 from pipeline.tracking.description import Description, checkpoint_name, run_name
 from pipeline.tracking.names import RANDOM
-from pipeline.training.scoring import describe_scarce
+from pipeline.training.scoring import describe_small_classes
 from pipeline.transfer import corrections, features, report, scores
 from pipeline.transfer.checkpoint import PretrainedModel, load_checkpoint
 from pipeline.transfer.head import check_heads
@@ -137,9 +137,7 @@ def record_suite(
     config = suite.config
     parent = start_run(
         config.experiment,
-        run_name(
-            checkpoint_name(suite.checkpoint.uri), config.suite
-        ),  # MLflow's table cuts long names: first what differs
+        run_name(checkpoint_name(suite.checkpoint.uri), config.suite),  # what differs comes first: MLflow cuts names
         config=config,
         about=_about_suite(suite),
         tags=_tags(suite),
@@ -198,7 +196,7 @@ def open_suite(config: TransferConfig) -> Suite:
     tasks = build_tasks(config, checkpoint.about)
     datasets = open_datasets(tasks)
     check_heads(tasks, datasets, checkpoint)
-    warn_of_scarce_classes(tasks, datasets)
+    warn_of_small_classes(tasks, datasets)
     if "library" in checkpoint.config and (own := [t.name for t in tasks if datasets[t.test].encoding == "patches"]):
         logger.info(
             "transfer: %s receives whole images, reassembled from the patches of %s", checkpoint.uri, ", ".join(own)
@@ -219,16 +217,16 @@ def open_suite(config: TransferConfig) -> Suite:
     return suite
 
 
-def warn_of_scarce_classes(tasks: list[TransferTask], datasets: "Mapping[Split, Dataset]") -> None:
+def warn_of_small_classes(tasks: list[TransferTask], datasets: "Mapping[Split, Dataset]") -> None:
     """Warns of few-shot probes of more images per class than there are: their score is of fewer shots than it says."""
     for task in tasks:
         probe = task.protocol
         if not isinstance(probe, Probe) or probe.kind != "fewshot" or task.train is None:
             continue
-        shots = next((n for n in sorted(probe.shots) if describe_scarce(datasets[task.train], n)), None)
+        shots = next((n for n in sorted(probe.shots) if describe_small_classes(datasets[task.train], n)), None)
         if shots is not None:
             logger.warning(
-                "%s: the probe of %d shots: %s", task.name, shots, describe_scarce(datasets[task.train], shots)
+                "%s: the probe of %d shots: %s", task.name, shots, describe_small_classes(datasets[task.train], shots)
             )
 
 

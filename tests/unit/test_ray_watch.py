@@ -41,7 +41,7 @@ def run(tmp_path, name, work, before="pass"):
     return subprocess.run([sys.executable, "-c", code, sleeper], capture_output=True, text=True, timeout=80)
 
 
-@pytest.mark.parametrize(("work", "name"), zip(WORK, itertools.cycle(ray_watch.NEEDED)))
+@pytest.mark.parametrize(("work", "name"), zip(WORK, itertools.cycle(ray_watch.REQUIRED)))
 def test_a_job_without_its_ray_ends_with_one_line(tmp_path, work, name):
     done = run(tmp_path, name, WORK[work])
     assert done.returncode == 1

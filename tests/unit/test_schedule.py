@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.training.schedule import ScheduleConfig, describe_misfit, learning_rate
+from pipeline.training.schedule import ScheduleConfig, learning_rate, schedule_warning
 
 
 def rate(step, **config):
@@ -50,5 +50,5 @@ def test_no_warm_up_starts_at_the_peak():
 )
 def test_a_schedule_that_does_not_fit_the_run_is_described(kind, warmup, cooldown, message):
     config = ScheduleConfig(kind=kind, warmup=f"{warmup}steps", cooldown=f"{cooldown}steps")
-    text = describe_misfit(config, total=100, warmup=warmup, cooldown=cooldown)
+    text = schedule_warning(config, total=100, warmup=warmup, cooldown=cooldown)
     assert re.match(message, text) if message else text == ""
