@@ -12,6 +12,7 @@ from pipeline.tracking import names
 from pipeline.tracking.run import attach_run
 
 NVIDIA = ("utilization.gpu", "memory.used", "power.draw")
+LOOPBACK = ("lo", "lo0")  # Ray's and MLflow's own messages on one machine are no network traffic
 
 
 class SystemMetrics:
@@ -87,8 +88,13 @@ class SystemMetrics:
 
 def _counters() -> dict[str, float]:
     """Bytes since boot, which are logged as MB/s."""
-    network, disk = psutil.net_io_counters(), psutil.disk_io_counters()
-    counters = {"network_in_mb_s": network.bytes_recv, "network_out_mb_s": network.bytes_sent}
+    cards = psutil.net_io_counters(pernic=True)
+    network = [count for name, count in cards.items() if name not in LOOPBACK]
+    counters = {
+        "network_in_mb_s": sum(count.bytes_recv for count in network),
+        "network_out_mb_s": sum(count.bytes_sent for count in network),
+    }
+    disk = psutil.disk_io_counters()
     if disk is not None:  # None in containers without access to it
         counters |= {"disk_read_mb_s": disk.read_bytes, "disk_write_mb_s": disk.write_bytes}
     return counters

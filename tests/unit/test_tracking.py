@@ -1,5 +1,6 @@
 """Tracking: every record arrives once, despite failures of the server, and logging does not wait for it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass, field
 
 import pytest
@@ -233,6 +235,23 @@ def test_system_metrics_of_each_node_join_the_one_run(uri):
     assert 0 <= metrics["system/node-0/cpu_percent"] <= 100
     assert metrics["system/node-1/memory_gb"] > 0
     assert history(uri, run.id, "system/node-0/cpu_percent")[0][0] < 60  # seconds since the run's start
+
+
+def test_messages_within_a_machine_are_no_network_traffic(uri, monkeypatch):
+    bytes_sent = itertools.count(0, 1 << 30)
+
+    def counters(pernic=False):
+        several = {"lo": next(bytes_sent), "eth0": 1 << 20}
+        cards = {name: types.SimpleNamespace(bytes_recv=n, bytes_sent=n) for name, n in several.items()}
+        return cards if pernic else types.SimpleNamespace(bytes_recv=sum(several.values()), bytes_sent=0)
+
+    monkeypatch.setattr("psutil.net_io_counters", counters)
+    with start_run("pretrain", "network", tracking_uri=uri) as run:
+        run.flush()
+        with SystemMetrics(run.id, uri, node="node-0", every=0.05):
+            time.sleep(0.2)
+    metrics = server.client(uri).get_run(run.id).data.metrics
+    assert (metrics["system/node-0/network_in_mb_s"], metrics["system/node-0/network_out_mb_s"]) == (0, 0)
 
 
 def test_energy_of_all_nodes_and_attempts_adds_up(uri, tmp_path, monkeypatch):
