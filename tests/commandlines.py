@@ -1,6 +1,7 @@
 """Reads command lines with the parsers of the programs that they start, without running these."""
 
 import argparse
+import contextlib
 import importlib.util
 import runpy
 import sys
@@ -15,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 
 class Parsed(Exception):
-    """Stops a program behind its command line; holds the config that was read."""
+    """Stops a program after its command line is read; holds the config."""
 
 
 def parse_job(job, argv, monkeypatch):
     """The config that jobs/<job>.py reads from argv, by its own main(); None for a command that prints help."""
     if job == "pipeline":
         command = argv[0] if argv[0] in commands.COMMANDS else "run"
-        with printed_help(argv):
+        with help_may_exit(argv):
             if command in ("schema", "promote"):  # the first has no flags, the second a parser of its own
                 return commands.main(argv, "", print)
             return commands.parse(command, argv[argv[0] == command :])[0]
@@ -41,7 +42,7 @@ def parse_job(job, argv, monkeypatch):
     def stop_at_repair(run, delete):  # jobs/pretrain.py --repair does not train
         raise Parsed(run)
 
-    with monkeypatch.context() as patch, printed_help(argv):
+    with monkeypatch.context() as patch, help_may_exit(argv):
         patch.setattr(tyro, "cli", stop)
         patch.setattr("pipeline.training.checkpoint.repair", stop_at_repair)
         with pytest.raises(Parsed) as parsed:
@@ -50,17 +51,14 @@ def parse_job(job, argv, monkeypatch):
     return None
 
 
-class printed_help:  # a context manager, named like one
-    """Accepts an exit with code 0 of a command that asks for help or a list."""
-
-    def __init__(self, argv):
-        self.asked = {"--help", "--help-all", "--list-recipes"} & set(argv)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        return bool(self.asked) and kind is SystemExit and error.code in (0, None)
+@contextlib.contextmanager
+def help_may_exit(argv):
+    """Accepts the exit with code 0 of a command that asks for help or a list."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code or not {"--help", "--help-all", "--list-recipes"} & set(argv):
+            raise
 
 
 def parse_script(path, argv, monkeypatch):

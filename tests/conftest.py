@@ -78,12 +78,14 @@ def ray_local():
 
 @pytest.fixture(autouse=True)
 def no_ray_of_its_own():
-    """Fails a test that leaves Ray running in this process: `ray_local` could not start after it."""
+    """Fails a test that leaves Ray running in this process (`ray_local` could not start after it), or that ends `ray_local`."""
     yield
     ray = sys.modules.get("ray")
     if ray and ray.is_initialized() and not SHARED_RAY:
         ray.shutdown()
         pytest.fail("the test left Ray running in this process; use the fixture ray_local")
+    if SHARED_RAY and not ray.is_initialized():
+        pytest.fail("the test ended the Ray of the fixture ray_local, perhaps by `cluster.disconnect`")
 
 
 @pytest.fixture(scope="session")

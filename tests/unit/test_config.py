@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from pipeline import config
+from pipeline import cluster, config, ray_watch
 from pipeline.errors import Unavailable, UserError
 
 
@@ -113,7 +113,10 @@ def test_horizons_that_need_what_is_not_known():
         config.steps("10%", batch_size=100)
 
 
-def test_exit_codes(capsys):
+def test_exit_codes(capsys, monkeypatch):
+    monkeypatch.setattr(ray_watch, "enable", lambda: None)
+    monkeypatch.setattr(cluster, "disconnect", lambda: None)  # Ray may be running in this process
+
     def bad(argv):
         raise UserError("no such bucket")
 
