@@ -29,7 +29,7 @@ install: $(BIN)/.installed
 
 # Each scheme of DATA has an extra of its own.
 demo: $(BIN)/.demo
-	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[cloud]')
+	$(if $(filter s3://%,$(DATA)),$(PIP) -e '.[s3]')
 	$(if $(filter gs://%,$(DATA)),$(PIP) -e '.[gcs]')
 	$(BIN)/python jobs/pipeline.py run --recipe demo $(if $(DATA),--data '$(DATA)')
 

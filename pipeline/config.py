@@ -78,6 +78,7 @@ def parse_recipe(
         print(help.help_text(start, prog=prog, description=description, **about), end="")
         raise SystemExit(0)
     help.check_flags(flags, start)
+    flags = help.none_as_value(flags, start)
     return _from_flags(type(start), flags, prog=prog, default=start), recipe_config, name
 
 
@@ -92,7 +93,7 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
         print(help.help_text(command, prog=prog, description=description, everything="--help-all" in flags), end="")
         raise SystemExit(0)
     help.check_flags(flags, command)
-    return _from_flags(command, flags, prog=prog)
+    return _from_flags(command, help.none_as_value(flags, command), prog=prog)
 
 
 def _from_flags(cls: type[Config], flags: Sequence[str], **options: Any) -> Config:

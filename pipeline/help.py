@@ -89,10 +89,18 @@ class Option:
     text: str
     required: bool = False
     positional: bool = False
+    optional: bool = False
+    """Whether the value may be None."""
 
     @property
     def flag(self) -> str:
         return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def negative(self) -> str:
+        """The flag that sets False or None: --engine.no-compile."""
+        group, dot, last = self.flag.removeprefix("--").rpartition(".")
+        return f"--{group}{dot}no-{last}"
 
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
@@ -116,7 +124,8 @@ def options_of(config: Any, prefix: str = "") -> list[Option]:
             )
             value = None if required else value
             text = texts.get(field.name, "")
-            found.append(Option(name, value, _kind(hint), _choices(hint), text, required, positional))
+            optional = type(None) in typing.get_args(hint)
+            found.append(Option(name, value, _kind(hint), _choices(hint), text, required, positional, optional))
     return found
 
 
@@ -219,13 +228,15 @@ def _option_lines(option: Option) -> list[str]:
         return _entry(option.flag, f"{option.text} {_switch(option)}".strip())
     shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
     default = " (required)" if option.required else "" if value in (None, "", (), [], {}) else f" (default: {shown})"
+    if default and option.optional:
+        default = f"{default[:-1]}; {option.negative} for None)"
     kind = "|".join(map(str, option.choices)) or option.kind
     left = option.flag if option.positional else f"{option.flag} {kind}"
     return _entry(left, f"{option.text}{default}".strip())
 
 
 def _switch(option: Option) -> str:
-    return f"(default: yes; --no-{option.flag.removeprefix('--')} turns it off)" if option.value else ""
+    return f"(default: yes; {option.negative} turns it off)" if option.value else ""
 
 
 def _entry(left: str, text: str) -> list[str]:
@@ -281,6 +292,16 @@ def check_flags(arguments: Iterable[str], config: Any) -> None:
         given = any(argument.partition("=")[0].replace("_", "-") == f"--{name}" for argument in arguments)
         if option.required and not option.positional and not given:
             raise UserError(f"--{name} is required ({option.text.rstrip('.')}); --help shows the command")
+
+
+def none_as_value(arguments: Iterable[str], config: Any) -> list[str]:
+    """The arguments with --no-NAME of an option that may be None as --NAME None, which is what tyro reads."""
+    negatives = {option.negative: option.flag for option in options_of(config) if option.optional}
+    words: list[str] = []
+    for argument in arguments:
+        flag = negatives.get(argument.replace("_", "-")) if argument.startswith("--") else None
+        words += [flag, "None"] if flag else [argument]
+    return words
 
 
 class ArgumentParser(argparse.ArgumentParser):

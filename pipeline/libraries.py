@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 EXTRAS = {
     "azure": ("adlfs",),
-    "cloud": ("boto3",),
     "descriptor": ("faiss",),
     "gcs": ("gcsfs",),
     "heic": ("pillow_heif",),
     "http": ("aiohttp",),
     "huggingface": ("aiohttp", "huggingface_hub"),
+    "s3": ("boto3",),
     "vtab": ("h5py",),
     "export": ("onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"),
 }

@@ -100,11 +100,11 @@ def get(config: Any, name: str) -> Any:
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
-    """Words of a command line: {"optimizer.lr": 0.001} is --optimizer.lr 0.001."""
+    """Words of a command line: {"optimizer.lr": 0.001} is --optimizer.lr 0.001, and None is --optimizer.no-lr."""
     words: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if value is None or isinstance(value, bool):
             group, dot, last = flag.rpartition(".")
             words.append(f"--{flag}" if value else f"--{group}{dot}no-{last}")
         elif isinstance(value, list | tuple):

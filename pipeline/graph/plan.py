@@ -242,7 +242,8 @@ class Plan:
     # ------------------------------------------------------------ command lines
 
     def command(self, name: str, outputs: Mapping[str, str] | None = None, output: str | None = None) -> list[str]:
-        """The command line of an instance, starting with the script. outputs: URIs of its dependencies."""
+        """The command line of an instance, starting with the script, without flags that repeat a default. outputs: URIs
+        of its dependencies."""
         instance = self.instances[name]
         outputs = self.outputs if outputs is None else outputs
         kind, cls = instance.kind, kinds.config_class(instance.kind)
@@ -252,16 +253,19 @@ class Plan:
             if (kind.name, key) == ("pretrain", "data"):
                 value = data_address([(fill(uri, outputs), share) for uri, share in data_of(instance.config)])
             elif key in kind.reads or key in kind.observes:
-                value = [_absolute(v) for v in value] if isinstance(value, list | tuple) else value and _absolute(value)
+                many = isinstance(value, list | tuple)
+                value = tuple(_absolute(v) for v in value) if many else value and _absolute(value)
             values[key] = value
         known = fields.paths(cls)
-        if "register" in known and "register" not in values:
-            values["register"] = None  # `promote` registers checkpoints
+        if kind.name == "pretrain":
+            values.setdefault("register", None)  # `promote` registers checkpoints
         if "tracking_uri" in known and "tracking_uri" not in values and self.pipeline.tracking_uri:
             values["tracking_uri"] = self.pipeline.tracking_uri
         if "output" in known:
             values["output"] = output or self.folder(name)
         first = values.pop(kind.positional, ()) if kind.positional else ()
+        start = kinds.start(kind, instance.recipe, instance.given, name)
+        values = {key: value for key, value in values.items() if key == "output" or value != fields.get(start, key)}
         recipe = [f"--{kind.recipe_flag}", instance.recipe] if instance.recipe else []
         return [kind.script, *kind.words, *map(str, first), *recipe, *fields.flags(values), *kind.extra]
 

@@ -16,7 +16,7 @@ def fill(value: Any, outputs: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return INSTANCE.sub(lambda match: outputs[match[1]], value)
     if isinstance(value, list | tuple):
-        return [fill(item, outputs) for item in value]
+        return type(value)(fill(item, outputs) for item in value)
     return value
 
 

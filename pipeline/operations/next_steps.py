@@ -19,7 +19,8 @@ def after_preparing(datasets: Mapping[str, str]) -> str:
         os.path.dirname(folder) if os.path.basename(folder) == "data" else f"runs/{os.path.basename(folder) or 'run'}"
     )
     run = storage.join(beside or "runs", "pretrain")
-    words = ["python", "jobs/pretrain.py", "--data", train, "--validation", held_out or "None"]
+    words = ["python", "jobs/pretrain.py", "--data", train]
+    words += ["--validation", held_out] if held_out else ["--no-validation"]
     return _listed(
         {
             "look": f"python jobs/prepare.py describe {shlex.quote(train)}",

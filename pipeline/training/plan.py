@@ -205,7 +205,7 @@ def check_values(config: PretrainConfig) -> None:
     if config.validation_resize is not None and config.validation_resize < config.image_size:
         raise UserError(
             f"validation_resize {config.validation_resize} is less than image_size {config.image_size}; give "
-            f"--validation-resize {round(config.image_size * 8 / 7)}, or None"
+            f"--validation-resize {round(config.image_size * 8 / 7)}, or --no-validation-resize"
         )
     if runtime.register is not None and (not runtime.register.strip() or set(runtime.register) & set("/:")):
         raise UserError(

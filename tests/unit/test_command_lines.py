@@ -223,6 +223,18 @@ def test_pip_installs_extras_and_versions_of_this_project(argv):
             assert requirement in pinned
 
 
+def test_every_extra_that_a_file_names_exists():
+    """pip installs the project without an extra that it does not know, and only warns."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    files = [ROOT / "Makefile", *pages(), *(path for path in (ROOT / "infra").rglob("*") if path.is_file())]
+    named = {}
+    for path in files:
+        for extras in re.findall(r"[.`']\[([a-z][\w,-]*)\]['`]", path.read_text(errors="ignore")):
+            named |= dict.fromkeys(extras.split(","), path)
+    assert named.keys() <= known, {name: path for name, path in named.items() if name not in known}
+    assert {"s3", "gcs", "ray-up-gcp", "test"} <= named.keys()
+
+
 # ---------------------------------------------------------------- clouds, where their programs are installed
 
 

@@ -103,6 +103,31 @@ def test_near_misses_get_one_line(argv, answer):
 
 
 @pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--no-register"], "runtime.register", None),
+        (["--no-validation"], "runtime.validation", None),
+        (["--optimizer.no-clip"], "optimizer.clip", None),
+        (["--no_register", "--steps", "5"], "runtime.register", None),
+        (["--register", "None"], "runtime.register", None),
+        (["--name=--no-register"], "runtime.register", "auto"),
+        (["--no-gpus"], "runtime.gpus", False),
+    ],
+)
+def test_no_before_a_name_sets_nothing_or_false(flags, name, value):
+    found = config.parse(flags, RECIPES, "demo", prog="jobs/pretrain.py", description="")
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_the_help_says_how_to_give_no_value(capsys):
+    text = " ".join(page("--help-all", capsys=capsys).split())
+    assert "(default: auto; --no-register for None)" in text
+    assert "--optimizer.no-clip for None)" in text
+
+
+@pytest.mark.parametrize(
     ("job", "argv", "answer"),
     [
         ("plan", ["--gpus", "eight"], "--gpus: 'eight' is not a whole number; "),

@@ -529,7 +529,7 @@ def test_the_image_has_every_dependency_pinned_and_no_root():
     assert "-c constraints.txt" in text
     assert "RAY_AUTH_MODE=token" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [name for extra in ("cloud", "vtab") for name in project["optional-dependencies"][extra]]
+    extras = [name for extra in ("s3", "vtab") for name in project["optional-dependencies"][extra]]
     names = {re.split(r"[\[<>=]", name)[0].lower() for name in (*project["dependencies"], *extras)}
     assert names <= {name.lower() for name in pinned()}
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):

@@ -255,6 +255,39 @@ def test_labels_that_differ_in_zeros_or_case_alone_are_said(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("name", ["?", "-", "None", "none", "Null", "NA", "Nan", "missing"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_that_look_like_missing_ones_are_said(tmp_path, caplog, name, kind):
+    logging.getLogger("pipeline").propagate = True
+    labels = ["cat", name, "dog"]
+    if kind == "csv":
+        table = "file_name,label\n" + "".join(f"{i}.jpg,{label}\n" for i, label in enumerate(labels))
+        root = write(tmp_path, {**{f"{i}.jpg": "" for i in range(3)}, "labels.csv": table})
+    else:
+        root = str(tmp_path)
+        pq.write_table(pa.table({"image": [JPEG] * 3, "label": labels}), tmp_path / "a.parquet")
+    found = sources.discover([root])
+    assert sources.make_labels(found).classes == tuple(sorted(labels))
+    assert f"{root}: the label {name!r} is a class, though such a text often stands for a missing label" in caplog.text
+    caplog.clear()
+    assert sources.make_labels(found, ["cat", "dog"]).classes == ("cat", "dog")  # the remedy
+    assert not caplog.text
+
+
+def test_folders_with_names_of_missing_labels_are_classes_without_a_warning(tmp_path, caplog):
+    logging.getLogger("pipeline").propagate = True
+    root = write(tmp_path, {"None/0.jpg": "", "-/1.jpg": "", "crack/2.jpg": ""})
+    assert sources.make_labels(sources.discover([root])).classes == ("-", "None", "crack")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "nan", "NaN", "null", "N/A"])
+def test_a_missing_label_of_a_table_is_no_class(tmp_path, text):
+    table = f"file_name,label\n0.jpg,cat\n1.jpg,{text}\n2.jpg,dog\n"
+    root = write(tmp_path, {**{f"{i}.jpg": "" for i in range(3)}, "labels.csv": table})
+    assert sources.make_labels(sources.discover([root])).classes == ("cat", "dog")
+
+
 @pytest.mark.parametrize("label_map", ['{"007": "bond", "010": "ten"}', "007\n010\n"])
 def test_numbers_match_a_label_map_with_leading_zeros(tmp_path, label_map):
     """A CSV reader has turned 007 into 7. In the list, 7 is the class 007 and not the one at index 7."""

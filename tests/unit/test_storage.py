@@ -278,7 +278,7 @@ def test_writing_into_a_bucket_that_is_not_there(cloud, tmp_path):
             write(f"{cloud.uri.partition('://')[0]}://no-such-bucket-at-all/x")
 
 
-LIBRARIES = {"s3": ("boto3", "cloud"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
+LIBRARIES = {"s3": ("boto3", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
 
 
 @pytest.mark.parametrize("scheme", LIBRARIES)

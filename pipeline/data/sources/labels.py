@@ -13,6 +13,7 @@ from pipeline.data.codecs import Refused
 from pipeline.data.sources.columns import SYNSET
 from pipeline.data.sources.items import Source
 from pipeline.data.sources.rows import decode_text, read_data
+from pipeline.data.sources.words import LIKELY_MISSING
 from pipeline.errors import UserError, plural
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,18 @@ def _warn_about_similar(uri: str, classes: Sequence[str]) -> None:
             return
 
 
+def _warn_about_missing(sources: Sequence[Source]) -> None:
+    """Warns about labels that probably stand for a missing label. The name of a folder is a class on purpose."""
+    for source in sources:
+        names = () if source.by_folder else source.ordered_names or source.names or ()
+        if found := [repr(name) for name in sorted(names) if name.casefold() in LIKELY_MISSING]:
+            what = f"label {found[0]} is a class" if len(found) == 1 else f"labels {', '.join(found)} are classes"
+            logger.warning(
+                "%s: the %s, though such a text often stands for a missing label; --label-map with the list of all other "
+                "classes rejects these images", source.uri, what,
+            )  # fmt: skip
+
+
 def _python_literal(text: str) -> list[Any] | dict[str, Any] | None:
     """A list or dictionary in Python syntax, such as {0: 'tench', 1: 'goldfish'}; None for other text."""
     if text.lstrip()[:1] not in ("{", "["):
@@ -192,4 +205,6 @@ def make_labels(
         index |= {name: places[padded] for name, padded in same_numbers(classes, names).items()}
     index |= places
     _warn_about_similar(sources[0].uri, classes)
+    if label_map is None:
+        _warn_about_missing(sources)
     return Labels(classes=classes, index=index, multilabel=multilabel)

@@ -88,6 +88,11 @@ MISSING_VALUES = frozenset(
     ]
 )
 
+# Names of classes that may stand for a missing label, in lower case: a warning lists them.
+LIKELY_MISSING = frozenset(
+    {"?", "??", "???", "-", "--", "---", "–", "—", ".", "none", "nil", "null", "na", "n.a.", "nan", "nat", "missing"}
+)
+
 TRAIN = frozenset({"train", "training", "trn", "trainval"})
 HELD_OUT = frozenset(
     {"val", "valid", "validation", "test", "testing", "tst", "dev", "eval", "evaluation", "holdout", "heldout"}
