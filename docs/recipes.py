@@ -5,6 +5,7 @@
 The estimates are those of `python jobs/plan.py --recipe NAME --gpus N --gpu h100`.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,14 +25,19 @@ HEAD = f"""# Recipes
 """
 
 
+def length(steps: str) -> str:
+    """1000000steps -> 1,000,000 steps"""
+    return re.sub(r"(\d+)([a-z]+)", lambda match: f"{int(match[1]):,} {match[2]}", steps)
+
+
 def row(name: str) -> str:
     training = RECIPES[name]()
     about = first_sentence(RECIPES[name])
     if name in ON_A_LAPTOP:
-        return f"| `{name}` | {training.model.variant} | {training.steps} | on a laptop | | {about} |"
+        return f"| `{name}` | {training.model.variant} | {length(training.steps)} | on a laptop | | {about} |"
     result = plan(PlanConfig(training=training, gpus=GPUS, gpu=GPU), name)
     run = result["run"]
-    return f"| `{name}` | {training.model.variant} | {training.steps} | {run['gpu_hours']:,.0f} | {run['cost']:,.0f} | {about} |"
+    return f"| `{name}` | {training.model.variant} | {length(training.steps)} | {run['gpu_hours']:,.0f} | {run['cost']:,.0f} | {about} |"
 
 
 def page() -> str:

@@ -4,8 +4,8 @@
     python jobs/compare.py --suite vtab1k --output reports/vtab
     python jobs/compare.py --json | jq '.[0].name'
 
-Prints the leaderboard as Markdown or JSON. --output also writes leaderboard.md, leaderboard.json and compute.png to a
-folder. Unless --no-log is given, the same files and an HTML page are logged to the MLflow experiment "compare". The
+Prints the leaderboard as a table or as JSON. --output also writes leaderboard.md with more columns, leaderboard.json
+and compute.png to a folder. Unless --no-log is given, the same files and an HTML page are logged to the MLflow experiment "compare". The
 exit code is 2 when there is nothing to compare."""
 
 import dataclasses
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         pictures["compute.png"] = picture.getvalue()
-    print(json.dumps(values, indent=1) if options.json else markdown)
+    print(json.dumps(values, indent=1) if options.json else comparison.to_text(rows))
     if options.output:
         storage.write_bytes(storage.join(options.output, "leaderboard.md"), markdown.encode())
         storage.write_json(storage.join(options.output, "leaderboard.json"), values)

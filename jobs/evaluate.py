@@ -23,6 +23,7 @@ from typing import TextIO
 
 from pipeline import config, logs, storage
 from pipeline.errors import UserError
+from pipeline.lines import fit
 from pipeline.operations import evaluation
 
 logger = logging.getLogger("jobs.evaluate")
@@ -85,9 +86,9 @@ def report(command: Command, done: evaluation.Round, stdout: TextIO) -> int:
     else:
         for what in ("pending", "failed", "regressions", "promoted", "claimed_elsewhere"):
             for item in getattr(done, what):
-                print(f"{what.replace('_', ' ')}: {item}", file=stdout, flush=True)
+                print(fit(f"{what.replace('_', ' ')}: {item}"), file=stdout, flush=True)
         counts = "  ".join(f"{name}={len(items)}" for name, items in dataclasses.asdict(done).items())
-        print(f"evaluate: {counts}", file=stdout, flush=True)
+        print(fit(f"evaluate: {counts}"), file=stdout, flush=True)
     if done.failed:
         return 1
     return 3 if done.regressions and command.fail_on_regression else 0
@@ -106,7 +107,7 @@ def prune(command: Command) -> int:
         if delete:
             checkpoint.remove(item)
         if not command.json:
-            print(f"{'deleted' if delete else 'would delete'} {item.uri}", flush=True)
+            print(fit(f"{'deleted' if delete else 'would delete'} {item.uri}"), flush=True)
     if command.json:
         print(json.dumps({"deleted" if delete else "would_delete": [item.uri for item in found]}))
     return 0

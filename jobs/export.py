@@ -23,6 +23,7 @@ from models.compatibility import check_huggingface, check_timm
 from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import plural
+from pipeline.lines import fit
 from pipeline.operations.export_output import check_unused, claim, publish
 from pipeline.operations.options import ExportConfig
 from pipeline.outputs import check_output
@@ -69,12 +70,13 @@ def main(argv: list[str]) -> int:
         result = {"output": options.output, "format": options.to, **dataclasses.asdict(parity), "passed": passed}
         print(json.dumps(result))
     else:
-        print(
+        text = (
             f"parity: {options.to} against this project on {plural(parity.images, 'image')}: {parity.what} differ by at most "
             f"{parity.max_difference:.1e} (largest {parity.max_value:.2f}), same maximum on {parity.same_argmax} of "
             f"{parity.images}"
         )
-        print(f"wrote {options.output}" if passed else f"above the tolerance of {options.tolerance:g}: nothing written")
+        end = f"wrote {options.output}" if passed else f"above the tolerance of {options.tolerance:g}: nothing written"
+        print(fit(f"{text}\n{end}"))
     return 0 if passed else 1
 
 

@@ -26,6 +26,8 @@ import tyro
 from pipeline import cluster, config, logs, storage
 from pipeline.data.prepare.config import RECIPES, PrepareConfig, PrepareJob
 from pipeline.errors import UserError, plural
+from pipeline.lines import command as command_lines
+from pipeline.lines import fit
 from pipeline.vtab.config import VtabConfig
 
 if TYPE_CHECKING:
@@ -147,11 +149,12 @@ def prepare(argv: list[str]) -> int:
         reasons = "".join(f", {count} {reason}" for reason, count in result["rejects_by_reason"].items())
         found = "".join(f", {count} {reason}" for reason, count in result["duplicates_by_reason"].items())
         found += "".join(f", {count} {reason} (reported)" for reason, count in result["reported_by_reason"].items())
-        print(
+        text = (
             f"{name}: prepared={result['prepared']} shards={result['shards']} rejects={result['rejects']}{reasons} "
             f"duplicates={result['duplicates']}{found} classes={result['classes']} "
             f"fingerprint={result['fingerprint']}  {result['uri']}"
         )
+        print(fit(text))
     logs.show(next_steps.after_preparing({name: storage.join(options.output, name or "") for name in manifests}))
     return 0
 
@@ -164,13 +167,15 @@ def show_downloads(options: Command, result: dict[str, Any], stdout: TextIO) -> 
         print(json.dumps(counts), file=stdout)
         return 0
     reasons = "".join(f", {count} {reason}" for reason, count in result["rejects"].items())
-    print(
+    text = (
         f"downloads: downloaded={counts['downloaded']} archives={counts['archives']} rejects={sum(result['rejects'].values())}"
         f"{reasons} may_pass={counts['may_pass']} bytes={counts['bytes']}  {counts['uri']}"
     )
+    print(fit(text))
     if counts["may_pass"]:
         logger.warning("%s failed temporarily; repeat the command to retry", plural(counts["may_pass"], "download"))
-    logs.show(f"next: python jobs/prepare.py --source {counts['uri']} --output ...")
+    again = command_lines(["python", "jobs/prepare.py", "--source", counts["uri"], "--output", "FOLDER"], indent=6)
+    logs.show("next: " + "\n      ".join(again))
     return 0
 
 
@@ -216,7 +221,7 @@ def verify(options: VerifyCommand) -> int:
     else:
         for uri, problems in found.items():
             lines = [f"{uri}: {problem}" for problem in problems] or [f"{uri}: verified, no problems found"]
-            print("\n".join(lines))
+            print(fit("\n".join(lines)))
     return 0 if is_sound else 1
 
 
@@ -231,7 +236,7 @@ def delete(options: DeleteCommand) -> int:
     stdout = logs.reserve_stdout() if options.json else sys.stdout
     results = delete_keys(options.uri, options.keys) if options.keys else []
     purged = purge(options.uri) if options.purge else None
-    print(to_json(results, purged) if options.json else "\n".join(summary(results, purged)), file=stdout)
+    print(to_json(results, purged) if options.json else fit("\n".join(summary(results, purged))), file=stdout)
     return 0
 
 
@@ -240,7 +245,7 @@ def describe(options: DescribeCommand) -> int:
 
     name = storage.normalise(options.uri).rpartition("/")[2]
     facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name))
-    print(json.dumps(facts) if options.json else facts["text"])
+    print(json.dumps(facts) if options.json else fit(facts["text"], indent=12))
     return 0
 
 

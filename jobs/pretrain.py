@@ -14,6 +14,7 @@ checkpoint, also on another number of workers that divides the lanes.
 from pipeline import cluster, help, logs
 from pipeline.config import diff, parse_recipe, run_job
 from pipeline.errors import UserError
+from pipeline.lines import fit
 from pipeline.training.recipes import RECIPES
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         from pipeline.training import checkpoint
 
         lines, is_sound = checkpoint.repair(wanted.repair, wanted.delete)
-        print("\n".join(lines))
+        print(fit("\n".join(lines)))
         return 0 if is_sound else 1
     config, base, recipe = parse_recipe(argv, RECIPES, "demo", prog="jobs/pretrain.py", description=__doc__ or "")
     from pipeline.operations import doctor, next_steps
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> int:
     try:
         result = run.pretrain(config, base, recipe=recipe)
     except run.IncompleteRun as error:
-        print(run.summarize(error.result))
+        print(fit(run.summarize(error.result)))
         raise
     if "images" in result:
-        print(run.summarize(result))
+        print(fit(run.summarize(result)))
     for version, checkpoint in result["registered"].items():
-        print(f"pretrain: registered={version} {checkpoint}")
+        print(fit(f"pretrain: registered={version} {checkpoint}"))
     logs.show(next_steps.after_pretraining(config))
     return 0
 

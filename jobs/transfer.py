@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 from pipeline import config, logs
 from pipeline.errors import UserError
+from pipeline.lines import fit
 from pipeline.transfer.suites import SUITES, TransferConfig, check_config
 
 
@@ -67,14 +68,14 @@ def main(argv: list[str]) -> int:
             spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
             unseen = f"  ({result.clean[name]:.2f} without seen images)" if name in result.clean else ""
             more = "".join(f"  {title} {text}" for title, text in report.describe(result.details.get(name, {})))
-            print(f"{name:24s}{score:7.2f}{spread}{more}{unseen}")
+            print(fit(f"{name:24s}{score:7.2f}{spread}{more}{unseen}", indent=33))
         for group, mean in result.group_means.items():
-            print(f"{f'mean {group}':24s}{mean:7.2f}")
+            print(fit(f"{f'mean {group}':24s}{mean:7.2f}"))
         if result.mean is not None:
-            print(f"{f'mean of {len(result.scores)}':24s}{result.mean:7.2f}")
-        print(f"report: {result.output}/report.md")
+            print(fit(f"{f'mean of {len(result.scores)}':24s}{result.mean:7.2f}"))
+        print(fit(f"report: {result.output}/report.md"))
     for job, error in result.failures.items():
-        print(f"failed: {job}: {error}", file=sys.stderr)
+        print(fit(f"failed: {job}: {error}"), file=sys.stderr)
     logs.show(next_steps.after_transfer(settings.suite, settings.tracking_uri))
     return 1 if result.failures else 0
 
@@ -91,8 +92,8 @@ def dry_run(options: Command, settings: TransferConfig) -> int:
         return 0
     for task in suite.tasks:
         state = "" if task.name in left else "  finished"
-        print(f"{task.name:24s}{images[task.name]:9d} test images  {task.protocol}{state}")
-    print(f"output: {suite.store.output}")
+        print(fit(f"{task.name:24s}{images[task.name]:9d} test images  {task.protocol}{state}", indent=26))
+    print(fit(f"output: {suite.store.output}"))
     return 0
 
 
@@ -102,7 +103,7 @@ def compare(options: Command) -> int:
     if len(options.compare) != 2:
         raise UserError(f"--compare takes two runs, found {len(options.compare)}")
     text, rows = report.compare_runs(*options.compare, tracking_uri=options.tracking_uri)
-    print(json.dumps(rows) if options.json else text)
+    print(json.dumps(rows) if options.json else fit(text))
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from pipeline.config import parse_command, run_job
 from pipeline.errors import UserError, plural
+from pipeline.lines import fit
 from pipeline.operations.options import VisualizeConfig
 from pipeline.outputs import check_output
 
@@ -87,14 +88,12 @@ def write_inspection(inspection: "Inspection", numbers: dict[str, Any], output: 
 
 def print_inspection(inspection: "Inspection", output: str) -> None:
     for name in inspection.figures:
-        print(f"wrote {storage.join(output, f'{name}.png')}")
+        print(fit(f"wrote {storage.join(output, f'{name}.png')}"))
     for name, reason in inspection.missing.items():
-        print(f"no {name}: {reason}")
+        print(fit(f"no {name}: {reason}"))
     nearest, farthest = inspection.distance.min(axis=1), inspection.distance.max(axis=1)
-    print(
-        f"mean attention distance: first layer {nearest[0]:.0f}-{farthest[0]:.0f} px, "
-        f"last layer {nearest[-1]:.0f}-{farthest[-1]:.0f} px"
-    )
+    first, last = (f"layer {nearest[i]:.0f}-{farthest[i]:.0f} px" for i in (0, -1))
+    print(fit(f"mean attention distance: first {first}, last {last}"))
 
 
 def log_inspection(

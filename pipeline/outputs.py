@@ -3,15 +3,30 @@
 check_output(storage.normalise(options.output))  # raises UserError; leaves no files
 """
 
+import itertools
 import os
 import tempfile
 import uuid
+from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.errors import Unavailable, UserError
 
 PACKAGES = "/runtime_resources/working_dir_files/"
 """Part of every path in the copy of a working directory that `ray job submit` unpacks on a node."""
+
+
+def refuse_other_files(uri: str, is_own: Callable[[str], bool]) -> None:
+    """Raises UserError if a folder has files that are not of the job.
+
+    is_own: whether a path relative to the folder is a file of the job."""
+    others = (file.path for file in storage.iter_files(uri) if not is_own(file.path))
+    some = sorted(itertools.islice(others, 2))  # the folder may be the root of a disk, so not all are listed
+    if some:
+        raise UserError(
+            f"{uri}: already contains other files ({some[0]}{', ...' if len(some) > 1 else ''}); choose another "
+            "--output or empty it"
+        )
 
 
 LONGEST_NAME = 255

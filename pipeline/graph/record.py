@@ -87,7 +87,8 @@ class PipelineRecord:
             # Links do not work in the frame in which MLflow shows a page; the description of the run has the links.
             run.log_text(page(report.page(self.plan, states, rows, {}), {"graph": picture}), "report.html")
             again = f"{CONTINUE} the same command again runs what is not done."
-            text = f"{command_paragraph()}\n\n{again}\n\n{markdown}"
+            body = markdown.partition("\n")[2].lstrip("\n")  # MLflow folds a long description: no title, results first
+            text = f"{report.sentence(self.plan, states)}\n\n{command_paragraph()}\n\n{again}\n\n{body}"
             whole = len(text) <= names.MAX_VALUE
             run.set_tags({names.NOTE: text if whole else text[: names.MAX_VALUE].rpartition("\n")[0]})
             run.finish(status, reason=_reason(states, status))

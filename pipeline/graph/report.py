@@ -9,9 +9,9 @@ from pipeline.errors import plural
 from pipeline.graph import cost, results
 from pipeline.graph.estimate import Estimate
 from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
+from pipeline.lines import WIDTH, cut, repeated
 from pipeline.units import bytes_text
 
-WIDTH = 80
 COLOURS = {
     DONE: "#cfe8cf",
     RUNNING: "#cfe0f7",
@@ -20,12 +20,6 @@ COLOURS = {
     STALE: "#fff2b8",
     WAITING: "#eeeeee",
 }
-
-
-def cut(text: str, width: int) -> str:
-    """Shortens a text to a number of columns."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 # ---------------------------------------------------------------- status
@@ -96,6 +90,20 @@ def brief(result: Mapping[str, Any]) -> str:
     if len(numbers) == 1:
         return " ".join(f"{name} {value:.2f}" for name, value in numbers.items())
     return f"mean {sum(numbers.values()) / len(numbers):.2f} of {len(numbers)}"
+
+
+def sentence(plan: Plan, states: Mapping[str, Status]) -> str:
+    """The result of a pipeline in one sentence: how many stages are done, and what the last ones found."""
+    done = [name for name, status in states.items() if status.state == DONE]
+    found = [
+        f"{name}: {text}"
+        for name in done
+        if plan.instances[name].kind.name in ("pretrain", "transfer", "promote")
+        and (version := states[name].version) is not None
+        and (text := brief(version.result))
+    ]
+    shown = [*found[:3], "..."] if len(found) > 4 else found
+    return f"{plan.pipeline.name}: {len(done)} of {plural(len(states), 'stage')} done. {'; '.join(shown)}".rstrip()
 
 
 def status_json(plan: Plan, states: Mapping[str, Status]) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def cost_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str:
-    """The results: a table of accuracies in percent, then one machine-readable line per stage."""
+    """The results: a table of accuracies in percent, then machine-readable lines for each stage."""
     pipeline = plan.pipeline.name
     alone = {
         kind: sum(i.kind.name == kind for i in plan.instances.values()) == 1
@@ -240,10 +248,9 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
             found = {task: score for task, score in found.items() if not task.startswith(results.RANDOM)}
             rows += [(f"{title} {task}", score) for task, score in found.items()]
             others |= {f"{title} {task}": score for task, score in random.items()}
-            lines.append(f"{pipeline}: {title} " + " ".join(f"{task}={score:.2f}" for task, score in found.items()))
-            if random:
-                scores = " ".join(f"{task}={score:.2f}" for task, score in random.items())
-                lines.append(f"{pipeline}: {'random' if only else f'{name} random'} {scores}")
+            lines += repeated(f"{pipeline}: {title}", [f"{task}={score:.2f}" for task, score in found.items()])
+            scores = [f"{task}={score:.2f}" for task, score in random.items()]
+            lines += repeated(f"{pipeline}: {'random' if only else f'{name} random'}", scores)
         elif kind == "promote" and found:
             lines.append(f"{pipeline}: promote {found['why']}")
     width = max((len(label) for label, _ in rows), default=0)

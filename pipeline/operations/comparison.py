@@ -1,9 +1,10 @@
-"""Renders the leaderboard as Markdown, as JSON, and as a plot of score against compute (figure 5 of the paper)."""
+"""Renders the leaderboard as text, as Markdown, as JSON, and as a plot of score against compute (figure 5 of the paper)."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import plural
+from pipeline.lines import fit, table
 from pipeline.tracking.leaderboard import GROUPS, Row, data_note, differing
 
 if TYPE_CHECKING:
@@ -51,6 +52,29 @@ def to_markdown(rows: list[Row], limit: int | None = None, inside: bool = False)
             lines.append(_line([*cells, _link(row.transfer_run[:8], transfer)]))
         lines.append("")
     return "\n".join(lines)
+
+
+SHORT = {"natural": "natural", "specialized": "special.", "structured": "struct."}
+
+
+def to_text(rows: list[Row]) -> str:
+    """One table per suite, best first, for a terminal of 80 columns."""
+    parts = []
+    for suite in dict.fromkeys(row.suite for row in rows):
+        part = [row for row in rows if row.suite == suite]
+        groups = [group for group in GROUPS if any(group in row.groups for row in part)]
+        cost = [] if groups else ["images", "GPU h"]  # there is no room for all; --output writes all
+        cells = [["#", "pre-training", "model", "exaFLOPs", *cost, "mean %", *(SHORT[group] for group in groups)]]
+        for rank, row in enumerate(part, 1):
+            spent = [_si(row.images_seen), f"{row.gpu_hours:.1f}" if row.gpu_hours else "–"]
+            scores = [f"{row.groups[group]:.2f}" if group in row.groups else "–" for group in groups]
+            about = [str(rank), row.name, row.variant or "–", _exa(row.train_flops)]
+            cells.append([*about, *(spent if cost else []), f"{row.mean:.2f}", *scores])
+        note = data_note(part)
+        parts.append(
+            "\n".join([f"suite {suite}, top-1 accuracy", table(cells, left=(1, 2)), *([fit(note, 0)] if note else [])])
+        )
+    return "\n\n".join(parts)
 
 
 def _line(cells: list[str]) -> str:

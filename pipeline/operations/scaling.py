@@ -133,12 +133,12 @@ def simulate(
 def scaling_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Efficiency by number of GPUs, one line per mode and stage."""
     counts = sorted({row["gpus"] for row in rows})
-    lines = [f"  scaling      {'':14s}" + "".join(f"{count:>7d}" for count in counts) + " GPUs"]
+    lines = [f"  {'scaling, GPUs':17s}" + "".join(f"{count:>6d}" for count in counts)]
     for key in dict.fromkeys((row["mode"], row["stage"]) for row in rows):
         mode, stage = key
         found = {row["gpus"]: row["efficiency"] for row in rows if (row["mode"], row["stage"]) == key}
-        cells = "".join(f"{found[count]:>7.0%}" if count in found else f"{'':>7s}" for count in counts)
-        lines.append(f"    {f'{mode}, ZeRO-{stage}':23s}{cells}")
+        cells = "".join(f"{found[count]:>6.0%}" if count in found else f"{'':>6s}" for count in counts)
+        lines.append(f"    {f'{mode}, ZeRO-{stage}':15s}{cells}")
     return "\n".join(lines)
 
 

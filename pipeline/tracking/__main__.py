@@ -1,10 +1,11 @@
 """Opens MLflow's UI and uploads records that runs could not deliver.
 
-    python -m pipeline.tracking ui       the UI and a leaderboard, on the database that the jobs write
-    python -m pipeline.tracking upload   uploads records that runs could not deliver
-    python -m pipeline.tracking list     lists records that have not been delivered
+    python -m pipeline.tracking ui       the UI and a leaderboard
+    python -m pipeline.tracking upload   uploads records that were not delivered
+    python -m pipeline.tracking list     lists records that were not delivered
 
-Exit code of upload: 0 if all records were delivered, 1 if some remain (each is listed with the reason).
+The UI shows the database that the jobs write. Exit code of upload: 0 if all
+records were delivered, 1 if some remain (each is listed with the reason).
 """
 
 import argparse

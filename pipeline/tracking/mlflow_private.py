@@ -19,6 +19,9 @@ WORKFLOW = "mlflow.workflowType_v1"
 ASSISTANT = "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"
 """Key in the browser's local storage: whether the assistant has already opened automatically."""
 
+COLUMN_TITLE = '[data-testid^="sort-header-"]'
+"""Title of a column in the list of runs. Every column is 100 pixels wide; a view cannot say how wide."""
+
 
 def server_settings(uri: str) -> dict[str, str]:
     """Environment variables of MLflow's server: the database to show, and that the server also serves artifacts."""

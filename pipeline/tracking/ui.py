@@ -38,7 +38,7 @@ FRESH = 10.0  # seconds for which a leaderboard is cached
 
 # MLflow keeps columns and charts in the browser, and opens the shared view of an experiment if the address asks for it.
 # The address without a page opens the first of our experiments that has runs. The toolbar of a chart covers its data,
-# so it is shown only under the pointer.
+# so it is shown only under the pointer. Titles of columns are longer than the columns are wide.
 SCRIPT = """<script>(() => {
   if (!localStorage.getItem("WORKFLOW")) localStorage.setItem("WORKFLOW", '"machine_learning"');
   if (!localStorage.getItem("ASSISTANT")) localStorage.setItem("ASSISTANT", "true");
@@ -71,13 +71,18 @@ SCRIPT = """<script>(() => {
   history.replaceState = function (...all) { replace.apply(this, all); open(); };
   if (isStart()) start(); else open();
 })();</script>
-<style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}</style>"""
+<style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}
+.ag-header-cell:has(COLUMN_TITLE) {padding-right: 0}
+COLUMN_TITLE {display: block; white-space: normal; overflow-wrap: anywhere; font-size: 11px; line-height: 1.2;
+letter-spacing: -0.4px}
+COLUMN_TITLE:only-child {margin-right: -12px}</style>"""
 for _name, _value in {
     "SHARE_TAG": SHARE + VIEW,
     "VIEW": VIEW,
     "START": json.dumps([names.PRETRAIN, names.TRANSFER, names.PREPARE]),
     "WORKFLOW": mlflow_private.WORKFLOW,
     "ASSISTANT": mlflow_private.ASSISTANT,
+    "COLUMN_TITLE": mlflow_private.COLUMN_TITLE,
 }.items():
     SCRIPT = re.sub(rf"\b{_name}\b", lambda _, value=_value: value, SCRIPT)  # type: ignore[misc]
 

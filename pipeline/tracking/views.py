@@ -3,7 +3,8 @@
 A view is MLflow's "shared view", a tag of the experiment that the UI of `make ui` opens automatically; on an MLflow
 server, the link in the experiment's description opens it. It has columns
 for progress, quality and cost of the runs, and charts over images seen, because steps are not comparable between batch
-sizes.
+sizes. MLflow (3.17) has no setting for the width of a column or the digits of a number: the UI of `make ui` breaks the titles
+of columns into lines, and on an MLflow server a tooltip shows them in full.
 """
 
 import base64
@@ -21,9 +22,9 @@ TITLES = {
     names.PRETRAIN: "Pre-training runs, the best validation accuracy first.",
     names.TRANSFER: "Transfer of checkpoints to the tasks of a suite: a parent run with a child per task.",
     names.EVALUATE: "Transfer scores of every checkpoint of a run.",
-    names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py); stages, costs and graphs are in the artifacts.",
-    names.COMPARE: "Leaderboards of pre-training runs (jobs/compare.py); see the descriptions and artifacts.",
-    names.VISUALIZE: "Visualizations of checkpoints (jobs/visualize.py); see the artifacts.",
+    names.PIPELINE: "Runs of whole pipelines (jobs/pipeline.py): stages, costs and the graph are in the description and artifacts.",
+    names.COMPARE: "Leaderboards of pre-training runs (jobs/compare.py), in the descriptions and artifacts.",
+    names.VISUALIZE: "Visualizations of checkpoints (jobs/visualize.py), in the artifacts.",
 }
 COLUMNS = {
     names.PREPARE: [
@@ -62,7 +63,15 @@ COLUMNS = {
         "params.`suite`",
         f"tags.`{names.CHECKPOINT}`",
     ],
+    names.PIPELINE: [
+        *(f"metrics.`{names.COST}{key}`" for key in ("cpu_hours", "gpu_hours", "dollars")),
+        "tags.`output`",
+        f"tags.`{names.REASON}`",
+    ],
+    names.COMPARE: [],
+    names.VISUALIZE: [f"tags.`{names.CHECKPOINT}`"],
 }
+"""The columns between the time of creation and the duration. MLflow leaves out those that no run has."""
 LEADERBOARD_OF_SERVER = "`python jobs/compare.py` writes the leaderboard, in the experiment compare"
 QUALITY = {
     names.PRETRAIN: f"metrics.`{names.VAL_TOP1}`",

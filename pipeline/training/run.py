@@ -24,6 +24,7 @@ from pipeline.data import open_dataset
 from pipeline.data.mixture import Mixture, open_data
 from pipeline.errors import JobFailed, UserError, plural, shorten
 from pipeline.lease import LAUNCH, Lease
+from pipeline.lines import fit
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, model_name, run_name
@@ -289,8 +290,8 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         elastic = f", or, elastically, {', '.join(map(str, sizes(plan)))}"
     lines = [
         f"pretrain: {model}",
-        f"  data      {config.runtime.data}: {plural(plan.samples, 'image')}, {plural(len(plan.classes), 'class')}, fingerprint "
-        f"{plan.data_fingerprint}",
+        f"  data      {plural(plan.samples, 'image')}, {plural(len(plan.classes), 'class')}, fingerprint "
+        f"{plan.data_fingerprint}, {config.runtime.data}",
         *describe_mixture(plan),
         f"  schedule  {plural(plan.total, 'step')} of {config.batch_size} ({plan.total / plan.steps_per_epoch:.1f} epochs), warm-up "
         f"{plan.warmup}, {config.schedule.kind}, peak {config.optimizer.lr:g}",
@@ -298,7 +299,8 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
         f"ZeRO-{config.engine.zero}, {config.engine.precision}, {plural(plan.lanes, 'lane')}{elastic}",
     ]
     shown = {key.removeprefix("runtime."): values for key, values in changes.items() if key != "runtime.dry_run"}
-    return "\n".join([*lines, *(f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items())])
+    lines += [f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items()]
+    return fit("\n".join(lines), indent=10)
 
 
 def summarize(result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.lines import table as aligned
 from pipeline.transfer.protocols import HEAD_METRICS, TransferTask
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score, error_of_mean, read_scores, vtab_means, without_seen
@@ -139,7 +140,7 @@ def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tu
     star = "*" if abs(mean) > 2 * error and mean else ""
     firsts, seconds = (f"{statistics.fmean(row[key] for row in rows):.2f}" for key in ("first", "second"))
     table.append([f"mean of {len(rows)}", firsts, seconds, f"{mean:+.2f}", f"{error:.2f}", star])
-    lines = _table(["task", "first", "second", "difference", "std. error", ""], table)
+    lines = aligned([["task", "first", "second", "difference", "std. error", ""], *table])
     heads = [
         f"{label}: {uri} (checkpoint {about.get('checkpoint')})"
         for label, uri, about in (("first", first, about_a), ("second", second, about_b))
@@ -147,4 +148,4 @@ def compare_runs(first: str, second: str, tracking_uri: str | None = None) -> tu
     alone = {score.name for score in scores_a} ^ set(b_by_name)
     tail = [f"only in one of them: {', '.join(sorted(alone))}"] if alone else []
     note = "error: between seeds, or (one seed) of a test set of that size; scores on the same images count as dependent; * more than two standard errors"
-    return "\n".join([*heads, "", *lines, "", note, *tail]), rows
+    return "\n".join([*heads, "", lines, "", note, *tail]), rows

@@ -1,6 +1,7 @@
 """Finishes the datasets of a task from its receipts, and opens finished splits."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ from pipeline.data.format import (
     open_dataset,
 )
 from pipeline.errors import UserError
+from pipeline.outputs import refuse_other_files
 from pipeline.vtab import archives, tasks
 from pipeline.vtab.parts import is_finished, split_uri
 from pipeline.vtab.plan import Request, TaskPlan, find_layout, identify
 from pipeline.vtab.splits import PARTS, check_split
 from pipeline.vtab.tasks import Task
 
+OWN_FILES = re.compile(r"(part-\d{5}-\d{4}|rejects)\.parquet(\.[0-9a-f]{8}\.tmp)?|manifest\.json\.[0-9a-f]{8}\.tmp")
+"""Files of an unfinished split, also of a process that was killed while it wrote them."""
 Counts = dict[str, dict[str, Any]]  # {split: counts} of one task
 
 
@@ -65,6 +69,7 @@ def finished_counts(request: Request) -> Counts | None:
     for split in request.splits:
         uri = storage.join(request.uri, split)
         if not storage.exists(storage.join(uri, "manifest.json")):
+            refuse_other_files(uri, lambda path: bool(OWN_FILES.fullmatch(path)))
             continue
         manifests[split] = open_dataset(uri).manifest
         wanted = {**identity, "split": split}

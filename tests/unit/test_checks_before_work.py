@@ -253,12 +253,12 @@ def test_a_disk_without_space_for_all_kept_checkpoints(fields, monkeypatch):
     config = pretrain_config(**{**fields, "keep_last": 3})
     free_space(monkeypatch, 900_000)  # of three, the best one and the next one
     warning = "900 kB free, and 4 kept checkpoints and the next one take 1.62 MB; free some space or lower --keep-last"
-    assert warning in preview.dry_run(config, "", {})
+    assert warning in " ".join(preview.dry_run(config, "", {}).split())
     (found,) = [result for result in doctor.examine(config) if result.check == "run"]
     assert found.status == "warning"
     assert f"{found.message}; {found.remedy}".endswith(warning)
     free_space(monkeypatch, 1_700_000)
-    assert "free some space" not in preview.dry_run(config, "", {})
+    assert "free some space" not in " ".join(preview.dry_run(config, "", {}).split())
     free_space(monkeypatch, 100_000)
     plan = run.check_run(config)
     there = dataclasses.replace(plan, config=changed(plan.config, output="s3://bucket/run"))
@@ -305,7 +305,9 @@ def test_dry_run_of_a_gpu_run_on_a_machine_without_gpus(data, fields, tmp_path):
     """The plan is for the GPU of --gpu, whether the data exists or not, and a note says what this machine lacks."""
     changes = {"data": str(tmp_path / data), "validation": None, "gpus": True, "gpu": "l4"}
     text = preview.dry_run(pretrain_config(**{**fields, **changes}), "cifar10", {})
-    assert "note      planned for --gpu l4; --gpus: this machine has no GPU; to start here, use --no-gpus" in text
+    assert "note planned for --gpu l4; --gpus: this machine has no GPU; to start here, use --no-gpus" in " ".join(
+        text.split()
+    )
     assert "on 1 x l4" in text
 
 

@@ -113,6 +113,17 @@ def test_the_price_of_each_stage_is_beside_its_estimate(tmp_path, source):
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_a_sentence_says_what_is_done_and_found(tmp_path, source):
+    pipeline = chain(tmp_path / "out", source)
+    plan = plan_of(pipeline)
+    assert report.sentence(plan, plan.survey()) == "chain: 0 of 4 stages done."
+    go(pipeline)
+    plan = plan_of(pipeline)
+    text = report.sentence(plan, plan.survey())
+    assert text.startswith("chain: 4 of 4 stages done. ")
+    assert "transfer[tasks=knn]: linear 90.00" in text
+
+
 def test_a_dry_run_has_hours_and_dollars_in_all(tmp_path, source):
     place = tmp_path / "p.yaml"
     place.write_text(

@@ -112,6 +112,27 @@ def test_finished_tasks_do_not_need_their_archives(vtab_raw, tmp_path):
         prepare(["pets"], *arguments)
 
 
+@pytest.mark.parametrize(
+    "name", ["cat/0.jpg", "part-0.parquet", "shard-00000.parquet", "train.csv", "part-00000-0000.parquet/x"]
+)
+def test_other_files_in_the_output_are_refused_and_stay(name, vtab_raw, tmp_path):
+    """Also Parquet files of another program, which would be removed at the end as those of a killed worker."""
+    other = tmp_path / "dtd" / "val200" / name
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"val200: already contains other files \({name}\); choose another --output"):
+        prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
+    assert other.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name", ["part-00000-0000.parquet", "part-00007-0001.parquet.0123abcd.tmp", "rejects.parquet"])
+def test_files_of_a_killed_worker_are_no_other_files(name, vtab_raw, tmp_path):
+    left = tmp_path / "dtd" / "val200" / name
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x")
+    assert prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))["dtd"]["val200"]["images"]
+
+
 def test_another_dataset_in_the_output_is_refused(vtab_raw, tmp_path):
     prepare(["dtd"], vtab_raw, str(tmp_path), splits=("val200",))
     with pytest.raises(UserError, match="already contains another dataset"):

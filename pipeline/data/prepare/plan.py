@@ -5,7 +5,6 @@ same shards."""
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import config as configuration
-from pipeline import storage
+from pipeline import outputs, storage
 from pipeline.data import sources
 from pipeline.data.duplicates.evaluation import EvaluationIndex
 from pipeline.data.format import MANIFEST, Dataset, Manifest, Receipt, Schema, ShardWriter, open_dataset
@@ -330,15 +329,8 @@ def find_finished(config: PrepareConfig) -> dict[str, Manifest] | None:
 
 def refuse_other_files(output: str) -> None:
     """Raises UserError if a folder without a finished dataset has files that are not of an unfinished one."""
-    if storage.exists(storage.join(output, WORK, "plan.json")):
-        return
-    others = (file.path for file in storage.iter_files(output) if not file.path.startswith(f"{WORK}/"))
-    some = sorted(itertools.islice(others, 2))  # the folder may be the root of a disk, so not all are listed
-    if some:
-        raise UserError(
-            f"{output}: already contains other files ({some[0]}{', ...' if len(some) > 1 else ''}); choose another "
-            "--output or empty it"
-        )
+    if not storage.exists(storage.join(output, WORK, "plan.json")):
+        outputs.refuse_other_files(output, lambda path: path.startswith(f"{WORK}/"))
 
 
 def is_changing(output: str) -> bool:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import cluster, storage
 from pipeline.errors import UserError
+from pipeline.lines import fit
 from pipeline.operations.doctor import authentication, machine, pretraining, store, system, tracking, upload
 from pipeline.operations.doctor.finding import CheckResult, refused
 from pipeline.operations.doctor.nodes import everywhere
@@ -138,9 +139,9 @@ def results_table(results: Sequence[CheckResult]) -> str:
     lines = []
     for result in results:
         where = f"  [{result.where}]" if result.where else ""
-        lines.append(f"{result.status:8s}{result.check:18s}{result.message}{where}")
+        lines.append(fit(f"{result.status:8s}{result.check:18s}{result.message}{where}", indent=26))
         if result.remedy:
-            lines.append(f"{'':26s}-> {result.remedy}")
+            lines.append(fit(f"{'':26s}-> {result.remedy}", indent=3))
     counts = [f"{sum(result.status == status for result in results)} {status}" for status in ("error", "warning", "ok")]
     return "\n".join([*lines, f"doctor: {', '.join(counts)}"])
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import address, storage
 from pipeline import config as configuration
 from pipeline.errors import UserError, plural
+from pipeline.lines import fit
 from pipeline.operations.planning.config import CORPORA, PlanConfig
 from pipeline.operations.planning.estimate import plan
 from pipeline.operations.planning.table import hours_text, plan_table
@@ -47,7 +48,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         note += f"  note      planned for --gpu {training.runtime.gpu}; {lacking}\n"
     if scarce := run.check_space(resolved):
         note += f"  note      {scarce}\n"
-    text = run.describe_run(resolved, changes) + "\n" + note
+    text = run.describe_run(resolved, changes) + "\n" + fit(note, indent=10)
     if training.runtime.gpus:
         about = PlanConfig(
             training=training,
@@ -58,7 +59,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         )
         text += plan_table(plan(about, recipe))
     else:
-        text += _cost_on_cpu(resolved)
+        text += fit(_cost_on_cpu(resolved), indent=10)
     derived = configuration.to_yaml(resolved.derived)
     return f"{text}\n\n# every value (a file for --config)\n{configuration.to_yaml(training)}\n# derived from them and from the data\n{derived}"
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.errors import plural
+from pipeline.lines import fit
 from pipeline.units import bytes_text
 
 LIMITS = {
@@ -61,7 +62,7 @@ def plan_table(result: dict[str, Any]) -> str:
     lines += _paper(result)
     if "prepare" in result:
         lines += _prepare(result["prepare"])
-    return "\n".join(lines)
+    return fit("\n".join(lines), indent=13)
 
 
 def _paper(result: dict[str, Any]) -> list[str]:
