@@ -13,7 +13,7 @@ import urllib.request
 import mlflow
 import pytest
 
-from pipeline.tracking import names, server, views
+from pipeline.tracking import mlflow_private, names, server, views
 from pipeline.tracking.views import SHARE, VIEW
 from tests.ports import free_port
 
@@ -32,6 +32,12 @@ def uri(tmp_path_factory):
             run = client.create_run(identifier, run_name=name).info.run_id
             client.log_param(run, "suite", "demo")
             client.log_metric(run, QUALITY.get(experiment, names.ROWS), quality)
+            if experiment == names.PRETRAIN:  # MLflow shows only columns that a run has
+                client.log_metric(run, names.LOSS, 1.0)
+                client.log_metric(run, names.IMAGES_SEEN, 100)
+                client.log_metric(run, names.IMAGES_PER_SECOND, 10.0)
+                client.log_param(run, "model.variant", "Ti/8")
+                client.set_tag(run, names.RECIPE, "demo")
             client.set_terminated(run)
         if experiment == names.TRANSFER:
             child = client.create_run(identifier, run_name="child", tags={names.PARENT: run}).info.run_id
@@ -93,6 +99,8 @@ def test_the_page_in_a_browser(uri):
     places = [page.find(f">{name}<") for name in ("best", "good", "weak")]
     assert -1 not in places
     assert places == sorted(places)
+    assert f'data-testid="sort-header-{names.VAL_TOP1}"' in page  # the style of the UI applies to this
+    assert mlflow_private.COLUMN_TITLE in page
     for column in ("val/top1", "train/loss", "images_seen", "recipe", "model.variant", "Dataset"):
         assert column in page
 

@@ -43,8 +43,9 @@ def help_of(job, argv):
 
 
 @pytest.mark.parametrize(("job", "subcommand"), PAGES)
-def test_every_job_has_a_page_of_ten_flags_that_all_say_what_they_do(job, subcommand):
+def test_every_job_has_a_page_of_ten_flags_that_all_say_what_they_do(job, subcommand, monkeypatch):
     doc, short = help_of(job, [*subcommand, "--help"])
+    monkeypatch.setenv("COLUMNS", "160")  # of a wide terminal: long lines are hard to read
     _, whole = help_of(job, [*subcommand, "--help-all"])
     for text in (short, whole):
         assert max(map(len, text.splitlines())) <= help.WIDTH
@@ -68,6 +69,15 @@ def test_help_shows_the_common_flags_and_help_all_every_one(capsys):
     assert {"--data", "--output", "--steps", "--batch-size", "--model.variant"} <= set(shown)
     assert all(f"  {flag} " in whole or f"  {flag}\n" in whole for flag in flags)
     assert len(short.splitlines()) < 60
+
+
+@pytest.mark.parametrize("job", ["doctor", "evaluate", "plan", "prepare", "pretrain", "transfer"])
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_lists_of_recipes_fit(job, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    _, text = help_of(job, ["--list-recipes"])
+    assert text.startswith("recipes (--recipe NAME; default ")
+    assert max(map(len, text.splitlines())) <= help.WIDTH
 
 
 def test_recipes_are_listed_by_family(capsys):
