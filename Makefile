@@ -8,7 +8,9 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?=
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Bytecode, by all cores; pip would use one. Some packages contain templates that do not compile.
+BYTECODE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib > /dev/null || true
 
 .PHONY: install demo test lint hooks slow docs ui pictures clean
 
@@ -19,10 +21,12 @@ $(BIN)/python:
 
 $(BIN)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
+	$(BYTECODE)
 	@touch $@
 
 $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[test]'
+	$(BYTECODE)
 	@touch $(BIN)/.demo $@
 
 install: $(BIN)/.installed
