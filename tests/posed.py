@@ -77,6 +77,38 @@ def documents(seed):
     return picture
 
 
+def filled_forms(seed):
+    """Scans of one form, in which fields of the same length have other words."""
+    printed, written = np.random.default_rng(50), np.random.default_rng(seed)
+    letters = list("abcdefghijklmnopqrstuvwxyz  ")
+    picture = np.full((1700, 1200, 3), 252, np.uint8)
+    cv2.putText(picture, "Declaration of goods", (90, 110), cv2.FONT_HERSHEY_DUPLEX, 1.4, (20,) * 3, 2, cv2.LINE_AA)
+    for y in range(190, 1640, 37):
+        label = "".join(printed.choice(letters, printed.integers(8, 22)))
+        entry = "".join(written.choice(letters, printed.integers(6, 22) + written.integers(0, 2)))
+        cv2.putText(picture, label, (90, y), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (30,) * 3, 1, cv2.LINE_AA)
+        cv2.line(picture, (450, y + 6), (1120, y + 6), (150,) * 3, 1)
+        cv2.putText(picture, entry, (470, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 110), 1, cv2.LINE_AA)
+    return picture
+
+
+def scratched_parts(seed):
+    """One machined part below a fixed camera, with other scratches."""
+    rng = np.random.default_rng(seed)
+    picture = cv2.GaussianBlur(np.random.default_rng(1).normal(0, 12, (700, 900, 3)), (0, 0), 1.5) + 130
+    for radius, grey in ((260, 170), (90, 60)):
+        cv2.circle(picture, (450, 350), radius, (grey,) * 3, -1, cv2.LINE_AA)
+    for angle in np.arange(6):
+        hole = int(450 + 180 * np.cos(angle)), int(350 + 180 * np.sin(angle))
+        cv2.circle(picture, hole, 26, (82,) * 3, -1, cv2.LINE_AA)
+    for _ in range(rng.integers(2, 6)):
+        angle = rng.uniform(0, 2 * np.pi)
+        start = np.array([450 + 200 * np.cos(angle), 350 + 200 * np.sin(angle)])
+        end = start + rng.uniform(30, 90) * np.array([np.cos(2 * angle), np.sin(3 * angle)])
+        cv2.line(picture, start.astype(int).tolist(), end.astype(int).tolist(), (225,) * 3, 2, cv2.LINE_AA)
+    return np.clip(picture + rng.normal(0, 2, picture.shape), 0, 255).astype(np.uint8)
+
+
 def bicycles(seed):
     """Catalogue pictures: two wheels and a frame on white, another frame each."""
     rng = np.random.default_rng(seed)
@@ -124,4 +156,7 @@ def portraits(seed):
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-POSES = {f.__name__: f for f in (outlines, sprites, turned, scenes, documents, bicycles, portraits)}
+POSES = {
+    f.__name__: f
+    for f in (outlines, sprites, turned, scenes, documents, filled_forms, scratched_parts, bicycles, portraits)
+}

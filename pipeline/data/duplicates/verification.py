@@ -15,6 +15,7 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
 SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides of the images that are compared: smallest, first alignment, largest
+DETAIL_SIDE = 256  # largest side at which content of only one image is searched for, such as the writing in a form
 COPY, COPY_QUALITY = 256, 85
 """Shorter side and JPEG quality of the small copies: MAX_SIDE pixels of a crop of 80% have all their colours (4:2:0)."""
 STEPS, FINE_STEPS = 60, 20  # maximum iterations of the alignment
@@ -34,6 +35,7 @@ PATCH, MAX_PATCH_DIFFERENCE = (
     15 / 128,
     7.5,
 )  # fraction of the side; differences in light or shape
+DETAIL, DETAIL_BLUR, MIN_NOISE, MAX_ADDED = 7, 0.7, 6.0, 1.1  # over DETAIL x DETAIL pixels
 
 
 class Agreement(NamedTuple):
@@ -43,7 +45,8 @@ class Agreement(NamedTuple):
     correlation of single blocks, at the lowest sixteenth. structure: fraction of blocks with fine structure.
     Differences are on a scale of 255. difference: the largest difference of luma over SPOT x SPOT pixels, after tones
     are matched. colour_difference: the same for red, green and blue. patch_difference: the same for luma over patches,
-    without clipped pixels. colour: mean difference of chroma."""
+    without clipped pixels. colour: mean difference of chroma. added: contrast that only one image has, relative to the
+    contrast that both have, where it is largest."""
 
     side: int
     overlap: float = 0.0
@@ -54,10 +57,16 @@ class Agreement(NamedTuple):
     colour_difference: float = 255.0
     patch_difference: float = 255.0
     colour: float = 255.0
+    added: float = 0.0
 
     @property
     def same(self) -> bool:
         """Whether the two show the same photograph."""
+        return self.similar and self.added <= MAX_ADDED
+
+    @property
+    def similar(self) -> bool:
+        """Whether they agree at a side of MAX_SIDE, where small writing is grey."""
         return (
             self.overlap >= MIN_OVERLAP
             and self.detail >= MIN_CORRELATION
@@ -147,8 +156,8 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
     """
     warp = np.array(np.eye(2, 3) if start is None else start, np.float64)
     # the resolution that both images have in the area they share
-    most = int(min(MAX_SIDE, *second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
-    side = max(SIDE, most)
+    shared = int(min(*second.shape[:2], max(scale_of(warp), 0.1) * min(first.shape[:2]) + 1))
+    side = max(SIDE, min(MAX_SIDE, shared))
     for step in (min(COARSE, side), side) if side > COARSE else (side,):
         begin = warp
         found = _align(first, second, warp, step)
@@ -162,7 +171,14 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
             return agreement
     if agreement.structure < MIN_STRUCTURE[_blocks(side)]:
         # too little structure for an alignment: a few edges on a plain background fit many other images
-        agreement = _compare(first, second, np.array(np.eye(2, 3)), side)
+        warp = np.array(np.eye(2, 3))
+        agreement = _compare(first, second, warp, side)
+    if agreement.similar and side > COARSE:
+        side = min(DETAIL_SIDE, shared)
+        added = _added(first, second, warp, side)
+        if added > MAX_ADDED and (found := _align(first, second, warp, side)) is not None:
+            added = min(added, _added(first, second, found, side))
+        agreement = agreement._replace(added=added)
     return agreement
 
 
@@ -189,12 +205,18 @@ def _at_side(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int)
     return a, b, larger
 
 
-def _compare(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> Agreement:
+def _aligned(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> tuple[np.ndarray, ...]:
+    """(`first` as `second` shows it, `second`, where both are), all `side` x `side`."""
     a, b, larger = _at_side(first, second, warp, side)
     pixel_map = _to_pixels(warp, side, larger)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    aligned: Any = cv2.warpAffine(a, pixel_map, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    moved = cv2.warpAffine(a, pixel_map, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     inside = cv2.warpAffine(np.ones((larger, larger), np.float32), pixel_map, (side, side), flags=flags) > 0.99
+    return moved, b, inside
+
+
+def _compare(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> Agreement:
+    aligned, b, inside = _aligned(first, second, warp, side)
     overlap = float(inside.mean())
     if overlap < 0.3:
         return Agreement(side, overlap)
@@ -282,6 +304,42 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
         by_channel = largest([cv2.cvtColor(d, cv2.COLOR_RGB2GRAY) for d in colours])
         spots, patches = min(spots, by_channel[0]), min(patches, by_channel[1])
     return spots, min((_largest_mean(d, SPOT) for d in colours), default=spots), patches
+
+
+def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> float:
+    """The largest contrast (standard deviation over DETAIL x DETAIL pixels) that only one image has after tones are
+    matched, relative to the contrast that both have there plus noise.
+
+    Other writing in the same form or a scratch on the same part has more contrast than what is there in the other image.
+    A blur makes images of slightly different sharpness alike."""
+    a, b, inside = _aligned(first, second, warp, side)
+    inside = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    if not inside.any():
+        return 0.0
+    clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)
+    a, b = (cv2.GaussianBlur(p, (0, 0), DETAIL_BLUR) for p in (a, b))
+    one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b))
+    shared = np.minimum(_contrast(one, inside), _contrast(other, inside))
+
+    def largest(difference: np.ndarray) -> float:
+        contrast = _contrast(difference, inside)
+        noise = max(MIN_NOISE, 3 * float(np.median(contrast[inside])))
+        return float((contrast / (shared + noise)).max())
+
+    grey = one[:, :, None], other[:, :, None]
+    added = min(largest(_unexplained(*pair, inside, ~clipped)[:, :, 0]) for pair in (grey, grey[::-1]))
+    if added > MAX_ADDED and clipped.any():  # where one channel is clipped, luma does not follow its tone curve
+        colours = [_unexplained(*pair, inside) for pair in ((a, b), (b, a))]
+        added = min(added, *(largest(cv2.cvtColor(d, cv2.COLOR_RGB2GRAY)) for d in colours))
+    return added
+
+
+def _contrast(grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Standard deviation of the pixels `inside`, over DETAIL x DETAIL pixels; zero where fewer than half of them are inside."""
+    used = inside.astype(np.float32)
+    part, mean, square = (cv2.blur(values, (DETAIL, DETAIL)) for values in (used, grey * used, grey * grey * used))
+    part = np.maximum(part, 1e-6)
+    return np.sqrt(np.maximum(square / part - (mean / part) ** 2, 0)) * (part > 0.5)
 
 
 def _unexplained(
