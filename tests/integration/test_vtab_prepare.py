@@ -45,7 +45,7 @@ def test_from_s3_to_s3(s3, tmp_path):
         command(*tasks, "--raw", f"{s3}/raw", "--output", f"{s3}/sets", "--json"),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
