@@ -8,14 +8,14 @@ import pytest
 
 from tests.jobprocess import job
 
-pytestmark = pytest.mark.timeout(900)  # the demo runs five jobs in sequence
+pytestmark = pytest.mark.timeout(2400)  # the demo runs five jobs in sequence
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """The demo, shortened: prepared digits, a pre-training run of two workers, transfer scores."""
     root = tmp_path_factory.mktemp("demo")
-    done = job("pipeline", "run", "--recipe", "demo", "--steps", "160", cwd=root, timeout=800)
+    done = job("pipeline", "run", "--recipe", "demo", "--steps", "160", cwd=root, timeout=2000)
     (root / "demo.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
@@ -129,7 +129,7 @@ def test_bad_input_is_one_clear_line(digits, name, arguments, message):
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "y",
     }
-    done = job(name, *arguments, cwd=digits, timeout=120, **environment)
+    done = job(name, *arguments, cwd=digits, timeout=600, **environment)
     unreachable = message == "s3://"  # an unavailable store is not wrong input
     assert done.returncode == (75 if unreachable else 2), done.stdout + done.stderr
     assert message in done.stderr + done.stdout
