@@ -528,6 +528,6 @@ def test_the_job_on_every_node_of_a_cluster(dataset, tmp_path):
         assert room["message"] == "2 workers of 1 CPU fit now"
         assert {f["where"] for f in answer["findings"] if f["check"] == "data"} == {"all 2 nodes"}
         never = examine(*arguments, "--cpus-per-worker", "2")
-        assert "2 workers of 2 CPU: the current nodes have capacity for 0" in " ".join(never.stdout.split())
+        assert "2 workers of 2 CPU: the current nodes have capacity for 0" in never.stdout
     finally:
         cluster_of_two.shutdown()

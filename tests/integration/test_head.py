@@ -230,7 +230,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys, monkey
     arguments = ["--suite", "head", "--checkpoint", str(tmp_path / "run"), "--data", data]
     arguments += ["--output", str(tmp_path / "transfer"), "--dry-run"]
     assert main(arguments) == 0
-    assert "16 test images Head(kind='head', resolution=16, resize=18" in " ".join(capsys.readouterr().out.split())
+    assert "16 test images  Head(kind='head', resolution=16, resize=18" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"] == [{"task": "val", "images": 16, "finished": False}]
     assert not (tmp_path / "transfer").exists()
