@@ -7,6 +7,7 @@ table([["task", "mean"], ["pets", "92.10"]])             the first column is cut
 
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 
 WIDTH = 80
@@ -20,9 +21,19 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(0, width - 3)] + "..."
 
 
+def is_terminal() -> bool:
+    """Whether a person reads the output on a terminal."""
+    return sys.stdout.isatty()
+
+
 def fit(text: str, indent: int = 4) -> str:
-    """The text with its long lines broken between words. Continued lines are indented by `indent` more than the line.
-    Only a path, or another word that is too long, can make a line longer; it then ends the line."""
+    """The text with its long lines broken between words on a terminal; unchanged in a pipe or a file, where programs search
+    for whole lines.
+
+    Continued lines are indented by `indent` more than the line. Only a path, or another word that is too long, can
+    make a line longer; it then ends the line."""
+    if not is_terminal():
+        return text
     return "\n".join(row for line in text.split("\n") for row in _fit_line(line, indent))
 
 

@@ -77,8 +77,15 @@ def ray_local():
 
 
 @pytest.fixture(autouse=True)
-def no_ray_of_its_own():
-    """Fails a test that leaves Ray running in this process (`ray_local` could not start after it), or that ends `ray_local`."""
+def no_ray_of_its_own(request, monkeypatch):
+    """Fails a test that uses Ray in this process without `ray_local`, also if another test has started that, or that ends it."""
+    from pipeline import cluster
+
+    def connect():
+        pytest.fail("the test uses Ray in this process; give it the fixture ray_local, or use workqueue.without_ray")
+
+    if "ray_local" not in request.fixturenames:
+        monkeypatch.setattr(cluster, "connect", connect)
     yield
     ray = sys.modules.get("ray")
     if ray and ray.is_initialized() and not SHARED_RAY:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import workqueue
 from pipeline.data import sources
 from pipeline.data.sources import Columns
 from pipeline.data.sources.tables import read_label_table
@@ -46,8 +47,9 @@ def pack(path, files):
 
 def rows(uri, **options):
     """{key: (label names, split)} of a source, without refused inputs."""
-    [source] = sources.discover([uri], **options)
-    items = sources.read(source, source.fragments)
+    with workqueue.without_ray():
+        [source] = sources.discover([uri], **options)
+        items = sources.read(source, source.fragments)
     return {item.key: (item.labels and list(item.labels), item.split) for item in items if not item.refused}
 
 

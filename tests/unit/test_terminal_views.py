@@ -54,6 +54,14 @@ def too_wide(text, width=80):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def terminal():
+    """As if a person reads the output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "is_terminal", lambda: True)
+        yield
+
+
 @pytest.fixture
 def deep(tmp_path):
     """A folder whose path is longer than a line."""
@@ -85,6 +93,11 @@ def test_fitted_lines_have_all_words_in_order(words, margin, indent):
         label = line[: -len(last)].rstrip()
         assert len(line) <= 80 or ("/" in last or len(last) + margin + indent > 80)
         assert len(line) <= 80 or len(label) <= lines.LABEL
+
+
+def test_lines_in_a_pipe_stay_whole(monkeypatch):
+    monkeypatch.setattr(lines, "is_terminal", lambda: False)
+    assert lines.fit("word " * 40) == "word " * 40
 
 
 @given(words=WORDS, indent=st.integers(0, 20))
