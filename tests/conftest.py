@@ -63,13 +63,19 @@ def ray_local():
 
     from pipeline import cluster
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        runtime_env=cluster.runtime_env(ship_project=False),
-        logging_level="warning",
-    )
+    for left in reversed(range(3)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                runtime_env=cluster.runtime_env(ship_project=False),
+                logging_level="warning",
+            )
+            break
+        except Exception as error:  # Ray waits only 30 s for its own processes
+            if "timed out" not in str(error) or not left:
+                raise
     SHARED_RAY.append(ray)
     yield ray
     SHARED_RAY.clear()
