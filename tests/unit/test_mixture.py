@@ -83,7 +83,8 @@ def test_every_slot_has_one_owner_and_no_count_leaves_its_share(weights, lanes, 
             bound = 1 + bound * p / q
         assert np.abs(before - exact).max() < bound <= 4  # of each lane
         of_batches = np.abs(before.sum(axis=0) - lanes * exact).max()
-        assert of_batches <= (0.501 if len(shares) == 2 else 32)  # of all lanes together
+        # of all lanes together; the shares are rounded, which shows after 10**9 batches
+        assert of_batches <= (0.51 if len(shares) == 2 else 32)
     assert (owners == 1).all()
 
 
