@@ -6,6 +6,8 @@ mirror image, shift, slight rotation) and compared block by block, in luma and i
 photographs with the same pose agree in outline and differ in detail."""
 
 import itertools
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -173,7 +175,7 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
         # too little structure for an alignment: a few edges on a plain background fit many other images
         warp = np.array(np.eye(2, 3))
         agreement = _compare(first, second, warp, side)
-    if agreement.similar and side > COARSE:
+    if agreement.similar and shared > MAX_SIDE:
         side = min(DETAIL_SIDE, shared)
         added = _added(first, second, warp, side)
         if added > MAX_ADDED and (found := _align(first, second, warp, side)) is not None:
@@ -308,7 +310,8 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
 
 def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> float:
     """The largest contrast (standard deviation over DETAIL x DETAIL pixels) that only one image has after tones are
-    matched, relative to the contrast that both have there plus noise.
+    matched, relative to the contrast that both have there plus noise. The first way to match tones that gives at most
+    MAX_ADDED counts, otherwise the best.
 
     Other writing in the same form or a scratch on the same part has more contrast than what is there in the other image.
     A blur makes images of slightly different sharpness alike."""
@@ -326,11 +329,18 @@ def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -
         noise = max(MIN_NOISE, 3 * float(np.median(contrast[inside])))
         return float((contrast / (shared + noise)).max())
 
-    grey = one[:, :, None], other[:, :, None]
-    added = min(largest(_unexplained(*pair, inside, ~clipped)[:, :, 0]) for pair in (grey, grey[::-1]))
-    if added > MAX_ADDED and clipped.any():  # where one channel is clipped, luma does not follow its tone curve
-        colours = [_unexplained(*pair, inside) for pair in ((a, b), (b, a))]
-        added = min(added, *(largest(cv2.cvtColor(d, cv2.COLOR_RGB2GRAY)) for d in colours))
+    def differences() -> Iterator[np.ndarray]:
+        for x, y in ((one, other), (other, one)):
+            yield _unexplained(x[:, :, None], y[:, :, None], inside, ~clipped)[:, :, 0]
+        if clipped.any():  # where one channel is clipped, luma does not follow its tone curve
+            for x, y in ((a, b), (b, a)):
+                yield cv2.cvtColor(_unexplained(x, y, inside), cv2.COLOR_RGB2GRAY)
+
+    added = math.inf
+    for difference in differences():
+        added = min(added, largest(difference))
+        if added <= MAX_ADDED:
+            break
     return added
 
 
