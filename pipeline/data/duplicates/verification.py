@@ -29,10 +29,7 @@ GIVE_UP = 0.6  # pairs with a lower correlation at COARSE are rejected without a
 # Limits for the same photograph; docs/decontamination.md says how they were chosen.
 MIN_OVERLAP, MIN_CORRELATION, MIN_BLOCK_CORRELATION, MAX_CHROMA_DIFFERENCE = 0.7, 0.85, 0.6, 14.0
 SPOT, MAX_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
-MAX_COLOUR_DIFFERENCE = {
-    BLOCKS: 40.0,
-    FINE_BLOCKS: 28.0,
-}  # larger for small images: JPEG halves chroma
+MAX_COLOUR_DIFFERENCE, MAX_NATIVE_COLOUR_DIFFERENCE = 28.0, 40.0  # JPEG halves the resolution of chroma
 PATCH, MAX_PATCH_DIFFERENCE = (
     15 / 128,
     7.5,
@@ -48,7 +45,7 @@ class Agreement(NamedTuple):
     Differences are on a scale of 255. difference: the largest difference of luma over SPOT x SPOT pixels, after tones
     are matched. colour_difference: the same for red, green and blue. patch_difference: the same for luma over patches,
     without clipped pixels. colour: mean difference of chroma. added: contrast that only one image has, relative to the
-    contrast that both have, where it is largest."""
+    contrast that both have, where it is largest. native: whether one of the images has no more pixels than are compared."""
 
     side: int
     overlap: float = 0.0
@@ -60,6 +57,7 @@ class Agreement(NamedTuple):
     patch_difference: float = 255.0
     colour: float = 255.0
     added: float = 0.0
+    native: bool = False
 
     @property
     def same(self) -> bool:
@@ -74,7 +72,7 @@ class Agreement(NamedTuple):
             and self.detail >= MIN_CORRELATION
             and self.worst >= MIN_BLOCK_CORRELATION
             and self.difference <= MAX_DIFFERENCE
-            and self.colour_difference <= MAX_COLOUR_DIFFERENCE[_blocks(self.side)]
+            and self.colour_difference <= (MAX_NATIVE_COLOUR_DIFFERENCE if self.native else MAX_COLOUR_DIFFERENCE)
             and self.patch_difference <= MAX_PATCH_DIFFERENCE
             and self.colour <= MAX_CHROMA_DIFFERENCE
         )
@@ -175,7 +173,8 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
         # too little structure for an alignment: a few edges on a plain background fit many other images
         warp = np.array(np.eye(2, 3))
         agreement = _compare(first, second, warp, side)
-    if agreement.similar and shared > MAX_SIDE:
+    agreement = agreement._replace(native=shared <= MAX_SIDE)
+    if agreement.similar and side > COARSE:
         side = min(DETAIL_SIDE, shared)
         added = _added(first, second, warp, side)
         if added > MAX_ADDED and (found := _align(first, second, warp, side)) is not None:
