@@ -185,6 +185,18 @@ def test_archives_by_class_and_split(tmp_path):
 
 # ---------------------------------------------------------------- what is no input, and what is not read
 
+
+def test_a_table_given_by_its_name_is_no_input(tmp_path):
+    """Nor are the tables beside it that would otherwise be read."""
+    table = "img/1.jpg 3\nimg/2.jpg 10\n"
+    other = "file,label\nimg/1.jpg,a\nimg/2.jpg,b\n"
+    uri = write(tmp_path / "photos", {"img/1.jpg": "", "img/2.jpg": "", "list.txt": table, "labels.csv": other})
+    with workqueue.without_ray():
+        [source] = sources.discover([uri], labels=f"{uri}/list.txt")
+        found = {item.key: item.labels for item in sources.read(source, source.fragments)}
+    assert found == {"img/1.jpg": ["3"], "img/2.jpg": ["10"]}
+
+
 LEFT_BEHIND = (
     "@SynoResource/0.jpg Recycle.Bin/0.jpg _thumbs/0.jpg ant/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg .@__thumb/default0.jpg "
     "ant/0.jpg@SynoEAStream ant/0.jpg.filepart ant/0.jpg.aria2 ant/0.jpg.!ut .dvc/cache/0.jpg .zfs/0.jpg .svn/0.jpg"

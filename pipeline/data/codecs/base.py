@@ -83,9 +83,11 @@ class Codec:
         except Exception as error:  # Pillow's plugins raise arbitrary exceptions for damaged files
             if "truncated" in str(error):
                 raise Refused("truncated", str(error)) from error
+            if not self.recognizes(data):
+                raise Refused("not an image") from error
             # Remove memory addresses, so that the message is the same in every run.
             detail = f"{type(error).__name__}: {re.sub(r' at 0x[0-9a-f]+', '', str(error))}"
-            raise Refused("corrupt" if self.recognizes(data) else "not an image", detail) from error
+            raise Refused("corrupt", detail) from error
 
     def decode_stored(self, data: bytes | memoryview, max_pixels: int) -> np.ndarray:
         """Decodes the first frame as stored: uint8 RGB (H, W, 3), valid until this thread decodes the next image.

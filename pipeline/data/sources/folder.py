@@ -118,10 +118,11 @@ def _some_without_split(fragments: pa.Table, unlabelled: bool) -> bool:
 
 def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, dict[str, LabelTable]]:
     """(the files that are not label tables, the label tables by folder)."""
-    if options.table:
-        return files, {}
     ends = pc.match_substring_regex(files["path"], r"(?i)\.(csv|tsv|txt|lst|jsonl|json|parquet)$")
     found = find_tables(files.filter(ends)["path"].to_pylist())
+    if options.table:
+        given = storage.normalise(options.table.uri).removeprefix(address_of(uri, "")) if options.table.uri else ""
+        return _without_paths(files, [given, *(path for path, _, _ in found)]), {}
     if not found:
         return files, {}
 
@@ -131,10 +132,7 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
     images = {folder for path in _paths(files) if matches(path) for folder in _folders_above(path)}
     read_at = read_tables(found, read, not options.unlabelled)
     tables = lifted(read_at, images.__contains__)
-    paths = [path for path, _, _ in found]
-    known = pa.array(paths, pa.large_string())
-    others = (batch.filter(pc.invert(pc.is_in(batch["path"], known))) for batch in listing.in_batches(files))
-    files = listing.spilled(others, files.schema)
+    files = _without_paths(files, [path for path, _, _ in found])
     places = {id(table): folder for folder, table in tables.items()}
     named = {folder for _, folder, split in found if split is not None}
     for folder in {
@@ -145,6 +143,12 @@ def _tables(uri: str, files: pa.Table, options: ScanOptions) -> tuple[pa.Table, 
         if not any(found is not None and found[2] is not None for found in row):
             logger.warning("%s: %s names none of the files; the table is ignored", uri, tables.pop(folder).uri)
     return files, tables
+
+
+def _without_paths(files: pa.Table, paths: list[str]) -> pa.Table:
+    known = pa.array(paths, pa.large_string())
+    others = (batch.filter(pc.invert(pc.is_in(batch["path"], known))) for batch in listing.in_batches(files))
+    return listing.spilled(others, files.schema)
 
 
 def _without_sidecars(uri: str, files: pa.Table) -> tuple[pa.Table, bool]:
