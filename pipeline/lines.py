@@ -52,14 +52,14 @@ def _fit_line(line: str, indent: int) -> list[str]:
     return rows
 
 
-def repeated(start: str, words: Sequence[str]) -> list[str]:
-    """Lines of words, each with the same start, for programs that search for it. None without words."""
+def with_prefix(prefix: str, words: Sequence[str]) -> list[str]:
+    """Lines of words, each with the same prefix, for programs that search for it. None without words."""
     rows: list[str] = []
     for word in words:
         if rows and len(rows[-1]) + 1 + len(word) <= WIDTH:
             rows[-1] += f" {word}"
         else:
-            rows.append(f"{start} {word}")
+            rows.append(f"{prefix} {word}")
     return rows
 
 

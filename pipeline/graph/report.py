@@ -9,7 +9,7 @@ from pipeline.errors import plural
 from pipeline.graph import cost, results
 from pipeline.graph.estimate import Estimate
 from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
-from pipeline.lines import WIDTH, cut, repeated
+from pipeline.lines import WIDTH, cut, with_prefix
 from pipeline.units import bytes_text
 
 COLOURS = {
@@ -248,9 +248,9 @@ def result_text(plan: Plan, states: Mapping[str, Status], seconds: float) -> str
             found = {task: score for task, score in found.items() if not task.startswith(results.RANDOM)}
             rows += [(f"{title} {task}", score) for task, score in found.items()]
             others |= {f"{title} {task}": score for task, score in random.items()}
-            lines += repeated(f"{pipeline}: {title}", [f"{task}={score:.2f}" for task, score in found.items()])
+            lines += with_prefix(f"{pipeline}: {title}", [f"{task}={score:.2f}" for task, score in found.items()])
             scores = [f"{task}={score:.2f}" for task, score in random.items()]
-            lines += repeated(f"{pipeline}: {'random' if only else f'{name} random'}", scores)
+            lines += with_prefix(f"{pipeline}: {'random' if only else f'{name} random'}", scores)
         elif kind == "promote" and found:
             lines.append(f"{pipeline}: promote {found['why']}")
     width = max((len(label) for label, _ in rows), default=0)

@@ -58,7 +58,7 @@ SMALL = {
 # Part of a command line -> pattern in its output after success. Other commands only have to exit with 0.
 EXPECTED_OUTPUT = {
     "jobs/plan.py": r"wrote scaling\.png$",
-    "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\n(?: [^\n]*\n)*val: prepared=\d ",
+    "--source": r"^train: prepared=29\d shards=\d+ rejects=0 [^\n]*\nval: prepared=\d ",
     "prepare.py vtab": r"^smallnorb_elevation +test ",
     "jobs/doctor.py": r"^doctor: 0 error, ",
     "--dry-run": rf"^  schedule  {STEPS:,} steps of 16 ",

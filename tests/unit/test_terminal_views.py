@@ -251,7 +251,7 @@ def test_the_summary_of_a_run_and_the_next_commands_fit(deep, monkeypatch):
 
 def test_the_results_of_a_pipeline_fit():
     scores = [f"{task}={12.34:.2f}" for task in TASKS]
-    found = lines.repeated("a-pipeline: transfer", scores)
+    found = lines.with_prefix("a-pipeline: transfer", scores)
     assert not too_wide("\n".join(found))
     assert [word for line in found for word in line.split()[2:]] == scores
     assert all(line.startswith("a-pipeline: transfer ") for line in found)

@@ -17,7 +17,7 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.duplicates.hashes import alignment, keypoints, scale_of
 
 SIDE, COARSE, MAX_SIDE = 32, 64, 128  # sides of the images that are compared: smallest, first alignment, largest
-DETAIL_SIDE = 256  # largest side at which content of only one image is searched for, such as the writing in a form
+ADDED_SIDE = 256  # largest side at which content of only one image is searched for, such as the writing in a form
 COPY, COPY_QUALITY = 256, 85
 """Shorter side and JPEG quality of the small copies: MAX_SIDE pixels of a crop of 80% have all their colours (4:2:0)."""
 STEPS, FINE_STEPS = 60, 20  # maximum iterations of the alignment
@@ -30,11 +30,8 @@ GIVE_UP = 0.6  # pairs with a lower correlation at COARSE are rejected without a
 MIN_OVERLAP, MIN_CORRELATION, MIN_BLOCK_CORRELATION, MAX_CHROMA_DIFFERENCE = 0.7, 0.85, 0.6, 14.0
 SPOT, MAX_DIFFERENCE = 5, 28.0  # over SPOT x SPOT pixels
 MAX_COLOUR_DIFFERENCE, MAX_NATIVE_COLOUR_DIFFERENCE = 28.0, 40.0  # JPEG halves the resolution of chroma
-PATCH, MAX_PATCH_DIFFERENCE = (
-    15 / 128,
-    7.5,
-)  # fraction of the side; differences in light or shape
-DETAIL, DETAIL_BLUR, MIN_NOISE, MAX_ADDED = 7, 0.7, 6.0, 1.1  # over DETAIL x DETAIL pixels
+PATCH, MAX_PATCH_DIFFERENCE = 15 / 128, 7.5  # fraction of the side; differences in light or shape
+AREA, AREA_BLUR, MIN_NOISE, MAX_ADDED = 7, 0.7, 6.0, 1.1  # over AREA x AREA pixels, blurred by that many pixels
 
 
 class Agreement(NamedTuple):
@@ -175,7 +172,7 @@ def compare_pictures(first: np.ndarray, second: np.ndarray, start: np.ndarray | 
         agreement = _compare(first, second, warp, side)
     agreement = agreement._replace(native=shared <= MAX_SIDE)
     if agreement.similar and side > COARSE:
-        side = min(DETAIL_SIDE, shared)
+        side = min(ADDED_SIDE, shared)
         added = _added(first, second, warp, side)
         if added > MAX_ADDED and (found := _align(first, second, warp, side)) is not None:
             added = min(added, _added(first, second, found, side))
@@ -308,7 +305,7 @@ def _differences(a: np.ndarray, b: np.ndarray, inside: np.ndarray, grey: bool) -
 
 
 def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -> float:
-    """The largest contrast (standard deviation over DETAIL x DETAIL pixels) that only one image has after tones are
+    """The largest contrast (standard deviation over AREA x AREA pixels) that only one image has after tones are
     matched, relative to the contrast that both have there plus noise. The first way to match tones that gives at most
     MAX_ADDED counts, otherwise the best.
 
@@ -319,7 +316,7 @@ def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -
     if not inside.any():
         return 0.0
     clipped = ((np.minimum(a, b) < 5) | (np.maximum(a, b) > 248)).any(axis=2)
-    a, b = (cv2.GaussianBlur(p, (0, 0), DETAIL_BLUR) for p in (a, b))
+    a, b = (cv2.GaussianBlur(p, (0, 0), AREA_BLUR) for p in (a, b))
     one, other = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (a, b))
     shared = np.minimum(_contrast(one, inside), _contrast(other, inside))
 
@@ -344,9 +341,9 @@ def _added(first: np.ndarray, second: np.ndarray, warp: np.ndarray, side: int) -
 
 
 def _contrast(grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Standard deviation of the pixels `inside`, over DETAIL x DETAIL pixels; zero where fewer than half of them are inside."""
+    """Standard deviation of the pixels `inside`, over AREA x AREA pixels; zero where fewer than half of them are inside."""
     used = inside.astype(np.float32)
-    part, mean, square = (cv2.blur(values, (DETAIL, DETAIL)) for values in (used, grey * used, grey * grey * used))
+    part, mean, square = (cv2.blur(values, (AREA, AREA)) for values in (used, grey * used, grey * grey * used))
     part = np.maximum(part, 1e-6)
     return np.sqrt(np.maximum(square / part - (mean / part) ** 2, 0)) * (part > 0.5)
 
