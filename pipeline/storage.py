@@ -377,14 +377,6 @@ def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
         shutil.copyfileobj(reader, writer, COPY_BYTES)
 
 
-def copy_tree(source: str | os.PathLike, target: str | os.PathLike, threads: int = 8) -> list[FileInfo]:
-    """Copies every file under `source` to the same relative path under `target`, `threads` at a time."""
-    files = list_files(source)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda file: copy_file(file.uri, join(target, file.path)), files))
-    return files
-
-
 def arrow_filesystem(uri: str | os.PathLike) -> tuple[str, "FileSystem | None"]:
     """(path, filesystem) for the files that Ray Train writes; the filesystem of local files is None."""
     place, store = _place(uri)

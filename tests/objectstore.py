@@ -24,6 +24,7 @@ from pathlib import Path
 
 import boto3
 
+from pipeline import storage
 from tests.ports import free_port
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing-secret"
@@ -86,6 +87,12 @@ use = egg:swift#{kind}
 def make_bucket(name: str) -> None:
     """A bucket in the store that the AWS_* environment names."""
     boto3.client("s3").create_bucket(Bucket=name)
+
+
+def upload_folder(folder: str | os.PathLike, uri: str) -> None:
+    """Copies the files of a folder to a store."""
+    for file in storage.list_files(folder):
+        storage.copy_file(file.uri, storage.join(uri, file.path))
 
 
 @contextlib.contextmanager

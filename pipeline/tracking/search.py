@@ -68,9 +68,3 @@ def read_runs(experiment: str, *, with_param: str = "", uri: str | None = None) 
             url=run_url(uri, found.experiment_id, run),
             path=f"#/experiments/{found.experiment_id}/runs/{run}",
         )
-
-
-def metric_history(run_id: str, metric: str, uri: str | None = None) -> list[tuple[int, float]]:
-    """[(step, value)] of a metric, sorted by step."""
-    history = client(resolve_tracking_uri(uri)).get_metric_history(run_id, metric)
-    return sorted((point.step, point.value) for point in history)
