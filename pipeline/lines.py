@@ -26,7 +26,7 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def fit(text: str, indent: int = 4) -> str:
+def fit(text: str, indent: int = 4, width: int = WIDTH) -> str:
     """The text with its long lines broken between words on a terminal; unchanged in a pipe or a file, where programs search
     for whole lines.
 
@@ -34,18 +34,18 @@ def fit(text: str, indent: int = 4) -> str:
     make a line longer; it then ends the line."""
     if not is_terminal():
         return text
-    return "\n".join(row for line in text.split("\n") for row in _fit_line(line, indent))
+    return "\n".join(row for line in text.split("\n") for row in _fit_line(line, indent, width))
 
 
-def _fit_line(line: str, indent: int) -> list[str]:
-    if len(line) <= WIDTH:
+def _fit_line(line: str, indent: int, width: int) -> list[str]:
+    if len(line) <= width:
         return [line]
     margin = " " * (len(line) - len(line.lstrip(" ")) + indent)
     first, *words = re.findall(r" *[^ ]+", line)
     rows = [first]
     for word in words:
-        stays = "/" in word or len(margin) + len(word.lstrip()) > WIDTH
-        if len(rows[-1]) + len(word) <= WIDTH or (stays and len(rows[-1]) <= LABEL):
+        stays = "/" in word or len(margin) + len(word.lstrip()) > width
+        if len(rows[-1]) + len(word) <= width or (stays and len(rows[-1]) <= LABEL):
             rows[-1] += word
         else:
             rows.append(margin + word.lstrip())

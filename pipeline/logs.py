@@ -55,11 +55,9 @@ class _OneLine(_WithoutPasswords):
     """For a terminal: shortens a record with `parts` to one line by removing its
     last parts. The second part, the loss, is kept."""
 
-    TAKEN = 18  # width of the time and the level
-
     def format(self, record: logging.LogRecord) -> str:
         parts: Sequence[str] = getattr(record, "parts", ())
-        while len(parts) > 1 and len("  ".join(parts)) > console.width - self.TAKEN:
+        while len(parts) > 1 and len("  ".join(parts)) > console.width - TAKEN:
             parts = parts[:-1] if len(parts) > 2 else parts[1:]
         return redacted("  ".join(parts)) if parts else super().format(record)
 
@@ -209,6 +207,7 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 20
+TAKEN = 18  # width of the time and the level of a log line
 WIDE = 110  # minimum terminal width for a sparkline
 NARROW = 60  # below this width only the first part of the note is shown
 

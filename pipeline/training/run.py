@@ -17,14 +17,14 @@ import torch
 
 from models import create_model
 from models.cost import flops, parameters
-from pipeline import address, cluster, storage, tracking
+from pipeline import address, cluster, logs, storage, tracking
 from pipeline import config as configuration
 from pipeline.address import data_name
 from pipeline.data import open_dataset
 from pipeline.data.mixture import Mixture, open_data
 from pipeline.errors import JobFailed, UserError, plural, shorten
 from pipeline.lease import LAUNCH, Lease
-from pipeline.lines import fit
+from pipeline.lines import WIDTH, fit
 from pipeline.outputs import check_output
 from pipeline.tracking import artifacts, names, registry
 from pipeline.tracking.description import Description, model_name, run_name
@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, base: PretrainConfig | None = None, *, reci
     changes = configuration.diff(config, base) if base is not None else {}
     config = absolute(config)
     plan = check_run(config)
-    logger.info("%s", describe_run(plan, changes))
+    logger.info("%s", fit(describe_run(plan, changes), indent=10, width=WIDTH - logs.TAKEN))
     output = config.runtime.output
     record = find_record(plan, output)
     if record is not None and (last := finished_checkpoint(plan)):
@@ -300,7 +300,7 @@ def describe_run(plan: TrainPlan, changes: dict[str, tuple[Any, Any]]) -> str:
     ]
     shown = {key.removeprefix("runtime."): values for key, values in changes.items() if key != "runtime.dry_run"}
     lines += [f"  {key} = {new}  (recipe: {old})" for key, (old, new) in shown.items()]
-    return fit("\n".join(lines), indent=10)
+    return "\n".join(lines)
 
 
 def summarize(result: dict[str, Any]) -> str:

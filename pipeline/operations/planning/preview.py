@@ -48,7 +48,7 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         note += f"  note      planned for --gpu {training.runtime.gpu}; {lacking}\n"
     if scarce := run.check_space(resolved):
         note += f"  note      {scarce}\n"
-    text = run.describe_run(resolved, changes) + "\n" + fit(note, indent=10)
+    text = fit(f"{run.describe_run(resolved, changes)}\n{note}", indent=10)
     if training.runtime.gpus:
         about = PlanConfig(
             training=training,
