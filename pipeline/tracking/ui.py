@@ -38,7 +38,8 @@ FRESH = 10.0  # seconds for which a leaderboard is cached
 
 # MLflow keeps columns and charts in the browser, and opens the shared view of an experiment if the address asks for it.
 # The address without a page opens the first of our experiments that has runs. The toolbar of a chart covers its data,
-# so it is shown only under the pointer. Titles of columns are longer than the columns are wide.
+# so it is shown only under the pointer. Titles of columns are longer than the columns are wide, so they may be broken
+# after `_` and `/`.
 SCRIPT = """<script>(() => {
   if (!localStorage.getItem("WORKFLOW")) localStorage.setItem("WORKFLOW", '"machine_learning"');
   if (!localStorage.getItem("ASSISTANT")) localStorage.setItem("ASSISTANT", "true");
@@ -70,6 +71,11 @@ SCRIPT = """<script>(() => {
   history.pushState = function (...all) { push.apply(this, all); open(); };
   history.replaceState = function (...all) { replace.apply(this, all); open(); };
   if (isStart()) start(); else open();
+  new MutationObserver(() => document.querySelectorAll('COLUMN_TITLE').forEach(title => {
+    const texts = document.createTreeWalker(title, NodeFilter.SHOW_TEXT);
+    for (let text; (text = texts.nextNode());)
+      if (!text.data.includes("\\u200b")) text.data = text.data.replace(/[_/](?=\\w)/g, "$&\\u200b");
+  })).observe(document.documentElement, {childList: true, subtree: true});
 })();</script>
 <style>.js-plotly-plot .modebar {opacity: 0 !important} .js-plotly-plot:hover .modebar {opacity: 1 !important}
 .ag-header-cell:has(COLUMN_TITLE) {padding-right: 0}
