@@ -337,6 +337,7 @@ def _run_on_ray(
         with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
             warnings.simplefilter("ignore", RayDeprecationWarning)
             results = ray.data.from_arrow(blocks).map_batches(function, **options)
+            results.context.target_max_block_size = 1  # every outcome is a block, which a task returns when it is done
         for row in results.iter_rows():
             yield pickle.loads(row["outcome"])
 
@@ -391,25 +392,23 @@ class _Actor:
         expect_answers()
         self.job, self.call = job, job.bind(ray.get(context[0]))
 
-    def __call__(self, batch: Any) -> Any:
-        return _work_through(batch, self.job, self.call)
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        yield from _work_through(batch, self.job, self.call)
 
 
-def _task(batch: Any, job: _Job, context: list[Any]) -> Any:
+def _task(batch: Any, job: _Job, context: list[Any]) -> Iterator[Any]:
     import ray
 
     expect_answers()
-    return _work_through(batch, job, job.bind(ray.get(context[0])))
+    yield from _work_through(batch, job, job.bind(ray.get(context[0])))
 
 
-def _work_through(batch: Any, job: _Job, call: Callable[[Any], Any]) -> Any:
-    """Maps a table of units to a table of outcomes. A UserError is returned as a
-    value, because Ray Data would wrap it."""
+def _work_through(batch: Any, job: _Job, call: Callable[[Any], Any]) -> Iterator[Any]:
+    """Maps a table of units to tables with an outcome each. A UserError is returned as a value, because Ray Data would
+    wrap it."""
     import pyarrow as pa
 
-    outcomes = []
     for name, unit in zip(batch["name"].to_pylist(), batch["unit"].to_pylist(), strict=True):
         with logs.captured() as records:
             outcome = job.outcome(name, pickle.loads(unit), call)
-        outcomes.append(pickle.dumps(replace(outcome, records=records)))
-    return pa.table({"outcome": outcomes})
+        yield pa.table({"outcome": [pickle.dumps(replace(outcome, records=records))]})

@@ -94,17 +94,24 @@ def slurm(nodes: int = 2) -> Iterator[dict[str, str]]:
         wait_for(lambda: subprocess.run(idle, env=environment, capture_output=True).stdout.strip() == b"%d" % nodes)
         yield {"SLURM_CONF": f"{folder}/slurm.conf"}
     finally:
+        with contextlib.suppress(AssertionError):  # a daemon that ends during a step waits for the step
+            steps = ["squeue", "--noheader", "--steps"]
+            wait_for(lambda: not subprocess.run(steps, env=environment, capture_output=True).stdout.strip(), 60)
         for process in reversed(processes):
             process.terminate()
         for process in processes:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "Slurm does not start"
+        assert time.monotonic() < deadline, "Slurm does not answer as expected"
         time.sleep(0.2)
 
 
