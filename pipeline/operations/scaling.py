@@ -5,7 +5,8 @@
 
 The time of a step is compute plus communication that does not overlap:
 
-    compute         images per GPU x seconds per image (from the MFU of the plan); independent of the number of GPUs
+    compute         images per GPU x seconds per image of the plan, or the time for launching the kernels if that is longer,
+                    as with the few images per GPU of a small batch on many GPUs
     communication   bytes that each GPU sends over the slowest link of the ring, plus a latency per hop and bucket bytes
     ring algorithms send (n-1)/n of a buffer for reduce-scatter or all-gather. Stages 0 and 1: gradients and
                     parameters once per step (2 passes); stage 2 reduces the gradients of every micro-batch; stage 3
@@ -14,8 +15,8 @@ The time of a step is compute plus communication that does not overlap:
     link            NVLink within a node; between nodes the network of the node, shared by the rings of its GPUs
     overlap         0 by default, because DeepSpeed reduces after the backward pass in stages 1 and 2
 
-Weak scaling keeps the number of images per GPU, strong scaling the global batch size. The model omits data wait,
-stragglers, and the lower MFU of small micro-batches, so real strong scaling is worse. tests/benchmarks/scaling.py
+Weak scaling keeps the number of images per GPU, strong scaling the global batch size. The model omits data wait and
+stragglers, and gives each GPU the model states of the plan, however many GPUs share them. tests/benchmarks/scaling.py
 compares the prediction with a measurement on two CPU workers."""
 
 import math
@@ -83,7 +84,7 @@ def simulate(
     """Rows of (mode, stage, gpus) with step time, images per second and efficiency, from `planning.plan`'s result.
 
     network: bandwidth between nodes in GB/s, if not the usual one for the GPU. Efficiency is the speed per GPU relative
-    to a single GPU."""
+    to a single GPU with the whole batch (strong) or with one GPU's part of it (weak)."""
     hardware, run, memory = plan["hardware"], plan["run"], plan["memory"]
     gpu = find_gpu(hardware["gpu"])
     per_node = max(1, hardware["gpus"] // hardware["nodes"])
@@ -93,19 +94,27 @@ def simulate(
         per_node=per_node,
     )
     per_gpu = memory["images_per_gpu"]
-    alone = run["images_per_second"] / hardware["gpus"]
+    image_seconds = hardware["gpus"] / run["limits"]["gpus"]
     batch = per_gpu * hardware["gpus"]
     counts = counts or [2**i for i in range(int(math.log2(batch)) + 1) if 2**i <= 512]
     rows = []
     for stage in stages:
-        micro = memory["stages"][str(stage)]["micro_batch"] or 1
+        taken = memory["stages"][str(stage)]["model_states"] + memory["stages"][str(stage)]["buffers"]
+        fitting = max(1, (memory["usable"] - taken) // (memory["activations_per_image"] + memory["working_per_image"]))
+
+        def compute(images: float, fitting: int = fitting) -> tuple[float, int]:
+            """Seconds for the images of a GPU, and in how many micro-batches."""
+            accumulation = max(1, math.ceil(images / fitting))
+            return max(images * image_seconds, accumulation * run["launch_seconds"]), accumulation
+
         for mode in ("weak", "strong"):
+            most = per_gpu if mode == "weak" else batch
+            alone = most / compute(most)[0]
             for count in counts:
                 images = per_gpu if mode == "weak" else batch / count
                 if images < 1:
                     continue
-                computing = images / alone
-                accumulation = max(1, math.ceil(images / micro))
+                computing, accumulation = compute(images)
                 seconds = step_seconds(
                     computing,
                     plan["model"]["parameters"],
@@ -124,7 +133,7 @@ def simulate(
                         "images_per_gpu": images,
                         "step_seconds": seconds,
                         "images_per_second": count * images / seconds,
-                        "efficiency": computing / seconds,
+                        "efficiency": images / seconds / alone,
                     }
                 )
     return rows

@@ -2,11 +2,14 @@
 
     python tests/benchmarks/prepare_speed.py --photos FOLDER                      JPEG files of ordinary size
     python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and four peers (see loader_speed.py; and Daft)
-    python tests/benchmarks/prepare_speed.py --small 10000 1000000                memory against the number of images
 
 All tools read the same files and make the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90,
 4:2:0.
-`limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode; nothing is checked or written.
+`limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode, with the same memory for every image,
+because allocation costs up to 20% and how much depends on the machine; nothing is checked or written. The peers allocate,
+because they call a function for each image.
+`verify` only reads and decodes: what must be done with images that are small enough to be stored unchanged. `kept_unit` and
+`kept_job` are ours on such images (the same photographs, with `--size 16384`); their `of_limit` refers to `verify`.
 `unit` is one unit of ours without Ray. `job` is our whole job: strict decoding, checksums, statistics, shards, manifest.
 `mds` is MosaicML's MDSWriter and `webdataset` is ShardWriter, a process for each core with a folder of its own, `litdata` is
 its optimize with a worker for each core, `daft` its DataFrame on one process with a thread for each core, and `ray_data` is
@@ -18,8 +21,6 @@ task on a CPU that has become free, which shows in the rates of small corpora (d
 
 import argparse
 import contextlib
-import io
-import itertools
 import json
 import os
 import platform
@@ -27,7 +28,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -46,43 +46,66 @@ import simplejpeg  # noqa: E402
 SIZE, QUALITY = 256, 90
 
 
-def shrink(data: bytes) -> bytes:
-    """The work of every tool for one image."""
-    pixels = simplejpeg.decode_jpeg(data, "RGB")
-    height, width = pixels.shape[:2]
+def shrink(data: bytes, memory: Callable[[str, int, int], np.ndarray | None] = lambda *_: None) -> bytes:
+    """The work of every tool for one image. memory: where to decode and resize to, by name, height and width."""
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=memory("decode", height, width))
     if min(height, width) > SIZE:
         scale = SIZE / min(height, width)
-        pixels = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+        width, height = round(width * scale), round(height * scale)
+        pixels = cv2.resize(pixels, (width, height), memory("resize", height, width), interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")
+
+
+def check(data: bytes, memory: Callable[[str, int, int], np.ndarray]) -> None:
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    simplejpeg.decode_jpeg(data, "RGB", buffer=memory("decode", height, width))
 
 
 # ---------------------------------------------------------------- the tools: each yields how many images are done
 
 
 def limit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from _bare(paths, cpus, shrink)
+
+
+def verify(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from _bare(paths, cpus, check)
+
+
+def _bare(paths: list[str], cpus: int, function: Callable) -> Iterator[int]:
+    """Calls a function with the bytes of each file and memory that a thread uses again."""
+    kept = threading.local()
+
+    def memory(name: str, height: int, width: int) -> np.ndarray:
+        size = 3 * height * width
+        if getattr(kept, name, np.empty(0)).size < size:
+            setattr(kept, name, np.empty(size, np.uint8))
+        return getattr(kept, name)[:size].reshape(height, width, 3)
+
     def work(part: list[str]) -> int:
         for path in part:
             with open(path, "rb") as file:
-                shrink(file.read())
+                function(file.read(), memory)
         return len(part)
 
     with ThreadPoolExecutor(cpus) as pool:
         yield from pool.map(work, [paths[i : i + 64] for i in range(0, len(paths), 64)])
 
 
-def unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+def unit(paths: list[str], output: str, cpus: int, size: int = SIZE) -> Iterator[int]:
     from pipeline.data.prepare.checks import check_config
     from pipeline.data.prepare.config import PrepareConfig
     from pipeline.data.prepare.plan import claim_output, make_plan
     from pipeline.data.prepare.worker import prepare_slice
 
-    config = check_config(PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output))
+    config = check_config(PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output, size=size))
     plan = claim_output(make_plan(config))
     for number in range(len(plan.slices)):
         yield sum(prepare_slice(number, plan)["inputs"].values())
 
 
-def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+def job(paths: list[str], output: str, cpus: int, size: int = SIZE) -> Iterator[int]:
     from pipeline import cluster
     from pipeline.data.prepare import PrepareConfig, prepare
 
@@ -91,10 +114,18 @@ def job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
     def note(inputs: int, rejects: int) -> None:
         done.append(inputs - sum(done))
 
-    config = PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output)
+    config = PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output, size=size)
     cluster.configure(num_cpus=cpus, dashboard=False)
     yield from _beside(lambda: prepare(config, on_progress=note), done)
     cluster.disconnect()
+
+
+def kept_unit(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from unit(paths, output, cpus, 16384)
+
+
+def kept_job(paths: list[str], output: str, cpus: int) -> Iterator[int]:
+    yield from job(paths, output, cpus, 16384)
 
 
 def ray_data(paths: list[str], output: str, cpus: int) -> Iterator[int]:
@@ -262,7 +293,10 @@ def _files(work: Callable[[], object], output: str, suffix: str, count: int) -> 
     assert sum(pq.read_metadata(path).num_rows for path in Path(output).glob(f"*{suffix}")) == count
 
 
-TOOLS = {tool.__name__: tool for tool in (limit, unit, job, ray_data, mds, webdataset, litdata, daft)}
+TOOLS = {
+    tool.__name__: tool
+    for tool in (limit, verify, unit, job, kept_unit, kept_job, ray_data, mds, webdataset, litdata, daft)
+}
 PEERS = ("mds", "webdataset", "litdata", "daft")
 
 
@@ -302,39 +336,6 @@ def measure(tool: str, cpus: int, source: str, output: str) -> dict:
     }
 
 
-def memory(kind: str, count: int, room: str) -> dict:
-    """Peaks over the job on `count` small images, loose or packed in tars: memory of their own (driver, largest worker), and
-    all that is mapped into the driver, files and the object store included."""
-    import psutil
-
-    from pipeline import cluster
-    from pipeline.data.prepare import PrepareConfig, prepare
-
-    source = (packed_images if kind == "packed" else small_images)(count, f"{room}/small")
-    me, over = psutil.Process(), threading.Event()
-    peak = {"driver_mb": 0, "driver_rss_mb": 0, "worker_mb": 0}
-
-    def watch() -> None:
-        while not over.wait(0.2):
-            for process in [me, *me.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error, IndexError):
-                    held = process.memory_info()
-                    if process == me:
-                        peak["driver_rss_mb"] = max(peak["driver_rss_mb"], held.rss >> 20)
-                    if process == me or "ray::" in process.cmdline()[0]:
-                        what = "driver_mb" if process == me else "worker_mb"
-                        peak[what] = max(peak[what], (held.rss - held.shared) >> 20)
-
-    threading.Thread(target=watch, daemon=True).start()
-    begin = time.perf_counter()
-    config = PrepareConfig(source=(source,), output=f"{room}/small-out")
-    cluster.configure(num_cpus=2, dashboard=False)
-    rows = prepare(config)[""].rows
-    over.set()
-    seconds = time.perf_counter() - begin
-    return {"kind": kind, "images": rows, "seconds": round(seconds, 1), "images_per_s": round(rows / seconds)} | peak
-
-
 # ---------------------------------------------------------------- the corpus
 
 
@@ -348,37 +349,6 @@ def photos_of(folder: str, count: int, room: str) -> str:
     return room
 
 
-def small_images(count: int, room: str) -> str:
-    """`count` JPEGs of 32x32 in a hundred class folders: names of 200 files."""
-    generator = np.random.default_rng(0)
-    os.makedirs(f"{room}/files")
-    for i in range(200):
-        pixels = cv2.resize(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8), (32, 32))
-        Path(room, "files", f"{i}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"))
-    for label in range(100):
-        os.makedirs(f"{room}/source/class{label:03d}")
-    for i in range(count):
-        os.link(f"{room}/files/{i % 200}.jpg", f"{room}/source/class{i % 100:03d}/{i:07d}.jpg")
-    return f"{room}/source"
-
-
-def packed_images(count: int, room: str) -> str:
-    """The same in tars of ten thousand, names and labels as in class folders."""
-    generator = np.random.default_rng(0)
-    files = []
-    for _ in range(200):
-        pixels = cv2.resize(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8), (32, 32))
-        files.append(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"))
-    os.makedirs(f"{room}/tars")
-    for first in range(0, count, 10_000):
-        with tarfile.open(f"{room}/tars/{first:07d}.tar", "w") as archive:
-            for i in range(first, min(first + 10_000, count)):
-                member = tarfile.TarInfo(f"class{i % 100:03d}/{i:07d}.jpg")
-                member.size = len(files[i % 200])
-                archive.addfile(member, io.BytesIO(files[i % 200]))
-    return f"{room}/tars"
-
-
 def child(python: str, *arguments: object) -> dict:
     """Runs this file again; its last line of output is JSON."""
     done = subprocess.run([python, __file__, *map(str, arguments)], capture_output=True, text=True)
@@ -390,6 +360,7 @@ def child(python: str, *arguments: object) -> dict:
 def benchmark(options: argparse.Namespace) -> dict:
     peers = str(Path(options.peers) / "bin" / "python") if options.peers else None
     plan = [("limit", 2), ("job", 2), ("limit", 1), ("unit", 1), ("job", 1), ("ray_data", 2)]
+    plan += [("verify", 1), ("kept_unit", 1), ("verify", 2), ("kept_job", 2)]
     plan += [(peer, 2) for peer in PEERS] if peers else []
     runs: dict[str, list[dict]] = {f"{tool}, {cpus} CPU": [] for tool, cpus in plan}
     with tempfile.TemporaryDirectory(dir=options.room) as room:
@@ -407,7 +378,8 @@ def benchmark(options: argparse.Namespace) -> dict:
         table[name] = {k: statistics.median(run[k] for run in good) for k in good[0]} if good else tried[0]
     for name, row in table.items():
         if "cpu_ms" in row:
-            limit_row = table[f"limit, {name.split()[-2]} CPU"]
+            bare = "verify" if name.startswith(("verify", "kept")) else "limit"
+            limit_row = table[f"{bare}, {name.split()[-2]} CPU"]
             row["of_limit"] = round(limit_row["cpu_ms"] / row["cpu_ms"], 3)
             row["of_limit_rate"] = round(row["images_per_s"] / limit_row["images_per_s"], 3)
     table["job, 2 CPU"]["speed_up"] = round(
@@ -422,10 +394,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24000, help="images of the corpus")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="virtual environment of MDSWriter")
-    parser.add_argument("--small", type=int, nargs="+", help="numbers of small images for measuring memory")
     parser.add_argument("--room", help="folder for the corpus and what is made of it")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare_speed.json")
-    for name, count in (("--measure", 4), ("--write", "+"), ("--memory", 3)):
+    for name, count in (("--measure", 4), ("--write", "+")):
         parser.add_argument(name, nargs=count, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write and options.write[0] == "litdata":
@@ -438,30 +409,18 @@ def main() -> None:
         tool, cpus, source, output = options.measure
         print(json.dumps(measure(tool, int(cpus), source, output)), flush=True)
         os._exit(0)
-    if options.memory:
-        kind, count, room = options.memory
-        print(json.dumps(memory(kind, int(count), room)), flush=True)
-        os._exit(0)
-    # keep the results that were not measured now
-    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if not options.photos:
+        parser.error("--photos FOLDER is needed")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    made = {
+    result = {
+        "command": f"python tests/benchmarks/prepare_speed.py --photos FOLDER --count {options.count} --repeats {options.repeats}",
         "host": {"machine": platform.machine(), "cpus": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
+        "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
     }
-    command = "python tests/benchmarks/prepare_speed.py"
-    if options.photos:
-        result["command"] = f"{command} --photos FOLDER --count {options.count} --repeats {options.repeats}"
-        result |= made | benchmark(options)
-    if options.small:
-        rows = []
-        for kind, count in itertools.product(("loose", "packed"), options.small):
-            with tempfile.TemporaryDirectory(dir=options.room) as room:
-                rows.append(child(sys.executable, "--memory", kind, count, room))
-                print(rows[-1], flush=True)
-        result["memory"] = {"command": f"{command} --small {' '.join(map(str, options.small))}", **made, "rows": rows}
+    result |= benchmark(options)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in result.get("table", {}).items():
+    for name, row in result["table"].items():
         print(f"{name:16s} {row}")
 
 

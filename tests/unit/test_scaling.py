@@ -62,6 +62,16 @@ def test_weak_scaling_keeps_the_work_and_strong_the_batch(rows):
         assert by["strong", stage, 512]["efficiency"] <= by["strong", 1, 512]["efficiency"]
 
 
+def test_launching_kernels_limits_a_small_batch_on_many_gpus(rows):
+    """With 8 of 4096 images on each GPU, a step takes as long as with 200."""
+    rows, plan = rows
+    strong = {row["gpus"]: row for row in rows if (row["mode"], row["stage"]) == ("strong", 1)}
+    assert strong[512]["images_per_gpu"] == 8
+    assert plan["run"]["launch_seconds"] < strong[512]["step_seconds"] < 1.2 * plan["run"]["launch_seconds"]
+    assert strong[512]["efficiency"] < 0.1
+    assert strong[8]["efficiency"] > 0.9
+
+
 def test_a_slower_network_is_slower(rows):
     _, plan = rows
     slow, fast = (scaling.simulate(plan, (16,), stages=(1,), network=n)[0]["efficiency"] for n in (1, 400))

@@ -104,6 +104,7 @@ def run_costs(config: PlanConfig, options: dict[str, Any], images: int, split: d
         "wanted_images_per_second": min(rates["gpus"], rates["launching"]),
         "mfu": rates["gpus"] * train_flops / (config.gpus * find_gpu(config.gpu).peak_flops),
         "limits": rates,
+        "launch_seconds": launch_seconds(training, options),
         "limited_by": min(rates, key=lambda name: rates[name]),
         "step_seconds": training.batch_size / rate,
         "hours": hours,
@@ -128,19 +129,18 @@ def limits(config: PlanConfig, options: dict[str, Any], split: dict[str, Any]) -
     )  # fmt: skip
     return {
         "gpus": training.batch_size / computing,
-        "launching": training.batch_size
-        / (max(1, parts) * count_blocks(options) * launch_seconds(training) * passes / 3),
+        "launching": training.batch_size / (max(1, parts) * launch_seconds(training, options)),
         "decoding": config.gpus * cores / image["cores"],
         "reading": nodes * config.read_gbps * GB / image["read_bytes_per_second"],
     }
 
 
-def launch_seconds(training: PretrainConfig) -> float:
-    """Host time for the forward and backward pass of one block."""
+def launch_seconds(training: PretrainConfig, options: dict[str, Any]) -> float:
+    """Host time for launching the kernels of a micro-batch, forward and backward."""
     engine = training.engine
-    if not engine.compile:
-        return BLOCK_LAUNCH_SECONDS["nothing", False]
-    return BLOCK_LAUNCH_SECONDS[engine.compile_scope, engine.compile_mode in ("reduce-overhead", "max-autotune")]
+    graphs = engine.compile_mode in ("reduce-overhead", "max-autotune")
+    block = BLOCK_LAUNCH_SECONDS[(engine.compile_scope, graphs) if engine.compile else ("nothing", False)]
+    return count_blocks(options) * block * (3 + recomputed_share(training)) / 3
 
 
 def count_blocks(options: dict[str, Any]) -> int:
