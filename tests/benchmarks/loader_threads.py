@@ -55,7 +55,9 @@ def rate(data: str, threads: int, work_ms: float, augment: str, seconds: float) 
 
     module.decode_stored = decode_and_sleep
     count = 0
-    options = Augment(size=SIDE, randaug_layers=2, randaug_magnitude=10) if augment == "RandAugment" else Augment(size=SIDE)
+    options = (
+        Augment(size=SIDE, randaug_layers=2, randaug_magnitude=10) if augment == "RandAugment" else Augment(size=SIDE)
+    )
     with Loader(open_dataset(data), batch_size=BATCH, threads=threads, augment=options) as loader:
         begin = None
         while True:

@@ -16,6 +16,7 @@ from models import create_model
 from pipeline.data.format import write_dataset
 from pipeline.training.recipes import RECIPES
 from pipeline.weights import save_checkpoint_weights
+from tests.benchmarks import table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "infra" / "README.md"]
@@ -71,6 +72,12 @@ def test_the_site_builds_without_a_dead_link(tmp_path):
     assert "attention_rollout" in notebook
     assert notebook.count('<img alt="figure"') == 2
     assert 'href="notebook.html"' in (tmp_path / "index.html").read_text()
+
+
+def test_the_table_of_benchmarks_is_that_of_the_results():
+    assert table.table() in (ROOT / "docs" / "benchmarks.md").read_text(), (
+        "run python tests/benchmarks/table.py --write docs/benchmarks.md"
+    )
 
 
 def test_the_page_of_recipes_has_every_recipe():
