@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
@@ -90,7 +91,7 @@ class DescribeCommand:
     uri: tyro.conf.Positional[str]
     """Dataset to describe: a folder or an s3:// prefix with a manifest.json."""
     output: str | None = None
-    """Folder for the plots. None: runs/describe/NAME."""
+    """Folder for the plots. None: runs/describe/ and the address, with - in place of /."""
     json: bool = False
     """Print only the result, as JSON."""
 
@@ -243,8 +244,9 @@ def delete(options: DeleteCommand) -> int:
 def describe(options: DescribeCommand) -> int:
     from pipeline.data.format.describe import describe_dataset
 
-    name = storage.normalise(options.uri).rpartition("/")[2]
-    facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name))
+    name = os.path.relpath(options.uri) if not storage.is_remote(options.uri) else options.uri.partition("://")[2]
+    name = "-".join(part for part in name.split("/") if part not in ("", ".", ".."))
+    facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name or "dataset"))
     print(json.dumps(facts) if options.json else fit(facts["text"], indent=12))
     return 0
 

@@ -378,10 +378,10 @@ def steps(
     """
     match = _HORIZON.fullmatch(str(horizon))
     if not match:
-        raise UserError(f'cannot parse the horizon "{horizon}"; write 10000steps, 7epochs, 5e6examples or 10%')
+        raise UserError(f'"{horizon}" is not a length of training; write 10000steps, 7epochs, 5e6examples or 10%')
     amount, unit = float(match[1]), (match[2] or "steps").lower().rstrip("s")
     if not math.isfinite(amount * (examples_per_epoch or 1)):
-        raise UserError(f'the horizon "{horizon}" is too large')
+        raise UserError(f'the length "{horizon}" is too large')
     if unit == "step":
         return round(amount)
     if unit == "example":

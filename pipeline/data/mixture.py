@@ -49,6 +49,10 @@ class Mixture(Dataset):
         number = bisect.bisect_right(self._first_shards, shard) - 1
         return self.parts[number].shard_uri(shard - self._first_shards[number])
 
+    def check_shards(self) -> None:
+        for part in self.parts:
+            part.check_shards()
+
     def _parse(self, i: int, data: bytes | memoryview, images: bool = True) -> RowGroup:
         number, part, group_of_part = self._part(i)
         group = part._parse(group_of_part, data, images)

@@ -9,6 +9,7 @@ from pipeline.errors import plural
 from pipeline.graph import cost, results
 from pipeline.graph.estimate import Estimate
 from pipeline.graph.plan import DONE, FAILED, RUNNING, STALE, STOPPED, WAITING, Plan, Status
+from pipeline.graph.state import Running
 from pipeline.lines import WIDTH, cut, with_prefix
 from pipeline.units import bytes_text
 
@@ -61,12 +62,17 @@ def detail(plan: Plan, name: str, status: Status) -> str:
         found = [cost.duration(status.version.cost.get("seconds", 0.0)), brief(status.version.result)]
         return ": ".join(filter(None, found))
     if status.state == RUNNING and record is not None and record.running is not None:
-        progress = results.read_progress(plan.state.root, record.running.job)
-        if progress is None:
-            return f"for {cost.duration(max(0.0, time.time() - record.running.started))}"
-        left = f", {cost.duration(progress.left)} left" if progress.left is not None else ""
-        return f"{progress.share:.0%}{left}{': ' if progress.note else ''}{progress.note}"
+        return describe_progress(plan.state.root, record.running)
     return status.why
+
+
+def describe_progress(root: str, running: Running) -> str:
+    """The progress of a running attempt in words, before its first report the time since its start."""
+    progress = results.read_progress(root, running.job)
+    if progress is None:
+        return f"for {cost.duration(max(0.0, time.time() - running.started))}"
+    left = f", {cost.duration(progress.left)} left" if progress.left is not None else ""
+    return f"{progress.share:.0%}{left}{': ' if progress.note else ''}{progress.note}"
 
 
 def brief(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pipeline import storage
 from pipeline.errors import TRY_LATER, Unavailable, UserError
-from pipeline.graph import cost, fingerprints, results
+from pipeline.graph import cost, fingerprints, report, results
 from pipeline.graph.executor import Attempt, Ended, Executor
 from pipeline.graph.instances import Instance
 from pipeline.graph.plan import DONE, Identity, Plan
@@ -29,6 +29,8 @@ LATER_AT_MOST = 30
 LATER_PAUSE = 20.0
 """Number of retries, and pause in seconds, of a stage that ends with `TRY_LATER`: its store does not answer, or an
 earlier attempt on a node that has lost its head still works in its output."""
+REPORT_EVERY = 30.0
+"""Seconds between two lines about the progress of the running stages."""
 STOP_GRACE = 90.0
 """Seconds for stages to save their state when the runner is stopped."""
 
@@ -74,6 +76,7 @@ class Runner:
         """Identities of the runs that finished since the last look at `_ready`."""
         self._stopping = False
         self._dirty = False
+        self._next_report = time.monotonic() + REPORT_EVERY
 
     def run(self) -> PipelineOutcome:
         """Runs until nothing is running and nothing more can be started."""
@@ -99,10 +102,19 @@ class Runner:
         """Waits until an attempt has ended, or until a postponed one is due. Returns what is to be started again."""
         while True:
             time.sleep(self.executor.pause)
+            self._report()
             before = len(self.running)
             again = [name for running in list(self.running) for name in self._look(running)]
             if len(self.running) < before or any(time.monotonic() >= due for due in self._not_before.values()):
                 return again
+
+    def _report(self) -> None:
+        """Logs the progress of the running stages, from time to time."""
+        if time.monotonic() < self._next_report:
+            return
+        self._next_report = time.monotonic() + REPORT_EVERY
+        for name, running in self.running.items():
+            logger.info("%s: running, %s", name, report.describe_progress(self.plan.state.root, running))
 
     # ------------------------------------------------------------ attempts of earlier runners
 

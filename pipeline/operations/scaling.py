@@ -72,6 +72,16 @@ def step_seconds(
     return computing + max(0.0, communication - overlap * computing * 2 / 3)
 
 
+def computing_time(plan: Mapping[str, Any], stage: int, images: float) -> tuple[float, int]:
+    """Seconds of a GPU for `images` images without communication, and in how many micro-batches."""
+    run, memory = plan["run"], plan["memory"]
+    taken = memory["stages"][str(stage)]["model_states"] + memory["stages"][str(stage)]["buffers"]
+    fitting = max(1, (memory["usable"] - taken) // (memory["activations_per_image"] + memory["working_per_image"]))
+    accumulation = max(1, math.ceil(images / fitting))
+    seconds = images * plan["hardware"]["gpus"] / run["limits"]["gpus"]
+    return max(seconds, accumulation * run["launch_seconds"]), accumulation
+
+
 def simulate(
     plan: Mapping[str, Any],
     counts: Sequence[int] | None = None,
@@ -85,7 +95,7 @@ def simulate(
 
     network: bandwidth between nodes in GB/s, if not the usual one for the GPU. Efficiency is the speed per GPU relative
     to a single GPU with the whole batch (strong) or with one GPU's part of it (weak)."""
-    hardware, run, memory = plan["hardware"], plan["run"], plan["memory"]
+    hardware = plan["hardware"]
     gpu = find_gpu(hardware["gpu"])
     per_node = max(1, hardware["gpus"] // hardware["nodes"])
     link = Link(
@@ -93,28 +103,19 @@ def simulate(
         outside=gpu.network if network is None else network * 1e9,
         per_node=per_node,
     )
-    per_gpu = memory["images_per_gpu"]
-    image_seconds = hardware["gpus"] / run["limits"]["gpus"]
+    per_gpu = plan["memory"]["images_per_gpu"]
     batch = per_gpu * hardware["gpus"]
     counts = counts or [2**i for i in range(int(math.log2(batch)) + 1) if 2**i <= 512]
     rows = []
     for stage in stages:
-        taken = memory["stages"][str(stage)]["model_states"] + memory["stages"][str(stage)]["buffers"]
-        fitting = max(1, (memory["usable"] - taken) // (memory["activations_per_image"] + memory["working_per_image"]))
-
-        def compute(images: float, fitting: int = fitting) -> tuple[float, int]:
-            """Seconds for the images of a GPU, and in how many micro-batches."""
-            accumulation = max(1, math.ceil(images / fitting))
-            return max(images * image_seconds, accumulation * run["launch_seconds"]), accumulation
-
         for mode in ("weak", "strong"):
             most = per_gpu if mode == "weak" else batch
-            alone = most / compute(most)[0]
+            alone = most / computing_time(plan, stage, most)[0]
             for count in counts:
                 images = per_gpu if mode == "weak" else batch / count
                 if images < 1:
                     continue
-                computing, accumulation = compute(images)
+                computing, accumulation = computing_time(plan, stage, images)
                 seconds = step_seconds(
                     computing,
                     plan["model"]["parameters"],

@@ -198,6 +198,7 @@ def check_run(config: PretrainConfig, *, devices: bool = True) -> TrainPlan:
     dataset = open_data(config.runtime.data)
     plan = make_plan(config, dataset, config.runtime.workers)
     check_model(plan)
+    dataset.check_shards()
     if plan.schedule_warning:
         logger.warning("%s", plan.schedule_warning)
     if config.runtime.validation:

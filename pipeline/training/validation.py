@@ -176,7 +176,8 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
         )
         raise UserError(
             f"--validation {validation.uri} has other classes than the training data{missing}; prepare both with one command "
-            "(--splits from-source), or the validation set with --label-map and the training set's classes"
+            "(--splits from-source), or the validation set with --label-map and the training set's classes; --no-validation "
+            "trains without"
         )
     return places
 

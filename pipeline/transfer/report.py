@@ -1,5 +1,6 @@
 """Renders scores as a table, and compares two runs."""
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -8,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.lines import table as aligned
-from pipeline.transfer.protocols import HEAD_METRICS, TransferTask
+from pipeline.transfer.protocols import HEAD_METRICS, FineTune, Probe, TransferTask
 from pipeline.transfer.references import published_scores
 from pipeline.transfer.scores import Score, error_of_mean, read_scores, vtab_means, without_seen
 
@@ -37,9 +38,9 @@ def suite_report(
     {title: {row: top-1}}, including the rows `mean` and `mean <group>`."""
     lines = [f"# Transfer: {about['suite']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "suite" and value is not None]
-    protocols = sorted((repr(task.protocol), task.name) for task in tasks)
+    protocols = sorted((protocol_text(task.protocol), task.name) for task in tasks)
     for protocol, names in itertools.groupby(protocols, key=lambda pair: pair[0]):
-        lines.append(f"- protocol of {', '.join(name for _, name in names)}: `{protocol}`")
+        lines.append(f"- {', '.join(name for _, name in names)}: {protocol}")
     published = published_scores(scores)
     complete_vtab, _ = vtab_means({score.name: score.mean for score in scores})
     if complete_vtab is None:  # published means are over all tasks
@@ -51,7 +52,9 @@ def suite_report(
     rows += _mean_rows(scores, numbers, clean, references, complete=not failures)
     corrected = ["without seen images", "removed"] if clean else []
     titles = [HEAD_METRICS[name] for name in numbers]
-    lines += ["", *_table(["task", "group", "top-1 %", *titles, *corrected, "images", "lr", *references], rows)]
+    header = ["task", "group", "top-1 %", "standard error", *titles, *corrected, "images", "lr", *references]
+    used = [any(row[i] for row in rows) for i in range(len(header))] if rows else [True] * len(header)
+    lines += ["", *_table(*([*itertools.compress(row, used)] for row in (header, *rows)))]
     if published and complete_vtab is not None:
         lines += ["", FLAT_MEAN]
     if clean:
@@ -61,11 +64,24 @@ def suite_report(
     return "\n".join(lines) + "\n"
 
 
+def protocol_text(protocol: FineTune | Probe) -> str:
+    """The kind of a protocol and its settings, in words."""
+    settings = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(protocol)}
+    kind = settings.pop("kind", "fine-tuning")
+    if kind != "fewshot":
+        settings.pop("shots", None)
+    shown = (
+        (name, " ".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in settings.items()
+    )
+    return f"{kind} ({', '.join(f'{name} {value}' for name, value in shown)})"
+
+
 def _score_row(
     score: Score, numbers: Sequence[str], clean: bool, references: Mapping[str, Mapping[str, float | None]]
 ) -> list[str]:
     """numbers: keys of `protocols.HEAD_METRICS`."""
-    row = [score.name, score.group, plus_minus(score), *(show_number(score.details, name) for name in numbers)]
+    row = [score.name, score.group, plus_minus(score), f"{score.error:.2f}"]
+    row += [show_number(score.details, name) for name in numbers]
     if clean:
         row += [f"{statistics.fmean(score.clean):.2f}" if score.clean else "", str(score.removed or "")]
     row += [str(score.images), f"{score.lr:g}" if score.lr else ""]
@@ -99,12 +115,16 @@ def _mean_rows(
     for group, value in groups.items():
         theirs = [_cell(reference.get(f"mean {group}")) for reference in references.values()]
         corrected = [f"{clean_groups[group]:.2f}", ""] if clean else []
-        rows.append([f"mean {group}", group, f"{value:.2f}", *empty, *corrected, "", "", *theirs])
-    if scores and (flat is not None or complete):
+        error = error_of_mean((score.test, score.error) for score in scores if score.group == group)
+        rows.append([f"mean {group}", group, f"{value:.2f}", f"{error:.2f}", *empty, *corrected, "", "", *theirs])
+    if len(scores) > 1 and (flat is not None or complete):
         theirs = [_cell(reference.get("mean")) for reference in references.values()]
         corrected = [f"{statistics.fmean(without_seen(scores).values()):.2f}", ""] if clean else []
         mean = statistics.fmean(score.mean for score in scores)
-        rows.append([f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", *empty, *corrected, "", "", *theirs])
+        error = error_of_mean((score.test, score.error) for score in scores)
+        rows.append(
+            [f"**mean of {len(scores)}**", "", f"**{mean:.2f}**", f"{error:.2f}", *empty, *corrected, "", "", *theirs]
+        )
     return rows
 
 
@@ -112,7 +132,7 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(header: Sequence[str], *rows: Sequence[str]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 

@@ -216,7 +216,8 @@ def test_images_of_unknown_classes_are_left_out_and_counted(ray_local, tmp_path)
     assert counts.sum() == 60
     assert np.diag(counts).sum() == round(score["mean"] * 0.6)
     report = (output / "report.md").read_text()
-    assert "| task | group | top-1 % | top-5 % | top-1 % among its classes | loss | left out | images | lr |" in report
+    header = "| task | top-1 % | standard error | top-5 % | top-1 % among its classes | loss | left out | images |"
+    assert header in report
     runs = search.search_runs("transfer", uri=f"sqlite:///{tmp_path}/mlflow.db")
     (child,) = [run for run in runs if "final_top1" in run.metrics]
     assert child.metrics["final_top5"] == score["details"]["top5"]

@@ -600,7 +600,7 @@ def test_uploads_run_in_parallel_and_are_retried(s3, s3_server, monkeypatch):
         ({"loading_processes": 0}, "loading_processes 0 must be a number of at least 1"),
         ({"loading_processes": 3}, "--loading-processes 3 cannot share the 4 lanes"),
         ({"engine": EngineConfig(micro_batch=3)}, "does not divide"),
-        ({"steps": "fast"}, "horizon"),
+        ({"steps": "fast"}, "not a length of training"),
         ({"patch_keep_rate": 0.0}, "patch_keep_rate"),
         ({"augment": Augment(size=99)}, "augment.size"),
         ({"model": ModelConfig(variant="Q/16")}, "unknown model"),

@@ -166,7 +166,50 @@ def test_settings_that_mean_less_than_they_say_are_warned_of(fields, tmp_path, c
     assert not caplog.records
 
 
+def without_its_second_shard(folder):
+    """Training data of which a shard was deleted."""
+    write_dataset(str(folder), ROWS, classes=list("abcd"), shard_bytes=1, row_group_bytes=400)
+    sorted(folder.glob("part-*"))[1].unlink()
+    return str(folder)
+
+
+def with_a_short_shard(folder):
+    """Training data of which a shard was truncated."""
+    write_dataset(str(folder), ROWS, classes=list("abcd"))
+    (shard,) = folder.glob("part-*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return str(folder)
+
+
+ROWS = [(f"{i}", cv2.imencode(".png", np.full((8, 8, 3), i, np.uint8))[1].tobytes(), i % 4, 8, 8) for i in range(64)]
+
+
+def parent_of_splits(folder):
+    for name in ("test", "train", "val"):
+        write(folder / name, 8, "abcd")
+    return str(folder)
+
+
+def raw_images(folder):
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "1.png").write_bytes(b"")
+    return str(folder)
+
+
 WRONG = {
+    "data with its splits in folders": (
+        lambda t: {"data": parent_of_splits(t / "sets")},
+        "sets: no dataset here, but in its folders test, train, val(; name one of them, such as .*sets/train)?$",
+    ),
+    "data that is not prepared": (lambda t: {"data": raw_images(t / "photos")}, "photos: no dataset here"),
+    "data without a shard": (
+        lambda t: {"data": without_its_second_shard(t / "d")},
+        "0001.parquet: the shard is missing",
+    ),
+    "data with a short shard": (
+        lambda t: {"data": with_a_short_shard(t / "d")},
+        "0000.parquet: the shard has .* bytes instead of",
+    ),
     "validation of another class": (lambda t: {"validation": write(t / "x", 8, "abce")}, r"--validation .*such as e"),
     "validation without labels": (
         lambda t: {"validation": write(t / "x", 8, "abcd", lambda i, n: -1)},
@@ -476,3 +519,12 @@ def test_a_file_that_cannot_be_written_whole_is_named_and_leaves_nothing(tmp_pat
     )
     assert f"File too large: '{tmp_path / 'a.bin'}'" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_datasets_of_one_name_do_not_replace_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("letters/train", "flowers/train"):
+        write(tmp_path / name, 8, "abcd")
+    describe = main_of("prepare")
+    assert [describe(["describe", uri]) for uri in ("letters/train", str(tmp_path / "flowers/train/"))] == [0, 0]
+    assert sorted(os.listdir("runs/describe")) == ["flowers-train", "letters-train"]

@@ -102,7 +102,7 @@ def test_horizons(text, expected):
 
 @pytest.mark.parametrize("text", ["fast", "10 parsecs", "-5", "", "1.2.3", ".", "1e400steps", "1e400%"])
 def test_unreadable_horizons(text):
-    with pytest.raises(UserError, match="horizon"):
+    with pytest.raises(UserError, match="length"):
         config.steps(text, batch_size=100)
 
 

@@ -1,12 +1,13 @@
 """What a pipeline shows: the state of each stage, its progress, and its cost next to the estimate."""
 
+import contextlib
 import dataclasses
 import time
 
 import pytest
 
 from pipeline import logs, storage
-from pipeline.graph import commands, estimate, report, results
+from pipeline.graph import commands, estimate, report, results, runner
 from pipeline.graph.file import Prices
 from pipeline.graph.runner import Runner
 from tests.graphs import Fake, chain, go, plan_of
@@ -53,6 +54,28 @@ class Frozen(Fake):
         progress = {"share": 0.25, "first": 0.0, "began": now - 100, "time": now, "note": "step 25 of 100"}
         storage.write_json(results.progress_place(self.root, job), progress)
         raise KeyboardInterrupt
+
+
+class Slow(Frozen):
+    """Reports progress once, and then ends."""
+
+    def look(self, job, log):
+        if job not in self.seen:
+            self.seen.add(job)
+            with contextlib.suppress(KeyboardInterrupt):
+                return super().look(job, log)
+            return None
+        return Fake.look(self, job, log)
+
+
+def test_a_run_reports_the_progress_of_its_stages(tmp_path, source, monkeypatch, caplog):
+    monkeypatch.setattr(runner, "REPORT_EVERY", 0.0)
+    pipeline = chain(tmp_path / "out", source)
+    executor = Slow()
+    executor.root, executor.seen = pipeline.root, set()
+    with caplog.at_level("INFO"):
+        go(pipeline, executor)
+    assert "pretrain: running, 25%, 5 min left: step 25 of 100" in caplog.text
 
 
 def test_status_of_a_running_stage_has_its_progress_and_the_remaining_time(tmp_path, source):

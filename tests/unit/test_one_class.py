@@ -103,6 +103,24 @@ def test_tiny_imagenet_in_one_command(tmp_path, caplog):
     assert stages["test"].fields["source"] == [f"{source}/val"]
 
 
+def test_classes_that_a_random_split_left_out_are_reported(tmp_path, caplog):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(8 if name == "ant" else 1):
+            (tmp_path / "in" / name / f"{i}.jpg").write_bytes(jpeg(len(name) + i))
+    config = PrepareConfig(
+        source=(str(tmp_path / "in"),), output=str(tmp_path / "out"), splits=("train=0.5", "test=0.5")
+    )
+    with workqueue.without_ray():
+        made = prepare(config)
+    for split, manifest in made.items():
+        lacking = sum(count == 0 for count in manifest.class_counts)
+        warning = f"out/{split}: no images in {lacking} of 3 classes"
+        assert (warning in caplog.text) == (lacking > 0)
+    assert sum(manifest.class_counts.count(0) for manifest in made.values()) == 2  # bee and cat are in one split each
+    assert "; a larger share of --splits would have more of each" in caplog.text
+
+
 def test_a_class_that_lost_all_its_images_is_reported(tmp_path, caplog):
     (tmp_path / "in" / "empty").mkdir(parents=True)
     (tmp_path / "in" / "empty" / "0.jpg").write_bytes(b"no image")

@@ -204,6 +204,15 @@ def test_report_shows_our_numbers_next_to_the_papers():
     assert len(figure.axes[0].patches) >= 19
 
 
+def test_report_has_standard_errors_protocols_in_words_and_no_empty_column():
+    scores = [Score(name="own", task="own", group="", values=(50.0,), images=100, test="/e")]
+    text = report.suite_report({"suite": "frozen"}, [task("own", "", Probe(kind="linear", resolution=32))], scores, {})
+    assert "- own: linear (resolution 32, resize 256)" in text
+    assert "| task | top-1 % | standard error | images |" in text
+    assert "| own | 50.00 | 5.00 | 100 |" in text
+    assert "mean of" not in text  # of a single score
+
+
 def test_figures_of_curves_and_confusions():
     results = [
         result("a", curve=[[1, 2.0, 0.1], [2, 1.0, 0.1]], confusion=[[3, 1], [0, 4]]),

@@ -92,6 +92,16 @@ class Dataset:
     def shard_uri(self, shard: int) -> str:
         return storage.join(self.uri, self.manifest.shards[shard].name)
 
+    def check_shards(self) -> None:
+        """Compares the names and sizes of the shards with a listing of the folder. Raises UserError."""
+        there = {file.path: file.size for file in storage.list_files(self.uri, recursive=False)}
+        for shard in self.manifest.shards:
+            found = there.get(shard.name)
+            if found != shard.bytes:
+                what = "is missing" if found is None else f"has {found:,} bytes instead of {shard.bytes:,}"
+                uri = storage.join(self.uri, shard.name)
+                raise UserError(f"{uri}: the shard {what}; `jobs/prepare.py verify {self.uri}` lists all problems")
+
     def row_group_bytes(self, i: int) -> memoryview:
         """The bytes of row group i: a view of the memory-mapped file, or the result of one range request to S3.
 

@@ -47,7 +47,8 @@ def _why_none(folder: str) -> str:
     if not splits:
         return f"no dataset here ({MANIFEST} is missing: not prepared, or not finished)"
     names = [split.rpartition("/")[2] for split in splits]
-    return f"no dataset here, but in its folders {shorten(names, 6)}; name one of them, such as {splits[0]}"
+    example = next((split for split, name in zip(splits, names, strict=True) if name.startswith("train")), splits[0])
+    return f"no dataset here, but in its folders {shorten(names, 6)}; name one of them, such as {example}"
 
 
 def find_datasets(folder: str, depth: int = 1) -> list[str]:

@@ -28,7 +28,6 @@ from pipeline.data.prepare.plan import PreparePlan, slice_name
 from pipeline.data.prepare.remove import deduplicated_name
 from pipeline.data.prepare.retry import temporary_keys, without_retried
 from pipeline.data.prepare.table_rows import receipt_of_missing
-from pipeline.data.sources.words import HELD_OUT
 from pipeline.errors import UserError, plural
 from pipeline.revision_names import report_name
 
@@ -201,14 +200,17 @@ def _warn_about_classes(plan: PreparePlan, manifests: dict[str, Manifest]) -> No
         )
     for name, manifest in manifests.items():
         empty = [label for label, count in zip(classes, manifest.class_counts, strict=True) if not count]
-        if empty and (name.lower() not in HELD_OUT or len(manifests) == 1):
+        if empty and any(manifest.class_counts):
             logger.warning(
-                "%s: no images in %d of %s, such as %s%s",
+                "%s: no images in %d of %s, such as %s%s%s",
                 plan.split_uri(name),
                 len(empty),
                 plural(len(classes), "class"),
                 ", ".join(empty[:5]),
                 f"; see {REJECTS}" if manifest.rejects else "",
+                ""
+                if plan.source_decides or len(manifests) == 1
+                else "; a larger share of --splits would have more of each",
             )
 
 

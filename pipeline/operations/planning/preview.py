@@ -1,9 +1,11 @@
 """The plan of one pre-training run, before it starts."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from pipeline import address, storage
 from pipeline import config as configuration
+from pipeline.data.prepare.change import is_unfinished
 from pipeline.errors import UserError, plural
 from pipeline.lines import fit
 from pipeline.operations.planning.config import CORPORA, PlanConfig
@@ -22,8 +24,8 @@ CPU_UTILISATION = 0.4  # fraction of the speed of large matrix products that sma
 def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any, Any]]) -> str:
     """The plan of a pre-training run as text. Reads only manifests and starts nothing.
 
-    changes: differences from the recipe. If the data exists, the checks are those of a real start; otherwise the plan
-    assumes the published corpus of the recipe. Missing GPUs are only a note, because a plan is often made on another
+    changes: differences from the recipe. If the data exists, the checks are those of a real start; if its address is empty or
+    is being prepared, the plan assumes the published corpus of the recipe. Missing GPUs are only a note, because a plan is often made on another
     machine. Raises UserError if the run could not start on a machine with its GPUs."""
     from pipeline.data.mixture import open_data
     from pipeline.training import run
@@ -33,8 +35,9 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
     try:
         open_data(training.runtime.data)
     except UserError as error:
-        if all(storage.exists(manifest_uri(uri)) for uri in address.uris(training.runtime.data)):
-            raise  # damaged, or datasets that cannot be mixed
+        missing = [uri for uri in address.uris(training.runtime.data) if not storage.exists(manifest_uri(uri))]
+        if not missing or any(_has_other_content(uri) for uri in missing):
+            raise  # damaged, datasets that cannot be mixed, or another folder such as that of the images
         run.check_places(training)
         resolved = make_plan(training, stand_in(training, recipe, error), training.runtime.workers)
         run.check_model(resolved)
@@ -62,6 +65,11 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
         text += fit(_cost_on_cpu(resolved), indent=10)
     derived = configuration.to_yaml(resolved.derived)
     return f"{text}\n\n# every value (a file for --config)\n{configuration.to_yaml(training)}\n# derived from them and from the data\n{derived}"
+
+
+def _has_other_content(uri: str) -> bool:
+    """Whether an address without a dataset has content, and no command was stopped while it prepared one there."""
+    return bool(storage.list_names(uri)) and not any(is_unfinished(folder) for folder in (uri, os.path.dirname(uri)))
 
 
 def _cost_on_cpu(resolved: "TrainPlan") -> str:
