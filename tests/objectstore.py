@@ -89,10 +89,10 @@ def make_bucket(name: str) -> None:
     boto3.client("s3").create_bucket(Bucket=name)
 
 
-def upload_folder(folder: str | os.PathLike, uri: str) -> None:
-    """Copies the files of a folder to a store."""
-    for file in storage.list_files(folder):
-        storage.copy_file(file.uri, storage.join(uri, file.path))
+def copy_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies the files under a folder or prefix to another one."""
+    for file in storage.list_files(source):
+        storage.copy_file(file.uri, storage.join(target, file.path))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ STEPS = 3000
 sys.path.insert(0, str(PROJECT))
 
 from pipeline.tracking import start_run  # noqa: E402
-from pipeline.tracking.search import metric_history  # noqa: E402
+from pipeline.tracking.server import client  # noqa: E402
 
 
 def serve(folder: str, port: int) -> subprocess.Popen:
@@ -81,7 +81,7 @@ def main() -> None:
         result["server is gone"] = steps(run, 1 + 2 * STEPS)
         server = serve(folder, port)
         delivered = run.finish(timeout=120)
-        arrived = [step for step, _ in metric_history(run.id, "train/metric0", uri)]
+        arrived = sorted(point.step for point in client(uri).get_metric_history(run.id, "train/metric0"))
         result["all delivered once in the end"] = delivered and arrived == list(range(1, 1 + 3 * STEPS))
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()

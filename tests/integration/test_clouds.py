@@ -16,6 +16,7 @@ from pipeline.operations.doctor import store
 from pipeline.weights import checkpoints
 from tests import jobprocess, prepared
 from tests.faultproxy import FaultProxy
+from tests.objectstore import copy_folder
 
 ODD_NAME = "ant/a [1]*?#%20é{0}.jpg"
 
@@ -31,7 +32,7 @@ def test_a_dataset_is_prepared_on_a_store_like_on_disk_and_loaded_despite_faults
     """Each request of the loader fails once; keys and pixels are those of the dataset on disk."""
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     storage.copy_file(image_folder / "ant" / "001.jpg", image_folder / ODD_NAME)
-    storage.copy_tree(image_folder, f"{cloud.uri}/raw")
+    copy_folder(image_folder, f"{cloud.uri}/raw")
     there, here = f"{cloud.uri}/set", str(tmp_path / "set")
     options = {"size": 40}
     made = prepare(PrepareConfig(source=(f"{cloud.uri}/raw",), output=there, **options))[""]
@@ -71,7 +72,7 @@ def test_the_doctor_names_the_variable_of_a_server_that_is_not_there(cloud, monk
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_jobs_prepare_train_and_resume_on_a_store(cloud, image_folder, tmp_path):
-    storage.copy_tree(image_folder, f"{cloud.uri}/raw")
+    copy_folder(image_folder, f"{cloud.uri}/raw")
     command = ("--source", f"{cloud.uri}/raw", "--output", f"{cloud.uri}/set", "--size", 40, "--num-cpus", 2, "--json")
     result = prepared.job(*command)
     assert result.returncode == 0, result.stderr

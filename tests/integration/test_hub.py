@@ -17,6 +17,7 @@ from tests import prepared
 from tests.faultproxy import FaultProxy
 from tests.fileserver import FileServer
 from tests.hubserver import HubServer
+from tests.objectstore import copy_folder
 from tests.ports import free_port
 
 TOKEN = "hf_SecretOfTheTests17cc09"
@@ -35,7 +36,7 @@ def hub(tmp_path, monkeypatch):
 def publish(hub, image_folder, revision="main"):
     """The pictures as folders, as Parquet in two files, and as a prepared dataset; its folder on the server."""
     root = hub.folder / "owner" / "photos" / revision
-    storage.copy_tree(image_folder, root / "folders")
+    copy_folder(image_folder, root / "folders")
     files = sorted(path for path in image_folder.rglob("*.*"))
     for number, some in enumerate((files[::2], files[1::2])):
         rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in some]}

@@ -18,7 +18,8 @@ import boto3
 import botocore.exceptions
 import pytest
 
-from pipeline.tracking import names, search, start_run
+from pipeline.tracking import names, start_run
+from pipeline.tracking.server import client
 from tests.objectstore import ADMIN, moto, restricted_user
 from tests.ports import free_port
 from tests.postgres import postgres
@@ -138,7 +139,7 @@ def test_the_server_runs_with_what_compose_gives_it(tmp_path, monkeypatch):
             with start_run("pretrain", "compose", config={"lr": 1e-3}, tracking_uri=address) as run:
                 run.log({names.LOSS: 1.0, names.IMAGES_SEEN: 64}, step=1)
                 run.log_text("# hello", "notes/hello.md")
-            assert [step for step, _ in search.metric_history(run.id, names.LOSS, address)] == [1]
+            assert [point.step for point in client(address).get_metric_history(run.id, names.LOSS)] == [1]
         server = {"aws_access_key_id": rights["AWS_ACCESS_KEY_ID"]}
         server["aws_secret_access_key"] = rights["AWS_SECRET_ACCESS_KEY"]
         limited = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **server)

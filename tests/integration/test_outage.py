@@ -22,6 +22,7 @@ from pipeline.data.format import write_dataset
 from pipeline.errors import StorageError
 from pipeline.weights import checkpoints, save_checkpoint_weights
 from tests.faultproxy import FaultProxy
+from tests.objectstore import copy_folder
 from tests.runs import commit_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def test_tasks_of_vtab_have_no_problem_in_an_outage(store, vtab_raw, monkeypatch
     bucket, proxy = store
     storage.copy_file(f"{vtab_raw}/MINIATURE.json", f"{bucket}/raw/MINIATURE.json")
     if what == "archives":
-        storage.copy_tree(f"{vtab_raw}/dtd", f"{bucket}/raw/dtd")
+        copy_folder(f"{vtab_raw}/dtd", f"{bucket}/raw/dtd")
     else:
         for split in ("train800", "val200", "test"):
             storage.write_bytes(f"{bucket}/raw/dtd/{split}.txt", b"a.jpg 0")

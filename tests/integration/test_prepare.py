@@ -31,6 +31,7 @@ from pipeline.tracking import start_run
 from pipeline.tracking.server import client as tracking_client
 from tests.faultproxy import FaultProxy
 from tests.images import crop, textured
+from tests.objectstore import copy_folder
 from tests.prepared import content, job, many
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "prepare.py")
@@ -159,7 +160,7 @@ def test_duplicates_and_evaluation_images_are_removed(ray_local, tmp_path):
 
 def test_s3_in_and_out_through_the_job(image_folder, s3):
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    storage.copy_tree(image_folder, f"{s3}/raw")
+    copy_folder(image_folder, f"{s3}/raw")
     storage.copy_file(image_folder / "ant" / "001.jpg", f"{s3}/raw/ant/a [1]*?#%20é.jpg")
     command = ["--source", f"{s3}/raw", "--output", f"{s3}/set", "--recipe", "patches32", "--json"]
     result = job(*command)

@@ -20,7 +20,7 @@ from pipeline.data.format.verify import verify_dataset
 from pipeline.data.loading.augment import Augment
 from pipeline.weights import checkpoints
 from tests.faultproxy import FaultProxy
-from tests.objectstore import ACCESS_KEY, SECRET_KEY, make_bucket, swift, upload_folder
+from tests.objectstore import ACCESS_KEY, SECRET_KEY, copy_folder, make_bucket, swift
 
 PROJECT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def run(job, *arguments):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_prepare_load_checkpoint_resume(bucket, image_folder, tmp_path):
-    upload_folder(image_folder, f"{bucket}/raw")
+    copy_folder(image_folder, f"{bucket}/raw")
     (image_folder / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     storage.copy_file(image_folder / "ant" / "broken.jpg", f"{bucket}/raw/ant/broken.jpg")
     options = ("--recipe", "jpeg256", "--size", 40, "--num-cpus", 2, "--json")

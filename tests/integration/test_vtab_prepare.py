@@ -13,7 +13,7 @@ import pytest
 from pipeline import storage, workqueue
 from pipeline.vtab import TASKS, miniature, open_split, prepare
 from pipeline.vtab.build import WORK
-from tests.objectstore import upload_folder
+from tests.objectstore import copy_folder
 
 PROJECT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_from_s3_to_s3(s3, tmp_path):
     """A tar, a zip, gzipped arrays and MATLAB files on S3 give the same datasets as local files."""
     tasks = ["cifar100", "eurosat", "smallnorb_azimuth", "svhn"]
     raw = miniature.write(tasks, str(tmp_path / "raw"), per_class=3)
-    upload_folder(raw, f"{s3}/raw")
+    copy_folder(raw, f"{s3}/raw")
     done = subprocess.run(
         command(*tasks, "--raw", f"{s3}/raw", "--output", f"{s3}/sets", "--json"),
         capture_output=True,

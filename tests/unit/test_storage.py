@@ -13,6 +13,7 @@ from pipeline import libraries, retry, storage, stores
 from pipeline.errors import StorageError, UserError
 from pipeline.stores import base
 from tests.faultproxy import FaultProxy
+from tests.objectstore import copy_folder
 from tests.ports import free_port
 
 
@@ -38,11 +39,11 @@ def test_write_read_list_remove(root):
         storage.read_bytes(storage.join(root, "a/one.bin"))
 
 
-def test_copy_tree_between_places(root, tmp_path):
+def test_files_are_copied_between_places(root, tmp_path):
     for i in range(5):
         storage.write_bytes(str(tmp_path / "source" / "deep" / f"{i}.bin"), bytes([i]) * 1000)
-    storage.copy_tree(str(tmp_path / "source"), root)
-    storage.copy_tree(root, str(tmp_path / "back"))
+    copy_folder(str(tmp_path / "source"), root)
+    copy_folder(root, str(tmp_path / "back"))
     for i in range(5):
         assert (tmp_path / "back" / "deep" / f"{i}.bin").read_bytes() == bytes([i]) * 1000
 
