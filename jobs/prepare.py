@@ -156,7 +156,11 @@ def prepare(argv: list[str]) -> int:
             f"fingerprint={result['fingerprint']}  {result['uri']}"
         )
         print(fit(text))
-    logs.show(next_steps.after_preparing({name: storage.join(options.output, name or "") for name in manifests}))
+    logs.show(
+        next_steps.after_preparing(
+            {name: storage.join(options.output, name) if name else options.output for name in manifests}
+        )
+    )
     return 0
 
 
