@@ -248,9 +248,9 @@ def delete(options: DeleteCommand) -> int:
 def describe(options: DescribeCommand) -> int:
     from pipeline.data.format.describe import describe_dataset
 
-    name = os.path.relpath(options.uri) if not storage.is_remote(options.uri) else options.uri.partition("://")[2]
-    name = "-".join(part for part in name.split("/") if part not in ("", ".", ".."))
-    facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name or "dataset"))
+    place = storage.normalise(options.uri).removeprefix(os.path.join(os.getcwd(), "")).partition("://")
+    name = "-".join(part for part in (place[2] or place[0]).split("/") if part)
+    facts = describe_dataset(options.uri, options.output or storage.join("runs", "describe", name))
     print(json.dumps(facts) if options.json else fit(facts["text"], indent=12))
     return 0
 

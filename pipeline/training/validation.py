@@ -152,6 +152,7 @@ def _check_images(flag: str, measured: Dataset, config: PretrainConfig, data: Da
     uri, image = measured.uri, measured.manifest.image
     if not len(measured):
         raise UserError(f"--{flag} {uri} has no images")
+    measured.check_shards()
     channels, wanted = image.get("channels", 3), data.manifest.image.get("channels", 3)
     if channels != wanted:
         raise UserError(f"--{flag} {uri} has images with {channels} channels, but the training data has {wanted}")

@@ -70,10 +70,11 @@ def protocol_text(protocol: FineTune | Probe) -> str:
     kind = settings.pop("kind", "fine-tuning")
     if kind != "fewshot":
         settings.pop("shots", None)
-    shown = (
-        (name, " ".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in settings.items()
-    )
-    return f"{kind} ({', '.join(f'{name} {value}' for name, value in shown)})"
+    shown = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        shown.append(" ".join([name, *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]))
+    return f"{kind} ({', '.join(shown)})"
 
 
 def _score_row(

@@ -437,6 +437,7 @@ def open_datasets(tasks: Sequence[TransferTask]) -> dict[Split, "Dataset"]:
             try:
                 if split not in datasets:
                     datasets[split] = split.open()
+                    datasets[split].check_shards()
             except StorageError:
                 raise
             except UserError as error:

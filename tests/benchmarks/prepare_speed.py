@@ -3,20 +3,25 @@
     python tests/benchmarks/prepare_speed.py --photos FOLDER                      JPEG files of ordinary size
     python tests/benchmarks/prepare_speed.py --photos FOLDER --peers .venv-bench  and four peers (see loader_speed.py; and Daft)
 
-All tools read the same files and make the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90,
-4:2:0.
-`limit` is a bare loop, one thread for each core: read, simplejpeg decode, resize, encode, with the same memory for every image,
-because allocation costs up to 20% and how much depends on the machine; nothing is checked or written. The peers allocate,
-because they call a function for each image.
-`verify` only reads and decodes: what must be done with images that are small enough to be stored unchanged. `kept_unit` and
-`kept_job` are ours on such images (the same photographs, with `--size 16384`); their `of_limit` refers to `verify`.
-`unit` is one unit of ours without Ray. `job` is our whole job: strict decoding, checksums, statistics, shards, manifest.
-`mds` is MosaicML's MDSWriter and `webdataset` is ShardWriter, a process for each core with a folder of its own, `litdata` is
-its optimize with a worker for each core, `daft` its DataFrame on one process with a thread for each core, and `ray_data` is
-read_binary_files, map_batches and write_parquet. The seconds of a tool include its end, which is cluster.disconnect for ours. Rates are steady: from the first unit, batch or file that is done to the
-last; `seconds` is all of it, start included. `cpu_ms` is CPU time per image over the process tree in that same time, which other
-work on the machine disturbs least; `of_limit` is the limit's cpu_ms over the tool's. Ray Data takes up to 0.3 s to start the next
-task on a CPU that has become free, which shows in the rates of small corpora (docs/journal.md).
+All tools read the same files and make the same pictures: shorter side 256 by OpenCV's area average, JPEG quality 90, 4:2:0.
+
+    limit       a bare loop, one thread for each core: read, simplejpeg decode, resize, encode. Nothing is checked or written, and
+                every image uses the same memory
+    job         all of `prepare`: strict decoding, checksums, statistics, shards, manifest, and the end of Ray
+    unit        one of its units without Ray
+    mds, webdataset    MosaicML's MDSWriter and WebDataset's ShardWriter, a process for each core
+    litdata     its optimize, with a worker for each core
+    daft        a DataFrame in one process, with a thread for each core
+    ray_data    read_binary_files, map_batches, write_parquet
+    verify      a bare loop that only reads and decodes: the least for images that are stored unchanged
+    kept_job, kept_unit    `prepare` and a unit of it on such images (the same photographs, with size 16384)
+
+    images_per_s    from the first unit, batch or file that is done to the last
+    cpu_ms          CPU time per image in that time, over the process tree: other work disturbs it least
+    seconds         the whole command, start and end included
+    of_limit        the cpu_ms of limit (of verify for kept_job and kept_unit) over that of the tool
+
+Ray Data takes up to 0.3 s to start the next task on a free CPU, which shows in the rates of small corpora (docs/journal.md).
 """
 
 import argparse

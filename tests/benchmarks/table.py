@@ -99,6 +99,13 @@ def prepare_memory(result: dict) -> Iterator[Row]:
         yield f"Memory while preparing {counts} small images, {kind}", f"driver {drivers} MB, worker {workers} MB", ""
 
 
+def loader_threads(result: dict) -> Iterator[Row]:
+    for augment in dict.fromkeys(row["augment"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["augment"] == augment]
+        threads, rates = (" / ".join(f"{row[key]:,}" for row in rows) for key in ("threads", "images_per_s"))
+        yield f"Images per second of {threads} threads in one process, {augment} (simulated cores)", rates, ""
+
+
 def downloads(result: dict) -> Iterator[Row]:
     """Lists of URLs; of several runs of a tool, the median of its CPU time and of its rate."""
 
@@ -218,6 +225,7 @@ def listings(result: dict) -> Iterator[Row]:
 
 SECTIONS = {
     "loader_speed": loader,
+    "loader_threads": loader_threads,
     "prepare_speed": prepare,
     "prepare_memory": prepare_memory,
     "download_speed": downloads,

@@ -22,12 +22,16 @@ from pipeline.data.loading.augment import Augment
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.errors import StorageError, UserError
 from pipeline.operations.doctor import store
+from pipeline.operations.planning import preview
 from pipeline.outputs import check_output
 from pipeline.stores import base
+from pipeline.training import run
+from pipeline.training.config import ModelConfig
 from pipeline.weights import load_weights, save_checkpoint_weights
 from tests import prepared
 from tests.faultproxy import FaultProxy
 from tests.fileserver import FileServer
+from tests.runs import changed, pretrain_config
 
 SIGNATURE = "sv=2026&sp=r&sig=c2VjcmV0LXNpZ25hdHVyZQ%3D%3D"
 
@@ -86,6 +90,18 @@ def test_a_published_dataset_is_loaded_like_one_on_disk(web, image_folder, tmp_p
     for other in found[1:]:
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(found[0], other, strict=True))
     assert store.readable(f"{web.address}/set").status == "ok"
+
+
+def test_the_checks_before_training_accept_a_dataset_on_the_web(web, image_folder, tmp_path, without_ray, monkeypatch):
+    """A web server cannot list files, so missing shards are found when they are read."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    prepare(PrepareConfig(source=(str(image_folder),), output=str(web.folder / "set"), size=40))
+    small = {"model": ModelConfig(variant="mu/8", depth=1), "image_size": 32, "augment": Augment(size=32)}
+    data = f"{web.address}/set"
+    config = pretrain_config(data=data, validation=data, output=str(tmp_path / "run"), batch_size=8, lanes=8, **small)
+    assert run.check_run(config).samples == len(list(image_folder.rglob("*.*")))
+    with pytest.raises(UserError, match="elsewhere: no dataset here"):
+        preview.dry_run(changed(config, data=f"{web.address}/elsewhere"), "demo", {})
 
 
 def test_weights_are_loaded_from_a_file_on_the_web(web):

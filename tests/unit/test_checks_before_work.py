@@ -210,6 +210,10 @@ WRONG = {
         lambda t: {"data": with_a_short_shard(t / "d")},
         "0000.parquet: the shard has .* bytes instead of",
     ),
+    "validation without a shard": (
+        lambda t: {"validation": without_its_second_shard(t / "d")},
+        "0001.parquet: the shard is missing",
+    ),
     "validation of another class": (lambda t: {"validation": write(t / "x", 8, "abce")}, r"--validation .*such as e"),
     "validation without labels": (
         lambda t: {"validation": write(t / "x", 8, "abcd", lambda i, n: -1)},
@@ -327,6 +331,27 @@ def test_checkpoints_of_another_run_are_not_continued(fields, tmp_path):
         run.pretrain(config)
     shutil.rmtree(place / "step-00000003")
     assert run.find_record(plan, output) is not None
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "unfinished work", "unfinished splits"])
+def test_dry_run_plans_for_data_that_can_still_be_prepared(what, fields, tmp_path):
+    data = tmp_path / "sets" / "train"
+    if what == "an empty folder":
+        data.mkdir(parents=True)
+    if what.startswith("unfinished"):
+        work = (data if what == "unfinished work" else tmp_path / "sets") / "_work"
+        work.mkdir(parents=True)
+        (work / "plan.json").write_text("{}")
+        data.mkdir(exist_ok=True)
+        (data / "part-00000-0000.parquet").write_bytes(b"x")
+    config = pretrain_config(**{**fields, "data": str(data), "validation": None})
+    assert f"no dataset at {data} yet" in " ".join(preview.dry_run(config, "cifar10", {}).split())
+
+
+def test_dry_run_refuses_a_file_in_place_of_data(fields, tmp_path):
+    (tmp_path / "photos.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"photos.tar: no dataset here"):
+        preview.dry_run(pretrain_config(**{**fields, "data": str(tmp_path / "photos.tar")}), "cifar10", {})
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,13 @@ def dry_run(training: PretrainConfig, recipe: str, changes: dict[str, tuple[Any,
 
 
 def _has_other_content(uri: str) -> bool:
-    """Whether an address without a dataset has content, and no command was stopped while it prepared one there."""
-    return bool(storage.list_names(uri)) and not any(is_unfinished(folder) for folder in (uri, os.path.dirname(uri)))
+    """Whether no dataset can appear at an address without one: it is a file, on a web server, or a folder with content in
+    which no command was stopped while it prepared a dataset."""
+    if not storage.can_list(uri):
+        return True
+    if not storage.list_names(uri):
+        return storage.exists(uri) and not os.path.isdir(uri)
+    return not any(is_unfinished(folder) for folder in (uri, os.path.dirname(uri)))
 
 
 def _cost_on_cpu(resolved: "TrainPlan") -> str:
