@@ -20,7 +20,15 @@ from tests.images import tinted
 from tests.webserver import web_server
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/tutorial.md", "docs/jobs.md", "docs/data.md", "docs/pipeline.md", "docs/vtab.md"]
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    "docs/jobs.md",
+    "docs/data.md",
+    "docs/pipeline.md",
+    "docs/vtab.md",
+    "docs/scale.md",
+]
 # pages whose commands are run, or not, for a reason of the whole page
 ELSEWHERE = {
     "docs/clusters.md": "tests/e2e/test_clusters_guide.py runs its jobs on two nodes; the page names what needs an account",
