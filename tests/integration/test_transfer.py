@@ -186,14 +186,18 @@ def test_one_failing_task_does_not_stop_the_others(ray_local, world, tmp_path):
         for split in ("train800val200", "test"):
             colours(str(broken / task / split), 30, 0)
     shard = next((broken / "svhn" / "train800val200").glob("part-*.parquet"))
-    shard.write_bytes(shard.read_bytes()[:200])
+    original = shard.read_bytes()
     settings = config(world, tmp_path / "out", data=str(broken), tasks=("pets", "svhn"))
+    shard.write_bytes(original[:200])
+    with pytest.raises(UserError, match="svhn: .*has 200 bytes instead of"):  # a short shard is found before any work
+        run_suite(settings)
+    shard.write_bytes(original[:200] + bytes(len(original) - 200))
     result = run_suite(settings)
     assert list(result.scores) == ["pets"]
     assert list(result.failures) == ["svhn/final-lr0.05-seed0"]
-    assert "truncated" in result.failures["svhn/final-lr0.05-seed0"]
+    assert "row group 0 is damaged" in result.failures["svhn/final-lr0.05-seed0"]
     assert (tmp_path / "out" / "failures" / "svhn" / "final-lr0.05-seed0.json").exists()
-    assert "truncated" in (tmp_path / "out" / "report.md").read_text()
+    assert "row group 0 is damaged" in (tmp_path / "out" / "report.md").read_text()
 
     colours(str(broken / "svhn" / "train800val200"), 30, 0)  # repaired: the same data again
     repaired = run_suite(settings)
