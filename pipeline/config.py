@@ -79,7 +79,7 @@ def parse_recipe(
         raise SystemExit(0)
     help.check_flags(flags, start)
     flags = help.none_as_value(flags, start)
-    return _from_flags(type(start), flags, prog=prog, default=start), recipe_config, name
+    return following(_from_flags(type(start), flags, prog=prog, default=start), start), recipe_config, name
 
 
 def parse_command(argv: list[str], command: type[Config], *, prog: str, description: str) -> Config:
@@ -94,6 +94,19 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
         raise SystemExit(0)
     help.check_flags(flags, command)
     return _from_flags(command, help.none_as_value(flags, command), prog=prog)
+
+
+def following(config: Config, start: Config) -> Config:
+    """The config with values that follow others, such as the training crop an image size that differs from `start`'s.
+    A config class says which by a method `following(start)`."""
+    if hasattr(config, "following"):
+        config = config.following(start)
+    nested = {
+        field.name: following(getattr(config, field.name), getattr(start, field.name))
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(getattr(config, field.name))
+    }
+    return dataclasses.replace(config, **nested) if nested else config  # type: ignore[type-var]
 
 
 def _from_flags(cls: type[Config], flags: Sequence[str], **options: Any) -> Config:

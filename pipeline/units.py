@@ -7,3 +7,11 @@ def bytes_text(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def flops_text(count: float) -> str:
+    """3.16 exaFLOPs, with three digits."""
+    for unit, factor in (("exa", 1e18), ("peta", 1e15), ("tera", 1e12)):
+        if count >= factor:
+            return f"{count / factor:,.3g} {unit}FLOPs" if count < 1e21 else f"{count / factor:,.0f} {unit}FLOPs"
+    return f"{count / 1e9:.3g} gigaFLOPs"

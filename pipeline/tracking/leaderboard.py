@@ -26,6 +26,8 @@ class Row:
     """One transfer result with its pre-training run. Scores are top-1 in percent; None means unknown."""
 
     suite: str
+    started: int
+    """When the transfer run started, in milliseconds since 1970."""
     name: str
     variant: str | None
     checkpoint: str
@@ -108,6 +110,7 @@ def _row(run: RunInfo, source: RunInfo | None) -> Row:
         suite = f"{suite}, some tasks"
     return Row(
         suite=suite,
+        started=run.start_time,
         name=source.name if source else _name(run, checkpoint),
         variant=source.params.get("model.variant") if source else run.tags.get(names.VARIANT),
         checkpoint=checkpoint,

@@ -35,6 +35,7 @@ def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, An
 
     return {
         "suite": row.suite,
+        "started": row.started,
         "name": row.name,
         "variant": row.variant or "",
         "checkpoint": row.checkpoint,

@@ -208,7 +208,7 @@ class PretrainConfig:
     batch_size: int = 4096
     """Global batch size: images per step over all workers."""
     image_size: int = 224
-    """Input size of the model, in pixels."""
+    """Input size of the model, in pixels. The training crop --augment.size follows it."""
     validation_resize: int | None = None
     """Shorter side of validation images before the centre crop, in pixels. None: 8/7 of --image-size (256 for 224)."""
     seed: int = 0
@@ -243,6 +243,18 @@ class PretrainConfig:
     """Initial weights: .npz, .safetensors, or a checkpoint of this project."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     runtime: Annotated[RuntimeConfig, WITHOUT_PREFIX] = field(default_factory=RuntimeConfig)
+
+    def following(self, start: "PretrainConfig") -> "PretrainConfig":
+        """This config, whose training crop and validation size follow an image size that differs from `start`'s, unless
+        they were changed too."""
+        if self.image_size == start.image_size or self.image_size < 1:
+            return self
+        augment, resize = self.augment, self.validation_resize
+        if augment.size == start.augment.size == start.image_size:
+            augment = replace(augment, size=self.image_size)
+        if resize is not None and resize == start.validation_resize and resize < self.image_size:
+            resize = round(resize * self.image_size / start.image_size)
+        return replace(self, augment=augment, validation_resize=resize)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def check_values(config: PretrainConfig) -> None:
     engine, optimizer, runtime = config.engine, config.optimizer, config.runtime
     if config.validation_resize is not None and config.validation_resize < config.image_size:
         raise UserError(
-            f"validation_resize {config.validation_resize} is less than image_size {config.image_size}; give "
+            f"--validation-resize {config.validation_resize} is less than --image-size {config.image_size}; give "
             f"--validation-resize {round(config.image_size * 8 / 7)}, or --no-validation-resize"
         )
     if runtime.register is not None and (not runtime.register.strip() or set(runtime.register) & set("/:")):
@@ -344,7 +344,7 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
         more = f" --lanes {lanes}" if config.lanes not in (None, lanes) else ""
         more += " --workers 1" if lanes % config.runtime.workers else ""
         raise UserError(
-            f"batch_size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; "
+            f"--batch-size {config.batch_size} is larger than {uri} with {plural(len(dataset), 'image')}; "
             f"give --batch-size {batch}{more}, or use more images"
         )
     if dataset.encoding == "patches":
@@ -358,5 +358,6 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
             raise UserError(f"{uri} is already cut into patches, so only flips are possible; use --augment.crop squash")
     elif augment.size != config.image_size:
         raise UserError(
-            f"augment.size {augment.size} differs from image_size {config.image_size}; set both to the same value"
+            f"--augment.size {augment.size}, the training crop, differs from --image-size {config.image_size}; set both to "
+            "the same value"
         )

@@ -114,7 +114,7 @@ def test_repeated_command_continues_and_changed_command_is_refused(digits):
         ("pretrain", ["--recipe", "dmeo"], 'did you mean "demo"'),
         ("pretrain", ["--batch-sise", "3"], "--batch-size"),
         ("pretrain", ["--data", "nowhere"], "no dataset here"),
-        ("pretrain", ["--batch-size", "63"], "lanes 21 is not divisible by 2 workers"),
+        ("pretrain", ["--batch-size", "63"], "2 workers cannot share batches of 63 in 21 lanes"),
         ("pretrain", ["--model.variant", "Ti/15"], "15"),
         ("pretrain", ["--resume", "must", "--output", "empty"], "contains no checkpoint to continue"),
         ("prepare", ["--source", "nowhere", "--output", "out"], "nowhere"),

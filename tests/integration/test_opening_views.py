@@ -14,7 +14,9 @@ import mlflow
 import pytest
 
 from pipeline.tracking import mlflow_private, names, server, views
+from pipeline.tracking.pages import leaderboard_page
 from pipeline.tracking.views import SHARE, VIEW
+from tests.leaderboard import row
 from tests.ports import free_port
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -103,6 +105,21 @@ def test_the_page_in_a_browser(uri):
     assert mlflow_private.COLUMN_TITLE in page
     for column in ("val/top1", "train/loss", "images_seen", "recipe", "model.variant", "Dataset"):
         assert column in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_the_leaderboard_opens_on_the_suite_of_the_newest_result(tmp_path):
+    rows = [
+        row("a", 60.0, suite="demo", started=1),
+        row("b", 50.0, suite="own", started=3),
+        row("c", 1.0, suite="vtab1k", started=2),
+    ]
+    page = tmp_path / "leaderboard.html"
+    page.write_text(leaderboard_page(rows))
+    shown = rendered(page.as_uri())
+    assert "b · 50.00" in shown
+    assert "a · 60.00" not in shown
 
 
 def wait_for(address, seconds):

@@ -189,7 +189,7 @@ def test_one_failing_task_does_not_stop_the_others(ray_local, world, tmp_path):
     original = shard.read_bytes()
     settings = config(world, tmp_path / "out", data=str(broken), tasks=("pets", "svhn"))
     shard.write_bytes(original[:200])
-    with pytest.raises(UserError, match="svhn: .*has 200 bytes instead of"):  # a short shard is found before any work
+    with pytest.raises(UserError, match=r"svhn: .*has 200 bytes instead of"):  # a short shard is found before any work
         run_suite(settings)
     shard.write_bytes(original[:200] + bytes(len(original) - 200))
     result = run_suite(settings)

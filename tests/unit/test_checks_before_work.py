@@ -99,7 +99,10 @@ def picture(seed):
         (changed(DEMO, model=replace(DEMO.model, depth=0)), "model.depth 0"),
         (changed(DEMO, max_replaced=-1), "max_replaced -1"),
         (changed(DEMO, seed=1 << 63), "seed 9223372036854775808"),
-        (changed(DEMO, image_size=64), "validation_resize 32 is less than image_size 64; give --validation-resize 73"),
+        (
+            changed(DEMO, image_size=64),
+            "--validation-resize 32 is less than --image-size 64; give --validation-resize 73",
+        ),
         (changed(DEMO, workers=0), "workers 0"),
         (changed(DEMO, workers=2, min_workers=3), "min_workers 3 must be between 1 and workers"),
     ],
@@ -236,7 +239,7 @@ WRONG = {
         lambda t: {"data": f"{t}/data=1,{t}/none=1"},
         "none: no dataset here",
     ),
-    "validation smaller than the image": (lambda t: {"validation_resize": 7}, "validation_resize 7 is less than"),
+    "validation smaller than the image": (lambda t: {"validation_resize": 7}, "--validation-resize 7 is less than"),
     "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has no GPU"),
     "output that is no folder": (lambda t: {"output": str(t / "data" / "manifest.json" / "x")}, "is not a folder"),
     "output in a bucket without keys": (
@@ -359,7 +362,7 @@ def test_dry_run_refuses_a_file_in_place_of_data(fields, tmp_path):
     [
         ({"output": "/proc/run"}, "--output /proc/run"),
         ({"init_from": "none.npz"}, "none.npz"),
-        ({"validation_resize": 7}, "validation_resize 7"),
+        ({"validation_resize": 7}, "--validation-resize 7"),
     ],
 )
 def test_dry_run_without_the_data_checks_everything_else(change, message, fields, tmp_path):

@@ -3,17 +3,9 @@
 import dataclasses
 
 from pipeline.operations import comparison
-from pipeline.tracking.leaderboard import DECONTAMINATION, EVALUATION, TRAINING, VALIDATION, Row, data_note, differing
+from pipeline.tracking.leaderboard import DECONTAMINATION, EVALUATION, TRAINING, data_note, differing
 from pipeline.tracking.pages import leaderboard_page
-
-SAME = {TRAINING: "photos 1111", VALIDATION: "photos 2222", DECONTAMINATION: "none", EVALUATION: "vtab 3333"}
-
-
-def row(name, mean, **changes):
-    nothing = {field.name: None for field in dataclasses.fields(Row)}
-    about = {"suite": "vtab1k", "name": name, "checkpoint": name, "mean": mean, "groups": {}, "tasks": {"pets": mean}}
-    links = {"transfer_run": name, "transfer_url": "", "transfer_path": "", "config": {}}
-    return Row(**{**nothing, **about, **links, "datasets": SAME | changes})
+from tests.leaderboard import row
 
 
 def test_rows_of_the_same_data_have_no_note():

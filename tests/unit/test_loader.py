@@ -320,7 +320,7 @@ def test_missing_truncated_and_damaged_shards_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"world_size": 3}, "lanes 8 is not divisible by 3 workers.*multiple of 3"),
+        ({"world_size": 3}, "3 workers cannot share batches of 16 in 8 lanes.*--batch-size 15 --lanes 3"),
         ({"lanes": 5}, "batch_size 16 is not divisible by lanes 5.*--lanes 8"),
         ({"rank": 2, "world_size": 2}, "rank 2 is outside a world of 2"),
         ({"step": 14}, "13 steps of 16; step 14 is not one of them"),

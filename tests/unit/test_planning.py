@@ -187,7 +187,7 @@ def test_checkpoint_size():
     ("changes", "message"),
     [
         ({"gpu": "h10"}, 'unknown GPU "h10" \\(did you mean "h100"'),
-        ({"gpus": 100}, "lanes 256 is not divisible by 100 workers.*64 or 128 as the number of workers"),
+        ({"gpus": 100}, "100 workers cannot share batches of 4096 in 256 lanes.*64 or 128"),
         ({"gpus": 0}, "--gpus must be more than 0"),
         ({"mfu": 0.0}, "--mfu must be more than 0"),
         ({"mfu": 3.0}, "--mfu 3: a fraction of the peak"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from models.cost import flops, parameters
-from pipeline.config import from_yaml, to_yaml
+from pipeline.config import from_yaml, parse, to_yaml
 from pipeline.errors import UserError
+from pipeline.graph.fields import with_values
+from pipeline.operations.planning.config import PlanConfig
 from pipeline.operations.planning.preview import dry_run, stand_in
 from pipeline.training.config import PretrainConfig
 from pipeline.training.plan import make_plan, model_options
@@ -95,8 +97,32 @@ def test_dry_run_counts_the_data_that_is_there(tmp_path):
     text = dry_run(config, "demo", {})
     assert "640 images, 2 classes" in text
     assert "no dataset" not in text
-    with pytest.raises(UserError, match="batch_size 10000 is larger"):
+    with pytest.raises(UserError, match="--batch-size 10000 is larger"):
         dry_run(dataclasses.replace(config, batch_size=10_000), "demo", {})
+
+
+def parsed(*flags):
+    return parse([*flags], RECIPES, "demo", prog="jobs/pretrain.py", description="")
+
+
+def test_crop_and_validation_follow_the_image_size():
+    larger = parsed("--image-size", "64")
+    assert (larger.image_size, larger.augment.size, larger.validation_resize) == (64, 64, 64)
+    assert (larger.augment.area, larger.augment.flip) == ((0.5, 1.0), False)
+    assert parsed("--recipe", "b16_imagenet", "--image-size", "384").augment.size == 384
+    given = parsed("--image-size", "64", "--augment.size", "48", "--validation-resize", "80")
+    assert (given.augment.size, given.validation_resize) == (48, 80)
+    assert parsed("--image-size", "24").validation_resize == 32  # large enough
+    planned = parse(
+        ["--training.image-size", "64"],
+        {"demo": lambda: PlanConfig(training=RECIPES["demo"]())},
+        "demo",
+        prog="jobs/plan.py",
+        description="",
+    )
+    assert planned.training.augment.size == 64
+    stage = with_values(RECIPES["demo"](), {"image_size": 64}, "stage")
+    assert (stage.augment.size, stage.validation_resize) == (64, 64)
 
 
 @pytest.mark.parametrize("images", [1, 5, 20, 34, 63])
@@ -108,10 +134,10 @@ def test_the_batch_that_the_error_of_a_small_dataset_names_works(images, tmp_pat
     write_dataset(str(tmp_path / "mine"), rows, classes=["a", "b"])
     config = changed(RECIPES["demo"](), data=str(tmp_path / "mine"), validation=None)
     with pytest.raises(
-        UserError, match=r"batch_size 64 is larger .*; give --batch-size \d+( --workers 1)?, or use"
+        UserError, match=r"--batch-size 64 is larger .*; give --batch-size \d+( --workers 1)?, or use"
     ) as error:
         dry_run(config, "demo", {})
-    batch = int(re.search(r"--batch-size (\d+)", str(error.value))[1])
+    batch = int(re.search(r"give --batch-size (\d+)", str(error.value))[1])
     config = changed(config, batch_size=batch, workers=1 if "--workers 1" in str(error.value) else 2)
     assert f" steps of {batch} " in dry_run(config, "demo", {})
 

@@ -13,6 +13,7 @@ from pipeline.data.format.dataset import Dataset, open_dataset
 from pipeline.data.patches import unpatchify
 from pipeline.errors import UserError, plural
 from pipeline.outputs import check_output
+from pipeline.units import bytes_text
 
 
 def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
     facts["text"] = (
         f"{dataset.uri}\n"
         f"  images      {len(dataset):,} as {dataset.encoding} {_plain(manifest.image)}\n"
-        f"  on disk     {size / 1e9:,.3f} GB, {size / len(dataset) / 1e3:,.1f} kB per image; {plural(len(manifest.shards), 'shard')}, "
+        f"  on disk     {bytes_text(size)}, {bytes_text(size / len(dataset))} per image; {plural(len(manifest.shards), 'shard')}, "
         f"{plural(len(dataset.row_groups), 'row group')}\n"
         f"  originals   width {_span(facts['original_width'])}, height {_span(facts['original_height'])} "
         "(smallest / median / largest)\n"

@@ -70,10 +70,19 @@ def check_layout(batch_size: int, lanes: int, workers: int = 1) -> None:
     if lanes % workers:
         fitting = sorted((n for n in range(1, lanes + 1) if lanes % n == 0), key=lambda n: abs(n - workers))[:4]
         raise UserError(
-            f"lanes {lanes} is not divisible by {plural(workers, 'worker')}: each worker reads its own lanes; use "
-            f"{' or '.join(map(str, sorted(fitting)))} as the number of workers, or set lanes to a multiple of {workers} that divides "
-            f"the batch of {batch_size} (it fixes the order of samples)"
+            f"{plural(workers, 'worker')} cannot share batches of {batch_size} in {plural(lanes, 'lane')} (sample streams, each "
+            f"read by one worker); use --workers {' or '.join(map(str, sorted(fitting)))}, or {_other_layout(batch_size, lanes, workers)}"
         )
+
+
+def _other_layout(batch_size: int, lanes: int, workers: int) -> str:
+    """Flags for the same number of workers, with the closest batch that they can share."""
+    size = max(1, round(batch_size / workers)) * workers
+    usual = default_lanes(size, 2**62)
+    fitting = [n for n in range(workers, max(lanes, workers) + 1, workers) if size % n == 0]
+    batch = [f"--batch-size {size}"] if size != batch_size else []
+    is_usual = lanes == default_lanes(batch_size, 2**62) and usual % workers == 0
+    return " ".join(batch + ([] if batch and is_usual else [f"--lanes {max(fitting)}"]))
 
 
 class Picks(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipeline.errors import plural
 from pipeline.lines import fit
-from pipeline.units import bytes_text
+from pipeline.units import bytes_text, flops_text
 
 LIMITS = {
     "gpus": "the GPUs",
@@ -23,7 +23,7 @@ def plan_table(result: dict[str, Any]) -> str:
         f"{hardware['mfu']:.0%} MFU",
         f"  model        {model['parameters'] / 1e6:,.1f}M parameters, {model['forward_gflops_per_image']:,.2f} GFLOPs an image forward",
         f"  corpus       {plural(run['images'], 'image')}, {plural(run['classes'], 'class')}",
-        f"  run          {plural(run['steps'], 'step')}, {plural(run['images_seen'], 'image')} seen, {run['train_exaflops']:,.4g} exaFLOPs",
+        f"  run          {plural(run['steps'], 'step')}, {plural(run['images_seen'], 'image')} seen, {flops_text(run['train_exaflops'] * 1e18)}",
         f"  speed        {run['images_per_second']:,.0f} img/s, {run['step_seconds']:.3g} s a step, limited by "
         f"{LIMITS[run['limited_by']]}",
         *_limits(run),
