@@ -53,21 +53,33 @@ def folder(run: str, step: int) -> str:
 
 def find(run: str) -> list[Checkpoint]:
     """The committed checkpoints of a run, oldest first. Uncommitted folders are ignored."""
-    root = storage.join(run, "checkpoints")
     found = []
+    for checkpoint in _scan(run):
+        if isinstance(checkpoint, Checkpoint):
+            found.append(checkpoint)
+        else:
+            logger.warning("a checkpoint is skipped: %s", checkpoint)
+    return found
+
+
+def _scan(run: str) -> list[Checkpoint | UserError]:
+    """The committed checkpoints of a run, oldest first; for a damaged COMMIT.json, the error of reading it."""
+    root = storage.join(run, "checkpoints")
+    found: list[tuple[int, str, Checkpoint | UserError]] = []
     for file in storage.list_files(root):
         name, _, rest = file.path.partition("/")
-        if rest == COMMIT and commit.step_of(name) is not None:
+        step = commit.step_of(name)
+        if rest == COMMIT and step is not None:
             uri = storage.join(root, name)
             try:
-                found.append(read(uri))
+                found.append((step, uri, read(uri)))
             except FileNotFoundError:  # another process removed it meanwhile
                 continue
             except (OtherFormat, StorageError):
                 raise
             except UserError as error:
-                logger.warning("a checkpoint is skipped: %s", error)
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.uri))
+                found.append((step, uri, error))
+    return [checkpoint for _, _, checkpoint in sorted(found, key=lambda entry: entry[:2])]
 
 
 def read(uri: str) -> Checkpoint:
@@ -127,20 +139,28 @@ def by_score(found: Iterable[Checkpoint], metric: str | None) -> list[Checkpoint
 
 
 def resolve(uri: str) -> Checkpoint:
-    """The checkpoint in a checkpoint folder, or the newest one of a run folder. Compares sizes. Raises UserError if
-    there is no complete checkpoint.
+    """The checkpoint in a checkpoint folder, or the newest one of a run folder. Compares sizes. Raises UserError if there
+    is none, and Damaged for a damaged one, which names the newest intact one: scores and exports of an earlier
+    checkpoint would not be noticed.
     """
     uri = storage.normalise(uri)
-    if storage.exists(storage.join(uri, COMMIT)):
-        checkpoint = read(uri)
-        problem = damage(checkpoint, checksums=False)
-        if problem:
-            raise Damaged(f"{uri}: damaged checkpoint: {problem}; use an earlier one")
-        return checkpoint
-    newest = latest(uri, checksums=False)
-    if newest is None:
+    found = [read(uri)] if storage.exists(storage.join(uri, COMMIT)) else _scan(uri)
+    if not found:
         raise UserError(f"{uri}: no complete checkpoint (a folder with {COMMIT}, or a run folder with checkpoints/)")
-    return newest
+    newest = found.pop()
+    problem = _problem(newest)
+    if problem is None and isinstance(newest, Checkpoint):
+        return newest
+    earlier = next((c.uri for c in reversed(found) if isinstance(c, Checkpoint) and _problem(c) is None), "an earlier one")
+    raise Damaged(f"{problem}; use {earlier}")
+
+
+def _problem(checkpoint: Checkpoint | UserError) -> str | None:
+    """The problem of a checkpoint, without its checksums, or None."""
+    if isinstance(checkpoint, UserError):
+        return str(checkpoint)
+    problem = damage(checkpoint, checksums=False)
+    return problem and f"{checkpoint.uri}: damaged checkpoint: {problem}"
 
 
 def sha256(uri: str) -> str:

@@ -320,7 +320,14 @@ def test_damaged_checkpoint_is_skipped(tmp_path, caplog):
     victim.write_bytes(content[:-10])
     with pytest.raises(UserError, match=r"damaged checkpoint: model\.safetensors has"):
         checkpoints.resolve(str(four))
+    # transfer, evaluate and export do not use an earlier checkpoint by themselves
+    with pytest.raises(UserError, match=rf"step-00000006/COMMIT.json: not valid JSON.*; use {two}"):
+        checkpoints.resolve(str(tmp_path))
+    shutil.rmtree(six)
+    with pytest.raises(UserError, match=rf"step-00000004: damaged checkpoint: .*; use {two}"):
+        checkpoints.resolve(str(tmp_path))
     assert checkpoint.remove_orphans(str(tmp_path)) == ["step-00000008"]
+    shutil.rmtree(four)
     assert checkpoints.resolve(str(tmp_path)).step == 2
 
 
