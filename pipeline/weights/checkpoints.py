@@ -151,7 +151,9 @@ def resolve(uri: str) -> Checkpoint:
     problem = _problem(newest)
     if problem is None and isinstance(newest, Checkpoint):
         return newest
-    earlier = next((c.uri for c in reversed(found) if isinstance(c, Checkpoint) and _problem(c) is None), "an earlier one")
+    earlier = next(
+        (c.uri for c in reversed(found) if isinstance(c, Checkpoint) and _problem(c) is None), "an earlier one"
+    )
     raise Damaged(f"{problem}; use {earlier}")
 
 

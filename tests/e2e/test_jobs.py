@@ -96,7 +96,8 @@ def test_the_run_of_the_pipeline_links_its_stages_and_has_costs_picture_and_page
         assert {f"stage/{name}/seconds", f"stage/{name}/estimated_seconds"} <= set(run.data.metrics)
     assert "#/models/demo/versions/1" in tags["mlflow.note.content"]
     assert re.match(
-        rf"demo: 5 of 5 stages done\. pretrain: {steps} steps, top-1 [\d.]+%; transfer: mean", tags["mlflow.note.content"]
+        rf"demo: 5 of 5 stages done\. pretrain: {steps} steps, top-1 [\d.]+%; transfer: mean",
+        tags["mlflow.note.content"],
     )
     assert {"cost/cpu_hours", "cost/gpu_hours", "cost/read", "cost/written"} <= set(run.data.metrics)
     (version,) = client.search_model_versions("name = 'demo'")
