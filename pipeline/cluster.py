@@ -207,8 +207,8 @@ def _start_embedded() -> None:
     import ray
 
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporters would listen on all addresses
-    before = psutil.Process().children()
     for left in reversed(range(EMBEDDED_STARTS)):
+        before = psutil.Process().children()  # with what an earlier attempt left
         try:
             with ray_state.on_loopback(), _block_stop_signals(), _keep_signal_handler():
                 ray.init(

@@ -134,10 +134,12 @@ def test_ray_that_does_not_start_in_time_is_started_again(slow):
     """Ray waits 30 s for its processes, which a busy machine may need. Of each attempt that failed, no process stays."""
     command = [sys.executable, "-c", SLOW, str(slow)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
-    assert done.stderr.count("Ray did not start in time") == min(slow, 2), done.stderr
+    warned = done.stderr.count("Ray did not start in time")  # a busy machine may make a further attempt slow
+    assert min(slow, 2) <= warned <= 2, done.stderr
     assert "Traceback" not in done.stderr
     if slow == 1:
-        assert (done.returncode, done.stdout) == (0, "it works\n[-9, None]\n"), done.stderr
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(r"it works\n\[-9, (-?\d+, )?None\]\n", done.stdout), done.stdout
     else:
         assert (done.returncode, done.stdout) == (1, "[-9, -9, -9]\n"), done.stderr
         assert "error: Ray does not start on this machine: " in done.stderr
