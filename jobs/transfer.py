@@ -16,13 +16,18 @@ its results. A failed task does not stop the others, but the exit code is then 1
 
 import dataclasses
 import json
+import statistics
 import sys
+import typing
 from collections.abc import Callable
 
 from pipeline import config, logs
 from pipeline.errors import UserError
 from pipeline.lines import fit
 from pipeline.transfer.suites import SUITES, TransferConfig, check_config
+
+if typing.TYPE_CHECKING:
+    from pipeline.transfer.run import SuiteResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +61,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         return dry_run(options, settings)
     from pipeline.operations import doctor, next_steps
-    from pipeline.transfer import report, run_suite
+    from pipeline.transfer import run_suite
 
     doctor.preflight(settings.address, settings.tracking_uri)
     stdout = logs.reserve_stdout() if options.json else sys.stdout
@@ -64,20 +69,32 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(dataclasses.asdict(result)), file=stdout, flush=True)
     else:
-        for name, score in result.scores.items():
-            spread = f" ± {result.std[name]:.2f}" if options.seeds > 1 else ""
-            unseen = f"  ({result.clean[name]:.2f} without seen images)" if name in result.clean else ""
-            more = "".join(f"  {title} {text}" for title, text in report.describe(result.details.get(name, {})))
-            print(fit(f"{name:24s}{score:7.2f}{spread}{more}{unseen}", indent=33))
-        for group, mean in result.group_means.items():
-            print(fit(f"{f'mean {group}':24s}{mean:7.2f}"))
-        if result.mean is not None:
-            print(fit(f"{f'mean of {len(result.scores)}':24s}{result.mean:7.2f}"))
+        show(result, options.seeds)
         print(fit(f"report: {result.output}/report.md"))
     for job, error in result.failures.items():
         print(fit(f"failed: {job}: {error}"), file=sys.stderr)
     logs.show(next_steps.after_transfer(settings.suite, settings.tracking_uri))
     return 1 if result.failures else 0
+
+
+def show(result: "SuiteResult", seeds: int) -> None:
+    """Prints the scores as a table, with those of random weights where there are any."""
+    from pipeline.transfer import report
+
+    random, width = result.random, 15 if seeds > 1 else 8
+    if random:
+        print(f"{'':24s}{'encoder':>{width}s}{'random':>9s}")
+    for name, score in result.scores.items():
+        spread = f" ± {result.std[name]:.2f}" if seeds > 1 else ""
+        beside = f"{random[name]:9.2f}" if name in random else ""
+        unseen = f"  ({result.clean[name]:.2f} without seen images)" if name in result.clean else ""
+        more = "".join(f"  {title} {text}" for title, text in report.describe(result.details.get(name, {})))
+        print(fit(f"{name:24s}{f'{score:.2f}{spread}':>{width}s}{beside}{more}{unseen}", indent=33))
+    for group, mean in result.group_means.items():
+        print(fit(f"{f'mean {group}':24s}{mean:{width}.2f}"))
+    if result.mean is not None:
+        beside = f"{statistics.fmean(random.values()):9.2f}" if random.keys() == result.scores.keys() else ""
+        print(fit(f"{f'mean of {len(result.scores)}':24s}{result.mean:{width}.2f}{beside}"))
 
 
 def dry_run(options: Command, settings: TransferConfig) -> int:

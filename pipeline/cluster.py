@@ -21,7 +21,7 @@ import psutil
 
 from pipeline import host_memory, ray_state, ray_watch, stops
 from pipeline.credentials import forwarded
-from pipeline.errors import NotStarted, UserError
+from pipeline.errors import NotStarted, NotStartedInTime, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +139,14 @@ def connect() -> None:
         what = _join()
     except Exception as error:  # Ray also raises plain exceptions
         if not address and not is_ray_job():
-            first = next(iter(str(error).splitlines()), type(error).__name__)
+            if "timed out" in str(error):
+                raise NotStartedInTime(
+                    "Ray did not start in time: this machine is very busy, or its memory or disk is full; repeat the command "
+                    "later. Ray's logs are in /tmp/ray/session_latest/logs"
+                ) from error
+            first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise NotStarted(
-                f"Ray does not start on this machine: {first}; is it very busy, or its memory or disk full? Its logs are in "
-                "/tmp/ray/session_latest/logs"
+                f"Ray does not start on this machine: {first}; its logs are in /tmp/ray/session_latest/logs"
             ) from error
         raise UserError(_why_not_joined(address, error)) from error
     protect_token()

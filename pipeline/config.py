@@ -78,7 +78,7 @@ def parse_recipe(
         print(help.help_text(start, prog=prog, description=description, **about), end="")
         raise SystemExit(0)
     help.check_flags(flags, start)
-    flags = help.none_as_value(flags, start)
+    flags = help.for_tyro(flags, start)
     return following(_from_flags(type(start), flags, prog=prog, default=start), start), recipe_config, name
 
 
@@ -93,7 +93,7 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
         print(help.help_text(command, prog=prog, description=description, everything="--help-all" in flags), end="")
         raise SystemExit(0)
     help.check_flags(flags, command)
-    return _from_flags(command, help.none_as_value(flags, command), prog=prog)
+    return _from_flags(command, help.for_tyro(flags, command), prog=prog)
 
 
 def following(config: Config, start: Config) -> Config:
@@ -130,6 +130,8 @@ def _read_config(uri: str) -> str:
         if len(data) > MAX_CONFIG_BYTES:
             raise UserError(f"--config {uri}: more than {MAX_CONFIG_BYTES:,} bytes; no configuration is that large")
         return data.decode()
+    except FileNotFoundError:
+        raise UserError(f"--config {uri}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--config {uri} cannot be read: {error}") from error
 
@@ -142,8 +144,8 @@ def summary(function: Callable) -> str:
 def run_job(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Runs a job's `main(argv)` and exits with a documented code.
 
-    0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, or another process uses the
-    output); 129: the terminal was closed; 130: Ctrl-C; 141: the reader of the output has ended; 143: SIGTERM."""
+    0: success; 1: failure; 2: wrong input; 75: temporary failure (a store is unavailable, Ray did not start in time, or
+    another process uses the output); 129: the terminal was closed; 130: Ctrl-C; 141: the reader of the output has ended; 143: SIGTERM."""
     stops.handle_signals()
     ray_watch.enable()
     logs.setup()

@@ -9,6 +9,7 @@ __all__ = [
     "JobFailed",
     "NotRead",
     "NotStarted",
+    "NotStartedInTime",
     "NotWritten",
     "StorageError",
     "Unavailable",
@@ -33,9 +34,15 @@ class Unavailable(StorageError):
 
 
 class NotStarted(UserError):
-    """Ray does not start on this machine, which may be busy. A retry may succeed."""
+    """Ray does not start on this machine."""
 
     exit_code = 1
+
+
+class NotStartedInTime(NotStarted):
+    """Ray did not start before the timeout, as on a busy machine."""
+
+    exit_code = TRY_LATER
 
 
 class NotRead(UserError):

@@ -34,6 +34,7 @@ COMMON = (
         "splits",
         "labels",
         "tasks",
+        "random_encoder",
     ),
     *("steps", "batch_size", "image_size", "model.variant", "optimizer.lr", "workers", "gpus", "gpu", "price", "mfu"),
     *("seeds", "lrs", "resolution", "every", "once", "fail_on_regression", "prune", "delete"),
@@ -75,6 +76,11 @@ SYNONYMS = {
     ("smoothing",): ("label-smoothing {}",),
     ("ngpus", "num-gpus", "n-gpus"): ("gpus {}",),
 }
+
+
+SIZES = {"tiny": "ti", "small": "s", "base": "b", "large": "l", "huge": "h"}
+SWITCH = "yes|no"
+SWITCH_WORDS = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,7 +148,7 @@ def _kind(hint: Any) -> str:
         return f"{_kind(first)} ..." if Ellipsis in more or not more else " ".join(map(_kind, (first, *more)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(_kind(argument) for argument in typing.get_args(hint) if argument is not type(None))
-    return {int: "N", float: "X", bool: "yes|no"}.get(hint, "TEXT")
+    return {int: "N", float: "X", bool: SWITCH}.get(hint, "TEXT")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -224,7 +230,7 @@ def _paragraph(text: str) -> list[str]:
 
 def _option_lines(option: Option) -> list[str]:
     value = option.value
-    if isinstance(value, bool):
+    if option.kind == SWITCH:
         return _entry(option.flag, f"{option.text} {_switch(option)}".strip())
     shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
     default = " (required)" if option.required else "" if value in (None, "", (), [], {}) else f" (default: {shown})"
@@ -294,13 +300,33 @@ def check_flags(arguments: Iterable[str], config: Any) -> None:
             raise UserError(f"--{name} is required ({option.text.rstrip('.')}); --help shows the command")
 
 
-def none_as_value(arguments: Iterable[str], config: Any) -> list[str]:
-    """The arguments with --no-NAME of an option that may be None as --NAME None, which is what tyro reads."""
-    negatives = {option.negative: option.flag for option in options_of(config) if option.optional}
+def for_tyro(arguments: Sequence[str], config: Any) -> list[str]:
+    """The arguments in the form that tyro reads: --no-NAME of an option that may be None as --NAME None, and a switch
+    with a word (--NAME yes) or without one as tyro's --NAME True, or --NAME and --no-NAME."""
+    options = options_of(config)
+    negatives = {option.negative: option for option in options if option.optional}
+    switches = {option.flag: option for option in options if option.kind == SWITCH}
     words: list[str] = []
-    for argument in arguments:
-        flag = negatives.get(argument.replace("_", "-")) if argument.startswith("--") else None
-        words += [flag, "None"] if flag else [argument]
+    taken = False  # the next argument is the word of a switch
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, equals, word = argument.partition("=")
+        flag = flag.replace("_", "-") if argument.startswith("--") else ""
+        if taken:
+            taken = False
+        elif flag in negatives and not equals:
+            option = negatives[flag]
+            words += [option.flag, str(False if option.kind == SWITCH else None)]
+        elif flag in switches:
+            option = switches[flag]
+            word = (word if equals else following).lower()
+            is_word = word in SWITCH_WORDS or (word == "none" and option.optional)
+            if equals and not is_word:
+                raise UserError(f"{argument}: expected {option.flag}, or {option.flag} no")
+            taken = is_word and not equals
+            value = SWITCH_WORDS.get(word) if is_word else True
+            words += [option.flag, str(value)] if option.optional else [option.flag if value else option.negative]
+        else:
+            words.append(argument)
     return words
 
 
@@ -324,6 +350,8 @@ def error_in_box(printed: str) -> str:
 
 
 def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
+    if model := re.match(r"vit_(tiny|small|base|large|huge)_patch(\d+)", value):  # timm's name
+        value = f"{SIZES[model[1]].title()}/{model[2]}"
     for synonym in next((flags for names, flags in SYNONYMS.items() if name in names), ()):
         if synonym.partition(" ")[0] in options:
             return f" (did you mean --{synonym.format(value).strip()}?)"
@@ -336,7 +364,7 @@ def _meant(name: str, value: str, options: Mapping[str, Option]) -> str:
 def unknown_recipe(name: str, recipes: Collection[str]) -> UserError:
     """Suggests the recipes of a model, such as ViT-B/16 or vit_base_patch16_224, or the recipe with the nearest name."""
     plain = re.sub(r"^vit[-_ ]?|[-_]?patch|[/ ]", "", name.lower())
-    for size, short in (("tiny", "ti"), ("small", "s"), ("base", "b"), ("large", "l"), ("huge", "h")):
+    for size, short in SIZES.items():
         plain = re.sub(rf"^{size}[-_]?", short, plain)
     words = re.split("[-_]", plain)
     found = [recipe for recipe in recipes if recipe.startswith(f"{words[0]}_")]

@@ -1,5 +1,7 @@
 """Transfer results with their pre-training runs: score, images seen and compute (paper, Figure 5)."""
 
+import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -56,26 +58,40 @@ class Row:
 
 
 def leaderboard(*, suite: str | None = None, uri: str | None = None) -> list[Row]:
-    """Every finished transfer result, best first within its suite. Only the newest result per checkpoint and suite is
-    listed.
+    """Every finished transfer result, best first within its suite. Only the newest result per checkpoint, suite and
+    evaluation data is listed.
 
     Raises UserError if there are no results.
     """
     pretrained = _Pretrained(read_runs(names.PRETRAIN, uri=uri))
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     for run in read_runs(names.TRANSFER, with_param="suite", uri=uri):  # parents, newest first
         if not any(key.startswith(names.SCORE) for key in run.metrics):
             continue
         row = _row(run, pretrained.source(run))
         if suite in (None, run.params.get("suite")):
-            rows.setdefault((row.suite, row.checkpoint), row)
+            rows.setdefault((row.suite, row.checkpoint, row.datasets.get(EVALUATION, "")), row)
     if not rows:
         where = redacted(resolve_tracking_uri(uri))
         what = f'of suite "{suite}" ' if suite else ""
         raise UserError(
             f"no transfer run {what}with scores yet in {where}; run jobs/transfer.py first, or set --tracking-uri"
         )
-    return sorted(rows.values(), key=lambda row: (row.suite, -row.mean))
+    return sorted(by_evaluation_data(rows.values()), key=lambda row: (row.suite, -row.mean))
+
+
+def by_evaluation_data(rows: Iterable[Row]) -> list[Row]:
+    """The rows, with the evaluation data in the name of each suite that has scores on different data, as these are not
+    comparable."""
+    rows, sets = list(rows), collections.defaultdict(set)
+    for row in rows:
+        sets[row.suite].add(row.datasets.get(EVALUATION))
+    return [
+        dataclasses.replace(row, suite=f"{row.suite} on {row.datasets[EVALUATION]}")
+        if EVALUATION in row.datasets and len(sets[row.suite] - {None}) > 1
+        else row
+        for row in rows
+    ]
 
 
 class _Pretrained:

@@ -208,7 +208,7 @@ class PretrainConfig:
     batch_size: int = 4096
     """Global batch size: images per step over all workers."""
     image_size: int = 224
-    """Input size of the model, in pixels. The training crop --augment.size follows it."""
+    """Input size of the model, in pixels. The training crop (augment.size) follows it."""
     validation_resize: int | None = None
     """Shorter side of validation images before the centre crop, in pixels. None: 8/7 of --image-size (256 for 224)."""
     seed: int = 0

@@ -23,7 +23,7 @@ from pipeline.data.codecs import decode_stored
 from pipeline.data.format import Dataset
 from pipeline.data.loading.transform import augment_image
 from pipeline.data.patches import unpatchify
-from pipeline.errors import UserError, shorten
+from pipeline.errors import UserError, plural, shorten
 from pipeline.tracking import names
 from pipeline.training.config import PretrainConfig
 from pipeline.training.engine import Engine, Worker
@@ -171,7 +171,7 @@ def places_of_classes(validation: Dataset, classes: Sequence[str]) -> Tensor | N
     places, unknown = match_classes(validation, classes)
     if places is not None and (unknown or not validation.classes):
         missing = (
-            f": {len(unknown)} of its classes are not among the run's {len(classes)}, such as {shorten(list(unknown), 3)}"
+            f": {shorten(list(unknown), 3)} {'is' if len(unknown) == 1 else 'are'} not among the run's {plural(len(classes), 'class')}"
             if unknown
             else ""
         )

@@ -74,7 +74,7 @@ class TransferConfig:
     """Pre-training dataset prepared with --decontaminate, its duplicates.parquet, or JSON {task: [keys]}. Adds the
     accuracy without test images that are in the pre-training data."""
     random_encoder: bool | None = None
-    """Also run the suite with random weights as a baseline without pre-training. None: only for the suite demo."""
+    """Also run the suite with random weights as a baseline without pre-training. By default only for the suite demo."""
     variant: str | None = None
     """Architecture of weights without a configuration, such as B/16."""
     class_names: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import commit, storage
 from pipeline.commit import COMMIT, FORMAT, Damaged, OtherFormat
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import StorageError, UserError, nearest
 
 __all__ = [
     "COMMIT",
@@ -146,7 +146,7 @@ def resolve(uri: str) -> Checkpoint:
     uri = storage.normalise(uri)
     found = [read(uri)] if storage.exists(storage.join(uri, COMMIT)) else _scan(uri)
     if not found:
-        raise UserError(f"{uri}: no complete checkpoint (a folder with {COMMIT}, or a run folder with checkpoints/)")
+        raise UserError(f"{uri}: no complete checkpoint{_why_none(uri)}")
     newest = found.pop()
     problem = _problem(newest)
     if problem is None and isinstance(newest, Checkpoint):
@@ -155,6 +155,14 @@ def resolve(uri: str) -> Checkpoint:
         (c.uri for c in reversed(found) if isinstance(c, Checkpoint) and _problem(c) is None), "an earlier one"
     )
     raise Damaged(f"{problem}; use {earlier}")
+
+
+def _why_none(uri: str) -> str:
+    if storage.exists(uri):
+        return f" yet (in a run folder: checkpoints/step-.../{COMMIT})"
+    parent, _, name = uri.rpartition("/")
+    beside = storage.list_folders(parent) if parent and storage.can_list(parent) and storage.exists(parent) else []
+    return f", and no such folder{nearest(name, beside)}"
 
 
 def _problem(checkpoint: Checkpoint | UserError) -> str | None:

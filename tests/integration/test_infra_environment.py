@@ -69,7 +69,7 @@ def prepare(environment: dict[str, str], output: str, source: str = "s3://corpus
     command += ["--output", output, "--num-cpus", "2"]
     for _ in range(STARTS):  # Ray may not start in its time on a busy machine
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        if "Ray does not start on this machine" not in done.stderr:
+        if "error: Ray did not start in time" not in done.stderr:
             break
     return done
 

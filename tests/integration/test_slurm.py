@@ -36,7 +36,7 @@ def test_the_batch_script_trains(submitter):
     for _ in range(STARTS):  # a Ray node ends when its agent does not start in time, which it may not on a busy machine
         command = ["bash", SCRIPT, *SMALL, "--steps", "2"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        if "Ray does not start" not in done.stderr:
+        if "Ray did not start in time" not in done.stderr:
             break
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--nodelist=node1" in submitter.calls
@@ -96,7 +96,7 @@ def start(submitter: User, log: Path, pattern: str) -> subprocess.Popen:
     for _ in range(STARTS):
         with open(log, "w") as out:
             job = subprocess.Popen(["bash", SCRIPT, *LONG], env=environment, stdout=out, stderr=out)
-        if until(log, rf"{pattern}|error: Ray does not start")[0] != "error: Ray does not start":
+        if until(log, rf"{pattern}|error: Ray did not start")[0] != "error: Ray did not start":
             return job
         job.wait(60)
     raise AssertionError(log.read_text())

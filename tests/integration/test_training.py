@@ -329,6 +329,11 @@ def test_damaged_checkpoint_is_skipped(tmp_path, caplog):
     assert checkpoint.remove_orphans(str(tmp_path)) == ["step-00000008"]
     shutil.rmtree(four)
     assert checkpoints.resolve(str(tmp_path)).step == 2
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="run: no complete checkpoint yet"):
+        checkpoints.resolve(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r'rnu: no complete checkpoint, and no such folder \(did you mean "run"\?\)'):
+        checkpoints.resolve(str(tmp_path / "rnu"))
 
 
 def damaged_by(kind: str, folder: Path) -> None:

@@ -204,7 +204,10 @@ WRONG = {
         lambda t: {"data": parent_of_splits(t / "sets")},
         "sets: no dataset here, but in its folders test, train, val(; name one of them, such as .*sets/train)?$",
     ),
-    "data that is not prepared": (lambda t: {"data": raw_images(t / "photos")}, "photos: no dataset here"),
+    "data that is not prepared": (
+        lambda t: {"data": raw_images(t / "photos")},
+        "photos: images such as 1.png, but no dataset",
+    ),
     "data without a shard": (
         lambda t: {"data": without_its_second_shard(t / "d")},
         "0001.parquet: the shard is missing",
@@ -217,7 +220,10 @@ WRONG = {
         lambda t: {"validation": without_its_second_shard(t / "d")},
         "0001.parquet: the shard is missing",
     ),
-    "validation of another class": (lambda t: {"validation": write(t / "x", 8, "abce")}, r"--validation .*such as e"),
+    "validation of another class": (
+        lambda t: {"validation": write(t / "x", 8, "abce")},
+        r"--validation .*: e is not among the run",
+    ),
     "validation without labels": (
         lambda t: {"validation": write(t / "x", 8, "abcd", lambda i, n: -1)},
         "--validation .* has no labelled images",
@@ -238,6 +244,10 @@ WRONG = {
     "mixture with a data set that is not there": (
         lambda t: {"data": f"{t}/data=1,{t}/none=1"},
         "none: no dataset here",
+    ),
+    "image smaller than a patch": (
+        lambda t: {"image_size": 4, "augment": Augment(size=4)},
+        "--image-size 4 is smaller than one patch of mu/8",
     ),
     "validation smaller than the image": (lambda t: {"validation_resize": 7}, "--validation-resize 7 is less than"),
     "GPUs that are not there": (lambda t: {"gpus": True}, "--gpus: this machine has no GPU"),

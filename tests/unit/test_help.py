@@ -1,6 +1,7 @@
 """Help pages: short, narrow, complete on request; misspelled flags get a suggestion."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import os
@@ -95,6 +96,8 @@ def test_recipes_are_listed_by_family(capsys):
         (["--batch-sise", "8"], "did you mean --batch-size?"),
         (["--variant", "B/16"], "did you mean --model.variant?"),
         (["--model", "B/16"], "did you mean --model.variant B/16?"),
+        (["--model", "vit_tiny_patch16_224"], "did you mean --model.variant Ti/16?"),
+        (["--config", "none.yaml"], "--config none.yaml: no such file"),
         (["--epoch", "5"], "did you mean --steps 5epochs?"),
         (["--wdecay", "0.1"], "did you mean --optimizer.weight-decay 0.1?"),
         (["--num-workers", "8"], "did you mean --threads 8?"),
@@ -129,6 +132,52 @@ def test_no_before_a_name_sets_nothing_or_false(flags, name, value):
     for part in name.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Switches:
+    plain: bool = False
+    """A switch."""
+    maybe: bool | None = None
+    """A switch with three states."""
+    name: str = ""
+    """A text."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--maybe"], (False, True, "")),
+        (["--maybe", "--plain"], (True, True, "")),
+        (["--maybe", "yes", "--plain", "no"], (False, True, "")),
+        (["--maybe", "No"], (False, False, "")),
+        (["--maybe", "False"], (False, False, "")),
+        (["--no-maybe"], (False, False, "")),
+        (["--maybe", "None"], (False, None, "")),
+        (["--plain", "true", "--name", "--plain"], None),
+        (["--plain", "1", "--name", "yes"], (True, None, "yes")),
+        (["--no-plain"], (False, None, "")),
+        (["--maybe=no", "--plain=yes"], (True, False, "")),
+        (["--plain=perhaps"], None),
+    ],
+)
+def test_switches_take_a_word_or_none(flags, expected):
+    def read():
+        return config.parse(flags, {"it": Switches}, "it", prog="x", description="")
+
+    if expected is None:
+        with pytest.raises(UserError):
+            read()
+    else:
+        assert read() == Switches(plain=expected[0], maybe=expected[1], name=expected[2])
+
+
+def test_the_help_shows_switches_without_a_value(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(["--help"], {"it": Switches}, "it", prog="x", description="")
+    text = capsys.readouterr().out
+    assert "--maybe " in text
+    assert "yes|no" not in text
 
 
 def test_the_help_says_how_to_give_no_value(capsys):

@@ -3,9 +3,24 @@
 import dataclasses
 
 from pipeline.operations import comparison
-from pipeline.tracking.leaderboard import DECONTAMINATION, EVALUATION, TRAINING, data_note, differing
+from pipeline.tracking.leaderboard import (
+    DECONTAMINATION,
+    EVALUATION,
+    TRAINING,
+    by_evaluation_data,
+    data_note,
+    differing,
+)
 from pipeline.tracking.pages import leaderboard_page
 from tests.leaderboard import row
+
+
+def test_a_suite_with_scores_on_other_data_is_divided():
+    rows = [row("a", 60.0), row("b", 50.0, **{EVALUATION: "vtab 5555"}), row("c", 40.0, suite="frozen")]
+    unknown = dataclasses.replace(row("d", 30.0), datasets={})
+    divided = [row.suite for row in by_evaluation_data([*rows, unknown])]
+    assert divided == ["vtab1k on vtab 3333", "vtab1k on vtab 5555", "frozen", "vtab1k"]
+    assert [row.suite for row in by_evaluation_data([rows[0], unknown])] == ["vtab1k", "vtab1k"]
 
 
 def test_rows_of_the_same_data_have_no_note():

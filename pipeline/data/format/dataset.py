@@ -103,7 +103,9 @@ class Dataset:
             if found != shard.bytes:
                 what = "is missing" if found is None else f"has {found:,} bytes instead of {shard.bytes:,}"
                 uri = storage.join(self.uri, shard.name)
-                raise UserError(f"{uri}: the shard {what}; `jobs/prepare.py verify {self.uri}` lists all problems")
+                raise UserError(
+                    f"{uri}: the shard {what}; `jobs/prepare.py verify {self.uri}` lists all problems; restore it, or prepare the data again"
+                )
 
     def row_group_bytes(self, i: int) -> memoryview:
         """The bytes of row group i: a view of the memory-mapped file, or the result of one range request to S3.
@@ -122,7 +124,8 @@ class Dataset:
                 data = _map(uri, shard.sha256)[start:end]
         except FileNotFoundError as error:
             raise UserError(
-                f"{uri}: the shard is missing; `jobs/prepare.py verify {self.uri}` lists all problems"
+                f"{uri}: the shard is missing; `jobs/prepare.py verify {self.uri}` lists all problems; "
+                "restore it, or prepare the data again"
             ) from error
         if len(data) != end - start:
             raise UserError(f"{uri}: the shard is truncated ({len(data)} of {end - start} bytes at {start})")

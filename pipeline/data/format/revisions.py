@@ -10,6 +10,8 @@ A revision is published by its manifest: the manifest before it is kept under it
 replaced. A folder thus always has a complete newest revision. `FOLDER` is the newest revision.
 """
 
+import contextlib
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +22,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.errors import UserError, shorten
 from pipeline.revision_names import MANIFEST, REPORTS, manifest_uri, name_of, report_name, split_address
 
+_RAW = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".tar", ".tar.gz", ".tgz", ".zip")
 _OLDER = re.compile(r"manifest@([1-9][0-9]{0,5})\.json")
 
 
@@ -44,11 +47,24 @@ def _why_none(folder: str) -> str:
         splits = find_datasets(folder)
     except (UserError, OSError):  # a store that cannot list
         splits = []
+    if not splits and (raw := _first_image(folder)):
+        return f"images such as {raw}, but no dataset; make one with python jobs/prepare.py --source {folder} --output FOLDER"
     if not splits:
         return f"no dataset here ({MANIFEST} is missing: not prepared, or not finished)"
     names = [split.rpartition("/")[2] for split in splits]
     example = next((split for split, name in zip(splits, names, strict=True) if name.startswith("train")), splits[0])
     return f"no dataset here, but in its folders {shorten(names, 6)}; name one of them, such as {example}"
+
+
+def _first_image(folder: str) -> str | None:
+    """The name of an image or archive in a folder or in its first subfolder, as in a source of `prepare`."""
+    with contextlib.suppress(UserError, OSError):
+        first = next(iter(sorted(storage.list_folders(folder))), "")
+        for place in (folder, storage.join(folder, first)):
+            for file in itertools.islice(storage.iter_files(place, recursive=False), 100):
+                if file.path.lower().endswith(_RAW):
+                    return file.path
+    return None
 
 
 def find_datasets(folder: str, depth: int = 1) -> list[str]:

@@ -61,7 +61,7 @@ class PrepareConfig:
     """jpeg: JPEG with a shorter side of --size; the loader decodes and crops. patches: the N x (P*P*C) matrix of
     pixels, which needs no decoding."""
     size: int = 256
-    """Shorter side for jpeg, or side of the square for patches, in pixels."""
+    """Shorter side for jpeg, or side of the square for patches, in pixels. With jpeg, smaller images keep their size."""
     small: Literal["lossless", "jpeg"] = "lossless"
     """Images in lossless formats that need no resizing: lossless stores them as PNG; jpeg compresses them unless they
     are PNG files (docs/data.md lists the sizes)."""
