@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
+from pipeline.address import data_name
 from pipeline.config import fingerprint, from_dict, to_dict
 from pipeline.errors import StorageError, UserError, nearest, plural
 from pipeline.revision_names import manifest_uri
@@ -306,10 +307,10 @@ def _labelled_datasets(config: TransferConfig) -> list[tuple[str, str]]:
 
 
 def _own_datasets(config: TransferConfig) -> list[tuple[str, str]]:
-    """(name, folder) of all datasets under --data with both a train and a test split."""
+    """(name, folder) of all datasets under --data with both a train and a test split. runs/photos/data is called photos."""
     root = _data(config)
     if _train_and_test(root):
-        return [(root.rsplit("/", 1)[-1], root)]
+        return [(data_name(root), root)]
     found = [
         (name, storage.join(root, name))
         for name in storage.list_folders(root)

@@ -146,4 +146,4 @@ def test_the_commands_of_a_page_run_in_its_order(folder, page):
             written += run(folder, language, " ".join([text, *more]))
     if page == "README.md":
         assert re.search(r"pretrain: top1=\d+\.\d+", written)
-        assert re.search(r"data-linear +\d+\.\d+", written)
+        assert re.search(r"photos-linear +\d+\.\d+", written)
