@@ -105,18 +105,19 @@ def test_the_run_of_the_pipeline_links_its_stages_and_has_costs_picture_and_page
     assert version.run_id == stages["pretrain"]
 
 
-def test_repeated_command_continues_and_changed_command_is_refused(digits, steps):
-    same = job("pretrain", "--steps", f"{steps}steps", cwd=digits)
-    assert same.returncode == 0, same.stdout + same.stderr
-    assert "already finished" in same.stderr
-    other = job("pretrain", "--steps", f"{steps}steps", "--optimizer.lr", "0.5", cwd=digits)
-    assert other.returncode == 2
-    assert "contains another run (optimizer.lr" in other.stderr
-    assert job("pretrain", "--steps", f"{steps}steps", "--resume", "never", cwd=digits).returncode == 2
+def test_repeated_command_continues_and_changed_command_is_refused(digits):
     (record,) = digits.rglob("pretrain/run.json")
     mine = record.read_text()
+    command = ("pretrain", "--steps", json.loads(mine)["config"]["steps"])
+    same = job(*command, cwd=digits)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "already finished" in same.stderr
+    other = job(*command, "--optimizer.lr", "0.5", cwd=digits)
+    assert other.returncode == 2
+    assert "contains another run (optimizer.lr" in other.stderr
+    assert job(*command, "--resume", "never", cwd=digits).returncode == 2
     record.write_text(mine.replace('"format": ', '"format": 9'))
-    newer = job("pretrain", "--steps", f"{steps}steps", cwd=digits)
+    newer = job(*command, cwd=digits)
     record.write_text(mine)
     assert newer.returncode == 2
     assert f"run.json: its format is 9{json.loads(mine)['format']}, this program reads" in newer.stderr
