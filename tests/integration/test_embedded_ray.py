@@ -134,7 +134,7 @@ def test_ray_that_does_not_start_in_time_is_started_again(slow):
     """Ray waits 30 s for its processes, which a busy machine may need. Of each attempt that failed, no process stays."""
     command = [sys.executable, "-c", SLOW, str(slow)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
-    warned = done.stderr.count("Ray did not start in time")  # a busy machine may make a further attempt slow
+    warned = done.stderr.count("starting it again")  # a busy machine may make a further attempt slow
     assert min(slow, 2) <= warned <= 2, done.stderr
     assert "Traceback" not in done.stderr
     if slow == 1:
