@@ -137,13 +137,10 @@ def connect() -> None:
     ray_state.take_messages(report_message)
     try:
         what = _join()
+    except NotStartedInTime:
+        raise
     except Exception as error:  # Ray also raises plain exceptions
         if not address and not is_ray_job():
-            if "timed out" in str(error):
-                raise NotStartedInTime(
-                    "Ray did not start in time: this machine is very busy, or its memory or disk is full; repeat the command "
-                    "later. Ray's logs are in /tmp/ray/session_latest/logs"
-                ) from error
             first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise NotStarted(
                 f"Ray does not start on this machine: {first}; its logs are in /tmp/ray/session_latest/logs"
@@ -226,8 +223,13 @@ def _start_embedded() -> None:
                 )
         except Exception as error:  # Ray raises a plain one
             _kill([family for child in _children_since(before) for family in _descent(child)])
-            if "timed out" not in str(error) or not left:
+            if "timed out" not in str(error):
                 raise
+            if not left:
+                raise NotStartedInTime(
+                    "Ray did not start in time: this machine is very busy, or its memory or disk is full; repeat the command "
+                    "later. Ray's logs are in /tmp/ray/session_latest/logs"
+                ) from error
             logger.warning("Ray did not start in time, perhaps because this machine is very busy; starting it again")
         else:
             _embedded[:] = _children_since(before)

@@ -79,7 +79,8 @@ def parse_recipe(
         raise SystemExit(0)
     help.check_flags(flags, start)
     flags = help.for_tyro(flags, start)
-    return following(_from_flags(type(start), flags, prog=prog, default=start), start), recipe_config, name
+    config = _from_flags(type(start), flags, prog=prog, default=start)
+    return with_dependent_values(config, start), recipe_config, name
 
 
 def parse_command(argv: list[str], command: type[Config], *, prog: str, description: str) -> Config:
@@ -96,13 +97,13 @@ def parse_command(argv: list[str], command: type[Config], *, prog: str, descript
     return _from_flags(command, help.for_tyro(flags, command), prog=prog)
 
 
-def following(config: Config, start: Config) -> Config:
-    """The config with values that follow others, such as the training crop an image size that differs from `start`'s.
-    A config class says which by a method `following(start)`."""
-    if hasattr(config, "following"):
-        config = config.following(start)
+def with_dependent_values(config: Config, start: Config) -> Config:
+    """The config with the values that depend on those that differ from `start`, such as the training crop on the image
+    size. A config class computes its own in a method of this name."""
+    if hasattr(config, "with_dependent_values"):
+        config = config.with_dependent_values(start)
     nested = {
-        field.name: following(getattr(config, field.name), getattr(start, field.name))
+        field.name: with_dependent_values(getattr(config, field.name), getattr(start, field.name))
         for field in dataclasses.fields(config)  # type: ignore[arg-type]
         if dataclasses.is_dataclass(getattr(config, field.name))
     }

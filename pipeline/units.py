@@ -10,8 +10,8 @@ def bytes_text(count: float) -> str:
 
 
 def flops_text(count: float) -> str:
-    """3.16 exaFLOPs, with three digits."""
+    """3.16 exaFLOPs, with three digits; at most in exaFLOPs, the unit of papers (2,430 exaFLOPs)."""
     for unit, factor in (("exa", 1e18), ("peta", 1e15), ("tera", 1e12)):
         if count >= factor:
-            return f"{count / factor:,.3g} {unit}FLOPs" if count < 1e21 else f"{count / factor:,.0f} {unit}FLOPs"
+            return f"{float(f'{count / factor:.3g}'):,g} {unit}FLOPs"
     return f"{count / 1e9:.3g} gigaFLOPs"

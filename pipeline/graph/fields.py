@@ -73,7 +73,7 @@ def with_values(config: Any, values: Mapping[str, Any], where: str) -> Any:
         for part in path[:-1]:
             node = node.setdefault(part, {})
         node[path[-1]] = read
-    return configuration.following(_replace(config, tree), config)
+    return configuration.with_dependent_values(_replace(config, tree), config)
 
 
 def takes_many(hint: Any) -> bool:

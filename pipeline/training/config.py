@@ -244,8 +244,8 @@ class PretrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     runtime: Annotated[RuntimeConfig, WITHOUT_PREFIX] = field(default_factory=RuntimeConfig)
 
-    def following(self, start: "PretrainConfig") -> "PretrainConfig":
-        """This config, whose training crop and validation size follow an image size that differs from `start`'s, unless
+    def with_dependent_values(self, start: "PretrainConfig") -> "PretrainConfig":
+        """This config, with the training crop and the validation size of an image size that differs from `start`'s, unless
         they were changed too."""
         if self.image_size == start.image_size or self.image_size < 1:
             return self

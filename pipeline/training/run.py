@@ -97,7 +97,7 @@ def _train(plan: TrainPlan, record: dict[str, Any] | None, recipe: str) -> dict[
             record = {**record, "run_id": run.id}
             storage.write_json(storage.join(output, "run.json"), record)
         log_datasets(run, plan)
-        logger.info("starting %s, which takes up to a minute", plural(plan.workers, "worker"))
+        logger.info("starting %s", plural(plan.workers, "worker"))
         try:
             result = launch(plan, run.id, run.uri, sizes(plan))
         finally:

@@ -24,6 +24,7 @@ from pipeline.training.config import EngineConfig
 from pipeline.training.disk import checkpoint_bytes
 from pipeline.training.memory import activations, model_states
 from pipeline.training.recipes import RECIPES
+from pipeline.units import flops_text
 from tests.runs import changed
 
 # Table 6 of the paper: recipe -> exaFLOPs of pre-training. (For ResNets, the paper counts 4 to 5% less than we do.)
@@ -282,3 +283,8 @@ def test_an_unknown_corpus_is_asked_for(tmp_path):
     with pytest.raises(UserError, match="--images and --classes"):
         plan(PlanConfig(training=training), "mine")
     assert plan(PlanConfig(training=training, images=1e6, classes=7), "mine")["run"]["classes"] == 7
+
+
+def test_flops_have_the_largest_unit_that_fits():
+    texts = [flops_text(count) for count in (2e9, 3.2e12, 1.34e15, 3.161e18, 2.4321e21)]
+    assert texts == ["2 gigaFLOPs", "3.2 teraFLOPs", "1.34 petaFLOPs", "3.16 exaFLOPs", "2,430 exaFLOPs"]

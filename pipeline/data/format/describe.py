@@ -51,9 +51,8 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
         "history": manifest.history,
     }
     order = np.argsort(-counts, kind="stable")
-    few = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order) if len(order) <= 6 else ""
-    largest = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order[:3])
-    smallest = ", ".join(f"{dataset.classes[k]} {counts[k]:,}" for k in order[::-1][:3])
+    sizes = [f"{dataset.classes[k]} {counts[k]:,}" for k in order]
+    extremes = f"most: {', '.join(sizes[:3])}; fewest: {', '.join(sizes[::-1][:3])}"
     refused = "".join(f"\n    {count:,} {reason}" for reason, count in manifest.rejects.items()) or " none"
     deleted = f", {plural(manifest.deleted, 'image')} deleted" if manifest.deleted else ""
     facts["text"] = (
@@ -64,7 +63,7 @@ def describe_dataset(uri: str, out_dir: str, pictures: int = 64) -> dict[str, An
         f"  originals   width {_span(facts['original_width'])}, height {_span(facts['original_height'])} "
         "(smallest / median / largest)\n"
         f"  classes     {len(dataset.classes):,}{', several per image' if dataset.multilabel else ''}: "
-        f"{few or f'most: {largest}; fewest: {smallest}'}\n"
+        f"{', '.join(sizes) if len(sizes) <= 6 else extremes}\n"
         f"  pixels      mean {_plain(manifest.mean)}, standard deviation {_plain(manifest.std)}\n"
         f"  inputs      {manifest.inputs:,}, duplicates removed {manifest.duplicates:,}, rejects:{refused}\n"
         f"  content     {manifest.fingerprint}, revision {manifest.revision}{deleted}\n"

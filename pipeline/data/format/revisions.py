@@ -47,9 +47,9 @@ def _why_none(folder: str) -> str:
         splits = find_datasets(folder)
     except (UserError, OSError):  # a store that cannot list
         splits = []
-    if not splits and (raw := _first_image(folder)):
-        return f"images such as {raw}, but no dataset; make one with python jobs/prepare.py --source {folder} --output FOLDER"
     if not splits:
+        if raw := _first_image(folder):
+            return f"images such as {raw}, but no dataset; make one with python jobs/prepare.py --source {folder} --output FOLDER"
         return f"no dataset here ({MANIFEST} is missing: not prepared, or not finished)"
     names = [split.rpartition("/")[2] for split in splits]
     example = next((split for split, name in zip(splits, names, strict=True) if name.startswith("train")), splits[0])
