@@ -330,7 +330,9 @@ def check_data(config: PretrainConfig, dataset: Dataset) -> None:
         )
     patch = parse_variant(config.model.variant).patch
     if config.image_size < patch:
-        raise UserError(f"--image-size {config.image_size} is smaller than one patch of {config.model.variant}")
+        raise UserError(
+            f"--image-size {config.image_size} is smaller than one patch of {config.model.variant}; give at least {patch}"
+        )
     if config.image_size % patch:
         logger.warning(
             "--image-size %d is not a multiple of the patch size of %s, %d: the last %d rows and columns of each image are ignored",
