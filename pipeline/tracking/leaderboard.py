@@ -1,13 +1,12 @@
 """Transfer results with their pre-training runs: score, images seen and compute (paper, Figure 5)."""
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import storage
 from pipeline.address import data_name
@@ -87,7 +86,7 @@ def by_evaluation_data(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         sets[row.suite].add(row.datasets.get(EVALUATION))
     return [
-        dataclasses.replace(row, suite=f"{row.suite} on {row.datasets[EVALUATION]}")
+        replace(row, suite=f"{row.suite} on {row.datasets[EVALUATION]}")
         if EVALUATION in row.datasets and len(sets[row.suite] - {None}) > 1
         else row
         for row in rows

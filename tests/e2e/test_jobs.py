@@ -1,4 +1,5 @@
-"""The jobs as a user runs them: own processes, embedded Ray, exit codes; the whole way on handwritten digits."""
+"""The jobs as a user runs them: own processes, embedded Ray, exit codes; the whole way from printed letters to handwritten
+digits."""
 
 import json
 import os
