@@ -12,6 +12,9 @@ from typing import Any
 
 from pipeline.tracking.leaderboard import Row, data_note
 
+DIGITS = 6
+"""Of the numbers in a page, which it rounds to two: three digits would round twice, 64.0351 to 64.035 and then to 64.03."""
+
 
 def leaderboard_page(rows: Sequence[Row], inside: str = "") -> str:
     """The leaderboard as HTML. inside: prefix of links to runs on the same server;
@@ -42,10 +45,10 @@ def _values(row: Row, inside: str, common: set[tuple[str, str]]) -> dict[str, An
         "images": row.images_seen,
         "flops": row.train_flops,
         "hours": row.gpu_hours,
-        "mean": round(row.mean, 3),
-        "groups": {name: round(value, 3) for name, value in row.groups.items()},
-        "tasks": {name: round(value, 3) for name, value in row.tasks.items()},
-        "error": None if row.spread is None else round(row.spread, 3),
+        "mean": round(row.mean, DIGITS),
+        "groups": {name: round(value, DIGITS) for name, value in row.groups.items()},
+        "tasks": {name: round(value, DIGITS) for name, value in row.tasks.items()},
+        "error": None if row.spread is None else round(row.spread, DIGITS),
         "data": row.data_name or "",
         "datasets": row.datasets,
         "config": dict(row.config.items() - common),

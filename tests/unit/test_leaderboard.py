@@ -46,3 +46,7 @@ def test_other_evaluation_data_is_a_warning():
     assert data_note(rows).endswith(
         "differ in evaluation data. Scores on different evaluation data are not comparable."
     )
+
+
+def test_scores_of_the_page_are_rounded_once():
+    assert '"mean":64.035088' in leaderboard_page([row("a", 100 * (2 * 23 + 4 * 25) / 38 / 6)])
