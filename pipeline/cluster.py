@@ -96,7 +96,7 @@ class Settings:
     num_cpus: int | None = None
     """CPUs of an embedded Ray. None: all CPUs of the machine."""
     dashboard: bool = True
-    """Whether an embedded Ray starts its dashboard, which takes seconds of CPU time; Ray Train needs it."""
+    """Whether an embedded Ray starts its dashboard and two monitors, which take seconds of CPU time; Ray Train needs them."""
     memory_remedy: str = MEMORY_REMEDY
     """What helps this job when a node runs out of host memory."""
 
@@ -211,13 +211,12 @@ def _start_embedded() -> None:
     for left in reversed(range(EMBEDDED_STARTS)):
         before = psutil.Process().children()  # with what an earlier attempt left
         try:
-            with ray_state.on_loopback(), _block_stop_signals(), _keep_signal_handler():
+            with _processes_of_embedded(), _block_stop_signals(), _keep_signal_handler():
                 ray.init(
                     address="local",  # ignore clusters of earlier sessions in /tmp
                     num_cpus=_settings.num_cpus,
                     include_dashboard=_settings.dashboard,
                     dashboard_host="127.0.0.1",
-                    runtime_env=runtime_env(ship_project=False),
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
@@ -235,6 +234,18 @@ def _start_embedded() -> None:
             _embedded[:] = _children_since(before)
             ray_watch.watch(_embedded)
             return
+
+
+@contextlib.contextmanager
+def _processes_of_embedded() -> Iterator[None]:
+    """Sets which processes an embedded Ray has, where they listen, and the variables that workers inherit. With a runtime_env
+    instead, Ray would not use the workers that it starts first."""
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(ray_state.variables(runtime_env(ship_project=False)["env_vars"]))
+        settings.enter_context(ray_state.on_loopback())
+        if not _settings.dashboard:
+            settings.enter_context(ray_state.without_servers())
+        yield
 
 
 def _children_since(before: list[psutil.Process]) -> list[psutil.Process]:

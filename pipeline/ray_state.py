@@ -30,17 +30,49 @@ def on_loopback() -> Iterator[None]:
     Ray does this by default on Windows and macOS. On Linux it reads its variable for this only once, at import."""
     from ray._private import ray_constants
 
-    constants, name = cast(Any, ray_constants), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
-    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    constants = cast(Any, ray_constants)
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables for the processes that are started inside the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = before[0]
-        if before[1] is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before[1]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+SERVERS = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node that start a process which only dashboards, autoscalers and forwarded output need."""
+
+
+@contextlib.contextmanager
+def without_servers() -> Iterator[None]:
+    """Makes a Ray that is started inside the block do without some of its processes (`SERVERS`).
+
+    `ray.init` starts them even without a dashboard, and waits up to two seconds for the first."""
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in SERVERS}
+    for name in before:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:

@@ -333,10 +333,11 @@ def _run_on_ray(
     else:
         options |= {"fn_kwargs": arguments}
     function: Any = _Actor if inspect.isclass(job.work) else _task
-    with errors_of_tasks():  # `from_arrow` starts tasks, too
+    with errors_of_tasks():
         with warnings.catch_warnings():  # no other argument of Ray 2.60 sets the restarts of actors
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            results = ray.data.from_arrow(blocks).map_batches(function, **options)
+            inputs = ray.data.from_blocks(blocks)  # `from_arrow` would start a task for each block
+            results = inputs.map_batches(function, **options)
             results.context.target_max_block_size = 1  # every outcome is a block, which a task returns when it is done
         for row in results.iter_rows():
             yield pickle.loads(row["outcome"])

@@ -40,6 +40,36 @@ def test_embedded_ray_listens_on_loopback_only():
     assert {ip.removeprefix("::ffff:") for _, ip, _ in found} == {"127.0.0.1"}, done.stdout
 
 
+PROCESSES = """
+import os, sys
+import psutil
+from pipeline import cluster
+cluster.configure(num_cpus=1, dashboard=False)
+cluster.connect()
+import ray
+
+def worker():
+    import jobs.prepare
+    return os.getpid(), os.environ["PYTHONPATH"]
+
+before = [process.pid for process in psutil.Process().children(recursive=True) if "IDLE" in "".join(process.cmdline())]
+pid, path = ray.get(ray.remote(worker).remote())
+print(pid in before, path.split(os.pathsep)[0] == sys.argv[1], "PYTHONPATH" in os.environ)
+print(len([process for process in psutil.Process().children(recursive=True)]))
+cluster.disconnect()
+"""
+
+
+def test_embedded_ray_for_tasks_starts_few_processes_and_uses_its_first_worker():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", PROCESSES, str(ROOT)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    words, count = done.stdout.splitlines()
+    assert words == "True True False"
+    assert int(count) <= 6  # server, raylet, two agents, a worker, and perhaps one more
+
+
 def prepare_without_memory(tmp_path: Path, **environment: str) -> tuple[int, str, str]:
     """`jobs/prepare.py` under a memory monitor for which 1% of this machine is too much."""
     (tmp_path / "raw" / "a").mkdir(parents=True)

@@ -116,6 +116,16 @@ def test_ray_can_be_started_on_loopback(monkeypatch):
         assert services.get_node_ip_address() == "127.0.0.1"
 
 
+def test_ray_can_be_started_without_its_servers():
+    node = importlib.import_module("ray._private.node").Node
+    started = inspect.getsource(node.start_head_processes) + inspect.getsource(node.start_ray_processes)
+    before = [vars(node)[name] for name in ray_state.SERVERS]
+    assert all(f"self.{name}(" in started for name in ray_state.SERVERS)
+    with ray_state.without_servers():
+        assert not set(before) & {vars(node)[name] for name in ray_state.SERVERS}
+    assert before == [vars(node)[name] for name in ray_state.SERVERS]
+
+
 def test_ray_packages_a_folder_as_ray_state_says(tmp_path):
     (tmp_path / ".git").mkdir()
     for name in (".git/HEAD", "code.py", "big.bin", "left.out"):
