@@ -121,6 +121,7 @@ def job(paths: list[str], output: str, cpus: int, size: int = SIZE) -> Iterator[
 
     config = PrepareConfig(source=(str(Path(paths[0]).parents[1]),), output=output, size=size)
     cluster.configure(num_cpus=cpus, dashboard=False)
+    cluster.connect()  # here, because Ray's processes end with the thread that starts them
     yield from _beside(lambda: prepare(config, on_progress=note), done)
     cluster.disconnect()
 
