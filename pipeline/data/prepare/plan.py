@@ -406,6 +406,7 @@ def _write_fragments(plan: PreparePlan) -> None:
     with ThreadPoolExecutor(16) as pool:
         for first in range(0, len(missing), 1024):  # an error ends the writing soon
             list(pool.map(write, missing[first : first + 1024]))
+    pa.default_memory_pool().release_unused()  # it keeps up to 1 kB for each fragment
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
