@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import stores
 from pipeline.credentials import take_queries
-from pipeline.errors import NotWritten, UserError
+from pipeline.errors import NotWritten, UserError, nearest
 from pipeline.links import Roots, follow_link
 from pipeline.stores import BLOCK, Entry, ObjectStore, store_of
 
@@ -257,6 +257,14 @@ def list_folders(uri: str | os.PathLike) -> list[str]:
     with _rights(place), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
     return []
+
+
+def nearest_folder(uri: str | os.PathLike) -> str:
+    """' (did you mean "x"?)' for the folder whose name is most similar to that of a missing one beside it, or ''."""
+    parent, _, name = str(uri).rpartition("/")
+    with contextlib.suppress(OSError, UserError):  # the folder above it may be hidden
+        return nearest(name, list_folders(parent)) if parent and can_list(parent) else ""
+    return ""
 
 
 def list_names(uri: str | os.PathLike) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import commit, storage
 from pipeline.commit import COMMIT, FORMAT, Damaged, OtherFormat
-from pipeline.errors import StorageError, UserError, nearest
+from pipeline.errors import StorageError, UserError
 
 __all__ = [
     "COMMIT",
@@ -160,9 +160,7 @@ def resolve(uri: str) -> Checkpoint:
 def _why_none(uri: str) -> str:
     if storage.exists(uri):
         return f" yet (in a run folder: checkpoints/step-.../{COMMIT})"
-    parent, _, name = uri.rpartition("/")
-    beside = storage.list_folders(parent) if parent and storage.can_list(parent) and storage.exists(parent) else []
-    return f", and no such folder{nearest(name, beside)}"
+    return f", and no such folder{storage.nearest_folder(uri)}"
 
 
 def _problem(checkpoint: Checkpoint | UserError) -> str | None:

@@ -27,7 +27,7 @@ def locate(uri: str, tracking_uri: str | None = None) -> str:
         if len(candidates) == 1:
             return candidates[0].rpartition("/")[0]
     if not storage.exists(uri):
-        raise UserError(f"{uri}: no such file or folder")
+        raise UserError(f"{uri}: no such file or folder{storage.nearest_folder(uri)}")
     return uri
 
 

@@ -109,7 +109,9 @@ def test_own_checkpoint_on_s3(s3):
     other = tiny(seed=9)
     load_weights(other, f"{s3}/run/checkpoint/model.safetensors")
     assert torch.equal(logits(other), logits(model))
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match=r'no such file or folder \(did you mean "checkpoint"\?\)'):
+        load_weights(other, f"{s3}/run/chekpoint")
+    with pytest.raises(UserError, match=r"no such file or folder$"):
         load_weights(other, f"{s3}/run/nothing")
 
 

@@ -93,7 +93,7 @@ def discover(
     for i, uri in enumerate(uris):
         files = list_source(uri) if large is None else parallel_listing.list_source(uri, large)
         if not files.num_rows:
-            raise UserError(f"{uri}: no such file or folder, or nothing in it")
+            raise UserError(f"{uri}: no such file or folder, or nothing in it{storage.nearest_folder(uri)}")
         found = _recognise(uri, files, downloads) if format == "auto" else formats()[format]
         if isinstance(table, LargeTable) and found.NAME != folder.NAME:
             logger.warning(
