@@ -99,8 +99,15 @@ def measure(kind: str, count: int, room: str) -> dict:
         "seconds": round(seconds, 1),
         "driver_mb": max(driver for _, driver, _ in curve),
         "worker_mb": max(worker for _, _, worker in curve),
-        "curve": curve[:: max(1, len(curve) // POINTS)],
+        "curve": thinned(curve),
     }
+
+
+def thinned(curve: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """About POINTS points, each with the largest values since the one before."""
+    step = max(1, len(curve) // POINTS)
+    parts = (curve[first : first + step] for first in range(0, len(curve), step))
+    return [(part[-1][0], max(driver for _, driver, _ in part), max(worker for *_, worker in part)) for part in parts]
 
 
 def draw(result: dict, target: str) -> None:

@@ -3,6 +3,7 @@
 To add a format, add an entry to the list. If Pillow or a Pillow plugin supports the format, an entry with `name`,
 `extensions` and `signature` is enough; otherwise a subclass of `Codec` overrides `open` or both decode methods."""
 
+import functools
 import re
 
 import numpy as np
@@ -83,9 +84,10 @@ def is_image_name(path: str) -> bool:
     return bool(dot) and end.lower() in extensions()
 
 
-def extensions() -> set[str]:
+@functools.cache
+def extensions() -> frozenset[str]:
     """File extensions of all image formats, in lower case, without the dot."""
-    return {extension for codec in CODECS for extension in codec.extensions}
+    return frozenset(extension for codec in CODECS for extension in codec.extensions)
 
 
 def decode(data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:

@@ -5,6 +5,7 @@ same shards."""
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -397,16 +398,15 @@ def _write_fragments(plan: PreparePlan) -> None:
     there = {file.path for file in storage.list_files(plan.work, recursive=False)}
 
     def write(number: int) -> None:
-        part, sink = plan.slices[number], pa.BufferOutputStream()
+        part, sink = plan.slices[number], io.BytesIO()  # Arrow's own buffers leave 1 kB for each fragment
         with pa.ipc.new_stream(sink, sources.FRAGMENTS) as stream:
             stream.write_table(plan.sources[part.source].fragments.slice(part.first, part.fragments))
-        storage.write_bytes(plan.fragments_uri(number), sink.getvalue().to_pybytes())
+        storage.write_bytes(plan.fragments_uri(number), sink.getvalue())
 
     missing = [i for i in range(len(plan.slices)) if os.path.basename(plan.fragments_uri(i)) not in there]
     with ThreadPoolExecutor(16) as pool:
         for first in range(0, len(missing), 1024):  # an error ends the writing soon
             list(pool.map(write, missing[first : first + 1024]))
-    pa.default_memory_pool().release_unused()  # it keeps up to 1 kB for each fragment
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -221,7 +221,7 @@ def _with_layout(uri: str, files: pa.Table, naming: Naming, options: ScanOptions
     for batch in listing.in_batches(files):
         for path in batch["path"].to_pylist():
             if matches(path):
-                folders[tuple(folders_of(path))] += 1
+                folders[folders_of(path)] += 1
                 splits_in_names[split_in_name(path)] += 1
                 if not open_folders:
                     found = naming.table_of(path)

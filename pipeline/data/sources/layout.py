@@ -1,5 +1,6 @@
 """Finds which levels of folders name the split and the class of an image."""
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -90,16 +91,18 @@ class Layout:
     """A warning about an ambiguous choice; empty if the choice was clear."""
 
     def split(self, path: str) -> str | None:
-        folders = folders_of(path)
         if self.split_in_file_name:
             return split_in_name(path)
-        if self.split_level is None or len(folders) <= self.split_level:
+        if self.split_level is None:
             return None
-        return self.splits.get(folders[self.split_level])
+        folders = folders_of(path)
+        return self.splits.get(folders[self.split_level]) if len(folders) > self.split_level else None
 
     def class_level_of(self, path: str) -> int | None:
         """The class level of the split that a path belongs to."""
-        return self.class_levels.get(self.split(path) or "", self.class_level)
+        return (
+            self.class_levels.get(self.split(path) or "", self.class_level) if self.class_levels else self.class_level
+        )
 
     def class_level_within(self, inside: tuple[str, ...]) -> int | None:
         """The class level of a file in a folder, given as its levels; None if the folder lies above the class folders."""
@@ -115,9 +118,14 @@ class Layout:
         return wordnet[1] if wordnet else None
 
 
-def folders_of(path: str) -> list[str]:
+def folders_of(path: str) -> tuple[str, ...]:
     """The folders of a path, without the empty names that object stores allow."""
-    return [part for part in path.split("/")[:-1] if part]
+    return _parts(path.rpartition("/")[0])
+
+
+@functools.lru_cache(1 << 16)  # neighbours in a listing are in the same folder
+def _parts(folder: str) -> tuple[str, ...]:
+    return tuple(part for part in folder.split("/") if part)
 
 
 def partition_value(folder: str, columns: Iterable[str]) -> str | None:

@@ -145,9 +145,15 @@ def read_folder(folder: str, prefix: str, roots: Roots = ()) -> Iterator[tuple[s
                 if below:
                     yield f"{prefix}{entry.name}/", below
             else:
-                # a name that is not valid UTF-8 and a dangling link become rejects when they are read
-                size = entry.stat().st_size if os.path.exists(entry.path) else 0
-                yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), size
+                # a name that is not valid UTF-8 becomes a reject when the file is read
+                yield os.fsencode(f"{prefix}{entry.name}").decode("utf-8", "backslashreplace"), _size(entry)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a dangling link, which becomes a reject when it is read
+        return 0
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -207,7 +207,7 @@ class SampleScanner:
                 self.lone_images.append(hash(self._stem))
             if beside.labels is None:
                 for name in self._images:
-                    self.folders[tuple(folders_of(name))] += 1
+                    self.folders[folders_of(name)] += 1
                     if wordnet := WORDNET.match(name.rpartition("/")[2]):
                         self.wordnet.add(wordnet[1])
             for name in self._images:
