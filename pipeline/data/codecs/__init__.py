@@ -3,7 +3,6 @@
 To add a format, add an entry to the list. If Pillow or a Pillow plugin supports the format, an entry with `name`,
 `extensions` and `signature` is enough; otherwise a subclass of `Codec` overrides `open` or both decode methods."""
 
-import functools
 import re
 
 import numpy as np
@@ -81,13 +80,13 @@ def is_image_data(data: bytes) -> bool:
 def is_image_name(path: str) -> bool:
     """Whether a path has the extension of an image format."""
     _, dot, end = path.rpartition(".")
-    return bool(dot) and end.lower() in extensions()
+    end = end.lower()
+    return bool(dot) and any(end in codec.extensions for codec in CODECS)
 
 
-@functools.cache
-def extensions() -> frozenset[str]:
+def extensions() -> set[str]:
     """File extensions of all image formats, in lower case, without the dot."""
-    return frozenset(extension for codec in CODECS for extension in codec.extensions)
+    return {extension for codec in CODECS for extension in codec.extensions}
 
 
 def decode(data: bytes, max_pixels: int, max_aspect: float = MAX_ASPECT) -> Picture:
