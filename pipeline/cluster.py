@@ -241,7 +241,7 @@ def _processes_of_embedded() -> Iterator[None]:
     """Sets which processes an embedded Ray has, where they listen, and the variables that workers inherit. With a runtime_env
     instead, Ray would not use the workers that it starts first."""
     with contextlib.ExitStack() as settings:
-        settings.enter_context(ray_state.variables(runtime_env(ship_project=False)["env_vars"]))
+        settings.enter_context(ray_state.environment(runtime_env(ship_project=False)["env_vars"]))
         settings.enter_context(ray_state.on_loopback())
         if not _settings.dashboard:
             settings.enter_context(ray_state.without_servers())

@@ -33,14 +33,14 @@ def on_loopback() -> Iterator[None]:
     constants = cast(Any, ray_constants)
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
-        with variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
             yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
-def variables(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables for the processes that are started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -263,7 +263,8 @@ def nearest_folder(uri: str | os.PathLike) -> str:
     """' (did you mean "x"?)' for the folder whose name is most similar to that of a missing one beside it, or ''."""
     parent, _, name = str(uri).rpartition("/")
     with contextlib.suppress(OSError, UserError):  # the folder above it may be hidden
-        return nearest(name, list_folders(parent)) if parent and can_list(parent) else ""
+        beside = list_folders(parent) if parent and can_list(parent) else []
+        return nearest(name, [folder for folder in beside if folder != name])  # it may be there, and empty
     return ""
 
 

@@ -520,6 +520,14 @@ def test_an_output_that_cannot_be_written_is_one_error(image_folder, tmp_path):
         prepare(config)
 
 
+def test_a_missing_source_names_the_folder_beside_it_and_an_empty_one_does_not_name_itself(tmp_path):
+    for name in ("photos", "void"):
+        (tmp_path / name).mkdir()
+    for source, meant in [("photo", r' \(did you mean "photos"\?\)$'), ("void", "nothing in it$")]:
+        with pytest.raises(UserError, match=f"no such file or folder, or .*{meant}"):
+            prepare(PrepareConfig(source=(str(tmp_path / source),), output=str(tmp_path / "out")))
+
+
 def test_refused_before_anything_starts(image_folder, tmp_path):
     out = str(tmp_path / "out")
     for options, message in [

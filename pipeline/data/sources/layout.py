@@ -100,9 +100,9 @@ class Layout:
 
     def class_level_of(self, path: str) -> int | None:
         """The class level of the split that a path belongs to."""
-        return (
-            self.class_levels.get(self.split(path) or "", self.class_level) if self.class_levels else self.class_level
-        )
+        if not self.class_levels:
+            return self.class_level
+        return self.class_levels.get(self.split(path) or "", self.class_level)
 
     def class_level_within(self, inside: tuple[str, ...]) -> int | None:
         """The class level of a file in a folder, given as its levels; None if the folder lies above the class folders."""
